@@ -1,0 +1,122 @@
+"""Self-attention module: projections, rotation and cache around one pure attention function.
+
+Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from model import axes
+from model.attention_ops import dot_product_attention
+from model.config import LayerKind, TransformerConfig
+from model.kv_cache.base import CachePolicy
+from model.linear import Dense
+from model.rope import Rope
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query causal attention.
+
+    Attributes:
+      config: shared sizes; num_kv_heads selects the variant.
+      kind: window and rotation of this layer.
+      dense: factory of the four projections.
+      rope: rotary embedding; None for models with a learned position table.
+      qk_norm: factory of norms over the heads of queries and keys, or None.
+      qkv_bias: biases on query, key and value projections.
+      out_bias: bias on the output projection.
+      scale: factor on the logits; None for H^-1/2.
+      softcap: c in c * tanh(logits / c), or None.
+      implementation: see attention_ops.dot_product_attention.
+    """
+
+    config: TransformerConfig
+    kind: LayerKind = LayerKind()
+    dense: Callable[..., nn.Module] = Dense
+    rope: Rope | None = Rope()
+    qk_norm: Callable[..., nn.Module] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        cache: Any = None,
+        policy: CachePolicy | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Returns (output [B, T, D], updated cache); the cache is None while training."""
+        config = self.config
+        q_BTNH = self._heads("query", config.num_heads, axes.HEADS, x_BTD)
+        k_BTKH = self._heads("key", config.kv_heads, axes.KV_HEADS, x_BTD)
+        v_BTKH = self._heads("value", config.kv_heads, axes.KV_HEADS, x_BTD)
+        if self.qk_norm is not None:
+            q_BTNH = self.qk_norm(name="query_norm")(q_BTNH)
+            k_BTKH = self.qk_norm(name="key_norm")(k_BTKH)
+        if self.rope is not None and self.kind.rope:
+            q_BTNH = self.rope(q_BTNH, positions_BT)
+            k_BTKH = self.rope(k_BTKH, positions_BT)
+        q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
+        k_BTKH = axes.constrain(k_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
+        v_BTKH = axes.constrain(v_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
+
+        options = {
+            "window": self.kind.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "implementation": self.implementation,
+        }
+        if policy is None:
+            out_BTNH = dot_product_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                q_segments_BT=segments_BT,
+                kv_segments_BS=segments_BT,
+                **options,
+            )
+        else:
+            cache = policy.append(
+                cache, k_BTKH=k_BTKH, v_BTKH=v_BTKH, positions_BT=positions_BT, q_BTNH=q_BTNH
+            )
+            held = policy.view(cache)
+            out_BTNH = dot_product_attention(
+                q_BTNH,
+                held.k_BSKH,
+                held.v_BSKH,
+                q_positions_BT=positions_BT,
+                kv_positions_BS=held.positions_BS,
+                **options,
+            )
+        out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
+        out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
+        out_BTD = self.dense(
+            features=config.embed_dim,
+            axes=(axes.HEADS, axes.EMBED),
+            use_bias=self.out_bias,
+            dtype=config.compute_dtype,
+            param_dtype=config.storage_dtype,
+            name="out",
+        )(out_BTX)
+        return out_BTD, cache
+
+    def _heads(self, name: str, heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        y_BTX = self.dense(
+            features=heads * config.per_head_dim,
+            axes=(axes.EMBED, axis),
+            use_bias=self.qkv_bias,
+            dtype=config.compute_dtype,
+            param_dtype=config.storage_dtype,
+            name=name,
+        )(x_BTD)
+        return y_BTX.reshape(*x_BTD.shape[:-1], heads, config.per_head_dim)

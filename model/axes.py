@@ -1,0 +1,54 @@
+"""Logical axis names: the only sharding vocabulary the models speak.
+
+Parameters and activations are annotated with these names; a rule set (trainers/partitioning.py) maps
+each name to mesh axes. Activation names are distinct because activations and parameters often shard
+differently: under FSDP a kernel's EMBED rows are split, while the residual stream's width is not.
+"""
+
+import flax.linen as nn
+import jax
+
+# Parameters.
+VOCAB = "vocab"
+EMBED = "embed"
+HEADS = "heads"  # query heads x head dim, joined: one column block per head
+KV_HEADS = "kv_heads"  # key/value heads x head dim, joined
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+NORM = "norm"  # gains and biases of norms: small, replicated
+POSITION = "position"  # rows of a learned position table
+LAYERS = "layers"  # the axis nn.scan adds
+
+PARAMETER_AXES = (VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS)
+
+# Activations.
+BATCH = "act_batch"
+LENGTH = "act_length"
+INNER_LENGTH = "act_inner_length"  # length inside attention and MLP, where heads or width are split
+ACT_EMBED = "act_embed"
+ACT_HEADS = "act_heads"
+ACT_KV_HEADS = "act_kv_heads"
+ACT_MLP = "act_mlp"
+
+ACTIVATION_AXES = (BATCH, LENGTH, INNER_LENGTH, ACT_EMBED, ACT_HEADS, ACT_KV_HEADS, ACT_MLP)
+
+ALL_AXES = PARAMETER_AXES + ACTIVATION_AXES
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains an activation's sharding by logical names; a no-op outside a mesh.
+
+    Raises:
+      ValueError: a name has no rule while rules are active (a misspelt name would replicate silently).
+    """
+    rules = nn.get_logical_axis_rules()
+    if not rules:
+        return x
+    known = {name for name, _ in rules}
+    unknown = [name for name in names if name is not None and name not in known]
+    if unknown:
+        raise ValueError(
+            f"Activation axes {unknown} have no rule in the active rule set {sorted(known)}: "
+            "add a rule in trainers/partitioning.py or correct the name."
+        )
+    return nn.with_logical_constraint(x, names)

@@ -1,0 +1,112 @@
+"""Sizes and numeric policy of a decoder-only transformer: what parent and children share."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+REMAT_POLICIES = ("none", "full", "dots")
+LAYER_KINDS = ("full", "sliding", "full_nope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What differs between the layers of a pattern: attention window and rotary embedding.
+
+    Attributes:
+      window: keys each query sees, itself included; None for all earlier keys.
+      rope: whether queries and keys are rotated (Cohere2's full layers are not).
+    """
+
+    window: int | None = None
+    rope: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shared sizes. Settings of one module (activation, norm, biases) belong to that module.
+
+    Attributes:
+      vocab_size: V, rows of the embedding, padding rows included.
+      num_layers: L, a multiple of the layer pattern's length.
+      embed_dim: D.
+      num_heads: N query heads.
+      num_kv_heads: K key/value heads, dividing N; None for N (multi-head attention).
+      head_dim: H; None for D / N.
+      mlp_dim: F, the hidden width of the MLP (of each of gate and up when gated).
+      layer_pattern: repeated kinds of layers: 'full', 'sliding', 'full_nope' (no rotation).
+      sliding_window: window of 'sliding' layers.
+      dtype: compute dtype of products and activations; norms, softmax, loss stay in float32.
+      param_dtype: dtype in which parameters are stored.
+      scan_layers: one traced layer looped by `nn.scan`, or every layer unrolled.
+      remat: 'none'; 'full' saves only layer inputs; 'dots' also saves weight products.
+
+    Raises:
+      ValueError: a size that does not divide, or an unknown name; all problems in one message.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    layer_pattern: tuple[str, ...] = ("full",)
+    sliding_window: int | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        problems = []
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} = {getattr(self, name)} must be positive")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            problems.append(
+                f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}; "
+                "set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            problems.append(
+                f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}"
+            )
+        if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
+            problems.append(
+                f"num_layers = {self.num_layers} is not a multiple of the pattern {self.layer_pattern}"
+            )
+        for kind in self.layer_pattern:
+            if kind not in LAYER_KINDS:
+                problems.append(f"layer_pattern names {kind!r}; known kinds are {LAYER_KINDS}")
+        if "sliding" in self.layer_pattern and not self.sliding_window:
+            problems.append("a 'sliding' layer needs sliding_window")
+        if self.remat not in REMAT_POLICIES:
+            problems.append(f"remat = {self.remat!r}; known policies are {REMAT_POLICIES}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
+                problems.append(f"{name} = {getattr(self, name)!r} is not a float dtype")
+        if problems:
+            raise ValueError("TransformerConfig: " + "; ".join(problems) + ".")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def per_head_dim(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.param_dtype)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The kind of layer `layer` (from 0)."""
+        name = self.layer_pattern[layer % len(self.layer_pattern)]
+        window = self.sliding_window if name == "sliding" else None
+        return LayerKind(window=window, rope=name != "full_nope")

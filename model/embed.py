@@ -1,0 +1,39 @@
+"""Token and position tables. Shapes: B batch, T length, D width, V vocabulary."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+
+
+class Embed(nn.Module):
+    """A table [V, D] looked up by token id.
+
+    Attributes:
+      num_embeddings: V.
+      features: D.
+      embedding_init: initialiser; std 0.02 keeps the tied head's first logits small, so that an
+        untrained model's loss is close to ln V.
+      axis: logical name of the rows.
+      dtype: compute dtype of the looked-up rows.
+      param_dtype: storage dtype.
+    """
+
+    num_embeddings: int
+    features: int
+    embedding_init: Callable = nn.initializers.normal(0.02)
+    axis: str = axes.VOCAB
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        init = nn.with_logical_partitioning(self.embedding_init, (self.axis, axes.EMBED))
+        shape = (self.num_embeddings, self.features)
+        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
+        return jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)

@@ -1,0 +1,47 @@
+"""`Dense`: the one projection of attention, MLPs, experts and heads.
+
+Factorised training, adapters, quantisation and influence taps each replace or intercept this one
+class, by the `dense` factory of the module that owns the projection.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import matmul
+
+# Variance 1/fan_in keeps activations at unit scale; the tails are cut at two deviations.
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """y = x @ kernel (+ bias), with a two-dimensional kernel [in, out].
+
+    Attributes:
+      features: output width.
+      axes: logical names of the kernel's two dimensions.
+      use_bias: adds a bias over the output, zero at the start.
+      kernel_init: initialiser of the kernel.
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    kernel_init: Callable = fan_in_normal
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        y = matmul.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y

@@ -1,0 +1,61 @@
+"""Normalisation over the last axis, computed in float32 whatever the input's dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale (Zhang and Sennrich, arXiv 1910.07467).
+
+    Attributes:
+      eps: added to the mean square.
+      scale_dims: trailing dimensions that own a gain: 1, or 2 for a gain per head and dimension.
+      param_dtype: dtype of the gain.
+    """
+
+    eps: float = 1e-6
+    scale_dims: int = 1
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (y * _gain(self, "scale", nn.initializers.ones, x)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale (Ba et al., arXiv 1607.06450), without bias unless asked.
+
+    Attributes:
+      eps: added to the variance.
+      use_bias: adds a learned bias (GPT-2).
+      scale_dims: trailing dimensions that own a gain: 1, or 2 for a gain per head and dimension.
+      param_dtype: dtype of gain and bias.
+    """
+
+    eps: float = 1e-5
+    use_bias: bool = False
+    scale_dims: int = 1
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        y = y * _gain(self, "scale", nn.initializers.ones, x)
+        if self.use_bias:
+            y = y + _gain(self, "bias", nn.initializers.zeros, x)
+        return y.astype(x.dtype)
+
+
+def _gain(module, name: str, init, x: jax.Array) -> jax.Array:
+    """A parameter over the last `scale_dims` dimensions, shaped to broadcast against x."""
+    dims = module.scale_dims
+    init = nn.with_logical_partitioning(init, (axes.NORM,) * dims)
+    value = module.param(name, init, x.shape[-dims:], module.param_dtype)
+    return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + x.shape[-dims:])

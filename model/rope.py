@@ -1,0 +1,78 @@
+"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864) in its published variants.
+
+Shapes: B batch, T length, N heads, H head dim.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotates pairs of each head by angles that grow with the position.
+
+    Attributes:
+      base: theta; pair i turns by position * base^(-2i/H).
+      layout: 'half' pairs dimension i with i + H/2 (Llama); 'interleaved' pairs 2i with 2i+1
+        (GPT-J, Cohere).
+      scaling: 'none'; 'linear' divides positions by `factor`; 'llama3' stretches only the long
+        wavelengths, as Llama 3.1 does.
+      factor: how many times longer the context becomes.
+      original_length: context length before scaling ('llama3').
+      low_freq_factor: wavelengths above original_length / low_freq_factor are fully stretched.
+      high_freq_factor: wavelengths below original_length / high_freq_factor are kept.
+
+    Raises:
+      ValueError: an unknown layout or scaling, or 'llama3' bounds in the wrong order.
+    """
+
+    base: float = 10_000.0
+    layout: str = "half"
+    scaling: str = "none"
+    factor: float = 1.0
+    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        if self.layout not in ("half", "interleaved"):
+            raise ValueError(f"Rope.layout = {self.layout!r}: use 'half' or 'interleaved'.")
+        if self.scaling not in ("none", "linear", "llama3"):
+            raise ValueError(f"Rope.scaling = {self.scaling!r}: use 'none', 'linear' or 'llama3'.")
+        if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("Rope: high_freq_factor must exceed low_freq_factor.")
+
+    def frequencies(self, head_dim: int) -> jax.Array:
+        """Radians per position of each of the H/2 pairs, float32."""
+        if head_dim % 2:
+            raise ValueError(f"Rope needs an even head_dim, got {head_dim}.")
+        freq_P = self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        if self.scaling == "linear":
+            return freq_P / self.factor
+        if self.scaling == "llama3":
+            turns_P = self.original_length * freq_P / (2 * math.pi)
+            # 0 where stretched fully, 1 where kept, linear in the turns between the two bounds.
+            keep_P = (turns_P - self.low_freq_factor) / (
+                self.high_freq_factor - self.low_freq_factor
+            )
+            keep_P = jnp.clip(keep_P, 0.0, 1.0)
+            return freq_P * (keep_P + (1 - keep_P) / self.factor)
+        return freq_P
+
+    def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rotates x_BTNH by its positions; float32 inside, the input's dtype outside."""
+        angle_BTP = positions_BT[..., None].astype(jnp.float32) * self.frequencies(
+            x_BTNH.shape[-1]
+        ).reshape(1, 1, -1)
+        cos, sin = jnp.cos(angle_BTP)[:, :, None, :], jnp.sin(angle_BTP)[:, :, None, :]
+        x = x_BTNH.astype(jnp.float32)
+        if self.layout == "half":
+            a, b = jnp.split(x, 2, axis=-1)
+            out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        else:
+            a, b = x[..., 0::2], x[..., 1::2]
+            out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+        return out.astype(x_BTNH.dtype)

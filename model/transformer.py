@@ -1,0 +1,234 @@
+"""The decoder-only transformer: blocks, the stack that scans them, and the language model on top.
+
+Sublayers are factories (`Block.attention`, `Block.mlp`, `Block.norm`, and `dense` under them), so a
+method swaps one class by a gin binding and leaves this file alone.
+
+Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the layer pattern.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.attention import Attention
+from model.config import LayerKind, TransformerConfig
+from model.embed import Embed
+from model.kv_cache.base import CachePolicy
+from model.mlp import GatedMlp
+from model.norm import RMSNorm
+
+LAYOUTS = ("sequential", "parallel")
+
+
+@flax.struct.dataclass
+class Output:
+    """hidden_BTD after the final norm, and the caches of all layers (None while training)."""
+
+    hidden_BTD: jax.Array
+    caches: Any = None
+
+
+class Block(nn.Module):
+    """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
+
+    Attributes:
+      config: shared sizes.
+      kind: window and rotation of this layer.
+      layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
+      attention: factory, called with (config=, kind=, name=).
+      mlp: factory, called with (config=, name=).
+      norm: factory, called with (name=).
+    """
+
+    config: TransformerConfig
+    kind: LayerKind = LayerKind()
+    layout: str = "sequential"
+    attention: Callable[..., nn.Module] = Attention
+    mlp: Callable[..., nn.Module] = GatedMlp
+    norm: Callable[..., nn.Module] = RMSNorm
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        cache: Any = None,
+        policy: CachePolicy | None = None,
+    ) -> tuple[jax.Array, Any]:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"Block.layout = {self.layout!r}: choose from {LAYOUTS}.")
+        attention = self.attention(config=self.config, kind=self.kind, name="attention")
+        mlp = self.mlp(config=self.config, name="mlp")
+        normed_BTD = self.norm(name="norm")(x_BTD)
+        attended_BTD, cache = attention(
+            normed_BTD,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            cache=cache,
+            policy=policy,
+        )
+        if self.layout == "parallel":
+            y_BTD = x_BTD + attended_BTD + mlp(normed_BTD)
+        else:
+            x_BTD = x_BTD + attended_BTD
+            y_BTD = x_BTD + mlp(self.norm(name="mlp_norm")(x_BTD))
+        return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
+
+
+class Layers(nn.Module):
+    """Blocks `block_0` ... in order: one period of the pattern when scanned, else all L layers."""
+
+    config: TransformerConfig
+    block: Callable[..., nn.Module]
+    count: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, caches: Sequence[Any] | None, **context: Any
+    ) -> tuple[jax.Array, Any]:
+        new_caches = []
+        for i in range(self.count):
+            block = self.block(
+                config=self.config, kind=self.config.layer_kind(i), name=f"block_{i}"
+            )
+            cache = None if caches is None else caches[i]
+            apply = _rematerialised(self.config, cache, context)
+            x_BTD, cache = apply(block, x_BTD)
+            new_caches.append(cache)
+        return x_BTD, None if caches is None else new_caches
+
+
+def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:
+    """A function (block, x) -> (x, cache) that keeps what `config.remat` says for the backward."""
+
+    def apply(block: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        return block(x_BTD, cache=cache, **context)
+
+    if config.remat == "none" or cache is not None:
+        return apply
+    policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan the loop already keeps XLA from merging the two forward passes.
+    return nn.remat(apply, policy=policy, prevent_cse=not config.scan_layers)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    Attributes:
+      config: shared sizes.
+      block: factory of a layer, called with (config=, kind=, name=).
+      norm: factory of the final norm.
+      embed: factory of the token table.
+      position_embed: factory of a learned position table (GPT-2), or None.
+      tie_embeddings: the head is the token table; else its own [D, V] kernel.
+      embed_scale: factor on the looked-up embeddings.
+      logit_scale: factor on the logits (Cohere).
+      logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
+    """
+
+    config: TransformerConfig
+    block: Callable[..., nn.Module] = Block
+    norm: Callable[..., nn.Module] = RMSNorm
+    embed: Callable[..., nn.Module] = Embed
+    position_embed: Callable[..., nn.Module] | None = None
+    tie_embeddings: bool = True
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def setup(self):
+        config = self.config
+        dtypes = {"dtype": config.compute_dtype, "param_dtype": config.storage_dtype}
+        self.token_embed = self.embed(
+            num_embeddings=config.vocab_size, features=config.embed_dim, **dtypes
+        )
+        if self.position_embed is not None:
+            self.positions = self.position_embed(
+                features=config.embed_dim, axis=axes.POSITION, **dtypes
+            )
+        count = len(config.layer_pattern) if config.scan_layers else config.num_layers
+        self.layers = Layers(config=config, block=self.block, count=count)
+        self.final_norm = self.norm()
+        if not self.tie_embeddings:
+            # Stored as rows [V, D] like the token table, so that one loss serves both.
+            self.lm_head = self.embed(
+                num_embeddings=config.vocab_size, features=config.embed_dim, **dtypes
+            )
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        caches: Sequence[Any] | None = None,
+        policy: CachePolicy | None = None,
+    ) -> Output:
+        """Final hidden states.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: position of each token within its document; 0, 1, 2, ... when None.
+          segments_BT: attention stays within equal segments; None for one document a row.
+          caches: one state per layer (unrolled layers only), with `policy`.
+          policy: cache policy; None while training.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(
+                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
+            )
+        x_BTD = self.token_embed(tokens_BT) * jnp.asarray(
+            self.embed_scale, self.config.compute_dtype
+        )
+        if self.position_embed is not None:
+            x_BTD = x_BTD + self.positions(jnp.maximum(positions_BT, 0))
+        x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
+        context = {"positions_BT": positions_BT, "segments_BT": segments_BT, "policy": policy}
+        if self.config.scan_layers:
+            if caches is not None:
+                raise ValueError(
+                    "Caches need unrolled layers: use unrolled(model) and unroll_layers(params)."
+                )
+            x_BTD = self._scan(x_BTD, context)
+        else:
+            x_BTD, caches = self.layers(x_BTD, caches, **context)
+        return Output(hidden_BTD=self.final_norm(x_BTD), caches=caches)
+
+    def _scan(self, x_BTD: jax.Array, context: dict[str, Any]) -> jax.Array:
+        repeats = self.config.num_layers // len(self.config.layer_pattern)
+        scan = nn.scan(
+            lambda layers, x_BTD, _: layers(x_BTD, None, **context),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=repeats,
+            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+        )
+        x_BTD, _ = scan(self.layers, x_BTD, None)
+        return x_BTD
+
+    def head_VD(self) -> jax.Array:
+        """Rows of the output matrix."""
+        return self.token_embed.embedding if self.tie_embeddings else self.lm_head.embedding
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Scaled, soft-capped float32 logits [B, T, V] of hidden states."""
+        logits_BTV = self.logit_scale * jnp.einsum(
+            "btd,vd->btv",
+            hidden_BTD,
+            self.head_VD().astype(hidden_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.logit_softcap is not None:
+            logits_BTV = self.logit_softcap * jnp.tanh(logits_BTV / self.logit_softcap)
+        return logits_BTV
+
+    def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
+        """Logits [B, T, V]; arguments as in `hidden`."""
+        return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
