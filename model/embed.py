@@ -17,7 +17,6 @@ class Embed(nn.Module):
       features: D.
       embedding_init: initialiser; std 0.02 keeps the tied head's first logits small, so that an
         untrained model's loss is close to ln V.
-      axis: logical name of the rows.
       dtype: compute dtype of the looked-up rows.
       param_dtype: storage dtype.
     """
@@ -25,15 +24,47 @@ class Embed(nn.Module):
     num_embeddings: int
     features: int
     embedding_init: Callable = nn.initializers.normal(0.02)
-    axis: str = axes.VOCAB
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        init = nn.with_logical_partitioning(self.embedding_init, (self.axis, axes.EMBED))
+        init = nn.with_logical_partitioning(self.embedding_init, (axes.VOCAB, axes.EMBED))
         shape = (self.num_embeddings, self.features)
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
         return jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
+
+
+class Positions(nn.Module):
+    """A learned table of positions [P, D] (GPT-2).
+
+    Attributes:
+      num_positions: P, the longest row the model can read.
+      features: D.
+      embedding_init: initialiser.
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+
+    Raises:
+      ValueError: rows longer than the table.
+    """
+
+    num_positions: int
+    features: int
+    embedding_init: Callable = nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, positions_BT: jax.Array) -> jax.Array:
+        if positions_BT.shape[1] > self.num_positions:
+            raise ValueError(
+                f"Rows of {positions_BT.shape[1]} tokens do not fit the {self.num_positions} learned "
+                "positions: shorten TASK_FEATURE_LENGTHS or raise embed.Positions.num_positions."
+            )
+        init = nn.with_logical_partitioning(self.embedding_init, (axes.POSITION, axes.EMBED))
+        shape = (self.num_positions, self.features)
+        table = self.param("embedding", init, shape, self.param_dtype)
+        return jnp.take(table, positions_BT, axis=0, mode="clip").astype(self.dtype)

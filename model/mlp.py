@@ -43,9 +43,7 @@ class GatedMlp(nn.Module):
         act = activation(self.activation)
         gate_BTF = _project(self, "gate", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
         up_BTF = _project(self, "up", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
-        h_BTF = axes.constrain(
-            act(gate_BTF) * up_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP
-        )
+        h_BTF = axes.constrain(act(gate_BTF) * up_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
         return _project(self, "down", self.config.embed_dim, (axes.MLP, axes.EMBED))(h_BTF)
 
 

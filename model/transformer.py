@@ -113,7 +113,9 @@ def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, An
 
     if config.remat == "none" or cache is not None:
         return apply
-    policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = (
+        None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )
     # Inside a scan the loop already keeps XLA from merging the two forward passes.
     return nn.remat(apply, policy=policy, prevent_cse=not config.scan_layers)
 
@@ -150,9 +152,7 @@ class Transformer(nn.Module):
             num_embeddings=config.vocab_size, features=config.embed_dim, **dtypes
         )
         if self.position_embed is not None:
-            self.positions = self.position_embed(
-                features=config.embed_dim, axis=axes.POSITION, **dtypes
-            )
+            self.positions = self.position_embed(features=config.embed_dim, **dtypes)
         count = len(config.layer_pattern) if config.scan_layers else config.num_layers
         self.layers = Layers(config=config, block=self.block, count=count)
         self.final_norm = self.norm()
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
             self.embed_scale, self.config.compute_dtype
         )
         if self.position_embed is not None:
-            x_BTD = x_BTD + self.positions(jnp.maximum(positions_BT, 0))
+            x_BTD = x_BTD + self.positions(positions_BT)
         x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
         context = {"positions_BT": positions_BT, "segments_BT": segments_BT, "policy": policy}
         if self.config.scan_layers:

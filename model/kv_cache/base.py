@@ -25,9 +25,7 @@ class KeyValues:
 class CachePolicy(Protocol):
     """Pure functions over one layer's cache state."""
 
-    def init(
-        self, *, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
-    ) -> Any:
+    def init(self, *, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Any:
         """An empty state with room for `length` tokens."""
         ...
 

@@ -1,0 +1,39 @@
+"""Sizes are checked when a config is made, all problems at once."""
+
+import pytest
+
+from model.config import TransformerConfig
+
+SIZES = {"vocab_size": 64, "num_layers": 4, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48}
+
+
+def test_defaults_derive_heads():
+    config = TransformerConfig(**SIZES)
+    assert (config.kv_heads, config.per_head_dim) == (4, 8)
+
+
+def test_layer_pattern_repeats():
+    config = TransformerConfig(**SIZES, layer_pattern=("sliding", "full_nope"), sliding_window=3)
+    assert [config.layer_kind(i).window for i in range(4)] == [3, None, 3, None]
+    assert [config.layer_kind(i).rope for i in range(4)] == [True, False, True, False]
+
+
+def test_every_problem_is_reported():
+    bad = {**SIZES, "num_heads": 5, "num_kv_heads": 2, "layer_pattern": ("full", "wide", "full")}
+    with pytest.raises(ValueError) as error:
+        TransformerConfig(**bad, remat="half", dtype="int8")
+    message = str(error.value)
+    for part in (
+        "embed_dim = 32",
+        "num_kv_heads = 2",
+        "num_layers = 4",
+        "'wide'",
+        "'half'",
+        "'int8'",
+    ):
+        assert part in message
+
+
+def test_sliding_needs_a_window():
+    with pytest.raises(ValueError, match="sliding_window"):
+        TransformerConfig(**SIZES, layer_pattern=("sliding",))

@@ -1,0 +1,79 @@
+"""Schedules against closed forms at the steps that matter."""
+
+import math
+
+import numpy as np
+import pytest
+
+from trainers import schedules
+
+
+def test_cosine_peaks_after_warmup_and_never_rises_again():
+    lr = schedules.cosine(peak=3e-4, total_steps=10_000, warmup_steps=1325, final_fraction=0.1)
+    assert float(lr(0)) == 0.0
+    assert float(lr(1325)) == pytest.approx(3e-4, abs=1e-7)
+    assert float(lr(10_000)) == pytest.approx(3e-5, abs=1e-7)
+    values = np.array([float(lr(s)) for s in range(1325, 10_000, 75)])
+    assert np.all(np.diff(values) <= 1e-9)
+    halfway = 3e-4 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert float(lr(1325 + (10_000 - 1325) / 2)) == pytest.approx(halfway, rel=1e-4)
+
+
+def test_cooldown_starts_where_the_run_stopped_and_ends_at_its_floor():
+    before = schedules.cosine(peak=1e-3, total_steps=1000, warmup_steps=10)
+    lr = schedules.cooldown(before=before, start_step=400, steps=100)
+    for step in (0, 5, 10, 399):
+        assert float(lr(step)) == float(before(step))
+    start = float(before(400))
+    assert float(lr(400)) == pytest.approx(start)
+    assert float(lr(450)) == pytest.approx((start + 1e-6) / 2, rel=1e-5)
+    assert float(lr(500)) == pytest.approx(1e-6, abs=1e-9)
+
+
+def test_wsd_is_flat_then_falls_to_zero():
+    lr = schedules.wsd(peak=0.1, total_steps=100, decay_steps=20, warmup_steps=10)
+    assert [round(float(lr(s)), 6) for s in (5, 10, 50, 80, 90, 100)] == [
+        0.05,
+        0.1,
+        0.1,
+        0.1,
+        0.05,
+        0.0,
+    ]
+
+
+def test_rsqrt_falls_with_the_root():
+    lr = schedules.rsqrt(peak=1.0, warmup_steps=100)
+    assert float(lr(100)) == pytest.approx(1.0)
+    assert float(lr(400)) == pytest.approx(0.5)
+
+
+def test_linear_and_constant():
+    lr = schedules.linear(peak=2.0, total_steps=10, final=1.0)
+    assert [float(lr(s)) for s in (0, 5, 10, 20)] == [2.0, 1.5, 1.0, 1.0]
+    assert float(schedules.constant(peak=0.5, warmup_steps=2)(1)) == 0.25
+
+
+def test_phases_restart_their_own_clock():
+    lr = schedules.phases(
+        schedules=(
+            schedules.linear(peak=1.0, total_steps=10),
+            schedules.constant(peak=3.0, warmup_steps=2),
+        ),
+        starts=(0, 10),
+    )
+    assert [float(lr(s)) for s in (0, 5, 10, 11, 12)] == [1.0, 0.5, 0.0, 1.5, 3.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: schedules.cosine(peak=1.0, total_steps=5, warmup_steps=5),
+        lambda: schedules.rsqrt(peak=1.0, warmup_steps=0),
+        lambda: schedules.cooldown(before=schedules.constant(peak=1.0), start_step=3, steps=0),
+        lambda: schedules.phases(schedules=(), starts=()),
+    ],
+)
+def test_impossible_schedules_are_refused(make):
+    with pytest.raises(ValueError):
+        make()

@@ -1,0 +1,110 @@
+"""From a stream of rows to sharded global arrays, prepared ahead by one thread.
+
+The stream is a pure function of (step, row range); every device asks for the rows it needs, so the
+mesh and the number of hosts never change what a batch holds.
+"""
+
+import queue
+import threading
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+class Stream(Protocol):
+    """What trainers need of a data stream; data/stream.py provides it."""
+
+    batch_size: int
+    length: int
+    source_names: tuple[str, ...]
+    fingerprint: str
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the global batch of `step`."""
+        ...
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
+        """Source, documents and epoch of the same rows."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What to record with a run."""
+        ...
+
+
+def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The batch of one step as global arrays; each process reads only its own rows."""
+    ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def rows(lo: int, hi: int) -> dict[str, np.ndarray]:
+        if (lo, hi) not in ranges:  # several devices, and all features, ask for the same rows
+            ranges[lo, hi] = stream.batch(step, lo, hi)
+        return ranges[lo, hi]
+
+    size = stream.batch_size
+    local = sharding.addressable_devices_indices_map((size,)).values()
+    first = rows(*next(iter(local))[0].indices(size)[:2])
+    return {
+        name: jax.make_array_from_callback(
+            (size, *array.shape[1:]),
+            sharding,
+            lambda index, name=name: rows(*index[0].indices(size)[:2])[name],
+        )
+        for name, array in first.items()
+    }
+
+
+class Prefetcher:
+    """Global batches of consecutive steps, `ahead` of them prepared by a thread.
+
+    A `get` out of order restarts the thread there: a rollback needs no other notice.
+    """
+
+    def __init__(self, stream: Stream, sharding: NamedSharding, *, ahead: int = 2):
+        self._stream, self._sharding, self._ahead = stream, sharding, ahead
+        self._thread: threading.Thread | None = None
+        self._next = -1
+
+    def get(self, step: int) -> dict[str, jax.Array]:
+        """The batch of `step`; raises whatever reading it raised."""
+        if step != self._next or self._thread is None:
+            self._start(step)
+        self._next = step + 1
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread; a later `get` starts it again."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def _start(self, step: int) -> None:
+        self.close()
+        self._stop = threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue(self._ahead)
+        args = (step, self._queue, self._stop)
+        self._thread = threading.Thread(target=self._work, args=args, daemon=True)
+        self._thread.start()
+
+    def _work(self, step: int, out: queue.Queue, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                item: Any = global_batch(self._stream, step, self._sharding)
+            except BaseException as error:  # handed to the caller, whose thread it concerns
+                item = error
+            while not stop.is_set():
+                try:
+                    out.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1

@@ -1,0 +1,21 @@
+"""The hook seam: host code with a cadence, called after a step's update."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from trainers.train_state import TrainState
+
+
+class Hook(Protocol):
+    """Called with the number of updates made, the state after them, and the newest host metrics.
+
+    The metrics are those of the step before, since they are fetched one step late. What a hook
+    returns is written with the run's metrics. A hook runs when `step` is a multiple of `every`, and
+    after the last step.
+    """
+
+    every: int
+
+    def __call__(
+        self, step: int, state: TrainState, metrics: Mapping[str, float]
+    ) -> Mapping[str, float] | None: ...

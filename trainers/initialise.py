@@ -1,0 +1,102 @@
+"""From a model and an optimiser to a sharded train state, without ever holding it on one device."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainers import trainable
+from trainers.anomaly import STATISTICS, Anomaly
+from trainers.partitioning import Rules, mesh_spec
+from trainers.train_state import TrainState
+
+
+def abstract_params(model: Any, *, length: int = 8) -> Any:
+    """Shapes and dtypes of the parameters, boxed with their logical axis names; allocates nothing."""
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """NamedShardings of boxed abstract parameters, as a plain tree."""
+    return jax.tree.map(
+        lambda box: NamedSharding(mesh, mesh_spec(box.names, rules)),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+
+
+def make_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: jax.Array,
+    mask: Any = None,
+    ema: bool = False,
+    anomaly: Anomaly | None = None,
+    length: int = 8,
+) -> TrainState:
+    """The state of step 0; jit it with `out_shardings` to create it sharded."""
+    variables = model.init(key, jnp.zeros((1, length), jnp.int32))
+    variables = nn.meta.unbox(variables)
+    params = variables["params"]
+    extra = {
+        name: value for name, value in variables.items() if name not in ("params", "intermediates")
+    }
+    if anomaly is not None:
+        extra[STATISTICS] = anomaly.init()
+    trained = params if mask is None else trainable.split(params, mask)[0]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(trained),
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        variables=extra,
+    )
+
+
+def state_shardings(
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    *,
+    mesh: Mesh,
+    mask: Any = None,
+) -> TrainState:
+    """Shardings of a whole state: moments follow their parameter, everything else is replicated.
+
+    Args:
+      abstract: the state's shapes (`jax.eval_shape` of make_state).
+      optimizer: the optimiser that made the state.
+      shardings: of the parameters.
+      mesh: the mesh.
+      mask: trainable mask, as given to make_state.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    trained, trained_shardings = abstract.params, shardings
+    if mask is not None:
+        trained = trainable.split(abstract.params, mask)[0]
+        trained_shardings = trainable.split(shardings, mask)[0]
+
+    def like_parameter(moment, param, sharding):
+        # Adafactor's row and column statistics are small vectors of another shape.
+        return sharding if moment.shape == param.shape else replicated
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        like_parameter,
+        abstract.opt_state,
+        trained,
+        trained_shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(
+        step=replicated,
+        params=shardings,
+        opt_state=opt_state,
+        ema_params=None if abstract.ema_params is None else shardings,
+        variables=jax.tree.map(lambda _: replicated, abstract.variables),
+    )

@@ -1,0 +1,232 @@
+"""Meshes, rule sets from logical axes to mesh axes, and their strict validation.
+
+A misspelt logical name would silently replicate an array, and a mesh that does not divide a dimension
+would fail deep inside the compiler, so both are checked before anything is allocated.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model import axes
+from model.config import TransformerConfig
+from model.platform import use_platform
+
+# data: copies of the model; fsdp: batch and parameters split together; tensor: heads and widths split.
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = tuple[tuple[str, Any], ...]
+
+
+def make_mesh(
+    *, shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over MESH_AXES.
+
+    Args:
+      shape: sizes by axis name; missing axes are 1; one may be -1 for "all remaining devices".
+        None puts every device on `data`.
+      devices: the devices to use; all by default.
+
+    Raises:
+      ValueError: unknown axis, or a shape that does not cover the devices exactly.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = dict(shape or {"data": -1})
+    unknown = set(shape) - set(MESH_AXES)
+    if unknown:
+        raise ValueError(f"MESH names unknown axes {sorted(unknown)}: use {MESH_AXES}.")
+    sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"MESH = {shape}: sizes are positive, and at most one is -1.")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
+            "its sizes must equal their number (-1 stands for what remains)."
+        )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rules:
+    """Every known name gets a rule; those not given are replicated."""
+    given = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
+    return tuple((name, given.get(name)) for name in axes.ALL_AXES)
+
+
+_FSDP_PARAMETERS = {axes.EMBED: "fsdp"}
+_TP_PARAMETERS = {
+    axes.HEADS: "tensor",
+    axes.KV_HEADS: "tensor",
+    axes.MLP: "tensor",
+    axes.VOCAB: "tensor",
+}
+_TP_ACTIVATIONS = {axes.ACT_HEADS: "tensor", axes.ACT_KV_HEADS: "tensor", axes.ACT_MLP: "tensor"}
+
+
+def dp() -> Rules:
+    """Data parallel: parameters replicated, batch split over data and fsdp."""
+    return _rules({}, {})
+
+
+def fsdp() -> Rules:
+    """Fully sharded data parallel: parameters, moments and batch split over fsdp (ZeRO-3)."""
+    return _rules(_FSDP_PARAMETERS, {})
+
+
+def tp() -> Rules:
+    """Tensor parallel: heads, MLP width and vocabulary split (Megatron-LM, arXiv 1909.08053)."""
+    return _rules(_TP_PARAMETERS, _TP_ACTIVATIONS)
+
+
+def fsdp_tp() -> Rules:
+    """Both: parameters split over fsdp x tensor."""
+    return _rules({**_FSDP_PARAMETERS, **_TP_PARAMETERS}, _TP_ACTIVATIONS)
+
+
+def fsdp_tp_sp() -> Rules:
+    """fsdp_tp with the residual stream's length split over tensor (arXiv 2205.05198)."""
+    return _rules(
+        {**_FSDP_PARAMETERS, **_TP_PARAMETERS}, {**_TP_ACTIVATIONS, axes.LENGTH: "tensor"}
+    )
+
+
+RULE_SETS: dict[str, Callable[[], Rules]] = {
+    "dp": dp,
+    "fsdp": fsdp,
+    "tp": tp,
+    "fsdp_tp": fsdp_tp,
+    "fsdp_tp_sp": fsdp_tp_sp,
+}
+
+
+def rules_named(name: str) -> Rules:
+    if name not in RULE_SETS:
+        raise ValueError(f"Unknown rule set {name!r}: choose from {sorted(RULE_SETS)}.")
+    return RULE_SETS[name]()
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Enters mesh, rules and target platform, so that models constrain and choose kernels for it."""
+    platform = mesh.devices.flat[0].platform
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), use_platform(platform):
+        yield
+
+
+def mesh_spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """The mesh axes of an array annotated with logical names."""
+    return nn.logical_to_mesh_axes(names, rules)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+    """Sharding of the leading batch dimension of every input array."""
+    return NamedSharding(mesh, mesh_spec((axes.BATCH,), rules))
+
+
+def _width(mesh: Mesh, target: Any) -> int:
+    """Number of shards a rule's target makes."""
+    names = () if target is None else (target,) if isinstance(target, str) else target
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def validate(
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    config: TransformerConfig,
+    batch_size: int,
+    length: int,
+    boxed_params: Any = None,
+    replicated_limit: int = 2**31,
+) -> None:
+    """Checks mesh, rules, sizes and parameter names against each other.
+
+    Args:
+      mesh: the resolved mesh.
+      rules: the rule set.
+      config: the model's sizes.
+      batch_size: rows of a global batch (of a microbatch when accumulating).
+      length: tokens per row.
+      boxed_params: abstract parameters with their logical names, when available.
+      replicated_limit: bytes of parameters that may stay whole on every device while a mesh axis
+        meant to split parameters is larger than one.
+
+    Raises:
+      ValueError: one message that lists every problem.
+    """
+    targets = dict(rules)
+    problems = [
+        f"rule for {name!r}, which is no logical axis (see model/axes.py)"
+        for name in targets
+        if name not in axes.ALL_AXES
+    ]
+    used = {
+        axis
+        for target in targets.values()
+        for axis in (() if target is None else (target,) if isinstance(target, str) else target)
+    }
+    problems += [
+        f"mesh axis {axis!r} has size {size}, but no rule uses it: choose another rule set or "
+        "give its devices to another axis"
+        for axis, size in mesh.shape.items()
+        if size > 1 and axis not in used
+    ]
+    for name, size, what in (
+        (axes.BATCH, batch_size, "BATCH_SIZE (divided by the microbatches)"),
+        (axes.LENGTH, length, "the row length"),
+        (axes.HEADS, config.num_heads, "num_heads"),
+        (axes.KV_HEADS, config.kv_heads, "num_kv_heads"),
+        (axes.MLP, config.mlp_dim, "mlp_dim"),
+        (axes.EMBED, config.embed_dim, "embed_dim"),
+        (axes.VOCAB, config.vocab_size, "vocab_size"),
+        (
+            axes.LAYERS,
+            config.num_layers // len(config.layer_pattern),
+            "num_layers over the pattern",
+        ),
+    ):
+        shards = _width(mesh, targets.get(name))
+        if size % shards:
+            problems.append(f"{what} = {size} is not a multiple of the {shards} shards of {name!r}")
+    if boxed_params is not None:
+        problems += _parameter_problems(mesh, targets, boxed_params, replicated_limit)
+    if problems:
+        raise ValueError(
+            f"Mesh {dict(mesh.shape)} and the rule set do not fit this run:\n  - "
+            + "\n  - ".join(problems)
+        )
+
+
+def _parameter_problems(
+    mesh: Mesh, targets: Mapping[str, Any], boxed_params: Any, replicated_limit: int
+) -> list[str]:
+    problems, replicated = [], 0
+    for path, box in jax.tree_util.tree_leaves_with_path(
+        boxed_params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    ):
+        where = "/".join(str(key.key) for key in path)
+        if not isinstance(box, nn.LogicallyPartitioned):
+            problems.append(f"parameter {where} carries no logical axis names")
+            continue
+        unknown = [n for n in box.names if n is not None and n not in targets]
+        if unknown:
+            problems.append(f"parameter {where} has axes {unknown} without a rule")
+            continue
+        if math.prod(_width(mesh, targets.get(name)) for name in box.names) == 1:
+            replicated += math.prod(box.value.shape) * box.value.dtype.itemsize
+    splits = max(_width(mesh, targets.get(name)) for name in axes.PARAMETER_AXES)
+    if splits > 1 and replicated > replicated_limit:
+        problems.append(
+            f"{replicated / 2**30:.1f} GiB of parameters would stay whole on every device; "
+            "check their logical names"
+        )
+    return problems

@@ -1,0 +1,201 @@
+"""A recipe: everything that determines the compiled step, and the program it turns into on a mesh.
+
+Training, evaluation and ahead-of-time compilation all start here, so what `precompile` measures is
+what `train` runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from trainers import initialise, partitioning, trainable
+from trainers.anomaly import Anomaly
+from trainers.objectives.base import Batch, LossFn
+from trainers.objectives.lm import language_modelling
+from trainers.partitioning import Rules
+from trainers.schedules import Schedule
+from trainers.step import Metrics, make_train_step
+from trainers.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What gin binds of a run besides its data and its directory.
+
+    Attributes:
+      model: the linen module.
+      batch_size: rows of a global batch.
+      feature_lengths: tokens per row by feature, such as {"targets": 2048}.
+      optimizer: factory, called with (learning_rate=).
+      learning_rate: a schedule over update steps.
+      objective: factory of the loss, called with (model=, num_sources=).
+      trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
+      microbatches: parts a batch is processed in.
+      gradient_dtype: dtype of gradients, taken of a copy of the parameters in it; None for their own.
+      ema_decay: decay of averaged parameters kept beside the trained ones; None for none.
+      anomaly: policy for non-finite and spiking losses; None applies every update.
+      rules: name of a rule set in trainers/partitioning.py.
+      mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
+      seed: of initial parameters and of any randomness in steps.
+    """
+
+    model: Any
+    batch_size: int
+    feature_lengths: Mapping[str, int]
+    optimizer: Callable[..., optax.GradientTransformation]
+    learning_rate: Schedule
+    objective: Callable[..., LossFn] = language_modelling
+    trainable: Sequence[str] = ()
+    microbatches: int = 1
+    gradient_dtype: str | None = None
+    ema_decay: float | None = None
+    anomaly: Anomaly | None = Anomaly()
+    rules: str = "fsdp"
+    mesh: Mapping[str, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.microbatches < 1 or self.batch_size % self.microbatches:
+            raise ValueError(
+                f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
+                f"{self.microbatches} microbatches."
+            )
+        if "targets" not in self.feature_lengths:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths)} lacks 'targets', for example "
+                '{"targets": 512}.'
+            )
+
+    @property
+    def length(self) -> int:
+        return self.feature_lengths["targets"]
+
+    def program(
+        self, *, num_sources: int = 0, devices: Sequence[jax.Device] | None = None
+    ) -> "Program":
+        """Resolves mesh, shardings and functions; validates, allocates and compiles nothing.
+
+        Args:
+          num_sources: number of data sources whose loss is reported separately.
+          devices: devices to use, possibly of an absent topology; all present ones by default.
+
+        Raises:
+          ValueError: mesh, rules and sizes that do not fit together.
+        """
+        mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
+        rules = partitioning.rules_named(self.rules)
+        boxed = initialise.abstract_params(self.model)
+        partitioning.validate(
+            mesh=mesh,
+            rules=rules,
+            config=self.model.config,
+            batch_size=self.batch_size // self.microbatches,
+            length=self.length,
+            boxed_params=boxed,
+        )
+        params = initialise.param_shardings(boxed, mesh, rules)
+        mask = (
+            trainable.match(self.trainable, params, what="trainable pattern")
+            if self.trainable
+            else None
+        )
+        optimizer = self.optimizer(learning_rate=self.learning_rate)
+        make_state = functools.partial(
+            initialise.make_state,
+            self.model,
+            optimizer,
+            mask=mask,
+            ema=self.ema_decay is not None,
+            anomaly=self.anomaly,
+        )
+        abstract = jax.eval_shape(lambda: make_state(key=jax.random.key(self.seed)))
+        shardings = initialise.state_shardings(abstract, optimizer, params, mesh=mesh, mask=mask)
+        loss_fn = self.objective(model=self.model, num_sources=num_sources)
+        step = make_train_step(
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            seed=self.seed,
+            mask=mask,
+            microbatches=self.microbatches,
+            gradient_dtype=self.gradient_dtype,
+            ema_decay=self.ema_decay,
+            anomaly=self.anomaly,
+        )
+
+        def evaluate(params: Any, batch: Batch) -> Metrics:
+            return loss_fn(params, batch, jax.random.key(self.seed)).metrics
+
+        return Program(
+            mesh=mesh,
+            rules=rules,
+            boxed_params=boxed,
+            mask=mask,
+            abstract_state=jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                abstract,
+                shardings,
+            ),
+            init=jax.jit(
+                lambda: make_state(key=jax.random.key(self.seed)), out_shardings=shardings
+            ),
+            train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            eval_step=jax.jit(evaluate),
+            batch_sharding=partitioning.batch_sharding(mesh, rules),
+        )
+
+    def abstract_batch(self, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a packed language-modelling batch."""
+        rows = (self.batch_size, self.length)
+
+        def array(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        return {
+            "decoder_input_tokens": array(rows, jnp.int32),
+            "decoder_target_tokens": array(rows, jnp.int32),
+            "decoder_loss_weights": array(rows, jnp.float32),
+            "decoder_segment_ids": array(rows, jnp.int32),
+            "decoder_positions": array(rows, jnp.int32),
+            "source_ids": array(rows[:1], jnp.int32),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A recipe on a mesh. Call its functions inside `partitioning.use_mesh(mesh, rules)`.
+
+    Attributes:
+      mesh: the resolved mesh.
+      rules: logical to mesh axes.
+      boxed_params: abstract parameters with their logical names.
+      mask: tree of bools, True where trained; None when everything is.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init: () -> state of step 0, created sharded.
+      train_step: (state, batch) -> (state, metrics); consumes the state.
+      eval_step: (params, batch) -> metrics as (sum, weight).
+      batch_sharding: sharding of every input array.
+    """
+
+    mesh: Mesh
+    rules: Rules
+    boxed_params: Any
+    mask: Any
+    abstract_state: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, Batch], Metrics]
+    batch_sharding: NamedSharding
+
+    def num_params(self, *, trained_only: bool = False) -> int:
+        params = self.abstract_state.params
+        if trained_only and self.mask is not None:
+            params = trainable.split(params, self.mask)[0]
+        return sum(leaf.size for leaf in jax.tree.leaves(params))

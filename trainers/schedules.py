@@ -1,0 +1,96 @@
+"""Learning rates as functions of the step. Every schedule here is keyword-only and pure.
+
+Steps count optimiser updates from 0; the value at step s is used by update s.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[int], jnp.ndarray]
+
+
+def _with_warmup(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
+    """Linear from 0 to `peak` at step `warmup_steps`, then `after` counted from there."""
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
+    )
+
+
+def _check(name: str, total_steps: int, warmup_steps: int) -> None:
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"{name}: warmup_steps = {warmup_steps} must lie in [0, total_steps = {total_steps})."
+        )
+
+
+def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
+    """Warm-up, then `peak` for ever."""
+    return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
+
+
+def linear(*, peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+    """Warm-up, then a straight line that reaches `final` at `total_steps`."""
+    _check("linear", total_steps, warmup_steps)
+    after = optax.linear_schedule(peak, final, total_steps - warmup_steps)
+    return _with_warmup(after, peak, warmup_steps)
+
+
+def cosine(
+    *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+) -> Schedule:
+    """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
+    _check("cosine", total_steps, warmup_steps)
+    after = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=final_fraction)
+    return _with_warmup(after, peak, warmup_steps)
+
+
+def rsqrt(*, peak: float, warmup_steps: int) -> Schedule:
+    """peak * sqrt(warmup / max(step, warmup)), with a linear warm-up (T5 without its flat start)."""
+    if warmup_steps < 1:
+        raise ValueError("rsqrt: warmup_steps must be at least 1; it sets the decay's time scale.")
+
+    def after(step):
+        return peak * jnp.sqrt(warmup_steps / (step + warmup_steps))
+
+    return _with_warmup(after, peak, warmup_steps)
+
+
+def wsd(
+    *,
+    peak: float,
+    total_steps: int,
+    decay_steps: int,
+    warmup_steps: int = 0,
+    final: float = 0.0,
+) -> Schedule:
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
+    _check("wsd", total_steps - decay_steps, warmup_steps)
+    stable = constant(peak=peak, warmup_steps=warmup_steps)
+    return cooldown(
+        before=stable, start_step=total_steps - decay_steps, steps=decay_steps, final=final
+    )
+
+
+def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e-6) -> Schedule:
+    """Follows `before` up to `start_step`, then a straight line from its value there to `final`.
+
+    To cool down from a checkpoint at step s, keep the run's schedule as `before` and set
+    `start_step` to s: the optimiser moments and the step continue, only the rate changes.
+    """
+    if steps < 1:
+        raise ValueError(f"cooldown: steps = {steps} must be positive.")
+    decay = optax.linear_schedule(before(start_step), final, steps)
+    return optax.join_schedules([before, decay], [start_step])
+
+
+def phases(*, schedules: Sequence[Schedule], starts: Sequence[int]) -> Schedule:
+    """Runs schedule i, its own steps counted from 0, from step starts[i] on; starts[0] is 0."""
+    if len(schedules) != len(starts) or not starts or starts[0] != 0:
+        raise ValueError("phases: give one start per schedule, the first of them 0.")
+    if list(starts) != sorted(set(starts)):
+        raise ValueError(f"phases: starts = {tuple(starts)} must increase.")
+    return optax.join_schedules(list(schedules), list(starts[1:]))

@@ -1,0 +1,155 @@
+"""The one train step: gradients of a summed loss, divided once by the summed weight.
+
+Numerators and weights are added over microbatches before the division, so accumulation, padding and
+packing do not change the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainers import anomaly as anomaly_lib
+from trainers import trainable
+from trainers.objectives.base import Batch, LossFn, LossOut
+from trainers.train_state import TrainState
+
+# name -> (sum, weight); divide after summing over steps or hosts.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int = 0,
+    mask: Any = None,
+    microbatches: int = 1,
+    gradient_dtype: str | None = None,
+    ema_decay: float | None = None,
+    anomaly: anomaly_lib.Anomaly | None = None,
+) -> TrainStep:
+    """A pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+      loss_fn: the objective.
+      optimizer: over the trainable parameters only.
+      seed: base of the randomness; step s uses fold_in(key(seed), s).
+      mask: tree of bools over params, True where trained; None trains everything.
+      microbatches: equal parts the batch's rows are processed in, one after the other.
+      gradient_dtype: differentiate a copy of the parameters in this dtype, which also stores the
+        gradients in it (half the memory in bfloat16); None differentiates the parameters.
+      ema_decay: decay of an exponential average of the parameters in state.ema_params.
+      anomaly: bad updates are not applied; its statistics live in state.variables.
+
+    Returns:
+      The step. Metrics hold those of the objective, summed, and 'grad_norm' before clipping,
+      'param_norm', 'update_norm' and, with `anomaly`, 'anomaly' (1 for a dropped update).
+    """
+
+    def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, LossOut]:
+        if mask is None:
+            trained, frozen = params, jax.tree.map(lambda _: None, params)
+        else:
+            trained, frozen = trainable.split(params, mask)
+        if gradient_dtype is not None:
+            trained = _cast_floats(trained, gradient_dtype)
+
+        def loss(trained):
+            whole = trained if mask is None else trainable.join(trained, frozen)
+            out = loss_fn(whole, batch, rng)
+            return out.sum, out
+
+        return jax.grad(loss, has_aux=True)(trained)
+
+    def accumulated(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, LossOut]:
+        if microbatches == 1:
+            return gradients(params, batch, rng)
+        # Row r goes to microbatch r % M, so that each microbatch is spread over all devices.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def body(total, xs):
+            part, index = xs
+            new = gradients(params, part, jax.random.fold_in(rng, index))
+            grads, out = new
+            wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+            summed = jax.tree.map(jnp.add, total, (wide, out.replace(variables=None)))
+            return summed, out.variables
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, params, first, rng)
+        shapes = (shapes[0], shapes[1].replace(variables=None))
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+        )
+        (grads, out), variables = jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))
+        last = jax.tree.map(lambda x: x[-1], variables)
+        return grads, out.replace(variables=last)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, out = accumulated(state.params, batch, rng)
+        # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
+        divisor = jnp.where(out.weight > 0, out.weight, 1.0)
+        trained = state.params if mask is None else trainable.split(state.params, mask)[0]
+        grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), grads, trained)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        new_trained = optax.apply_updates(trained, updates)
+        variables = dict(state.variables)
+        variables.update(out.variables or {})
+        metrics: Metrics = dict(out.metrics)
+
+        if anomaly is not None:
+            good, statistics = anomaly.judge(
+                state.variables[anomaly_lib.STATISTICS], out.sum / divisor, grad_norm
+            )
+            keep = (new_trained, opt_state, variables)
+            new_trained, opt_state, variables = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                keep,
+                (trained, state.opt_state, dict(state.variables)),
+            )
+            variables[anomaly_lib.STATISTICS] = statistics
+            metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
+
+        if mask is None:
+            params = new_trained
+        else:
+            params = trainable.join(new_trained, trainable.split(state.params, mask)[1])
+        ema_params = state.ema_params
+        if ema_decay is not None:
+            ema_params = jax.tree.map(
+                lambda e, p: (ema_decay * e + (1 - ema_decay) * p).astype(e.dtype),
+                ema_params,
+                params,
+            )
+        metrics["grad_norm"] = _scalar(grad_norm)
+        metrics["update_norm"] = _scalar(optax.tree.norm(updates))
+        metrics["param_norm"] = _scalar(optax.tree.norm(params))
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema_params=ema_params,
+            variables=variables,
+        )
+        return new_state, metrics
+
+    return step
+
+
+def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A metric of the whole step, with weight one."""
+    return value.astype(jnp.float32), jnp.ones((), jnp.float32)
+
+
+def _cast_floats(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )

@@ -1,0 +1,63 @@
+"""The trainable set seam: path patterns choose the parameters that are optimised.
+
+Frozen parameters get no gradient, no moments and no weight decay.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'layers/block_0/mlp/up/kernel' for a key path of a nested dict (or other pytree)."""
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
+
+
+def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any:
+    """A tree of bools: whether a leaf's whole path matches one of the regular expressions.
+
+    Args:
+      patterns: regular expressions for whole paths. One that begins with '!' takes back what
+        earlier patterns matched; the last pattern that matches a path decides.
+      params: any pytree.
+      what: how the error names a pattern.
+
+    Raises:
+      ValueError: a pattern that matches no parameter, with the nearest paths.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    chosen = dict.fromkeys(names, False)
+    for pattern in patterns:
+        regex = re.compile(pattern.removeprefix("!"))
+        hits = [name for name in names if regex.fullmatch(name)]
+        if not hits:
+            examples = ", ".join(names[:4])
+            raise ValueError(
+                f"The {what} {pattern!r} matches none of the {len(names)} parameters; paths look "
+                f"like {examples}."
+            )
+        chosen.update(dict.fromkeys(hits, not pattern.startswith("!")))
+    return jax.tree_util.tree_map_with_path(lambda path, _: chosen[path_name(path)], params)
+
+
+def split(params: Any, mask: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): the same tree twice, with None where the leaf is in the other."""
+    trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, mask)
+    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, mask)
+    return trainable, frozen
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def matching(patterns: Sequence[str], *, what: str) -> Callable[[Any], Any]:
+    """`match` as a function of the parameters, the form optax takes for its masks."""
+    return lambda params: match(patterns, params, what=what)
