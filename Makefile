@@ -1,0 +1,47 @@
+# make quickstart: a code-mix ablation on real text and code, in minutes, on a laptop.
+# make test:       the whole test suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+WORKERS ?= 2
+
+.PHONY: help venv quickstart test smoke lint peers clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+	@echo "make lint:       ruff, mypy.   make peers: reference implementations in .venv-peers."
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py $(wildcard $(CONSTRAINTS))
+	@$(PYTHON) -c 'import sys; sys.exit("Espalier needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[test]'
+	@touch $@
+
+quickstart: venv
+	$(BIN)/python -m launch.quickstart
+
+test: venv
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+smoke: venv
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+peers: .venv-peers/.installed
+
+.venv-peers/.installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q --upgrade pip
+	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peers build *.egg-info
