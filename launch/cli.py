@@ -1,0 +1,226 @@
+"""What all entry points share: flags, environment, configuration, and errors meant for people.
+
+An entry point is a module `launch/<name>.py` whose docstring is its help text (with an example
+that can be run) and which begins, before its heavy imports, with
+
+    if __name__ == "__main__":
+        from launch import cli
+
+        raise SystemExit(cli.main(__doc__, entry="launch.<name>:<function>"))
+
+so that --help answers at once and jax starts in the environment set here.
+"""
+
+import argparse
+import dataclasses
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import environment, root_check
+
+if TYPE_CHECKING:  # gin is imported only once the flags have been read
+    from launch.gin_config import Config
+
+OWN_PACKAGES = ("model", "trainers", "data", "launch")
+USAGE_ERROR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What an entry point starts from: the flags and the loaded configuration.
+
+    Calling it calls the entry function with its arguments from gin; keywords win over gin.
+    """
+
+    flags: argparse.Namespace
+    config: "Config"
+
+    def __call__(self, **overrides: Any) -> Any:
+        return self.config.entry(**overrides)
+
+    def arguments(self) -> dict[str, Any]:
+        """What gin binds to the entry function, for runs that need parts of its configuration."""
+        return self.config.arguments()
+
+
+def main(
+    doc: str,
+    entry: str,
+    *,
+    extra_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    run: Callable[[Start], Any] | None = None,
+    default_files: Callable[[argparse.Namespace], Sequence[str]] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
+
+    Args:
+      doc: help text; the first line is the description, the rest is printed as it stands.
+      entry: 'package.module:function', the keyword-only function gin configures. It is imported by
+        this name, never as `__main__`, after the flags are read.
+      extra_flags: adds this entry point's own flags to the parser.
+      run: called with the `Start` in place of the entry function.
+      default_files: gin files read before those of --gin_file, from the flags; such as the
+        configuration in a checkpoint's run directory.
+      argv: arguments in place of the process's own; the process is not restarted then.
+    """
+    module = entry.partition(":")[0]
+    parser = _parser(doc, f"python -m {module}")
+    if extra_flags is not None:
+        extra_flags(parser)
+    flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
+    try:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        root_check.check()
+        environment.join_processes(
+            flags.coordinator_address, flags.process_count, flags.process_index
+        )
+        from launch import gin_config
+
+        files = [*(default_files(flags) if default_files else ()), *flags.gin_file]
+        config = gin_config.load(files, bindings, _paths(flags.gin_search_paths), entry=entry)
+        for warning in config.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        start = Start(flags, config)
+        if run is None:
+            start()
+        else:
+            run(start)
+    except Exception as error:
+        if not _meant_for_people(error):
+            raise
+        _report(error)
+        return USAGE_ERROR
+    return 0
+
+
+def console() -> int:
+    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
+    commands = _commands()
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in (None, "-h", "--help"):
+        print("usage: espalier COMMAND [flags]     (espalier COMMAND --help for its flags)\n")
+        for command, summary in commands.items():
+            print(f"  {command:<12} {summary}")
+        return 0 if name else USAGE_ERROR
+    if name not in commands:
+        import difflib
+
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f" Nearest: {near[0]}." if near else ""
+        print(f"espalier: no command '{name}'.{hint} Known: {', '.join(commands)}", file=sys.stderr)
+        return USAGE_ERROR
+    import runpy
+
+    # Packages of this name must be found here before any in the working directory.
+    sys.path.insert(0, root_check.ROOT)
+    sys.argv[:2] = [f"espalier {name}"]
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _commands() -> dict[str, str]:
+    """Modules beside this one that are entry points, with the first line of their docstrings."""
+    import ast
+
+    folder = os.path.dirname(os.path.abspath(__file__))
+    found = {}
+    for file in sorted(os.listdir(folder)):
+        path = os.path.join(folder, file)
+        if file.endswith(".py"):
+            with open(path, encoding="utf-8") as source:
+                text = source.read()
+            if "\nif __name__ == " in text:
+                doc = ast.get_docstring(ast.parse(text)) or ""
+                found[file.removesuffix(".py")] = doc.partition("\n")[0]
+    return found
+
+
+def _parser(doc: str, program: str) -> argparse.ArgumentParser:
+    summary, _, rest = doc.strip().partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
+        description=summary,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    config = parser.add_argument_group("configuration")
+    config.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="gin file, relative to here, a search path or the root of the repository, or "
+        "absolute; repeatable, later ones win",
+    )
+    config.add_argument(
+        "--gin.NAME",
+        dest="_binding",
+        metavar="VALUE",
+        help="sets the macro or binding NAME last, in gin syntax: --gin.TRAIN_STEPS=100, "
+        "--gin.MODEL_DIR='\"/tmp/run\"'; a plain path or name may be given without quotes",
+    )
+    config.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        metavar="DIR,DIR",
+        help="more folders in which relative gin files are looked for",
+    )
+    processes = parser.add_argument_group("several processes")
+    processes.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="of process 0; 'auto' on TPU pods, SLURM and Open MPI",
+    )
+    processes.add_argument("--process_count", type=int, metavar="N", help="number of processes")
+    processes.add_argument("--process_index", type=int, metavar="I", help="this one, from 0")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:
+    """The flags, and the 'NAME=VALUE' bindings in order."""
+    bindings = [a.removeprefix("--gin.") for a in argv if a.startswith("--gin.")]
+    flags = parser.parse_args([a for a in argv if not a.startswith("--gin.")])
+    for binding in bindings:
+        if "=" not in binding:
+            parser.error(f"--gin.{binding} needs a value: --gin.{binding}=VALUE")
+    given = [flags.coordinator_address, flags.process_count, flags.process_index]
+    complete = None not in given or given in ([None] * 3, ["auto", None, None])
+    if not complete:
+        parser.error(
+            "--coordinator_address, --process_count and --process_index go together "
+            "(or --coordinator_address=auto alone)"
+        )
+    return flags, bindings
+
+
+def _paths(values: Sequence[str]) -> list[str]:
+    return [path for value in values for path in value.split(",") if path]
+
+
+def _meant_for_people(error: Exception) -> bool:
+    """An error this project raised itself about its input; anything else is a bug to be traced."""
+    if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
+        return True
+    if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    own = frame.f_globals.get("__name__", "").partition(".")[0] in OWN_PACKAGES
+    return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+
+
+def _report(error: Exception) -> None:
+    if os.environ.get("ESPALIER_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    # Gin appends the functions it was calling; they mean nothing to someone who made a typo.
+    message = str(error).partition("\n  In call to configurable ")[0].rstrip()
+    print(f"\nerror: {message}", file=sys.stderr)

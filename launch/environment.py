@@ -1,0 +1,81 @@
+"""Process environment of an entry point: set before jax starts, and the same for all of them."""
+
+import os
+import platform
+import sys
+
+HUGE_PAGES = "glibc.malloc.hugetlb"
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+def cache_dir() -> str:
+    """Where everything that can be computed again is kept: $ESPALIER_CACHE or ~/.cache/espalier."""
+    return os.environ.get("ESPALIER_CACHE") or os.path.expanduser("~/.cache/espalier")
+
+
+def prepare() -> None:
+    """Sets what jax and TensorFlow read when they are imported; what the user has set stays."""
+    defaults = {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
+        # Small programs are most of a start; keep those too.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def restart_with_huge_pages() -> None:
+    """Starts this process anew with malloc on huge pages, once, where that helps.
+
+    XLA allocates the temporaries of a step anew at each call; with 4 KiB pages the page faults take
+    a fifth of a training step on CPU. glibc reads the setting only when a process starts.
+    ESPALIER_HUGE_PAGES=0 turns this off.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if HUGE_PAGES in tunables or not _huge_pages_help():
+        return
+    env = dict(os.environ, GLIBC_TUNABLES=":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def _huge_pages_help() -> bool:
+    if os.environ.get("ESPALIER_HUGE_PAGES") == "0" or sys.platform != "linux":
+        return False
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms not in ("", "cpu"):
+        return False
+    if not platforms and any(map(os.path.exists, _ACCELERATORS)):
+        return False
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
+        return False
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
+            return "[never]" not in file.read()
+    except OSError:
+        return False
+
+
+def join_processes(
+    coordinator_address: str | None, process_count: int | None, process_index: int | None
+) -> None:
+    """Connects the processes of one run; nothing to do for a single one.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, or 'auto' to let jax find everything out from the
+        cluster (TPU pods, SLURM, Open MPI).
+      process_count: number of processes.
+      process_index: this one's number, from 0.
+    """
+    if coordinator_address is None:
+        return
+    import jax
+
+    if coordinator_address == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator_address, process_count, process_index)

@@ -1,0 +1,195 @@
+"""Loads gin files and command-line bindings: all problems in one error, before any work.
+
+Nothing is decorated with gin. Files begin with `from __gin__ import dynamic_registration`, import
+modules and bind plain functions and classes. See docs/configuration.md.
+"""
+
+import dataclasses
+import importlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+from launch import gin_check, gin_source
+from launch.gin_check import final_value
+from launch.gin_reader import Checked
+from launch.gin_source import Macro, Place, Problem
+
+# What a value without quotes may look like to be taken as a string: a path or a name.
+_BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")
+_NOT_STRINGS = {"true", "false", "none", "null", "nan", "inf", "yes", "no", "on", "off"}
+
+
+class ConfigError(ValueError):
+    """Everything found wrong with a configuration, in one message."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        numbered = [f"{i}. {problem}" for i, problem in enumerate(problems, 1)]
+        super().__init__(f"{count} in the gin configuration:\n\n" + "\n\n".join(numbered) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration that gin has loaded and locked.
+
+    Attributes:
+      text: all bindings as one gin file that can be loaded again.
+      files: the files read, includes too, in order.
+      macros: final literal values of the macros by name; references are left out.
+      entry: the function to be called, with its bindings applied by gin.
+      warnings: bindings in files that have no effect on this run.
+    """
+
+    text: str
+    files: tuple[str, ...]
+    macros: dict[str, Any]
+    entry: Callable | None
+    warnings: tuple[Problem, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """What gin would pass to the entry function, references evaluated."""
+        return gin.get_bindings(self.entry)
+
+
+def load(
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    entry: Callable | str | None = None,
+) -> Config:
+    """Replaces gin's configuration by the given one, checked completely, and locks it.
+
+    Args:
+      files: gin files, absolute or relative to the working directory, to a search path or to the
+        root of the repository; later ones win.
+      bindings: 'NAME=VALUE' as after --gin. on the command line, read after the files. A path or
+        name without quotes is taken as a string where no number or other literal is expected.
+      search_paths: more folders to look in.
+      entry: the function this configuration is for, itself or as 'package.module:name'. With it,
+        unbound arguments and bindings that cannot reach it are found too.
+
+    Raises:
+      ConfigError: with all problems found. Gin's own state is unchanged then.
+    """
+    function, name = _entry(entry)
+    checked, bindings = _check(files, bindings, search_paths, function, name, fragment=False)
+    if checked.problems:
+        raise ConfigError(checked.problems)
+    _load_into_gin(files, bindings, search_paths, checked)
+    configured = None
+    if function is not None:
+        try:
+            configured = gin.get_configurable(function)
+        except (KeyError, ValueError):  # No file binds or references it.
+            with gin.unlock_config():
+                module = name.rpartition(".")[0]
+                configured = gin.external_configurable(function, module=module)
+    return Config(
+        text=gin.config_str(),
+        files=tuple(checked.files),
+        macros=_literal_macros(checked),
+        entry=configured,
+        warnings=tuple(checked.warnings),
+    )
+
+
+def problems(
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    entry: Callable | str | None = None,
+    fragment: bool = False,
+) -> list[Problem]:
+    """Everything `load` would complain of, without touching gin.
+
+    With `fragment` the files are only a part of a configuration (a model, a data mixture), whose
+    macros may be defined or read elsewhere.
+    """
+    function, name = _entry(entry)
+    return _check(files, bindings, search_paths, function, name, fragment)[0].problems
+
+
+def config_str() -> str:
+    """The loaded configuration as one gin file."""
+    return gin.config_str()
+
+
+def operative_config_str() -> str:
+    """Bindings and defaults of everything gin has called so far; complete after the first step."""
+    return gin.operative_config_str()
+
+
+def _check(files, bindings, search_paths, function, name, fragment) -> tuple[Checked, list[str]]:
+    """Reads the files alone first: whether a bare word is a string depends on what they say."""
+    from_files = gin_check.check(files, (), search_paths, fragment=True).macros if bindings else {}
+    found: list[Problem] = []
+    normal = []
+    for binding in bindings:
+        try:
+            normal.append(_normalise(binding, from_files))
+        except ValueError as error:
+            found.append(Problem(Place(f"--gin.{binding}"), str(error)))
+    checked = gin_check.check(files, normal, search_paths, function, name, fragment)
+    checked.problems.extend(found)
+    return checked, normal
+
+
+def _normalise(binding: str, macros: dict) -> str:
+    """The binding in gin syntax, quotes put around a bare path or name."""
+    name, equals, text = binding.partition("=")
+    name, text = name.strip(), text.strip()
+    if not equals or not name:
+        raise ValueError("expected NAME=VALUE")
+    try:
+        gin_source.parse_value(text)
+        return f"{name}={text}"
+    except SyntaxError:
+        pass
+    old = final_value(macros[name].value, macros) if name in macros else None
+    takes_string = old is None or isinstance(old, str) or (isinstance(old, Macro) and old.required)
+    if text.lower() in _NOT_STRINGS or not takes_string or not _BARE_STRING.fullmatch(text):
+        instead = f" (it was {old!r})" if not takes_string else ""
+        hint = f" Did you mean {text.capitalize()}?" if text.lower() in _NOT_STRINGS else ""
+        raise ValueError(
+            f"{text!r} is not a value in gin syntax{instead}.{hint} "
+            f"A string needs quotes inside quotes: --gin.{name}='\"...\"'"
+        )
+    return f"{name}={os.path.expanduser(text)!r}"
+
+
+def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
+    gin.clear_config()
+    # Gin can only append to its search path, which would make it depend on earlier loads.
+    gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
+    imports = [statement.format() for statement in checked.command_line_imports()]
+    if imports:
+        imports.insert(0, "from __gin__ import dynamic_registration")
+    try:
+        for path in files:
+            gin.parse_config_file(path)
+        gin.parse_config([*imports, *bindings])
+        gin.finalize()
+    except Exception as error:
+        # Gin found what the checks did not; it says where in its own words.
+        raise ConfigError([Problem(Place("gin"), str(error))]) from error
+
+
+def _entry(entry: Callable | str | None) -> tuple[Callable | None, str]:
+    if entry is None:
+        return None, ""
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+    return entry, f"{entry.__module__}.{entry.__qualname__}"
+
+
+def _literal_macros(checked: Checked) -> dict[str, Any]:
+    values = {
+        name: final_value(bound.value, checked.macros) for name, bound in checked.macros.items()
+    }
+    return {name: v for name, v in values.items() if not checked.macros[name].references}

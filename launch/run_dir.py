@@ -1,0 +1,219 @@
+"""A run's directory: what was run, with what, where, and whether it may go on there.
+
+config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
+run.json                           commit, command, versions, environment, host, mesh, data
+parameters.txt                     every parameter with shape, axes and sharding
+metrics.jsonl, tensorboard/, checkpoints/<step>/
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+from launch import config_diff, environment
+from launch.gin_source import ROOT
+
+# Macros (or bindings, by the end of their names) that a run may change when it is continued.
+MAY_CHANGE = (
+    "MODEL_DIR",
+    "TRAIN_STEPS",
+    "EVAL_PERIOD",
+    "CHECKPOINT_PERIOD",
+    "LOG_PERIOD",
+    "INITIAL_CHECKPOINT_PATH",
+)
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
+             "seqio", "tensorflow", "espalier-lm")  # fmt: skip
+_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TF_",
+                "GLIBC_TUNABLES", "ESPALIER_", "OMP_NUM", "SLURM_JOB_ID", "SLURM_NNODES")  # fmt: skip
+
+
+class RunDirectoryError(ValueError):
+    """The directory belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths in a run's directory and the files that describe the run.
+
+    Only the process that is the `writer` writes; all may read.
+    """
+
+    path: str
+    writer: bool = True
+
+    @property
+    def checkpoints(self) -> str:
+        return os.path.join(self.path, "checkpoints")
+
+    @property
+    def tensorboard(self) -> str:
+        return os.path.join(self.path, "tensorboard")
+
+    @property
+    def metrics(self) -> str:
+        return os.path.join(self.path, "metrics.jsonl")
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a small text file, whole or not at all."""
+        if self.writer:
+            temporary = self.file(f".{name}.tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, self.file(name))
+
+    def record(self, **facts: Any) -> None:
+        """Adds facts known only later (mesh, data fingerprint, parameter count) to run.json.
+
+        Raises:
+          RunDirectoryError: `data_fingerprint` is not that of an earlier start of this run.
+        """
+        run = read_run(self.path)
+        earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
+        earlier = [fingerprint for fingerprint in earlier if fingerprint is not None]
+        new = facts.get("data_fingerprint")
+        if new is not None and earlier and earlier[-1] != new:
+            raise RunDirectoryError(
+                f"The data of the run in {self.path} has changed: its fingerprint was "
+                f"{earlier[-1]} and is now {new}. Going on would repeat or lose examples. Bring "
+                f"the data, vocabulary and preprocessing back, or start in another MODEL_DIR (from "
+                f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
+            )
+        self.write("run.json", _json({**run, **facts}))
+
+    def write_operative_config(self, text: str) -> None:
+        """The bindings and defaults actually used; call it after the first step."""
+        self.write("operative_config.gin", text)
+
+
+def prepare(
+    path: str,
+    config: str,
+    *,
+    may_change: Iterable[str] = MAY_CHANGE,
+    writer: bool = True,
+) -> RunDir:
+    """Creates the directory, or makes sure that the run in it is the one to be continued.
+
+    Args:
+      path: the directory (MODEL_DIR).
+      config: gin_config.config_str().
+      may_change: macros and bindings that a continued run may set anew.
+      writer: whether this process writes; one per run.
+
+    Raises:
+      RunDirectoryError: the directory holds a run of another configuration, or is no run's.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    run = RunDir(path, writer)
+    may_change = tuple(may_change)
+    old = _read(run.file("config.gin"))
+    if old is None and os.path.isdir(run.checkpoints) and os.listdir(run.checkpoints):
+        raise RunDirectoryError(
+            f"{path} holds checkpoints but no config.gin, so that nothing tells which run they are "
+            "of. Use another MODEL_DIR, or put the run's config.gin back."
+        )
+    difference = config_diff.first_difference(old, config, may_change) if old is not None else None
+    if difference:
+        raise RunDirectoryError(
+            f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "
+            f"or set the value back, or delete the directory. (Only {', '.join(may_change)} "
+            "may change in a run that goes on.)"
+        )
+    if writer:
+        os.makedirs(path, exist_ok=True)
+        previous = read_run(path)
+        facts = describe_process()
+        if previous:
+            earlier = previous.pop("earlier", [])
+            facts["earlier"] = [*earlier, previous]
+        run.write("config.gin", config)
+        run.write("run.json", _json(facts))
+    return run
+
+
+def read_run(path: str) -> dict[str, Any]:
+    """The contents of run.json, or nothing."""
+    text = _read(os.path.join(path, "run.json"))
+    if text is None:
+        return {}
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(
+            f"{path}/run.json is damaged ({error}). Delete it; it only describes the run."
+        ) from None
+
+
+def describe_process() -> dict[str, Any]:
+    """Code, command, versions and machine of this process."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_commit(),
+        "command": sys.orig_argv,
+        "directory": os.getcwd(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+        "cache": environment.cache_dir(),
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        },
+    }
+
+
+def mesh_facts(mesh: Any) -> dict[str, Any]:
+    """The mesh as run.json records it."""
+    return {
+        "axes": dict(zip(mesh.axis_names, mesh.devices.shape, strict=True)),
+        "devices": mesh.devices.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "processes": len({device.process_index for device in mesh.devices.flat}),
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the repository and whether files differ from it; None outside of git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2, default=str) + "\n"
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
