@@ -1,0 +1,181 @@
+"""Attention for CPUs: row blocks against only the keys they may see, with a written-out backward.
+
+Causal attention needs half of the score matrix, and what it needs should stay in the cache of a core.
+A few heads at a time are processed in a loop; each block of query rows meets the keys up to its last
+row (from its window's start); the backward pass recomputes the scores from the output and the
+log-sum-exp, which is all that is saved. Flash attention's algorithm (Dao, arXiv 2307.08691) with the
+key loop left to the matrix product.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim,
+P = B * K pairs of row and key/value head, R rows of a block, C keys a block sees.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # as in attention_ops: finite, and half of it bounds the row maximum
+BLOCK = (
+    128  # rows: products this tall run at full rate, and scores of four heads fit a core's cache
+)
+MAX_BLOCKS = 32  # the blocks are unrolled, so long rows take taller blocks
+HEADS_AT_ONCE = 4  # query heads per trip of the loop
+
+
+class _Form(NamedTuple):
+    """The static part of a call."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+
+
+def blocked_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segments_BT: jax.Array | None,
+    kv_segments_BS: jax.Array | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention in index order on one device; arguments as in attention_ops."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_PGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, T, H)
+    k_PSH, v_PSH = (
+        x.astype(q_BTNH.dtype).transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH)
+    )
+    segments = None
+    if q_segments_BT is not None:
+        segments = (jnp.repeat(q_segments_BT, K, axis=0), jnp.repeat(kv_segments_BS, K, axis=0))
+    form = _Form(causal, window, scale, softcap)
+    out_PGTH = _attend(form, q_PGTH, k_PSH, v_PSH, segments)
+    out_BKGTH = out_PGTH.reshape(B, K, N // K, T, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _groups(pairs: int, heads: int) -> int:
+    """Trips of the loop: about HEADS_AT_ONCE of the pairs * heads query heads in each."""
+    size = max(1, HEADS_AT_ONCE // heads)
+    while pairs % size:
+        size -= 1
+    return pairs // size
+
+
+def _over_groups(function, arrays):
+    """Maps `function` over groups of the leading axis P of every array in the tree."""
+    q_PGTH = arrays[0]
+    groups = _groups(*q_PGTH.shape[:2])
+    if groups == 1:
+        return function(arrays)
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), arrays)
+    out = jax.lax.map(function, split)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
+    """Row blocks, each with the range of keys that any of its rows may see."""
+    rows = max(BLOCK, -(-T // MAX_BLOCKS // BLOCK) * BLOCK)
+    blocks = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        first = 0 if form.window is None else max(0, start - form.window + 1)
+        last = min(stop, S) if form.causal else S
+        blocks.append((slice(start, stop), slice(min(first, last - 1), last)))
+    return blocks
+
+
+def _scores(form: _Form, q_PGRH, k_PCH, segments, rows: slice, keys: slice):
+    """Masked logits [P, G, R, C] in float32, and the derivative of the soft cap (or None)."""
+    wide = jnp.promote_types(q_PGRH.dtype, jnp.float32)
+    s = form.scale * jnp.einsum("pgrh,pch->pgrc", q_PGRH, k_PCH, preferred_element_type=wide)
+    slope = None
+    if form.softcap is not None:
+        t = jnp.tanh(s / form.softcap)
+        s, slope = form.softcap * t, 1 - t * t
+    mask = None
+    at_q = jnp.arange(rows.start, rows.stop)[:, None]
+    at_k = jnp.arange(keys.start, keys.stop)[None, :]
+    if form.causal:
+        mask = at_k <= at_q
+    if form.window is not None:
+        mask = mask & (at_k > at_q - form.window)
+    if mask is not None:
+        mask = mask[None, None]
+    if segments is not None:
+        q_segments_PT, kv_segments_PS = segments
+        same = q_segments_PT[:, None, rows, None] == kv_segments_PS[:, None, None, keys]
+        mask = same if mask is None else mask & same
+    if mask is not None:
+        s = jnp.where(mask, s, _MASKED)
+    return s, slope
+
+
+def _forward(form: _Form, arrays):
+    """(out [P, G, T, H], log-sum-exp [P, G, T])."""
+    q_PGTH, k_PSH, v_PSH, segments = arrays
+    outs, sums = [], []
+    for rows, keys in _blocks(form, q_PGTH.shape[2], k_PSH.shape[1]):
+        s, _ = _scores(form, q_PGTH[:, :, rows], k_PSH[:, keys], segments, rows, keys)
+        top = jnp.maximum(s.max(-1, keepdims=True), _MASKED / 2)
+        p = jnp.exp(s - top)
+        total = p.sum(-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)  # rows that see nothing: out = 0
+        o = jnp.einsum(
+            "pgrc,pch->pgrh", p.astype(v_PSH.dtype), v_PSH[:, keys], preferred_element_type=s.dtype
+        )
+        outs.append((o / total).astype(q_PGTH.dtype))
+        sums.append((top + jnp.log(total))[..., 0])
+    return jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, q_PGTH, k_PSH, v_PSH, segments):
+    return _over_groups(functools.partial(_forward, form), (q_PGTH, k_PSH, v_PSH, segments))[0]
+
+
+def _attend_fwd(form: _Form, q_PGTH, k_PSH, v_PSH, segments):
+    out, lse = _over_groups(functools.partial(_forward, form), (q_PGTH, k_PSH, v_PSH, segments))
+    return out, (q_PGTH, k_PSH, v_PSH, segments, out, lse)
+
+
+def _attend_bwd(form: _Form, residuals, dout_PGTH):
+    dq, dk_PHS, dv_PHS = _over_groups(functools.partial(_backward, form), (*residuals, dout_PGTH))
+    return dq, dk_PHS.swapaxes(1, 2), dv_PHS.swapaxes(1, 2), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _backward(form: _Form, arrays):
+    """(dq [P, G, T, H], dk [P, H, S], dv [P, H, S]); the transposed sums keep products direct."""
+    q_PGTH, k_PSH, v_PSH, segments, out_PGTH, lse_PGT, dout_PGTH = arrays
+    P, S, H = k_PSH.shape
+    wide = lse_PGT.dtype
+    dot = functools.partial(jnp.einsum, preferred_element_type=wide)
+    delta_PGT = (out_PGTH.astype(wide) * dout_PGTH.astype(wide)).sum(-1)
+    dqs = []
+    dk_PHS = jnp.zeros((P, H, S), wide)
+    dv_PHS = jnp.zeros((P, H, S), wide)
+    for rows, keys in _blocks(form, q_PGTH.shape[2], S):
+        q, dout = q_PGTH[:, :, rows], dout_PGTH[:, :, rows]
+        k, v = k_PSH[:, keys], v_PSH[:, keys]
+        s, slope = _scores(form, q, k, segments, rows, keys)
+        p = jnp.exp(s - lse_PGT[:, :, rows, None])
+        ds = p * (dot("pgrh,pch->pgrc", dout, v) - delta_PGT[:, :, rows, None]) * form.scale
+        if slope is not None:
+            ds = ds * slope
+        p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+        dqs.append(dot("pgrc,pch->pgrh", ds, k).astype(q.dtype))
+        outside = ((0, 0), (0, 0), (keys.start, S - keys.stop))
+        dk_PHS = dk_PHS + jnp.pad(dot("pgrh,pgrc->phc", q, ds), outside)
+        dv_PHS = dv_PHS + jnp.pad(dot("pgrh,pgrc->phc", dout, p), outside)
+    dtype = q_PGTH.dtype
+    return jnp.concatenate(dqs, 2), dk_PHS.astype(dtype), dv_PHS.astype(dtype)

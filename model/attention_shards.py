@@ -1,0 +1,94 @@
+"""Runs an attention kernel on every device's own rows and heads.
+
+XLA cannot split a loop over heads or a Pallas call by itself, so under a mesh of several devices the
+kernel runs inside `shard_map`: batch and heads are split as the active logical rules say, and nothing
+is gathered.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from model import axes
+
+
+def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Partition specs of queries and of keys, over batch and heads; None if those do not fit.
+
+    Both are empty outside a mesh, on a mesh of one device, and inside an enclosing `shard_map`, where
+    the arrays are local already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and size > 1
+    }
+    if not free:
+        return PartitionSpec(), PartitionSpec()
+    rules = nn.get_logical_axis_rules()
+    if not rules:
+        return None
+    q_spec, k_spec = (
+        nn.logical_to_mesh_axes((axes.BATCH, axes.INNER_LENGTH, heads, None), rules)
+        for heads in (axes.ACT_HEADS, axes.ACT_KV_HEADS)
+    )
+    q_spec, k_spec = _within(q_spec, free), _within(k_spec, free)
+    if q_spec[1] is not None or k_spec[1] is not None:
+        return None  # the length is split
+    if q_spec[2] != k_spec[2] and k_shape[2] > 1:
+        return None  # a device would hold query heads without their key/value head
+    for spec, shape in ((q_spec, q_shape), (k_spec, k_shape)):
+        for axis in (0, 2):
+            names = spec[axis] or ()
+            if shape[axis] % math.prod(free[name] for name in names):
+                return None
+    return q_spec, k_spec
+
+
+def _within(spec: PartitionSpec, free: dict[str, int]) -> PartitionSpec:
+    """The spec with only the mesh axes in `free`, each entry a tuple or None."""
+    entries = ((part,) if isinstance(part, str) else part or () for part in spec)
+    kept = (tuple(name for name in part if name in free) for part in entries)
+    return PartitionSpec(*(part or None for part in kept))
+
+
+def per_device(
+    kernel: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segments_BT: jax.Array | None,
+    kv_segments_BS: jax.Array | None,
+    **options: Any,
+) -> jax.Array:
+    """kernel(q, k, v, q_segments, kv_segments, **options) on local shards.
+
+    Raises:
+      ValueError: batch or heads do not divide over the mesh, or the length is split.
+    """
+    specs = placement(q_BTNH.shape, k_BSKH.shape)
+    if specs is None:
+        raise ValueError(
+            "This attention implementation needs batch and heads divided evenly over the mesh by the "
+            "active logical axis rules, and whole rows: use 'auto' or 'xla'."
+        )
+
+    def local(q_BTNH, k_BSKH, v_BSKH, *segments):
+        return kernel(q_BTNH, k_BSKH, v_BSKH, *(segments or (None, None)), **options)
+
+    segments = () if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
+    q_spec, k_spec = specs
+    if not len(q_spec):
+        return local(q_BTNH, k_BSKH, v_BSKH, *segments)
+    rows = (PartitionSpec(q_spec[0]),) * len(segments)
+    mapped = jax.shard_map(
+        local, in_specs=(q_spec, k_spec, k_spec, *rows), out_specs=q_spec, check_vma=False
+    )
+    return mapped(q_BTNH, k_BSKH, v_BSKH, *segments)

@@ -1,0 +1,79 @@
+"""Splash attention, JAX's sparse flash attention kernel for TPUs, in this project's layout.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
+"""
+
+import jax
+
+MIN_BLOCK = 128  # lanes of a TPU register: the kernel's smallest tile
+MAX_BLOCK = 512
+
+
+def block_size(length: int) -> int | None:
+    """The largest supported tile that divides `length`, or None."""
+    for block in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK):
+        if length % block == 0:
+            return block
+    return None
+
+
+def problem(length: int, key_length: int, causal: bool) -> str:
+    """Why the kernel cannot serve the call, or ''."""
+    if not causal:
+        return "causal=False"
+    if length != key_length or block_size(length) is None:
+        return f"lengths {length} and {key_length} (equal multiples of {MIN_BLOCK} are needed)"
+    return ""
+
+
+def splash_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_segments_BT: jax.Array | None,
+    kv_segments_BS: jax.Array | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention on one device; `interpret` runs the kernel on a CPU, for tests."""
+    # Pallas takes half a second to import and only TPU programs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
+    reason = problem(T, S, causal)
+    if reason:
+        raise ValueError(f"splash attention does not support {reason}.")
+    block = block_size(T)
+    if window is None:
+        mask = masks.CausalMask((T, S))
+    else:
+        mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        attn_logits_soft_cap=softcap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # The kernel has no scale of its own and wants heads before length.
+    q, k, v = ((q_BTNH * scale).swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
+    if q_segments_BT is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_segments_BT, kv_segments_BS))
+    return out.swapaxes(1, 2).astype(q_BTNH.dtype)
