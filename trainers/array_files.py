@@ -1,0 +1,114 @@
+"""The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
+
+import concurrent.futures
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from trainers import agreement, manifest, state_tree, step_dir
+from trainers.manifest import DamagedCheckpointError, Manifest
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """How arrays are stored: uncompressed (weights hardly compress), each element by one process."""
+    handler = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+
+
+def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+    """The sharding of an abstract or concrete array; this process's first device if it has none."""
+    given = getattr(leaf, "sharding", None)
+    return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
+    """Reads arrays by name, as they are on disk. Shapes and dtypes must be the recorded ones."""
+    arguments = {
+        name: ocp.ArrayRestoreArgs(
+            sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype
+        )
+        for name, leaf in wanted.items()
+    }
+    with ocp.Checkpointer(handler()) as reader:
+        tree = reader.restore(
+            path / step_dir.STATE,
+            args=ocp.args.PyTreeRestore(
+                item=state_tree.nest(wanted),
+                restore_args=state_tree.nest(arguments),
+                partial_restore=True,
+            ),
+        )
+    return state_tree.flatten(tree)
+
+
+def _read_array(path: epath.Path, name: str) -> Any:
+    """One array as a host array, read without Orbax."""
+    base = os.fspath((path / step_dir.STATE).resolve())
+    kvstore = {
+        "driver": "ocdbt",
+        "base": base if "://" in base else f"file://{base}",
+        "path": name.replace("/", ".") + "/",
+    }
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result().read().result()
+
+
+def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
+    """Names of the arrays that cannot be read or differ from what was saved."""
+
+    def is_good(name: str) -> bool:
+        entry = recorded.arrays[name]
+        try:
+            values = _read_array(path, name)
+        except Exception:  # Whatever TensorStore raises, the array is not readable.
+            return False
+        return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
+
+    share = sorted(recorded.arrays)[jax.process_index() :: jax.process_count()]
+    found = agreement.gather([name for name in share if not is_good(name)])
+    return sorted(name for names in found for name in names)
+
+
+def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
+    """Reads arrays by name and checks every file of the step and every array read.
+
+    Raises:
+      DamagedCheckpointError: with the names of the files and arrays concerned.
+    """
+    several = jax.process_count() > 1
+
+    def agree(problems: Mapping[str, str]) -> dict[str, str]:
+        found = agreement.gather(dict(problems))
+        return {name: text for part in found for name, text in part.items()}
+
+    names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
+    files = {name: recorded.files[name] for name in names}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(manifest.check_files, path, files)
+        # A single process reads while it checks. Several agree first that all files are good: one
+        # that failed while reading would leave the others waiting for it.
+        if several and (problems := agree(checking.result())):
+            raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
+        try:
+            arrays = read_arrays(path, wanted)
+        except Exception as error:
+            if several:
+                raise
+            problems, damaged = checking.result(), _damaged_arrays(path, recorded)
+            if not problems and not damaged:
+                raise
+            raise DamagedCheckpointError(path, problems, damaged) from error
+        problems = checking.result()
+    blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
+    found = manifest.add_digests(agreement.gather(manifest.digests(blocks)))
+    damaged = [name for name in sorted(arrays) if found[name] != recorded.arrays[name].digest]
+    if problems or damaged:
+        raise DamagedCheckpointError(path, problems, damaged)
+    return arrays

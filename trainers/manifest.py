@@ -1,0 +1,215 @@
+"""Checksums of a checkpoint: a digest per array, taken from memory, and one per file, from disk.
+
+The digest of an array is linear in its elements, so it does not depend on how the array is split:
+each process sums over the blocks it holds and the sums are added, on whatever mesh.
+
+    digest(x) = sum_ij.. word(x[i, j, ..]) * key_0[i] * key_1[j] * ..   (mod 2^64)
+
+A word is the bit pattern of an element (at most 32 bits; wider elements are split in two or more along
+one more axis) and the keys are odd pseudo-random 64-bit numbers. Products of odd numbers are odd, and
+an odd number times 2^b with b < 64 is not 0 mod 2^64: one flipped bit always changes the digest. Other
+damage, such as swapped rows or zeroed blocks, goes unnoticed with a probability of about 2^-32.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+# Bounds the memory of the cached keys; longer axes are contracted piece by piece.
+_KEYS_AT_ONCE = 1 << 18
+_READ_BYTES = 1 << 22
+_MODULUS = 1 << 64
+_VERSION = 1
+
+# Where a block begins in the whole array, and its values.
+Block = tuple[tuple[int, ...], np.ndarray]
+
+
+class DamagedCheckpointError(ValueError):
+    """Files or arrays of a checkpoint are not what was saved.
+
+    Attributes:
+      files: paths below the step directory, each with what is wrong with it.
+      arrays: names of the damaged arrays, as far as they could be told.
+    """
+
+    def __init__(self, path: Any, files: Mapping[str, str], arrays: Iterable[str] = ()):
+        self.files = dict(files)
+        self.arrays = tuple(arrays)
+        parts = [f"{name} {problem}" for name, problem in sorted(self.files.items())]
+        parts += [f"array {name}" for name in self.arrays]
+        more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+        super().__init__(
+            f"checkpoint {path} is damaged: {'; '.join(parts[:4])}{more}. "
+            "Use an earlier step or another copy of it."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(axis: int, start: int, stop: int) -> np.ndarray:
+    """Odd 64-bit keys of the indices [start, stop) of an axis: splitmix64 of (axis, index)."""
+    key = np.arange(start, stop, dtype=np.uint64) + np.uint64((axis + 1) << 48)
+    key *= np.uint64(0x9E3779B97F4A7C15)
+    key ^= key >> np.uint64(30)
+    key *= np.uint64(0xBF58476D1CE4E5B9)
+    key ^= key >> np.uint64(27)
+    key *= np.uint64(0x94D049BB133111EB)
+    key ^= key >> np.uint64(31)
+    return key | np.uint64(1)
+
+
+def _words(values: np.ndarray) -> np.ndarray:
+    """The bit patterns as unsigned integers of at most 32 bits."""
+    values = np.ascontiguousarray(values)
+    if values.itemsize in (1, 2, 4):
+        return values.view(f"u{values.itemsize}")
+    return values.view(np.uint32).reshape(*values.shape, values.itemsize // 4)
+
+
+def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
+    """What the block that begins at index `start` adds to the digest of the whole array."""
+    if values.size == 0:
+        return 0
+    sums = _words(values)
+    start = [*start, *[0] * (sums.ndim - len(start))]
+    for axis in reversed(range(sums.ndim)):
+        rows = sums.reshape(-1, sums.shape[axis])
+        total = np.zeros(len(rows), np.uint64)
+        for low in range(0, rows.shape[1], _KEYS_AT_ONCE):
+            piece = rows[:, low : low + _KEYS_AT_ONCE]
+            low += start[axis]
+            keys = _keys(axis, low, low + piece.shape[1])
+            total += np.einsum("ij,j->i", piece, keys, dtype=np.uint64, casting="unsafe")
+        sums = total.reshape(sums.shape[:axis])
+    return int(sums)
+
+
+def owned_blocks(array: jax.Array) -> list[Block]:
+    """The blocks of which this process holds the first replica, as host arrays.
+
+    Over all processes they cover the array exactly once. On CPU they are views that the runtime keeps
+    alive and unchanged, even where the array is donated to a later step.
+    """
+    return [
+        (tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def digests(blocks: Mapping[str, Sequence[Block]]) -> dict[str, int]:
+    """This process's share of the digest of each array."""
+
+    def share(parts: Sequence[Block]) -> int:
+        return sum(block_digest(values, start) for start, values in parts) % _MODULUS
+
+    with concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="digest") as pool:
+        return dict(zip(blocks, pool.map(share, blocks.values()), strict=True))
+
+
+def add_digests(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The digests of whole arrays from the shares of all processes."""
+    total: dict[str, int] = {}
+    for share in shares:
+        for name, value in share.items():
+            total[name] = (total.get(name, 0) + value) % _MODULUS
+    return total
+
+
+def file_checksum(path: epath.Path) -> tuple[int, str]:
+    """Size in bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            size += len(data)
+            crc = zlib.crc32(data, crc)
+    return size, f"{crc:08x}"
+
+
+def checksum_files(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Sizes and checksums of files below `directory`."""
+    return {name: file_checksum(directory / name) for name in names}
+
+
+def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """What is wrong with each file that is not as recorded; empty when all are."""
+
+    def problem(name: str) -> str | None:
+        size, crc = files[name]
+        try:
+            found_size, found_crc = file_checksum(directory / name)
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error})"
+        if found_size != size:
+            return f"has {found_size} bytes instead of {size}"
+        return None if found_crc == crc else "does not match its checksum"
+
+    with concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="checksum") as pool:
+        found = dict(zip(files, pool.map(problem, files), strict=True))
+    return {name: text for name, text in found.items() if text}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayEntry:
+    """What is recorded of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The arrays and files of one step; writing it is what commits the step."""
+
+    arrays: Mapping[str, ArrayEntry]
+    files: Mapping[str, tuple[int, str]]
+
+    def to_bytes(self) -> bytes:
+        """JSON with a checksum of itself."""
+        arrays = {
+            name: {"shape": list(x.shape), "dtype": x.dtype, "digest": f"{x.digest:016x}"}
+            for name, x in self.arrays.items()
+        }
+        files = {name: list(entry) for name, entry in self.files.items()}
+        body = {"version": _VERSION, "arrays": arrays, "files": files}
+        text = json.dumps(body, sort_keys=True).encode()
+        body["checksum"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+        return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Parses a manifest.
+
+        Raises:
+          ValueError: a single byte differs from what `to_bytes` gave.
+        """
+        try:
+            body = json.loads(data)
+            if body["version"] != _VERSION:
+                raise ValueError(f"version {body['version']} is not {_VERSION}")
+            arrays = {
+                name: ArrayEntry(tuple(x["shape"]), x["dtype"], int(x["digest"], 16))
+                for name, x in body["arrays"].items()
+            }
+            files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
+            manifest = cls(arrays, files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is not a manifest ({type(error).__name__}: {error})") from error
+        if manifest.to_bytes() != data:
+            raise ValueError("does not match its checksum")
+        return manifest

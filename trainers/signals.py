@@ -1,0 +1,73 @@
+"""Stopping on request: a signal sets a flag, the loop polls it, saves and returns.
+
+With several processes all must stop after the same step although the signal reaches them at different
+moments, or only one of them. JAX's preemption service agrees on that step in the background, without
+work for the devices; where it is off, the processes compare their flags every few steps.
+"""
+
+import logging
+import signal
+import types
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from trainers import agreement
+
+_log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """A context in which a signal asks the loop to stop after the current step.
+
+    The first signal sets the flag; a second one acts as it would without this class, so that a run that
+    hangs can still be ended. Use it as `with StopRequest() as stop: ... stop.reached(step)`.
+    """
+
+    def __init__(self, *, compare_every: int = 20):
+        """Makes a request that nobody has made yet; the signal is SIGTERM.
+
+        Args:
+          compare_every: steps between comparisons of the flags of several processes, where JAX's
+            preemption service is off.
+        """
+        if compare_every < 1:
+            raise ValueError(f"compare_every = {compare_every}: give 1 or more.")
+        self._compare_every = compare_every
+        self._requested = False
+        self._previous: Any = None
+        several = jax.process_count() > 1
+        # The service listens to the signal itself; a handler of ours would take it away.
+        self._service = several and bool(
+            getattr(jax.config, "jax_enable_preemption_service", False)
+        )
+
+    def request(self) -> None:
+        """Asks for a stop, as the signal does."""
+        if self._service:
+            signal.raise_signal(signal.SIGTERM)
+        self._requested = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop now. Every process calls it after every step and gets the same answer."""
+        if self._service:
+            return multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() > 1:
+            return step % self._compare_every == 0 and any(agreement.gather(self._requested))
+        return self._requested
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        del frame
+        self._requested = True
+        _log.warning("%s: stopping after this step.", signal.Signals(number).name)
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def __enter__(self) -> "StopRequest":
+        if not self._service:  # Handlers can be set in the main thread only.
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._service:
+            signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,73 @@
+"""States as flat dicts of named arrays, and as the plain nested dicts that checkpoints hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Flat = dict[str, Any]
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def flatten(tree: Any) -> Flat:
+    """The leaves of any pytree by path, as in `opt_state/0/mu/final_norm/scale`.
+
+    Nodes without leaves (None, empty optimiser states) leave no trace.
+
+    Raises:
+      ValueError: two leaves have the same path, or a key holds a slash.
+    """
+    flat: Flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = [_key_name(key) for key in path]
+        name = "/".join(parts)
+        if name in flat or any(not part or "/" in part for part in parts):
+            raise ValueError(
+                f"{name!r} cannot name an array of a checkpoint: keys are unique, not empty and "
+                "without slashes."
+            )
+        flat[name] = leaf
+    return flat
+
+
+def flatten_arrays(tree: Any) -> Flat:
+    """As `flatten`, for a state that is to be saved.
+
+    Raises:
+      TypeError: a leaf is not a numeric jax.Array.
+    """
+    flat = flatten(tree)
+    for name, leaf in flat.items():
+        numeric = isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(
+            leaf.dtype, jax.dtypes.extended
+        )
+        if not numeric:
+            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+            raise TypeError(
+                f"{name} is {kind}: a state that is saved holds numeric jax.Arrays only (random keys "
+                "as jax.random.key_data)."
+            )
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
+    """A tree with the structure of `like` and the leaves of `flat`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain nested dicts, one level for each part of a path."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
