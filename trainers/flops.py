@@ -1,0 +1,99 @@
+"""Model FLOPs of a decoder-only transformer, and what devices could do at most.
+
+Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
+recomputation (remat) not at all, as in PaLM (arXiv 2204.02311, appendix B).
+"""
+
+import re
+from typing import Protocol
+
+import jax
+
+# Dense bfloat16 FLOP/s of one device as jax counts devices, by `device_kind`, from data sheets.
+# The longest name that `device_kind` begins with, in whole words, holds.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,  # a core, half a chip
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # Ironwood, a core, half a chip
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "Tesla V100": 125e12,  # float16
+}
+
+
+class Sizes(Protocol):
+    """What the count needs of a model's configuration (model.config.TransformerConfig has it)."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def per_head_dim(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+    def layer_kind(self, layer: int): ...
+
+
+def mean_keys(length: int, window: int | None = None) -> float:
+    """Keys a query sees under the causal mask, itself included, on average over a row."""
+    window = min(window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def forward_flops_per_token(config: Sizes, length: int, *, gated: bool = True) -> float:
+    """FLOPs of a forward pass for one token of a row of `length`, logits included.
+
+    Args:
+      config: the model's sizes.
+      length: tokens per row; packed documents shorter than that see fewer keys and do less.
+      gated: whether the MLP has three matrices (gate, up, down) or two.
+    """
+    d, h = config.embed_dim, config.per_head_dim
+    projections = d * h * (2 * config.num_heads + 2 * config.kv_heads)
+    mlp = (3 if gated else 2) * d * config.mlp_dim
+    total = 2.0 * config.vocab_size * d
+    for layer in range(config.num_layers):
+        keys = mean_keys(length, config.layer_kind(layer).window)
+        total += 2.0 * (projections + mlp) + 4.0 * keys * config.num_heads * h
+    return total
+
+
+def train_flops_per_token(config: Sizes, length: int, *, gated: bool = True) -> float:
+    """Forward and backward: three times the forward pass."""
+    return 3.0 * forward_flops_per_token(config, length, gated=gated)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s; None where it is not known (CPUs)."""
+    kind = device.device_kind
+    matching = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}(?!\w)", kind)]
+    return PEAK_FLOPS[max(matching, key=len)] if matching else None
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]
+) -> float | None:
+    """Model FLOP utilisation: model FLOPs done over the devices' peak; None if that is unknown."""
+    peaks = [peak_flops(device) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    if not known or len(known) < len(peaks):
+        return None
+    return tokens_per_second * flops_per_token / sum(known)

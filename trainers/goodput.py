@@ -1,0 +1,74 @@
+"""Where a run's wall time goes: start, compilation, waiting for data, steps, saving, evaluation."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+PARTS = ("init", "compile", "data_wait", "step", "checkpoint", "evaluation")
+
+
+class Goodput:
+    """Splits wall time into named parts; every second counts in exactly one of them.
+
+    Time inside a nested `measure` counts for the inner part alone. Time outside of all counts as
+    'init' until the first `measure`, and as 'other' after it.
+
+    Attributes:
+      seconds: part -> seconds so far, 'other' included.
+    """
+
+    def __init__(
+        self, *, started: float | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        """Starts counting.
+
+        Args:
+          started: the clock's reading when the process began, see `process_start`; now if None.
+          clock: seconds from any origin.
+        """
+        self._clock = clock
+        self._last = clock() if started is None else started
+        self._stack = ["init"]
+        self.seconds = dict.fromkeys((*PARTS, "other"), 0.0)
+
+    def _count(self) -> None:
+        now = self._clock()
+        self.seconds[self._stack[-1]] += now - self._last
+        self._last = now
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Counts the time inside as `part`."""
+        if part not in PARTS:
+            raise ValueError(f"Unknown part {part!r}: choose from {PARTS}.")
+        self._count()
+        if part != "init":
+            self._stack[0] = "other"
+        self._stack.append(part)
+        try:
+            yield
+        finally:
+            self._count()
+            self._stack.pop()
+
+    def metrics(self, prefix: str = "time/") -> dict[str, float]:
+        """Seconds so far by part, and 'goodput': the share of all time spent in steps."""
+        self._count()
+        total = sum(self.seconds.values())
+        values = {prefix + part: seconds for part, seconds in self.seconds.items()}
+        values[prefix + "goodput"] = self.seconds["step"] / total if total else 0.0
+        return values
+
+
+def process_start() -> float:
+    """Reading of `time.monotonic` when this process began; now where the system does not tell."""
+    try:
+        import os
+
+        with open("/proc/self/stat", encoding="ascii") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22: start after boot
+        since_boot = ticks / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
+    except (OSError, ValueError, IndexError, AttributeError):
+        age = 0.0
+    return time.monotonic() - max(age, 0.0)

@@ -1,0 +1,60 @@
+"""A profile of a few steps, for TensorBoard or Perfetto."""
+
+import contextlib
+from typing import Any
+
+import jax
+
+
+class ProfilerWindow:
+    """Traces steps [first_step, first_step + num_steps) into a directory.
+
+    The first steps of a run compile and are seldom worth a trace; the default waits for them. The
+    window is counted from the step a run starts (or goes on) with.
+
+    Example: gin `train.profiler = @profiler.ProfilerWindow()`, then TensorBoard's profile tab on
+    the run's `profile/` folder.
+    """
+
+    def __init__(self, *, first_step: int = 5, num_steps: int = 5, directory: str | None = None):
+        """Sets the window up.
+
+        Args:
+          first_step: first traced step, counted from 0 at the start of this process.
+          num_steps: how many.
+          directory: where the trace goes; None leaves it to the loop (`profile/` of the run).
+        """
+        if first_step < 0 or num_steps < 1:
+            raise ValueError(
+                f"ProfilerWindow: first_step = {first_step} must not be negative and num_steps = "
+                f"{num_steps} must be positive."
+            )
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.directory = directory
+        self._done = 0  # steps begun in this process
+        self._tracing = False
+
+    @contextlib.contextmanager
+    def step(self, step: int):
+        """Around the dispatch of one step; marks it in the trace, and starts the trace in time."""
+        if self._done == self.first_step:
+            if self.directory is None:
+                raise ValueError("ProfilerWindow has no directory to write to.")
+            jax.profiler.start_trace(self.directory)
+            self._tracing = True
+        self._done += 1
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def finished(self, outputs: Any) -> None:
+        """After a step, with what it returns: ends the trace once the last traced step has run."""
+        if self._tracing and self._done >= self.first_step + self.num_steps:
+            jax.block_until_ready(outputs)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still open, when the run ends inside the window."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
