@@ -5,10 +5,11 @@ each process sums over the blocks it holds and the sums are added, on whatever m
 
     digest(x) = sum_ij.. word(x[i, j, ..]) * key_0[i] * key_1[j] * ..   (mod 2^64)
 
-A word is the bit pattern of an element (at most 32 bits; wider elements are split in two or more along
-one more axis) and the keys are odd pseudo-random 64-bit numbers. Products of odd numbers are odd, and
-an odd number times 2^b with b < 64 is not 0 mod 2^64: one flipped bit always changes the digest. Other
-damage, such as swapped rows or zeroed blocks, goes unnoticed with a probability of about 2^-32.
+A word is the bit pattern of an element (at most 32 bits; wider elements are split along one more axis,
+a scalar counts as an array of one element) and the keys are odd pseudo-random 64-bit numbers. Products
+of odd numbers are odd, and an odd number times 2^b with b < 64 is not 0 mod 2^64: one flipped bit always
+changes the digest. Other damage, such as swapped rows or zeroed blocks, goes unnoticed with a
+probability of about 2^-32.
 """
 
 import concurrent.futures
@@ -208,7 +209,7 @@ class Manifest:
             }
             files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
             manifest = cls(arrays, files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"is not a manifest ({type(error).__name__}: {error})") from error
         if manifest.to_bytes() != data:
             raise ValueError("does not match its checksum")
