@@ -53,6 +53,10 @@ def _huge_pages_help() -> bool:
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
         return False
+    return _thp_available()
+
+
+def _thp_available() -> bool:
     try:
         with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
             return "[never]" not in file.read()

@@ -201,6 +201,8 @@ class Reader:
                 self.checked.scopes_used.update(_prefixes(leaf.scope))
             elif isinstance(leaf, Macro) and not leaf.required:
                 macros.append(leaf)
+                # Gin evaluates what a macro stands for in a scope of the macro's name.
+                self.checked.scopes_used.update(_prefixes(leaf.name))
                 self.checked.macros_read.setdefault(leaf.name, place)
         bound = Bound(statement.value, place, tuple(references), tuple(macros))
         if not statement.arg_name:

@@ -1,0 +1,240 @@
+"""Entry points: flags, environment, errors, and that --help loads nothing heavy."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from launch import cli, environment
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DOC = """Does a thing.
+
+Example:
+  python -m toy_run --gin_file=run.gin
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """What entry points set must not reach other tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def start(argv, entry="toy_run:train", **kwargs):
+    return cli.main(DOC, entry, argv=argv, **kwargs)
+
+
+def command(toy_modules, *arguments, **variables):
+    """Environment and command of a process that finds the project and the toy modules."""
+    env = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "XLA_FLAGS")}
+    env.update(PYTHONPATH=f"{ROOT}{os.pathsep}{toy_modules}", JAX_PLATFORMS="cpu", **variables)
+    return {"args": [sys.executable, *arguments], "env": env, "text": True}
+
+
+def run(toy_modules, *arguments, **variables):
+    done = subprocess.run(
+        **command(toy_modules, *arguments, **variables), capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_calls_the_entry_by_its_module_name(gin_file, toy_gin):
+    import toy_run
+
+    toy_run.CALLS.clear()
+    assert start([f"--gin_file={gin_file(toy_gin)}", "--gin.MODEL_DIR=/x"]) == 0
+    assert toy_run.CALLS[0]["model_dir"] == "/x"
+
+
+def test_run_as_a_script_is_not_main(toy_modules, gin_file, toy_gin):
+    # Were the entry taken from __main__, gin would configure another function of the same name.
+    path = gin_file(toy_gin)
+    code = (
+        "import runpy, sys; sys.argv = ['toy_run', sys.argv[1], '--gin.MODEL_DIR=/x']\n"
+        "try: runpy.run_module('toy_run', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "import toy_run; print(toy_run.CALLS[0]['model_dir'], toy_run.train.__module__)"
+    )
+    out = run(toy_modules, "-c", code, f"--gin_file={path}", ESPALIER_HUGE_PAGES="0")
+    assert out.split() == ["/x", "toy_run"]
+
+
+def test_config_errors_end_without_a_traceback(gin_file, toy_gin, capsys):
+    status = start([f"--gin_file={gin_file(toy_gin)}", "--gin.TRAIN_STEP=3"])
+    error = capsys.readouterr().err
+    assert status == cli.USAGE_ERROR
+    assert "2 problems" in error
+    assert "Nearest: TRAIN_STEPS" in error
+    assert "Traceback" not in error
+
+
+def test_errors_of_the_project_are_printed_and_bugs_are_raised(
+    gin_file, toy_gin, capsys, monkeypatch
+):
+    argv = [f"--gin_file={gin_file(toy_gin)}", "--gin.MODEL_DIR=/x", "--gin.TRAIN_STEPS=-1"]
+    with pytest.raises(ValueError, match="negative"):
+        start(argv)  # toy_run is not one of the project's packages.
+    monkeypatch.setattr(cli, "OWN_PACKAGES", ("toy_run",))
+    capsys.readouterr()
+    assert start(argv) == cli.USAGE_ERROR
+    assert capsys.readouterr().err == "\nerror: steps = -1 must not be negative.\n"
+
+
+def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_not():
+    from model.config import TransformerConfig
+
+    def caught(call):
+        try:
+            call()
+        except ValueError as error:
+            return error
+
+    wrong_sizes = caught(
+        lambda: TransformerConfig(vocab_size=8, num_layers=0, embed_dim=4, num_heads=1, mlp_dim=4)
+    )
+    assert cli._meant_for_people(wrong_sizes)
+    assert not cli._meant_for_people(caught(lambda: int("x")))
+
+
+def test_several_files_and_search_paths(gin_file, toy_gin, tmp_path):
+    import toy_run
+
+    gin_file(toy_gin, "one.gin")
+    gin_file("TRAIN_STEPS = 7\n", "two.gin")
+    argv = ["--gin_file=one.gin", "--gin_file", "two.gin", f"--gin_search_paths=/no,{tmp_path}"]
+    assert start([*argv, "--gin.MODEL_DIR=/x"]) == 0
+    assert toy_run.CALLS[-1]["steps"] == 7
+
+
+def test_own_flags_default_files_and_run(gin_file, toy_gin):
+    path = gin_file(toy_gin)
+    seen = {}
+
+    def extra(parser):
+        parser.add_argument("--checkpoint", required=True)
+
+    def body(start):
+        seen.update(start.arguments(), checkpoint=start.flags.checkpoint)
+        seen["called"] = start(steps=99)["steps"]
+
+    argv = ["--checkpoint=abc", "--gin.MODEL_DIR=/x"]
+    assert start(argv, extra_flags=extra, run=body, default_files=lambda flags: [path]) == 0
+    assert seen["checkpoint"] == "abc"
+    assert seen["steps"] == 10
+    assert seen["called"] == 99
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gin.STEPS"], "needs a value: --gin.STEPS=VALUE"),
+        (["--gin_fil=x"], "unrecognized arguments"),
+        (["--process_count=2"], "go together"),
+        (["--coordinator_address=h:1", "--process_index=0"], "go together"),
+        (["--coordinator_address=auto", "--process_index=0"], "go together"),
+    ],
+)
+def test_wrong_flags(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(argv)
+    assert stop.value.code == cli.USAGE_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_example_and_imports_nothing_heavy(toy_modules):
+    code = (
+        "import runpy, sys; sys.argv = ['toy_run', '--help']\n"
+        "try: runpy.run_module('toy_run', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit: pass\n"
+        "print('heavy', {'jax', 'gin', 'flax', 'numpy', 'tensorflow'} & set(sys.modules))"
+    )
+    out = run(toy_modules, "-c", code)
+    assert "Example: python -m toy_run --gin_file=run.gin" in out
+    assert "--gin_search_paths" in out
+    assert "heavy set()" in out
+
+
+def test_environment_is_set_before_anything_is_imported(toy_modules, tmp_path):
+    code = "import sys; sys.argv = ['x']; from launch import cli; cli.main('Doc.', 'toy_run:where')"
+    variables = {"ESPALIER_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    env = {k: v for k, v in variables.items() if v}
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    pages = "'glibc.malloc.hugetlb=1'" if _helps() else "None"
+    out = run(toy_modules, "-c", code, **env)
+    assert f"seen [{pages}, '{tmp_path}/xla'] []" in out
+    out = run(toy_modules, "-c", code, ESPALIER_HUGE_PAGES="0", **env)
+    assert f"seen [None, '{tmp_path}/xla'] []" in out
+    other = "glibc.malloc.hugetlb=0"
+    out = run(toy_modules, "-c", code, GLIBC_TUNABLES=other, JAX_COMPILATION_CACHE_DIR="/mine")
+    assert f"seen ['{other}', '/mine'] []" in out
+
+
+def _helps() -> bool:
+    return environment._huge_pages_help()
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "expected"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidiactl"], True),
+        ({"JAX_PLATFORMS": "cuda"}, [], False),
+        ({"JAX_PLATFORMS": ""}, ["/dev/accel0"], False),
+        ({"JAX_PLATFORMS": ""}, [], True),
+        ({"JAX_PLATFORMS": "cpu", "ESPALIER_HUGE_PAGES": "0"}, [], False),
+    ],
+)
+def test_huge_pages_are_for_cpu_hosts(monkeypatch, variables, devices, expected):
+    monkeypatch.delenv("ESPALIER_HUGE_PAGES", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment.os.path, "exists", lambda path: path in devices)
+    monkeypatch.setattr(environment.platform, "libc_ver", lambda: ("glibc", "2.41"))
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    monkeypatch.setattr(environment, "_thp_available", lambda: True)
+    assert environment._huge_pages_help() is expected
+
+
+@pytest.mark.multiprocess
+def test_two_processes_find_each_other(toy_modules):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = "from launch import cli; cli.main('Doc.', 'toy_run:processes')"
+    flags = [f"--coordinator_address=localhost:{port}", "--process_count=2"]
+    started = [
+        subprocess.Popen(
+            **command(toy_modules, "-c", code, *flags, f"--process_index={i}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    done = [process.communicate(timeout=120) for process in started]
+    for i, (out, error) in enumerate(done):
+        assert f"total {i} 2 3.0" in out, error
+
+
+def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
+    commands = {"train": "Trains.", "evaluate": "Evaluates."}
+    monkeypatch.setattr(cli, "_commands", lambda: commands)
+    monkeypatch.setattr(sys, "argv", ["espalier"])
+    assert cli.console() == cli.USAGE_ERROR
+    assert re.search(r"train +Trains\.", capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["espalier", "trian"])
+    assert cli.console() == cli.USAGE_ERROR
+    assert "Nearest: train." in capsys.readouterr().err
+
+
+def test_every_command_of_the_project_has_a_summary_and_an_example():
+    for name, summary in cli._commands().items():
+        assert summary.endswith("."), name
+        with open(os.path.join(ROOT, "launch", f"{name}.py"), encoding="utf-8") as file:
+            assert f"python -m launch.{name}" in file.read().split('"""')[1], name
