@@ -1,8 +1,6 @@
 """The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
 
-import concurrent.futures
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -77,38 +75,29 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
 
 
 def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
-    """Reads arrays by name and checks every file of the step and every array read.
+    """Checks every file of the step, reads arrays by name, and checks each against its digest.
 
     Raises:
       DamagedCheckpointError: with the names of the files and arrays concerned.
     """
-    several = jax.process_count() > 1
-
-    def agree(problems: Mapping[str, str]) -> dict[str, str]:
-        found = agreement.gather(dict(problems))
-        return {name: text for part in found for name, text in part.items()}
-
+    # The processes share the files and agree on them before any of them reads: one that failed while
+    # reading would leave the others waiting.
     names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
-    files = {name: recorded.files[name] for name in names}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        checking = pool.submit(manifest.check_files, path, files)
-        # A single process reads while it checks. Several agree first that all files are good: one
-        # that failed while reading would leave the others waiting for it.
-        if several and (problems := agree(checking.result())):
-            raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
-        try:
-            arrays = read_arrays(path, wanted)
-        except Exception as error:
-            if several:
-                raise
-            problems, damaged = checking.result(), _damaged_arrays(path, recorded)
-            if not problems and not damaged:
-                raise
-            raise DamagedCheckpointError(path, problems, damaged) from error
-        problems = checking.result()
+    found = agreement.gather(
+        manifest.check_files(path, {name: recorded.files[name] for name in names})
+    )
+    problems = {name: text for part in found for name, text in part.items()}
+    if problems:
+        raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
+    try:
+        arrays = read_arrays(path, wanted)
+    except Exception as error:
+        if jax.process_count() > 1 or not (damaged := _damaged_arrays(path, recorded)):
+            raise
+        raise DamagedCheckpointError(path, {}, damaged) from error
     blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
-    found = manifest.add_digests(agreement.gather(manifest.digests(blocks)))
-    damaged = [name for name in sorted(arrays) if found[name] != recorded.arrays[name].digest]
-    if problems or damaged:
-        raise DamagedCheckpointError(path, problems, damaged)
+    digests = manifest.add_digests(agreement.gather(manifest.digests(blocks)))
+    damaged = [name for name in sorted(arrays) if digests[name] != recorded.arrays[name].digest]
+    if damaged:
+        raise DamagedCheckpointError(path, {}, damaged)
     return arrays

@@ -180,7 +180,7 @@ class Checkpointer:
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
-            with contextlib.suppress(OSError):  # Makes room; the next start cleans up the rest.
+            with contextlib.suppress(OSError, ValueError):  # Makes room; the next start cleans up the rest.
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
 

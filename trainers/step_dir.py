@@ -55,7 +55,10 @@ def is_incomplete(path: epath.Path) -> bool:
     """Whether a step was cut short while it was written or deleted."""
     if (path / MANIFEST).exists():
         return False
-    return (path / INCOMPLETE).exists() or not any(path.iterdir())
+    try:
+        return (path / INCOMPLETE).exists() or not any(path.iterdir())
+    except FileNotFoundError:  # Deleted by the run while another process reads.
+        return True
 
 
 def steps_on_disk(directory: epath.Path) -> dict[int, epath.Path]:
@@ -94,7 +97,10 @@ def remove(path: epath.Path) -> None:
     (path / INCOMPLETE).unlink()
     try:
         path.rmdir()
-    except OSError:  # A writer that was still at work: the next start removes the rest.
+    except (
+        OSError,
+        ValueError,
+    ):  # A writer that was still at work: the next start removes the rest.
         (path / INCOMPLETE).touch()
         raise
 
@@ -120,7 +126,7 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     found = absolute(path)
     if not found.is_dir():
         raise FileNotFoundError(f"checkpoint {found}: there is no such directory.")
-    if any((found / name).exists() for name in (MANIFEST, META, STATE)):
+    if any((found / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
         if is_incomplete(found):
             raise FileNotFoundError(f"checkpoint {found} is incomplete: its save was cut short.")
         return found
