@@ -9,13 +9,17 @@ from launch import gin_source
 from launch.gin_source import Macro, Problem, Reference
 
 
+class UnreadableConfigError(ValueError):
+    """Text that is no gin configuration."""
+
+
 def canonical(text: str) -> dict[str, str]:
     """Every binding and macro of one self-contained gin file: full name -> value."""
     modules: dict[str, str] = {}
     found: dict[str, str] = {}
     for statement in gin_source.parse(text, "config.gin"):
         if isinstance(statement, Problem):
-            raise ValueError(f"not a configuration written by this project: {statement}")
+            raise UnreadableConfigError(str(statement))
         if isinstance(statement, config_parser.ImportStatement):
             plain = not statement.is_from and not statement.alias
             name = statement.bound_name()

@@ -124,7 +124,15 @@ def prepare(
             f"{path} holds checkpoints but no config.gin, so that nothing tells which run they are "
             "of. Use another MODEL_DIR, or put the run's config.gin back."
         )
-    difference = config_diff.first_difference(old, config, may_change) if old is not None else None
+    difference = None
+    try:
+        if old is not None:
+            difference = config_diff.first_difference(old, config, may_change)
+    except config_diff.UnreadableConfigError as error:
+        raise RunDirectoryError(
+            f"{path}/config.gin cannot be read, so that nothing tells which run the directory "
+            f"holds: {error}. Use another MODEL_DIR, or put the run's config.gin back."
+        ) from None
     if difference:
         raise RunDirectoryError(
             f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "

@@ -1,0 +1,42 @@
+"""A folder that hides a package is found and named."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch import root_check
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def test_the_projects_own_packages_pass():
+    root_check.check()
+
+
+def test_a_package_from_elsewhere_is_named(tmp_path, monkeypatch):
+    (tmp_path / "hidden_pkg").mkdir()
+    (tmp_path / "hidden_pkg" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(root_check.RootError, match="hidden_pkg") as caught:
+        root_check.check(("hidden_pkg",))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_plain_data_folder_before_the_project_is_found(tmp_path):
+    # As when an installed project is shadowed by ./data of the working directory.
+    (tmp_path / "data").mkdir()
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('root_check', {ROOT!r} + '/launch/root_check.py')\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module.check(('data',))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Package 'data' comes from" in done.stderr
+    assert "hides it" in done.stderr
