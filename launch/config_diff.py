@@ -38,7 +38,8 @@ def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str 
     Args:
       old: text of the earlier configuration.
       new: text of the present one.
-      may_change: macros and bindings left out, by full name or the end of it after a dot.
+      may_change: macros and bindings left out, by any dotted part of their names: 'TRAIN_STEPS',
+        'train.eval_period', or 'ProfilerWindow' for all of its parameters.
     """
     before, after = canonical(old), canonical(new)
     # Macros first: a changed macro is what the user sees; what it is bound to follows from it.
@@ -54,7 +55,8 @@ def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str 
 
 
 def _matches(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.endswith(f".{name}") for name in names)
+    dotted = f".{key.replace('/', '.')}."
+    return any(f".{name}." in dotted for name in names)
 
 
 def _full(selector: str, modules: dict[str, str]) -> str:

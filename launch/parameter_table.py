@@ -13,7 +13,7 @@ def parameter_table(params: Any, shardings: Any = None) -> str:
     Args:
       params: nested dict of arrays or of their shapes and dtypes; flax's boxes around them tell
         the logical axes.
-      shardings: the same tree of NamedSharding or PartitionSpec, or None.
+      shardings: the same tree of NamedSharding, PartitionSpec, or of what has a `sharding`; or None.
     """
     specs = dict(_leaves(shardings)) if shardings is not None else {}
     rows, total, size = [], 0, 0
@@ -61,6 +61,7 @@ def _axis(name: Any) -> str:
 def _spec(sharding: Any) -> str:
     if sharding is None:
         return "-"
+    sharding = getattr(sharding, "sharding", sharding)
     spec = getattr(sharding, "spec", sharding)
     split = [_axis(axis) for axis in spec]
     return "(" + ", ".join(split) + ")" if any(s != "-" for s in split) else "replicated"

@@ -21,14 +21,34 @@ from typing import Any
 from launch import config_diff, environment
 from launch.gin_source import ROOT
 
-# Macros (or bindings, by the end of their names) that a run may change when it is continued.
+# What a run may change when it goes on: how long it runs, what it writes, and on which devices.
+# Names as in config_diff.first_difference.
 MAY_CHANGE = (
     "MODEL_DIR",
     "TRAIN_STEPS",
     "EVAL_PERIOD",
+    "EVAL_STEPS",
     "CHECKPOINT_PERIOD",
     "LOG_PERIOD",
     "INITIAL_CHECKPOINT_PATH",
+    "MESH",
+    "train.model_dir",
+    "train.total_steps",
+    "train.eval_period",
+    "train.eval_steps",
+    "train.eval_tasks",
+    "train.checkpoint_period",
+    "train.checkpointer",
+    "train.log_period",
+    "train.initial_checkpoint_path",
+    "train.writers",
+    "train.hooks",
+    "train.profile",
+    "ProfilerWindow",
+    "Checkpointer",
+    "WandbWriter",
+    "Recipe.mesh",
+    "Recipe.rules",
 )
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
              "seqio", "tensorflow", "espalier-lm")  # fmt: skip
@@ -136,8 +156,8 @@ def prepare(
     if difference:
         raise RunDirectoryError(
             f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "
-            f"or set the value back, or delete the directory. (Only {', '.join(may_change)} "
-            "may change in a run that goes on.)"
+            f"set the value back, or delete the directory. (A run that goes on may change "
+            f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if writer:
         os.makedirs(path, exist_ok=True)

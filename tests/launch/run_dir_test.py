@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -97,6 +98,16 @@ def test_names_that_may_change_are_the_callers_choice(tmp_path):
     run_dir.prepare(str(tmp_path), changed, may_change=("BATCH_SIZE", "train.mesh"))
 
 
+def test_whole_classes_may_change_and_meshes_may_but_similar_names_may_not():
+    old = CONFIG + "MESH = {'data': 8}\n"
+    new = CONFIG + "MESH = {'data': 2}\nfrom trainers import profiler\n"
+    new += "profiler.ProfilerWindow.num_steps = 3\na/profiler.ProfilerWindow.first_step = 1\n"
+    assert config_diff.first_difference(old, new, run_dir.MAY_CHANGE) is None
+    assert config_diff.first_difference(old, new, ("MESH", "Profiler")) is not None
+    other = CONFIG.replace("train.steps", "train.more_steps")
+    assert config_diff.first_difference(CONFIG, other, ("train.steps",)) is not None
+
+
 def test_the_same_configuration_written_otherwise_is_the_same():
     other = """\
 # Another order, another alias, a block, other quotes.
@@ -159,7 +170,12 @@ def test_parameter_table():
         "layers": {"kernel": PartitionSpec(None, ("data", "fsdp"), "tensor")},
         "scale": PartitionSpec(),
     }
-    lines = parameter_table(boxed, shardings).splitlines()
+    table = parameter_table(boxed, shardings)
+    placed = jax.tree.map(
+        lambda spec: SimpleNamespace(sharding=SimpleNamespace(spec=spec)), shardings
+    )
+    assert parameter_table(boxed, placed) == table
+    lines = table.splitlines()
     assert [cell.strip() for cell in lines[2].split("  ") if cell] == [
         "layers/kernel",
         "4x16x32",
