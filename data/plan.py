@@ -1,0 +1,253 @@
+"""Row plans: which pieces of which records make up each row of a source.
+
+A plan holds offsets, never tokens, so a new context length or policy needs no new tokenisation.
+A record is an example of the token cache (for language models, a document); a segment is a piece of
+one record inside one row. Row composition is fixed for all epochs; only the order of rows changes.
+
+Shape suffixes: N records, P pieces of records, S segments (pieces in row order), R rows.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+PACKINGS = ("best_fit", "concat", "examples")
+LONG_DOCUMENTS = ("split", "truncate")
+MAX_SEGMENTS = 64
+_OPEN_ROWS = 32  # rows kept open when several features are packed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows as ranges of segments: row r holds segments `row_starts[r]` to `row_starts[r + 1]`.
+
+    Attributes:
+        row_starts: int64 [R + 1].
+        records: uint32 [S], the record of each segment.
+        offsets: uint32 [S], where in the record it starts; above 0 the segment continues one.
+        lengths: per feature uint32 [S]; 'targets' alone for language models.
+        row_lengths: per feature, the tokens a row has room for.
+        packing, long_documents: the policies it was made with.
+        counts: what planning met: records, empty_records (skipped: no targets), long_records
+            (longer than a row), cut_segments (start inside a record), dropped_tokens.
+    """
+
+    row_starts: np.ndarray
+    records: np.ndarray
+    offsets: np.ndarray
+    lengths: dict[str, np.ndarray]
+    row_lengths: dict[str, int]
+    packing: str
+    long_documents: str
+    counts: dict[str, int]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    def tokens(self, feature: str = "targets") -> int:
+        return int(self.lengths[feature].sum(dtype=np.int64))
+
+    def fill(self, feature: str = "targets") -> float:
+        """The share of the feature's positions that hold tokens, over all rows."""
+        return self.tokens(feature) / max(1, self.num_rows * self.row_lengths[feature])
+
+
+def make_plan(
+    lengths: Mapping[str, np.ndarray],
+    row_lengths: Mapping[str, int],
+    *,
+    packing: str = "best_fit",
+    long_documents: str = "split",
+) -> Plan:
+    """Plans the rows of one source.
+
+    Args:
+        lengths: per feature, the tokens of every record, [N].
+        row_lengths: per feature, the tokens of a row.
+        packing: 'best_fit' cuts records at the row length and packs the pieces, the longest first,
+            each into the row it fills best; 'concat' lays records end to end and cuts at row ends;
+            'examples' puts one piece of one record in a row. With several features (for an
+            encoder-decoder) 'best_fit' packs whole records, each into the first open row with room
+            for all of it.
+        long_documents: 'split' cuts records longer than a row into several pieces, 'truncate' keeps
+            the first row's worth. Records of several features cannot be split.
+    """
+    if packing not in PACKINGS:
+        raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
+    if long_documents not in LONG_DOCUMENTS:
+        raise ValueError(
+            f"long_documents={long_documents!r} is none of {', '.join(map(repr, LONG_DOCUMENTS))}."
+        )
+    for feature, length in row_lengths.items():
+        if length < 1:
+            raise ValueError(f"task_feature_lengths[{feature!r}] is {length}; it must be positive.")
+    full = {feature: np.asarray(lengths[feature], np.int64) for feature in row_lengths}
+    make = _plan_single if len(row_lengths) == 1 else _plan_tuples
+    row_starts, records, offsets, sizes = make(full, dict(row_lengths), packing, long_documents)
+    kept = sum(int(size.sum()) for size in sizes.values())
+    too_long = np.any([full[f] > row_lengths[f] for f in row_lengths], axis=0)
+    return Plan(
+        row_starts=row_starts,
+        # 32 bits: a plan should stay small beside the tokens it describes.
+        records=records.astype(np.uint32),
+        offsets=offsets.astype(np.uint32),
+        lengths={feature: size.astype(np.uint32) for feature, size in sizes.items()},
+        row_lengths=dict(row_lengths),
+        packing=packing,
+        long_documents=long_documents,
+        counts={
+            "records": len(too_long),
+            "empty_records": int((full[_main(row_lengths)] == 0).sum()),
+            "long_records": int(too_long.sum()),
+            "cut_segments": int((offsets > 0).sum()),
+            "dropped_tokens": sum(int(x.sum()) for x in full.values()) - kept,
+        },
+    )
+
+
+def _main(row_lengths: Mapping[str, int]) -> str:
+    """The feature a record is trained on: without it a record is skipped."""
+    return "targets" if "targets" in row_lengths else next(iter(row_lengths))
+
+
+_Segments = tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]
+
+
+def _plan_single(full, row_lengths, packing: str, long_documents: str) -> _Segments:
+    """(row starts, records, offsets, lengths) for one feature."""
+    ((feature, length),) = row_lengths.items()
+    lengths_N = full[feature]
+    if long_documents == "truncate":
+        lengths_N = np.minimum(lengths_N, length)
+    if packing == "concat":
+        return _cut_at(feature, lengths_N, _concat_row_ends(lengths_N, length))
+    records_P, offsets_P, sizes_P = _pieces(lengths_N, length)
+    rows_P = _best_fit(sizes_P, length) if packing == "best_fit" else np.arange(len(sizes_P))
+    order = np.argsort(rows_P, kind="stable")  # within a row, the order of the corpus
+    return _starts(rows_P), records_P[order], offsets_P[order], {feature: sizes_P[order]}
+
+
+def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segments:
+    """The same for records with several features, such as (inputs, targets): never split."""
+    if packing == "concat":
+        raise ValueError(
+            f"packing='concat' needs a single feature, but there are {', '.join(row_lengths)}: use "
+            "'best_fit' or 'examples'."
+        )
+    is_long = np.any([full[f] > row_lengths[f] for f in row_lengths], axis=0)
+    if long_documents == "split" and is_long.any():
+        record = int(np.argmax(is_long))
+        sizes = {f: int(full[f][record]) for f in row_lengths}
+        raise ValueError(
+            f"{int(is_long.sum())} records are longer than task_feature_lengths {row_lengths} (the "
+            f"first: record {record}, {sizes}) and records of several features cannot be split: "
+            "set long_documents='truncate' or larger task_feature_lengths."
+        )
+    records = np.flatnonzero(full[_main(row_lengths)] > 0)
+    kept = {f: np.minimum(full[f], row_lengths[f])[records] for f in row_lengths}
+    if packing == "best_fit":
+        rows = _first_fit(np.stack(list(kept.values())), list(row_lengths.values()))
+    else:
+        rows = np.arange(len(records))
+    order = np.argsort(rows, kind="stable")
+    kept = {feature: size[order] for feature, size in kept.items()}
+    return _starts(rows), records[order], np.zeros(len(records), np.int64), kept
+
+
+def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts every record into pieces of at most `length`: (record, offset, size), each [P]."""
+    pieces_N = -(-lengths_N // length)
+    records_P = np.repeat(np.arange(len(lengths_N)), pieces_N)
+    index_P = np.arange(len(records_P)) - np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
+    offsets_P = index_P * length
+    return records_P, offsets_P, np.minimum(lengths_N[records_P] - offsets_P, length)
+
+
+def _best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
+    """Best-fit decreasing: the row of each piece.
+
+    `free` has bit f set when some open row has exactly f positions left, so the tightest row that
+    takes a piece is the lowest set bit at or above its size.
+    """
+    rows_P = np.empty(len(sizes_P), np.int64)
+    order = np.argsort(-sizes_P, kind="stable")
+    num_full = int((sizes_P == length).sum())
+    rows_P[order[:num_full]] = np.arange(num_full)
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]
+    segments: list[int] = []
+    free = 0
+    for piece, size in zip(
+        order[num_full:].tolist(), sizes_P[order[num_full:]].tolist(), strict=True
+    ):
+        fitting = free >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                free ^= 1 << room
+            segments[row] += 1
+        else:
+            room, row = length, len(segments)
+            segments.append(1)
+        rows_P[piece] = num_full + row
+        room -= size
+        if room and segments[row] < MAX_SEGMENTS:
+            if not open_rows[room]:
+                free |= 1 << room
+            open_rows[room].append(row)
+    return rows_P
+
+
+def _concat_row_ends(lengths_N: np.ndarray, length: int) -> np.ndarray:
+    """Where rows end in the concatenation: every `length` tokens, or after 64 segments."""
+    ends_N = np.cumsum(lengths_N[lengths_N > 0])
+    total = int(ends_N[-1]) if len(ends_N) else 0
+    row_ends, at = [], 0
+    while at < total:
+        last = int(np.searchsorted(ends_N, at, side="right")) + MAX_SEGMENTS - 1
+        at = min(at + length, int(ends_N[last]) if last < len(ends_N) else total)
+        row_ends.append(at)
+    return np.array(row_ends, np.int64)
+
+
+def _cut_at(feature: str, lengths_N: np.ndarray, row_ends_R: np.ndarray) -> _Segments:
+    """The segments of the concatenation, cut at the ends of records and of rows."""
+    records = np.flatnonzero(lengths_N)
+    ends = np.cumsum(lengths_N[records])
+    cuts_S = np.union1d(ends, row_ends_R)
+    begins_S = np.concatenate([[0], cuts_S])[:-1]
+    index_S = np.searchsorted(ends, begins_S, side="right")
+    offsets_S = begins_S - (ends - lengths_N[records])[index_S]
+    row_starts = np.concatenate([[0], np.searchsorted(cuts_S, row_ends_R) + 1])
+    return row_starts, records[index_S], offsets_S, {feature: cuts_S - begins_S}
+
+
+def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
+    """First fit over the oldest open rows; a record goes where every feature has room."""
+    rows_P = np.empty(sizes_FP.shape[1], np.int64)
+    open_rows: collections.deque = collections.deque()  # [row, segments, room per feature]
+    num_rows = 0
+    for piece, sizes in enumerate(sizes_FP.T.tolist()):
+        for entry in open_rows:
+            if all(size <= room for size, room in zip(sizes, entry[2], strict=True)):
+                break
+        else:
+            entry = [num_rows, 0, list(capacities_F)]
+            num_rows += 1
+            if len(open_rows) == _OPEN_ROWS:
+                open_rows.popleft()
+            open_rows.append(entry)
+        rows_P[piece] = entry[0]
+        entry[1] += 1
+        entry[2] = [room - size for size, room in zip(sizes, entry[2], strict=True)]
+        if entry[1] == MAX_SEGMENTS:
+            open_rows.remove(entry)
+    return rows_P
+
+
+def _starts(rows_P: np.ndarray) -> np.ndarray:
+    """Where each row's segments start once pieces are sorted by row."""
+    return np.concatenate([[0], np.cumsum(np.bincount(rows_P))]).astype(np.int64)

@@ -1,0 +1,201 @@
+"""Which source each row of a batch comes from, and which of that source's rows it is.
+
+Rows are dealt by error diffusion: every slot adds its share to each source's deficit, the source
+with the largest deficit gets the slot and pays for it. With integer shares q that sum to D the
+deficits return to zero after exactly D slots, so one period is tabulated and any slot of any step
+is found by arithmetic. A phase changes the shares from a given step on; it is host integers only,
+so nothing in a compiled train step depends on it.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+INTERLEAVINGS = ("error_diffusion", "random")
+
+# The period is at least 2^16 slots, which bounds the absolute error of any share by 2^-17, and at
+# most 2^20, which takes about a second to tabulate. In between it grows until the shares are
+# relatively right too.
+_MIN_PERIOD = 2**16
+_MAX_PERIOD = 2**20
+_RELATIVE_ERROR = 1e-3
+_CANDIDATES = 4096
+
+
+def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
+    """Integers that sum to `total`, nearest to `shares * total`; zero shares stay zero."""
+    exact = shares * total
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts
+
+
+def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarray:
+    """Integer row shares q for real ones; their sum D is the period of the schedule.
+
+    D is derived from the smallest positive share: candidates are the periods in which that source
+    gets a whole number of rows. The best one up to 2^17 is taken if every positive share is right
+    to 0.1 %, otherwise the best one up to 2^20.
+
+    Raises:
+        ValueError: a positive share is so small that it would never be read.
+    """
+    shares = np.asarray(shares, np.float64)
+    shares = shares / shares.sum()
+    positive = shares > 0
+    smallest = shares[positive].min()
+    if smallest * _MAX_PERIOD < 1:
+        name = sources[int(np.flatnonzero(shares == smallest)[0])]
+        raise ValueError(
+            f"The weight of source {name!r} comes to a share of {smallest:.3g} of the rows, less "
+            f"than one row in {_MAX_PERIOD}: it would round to zero. Raise the weight, or set it to "
+            "0 to leave the source out."
+        )
+    best = None
+    for limit in (2 * _MIN_PERIOD, _MAX_PERIOD):
+        first = int(np.ceil(_MIN_PERIOD * smallest))
+        last = max(first, int(limit * smallest))
+        multiples = np.unique(np.linspace(first, last, _CANDIDATES).astype(np.int64))
+        periods = np.clip(np.rint(multiples / smallest), _MIN_PERIOD, _MAX_PERIOD)
+        exact = periods[:, None] * shares[positive]
+        errors = np.abs(np.rint(exact) / exact - 1).max(axis=1)
+        best = int(np.argmin(errors))
+        if errors[best] <= _RELATIVE_ERROR:
+            break
+    return largest_remainder(shares, int(periods[best]))
+
+
+def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
+    """The source of each of the first `slots` slots: the largest deficit, ties to the lowest."""
+    period = int(counts.sum())
+    deficits = np.zeros(len(counts), np.int64)
+    sources = np.empty(slots, np.int32)
+    for slot in range(slots):
+        deficits += counts
+        chosen = deficits.argmax()
+        deficits[chosen] -= period
+        sources[slot] = chosen
+    return sources
+
+
+def shuffle_period(counts: np.ndarray, slots: int, seed: int) -> np.ndarray:
+    """The first `slots` slots of a period in random order: draws without replacement.
+
+    For comparison with samplers that draw each row's source independently. Within a period the
+    counts wander as theirs do (by at most as much); over whole periods they are exact.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    return rng.permutation(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[:slots]
+
+
+def _occurrences(sources: np.ndarray, num_sources: int) -> np.ndarray:
+    """For every slot, how often its source occurred in earlier slots."""
+    order = np.argsort(sources, kind="stable")
+    counts = np.bincount(sources, minlength=num_sources)
+    earlier = np.empty(len(sources), np.int64)
+    earlier[order] = np.arange(len(sources)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return earlier
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    counts: tuple[int, ...], slots: int, interleaving: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    shares = np.array(counts, np.int64)
+    if interleaving == "random":
+        sources = shuffle_period(shares, slots, seed)
+    else:
+        sources = diffuse(shares, slots)
+    return sources, _occurrences(sources, len(counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    start: int
+    shares: np.ndarray  # q, int64, sums to the period
+    base: np.ndarray  # rows of each source used before this phase
+    sources: np.ndarray  # source of each slot of the period (as much of it as the phase reaches)
+    earlier: np.ndarray  # uses of that source in earlier slots of the period
+
+    def used(self, slots: int) -> np.ndarray:
+        """Rows of each source used in the first `slots` slots of this phase."""
+        periods, rest = divmod(slots, int(self.shares.sum()))
+        return periods * self.shares + np.bincount(self.sources[:rest], minlength=len(self.shares))
+
+
+class Schedule:
+    """Deals the rows of every step to sources; a pure function of (step, row).
+
+    Args:
+        phases: (first step, real row share of each source) in order of steps, the first at 0.
+        sources: their names, for messages.
+        batch_size: rows per step.
+        interleaving: 'error_diffusion' or 'random' (see `shuffle_period`).
+        seed: of the random interleaving; error diffusion has no randomness.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[tuple[int, Sequence[float]]],
+        *,
+        sources: Sequence[str],
+        batch_size: int,
+        interleaving: str = "error_diffusion",
+        seed: int = 0,
+    ):
+        if interleaving not in INTERLEAVINGS:
+            raise ValueError(
+                f"interleaving={interleaving!r} is none of {', '.join(map(repr, INTERLEAVINGS))}."
+            )
+        self.batch_size = batch_size
+        self._starts = [start for start, _ in phases]
+        self._phases: list[_Phase] = []
+        base = np.zeros(len(sources), np.int64)
+        for j, (start, weights) in enumerate(phases):
+            shares = integer_shares(weights, sources)
+            slots = int(shares.sum())
+            if j + 1 < len(phases):
+                slots = min(slots, (self._starts[j + 1] - start) * batch_size)
+            key = (
+                tuple(shares.tolist()),
+                slots,
+                interleaving,
+                seed if interleaving == "random" else 0,
+            )
+            phase = _Phase(start, shares, base, *_table(*key))
+            self._phases.append(phase)
+            if j + 1 < len(phases):
+                base = base + phase.used((self._starts[j + 1] - start) * batch_size)
+
+    def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source index, position in that source) of rows [lo, hi) of the batch of `step`."""
+        phase = self._phase(step)
+        slots = (step - phase.start) * self.batch_size + np.arange(lo, hi, dtype=np.int64)
+        periods, places = np.divmod(slots, phase.shares.sum())
+        sources = phase.sources[places]
+        positions = phase.base[sources] + periods * phase.shares[sources] + phase.earlier[places]
+        return sources, positions
+
+    def used(self, step: int) -> np.ndarray:
+        """Rows of each source in all steps before `step`."""
+        phase = self._phase(step)
+        return phase.base + phase.used((step - phase.start) * self.batch_size)
+
+    def shares(self, step: int) -> np.ndarray:
+        """The row shares in force at `step`, exactly as scheduled."""
+        shares = self._phase(step).shares
+        return shares / shares.sum()
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first step of every phase."""
+        return tuple(self._starts)
+
+    def _phase(self, step: int) -> _Phase:
+        if step < 0:
+            raise ValueError(f"Step {step} is negative.")
+        return self._phases[bisect.bisect_right(self._starts, step) - 1]

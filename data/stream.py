@@ -1,0 +1,347 @@
+"""The training and evaluation streams: batches as a pure function of (seed, step).
+
+    SeqIO task -> token cache -> row plan -> schedule -> order -> batch(step, lo, hi)
+
+Any step is found by arithmetic, whatever was read before. Hosts ask for the rows of the global
+batch that they need, so neither their number nor the mesh changes what a batch holds, and the whole
+state of a stream is the step.
+"""
+
+import abc
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data import cache, mixing, order, rows, schedule
+
+# Part of every fingerprint: raise it when the same settings begin to give other batches.
+_VERSION = 1
+
+Phases = Sequence[tuple[int, Mapping[str, float]]]
+
+
+def make_stream(
+    *,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int = 0,
+    split: str = "train",
+    weights: str = "rates",
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+    phases: Phases | None = None,
+    interleaving: str = "error_diffusion",
+    packing: str = "best_fit",
+    long_documents: str = "split",
+    cross_document_attention: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    verify_cache: bool = True,
+) -> "Stream":
+    """The training stream of a SeqIO mixture or task; token caches that are missing are built.
+
+    Args:
+        mixture_or_task_name: registered with SeqIO. A mixture's rates are taken as the shares of
+            training *tokens* of its tasks (SeqIO's own sampler takes them as shares of examples).
+        task_feature_lengths: {'targets': tokens per row}; with 'inputs' as well, the rows are those
+            of an encoder-decoder.
+        batch_size: rows of the global batch.
+        seed: of the order of rows.
+        split: of the tasks.
+        weights: 'rates' takes the mixture's rates, 'tokens' the number of tokens of each task.
+        temperature: raises the weights to 1 / temperature before they are normalised.
+        max_tokens: with weights='tokens', tasks count as having no more tokens than this.
+        phases: in place of the mixture's rates, ((first step, {task: share of tokens}), ...), the
+            first from step 0 on. Tasks left out of a phase are not read in it.
+        interleaving: 'error_diffusion' keeps every source within one row of its share at any time;
+            'random' orders the rows of each period at random, for comparison.
+        packing: 'best_fit', 'concat' or 'examples'; see `data.plan.make_plan`.
+        long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
+        cross_document_attention: make each row one segment, so that its documents see each other.
+        cache_dir: the root of all caches; $ESPALIER_CACHE or ~/.cache/espalier if None.
+        verify_cache: check every byte of the caches against its checksum.
+
+    Raises:
+        ValueError: what cannot be streamed, before anything is read.
+    """
+    tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
+    known = tuple(task.name for task in tasks)
+    if weights not in mixing.WEIGHTS:
+        raise ValueError(f"weights={weights!r} is none of {', '.join(map(repr, mixing.WEIGHTS))}.")
+    if phases is not None and (weights != "rates" or temperature != 1.0):
+        raise ValueError("phases give the weights themselves: leave weights and temperature out.")
+    if max_tokens is not None and weights != "tokens":
+        raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
+    if phases is not None:
+        phases = mixing.checked_phases(phases, known)
+    elif weights == "rates":
+        rates = mixing.tempered(weight_of, temperature)
+        where = f"mixture {mixture_or_task_name!r}"
+        phases = [(0, mixing.normalised(rates, known, where))]
+    wanted = known if phases is None else {name for _, shares in phases for name in shares}
+    sources = [
+        _open_source(
+            task, split, task_feature_lengths, packing, long_documents, cache_dir, verify_cache
+        )
+        for task in tasks
+        if task.name in wanted
+    ]
+    if phases is None:
+        counts = {source.name: source.plan.tokens() for source in sources}
+        phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
+    return Stream(
+        sources,
+        phases,
+        batch_size=batch_size,
+        seed=seed,
+        cross_document_attention=cross_document_attention,
+        interleaving=interleaving,
+    )
+
+
+def make_eval_stream(
+    *,
+    task: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    split: str = "validation",
+    packing: str = "best_fit",
+    long_documents: str = "split",
+    cross_document_attention: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    verify_cache: bool = True,
+) -> "EvalStream":
+    """The held-out stream of one SeqIO task: every row once, in the order of the plan.
+
+    Mixtures are evaluated task by task, as SeqIO does. Arguments as for `make_stream`.
+    """
+    tasks, _ = mixing.find_tasks(task)
+    if [found.name for found in tasks] != [task]:
+        raise ValueError(
+            f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
+            f"{', '.join(found.name for found in tasks)}."
+        )
+    source = _open_source(
+        tasks[0], split, task_feature_lengths, packing, long_documents, cache_dir, verify_cache
+    )
+    return EvalStream(
+        source, batch_size=batch_size, cross_document_attention=cross_document_attention
+    )
+
+
+def _open_source(
+    task, split, feature_lengths, packing, long_documents, cache_dir, verify
+) -> rows.Source:
+    from data import task_cache
+
+    opened = task_cache.open_task_cache(task, split, cache_dir=cache_dir, verify=verify)
+    return rows.plan_source(
+        task.name, opened, feature_lengths, packing=packing, long_documents=long_documents
+    )
+
+
+class _Rows(abc.ABC):
+    """What both streams share: sources, and rows of them turned into batches."""
+
+    def __init__(
+        self, sources: Sequence[rows.Source], batch_size: int, cross_document_attention: bool
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be positive.")
+        if cross_document_attention and len(sources[0].plan.row_lengths) > 1:
+            raise ValueError(
+                "cross_document_attention is for decoder-only rows: leave 'inputs' out."
+            )
+        self.batch_size = batch_size
+        self._sources = tuple(sources)
+        self._cross_document_attention = cross_document_attention
+        self._vocabulary = rows.shared_vocabulary(self._sources)
+
+    @property
+    def length(self) -> int:
+        """Target tokens per row."""
+        return self._sources[0].plan.row_lengths["targets"]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What `source_ids` index."""
+        return tuple(source.name for source in self._sources)
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the batch of `step`; see `data.rows.read_rows` for the columns."""
+        source_B, _, row_B = self._locate(step, lo, hi)
+        return rows.read_rows(
+            self._sources,
+            source_B,
+            row_B,
+            cross_document_attention=self._cross_document_attention,
+        )
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
+        return [
+            {
+                "source": self._sources[source].name,
+                "epoch": epoch,
+                "row": row,
+                "documents": self._sources[source].documents(row),
+            }
+            for source, epoch, row in zip(
+                *(array.tolist() for array in self._locate(step, lo, hi)), strict=True
+            )
+        ]
+
+    def summary(self) -> dict:
+        """What to record with a run: sizes, fills, and what happened to long documents."""
+        first = self._sources[0].plan
+        return {
+            "fingerprint": self.fingerprint,
+            "batch_size": self.batch_size,
+            "lengths": first.row_lengths,
+            "packing": first.packing,
+            "long_documents": first.long_documents,
+            "cross_document_attention": self._cross_document_attention,
+            "vocabulary": self._vocabulary,
+            "sources": {source.name: source.summary() for source in self._sources},
+        }
+
+    @abc.abstractmethod
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, epoch, plan row) of each row."""
+
+    def _check_range(self, lo: int, hi: int) -> None:
+        if not 0 <= lo <= hi <= self.batch_size:
+            raise ValueError(f"Rows [{lo}, {hi}) are not within a batch of {self.batch_size}.")
+
+    def _fingerprint(self, **settings) -> str:
+        parts = {
+            "version": _VERSION,
+            "batch_size": self.batch_size,
+            "cross_document_attention": self._cross_document_attention,
+            "sources": [
+                [s.name, s.cache.content, s.plan.row_lengths, s.plan.packing, s.plan.long_documents]
+                for s in self._sources
+            ],
+        }
+        return cache.digest({**parts, **settings})
+
+
+class Stream(_Rows):
+    """An endless stream over a mixture of sources; see `make_stream`.
+
+    Args:
+        sources: made by `data.rows.plan_source`. Those that never have weight are left out, so that
+            they change nothing, not even `source_ids`.
+        phases: see `make_stream`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[rows.Source],
+        phases: Phases,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        cross_document_attention: bool = False,
+        interleaving: str = "error_diffusion",
+    ):
+        phases = mixing.checked_phases(phases, tuple(source.name for source in sources))
+        used = {name for _, shares in phases for name in shares}
+        sources = [source for source in sources if source.name in used]
+        super().__init__(sources, batch_size, cross_document_attention)
+        self._seed = seed
+        self._phases = phases
+        # A row of a source holds fill * length tokens: token shares become row shares.
+        self._schedule = schedule.Schedule(
+            [
+                (start, [shares.get(s.name, 0.0) / s.plan.fill() for s in sources])
+                for start, shares in phases
+            ],
+            sources=self.source_names,
+            batch_size=batch_size,
+            interleaving=interleaving,
+            seed=order.hash64(seed, "interleaving"),
+        )
+        self.fingerprint = self._fingerprint(seed=seed, phases=phases, interleaving=interleaving)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read in the steps before `step`."""
+        used = self._schedule.used(step).tolist()
+        return {s.name: used[i] / s.plan.num_rows for i, s in enumerate(self._sources)}
+
+    def tokens_per_step(self, step: int) -> float:
+        """Loss-bearing tokens of a batch in the phase of `step`, on average."""
+        per_row = np.array([s.plan.tokens() / s.plan.num_rows for s in self._sources])
+        return float(self.batch_size * (self._schedule.shares(step) @ per_row))
+
+    def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
+        """Steps from `first_step` on that train on `tokens` loss-bearing tokens, rounded up."""
+        step = first_step
+        ends = [start for start in self._schedule.starts if start > first_step] + [math.inf]
+        for end in ends:
+            per_step = self.tokens_per_step(step)
+            needed = math.ceil(tokens / per_step)
+            if step + needed <= end:
+                return step + needed - first_step
+            tokens -= (end - step) * per_step
+            step = end
+        raise AssertionError("the last phase has no end")
+
+    def summary(self) -> dict:
+        phases = [
+            {
+                "first_step": start,
+                "token_shares": shares,
+                "row_shares": dict(
+                    zip(self.source_names, self._schedule.shares(start).tolist(), strict=True)
+                ),
+                "tokens_per_step": self.tokens_per_step(start),
+            }
+            for start, shares in self._phases
+        ]
+        return {**super().summary(), "seed": self._seed, "phases": phases}
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._check_range(lo, hi)
+        source_B, position_B = self._schedule.locate(step, lo, hi)
+        epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
+        for index in np.unique(source_B):
+            source, here = self._sources[index], source_B == index
+            epoch_B[here], row_B[here] = order.shuffled_rows(
+                position_B[here], source.plan.num_rows, self._seed, source.name
+            )
+        return source_B, epoch_B, row_B
+
+
+class EvalStream(_Rows):
+    """Every row of one source once; rows past the end have weight 0. See `make_eval_stream`.
+
+    Attributes:
+        name: of the source.
+        num_steps: batches that cover it.
+        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown.
+    """
+
+    def __init__(
+        self, source: rows.Source, *, batch_size: int, cross_document_attention: bool = False
+    ):
+        super().__init__([source], batch_size, cross_document_attention)
+        self.name = source.name
+        self.num_steps = -(-source.plan.num_rows // batch_size)
+        self.bytes_per_token = (source.cache.text_bytes() or 0) / source.cache.tokens()
+        self.fingerprint = self._fingerprint()
+
+    def summary(self) -> dict:
+        return {**super().summary(), "num_steps": self.num_steps}
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._check_range(lo, hi)
+        if not 0 <= step < self.num_steps:
+            raise ValueError(
+                f"{self.name!r} has {self.num_steps} batches; there is no batch {step}."
+            )
+        row_B = step * self.batch_size + np.arange(lo, hi, dtype=np.int64)
+        row_B[row_B >= self._sources[0].plan.num_rows] = rows.NO_ROW
+        return np.zeros_like(row_B), np.zeros_like(row_B), row_B
