@@ -166,6 +166,8 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
     gin.clear_config()
     # Gin can only append to its search path, which would make it depend on earlier loads.
     gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
+    # It would also look for files as resources of packages, and fails on folders that are none.
+    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
     imports = [statement.format() for statement in checked.command_line_imports()]
     if imports:
         imports.insert(0, "from __gin__ import dynamic_registration")

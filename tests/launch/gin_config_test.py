@@ -248,3 +248,17 @@ def test_names_of_several_modules_cannot_be_used_on_the_command_line(gin_file, t
     bindings = ["MODEL_DIR=/x", "toy_net.Net.layers=2"]
     text = errors([gin_file(toy_gin), other], bindings, entry=ENTRY)
     assert "toy_net and model.mlp" in text
+
+
+def test_files_relative_to_the_root_are_found_from_anywhere(gin_file, tmp_path, monkeypatch):
+    from model import transformer
+
+    monkeypatch.chdir(tmp_path)
+    head = "from __gin__ import dynamic_registration\nimport toy_run\n"
+    gin_file(head + "include 't5x_configs/models/tiny.gin'\ntoy_run.train.model = %MODEL\n")
+    config = gin_config.load(["run.gin"], entry=ENTRY)
+    assert isinstance(config.entry()["model"], transformer.Transformer)
+    assert all(
+        path == "run.gin" or path.startswith(gin_config.gin_source.ROOT) for path in config.files
+    )
+    gin_config.load(["t5x_configs/models/tiny.gin", "run.gin"], entry=ENTRY)
