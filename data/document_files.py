@@ -1,0 +1,211 @@
+"""A named set of data files: which they are, what they hold, and which documents are held out."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import tqdm
+
+from data import cache_dir as cache
+from data import documents, fingerprint, splits
+from data.documents import DataError, Document, Format
+
+Patterns = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentFiles:
+    """Documents in files, in two splits.
+
+    Attributes:
+      name: of the task that reads them.
+      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
+      format: how documents lie in the files.
+      validation_fraction: share of documents held out, by the hash of their text.
+      root: directory that document ids are relative to.
+      cache: directory where checksums and counts are remembered.
+    """
+
+    name: str
+    files: Mapping[str, tuple[str, ...]]
+    format: Format
+    validation_fraction: float
+    root: str
+    cache: str
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The one source a vocabulary can be trained from."""
+        return (self.name,)
+
+    def documents(self, source: str, split: str) -> Iterator[Document]:
+        """The documents of a split, in order; empty ones are left out."""
+        for path in self.files[split]:
+            yield from self.read_file(path, split)
+
+    def read_file(self, path: str, split: str) -> Iterator[Document]:
+        """The documents of one file that are in a split."""
+        shared = self.validation_fraction > 0
+        for document in documents.read(
+            pathlib.Path(path), self.format, name=os.path.relpath(path, self.root)
+        ):
+            if not document.text:
+                continue
+            if shared:
+                held_out = splits.in_validation(document.text, self.validation_fraction)
+                if held_out != (split == "validation"):
+                    continue
+            yield document
+
+    @functools.cached_property
+    def checksums(self) -> dict[str, str]:
+        """File -> SHA-256 of its bytes, remembered between runs by size and modification time."""
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        paths = dict.fromkeys(path for files in self.files.values() for path in files)
+        result = {path: digests.digest(path) for path in paths}
+        digests.save()
+        return result
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over everything that decides the documents and their order."""
+        content = {
+            "format": dataclasses.asdict(self.format),
+            "validation_fraction": self.validation_fraction,
+            "files": {
+                split: [[os.path.relpath(path, self.root), self.checksums[path]] for path in files]
+                for split, files in self.files.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Documents and bytes of each split; reading them all checks every line once.
+
+        The result is remembered under the hash of the files.
+
+        Raises:
+          DataError: for a malformed file, or a split without a document.
+        """
+        remembered = pathlib.Path(self.cache) / "counts" / f"{self.hash}.json"
+        if remembered.is_file():
+            return json.loads(remembered.read_text(encoding="utf-8"))
+        counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
+        paths = list(self.checksums)
+        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+            for split in self.splits:
+                if path in self.files[split]:
+                    for document in self.read_file(path, split):
+                        counts[split]["documents"] += 1
+                        counts[split]["bytes"] += len(document.text.encode("utf-8"))
+        for split, count in counts.items():
+            if not count["documents"]:
+                raise self._empty(split, counts)
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_json(remembered, counts)
+        return counts
+
+    def size(self, source: str) -> int:
+        """Bytes of training text."""
+        return self.counts["train"]["bytes"]
+
+    def _empty(self, split: str, counts: Mapping[str, Mapping[str, int]]) -> DataError:
+        total = sum(count["documents"] for count in counts.values())
+        where = f"{self.name}: {_shorten(self.files[split])}"
+        if self.validation_fraction == 0 or total == 0:
+            return DataError(f"{where}: no document; every file is empty")
+        return DataError(
+            f"{where}: validation_fraction={self.validation_fraction} of {total} documents leaves none "
+            f"for the {split} split. Change validation_fraction, give validation_files, or set "
+            "document_per='paragraph' for text files"
+        )
+
+
+def find(
+    *,
+    name: str,
+    files: Patterns,
+    validation_files: Patterns | None = None,
+    validation_fraction: float = 0.01,
+    text_key: str = "text",
+    id_key: str | None = None,
+    document_per: str = "file",
+    cache_dir: str | os.PathLike | None = None,
+) -> DocumentFiles:
+    """Finds the data files that match patterns.
+
+    Args:
+      name: what the set is called.
+      files: a glob or several (`**` reaches into subdirectories); `~` and variables are expanded.
+      validation_files: a glob or several of held-out files; excludes `validation_fraction`.
+      validation_fraction: share of documents to hold out, chosen by the hash of their text so that
+        equal documents are never in both splits. 0 makes no validation split.
+      text_key: key of the text in JSON, column in Parquet.
+      id_key: key or column of a document's name.
+      document_per: what a document is in text files: `file`, `paragraph` or `line`.
+      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Raises:
+      FileNotFoundError: a pattern matches no file.
+      DataError: a matching file is of an unknown kind.
+      ValueError: the fraction is not in [0, 1).
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
+        )
+    found = {"train": _expand(name, "files", files)}
+    if validation_files is not None:
+        validation_fraction = 0.0
+        found["validation"] = _expand(name, "validation_files", validation_files)
+        if both := sorted(set(found["train"]) & set(found["validation"])):
+            raise ValueError(
+                f"{name}: {_shorten(both)} is matched by files and by validation_files; make the "
+                "patterns disjoint"
+            )
+    elif validation_fraction:
+        found["validation"] = found["train"]
+    everything = sorted({path for paths in found.values() for path in paths})
+    return DocumentFiles(
+        name=name,
+        files=found,
+        format=Format(text_key=text_key, id_key=id_key, document_per=document_per),
+        validation_fraction=validation_fraction,
+        root=os.path.commonpath([os.path.dirname(path) for path in everything]),
+        cache=str(cache.cache_dir("files", override=cache_dir)),
+    )
+
+
+def _expand(name: str, argument: str, patterns: Patterns) -> tuple[str, ...]:
+    """All files that match, sorted, each once; directories are passed over."""
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        full = os.path.abspath(os.path.expandvars(os.path.expanduser(pattern)))
+        matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+        if not matches:
+            raise FileNotFoundError(
+                f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
+                "relative one starts at the working directory"
+            )
+        found.update(matches)
+    if not found:
+        raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
+    for path in sorted(found):
+        documents.check_suffix(pathlib.Path(path))
+    return tuple(sorted(found))
+
+
+def _shorten(paths: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(paths[:limit])
+    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"

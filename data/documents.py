@@ -1,0 +1,230 @@
+"""Documents in files: JSON lines (plain, .gz, .zst), text and Parquet, read one at a time.
+
+Every problem with a file is one `DataError` that names the file, the place in it and the remedy.
+"""
+
+import dataclasses
+import gzip
+import io
+import json
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
+COMPRESSED = (".gz", ".zst")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DOCUMENTS_OF_TEXT = ("file", "paragraph", "line")
+
+
+class DataError(ValueError):
+    """A file that cannot be used as data."""
+
+
+class Document(NamedTuple):
+    """A document and its name."""
+
+    id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How documents lie in files.
+
+    Attributes:
+      text_key: key (JSON) or column (Parquet) of the text.
+      id_key: key or column of the document's name; by default it is the file and the line.
+      document_per: what a document is in a text file: the `file`, a `paragraph` (blank lines lie
+        between paragraphs) or a `line`.
+    """
+
+    text_key: str = "text"
+    id_key: str | None = None
+    document_per: str = "file"
+
+    def __post_init__(self):
+        if self.document_per not in DOCUMENTS_OF_TEXT:
+            raise ValueError(
+                f"document_per is {self.document_per!r}; it must be one of "
+                f"{', '.join(DOCUMENTS_OF_TEXT)}"
+            )
+
+
+def read(path: pathlib.Path, format: Format, *, name: str | None = None) -> Iterator[Document]:
+    """Documents of a file in order; empty ones too.
+
+    Args:
+      path: the file; its suffixes tell its kind.
+      format: how documents lie in it.
+      name: what the ids of the documents begin with; default the name of the file.
+
+    Raises:
+      DataError: for a file that is malformed, not UTF-8, or cannot be decompressed.
+    """
+    name = path.name if name is None else name
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet(path, format, name)
+    if kind in (".jsonl", ".json"):
+        return _json_lines(path, format, name)
+    return _text(path, format, name)
+
+
+def check_suffix(path: pathlib.Path) -> None:
+    """Raises DataError for a kind of file that `read` does not know."""
+    _kind(path)
+
+
+def _kind(path: pathlib.Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in SUFFIXES:
+        raise DataError(
+            f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, the text ones "
+            f"also with {' or '.join(COMPRESSED)}"
+        )
+    return suffixes[-1]
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file, compressed or not."""
+    offset = 0
+    with _open(path) as file:
+        try:
+            for number, raw in enumerate(file, start=1):
+                yield number, _decoded(raw, path, number, offset)
+                offset += len(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(
+                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is "
+                "truncated or damaged, or not compressed as its name says; fetch or write it again"
+            ) from None
+
+
+def _decoded(raw: bytes, path: pathlib.Path, number: int, offset: int) -> str:
+    skipped = len(_BYTE_ORDER_MARK) if number == 1 and raw.startswith(_BYTE_ORDER_MARK) else 0
+    try:
+        return raw[skipped:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 at byte offset {offset + skipped + error.start} (line {number}): "
+            f"{error.reason}. Convert the file (iconv -t UTF-8) or drop the line"
+        ) from None
+
+
+def _open(path: pathlib.Path) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        # Arrow reads all frames and reports a truncated one, which zstandard's reader does not.
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: malformed JSON: {error.msg} at column {error.colno}. Each line must be "
+                f'one object such as {{"{format.text_key}": "..."}}'
+            ) from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{where}: a JSON {type(record).__name__} where an object is expected, such as "
+                f'{{"{format.text_key}": "..."}}'
+            )
+        id = f"{name}:{number}"
+        if format.id_key is not None:
+            id = str(_value(record, format.id_key, "id_key", where))
+        text = _value(record, format.text_key, "text_key", where)
+        yield Document(id, _checked(text, format.text_key, where))
+
+
+def _value(record: dict, key: str, argument: str, where: str):
+    if key not in record:
+        raise DataError(
+            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Set "
+            f"{argument} to the right one"
+        )
+    return record[key]
+
+
+def _checked(text: object, key: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: {key!r} holds a {type(text).__name__}, not a string. Set text_key to the key "
+            "of the text, or convert the file"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
+            "surrogate pair). Repair or drop the line"
+        ) from None
+    return text
+
+
+def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    if format.document_per == "file":
+        yield Document(name, "".join(line for _, line in _lines(path)))
+        return
+    paragraph: list[str] = []
+    start = 1
+    for number, line in _lines(path):
+        if format.document_per == "line":
+            yield Document(f"{name}:{number}", line.rstrip("\r\n"))
+        elif line.strip():
+            if not paragraph:
+                start = number
+            paragraph.append(line)
+        elif paragraph:
+            yield Document(f"{name}:{start}", "".join(paragraph))
+            paragraph = []
+    if paragraph:
+        yield Document(f"{name}:{start}", "".join(paragraph))
+
+
+def _parquet(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    keys = [format.text_key] if format.id_key is None else [format.text_key, format.id_key]
+    try:
+        with parquet.ParquetFile(path) as file:
+            row = dict.fromkeys(file.schema_arrow.names)
+            for key, argument in zip(keys, ("text_key", "id_key"), strict=False):
+                _value(row, key, argument, f"{path}, columns")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=keys):
+                for record in _rows(batch, keys, path, number):
+                    where = f"{path}, row {number}"
+                    text = _checked(record[0], format.text_key, where)
+                    yield Document(str(record[1]) if len(keys) > 1 else f"{name}:{number}", text)
+                    number += 1
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; fetch or "
+            "write it again"
+        ) from None
+
+
+def _rows(batch, keys: list[str], path: pathlib.Path, first: int) -> Iterable[tuple]:
+    """Rows of a batch as tuples of values; the offset of a byte that is not UTF-8 is lost here."""
+    try:
+        return list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, rows {first} to {first + len(batch) - 1}: not UTF-8 at byte offset "
+            f"{error.start} of a value: {error.reason}. Write the column again as UTF-8 strings"
+        ) from None

@@ -1,0 +1,108 @@
+"""The installed packages and the standard library, as trees of files to read.
+
+Nothing here imports a package: files are found through their installation records, so reading the
+text of a package costs no import and runs none of its code.
+"""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sysconfig
+from collections.abc import Callable, Iterable
+
+# Directories that hold no prose or code worth training on, or that some systems do not install.
+SKIPPED_DIRECTORIES = frozenset(
+    {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "testdata"}
+)
+
+
+def _find_distribution(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Environment:
+    """Where sources look for files; tests pass one of their own.
+
+    Args:
+      stdlib: directory of the Python standard library, or None for none.
+      include: directory of the C headers of Python, or None.
+      find: name of a package -> its distribution, or None where it is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        stdlib: pathlib.Path | None,
+        include: pathlib.Path | None,
+        find: Callable[[str], importlib.metadata.Distribution | None] = _find_distribution,
+    ):
+        self.stdlib = stdlib
+        self.include = include
+        self._find = functools.cache(find)
+        self._all_files = functools.cache(self._read_record)
+
+    @classmethod
+    def current(cls) -> "Environment":
+        """The environment this process runs in."""
+        paths = sysconfig.get_paths()
+        return cls(stdlib=pathlib.Path(paths["stdlib"]), include=pathlib.Path(paths["include"]))
+
+    def versions(self, packages: Iterable[str]) -> dict[str, str]:
+        """Versions of those `packages` that are installed; `python` is the standard library."""
+        found = {}
+        for name in packages:
+            if name == "python":
+                if self.stdlib is not None:
+                    found[name] = platform.python_version()
+            elif (distribution := self._find(name)) is not None:
+                found[name] = distribution.version
+        return found
+
+    def description(self, package: str) -> str:
+        """The long description (the README) in the metadata of a package, or ''."""
+        distribution = self._find(package)
+        if distribution is None:
+            return ""
+        # A message object would decode the body; the raw text after the headers is the README.
+        metadata = distribution.read_text("METADATA") or ""
+        return metadata.partition("\n\n")[2]
+
+    def files(self, package: str, suffixes: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
+        """(name, path) of the files of a package by suffix; `python` is the standard library."""
+        if package == "python":
+            return [] if self.stdlib is None else walk(self.stdlib, suffixes, prefix="python")
+        return [(name, path) for name, path in self._all_files(package) if name.endswith(suffixes)]
+
+    def _read_record(self, package: str) -> list[tuple[str, pathlib.Path]]:
+        distribution = self._find(package)
+        if distribution is None:
+            return []
+        names = (path.as_posix() for path in distribution.files or ())
+        root = pathlib.Path(str(distribution.locate_file("")))
+        return [
+            (name, root / name)
+            for name in sorted(names)
+            if not SKIPPED_DIRECTORIES.intersection(parts := name.split("/"))
+            and ".." not in parts
+            and ".dist-info" not in parts[0]
+        ]
+
+
+def walk(
+    root: pathlib.Path, suffixes: tuple[str, ...], *, prefix: str
+) -> list[tuple[str, pathlib.Path]]:
+    """(name, path) of the files under `root` by suffix, without `SKIPPED_DIRECTORIES`."""
+    found = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(set(subdirectories) - SKIPPED_DIRECTORIES)
+        relative = pathlib.PurePath(directory).relative_to(root).as_posix()
+        for name in sorted(names):
+            if name.endswith(suffixes):
+                inner = name if relative == "." else f"{relative}/{name}"
+                found.append((f"{prefix}/{inner}", pathlib.Path(directory) / name))
+    return found
