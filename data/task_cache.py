@@ -20,6 +20,7 @@ import numpy as np
 from data import cache as token_cache
 from data import cache_dir as directories
 from data import fingerprint
+from data.cache_files import CacheCorruptError
 
 PROBE_RECORDS = 64
 DOCUMENT_ID = "document_id"
@@ -203,7 +204,7 @@ def _same(directory: pathlib.Path, description: dict, features: dict) -> bool:
         manifest = token_cache.read_manifest(directory)
         shards = len(manifest["shards"])
         return manifest["fingerprint"] == token_cache.fingerprint(description, features, shards)
-    except token_cache.CacheCorruptError:
+    except CacheCorruptError:
         return False
 
 
