@@ -118,8 +118,26 @@ def _is_target(targets_T: jax.Array, vocab: int) -> jax.Array:
     return targets_T[:, None] == jnp.arange(vocab, dtype=targets_T.dtype)[None, :]
 
 
+@jax.custom_vjp
+def _gradients_together(h_TD, head_VD):
+    """Identity whose two gradients are ready at one time.
+
+    A compiler that minimises memory may otherwise keep the logits' gradient, as large as the logits,
+    alive through the whole backward pass of the layers and only then take the head's gradient.
+    """
+    return h_TD, head_VD
+
+
+_gradients_together.defvjp(
+    lambda h_TD, head_VD: ((h_TD, head_VD), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
+
+
 def _nll(form: _Form, implementation: str, h_TD, head_VD, targets_T):
     """(nll_T, log_z_T) by the forms that autodiff handles."""
+    if implementation == "onehot":
+        h_TD, head_VD = _gradients_together(h_TD, head_VD)
     logits_TV = _logits(form, h_TD, head_VD)
     log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
     if implementation == "onehot":
