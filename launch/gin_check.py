@@ -35,7 +35,7 @@ def check(
       entry: the function to be called; bindings it cannot reach are found then.
       entry_name: its full name, such as 'launch.train.train'.
       fragment: the files are only a part of a configuration, so that macros may be unused,
-        undefined or still required.
+        undefined or still required, and scopes be entered elsewhere.
     """
     reader = gin_reader.Reader(search_paths)
     for path in files:
@@ -44,11 +44,10 @@ def check(
     checked = reader.checked
     if entry is not None:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
-    if not fragment:
-        _check_macros(checked)
-    _check_scopes(checked)
     _check_types(checked)
     if not fragment:
+        _check_macros(checked)
+        _check_scopes(checked)
         _check_arguments(checked, entry_name)
         if entry is not None:
             _check_effect(checked, entry_name)
