@@ -27,7 +27,8 @@ def split_whole_source(
 
     Documents are held out in the order of the hashes of their keys until `fraction` of the bytes is
     reached. Those of up to half that many bytes come first, so that one large document does not
-    fill the split alone; larger ones follow only where the small ones do not suffice. Keys that
+    fill the split alone; larger ones follow only where the small ones do not suffice. Where all are
+    larger than that, the smallest is held out if it is at most a third of the source. Keys that
     another source has placed (`assigned`) keep their split.
     """
     total = sum(sizes)
@@ -47,4 +48,8 @@ def split_whole_source(
             if key not in chosen and held_out < target and fits:
                 chosen.add(key)
                 held_out += size_of[key]
+    if fraction > 0 and not chosen and size_of:
+        smallest = min(order, key=size_of.__getitem__)
+        if 3 * size_of[smallest] <= total:
+            chosen.add(smallest)
     return ["validation" if key in chosen else "train" for key in keys]

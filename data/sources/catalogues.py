@@ -34,7 +34,7 @@ def gettext_texts(
         locales = ("de",)
         texts_of = _messages
     else:
-        texts_of = _messages if "en" in locales else _translations
+        texts_of = _texts if "en" in locales else _translations
     for locale, folder, domain, path in found:
         if locale in locales:
             texts = [text for entry in polib.pofile(str(path)) for text in texts_of(entry)]
@@ -42,7 +42,12 @@ def gettext_texts(
 
 
 def _messages(entry) -> list[str]:
-    return [] if entry.obsolete else [entry.msgstr or entry.msgid, entry.msgid_plural or ""]
+    return [] if entry.obsolete else [entry.msgid, entry.msgid_plural]
+
+
+def _texts(entry) -> list[str]:
+    """What an English catalogue shows: its own wording, or the message."""
+    return [] if entry.obsolete else [entry.msgstr or entry.msgid, *entry.msgstr_plural.values()]
 
 
 def _translations(entry) -> list[str]:
