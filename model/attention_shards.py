@@ -47,6 +47,9 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
     for spec, shape in ((q_spec, q_shape), (k_spec, k_shape)):
         for axis in (0, 2):
             names = spec[axis] or ()
+            names = (
+                (names,) if isinstance(names, str) else names
+            )  # PartitionSpec unwraps tuples of one
             if shape[axis] % math.prod(free[name] for name in names):
                 return None
     return q_spec, k_spec

@@ -4,6 +4,7 @@ The loop counts two things: `step`, updates attempted, and `data_step`, batches 
 They differ only after a rollback has skipped a window of data; a checkpoint records both.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,7 +21,9 @@ from trainers.batches import Prefetcher, Stream
 from trainers.checkpoint import Checkpointer
 from trainers.goodput import Goodput
 from trainers.hooks import Hook
-from trainers.metrics import MetricWriter, reduce_metrics
+from trainers.metrics import LateFetch, MetricWriter, add, divide
+from trainers.profiler import ProfilerWindow
+from trainers.signals import StopRequest
 from trainers.step import TrainStep
 from trainers.train_state import TrainState
 
@@ -50,11 +53,12 @@ class Loop:
       checkpoint_period: updates between saves; the last update is always saved.
       meta: recorded with each checkpoint.
       log_period: updates between written metrics, which average over the period.
-      host_metrics: step -> values known on the host, such as the learning rate.
+      host_metrics: (step, tokens per second) -> values known on the host, such as the learning rate.
       hooks: see trainers/hooks.py.
       anomaly: the policy the compiled step was built with.
-      should_stop: polled after each update; True saves and returns (SIGTERM).
+      stop: polled after each update; a signal saves and returns.
       abstract_state: shapes and shardings, for a rollback.
+      profiler: a window of steps to trace, or None.
     """
 
     state: TrainState
@@ -71,16 +75,21 @@ class Loop:
     checkpoint_period: int
     meta: Mapping[str, Any]
     log_period: int
-    host_metrics: Callable[[int], Mapping[str, float]]
+    host_metrics: Callable[[int, float], Mapping[str, float]]
     hooks: Sequence[Hook]
     anomaly: Anomaly | None
-    should_stop: Callable[[int], bool]
+    stop: StopRequest
     abstract_state: TrainState
+    profiler: ProfilerWindow | None = None
 
     def __post_init__(self):
-        self._late: tuple[int, int, Any] | None = None  # (step, data_step, metrics) not yet fetched
-        self._window: list[Any] = []  # fetched since the last written row
+        self._late = LateFetch()
+        self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
+        self._compiled = False
+        self._window: Any = None  # metrics summed since the last written row
+        self._window_start = (self.step, 0.0)
         self._seen: dict[str, float] = {}
+        self._rate = 0.0
         self._bad_in_a_row = 0
         self._rollbacks = 0
         self.interrupted = False
@@ -91,72 +100,98 @@ class Loop:
         Raises:
           AnomalousStepError: the policy ended the run.
         """
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=jax.process_index() != 0,
+        )
         try:
             while self.step < self.total_steps and not self.interrupted:
                 self._advance()
-                bar.n = self.step
                 bar.set_postfix(self._postfix(), refresh=False)
-                bar.update(0)
+                bar.update(self.step - bar.n)
         finally:
             bar.close()
             self.prefetcher.close()
+            if self.profiler is not None:
+                self.profiler.close()
         if self.checkpointer is not None:
-            with self.goodput.track("checkpoint"):
+            with self.goodput.measure("checkpoint"):
                 self.checkpointer.wait()
         return self.state
 
     def _advance(self) -> None:
         """One update and everything due after it."""
-        with self.goodput.track("data"):
+        with self.goodput.measure("data_wait"):
             batch = self.prefetcher.get(self.data_step)
-        with self.goodput.track("compile" if not self._seen and self._late is None else "step"):
-            self.state, metrics = self.train_step(self.state, batch)
-            if not self._seen and self._late is None:
-                jax.block_until_ready(metrics)
+        self._step(batch)
         self.step += 1
         self.data_step += 1
-        previous, self._late = self._late, (self.step, self.data_step - 1, metrics)
-        if previous is not None and not self._observe(previous):
-            return
         last = self.step == self.total_steps
-        self.interrupted = self.should_stop(self.step)
+        self.interrupted = self.stop.reached(self.step)
         due = [hook for hook in self.hooks if last or self.step % hook.every == 0]
         save = self.checkpointer is not None and (
             last or self.interrupted or self.step % self.checkpoint_period == 0
         )
-        if (due or save or last) and not self._settle():
-            return
+        if (due or save or last) and not self._observe(self._late.flush()):
+            return  # rolled back: nothing is due any more
         for hook in due:
-            with self.goodput.track("evaluation"):
+            with self.goodput.measure("evaluation"):
                 self.writer.write(self.step, hook(self.step, self.state, self._seen) or {})
         if save:
             self._save()
 
-    def _settle(self) -> bool:
-        """Observes the newest step too, before its state is used; False if it was rolled back."""
-        late, self._late = self._late, None
-        return late is None or self._observe(late)
+    def _step(self, batch: Any) -> None:
+        """Dispatches an update and observes the one before it."""
+        with self.goodput.measure("step" if self._compiled else "compile"):
+            mark = (
+                contextlib.nullcontext() if self.profiler is None else self.profiler.step(self.step)
+            )
+            with mark:
+                self.state, metrics = self.train_step(self.state, batch)
+            if not self._compiled:
+                jax.block_until_ready(metrics)
+            self._data_steps[self.step + 1] = self.data_step
+            previous = self._late.push(self.step + 1, metrics)
+            if self.profiler is not None:
+                self.profiler.finished(metrics)
+        if not self._compiled:
+            self._compiled = True
+            self._window_start = (self.step + 1, self._busy())
+        self._observe(previous)
 
-    def _observe(self, late: tuple[int, int, Any]) -> bool:
-        """Fetches a step's metrics and acts on them; False if the loop was rolled back."""
-        step, data_step, device_metrics = late
-        with self.goodput.track("step"):
-            fetched = jax.device_get(device_metrics)
-        bad = bool(fetched.get("anomaly", (0.0, 1.0))[0])
-        if bad:
+    def _observe(self, late: tuple[int, Any] | None) -> bool:
+        """Acts on a step's fetched metrics; False if the loop was rolled back."""
+        if late is None:
+            return True
+        step, fetched = late
+        data_step = self._data_steps.pop(step)
+        if float(fetched.get("anomaly", (0.0, 1.0))[0]):
             return self._handle_anomaly(step, data_step, fetched)
         self._bad_in_a_row = 0
-        self._window.append(fetched)
-        if step % self.log_period == 0 or step == self.total_steps or len(self._seen) == 0:
-            self._seen = reduce_metrics(
-                self._window, vectors={"source_loss": self.stream.source_names}
-            )
-            self._window = []
-            self.writer.write(
-                step, {**self._seen, **self.host_metrics(step), **self.goodput.report(step)}
-            )
+        self._window = add(self._window, fetched)
+        if step % self.log_period == 0 or step == self.total_steps or not self._seen:
+            self._write_row(step)
         return True
+
+    def _write_row(self, step: int) -> None:
+        """Writes the averages of the window that ends with `step`, and begins the next."""
+        self._seen = divide(self._window, {"source_loss": self.stream.source_names})
+        self._window = None
+        (since, before), now = self._window_start, self._busy()
+        if step > since and now > before:
+            tokens = (step - since) * self.stream.batch_size * self.stream.length
+            self._rate = tokens / (now - before)
+        self._window_start = (step, now)
+        row = {**self._seen, **self.host_metrics(step, self._rate), **self.goodput.metrics()}
+        self.writer.write(step, row)
+
+    def _busy(self) -> float:
+        """Seconds spent training so far: steps and waiting for data."""
+        self.goodput.metrics()  # counts up to now
+        return self.goodput.seconds["step"] + self.goodput.seconds["data_wait"]
 
     def _handle_anomaly(self, step: int, data_step: int, fetched: Any) -> bool:
         assert self.anomaly is not None
@@ -168,7 +203,8 @@ class Loop:
         restored = None
         if self.anomaly.action == "rollback" and self._rollbacks < self.anomaly.max_skips:
             assert self.checkpointer is not None
-            self._late = None
+            self._late.flush()  # the step already under way is given up too
+            self._data_steps.clear()
             restored = self.checkpointer.restore_latest(self.abstract_state, expected_meta=None)
         if restored is None:
             raise AnomalousStepError(
@@ -187,7 +223,7 @@ class Loop:
             *skipped,
         )
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
-        self._window = []
+        self._window = None
         self.writer.write(
             step, {"rollback_to": restored.step, "skipped_batches": skipped[1] - skipped[0] + 1}
         )
@@ -218,7 +254,7 @@ class Loop:
 
     def _save(self) -> None:
         assert self.checkpointer is not None
-        with self.goodput.track("checkpoint"):
+        with self.goodput.measure("checkpoint"):
             self.checkpointer.save(
                 self.step,
                 self.state,
@@ -230,7 +266,6 @@ class Loop:
         shown = {}
         if "loss" in self._seen:
             shown["loss"] = f"{self._seen['loss']:.3f}"
-        rate = self.goodput.tokens_per_second()
-        if rate:
-            shown["tok/s"] = f"{rate:,.0f}"
+        if self._rate:
+            shown["tok/s"] = f"{self._rate:,.0f}"
         return shown

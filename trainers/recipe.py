@@ -76,13 +76,10 @@ class Recipe:
     def length(self) -> int:
         return self.feature_lengths["targets"]
 
-    def program(
-        self, *, num_sources: int = 0, devices: Sequence[jax.Device] | None = None
-    ) -> "Program":
+    def program(self, *, devices: Sequence[jax.Device] | None = None) -> "Program":
         """Resolves mesh, shardings and functions; validates, allocates and compiles nothing.
 
         Args:
-          num_sources: number of data sources whose loss is reported separately.
           devices: devices to use, possibly of an absent topology; all present ones by default.
 
         Raises:
@@ -116,20 +113,27 @@ class Recipe:
         )
         abstract = jax.eval_shape(lambda: make_state(key=jax.random.key(self.seed)))
         shardings = initialise.state_shardings(abstract, optimizer, params, mesh=mesh, mask=mask)
-        loss_fn = self.objective(model=self.model, num_sources=num_sources)
-        step = make_train_step(
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            seed=self.seed,
-            mask=mask,
-            microbatches=self.microbatches,
-            gradient_dtype=self.gradient_dtype,
-            ema_decay=self.ema_decay,
-            anomaly=self.anomaly,
-        )
 
-        def evaluate(params: Any, batch: Batch) -> Metrics:
-            return loss_fn(params, batch, jax.random.key(self.seed)).metrics
+        def steps(num_sources: int) -> Steps:
+            loss_fn = self.objective(model=self.model, num_sources=num_sources)
+            train_step = make_train_step(
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                seed=self.seed,
+                mask=mask,
+                microbatches=self.microbatches,
+                gradient_dtype=self.gradient_dtype,
+                ema_decay=self.ema_decay,
+                anomaly=self.anomaly,
+            )
+
+            def evaluate(params: Any, batch: Batch) -> Metrics:
+                return loss_fn(params, batch, jax.random.key(self.seed)).metrics
+
+            return Steps(
+                train=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+                evaluate=jax.jit(evaluate),
+            )
 
         return Program(
             mesh=mesh,
@@ -146,8 +150,7 @@ class Recipe:
             init=jax.jit(
                 lambda: make_state(key=jax.random.key(self.seed)), out_shardings=shardings
             ),
-            train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-            eval_step=jax.jit(evaluate),
+            steps=steps,
             batch_sharding=partitioning.batch_sharding(mesh, rules),
         )
 
@@ -169,6 +172,19 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Compiled on first call.
+
+    Attributes:
+      train: (state, batch) -> (state, metrics); consumes the state.
+      evaluate: (params, batch) -> metrics as (sum, weight).
+    """
+
+    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Any, Batch], Metrics]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """A recipe on a mesh. Call its functions inside `partitioning.use_mesh(mesh, rules)`.
 
@@ -179,8 +195,7 @@ class Program:
       mask: tree of bools, True where trained; None when everything is.
       abstract_state: shapes, dtypes and shardings of the state.
       init: () -> state of step 0, created sharded.
-      train_step: (state, batch) -> (state, metrics); consumes the state.
-      eval_step: (params, batch) -> metrics as (sum, weight).
+      steps: number of data sources whose loss is reported separately -> the jitted functions.
       batch_sharding: sharding of every input array.
     """
 
@@ -190,8 +205,7 @@ class Program:
     mask: Any
     abstract_state: TrainState
     init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, Batch], Metrics]
+    steps: Callable[[int], Steps]
     batch_sharding: NamedSharding
 
     def num_params(self, *, trained_only: bool = False) -> int:

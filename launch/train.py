@@ -1,0 +1,267 @@
+"""Trains a model as gin says, and goes on where it stopped when it is started again.
+
+Example: a tiny model on the Python standard library's own sources, one minute on a laptop:
+
+  python -m launch.train \\
+    --gin_file=t5x_configs/models/tiny.gin --gin_file=t5x_configs/data/bytes.gin \\
+    --gin_file=t5x_configs/runs/pretrain.gin \\
+    --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
+"""
+
+if __name__ == "__main__":
+    from launch import cli
+
+    raise SystemExit(cli.main(__doc__, entry="launch.train:train"))
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from launch import gin_config, run_dir
+from launch.parameter_table import parameter_table
+from trainers import checkpoint, flops, metrics, partitioning, profiler, restore, signals
+from trainers.batches import Prefetcher, Stream
+from trainers.evaluate import EvalStream, Evaluation
+from trainers.goodput import Goodput, process_start
+from trainers.hooks import Hook
+from trainers.loop import Loop
+from trainers.recipe import Program, Recipe
+
+
+def train(
+    *,
+    recipe: Recipe,
+    model_dir: str,
+    stream: Callable[[], Stream],
+    total_steps: int,
+    tasks: Sequence[Callable[[], Any]] = (),
+    eval_stream: Callable[..., EvalStream] | None = None,
+    eval_tasks: Sequence[str] | None = None,
+    eval_period: int = 1000,
+    eval_steps: int | None = None,
+    checkpoint_period: int = 1000,
+    checkpointer: Callable[..., checkpoint.Checkpointer] = checkpoint.Checkpointer,
+    initial_checkpoint_path: str | None = None,
+    initial_scope: str = "params",
+    initial_assignment: Sequence[tuple[str, str | None]] = (),
+    log_period: int = 10,
+    writers: Sequence[metrics.MetricWriter] = (),
+    profile: profiler.ProfilerWindow | None = None,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, float]:
+    """Trains `recipe` on `stream` up to `total_steps` updates.
+
+    Args:
+      recipe: model, objective, optimiser, mesh.
+      model_dir: the run's directory; an interrupted run goes on from its newest good checkpoint.
+      stream: opens the training data.
+      total_steps: updates in all, those of earlier starts of this run included.
+      tasks: functions that register SeqIO tasks.
+      eval_stream: opens the held-out split of a task, called with (task=).
+      eval_tasks: tasks to evaluate; the sources of the training stream when None.
+      eval_period: updates between evaluations; there is always one after the last update.
+      eval_steps: batches per task; None for whole splits.
+      checkpoint_period: updates between checkpoints; the last update is always saved.
+      checkpointer: factory, called with the directory.
+      initial_checkpoint_path: what a run without checkpoints of its own starts from.
+      initial_scope: 'params' takes its parameters; 'state' also moments and step, as for a cooldown.
+      initial_assignment: (pattern, checkpoint path or None) for parameters under other names.
+      log_period: updates per row of metrics.
+      writers: more metric writers, beside metrics.jsonl and TensorBoard in the run's directory.
+      profile: a window of steps to profile.
+      hooks: further hooks.
+
+    Returns:
+      The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early.
+
+    Raises:
+      ValueError: a configuration, mesh, data or run directory that does not fit.
+      AnomalousStepError: the loss policy ended the run.
+    """
+    goodput = Goodput(started=process_start())
+    primary = jax.process_index() == 0
+    # Everything that can be wrong without data is checked before any data is touched.
+    program = recipe.program()
+    run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
+    for register in tasks:
+        register()
+    data = stream()
+    _check_vocabulary(recipe, data)
+    eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
+    held_out = tuple(eval_stream(task=name) for name in eval_tasks) if eval_stream else ()
+    run.record(
+        mesh=run_dir.mesh_facts(program.mesh),
+        data_fingerprint=data.fingerprint,
+        data=data.summary(),
+        parameters=program.num_params(),
+    )
+    run.write(
+        "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
+    )
+    if profile is not None and profile.directory is None:
+        profile.directory = run.file("profile")
+    steps = program.steps(len(data.source_names))
+    meta = _meta(recipe, data)
+    evaluation = Evaluation(
+        every=eval_period,
+        eval_step=steps.evaluate,
+        streams=held_out,
+        sharding=program.batch_sharding,
+        max_steps=eval_steps,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
+        stop = stack.enter_context(signals.StopRequest())
+        saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
+        with goodput.measure("init"):
+            start = restore.restore_or_initialise(
+                saver,
+                program.abstract_state,
+                program.init,
+                expected_meta=meta,
+                initial_checkpoint_path=initial_checkpoint_path,
+                initial_scope=initial_scope,
+                assignment=tuple(initial_assignment),
+            )
+        writer = stack.enter_context(
+            contextlib.closing(metrics.MultiWriter(_writers(run, start.step, writers)))
+        )
+        if primary:
+            _announce(recipe, program, data, start, total_steps)
+        loop = Loop(
+            state=start.state,
+            step=start.step,
+            data_step=_first_batch(start),
+            total_steps=total_steps,
+            train_step=steps.train,
+            stream=data,
+            prefetcher=Prefetcher(data, program.batch_sharding),
+            run_dir=pathlib.Path(run.path),
+            writer=writer,
+            goodput=goodput,
+            checkpointer=saver,
+            checkpoint_period=checkpoint_period,
+            meta=meta,
+            log_period=log_period,
+            host_metrics=_host_metrics(recipe, program),
+            hooks=(*([evaluation] if held_out else []), *hooks),
+            anomaly=recipe.anomaly,
+            stop=stop,
+            abstract_state=program.abstract_state,
+            profiler=profile,
+        )
+        loop.run()
+        run.write_operative_config(gin_config.operative_config_str())
+    last = evaluation.results.get(loop.step, {})
+    if primary:
+        how = "stopped by a signal" if loop.interrupted else "done"
+        print(f"{how} at step {loop.step}; the run is in {run.path}\n{_time_split(goodput)}")
+    return {**last, "interrupted": float(loop.interrupted)}
+
+
+def _check_vocabulary(recipe: Recipe, data: Stream) -> None:
+    """A token id beyond the embedding would be clipped silently."""
+    size = data.summary()["vocabulary"]["size"]
+    rows = recipe.model.config.vocab_size
+    if size > rows:
+        raise ValueError(
+            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
+            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
+            "use the vocabulary the model was made for."
+        )
+
+
+def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that continues from it."""
+    return {
+        "data_fingerprint": data.fingerprint,
+        "vocabulary": data.summary()["vocabulary"]["digest"],
+        "model": dataclasses.asdict(recipe.model.config),
+        "seed": recipe.seed,
+    }
+
+
+def _first_batch(start: restore.Restored) -> int:
+    """A run of its own begins with its own first batch, whatever its parameters came from."""
+    return start.meta["data_step"] if start.source == "run" else start.step
+
+
+def _writers(
+    run: run_dir.RunDir, first_step: int, more: Sequence[metrics.MetricWriter]
+) -> list[metrics.MetricWriter]:
+    if not run.writer:
+        return []
+    return [
+        metrics.JsonlWriter(run.metrics, first_step=first_step + 1),
+        metrics.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
+        *more,
+    ]
+
+
+def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Mapping[str, float]]:
+    flops_per_token = _flops_per_token(recipe, program)
+    devices = list(program.mesh.devices.flat)
+
+    def values(step: int, rate: float) -> Mapping[str, float]:
+        # Update `step` was made with the rate of the updates before it.
+        found = {"learning_rate": float(recipe.learning_rate(step - 1))}
+        if rate:
+            found["tokens_per_second"] = rate
+            found["model_flops_per_second"] = rate * flops_per_token
+            mfu = flops.utilisation(rate, flops_per_token, devices)
+            if mfu is not None:
+                found["mfu"] = mfu
+        return found
+
+    return values
+
+
+def _flops_per_token(recipe: Recipe, program: Program) -> float:
+    # Whether the MLP has a gate: its parameters tell, whatever class was bound.
+    gated = "gate" in program.boxed_params["layers"]["block_0"]["mlp"]
+    return flops.train_flops_per_token(recipe.model.config, recipe.length, gated=gated)
+
+
+def _announce(
+    recipe: Recipe, program: Program, data: Stream, start: restore.Restored, total_steps: int
+) -> None:
+    """What is about to run, in a few lines."""
+    tokens = recipe.batch_size * recipe.length
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    device = program.mesh.devices.flat[0].device_kind
+    trained = program.num_params(trained_only=True)
+    lines = [
+        ("mesh", f"{mesh} ({program.mesh.devices.size} x {device}), rules {recipe.rules}"),
+        ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
+        ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
+        ("tokens", f"{tokens:,} a step, {tokens * total_steps:,} in {total_steps:,} steps"),
+        ("start", _start_line(start)),
+    ]
+    remaining = (total_steps - start.step) * tokens * _flops_per_token(recipe, program)
+    seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
+    lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
+    print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
+
+
+def _start_line(start: restore.Restored) -> str:
+    if start.source == "scratch":
+        return "new parameters, step 0"
+    skipped = "".join(f"; step {step} is damaged: {why}" for step, why in start.skipped)
+    return f"step {start.step} from {start.path}{skipped}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _time_split(goodput: Goodput) -> str:
+    parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
+    share = parts.pop("goodput")
+    text = ", ".join(f"{name} {_duration(v)}" for name, v in parts.items() if v >= 0.5)
+    return f"time: {text}; {share:.0%} in steps"

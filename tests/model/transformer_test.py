@@ -1,0 +1,251 @@
+"""The decoder as a whole: causality, isolation, layouts, caches, and one table of numbers."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import mlp, norm
+from model.attention import Attention
+from model.config import TransformerConfig
+from model.embed import Positions
+from model.kv_cache.full import FullCache
+from model.rope import Rope
+from model.surgery import layer_stack
+from model.transformer import Block, Transformer
+
+
+def make(**changes):
+    sizes = {
+        "vocab_size": 61,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_dim": 24,
+    }
+    module = {k: changes.pop(k) for k in list(changes) if k in Transformer.__dataclass_fields__}
+    return Transformer(config=TransformerConfig(**{**sizes, **changes}), **module)
+
+
+def init(model, seed=0):
+    make_params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
+    return nn.meta.unbox(make_params(jax.random.key(seed)))["params"]
+
+
+def apply(model, params, ids, **kwargs):
+    return jax.jit(lambda p, x, kw: model.apply({"params": p}, x, **kw))(params, ids, kwargs)
+
+
+def tokens(shape=(2, 10), seed=1):
+    return jax.random.randint(jax.random.key(seed), shape, 0, 61)
+
+
+PARALLEL = functools.partial(Block, layout="parallel", norm=norm.LayerNorm)
+VARIANTS = {
+    "llama": {},
+    "cohere": {"block": PARALLEL, "norm": norm.LayerNorm, "logit_scale": 0.25},
+    "cohere2": {
+        "block": PARALLEL,
+        "norm": norm.LayerNorm,
+        "layer_pattern": ("sliding", "full_nope"),
+        "sliding_window": 3,
+    },
+    "gpt2": {
+        "block": functools.partial(
+            Block,
+            norm=functools.partial(norm.LayerNorm, use_bias=True),
+            attention=functools.partial(Attention, rope=None, qkv_bias=True, out_bias=True),
+            mlp=functools.partial(mlp.Mlp, use_bias=True),
+        ),
+        "position_embed": functools.partial(Positions, num_positions=16),
+        "num_kv_heads": None,
+    },
+    "qk_norm_softcap_free_head": {
+        "block": functools.partial(
+            Block,
+            attention=functools.partial(
+                Attention,
+                qk_norm=functools.partial(norm.RMSNorm, scale_dims=2),
+                softcap=5.0,
+                rope=Rope(layout="interleaved"),
+            ),
+        ),
+        "tie_embeddings": False,
+        "logit_softcap": 10.0,
+        "num_kv_heads": 1,
+    },
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return make(**VARIANTS[request.param])
+
+
+def test_causality_by_gradients(model):
+    params, ids = init(model), tokens((1, 8))
+
+    def logit_at(noise_BTD, t):
+        # The embedding's output is perturbed, which is where a token's influence begins.
+        def add(next_fun, args, kwargs, context):
+            out = next_fun(*args, **kwargs)
+            here = (context.module.name, context.method_name) == ("token_embed", "__call__")
+            return out + noise_BTD if here else out
+
+        with nn.intercept_methods(add):
+            return model.apply({"params": params}, ids)[0, t].sum()
+
+    gradient = jax.jit(jax.grad(logit_at))
+    for t in (0, 3, 7):
+        grad_TD = gradient(jnp.zeros((1, 8, 16)), t)[0]
+        influence_T = np.abs(grad_TD).max(-1)
+        assert np.all(influence_T[t + 1 :] == 0)
+        # The last layer of every variant sees at least the token itself and its predecessor.
+        assert np.all(influence_T[max(0, t - 1) : t + 1] > 0)
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    params = init(model)
+    ids = tokens((1, 10))
+    segments = jnp.array([[1] * 4 + [2] * 6])
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    packed = apply(model, params, ids, positions_BT=positions, segments_BT=segments)
+    first = apply(model, params, ids[:, :4])
+    second = apply(model, params, ids[:, 4:])
+    np.testing.assert_allclose(packed[:, :4], first, atol=2e-6)
+    np.testing.assert_allclose(packed[:, 4:], second, atol=2e-6)
+
+
+def test_without_segments_documents_do_see_each_other():
+    model = make()
+    params, ids = init(model), tokens((1, 10))
+    changed = ids.at[0, 0].add(1)
+    a, b = (apply(model, params, x) for x in (ids, changed))
+    assert np.abs(a - b)[0, -1].max() > 1e-4
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_decoding_with_a_cache_equals_one_pass(model, unequal):
+    params, ids = init(model), tokens((2, 9))
+    want = apply(model, params, ids)
+    plain = layer_stack.unrolled(model)
+    weights = {"params": layer_stack.unroll(params, model.config)}
+    policy = FullCache()
+    config = model.config
+    caches = [
+        policy.init(
+            batch=2,
+            length=5,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.per_head_dim,
+            dtype="float32",
+        )
+        for _ in range(config.num_layers)
+    ]
+    # The second prompt is shorter when unequal: its padding has position -1 and is never seen.
+    lengths = np.array([5, 3 if unequal else 5])
+    at = np.arange(5)[None]
+    positions = jnp.asarray(np.where(at < lengths[:, None], at, -1), jnp.int32)
+
+    @jax.jit
+    def run(ids, positions_BT, caches):
+        out = plain.apply(
+            weights, ids, positions_BT=positions_BT, caches=caches, policy=policy, method="hidden"
+        )
+        return plain.apply(weights, out.hidden_BTD, method="logits"), out.caches
+
+    _, caches = run(ids[:, :5], positions, caches)
+    caches = [policy.compress(cache, length=4) for cache in caches]
+    for step in range(4):
+        at = jnp.asarray(lengths + step, jnp.int32)[:, None]
+        token = jnp.take_along_axis(ids, at, axis=1)
+        out = run(token, positions_BT=at, caches=caches)
+        caches = out.caches
+        got = plain.apply(weights, out.hidden_BTD, method="logits")[:, 0]
+        np.testing.assert_allclose(
+            got, jnp.take_along_axis(want, at[..., None], 1)[:, 0], atol=3e-6
+        )
+
+
+def test_scanned_and_unrolled_layers_agree(model):
+    params, ids = init(model), tokens()
+    unrolled = layer_stack.unroll(params, model.config)
+    got = apply(layer_stack.unrolled(model), unrolled, ids)
+    np.testing.assert_allclose(got, apply(model, params, ids), atol=1e-6)
+    back = layer_stack.stack(unrolled, model.config)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(remat):
+    def gradient(model):
+        loss = lambda p: (model.apply({"params": p}, tokens()) ** 2).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss))(init(model))
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        gradient(make(remat=remat)),
+        gradient(make()),
+    )
+
+
+@pytest.mark.parametrize("silent", ["attention", "mlp"])
+def test_parallel_block_is_the_sum_of_its_branches(silent):
+    config = make().config
+    block = PARALLEL(config=config)
+    x = jax.random.normal(jax.random.key(3), (2, 6, 16))
+    positions = jnp.broadcast_to(jnp.arange(6)[None], (2, 6))
+    params = jax.jit(lambda key: block.init(key, x, positions_BT=positions))(jax.random.key(0))
+    params = nn.meta.unbox(params)["params"]
+    last = {"attention": "out", "mlp": "down"}[silent]
+    params[silent][last]["kernel"] = jnp.zeros_like(params[silent][last]["kernel"])
+    got, _ = block.apply({"params": params}, x, positions_BT=positions)
+    normed = norm.LayerNorm().apply({"params": params["norm"]}, x)
+    if silent == "mlp":
+        branch, _ = Attention(config=config).apply(
+            {"params": params["attention"]}, normed, positions_BT=positions
+        )
+    else:
+        branch = mlp.GatedMlp(config=config).apply({"params": params["mlp"]}, normed)
+    np.testing.assert_allclose(got, x + branch, atol=1e-6)
+
+
+def test_gated_mlp_closed_form():
+    config = make().config
+    x = jax.random.normal(jax.random.key(0), (1, 3, 16))
+    params = nn.meta.unbox(mlp.GatedMlp(config=config).init(jax.random.key(1), x))["params"]
+    gate, up, down = (np.asarray(params[k]["kernel"], np.float64) for k in ("gate", "up", "down"))
+    z = np.asarray(x, np.float64) @ gate
+    want = (z / (1 + np.exp(-z)) * (np.asarray(x, np.float64) @ up)) @ down
+    got = mlp.GatedMlp(config=config).apply({"params": params}, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_untrained_loss_is_the_log_of_the_vocabulary(model):
+    logits = apply(model, init(model), tokens((4, 10)))
+    nll = -jax.nn.log_softmax(logits)[..., 0].mean()
+    assert float(nll) == pytest.approx(np.log(61), abs=0.1)
+
+
+def test_sliding_layers_see_their_window_only():
+    model = make(num_layers=1, layer_pattern=("sliding",), sliding_window=3)
+    params, ids = init(model), tokens((1, 10))
+    changed = ids.at[0, 4].add(1)
+    a, b = (apply(model, params, x)[0] for x in (ids, changed))
+    differs = np.abs(np.asarray(a - b)).max(-1) > 1e-6
+    assert differs.tolist() == [False] * 4 + [True] * 3 + [False] * 3
+
+
+def test_rows_longer_than_learned_positions_are_refused():
+    model = make(**VARIANTS["gpt2"])
+    with pytest.raises(ValueError, match="num_positions"):
+        model.apply({"params": init(model)}, tokens((1, 17)))
+
+
+def test_caches_need_unrolled_layers():
+    with pytest.raises(ValueError, match="unrolled"):
+        make().apply({"params": init(make())}, tokens(), caches=[], policy=FullCache())

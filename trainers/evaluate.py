@@ -1,0 +1,107 @@
+"""Held-out loss per task: summed over every token once, divided once."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm.auto import tqdm
+
+from trainers.batches import Stream, global_batch
+from trainers.objectives.base import Batch
+from trainers.step import Metrics
+from trainers.train_state import TrainState
+
+
+class EvalStream(Stream, Protocol):
+    """A finite stream over one task split; rows past its end weigh nothing."""
+
+    name: str
+    num_steps: int
+    # UTF-8 bytes of text per target token of the whole split, for bits per byte; 0 if unknown.
+    bytes_per_token: float
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], Metrics],
+    params: Any,
+    stream: EvalStream,
+    sharding: NamedSharding,
+    *,
+    max_steps: int | None = None,
+) -> dict[str, float]:
+    """Averages the objective's scalar metrics over a split.
+
+    Args:
+      eval_step: compiled (params, batch) -> metrics.
+      params: the parameters.
+      stream: the split.
+      sharding: of input arrays.
+      max_steps: batches to read at most; None for the whole split.
+
+    Returns:
+      The metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the
+      split's text size is known, 'bits_per_byte'.
+    """
+    steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
+    late: list[Metrics] = []
+    totals: dict[str, np.ndarray] = {}
+
+    def collect(metrics: Metrics) -> None:
+        for name, pair in jax.device_get(metrics).items():
+            if np.ndim(pair[0]) == 0:
+                # float64 on the host: many batches are added up.
+                totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+
+    for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
+        late.append(eval_step(params, global_batch(stream, step, sharding)))
+        if len(late) > 1:  # one step late, so that reading never waits for the device
+            collect(late.pop(0))
+    for metrics in late:
+        collect(metrics)
+    result = {name: float(total / weight) for name, (total, weight) in totals.items()}
+    if "loss" in totals:
+        result["tokens"] = float(totals["loss"][1])
+        result["perplexity"] = math.exp(min(result["loss"], 700.0))
+        if stream.bytes_per_token:
+            result["bits_per_byte"] = result["loss"] / math.log(2) / stream.bytes_per_token
+    return result
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluation:
+    """The evaluation hook: held-out metrics of each stream, as 'eval/<task>/<metric>'.
+
+    Attributes:
+      every: updates between evaluations.
+      eval_step: compiled (params, batch) -> metrics.
+      streams: one per task.
+      sharding: of input arrays.
+      max_steps: batches per task; None for whole splits.
+      results: step -> metrics, filled as the run goes on.
+    """
+
+    every: int
+    eval_step: Callable[[Any, Batch], Metrics]
+    streams: tuple[EvalStream, ...]
+    sharding: NamedSharding
+    max_steps: int | None = None
+    results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self, step: int, state: TrainState, metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        del metrics
+        # Averaged parameters are what would be released, so they are what is judged.
+        params = state.params if state.ema_params is None else state.ema_params
+        found = {}
+        for stream in self.streams:
+            values = evaluate(
+                self.eval_step, params, stream, self.sharding, max_steps=self.max_steps
+            )
+            found.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
+        self.results[step] = found
+        return found
