@@ -1,0 +1,151 @@
+"""Descriptions of absent TPU slices, for which a CPU host with the `tpu` extra can compile.
+
+A topology is named like `v5e:4x4`: generation and chips along each dimension of the torus.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # jax is imported only after the environment is set
+    import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation.
+
+    Attributes:
+      dimensions: of the torus.
+      hbm_bytes: what the compiler lets one program use; the rest is the runtime's.
+      peak_flops: dense bfloat16 FLOP/s of a chip, from data sheets.
+      hbm_rate: bytes/s to and from main memory, from data sheets.
+      wire_rate: bytes/s a chip sends over the two links of one dimension (a bidirectional ring).
+      options: further arguments of the topology, so that one device is one chip.
+    """
+
+    dimensions: int
+    hbm_bytes: int
+    peak_flops: float
+    hbm_rate: float
+    wire_rate: float
+    options: tuple[tuple[str, str], ...] = ()
+
+
+CHIPS = {
+    # Two cores that act as one device.
+    "v4": Chip(3, int(30.75 * GIB), 275e12, 1.23e12, 90e9, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(2, int(15.75 * GIB), 197e12, 0.82e12, 90e9),
+    "v5p": Chip(3, int(95.74 * GIB), 459e12, 2.77e12, 180e9),
+    "v6e": Chip(2, int(31.25 * GIB), 918e12, 1.64e12, 180e9),
+}
+
+
+class TopologyError(ValueError):
+    """A topology that cannot be described, or a host that cannot compile for TPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: `chip` of generation `generation`, `shape` chips along each dimension."""
+
+    generation: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.generation]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+
+def parse(name: str) -> Topology:
+    """Reads `v5e:4x4`.
+
+    Raises:
+      TopologyError: an unknown generation or a shape of the wrong rank.
+    """
+    generation, _, shape = name.partition(":")
+    examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4 or v5e:1x1"
+    if generation not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise TopologyError(
+            f"--topology={name} is no TPU topology: one of {', '.join(CHIPS)}, a colon and the chips "
+            f"along each dimension, {examples}."
+        )
+    sizes = tuple(int(size) for size in shape.split("x"))
+    rank = CHIPS[generation].dimensions
+    if len(sizes) != rank:
+        raise TopologyError(
+            f"--topology={name}: a {generation} slice has {rank} dimensions, not {len(sizes)}; "
+            f"{examples}."
+        )
+    return Topology(generation, sizes)
+
+
+def prepare_environment() -> None:
+    """Sets what libtpu reads to do without chips; call it before jax is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    defaults = {
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud metadata server to wait for
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # only silences a warning, for every topology
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing holds a chip that two processes could fight over
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def missing() -> str:
+    """Why this host cannot compile for TPUs, with the remedy; '' when it can."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed: pip install 'jax[tpu]' (the extra 'tpu': pip install -e .[tpu])"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what the compiler makes of a program."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def devices(topology: Topology) -> Sequence["jax.Device"]:
+    """Devices of an absent slice, one per chip: programs compile for them but do not run.
+
+    Raises:
+      TopologyError: libtpu is missing, or knows no such slice.
+    """
+    reason = missing()
+    if reason:
+        raise TopologyError(f"Compiling for {topology} needs libtpu, but {reason}.")
+    import jax
+    from jax.experimental import topologies
+
+    options: dict[str, object] = dict(topology.chip.options)
+    if topology.num_chips == 1:
+        # Hosts hold 2 x 2 chips unless told otherwise.
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=str(topology), **options
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise TopologyError(f"--topology={topology}: {error}") from error
+    if len(found) != topology.num_chips:
+        raise TopologyError(
+            f"--topology={topology} has {topology.num_chips} chips, but libtpu "
+            f"{versions()['libtpu']} describes {len(found)} devices."
+        )
+    return found
