@@ -98,6 +98,9 @@ def _read(
         except UnicodeDecodeError:
             source.dropped["not UTF-8"] += 1
             continue
+        except OSError:  # listed in the records of the package, but not there
+            source.dropped["unreadable"] += 1
+            continue
         if files:
             text = cleaning.strip_licence(text)
         reason = cleaning.reason_to_drop(
@@ -200,10 +203,10 @@ def _manifest(
             "missing": list(source.missing),
         }
         if not source.documents:
-            missing = ", ".join(source.missing) or "no package"
-            skipped[source.name] = f"not installed: {missing}"
-            if source.candidates:
-                skipped[source.name] = "every document was dropped"
+            reason = "every document was left out, or there was none"
+            if not source.origins:
+                reason = f"not installed: {', '.join(source.missing)}"
+            skipped[source.name] = reason
     return {
         "hash": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         "files": dict(digests),

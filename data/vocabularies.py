@@ -4,7 +4,7 @@ A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalis
 already, code stays as it is), white space is kept, and characters it does not know become bytes.
 The one exception is U+2581, SentencePiece's own mark of a space, which comes back as U+2582. Runs
 of spaces up to `MAX_SPACES`, of newlines and of tabs are pieces of their own, so that an indentation
-is one token. Every digit is a token.
+is one token. Every digit is a token, and all printable ASCII characters are pieces.
 
 Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (used where a task asks for it).
 """
@@ -35,6 +35,7 @@ WHITE_SPACE_PIECES = (
     "\t\t\t",
     *(_SPACE * count for count in range(2, MAX_SPACES + 1)),
 )
+_REQUIRED = "".join(map(chr, range(0x21, 0x7F)))
 _NORMALIZATION = (
     "2581\t2582\n"  # code points in hexadecimal, as SentencePiece's rule files have them
 )
@@ -102,13 +103,13 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     Raises:
       FileNotFoundError: there is no such file.
     """
-    import seqio
-
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
             "with python -m launch.vocabulary"
         )
+    import seqio
+
     return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
 
 
@@ -145,6 +146,7 @@ def train(
         "character_coverage": character_coverage,
         "white_space_pieces": WHITE_SPACE_PIECES,
         "normalization": _NORMALIZATION,
+        "required": _REQUIRED,
         "sentencepiece": importlib.metadata.version("sentencepiece"),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -180,6 +182,7 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
             character_coverage=settings["character_coverage"],
             byte_fallback=True,
             split_digits=True,
+            required_chars=_REQUIRED,
             normalization_rule_tsv=str(rules),
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
