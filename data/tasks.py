@@ -173,6 +173,19 @@ def _make_room(name: str, registry: Any, own: dict[str, dict[str, Any]], origin:
         )
 
 
+def clear() -> None:
+    """Takes back everything that was registered here, as notebooks and tests need."""
+    if not (_TASKS or _MIXTURES):
+        return
+    import seqio
+
+    for own, registry in ((_MIXTURES, seqio.MixtureRegistry), (_TASKS, seqio.TaskRegistry)):
+        for name in own:
+            registry.remove(name)
+        own.clear()
+    _CORPORA.clear()
+
+
 def sources() -> dict[str, Any]:
     """The data source of each task registered here."""
     return {name: facts["source"] for name, facts in _TASKS.items()}

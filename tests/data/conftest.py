@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from data import tasks
 from data.sources import environment
+
+
+@pytest.fixture(autouse=True)
+def no_tasks_left():
+    """Tasks that a test registers are gone after it."""
+    yield
+    tasks.clear()
 
 
 @pytest.fixture

@@ -1,0 +1,179 @@
+"""SeqIO tasks and mixtures over the corpus."""
+
+import json
+
+import pytest
+
+from data import corpus, tasks, vocabularies
+
+TEXTS = {
+    f"numpy/m{i}.py": f"def function_{i}(argument):\n    return {i * 7919}\n" * 20
+    for i in range(20)
+}
+PO = "".join(f'msgid "m{i}"\nmsgstr "{{0}} Nummer {i}, und noch mehr Text."\n\n' for i in range(40))
+DOMAINS = ("a", "b", "c", "d", "e", "f")
+LANGUAGES = {
+    f"django/contrib/{domain}/locale/{code}/LC_MESSAGES/django.po": PO.format(f"{word} {domain}")
+    for domain in DOMAINS
+    for code, word in (("de", "Satz"), ("nl", "Zin en nog wat woorden"))
+}
+
+
+@pytest.fixture(scope="module")
+def byte():
+    return vocabularies.byte()
+
+
+@pytest.fixture
+def small(fake_environment, tmp_path):
+    env = fake_environment(
+        {"numpy": TEXTS, "django": LANGUAGES}, stdlib={"pydoc_data/topics.py": _topics()}
+    )
+    return corpus.assemble(
+        sources=["english", "python", "multilingual"],
+        env=env,
+        cache_dir=tmp_path / "cache",
+        near_duplicate_threshold=2.0,
+        containment_threshold=1.0,
+    )
+
+
+def _topics() -> str:
+    return f"topics = { ({f't{i}': f'Topic {i} is about this and that. ' * 10 for i in range(20)})!r}\n"
+
+
+def _records(name, split):
+    import seqio
+
+    task = seqio.TaskRegistry.get(name)
+    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    return list(dataset.as_numpy_iterator())
+
+
+def test_tasks_yield_every_document_with_its_name_and_eos(small, byte):
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    for split in ("train", "validation"):
+        records = _records("python", split)
+        documents = list(small.documents("python", split))
+        assert [r["document_id"].decode() for r in records] == [d.id for d in documents]
+        for record, document in zip(records, documents, strict=True):
+            expected = [value + 3 for value in document.text.encode()] + [1]
+            assert record["targets"].tolist() == expected
+            assert record["targets_pretokenized"].decode() == document.text
+            assert record["targets"].dtype == "int32"
+
+
+def test_bos_and_eos_by_choice(small, tmp_path, byte):
+    vocabulary = vocabularies.sentencepiece(
+        corpus=small, size=420, sample_bytes=10**6, cache_dir=tmp_path
+    )
+    text = next(small.documents("python", "train")).text
+    ids = list(vocabulary.encode(text))
+    for add_bos, add_eos in ((False, False), (True, False), (True, True)):
+        tasks.register_corpus(
+            vocabulary=vocabulary,
+            corpus=small,
+            sources=["python"],
+            add_bos=add_bos,
+            add_eos=add_eos,
+        )
+        expected = [3] * add_bos + ids + [1] * add_eos
+        assert _records("python", "train")[0]["targets"].tolist() == expected
+    with pytest.raises(ValueError, match="task 'python': add_bos=True, but .* has no BOS"):
+        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_bos=True)
+
+
+def test_mixtures_weigh_by_bytes_and_temperature(small, byte):
+    import seqio
+
+    tasks.register_corpus(vocabulary=byte, corpus=small, temperature=1.0, language_temperature=2.0)
+    everything = seqio.MixtureRegistry.get("all")
+    assert {task.name for task in everything.tasks} == {
+        "english",
+        "python",
+        "lang_de",
+        "lang_nl",
+        "lang_en",
+    }
+    for task in everything.tasks:
+        assert everything.get_rate(task) == small.size(task.name)
+    languages = seqio.MixtureRegistry.get("multilingual")
+    ratio = languages.get_rate(seqio.TaskRegistry.get("lang_nl")) / languages.get_rate(
+        seqio.TaskRegistry.get("lang_de")
+    )
+    assert ratio == pytest.approx((small.size("lang_nl") / small.size("lang_de")) ** 0.5)
+    code = seqio.MixtureRegistry.get("code")
+    assert [task.name for task in code.tasks] == ["python"]
+
+
+def test_registering_again_replaces_and_does_not_repeat(small, byte):
+    for _ in range(2):
+        tasks.register_corpus(vocabulary=byte, corpus=small)
+    assert len(_records("english", "train")) == len(list(small.documents("english", "train")))
+
+
+def test_clear_takes_everything_back(small, byte):
+    import seqio
+
+    before = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    assert {"python", "code"} <= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    tasks.clear()
+    assert {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} == before
+    assert tasks.summary() == {"tasks": {}, "mixtures": {}, "corpora": {}}
+
+
+def test_digest_follows_the_text_alone(small, byte):
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    digest = tasks.source_digest("python")
+    assert digest != tasks.source_digest("english")
+    tasks.register_corpus(vocabulary=byte, corpus=small, add_eos=False)
+    assert tasks.source_digest("python") == digest
+    path = small.file("python", "train")
+    path.write_text(path.read_text().replace("return", "yield", 1))
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    assert tasks.source_digest("python") != digest
+    with pytest.raises(ValueError, match="no task 'pythn'; did you mean 'python'"):
+        tasks.source_digest("pythn")
+
+
+def test_summary_holds_sizes_hashes_and_versions(small, byte):
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    summary = json.loads(json.dumps(tasks.summary()))
+    assert (
+        summary["tasks"]["python"]["documents"] == small.manifest["sources"]["python"]["documents"]
+    )
+    assert summary["tasks"]["python"]["digest"] == tasks.source_digest("python")
+    assert summary["corpora"][small.hash]["packages"]["numpy"] == "1.0"
+    assert summary["mixtures"]["all"]["python"] == small.size("python")
+
+
+def test_names_that_are_taken_or_unknown(small, byte):
+    tasks.register_corpus(vocabulary=byte, corpus=small)
+    with pytest.raises(ValueError, match="the name 'english' is taken by a task"):
+        tasks.register_mixture("english", {"python": 1.0})
+    with pytest.raises(
+        ValueError, match="mixture 'new': no task or mixture 'pyton'; did you mean 'python'"
+    ):
+        tasks.register_mixture("new", {"pyton": 1.0})
+    with pytest.raises(ValueError, match="unknown source 'cp'; did you mean 'cpp'"):
+        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["cp"])
+    with pytest.raises(ValueError, match="none of the sources cpp is in the corpus, which holds"):
+        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["cpp"])
+
+
+def test_a_source_without_held_out_documents_has_no_validation_split(
+    fake_environment, tmp_path, byte
+):
+    import seqio
+
+    built = corpus.assemble(
+        sources=["python"],
+        env=fake_environment({"numpy": TEXTS}),
+        cache_dir=tmp_path,
+        validation_fraction=0,
+        near_duplicate_threshold=2.0,
+    )
+    tasks.register_corpus(vocabulary=byte, corpus=built)
+    assert seqio.TaskRegistry.get("python").splits == ("train",)
+    assert len(_records("python", "train")) == 20
