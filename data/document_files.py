@@ -55,17 +55,25 @@ class DocumentFiles:
 
     def read_file(self, path: str, split: str) -> Iterator[Document]:
         """The documents of one file that are in a split."""
-        shared = self.validation_fraction > 0
-        for document in documents.read(
-            pathlib.Path(path), self.format, name=os.path.relpath(path, self.root)
-        ):
-            if not document.text:
-                continue
-            if shared:
-                held_out = splits.in_validation(document.text, self.validation_fraction)
-                if held_out != (split == "validation"):
-                    continue
-            yield document
+        for document in self._read_all(path):
+            if self._split_of(document, path) == split:
+                yield document
+
+    def _read_all(self, path: str) -> Iterator[Document]:
+        name = os.path.relpath(path, self.root)
+        for document in documents.read(pathlib.Path(path), self.format, name=name):
+            if document.text:
+                yield document
+
+    def _split_of(self, document: Document, path: str) -> str:
+        if self.validation_fraction:
+            held_out = splits.in_validation(document.text, self.validation_fraction)
+            return "validation" if held_out else "train"
+        return next(split for split, files in self._file_sets.items() if path in files)
+
+    @functools.cached_property
+    def _file_sets(self) -> dict[str, frozenset[str]]:
+        return {split: frozenset(files) for split, files in self.files.items()}
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
@@ -104,11 +112,10 @@ class DocumentFiles:
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         paths = list(self.checksums)
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
-            for split in self.splits:
-                if path in self.files[split]:
-                    for document in self.read_file(path, split):
-                        counts[split]["documents"] += 1
-                        counts[split]["bytes"] += len(document.text.encode("utf-8"))
+            for document in self._read_all(path):
+                count = counts[self._split_of(document, path)]
+                count["documents"] += 1
+                count["bytes"] += len(document.text.encode("utf-8"))
         for split, count in counts.items():
             if not count["documents"]:
                 raise self._empty(split, counts)
