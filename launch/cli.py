@@ -17,7 +17,7 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import environment, root_check
@@ -54,6 +54,8 @@ def main(
     extra_flags: Callable[[argparse.ArgumentParser], None] | None = None,
     run: Callable[[Start], Any] | None = None,
     default_files: Callable[[argparse.Namespace], Sequence[str]] | None = None,
+    command: str | None = None,
+    unused: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
@@ -66,10 +68,12 @@ def main(
       run: called with the `Start` in place of the entry function.
       default_files: gin files read before those of --gin_file, from the flags; such as the
         configuration in a checkpoint's run directory.
+      command: name of this entry point where it is not the module of `entry`.
+      unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
       argv: arguments in place of the process's own; the process is not restarted then.
     """
     module = entry.partition(":")[0]
-    parser = _parser(doc, f"python -m {module}")
+    parser = _parser(doc, f"python -m launch.{command}" if command else f"python -m {module}")
     if extra_flags is not None:
         extra_flags(parser)
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
@@ -84,7 +88,9 @@ def main(
         from launch import gin_config
 
         files = [*(default_files(flags) if default_files else ()), *flags.gin_file]
-        config = gin_config.load(files, bindings, _paths(flags.gin_search_paths), entry=entry)
+        config = gin_config.load(
+            files, bindings, _paths(flags.gin_search_paths), entry=entry, unused=unused
+        )
         for warning in config.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -61,6 +61,7 @@ def load(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
     entry: Callable | str | None = None,
+    unused: Mapping[str, str] | None = None,
 ) -> Config:
     """Replaces gin's configuration by the given one, checked completely, and locks it.
 
@@ -72,11 +73,14 @@ def load(
       search_paths: more folders to look in.
       entry: the function this configuration is for, itself or as 'package.module:name'. With it,
         unbound arguments and bindings that cannot reach it are found too.
+      unused: macros whose values do not matter, with a value in gin syntax for each that nothing
+        sets.
 
     Raises:
       ConfigError: with all problems found. Gin's own state is unchanged then.
     """
     function, name = _entry(entry)
+    bindings = [*bindings, *_placeholders(unused, files, bindings, search_paths)]
     checked, bindings = _check(files, bindings, search_paths, function, name, fragment=False)
     if checked.problems:
         raise ConfigError(checked.problems)
@@ -96,6 +100,22 @@ def load(
         entry=configured,
         warnings=tuple(checked.warnings),
     )
+
+
+def _placeholders(unused, files, bindings, search_paths) -> list[str]:
+    """Bindings for those of the `unused` macros that are read but not set."""
+    if not unused:
+        return []
+    checked = gin_check.check(files, (), search_paths, fragment=True)
+    given = {binding.partition("=")[0].strip() for binding in bindings}
+
+    def is_open(name: str) -> bool:
+        if name in given or name not in checked.macros_read:
+            return False
+        value = checked.macros[name].value if name in checked.macros else None
+        return name not in checked.macros or (isinstance(value, Macro) and value.required)
+
+    return [f"{name}={value}" for name, value in unused.items() if is_open(name)]
 
 
 def problems(

@@ -203,7 +203,7 @@ def _writers(
 
 
 def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Mapping[str, float]]:
-    flops_per_token = _flops_per_token(recipe, program)
+    per_token = flops_per_token(recipe, program)
     devices = list(program.mesh.devices.flat)
 
     def values(step: int, rate: float) -> Mapping[str, float]:
@@ -211,8 +211,8 @@ def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Ma
         found = {"learning_rate": float(recipe.learning_rate(step - 1))}
         if rate:
             found["tokens_per_second"] = rate
-            found["model_flops_per_second"] = rate * flops_per_token
-            mfu = flops.utilisation(rate, flops_per_token, devices)
+            found["model_flops_per_second"] = rate * per_token
+            mfu = flops.utilisation(rate, per_token, devices)
             if mfu is not None:
                 found["mfu"] = mfu
         return found
@@ -220,7 +220,8 @@ def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Ma
     return values
 
 
-def _flops_per_token(recipe: Recipe, program: Program) -> float:
+def flops_per_token(recipe: Recipe, program: Program) -> float:
+    """Model FLOPs of training on one token."""
     # Whether the MLP has a gate: its parameters tell, whatever class was bound.
     gated = "gate" in program.boxed_params["layers"]["block_0"]["mlp"]
     return flops.train_flops_per_token(recipe.model.config, recipe.length, gated=gated)
@@ -241,7 +242,7 @@ def _announce(
         ("tokens", f"{tokens:,} a step, {tokens * total_steps:,} in {total_steps:,} steps"),
         ("start", _start_line(start)),
     ]
-    remaining = (total_steps - start.step) * tokens * _flops_per_token(recipe, program)
+    remaining = (total_steps - start.step) * tokens * flops_per_token(recipe, program)
     seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
     lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
     print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
