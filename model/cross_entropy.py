@@ -1,11 +1,13 @@
 """Cross-entropy of a hidden state against a vocabulary, without keeping the whole batch's logits.
 
-Logits, log-sum-exp and losses are float32 whatever the operands are. Three forms agree in values and
+Logits, log-sum-exp and losses are float32 whatever the operands are. Four forms agree in values and
 gradients:
   reference  logits [T, V], then a gather: the meaning.
   onehot     the same with the target's logit as a masked sum, which a TPU fuses into the product so
              that float32 logits are never written.
-  chunked    some rows at a time, gradients included, in a loop: memory of [chunk, V].
+  chunked    some tokens at a time, gradients included, in a loop: memory of [chunk, V].
+  blocked    some rows of the vocabulary at a time, for large tables split over many devices
+             (model/cross_entropy_blocked.py).
 
 Shapes: T tokens (batch and length joined), C tokens of a chunk, J chunks, D width, V vocabulary.
 """
@@ -16,17 +18,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from model.cross_entropy_blocked import blocked_nll
 from model.platform import reference_forms, target_platform
+from model.vocab_logits import LogitForm
 
-IMPLEMENTATIONS = ("auto", "reference", "onehot", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "onehot", "chunked", "blocked")
 LARGE_VOCABULARY = 65_536  # above it, one batch of float32 logits no longer fits beside a model
 
 
 class _Form(NamedTuple):
     """The static part of a call."""
 
-    logit_scale: float
-    softcap: float | None
+    logits: LogitForm
     z_loss: float
     chunk: int
 
@@ -99,19 +102,13 @@ def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tu
     if reference_forms():
         implementation = "reference"
     elif implementation == "auto":
-        large = head_VD.shape[0] > LARGE_VOCABULARY
-        implementation = "chunked" if large or target_platform() == "cpu" else "onehot"
-    form = _Form(float(logit_scale), None if softcap is None else float(softcap), z_loss, chunk)
+        if target_platform() == "cpu":
+            implementation = "chunked"
+        else:
+            implementation = "blocked" if head_VD.shape[0] > LARGE_VOCABULARY else "onehot"
+    logit_form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
+    form = _Form(logit_form, z_loss, chunk)
     return form, implementation
-
-
-def _logits(form: _Form, h_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(h_TD.dtype, jnp.float32)
-    logits_TV = jnp.einsum("td,vd->tv", h_TD, head_VD, preferred_element_type=wide)
-    logits_TV = logits_TV * form.logit_scale
-    if form.softcap is not None:
-        logits_TV = form.softcap * jnp.tanh(logits_TV / form.softcap)
-    return logits_TV
 
 
 def _is_target(targets_T: jax.Array, vocab: int) -> jax.Array:
@@ -135,10 +132,12 @@ _gradients_together.defvjp(
 
 
 def _nll(form: _Form, implementation: str, h_TD, head_VD, targets_T):
-    """(nll_T, log_z_T) by the forms that autodiff handles."""
+    """(nll_T, log_z_T) by the forms that need no weights."""
+    if implementation == "blocked":
+        return blocked_nll(form.logits, h_TD, head_VD, targets_T)
     if implementation == "onehot":
         h_TD, head_VD = _gradients_together(h_TD, head_VD)
-    logits_TV = _logits(form, h_TD, head_VD)
+    logits_TV = form.logits.logits(h_TD, head_VD)
     log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
     if implementation == "onehot":
         hit_TV = _is_target(targets_T, head_VD.shape[0])
@@ -181,12 +180,10 @@ def _chunk_gradients(form: _Form, logits_CV, log_z_C, h_CD, head_VD, targets_C, 
 
     On CPU dhead is [D, V], a product that runs at full rate; elsewhere [V, D].
     """
-    scale = form.logit_scale
-    d_CV = (soft_C * scale)[:, None] * jnp.exp(logits_CV - log_z_C[:, None])
+    d_CV = soft_C[:, None] * jnp.exp(logits_CV - log_z_C[:, None])
     hit_CV = _is_target(targets_C, logits_CV.shape[-1])
-    d_CV = d_CV - jnp.where(hit_CV, (hard_C * scale)[:, None], 0)
-    if form.softcap is not None:
-        d_CV = d_CV * (1 - jnp.square(logits_CV / form.softcap))
+    d_CV = d_CV - jnp.where(hit_CV, hard_C[:, None], 0)
+    d_CV = form.logits.product_gradient(d_CV, logits_CV)
     wide = d_CV.dtype
     d_CV = d_CV.astype(h_CD.dtype)
     dh_CD = jnp.einsum("cv,vd->cd", d_CV, head_VD, preferred_element_type=wide)
@@ -219,7 +216,7 @@ def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
 
     def body(dhead, xs):
         h_CD, targets_C, weights_C = xs
-        logits_CV = _logits(form, h_CD, head_VD)
+        logits_CV = form.logits.logits(h_CD, head_VD)
         nll_C, log_z_C = _chunk_losses(logits_CV, targets_C)
         soft_C = weights_C * (1 + 2 * form.z_loss * log_z_C)
         dh_CD, new = _chunk_gradients(
@@ -252,7 +249,7 @@ _chunked_sum.defvjp(_chunked_sum_fwd, _chunked_sum_bwd)
 def _chunked_nll(form: _Form, h_TD, head_VD, targets_T):
     def body(_, xs):
         h_CD, targets_C = xs
-        return None, _chunk_losses(_logits(form, h_CD, head_VD), targets_C)
+        return None, _chunk_losses(form.logits.logits(h_CD, head_VD), targets_C)
 
     _, outs = jax.lax.scan(body, None, _split(form, h_TD, targets_T))
     nll_T, log_z_T = (_join(h_TD.shape[0], x) for x in outs)
@@ -271,7 +268,7 @@ def _chunked_nll_bwd(form: _Form, residuals, cotangents):
 
     def body(dhead, xs):
         h_CD, targets_C, log_z_C, dnll_C, dlog_z_C = xs
-        logits_CV = _logits(form, h_CD, head_VD)
+        logits_CV = form.logits.logits(h_CD, head_VD)
         dh_CD, new = _chunk_gradients(
             form, logits_CV, log_z_C, h_CD, head_VD, targets_C, dnll_C + dlog_z_C, dnll_C
         )

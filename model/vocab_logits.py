@@ -1,0 +1,34 @@
+"""Logits of a hidden state against rows of the vocabulary. Shapes: T tokens, V rows, D width."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LogitForm(NamedTuple):
+    """softcap(scale * h head^T), hashable so that custom derivatives can take it.
+
+    Attributes:
+      scale: factor on the products.
+      softcap: c in c * tanh(x / c), or None.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
+        """Logits [T, V] in float32 at least."""
+        wide = jnp.promote_types(h_TD.dtype, jnp.float32)
+        logits_TV = jnp.einsum("td,vd->tv", h_TD, head_VD, preferred_element_type=wide)
+        logits_TV = logits_TV * self.scale
+        if self.softcap is not None:
+            logits_TV = self.softcap * jnp.tanh(logits_TV / self.softcap)
+        return logits_TV
+
+    def product_gradient(self, d_TV: jax.Array, logits_TV: jax.Array) -> jax.Array:
+        """Gradient of the products h head^T, given that of the logits."""
+        d_TV = d_TV * self.scale
+        if self.softcap is not None:
+            d_TV = d_TV * (1 - jnp.square(logits_TV / self.softcap))
+        return d_TV
