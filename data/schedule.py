@@ -52,8 +52,8 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
         name = sources[int(np.flatnonzero(shares == smallest)[0])]
         raise ValueError(
             f"The weight of source {name!r} comes to a share of {smallest:.3g} of the rows, less "
-            f"than one row in {_MAX_PERIOD}: it would round to zero. Raise the weight, or set it to "
-            "0 to leave the source out."
+            f"than one row in {_MAX_PERIOD}: it would round to zero. Raise the weight, or set it "
+            "to 0 to leave the source out."
         )
     best = None
     for limit in (2 * _MIN_PERIOD, _MAX_PERIOD):

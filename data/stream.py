@@ -38,6 +38,7 @@ def make_stream(
     long_documents: str = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    changed_cache: str = "refuse",
     verify_cache: bool = True,
 ) -> "Stream":
     """The training stream of a SeqIO mixture or task; token caches that are missing are built.
@@ -61,6 +62,8 @@ def make_stream(
         long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
         cross_document_attention: make each row one segment, so that its documents see each other.
         cache_dir: the root of all caches; $ESPALIER_CACHE or ~/.cache/espalier if None.
+        changed_cache: what to do where a task has changed since its cache was built: 'refuse',
+            'build' a second cache, or 'replace' the first.
         verify_cache: check every byte of the caches against its checksum.
 
     Raises:
@@ -83,7 +86,14 @@ def make_stream(
     wanted = known if phases is None else {name for _, shares in phases for name in shares}
     sources = [
         _open_source(
-            task, split, task_feature_lengths, packing, long_documents, cache_dir, verify_cache
+            task,
+            split,
+            task_feature_lengths,
+            packing=packing,
+            long_documents=long_documents,
+            cache_dir=cache_dir,
+            changed=changed_cache,
+            verify=verify_cache,
         )
         for task in tasks
         if task.name in wanted
@@ -111,6 +121,7 @@ def make_eval_stream(
     long_documents: str = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    changed_cache: str = "refuse",
     verify_cache: bool = True,
 ) -> "EvalStream":
     """The held-out stream of one SeqIO task: every row once, in the order of the plan.
@@ -124,7 +135,14 @@ def make_eval_stream(
             f"{', '.join(found.name for found in tasks)}."
         )
     source = _open_source(
-        tasks[0], split, task_feature_lengths, packing, long_documents, cache_dir, verify_cache
+        tasks[0],
+        split,
+        task_feature_lengths,
+        packing=packing,
+        long_documents=long_documents,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
     )
     return EvalStream(
         source, batch_size=batch_size, cross_document_attention=cross_document_attention
@@ -132,11 +150,11 @@ def make_eval_stream(
 
 
 def _open_source(
-    task, split, feature_lengths, packing, long_documents, cache_dir, verify
+    task, split, feature_lengths, *, packing, long_documents, **cache_settings
 ) -> rows.Source:
-    from data import task_cache
+    from data import task_cache  # brings SeqIO, which a stream over caches does not need
 
-    opened = task_cache.open_task_cache(task, split, cache_dir=cache_dir, verify=verify)
+    opened = task_cache.open_task_cache(task, split, **cache_settings)
     return rows.plan_source(
         task.name, opened, feature_lengths, packing=packing, long_documents=long_documents
     )

@@ -1,4 +1,4 @@
-"""The token cache: round trips, killed builds, damage of every kind, and what its fingerprint sees."""
+"""The token cache: round trips, killed builds, damage, and what its fingerprint sees."""
 
 import hashlib
 import os

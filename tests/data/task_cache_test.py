@@ -1,4 +1,4 @@
-"""Caches of SeqIO tasks and the gin-bindable streams over them. TensorFlow is imported once here."""
+"""Caches of SeqIO tasks and the gin-bindable streams over them."""
 
 import functools
 import json
@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from data import cache, mixing, stream, task_cache
+from data import cache, fingerprint, mixing, stream, task_cache, task_reader
+from data.cache_files import CacheCorruptError
 
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf  # noqa: E402
@@ -85,7 +86,7 @@ def test_is_reused_and_shards_do_not_mix_up_records(root, tmp_path, monkeypatch)
     monkeypatch.setattr(cache, "build", None)  # would fail
     again = task_cache.open_task_cache(task, "train", cache_dir=root)
     monkeypatch.undo()
-    monkeypatch.setattr(task_cache, "_num_shards", lambda *_: 4)
+    monkeypatch.setattr(task_reader, "num_shards", lambda *_: 4)
     sharded = task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
     order = [i for shard in range(4) for i in range(shard, 90, 4)]
     for at, i in enumerate(order):
@@ -109,7 +110,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypatch):
-    """Every input, among them one that only the output shows; --rebuild is the remedy."""
+    """Every input, among them one that only the output shows."""
     probe_only = changed.startswith("output")
     task = add_task("task", extra=(Shifter(),) if probe_only else ())
     before = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path)
@@ -120,13 +121,29 @@ def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypat
         task_cache.open_task_cache(task, "validation", cache_dir=tmp_path)
     assert changed.partition(" (")[0] in str(error.value)
     assert str(before.directory) in str(error.value)
-    assert "launch.cache --rebuild" in str(error.value)
-    assert cache.open_cache(before.directory).content == before.content
-    after = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path, rebuild=True)
+    assert "python -m launch.cache" in str(error.value)
+    after = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path, changed="build")
     assert after.fingerprint != before.fingerprint
+    # Both are there now, and the one asked for is found.
+    assert cache.open_cache(before.directory).content == before.content
     assert (
         task_cache.open_task_cache(task, "validation", cache_dir=tmp_path).content == after.content
     )
+
+
+def test_replacing_deletes_what_is_changed_or_damaged(tmp_path):
+    old = task_cache.open_task_cache(add_task("task"), "train", cache_dir=tmp_path)
+    task = add_task("task", add_eos=False)
+    new = task_cache.open_task_cache(task, "train", cache_dir=tmp_path, changed="replace")
+    assert not old.directory.exists()
+    file = new.directory / "00000.targets.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(CacheCorruptError, match="00000.targets.bin.*--replace"):
+        task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
+    again = task_cache.open_task_cache(task, "train", cache_dir=tmp_path, changed="replace")
+    assert again.content == new.content
+    with pytest.raises(ValueError, match="changed='always'"):
+        task_cache.open_task_cache(task, "train", cache_dir=tmp_path, changed="always")
 
 
 def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_path):
@@ -146,8 +163,8 @@ def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_pat
             output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
         )
         task.version = version
-        files = task_cache.fingerprint.FileDigests(tmp_path / "memory.json")
-        described = task_cache.describe_task(task, "train", files)
+        files = fingerprint.FileDigests(tmp_path / "memory.json")
+        described = task_reader.describe_task(task, "train", files)
         described["probe"] = ""  # the probe sees it too; here the files must
         seen.add(json.dumps(described, sort_keys=True))
     assert len(seen) == 3
@@ -156,7 +173,7 @@ def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_pat
     digests = []
     for declared in ("v1", lambda split: f"v1 of {split}"):
         task.source.digest = declared
-        digests.append(task_cache.describe_task(task, "train", None)["source"]["digest"])
+        digests.append(task_reader.describe_task(task, "train", None)["source"]["digest"])
     assert digests == ["v1", "v1 of train"]
 
 
