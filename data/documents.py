@@ -126,7 +126,18 @@ def _open(path: pathlib.Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+def read_json_lines(
+    path: pathlib.Path, *, example: str = '{"text": "..."}'
+) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of a file of JSON lines, compressed or not; blank lines are skipped.
+
+    Args:
+      path: the file.
+      example: what a line should look like, for the error.
+
+    Raises:
+      DataError: for a line that is no JSON object, or a file that cannot be read as text.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -136,13 +147,20 @@ def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Docum
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}: malformed JSON: {error.msg} at column {error.colno}. Each line must be "
-                f'one object such as {{"{format.text_key}": "..."}}'
+                f"one object such as {example}"
             ) from None
         if not isinstance(record, dict):
             raise DataError(
                 f"{where}: a JSON {type(record).__name__} where an object is expected, such as "
-                f'{{"{format.text_key}": "..."}}'
+                f"{example}"
             )
+        yield number, record
+
+
+def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    example = f'{{"{format.text_key}": "..."}}'
+    for number, record in read_json_lines(path, example=example):
+        where = f"{path}, line {number}"
         id = f"{name}:{number}"
         if format.id_key is not None:
             id = str(_value(record, format.id_key, "id_key", where))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from data import fingerprint
 from data.cache import Cache, digest
 from data.plan import Plan, make_plan
 
@@ -92,9 +93,9 @@ def shared_vocabulary(sources: Sequence[Source]) -> dict:
     found = {}
     for source in sources:
         manifest = source.cache.manifest
-        described = manifest["description"].get("vocabulary", {}).get("targets")
+        described = manifest["description"].get("vocabulary", {}).get("targets", {})
         size = manifest["features"]["targets"]
-        found[source.name] = {"size": size, "digest": digest([size, described])}
+        found[source.name] = {"size": size, "digest": digest([size, described.get("vocabulary")])}
     first, *others = found
     for name in others:
         if found[name] != found[first]:
@@ -103,6 +104,11 @@ def shared_vocabulary(sources: Sequence[Source]) -> dict:
                 f"{found[first]['size']} and {found[name]['size']}): a mixture needs one."
             )
     return found[first]
+
+
+def vocabulary_digest(vocabulary) -> str:
+    """What `shared_vocabulary` says of tokens made with this SeqIO vocabulary."""
+    return digest([int(vocabulary.vocab_size), fingerprint.vocabulary(vocabulary)])
 
 
 def read_rows(

@@ -87,12 +87,18 @@ def main(
         )
         from launch import gin_config
 
-        files = [*(default_files(flags) if default_files else ()), *flags.gin_file]
+        defaults = list(default_files(flags)) if default_files else []
         config = gin_config.load(
-            files, bindings, _paths(flags.gin_search_paths), entry=entry, unused=unused
+            [*defaults, *flags.gin_file],
+            bindings,
+            _paths(flags.gin_search_paths),
+            entry=entry,
+            unused=unused,
         )
         for warning in config.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            # Of another entry point's configuration only a part is expected to have an effect.
+            if warning.place.source not in defaults:
+                print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)
         if run is None:
             start()
