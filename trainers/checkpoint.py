@@ -180,7 +180,8 @@ class Checkpointer:
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
-            with contextlib.suppress(OSError, ValueError):  # Makes room; the next start cleans up the rest.
+            # Makes room; what cannot be removed now is when the run starts again.
+            with contextlib.suppress(OSError, ValueError):
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
 
