@@ -1,0 +1,169 @@
+"""Generation against full forward passes, alone and in batches of unequal prompts."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.attention import Attention
+from model.config import TransformerConfig
+from model.embed import Positions
+from model.kv_cache.policies import policy_named
+from model.transformer import Block, Transformer
+from trainers.decode import Settings
+from trainers.decoder import Decoder
+from trainers.sampling import Sampling
+
+V, M = 29, 7
+PROMPTS = [[0, 5, 9, 2, 7], [0, 3], [0], [0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2]]
+
+
+def make(**changes):
+    sizes = {"vocab_size": V, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+    config = TransformerConfig(
+        **{**sizes, "num_layers": 2, "layer_pattern": ("sliding", "full_nope"), "sliding_window": 4}
+    )
+    return Transformer(config=config, **changes)
+
+
+def init(model):
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(0))
+    # Larger than initialised, so that the choices are far from ties.
+    return jax.tree.map(lambda x: x * (4.0 if x.ndim > 1 else 1.0), nn.meta.unbox(params)["params"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return init(model)
+
+
+@pytest.fixture(scope="module")
+def log_probs(model, params):
+    """(tokens) -> log p [T, V] of a full forward pass without cache, in float64 from the logits on."""
+    forward = jax.jit(lambda ids: model.apply({"params": params}, ids)[0])
+
+    def table(tokens):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(forward(padded), np.float64)[: len(tokens)]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return table
+
+
+@pytest.fixture(scope="module")
+def greedy(model, params):
+    decoder = Decoder(model, params, Settings(max_new_tokens=M), batch_size=4)
+    return decoder, decoder(PROMPTS)
+
+
+def stepwise(log_probs, prompt, steps):
+    tokens, chosen = list(prompt), []
+    for _ in range(steps):
+        row = log_probs(tokens)[-1]
+        tokens.append(int(row.argmax()))
+        chosen.append(row.max())
+    return tokens[len(prompt) :], chosen
+
+
+def test_greedy_equals_the_argmax_of_full_forward_passes(greedy, log_probs):
+    for prompt, got in zip(PROMPTS, greedy[1], strict=True):
+        tokens, chosen = stepwise(log_probs, prompt, M)
+        assert got.tokens == tokens
+        np.testing.assert_allclose(got.log_probs, chosen, atol=2e-5)
+
+
+def test_prompts_alone_continue_as_in_a_batch(greedy, model, params):
+    decoder = Decoder(model, params, Settings(max_new_tokens=M), batch_size=1)
+    for prompt, together in zip(PROMPTS, greedy[1], strict=True):
+        (alone,) = decoder([prompt])
+        assert alone.tokens == together.tokens
+        np.testing.assert_allclose(alone.log_probs, together.log_probs, atol=2e-5)
+
+
+def test_few_programs_and_the_cache_are_accounted_for(greedy):
+    decoder, _ = greedy
+    # Lengths 17 and below share one batch, hence one program.
+    assert list(decoder._programs) == [24]
+    assert decoder.stats.tokens == len(PROMPTS) * M
+    assert decoder.stats.tokens_per_second > 0
+    # Two layers of keys and values [4, 24 + M - 1, 1, 8] and positions [4, 24 + M - 1], and counters.
+    slots = 4 * (24 + M - 1)
+    assert decoder.stats.cache_bytes == 2 * (slots * (2 * 8 * 4 + 4) + 4)
+
+
+def test_eos_ends_a_row_and_is_its_last_token(greedy, model, params):
+    want = greedy[1][0]
+    eos = want.tokens[3]
+    end = want.tokens.index(eos) + 1
+    settings = Settings(max_new_tokens=M, eos_id=eos)
+    found = Decoder(model, params, settings, batch_size=4)(PROMPTS)
+    assert found[0].tokens == want.tokens[:end]
+    np.testing.assert_allclose(found[0].log_probs, want.log_probs[:end], atol=1e-6)
+    for got, full in zip(found, greedy[1], strict=True):
+        cut = full.tokens.index(eos) + 1 if eos in full.tokens else M
+        assert got.tokens == full.tokens[:cut]
+
+
+def test_rows_of_the_table_beyond_the_vocabulary_are_never_chosen(greedy, model, params):
+    highest = max(max(row.tokens) for row in greedy[1])
+    settings = Settings(max_new_tokens=M, num_ids=highest)
+    found = Decoder(model, params, settings, batch_size=4)(PROMPTS)
+    assert max(max(row.tokens) for row in found) < highest
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(model, params, log_probs):
+    settings = Settings(max_new_tokens=M, sampling=Sampling(temperature=1.5, top_k=10))
+    decoder = Decoder(model, params, settings, batch_size=4)
+    first = decoder(PROMPTS, seed=3)
+    assert [row.tokens for row in decoder(PROMPTS, seed=3)] == [row.tokens for row in first]
+    assert [row.tokens for row in decoder(PROMPTS, seed=4)] != [row.tokens for row in first]
+    pairs = Decoder(model, params, settings, batch_size=2)(PROMPTS, seed=3)
+    assert [row.tokens for row in pairs] == [row.tokens for row in first]
+    # Log-probabilities are the model's own: neither temperature nor top_k is in them.
+    for prompt, row in zip(PROMPTS, first, strict=True):
+        table = log_probs([*prompt, *row.tokens])[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(row.log_probs, table[np.arange(M), row.tokens], atol=2e-5)
+
+
+def test_on_a_mesh_as_on_one_device(greedy, model, params):
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp"))  # noqa: E731
+    placed = jax.tree.map(lambda x: jax.device_put(x, split(x)), params)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        decoder = Decoder(model, placed, Settings(max_new_tokens=M), batch_size=4, sharding=rows)
+        found = decoder(PROMPTS)
+    assert [row.tokens for row in found] == [row.tokens for row in greedy[1]]
+    # Unrolling the layers has not gathered them.
+    whole = [x.shape for x in jax.tree.leaves(decoder._params) if x.sharding.is_fully_replicated]
+    assert whole == []
+
+
+def test_learned_positions_are_not_exceeded():
+    model = make(
+        position_embed=functools.partial(Positions, num_positions=20),
+        block=functools.partial(Block, attention=functools.partial(Attention, rope=None)),
+    )
+    decoder = Decoder(model, init(model), Settings(max_new_tokens=4), batch_size=1)
+    assert len(decoder([list(range(17))])[0].tokens) == 4
+    with pytest.raises(ValueError, match="Prompt 1 has 18 tokens.*20 positions"):
+        decoder([[1], list(range(18))])
+
+
+def test_bad_requests_are_named(greedy):
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        greedy[0]([[1], []])
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        Settings(max_new_tokens=0)
+    with pytest.raises(ValueError, match="'snap'.*full"):
+        policy_named("snap")

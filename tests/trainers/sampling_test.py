@@ -1,0 +1,74 @@
+"""The choice of a token: restrictions against numpy, frequencies, greed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainers.sampling import Sampling, candidates, sample
+
+
+def allowed(logits, temperature, top_k, top_p):
+    """Probabilities after all restrictions, in float64, one row at a time."""
+    result = np.zeros(logits.shape)
+    for row, out in zip(np.asarray(logits, np.float64), result, strict=True):
+        order = np.argsort(-row, kind="stable")
+        order = order[: top_k or len(row)]
+        p = np.exp(row[order] / temperature)
+        p /= p.sum()
+        if top_p is not None:
+            keep = 1
+            while p[:keep].sum() < top_p:
+                keep += 1
+            order, p = order[:keep], p[:keep] / p[:keep].sum()
+        out[order] = p
+    return result
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 3, None), (0.7, None, 0.6), (1.3, 4, 0.8), (1.0, 100, 1.0), (1.0, None, 1e-6)],
+)
+def test_restrictions_equal_a_numpy_reference(temperature, top_k, top_p):
+    logits = 2 * np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    kept, ids = candidates(jnp.asarray(logits), sampling)
+    got = np.zeros(logits.shape)
+    np.put_along_axis(got, np.asarray(ids), np.asarray(jax.nn.softmax(kept)), axis=1)
+    np.testing.assert_allclose(got, allowed(logits, temperature, top_k, top_p), atol=1e-6)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (None, 0.8)])
+def test_frequencies_are_within_four_sigma(top_k, top_p):
+    draws = 4000
+    logits = np.array([[0.5, -1.0, 1.0, 0.0, -3.0]], np.float32)
+    sampling = Sampling(temperature=0.8, top_k=top_k, top_p=top_p)
+    keys = jax.random.split(jax.random.key(3), draws)
+    ids = sample(jnp.repeat(jnp.asarray(logits), draws, axis=0), keys, sampling)
+    p = allowed(logits, 0.8, top_k, top_p)[0]
+    counts = np.bincount(ids, minlength=5)
+    assert np.all(np.abs(counts - draws * p) <= 4 * np.sqrt(draws * p * (1 - p)))
+
+
+def test_temperature_zero_takes_the_first_of_the_most_probable():
+    logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 1.0, 2.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.0, top_k=2, top_p=0.5)):
+        assert sample(logits, keys, sampling).tolist() == [1, 0]
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits = jax.random.normal(jax.random.key(1), (4, 50))
+    keys = jax.random.split(jax.random.key(2), 4)
+    for sampling in (Sampling(), Sampling(top_k=20)):
+        together = sample(logits, keys, sampling)
+        alone = [int(sample(logits[i : i + 1], keys[i : i + 1], sampling)[0]) for i in range(4)]
+        assert together.tolist() == alone
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)

@@ -1,0 +1,104 @@
+"""Log-probabilities of given tokens. Shapes: B batch, T length, D width, V vocabulary."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from model.cross_entropy import token_log_probs
+from trainers.buckets import batches_by_length, bucket_length, longest_row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Tokens to be scored, and those they follow, of which there is at least one."""
+
+    context: Sequence[int]
+    targets: Sequence[int]
+
+
+def log_probs(
+    model: Any,
+    params: Any,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    segments_BT: jax.Array,
+) -> jax.Array:
+    """log p(target) [B, T] after each token and all before it; segment 0 is padding at the end."""
+    variables = {"params": params}
+    hidden_BTD = model.apply(
+        variables, tokens_BT, segments_BT=segments_BT, method="hidden"
+    ).hidden_BTD
+    logp_X = token_log_probs(
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+        model.apply(variables, method="head_VD"),
+        targets_BT.reshape(-1),
+        logit_scale=model.logit_scale,
+        softcap=model.logit_softcap,
+    )
+    return logp_X.reshape(targets_BT.shape)
+
+
+class Scorer:
+    """Scores rows in batches of similar length; compiles once for each of a few lengths.
+
+    Args:
+      model: a decoder-only module.
+      params: its parameters.
+      batch_size: rows at a time.
+      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+    """
+
+    def __init__(
+        self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
+    ):
+        self._params = params
+        self._batch_size = batch_size
+        self._sharding = sharding
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._log_probs = jax.jit(
+            lambda params, *arrays: log_probs(model, params, *arrays), out_shardings=whole
+        )
+
+    def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The log-probability of every target of each row, float32.
+
+        Raises:
+          ValueError: a row without context, or longer than the model's learned positions.
+        """
+        limit = longest_row(self._params)
+        for i, row in enumerate(rows):
+            # The last target is predicted, but never read.
+            length = len(row.context) + len(row.targets) - 1
+            if not len(row.context):
+                raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"Row {i} has {length} tokens, but the model learned only {limit} positions."
+                )
+        lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
+        result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+        batches = batches_by_length(lengths, self._batch_size)
+        for batch in tqdm(batches, desc="score", unit="batch", disable=None):
+            length = bucket_length(lengths[batch[0]], limit=limit)
+            logp_BT = self._score([rows[i] for i in batch], length)
+            for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may be filled up
+                first = len(rows[i].context) - 1
+                result[i] = logp_T[first : first + len(rows[i].targets)]
+        return result
+
+    def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
+        tokens_BT = np.zeros((self._batch_size, length), np.int32)
+        targets_BT = np.zeros_like(tokens_BT)
+        segments_BT = np.zeros_like(tokens_BT)
+        for b, row in enumerate(rows):
+            text = [*row.context, *row.targets]
+            tokens_BT[b, : len(text) - 1] = text[:-1]
+            targets_BT[b, : len(text) - 1] = text[1:]
+            segments_BT[b, : len(text) - 1] = 1
+        arrays = jax.device_put((tokens_BT, targets_BT, segments_BT), self._sharding)
+        return np.asarray(self._log_probs(self._params, *arrays))
