@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from data import cpu_tensorflow
 from launch import gin_config, run_dir
 from launch.parameter_table import parameter_table
 from trainers import checkpoint, flops, metrics, partitioning, profiler, restore, signals
@@ -87,6 +88,7 @@ def train(
     # Everything that can be wrong without data is checked before any data is touched.
     program = recipe.program()
     run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
+    cpu_tensorflow.load()
     for register in tasks:
         register()
     data = stream()

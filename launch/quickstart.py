@@ -1,0 +1,80 @@
+"""Runs a small code-mix pre-training ablation on real text and code, and compares its arms.
+
+Three models see the same number of tokens: text only, text and code in equal parts, or code first and
+then text. Ends with held-out loss by domain, a plot, a sample of each model and the run directories.
+Started again it goes on where it stopped. Example:
+
+  python -m launch.quickstart --out=runs/quickstart
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+ARMS = ("text", "balanced", "code_then_text")
+PROMPT = "def "
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.quickstart",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", default="runs/quickstart", help="parent of the run directories")
+    parser.add_argument("--steps", type=int, default=None, help="updates per arm, to try it out")
+    flags = parser.parse_args(argv)
+
+    from launch import environment
+
+    if argv is None:
+        environment.restart_with_huge_pages()
+    environment.prepare()
+
+    from launch import gin_config
+    from launch.report import report
+
+    started = time.monotonic()
+    runs = {}
+    for number, arm in enumerate(ARMS, 1):
+        directory = os.path.join(flags.out, arm)
+        print(f"\n== arm {number} of {len(ARMS)}: {arm.replace('_', ' ')} ==", flush=True)
+        bindings = [f"MODEL_DIR={directory!r}"]
+        if flags.steps is not None:
+            bindings.append(f"TRAIN_STEPS={flags.steps}")
+        config = gin_config.load(
+            [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin"],
+            bindings,
+            entry="launch.train:train",
+        )
+        result = config.entry()
+        if result["interrupted"]:
+            print("Interrupted; `make quickstart` goes on from here.")
+            return 1
+        runs[arm] = directory
+    print()
+    report(runs, flags.out)
+    for arm, directory in runs.items():
+        print(f"\nsample of {arm.replace('_', ' ')}, continuing {PROMPT!r}:")
+        print(_sample(directory))
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nplot   {os.path.join(flags.out, 'report.png')}")
+    for directory in runs.values():
+        print(f"run    {directory}")
+    print(f"{minutes:.1f} minutes")
+    return 0
+
+
+def _sample(directory: str) -> str:
+    """A greedy continuation of PROMPT by the newest checkpoint of a run."""
+    from launch import generate
+
+    return PROMPT + generate.continue_prompt(directory, PROMPT, max_new_tokens=48)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

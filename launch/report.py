@@ -1,0 +1,145 @@
+"""Compares runs: held-out loss and bits per byte by domain as a table and a plot.
+
+Example, after `make quickstart`:
+
+  python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
+
+writes report.json and report.png to --out and prints the table.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.report",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run directories")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where report.* goes")
+    flags = parser.parse_args(argv)
+    try:
+        report({os.path.basename(os.path.normpath(run)): run for run in flags.runs}, flags.out)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
+    """Prints the table of `runs` (name -> directory), writes report.json and report.png to `out`.
+
+    Returns:
+      {arm: {"step", "domains": {domain: {"loss", "bits_per_byte", ...}}}}.
+
+    Raises:
+      FileNotFoundError: a directory holds no metrics.
+      ValueError: a run has not been evaluated.
+    """
+    rows = {name: read_rows(directory) for name, directory in runs.items()}
+    results = {name: last_evaluation(name, found) for name, found in rows.items()}
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results)
+    plot(results, rows, folder / "report.png")
+    return results
+
+
+def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    from trainers.metrics import read_jsonl  # imports jax, which --help can do without
+
+    path = os.path.join(directory, "metrics.jsonl")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
+    return read_jsonl(path)
+
+
+def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest held-out metrics by domain."""
+    evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    if not evaluated:
+        raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")
+    domains: dict[str, dict[str, float]] = {}
+    for key, value in evaluated[-1].items():
+        if key.startswith("eval/"):
+            _, domain, metric = key.split("/", 2)
+            domains.setdefault(domain, {})[metric] = value
+    return {"step": evaluated[-1]["step"], "domains": domains}
+
+
+def _domains(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(d for result in results.values() for d in result["domains"]))
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Loss in nats per token and bits per byte, a column per arm; the best of a row is bold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="held out: nats per token, bits per byte")
+    table.add_column("domain")
+    for name in results:
+        table.add_column(name.replace("_", " "), justify="right")
+    for domain in _domains(results):
+        found = {name: result["domains"].get(domain) for name, result in results.items()}
+        best = min(values["loss"] for values in found.values() if values)
+        table.add_row(domain, *(_cell(values, best) for values in found.values()))
+    Console(width=max(80, 24 * (len(results) + 1))).print(table)
+
+
+def _cell(values: Mapping[str, float] | None, best: float) -> str:
+    if values is None:
+        return "-"
+    bits = values.get("bits_per_byte")
+    text = f"{values['loss']:.3f}  {bits:.3f}" if bits else f"{values['loss']:.3f}"
+    return f"[bold]{text}[/bold]" if values["loss"] == best else text
+
+
+def plot(
+    results: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path
+) -> None:
+    """Bits per byte by domain as bars, and the training loss as curves, an arm per colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    import matplotlib.pyplot as plt
+
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    domains = _domains(results)
+    width = 0.8 / len(results)
+    for i, (name, result) in enumerate(results.items()):
+        label = name.replace("_", " ")
+        values = [result["domains"].get(d, {}).get("bits_per_byte", float("nan")) for d in domains]
+        at = [x + (i - (len(results) - 1) / 2) * width for x in range(len(domains))]
+        drawn = bars.bar(at, values, width * 0.94, label=label)
+        bars.bar_label(drawn, fmt="%.2f", fontsize=7, padding=1)
+        trained = [(row["step"], row["loss"]) for row in rows[name] if "loss" in row]
+        curves.plot(*zip(*trained, strict=True), label=label, linewidth=1.6)
+    bars.set_xticks(range(len(domains)), domains)
+    bars.set_ylabel("bits per byte, held out (lower is better)")
+    bars.margins(y=0.12)
+    curves.set_xlabel("updates")
+    curves.set_ylabel("training loss on its own mixture, nats per token")
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+    curves.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
