@@ -161,24 +161,35 @@ def _bytes(number: str, unit: str) -> int:
 def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
     """The report as text: `facts` first, one line each."""
     lines = [f"{name:<16}{value}" for name, value in facts]
-    lines += ["", "HBM per chip, GB"]
+    lines += ["", "memory of a chip"]
     lines += [
-        f"  {name:<14}{size / 1e9:10.3f}"
+        f"  {name:<16}{amount(size, 'B'):>12}"
         for name, size in dataclasses.asdict(report.memory).items()
     ]
-    lines.append(f"  {'fits':<14}{'yes' if report.fits else 'NO':>10}")
+    lines.append(f"  {'fits':<16}{'yes' if report.fits else 'NO':>12}")
     if report.flops:
-        f = report.flops
-        lines += ["", "TFLOP per chip and step"]
+        lines += ["", "products of a chip, one step"]
         lines += [
-            f"  {name:<14}{value / 1e12:10.2f}" for name, value in dataclasses.asdict(f).items()
+            f"  {name:<14}{amount(value, 'FLOP'):>14}"
+            for name, value in dataclasses.asdict(report.flops).items()
         ]
-        lines.append(f"  {'ratio':<14}{f.compiled / f.analytic:10.3f}")
-        lines += ["", f"{'collectives':<22}{'count':>8}{'GB sent':>10}{'largest MB':>12}"]
+        ratio = report.flops.compiled / report.flops.analytic
+        lines.append(f"  {'ratio':<16}{ratio:>12.3f}")
+    if report.collectives is not None:
+        lines += ["", f"{'collectives':<22}{'count':>8}{'sent':>12}{'largest':>12}"]
         lines += [
-            f"  {kind:<20}{total.count:>8}{total.bytes / 1e9:>10.3f}{total.largest / 1e6:>12.2f}"
-            for kind, total in (report.collectives or {}).items()
+            f"  {kind:<20}{total.count:>8}{amount(total.bytes, 'B'):>12}"
+            f"{amount(total.largest, 'B'):>12}"
+            for kind, total in report.collectives.items()
         ]
     if report.unknown_kernels:
-        lines.append(f"not counted: kernels {', '.join(report.unknown_kernels)}")
+        lines.append(f"FLOPs not counted of kernels {', '.join(report.unknown_kernels)}")
     return "\n".join(lines)
+
+
+def amount(value: float, unit: str) -> str:
+    """`value` with a decimal prefix."""
+    thousands = 0
+    while abs(value) >= 1000 and thousands < 4:
+        value, thousands = value / 1000, thousands + 1
+    return f"{value:.{3 if thousands else 0}f} {' kMGT'[thousands].strip()}{unit}"

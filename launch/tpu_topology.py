@@ -97,6 +97,8 @@ def parse(name: str) -> Topology:
 def prepare_environment() -> None:
     """Sets what libtpu reads to do without chips; call it before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # The cache cannot read programs back for devices that are absent.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     defaults = {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud metadata server to wait for
         "TPU_WORKER_HOSTNAMES": "localhost",

@@ -66,6 +66,8 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
                 continue
             kind = _kind(opcode, computation.name)
             entry = (kind, times, _wire_bytes(module, kind, instruction))
+            if not entry[2]:  # within groups of one chip
+                continue
             channel = instruction.attribute("channel_id")
             if channel is None:
                 apart.append(entry)
@@ -103,7 +105,7 @@ def group_size(instruction: Instruction, partitions: int) -> int:
     text = instruction.attribute("replica_groups")
     # The mesh form has a blank before its axes, which may follow a list of devices.
     mesh = re.search(
-        r"replica_groups=@?mesh\[([^\]]*)\](?:\s*,?\s*device_ids=\([^)]*\))?\s*\{([^}]*)\}",
+        r"replica_groups=@?mesh\[([^\]]*)\](?:\s*,?\s*device_ids=\((?:[^()]|\([^()]*\))*\))?\s*\{([^}]*)\}",
         instruction.attributes,
     )
     if mesh:

@@ -224,6 +224,7 @@ rhs_reversal=1x0}, dim_labels=b1f0_0o1i->b1f0
         ("mesh['a'=4,'b'=2] {'a'}", 4),
         ("mesh['a'=4,'b'=2] {'a','b'}", 8),
         ("mesh['a'=4,'b'=2], device_ids=(0,2,1,3,4,5,6,7) {'b'}", 2),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
         ("mesh['a'=4,'b'=2]device_ids=([8]) {'a':(2)2}", 2),
     ],
 )
@@ -273,7 +274,7 @@ def test_bytes_on_the_wire():
         "all-gather": (1, 256 * 3),
         "all-reduce": (1, 2 * 256 * 3 // 4),
         "all-to-all": (1, 256 * 3 // 4),
-        "collective-permute": (2, 256),
+        "collective-permute": (1, 256),  # nothing moves in the other one
         "reduce-scatter": (1, 256 * 3 // 4),
     }
 
