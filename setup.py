@@ -27,6 +27,7 @@ CORE = [
     "rich>=13",
     "zstandard>=0.23",
     "polib>=1.2",
+    "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
 ]
 
 # Packages that carry real text; each is optional at run time.
@@ -49,6 +50,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "zstandard>=0.23",
         "jaxtyping>=0.3",
         "beartype>=0.20",
         "ruff>=0.12",

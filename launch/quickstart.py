@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     report(runs, flags.out)
     for arm, directory in runs.items():
-        print(f"\nsample of {arm.replace('_', ' ')}, continuing {PROMPT!r}:")
-        print(_sample(directory))
+        print(f"\nsample of {arm.replace('_', ' ')}, continuing {PROMPT!r}:\n{_sample(directory)}")
     minutes = (time.monotonic() - started) / 60
     print(f"\nplot   {os.path.join(flags.out, 'report.png')}")
     for directory in runs.values():
@@ -70,10 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(directory: str) -> str:
-    """A greedy continuation of PROMPT by the newest checkpoint of a run."""
-    from launch import generate
+    """A sampled continuation of PROMPT by the newest checkpoint of a run."""
+    from launch import generate, gin_config, load_run
+    from trainers.sampling import Sampling
 
-    return PROMPT + generate.continue_prompt(directory, PROMPT, max_new_tokens=48)
+    flags = argparse.Namespace(checkpoint=directory, gin_file=[])
+    config = gin_config.load(
+        load_run.default_files(flags),
+        entry="launch.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+    )
+    (row,) = generate.generate(
+        config.entry(),
+        [("the quickstart's prompt", {"text": PROMPT})],
+        checkpoint=directory,
+        sampling=Sampling(temperature=0.7, top_p=0.9),
+        max_new_tokens=60,
+    )
+    return PROMPT + row["text"]
 
 
 if __name__ == "__main__":
