@@ -137,7 +137,7 @@ def muon(
     max_grad_norm: float | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) on kernels, AdamW on everything else.
+    """Muon (Jordan et al., 2024) on kernels, AdamW with Nesterov momentum on everything else.
 
     Updates are rescaled to AdamW's typical root mean square of 0.2 (arXiv 2502.16982), so that one
     learning rate serves both groups.
