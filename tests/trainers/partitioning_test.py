@@ -1,0 +1,368 @@
+"""Meshes, rule sets, what is refused, and that no mesh, rule set or microbatching changes the numbers."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import axes
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from trainers import initialise, optimizers, partitioning, schedules
+from trainers.batches import global_batch
+from trainers.recipe import Recipe
+from trainers.trainable import path_name
+
+SIZES = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "mlp_dim": 64,
+}
+ROWS, LENGTH = 8, 16
+
+
+def mesh_of(**shape):
+    count = int(np.prod(list(shape.values())))
+    return partitioning.make_mesh(shape=shape, devices=jax.devices()[:count])
+
+
+# ---- Meshes.
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        (None, (8, 1, 1)),
+        ({"fsdp": -1}, (1, 8, 1)),
+        ({"fsdp": 2, "tensor": 4}, (1, 2, 4)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+    ],
+)
+def test_a_mesh_covers_all_devices(shape, sizes):
+    mesh = partitioning.make_mesh(shape=shape)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == sizes
+    assert len(set(mesh.devices.flat)) == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"dta": 8}, r"unknown axes \['dta'\]: use \('data', 'fsdp', 'tensor'\)"),
+        ({"data": 4}, "does not cover the 8 available devices"),
+        ({"data": 16}, "does not cover the 8 available devices"),
+        ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
+        ({"data": -1, "fsdp": -1}, "at most one is -1"),
+        ({"data": 8, "tensor": 0}, "sizes are positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        partitioning.make_mesh(shape=shape)
+
+
+def test_an_unknown_rule_set_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'fdsp': choose from \['dp', 'fsdp', 'fsdp_tp'"):
+        partitioning.rules_named("fdsp")
+
+
+# ---- Validation.
+
+
+def validate(mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31, **sizes):
+    partitioning.validate(
+        mesh=mesh,
+        rules=partitioning.rules_named(rules) if isinstance(rules, str) else rules,
+        config=TransformerConfig(**{**SIZES, **sizes}),
+        batch_size=batch,
+        length=length,
+        boxed_params=boxed,
+        replicated_limit=limit,
+    )
+
+
+def boxed_params(**sizes):
+    return initialise.abstract_params(Transformer(config=TransformerConfig(**{**SIZES, **sizes})))
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [
+        ("dp", {"data": 8}),
+        ("fsdp", {"data": 2, "fsdp": 4}),
+        ("tp", {"data": 2, "tensor": 4}),
+        ("fsdp_tp", {"fsdp": 4, "tensor": 2}),
+        ("fsdp_tp_sp", {"fsdp": 2, "tensor": 4}),
+    ],
+)
+def test_what_fits_passes(rules, mesh):
+    validate(mesh_of(**mesh), rules, boxed=boxed_params())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings", "problem"),
+    [
+        (
+            {"fsdp": 8},
+            {"batch": 12},
+            r"BATCH_SIZE \(divided by the microbatches\) = 12 .* 8 shards",
+        ),
+        ({"tensor": 8}, {"length": 20}, "the row length = 20 is not a multiple of the 8 shards"),
+        ({"tensor": 8}, {}, "num_heads = 4 is not a multiple of the 8 shards of 'heads'"),
+        ({"tensor": 4}, {"num_kv_heads": 2}, "num_kv_heads = 2 is not a multiple of the 4 shards"),
+        ({"tensor": 4}, {"mlp_dim": 66}, "mlp_dim = 66 is not a multiple of the 4 shards of 'mlp'"),
+        ({"tensor": 4}, {"vocab_size": 61}, "vocab_size = 61 is not a multiple of the 4 shards"),
+        ({"fsdp": 8}, {"embed_dim": 36}, "embed_dim = 36 is not a multiple of the 8 shards"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(mesh, settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        validate(mesh_of(**mesh), "fsdp_tp_sp", **settings)
+
+
+def test_layers_may_be_split_only_where_they_divide():
+    rules = tuple((n, "fsdp" if n == axes.LAYERS else t) for n, t in partitioning.dp())
+    validate(mesh_of(fsdp=2), rules)
+    with pytest.raises(ValueError, match="num_layers over the pattern = 2 .* 4 shards"):
+        validate(mesh_of(fsdp=4), rules)
+
+
+@pytest.mark.parametrize(("rules", "axis"), [("dp", "tensor"), ("fsdp", "tensor")])
+def test_devices_that_no_rule_uses_are_refused(rules, axis):
+    with pytest.raises(ValueError, match=f"mesh axis '{axis}' has size 2, but no rule uses it"):
+        validate(mesh_of(**{axis: 2, "data": 4}), rules)
+
+
+def test_a_rule_for_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="rule for 'haeds', which is no logical axis"):
+        validate(mesh_of(data=8), (*partitioning.dp(), ("haeds", "tensor")))
+
+
+def renamed(boxed, old, new):
+    """The boxed parameters with one logical name replaced."""
+    return jax.tree.map(
+        lambda box: box.replace(names=tuple(new if n == old else n for n in box.names)),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+
+
+def test_a_parameter_with_an_unknown_axis_is_refused():
+    with pytest.raises(ValueError, match=r"mlp/up/kernel has axes \['mpl'\] without a rule"):
+        validate(mesh_of(fsdp=8), "fsdp", boxed=renamed(boxed_params(), axes.MLP, "mpl"))
+
+
+def test_a_parameter_without_names_is_refused():
+    boxed = boxed_params()
+    boxed["final_norm"]["scale"] = nn.meta.unbox(boxed["final_norm"]["scale"])
+    with pytest.raises(
+        ValueError, match="parameter final_norm/scale carries no logical axis names"
+    ):
+        validate(mesh_of(fsdp=8), "fsdp", boxed=boxed)
+
+
+def test_large_parameters_that_stay_whole_are_refused():
+    boxed = boxed_params()
+    norms = 5 * 32 * 4  # bytes of all gains, which no rule set splits
+    validate(mesh_of(fsdp=8), "fsdp", boxed=boxed, limit=norms)
+    with pytest.raises(ValueError, match="would stay whole on every device"):
+        validate(mesh_of(fsdp=8), "fsdp", boxed=boxed, limit=norms - 1)
+    lost = renamed(boxed, axes.EMBED, axes.NORM)
+    with pytest.raises(ValueError, match="would stay whole on every device"):
+        validate(mesh_of(fsdp=8), "fsdp", boxed=lost, limit=10_000)
+    validate(mesh_of(data=8), "dp", boxed=boxed, limit=0)  # meant to be whole
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ValueError) as caught:
+        validate(
+            mesh_of(fsdp=2, tensor=4),
+            (*partitioning.tp(), ("haeds", "tensor")),
+            boxed=renamed(boxed_params(), axes.MLP, "mpl"),
+            batch=9,
+            num_kv_heads=2,
+            mlp_dim=66,
+        )
+    message = str(caught.value)
+    for part in ("'haeds'", "BATCH_SIZE", "num_kv_heads", "mlp_dim", "mlp/down/kernel"):
+        assert part in message
+    assert message.startswith(
+        "Mesh {'data': 1, 'fsdp': 2, 'tensor': 4} and the rule set do not fit"
+    )
+
+
+# ---- Shardings.
+
+# Of the (fsdp 2, tensor 4) mesh, by hand. Column-parallel projections split their outputs over tensor,
+# row-parallel ones their inputs (arXiv 1909.08053); fsdp splits the width of the residual stream.
+COLUMN = ("query/kernel", "key/kernel", "value/kernel", "up/kernel", "gate/kernel")
+ROW = ("attention/out/kernel", "down/kernel")
+
+
+def expected_spec(name, *, fsdp, tensor):
+    if name.endswith("scale"):
+        return (None,) if name.startswith("final") else (None, None)
+    if name.endswith("embedding"):
+        return (tensor, fsdp)
+    if name.endswith(COLUMN):
+        return (None, fsdp, tensor)
+    assert name.endswith(ROW)
+    return (None, tensor, fsdp)
+
+
+@pytest.mark.parametrize(
+    ("rules", "fsdp", "tensor"),
+    [
+        ("dp", None, None),
+        ("fsdp", "fsdp", None),
+        ("tp", None, "tensor"),
+        ("fsdp_tp", "fsdp", "tensor"),
+        ("fsdp_tp_sp", "fsdp", "tensor"),
+    ],
+)
+def test_shardings_of_every_parameter(rules, fsdp, tensor):
+    model = Transformer(config=TransformerConfig(**SIZES), tie_embeddings=False)
+    mesh, rules = mesh_of(fsdp=2, tensor=4), partitioning.rules_named(rules)
+    shardings = initialise.param_shardings(initialise.abstract_params(model), mesh, rules)
+    found = {path_name(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    assert len(found) == 12
+    for name, spec in found.items():
+        padded = (*spec, *[None] * (len(expected_spec(name, fsdp=0, tensor=1)) - len(spec)))
+        assert padded == expected_spec(name, fsdp=fsdp, tensor=tensor), name
+
+
+def test_activations_are_split_as_the_rule_sets_say():
+    residual = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
+    heads = (axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
+    batch = ("data", "fsdp")
+    for rules, residual_length, head in [
+        ("dp", None, None),
+        ("fsdp", None, None),
+        ("tp", None, "tensor"),
+        ("fsdp_tp", None, "tensor"),
+        ("fsdp_tp_sp", "tensor", "tensor"),
+    ]:
+        rules = partitioning.rules_named(rules)
+        assert tuple(partitioning.mesh_spec(residual, rules)) == (batch, residual_length, None)
+        assert tuple(partitioning.mesh_spec(heads, rules)) == (batch, None, head, None)
+
+
+# ---- Invariance.
+
+
+class Rows:
+    """Random packed rows of two documents, from two sources."""
+
+    batch_size, length = ROWS, LENGTH
+    source_names = ("even", "odd")
+
+    def batch(self, step, lo, hi):
+        rng = np.random.default_rng(step)
+        tokens = rng.integers(3, 64, (ROWS, LENGTH + 1)).astype(np.int32)
+        cut = rng.integers(3, LENGTH - 3, (ROWS, 1))
+        index = np.arange(LENGTH)
+        weights = (rng.random((ROWS, LENGTH)) < 0.8).astype(np.float32)
+        whole = {
+            "decoder_input_tokens": tokens[:, :-1],
+            "decoder_target_tokens": tokens[:, 1:],
+            "decoder_loss_weights": weights,
+            "decoder_segment_ids": (1 + (index >= cut)).astype(np.int32),
+            "decoder_positions": (index - cut * (index >= cut)).astype(np.int32),
+            "source_ids": np.arange(ROWS, dtype=np.int32) % 2,
+        }
+        return {name: value[lo:hi] for name, value in whole.items()}
+
+
+def train(rules, mesh, *, microbatches=1, steps=4):
+    """(losses by step, their per-source values, parameters) after a few steps."""
+    # SGD: Adam divides by the gradient's size and would turn rounding of tiny gradients into steps.
+    recipe = Recipe(
+        model=Transformer(config=TransformerConfig(**SIZES)),
+        batch_size=ROWS,
+        feature_lengths={"targets": LENGTH},
+        optimizer=functools.partial(optimizers.sgd, momentum=0.9, max_grad_norm=1.0),
+        learning_rate=schedules.constant(peak=0.5),
+        microbatches=microbatches,
+        rules=rules,
+        mesh=mesh,
+    )
+    program = recipe.program(devices=jax.devices()[: int(np.prod(list(mesh.values())))])
+    step = program.steps(2).train
+    losses, by_source = [], []
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = jax.device_get(state.params)
+        for index in range(steps):
+            state, metrics = step(state, global_batch(Rows(), index, program.batch_sharding))
+            losses.append(metrics["loss"][0] / metrics["loss"][1])
+            by_source.append(metrics["source_loss"][0] / metrics["source_loss"][1])
+    after = jax.device_get(state.params)
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), after, before))
+    assert min(moved) > 1e-4  # every parameter takes part in the comparison
+    for leaf in jax.tree.leaves(state.params):
+        assert leaf.sharding.mesh.shape == program.mesh.shape
+    return np.array(losses), np.array(by_source), after
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train("dp", {"data": 1})
+
+
+def assert_same(found, want):
+    np.testing.assert_allclose(found[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], want[1], rtol=1e-5)
+
+    def same(a, b):
+        # Relative to the array: a single entry may be near zero.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(same, found[2], want[2])
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh"),
+    [
+        ("dp", {"data": 8}),
+        ("fsdp", {"fsdp": 8}),
+        ("tp", {"data": 2, "tensor": 4}),
+        ("fsdp_tp", {"fsdp": 4, "tensor": 2}),
+        pytest.param("fsdp_tp_sp", {"fsdp": 2, "tensor": 4}, marks=pytest.mark.smoke),
+    ],
+)
+def test_no_mesh_or_rule_set_changes_the_numbers(reference, rules, mesh):
+    assert_same(train(rules, mesh), reference)
+
+
+def test_accumulation_changes_no_numbers(reference):
+    assert_same(train("fsdp_tp", {"fsdp": 4}, microbatches=2), reference)
+
+
+def test_a_batch_that_microbatches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="BATCH_SIZE = 8 is not a multiple of the 3 microbatches"):
+        train("dp", {"data": 1}, microbatches=3)
+
+
+def test_moments_follow_their_parameter():
+    recipe = Recipe(
+        model=Transformer(config=TransformerConfig(**SIZES)),
+        batch_size=ROWS,
+        feature_lengths={"targets": LENGTH},
+        optimizer=optimizers.adamw,
+        learning_rate=schedules.constant(peak=0.1),
+        ema_decay=0.9,
+        rules="fsdp_tp",
+        mesh={"fsdp": 2, "tensor": 4},
+    )
+    state = recipe.program().abstract_state
+    want = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+    assert [leaf.sharding for leaf in jax.tree.leaves(state.ema_params)] == want
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert [leaf.sharding for leaf in moments] == 2 * want
+    assert all(x.dtype == jnp.float32 for x in moments)
