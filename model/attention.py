@@ -69,7 +69,7 @@ class Attention(nn.Module):
         k_BTKH = axes.constrain(k_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BTKH = axes.constrain(v_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
 
-        options = {
+        options: dict[str, Any] = {
             "window": self.kind.window,
             "scale": self.scale,
             "softcap": self.softcap,

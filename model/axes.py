@@ -5,6 +5,9 @@ each name to mesh axes. Activation names are distinct because activations and pa
 differently: under FSDP a kernel's EMBED rows are split, while the residual stream's width is not.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 
@@ -52,3 +55,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
             "add a rule in trainers/partitioning.py or correct the name."
         )
     return nn.with_logical_constraint(x, names)
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
+    """A parameter of `module` whose dimensions carry logical names."""
+    boxed = nn.with_logical_partitioning(init, names)
+    return cast(jax.Array, module.param(name, boxed, shape, dtype))

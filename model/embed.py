@@ -28,9 +28,10 @@ class Embed(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        init = nn.with_logical_partitioning(self.embedding_init, (axes.VOCAB, axes.EMBED))
-        shape = (self.num_embeddings, self.features)
-        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+        shape, names = (self.num_embeddings, self.features), (axes.VOCAB, axes.EMBED)
+        self.embedding = axes.parameter(
+            self, "embedding", self.embedding_init, names, shape, self.param_dtype
+        )
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
@@ -64,7 +65,8 @@ class Positions(nn.Module):
                 f"Rows of {positions_BT.shape[1]} tokens do not fit the {self.num_positions} learned "
                 "positions: shorten TASK_FEATURE_LENGTHS or raise embed.Positions.num_positions."
             )
-        init = nn.with_logical_partitioning(self.embedding_init, (axes.POSITION, axes.EMBED))
-        shape = (self.num_positions, self.features)
-        table = self.param("embedding", init, shape, self.param_dtype)
+        shape, names = (self.num_positions, self.features), (axes.POSITION, axes.EMBED)
+        table = axes.parameter(
+            self, "embedding", self.embedding_init, names, shape, self.param_dtype
+        )
         return jnp.take(table, positions_BT, axis=0, mode="clip").astype(self.dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model import matmul
+from model.axes import parameter
 
 # Variance 1/fan_in keeps activations at unit scale; the tails are cut at two deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -37,11 +38,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         y = matmul.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
-            bias = self.param("bias", init, (self.features,), self.param_dtype)
+            zeros = nn.initializers.zeros
+            bias = parameter(self, "bias", zeros, self.axes[1:], shape[1:], self.param_dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y

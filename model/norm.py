@@ -56,6 +56,6 @@ class LayerNorm(nn.Module):
 def _gain(module, name: str, init, x: jax.Array) -> jax.Array:
     """A parameter over the last `scale_dims` dimensions, shaped to broadcast against x."""
     dims = module.scale_dims
-    init = nn.with_logical_partitioning(init, (axes.NORM,) * dims)
-    value = module.param(name, init, x.shape[-dims:], module.param_dtype)
-    return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + x.shape[-dims:])
+    names, shape = (axes.NORM,) * dims, x.shape[-dims:]
+    value = axes.parameter(module, name, init, names, shape, module.param_dtype)
+    return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + shape)

@@ -13,6 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 
+Index = tuple[slice, ...]
+
+
 class Stream(Protocol):
     """What trainers need of a data stream; data/stream.py provides it."""
 
@@ -44,16 +47,18 @@ def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str
         return ranges[lo, hi]
 
     size = stream.batch_size
-    local = sharding.addressable_devices_indices_map((size,)).values()
-    first = rows(*next(iter(local))[0].indices(size)[:2])
-    return {
-        name: jax.make_array_from_callback(
-            (size, *array.shape[1:]),
-            sharding,
-            lambda index, name=name: rows(*index[0].indices(size)[:2])[name],
-        )
-        for name, array in first.items()
-    }
+    (own, *_) = sharding.addressable_devices_indices_map((size,)).values()
+    assert own is not None  # an array always has an index on a device of its sharding
+    first = rows(*own[0].indices(size)[:2])
+
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        def shard(index: Index | None) -> np.ndarray:
+            assert index is not None  # as above
+            return rows(*index[0].indices(size)[:2])[name]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
+
+    return {name: place(name, array) for name, array in first.items()}
 
 
 class Prefetcher:

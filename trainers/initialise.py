@@ -65,7 +65,7 @@ def state_shardings(
     *,
     mesh: Mesh,
     mask: Any = None,
-) -> TrainState:
+) -> Any:
     """Shardings of a whole state: moments follow their parameter, everything else is replicated.
 
     Args:
@@ -93,7 +93,8 @@ def state_shardings(
         trained_shardings,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(
+    tree: Any = TrainState  # of shardings, where a state holds arrays
+    return tree(
         step=replicated,
         params=shardings,
         opt_state=opt_state,

@@ -247,7 +247,8 @@ class Loop:
             "documents": self.stream.documents(data_step, 0, size),
         }
         if jax.process_index() == 0:
-            np.savez(folder / f"step_{step}.npz", **self.stream.batch(data_step, 0, size))
+            batch: dict[str, Any] = self.stream.batch(data_step, 0, size)
+            np.savez(folder / f"step_{step}.npz", **batch)
             path.write_text(json.dumps(record, indent=1, default=str))
         self.writer.write(step, {"anomaly": 1.0})
         return {**record, "path": str(path)}
@@ -259,7 +260,7 @@ class Loop:
                 self.step,
                 self.state,
                 meta={**self.meta, "data_step": self.data_step},
-                metrics={k: v for k, v in self._seen.items() if np.isscalar(v)},
+                metrics=self._seen,
             )
 
     def _postfix(self) -> dict[str, str]:

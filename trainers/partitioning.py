@@ -124,7 +124,9 @@ def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
 
 def mesh_spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
     """The mesh axes of an array annotated with logical names."""
-    return nn.logical_to_mesh_axes(names, rules)
+    spec = nn.logical_to_mesh_axes(names, rules)
+    assert spec is not None  # only without names
+    return spec
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
@@ -133,7 +135,7 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 
 
 def _width(mesh: Mesh, target: Any) -> int:
-    """Number of shards a rule's target makes."""
+    """Number of shards a rule's target makes; `target` is what a rule maps a name to."""
     names = () if target is None else (target,) if isinstance(target, str) else target
     return math.prod(mesh.shape[name] for name in names)
 
@@ -221,7 +223,8 @@ def _parameter_problems(
         if unknown:
             problems.append(f"parameter {where} has axes {unknown} without a rule")
             continue
-        if math.prod(_width(mesh, targets.get(name)) for name in box.names) == 1:
+        targeted = [targets[name] for name in box.names if name is not None]
+        if math.prod(_width(mesh, target) for target in targeted) == 1:
             replicated += math.prod(box.value.shape) * box.value.dtype.itemsize
     splits = max(_width(mesh, targets.get(name)) for name in axes.PARAMETER_AXES)
     if splits > 1 and replicated > replicated_limit:

@@ -4,6 +4,7 @@ Numerators and weights are added over microbatches before the division, so accum
 packing do not change the gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -78,18 +79,18 @@ def make_train_step(
             new = gradients(params, part, jax.random.fold_in(rng, index))
             grads, out = new
             wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-            summed = jax.tree.map(jnp.add, total, (wide, out.replace(variables=None)))
+            summed = jax.tree.map(jnp.add, total, (wide, dataclasses.replace(out, variables=None)))
             return summed, out.variables
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(gradients, params, first, rng)
-        shapes = (shapes[0], shapes[1].replace(variables=None))
+        shapes = (shapes[0], dataclasses.replace(shapes[1], variables=None))
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
         )
         (grads, out), variables = jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))
         last = jax.tree.map(lambda x: x[-1], variables)
-        return grads, out.replace(variables=last)
+        return grads, dataclasses.replace(out, variables=last)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
