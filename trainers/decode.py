@@ -1,7 +1,7 @@
 """Generation: one pass over the prompts, then one compiled loop over new tokens.
 
 Prompts of unequal length share a batch: they are padded on the right, where position -1 marks what
-no token sees. These are pure functions of static shapes; trainers/decoder.py calls them.
+no token sees. These are pure functions of static shapes; trainers/decoder.py compiles them.
 
 Shapes: B batch, T prompt length, M new tokens at most, D width, V vocabulary.
 """
@@ -95,31 +95,34 @@ def prefill(
     return model.apply({"params": params}, last_B1D, method="logits")[:, 0], caches
 
 
-def generate(
+def decode(
     model: Any,
     params: Any,
     policy: CachePolicy,
-    tokens_BT: jax.Array,
+    logits_BV: jax.Array,
+    caches: Any,
     lengths_B: jax.Array,
     active_B: jax.Array,
     keys_B: jax.Array,
     settings: Settings,
-) -> Decoded:
-    """Continues prompts until every active row has ended or has M new tokens.
+) -> tuple[Decoded, Any]:
+    """Continues prefilled prompts until every active row has ended or has M new tokens.
 
     Args:
       model: with unrolled layers.
       params: its parameters.
       policy: of the caches.
-      tokens_BT: prompts, padded on the right.
-      lengths_B: their lengths, at least 1.
+      logits_BV: after the prompts.
+      caches: with room for M - 1 more tokens, for the last new one is never read.
+      lengths_B: of the prompts.
       active_B: False for rows that only fill up the batch.
       keys_B: a random key for each row.
       settings: static.
+
+    Returns:
+      The new tokens, and the caches, so that their memory can be the given ones'.
     """
-    B, M = tokens_BT.shape[0], settings.max_new_tokens
-    # The last new token is never read.
-    logits_BV, caches = prefill(model, params, policy, tokens_BT, lengths_B, room=max(M - 1, 1))
+    B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = _Loop(
         step=jnp.zeros((), jnp.int32),
         done_B=~active_B,
@@ -142,7 +145,8 @@ def generate(
         return _choose(loop.replace(caches=out.caches), logits_BV, keys_B, settings)
 
     more = lambda loop: (loop.step < M) & ~jnp.all(loop.done_B)  # noqa: E731
-    return jax.lax.while_loop(more, body, loop).decoded
+    loop = jax.lax.while_loop(more, body, loop)
+    return loop.decoded, loop.caches
 
 
 def _hidden(model, params, policy, tokens_BT, positions_BT, caches):

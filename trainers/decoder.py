@@ -17,7 +17,7 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.surgery import layer_stack
 from trainers.buckets import batches_by_length, bucket_length, longest_row
-from trainers.decode import Settings, generate, prefill
+from trainers.decode import Decoded, Settings, decode, prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,27 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """What generating took: seconds apart from compiling, and the caches of the largest batch."""
+    """What generating took.
 
-    tokens: int = 0
-    seconds: float = 0.0
+    Attributes:
+      prompt_tokens, new_tokens: read and generated.
+      prefill_seconds, decode_seconds: reading prompts and generating, compilation apart.
+      compile_seconds: of all programs.
+      cache_bytes: of keys and values of the largest batch while decoding.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     compile_seconds: float = 0.0
     cache_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """New tokens per second of prefill and decoding."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.new_tokens / seconds if seconds else 0.0
 
 
 class Decoder:
@@ -75,7 +86,7 @@ class Decoder:
         self._policy = FullCache() if policy is None else policy
         self._batch_size = batch_size
         self._sharding = sharding
-        self._programs: dict[int, Callable] = {}
+        self._programs: dict[tuple[str, int], Callable] = {}
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
@@ -113,13 +124,16 @@ class Decoder:
         for b, i in enumerate(batch):
             tokens_BT[b, : len(prompts[i])] = prompts[i]
             lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, i
-        arrays = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
-        program = self._program(length, arrays)
-        began = time.perf_counter()
-        decoded = jax.device_get(program(self._params, *arrays, np.uint32(seed)))
+        tokens_BT, lengths_B, active_B, index_B = jax.device_put(
+            (tokens_BT, lengths_B, active_B, index_B), self._sharding
+        )
+        logits_BV, caches = self._prefill(length, tokens_BT, lengths_B)
+        decoded = self._decode(
+            length, logits_BV, caches, lengths_B, active_B, index_B, np.uint32(seed)
+        )
         counts = decoded.lengths_B[: len(batch)].tolist()
-        self.stats.seconds += time.perf_counter() - began
-        self.stats.tokens += sum(counts)
+        self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
+        self.stats.new_tokens += sum(counts)
         return [
             Continuation(
                 tokens=decoded.tokens_BM[b, :count].tolist(),
@@ -128,31 +142,44 @@ class Decoder:
             for b, count in enumerate(counts)
         ]
 
-    def _program(self, length: int, arrays: tuple[jax.Array, ...]) -> Callable:
-        """The compiled loop for prompts of a length, compiled apart so that it can be timed apart."""
-        if length in self._programs:
-            return self._programs[length]
+    def _prefill(self, length: int, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+        model, policy = self._model, self._policy
+        room = max(self._settings.max_new_tokens - 1, 1)
+
+        def run(params, tokens_BT, lengths_B):
+            return prefill(model, params, policy, tokens_BT, lengths_B, room=room)
+
+        program = self._compiled("prefill", length, jax.jit(run), *arrays)
         began = time.perf_counter()
+        logits_BV, caches = jax.block_until_ready(program(self._params, *arrays))
+        self.stats.prefill_seconds += time.perf_counter() - began
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+        self.stats.cache_bytes = max(self.stats.cache_bytes, size)
+        return logits_BV, caches
+
+    def _decode(self, length: int, *arrays: Any) -> Decoded:
         model, policy, settings = self._model, self._policy, self._settings
 
-        def run(params, tokens_BT, lengths_B, active_B, index_B, seed):
+        def run(params, logits_BV, caches, lengths_B, active_B, index_B, seed):
             keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
-            return generate(model, params, policy, tokens_BT, lengths_B, active_B, keys_B, settings)
+            return decode(
+                model, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings
+            )
 
-        mesh = None if self._sharding is None else self._sharding.mesh
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        jitted = jax.jit(run, out_shardings=whole)
-        program = jitted.lower(self._params, *arrays, np.uint32(0)).compile()
-        self._programs[length] = program
-        room = max(settings.max_new_tokens - 1, 1)
-        _, caches = jax.eval_shape(
-            lambda params, tokens, lengths: prefill(
-                model, params, policy, tokens, lengths, room=room
-            ),
-            self._params,
-            *arrays[:2],
-        )
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
-        self.stats.cache_bytes = max(self.stats.cache_bytes, size)
-        self.stats.compile_seconds += time.perf_counter() - began
-        return program
+        whole = None
+        if self._sharding is not None:  # every process gets all rows
+            whole = NamedSharding(self._sharding.mesh, PartitionSpec())
+        jitted = jax.jit(run, donate_argnums=2, out_shardings=(whole, None))
+        program = self._compiled("decode", length, jitted, *arrays)
+        began = time.perf_counter()
+        decoded = jax.device_get(program(self._params, *arrays)[0])
+        self.stats.decode_seconds += time.perf_counter() - began
+        return decoded
+
+    def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
+        """The program for prompts of a length, compiled apart so that it can be timed apart."""
+        if (name, length) not in self._programs:
+            began = time.perf_counter()
+            self._programs[name, length] = function.lower(self._params, *arrays).compile()
+            self.stats.compile_seconds += time.perf_counter() - began
+        return self._programs[name, length]

@@ -1,7 +1,11 @@
 """A small program for configuration tests: modules `toy_net` and `toy_run`, and gin files."""
 
+import json
+import runpy
 import sys
 import textwrap
+import types
+import warnings
 
 import pytest
 
@@ -150,3 +154,78 @@ def gin_file(tmp_path):
 @pytest.fixture
 def toy_gin():
     return GIN
+
+
+TEXTS = ["def f(x):\n    return x\n", "import os\n", "naïve text, twice as long as the others\n"]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """A run directory with one checkpoint of a tiny model of bytes, its moving average apart.
+
+    Its data is a file whose validation split holds TEXTS.
+    """
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from data import rows, vocabularies
+    from launch import gin_config
+    from trainers.checkpoint import Checkpointer
+
+    run = tmp_path_factory.mktemp("run")
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (run / "train.jsonl").write_text("".join(lines))
+    (run / "held_out.jsonl").write_text("".join(lines))
+    config = gin_config.load(
+        [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")],
+        [
+            f"MODEL_DIR={str(run)!r}",
+            f"FILES={str(run / 'train.jsonl')!r}",
+            f"VALIDATION_FILES={str(run / 'held_out.jsonl')!r}",
+            "MIXTURE_OR_TASK_NAME='files'",
+            "VOCABULARY=@vocabularies.byte()",
+            "TASK_FEATURE_LENGTHS={'targets': 48}",
+            "BATCH_SIZE=8",
+            f"stream.make_eval_stream.cache_dir={str(run / 'cache')!r}",
+            "config.TransformerConfig.num_layers=1",
+            "config.TransformerConfig.embed_dim=16",
+            "config.TransformerConfig.num_heads=2",
+            "config.TransformerConfig.num_kv_heads=1",
+            "config.TransformerConfig.mlp_dim=16",
+            "config.TransformerConfig.vocab_size=264",
+        ],
+        entry="launch.train:train",
+    )
+    (run / "config.gin").write_text(config.text)
+    model = config.arguments()["recipe"].model
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
+    raw, ema = (nn.meta.unbox(init(jax.random.key(i)))["params"] for i in range(2))
+    # Far from uniform, so that greedy choices are no ties.
+    raw, ema = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, (raw, ema))
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        checkpointer.save(
+            3,
+            {"params": raw, "ema_params": ema},
+            meta={"vocabulary": rows.vocabulary_digest(vocabularies.byte())},
+        )
+    return types.SimpleNamespace(path=str(run), model=model, params={"raw": raw, "ema": ema})
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `python -m launch.<name>` with arguments in this process; returns its exit status."""
+    from launch import environment
+
+    monkeypatch.setattr(environment, "restart_with_huge_pages", lambda: None)
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+
+    def run(name: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            # The module may have been imported by an earlier run; its functions are the same.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            runpy.run_module(f"launch.{name}", run_name="__main__")
+        return ended.value.code
+
+    return run

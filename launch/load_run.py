@@ -1,0 +1,255 @@
+"""From a checkpoint to a model and its vocabulary, as the run that made it was configured.
+
+A run's directory says everything (`config.gin`), so that the commands which use a model need only
+`--checkpoint`. Heavy imports stand inside functions: flags are read before them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+CONFIG = "config.gin"
+PARAMS = ("auto", "raw", "ema")
+EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
+
+
+class LoadError(ValueError):
+    """A checkpoint that cannot be used as asked, or rows that the model cannot read."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> Any:
+    """The flags of all commands that read a checkpoint; returns their group."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="run directory (its latest step) or step directory",
+    )
+    group.add_argument(
+        "--params",
+        choices=PARAMS,
+        default="auto",
+        help="the trained parameters (raw), their moving average (ema), or the average where there "
+        "is one (auto)",
+    )
+    return group
+
+
+def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> Any:
+    """`add_flags` with the flags for files of rows."""
+    group = add_flags(parser)
+    group.add_argument(
+        "--inputs", required=required, metavar="FILE", help="JSON lines, also .gz and .zst"
+    )
+    group.add_argument("--output", required=required, metavar="FILE", help="JSON lines")
+    group.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="rows at a time (default 8)"
+    )
+    return group
+
+
+def default_files(
+    flags: argparse.Namespace, *, own: str = "t5x_configs/runs/load_run.gin"
+) -> Sequence[str]:
+    """The command's own gin file and the configuration of the checkpoint's run.
+
+    Raises:
+      LoadError: the run has none, and no --gin_file is given in its place.
+      FileNotFoundError: there is no checkpoint.
+    """
+    from trainers import step_dir
+
+    step = step_dir.resolve(flags.checkpoint)
+    for folder in (step.parent.parent, step.parent):
+        if (folder / CONFIG).exists():
+            return [own, os.fspath(folder / CONFIG)]
+    if not flags.gin_file:
+        raise LoadError(
+            f"There is no {CONFIG} beside the checkpoint {step}, so that nothing tells which model it "
+            "is of. Give the run's configuration: --gin_file=FILE."
+        )
+    return [own]
+
+
+def vocabulary(*, value: Any) -> Any:
+    """Evaluated only when it is called: vocabularies are slow to load, and tokens need none."""
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What gin says of a run that has been trained.
+
+    Attributes:
+      model: the linen module.
+      vocabulary: returns the SeqIO vocabulary of its data.
+      mesh: mesh shape to use the model on.
+      rules: name of a rule set in trainers/partitioning.py.
+      start_token: what precedes the first token of a document; None for nothing.
+      add_bos: begin texts with the vocabulary's BOS.
+    """
+
+    model: Any
+    vocabulary: Callable[[], Any]
+    mesh: Mapping[str, int] | None = None
+    rules: str = "fsdp_tp"
+    start_token: int | None = 0
+    add_bos: bool = False
+
+    @contextlib.contextmanager
+    def load(self, checkpoint: str, *, params: str = "auto") -> Iterator["LoadedRun"]:
+        """Restores the parameters, verified, and enters the mesh.
+
+        Args:
+          checkpoint: step or run directory.
+          params: one of PARAMS.
+
+        Raises:
+          DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
+        """
+        import jax
+
+        from trainers import initialise, partitioning
+
+        mesh = partitioning.make_mesh(shape=self.mesh)
+        rules = partitioning.rules_named(self.rules)
+        boxed = initialise.abstract_params(self.model)
+        rows = partitioning.batch_sharding(mesh, rules)
+        shards = mesh.devices.size // rows.shard_shape((mesh.devices.size,))[0]
+        partitioning.validate(
+            mesh=mesh,
+            rules=rules,
+            config=self.model.config,
+            batch_size=shards,
+            length=1,
+            boxed_params=boxed,
+        )
+        abstract = jax.tree.map(
+            lambda box, sharding: jax.ShapeDtypeStruct(
+                box.value.shape, box.value.dtype, sharding=sharding
+            ),
+            boxed,
+            initialise.param_shardings(boxed, mesh, rules),
+            is_leaf=lambda x: hasattr(x, "value"),
+        )
+        values, meta = restore(checkpoint, abstract, params=params)
+        with partitioning.use_mesh(mesh, rules):
+            yield LoadedRun(
+                config=self,
+                params=values,
+                meta=meta,
+                row_sharding=rows if mesh.devices.size > 1 else None,
+                row_shards=shards,
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoadedRun:
+    """A model with its parameters.
+
+    Attributes:
+      config: of the run.
+      params: restored, on the mesh.
+      meta: what the run recorded with the checkpoint.
+      row_sharding: of the rows of a batch; None on one device.
+      row_shards: a batch must have a multiple of so many rows.
+    """
+
+    config: RunConfig
+    params: Any
+    meta: Mapping[str, Any]
+    row_sharding: Any
+    row_shards: int
+    _vocabulary: Any = None
+
+    @property
+    def model(self) -> Any:
+        return self.config.model
+
+    @property
+    def vocabulary(self) -> Any:
+        """The vocabulary of the run's data.
+
+        Raises:
+          LoadError: it is not the one the model was trained with, or the run names none.
+        """
+        if self._vocabulary is None:
+            found = self.config.vocabulary()
+            if found is None:
+                raise LoadError(
+                    "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
+                    "--gin.VOCABULARY='@vocabularies.byte()' or another in data/vocabularies.py."
+                )
+            self._check(found)
+            self._vocabulary = found
+        return self._vocabulary
+
+    def _check(self, found: Any) -> None:
+        from data import rows
+
+        name = f"{type(found).__name__} of {found.vocab_size} entries"
+        trained = self.meta.get("vocabulary")
+        if trained is not None and trained != rows.vocabulary_digest(found):
+            raise LoadError(
+                f"The checkpoint was trained with another vocabulary than this {name}: its tokens "
+                "would mean other texts. Use the vocabulary of the run (a trained one is found again "
+                "from the same corpus and settings), or give tokens in place of texts."
+            )
+        size = self.model.config.vocab_size
+        if found.vocab_size > size:
+            raise LoadError(
+                f"The vocabulary, {name}, does not fit the model's table of {size} rows."
+            )
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
+        """The tokens of a row: its "tokens", or those of its "text".
+
+        Raises:
+          LoadError: it has neither or both, or they are not what they should be.
+        """
+        if ("tokens" in row) == ("text" in row):
+            raise LoadError(f'{where}: expected either "tokens" or "text", as in {EXAMPLE}.')
+        key = "tokens" if "tokens" in row else "text"
+        found = self.encode(row[key], f"{where}: {key!r}")
+        if key == "text" and self.config.add_bos:
+            found = [self.vocabulary.bos_id, *found]
+        return found
+
+    def encode(self, value: Any, where: str) -> list[int]:
+        """Token ids of a text, or token ids that the model knows."""
+        if isinstance(value, str):
+            return list(self.vocabulary.encode(value))
+        if not isinstance(value, list) or not all(type(id) is int for id in value):
+            raise LoadError(f"{where} is neither a text nor a list of token ids.")
+        size = self.model.config.vocab_size
+        if wrong := [id for id in value if not 0 <= id < size]:
+            raise LoadError(f"{where} holds the id {wrong[0]}, outside the model's {size} rows.")
+        return value
+
+    def context(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens as the model reads them, after what precedes every document."""
+        start = self.config.start_token
+        return list(tokens) if start is None else [start, *tokens]
+
+    def batch_size(self, wanted: int, rows: int) -> int:
+        """`wanted`, or as many as there are, rounded up to what the mesh divides."""
+        if wanted < 1:
+            raise LoadError(f"--batch_size={wanted} must be at least 1.")
+        return -(-max(1, min(wanted, rows)) // self.row_shards) * self.row_shards
+
+
+def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mapping[str, Any]]:
+    """Parameters onto the shardings of `abstract`, and what the run recorded with them."""
+    from trainers import step_dir
+    from trainers.restore_params import restore_params
+
+    step = step_dir.resolve(checkpoint)
+    recorded = step_dir.read_manifest(step)
+    averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
+    use_ema = averaged if params == "auto" else params == "ema"
+    values = restore_params(step, abstract, use_ema=use_ema)
+    return values, step_dir.read_record(step, recorded)["meta"]

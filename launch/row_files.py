@@ -1,0 +1,44 @@
+"""Files of rows that commands read and write: JSON lines, one object each."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from data import documents
+
+
+class RowFileError(OSError):
+    """A file of rows that is not there or cannot be written."""
+
+
+def read(path: str, *, example: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, row) of every line; the place is for errors.
+
+    Raises:
+      RowFileError: there is no such file.
+      DataError: a malformed line, named by file and number.
+    """
+    if not os.path.isfile(path):
+        raise RowFileError(f"--inputs={path}: there is no such file.")
+    lines = documents.read_json_lines(pathlib.Path(path), example=example)
+    return [(f"{path}, line {number}", row) for number, row in lines]
+
+
+def check_output(path: str) -> None:
+    """Raises RowFileError, before any work, where `write` could not."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise RowFileError(f"--output={path}: there is no folder {folder}. Create it first.")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise RowFileError(f"--output={path} cannot be written. Choose another file.")
+
+
+def write(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes all rows or, if it fails, none."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
