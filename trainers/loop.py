@@ -39,7 +39,7 @@ class Loop:
     """Trains from (step, data_step) to `total_steps`.
 
     Attributes:
-      state: the state to continue from; consumed.
+      state: the state to continue from; consumed, and None while another one is read.
       step: updates made so far.
       data_step: batches drawn so far.
       total_steps: updates at which to stop.
@@ -61,7 +61,7 @@ class Loop:
       profiler: a window of steps to trace, or None.
     """
 
-    state: TrainState
+    state: Any
     step: int
     data_step: int
     total_steps: int
@@ -93,6 +93,8 @@ class Loop:
         self._bad_in_a_row = 0
         self._rollbacks = 0
         self.interrupted = False
+        if self._rolls_back and self.checkpointer is None:
+            raise ValueError("Anomaly.action = 'rollback' needs a checkpointer to go back with.")
 
     def run(self) -> TrainState:
         """Trains to the end or to a requested stop; returns the last state.
@@ -107,6 +109,8 @@ class Loop:
             unit="step",
             disable=jax.process_index() != 0,
         )
+        if self._rolls_back and self.checkpointer and not self.checkpointer.all_steps():
+            self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
             while self.step < self.total_steps and not self.interrupted:
                 self._advance()
@@ -126,7 +130,8 @@ class Loop:
         """One update and everything due after it."""
         with self.goodput.measure("data_wait"):
             batch = self.prefetcher.get(self.data_step)
-        self._step(batch)
+        if not self._step(batch):
+            return  # rolled back: nothing is due any more
         self.step += 1
         self.data_step += 1
         last = self.step == self.total_steps
@@ -136,15 +141,18 @@ class Loop:
             last or self.interrupted or self.step % self.checkpoint_period == 0
         )
         if (due or save or last) and not self._observe(self._late.flush()):
-            return  # rolled back: nothing is due any more
+            return
+        found: dict[str, float] = {}
         for hook in due:
             with self.goodput.measure("evaluation"):
-                self.writer.write(self.step, hook(self.step, self.state, self._seen) or {})
+                values = hook(self.step, self.state, self._seen) or {}
+            self.writer.write(self.step, values)
+            found.update(values)
         if save:
-            self._save()
+            self._save(found)
 
-    def _step(self, batch: Any) -> None:
-        """Dispatches an update and observes the one before it."""
+    def _step(self, batch: Any) -> bool:
+        """Dispatches an update and observes the one before it; False if that led to a rollback."""
         with self.goodput.measure("step" if self._compiled else "compile"):
             mark = (
                 contextlib.nullcontext() if self.profiler is None else self.profiler.step(self.step)
@@ -160,7 +168,7 @@ class Loop:
         if not self._compiled:
             self._compiled = True
             self._window_start = (self.step + 1, self._busy())
-        self._observe(previous)
+        return self._observe(previous)
 
     def _observe(self, late: tuple[int, Any] | None) -> bool:
         """Acts on a step's fetched metrics; False if the loop was rolled back."""
@@ -169,16 +177,20 @@ class Loop:
         step, fetched = late
         data_step = self._data_steps.pop(step)
         if float(fetched.get("anomaly", (0.0, 1.0))[0]):
-            return self._handle_anomaly(step, data_step, fetched)
-        self._bad_in_a_row = 0
-        self._window = add(self._window, fetched)
-        if step % self.log_period == 0 or step == self.total_steps or not self._seen:
+            if not self._handle_anomaly(step, data_step, fetched):
+                return False
+        else:
+            self._bad_in_a_row = 0
+            self._window = add(self._window, fetched)
+        # Not the first step of a continued run: its rows are those of a run never interrupted.
+        stopping = self.interrupted and step == self.step
+        if step % self.log_period == 0 or step in (1, self.total_steps) or stopping:
             self._write_row(step)
         return True
 
     def _write_row(self, step: int) -> None:
         """Writes the averages of the window that ends with `step`, and begins the next."""
-        self._seen = divide(self._window, {"source_loss": self.stream.source_names})
+        self._seen = divide(self._window or {}, {"source_loss": self.stream.source_names})
         self._window = None
         (since, before), now = self._window_start, self._busy()
         if step > since and now > before:
@@ -193,41 +205,54 @@ class Loop:
         self.goodput.metrics()  # counts up to now
         return self.goodput.seconds["step"] + self.goodput.seconds["data_wait"]
 
+    @property
+    def _rolls_back(self) -> bool:
+        return self.anomaly is not None and self.anomaly.action == "rollback"
+
     def _handle_anomaly(self, step: int, data_step: int, fetched: Any) -> bool:
+        """Applies the policy; False if the loop was rolled back."""
         assert self.anomaly is not None
         record = self._record_anomaly(step, data_step, fetched)
         self._bad_in_a_row += 1
         if self.anomaly.action == "skip" and self._bad_in_a_row <= self.anomaly.max_skips:
             _log.warning("step %d: loss %s; its update was dropped.", step, record["loss"])
             return True
-        restored = None
-        if self.anomaly.action == "rollback" and self._rollbacks < self.anomaly.max_skips:
-            assert self.checkpointer is not None
-            self._late.flush()  # the step already under way is given up too
-            self._data_steps.clear()
-            restored = self.checkpointer.restore_latest(self.abstract_state, expected_meta=None)
-        if restored is None:
-            raise AnomalousStepError(
-                f"Step {step} (batch {data_step}) had loss {record['loss']} and gradient norm "
-                f"{record['grad_norm']}. Its update was not applied; the batch and the documents in it "
-                f"are in {record['path']}. Resume as it is to try again, lower the learning rate, or "
-                "bind anomaly.Anomaly.action = 'skip' or 'rollback'."
-            )
-        self._rollbacks += 1
-        skipped = (restored.meta["data_step"], data_step)
+        if self._rolls_back and self._rollbacks < self.anomaly.max_skips:
+            self._roll_back(step, data_step, record["loss"])
+            return False
+        raise AnomalousStepError(
+            f"Step {step} (batch {data_step}) had loss {record['loss']} and gradient norm "
+            f"{record['grad_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
+            f"({self._bad_in_a_row} bad steps in a row, {self._rollbacks} rollbacks). Its update was "
+            f"not applied; the batch and the documents in it are in {record['path']}. Bind "
+            "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips) to go on, or start "
+            "in another MODEL_DIR from the last checkpoint with a lower learning rate."
+        )
+
+    def _roll_back(self, step: int, data_step: int, loss: Any) -> None:
+        """Returns to the last good checkpoint, and on to the batch after the bad one."""
+        assert self.checkpointer is not None
+        self._late.flush()  # the step already under way is given up too
+        self._data_steps.clear()
+        self.state = None  # makes room for the other
+        restored = self.checkpointer.restore_latest(self.abstract_state)
+        assert restored is not None  # `run` saved one
+        first = restored.meta["data_step"]
         _log.warning(
             "step %d: loss %s; back to step %d, skipping batches %d to %d.",
             step,
-            record["loss"],
+            loss,
             restored.step,
-            *skipped,
+            first,
+            data_step,
         )
+        self.writer.write(
+            step, {"rollback_to": restored.step, "skipped_batches": data_step + 1 - first}
+        )
+        self._rollbacks += 1
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
         self._window = None
-        self.writer.write(
-            step, {"rollback_to": restored.step, "skipped_batches": skipped[1] - skipped[0] + 1}
-        )
-        return False
+        self._window_start = (self.step, self._busy())
 
     def _record_anomaly(self, step: int, data_step: int, fetched: Any) -> dict[str, Any]:
         """Writes the batch (npz) and its documents (JSON), so that the step can be replayed."""
@@ -253,14 +278,15 @@ class Loop:
         self.writer.write(step, {"anomaly": 1.0})
         return {**record, "path": str(path)}
 
-    def _save(self) -> None:
+    def _save(self, found: Mapping[str, float]) -> None:
+        """Saves with the newest metrics, and what hooks found at this very step."""
         assert self.checkpointer is not None
         with self.goodput.measure("checkpoint"):
             self.checkpointer.save(
                 self.step,
                 self.state,
                 meta={**self.meta, "data_step": self.data_step},
-                metrics=self._seen,
+                metrics={**self._seen, **found},
             )
 
     def _postfix(self) -> dict[str, str]:

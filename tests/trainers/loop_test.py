@@ -1,0 +1,433 @@
+"""The loop on least squares: what it logs, when it calls, and what it does when a step goes wrong."""
+
+import glob
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from trainers import partitioning
+from trainers.anomaly import STATISTICS, Anomaly
+from trainers.batches import Prefetcher, global_batch
+from trainers.checkpoint import Checkpointer
+from trainers.evaluate import Evaluation
+from trainers.goodput import Goodput
+from trainers.loop import AnomalousStepError, Loop
+from trainers.objectives.base import LossOut
+from trainers.profiler import ProfilerWindow
+from trainers.signals import StopRequest
+from trainers.step import make_train_step
+from trainers.train_state import TrainState
+
+W = np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]], np.float32)
+MESH = partitioning.make_mesh(devices=jax.devices()[:1])
+REPLICATED = jax.sharding.NamedSharding(MESH, P())
+
+
+class Rows:
+    """Batches of least squares by step; those in `bad` are poisoned, those in `skipped` left out."""
+
+    batch_size, length, fingerprint = 8, 1, "rows"
+    source_names = ("even", "odd")
+
+    def __init__(self, bad=None, skipped=()):
+        self.bad, self.skipped = bad or {}, skipped
+
+    def batch(self, step, lo, hi):
+        step = [i for i in range(step + len(self.skipped) + 1) if i not in self.skipped][step]
+        rng = np.random.default_rng(step)
+        x = rng.normal(size=(8, 3)).astype(np.float32)
+        weight = rng.integers(1, 4, 8).astype(np.float32)
+        y = (x @ W + rng.normal(size=(8, 2))).astype(np.float32) + self.bad.get(step, 0.0)
+        return {"x": x[lo:hi], "y": y[lo:hi], "weight": weight[lo:hi]}
+
+    def documents(self, step, lo, hi):
+        return [{"source": self.source_names[row % 2], "row": [step, row]} for row in range(lo, hi)]
+
+    def summary(self):
+        return {}
+
+
+def loss_fn(params, batch, rng):
+    del rng
+    error_B = ((batch["x"] @ params["w"] - batch["y"]) ** 2).sum(-1) * batch["weight"]
+    by_source = error_B.reshape(-1, 2).sum(0), batch["weight"].reshape(-1, 2).sum(0)
+    total, weight = error_B.sum(), batch["weight"].sum()
+    metrics = {"loss": (total, weight), "source_loss": by_source}
+    return LossOut(sum=total, weight=weight, metrics=metrics)
+
+
+class Recorder:
+    """Keeps what is written."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, step, values):
+        self.rows.append((step, dict(values)))
+
+    def having(self, name):
+        return [(step, values[name]) for step, values in self.rows if name in values]
+
+
+class Never:
+    def reached(self, step):
+        return False
+
+
+# Compiled once for each policy; the loops of this file share them.
+STEPS = {}
+
+
+def train_step(anomaly, ema):
+    if (anomaly, ema) not in STEPS:
+        optimizer = optax.adamw(0.05)
+        step = make_train_step(
+            loss_fn=loss_fn, optimizer=optimizer, anomaly=anomaly, ema_decay=0.9 if ema else None
+        )
+        STEPS[anomaly, ema] = jax.jit(step, donate_argnums=0), optimizer
+    return STEPS[anomaly, ema]
+
+
+def make_loop(
+    path, *, stream=None, total=10, anomaly=None, ema=False, checkpointer=None, **changes
+):
+    step, optimizer = train_step(anomaly, ema)
+    params = {"w": jnp.zeros((3, 2))}
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params={"w": jnp.zeros((3, 2))} if ema else None,
+        variables={STATISTICS: anomaly.init()} if anomaly else {},
+    )
+    state = jax.device_put(state, REPLICATED)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=REPLICATED), state
+    )
+    first, data_step = 0, 0
+    if checkpointer is not None and (restored := checkpointer.restore_latest(abstract)):
+        state, first, data_step = restored.state, restored.step, restored.meta["data_step"]
+    stream = stream or Rows()
+    settings = {
+        "state": state,
+        "step": first,
+        "data_step": data_step,
+        "total_steps": total,
+        "train_step": step,
+        "stream": stream,
+        "prefetcher": Prefetcher(stream, REPLICATED),
+        "run_dir": path,
+        "writer": Recorder(),
+        "goodput": Goodput(),
+        "checkpointer": checkpointer,
+        "checkpoint_period": 100,
+        "meta": {},
+        "log_period": 3,
+        "host_metrics": lambda step, rate: {"rate": rate},
+        "hooks": (),
+        "anomaly": anomaly,
+        "stop": Never(),
+        "abstract_state": abstract,
+    }
+    return Loop(**{**settings, **changes})
+
+
+@pytest.fixture
+def saver(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints", keep_last=None) as checkpointer:
+        yield checkpointer
+
+
+def by_hand(stream, steps):
+    """(loss, weight, sum and weight by source) before each update, and the final parameters."""
+    optimizer = optax.adamw(0.05)
+    params = {"w": jnp.zeros((3, 2))}
+    state, found = optimizer.init(params), []
+    for index in range(steps):
+        batch = stream.batch(index, 0, 8)
+
+        def mean(p, batch=batch):
+            out = loss_fn(p, batch, None)
+            return out.sum / out.weight, out.metrics
+
+        grads, metrics = jax.grad(mean, has_aux=True)(params)
+        found.append(jax.device_get(metrics))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return found, params
+
+
+def assert_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# ---- What is logged.
+
+
+def test_rows_are_sums_over_their_steps_and_no_step_is_lost(tmp_path):
+    loop = make_loop(tmp_path)
+    state = loop.run()
+    found, params = by_hand(Rows(), 10)
+    np.testing.assert_allclose(state.params["w"], params["w"], rtol=1e-5)
+    assert [step for step, _ in loop.writer.having("loss")] == [1, 3, 6, 9, 10]
+    windows = [slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+    for (_, row), window in zip(loop.writer.rows, windows, strict=True):
+        pairs = [m["loss"] for m in found[window]]
+        want = sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
+        assert row["loss"] == pytest.approx(want, rel=1e-5)
+        for index, name in enumerate(("even", "odd")):
+            pairs = [m["source_loss"] for m in found[window]]
+            want = sum(p[0][index] for p in pairs) / sum(p[1][index] for p in pairs)
+            assert row[f"source_loss/{name}"] == pytest.approx(want, rel=1e-5)
+    assert loop.writer.having("rate")[-1][1] > 0
+    assert all(row["time/goodput"] <= 1 for _, row in loop.writer.rows)
+
+
+def test_hooks_keep_their_cadence_see_the_state_of_their_step_and_run_last(tmp_path, saver):
+    seen = []
+
+    class Hook:
+        every = 4
+
+        def __call__(self, step, state, metrics):
+            seen.append((step, int(state.step), metrics["loss"]))
+            return {"hooked": step}
+
+    loop = make_loop(tmp_path, hooks=(Hook(),), checkpointer=saver, checkpoint_period=8)
+    loop.run()
+    losses = dict(loop.writer.having("loss"))
+    # With the newest row of metrics: those of steps 3, 6 and 10.
+    assert seen == [(4, 4, losses[3]), (8, 8, losses[6]), (10, 10, losses[10])]
+    assert loop.writer.having("hooked") == [(4, 4), (8, 8), (10, 10)]
+    assert saver.all_steps() == [8, 10]
+    restored = saver.restore_latest(loop.abstract_state)
+    assert restored.metrics["hooked"] == 10  # so that the best step can be that of a hook's metric
+    assert restored.metrics["loss"] == losses[10]
+
+
+def test_evaluation_judges_the_averaged_parameters(tmp_path):
+    class Split(Rows):
+        name, num_steps, bytes_per_token = "held_out", 3, 0.0
+
+    evaluation = Evaluation(
+        every=5,
+        eval_step=jax.jit(lambda params, batch: loss_fn(params, batch, None).metrics),
+        streams=(Split(),),
+        sharding=REPLICATED,
+    )
+    loop = make_loop(tmp_path, ema=True, total=5, hooks=(evaluation,))
+    state = loop.run()
+    average = np.zeros((3, 2))
+    for steps in range(1, 6):
+        average = 0.9 * average + 0.1 * np.asarray(by_hand(Rows(), steps)[1]["w"], np.float64)
+    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5, atol=1e-7)
+    outs = [loss_fn({"w": average}, Rows().batch(i, 0, 8), None) for i in range(3)]
+    want = float(sum(o.sum for o in outs) / sum(o.weight for o in outs))
+    assert evaluation.results[5]["eval/held_out/loss"] == pytest.approx(want, rel=1e-5)
+    assert loop.writer.having("eval/held_out/loss") == [
+        (5, evaluation.results[5]["eval/held_out/loss"])
+    ]
+
+
+def test_a_profile_is_left_behind(tmp_path):
+    window = ProfilerWindow(first_step=2, num_steps=2, directory=str(tmp_path / "profile"))
+    make_loop(tmp_path, total=6, profiler=window).run()
+    assert glob.glob(str(tmp_path / "profile" / "**" / "*.xplane.pb"), recursive=True)
+
+
+def test_an_error_in_the_data_reaches_the_caller(tmp_path):
+    class Broken(Rows):
+        def batch(self, step, lo, hi):
+            if step == 4:
+                raise OSError("disk gone")
+            return super().batch(step, lo, hi)
+
+    loop = make_loop(tmp_path, stream=Broken())
+    with pytest.raises(OSError, match="disk gone"):
+        loop.run()
+    assert loop.step == 4
+
+
+# ---- Bad steps.
+
+
+def test_stop_saves_the_batch_and_its_documents_and_applies_nothing(tmp_path, saver):
+    stream = Rows({5: np.nan})
+    loop = make_loop(tmp_path, stream=stream, anomaly=Anomaly(), checkpointer=saver)
+    with pytest.raises(AnomalousStepError) as caught:
+        loop.run()
+    for part in ("Step 6 (batch 5)", "loss nan", "step_6.json", "Anomaly.action", "learning rate"):
+        assert part in str(caught.value)
+    record = json.loads((tmp_path / "anomalies" / "step_6.json").read_text())
+    assert (record["step"], record["data_step"]) == (6, 5)
+    assert record["documents"] == stream.documents(5, 0, 8)
+    saved = np.load(tmp_path / "anomalies" / "step_6.npz")
+    assert_bits(dict(saved), stream.batch(5, 0, 8))
+    assert loop.writer.having("anomaly")[-1] == (6, 1.0)
+    assert np.isfinite(loop.state.params["w"]).all()
+
+
+def test_skip_drops_the_update_counts_it_and_goes_on(tmp_path):
+    loop = make_loop(tmp_path, stream=Rows({5: np.nan, 9: np.inf}), anomaly=Anomaly(action="skip"))
+    state = loop.run()
+    # Both bad steps are logged, and the last row, due at a bad step, is still written.
+    assert [row for row in loop.writer.having("anomaly") if row[1]] == [(6, 1.0), (10, 1.0)]
+    assert [step for step, _ in loop.writer.having("loss")] == [1, 3, 6, 9]
+    assert loop.writer.rows[-1][0] == 10
+    # The row of step 6 averages steps 4 and 5.
+    found, _ = by_hand(Rows(), 5)
+    pairs = [found[i]["loss"] for i in (3, 4)]
+    want = sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
+    assert dict(loop.writer.having("loss"))[6] == pytest.approx(want, rel=1e-5)
+    assert int(state.step) == 10
+    assert np.isfinite(state.params["w"]).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
+    policy = Anomaly(action="skip", max_skips=2)
+    stream = Rows({3: np.nan, 4: np.nan, 6: np.nan, 7: np.nan, 8: np.nan})
+    loop = make_loop(tmp_path, stream=stream, anomaly=policy)
+    with pytest.raises(AnomalousStepError, match=r"Step 9 \(batch 8\).*3 bad steps in a row"):
+        loop.run()
+
+
+@pytest.mark.parametrize("saves", [6, 100])
+def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, saver, saves):
+    policy = Anomaly(action="rollback")
+    loop = make_loop(
+        tmp_path,
+        stream=Rows({7: np.nan}),
+        total=12,
+        anomaly=policy,
+        checkpointer=saver,
+        checkpoint_period=saves,
+    )
+    state = loop.run()
+    back_to = 6 if saves == 6 else 0  # without a checkpoint yet, to the start
+    skipped = tuple(range(back_to, 8))
+    clean = make_loop(tmp_path, stream=Rows(skipped=skipped), total=12, anomaly=policy,
+                      checkpointer=Checkpointer(tmp_path / "clean"))  # fmt: skip
+    assert_bits(state, clean.run())
+    assert loop.writer.having("rollback_to") == [(8, back_to)]
+    assert loop.writer.having("skipped_batches") == [(8, len(skipped))]
+    assert loop.data_step == 12 + len(skipped)
+    # The rows after the return are those of the clean run.
+    again = 2 if saves == 6 else 5  # of steps 9 and 12, or of 1, 3, 6, 9 and 12
+    assert loop.writer.having("loss")[-again:] == clean.writer.having("loss")[-again:]
+    record = json.loads((tmp_path / "anomalies" / "step_8.json").read_text())
+    assert record["data_step"] == 7
+    # A run that goes on from a later checkpoint knows which batch is next.
+    assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 12 + len(skipped)
+
+
+def test_rollback_at_a_step_that_saves_saves_nothing_bad(tmp_path, saver):
+    loop = make_loop(
+        tmp_path,
+        stream=Rows({7: np.nan}),
+        anomaly=Anomaly(action="rollback"),
+        checkpointer=saver,
+        checkpoint_period=4,
+    )
+    loop.run()
+    assert loop.writer.having("rollback_to") == [(8, 4)]
+    assert loop.data_step == 10 + 4
+    assert saver.all_steps() == [0, 4, 8, 10]
+    assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 14
+
+
+def test_a_spike_counts_as_bad(tmp_path, saver):
+    policy = Anomaly(action="rollback", spike_sigmas=6.0, window=4)
+    loop = make_loop(tmp_path, stream=Rows({8: 1e3}), anomaly=policy, checkpointer=saver)
+    loop.run()
+    assert loop.writer.having("rollback_to") == [(9, 0)]
+
+
+def test_too_many_rollbacks_end_the_run(tmp_path, saver):
+    policy = Anomaly(action="rollback", max_skips=2)
+    stream = Rows({step: np.nan for step in range(5, 50)})
+    loop = make_loop(tmp_path, stream=stream, anomaly=policy, checkpointer=saver)
+    with pytest.raises(AnomalousStepError, match="2 rollbacks"):
+        loop.run()
+
+
+def test_rollback_needs_a_checkpointer(tmp_path):
+    with pytest.raises(ValueError, match="needs a checkpointer"):
+        make_loop(tmp_path, anomaly=Anomaly(action="rollback"))
+
+
+# ---- Stopping and going on.
+
+
+def test_sigterm_saves_and_a_restart_equals_the_uninterrupted_run(tmp_path, saver):
+    class Terminate:
+        every = 5
+
+        def __call__(self, step, state, metrics):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = make_loop(tmp_path, total=12)
+    want = whole.run()
+    with StopRequest() as stop:
+        first = make_loop(tmp_path, total=12, checkpointer=saver, stop=stop, hooks=(Terminate(),))
+        first.run()
+    assert first.interrupted and first.step == 6  # the step after the signal is the last
+    assert saver.all_steps() == [6]
+    second = make_loop(tmp_path, total=12, checkpointer=saver)
+    assert second.step == second.data_step == 6
+    assert_bits(second.run(), want)
+    rows = [*first.writer.having("loss"), *second.writer.having("loss")]
+    assert rows == whole.writer.having("loss")
+
+
+def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):
+    class AtFive:
+        def reached(self, step):
+            return step == 5
+
+    first = make_loop(tmp_path, checkpointer=saver, stop=AtFive())
+    first.run()
+    second = make_loop(tmp_path, checkpointer=saver)
+    second.run()
+    assert [step for step, _ in first.writer.having("loss")] == [1, 3, 5]
+    assert [step for step, _ in second.writer.having("loss")] == [6, 9, 10]
+
+
+def test_a_checkpoint_period_saves_and_the_last_step_is_saved_once(tmp_path, saver):
+    make_loop(tmp_path, checkpointer=saver, checkpoint_period=5).run()
+    assert saver.all_steps() == [5, 10]
+
+
+# ---- Batches.
+
+
+def test_the_prefetcher_hands_out_what_the_stream_has_in_any_order():
+    stream = Rows()
+    prefetcher = Prefetcher(stream, REPLICATED, ahead=2)
+    for step in (0, 1, 2, 7, 8, 3):
+        assert_bits(prefetcher.get(step), stream.batch(step, 0, 8))
+    prefetcher.close()
+    assert_bits(prefetcher.get(4), stream.batch(4, 0, 8))
+    prefetcher.close()
+
+
+def test_each_range_of_rows_is_read_once():
+    calls = []
+
+    class Counting(Rows):
+        def batch(self, step, lo, hi):
+            calls.append((lo, hi))
+            return super().batch(step, lo, hi)
+
+    mesh = partitioning.make_mesh(shape={"fsdp": 4, "tensor": 2})
+    sharding = partitioning.batch_sharding(mesh, partitioning.rules_named("fsdp_tp"))
+    found = global_batch(Counting(), 3, sharding)
+    assert_bits(found, Rows().batch(3, 0, 8))
+    assert sorted(calls) == [(0, 2), (2, 4), (4, 6), (6, 8)]
