@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "train.hooks",
     "train.profile",
     "ProfilerWindow",
+    "Anomaly",
     "Checkpointer",
     "WandbWriter",
     "Recipe.mesh",
@@ -81,6 +82,12 @@ class RunDir:
     @property
     def metrics(self) -> str:
         return os.path.join(self.path, "metrics.jsonl")
+
+    @property
+    def started(self) -> bool:
+        """Whether training has begun here; a start that failed before leaves nothing to protect."""
+        saved = os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints)
+        return bool(saved) or os.path.exists(self.metrics)
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -138,7 +145,7 @@ def prepare(
     path = os.path.abspath(os.path.expanduser(path))
     run = RunDir(path, writer)
     may_change = tuple(may_change)
-    old = _read(run.file("config.gin"))
+    old = _read(run.file("config.gin")) if run.started else None
     if old is None and os.path.isdir(run.checkpoints) and os.listdir(run.checkpoints):
         raise RunDirectoryError(
             f"{path} holds checkpoints but no config.gin, so that nothing tells which run they are "
@@ -161,7 +168,7 @@ def prepare(
         )
     if writer:
         os.makedirs(path, exist_ok=True)
-        previous = read_run(path)
+        previous = read_run(path) if run.started else {}
         facts = describe_process()
         if previous:
             earlier = previous.pop("earlier", [])

@@ -29,6 +29,13 @@ toy_run.train.mesh = {'data': 1, 'tensor': 2}
 """
 
 
+def begin(path):
+    """A start that got as far as training."""
+    run = run_dir.prepare(str(path), CONFIG)
+    (path / "metrics.jsonl").touch()
+    return run
+
+
 def test_first_start_describes_the_run(tmp_path):
     path = tmp_path / "run"
     run = run_dir.prepare(str(path), CONFIG)
@@ -59,7 +66,7 @@ def test_secrets_of_the_environment_are_not_recorded(tmp_path, monkeypatch):
 
 
 def test_a_continued_run_may_change_how_long_it_runs_and_keeps_its_history(tmp_path):
-    run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    begin(tmp_path).record(data_fingerprint="abc")
     longer = CONFIG.replace("TRAIN_STEPS = 10", "TRAIN_STEPS = 20")
     run_dir.prepare(str(tmp_path), longer).record(data_fingerprint="abc")
     facts = run_dir.read_run(str(tmp_path))
@@ -80,7 +87,7 @@ def test_a_continued_run_may_change_how_long_it_runs_and_keeps_its_history(tmp_p
     ],
 )
 def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old, new, named):
-    run_dir.prepare(str(tmp_path), CONFIG)
+    begin(tmp_path)
     with pytest.raises(RunDirectoryError) as caught:
         run_dir.prepare(str(tmp_path), CONFIG.replace(old, new))
     message = str(caught.value)
@@ -90,8 +97,15 @@ def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old,
     assert (tmp_path / "config.gin").read_text() == CONFIG
 
 
+def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
+    run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    corrected = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16")
+    run_dir.prepare(str(tmp_path), corrected).record(data_fingerprint="xyz")
+    assert (tmp_path / "config.gin").read_text() == corrected
+
+
 def test_names_that_may_change_are_the_callers_choice(tmp_path):
-    run_dir.prepare(str(tmp_path), CONFIG)
+    begin(tmp_path)
     changed = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16").replace(
         "'tensor': 2", "'tensor': 4"
     )
@@ -126,7 +140,7 @@ MODEL_DIR = "/x"
 
 
 def test_changed_data_is_refused(tmp_path):
-    run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    begin(tmp_path).record(data_fingerprint="abc")
     run = run_dir.prepare(str(tmp_path), CONFIG)
     with pytest.raises(RunDirectoryError, match="was abc and is now xyz"):
         run.record(data_fingerprint="xyz")
@@ -139,7 +153,7 @@ def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    run_dir.prepare(str(tmp_path), CONFIG)
+    begin(tmp_path)
     (tmp_path / "run.json").write_text('{"commit": ')
     with pytest.raises(RunDirectoryError, match="run.json is damaged"):
         run_dir.prepare(str(tmp_path), CONFIG)
