@@ -129,6 +129,7 @@ def train(
                 initial_scope=initial_scope,
                 assignment=tuple(initial_assignment),
             )
+            _check_same_vocabulary(start, meta)
         writer = stack.enter_context(
             contextlib.closing(metrics.MultiWriter(_writers(run, start.step, writers)))
         )
@@ -177,6 +178,17 @@ def _check_vocabulary(recipe: Recipe, data: Stream) -> None:
         )
 
 
+def _check_same_vocabulary(start: restore.Restored, meta: Mapping[str, Any]) -> None:
+    """Other ids for the same words would train on without a sign of it."""
+    theirs = start.meta.get("vocabulary", meta["vocabulary"])
+    if start.source == "initial" and theirs != meta["vocabulary"]:
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
+            f"{theirs[:12]}) than this run's data has ({meta['vocabulary'][:12]}): use the vocabulary "
+            "the checkpoint was trained with."
+        )
+
+
 def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that continues from it."""
     return {
@@ -188,8 +200,8 @@ def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
 
 
 def _first_batch(start: restore.Restored) -> int:
-    """A run of its own begins with its own first batch, whatever its parameters came from."""
-    return start.meta["data_step"] if start.source == "run" else start.step
+    """The first batch that the state has not seen; a state of step 0 has seen none."""
+    return start.meta.get("data_step", start.step) if start.step else 0
 
 
 def _writers(
