@@ -46,19 +46,57 @@ def blocked_attention(
     softcap: float | None = None,
 ) -> jax.Array:
     """Attention in index order on one device; arguments as in attention_ops."""
+    k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
+    segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
+    return _attend(_Form(causal, window, scale, softcap), q_BTNH, k_BSKH, v_BSKH, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
+    return _attend_fwd(form, q_BTNH, k_BSKH, v_BSKH, segments)[0]
+
+
+def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_PGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, T, H)
-    k_PSH, v_PSH = (
-        x.astype(q_BTNH.dtype).transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH)
+    K = k_BSKH.shape[2]
+    q_PGTH = _by_head(q_BTNH * form.scale, K)  # once per query rather than once per score
+    k_PSH, v_PSH = (_by_head(x, K)[:, 0] for x in (k_BSKH, v_BSKH))
+    if segments is not None:
+        segments = tuple(jnp.repeat(x, K, axis=0) for x in segments)
+    arrays = (q_PGTH, k_PSH, v_PSH, segments)
+    out_PGTH, lse_PGT = _over_groups(functools.partial(_forward, form), arrays)
+    out_BTNH = _by_row(out_PGTH, B)
+    return out_BTNH, (*arrays, lse_PGT, out_BTNH)
+
+
+def _attend_bwd(form: _Form, residuals, dout_BTNH):
+    *arrays, lse_PGT, out_BTNH = residuals
+    B, T, N, H = out_BTNH.shape
+    delta_BNT = jnp.einsum(
+        "btnh,btnh->bnt", out_BTNH, dout_BTNH, preferred_element_type=lse_PGT.dtype
     )
-    segments = None
-    if q_segments_BT is not None:
-        segments = (jnp.repeat(q_segments_BT, K, axis=0), jnp.repeat(kv_segments_BS, K, axis=0))
-    form = _Form(causal, window, scale, softcap)
-    out_PGTH = _attend(form, q_PGTH, k_PSH, v_PSH, segments)
-    out_BKGTH = out_PGTH.reshape(B, K, N // K, T, H)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    arrays += [
+        lse_PGT,
+        delta_BNT.reshape(lse_PGT.shape),
+        _by_head(dout_BTNH, N // lse_PGT.shape[1]),
+    ]
+    dq_PGTH, dk_PHS, dv_PHS = _over_groups(functools.partial(_backward, form), tuple(arrays))
+    dk_BSKH, dv_BSKH = (_by_row(x.swapaxes(1, 2)[:, None], B) for x in (dk_PHS, dv_PHS))
+    return _by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _by_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] -> [P, G, T, H]: one contiguous matrix per head."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.swapaxes(1, 2).reshape(B * kv_heads, N // kv_heads, T, H)
+
+
+def _by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
+    """[P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
+    return x_PGTH.reshape(batch, -1, *x_PGTH.shape[2:]).swapaxes(1, 2)
 
 
 def _groups(pairs: int, heads: int) -> int:
@@ -95,7 +133,7 @@ def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
 def _scores(form: _Form, q_PGRH, k_PCH, segments, rows: slice, keys: slice):
     """Masked logits [P, G, R, C] in float32, and the derivative of the soft cap (or None)."""
     wide = jnp.promote_types(q_PGRH.dtype, jnp.float32)
-    s = form.scale * jnp.einsum("pgrh,pch->pgrc", q_PGRH, k_PCH, preferred_element_type=wide)
+    s = jnp.einsum("pgrh,pch->pgrc", q_PGRH, k_PCH, preferred_element_type=wide)
     slope = None
     if form.softcap is not None:
         t = jnp.tanh(s / form.softcap)
@@ -136,40 +174,20 @@ def _forward(form: _Form, arrays):
     return jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q_PGTH, k_PSH, v_PSH, segments):
-    return _over_groups(functools.partial(_forward, form), (q_PGTH, k_PSH, v_PSH, segments))[0]
-
-
-def _attend_fwd(form: _Form, q_PGTH, k_PSH, v_PSH, segments):
-    out, lse = _over_groups(functools.partial(_forward, form), (q_PGTH, k_PSH, v_PSH, segments))
-    return out, (q_PGTH, k_PSH, v_PSH, segments, out, lse)
-
-
-def _attend_bwd(form: _Form, residuals, dout_PGTH):
-    dq, dk_PHS, dv_PHS = _over_groups(functools.partial(_backward, form), (*residuals, dout_PGTH))
-    return dq, dk_PHS.swapaxes(1, 2), dv_PHS.swapaxes(1, 2), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
 def _backward(form: _Form, arrays):
     """(dq [P, G, T, H], dk [P, H, S], dv [P, H, S]); the transposed sums keep products direct."""
-    q_PGTH, k_PSH, v_PSH, segments, out_PGTH, lse_PGT, dout_PGTH = arrays
+    q_PGTH, k_PSH, v_PSH, segments, lse_PGT, delta_PGT, dout_PGTH = arrays
     P, S, H = k_PSH.shape
-    wide = lse_PGT.dtype
-    dot = functools.partial(jnp.einsum, preferred_element_type=wide)
-    delta_PGT = (out_PGTH.astype(wide) * dout_PGTH.astype(wide)).sum(-1)
+    dot = functools.partial(jnp.einsum, preferred_element_type=lse_PGT.dtype)
     dqs = []
-    dk_PHS = jnp.zeros((P, H, S), wide)
-    dv_PHS = jnp.zeros((P, H, S), wide)
+    dk_PHS = jnp.zeros((P, H, S), lse_PGT.dtype)
+    dv_PHS = jnp.zeros((P, H, S), lse_PGT.dtype)
     for rows, keys in _blocks(form, q_PGTH.shape[2], S):
         q, dout = q_PGTH[:, :, rows], dout_PGTH[:, :, rows]
         k, v = k_PSH[:, keys], v_PSH[:, keys]
         s, slope = _scores(form, q, k, segments, rows, keys)
         p = jnp.exp(s - lse_PGT[:, :, rows, None])
-        ds = p * (dot("pgrh,pch->pgrc", dout, v) - delta_PGT[:, :, rows, None]) * form.scale
+        ds = p * (dot("pgrh,pch->pgrc", dout, v) - delta_PGT[:, :, rows, None])
         if slope is not None:
             ds = ds * slope
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)

@@ -170,9 +170,9 @@ def _join(T: int, x: jax.Array) -> jax.Array:
 
 def _chunk_losses(logits_CV: jax.Array, targets_C: jax.Array):
     """(nll_C, log_z_C)."""
-    log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    hit_CV = _is_target(targets_C, logits_CV.shape[-1])
-    return log_z_C - jnp.where(hit_CV, logits_CV, 0).sum(-1), log_z_C
+    top_C = logits_CV.max(-1)
+    log_z_C = top_C + jnp.log(jnp.exp(logits_CV - top_C[:, None]).sum(-1))
+    return log_z_C - jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0], log_z_C
 
 
 def _chunk_gradients(form: _Form, logits_CV, log_z_C, h_CD, head_VD, targets_C, soft_C, hard_C):

@@ -38,9 +38,10 @@ def _direct_fwd(x, kernel_IO):
 
 def _direct_bwd(residuals, dy):
     x, kernel_IO = residuals
-    leading = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
-    dkernel_IO = jax.lax.dot_general(x, dy, ((leading, leading), ((), ())))
+    # One contracted dimension: with several, XLA copies x transposed first.
+    x_XI, dy_XO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dkernel_IO = jax.lax.dot_general(x_XI, dy_XO, (((0,), (0,)), ((), ())))
     return dx, dkernel_IO
 
 

@@ -70,8 +70,9 @@ class Rope:
         cos, sin = jnp.cos(angle_BTP)[:, :, None, :], jnp.sin(angle_BTP)[:, :, None, :]
         x = x_BTNH.astype(jnp.float32)
         if self.layout == "half":
-            a, b = jnp.split(x, 2, axis=-1)
-            out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+            # Whole-width tables and a roll: one pass over x, where concatenating its halves takes two.
+            cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+            out = x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
         else:
             a, b = x[..., 0::2], x[..., 1::2]
             out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
