@@ -178,15 +178,14 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
     ]
     if report.flops:
         chip = topology.chip
-        wire = sum(total.bytes for total in report.collectives.values())
-        facts.append(
-            (
-                "at peak rates",
-                f"{report.flops.compiled / chip.peak_flops:.3f} s compute, "
-                f"{report.traffic / chip.hbm_rate:.3f} s memory, "
-                f"{wire / chip.wire_rate:.3f} s network (one ring); a step takes at least the longest",
-            )
-        )
+        sent = sum(total.bytes for total in report.collectives.values())
+        seconds_at_peak = {
+            "products": report.flops.compiled / chip.peak_flops,
+            "memory": report.traffic / chip.hbm_rate,
+            "one ring of links": sent / chip.wire_rate,
+        }
+        times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds_at_peak.items())
+        facts.append(("at peak rates", times))
     return facts
 
 
