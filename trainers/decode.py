@@ -142,7 +142,7 @@ def decode(
         position_B1 = jnp.where(loop.done_B, -1, lengths_B + last)[:, None]
         out = _hidden(model, params, policy, token_B1, position_B1, loop.caches)
         logits_BV = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
-        return _choose(loop.replace(caches=out.caches), logits_BV, keys_B, settings)
+        return _choose(dataclasses.replace(loop, caches=out.caches), logits_BV, keys_B, settings)
 
     more = lambda loop: (loop.step < M) & ~jnp.all(loop.done_B)  # noqa: E731
     loop = jax.lax.while_loop(more, body, loop)
@@ -175,7 +175,8 @@ def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Sett
         value_B1 = jnp.where(done_B, 0, value_B).astype(array_BM.dtype)[:, None]
         return jax.lax.dynamic_update_slice_in_dim(array_BM, value_B1, loop.step, axis=1)
 
-    return loop.replace(
+    return dataclasses.replace(
+        loop,
         step=loop.step + 1,
         done_B=done_B | (token_B == settings.eos_id),
         decoded=Decoded(

@@ -1,4 +1,8 @@
-"""Keep everything: the reference policy. Shapes as in base.py."""
+"""Keep everything: the reference policy. Shapes as in base.py.
+
+Keys and values lie head by head, [B, K, S, H]: the products of attention then read them in order. By
+token, [B, S, K, H], they would be transposed anew for every new token.
+"""
 
 from typing import Any
 
@@ -13,8 +17,8 @@ from model.kv_cache.base import KeyValues
 class FullState:
     """Slots [0, used) hold tokens in order of arrival, padding included at position -1."""
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
     positions_BS: jax.Array
     used: jax.Array
 
@@ -25,10 +29,10 @@ class FullCache:
     def init(
         self, *, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
     ) -> FullState:
-        shape = (batch, length, num_kv_heads, head_dim)
+        shape = (batch, num_kv_heads, length, head_dim)
         return FullState(
-            k_BSKH=jnp.zeros(shape, dtype),
-            v_BSKH=jnp.zeros(shape, dtype),
+            k_BKSH=jnp.zeros(shape, dtype),
+            v_BKSH=jnp.zeros(shape, dtype),
             positions_BS=jnp.full((batch, length), -1, jnp.int32),
             used=jnp.zeros((), jnp.int32),
         )
@@ -45,13 +49,14 @@ class FullCache:
         """The caller sizes the cache: tokens past its length would overwrite the last slots."""
         del q_BTNH  # every key is kept, so none is scored
         at = state.used
+
+        def put(held_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+            new_BKTH = new_BTKH.swapaxes(1, 2).astype(held_BKSH.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(held_BKSH, new_BKTH, at, axis=2)
+
         return FullState(
-            k_BSKH=jax.lax.dynamic_update_slice_in_dim(
-                state.k_BSKH, k_BTKH.astype(state.k_BSKH.dtype), at, axis=1
-            ),
-            v_BSKH=jax.lax.dynamic_update_slice_in_dim(
-                state.v_BSKH, v_BTKH.astype(state.v_BSKH.dtype), at, axis=1
-            ),
+            k_BKSH=put(state.k_BKSH, k_BTKH),
+            v_BKSH=put(state.v_BKSH, v_BTKH),
             positions_BS=jax.lax.dynamic_update_slice_in_dim(
                 state.positions_BS, positions_BT.astype(jnp.int32), at, axis=1
             ),
@@ -59,14 +64,19 @@ class FullCache:
         )
 
     def view(self, state: FullState) -> KeyValues:
-        return KeyValues(state.k_BSKH, state.v_BSKH, state.positions_BS)
+        # A change of view: the compiler folds it into the products.
+        return KeyValues(
+            k_BSKH=state.k_BKSH.swapaxes(1, 2),
+            v_BSKH=state.v_BKSH.swapaxes(1, 2),
+            positions_BS=state.positions_BS,
+        )
 
     def compress(self, state: FullState, *, length: int) -> FullState:
         """Nothing is dropped; only room for `length` more tokens is added."""
-        pad = ((0, 0), (0, length), (0, 0), (0, 0))
+        pad = ((0, 0), (0, 0), (0, length), (0, 0))
         return FullState(
-            k_BSKH=jnp.pad(state.k_BSKH, pad),
-            v_BSKH=jnp.pad(state.v_BSKH, pad),
-            positions_BS=jnp.pad(state.positions_BS, pad[:2], constant_values=-1),
+            k_BKSH=jnp.pad(state.k_BKSH, pad),
+            v_BKSH=jnp.pad(state.v_BKSH, pad),
+            positions_BS=jnp.pad(state.positions_BS, pad[1:3], constant_values=-1),
             used=state.used,
         )
