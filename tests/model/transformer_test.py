@@ -86,6 +86,7 @@ def model(request):
     return make(**VARIANTS[request.param])
 
 
+@pytest.mark.smoke
 def test_causality_by_gradients(model):
     params, ids = init(model), tokens((1, 8))
 

@@ -7,6 +7,8 @@ import pytest
 
 from trainers import optimizers, schedules
 
+pytestmark = pytest.mark.smoke
+
 LR, DECAY = 0.1, 0.5
 
 

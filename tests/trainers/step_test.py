@@ -12,6 +12,8 @@ from trainers.objectives.base import LossOut
 from trainers.step import make_train_step
 from trainers.train_state import TrainState
 
+pytestmark = pytest.mark.smoke
+
 W = np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]], np.float32)
 
 

@@ -1,0 +1,65 @@
+"""Measures speed, memory and start-up, side by side with reference implementations.
+
+Example, about a minute; figures and the environment go to standard output and to a file as JSON:
+
+  python -m launch.bench data_pipeline --out=/tmp/data_pipeline.json
+
+Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
+interval. Those against PyTorch (train_step, cold_start) need `make peers` first.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "train_step": "tokens/s of a training step against transformers, eager and compiled",
+    "cold_start": "process start to first loss, cold and with a warm compilation cache",
+    "loss_memory": "peak memory of the loss with 256,000 tokens",
+    "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
+    "checkpoints": "cost of a save every ten updates",
+    "start_up": "--help and imports",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, rest = __doc__.partition("\n")
+    listing = "\n".join(f"  {name:<15}{text}" for name, text in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.bench",
+        description=summary,
+        epilog=f"{rest}\nbenchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmark", choices=list(BENCHMARKS), metavar="BENCHMARK")
+    parser.add_argument("--out", metavar="FILE", help="also writes the JSON here")
+    flags = parser.parse_args(argv)
+
+    from launch import environment
+
+    if argv is None:
+        environment.restart_with_huge_pages()
+    environment.prepare()
+    from launch.benchmarks import pairs
+
+    machine = pairs.environment()
+    module = importlib.import_module(f"launch.benchmarks.{flags.benchmark}")
+    result = {
+        "benchmark": flags.benchmark,
+        "command": " ".join(sys.orig_argv[1:]),
+        "figures": module.run(),
+        "environment": machine,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if flags.out:
+        pathlib.Path(flags.out).write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""What saving every ten updates costs the quickstart's model: the same loop with and without saves."""
+
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch import gin_config
+from launch.benchmarks import pairs
+from trainers import partitioning
+from trainers.batches import global_batch
+from trainers.checkpoint import Checkpointer
+
+CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"
+EVERY = 10
+
+
+class _RandomRows:
+    """Token ids without a corpus; the step's cost does not depend on them."""
+
+    source_names = ("random",)
+
+    def __init__(self, batch_size: int, length: int, vocab_size: int):
+        self.batch_size, self.length, self._vocab_size = batch_size, length, vocab_size
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        shape = (self.batch_size, self.length)
+        ids = np.random.default_rng(step).integers(4, self._vocab_size, shape).astype(np.int32)
+        whole = {
+            "decoder_input_tokens": np.roll(ids, 1, axis=1),
+            "decoder_target_tokens": ids,
+            "decoder_loss_weights": np.ones(shape, np.float32),
+            "decoder_segment_ids": np.ones(shape, np.int32),
+            "decoder_positions": np.broadcast_to(np.arange(self.length, dtype=np.int32), shape),
+            "source_ids": np.zeros(self.batch_size, np.int32),
+        }
+        return {name: array[lo:hi] for name, array in whole.items()}
+
+
+def run(*, repeats: int = 12, steps: int = 20) -> dict[str, Any]:
+    """Alternates `repeats` blocks of `steps` updates with saves and without."""
+    bindings = ["MODEL_DIR='unused'"]
+    config = gin_config.load([CONFIG], bindings, entry="launch.train:train")
+    recipe = config.arguments()["recipe"]
+    program = recipe.program()
+    step_fn = program.steps(1).train
+    stream = _RandomRows(recipe.batch_size, recipe.length, recipe.model.config.vocab_size)
+    with (
+        partitioning.use_mesh(program.mesh, program.rules),
+        tempfile.TemporaryDirectory() as directory,
+        Checkpointer(directory, keep_last=2) as checkpointer,
+    ):
+        batch = global_batch(stream, 0, program.batch_sharding)
+        state = program.init()
+        blocking: list[float] = []
+
+        def block(state: Any, first: int, save: bool) -> tuple[Any, float]:
+            begin = time.perf_counter()
+            metrics = None
+            for step in range(first, first + steps):
+                state, metrics = step_fn(state, batch)
+                if save and step % EVERY == 0:
+                    jax.block_until_ready(state)
+                    since = time.perf_counter()
+                    checkpointer.save(step, state, meta={"data_step": step})
+                    blocking.append(time.perf_counter() - since)
+            jax.block_until_ready((state, metrics))
+            return state, time.perf_counter() - begin
+
+        state, _ = block(state, 1, save=True)  # compiles, and warms the disk
+        times: dict[bool, list[float]] = {True: [], False: []}
+        at = 1 + steps
+        for repeat in range(repeats):
+            for save in (True, False) if repeat % 2 else (False, True):
+                # The last save's thread must not run into a block without saves.
+                state, seconds = block(state, at, save)
+                waited = time.perf_counter()
+                checkpointer.wait()
+                times[save].append(seconds + time.perf_counter() - waited if save else seconds)
+                at += steps
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return {
+        "state_megabytes": size / 1e6,
+        "updates_per_save": EVERY,
+        "step_seconds": float(np.median(times[False]) / steps),
+        "blocking_ms_per_save": float(np.median(blocking) * 1e3),
+        "time_with_over_without": pairs.ratio(times[True], times[False]),
+    }

@@ -1,0 +1,53 @@
+"""How benchmarks compare: alternating runs, the median of pair ratios, and a bootstrap interval.
+
+Absolute times on a shared machine are noise; the ratio of two runs made one after the other is not.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+    """The median of numerator / denominator over pairs, with a 95 % bootstrap interval."""
+    ratios = np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64)
+    draws = np.random.default_rng(0).choice(ratios, (10_000, ratios.size))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {
+        "median": float(np.median(ratios)),
+        "interval_95": [float(low), float(high)],
+        "pairs": ratios.size,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, to be read beside every figure."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+        return names[0] if names else platform.processor()
+    except OSError:
+        return platform.processor()

@@ -1,0 +1,66 @@
+"""The comparison of runs: which numbers it reads, what it says when there are none, that it draws."""
+
+import json
+
+import pytest
+
+from launch import bench, report
+from launch.benchmarks import pairs
+
+
+def write_run(folder, losses):
+    folder.mkdir()
+    rows = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}]
+    for step, scale in ((1, 2.0), (2, 1.0)):
+        row = {"step": step}
+        for domain, loss in losses.items():
+            row[f"eval/{domain}/loss"] = scale * loss
+            row[f"eval/{domain}/bits_per_byte"] = scale * loss / 2
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_the_last_evaluation_of_each_run(tmp_path, capsys):
+    a = write_run(tmp_path / "a", {"text": 3.0, "code": 5.0})
+    b = write_run(tmp_path / "b_arm", {"text": 4.0, "code": 4.5})
+    assert report.main(["--runs", a, b, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["a"] == {
+        "step": 2,
+        "domains": {
+            "text": {"loss": 3.0, "bits_per_byte": 1.5},
+            "code": {"loss": 5.0, "bits_per_byte": 2.5},
+        },
+    }
+    assert found["b_arm"]["domains"]["code"]["loss"] == 4.5
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    table = capsys.readouterr().out
+    assert "b arm" in table and "4.500  2.250" in table
+
+
+def test_a_run_that_was_not_evaluated(tmp_path, capsys):
+    run = tmp_path / "young"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    assert report.main(["--runs", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "'young' has no held-out evaluation" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_run(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_ratio_is_the_median_of_pairs_with_an_interval_around_it():
+    found = pairs.ratio([2.0, 3.0, 8.0, 2.0, 2.2], [1.0, 1.5, 2.0, 1.0, 1.0])
+    assert found["median"] == 2.0
+    low, high = found["interval_95"]
+    assert 2.0 <= low + 1e-9 and low <= 2.0 <= high <= 4.0
+
+
+def test_every_benchmark_has_a_module_with_run():
+    import importlib.util
+
+    for name in bench.BENCHMARKS:
+        assert importlib.util.find_spec(f"launch.benchmarks.{name}"), name
