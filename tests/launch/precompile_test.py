@@ -129,7 +129,7 @@ def test_products_in_closed_form_under_every_rule_set(rule_set):
 # name: mesh, rule set, most bytes of arguments and temporaries, most bytes at the peak, most bytes
 # sent. Measured on jax 0.10.2 and 0.12.0 (libtpu 0.0.42.1 and 0.0.52), the larger plus 5 %.
 TPU_BUDGETS = {
-    "llama": ({"fsdp": 4}, "fsdp", 16.5e6, 25.9e6, 15.5e6),
+    "llama": ({"fsdp": 4}, "fsdp", 16.7e6, 27.3e6, 15.5e6),
     "cohere": ({"fsdp": 2, "tensor": 2}, "fsdp_tp", 115.3e6, 251e6, 67.1e6),
 }
 
