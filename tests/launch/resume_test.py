@@ -1,0 +1,278 @@
+"""Runs that are cut short, split over processes, or go on from others, against one that is not."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from trainers import schedules, signals, step_dir
+from trainers.metrics import read_jsonl
+from trainers.state_tree import flatten
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def flags(train, path, *bindings):
+    config = f"{train.programs}/local_text.gin"
+    given = [f"MODEL_DIR={str(path)!r}", f"DIRECTORY={train.cache + '/text'!r}", *bindings]
+    return [f"--gin_file={config}", *[f"--gin.{binding}" for binding in given]]
+
+
+def run(train, path, *bindings):
+    result = train(*flags(train, path, *bindings))
+    assert result.status == 0, result.err
+    return result
+
+
+def digests(path, step):
+    """Name of each array -> shape, dtype and digest of its values."""
+    return step_dir.read_manifest(epath.Path(path) / "checkpoints" / str(step)).arrays
+
+
+def rows(path):
+    """What was logged and does not depend on the clock, by step."""
+    timed = ("time", "tokens_per_second", "model_flops_per_second")
+    found = {}
+    file = f"{path}/metrics.jsonl"
+    for row in read_jsonl(file) if os.path.exists(file) else ():
+        kept = {k: v for k, v in row.items() if k not in timed and not k.startswith("time/")}
+        found.setdefault(row["step"], {}).update(kept)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The run that nothing happens to."""
+    path = tmp_path_factory.mktemp("whole")
+    run(train, path)
+    assert list(rows(path)) == [1, *range(2, 25, 2)]
+    return path
+
+
+def start(train, path, *arguments, devices=8):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *flags(train, path), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, whole, tmp_path):
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    sleep = "--gin.train.train.hooks=[@local_text.Sleep()]"
+    reached = 0
+    for moment in ("while it starts", "early", "late"):
+        process = start(train, tmp_path, sleep)
+        target = {"while it starts": 0, "early": rng.randint(2, 9)}.get(moment, rng.randint(12, 21))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and reached < target:
+            time.sleep(0.01)
+            # Rows of an earlier start stay until training goes on: more of them are new ones.
+            reached = max(rows(tmp_path), default=0)
+        time.sleep(rng.uniform(0, 0.1 if target else 4))
+        process.kill()
+        out, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, (out, err)
+    assert 12 <= reached < 24
+    result = run(train, tmp_path)
+    assert re.search(r"start +step (\d+) from ", result.out), result.out
+    assert digests(tmp_path, 24) == digests(whole, 24)
+    assert rows(tmp_path) == rows(whole)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert len(facts["earlier"]) >= 2  # of the first start only if it came to train
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_the_same_numbers_as_one(train, whole, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start(
+            train,
+            tmp_path,
+            f"--coordinator_address={address}",
+            "--process_count=2",
+            f"--process_index={index}",
+            devices=1,
+        )
+        for index in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert ["done at step 24" in out for out, _ in results] == [True, False]  # one of them speaks
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["mesh"]["processes"] == 2
+    found, want = rows(tmp_path), rows(whole)
+    assert list(found) == list(want)
+    for step, row in want.items():
+        # Sums over two devices in place of eight are added in another order.
+        assert found[step] == pytest.approx(row, rel=1e-5)
+    # One process goes on where two stopped: nothing is left to do.
+    again = run(train, tmp_path)
+    assert "step 24" in again.out
+
+
+def test_a_requested_stop_between_two_checkpoints_goes_on_exactly(
+    train, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 7)
+    assert "stopped by a signal at step 7" in run(train, tmp_path).out
+    monkeypatch.undo()
+    assert "step 7 from" in run(train, tmp_path).out
+    assert digests(tmp_path, 24) == digests(whole, 24)
+    found, want = rows(tmp_path), rows(whole)
+    assert sorted({*found, 8}) == sorted({*want, 7})
+    # Only the row that the stop has cut in two differs.
+    assert {s: r for s, r in found.items() if s not in (7, 8)} == {
+        s: r for s, r in want.items() if s != 8
+    }
+
+
+def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
+    train, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 10)
+    run(train, tmp_path)
+    monkeypatch.undo()
+    saved = tmp_path / "checkpoints"
+    data = max((saved / "10" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    half = saved / "12"
+    (half / "state").mkdir(parents=True)
+    (half / "incomplete").touch()
+    (half / "state" / "part").write_bytes(b"\0" * 100)
+    result = run(train, tmp_path)
+    assert re.search(r"step 8 from .*; step 10 is damaged: ", result.out)
+    assert (saved / "10.aside").exists()
+    assert digests(tmp_path, 24) == digests(whole, 24)
+    assert rows(tmp_path) == rows(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for about three checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_in_one_error_and_the_run_goes_on_when_there_is_room(
+    train, whole, small_disk
+):
+    bindings = ("checkpoint.Checkpointer.keep_last=None",)
+    result = train(*flags(train, small_disk, *bindings))
+    assert result.status == 2
+    message = result.err[result.err.rindex("\nerror: ") :]
+    assert re.search(r"could not save .*/checkpoints/\d+: the disk is full", message), message
+    good = int(re.search(r"step (\d+) is good", message)[1])
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert f"step {good} from" in run(train, small_disk, *bindings).out
+    assert digests(small_disk, 24) == digests(whole, 24)
+    assert rows(small_disk) == rows(whole)
+
+
+def test_changing_phase_compiles_nothing(train, tmp_path):
+    import local_text
+
+    local_text.TRACES.clear()
+    phases = "((0, {'licence': 1.0}), (6, {'licence': 0.5, 'code': 0.5}), (12, {'code': 1.0}))"
+    run(
+        train,
+        tmp_path,
+        f"local_text.open_stream.phases={phases}",
+        "EVAL_PERIOD=5",
+        "TRAIN_STEPS=16",
+    )
+    assert len(local_text.TRACES) == 2  # the train step and the evaluation
+    found = rows(tmp_path)
+    sources = {
+        step: {name.partition("/")[2] for name in row if name.startswith("source_loss/")}
+        for step, row in found.items()
+    }
+    assert sources[6] == {"licence"}
+    assert sources[8] == {"licence", "code"}
+    assert sources[14] == sources[16] == {"code"}
+    assert {"eval/licence/loss", "eval/code/loss"} <= found[5].keys() & found[16].keys()
+
+
+def test_a_second_phase_starts_with_the_parameters_of_the_first_and_nothing_else(
+    train, whole, tmp_path
+):
+    run(
+        train,
+        tmp_path,
+        f"INITIAL_CHECKPOINT_PATH={str(whole)!r}",
+        "local_text.open_stream.phases=((0, {'code': 1.0}),)",
+        "TRAIN_STEPS=2",
+        "anomaly.Anomaly.action='rollback'",  # saves the state it starts with
+    )
+    before, after = digests(whole, 24), digests(tmp_path, 0)
+    assert before.keys() == after.keys()
+    params = {name for name in before if name.startswith("params/")}
+    assert len(params) > 5
+    assert {n: after[n] for n in params} == {n: before[n] for n in params}
+    moments = {name for name in before if re.match("opt_state/.*(mu|nu)/", name)}
+    assert len(moments) == 2 * len(params)
+    assert all(after[name] != before[name] for name in moments)
+    assert after["step"] != before["step"]
+    assert step_dir.read_meta(tmp_path / "checkpoints" / "2")["data_step"] == 2
+
+
+def test_a_cooldown_goes_on_with_state_step_data_and_a_straight_line_to_its_end(
+    train, whole, tmp_path
+):
+    bindings = (
+        f"INITIAL_CHECKPOINT_PATH={str(whole)!r}",
+        "train.train.initial_scope='state'",
+        "recipe.Recipe.learning_rate=@schedules.cooldown()",
+        "schedules.cooldown.before=@schedules.cosine()",
+        "schedules.cooldown.start_step=24",
+        "schedules.cooldown.steps=8",
+        "TRAIN_STEPS=32",
+        "anomaly.Anomaly.action='rollback'",
+    )
+    run(train, tmp_path, *bindings, "train.train.log_period=1")
+    assert digests(tmp_path, 24) == digests(whole, 24)
+    assert step_dir.read_meta(tmp_path / "checkpoints" / "32")["data_step"] == 32
+    rates = [row["learning_rate"] for row in rows(tmp_path).values()]
+    begin = float(schedules.cosine(peak=3e-3, total_steps=24, warmup_steps=2)(24))
+    np.testing.assert_allclose(rates, begin + (1e-6 - begin) * np.arange(8) / 8, atol=1e-7, rtol=0)
+
+
+def test_flat_names_of_a_saved_state_are_those_digests_have(whole):
+    """Guards the tests above: what they compare is all of the state."""
+    names = set(digests(whole, 24))
+    for part in ("step", "params/final_norm/scale", "variables/loss_statistics/mean"):
+        assert part in names
+    assert flatten({"params": {"final_norm": {"scale": 0}}}).keys() <= names
