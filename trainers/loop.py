@@ -146,8 +146,9 @@ class Loop:
         for hook in due:
             with self.goodput.measure("evaluation"):
                 values = hook(self.step, self.state, self._seen) or {}
-            self.writer.write(self.step, values)
-            found.update(values)
+            if values:
+                self.writer.write(self.step, values)
+                found.update(values)
         if save:
             self._save(found)
 
