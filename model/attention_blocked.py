@@ -138,21 +138,18 @@ def _scores(form: _Form, q_PGRH, k_PCH, segments, rows: slice, keys: slice):
     if form.softcap is not None:
         t = jnp.tanh(s / form.softcap)
         s, slope = form.softcap * t, 1 - t * t
-    mask = None
-    at_q = jnp.arange(rows.start, rows.stop)[:, None]
-    at_k = jnp.arange(keys.start, keys.stop)[None, :]
+    at_q = jnp.arange(rows.start, rows.stop)[None, None, :, None]
+    at_k = jnp.arange(keys.start, keys.stop)[None, None, None, :]
+    parts = []
     if form.causal:
-        mask = at_k <= at_q
+        parts.append(at_k <= at_q)
     if form.window is not None:
-        mask = mask & (at_k > at_q - form.window)
-    if mask is not None:
-        mask = mask[None, None]
+        parts.append(at_k > at_q - form.window)
     if segments is not None:
         q_segments_PT, kv_segments_PS = segments
-        same = q_segments_PT[:, None, rows, None] == kv_segments_PS[:, None, None, keys]
-        mask = same if mask is None else mask & same
-    if mask is not None:
-        s = jnp.where(mask, s, _MASKED)
+        parts.append(q_segments_PT[:, None, rows, None] == kv_segments_PS[:, None, None, keys])
+    if parts:
+        s = jnp.where(functools.reduce(jnp.logical_and, parts), s, _MASKED)
     return s, slope
 
 

@@ -7,6 +7,8 @@ gradients.
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -69,11 +71,12 @@ def dot_product_attention(
     if reference_forms():
         implementation = "reference"
     by_position = q_positions_BT is not None
+    library = _library_problem(by_position, softcap, q_segments_BT, kv_segments_BS)
     problem = {
         "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
         "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
         or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
-        "cudnn": "a soft cap" if softcap is not None else "",
+        "cudnn": library,
     }
     if implementation == "auto":
         implementation = _choose(q_BTNH, by_position, causal, problem)
@@ -101,25 +104,18 @@ def dot_product_attention(
             softcap=softcap,
         )
 
-    if implementation in ("xla", "cudnn") and not by_position and softcap is None:
-        same = None
-        if q_segments_BT is not None:
-            same = (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
-        out_BTNH = jax.nn.dot_product_attention(
+    if implementation in ("xla", "cudnn") and not library:
+        return jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH.astype(q_BTNH.dtype),
             v_BSKH.astype(q_BTNH.dtype),
             bias,
-            same,
+            _same(q_segments_BT, kv_segments_BS),
             is_causal=causal,
             local_window_size=None if window is None else (window - 1, 0),
             scale=scale,
-            implementation=implementation,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
-        if same is None or kv_segments_BS is q_segments_BT:
-            return out_BTNH  # every row sees itself
-        mask = _mask(q_BTNH, k_BSKH, None, None, q_segments_BT, kv_segments_BS, causal, window)
-        return jnp.where(mask.any(-1)[:, 0, :, None, None], out_BTNH, 0)
 
     mask = _mask(
         q_BTNH,
@@ -163,6 +159,24 @@ def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
     return ""
 
 
+def _library_problem(by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
+    """Why jax.nn.dot_product_attention cannot serve the call, or ''."""
+    if by_position:
+        return "positions"
+    if softcap is not None:
+        return "a soft cap"
+    if q_segments_BT is not kv_segments_BS:
+        return "segments of the keys that are not those of the queries"  # rows may see nothing
+    return ""
+
+
+def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
+    """True where query and key are of one segment, [B, 1, T, S]; None without segments."""
+    if q_segments_BT is None:
+        return None
+    return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
+
+
 def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -181,24 +195,19 @@ def _mask(
 ) -> jax.Array | None:
     """True where a query sees a key: [1 or B, 1, T, S]; None when every query sees every key."""
     if q_positions_BT is None:
-        at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, :, None]
-        at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, :]
+        at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
+        at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
         parts = []
     else:
-        at_q, at_k = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
+        at_q, at_k = q_positions_BT[:, None, :, None], kv_positions_BS[:, None, None, :]
         parts = [at_k >= 0]
     if causal:
         parts.append(at_k <= at_q)
     if window is not None:
         parts.append(at_k > at_q - window)
     if q_segments_BT is not None:
-        parts.append(q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
-    if not parts:
-        return None
-    mask = parts[0]
-    for part in parts[1:]:
-        mask = mask & part
-    return mask[:, None]
+        parts.append(_same(q_segments_BT, kv_segments_BS))
+    return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def _plain(q_BTNH, k_BSKH, v_BSKH, mask, bias, scale, softcap) -> jax.Array:

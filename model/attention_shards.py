@@ -8,7 +8,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -35,31 +35,24 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
     rules = nn.get_logical_axis_rules()
     if not rules:
         return None
-    q_spec, k_spec = (
-        nn.logical_to_mesh_axes((axes.BATCH, axes.INNER_LENGTH, heads, None), rules)
+    q_axes, k_axes = (
+        _within(nn.logical_to_mesh_axes((axes.BATCH, axes.INNER_LENGTH, heads), rules), free)
         for heads in (axes.ACT_HEADS, axes.ACT_KV_HEADS)
     )
-    q_spec, k_spec = _within(q_spec, free), _within(k_spec, free)
-    if q_spec[1] is not None or k_spec[1] is not None:
+    if q_axes[1] or k_axes[1]:
         return None  # the length is split
-    if q_spec[2] != k_spec[2] and k_shape[2] > 1:
+    if q_axes[2] != k_axes[2] and k_shape[2] > 1:
         return None  # a device would hold query heads without their key/value head
-    for spec, shape in ((q_spec, q_shape), (k_spec, k_shape)):
-        for axis in (0, 2):
-            names = spec[axis] or ()
-            names = (
-                (names,) if isinstance(names, str) else names
-            )  # PartitionSpec unwraps tuples of one
-            if shape[axis] % math.prod(free[name] for name in names):
-                return None
-    return q_spec, k_spec
+    for dims, shape in ((q_axes, q_shape), (k_axes, k_shape)):
+        if any(shape[i] % math.prod(free[name] for name in dims[i]) for i in (0, 2)):
+            return None
+    return PartitionSpec(*q_axes), PartitionSpec(*k_axes)
 
 
-def _within(spec: PartitionSpec, free: dict[str, int]) -> PartitionSpec:
-    """The spec with only the mesh axes in `free`, each entry a tuple or None."""
-    entries = ((part,) if isinstance(part, str) else part or () for part in spec)
-    kept = (tuple(name for name in part if name in free) for part in entries)
-    return PartitionSpec(*(part or None for part in kept))
+def _within(spec: Any, free: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The mesh axes of every dimension, of those in `free`."""
+    entries = ((part,) if isinstance(part, str) else part or () for part in spec or ())
+    return [tuple(name for name in part if name in free) for part in entries]
 
 
 def per_device(

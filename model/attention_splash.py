@@ -45,13 +45,12 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
-    reason = problem(T, S, causal)
-    if reason:
-        raise ValueError(f"splash attention does not support {reason}.")
     block = block_size(T)
-    if window is None:
-        mask = masks.CausalMask((T, S))
-    else:
+    reason = problem(T, S, causal)
+    if block is None or reason:
+        raise ValueError(f"splash attention does not support {reason}.")
+    mask: masks.Mask = masks.CausalMask((T, S))
+    if window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=0)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
@@ -72,7 +71,7 @@ def splash_attention(
     )
     # The kernel has no scale of its own and wants heads before length.
     q, k, v = ((q_BTNH * scale).swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
-    if q_segments_BT is None:
+    if q_segments_BT is None or kv_segments_BS is None:
         out = jax.vmap(kernel)(q, k, v)
     else:
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_segments_BT, kv_segments_BS))
