@@ -27,10 +27,12 @@ FORBIDDEN = {
     "launch": set(),
 }
 PEERS = {"torch", "transformers"}  # reference implementations, never imported
+# Run by a benchmark as a script of their own environment.
+PEER_SCRIPTS = {ROOT / "launch" / "benchmarks" / "llama_torch.py"}
 
 
 def files(package: str) -> list[pathlib.Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    return sorted(set((ROOT / package).rglob("*.py")) - PEER_SCRIPTS)
 
 
 def imports(path: pathlib.Path):

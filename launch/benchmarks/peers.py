@@ -1,0 +1,71 @@
+"""Runs one side of a benchmark in a fresh process and measures what else the machine was doing."""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+CONTENDED = 0.3  # cores busy with other programs, above which wall times are not to be trusted
+
+
+class PeerError(RuntimeError):
+    """A side of a benchmark could not be run."""
+
+
+def run(
+    side: str, folder: str, *, steps: int, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The report of one process, with 'other_load' (cores) and 'peak_memory_mb' added.
+
+    Args:
+      side: 'ours', or 'eager' or 'compiled' for the peer.
+      folder: what case.write wrote.
+      steps: training steps.
+      env: variables to set.
+
+    Raises:
+      PeerError: the peer is not installed, or the process failed.
+    """
+    if side == "ours":
+        command = [sys.executable, "-m", "launch.benchmarks.llama_jax", folder, str(steps)]
+    else:
+        if not PEER_PYTHON.exists():
+            raise PeerError(f"{PEER_PYTHON} is missing: run `make peers` first.")
+        script = str(ROOT / "launch" / "benchmarks" / "llama_torch.py")
+        command = [str(PEER_PYTHON), "-P", script, folder, side, str(steps)]
+    # Each side starts as its users start it: malloc's settings are this project's own business.
+    variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    variables.update(env or {})
+    variables["BENCH_PROCESS_START"] = repr(time.time())
+    before, busy = time.perf_counter(), _busy_seconds()
+    used = _used_by_children()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        out, errors = process.communicate()
+    if process.returncode:
+        raise PeerError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
+    wall = time.perf_counter() - before
+    others = (_busy_seconds() - busy) - (_used_by_children() - used)
+    report = json.loads(out.strip().splitlines()[-1])
+    report["other_load"] = round(max(0.0, others) / wall, 2)
+    return report
+
+
+def _used_by_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _busy_seconds() -> float:
+    """CPU seconds all programs have used since boot (Linux)."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _idle, _wait, irq, soft, *_ = map(int, file.readline().split()[1:])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
