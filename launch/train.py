@@ -88,7 +88,8 @@ def train(
     # Everything that can be wrong without data is checked before any data is touched.
     program = recipe.program()
     run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
-    cpu_tensorflow.load()
+    if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
+        cpu_tensorflow.load()
     for register in tasks:
         register()
     data = stream()

@@ -211,6 +211,7 @@ def test_changing_phase_compiles_nothing(train, tmp_path):
         train,
         tmp_path,
         f"local_text.open_stream.phases={phases}",
+        "train.train.eval_tasks=None",
         "EVAL_PERIOD=5",
         "TRAIN_STEPS=16",
     )

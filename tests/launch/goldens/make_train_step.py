@@ -16,7 +16,6 @@ NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
 BINDINGS = (
     "TRAIN_STEPS=3",
     "train.train.log_period=1",
-    "train.train.eval_stream=None",
     "schedules.cosine.warmup_steps=0",
 )
 
