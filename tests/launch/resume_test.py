@@ -83,7 +83,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, whole,
     reached = 0
     for moment in ("while it starts", "early", "late"):
         process = start(train, tmp_path, sleep)
-        target = {"while it starts": 0, "early": rng.randint(2, 9)}.get(moment, rng.randint(12, 21))
+        target = {"while it starts": 0, "early": rng.randint(2, 9)}.get(moment, rng.randint(12, 19))
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline and reached < target:
             time.sleep(0.01)
