@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-
 Index = tuple[slice, ...]
 
 

@@ -109,9 +109,7 @@ def test_ema_follows_the_parameters():
 
 def test_bfloat16_gradients_are_those_of_a_rounded_copy():
     optimizer = optax.sgd(1.0)
-    step = jax.jit(
-        make_train_step(loss_fn=loss_fn, optimizer=optimizer, gradient_dtype="bfloat16")
-    )
+    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, gradient_dtype="bfloat16"))
     state, batch = make_state(optimizer), make_batch()
     after, _ = step(state, batch)
     assert after.params["w"].dtype == jnp.float32
