@@ -102,23 +102,6 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         new_trained = optax.apply_updates(trained, updates)
-        variables = dict(state.variables)
-        variables.update(out.variables or {})
-        metrics: Metrics = dict(out.metrics)
-
-        if anomaly is not None:
-            good, statistics = anomaly.judge(
-                state.variables[anomaly_lib.STATISTICS], out.sum / divisor, grad_norm
-            )
-            keep = (new_trained, opt_state, variables)
-            new_trained, opt_state, variables = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old),
-                keep,
-                (trained, state.opt_state, dict(state.variables)),
-            )
-            variables[anomaly_lib.STATISTICS] = statistics
-            metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
-
         if mask is None:
             params = new_trained
         else:
@@ -130,6 +113,22 @@ def make_train_step(
                 ema_params,
                 params,
             )
+        variables = dict(state.variables)
+        variables.update(out.variables or {})
+        metrics: Metrics = dict(out.metrics)
+
+        if anomaly is not None:
+            good, statistics = anomaly.judge(
+                state.variables[anomaly_lib.STATISTICS], out.sum / divisor, grad_norm
+            )
+            params, opt_state, ema_params, variables = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                (params, opt_state, ema_params, variables),
+                (state.params, state.opt_state, state.ema_params, dict(state.variables)),
+            )
+            variables[anomaly_lib.STATISTICS] = statistics
+            metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
+
         metrics["grad_norm"] = _scalar(grad_norm)
         metrics["update_norm"] = _scalar(optax.tree.norm(updates))
         metrics["param_norm"] = _scalar(optax.tree.norm(params))

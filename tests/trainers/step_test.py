@@ -131,7 +131,7 @@ def test_a_non_finite_step_leaves_the_state_bit_for_bit(poison):
     bad["x"][0, 0] = poison
     after, metrics = step(state, bad)
     assert float(metrics["anomaly"][0]) == 1.0
-    for name in ("params", "opt_state", "variables"):
+    for name in ("params", "opt_state", "ema_params", "variables"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(after, name))
     good, metrics = step(after, make_batch(seed=2))
     assert float(metrics["anomaly"][0]) == 0.0
