@@ -12,8 +12,8 @@ class ProfilerWindow:
     The first steps of a run compile and are seldom worth a trace; the default waits for them. The
     window is counted from the step a run starts (or goes on) with.
 
-    Example: gin `train.profiler = @profiler.ProfilerWindow()`, then TensorBoard's profile tab on
-    the run's `profile/` folder.
+    Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers import
+    profiler`), then TensorBoard's profile tab on the run's `profile/` folder.
     """
 
     def __init__(self, *, first_step: int = 5, num_steps: int = 5, directory: str | None = None):
