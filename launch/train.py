@@ -109,16 +109,17 @@ def train(
         profile.directory = run.file("profile")
     steps = program.steps(len(data.source_names))
     meta = _meta(recipe, data)
-    evaluation = Evaluation(
-        every=eval_period,
-        eval_step=steps.evaluate,
-        streams=held_out,
-        sharding=program.batch_sharding,
-        max_steps=eval_steps,
-    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
+        evaluation = Evaluation(
+            every=eval_period,
+            eval_step=steps.evaluate,
+            streams=held_out,
+            sharding=program.batch_sharding,
+            max_steps=eval_steps,
+            stop=stop.asked,
+        )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
         with goodput.measure("init"):
             start = restore.restore_or_initialise(

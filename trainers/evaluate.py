@@ -32,6 +32,7 @@ def evaluate(
     sharding: NamedSharding,
     *,
     max_steps: int | None = None,
+    stop: Callable[[int], bool] = lambda batches: False,
 ) -> dict[str, float]:
     """Averages the objective's scalar metrics over a split.
 
@@ -41,9 +42,10 @@ def evaluate(
       stream: the split.
       sharding: of input arrays.
       max_steps: batches to read at most; None for the whole split.
+      stop: asked before each batch, with its index, whether to give up.
 
     Returns:
-      The metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the
+      Nothing if it was given up; otherwise the metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the
       split's text size is known, 'bits_per_byte'.
     """
     steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
@@ -57,6 +59,8 @@ def evaluate(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
 
     for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
+        if stop(step):
+            return {}
         late.append(eval_step(params, global_batch(stream, step, sharding)))
         if len(late) > 1:  # one step late, so that reading never waits for the device
             collect(late.pop(0))
@@ -81,6 +85,7 @@ class Evaluation:
       streams: one per task.
       sharding: of input arrays.
       max_steps: batches per task; None for whole splits.
+      stop: see `evaluate`; of an evaluation that was given up nothing is kept.
       results: step -> metrics, filled as the run goes on.
     """
 
@@ -89,6 +94,7 @@ class Evaluation:
     streams: tuple[EvalStream, ...]
     sharding: NamedSharding
     max_steps: int | None = None
+    stop: Callable[[int], bool] = lambda batches: False
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -100,8 +106,15 @@ class Evaluation:
         found = {}
         for stream in self.streams:
             values = evaluate(
-                self.eval_step, params, stream, self.sharding, max_steps=self.max_steps
+                self.eval_step,
+                params,
+                stream,
+                self.sharding,
+                max_steps=self.max_steps,
+                stop=self.stop,
             )
+            if not values:
+                return {}
             found.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
         self.results[step] = found
         return found

@@ -54,7 +54,7 @@ class Loop:
       meta: recorded with each checkpoint.
       log_period: updates between written metrics, which average over the period.
       host_metrics: (step, tokens per second) -> values known on the host, such as the learning rate.
-      hooks: see trainers/hooks.py.
+      hooks: see trainers/hooks.py; a stop leaves out those due at its step.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
       abstract_state: shapes and shardings, for a rollback.
@@ -137,6 +137,8 @@ class Loop:
         last = self.step == self.total_steps
         self.interrupted = self.stop.reached(self.step)
         due = [hook for hook in self.hooks if last or self.step % hook.every == 0]
+        if self.interrupted:
+            due = []  # what is left of the time to stop in is for the save
         save = self.checkpointer is not None and (
             last or self.interrupted or self.step % self.checkpoint_period == 0
         )

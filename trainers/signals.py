@@ -57,6 +57,14 @@ class StopRequest:
             return step % self._compare_every == 0 and any(agreement.gather(self._requested))
         return self._requested
 
+    def asked(self, count: int) -> bool:
+        """Whether to give up work between two updates, such as an evaluation, which may be long.
+
+        Every process calls it with the same count of its work and gets the same answer. The preemption
+        service agrees on updates alone: with it such work is finished.
+        """
+        return not self._service and self.reached(count)
+
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         del frame
         self._requested = True

@@ -387,6 +387,38 @@ def test_sigterm_saves_and_a_restart_equals_the_uninterrupted_run(tmp_path, save
     assert rows == whole.writer.having("loss")
 
 
+def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(tmp_path, saver):
+    class Split(Rows):
+        name, num_steps, bytes_per_token = "held_out", 9, 0.0
+
+        def batch(self, step, lo, hi):
+            read.append(step)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(step, lo, hi)
+
+    class EveryStep:
+        every = 1
+
+        def __call__(self, step, state, metrics):
+            called.append(step)
+
+    read, called = [], []
+    with StopRequest() as stop:
+        evaluation = Evaluation(
+            every=4,
+            eval_step=lambda params, batch: loss_fn(params, batch, None).metrics,
+            streams=(Split(), Split()),
+            sharding=REPLICATED,
+            stop=stop.asked,
+        )
+        loop = make_loop(tmp_path, checkpointer=saver, stop=stop, hooks=(evaluation, EveryStep()))
+        loop.run()
+    assert read == [0, 1, 2] and evaluation.results == {}
+    assert not loop.writer.having("eval/held_out/loss")
+    assert called == [1, 2, 3, 4] and saver.all_steps() == [5]
+
+
 def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):
     class AtFive:
         def reached(self, step):
