@@ -205,8 +205,9 @@ class Transformer(nn.Module):
         repeats = self.config.num_layers // len(self.config.layer_pattern)
         scan = nn.scan(
             lambda layers, x_BTD, _: layers(x_BTD, None, **context),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
+            # Whatever a block keeps, sows or perturbs is stacked, and every layer draws for itself.
+            variable_axes={True: 0},
+            split_rngs={True: True},
             length=repeats,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
         )

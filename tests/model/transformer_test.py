@@ -248,3 +248,64 @@ def test_rows_longer_than_learned_positions_are_refused():
 def test_caches_need_unrolled_layers():
     with pytest.raises(ValueError, match="unrolled"):
         make().apply({"params": init(make())}, tokens(), caches=[], policy=FullCache())
+
+
+class _Watched(Block):
+    """A block that sows, perturbs and drops."""
+
+    @nn.compact
+    def __call__(self, x_BTD, **context):
+        y_BTD, cache = super().__call__(x_BTD, **context)
+        y_BTD = self.perturb("tap", y_BTD)
+        self.sow("losses", "size", (y_BTD**2).mean())
+        random = self.has_rng("dropout")
+        return nn.Dropout(0.5, deterministic=not random)(y_BTD), cache
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scanned_blocks_keep_every_collection(remat):
+    model = make(block=_Watched, remat=remat)
+    params, ids = init(model), tokens()
+    plain = layer_stack.unrolled(model)
+    unrolled = layer_stack.unroll(params, model.config)
+
+    def taps(model):
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), ids))
+        found = nn.meta.unbox(variables)["perturbations"]
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+
+    def run(model, params, taps):
+        variables = {"params": params, "perturbations": taps}
+        logits, sown = model.apply(variables, ids, mutable=["losses"])
+        return (logits**2).sum(), sown
+
+    run = jax.jit(jax.grad(run, argnums=2, has_aux=True), static_argnums=0)
+    grads, sown = run(model, params, taps(model))
+    want_grads, want_sown = run(plain, unrolled, taps(plain))
+    got = layer_stack.unroll(grads, model.config)
+    assert np.abs(got["layers"]["block_1"]["tap"]).max() > 0
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, got, want_grads)
+    jax.tree.map(close, layer_stack.unroll(sown["losses"], model.config), want_sown["losses"])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scanned_layers_drop_different_units(remat):
+    model = make(block=_Watched, remat=remat)
+    variables, ids = {"params": init(model)}, tokens()
+
+    def hidden(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        _, kept = model.apply(variables, ids, rngs=rngs, capture_intermediates=_is_dropout)
+        (out_LBTD,) = jax.tree.leaves(kept["intermediates"])
+        return np.asarray(out_LBTD) == 0
+
+    dropped = hidden(0)
+    assert dropped.shape[0] == 2 and 0.4 < dropped.mean() < 0.6
+    assert np.any(dropped[0] != dropped[1])
+    np.testing.assert_array_equal(dropped, hidden(0))
+    assert np.any(dropped != hidden(1))
+
+
+def _is_dropout(module, method):
+    return isinstance(module, nn.Dropout)
