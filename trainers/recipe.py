@@ -128,7 +128,7 @@ class Recipe:
             )
 
             def evaluate(params: Any, batch: Batch) -> Metrics:
-                return loss_fn(params, batch, jax.random.key(self.seed)).metrics
+                return loss_fn(params, batch, None).metrics
 
             return Steps(
                 train=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),

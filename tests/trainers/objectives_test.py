@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.config import TransformerConfig
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from trainers.objectives.lm import language_modelling
 
 
@@ -54,3 +54,50 @@ def test_z_loss_is_added_and_reported_apart(setup):
     assert float(out.metrics["z_loss"][0]) == pytest.approx(
         (weights * 0.1 * log_z**2).sum(), rel=1e-5
     )
+
+
+class _Sowing(Block):
+    """A block with an auxiliary loss, and dropout where there is an rng for it."""
+
+    @nn.compact
+    def __call__(self, x_BTD, **context):
+        y_BTD, cache = super().__call__(x_BTD, **context)
+        self.sow("losses", "constant", jnp.float32(0.25))
+        self.sow("losses", "size", (y_BTD**2).mean())
+        return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(y_BTD), cache
+
+
+def test_sown_losses_are_added_per_token(setup):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
+    model, plain = Transformer(config=config, block=_Sowing), Transformer(config=config)
+    params = nn.meta.unbox(plain.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    losses = [language_modelling(model=m) for m in (model, plain)]
+    out, want = (loss(params, batch, None) for loss in losses)
+    weight = batch["decoder_loss_weights"].sum()
+    _, kept = plain.apply(
+        {"params": params},
+        batch["decoder_input_tokens"],
+        capture_intermediates=lambda module, method: type(module) is Block,
+    )
+    out_LBTD = jax.tree.leaves(kept["intermediates"])[0]
+    added = weight * (2 * 0.25 + (np.asarray(out_LBTD) ** 2).mean((1, 2, 3)).sum())
+    assert float(out.sum - want.sum) == pytest.approx(added, rel=1e-4)
+    assert float(out.metrics["auxiliary_loss"][0]) == pytest.approx(added, rel=1e-4)
+    assert "auxiliary_loss" not in want.metrics
+    gradient = jax.grad(lambda p: losses[0](p, batch, None).sum)(params)
+    plain_gradient = jax.grad(lambda p: losses[1](p, batch, None).sum)(params)
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), gradient, plain_gradient)
+    assert max(jax.tree.leaves(difference["layers"])) > 1e-3
+
+
+def test_dropout_draws_from_the_rng_of_the_step(setup):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
+    model = Transformer(config=config, block=_Sowing)
+    params = nn.meta.unbox(model.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    loss = language_modelling(model=model)
+    keys = (None, None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
+    sums = [float(loss(params, batch, key).sum) for key in keys]
+    assert sums[0] == sums[1] and sums[2] == sums[3]
+    assert len(set(sums)) == 3

@@ -27,4 +27,5 @@ class LossOut:
 
 
 # (params, batch, rng) -> LossOut. Frozen extras (reference parameters) are bound beforehand.
-LossFn = Callable[[Any, Batch, jax.Array], LossOut]
+# The rng is None in evaluation, where nothing is dropped.
+LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]

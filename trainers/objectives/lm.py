@@ -14,6 +14,10 @@ def language_modelling(
 ) -> LossFn:
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).
 
+    What a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean
+    over the batch) is added to the loss per token and reported as metric 'auxiliary_loss'. Modules
+    that draw use the rng 'dropout', which is absent in evaluation: `self.has_rng("dropout")` tells.
+
     Args:
       model: a decoder-only module with `hidden`, `head_VD`, logit_scale and logit_softcap.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
@@ -24,14 +28,15 @@ def language_modelling(
       The loss function; its metric 'loss' is the cross-entropy in nats per token without z-loss.
     """
 
-    def loss_fn(params: Any, batch: Batch, rng: jax.Array) -> LossOut:
-        del rng  # nothing is random
+    def loss_fn(params: Any, batch: Batch, rng: jax.Array | None) -> LossOut:
         variables = {"params": params}
-        out = model.apply(
+        out, sown = model.apply(
             variables,
             batch["decoder_input_tokens"],
             positions_BT=batch["decoder_positions"],
             segments_BT=batch["decoder_segment_ids"],
+            rngs=None if rng is None else {"dropout": rng},
+            mutable=["losses"],
             method="hidden",
         )
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
@@ -51,6 +56,10 @@ def language_modelling(
         if z_loss:
             squares = (log_z_X.reshape(weights_BT.shape) ** 2 * weights_BT).sum()
             metrics["z_loss"] = (z_loss * squares, weight)
+        if auxiliary := jax.tree.leaves(sown):
+            added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
+            total = total + added
+            metrics["auxiliary_loss"] = (added, weight)
         if num_sources:
             one_hot_BS = jax.nn.one_hot(batch["source_ids"], num_sources, dtype=jnp.float32)
             metrics["source_loss"] = (
