@@ -30,7 +30,8 @@ class Attention(nn.Module):
       out_bias: bias on the output projection.
       scale: factor on the logits; None for H^-1/2.
       softcap: c in c * tanh(logits / c), or None.
-      implementation: see attention_ops.dot_product_attention.
+      implementation: of training, see attention_ops.dot_product_attention; attention over a cache
+        has one form.
     """
 
     config: TransformerConfig
@@ -73,7 +74,6 @@ class Attention(nn.Module):
             "window": self.kind.window,
             "scale": self.scale,
             "softcap": self.softcap,
-            "implementation": self.implementation,
         }
         if policy is None:
             out_BTNH = dot_product_attention(
@@ -82,6 +82,7 @@ class Attention(nn.Module):
                 v_BTKH,
                 q_segments_BT=segments_BT,
                 kv_segments_BS=segments_BT,
+                implementation=self.implementation,
                 **options,
             )
         else:
