@@ -129,7 +129,7 @@ class Transformer(nn.Module):
       norm: factory of the final norm.
       embed: factory of the token table.
       position_embed: factory of a learned position table (GPT-2), or None.
-      tie_embeddings: the head is the token table; else its own [D, V] kernel.
+      tie_embeddings: the head is the token table; else its own rows [V, D], lm_head/embedding.
       embed_scale: factor on the looked-up embeddings.
       logit_scale: factor on the logits (Cohere).
       logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
@@ -194,7 +194,8 @@ class Transformer(nn.Module):
         if self.config.scan_layers:
             if caches is not None:
                 raise ValueError(
-                    "Caches need unrolled layers: use unrolled(model) and unroll_layers(params)."
+                    "Caches need unrolled layers: use layer_stack.unrolled(model) and "
+                    "layer_stack.unroll(params, config), both of model/surgery/layer_stack.py."
                 )
             x_BTD = self._scan(x_BTD, context)
         else:
