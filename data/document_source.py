@@ -123,7 +123,7 @@ class TfdsSource:
         if self.text_key not in info.features:
             raise ValueError(
                 f"TFDS set {self.tfds_name!r} has no feature {self.text_key!r}; present are "
-                f"{', '.join(map(repr, info.features))}. Set text_key to the right one"
+                f"{', '.join(map(repr, sorted(info.features)))}. Set text_key to the right one"
             )
         for wanted in self.split_map.values():
             base = wanted.partition("[")[0]

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", default="runs/quickstart", help="parent of the run directories")
-    parser.add_argument("--steps", type=int, default=None, help="updates per arm, to try it out")
+    parser.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE", help="changes to all arms"
+    )
     flags = parser.parse_args(argv)
 
     from launch import environment
@@ -43,12 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, arm in enumerate(ARMS, 1):
         directory = os.path.join(flags.out, arm)
         print(f"\n== arm {number} of {len(ARMS)}: {arm.replace('_', ' ')} ==", flush=True)
-        bindings = [f"MODEL_DIR={directory!r}"]
-        if flags.steps is not None:
-            bindings.append(f"TRAIN_STEPS={flags.steps}")
         config = gin_config.load(
-            [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin"],
-            bindings,
+            [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin", *flags.gin_file],
+            [f"MODEL_DIR={directory!r}"],
             entry="launch.train:train",
         )
         result = config.entry()

@@ -29,11 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="where report.* goes")
     flags = parser.parse_args(argv)
     try:
-        report({os.path.basename(os.path.normpath(run)): run for run in flags.runs}, flags.out)
+        report(_named(flags.runs), flags.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _named(directories: Sequence[str]) -> dict[str, str]:
+    """Directories by the shortest ends of their paths that tell them apart."""
+    parts = [pathlib.Path(directory).resolve().parts for directory in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, directories, strict=True))
+    raise ValueError("--runs names the same directory twice.")
 
 
 def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:

@@ -62,3 +62,14 @@ def test_every_benchmark_has_a_module_with_run():
 
     for name in bench.BENCHMARKS:
         assert importlib.util.find_spec(f"launch.benchmarks.{name}"), name
+
+
+def test_runs_of_the_same_name_keep_apart(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    runs = [
+        write_run(tmp_path / "x" / "text", {"code": 3.0}),
+        write_run(tmp_path / "y" / "text", {"code": 4.0}),
+    ]
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
+    assert set(json.loads((tmp_path / "out" / "report.json").read_text())) == {"x/text", "y/text"}
