@@ -173,10 +173,21 @@ class Checkpointer:
         try:
             commit(pending, self._orbax.wait_until_finished)
             self._metrics[pending.record["step"]] = pending.record["metrics"]
-            self._delete(self._retention.superfluous(self._metrics))
+            self._make_room()
         except BaseException as error:  # Raised by the next call of the loop.
             self._error = self._failed(pending.path, error)
             self._error.__cause__ = error
+
+    def _make_room(self) -> None:
+        try:
+            self._delete(self._retention.superfluous(self._metrics))
+        except (OSError, ValueError) as error:  # The new step is good all the same.
+            _log.warning(
+                "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
+                self._directory,
+                type(error).__name__,
+                error,
+            )
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
@@ -203,6 +214,11 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def check(self) -> None:
+        """Raises the error of a save in the background as soon as it has failed; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def restore_latest(
         self, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None

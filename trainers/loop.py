@@ -101,6 +101,7 @@ class Loop:
 
         Raises:
           AnomalousStepError: the policy ended the run.
+          CheckpointSaveError: a save failed, found at the first step after that.
         """
         bar = tqdm(
             total=self.total_steps,
@@ -128,6 +129,8 @@ class Loop:
 
     def _advance(self) -> None:
         """One update and everything due after it."""
+        if self.checkpointer is not None:
+            self.checkpointer.check()
         with self.goodput.measure("data_wait"):
             batch = self.prefetcher.get(self.data_step)
         if not self._step(batch):

@@ -539,6 +539,27 @@ def test_a_deletion_that_is_cut_short_leaves_no_step(copied, monkeypatch, moment
     assert not step.exists()
 
 
+def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(f"{path} is locked")
+
+    state = make_state()
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(10, state)
+        checkpointer.wait()
+        monkeypatch.setattr(step_dir, "remove", refuse)
+        with caplog.at_level(logging.WARNING):
+            checkpointer.save(20, state)
+            checkpointer.wait()
+        monkeypatch.undo()
+        assert checkpointer.all_steps() == [20]
+    assert "could not delete" in caplog.text and "10 is locked" in caplog.text
+    assert restore_state(tmp_path, abstract(state)).step == 20
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(30, state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["30"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of four megabytes."""

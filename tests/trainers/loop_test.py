@@ -1,9 +1,11 @@
 """The loop on least squares: what it logs, when it calls, and what it does when a step goes wrong."""
 
+import errno
 import glob
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from trainers import partitioning
+from trainers import checkpoint, partitioning
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
 from trainers.checkpoint import Checkpointer
@@ -435,6 +437,33 @@ def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):
 def test_a_checkpoint_period_saves_and_the_last_step_is_saved_once(tmp_path, saver):
     make_loop(tmp_path, checkpointer=saver, checkpoint_period=5).run()
     assert saver.all_steps() == [5, 10]
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next(
+    tmp_path, saver, monkeypatch
+):
+    commit = checkpoint.commit
+
+    def full(pending, written):
+        if pending.record["step"] == 4:
+            written()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(pending, written)
+
+    class UntilItFailed:
+        every = 5
+
+        def __call__(self, step, state, metrics):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+
+    monkeypatch.setattr(checkpoint, "commit", full)
+    hooks = (UntilItFailed(),)
+    loop = make_loop(tmp_path, checkpointer=saver, checkpoint_period=2, hooks=hooks)
+    with pytest.raises(checkpoint.CheckpointSaveError, match="disk is full.*step 2 is good"):
+        loop.run()
+    assert loop.step == 5 and saver.all_steps() == [2]
 
 
 # ---- Batches.
