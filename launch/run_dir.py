@@ -140,8 +140,14 @@ def prepare(
       writer: whether this process writes; one per run.
 
     Raises:
-      RunDirectoryError: the directory holds a run of another configuration, or is no run's.
+      RunDirectoryError: the directory holds a run of another configuration, or is no run's; or the
+        path is an address of an object store.
     """
+    if "://" in path:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is an address, but a run's directory is a folder that all its "
+            "processes see: mount the bucket and give the folder, or use a shared file system."
+        )
     path = os.path.abspath(os.path.expanduser(path))
     run = RunDir(path, writer)
     may_change = tuple(may_change)

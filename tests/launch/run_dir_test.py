@@ -163,6 +163,13 @@ def test_damaged_files_are_named(tmp_path):
         run_dir.prepare(str(tmp_path), CONFIG)
 
 
+def test_an_address_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'gs://bucket/run'.*mount"):
+        run_dir.prepare("gs://bucket/run", "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_the_writer_writes(tmp_path):
     run = run_dir.prepare(str(tmp_path / "run"), CONFIG, writer=False)
     run.record(mesh=1)
