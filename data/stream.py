@@ -10,7 +10,8 @@ state of a stream is the step.
 import abc
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from data import cache, mixing, order, rows, schedule
 _VERSION = 1
 
 Phases = Sequence[tuple[int, Mapping[str, float]]]
+
+
+class NoSplitError(ValueError):
+    """A task has no such split, as where no document is held out."""
 
 
 def make_stream(
@@ -127,12 +132,22 @@ def make_eval_stream(
     """The held-out stream of one SeqIO task: every row once, in the order of the plan.
 
     Mixtures are evaluated task by task, as SeqIO does. Arguments as for `make_stream`.
+
+    Raises:
+        NoSplitError: the task has no such split.
+        ValueError: what cannot be streamed.
     """
     tasks, _ = mixing.find_tasks(task)
     if [found.name for found in tasks] != [task]:
         raise ValueError(
             f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
             f"{', '.join(found.name for found in tasks)}."
+        )
+    if split not in tasks[0].splits:
+        raise NoSplitError(
+            f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
+            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES), or leave the task out "
+            "of the evaluation."
         )
     source = _open_source(
         tasks[0],
@@ -147,6 +162,19 @@ def make_eval_stream(
     return EvalStream(
         source, batch_size=batch_size, cross_document_attention=cross_document_attention
     )
+
+
+def held_out(
+    open_stream: Callable[..., "EvalStream"], tasks: Sequence[str]
+) -> tuple["EvalStream", ...]:
+    """The evaluation streams of those tasks that hold something out; says which do not."""
+    opened = []
+    for name in tasks:
+        try:
+            opened.append(open_stream(task=name))
+        except NoSplitError as error:
+            print(f"Not evaluated: {error}", file=sys.stderr)
+    return tuple(opened)
 
 
 def _open_source(

@@ -53,6 +53,7 @@ from typing import Any
 import jax
 
 from data import mixing
+from data.stream import held_out
 from launch import load_run
 from trainers import evaluate as evaluation
 from trainers import partitioning
@@ -99,7 +100,9 @@ def evaluate(
         call()
     if tasks is None:
         tasks = [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
-    streams = [stream(task=name) for name in tasks]
+    streams = held_out(stream, tasks)
+    if not streams:
+        raise ValueError(f"None of the tasks {', '.join(tasks)} holds anything out to evaluate on.")
     for opened in streams:
         _check_vocabulary(opened, meta, checkpoint)
     step = program.steps(0).evaluate

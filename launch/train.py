@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from data import cpu_tensorflow
+from data import stream as streams
 from launch import gin_config, run_dir
 from launch.parameter_table import parameter_table
 from trainers import checkpoint, flops, metrics, partitioning, profiler, restore, signals
@@ -95,7 +96,7 @@ def train(
     data = stream()
     _check_vocabulary(recipe, data)
     eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
-    held_out = tuple(eval_stream(task=name) for name in eval_tasks) if eval_stream else ()
+    held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
     run.record(
         mesh=run_dir.mesh_facts(program.mesh),
         data_fingerprint=data.fingerprint,

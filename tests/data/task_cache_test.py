@@ -222,6 +222,23 @@ def test_evaluation_stream_of_a_task(root):
     assert made.bytes_per_token == sum(map(len, texts)) / weight
 
 
+def test_tasks_that_hold_nothing_out_are_left_out_of_the_evaluation(root, capsys):
+    task = add_task("all_train")
+    task.source._splits = ("train",)
+    assert task.splits == ("train",)
+    settings = {"task_feature_lengths": {"targets": 64}, "batch_size": 4, "cache_dir": root}
+    with pytest.raises(stream.NoSplitError, match="VALIDATION_FRACTION"):
+        stream.make_eval_stream(task="all_train", **settings)
+    opener = functools.partial(stream.make_eval_stream, **settings)
+    (opened,) = stream.held_out(opener, ["all_train", "english"])
+    assert opened.name == "english"
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("Not evaluated: ")]
+    assert "'all_train' has no split 'validation'; it has train." in line
+    with pytest.raises(ValueError, match="task is called 'none'"):
+        stream.held_out(opener, ["none"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
