@@ -120,7 +120,7 @@ class RunDir:
         self.write("run.json", _json({**run, **facts}))
 
     def write_operative_config(self, text: str) -> None:
-        """The bindings and defaults actually used; call it after the first step."""
+        """The bindings and defaults actually used; call it when all has been configured."""
         self.write("operative_config.gin", text)
 
 

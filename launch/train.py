@@ -23,6 +23,7 @@ import jax
 
 from data import cpu_tensorflow
 from data import stream as streams
+from data import tasks as task_registry
 from launch import gin_config, run_dir
 from launch.parameter_table import parameter_table
 from trainers import checkpoint, flops, metrics, partitioning, profiler, restore, signals
@@ -50,8 +51,10 @@ def train(
     initial_checkpoint_path: str | None = None,
     initial_scope: str = "params",
     initial_assignment: Sequence[tuple[str, str | None]] = (),
+    initial_strict: bool = True,
+    initial_use_ema: bool = False,
     log_period: int = 10,
-    writers: Sequence[metrics.MetricWriter] = (),
+    writers: Sequence[Callable[[], metrics.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, float]:
@@ -72,8 +75,11 @@ def train(
       initial_checkpoint_path: what a run without checkpoints of its own starts from.
       initial_scope: 'params' takes its parameters; 'state' also moments and step, as for a cooldown.
       initial_assignment: (pattern, checkpoint path or None) for parameters under other names.
+      initial_strict: with 'params', each of this model's parameters must be found there, and none more.
+      initial_use_ema: with 'params', starts from the averaged parameters.
       log_period: updates per row of metrics.
-      writers: more metric writers, beside metrics.jsonl and TensorBoard in the run's directory.
+      writers: factories of more metric writers, beside metrics.jsonl and TensorBoard in the run's
+        directory; called once all is checked, by the one process that writes.
       profile: a window of steps to profile.
       hooks: further hooks.
 
@@ -86,6 +92,14 @@ def train(
     """
     goodput = Goodput(started=process_start())
     primary = jax.process_index() == 0
+    _check_numbers(
+        TRAIN_STEPS=total_steps,
+        BATCH_SIZE=recipe.batch_size,
+        EVAL_PERIOD=eval_period,
+        EVAL_STEPS=1 if eval_steps is None else eval_steps,
+        CHECKPOINT_PERIOD=checkpoint_period,
+        LOG_PERIOD=log_period,
+    )
     # Everything that can be wrong without data is checked before any data is touched.
     program = recipe.program()
     run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
@@ -102,6 +116,7 @@ def train(
         data_fingerprint=data.fingerprint,
         data=data.summary(),
         parameters=program.num_params(),
+        **(task_registry.summary() if tasks else {}),
     )
     run.write(
         "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
@@ -131,6 +146,8 @@ def train(
                 initial_checkpoint_path=initial_checkpoint_path,
                 initial_scope=initial_scope,
                 assignment=tuple(initial_assignment),
+                strict=initial_strict,
+                use_ema=initial_use_ema,
             )
             _check_same_vocabulary(start, meta)
         writer = stack.enter_context(
@@ -160,6 +177,8 @@ def train(
             abstract_state=program.abstract_state,
             profiler=profile,
         )
+        # All that gin configures has been called; again at the end for what hooks call.
+        run.write_operative_config(gin_config.operative_config_str())
         loop.run()
         run.write_operative_config(gin_config.operative_config_str())
     last = evaluation.results.get(loop.step, {})
@@ -167,6 +186,13 @@ def train(
         how = "stopped by a signal" if loop.interrupted else "done"
         print(f"{how} at step {loop.step}; the run is in {run.path}\n{_time_split(goodput)}")
     return {**last, "interrupted": float(loop.interrupted)}
+
+
+def _check_numbers(**numbers: int) -> None:
+    """All that must be positive, by macro."""
+    bad = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
 
 
 def _check_vocabulary(recipe: Recipe, data: Stream) -> None:
@@ -208,14 +234,14 @@ def _first_batch(start: restore.Restored) -> int:
 
 
 def _writers(
-    run: run_dir.RunDir, first_step: int, more: Sequence[metrics.MetricWriter]
+    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metrics.MetricWriter]]
 ) -> list[metrics.MetricWriter]:
     if not run.writer:
         return []
     return [
         metrics.JsonlWriter(run.metrics, first_step=first_step + 1),
         metrics.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
-        *more,
+        *(make() for make in more),
     ]
 
 
@@ -238,9 +264,15 @@ def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Ma
 
 
 def flops_per_token(recipe: Recipe, program: Program) -> float:
-    """Model FLOPs of training on one token."""
+    """Model FLOPs of training on one token.
+
+    Six for each parameter where the model is of another architecture, whose products are not known.
+    """
+    mlp = program.boxed_params.get("layers", {}).get("block_0", {}).get("mlp")
+    if mlp is None:
+        return 6.0 * program.num_params()
     # Whether the MLP has a gate: its parameters tell, whatever class was bound.
-    gated = "gate" in program.boxed_params["layers"]["block_0"]["mlp"]
+    gated = "gate" in mlp
     return flops.train_flops_per_token(recipe.model.config, recipe.length, gated=gated)
 
 

@@ -5,9 +5,11 @@ import os
 import pathlib
 import re
 import runpy
+import types
 
 import pytest
 
+from launch.train import flops_per_token
 from trainers.metrics import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -104,6 +106,7 @@ def test_a_run_leaves_its_record(trained):
     assert facts["parameters"] == 123_072
     assert facts["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert facts["data"]["sources"]["files"]["long_records"] > 50
+    assert facts["tasks"]["files"]["documents"]["train"] > 50 and facts["corpora"] == {}
     assert facts["data_fingerprint"] == facts["data"]["fingerprint"]
     row = [row for row in read_jsonl(f"{path}/metrics.jsonl") if "loss" in row][-1]
     assert row["source_loss/files"] == pytest.approx(row["loss"], rel=1e-5)
@@ -141,6 +144,36 @@ def test_the_numbers_of_the_first_updates(train, tmp_path):
         )
 
 
+def test_what_was_used_is_written_before_training_and_writers_are_made_after_the_checks(
+    train, tmp_path
+):
+    import local_text
+
+    def run(*bindings):
+        given = (
+            f"MODEL_DIR={str(tmp_path)!r}",
+            f"DIRECTORY={train.cache + '/text'!r}",
+            f"local_text.Witness.directory={str(tmp_path)!r}",
+            "train.train.writers=[@local_text.Witness]",
+            "TRAIN_STEPS=2",
+        )
+        file = f"--gin_file={train.programs}/local_text.gin"
+        return train(file, *(f"--gin.{binding}" for binding in (*given, *bindings)))
+
+    local_text.WITNESSED.clear()
+    assert run("config.TransformerConfig.vocab_size=128").status == 2
+    assert local_text.WITNESSED == []
+    result = run()
+    assert result.status == 0, result.err
+    made, written, *_ = local_text.WITNESSED
+    assert made == "" and "cosine.peak = " in written and "vocab_size" in written
+
+
+def test_another_architecture_counts_six_flops_a_parameter():
+    program = types.SimpleNamespace(boxed_params={"cells": {}}, num_params=lambda: 7)
+    assert flops_per_token(None, program) == 42.0
+
+
 # ---- Bad input: one error, status 2, and nothing lost.
 
 
@@ -172,6 +205,25 @@ def error(result):
         (["recipe.Recipe.microbatches=3"], ["BATCH_SIZE = 16", "3 microbatches"]),
         (["config.TransformerConfig.num_kv_heads=3"], ["num_kv_heads = 3", "num_heads = 4"]),
         (["TASK_FEATURE_LENGTHS={'inputs': 8}"], ["TASK_FEATURE_LENGTHS", "lacks 'targets'"]),
+        (
+            [
+                "BATCH_SIZE=-8",
+                "EVAL_PERIOD=0",
+                "EVAL_STEPS=0",
+                "CHECKPOINT_PERIOD=-1",
+                "LOG_PERIOD=0",
+            ],
+            ["BATCH_SIZE = -8, EVAL_PERIOD = 0, EVAL_STEPS = 0", "CHECKPOINT_PERIOD = -1, LOG_P"],
+        ),
+        (
+            [
+                "TRAIN_STEPS=0",
+                "recipe.Recipe.learning_rate=@schedules.rsqrt()",
+                "schedules.rsqrt.peak=%LEARNING_RATE",
+                "schedules.rsqrt.warmup_steps=%WARMUP_STEPS",
+            ],
+            ["TRAIN_STEPS = 0: give 1 or more"],
+        ),
         (["WARMUP_STEPS=50"], ["warmup_steps = 50", "total_steps = 40"]),
     ],
 )
