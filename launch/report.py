@@ -67,13 +67,18 @@ def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    """The rows of a run's metrics.jsonl, without those of steps that a rollback gave up."""
     from trainers.metrics import read_jsonl  # imports jax, which --help can do without
 
     path = os.path.join(directory, "metrics.jsonl")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
-    return read_jsonl(path)
+    rows: list[dict[str, Any]] = []
+    for row in read_jsonl(path):
+        if "rollback_to" in row:
+            rows = [kept for kept in rows if kept["step"] <= row["rollback_to"]]
+        rows.append(row)
+    return rows
 
 
 def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

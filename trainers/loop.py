@@ -244,6 +244,7 @@ class Loop:
         restored = self.checkpointer.restore_latest(self.abstract_state)
         assert restored is not None  # `run` saved one
         first = restored.meta["data_step"]
+        self._record_skipped(first, data_step)
         _log.warning(
             "step %d: loss %s; back to step %d, skipping batches %d to %d.",
             step,
@@ -260,12 +261,22 @@ class Loop:
         self._window = None
         self._window_start = (self.step, self._busy())
 
+    def _record_skipped(self, first: int, last: int) -> None:
+        """Writes which documents are left out, a line for each batch from `first` to `last`."""
+        if jax.process_index() == 0:
+            path = self.run_dir / "anomalies" / f"batch_{last}_skipped.jsonl"
+            with open(path, "w", encoding="utf-8") as file:
+                for batch in range(first, last + 1):
+                    documents = self.stream.documents(batch, 0, self.stream.batch_size)
+                    line = {"data_step": batch, "documents": documents}
+                    file.write(json.dumps(line, default=str) + "\n")
+
     def _record_anomaly(self, step: int, data_step: int, fetched: Any) -> dict[str, Any]:
         """Writes the batch (npz) and its documents (JSON), so that the step can be replayed."""
         folder = self.run_dir / "anomalies"
         folder.mkdir(parents=True, exist_ok=True)
         size = self.stream.batch_size
-        path = folder / f"step_{step}.json"
+        path = folder / f"batch_{data_step}.json"  # steps come twice after a rollback
         values = {
             name: np.asarray(total / weight).tolist() for name, (total, weight) in fetched.items()
         }
@@ -279,7 +290,7 @@ class Loop:
         }
         if jax.process_index() == 0:
             batch: dict[str, Any] = self.stream.batch(data_step, 0, size)
-            np.savez(folder / f"step_{step}.npz", **batch)
+            np.savez(folder / f"batch_{data_step}.npz", **batch)
             path.write_text(json.dumps(record, indent=1, default=str))
         self.writer.write(step, {"anomaly": 1.0})
         return {**record, "path": str(path)}

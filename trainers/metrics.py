@@ -83,7 +83,11 @@ class LateFetch:
 
 
 class MetricWriter(Protocol):
-    """Takes the scalars of a step. Steps do not decrease; a step may be written several times."""
+    """Takes the scalars of a step, which may be written several times.
+
+    Steps do not decrease, but for a rollback: after a row with `rollback_to` they go on from there, and
+    the rows of later steps before it are of updates that were given up.
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 

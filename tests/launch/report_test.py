@@ -45,6 +45,15 @@ def test_a_run_that_was_not_evaluated(tmp_path, capsys):
     assert "'young' has no held-out evaluation" in capsys.readouterr().err
 
 
+def test_what_a_rollback_gave_up_is_left_out(tmp_path):
+    rows = [{"step": step, "loss": 9.0} for step in (2, 4, 6)]
+    rows.append({"step": 7, "rollback_to": 4.0})
+    rows.append({"step": 6, "loss": 5.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [(row["step"], row["loss"]) for row in report.read_rows(tmp_path) if "loss" in row]
+    assert found == [(2, 9.0), (4, 9.0), (6, 5.0)]
+
+
 def test_a_directory_that_is_no_run(tmp_path, capsys):
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err

@@ -265,12 +265,12 @@ def test_stop_saves_the_batch_and_its_documents_and_applies_nothing(tmp_path, sa
     loop = make_loop(tmp_path, stream=stream, anomaly=Anomaly(), checkpointer=saver)
     with pytest.raises(AnomalousStepError) as caught:
         loop.run()
-    for part in ("Step 6 (batch 5)", "loss nan", "step_6.json", "Anomaly.action", "learning rate"):
+    for part in ("Step 6 (batch 5)", "loss nan", "batch_5.json", "Anomaly.action", "learning rate"):
         assert part in str(caught.value)
-    record = json.loads((tmp_path / "anomalies" / "step_6.json").read_text())
+    record = json.loads((tmp_path / "anomalies" / "batch_5.json").read_text())
     assert (record["step"], record["data_step"]) == (6, 5)
     assert record["documents"] == stream.documents(5, 0, 8)
-    saved = np.load(tmp_path / "anomalies" / "step_6.npz")
+    saved = np.load(tmp_path / "anomalies" / "batch_5.npz")
     assert_bits(dict(saved), stream.batch(5, 0, 8))
     assert loop.writer.having("anomaly")[-1] == (6, 1.0)
     assert np.isfinite(loop.state.params["w"]).all()
@@ -323,8 +323,12 @@ def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, s
     # The rows after the return are those of the clean run.
     again = 2 if saves == 6 else 5  # of steps 9 and 12, or of 1, 3, 6, 9 and 12
     assert loop.writer.having("loss")[-again:] == clean.writer.having("loss")[-again:]
-    record = json.loads((tmp_path / "anomalies" / "step_8.json").read_text())
+    record = json.loads((tmp_path / "anomalies" / "batch_7.json").read_text())
     assert record["data_step"] == 7
+    lines = (tmp_path / "anomalies" / "batch_7_skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"data_step": batch, "documents": Rows().documents(batch, 0, 8)} for batch in skipped
+    ]
     # A run that goes on from a later checkpoint knows which batch is next.
     assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 12 + len(skipped)
 
@@ -357,6 +361,9 @@ def test_too_many_rollbacks_end_the_run(tmp_path, saver):
     loop = make_loop(tmp_path, stream=stream, anomaly=policy, checkpointer=saver)
     with pytest.raises(AnomalousStepError, match="2 rollbacks"):
         loop.run()
+    # Batch 5 at step 6, and the two after it at step 1: each left its own record.
+    names = sorted(path.name for path in (tmp_path / "anomalies").glob("*.json"))
+    assert names == ["batch_5.json", "batch_6.json", "batch_7.json"]
 
 
 def test_rollback_needs_a_checkpointer(tmp_path):
