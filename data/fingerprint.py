@@ -1,8 +1,9 @@
 """What a value or a function is, as JSON, so that a change of either changes a cache's fingerprint.
 
 Functions are described by their source without comments and docstrings, their defaults, closures
-and partial arguments, and what they use of their own module. The description does not depend on
-addresses, hash seeds or the working directory.
+and partial arguments, and the functions and constants they use, those of other modules too unless
+these are installed: of the standard library and of packages, names and versions say enough. The
+description does not depend on addresses, hash seeds or the working directory.
 """
 
 import ast
@@ -14,6 +15,7 @@ import inspect
 import json
 import os
 import pathlib
+import sysconfig
 import textwrap
 import types
 from collections.abc import Mapping, Set
@@ -123,13 +125,14 @@ def _function(function: types.FunctionType, seen: frozenset[int]) -> dict:
     variables = inspect.getclosurevars(inner)
     own = {
         name: describe(value, seen)
-        for name, value in variables.globals.items()
+        for name, value in _globals(inner).items()
         if isinstance(value, _PLAIN + (tuple, frozenset, bytes))
         or (
             isinstance(value, types.FunctionType | functools.partial)
-            and getattr(inspect.unwrap(value), "__module__", None) == inner.__module__
+            and _is_followed(value, inner.__module__)
         )
     }
+    own.update(_reached_through_modules(inner, seen))
     out = {
         "function": f"{inner.__module__}.{inner.__qualname__}",
         "source": source(inner),
@@ -142,6 +145,51 @@ def _function(function: types.FunctionType, seen: frozenset[int]) -> dict:
         cells = inspect.getclosurevars(function).nonlocals
         out["wrapper"] = [source(function, follow=False), describe(cells, seen | {id(inner)})]
     return out
+
+
+def _is_followed(value, module: str) -> bool:
+    """Whether a function that one of `module` calls is described: its own, or no installed one."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    if not isinstance(value, types.FunctionType):
+        return False
+    inner = inspect.unwrap(value)
+    return inner.__module__ == module or not _is_installed(inner.__code__.co_filename)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What code names, that of functions inside of it too."""
+    inside = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_names, inside))
+
+
+def _globals(function: types.FunctionType) -> dict:
+    space = function.__globals__
+    return {name: space[name] for name in sorted(_names(function.__code__)) if name in space}
+
+
+def _reached_through_modules(function: types.FunctionType, seen: frozenset[int]) -> dict:
+    """What a function uses as `module.name`, of modules that are not installed."""
+    found = {}
+    for alias, module in _globals(function).items():
+        path = getattr(module, "__file__", None)
+        if not isinstance(module, types.ModuleType) or path is None or _is_installed(path):
+            continue
+        for name in sorted(_names(function.__code__) & set(vars(module))):
+            value = vars(module)[name]
+            if isinstance(value, _PLAIN) or _is_followed(value, module.__name__):
+                found[f"{alias}.{name}"] = describe(value, seen)
+    return found
+
+
+_INSTALLED = tuple(
+    os.path.join(os.path.realpath(path), "")
+    for path in {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+
+
+def _is_installed(path: str) -> bool:
+    return path.startswith("<") or os.path.realpath(path).startswith(_INSTALLED)
 
 
 def source(function: types.FunctionType, *, follow: bool = True) -> str:

@@ -1,6 +1,7 @@
 """The token cache: round trips, killed builds, damage, and what its fingerprint sees."""
 
 import hashlib
+import importlib
 import os
 import pathlib
 import signal
@@ -317,3 +318,24 @@ def test_file_digests_remember_but_notice_changes(tmp_path, monkeypatch):
     assert fingerprint.FileDigests(tmp_path / "memory.json").digest(str(file)) != first
     (tmp_path / "memory.json").write_text("[not json")
     assert fingerprint.FileDigests(tmp_path / "memory.json").digest(str(file)) != first
+
+
+@pytest.mark.parametrize("how", ["from {} import clean", "import {}"])
+def test_helpers_of_other_user_modules_are_followed(how, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    seen = []
+    for version, body in enumerate(("x + DEEP", "x - DEEP", "x + DEEP")):
+        helper, user = (f"{kind}_{how[:4]}_{version}" for kind in ("helper", "user"))
+        call = "clean" if "from" in how else f"{helper}.clean"
+        (tmp_path / f"{helper}.py").write_text(
+            f"import json\nDEEP = 3\ndef clean(x):\n    json.dumps(x)\n    return {body}\n"
+        )
+        (tmp_path / f"{user}.py").write_text(
+            f"{how.format(helper)}\ndef step(data):\n    return data.map(lambda x: {call}(x))\n"
+        )
+        importlib.invalidate_caches()
+        found = cache.canonical(fingerprint.describe(importlib.import_module(user).step))
+        seen.append(found.replace(f"_{version}".encode(), b""))
+        assert b"json" not in found.replace(b"json.dumps(x)", b"")  # installed: by name only
+    assert seen[0] == seen[2] != seen[1]
