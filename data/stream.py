@@ -173,7 +173,8 @@ def held_out(
         try:
             opened.append(open_stream(task=name))
         except NoSplitError as error:
-            print(f"Not evaluated: {error}", file=sys.stderr)
+            # The first line only: gin appends where it was called from.
+            print(f"Not evaluated: {str(error).splitlines()[0]}", file=sys.stderr)
     return tuple(opened)
 
 

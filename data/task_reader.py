@@ -68,11 +68,9 @@ def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Itera
     source = task.source
     if num_shards == 1:
         dataset = source.get_dataset(split=split, shuffle=False)
-    elif source.supports_arbitrary_sharding or len(source.list_shards(split)) >= num_shards:
+    else:
         info = seqio.ShardInfo(index=shard, num_shards=num_shards)
         dataset = source.get_dataset(split=split, shuffle=False, shard_info=info)
-    else:
-        dataset = source.get_dataset(split=split, shuffle=False).shard(num_shards, shard)
     dataset = task.preprocess_precache(dataset, seed=0)
     dataset = task.preprocess_postcache(dataset, sequence_length=None, seed=0)
     missing = [
@@ -121,10 +119,15 @@ def _files(source, split: str) -> list[str]:
 
 
 def num_shards(task, split: str) -> int:
-    """Shards of a build: one per source file, more where the examples are known to be many."""
-    examples = task.source.num_input_examples(split) or 0
-    shards = max(len(_files(task.source, split)), -(-examples // _RECORDS_PER_SHARD))
-    return min(max(shards, 1), _MAX_SHARDS)
+    """Shards of a build: one per source file; more of many examples where the source can be cut.
+
+    A source that can only be read from its beginning would be read whole for every shard.
+    """
+    shards = max(len(_files(task.source, split)), 1)
+    if task.source.supports_arbitrary_sharding:
+        examples = task.source.num_input_examples(split) or 0
+        shards = max(shards, -(-examples // _RECORDS_PER_SHARD))
+    return min(shards, _MAX_SHARDS)
 
 
 def probe(task, split: str) -> str:

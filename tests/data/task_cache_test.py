@@ -1,12 +1,23 @@
 """Caches of SeqIO tasks and the gin-bindable streams over them."""
 
+import collections
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
 
-from data import cache, fingerprint, mixing, stream, task_cache, task_reader
+from data import (
+    cache,
+    document_files,
+    fingerprint,
+    mixing,
+    stream,
+    task_cache,
+    task_reader,
+    user_data,
+)
 from data.cache_files import CacheCorruptError
 
 seqio = pytest.importorskip("seqio")
@@ -80,19 +91,66 @@ def test_holds_what_seqio_yields(root):
     assert made.tokens() == made.text_bytes() + 90
 
 
+class Divisible(seqio.FunctionDataSource):
+    """A source that can be read in any number of parts."""
+
+    supports_arbitrary_sharding = True
+
+    def get_dataset(self, split, shuffle=True, seed=None, shard_info=None, **_):
+        dataset = super().get_dataset(split, shuffle, seed)
+        if shard_info is None:
+            return dataset
+        return dataset.shard(shard_info.num_shards, shard_info.index)
+
+
 def test_is_reused_and_shards_do_not_mix_up_records(root, tmp_path, monkeypatch):
     task = seqio.TaskRegistry.get("python")
     task_cache.open_task_cache(task, "train", cache_dir=root)
     monkeypatch.setattr(cache, "build", None)  # would fail
     again = task_cache.open_task_cache(task, "train", cache_dir=root)
     monkeypatch.undo()
-    monkeypatch.setattr(task_reader, "num_shards", lambda *_: 4)
-    sharded = task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
+    monkeypatch.setattr(task_reader, "_RECORDS_PER_SHARD", 25)
+    divisible = add_task("divisible", "python")
+    divisible._source = Divisible(
+        functools.partial(read, name="python"),
+        splits=("train", "validation"),
+        num_input_examples={"train": 90, "validation": 10},
+    )
+    sharded = task_cache.open_task_cache(divisible, "train", cache_dir=tmp_path)
+    assert len(sharded.manifest["shards"]) == 4
     order = [i for shard in range(4) for i in range(shard, 90, 4)]
     for at, i in enumerate(order):
         np.testing.assert_array_equal(
             sharded.columns["targets"].values(at), again.columns["targets"].values(i)
         )
+
+
+def test_files_are_read_once_however_many_documents_they_hold(tmp_path, monkeypatch):
+    reads = collections.Counter()
+    read_file = document_files.DocumentFiles.read_file
+
+    def counted(self, path, split):
+        for document in read_file(self, path, split):
+            reads[os.path.basename(path)] += 1
+            yield document
+
+    monkeypatch.setattr(document_files.DocumentFiles, "read_file", counted)
+    monkeypatch.setattr(task_reader, "_RECORDS_PER_SHARD", 5)
+    monkeypatch.setattr(task_reader, "PROBE_RECORDS", 0)
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name} {i}"}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    user_data.register_files(
+        name="once",
+        files=str(tmp_path / "*.jsonl"),
+        vocabulary=seqio.ByteVocabulary(),
+        validation_fraction=0.0,
+        cache_dir=tmp_path / "caches",
+    )
+    task = seqio.TaskRegistry.get("once")
+    made = task_cache.open_task_cache(task, "train", cache_dir=tmp_path / "caches")
+    assert len(made.manifest["shards"]) == 2 and made.num_records == 80
+    assert reads == {"a.jsonl": 40, "b.jsonl": 40}
 
 
 def changed_reader(split, shuffle_files, seed=None, *, name):
