@@ -159,6 +159,7 @@ def train(
             state=start.state,
             step=start.step,
             data_step=_first_batch(start),
+            skipped=start.meta.get("skipped", 0) if start.step else 0,
             total_steps=total_steps,
             train_step=steps.train,
             stream=data,
@@ -249,9 +250,9 @@ def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Ma
     per_token = flops_per_token(recipe, program)
     devices = list(program.mesh.devices.flat)
 
-    def values(step: int, rate: float) -> Mapping[str, float]:
-        # Update `step` was made with the rate of the updates before it.
-        found = {"learning_rate": float(recipe.learning_rate(step - 1))}
+    def values(updates: int, rate: float) -> Mapping[str, float]:
+        # An update is made with the rate of as many as there were before it.
+        found = {"learning_rate": float(recipe.learning_rate(max(updates - 1, 0)))}
         if rate:
             found["tokens_per_second"] = rate
             found["model_flops_per_second"] = rate * per_token

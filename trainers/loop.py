@@ -1,7 +1,8 @@
 """The one training loop: batch, step, metrics one step late, hooks, checkpoints, and what goes wrong.
 
-The loop counts two things: `step`, updates attempted, and `data_step`, batches drawn from the stream.
-They differ only after a rollback has skipped a window of data; a checkpoint records both.
+The loop counts three things: `step`, updates attempted, `skipped`, those of them that were dropped, and
+`data_step`, batches drawn from the stream. Step and data step differ only after a rollback has skipped a
+window of data; a checkpoint records all.
 """
 
 import contextlib
@@ -53,11 +54,13 @@ class Loop:
       checkpoint_period: updates between saves; the last update is always saved.
       meta: recorded with each checkpoint.
       log_period: updates between written metrics, which average over the period.
-      host_metrics: (step, tokens per second) -> values known on the host, such as the learning rate.
+      host_metrics: (updates applied, tokens per second) -> values known on the host, such as the
+        learning rate, which the optimiser reads at its own count.
       hooks: see trainers/hooks.py; a stop leaves out those due at its step.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
       abstract_state: shapes and shardings, for a rollback.
+      skipped: updates dropped so far.
       profiler: a window of steps to trace, or None.
     """
 
@@ -80,6 +83,7 @@ class Loop:
     anomaly: Anomaly | None
     stop: StopRequest
     abstract_state: TrainState
+    skipped: int = 0
     profiler: ProfilerWindow | None = None
 
     def __post_init__(self):
@@ -183,6 +187,7 @@ class Loop:
         step, fetched = late
         data_step = self._data_steps.pop(step)
         if float(fetched.get("anomaly", (0.0, 1.0))[0]):
+            self.skipped += 1
             if not self._handle_anomaly(step, data_step, fetched):
                 return False
         else:
@@ -203,8 +208,8 @@ class Loop:
             tokens = (step - since) * self.stream.batch_size * self.stream.length
             self._rate = tokens / (now - before)
         self._window_start = (step, now)
-        row = {**self._seen, **self.host_metrics(step, self._rate), **self.goodput.metrics()}
-        self.writer.write(step, row)
+        known = self.host_metrics(step - self.skipped, self._rate)
+        self.writer.write(step, {**self._seen, **known, **self.goodput.metrics()})
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps and waiting for data."""
@@ -258,6 +263,7 @@ class Loop:
         )
         self._rollbacks += 1
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
+        self.skipped = restored.meta.get("skipped", 0)
         self._window = None
         self._window_start = (self.step, self._busy())
 
@@ -302,7 +308,7 @@ class Loop:
             self.checkpointer.save(
                 self.step,
                 self.state,
-                meta={**self.meta, "data_step": self.data_step},
+                meta={**self.meta, "data_step": self.data_step, "skipped": self.skipped},
                 metrics={**self._seen, **found},
             )
 

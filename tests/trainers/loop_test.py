@@ -113,14 +113,16 @@ def make_loop(
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=REPLICATED), state
     )
-    first, data_step = 0, 0
+    first, data_step, skipped = 0, 0, 0
     if checkpointer is not None and (restored := checkpointer.restore_latest(abstract)):
-        state, first, data_step = restored.state, restored.step, restored.meta["data_step"]
+        state, first = restored.state, restored.step
+        data_step, skipped = restored.meta["data_step"], restored.meta["skipped"]
     stream = stream or Rows()
     settings = {
         "state": state,
         "step": first,
         "data_step": data_step,
+        "skipped": skipped,
         "total_steps": total,
         "train_step": step,
         "stream": stream,
@@ -290,6 +292,24 @@ def test_skip_drops_the_update_counts_it_and_goes_on(tmp_path):
     assert dict(loop.writer.having("loss"))[6] == pytest.approx(want, rel=1e-5)
     assert int(state.step) == 10
     assert np.isfinite(state.params["w"]).all()
+
+
+def test_host_metrics_get_the_count_of_the_optimiser_also_in_a_continued_run(tmp_path, saver):
+    for total in (6, 12):
+        loop = make_loop(
+            tmp_path,
+            stream=Rows({1: np.nan, 4: np.nan, 8: np.nan}),
+            total=total,
+            anomaly=Anomaly(action="skip"),
+            checkpointer=saver,
+            log_period=1,
+            host_metrics=lambda updates, rate: {"updates": updates},
+        )
+        state = loop.run()
+        count = int(optax.tree.get(state.opt_state, "count"))
+        assert loop.writer.having("updates")[-1] == (total, count)
+    assert count == 9
+    assert loop.writer.having("updates") == [(7, 5), (8, 6), (9, 6), (10, 7), (11, 8), (12, 9)]
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
