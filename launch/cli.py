@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # gin is imported only once the flags have been read
 
 OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
+INTERRUPTED = os.EX_TEMPFAIL  # 75: start it again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,9 @@ def main(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
+
+    The status is 0, 2 for an error in what people gave, or 75 when the entry function returns a mapping
+    with a true 'interrupted'.
 
     Args:
       doc: help text; the first line is the description, the rest is printed as it stands.
@@ -100,16 +104,14 @@ def main(
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)
-        if run is None:
-            start()
-        else:
-            run(start)
+        result = start() if run is None else run(start)
     except Exception as error:
         if not _meant_for_people(error):
             raise
         _report(error)
         return USAGE_ERROR
-    return 0
+    interrupted = isinstance(result, Mapping) and result.get("interrupted")
+    return INTERRUPTED if interrupted else 0
 
 
 def console() -> int:

@@ -6,6 +6,9 @@ Example: a tiny model on the Python standard library's own sources, one minute o
     --gin_file=t5x_configs/models/tiny.gin --gin_file=t5x_configs/data/bytes.gin \\
     --gin_file=t5x_configs/runs/pretrain.gin \\
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
+
+SIGTERM saves and ends the run with status 75 (EX_TEMPFAIL): the same command goes on from there. The
+status is 0 when the run is done and 2 for an error in the configuration or the data.
 """
 
 if __name__ == "__main__":
@@ -84,7 +87,8 @@ def train(
       hooks: further hooks.
 
     Returns:
-      The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early.
+      The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early
+      (status 75 of the command).
 
     Raises:
       ValueError: a configuration, mesh, data or run directory that does not fit.

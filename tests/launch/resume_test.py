@@ -28,9 +28,9 @@ def flags(train, path, *bindings):
     return [f"--gin_file={config}", *[f"--gin.{binding}" for binding in given]]
 
 
-def run(train, path, *bindings):
+def run(train, path, *bindings, status=0):
     result = train(*flags(train, path, *bindings))
-    assert result.status == 0, result.err
+    assert result.status == status, result.err
     return result
 
 
@@ -141,7 +141,7 @@ def test_a_requested_stop_between_two_checkpoints_goes_on_exactly(
     train, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 7)
-    assert "stopped by a signal at step 7" in run(train, tmp_path).out
+    assert "stopped by a signal at step 7" in run(train, tmp_path, status=75).out
     monkeypatch.undo()
     assert "step 7 from" in run(train, tmp_path).out
     assert digests(tmp_path, 24) == digests(whole, 24)
@@ -157,7 +157,7 @@ def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
     train, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 10)
-    run(train, tmp_path)
+    run(train, tmp_path, status=75)
     monkeypatch.undo()
     saved = tmp_path / "checkpoints"
     data = max((saved / "10" / "state").rglob("*"), key=lambda p: p.stat().st_size)
