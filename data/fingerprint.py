@@ -75,7 +75,10 @@ def vocabulary(vocab) -> dict:
     """A SeqIO vocabulary: class, size, special ids, and the bytes of its model where it has one."""
     out = {"class": _name(type(vocab)), "size": int(vocab.vocab_size)}
     for key in ("bos_id", "eos_id", "pad_id", "unk_id", "extra_ids"):
-        out[key] = describe(getattr(vocab, key, None))
+        try:
+            out[key] = describe(getattr(vocab, key, None))
+        except NotImplementedError:  # a PassThroughVocabulary has no special ids
+            out[key] = None
     model = getattr(vocab, "sp_model", None)
     if model is not None:
         out["model"] = _sha(model)

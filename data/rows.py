@@ -12,6 +12,7 @@ from data import fingerprint
 from data.cache import Cache, digest
 from data.plan import Plan, make_plan
 
+LOSS_WEIGHTS = "loss_weights"  # the feature that weighs each target token
 NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 
@@ -77,6 +78,7 @@ def plan_source(
             raise ValueError(
                 f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}."
             )
+    _check_loss_weights(name, opened)
     planned = make_plan(
         {feature: opened.columns[feature].lengths for feature in feature_lengths},
         feature_lengths,
@@ -86,6 +88,26 @@ def plan_source(
     if not planned.num_rows:
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
     return Source(name, opened, planned)
+
+
+def _check_loss_weights(name: str, opened: Cache) -> None:
+    """Raises if the cache has weights of target tokens that cannot be them."""
+    weights = opened.columns.get(LOSS_WEIGHTS)
+    if weights is None:
+        return
+    where = f"Source {name!r}: feature {LOSS_WEIGHTS!r}"
+    if opened.manifest["features"][LOSS_WEIGHTS] != "float32":
+        raise ValueError(f"{where} must be declared with a floating dtype, such as tf.float32.")
+    differ = np.flatnonzero(weights.lengths != opened.columns["targets"].lengths)
+    if len(differ):
+        record = int(differ[0])
+        raise ValueError(
+            f"{where} has {weights.lengths[record]} values for the "
+            f"{opened.columns['targets'].lengths[record]} targets of record {record}: every target "
+            "needs one, BOS and EOS too (make the weights after they are added)."
+        )
+    if not all(np.all((shard >= 0) & (shard < np.inf)) for shard in weights.shards):
+        raise ValueError(f"{where} has values that are negative or not finite.")
 
 
 def shared_vocabulary(sources: Sequence[Source]) -> dict:
@@ -126,12 +148,14 @@ def read_rows(
     `cross_document_attention` a row is one segment: ids are 1, positions and shifts run through.
 
     With an 'inputs' feature there are encoder columns too; equal segment ids belong together.
+    Loss weights are 1 at every token, or what the source's feature 'loss_weights' says.
     """
     lengths = sources[0].plan.row_lengths
     tokens, segment_ids, positions = (
         {f: np.zeros((len(row_B), length), np.int32) for f, length in lengths.items()}
         for _ in range(3)
     )
+    weights = np.zeros(tokens["targets"].shape, np.float32)
     continued = []
     for index in np.unique(source_B[row_B != NO_ROW]):
         plan, columns = sources[index].plan, sources[index].cache.columns
@@ -153,6 +177,9 @@ def read_rows(
             segment_ids[feature][here_B] = ids
             positions[feature][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)
             if feature == "targets":
+                weights[here_B] = ids > 0
+                if LOSS_WEIGHTS in columns:  # of the same lengths, hence at the same places
+                    columns[LOSS_WEIGHTS].gather(begin_S, size_S, weights.reshape(-1), at_S)
                 chosen = (offset_S > 0) & (place_S == origin_S)
                 continued.append((columns[feature], begin_S[chosen] - 1, at_S[chosen]))
 
@@ -165,7 +192,7 @@ def read_rows(
     batch = {
         "decoder_input_tokens": inputs,
         "decoder_target_tokens": tokens["targets"],
-        "decoder_loss_weights": (segment_ids["targets"] > 0).astype(np.float32),
+        "decoder_loss_weights": weights,
         "decoder_segment_ids": segment_ids["targets"],
         "decoder_positions": positions["targets"],
         "source_ids": source_B.astype(np.int32),

@@ -48,6 +48,10 @@ def make_stream(
 ) -> "Stream":
     """The training stream of a SeqIO mixture or task; token caches that are missing are built.
 
+    A task masks or weighs its tokens by an output feature 'loss_weights', declared as
+    `seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)`: one number per
+    target token, BOS and EOS included, which becomes its weight in the loss. Without it all are 1.
+
     Args:
         mixture_or_task_name: registered with SeqIO. A mixture's rates are taken as the shares of
             training *tokens* of its tasks (SeqIO's own sampler takes them as shares of examples).
@@ -368,7 +372,8 @@ class EvalStream(_Rows):
     Attributes:
         name: of the source.
         num_steps: batches that cover it.
-        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown.
+        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown, as
+            where tokens have weights of their own.
     """
 
     def __init__(
@@ -377,7 +382,9 @@ class EvalStream(_Rows):
         super().__init__([source], batch_size, cross_document_attention)
         self.name = source.name
         self.num_steps = -(-source.plan.num_rows // batch_size)
-        self.bytes_per_token = (source.cache.text_bytes() or 0) / source.cache.tokens()
+        weighted = rows.LOSS_WEIGHTS in source.cache.columns
+        text_bytes = 0 if weighted else source.cache.text_bytes() or 0
+        self.bytes_per_token = text_bytes / source.cache.tokens()
         self.fingerprint = self._fingerprint()
 
     def summary(self) -> dict:

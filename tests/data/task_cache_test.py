@@ -13,6 +13,7 @@ from data import (
     document_files,
     fingerprint,
     mixing,
+    rows,
     stream,
     task_cache,
     task_reader,
@@ -339,3 +340,54 @@ def test_submixtures_have_the_rates_seqio_gives_them():
     seqio.MixtureRegistry.add("outer", [("inner", 1.0), ("python", 1.0)])
     _, rates = mixing.find_tasks("outer")
     assert rates == {"english": 0.25, "python": 1.75}
+
+
+def weigh(dataset):
+    """Odd tokens count half, even ones nothing."""
+    return dataset.map(lambda x: {**x, "loss_weights": tf.cast(x["targets"] % 2, tf.float32) * 0.5})
+
+
+def add_weighted(name, *, early=False, dtype=tf.float32):
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    steps = [seqio.preprocessors.append_eos, weigh]
+    weights = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=dtype)
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(
+            functools.partial(read, name="python"), splits=("train", "validation")
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, *(steps[::-1] if early else steps)],
+        output_features={
+            "targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
+            "loss_weights": weights,
+        },
+    )
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_a_task_weighs_its_tokens(tmp_path, packing):
+    add_weighted("weighted")
+    settings = {"task_feature_lengths": {"targets": 32}, "cache_dir": tmp_path, "batch_size": 4}
+    made = stream.make_eval_stream(task="weighted", packing=packing, **settings)
+    total = 0.0
+    for step in range(made.num_steps):
+        batch = made.batch(step, 0, 4)
+        want = batch["decoder_target_tokens"] % 2 * 0.5  # padding is 0
+        np.testing.assert_array_equal(batch["decoder_loss_weights"], want)
+        total += want.sum()
+    assert total > 0 and made.bytes_per_token == 0
+    add_weighted("weighted", early=True)
+    with pytest.raises(ValueError, match="every target needs one, BOS and EOS too"):
+        stream.make_eval_stream(task="weighted", changed_cache="replace", **settings)
+
+
+def test_weights_that_are_no_weights_are_refused(tmp_path):
+    for values, kind, message in (([1.0, -1.0], "float32", "negative"), ([1, 0], 2, "floating")):
+        made = cache.write(
+            tmp_path / message,
+            [{"targets": [3, 4], "loss_weights": np.array(values)}],
+            features={"targets": 9, "loss_weights": kind},
+        )
+        with pytest.raises(ValueError, match=message):
+            rows.plan_source("bad", made, {"targets": 8})
