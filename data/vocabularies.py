@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import tqdm
 
 from data import cache_dir as cache
+from data import cpu_tensorflow
 from data.documents import Document
 
 MAX_SPACES = 16
@@ -108,6 +109,7 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
             f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
             "with python -m launch.vocabulary"
         )
+    cpu_tensorflow.load()  # which SeqIO imports
     import seqio
 
     return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
@@ -115,6 +117,7 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
 
 def byte(*, extra_ids: int = 0):
     """UTF-8 bytes: 259 ids, nothing to train."""
+    cpu_tensorflow.load()  # which SeqIO imports
     import seqio
 
     return seqio.ByteVocabulary(extra_ids=extra_ids)

@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data import mixing, task_cache
+from data import cpu_tensorflow, mixing, task_cache
 
 
 def build_caches(
@@ -56,6 +56,7 @@ def build_caches(
       ValueError: no such mixture, or a task that has none of the splits.
       CacheCorruptError: a cache is damaged, and `replace` is not set.
     """
+    cpu_tensorflow.load()
     for register in tasks:
         register()
     found, _ = mixing.find_tasks(mixture_or_task_name)

@@ -52,7 +52,7 @@ from typing import Any
 
 import jax
 
-from data import mixing
+from data import cpu_tensorflow, mixing
 from data.stream import held_out
 from launch import load_run
 from trainers import evaluate as evaluation
@@ -96,6 +96,7 @@ def evaluate(
     """
     program = recipe.program()
     values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)
+    cpu_tensorflow.load()
     for call in register:
         call()
     if tasks is None:

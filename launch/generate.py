@@ -7,7 +7,8 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."} or {"tokens": [...]} come back in
 order, their prompt as "prompt", with "text" and "tokens" of the continuation and "logprobs", the
 model's natural logarithms of the tokens' probabilities at temperature 1. A continuation ends with
-EOS, which is among its tokens but not in its text, or after --max_new_tokens.
+EOS, which is among its tokens but not in its text, or after --max_new_tokens. A run that names no
+VOCABULARY continues tokens alone, without "text", and --eos_id says which of them ends.
 """
 
 if __name__ == "__main__":
@@ -35,6 +36,9 @@ if __name__ == "__main__":
             type=float,
             metavar="P",
             help="draw among the fewest most probable tokens that have probability P together",
+        )
+        group.add_argument(
+            "--eos_id", type=int, metavar="ID", help="in place of the vocabulary's EOS; -1 for none"
         )
         group.add_argument("--seed", type=int, default=0, metavar="N")
         group.add_argument(
@@ -92,6 +96,7 @@ def run(start: Any) -> None:
         "params": flags.params,
         "sampling": Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p),
         "max_new_tokens": flags.max_new_tokens,
+        "eos_id": flags.eos_id,
         "seed": flags.seed,
         "cache_policy": flags.cache_policy,
         "batch_size": flags.batch_size,
@@ -114,6 +119,7 @@ def generate(
     params: str = "auto",
     sampling: Sampling,
     max_new_tokens: int = 128,
+    eos_id: int | None = None,
     seed: int = 0,
     cache_policy: str = "full",
     batch_size: int = 8,
@@ -127,6 +133,7 @@ def generate(
       params: see launch/load_run.py.
       sampling: choice of the next token.
       max_new_tokens: at most so many.
+      eos_id: the token that ends a continuation, NO_EOS for none; None for the vocabulary's.
       seed: of the draws; a row's depend on it and on the row's index alone.
       cache_policy: name in model/kv_cache/policies.py.
       batch_size: rows at a time.
@@ -139,12 +146,14 @@ def generate(
         prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
         if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
             raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
-        vocabulary = loaded.vocabulary
+        vocabulary = loaded.vocabulary_or_none
+        if eos_id is None:
+            eos_id = getattr(vocabulary, "eos_id", None)
         settings = Settings(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos_id=NO_EOS if vocabulary.eos_id is None else vocabulary.eos_id,
-            num_ids=vocabulary.vocab_size,
+            eos_id=NO_EOS if eos_id is None else eos_id,
+            num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
         )
         decoder = Decoder(
             loaded.model,
@@ -157,7 +166,10 @@ def generate(
         found = decoder(prompts, seed=seed % 2**32)
         if jax.process_index() == 0:
             print(_costs(decoder.stats), file=sys.stderr)
-        return [_answer(loaded, row, new) for (_, row), new in zip(rows, found, strict=True)]
+        return [
+            _answer(loaded, settings.eos_id, row, new)
+            for (_, row), new in zip(rows, found, strict=True)
+        ]
 
 
 def _costs(stats: Stats) -> str:
@@ -169,15 +181,19 @@ def _costs(stats: Stats) -> str:
     )
 
 
-def _answer(loaded: LoadedRun, row: Mapping[str, Any], new: Continuation) -> dict[str, Any]:
-    ended = new.tokens and new.tokens[-1] == loaded.vocabulary.eos_id
-    text = loaded.vocabulary.decode(new.tokens[:-1] if ended else new.tokens)
+def _answer(
+    loaded: LoadedRun, eos_id: int, row: Mapping[str, Any], new: Continuation
+) -> dict[str, Any]:
+    text = {}
+    if loaded.vocabulary_or_none is not None:
+        ended = new.tokens and new.tokens[-1] == eos_id
+        text = {"text": loaded.vocabulary.decode(new.tokens[:-1] if ended else new.tokens)}
     others = {key: value for key, value in row.items() if key not in ("text", "tokens")}
     prompt = row["text"] if "text" in row else row["tokens"]
     return {
         **others,
         "prompt": prompt,
-        "text": text,
+        **text,
         "tokens": new.tokens,
         "logprobs": new.log_probs,
     }

@@ -7,6 +7,7 @@ A run's directory says everything (`config.gin`), so that the commands which use
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -164,11 +165,22 @@ class LoadedRun:
     meta: Mapping[str, Any]
     row_sharding: Any
     row_shards: int
-    _vocabulary: Any = None
 
     @property
     def model(self) -> Any:
         return self.config.model
+
+    @functools.cached_property
+    def vocabulary_or_none(self) -> Any:
+        """The vocabulary of the run's data, None where its configuration names none.
+
+        Raises:
+          LoadError: it is not the one the model was trained with.
+        """
+        found = self.config.vocabulary()
+        if found is not None:
+            self._check(found)
+        return found
 
     @property
     def vocabulary(self) -> Any:
@@ -177,16 +189,12 @@ class LoadedRun:
         Raises:
           LoadError: it is not the one the model was trained with, or the run names none.
         """
-        if self._vocabulary is None:
-            found = self.config.vocabulary()
-            if found is None:
-                raise LoadError(
-                    "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
-                    "--gin.VOCABULARY='@vocabularies.byte()' or another in data/vocabularies.py."
-                )
-            self._check(found)
-            self._vocabulary = found
-        return self._vocabulary
+        if self.vocabulary_or_none is None:
+            raise LoadError(
+                "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
+                "--gin.VOCABULARY='@vocabularies.byte()' or another in data/vocabularies.py."
+            )
+        return self.vocabulary_or_none
 
     def _check(self, found: Any) -> None:
         from data import rows

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from data import cpu_tensorflow
 from data import tasks as registered
 
 SHOWN_BYTES = 300_000  # of each task
@@ -35,6 +36,7 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
     Returns:
       Bytes per token of each task.
     """
+    cpu_tensorflow.load()
     for register in tasks:
         register()
     print(f"{vocabulary}\n{vocabulary.vocab_size} ids\n")

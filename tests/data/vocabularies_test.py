@@ -7,7 +7,7 @@ import random
 import pytest
 import sentencepiece
 
-from data import vocabularies
+from data import cpu_tensorflow, vocabularies
 from data.documents import Document
 from data.sources import environment
 
@@ -200,3 +200,10 @@ def test_seqio_encodes_alike_in_python_and_tensorflow(model_path):
         assert vocabulary.encode_tf(text).numpy().tolist() == list(ids)
         assert vocabulary.decode(ids) == text
     assert vocabularies.byte().encode("é") == [0xC3 + 3, 0xA9 + 3]
+
+
+def test_tensorflow_is_kept_off_accelerators_before_it_is_imported(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_tensorflow, "load", lambda: calls.append("load"))
+    vocabularies.byte()
+    assert calls == ["load"]

@@ -52,6 +52,21 @@ def test_one_prompt_goes_to_standard_output(command, capsys, trained_run):
     assert said.out.endswith("\n") and "tokens/s" not in said.out
 
 
+def test_tokens_need_no_vocabulary(generate, capsys):
+    rows = [{"tokens": [5, 6, 7]}, {"tokens": [8]}]
+    want = generate(rows, "--eos_id=-1")
+    assert [len(row["tokens"]) for row in want] == [6, 6]
+    none = "--gin.VOCABULARY=None"
+    for old, new in zip(want, generate(rows, none), strict=True):
+        assert "text" not in new and new["tokens"] == old["tokens"]
+    last = want[0]["tokens"][2]
+    ended = generate(rows, none, f"--eos_id={last}")[0]["tokens"]
+    assert ended == want[0]["tokens"][: want[0]["tokens"].index(last) + 1]
+    capsys.readouterr()
+    assert generate([{"text": "x"}], none) == 2
+    assert "sets no VOCABULARY" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
