@@ -5,6 +5,7 @@ would fail deep inside the compiler, so both are checked before anything is allo
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -99,12 +100,25 @@ def fsdp_tp_sp() -> Rules:
     )
 
 
+def whole_kv(rules: Callable[[], Rules]) -> Rules:
+    """`rules` with key/value heads whole on every device: fewer of them than tensor shards.
+
+    With several of them attention takes its plain form, since a fused kernel needs the query heads of
+    a device together with their own key/value heads.
+    """
+    whole = (axes.KV_HEADS, axes.ACT_KV_HEADS)
+    return tuple((name, None if name in whole else target) for name, target in rules())
+
+
 RULE_SETS: dict[str, Callable[[], Rules]] = {
     "dp": dp,
     "fsdp": fsdp,
     "tp": tp,
     "fsdp_tp": fsdp_tp,
     "fsdp_tp_sp": fsdp_tp_sp,
+    "tp_whole_kv": functools.partial(whole_kv, tp),
+    "fsdp_tp_whole_kv": functools.partial(whole_kv, fsdp_tp),
+    "fsdp_tp_sp_whole_kv": functools.partial(whole_kv, fsdp_tp_sp),
 }
 
 
@@ -198,7 +212,12 @@ def validate(
     ):
         shards = _width(mesh, targets.get(name))
         if size % shards:
-            problems.append(f"{what} = {size} is not a multiple of the {shards} shards of {name!r}")
+            remedy = ""
+            if name == axes.KV_HEADS and shards % size == 0:
+                remedy = ": the rule sets *_whole_kv keep key/value heads whole"
+            problems.append(
+                f"{what} = {size} is not a multiple of the {shards} shards of {name!r}{remedy}"
+            )
     if boxed_params is not None:
         problems += _parameter_problems(mesh, targets, boxed_params, replicated_limit)
     if problems:

@@ -115,7 +115,7 @@ def test_what_fits_passes(rules, mesh):
         ),
         ({"tensor": 8}, {"length": 20}, "the row length = 20 is not a multiple of the 8 shards"),
         ({"tensor": 8}, {}, "num_heads = 4 is not a multiple of the 8 shards of 'heads'"),
-        ({"tensor": 4}, {"num_kv_heads": 2}, "num_kv_heads = 2 is not a multiple of the 4 shards"),
+        ({"tensor": 4}, {"num_kv_heads": 2}, "num_kv_heads = 2 is not a .* of the 4 .*whole_kv"),
         ({"tensor": 4}, {"mlp_dim": 66}, "mlp_dim = 66 is not a multiple of the 4 shards of 'mlp'"),
         ({"tensor": 4}, {"vocab_size": 61}, "vocab_size = 61 is not a multiple of the 4 shards"),
         ({"fsdp": 8}, {"embed_dim": 36}, "embed_dim = 36 is not a multiple of the 8 shards"),
@@ -279,11 +279,11 @@ class Rows:
         return {name: value[lo:hi] for name, value in whole.items()}
 
 
-def train(rules, mesh, *, microbatches=1, steps=4):
+def train(rules, mesh, *, microbatches=1, steps=4, **sizes):
     """(losses by step, their per-source values, parameters) after a few steps."""
     # SGD: Adam divides by the gradient's size and would turn rounding of tiny gradients into steps.
     recipe = Recipe(
-        model=Transformer(config=TransformerConfig(**SIZES)),
+        model=Transformer(config=TransformerConfig(**{**SIZES, **sizes})),
         batch_size=ROWS,
         feature_lengths={"targets": LENGTH},
         optimizer=functools.partial(optimizers.sgd, momentum=0.9, max_grad_norm=1.0),
@@ -338,6 +338,18 @@ def assert_same(found, want):
 )
 def test_no_mesh_or_rule_set_changes_the_numbers(reference, rules, mesh):
     assert_same(train(rules, mesh), reference)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_whole_key_value_heads_change_no_numbers(num_kv_heads):
+    mesh, sizes = {"fsdp": 2, "tensor": 4}, {"num_kv_heads": num_kv_heads}
+    want = train("dp", {"data": 1}, **sizes)
+    assert_same(train("fsdp_tp_whole_kv", mesh, **sizes), want)
+    rules = partitioning.rules_named("fsdp_tp_whole_kv")
+    shardings = initialise.param_shardings(boxed_params(**sizes), mesh_of(**mesh), rules)
+    attention = shardings["layers"]["block_0"]["attention"]
+    assert "tensor" in attention["query"]["kernel"].spec
+    assert "tensor" not in attention["key"]["kernel"].spec
 
 
 def test_accumulation_changes_no_numbers(reference):
