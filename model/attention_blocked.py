@@ -80,8 +80,8 @@ def _attend_bwd(form: _Form, residuals, dout_BTNH):
         delta_BNT.reshape(lse_PGT.shape),
         _by_head(dout_BTNH, N // lse_PGT.shape[1]),
     ]
-    dq_PGTH, dk_PHS, dv_PHS = _over_groups(functools.partial(_backward, form), tuple(arrays))
-    dk_BSKH, dv_BSKH = (_by_row(x.swapaxes(1, 2)[:, None], B) for x in (dk_PHS, dv_PHS))
+    dq_PGTH, *dkv_PSH = _over_groups(functools.partial(_backward, form), tuple(arrays))
+    dk_BSKH, dv_BSKH = (_by_row(x_PSH[:, None], B) for x_PSH in dkv_PSH)
     return _by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, None
 
 
@@ -130,16 +130,18 @@ def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
     return blocks
 
 
-def _scores(form: _Form, q_PGRH, k_PCH, segments, rows: slice, keys: slice):
-    """Masked logits [P, G, R, C] in float32, and the derivative of the soft cap (or None)."""
-    wide = jnp.promote_types(q_PGRH.dtype, jnp.float32)
-    s = jnp.einsum("pgrh,pch->pgrc", q_PGRH, k_PCH, preferred_element_type=wide)
-    slope = None
-    if form.softcap is not None:
-        t = jnp.tanh(s / form.softcap)
-        s, slope = form.softcap * t, 1 - t * t
-    at_q = jnp.arange(rows.start, rows.stop)[None, None, :, None]
-    at_k = jnp.arange(keys.start, keys.stop)[None, None, None, :]
+def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array, axes):
+    """The scores with those a mask excludes at _MASKED; `axes` are those of rows and of keys."""
+    row_axis, key_axis = axes
+
+    def along(x: jax.Array, axis: int) -> jax.Array:
+        """[1 or P, length] laid along an axis of the scores."""
+        shape = [x.shape[0], 1, 1, 1]
+        shape[axis] = x.shape[1]
+        return x.reshape(shape)
+
+    at_q = along(jnp.arange(rows.start, rows.stop)[None], row_axis)
+    at_k = along(jnp.arange(keys.start, keys.stop)[None], key_axis)
     parts = []
     if form.causal:
         parts.append(at_k <= at_q)
@@ -147,50 +149,72 @@ def _scores(form: _Form, q_PGRH, k_PCH, segments, rows: slice, keys: slice):
         parts.append(at_k > at_q - form.window)
     if segments is not None:
         q_segments_PT, kv_segments_PS = segments
-        parts.append(q_segments_PT[:, None, rows, None] == kv_segments_PS[:, None, None, keys])
-    if parts:
-        s = jnp.where(functools.reduce(jnp.logical_and, parts), s, _MASKED)
-    return s, slope
+        same = along(q_segments_PT[:, rows], row_axis) == along(kv_segments_PS[:, keys], key_axis)
+        parts.append(same)
+    if not parts:
+        return scores
+    return jnp.where(functools.reduce(jnp.logical_and, parts), scores, _MASKED)
+
+
+def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Soft-capped scores and the cap's derivative, None without a cap."""
+    if form.softcap is None:
+        return scores, None
+    t = jnp.tanh(scores / form.softcap)
+    return form.softcap * t, 1 - t * t
 
 
 def _forward(form: _Form, arrays):
     """(out [P, G, T, H], log-sum-exp [P, G, T])."""
     q_PGTH, k_PSH, v_PSH, segments = arrays
+    dot = _wide_dot(q_PGTH)
     outs, sums = [], []
     for rows, keys in _blocks(form, q_PGTH.shape[2], k_PSH.shape[1]):
-        s, _ = _scores(form, q_PGTH[:, :, rows], k_PSH[:, keys], segments, rows, keys)
+        s, _ = _capped(form, dot("pgrh,pch->pgrc", q_PGTH[:, :, rows], k_PSH[:, keys]))
+        s = _visible(form, segments, rows, keys, s, axes=(2, 3))
         top = jnp.maximum(s.max(-1, keepdims=True), _MASKED / 2)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)  # rows that see nothing: out = 0
-        o = jnp.einsum(
-            "pgrc,pch->pgrh", p.astype(v_PSH.dtype), v_PSH[:, keys], preferred_element_type=s.dtype
-        )
+        o = dot("pgrc,pch->pgrh", p.astype(v_PSH.dtype), v_PSH[:, keys])
         outs.append((o / total).astype(q_PGTH.dtype))
         sums.append((top + jnp.log(total))[..., 0])
     return jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)
 
 
 def _backward(form: _Form, arrays):
-    """(dq [P, G, T, H], dk [P, H, S], dv [P, H, S]); the transposed sums keep products direct."""
+    """(dq [P, G, T, H], dk [P, S, H], dv [P, S, H]).
+
+    Everything is turned, keys first: then the products for keys and values, two of the three, take
+    their operands as they lie, and only the queries' gradient is made transposed and turned back.
+    """
     q_PGTH, k_PSH, v_PSH, segments, lse_PGT, delta_PGT, dout_PGTH = arrays
-    P, S, H = k_PSH.shape
-    dot = functools.partial(jnp.einsum, preferred_element_type=lse_PGT.dtype)
+    S = k_PSH.shape[1]
+    dot = _wide_dot(q_PGTH)
     dqs = []
-    dk_PHS = jnp.zeros((P, H, S), lse_PGT.dtype)
-    dv_PHS = jnp.zeros((P, H, S), lse_PGT.dtype)
+    dk_PSH = jnp.zeros(k_PSH.shape, lse_PGT.dtype)
+    dv_PSH = jnp.zeros(k_PSH.shape, lse_PGT.dtype)
     for rows, keys in _blocks(form, q_PGTH.shape[2], S):
         q, dout = q_PGTH[:, :, rows], dout_PGTH[:, :, rows]
         k, v = k_PSH[:, keys], v_PSH[:, keys]
-        s, slope = _scores(form, q, k, segments, rows, keys)
-        p = jnp.exp(s - lse_PGT[:, :, rows, None])
-        ds = p * (dot("pgrh,pch->pgrc", dout, v) - delta_PGT[:, :, rows, None])
+        s, slope = _capped(form, dot("pch,pgrh->pcgr", k, q))
+        s = _visible(form, segments, rows, keys, s, axes=(3, 1))
+        p = jnp.exp(s - lse_PGT[:, None, :, rows])
+        ds = p * (dot("pch,pgrh->pcgr", v, dout) - delta_PGT[:, None, :, rows])
         if slope is not None:
             ds = ds * slope
+        # Both operands contract their rows: XLA's CPU backend has no such product of bfloat16s.
+        dq = dot("pch,pcgr->phgr", k.astype(ds.dtype), ds).astype(q.dtype)
+        dqs.append(dq.transpose(0, 2, 3, 1))
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-        dqs.append(dot("pgrc,pch->pgrh", ds, k).astype(q.dtype))
-        outside = ((0, 0), (0, 0), (keys.start, S - keys.stop))
-        dk_PHS = dk_PHS + jnp.pad(dot("pgrh,pgrc->phc", q, ds), outside)
-        dv_PHS = dv_PHS + jnp.pad(dot("pgrh,pgrc->phc", dout, p), outside)
+        outside = ((0, 0), (keys.start, S - keys.stop), (0, 0))
+        dk_PSH = dk_PSH + jnp.pad(dot("pcgr,pgrh->pch", ds, q), outside)
+        dv_PSH = dv_PSH + jnp.pad(dot("pcgr,pgrh->pch", p, dout), outside)
     dtype = q_PGTH.dtype
-    return jnp.concatenate(dqs, 2), dk_PHS.astype(dtype), dv_PHS.astype(dtype)
+    return jnp.concatenate(dqs, 2), dk_PSH.astype(dtype), dv_PSH.astype(dtype)
+
+
+def _wide_dot(operand: jax.Array):
+    """einsum with sums in float32 at least."""
+    wide = jnp.promote_types(operand.dtype, jnp.float32)
+    return functools.partial(jnp.einsum, preferred_element_type=wide)

@@ -71,7 +71,7 @@ def dot_product_attention(
     if reference_forms():
         implementation = "reference"
     by_position = q_positions_BT is not None
-    library = _library_problem(by_position, softcap, q_segments_BT, kv_segments_BS)
+    library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
     problem = {
         "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
         "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
@@ -159,8 +159,10 @@ def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
     return ""
 
 
-def _library_problem(by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
+def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
     """Why jax.nn.dot_product_attention cannot serve the call, or ''."""
+    if q_BTNH.dtype == jnp.float16 and target_platform() != "gpu":
+        return "float16 off GPUs"
     if by_position:
         return "positions"
     if softcap is not None:
