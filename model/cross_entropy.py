@@ -169,18 +169,22 @@ def _join(T: int, x: jax.Array) -> jax.Array:
 
 
 def _chunk_losses(logits_CV: jax.Array, targets_C: jax.Array):
-    """(nll_C, log_z_C)."""
+    """(nll_C, log_z_C, exp_CV, total_C): exp_CV / total_C are the probabilities."""
     top_C = logits_CV.max(-1)
-    log_z_C = top_C + jnp.log(jnp.exp(logits_CV - top_C[:, None]).sum(-1))
-    return log_z_C - jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0], log_z_C
+    exp_CV = jnp.exp(logits_CV - top_C[:, None])
+    total_C = exp_CV.sum(-1)
+    log_z_C = top_C + jnp.log(total_C)
+    target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+    return log_z_C - target_C, log_z_C, exp_CV, total_C
 
 
-def _chunk_gradients(form: _Form, logits_CV, log_z_C, h_CD, head_VD, targets_C, soft_C, hard_C):
+def _chunk_gradients(form: _Form, logits_CV, exp_CV, h_CD, head_VD, targets_C, soft_C, hard_C):
     """Gradients of sum_c (soft_c log_z_c - hard_c logit_c[target]): (dh_CD, dhead).
 
-    On CPU dhead is [D, V], a product that runs at full rate; elsewhere [V, D].
+    exp_CV are probabilities up to a factor per token, which soft_C makes good. On CPU dhead is
+    [D, V], a product that runs at full rate; elsewhere [V, D].
     """
-    d_CV = soft_C[:, None] * jnp.exp(logits_CV - log_z_C[:, None])
+    d_CV = soft_C[:, None] * exp_CV
     hit_CV = _is_target(targets_C, logits_CV.shape[-1])
     d_CV = d_CV - jnp.where(hit_CV, hard_C[:, None], 0)
     d_CV = form.logits.product_gradient(d_CV, logits_CV)
@@ -217,10 +221,10 @@ def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
     def body(dhead, xs):
         h_CD, targets_C, weights_C = xs
         logits_CV = form.logits.logits(h_CD, head_VD)
-        nll_C, log_z_C = _chunk_losses(logits_CV, targets_C)
-        soft_C = weights_C * (1 + 2 * form.z_loss * log_z_C)
+        nll_C, log_z_C, exp_CV, total_C = _chunk_losses(logits_CV, targets_C)
+        soft_C = weights_C * (1 + 2 * form.z_loss * log_z_C) / total_C
         dh_CD, new = _chunk_gradients(
-            form, logits_CV, log_z_C, h_CD, head_VD, targets_C, soft_C, weights_C
+            form, logits_CV, exp_CV, h_CD, head_VD, targets_C, soft_C, weights_C
         )
         return dhead + new, (dh_CD, nll_C, log_z_C)
 
@@ -249,7 +253,7 @@ _chunked_sum.defvjp(_chunked_sum_fwd, _chunked_sum_bwd)
 def _chunked_nll(form: _Form, h_TD, head_VD, targets_T):
     def body(_, xs):
         h_CD, targets_C = xs
-        return None, _chunk_losses(form.logits.logits(h_CD, head_VD), targets_C)
+        return None, _chunk_losses(form.logits.logits(h_CD, head_VD), targets_C)[:2]
 
     _, outs = jax.lax.scan(body, None, _split(form, h_TD, targets_T))
     nll_T, log_z_T = (_join(h_TD.shape[0], x) for x in outs)
@@ -269,8 +273,9 @@ def _chunked_nll_bwd(form: _Form, residuals, cotangents):
     def body(dhead, xs):
         h_CD, targets_C, log_z_C, dnll_C, dlog_z_C = xs
         logits_CV = form.logits.logits(h_CD, head_VD)
+        exp_CV = jnp.exp(logits_CV - log_z_C[:, None])
         dh_CD, new = _chunk_gradients(
-            form, logits_CV, log_z_C, h_CD, head_VD, targets_C, dnll_C + dlog_z_C, dnll_C
+            form, logits_CV, exp_CV, h_CD, head_VD, targets_C, dnll_C + dlog_z_C, dnll_C
         )
         return dhead + new, dh_CD
 
