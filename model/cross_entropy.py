@@ -24,6 +24,7 @@ from model.vocab_logits import LogitForm
 
 IMPLEMENTATIONS = ("auto", "reference", "onehot", "chunked", "blocked")
 LARGE_VOCABULARY = 65_536  # above it, one batch of float32 logits no longer fits beside a model
+CHUNK_LOGITS = 2**26  # of one chunk at most: 256 MiB
 
 
 class _Form(NamedTuple):
@@ -57,7 +58,7 @@ def weighted_cross_entropy(
       softcap: c in c * tanh(x / c), or None.
       z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311).
       implementation: 'auto' picks by platform and vocabulary; see the top of this file.
-      chunk: rows per step of 'chunked'.
+      chunk: tokens per step of 'chunked', fewer where their logits would pass CHUNK_LOGITS.
 
     Returns:
       (the sum, a float32 scalar that is differentiated; nll_T and log_z_T, float32, for metrics only:
@@ -107,7 +108,7 @@ def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tu
         else:
             implementation = "blocked" if head_VD.shape[0] > LARGE_VOCABULARY else "onehot"
     logit_form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
-    form = _Form(logit_form, z_loss, chunk)
+    form = _Form(logit_form, z_loss, min(chunk, max(1, CHUNK_LOGITS // head_VD.shape[0])))
     return form, implementation
 
 

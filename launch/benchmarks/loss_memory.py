@@ -1,53 +1,66 @@
-"""Peak memory of the loss and its gradients with 256,000 tokens in the vocabulary."""
+"""Peak memory of the loss and its gradients at 256,000 vocabulary entries, chunked against plain.
 
-import json
-import subprocess
-import sys
-from typing import Any
-
-TOKENS, WIDTH, VOCABULARY = 2048, 256, 256_000
-FORMS = ("chunked", "reference")
-
-# A fresh process per form: the highest resident set is a process's own.
-_PROGRAM = """
-import json, resource, sys, time
-import jax, jax.numpy as jnp
-from model.cross_entropy import weighted_cross_entropy
-tokens, width, vocabulary, form = *map(int, sys.argv[1:4]), sys.argv[4]
-h = jax.random.normal(jax.random.key(0), (tokens, width))
-head = 0.02 * jax.random.normal(jax.random.key(1), (vocabulary, width))
-targets = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
-weights = jnp.ones(tokens)
-def loss(h, head):
-    return weighted_cross_entropy(h, head, targets, weights, implementation=form)[0] / tokens
-step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(h, head).compile()
-jax.block_until_ready((h, head))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-begin = time.perf_counter()
-value, grads = jax.block_until_ready(step(h, head))
-print(json.dumps({
-    "loss": float(value),
-    "seconds": time.perf_counter() - begin,
-    "peak_growth_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-    "compiler_temporaries_mb": step.memory_analysis().temp_size_in_bytes / 2**20,
-}))
+Every form runs in a fresh process; what the process held before the step is taken off its peak.
 """
 
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
 
-def run() -> dict[str, Any]:
-    """Growth of the resident set by one loss with gradients, per form of the cross-entropy."""
-    sizes = [str(size) for size in (TOKENS, WIDTH, VOCABULARY)]
-    found = {}
-    for form in FORMS:
-        command = [sys.executable, "-c", _PROGRAM, *sizes, form]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[form] = json.loads(done.stdout)
-    whole = TOKENS * VOCABULARY * 4 / 2**20
+VOCABULARY = 256_000
+FORMS = ("chunked", "reference")
+
+
+def run(*, tokens: int = 2048, width: int = 256) -> dict[str, Any]:
+    """Measures every form on `tokens` tokens; one [tokens, vocabulary] array is the unit."""
+    found = {form: _fresh(form, tokens, width) for form in FORMS}
     return {
-        "tokens": TOKENS,
-        "width": WIDTH,
+        "tokens": tokens,
         "vocabulary": VOCABULARY,
-        "float32_logits_of_all_tokens_mb": whole,
-        "gradients_mb": (TOKENS + VOCABULARY) * WIDTH * 4 / 2**20,
+        "width": width,
+        "logits_of_the_batch_mb": tokens * VOCABULARY * 4 / 1e6,
+        "head_mb": VOCABULARY * width * 4 / 1e6,
         **found,
+        "peak_reference_over_chunked": (
+            found["reference"]["peak_over_start_mb"] / found["chunked"]["peak_over_start_mb"]
+        ),
     }
+
+
+def _fresh(form: str, tokens: int, width: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "launch.benchmarks.loss_memory", form, str(tokens), str(width)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from model.cross_entropy import weighted_cross_entropy
+
+    def loss(h_TD, head_VD, targets_T):
+        weights_T = jnp.ones(h_TD.shape[0])
+        return weighted_cross_entropy(h_TD, head_VD, targets_T, weights_T, implementation=form)[0]
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    h_TD = jax.random.normal(jax.random.key(0), (tokens, width))
+    head_VD = 0.02 * jax.random.normal(jax.random.key(1), (VOCABULARY, width))
+    targets_T = jnp.arange(tokens, dtype=jnp.int32) % VOCABULARY
+    compiled = step.lower(h_TD, head_VD, targets_T).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    value, _ = jax.block_until_ready(compiled(h_TD, head_VD, targets_T))
+    return {
+        "loss": float(value),
+        "peak_over_start_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3,
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import cross_entropy
 from model.cross_entropy import token_log_probs, weighted_cross_entropy
 from model.platform import use_platform, use_reference_forms
 from trainers import partitioning
@@ -169,7 +170,7 @@ def largest_array(function, *args) -> int:
     return max(sizes)
 
 
-def test_chunked_never_holds_the_logits_of_all_tokens():
+def test_chunked_never_holds_the_logits_of_all_tokens(monkeypatch):
     """With 256,000 entries the batch's logits would be 16 times a chunk's."""
     shapes = ((128, 4), jnp.float32), ((256_000, 4), jnp.float32), ((128,), jnp.int32)
     h, head, targets = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
@@ -183,6 +184,8 @@ def test_chunked_never_holds_the_logits_of_all_tokens():
         return jax.grad(loss, (0, 1))
 
     assert largest_array(grad("chunked"), h, head, targets) == 8 * 256_000
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 2 * 256_000)
+    assert largest_array(grad("chunked"), h, head, targets) == 256_000 * 4  # the head itself
     assert largest_array(grad("reference"), h, head, targets) == 128 * 256_000
 
 
