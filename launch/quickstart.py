@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [f"MODEL_DIR={directory!r}"],
             entry="launch.train:train",
         )
-        result = config.entry()
+        result = config.entry(started=time.monotonic())
         if result["interrupted"]:
             print("Interrupted; `make quickstart` goes on from here.")
             return 1

@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from data import cpu_tensorflow
 from data import stream as streams
@@ -60,6 +62,7 @@ def train(
     writers: Sequence[Callable[[], metrics.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[Hook] = (),
+    started: float | None = None,
 ) -> dict[str, float]:
     """Trains `recipe` on `stream` up to `total_steps` updates.
 
@@ -85,6 +88,8 @@ def train(
         directory; called once all is checked, by the one process that writes.
       profile: a window of steps to profile.
       hooks: further hooks.
+      started: reading of time.monotonic from which the run's time is counted; the start of this
+        process when None.
 
     Returns:
       The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early
@@ -94,7 +99,7 @@ def train(
       ValueError: a configuration, mesh, data or run directory that does not fit.
       AnomalousStepError: the loss policy ended the run.
     """
-    goodput = Goodput(started=process_start())
+    goodput = Goodput(started=process_start() if started is None else started)
     primary = jax.process_index() == 0
     _check_numbers(
         TRAIN_STEPS=total_steps,
@@ -175,7 +180,7 @@ def train(
             checkpoint_period=checkpoint_period,
             meta=meta,
             log_period=log_period,
-            host_metrics=_host_metrics(recipe, program),
+            host_metrics=_host_metrics(recipe, program, total_steps),
             hooks=(*([evaluation] if held_out else []), *hooks),
             anomaly=recipe.anomaly,
             stop=stop,
@@ -250,13 +255,21 @@ def _writers(
     ]
 
 
-def _host_metrics(recipe: Recipe, program: Program) -> Callable[[int, float], Mapping[str, float]]:
+def _host_metrics(
+    recipe: Recipe, program: Program, total_steps: int
+) -> Callable[[int, float], Mapping[str, float]]:
+    # Tabulated: evaluated one by one they would wait behind the step that is running.
+    rates = np.asarray(
+        jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))(
+            jnp.arange(total_steps)
+        )
+    )
     per_token = flops_per_token(recipe, program)
     devices = list(program.mesh.devices.flat)
 
     def values(updates: int, rate: float) -> Mapping[str, float]:
         # An update is made with the rate of as many as there were before it.
-        found = {"learning_rate": float(recipe.learning_rate(max(updates - 1, 0)))}
+        found = {"learning_rate": float(rates[max(updates - 1, 0)])}
         if rate:
             found["tokens_per_second"] = rate
             found["model_flops_per_second"] = rate * per_token

@@ -108,7 +108,9 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         found: dict[int, Continuation] = {}
         batches = batches_by_length(lengths, self._batch_size)
-        for batch in tqdm(batches, desc="generate", unit="batch", disable=None):
+        for batch in tqdm(
+            batches, desc="generate", unit="batch", disable=True if len(batches) == 1 else None
+        ):
             length = bucket_length(lengths[batch[0]], limit=limit)
             for i, row in zip(batch, self._batch(prompts, batch, length, seed), strict=True):
                 found[i] = row

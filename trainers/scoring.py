@@ -83,7 +83,9 @@ class Scorer:
         lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
         result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
         batches = batches_by_length(lengths, self._batch_size)
-        for batch in tqdm(batches, desc="score", unit="batch", disable=None):
+        for batch in tqdm(
+            batches, desc="score", unit="batch", disable=True if len(batches) == 1 else None
+        ):
             length = bucket_length(lengths[batch[0]], limit=limit)
             logp_BT = self._score([rows[i] for i in batch], length)
             for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may be filled up
