@@ -1,0 +1,48 @@
+"""The benchmark's two sides start from the same numbers: weights, rows and optimiser settings."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from launch import gin_config
+from launch.benchmarks import case, llama_jax, pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("case")
+    case.write(str(path), steps=2)
+    return path
+
+
+def test_the_recipe_has_the_shapes_of_the_shared_weights(folder):
+    config = gin_config.load(
+        llama_jax.FILES,
+        case.bindings(case.CASE),
+        entry="launch.train:train",
+        unused={"TASKS": "()"},
+    )
+    recipe = config.arguments()["recipe"]
+    with np.load(folder / "weights.npz") as weights:
+        params = case.params_of({name: weights[name] for name in weights.files})
+    abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
+    sizes = json.loads((folder / "case.json").read_text())
+    assert (recipe.batch_size, recipe.length) == (sizes["batch_size"], sizes["length"])
+    assert float(recipe.learning_rate(0)) == np.float32(sizes["learning_rate"])
+
+
+def test_rows_predict_their_own_next_token(folder):
+    rows = np.load(folder / "tokens.npy")[0]
+    batch = llama_jax.batch_of(rows)
+    np.testing.assert_array_equal(batch["decoder_target_tokens"][:, :-1], rows[:, 1:])
+    assert batch["decoder_loss_weights"][:, :-1].all()
+    assert not batch["decoder_loss_weights"][:, -1].any()
+
+
+def test_ratio_is_of_pairs():
+    found = pairs.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
+    assert found["median"] == 3.0
+    assert found["interval_95"] == [2.0, 5.0]
