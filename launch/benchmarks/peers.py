@@ -51,7 +51,8 @@ def run(
     ) as process:
         out, errors = process.communicate()
     if process.returncode:
-        raise PeerError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
+        status = f"ended with status {process.returncode}"  # negative: the signal that ended it
+        raise PeerError(f"{' '.join(command)} {status}:\n{errors[-2000:]}")
     wall = time.perf_counter() - before
     others = (_busy_seconds() - busy) - (_used_by_children() - used)
     report = json.loads(out.strip().splitlines()[-1])
