@@ -25,7 +25,8 @@ def test_a_package_from_elsewhere_is_named(tmp_path, monkeypatch):
 
 
 def test_a_plain_data_folder_before_the_project_is_found(tmp_path):
-    # As when an installed project is shadowed by ./data of the working directory.
+    # As when a project on the path is shadowed by ./data of the working directory. -S: an editable
+    # install in compat mode puts the packages on the path, where they win over a plain folder.
     (tmp_path / "data").mkdir()
     code = (
         "import importlib.util, sys\n"
@@ -34,7 +35,7 @@ def test_a_plain_data_folder_before_the_project_is_found(tmp_path):
         "module.check(('data',))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode != 0
