@@ -13,8 +13,7 @@ VARIABLE = "ESPALIER_CACHE"
 def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib.Path:
     """`parts` under `override`, else under $ESPALIER_CACHE, else under ~/.cache/espalier."""
     if override is None:
-        user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        override = os.environ.get(VARIABLE) or os.path.join(user_cache, "espalier")
+        override = os.environ.get(VARIABLE) or "~/.cache/espalier"
     return pathlib.Path(override).expanduser().joinpath(*parts)
 
 
