@@ -49,6 +49,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",
+        "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "zstandard>=0.23",
         "ruff>=0.12",

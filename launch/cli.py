@@ -13,6 +13,7 @@ so that --help answers at once and jax starts in the environment set here.
 
 import argparse
 import dataclasses
+import errno
 import linecache
 import os
 import sys
@@ -225,6 +226,8 @@ def _meant_for_people(error: Exception) -> bool:
     """An error this project raised itself about its input; anything else is a bug to be traced."""
     if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
         return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True  # whatever was writing
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainers.metric_writers import read_jsonl
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
@@ -68,8 +70,6 @@ def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
 
 def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, without those of steps that a rollback gave up."""
-    from trainers.metrics import read_jsonl  # imports jax, which --help can do without
-
     path = os.path.join(directory, "metrics.jsonl")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")

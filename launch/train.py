@@ -31,7 +31,7 @@ from data import stream as streams
 from data import tasks as task_registry
 from launch import gin_config, run_dir
 from launch.parameter_table import parameter_table
-from trainers import checkpoint, flops, metrics, partitioning, profiler, restore, signals
+from trainers import checkpoint, flops, metric_writers, partitioning, profiler, restore, signals
 from trainers.batches import Prefetcher, Stream
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
@@ -59,7 +59,7 @@ def train(
     initial_strict: bool = True,
     initial_use_ema: bool = False,
     log_period: int = 10,
-    writers: Sequence[Callable[[], metrics.MetricWriter]] = (),
+    writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[Hook] = (),
     started: float | None = None,
@@ -160,7 +160,7 @@ def train(
             )
             _check_same_vocabulary(start, meta)
         writer = stack.enter_context(
-            contextlib.closing(metrics.MultiWriter(_writers(run, start.step, writers)))
+            contextlib.closing(metric_writers.MultiWriter(_writers(run, start.step, writers)))
         )
         if primary:
             _announce(recipe, program, data, start, total_steps)
@@ -244,13 +244,13 @@ def _first_batch(start: restore.Restored) -> int:
 
 
 def _writers(
-    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metrics.MetricWriter]]
-) -> list[metrics.MetricWriter]:
+    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metric_writers.MetricWriter]]
+) -> list[metric_writers.MetricWriter]:
     if not run.writer:
         return []
     return [
-        metrics.JsonlWriter(run.metrics, first_step=first_step + 1),
-        metrics.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
+        metric_writers.JsonlWriter(run.metrics, first_step=first_step + 1),
+        metric_writers.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
         *(make() for make in more),
     ]
 

@@ -275,7 +275,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            try:
+                self._orbax.close()
+            except Exception as error:
+                # No step that counts waits for Orbax: this is of a save whose failure has been raised.
+                _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -22,7 +22,8 @@ from trainers.batches import Prefetcher, Stream
 from trainers.checkpoint import Checkpointer
 from trainers.goodput import Goodput
 from trainers.hooks import Hook
-from trainers.metrics import LateFetch, MetricWriter, add, divide
+from trainers.metric_writers import MetricWriter
+from trainers.metrics import LateFetch, add, divide
 from trainers.profiler import ProfilerWindow
 from trainers.signals import StopRequest
 from trainers.step import TrainStep

@@ -104,6 +104,13 @@ def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_n
     assert not cli._meant_for_people(caught(lambda: int("x")))
 
 
+def test_a_full_disk_is_for_people_whoever_was_writing():
+    with pytest.raises(OSError) as caught, open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    assert cli._meant_for_people(caught.value)
+    assert not cli._meant_for_people(OSError("of another kind"))
+
+
 def test_several_files_and_search_paths(gin_file, toy_gin, tmp_path):
     import toy_run
 

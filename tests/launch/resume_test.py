@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from trainers import schedules, signals, step_dir
-from trainers.metrics import read_jsonl
+from trainers.metric_writers import read_jsonl
 from trainers.state_tree import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -176,30 +176,49 @@ def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for about three checkpoints."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs privileges")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small_disk():
+    """Mounts a file system with room for about three checkpoints at a new folder."""
+    mounted = []
+
+    def mount(folder):
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs privileges")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+# With all of the run on the disk, chance decides whether a checkpoint or a row of metrics is too much.
+@pytest.mark.parametrize(
+    ("folder", "error"),
+    [
+        ("checkpoints", r"could not save .*/checkpoints/\d+: the disk is full.*; step \d+ is good"),
+        ("", r"could not save .*: the disk is full|cannot write .*: No space left on device"),
+    ],
+    ids=["for checkpoints", "for all"],
+)
 def test_a_full_disk_ends_in_one_error_and_the_run_goes_on_when_there_is_room(
-    train, whole, small_disk
+    train, whole, tmp_path, small_disk, folder, error
 ):
+    path = tmp_path / "run"
+    if folder:
+        path.mkdir()
+    small_disk(path / folder)
     bindings = ("checkpoint.Checkpointer.keep_last=None",)
-    result = train(*flags(train, small_disk, *bindings))
+    result = train(*flags(train, path, *bindings))
     assert result.status == 2
     message = result.err[result.err.rindex("\nerror: ") :]
-    assert re.search(r"could not save .*/checkpoints/\d+: the disk is full", message), message
-    good = int(re.search(r"step (\d+) is good", message)[1])
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    assert f"step {good} from" in run(train, small_disk, *bindings).out
-    assert digests(small_disk, 24) == digests(whole, 24)
-    assert rows(small_disk) == rows(whole)
+    assert re.search(error, message), message
+    good = max(step_dir.complete_steps(epath.Path(path / "checkpoints")))
+    assert good >= 4
+    subprocess.run(["mount", "-o", "remount,size=64m", str(path / folder)], check=True)
+    assert f"step {good} from" in run(train, path, *bindings).out
+    assert digests(path, 24) == digests(whole, 24)
+    assert rows(path) == rows(whole)
 
 
 def test_changing_phase_compiles_nothing(train, tmp_path):

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from launch.train import flops_per_token
-from trainers.metrics import read_jsonl
+from trainers.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = ("models/tiny", "data/files", "runs/pretrain")

@@ -674,7 +674,9 @@ def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
         found[restored.step] += 1
         for i in range(6):
             assert (np.asarray(restored.state["params"][f"w{i}"]) == restored.step * 10 + i).all()
-        assert [p.name for p in directory.iterdir()] == [str(restored.step)]
+        # The step before is still there if the kill came between its successor and its deletion.
+        left = {p.name for p in directory.iterdir()}
+        assert {str(restored.step)} <= left <= {str(restored.step), str(restored.step - 1)}
     assert found["cut short"] >= 3, found  # The moments were not all between saves.
 
 

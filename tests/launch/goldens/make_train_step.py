@@ -22,7 +22,7 @@ BINDINGS = (
 
 def numbers(metrics_file):
     """One mapping for each update."""
-    from trainers.metrics import read_jsonl
+    from trainers.metric_writers import read_jsonl
 
     return [{name: row[name] for name in NUMBERS} for row in read_jsonl(metrics_file)]
 

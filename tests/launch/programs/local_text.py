@@ -76,7 +76,7 @@ class Sleep:
 
     every = 1
 
-    def __init__(self, *, seconds=0.03):
+    def __init__(self, *, seconds=0.1):
         self._seconds = seconds
 
     def __call__(self, step, state, metrics):

@@ -1,0 +1,213 @@
+"""Where metrics are written: JSON lines, TensorBoard, Weights & Biases."""
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+# Flushing an event file waits for the disk.
+_FLUSH_SECONDS = 10
+
+_log = logging.getLogger(__name__)
+
+
+class WriterError(ValueError):
+    """A metric writer cannot be used as configured, or cannot write any more."""
+
+
+class MetricWriter(Protocol):
+    """Takes the scalars of a step, which may be written several times.
+
+    Steps do not decrease, but for a rollback: after a row with `rollback_to` they go on from there, and
+    the rows of later steps before it are of updates that were given up.
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One JSON object a line: {"step": ..., "time": ..., name: value, ...}.
+
+    NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity";
+    `read_jsonl` turns them back. A line is written in one call, so that a kill can only cut the last
+    one short.
+    """
+
+    def __init__(self, path: str, *, first_step: int | None = None):
+        """Opens the file to go on with `first_step`; lines of that step and later are dropped."""
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        if first_step is not None and os.path.exists(path):
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < first_step]
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in kept)
+            os.replace(f"{path}.tmp", path)
+        self._path = path
+        # Unbuffered: nothing that could not be written is left over for `close` to fail on again.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": int(step), "time": round(time.time(), 3)}
+        row.update({name: _jsonable(value) for name, value in values.items()})
+        self._line(row)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._line({"step": int(step), "time": round(time.time(), 3), name: text})
+
+    def _line(self, row: Mapping[str, Any]) -> None:
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with _written(self._path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> None:
+        pass  # every line is written at once
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short is left out."""
+    special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+    rows = [json.loads(line) for line in _whole_lines(path)]
+    return [
+        {k: special.get(v, v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
+    ]
+
+
+def _whole_lines(path: str) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return [line[:-1] for line in file if line.endswith("\n") and line.strip()]
+
+
+def _jsonable(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard; points of `first_step` and later from before are hidden.
+
+    Events are written where they arise and not by tensorboardX's own thread: that one dies when the
+    disk is full, and the loop would then wait for it forever.
+    """
+
+    def __init__(self, path: str, *, first_step: int | None = None):
+        # Slow to import, and not needed by most processes.
+        from tensorboardX import RecordWriter, summary
+        from tensorboardX.proto import event_pb2
+
+        self._event, self._text = event_pb2.Event, summary.text
+        os.makedirs(path, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = os.path.join(path, name)
+        self._records = RecordWriter(self._path)
+        self._flushed = time.monotonic()
+        self._add(file_version="brain.Event:2")
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=first_step, session_log=start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [{"tag": name, "simple_value": float(v)} for name, v in values.items()]
+        self._add(step=int(step), summary={"value": scalars})
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._add(step=int(step), summary=self._text(name, text))
+
+    def _add(self, **fields: Any) -> None:
+        with _written(self._path):
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        with _written(self._path):
+            self._records.flush()
+
+    def close(self) -> None:
+        try:
+            self._records.close()
+        except OSError as error:  # An error under way matters more than this view of the metrics.
+            _log.warning("%s: the last points are missing: %s.", self._path, error.strerror)
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[None]:
+    """Says which file could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise WriterError(
+            f"cannot write {path}: {error.strerror}. Once it can be written (make room, if the disk "
+            "is full), start the same command again: it goes on from the last checkpoint."
+        ) from error
+
+
+class WandbWriter:
+    """Weights & Biases, with the `wandb` extra; its account settings are the user's own."""
+
+    def __init__(
+        self, *, project: str, name: str | None = None, config: Any = None, **settings: Any
+    ):
+        """Starts a run; `settings` go to wandb.init."""
+        try:
+            import wandb
+        except ImportError:
+            raise WriterError(
+                "WandbWriter needs the package wandb, which is not installed: "
+                "pip install 'espalier-lm[wandb]', or leave the writer out of the configuration."
+            ) from None
+        self._wandb = wandb
+        self._run = wandb.init(project=project, name=name, config=config, **settings)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=int(step))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._run.log({name: self._wandb.Html(f"<pre>{text}</pre>")}, step=int(step))
+
+    def flush(self) -> None:
+        pass  # wandb sends in the background
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MultiWriter:
+    """Writes to all of several writers."""
+
+    def __init__(self, writers: Sequence[MetricWriter]):
+        self._writers = list(writers)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        for writer in self._writers:
+            writer.text(step, name, text)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
