@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke lint peers clean
+.PHONY: help venv quickstart test smoke test-tpu lint peers clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint:       ruff, mypy.   make peers: reference implementations in .venv-peers."
+	@echo "make lint: ruff, mypy.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers."
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,11 @@ test: venv
 
 smoke: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke
+
+# The tests that compile for absent TPUs; libtpu is a large download and exists for Linux only.
+test-tpu: venv
+	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) 'jax[tpu]>=0.10'
+	$(BIN)/python -m pytest -m tpu
 
 lint: venv
 	$(BIN)/ruff check .

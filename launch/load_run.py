@@ -118,7 +118,7 @@ class RunConfig:
 
         mesh = partitioning.make_mesh(shape=self.mesh)
         rules = partitioning.rules_named(self.rules)
-        boxed = initialise.abstract_params(self.model)
+        boxed = initialise.abstract_variables(self.model)["params"]
         rows = partitioning.batch_sharding(mesh, rules)
         shards = mesh.devices.size // rows.shard_shape((mesh.devices.size,))[0]
         partitioning.validate(

@@ -31,8 +31,18 @@ from data import stream as streams
 from data import tasks as task_registry
 from launch import gin_config, run_dir
 from launch.parameter_table import parameter_table
-from trainers import checkpoint, flops, metric_writers, partitioning, profiler, restore, signals
+from trainers import (
+    batches,
+    checkpoint,
+    flops,
+    metric_writers,
+    partitioning,
+    profiler,
+    restore,
+    signals,
+)
 from trainers.batches import Prefetcher, Stream
+from trainers.compile_ahead import compiling
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
 from trainers.hooks import Hook
@@ -146,7 +156,8 @@ def train(
             stop=stop.asked,
         )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
-        with goodput.measure("init"):
+        batch = batches.abstract_batch(data, program.batch_sharding)
+        with goodput.measure("init"), compiling(program, steps.train, batch):
             start = restore.restore_or_initialise(
                 saver,
                 program.abstract_state,

@@ -56,7 +56,7 @@ def load_model(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_initialises_abstractly_with_its_size(name):
-    params = initialise.abstract_params(load_model(name))
+    params = initialise.abstract_variables(load_model(name))["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
 

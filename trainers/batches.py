@@ -60,6 +60,17 @@ def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str
     return {name: place(name, array) for name, array in first.items()}
 
 
+def abstract_batch(stream: Stream, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the stream's global batches."""
+
+    def whole(row: np.ndarray) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(row.dtype)  # as arrays are given to devices
+        shape = (stream.batch_size, *row.shape[1:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return {name: whole(row) for name, row in stream.batch(0, 0, 1).items()}
+
+
 class Prefetcher:
     """Global batches of consecutive steps, `ahead` of them prepared by a thread.
 

@@ -14,10 +14,14 @@ from trainers.partitioning import Rules, mesh_spec
 from trainers.train_state import TrainState
 
 
-def abstract_params(model: Any, *, length: int = 8) -> Any:
-    """Shapes and dtypes of the parameters, boxed with their logical axis names; allocates nothing."""
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+def variables(model: Any, key: jax.Array, *, length: int = 8) -> Any:
+    """New variables of a model, boxed with their logical axis names."""
+    return model.init(key, jnp.zeros((1, length), jnp.int32))
+
+
+def abstract_variables(model: Any) -> Any:
+    """Shapes and dtypes of `variables`; allocates nothing."""
+    return jax.eval_shape(lambda: variables(model, jax.random.key(0)))
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -30,21 +34,18 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def make_state(
-    model: Any,
+    boxed: Any,
     optimizer: optax.GradientTransformation,
     *,
-    key: jax.Array,
     mask: Any = None,
     ema: bool = False,
     anomaly: Anomaly | None = None,
-    length: int = 8,
 ) -> TrainState:
-    """The state of step 0; jit it with `out_shardings` to create it sharded."""
-    variables = model.init(key, jnp.zeros((1, length), jnp.int32))
-    variables = nn.meta.unbox(variables)
-    params = variables["params"]
+    """The state of step 0 with these `variables`; jit it with `out_shardings` to create it sharded."""
+    unboxed = nn.meta.unbox(boxed)
+    params = unboxed["params"]
     extra = {
-        name: value for name, value in variables.items() if name not in ("params", "intermediates")
+        name: value for name, value in unboxed.items() if name not in ("params", "intermediates")
     }
     if anomaly is not None:
         extra[STATISTICS] = anomaly.init()

@@ -87,7 +87,8 @@ class Recipe:
         """
         mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
         rules = partitioning.rules_named(self.rules)
-        boxed = initialise.abstract_params(self.model)
+        variables = initialise.abstract_variables(self.model)
+        boxed = variables["params"]
         partitioning.validate(
             mesh=mesh,
             rules=rules,
@@ -105,13 +106,12 @@ class Recipe:
         optimizer = self.optimizer(learning_rate=self.learning_rate)
         make_state = functools.partial(
             initialise.make_state,
-            self.model,
-            optimizer,
+            optimizer=optimizer,
             mask=mask,
             ema=self.ema_decay is not None,
             anomaly=self.anomaly,
         )
-        abstract = jax.eval_shape(lambda: make_state(key=jax.random.key(self.seed)))
+        abstract = jax.eval_shape(make_state, variables)
         shardings = initialise.state_shardings(abstract, optimizer, params, mesh=mesh, mask=mask)
 
         def steps(num_sources: int) -> Steps:
@@ -148,7 +148,8 @@ class Recipe:
                 shardings,
             ),
             init=jax.jit(
-                lambda: make_state(key=jax.random.key(self.seed)), out_shardings=shardings
+                lambda: make_state(initialise.variables(self.model, jax.random.key(self.seed))),
+                out_shardings=shardings,
             ),
             steps=steps,
             batch_sharding=partitioning.batch_sharding(mesh, rules),

@@ -26,6 +26,7 @@ def main(folder: str, steps: int) -> None:
     from launch import gin_config
     from launch.benchmarks import case as case_lib
     from trainers import partitioning
+    from trainers.compile_ahead import compiling
 
     case = case_lib.CASE
     config = gin_config.load(
@@ -39,7 +40,11 @@ def main(folder: str, steps: int) -> None:
     first_step = None
     with partitioning.use_mesh(program.mesh, program.rules):
         train = program.steps(1).train
-        with np.load(os.path.join(folder, "weights.npz")) as weights:
+        batch = recipe.abstract_batch(program.batch_sharding)
+        with (
+            np.load(os.path.join(folder, "weights.npz")) as weights,
+            compiling(program, train, batch),
+        ):
             state = initial_state(program, {name: weights[name] for name in weights.files})
         for step in range(steps):
             begin, cpu = time.perf_counter(), time.process_time()

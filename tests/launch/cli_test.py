@@ -209,6 +209,22 @@ def test_huge_pages_are_for_cpu_hosts(monkeypatch, variables, devices, expected)
     assert environment._huge_pages_help() is expected
 
 
+@pytest.mark.parametrize(
+    ("before", "platforms", "after"),
+    [
+        ("", "cpu", "--xla_backend_optimization_level=2"),
+        ("--a=1", "cpu", "--a=1 --xla_backend_optimization_level=2"),
+        ("--xla_backend_optimization_level=0", "cpu", "--xla_backend_optimization_level=0"),
+        ("--a=1", "cuda", "--a=1"),
+    ],
+)
+def test_programs_for_cpus_are_optimised_as_far_as_it_pays(monkeypatch, before, platforms, after):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    environment.prepare()
+    assert os.environ["XLA_FLAGS"] == after
+
+
 @pytest.mark.multiprocess
 def test_two_processes_find_each_other(toy_modules):
     with socket.socket() as free:

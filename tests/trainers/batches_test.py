@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trainers import partitioning
-from trainers.batches import Prefetcher, global_batch
+from trainers.batches import Prefetcher, abstract_batch, global_batch
 
 
 class Counting:
@@ -33,6 +33,9 @@ def test_rows_do_not_depend_on_the_mesh(shape):
     got = global_batch(stream, 3, partitioning.batch_sharding(mesh, partitioning.fsdp_tp()))
     np.testing.assert_array_equal(got["x"][:, 0], 3000 + np.arange(8))
     np.testing.assert_array_equal(got["source_ids"], np.arange(8) % 2)
+    want = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), got)
+    like = abstract_batch(Counting(), partitioning.batch_sharding(mesh, partitioning.fsdp_tp()))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), like) == want
     # Every range is read once, although several devices and both arrays need it.
     assert len(stream.asked) == len(set(stream.asked))
 

@@ -88,7 +88,9 @@ def validate(mesh, rules, *, boxed=None, batch=ROWS, length=LENGTH, limit=2**31,
 
 
 def boxed_params(**sizes):
-    return initialise.abstract_params(Transformer(config=TransformerConfig(**{**SIZES, **sizes})))
+    return initialise.abstract_variables(
+        Transformer(config=TransformerConfig(**{**SIZES, **sizes}))
+    )["params"]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,9 @@ def expected_spec(name, *, fsdp, tensor):
 def test_shardings_of_every_parameter(rules, fsdp, tensor):
     model = Transformer(config=TransformerConfig(**SIZES), tie_embeddings=False)
     mesh, rules = mesh_of(fsdp=2, tensor=4), partitioning.rules_named(rules)
-    shardings = initialise.param_shardings(initialise.abstract_params(model), mesh, rules)
+    shardings = initialise.param_shardings(
+        initialise.abstract_variables(model)["params"], mesh, rules
+    )
     found = {path_name(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
     assert len(found) == 12
     for name, spec in found.items():
