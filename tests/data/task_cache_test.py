@@ -7,6 +7,8 @@ import os
 
 import numpy as np
 import pytest
+import seqio
+import tensorflow as tf
 
 from data import (
     cache,
@@ -20,9 +22,6 @@ from data import (
     user_data,
 )
 from data.cache_files import CacheCorruptError
-
-seqio = pytest.importorskip("seqio")
-import tensorflow as tf  # noqa: E402
 
 TEXTS = {
     "english": [f"English text number {i}. " + "word " * (i % 30) for i in range(100)],

@@ -1,12 +1,11 @@
 """The command that builds token caches, on tasks held in memory."""
 
 import pytest
+import seqio
+import tensorflow as tf
 
 from data import stream
 from launch import cache as command
-
-seqio = pytest.importorskip("seqio")
-import tensorflow as tf  # noqa: E402
 
 
 def register(add_eos=True):

@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from trainers import metric_writers
 
@@ -50,9 +51,6 @@ def test_a_restart_drops_what_it_will_write_again_and_lines_cut_short(tmp_path):
 
 
 def test_tensorboard_writes_event_files(tmp_path):
-    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
-    from tensorboardX.proto import event_pb2
-
     writer = metric_writers.TensorBoardWriter(str(tmp_path), first_step=3)
     writer.write(3, {"loss": 0.25})
     writer.close()
