@@ -7,11 +7,17 @@ import jax
 import pytest
 
 from launch import gin_config
-from trainers import initialise
+from model import axes
+from trainers import initialise, partitioning
+from trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "t5x_configs"
 FILES = sorted(str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin"))
+PARTITIONING = sorted(path.stem for path in (CONFIGS / "partitioning").glob("*.gin"))
+EXPERIMENTS = [name for name in FILES if "/experiments/" in name]
+# corpus_base.gin is a part of bytes.gin and corpus.gin.
+DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
@@ -47,11 +53,15 @@ def test_file_has_no_problems(file):
     assert [str(problem) for problem in gin_config.problems([file], fragment=True)] == []
 
 
+def load(*files, data=("TASKS=()",), bindings=()):
+    """A pre-training run of these files."""
+    given = ("MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", *data, *bindings)
+    paths = [f"t5x_configs/{name}.gin" for name in files]
+    return gin_config.load(paths, given, entry="launch.train:train")
+
+
 def load_model(name):
-    files = [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"]
-    unset = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
-    config = gin_config.load(files, unset, entry="launch.train:train")
-    return config.arguments()["recipe"].model
+    return load(f"models/{name}", "runs/pretrain").arguments()["recipe"].model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,3 +85,102 @@ def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
         return {line for line in text.splitlines() if "phases" not in line and "'" not in line}
 
     assert bindings(arm) == bindings("text")
+
+
+# The mesh of each partitioning file that fits the tiny model's two key/value heads on eight devices,
+# and what its rule set makes of parameters and of the residual stream.
+DP, FSDP, TP = {"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}
+BOTH = {"fsdp": 4, "tensor": 2}
+ROWS = ("data", "fsdp")
+SPLITS = {
+    #             mesh, query kernel, MLP's down kernel, embedding, residual stream
+    "dp": (DP, (None, None, None), (None, None, None), (None, None), (ROWS, None)),
+    "fsdp": (FSDP, (None, "fsdp", None), (None, None, "fsdp"), (None, "fsdp"), (ROWS, None)),
+    "tp": (TP, (None, None, "tensor"), (None, "tensor", None), ("tensor", None), (ROWS, None)),
+    "fsdp_tp": (
+        BOTH,
+        (None, "fsdp", "tensor"),
+        (None, "tensor", "fsdp"),
+        ("tensor", "fsdp"),
+        (ROWS, None),
+    ),
+    "fsdp_tp_sp": (
+        BOTH,
+        (None, "fsdp", "tensor"),
+        (None, "tensor", "fsdp"),
+        ("tensor", "fsdp"),
+        (ROWS, "tensor"),
+    ),
+}
+
+
+def test_every_partitioning_file_has_its_splits():
+    assert set(PARTITIONING) == set(SPLITS)
+
+
+@pytest.mark.parametrize("name", PARTITIONING)
+def test_a_partitioning_file_splits_what_its_rule_set_says(name):
+    mesh, query, down, embedding, residual = SPLITS[name]
+    files = ("models/tiny", "runs/pretrain", f"partitioning/{name}")
+    config = load(*files, bindings=[f"MESH={mesh}"])
+    assert [str(warning) for warning in config.warnings] == []
+    recipe = config.arguments()["recipe"]
+    program = recipe.program()
+    assert recipe.rules == name
+    assert {axis: size for axis, size in program.mesh.shape.items() if size > 1} == mesh
+    state = program.abstract_state
+    specs = {
+        path_name(path): tuple(leaf.sharding.spec)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    assert specs["layers/block_0/attention/query/kernel"] == query
+    assert specs["layers/block_0/mlp/down/kernel"] == down
+    assert specs["token_embed/embedding"] == embedding
+    assert specs["final_norm/scale"] == (None,)
+    assert tuple(program.batch_sharding.spec) == (ROWS,)
+    names = (axes.BATCH, axes.LENGTH)
+    assert tuple(partitioning.mesh_spec(names, program.rules)) == residual
+
+
+@pytest.mark.parametrize("name", PARTITIONING)
+def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
+    written = {"dp": DP, "fsdp": FSDP, "tp": {"tensor": 8}}.get(name, {"fsdp": 2, "tensor": 4})
+    config = load("models/llama3_8b", "runs/pretrain", f"partitioning/{name}")
+    program = config.arguments()["recipe"].program()
+    assert {axis: size for axis, size in program.mesh.shape.items() if size > 1} == written
+
+
+# What a data file requires to be set.
+REQUIRED = {
+    "files": ["FILES='my_data/*.jsonl'"],
+    "mixtures": ["MIXTURES_MODULE='my_tasks'"],
+    "tfds": ["TFDS_NAME='my_set:1.0.0'"],
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
+    files = ("models/tiny", f"data/{name}", "runs/pretrain")
+    config = load(*files, data=REQUIRED.get(name, ()))
+    assert [str(warning) for warning in config.warnings] == []
+    arguments = config.arguments()
+    assert len(arguments["tasks"]) == 1 and all(map(callable, arguments["tasks"]))
+    assert callable(arguments["stream"]) and callable(arguments["eval_stream"])
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_what_a_data_file_requires_is_asked_for(name):
+    (macro,) = (binding.partition("=")[0] for binding in REQUIRED[name])
+    with pytest.raises(gin_config.ConfigError, match=f"'{macro}' is required") as raised:
+        load("models/tiny", f"data/{name}", "runs/pretrain", data=())
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS)
+def test_an_experiment_makes_a_program(file):
+    config = gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="launch.train:train")
+    arguments = config.arguments()
+    program = arguments["recipe"].program()
+    assert program.num_params() > 0
+    assert program.mesh.devices.size == jax.device_count()
+    assert arguments["total_steps"] > 0 and arguments["tasks"]
