@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.metric_writers import read_jsonl
+from trainers.metric_writers import rows_in_force
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,12 +73,7 @@ def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
     path = os.path.join(directory, "metrics.jsonl")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
-    rows: list[dict[str, Any]] = []
-    for row in read_jsonl(path):
-        if "rollback_to" in row:
-            rows = [kept for kept in rows if kept["step"] <= row["rollback_to"]]
-        rows.append(row)
-    return rows
+    return rows_in_force(path)
 
 
 def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

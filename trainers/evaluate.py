@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from trainers.batches import Stream, global_batch
+from trainers.hooks import GivenUpError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
 from trainers.train_state import TrainState
@@ -20,7 +21,7 @@ class EvalStream(Stream, Protocol):
     """A finite stream over one task split; rows past its end weigh nothing."""
 
     name: str
-    num_steps: int
+    num_steps: int  # in an order that makes any first part of them a fair sample of the split
     # UTF-8 bytes of text per target token of the whole split, for bits per byte; 0 if unknown.
     bytes_per_token: float
 
@@ -45,8 +46,12 @@ def evaluate(
       stop: asked before each batch, with its index, whether to give up.
 
     Returns:
-      Nothing if it was given up; otherwise the metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the
-      split's text size is known, 'bits_per_byte'.
+      The metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the split's
+      text size is known, 'bits_per_byte' (by the whole split's bytes per token, so with `max_steps` an
+      estimate).
+
+    Raises:
+      GivenUpError: `stop` said so.
     """
     steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
     late: list[Metrics] = []
@@ -60,7 +65,7 @@ def evaluate(
 
     for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
         if stop(step):
-            return {}
+            raise GivenUpError(f"evaluation of {stream.name} given up at batch {step}")
         late.append(eval_step(params, global_batch(stream, step, sharding)))
         if len(late) > 1:  # one step late, so that reading never waits for the device
             collect(late.pop(0))
@@ -113,8 +118,6 @@ class Evaluation:
                 max_steps=self.max_steps,
                 stop=self.stop,
             )
-            if not values:
-                return {}
             found.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
         self.results[step] = found
         return found

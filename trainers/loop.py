@@ -21,7 +21,7 @@ from trainers.anomaly import Anomaly
 from trainers.batches import Prefetcher, Stream
 from trainers.checkpoint import Checkpointer
 from trainers.goodput import Goodput
-from trainers.hooks import Hook
+from trainers.hooks import GivenUpError, Hook
 from trainers.metric_writers import MetricWriter
 from trainers.metrics import LateFetch, add, divide
 from trainers.profiler import ProfilerWindow
@@ -58,6 +58,7 @@ class Loop:
       host_metrics: (updates applied, tokens per second) -> values known on the host, such as the
         learning rate, which the optimiser reads at its own count.
       hooks: see trainers/hooks.py; a stop leaves out those due at its step.
+      hooks_left_out: a stop has left out the hooks due at the step to continue from: they run first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
       abstract_state: shapes and shardings, for a rollback.
@@ -85,12 +86,13 @@ class Loop:
     stop: StopRequest
     abstract_state: TrainState
     skipped: int = 0
+    hooks_left_out: bool = False
     profiler: ProfilerWindow | None = None
 
     def __post_init__(self):
         self._late = LateFetch()
         self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
-        self._compiled = False
+        self._warm = False
         self._window: Any = None  # metrics summed since the last written row
         self._window_start = (self.step, 0.0)
         self._seen: dict[str, float] = {}
@@ -118,6 +120,8 @@ class Loop:
         if self._rolls_back and self.checkpointer and not self.checkpointer.all_steps():
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
+            if self.hooks_left_out:
+                self._run_hooks()
             while self.step < self.total_steps and not self.interrupted:
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
@@ -142,42 +146,55 @@ class Loop:
             return  # rolled back: nothing is due any more
         self.step += 1
         self.data_step += 1
-        last = self.step == self.total_steps
         self.interrupted = self.stop.reached(self.step)
-        due = [hook for hook in self.hooks if last or self.step % hook.every == 0]
-        if self.interrupted:
-            due = []  # what is left of the time to stop in is for the save
+        due = [] if self.interrupted else self._due()  # the time left to stop in is for the save
         save = self.checkpointer is not None and (
-            last or self.interrupted or self.step % self.checkpoint_period == 0
+            self._last or self.interrupted or self.step % self.checkpoint_period == 0
         )
-        if (due or save or last) and not self._observe(self._late.flush()):
+        if (due or save or self._last) and not self._observe(self._late.flush()):
             return
+        found = self._run_hooks() if due else {}
+        if save or (self.interrupted and self.checkpointer is not None):
+            self._save(found)
+
+    @property
+    def _last(self) -> bool:
+        return self.step == self.total_steps
+
+    def _due(self) -> list[Hook]:
+        return [hook for hook in self.hooks if self._last or self.step % hook.every == 0]
+
+    def _run_hooks(self) -> dict[str, float]:
+        """Runs the hooks due at this step and writes what they found; a stop may cut them short."""
         found: dict[str, float] = {}
-        for hook in due:
-            with self.goodput.measure("evaluation"):
-                values = hook(self.step, self.state, self._seen) or {}
+        for hook in self._due():
+            try:
+                with self.goodput.measure("evaluation"):
+                    values = hook(self.step, self.state, self._seen) or {}
+            except GivenUpError:
+                self.interrupted = True
+                break
             if values:
                 self.writer.write(self.step, values)
                 found.update(values)
-        if save:
-            self._save(found)
+        return found
 
     def _step(self, batch: Any) -> bool:
         """Dispatches an update and observes the one before it; False if that led to a rollback."""
-        with self.goodput.measure("step" if self._compiled else "compile"):
+        with self.goodput.measure("step"):
             mark = (
                 contextlib.nullcontext() if self.profiler is None else self.profiler.step(self.step)
             )
             with mark:
                 self.state, metrics = self.train_step(self.state, batch)
-            if not self._compiled:
+            if not self._warm:  # what is slow the first time is not counted in the rate
                 jax.block_until_ready(metrics)
             self._data_steps[self.step + 1] = self.data_step
             previous = self._late.push(self.step + 1, metrics)
             if self.profiler is not None:
                 self.profiler.finished(metrics)
-        if not self._compiled:
-            self._compiled = True
+        if not self._warm:
+            self._warm = True
             self._window_start = (self.step + 1, self._busy())
         return self._observe(previous)
 
@@ -209,7 +226,9 @@ class Loop:
             tokens = (step - since) * self.stream.batch_size * self.stream.length
             self._rate = tokens / (now - before)
         self._window_start = (step, now)
-        known = self.host_metrics(step - self.skipped, self._rate)
+        known = dict(self.host_metrics(step - self.skipped, self._rate))
+        if self.skipped:
+            known["skipped_updates"] = self.skipped
         self.writer.write(step, {**self._seen, **known, **self.goodput.metrics()})
 
     def _busy(self) -> float:
@@ -309,7 +328,12 @@ class Loop:
             self.checkpointer.save(
                 self.step,
                 self.state,
-                meta={**self.meta, "data_step": self.data_step, "skipped": self.skipped},
+                meta={
+                    **self.meta,
+                    "data_step": self.data_step,
+                    "skipped": self.skipped,
+                    "hooks_left_out": self.interrupted and bool(self._due()),
+                },
                 metrics={**self._seen, **found},
             )
 

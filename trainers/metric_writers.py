@@ -49,7 +49,9 @@ class JsonlWriter:
         """Opens the file to go on with `first_step`; lines of that step and later are dropped."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if first_step is not None and os.path.exists(path):
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < first_step]
+            lines = [(json.loads(line), line) for line in _whole_lines(path)]
+            # A rollback's mark may be among what is dropped, but not what it has made void.
+            kept = [line for row, line in _in_force(lines) if row["step"] < first_step]
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in kept)
             os.replace(f"{path}.tmp", path)
@@ -76,6 +78,20 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def rows_in_force(path: str) -> list[dict[str, Any]]:
+    """The rows of a metrics file without those of steps that a rollback gave up."""
+    return [row for row, _ in _in_force([(row, None) for row in read_jsonl(path)])]
+
+
+def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, Any]]:
+    kept: list[tuple[Any, Any]] = []
+    for row, line in rows:
+        if "rollback_to" in row:
+            kept = [(r, x) for r, x in kept if r["step"] <= row["rollback_to"]]
+        kept.append((row, line))
+    return kept
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:

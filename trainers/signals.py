@@ -17,16 +17,18 @@ from trainers import agreement
 
 _log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
     """A context in which a signal asks the loop to stop after the current step.
 
-    The first signal sets the flag; a second one acts as it would without this class, so that a run that
-    hangs can still be ended. Use it as `with StopRequest() as stop: ... stop.reached(step)`.
+    The first SIGTERM or SIGINT (Ctrl-C) sets the flag; a second one acts as it would without this class,
+    so that a run that hangs can still be ended. Use it as `with StopRequest() as stop: ... stop.reached(step)`.
     """
 
     def __init__(self, *, compare_every: int = 20):
-        """Makes a request that nobody has made yet; the signal is SIGTERM.
+        """Makes a request that nobody has made yet.
 
         Args:
           compare_every: steps between comparisons of the flags of several processes, where JAX's
@@ -36,7 +38,7 @@ class StopRequest:
             raise ValueError(f"compare_every = {compare_every}: give 1 or more.")
         self._compare_every = compare_every
         self._requested = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
         several = jax.process_count() > 1
         # The service listens to the signal itself; a handler of ours would take it away.
         self._service = several and bool(
@@ -69,13 +71,19 @@ class StopRequest:
         del frame
         self._requested = True
         _log.warning("%s: stopping after this step.", signal.Signals(number).name)
-        signal.signal(signal.SIGTERM, self._previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not set from Python and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def __enter__(self) -> "StopRequest":
         if not self._service:  # Handlers can be set in the main thread only.
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         if not self._service:
-            signal.signal(signal.SIGTERM, self._previous)
+            self._restore()

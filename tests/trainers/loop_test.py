@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from trainers import checkpoint, partitioning
+from trainers import checkpoint, partitioning, step_dir
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
 from trainers.checkpoint import Checkpointer
@@ -80,6 +80,11 @@ class Recorder:
 
 class Never:
     def reached(self, step):
+        return False
+
+
+class Later(Never):
+    def asked(self, batch):
         return False
 
 
@@ -443,9 +448,51 @@ def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(t
         )
         loop = make_loop(tmp_path, checkpointer=saver, stop=stop, hooks=(evaluation, EveryStep()))
         loop.run()
+    assert loop.interrupted
     assert read == [0, 1, 2] and evaluation.results == {}
     assert not loop.writer.having("eval/held_out/loss")
-    assert called == [1, 2, 3, 4] and saver.all_steps() == [5]
+    assert called == [1, 2, 3] and saver.all_steps() == [4]
+
+
+@pytest.mark.parametrize("moment", ["in the last update", "in the last evaluation"])
+def test_hooks_that_a_stop_left_out_at_the_end_run_when_the_run_goes_on(tmp_path, saver, moment):
+    class Split(Rows):
+        name, num_steps, bytes_per_token = "held_out", 3, 0.0
+
+    class Stop:
+        def reached(self, step):
+            return moment == "in the last update" and step == 10
+
+        def asked(self, batch):
+            return moment == "in the last evaluation" and batch == 1
+
+    def evaluation(stop):
+        return Evaluation(
+            every=100,
+            eval_step=lambda params, batch: loss_fn(params, batch, None).metrics,
+            streams=(Split(),),
+            sharding=REPLICATED,
+            stop=stop.asked,
+        )
+
+    stop = Stop()
+    first = make_loop(tmp_path, checkpointer=saver, stop=stop, hooks=(evaluation(stop),))
+    first.run()
+    assert first.interrupted and saver.all_steps() == [10]
+    assert not first.writer.having("eval/held_out/loss")
+    assert step_dir.read_meta(saver.step_path(10))["hooks_left_out"]
+    again = make_loop(
+        tmp_path, checkpointer=saver, hooks=(evaluation(Later()),), hooks_left_out=True
+    )
+    again.run()
+    assert not again.interrupted
+    assert [step for step, _ in again.writer.having("eval/held_out/loss")] == [10]
+
+
+def test_a_skipped_update_is_counted_in_the_rows_that_follow(tmp_path):
+    loop = make_loop(tmp_path, stream=Rows(bad={4: np.nan}), anomaly=Anomaly(action="skip"))
+    loop.run()
+    assert loop.writer.having("skipped_updates") == [(6, 1), (9, 1), (10, 1)]
 
 
 def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):

@@ -50,6 +50,22 @@ def test_a_restart_drops_what_it_will_write_again_and_lines_cut_short(tmp_path):
     assert [row["loss"] for row in rows] == [1, 2, 3, 40, 50, 60]
 
 
+def test_a_restart_after_a_rollback_does_not_bring_back_what_was_given_up(tmp_path):
+    path = str(tmp_path / "metrics.jsonl")
+    writer = metric_writers.JsonlWriter(path)
+    for step in (4, 5, 6, 7):
+        writer.write(step, {"loss": 1.0})
+    writer.write(7, {"rollback_to": 4.0})
+    writer.write(5, {"loss": 2.0})
+    writer.close()
+    # The mark carries the bad step's number, so it is not among the rows before step 6.
+    again = metric_writers.JsonlWriter(path, first_step=6)
+    again.write(6, {"loss": 3.0})
+    again.close()
+    rows = metric_writers.rows_in_force(path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(4, 1.0), (5, 2.0), (6, 3.0)]
+
+
 def test_tensorboard_writes_event_files(tmp_path):
     writer = metric_writers.TensorBoardWriter(str(tmp_path), first_step=3)
     writer.write(3, {"loss": 0.25})

@@ -15,14 +15,15 @@ from trainers.signals import StopRequest
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_signal_sets_the_flag_and_the_old_handler_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number):
+    before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.reached(2) and stop.reached(3)
-        assert signal.getsignal(signal.SIGTERM) == before  # A second signal acts as usual.
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert signal.getsignal(number) == before  # A second signal acts as usual.
+    assert signal.getsignal(number) == before
 
 
 def test_a_stop_can_be_asked_for_without_a_signal():
