@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.extend import backend
 
 from model import attention_blocked, attention_splash
 from model.attention_shards import per_device, placement
@@ -76,7 +77,7 @@ def dot_product_attention(
         "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
         "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
         or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
-        "cudnn": library,
+        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
         implementation = _choose(q_BTNH, by_position, causal, problem)
@@ -169,6 +170,17 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
         return "a soft cap"
     if q_segments_BT is not kv_segments_BS:
         return "segments of the keys that are not those of the queries"  # rows may see nothing
+    return ""
+
+
+def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
+    """Why cuDNN's kernel cannot serve a call that jax.nn.dot_product_attention can, or ''."""
+    # JAX calls ROCm "gpu" too. Without a GPU here, tracing for one means CUDA.
+    if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
+        return "GPUs other than CUDA's"
+    biased = bias is not None or q_segments_BT is not None  # segments reach the kernel as a bias
+    if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+        return "segments or a bias at odd lengths"  # its backward pass does not
     return ""
 
 

@@ -4,13 +4,14 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import attention_blocked, attention_splash
+from model import attention_blocked, attention_ops, attention_splash
 from model.attention_ops import dot_product_attention
 from model.platform import use_platform, use_reference_forms
 from trainers import partitioning
@@ -297,6 +298,23 @@ def test_choice_by_platform():
         assert chosen(platform, half_q, half_k, **by_position) == "plain"
 
 
+def test_cudnn_is_not_chosen_for_what_it_refuses(monkeypatch):
+    def form(length, **options):
+        q = jnp.zeros((2, length, 4, 64), jnp.bfloat16)
+        return chosen("gpu", q, q[:, :, :2], **options)
+
+    at = jnp.zeros((2, 129), jnp.int32)
+    bias = jnp.zeros((1, 1, 129, 129))
+    assert form(128, q_segments_BT=at[:, :128]) == form(129) == "cudnn"
+    # Segments become a bias, and the backward pass with a bias needs even lengths.
+    assert form(129, q_segments_BT=at) == form(129, bias=bias) == "xla"
+    for version, want in (("cuda 12090", "cudnn"), ("rocm 60300", "xla")):
+        here = types.SimpleNamespace(platform_version=f"PJRT C API\n{version}")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(attention_ops.backend, "get_backend", lambda here=here: here)
+        assert form(128) == want
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 2.0, "segments": True}])
 def test_splash_in_the_interpreter(options):
     q, k, v, dout = arrays(B=1, T=256, N=2, K=1, H=128)
@@ -376,6 +394,7 @@ def test_a_mesh_that_does_not_fit_falls_back_or_says_so():
         ({"implementation": "splash"}, "multiples of 128"),
         ({"implementation": "blocked", "bias": np.zeros((1, 1, 13, 13))}, "bias"),
         ({"implementation": "cudnn", "softcap": 2.0}, "soft cap"),
+        ({"implementation": "cudnn", "q_segments_BT": np.ones((2, 13), int)}, "odd lengths"),
     ],
 )
 def test_contradictions_are_errors(options, message):
