@@ -7,6 +7,7 @@ Shapes: B batch, T prompt length, M new tokens at most, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -26,13 +27,15 @@ class Settings:
     Attributes:
       max_new_tokens: M.
       sampling: choice of the next token.
-      eos_id: token that ends a row and counts as its last; NO_EOS for none.
+      eos_ids: tokens that end a row; the one that does counts as its last.
+      eos_id: one more of them; NO_EOS for none.
       num_ids: size of the vocabulary; ids from there on are padding of the model's table and are
         never chosen. None for all rows of the table.
     """
 
     max_new_tokens: int = 128
     sampling: Sampling = Sampling(temperature=0.0)
+    eos_ids: Sequence[int] = ()
     eos_id: int = NO_EOS
     num_ids: int | None = None
 
@@ -169,6 +172,7 @@ def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Sett
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, loop.step)
     token_B = sample(logits_BV, step_keys_B, settings.sampling)
     logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0]
+    ends_B = jnp.isin(token_B, jnp.asarray([*settings.eos_ids, settings.eos_id], jnp.int32))
     old, done_B = loop.decoded, loop.done_B
 
     def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:
@@ -178,7 +182,7 @@ def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Sett
     return dataclasses.replace(
         loop,
         step=loop.step + 1,
-        done_B=done_B | (token_B == settings.eos_id),
+        done_B=done_B | ends_B,
         decoded=Decoded(
             tokens_BM=put(old.tokens_BM, token_B),
             log_probs_BM=put(old.log_probs_BM, logp_B),

@@ -122,6 +122,21 @@ def test_rows_end_at_eos_and_ids_beyond_the_vocabulary_are_never_chosen(
     assert found[1].tokens[-1] == eos and len(found[1].tokens) <= 4
 
 
+def test_any_of_several_eos_ids_ends_a_row(greedy, model, params):
+    free = [row.tokens for row in greedy[1]]
+    ends = [free[0][2], free[1][4]]
+    settings = Settings(max_new_tokens=M, eos_ids=ends)
+    found = Decoder(model, params, settings, batch_size=4)(PROMPTS)
+    for tokens, row in zip(free, found, strict=True):
+        stop = next((i for i, token in enumerate(tokens) if token in ends), M)
+        assert row.tokens == tokens[: stop + 1]
+    assert {row.tokens[-1] for row in found} >= set(ends)
+    # The singular is one more of them.
+    settings = Settings(max_new_tokens=M, eos_ids=ends[:1], eos_id=ends[1])
+    same = Decoder(model, params, settings, batch_size=4)(PROMPTS)
+    assert [row.tokens for row in same] == [row.tokens for row in found]
+
+
 def test_samples_depend_on_the_seed_and_not_on_the_batch(model, params, log_probs):
     settings = Settings(max_new_tokens=M, sampling=Sampling(temperature=1.5, top_k=10))
     decoder = Decoder(model, params, settings, batch_size=4)
