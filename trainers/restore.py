@@ -3,7 +3,7 @@
 `restore_or_initialise` looks for the state of a run in
 
   1. the latest good step of its own run directory;
-  2. INITIAL_CHECKPOINT_PATH (its parameters, or all of its state);
+  2. INITIAL_CHECKPOINT_PATH (its parameters, or all of its state), the latest good step if it is a run;
   3. a fresh initialisation.
 
 Nothing here unpickles anything: checkpoints are JSON and raw arrays.
@@ -103,17 +103,24 @@ def restore_state(
     """Restores all of a state onto the shardings of `abstract_state`, verified.
 
     Args:
-      path: a step directory, or a run directory for its latest step.
+      path: a step directory, or a run directory for its newest good step.
       abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, or of arrays.
       expected_meta: keys that must have these values in what was recorded.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
-    path = step_dir.resolve(path)
+
+    def read(step: epath.Path) -> Restored:
+        return _restore(step, abstract_state, expected_meta or {})
+
+    return step_dir.newest_good(path, read)
+
+
+def _restore(path: epath.Path, abstract_state: Any, expected_meta: Mapping[str, Any]) -> Restored:
     recorded = step_dir.read_manifest(path)
     record = step_dir.read_record(path, recorded)
-    _check_meta(path, record["meta"], expected_meta or {})
+    _check_meta(path, record["meta"], expected_meta)
     wanted = state_tree.flatten(abstract_state)
     _check_same_arrays(path, recorded.arrays, wanted)
     arrays = read_verified(path, recorded, wanted)
@@ -145,13 +152,29 @@ def restore_or_initialise(
       abstract_state: the TrainState as jax.ShapeDtypeStruct with shardings.
       initialise: makes a fresh TrainState with these shardings.
       expected_meta: see `restore_state`; concerns the run's own checkpoints only.
-      initial_checkpoint_path: where to start from if the run has no checkpoint yet.
+      initial_checkpoint_path: where to start from if the run has no checkpoint yet: a step directory,
+        or a run directory for its newest good step.
       initial_scope: 'params' takes the parameters alone (step 0, fresh optimiser); 'state' takes
         everything, as for a cooldown that continues another run.
-      assignment, strict, use_ema: see `restore_params`; for the scope 'params'.
+      assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
+
+    Raises:
+      ValueError: an unknown scope, or options that it does not have.
+      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
     if initial_scope not in ("params", "state"):
         raise ValueError(f"initial_scope = {initial_scope!r}: use 'params' or 'state'.")
+    options = {
+        "initial_assignment": bool(assignment),
+        "initial_strict = False": not strict,
+        "initial_use_ema": use_ema,
+    }
+    if initial_scope == "state" and any(options.values()):
+        raise ValueError(
+            f"initial_scope = 'state' takes all of a state as it was saved, so that "
+            f"{', '.join(name for name, given in options.items() if given)} would have no effect: "
+            "leave out what is named, or use initial_scope = 'params'."
+        )
     restored = checkpointer.restore_latest(abstract_state, expected_meta=expected_meta)
     if restored is not None:
         return restored
@@ -161,18 +184,18 @@ def restore_or_initialise(
     state = initialise()
     if not initial_checkpoint_path:
         return Restored(step=0, state=state, source="scratch")
-    params = restore_params(
-        initial_checkpoint_path,
-        state.params,
-        assignment=assignment,
-        strict=strict,
-        use_ema=use_ema,
-    )
-    ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
-    return Restored(
-        step=0,
-        state=state.replace(params=params, ema_params=ema),
-        meta=step_dir.read_meta(initial_checkpoint_path),
-        path=step_dir.resolve(initial_checkpoint_path),
-        source="initial",
-    )
+
+    def read(step: epath.Path) -> Restored:
+        params = restore_params(
+            step, state.params, assignment=assignment, strict=strict, use_ema=use_ema
+        )
+        ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+        return Restored(
+            step=0,
+            state=state.replace(params=params, ema_params=ema),
+            meta=step_dir.read_meta(step),
+            path=step,
+            source="initial",
+        )
+
+    return step_dir.newest_good(initial_checkpoint_path, read)

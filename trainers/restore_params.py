@@ -97,7 +97,7 @@ def restore_params(
     """Restores parameters onto the shardings and dtypes of `abstract_params`.
 
     Args:
-      path: a step directory, or a run directory for its latest step.
+      path: a step directory, or a run directory for its newest good step.
       abstract_params: jax.ShapeDtypeStruct with shardings; arrays where a parameter may keep its
         value because the assignment says None, or because it is missing and `strict` is off.
       assignment: pairs (pattern, checkpoint path or None); the first whose pattern matches the whole
@@ -110,7 +110,21 @@ def restore_params(
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
       ValueError: an assignment pattern matches nothing.
     """
-    path = step_dir.resolve(path)
+
+    def read(step: epath.Path) -> Any:
+        return _restore(step, abstract_params, assignment, strict, verify, use_ema)
+
+    return step_dir.newest_good(path, read)
+
+
+def _restore(
+    path: epath.Path,
+    abstract_params: Any,
+    assignment: Assignment,
+    strict: bool,
+    verify: bool,
+    use_ema: bool,
+) -> Any:
     recorded = step_dir.read_manifest(path)
     root = "ema_params/" if use_ema else "params/"
     saved = {k.removeprefix(root): x for k, x in recorded.arrays.items() if k.startswith(root)}

@@ -14,11 +14,14 @@ and is treated as damaged.
 import contextlib
 import itertools
 import json
+import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from etils import epath
 
+from trainers import agreement
 from trainers.manifest import DamagedCheckpointError, Manifest, check_files
 
 STATE = "state"
@@ -26,6 +29,9 @@ META = "meta.json"
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"
 CHECKPOINTS = "checkpoints"
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -114,8 +120,8 @@ def set_aside(path: epath.Path) -> epath.Path:
     return target
 
 
-def resolve(path: str | os.PathLike) -> epath.Path:
-    """The step directory that `path` means: itself, or the latest step of a run.
+def candidates(path: str | os.PathLike) -> list[epath.Path]:
+    """The step directories that `path` can mean: itself alone, or those of a run, newest first.
 
     Args:
       path: a step directory, a run directory or its `checkpoints` directory.
@@ -129,14 +135,52 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     if any((found / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
         if is_incomplete(found):
             raise FileNotFoundError(f"checkpoint {found} is incomplete: its save was cut short.")
-        return found
+        return [found]
     for directory in (found / CHECKPOINTS, found):
         if steps := complete_steps(directory):
-            return steps[max(steps)]
+            return list(reversed(steps.values()))
     raise FileNotFoundError(
         f"{found} holds no checkpoint: expected a step directory (with {MANIFEST}), or a run directory "
         f"with {CHECKPOINTS}/<step>."
     )
+
+
+def resolve(path: str | os.PathLike) -> epath.Path:
+    """The step directory that `path` means: itself, or the latest step of a run, good or not.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint there.
+    """
+    return candidates(path)[0]
+
+
+def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
+    """What `read` returns of the step directory that `path` means, or of the newest good step of a run.
+
+    Damaged steps are passed over with a warning. Nothing on disk is changed: the run may be another's,
+    and under way.
+
+    Args:
+      path: as for `candidates`.
+      read: reads one step directory, and raises DamagedCheckpointError if it is not as it was saved.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint there.
+      DamagedCheckpointError: of the newest step, if none is good.
+    """
+    # The processes must go through the same steps, though a run may be adding to them.
+    steps = agreement.gather([os.fspath(step) for step in candidates(path)])[0]
+    damaged: list[DamagedCheckpointError] = []
+    for step in map(epath.Path, steps):
+        try:
+            found = read(step)
+        except DamagedCheckpointError as error:
+            damaged.append(error.with_traceback(None))  # which would keep what has been read
+            continue
+        if damaged:
+            _log.warning("%s Reading step %s.", " ".join(map(str, damaged)), step.name)
+        return found
+    raise damaged[0]
 
 
 def read_manifest(path: epath.Path) -> Manifest:
