@@ -82,7 +82,12 @@ def state_shardings(
         trained = trainable.split(abstract.params, mask)[0]
         trained_shardings = trainable.split(shardings, mask)[0]
 
+    def masked(node):
+        return isinstance(node, optax.MaskedNode)
+
     def like_parameter(moment, param, sharding):
+        if masked(moment):  # a parameter that another part of the optimiser takes care of
+            return moment
         # Adafactor's row and column statistics are small vectors of another shape.
         return sharding if moment.shape == param.shape else replicated
 
@@ -93,6 +98,7 @@ def state_shardings(
         trained,
         trained_shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=masked,
     )
     tree: Any = TrainState  # of shardings, where a state holds arrays
     return tree(

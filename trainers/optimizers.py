@@ -142,18 +142,20 @@ def muon(
     Updates are rescaled to AdamW's typical root mean square of 0.2 (arXiv 2502.16982), so that one
     learning rate serves both groups.
     """
-    mask = _decay_mask(no_decay)
-    optimizer = contrib.muon(
-        learning_rate,
-        beta=beta,
-        mu_dtype=moment_dtype,
-        weight_decay=weight_decay,
-        weight_decay_mask=mask,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=_muon_dimensions,
-        consistent_rms=0.2,
+    optimizer = optax.chain(
+        contrib.muon(
+            1.0,
+            beta=beta,
+            mu_dtype=moment_dtype,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+            consistent_rms=0.2,
+        ),
+        # Decay and learning rate are outside, one mask for both groups: contrib.muon has none for
+        # AdamW's. It has already turned the sign, so decay joins with the same sign.
+        optax.add_decayed_weights(-weight_decay, _decay_mask(no_decay)),
+        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
     )
     return _clipped(optimizer, max_grad_norm)
 

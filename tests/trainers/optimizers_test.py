@@ -124,6 +124,17 @@ def test_schedule_clipping_and_mask(name):
         assert norms[0] == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_gains_and_biases_are_not_decayed(name):
+    params = {**tree(0), "query": {"bias": np.ones(4, np.float32)}}
+    optimizer = getattr(optimizers, name)(**OPTIONS)
+    got = update(optimizer, params, jax.tree.map(np.zeros_like, params))
+    for module, leaf in (("norm", "scale"), ("query", "bias")):
+        np.testing.assert_array_equal(got[module][leaf], 0)
+    for module, leaf in (("mlp", "kernel"), ("token_embed", "embedding")):
+        np.testing.assert_allclose(got[module][leaf], -LR * DECAY * params[module][leaf], rtol=1e-5)
+
+
 def test_moments_can_be_stored_in_bfloat16():
     optimizer = optimizers.adamw(learning_rate=LR, moment_dtype="bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(optimizer.init(tree(0)))}
