@@ -8,6 +8,7 @@ metrics.jsonl, tensorboard/, checkpoints/<step>/
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import IO, Any
 
 from launch import config_diff, environment
 from launch.gin_source import ROOT
@@ -65,11 +66,18 @@ class RunDirectoryError(ValueError):
 class RunDir:
     """Paths in a run's directory and the files that describe the run.
 
-    Only the process that is the `writer` writes; all may read.
+    Only the process that is the `writer` writes; all may read. Until it is closed a
+    writer's directory is locked: another run that is started in it ends with an error.
     """
 
     path: str
     writer: bool = True
+    lock: IO[str] | None = None
+
+    def close(self) -> None:
+        """Gives the directory free for another process."""
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def checkpoints(self) -> str:
@@ -141,7 +149,7 @@ def prepare(
 
     Raises:
       RunDirectoryError: the directory holds a run of another configuration, or is no run's; or the
-        path is an address of an object store.
+        path is an address of an object store; or another process is training in it.
     """
     if "://" in path:
         raise RunDirectoryError(
@@ -149,8 +157,40 @@ def prepare(
             "processes see: mount the bucket and give the folder, or use a shared file system."
         )
     path = os.path.abspath(os.path.expanduser(path))
-    run = RunDir(path, writer)
-    may_change = tuple(may_change)
+    run = RunDir(path, writer, _lock(path) if writer else None)
+    try:
+        _continue(run, config, tuple(may_change))
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _lock(path: str) -> IO[str] | None:
+    """Locks a run's directory for this process, which the system undoes when the process ends."""
+    os.makedirs(path, exist_ok=True)
+    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise RunDirectoryError(
+            f"{path} is in use: {holder} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
+    """Makes sure that the directory is this run's, and describes the new start."""
+    path = run.path
     old = _read(run.file("config.gin")) if run.started else None
     if old is None and os.path.isdir(run.checkpoints) and os.listdir(run.checkpoints):
         raise RunDirectoryError(
@@ -172,8 +212,7 @@ def prepare(
             f"set the value back, or delete the directory. (A run that goes on may change "
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
-    if writer:
-        os.makedirs(path, exist_ok=True)
+    if run.writer:
         previous = read_run(path) if run.started else {}
         facts = describe_process()
         if previous:
@@ -181,7 +220,6 @@ def prepare(
             facts["earlier"] = [*earlier, previous]
         run.write("config.gin", config)
         run.write("run.json", _json(facts))
-    return run
 
 
 def read_run(path: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def train(
     checkpoint_period: int = 1000,
     checkpointer: Callable[..., checkpoint.Checkpointer] = checkpoint.Checkpointer,
     initial_checkpoint_path: str | None = None,
-    initial_scope: str = "params",
+    initial_scope: Literal["params", "state"] = "params",
     initial_assignment: Sequence[tuple[str, str | None]] = (),
     initial_strict: bool = True,
     initial_use_ema: bool = False,
@@ -119,32 +120,34 @@ def train(
         CHECKPOINT_PERIOD=checkpoint_period,
         LOG_PERIOD=log_period,
     )
-    # Everything that can be wrong without data is checked before any data is touched.
-    program = recipe.program()
-    run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
-    if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
-        cpu_tensorflow.load()
-    for register in tasks:
-        register()
-    data = stream()
-    _check_vocabulary(recipe, data)
-    eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
-    held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
-    run.record(
-        mesh=run_dir.mesh_facts(program.mesh),
-        data_fingerprint=data.fingerprint,
-        data=data.summary(),
-        parameters=program.num_params(),
-        **(task_registry.summary() if tasks else {}),
-    )
-    run.write(
-        "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
-    )
-    if profile is not None and profile.directory is None:
-        profile.directory = run.file("profile")
-    steps = program.steps(len(data.source_names))
-    meta = _meta(recipe, data)
     with contextlib.ExitStack() as stack:
+        # Everything that can be wrong without data is checked before any data is touched.
+        program = recipe.program()
+        run = stack.enter_context(
+            contextlib.closing(run_dir.prepare(model_dir, gin_config.config_str(), writer=primary))
+        )
+        if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
+            cpu_tensorflow.load()
+        for register in tasks:
+            register()
+        data = stream()
+        _check_stream(recipe, data)
+        eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
+        held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
+        run.record(
+            mesh=run_dir.mesh_facts(program.mesh),
+            data_fingerprint=data.fingerprint,
+            data=data.summary(),
+            parameters=program.num_params(),
+            **(task_registry.summary() if tasks else {}),
+        )
+        run.write(
+            "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
+        )
+        if profile is not None and profile.directory is None:
+            profile.directory = run.file("profile")
+        steps = program.steps(len(data.source_names))
+        meta = _meta(recipe, data)
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
         evaluation = Evaluation(
@@ -157,7 +160,12 @@ def train(
         )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
         batch = batches.abstract_batch(data, program.batch_sharding)
-        with goodput.measure("init"), compiling(program, steps.train, batch):
+        # What is left to compile when the state is there counts as compilation.
+        with (
+            goodput.measure("compile"),
+            compiling(program, steps.train, batch),
+            goodput.measure("init"),
+        ):
             start = restore.restore_or_initialise(
                 saver,
                 program.abstract_state,
@@ -193,6 +201,7 @@ def train(
             log_period=log_period,
             host_metrics=_host_metrics(recipe, program, total_steps),
             hooks=(*([evaluation] if held_out else []), *hooks),
+            hooks_left_out=_left_out(run, start),
             anomaly=recipe.anomaly,
             stop=stop,
             abstract_state=program.abstract_state,
@@ -216,8 +225,17 @@ def _check_numbers(**numbers: int) -> None:
         raise ValueError(f"{', '.join(bad)}: give 1 or more.")
 
 
-def _check_vocabulary(recipe: Recipe, data: Stream) -> None:
-    """A token id beyond the embedding would be clipped silently."""
+def _check_stream(recipe: Recipe, data: Stream) -> None:
+    """The data is what the step is compiled for; a token id beyond the embedding would be clipped."""
+    for name, ours, theirs in (
+        ("batch_size", recipe.batch_size, data.batch_size),
+        ("length", recipe.length, data.length),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
+                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as runs/pretrain.gin does."
+            )
     size = data.summary()["vocabulary"]["size"]
     rows = recipe.model.config.vocab_size
     if size > rows:
@@ -244,9 +262,26 @@ def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
     return {
         "data_fingerprint": data.fingerprint,
         "vocabulary": data.summary()["vocabulary"]["digest"],
+        "add_bos": _adds_bos(data),
         "model": dataclasses.asdict(recipe.model.config),
         "seed": recipe.seed,
     }
+
+
+def _adds_bos(data: Stream) -> bool:
+    """Whether all documents begin with BOS, as prompts then must too."""
+    tasks = task_registry.summary()["tasks"]
+    return all(tasks.get(name, {}).get("add_bos", False) for name in data.source_names)
+
+
+def _left_out(run: run_dir.RunDir, start: restore.Restored) -> bool:
+    """Whether a stop left out hooks of the step to continue from, which no later start has run."""
+    if start.source != "run" or not start.meta.get("hooks_left_out"):
+        return False
+    rows = metric_writers.read_jsonl(run.metrics) if os.path.exists(run.metrics) else []
+    return not any(
+        row["step"] == start.step and any(name.startswith("eval/") for name in row) for row in rows
+    )
 
 
 def _first_batch(start: restore.Restored) -> int:

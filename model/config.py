@@ -1,6 +1,7 @@
 """Sizes and numeric policy of a decoder-only transformer: what parent and children share."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -56,7 +57,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
-    remat: str = "none"
+    remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
         problems = []

@@ -7,7 +7,7 @@ Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the laye
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     kind: LayerKind = LayerKind()
-    layout: str = "sequential"
+    layout: Literal["sequential", "parallel"] = "sequential"
     attention: Callable[..., nn.Module] = Attention
     mlp: Callable[..., nn.Module] = GatedMlp
     norm: Callable[..., nn.Module] = RMSNorm

@@ -5,6 +5,7 @@ and reports `anomaly` = 1; the loop reads that one step late and stops, counts o
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Anomaly:
       ValueError: unknown action or a window too short to estimate a variance.
     """
 
-    action: str = "stop"
+    action: Literal["stop", "skip", "rollback"] = "stop"
     spike_sigmas: float | None = None
     window: int = 64
     max_skips: int = 10

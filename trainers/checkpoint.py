@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -53,7 +53,7 @@ class Checkpointer:
         keep_last: int | None = 3,
         keep_best: int = 0,
         best_metric: str = "loss",
-        best_mode: str = "min",
+        best_mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
     ):
         """Opens or creates a directory and removes what an interrupted save left in it.

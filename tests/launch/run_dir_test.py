@@ -1,6 +1,7 @@
 """What a run directory says about its run, and whose it is."""
 
 import json
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -54,6 +55,19 @@ def test_first_start_describes_the_run(tmp_path):
     assert (path / "config.gin").read_text() == CONFIG
     assert (path / "operative_config.gin").read_text()
     assert not list(path.glob(".*.tmp"))
+
+
+def test_a_directory_in_use_is_refused_until_it_is_free(tmp_path):
+    run = run_dir.prepare(str(tmp_path), CONFIG)
+    with pytest.raises(RunDirectoryError, match=rf"in use: process {os.getpid()} on .* MODEL_DIR"):
+        run_dir.prepare(str(tmp_path), CONFIG)
+    run_dir.prepare(str(tmp_path), CONFIG, writer=False)  # the other processes of the run
+    run.close()
+    run_dir.prepare(str(tmp_path), CONFIG).close()
+    with pytest.raises(RunDirectoryError, match="another configuration"):
+        begin(tmp_path).close()
+        run_dir.prepare(str(tmp_path), CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 4"))
+    begin(tmp_path).close()  # a start that was refused holds nothing
 
 
 def test_secrets_of_the_environment_are_not_recorded(tmp_path, monkeypatch):

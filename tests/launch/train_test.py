@@ -114,6 +114,7 @@ def test_a_run_leaves_its_record(trained):
     assert "mfu" not in row  # nobody knows this CPU's peak
     parts = ("init", "compile", "data_wait", "step", "checkpoint", "evaluation", "other")
     assert all(row[f"time/{part}"] >= 0 for part in parts)
+    assert row["time/compile"] > 0.2 and row["time/step"] > 0.02
 
 
 def test_a_finished_run_started_again_has_nothing_to_do(train, flags, trained):
@@ -224,6 +225,17 @@ def error(result):
             ],
             ["TRAIN_STEPS = 0: give 1 or more"],
         ),
+        (
+            [
+                "stream.make_stream.packing='best'",
+                "stream.make_stream.interleaving='errors'",
+                "anomaly.Anomaly.action='halt'",
+                "config.TransformerConfig.remat='ful'",
+                "transformer.Block.layout='paralel'",
+                "train.train.initial_scope='all'",
+            ],
+            ["6 problems", "'best_fit'", "'rollback'", "Nearest: 'full'", "Nearest: 'parallel'"],
+        ),
         (["WARMUP_STEPS=50"], ["warmup_steps = 50", "total_steps = 40"]),
     ],
 )
@@ -253,6 +265,11 @@ def test_unset_macros_are_all_named(train):
     [
         ("config.TransformerConfig.vocab_size=128", ["259 entries", "128 rows", "vocab_size"]),
         ("MIXTURE_OR_TASK_NAME='file'", ["'file'", "files"]),
+        ("stream.make_stream.batch_size=8", ["recipe's batch_size is 16", "stream's is 8"]),
+        (
+            "stream.make_stream.task_feature_lengths={'targets': 32}",
+            ["recipe's length is 64", "stream's is 32"],
+        ),
         ("train.train.eval_tasks=('fils',)", ["'fils'", "files"]),
     ],
 )
