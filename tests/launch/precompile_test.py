@@ -190,6 +190,85 @@ def tpu_environment(monkeypatch):
     tpu_topology.prepare_environment()
 
 
+# Four chips of each generation, their devices' kind, and meshes with what their chips exchange.
+SLICES = [
+    ("v5e:2x2", "TPU v5 lite", "fsdp", {"fsdp": 4}, {"all-gather", "reduce-scatter"}),
+    ("v5p:2x2x1", "TPU v5", "fsdp", {"fsdp": 4}, {"all-gather", "reduce-scatter"}),
+    ("v5p:2x2x1", "TPU v5", "dp", {"data": 4}, {"all-reduce"}),
+    ("v6e:2x2", "TPU v6 lite", "fsdp", {"fsdp": 4}, {"all-gather", "reduce-scatter"}),
+]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "kind", "rules", "mesh", "exchanged"),
+    SLICES,
+    ids=[f"{name}-{rules}" for name, _, rules, *_ in SLICES],
+)
+def test_every_generation_is_counted_alike(name, kind, rules, mesh, exchanged, tpu_environment):
+    topology = tpu_topology.parse(name)
+    devices = tpu_topology.devices(topology)
+    assert [device.device_kind for device in devices] == topology.num_chips * [kind]
+    layers, width, hidden, vocabulary = 2, 256, 512, 1024
+    model = transformer.Transformer(
+        config=config.TransformerConfig(
+            vocab_size=vocabulary,
+            num_layers=layers,
+            embed_dim=width,
+            num_heads=2,
+            mlp_dim=hidden,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        tie_embeddings=False,
+    )
+    run = recipe(model, mesh=mesh, rules=rules, rows=4, length=512)
+    report = compiled(run, devices, hbm_bytes=topology.chip.hbm_bytes)
+    assert report.fits
+    params = run.program(devices=devices).num_params()
+    split = mesh.get("fsdp", 1)
+    assert 12 * params / split <= report.memory.arguments <= 1.02 * 12 * params / split
+
+    found = report.collectives
+    if rules == "fsdp":  # parameters and gradients, and next to nothing is summed whole
+        assert exchanged <= found.keys()
+        assert found["all-reduce"].bytes < 0.01 * found["all-gather"].bytes
+    else:
+        # A ring sends gradients twice, less the part that is already there: bfloat16 or float32.
+        assert found.keys() == exchanged
+        assert 2 <= found["all-reduce"].bytes / (2 * 3 / 4 * params) <= 4
+
+    # The same products on every generation and mesh; see test_tpu_budgets.
+    tokens = 4 * 512 // topology.num_chips
+    kernels = layers * (4 * width * width + 3 * width * hidden)
+    again = 4 * kernels - layers * width * hidden
+    assert report.flops.products == 2 * tokens * (again + 3 * vocabulary * width)
+    half_square = layers * 2 * tokens * (513 / 2) * width
+    assert report.flops.kernels == pytest.approx((2 + 2 + 3 + 4) * half_square)
+    analytic = 3 * (2 * tokens * (kernels + vocabulary * width) + 2 * half_square)
+    assert report.flops.analytic == pytest.approx(analytic)
+    assert not report.unknown_kernels
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_memory_of_a_chip_is_what_the_compiler_says(name, tpu_environment):
+    topology = tpu_topology.parse(name)
+    device = tpu_topology.devices(topology)[0]
+    array = jax.ShapeDtypeStruct(
+        (topology.chip.hbm_bytes // 1024, 1024),  # bytes, and the result as many again
+        jax.numpy.uint8,
+        sharding=jax.sharding.SingleDeviceSharding(device),
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        jax.jit(lambda x: x + 1).lower(array).compile()
+    needed, available = compile_report.out_of_memory(str(raised.value))
+    assert available == pytest.approx(topology.chip.hbm_bytes, abs=0.005 * 2**30)
+    assert needed > 1.9 * available
+
+
 @pytest.mark.tpu
 @needs_libtpu
 def test_one_chip(tpu_environment):
