@@ -1,7 +1,8 @@
-"""`Dense`: the one projection of attention, MLPs, experts and heads.
+"""`Dense`: the one projection of attention, MLPs and experts.
 
 Factorised training, adapters, quantisation and influence taps each replace or intercept this one
-class, by the `dense` factory of the module that owns the projection.
+class, by the `dense` factory of the module that owns the projection. A head that is not tied is a table of
+rows like the embedding (model/embed.py), because the loss takes rows of the vocabulary as they are.
 """
 
 from collections.abc import Callable
