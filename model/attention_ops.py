@@ -47,7 +47,8 @@ def dot_product_attention(
       v_BSKH: values.
       q_positions_BT: position of every query; with kv_positions_BS, "earlier" means by position
         (decoding against a cache). None means by index (training, packed rows included).
-      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees.
+      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, K, S] where
+        the heads' keys are of different tokens.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; those of the queries when None.
       bias: added to the logits, broadcastable to [B, N, T, S].
@@ -207,13 +208,15 @@ def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> N
 def _mask(
     q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
 ) -> jax.Array | None:
-    """True where a query sees a key: [1 or B, 1, T, S]; None when every query sees every key."""
+    """True where a query sees a key: [1 or B, 1 or K, T, S]; None when all see all."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
         parts = []
     else:
-        at_q, at_k = q_positions_BT[:, None, :, None], kv_positions_BS[:, None, None, :]
+        at_q, at_k = q_positions_BT[:, None, :, None], kv_positions_BS[..., None, :]
+        if at_k.ndim == 3:  # one for all heads
+            at_k = at_k[:, None]
         parts = [at_k >= 0]
     if causal:
         parts.append(at_k <= at_q)

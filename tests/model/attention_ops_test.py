@@ -233,6 +233,26 @@ def test_decoding_by_position_with_empty_slots():
     np.testing.assert_array_equal(got[1, 0], 0)
 
 
+def test_key_value_heads_with_slots_of_their_own():
+    q, k, v, _ = arrays(T=2, S=4)
+    q_positions = jnp.array([[4, 5], [2, 3]])
+    kv_positions = jnp.array([[[0, 1, 2, 4], [-1, 3, 5, 4]], [[2, 0, -1, -1], [3, 2, 1, 0]]])
+    got = dot_product_attention(
+        q, k, v, q_positions_BT=q_positions, kv_positions_BS=kv_positions, window=4
+    )
+    for head in range(2):  # of keys, each with its two query heads alone
+        two, one = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+        want = dot_product_attention(
+            q[:, :, two],
+            k[:, :, one],
+            v[:, :, one],
+            q_positions_BT=q_positions,
+            kv_positions_BS=kv_positions[:, head],
+            window=4,
+        )
+        np.testing.assert_allclose(got[:, :, two], want, rtol=2e-5, atol=2e-5)
+
+
 def test_one_query_against_a_cache_equals_the_last_row_of_training():
     q, k, v, _ = arrays()
     whole = dot_product_attention(q, k, v, window=5)
