@@ -58,12 +58,12 @@ def main(
     default_files: Callable[[argparse.Namespace], Sequence[str]] | None = None,
     command: str | None = None,
     unused: Mapping[str, str] | None = None,
+    part: bool = False,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
 
-    The status is 0, 2 for an error in what people gave, or 75 when the entry function returns a mapping
-    with a true 'interrupted'.
+    The status is that of `status_of`.
 
     Args:
       doc: help text; the first line is the description, the rest is printed as it stands.
@@ -72,9 +72,11 @@ def main(
       extra_flags: adds this entry point's own flags to the parser.
       run: called with the `Start` in place of the entry function.
       default_files: gin files read before those of --gin_file, from the flags; such as the
-        configuration in a checkpoint's run directory.
+        configuration in a checkpoint's run directory. They may be anyone's, and name only what is
+        harmless (launch/gin_trust.py).
       command: name of this entry point where it is not the module of `entry`.
       unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
+      part: takes the configuration of a training run, of which it uses a part.
       argv: arguments in place of the process's own; the process is not restarted then.
     """
     module = entry.partition(":")[0]
@@ -82,7 +84,8 @@ def main(
     if extra_flags is not None:
         extra_flags(parser)
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
-    try:
+
+    def call() -> Any:
         if argv is None:
             environment.restart_with_huge_pages()
         environment.prepare()
@@ -94,18 +97,32 @@ def main(
 
         defaults = list(default_files(flags)) if default_files else []
         config = gin_config.load(
-            [*defaults, *flags.gin_file],
+            flags.gin_file,
             bindings,
             _paths(flags.gin_search_paths),
             entry=entry,
             unused=unused,
+            untrusted=defaults,
+            part=part,
         )
         for warning in config.warnings:
             # Of another entry point's configuration only a part is expected to have an effect.
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)
-        result = start() if run is None else run(start)
+        return start() if run is None else run(start)
+
+    return status_of(call)
+
+
+def status_of(call: Callable[[], Any]) -> int:
+    """Calls and returns the exit status, the same for all commands.
+
+    It is 0, 2 after an error in what people gave, which is printed, or 75 when the result is a
+    mapping with a true 'interrupted'. Any other error is a bug, and is raised.
+    """
+    try:
+        result = call()
     except Exception as error:
         if not _meant_for_people(error):
             raise

@@ -14,7 +14,8 @@ from typing import Any
 import gin
 
 from launch import gin_reader, gin_types
-from launch.gin_reader import Bound, Checked, Target, nearest
+from launch.gin_reach import Reach
+from launch.gin_reader import Bound, Checked, Target, is_required, nearest
 from launch.gin_source import Macro, Place, Problem
 
 
@@ -25,6 +26,8 @@ def check(
     entry: Callable | None = None,
     entry_name: str = "",
     fragment: bool = False,
+    untrusted: Sequence[str] = (),
+    part: bool = False,
 ) -> Checked:
     """Reads everything and returns it with the problems found.
 
@@ -36,54 +39,78 @@ def check(
       entry_name: its full name, such as 'launch.train.train'.
       fragment: the files are only a part of a configuration, so that macros may be unused,
         undefined or still required, and scopes be entered elsewhere.
+      untrusted: files read before the others, which may name only what is harmless.
+      part: the configuration is another entry point's, of which this one uses a part; the rest may
+        be left open.
     """
     reader = gin_reader.Reader(search_paths)
+    for path in untrusted:
+        reader.read_untrusted(path, files)
+    if reader.refused:  # whatever else is wrong would follow from it
+        reader.checked.problems[:] = reader.refused
+        return reader.checked
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
     reader.read_bindings(bindings)
     checked = reader.checked
+    _check_types(checked)
+    if fragment:
+        return checked
+    reach = None
     if entry is not None:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
-    _check_types(checked)
-    if not fragment:
-        _check_macros(checked)
-        _check_scopes(checked)
-        _check_arguments(checked, entry_name)
-        if entry is not None:
-            _check_effect(checked, entry_name)
+        reach = Reach(checked, entry_name)
+    used = reach if part else None
+    _check_values(checked, used)
+    _check_readers(checked, command_line_only=part)
+    _check_scopes(checked, command_line_only=part)
+    if reach is not None:
+        _check_arguments(checked, reach)
+        _check_passed(checked, reach)
+        if not part:
+            _check_effect(checked, reach, entry_name)
     return checked
 
 
-def _check_macros(checked: Checked) -> None:
+def _check_values(checked: Checked, used: Reach | None) -> None:
+    """Macros need a value, and so does what is required; given `used`, only what is reached there."""
     for name, place in checked.macros_read.items():
-        if name not in checked.macros:
+        if name not in checked.macros and (used is None or name in used.macros):
             near = nearest(difflib.get_close_matches(name, checked.macros))
             checked.problems.append(
                 Problem(
                     place, f"macro '{name}' has no value", near or f"Set it: --gin.{name}=VALUE."
                 )
             )
-    known = sorted(checked.macros_read)
     for name, bound in checked.macros.items():
-        if name not in checked.macros_read:
-            near = nearest(difflib.get_close_matches(name, known))
-            checked.problems.append(
-                Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
-            )
-        elif isinstance(bound.value, Macro) and bound.value.required:
+        if is_required(bound.value) and name in (
+            checked.macros_read if used is None else used.macros
+        ):
             checked.problems.append(
                 Problem(bound.place, f"'{name}' is required", f"Set it: --gin.{name}=VALUE.")
             )
     for (scope, target, argument), bound in checked.bindings.items():
-        if isinstance(bound.value, Macro) and bound.value.required:
+        if is_required(bound.value):
             key = f"{scope}/{target}.{argument}" if scope else f"{target}.{argument}"
             checked.problems.append(
                 Problem(bound.place, f"'{key}' is required", "Bind it in a later file.")
             )
 
 
-def _check_scopes(checked: Checked) -> None:
+def _check_readers(checked: Checked, command_line_only: bool) -> None:
+    known = sorted(checked.macros_read)
+    for name, bound in checked.macros.items():
+        if name not in checked.macros_read and not (command_line_only and bound.place.line):
+            near = nearest(difflib.get_close_matches(name, known))
+            checked.problems.append(
+                Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
+            )
+
+
+def _check_scopes(checked: Checked, command_line_only: bool) -> None:
     for (scope, _, _), bound in checked.bindings.items():
+        if command_line_only and bound.place.line:
+            continue
         if scope and scope not in checked.scopes_used:
             near = nearest(difflib.get_close_matches(scope, sorted(checked.scopes_used)))
             checked.problems.append(
@@ -107,28 +134,47 @@ def _check_types(checked: Checked) -> None:
             checked.problems.append(Problem(place, f"'{target}.{argument}' {message}"))
 
 
-def _check_arguments(checked: Checked, entry_name: str) -> None:
-    """Whatever is certain to be called by gin alone must have its arguments bound."""
-    called: dict[str, Place] = {entry_name: Place("the entry point")} if entry_name else {}
-    for bound in [*checked.bindings.values(), *checked.macros.values()]:
-        for reference, target in bound.references:
-            if reference.evaluate and target is not None:
-                called.setdefault(target.name, bound.place)
-    for name, place in called.items():
-        given = {arg for (_, target, arg) in checked.bindings if target == name}
-        missing = [p for p in required_parameters(checked.targets[name].value) if p not in given]
-        if missing:
-            short = ".".join(name.split(".")[-2:])
-            example = f"Bind for example: {short}.{missing[0]} = ..."
-            text = f"'{name}' is called without {', '.join(missing)}"
-            checked.problems.append(Problem(place, text, example))
+def _check_arguments(checked: Checked, reach: Reach) -> None:
+    """Whatever is called by gin alone must have its arguments bound, in the scope of the call."""
+    told = set()
+    for name, ways in reach.ways.items():
+        for way in ways:
+            if not way.evaluated:
+                continue
+            given = {*reach.bound(name, way.scope), *way.passed}
+            needed = required_parameters(checked.targets[name].value)
+            missing = [parameter for parameter in needed if parameter not in given]
+            key = (id(checked.targets[name].value), way.scope)
+            if missing and key not in told:
+                told.add(key)
+                short = ".".join(name.split(".")[-2:])
+                called = f"{way.scope}/{short}" if way.scope else short
+                where = f" in the scope '{way.scope}'" if way.scope else ""
+                text = f"'{name}' is called{where} without {', '.join(missing)}"
+                example = f"Bind for example: {called}.{missing[0]} = ..."
+                checked.problems.append(Problem(way.place, text, example))
 
 
-def _check_effect(checked: Checked, entry_name: str) -> None:
+def _check_passed(checked: Checked, reach: Reach) -> None:
+    """Bindings of arguments that the caller passes, which wins over gin."""
+    for (scope, target, argument), bound in checked.bindings.items():
+        ways = reach.ways_in(target, scope)
+        if ways and all(argument in way.passed for way in ways):
+            owners = sorted({way.owner for way in ways})
+            by = (
+                f"what is bound to {', '.join(map(repr, owners))} is called with {argument}="
+                if all(owners)
+                else "the command passes it, from its flags"
+            )
+            checked.problems.append(
+                Problem(bound.place, f"'{target}.{argument}' has no effect: {by}", "Leave it out.")
+            )
+
+
+def _check_effect(checked: Checked, reach: Reach, entry_name: str) -> None:
     """Bindings that the entry point cannot reach: an error on the command line, else a warning."""
-    reached, read = reachable(checked, entry_name)
     for name, bound in checked.macros.items():
-        if bound.place.line == 0 and name in checked.macros_read and name not in read:
+        if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
             readers = sorted(
                 f"{target}.{argument}"
                 for (_, target, argument), other in checked.bindings.items()
@@ -140,43 +186,13 @@ def _check_effect(checked: Checked, entry_name: str) -> None:
             text = f"'{name}' has no effect: {used_by}, which this run does not use"
             checked.problems.append(Problem(bound.place, text, "Leave it out."))
     for (_, target, argument), bound in checked.bindings.items():
-        if target not in reached:
+        if target not in reach.ways:
             problem = Problem(
                 bound.place,
                 f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "
                 f"'@{'.'.join(target.split('.')[-2:])}'",
             )
             (checked.problems if bound.place.line == 0 else checked.warnings).append(problem)
-
-
-def reachable(checked: Checked, entry_name: str) -> tuple[set[str], set[str]]:
-    """Names of the targets and macros that references lead to from the entry point."""
-    reached: set[str] = set()
-    read: set[str] = set()
-    waiting = [entry_name]
-
-    def follow(bound: Bound) -> None:
-        waiting.extend(target.name for _, target in bound.references if target is not None)
-        for macro in bound.macros:
-            if macro.name not in read:
-                read.add(macro.name)
-                if macro.name in checked.macros:
-                    follow(checked.macros[macro.name])
-
-    while waiting:
-        name = waiting.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        # One object may be reached under two names, and a class brings its methods.
-        here = checked.targets[name].value
-        for other, target in checked.targets.items():
-            if target.value is here or (inspect.isclass(here) and other.startswith(name + ".")):
-                waiting.append(other)
-        for (_, target_name, _), bound in checked.bindings.items():
-            if target_name == name:
-                follow(bound)
-    return reached, read
 
 
 def final_value(value: Any, macros: dict[str, Bound], depth: int = 20) -> Any:

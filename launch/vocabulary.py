@@ -4,6 +4,8 @@ Example: the corpus of installed packages, half a minute; a run with the same da
 vocabulary:
 
   python -m launch.vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
+
+The gin files and bindings of a training command may be given as they are.
 """
 
 if __name__ == "__main__":
@@ -14,6 +16,7 @@ if __name__ == "__main__":
             __doc__,
             entry="launch.vocabulary:make_vocabulary",
             default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
+            part=True,
         )
     )
 
