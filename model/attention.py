@@ -3,6 +3,7 @@
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from model import axes
 from model.attention_ops import dot_product_attention
 from model.config import LayerKind, TransformerConfig
-from model.kv_cache.base import CachePolicy
+from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.rope import Rope
 
@@ -70,11 +71,20 @@ class Attention(nn.Module):
         k_BTKH = axes.constrain(k_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BTKH = axes.constrain(v_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
 
-        options: dict[str, Any] = {
-            "window": self.kind.window,
-            "scale": self.scale,
-            "softcap": self.softcap,
-        }
+        form = AttentionForm(
+            scale=config.per_head_dim**-0.5 if self.scale is None else float(self.scale),
+            softcap=self.softcap,
+            window=self.kind.window,
+        )
+        if policy is not None:
+            cache = policy.append(
+                cache,
+                k_BTKH=k_BTKH,
+                v_BTKH=v_BTKH,
+                positions_BT=positions_BT,
+                q_BTNH=q_BTNH,
+                form=form,
+            )
         if policy is None:
             out_BTNH = dot_product_attention(
                 q_BTNH,
@@ -83,12 +93,9 @@ class Attention(nn.Module):
                 q_segments_BT=segments_BT,
                 kv_segments_BS=segments_BT,
                 implementation=self.implementation,
-                **options,
+                **dataclasses.asdict(form),
             )
         else:
-            cache = policy.append(
-                cache, k_BTKH=k_BTKH, v_BTKH=v_BTKH, positions_BT=positions_BT, q_BTNH=q_BTNH
-            )
             held = policy.view(cache)
             out_BTNH = dot_product_attention(
                 q_BTNH,
@@ -96,7 +103,7 @@ class Attention(nn.Module):
                 held.v_BSKH,
                 q_positions_BT=positions_BT,
                 kv_positions_BS=held.positions_BS,
-                **options,
+                **dataclasses.asdict(form),
             )
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)

@@ -87,8 +87,10 @@ def prefill(
             num_kv_heads=config.kv_heads,
             head_dim=config.per_head_dim,
             dtype=config.compute_dtype,
+            layer=layer,
+            kind=config.layer_kind(layer),
         )
-        for _ in range(config.num_layers)
+        for layer in range(config.num_layers)
     ]
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)

@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import KeyValues
+from model.config import LayerKind
+from model.kv_cache.base import AttentionForm, KeyValues
 
 
 @flax.struct.dataclass
@@ -27,8 +28,17 @@ class FullCache:
     """Appends at the next free slots; rows of a batch share the slot index, not the position."""
 
     def init(
-        self, *, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
+        self,
+        *,
+        batch: int,
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Any,
+        layer: int,
+        kind: LayerKind,
     ) -> FullState:
+        del layer, kind  # all are alike
         shape = (batch, num_kv_heads, length, head_dim)
         return FullState(
             k_BKSH=jnp.zeros(shape, dtype),
@@ -45,9 +55,10 @@ class FullCache:
         v_BTKH: jax.Array,
         positions_BT: jax.Array,
         q_BTNH: jax.Array,
+        form: AttentionForm,
     ) -> FullState:
         """The caller sizes the cache: tokens past its length would overwrite the last slots."""
-        del q_BTNH  # every key is kept, so none is scored
+        del q_BTNH, form  # every key is kept, so none is scored
         at = state.used
 
         def put(held_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:

@@ -144,8 +144,10 @@ def test_decoding_with_a_cache_equals_one_pass(model, unequal):
             num_kv_heads=config.kv_heads,
             head_dim=config.per_head_dim,
             dtype="float32",
+            layer=layer,
+            kind=config.layer_kind(layer),
         )
-        for _ in range(config.num_layers)
+        for layer in range(config.num_layers)
     ]
     # The second prompt is shorter when unequal: its padding has position -1 and is never seen.
     lengths = np.array([5, 3 if unequal else 5])
@@ -179,12 +181,13 @@ def test_attention_over_a_cache_ignores_the_form_of_training(implementation):
     )
     params, ids, policy = init(plain), tokens((2, 5)), FullCache()
     sizes = {"num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
+    first = {"layer": 0, "kind": plain.config.layer_kind(0)}
 
     def run(model):
         return model.apply(
             {"params": params},
             ids,
-            caches=[policy.init(batch=2, length=5, **sizes)],
+            caches=[policy.init(batch=2, length=5, **sizes, **first)],
             policy=policy,
             positions_BT=jnp.broadcast_to(jnp.arange(5), (2, 5)),
             method="hidden",
