@@ -31,8 +31,8 @@ class Attention(nn.Module):
       out_bias: bias on the output projection.
       scale: factor on the logits; None for H^-1/2.
       softcap: c in c * tanh(logits / c), or None.
-      implementation: of training, see attention_ops.dot_product_attention; attention over a cache
-        has one form.
+      implementation: of training, see attention_ops.dot_product_attention; with a cache, prompts
+        take the form that suits platform and length, and attention over the cache has one form.
     """
 
     config: TransformerConfig
@@ -56,7 +56,12 @@ class Attention(nn.Module):
         cache: Any = None,
         policy: CachePolicy | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Returns (output [B, T, D], updated cache); the cache is None while training."""
+        """Returns (output [B, T, D], updated cache); the cache is None while training.
+
+        With a cache, tokens see what it holds by then, by position. Given segments_BT as well, they
+        see each other alone, by index and within equal segments, as in training: that is how a prompt
+        is read into an empty cache without its [T, T] scores ever being in memory.
+        """
         config = self.config
         q_BTNH = self._heads("query", config.num_heads, axes.HEADS, x_BTD)
         k_BTKH = self._heads("key", config.kv_heads, axes.KV_HEADS, x_BTD)
@@ -85,14 +90,15 @@ class Attention(nn.Module):
                 q_BTNH=q_BTNH,
                 form=form,
             )
-        if policy is None:
+        if policy is None or segments_BT is not None:
             out_BTNH = dot_product_attention(
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,
                 q_segments_BT=segments_BT,
                 kv_segments_BS=segments_BT,
-                implementation=self.implementation,
+                # A model that is bound to one form still reads prompts of any length.
+                implementation=self.implementation if policy is None else "auto",
                 **dataclasses.asdict(form),
             )
         else:

@@ -94,7 +94,9 @@ def prefill(
     ]
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)
-    out = _hidden(model, params, policy, tokens_BT, positions_BT, empty)
+    # Segments say that there is nothing to see but the prompt (model/attention.py).
+    segments_BT = (positions_BT >= 0).astype(jnp.int32)
+    out = _hidden(model, params, policy, tokens_BT, positions_BT, empty, segments_BT)
     last_B1D = jnp.take_along_axis(out.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
     caches = [policy.compress(cache, length=room) for cache in out.caches]
     return model.apply({"params": params}, last_B1D, method="logits")[:, 0], caches
@@ -154,11 +156,12 @@ def decode(
     return loop.decoded, loop.caches
 
 
-def _hidden(model, params, policy, tokens_BT, positions_BT, caches):
+def _hidden(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
     return model.apply(
         {"params": params},
         tokens_BT,
         positions_BT=positions_BT,
+        segments_BT=segments_BT,
         caches=caches,
         policy=policy,
         method="hidden",

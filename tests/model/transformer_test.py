@@ -183,10 +183,11 @@ def test_attention_over_a_cache_ignores_the_form_of_training(implementation):
     sizes = {"num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
     first = {"layer": 0, "kind": plain.config.layer_kind(0)}
 
-    def run(model):
+    def run(model, **context):
         return model.apply(
             {"params": params},
             ids,
+            **context,
             caches=[policy.init(batch=2, length=5, **sizes, **first)],
             policy=policy,
             positions_BT=jnp.broadcast_to(jnp.arange(5), (2, 5)),
@@ -194,6 +195,9 @@ def test_attention_over_a_cache_ignores_the_form_of_training(implementation):
         ).hidden_BTD
 
     np.testing.assert_array_equal(run(other), run(plain))
+    # Nor does a prompt need it, whose five tokens 'splash' would refuse.
+    prompt = {"segments_BT": jnp.ones((2, 5), jnp.int32)}
+    np.testing.assert_array_equal(run(other, **prompt), run(plain, **prompt))
 
 
 def test_scanned_and_unrolled_layers_agree(model):

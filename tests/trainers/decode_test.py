@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.attention import Attention
 from model.config import TransformerConfig
 from model.embed import Positions
+from model.kv_cache.full import FullCache
 from model.kv_cache.policies import policy_named
 from model.transformer import Block, Transformer
-from trainers.decode import Settings
+from trainers.decode import Settings, prefill
 from trainers.decoder import Decoder
 from trainers.sampling import Sampling
 
@@ -22,15 +23,17 @@ V, M = 29, 7
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2], [0, 5, 9, 2, 7], [0, 3], [0]]
 
 
-def make(num_layers=2, **changes):
-    sizes = {"vocab_size": V, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+def make(num_layers=2, sliding_window=4, scan_layers=True, **changes):
     config = TransformerConfig(
-        **{
-            **sizes,
-            "num_layers": num_layers,
-            "layer_pattern": ("sliding", "full_nope")[:num_layers],
-            "sliding_window": 4,
-        }
+        vocab_size=V,
+        num_layers=num_layers,
+        embed_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=16,
+        layer_pattern=("sliding", "full_nope")[:num_layers],
+        sliding_window=sliding_window,
+        scan_layers=scan_layers,
     )
     return Transformer(config=config, **changes)
 
@@ -85,6 +88,72 @@ def test_greedy_equals_the_argmax_of_full_forward_passes(greedy, log_probs):
         tokens, chosen = stepwise(log_probs, prompt)
         assert got.tokens == tokens
         np.testing.assert_allclose(got.log_probs, chosen, atol=2e-5)
+
+
+def long_prompts(**changes):
+    """(model, parameters, tokens, lengths) of two long prompts, one of them shorter."""
+    model = make(sliding_window=150, scan_layers=False, **changes)
+    ids = jax.random.randint(jax.random.key(1), (2, 300), 0, V)
+    return model, init(model), ids, jnp.array([300, 170])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_read_by_index_equals_one_read_by_position(side):
+    """With grouped heads, a window and a soft cap, whichever side the padding is on."""
+    capped = functools.partial(Attention, softcap=2.0)
+    model, params, ids, lengths = long_prompts(block=functools.partial(Block, attention=capped))
+    at = jnp.arange(300)[None] - (300 - lengths[:, None] if side == "left" else 0)
+    positions = jnp.where((at >= 0) & (at < lengths[:, None]), at, -1)
+    caches = [
+        FullCache().init(
+            batch=2,
+            length=300,
+            num_kv_heads=1,
+            head_dim=8,
+            dtype="float32",
+            layer=layer,
+            kind=model.config.layer_kind(layer),
+        )
+        for layer in range(2)
+    ]
+
+    @jax.jit
+    def read(segments):
+        return model.apply(
+            {"params": params},
+            ids,
+            positions_BT=positions,
+            segments_BT=segments,
+            caches=caches,
+            policy=FullCache(),
+            method="hidden",
+        )
+
+    got, want = read((positions >= 0).astype(jnp.int32)), read(None)
+    real = np.asarray(positions >= 0)
+    np.testing.assert_allclose(got.hidden_BTD[real], want.hidden_BTD[real], atol=2e-5)
+    for new, old in zip(got.caches, want.caches, strict=True):
+        np.testing.assert_array_equal(new.positions_BS, positions)
+        for a, b in ((new.k_BKSH, old.k_BKSH), (new.v_BKSH, old.v_BKSH)):
+            np.testing.assert_allclose(a[:, 0][real], b[:, 0][real], atol=2e-5)
+
+
+def test_reading_a_prompt_takes_no_more_memory_than_a_pass_without_cache():
+    model, params, _, _ = long_prompts()
+
+    def temporaries(function, *shapes):
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+        compiled = jax.jit(function).lower(params, *arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def without_cache(params, ids):
+        return model.apply({"params": params}, ids, method="hidden").hidden_BTD
+
+    def with_cache(params, ids, lengths):
+        return prefill(model, params, FullCache(), ids, lengths, room=15)
+
+    want = temporaries(without_cache, (8, 2048))
+    assert temporaries(with_cache, (8, 2048), (8,)) < 2 * want
 
 
 def test_prompts_alone_continue_as_in_a_batch(greedy, model, params):
