@@ -12,7 +12,7 @@ _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 def cache_dir() -> str:
     """Where everything that can be computed again is kept: $ESPALIER_CACHE or ~/.cache/espalier."""
-    return os.environ.get("ESPALIER_CACHE") or os.path.expanduser("~/.cache/espalier")
+    return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 
 def prepare() -> None:

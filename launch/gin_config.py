@@ -5,6 +5,7 @@ modules and bind plain functions and classes. See docs/configuration.md.
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -15,12 +16,18 @@ import gin
 
 from launch import gin_check, gin_source
 from launch.gin_check import final_value
-from launch.gin_reader import Checked
-from launch.gin_source import Macro, Place, Problem
+from launch.gin_reader import Checked, is_required
+from launch.gin_source import Place, Problem
 
 # What a value without quotes may look like to be taken as a string: a path or a name.
 _BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")
-_NOT_STRINGS = {"true", "false", "none", "null", "nan", "inf", "yes", "no", "on", "off"}
+# Words that other languages write for values, and what gin's literals have for them.
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on"), "True"),
+    **dict.fromkeys(("false", "no", "off"), "False"),
+    **dict.fromkeys(("none", "null"), "None"),
+    **dict.fromkeys(("nan", "inf"), None),
+}
 
 
 class ConfigError(ValueError):
@@ -62,6 +69,8 @@ def load(
     search_paths: Sequence[str] = (),
     entry: Callable | str | None = None,
     unused: Mapping[str, str] | None = None,
+    untrusted: Sequence[str] = (),
+    part: bool = False,
 ) -> Config:
     """Replaces gin's configuration by the given one, checked completely, and locks it.
 
@@ -75,16 +84,26 @@ def load(
         unbound arguments and bindings that cannot reach it are found too.
       unused: macros whose values do not matter, with a value in gin syntax for each that nothing
         sets.
+      untrusted: gin files read before `files` that were found, not given, such as the one beside a
+        checkpoint: they may import and name only what is harmless (launch/gin_trust.py).
+      part: the configuration is that of another entry point, and this one uses a part of it. The
+        rest may be left open, and what has no effect here is no problem.
 
     Raises:
       ConfigError: with all problems found. Gin's own state is unchanged then.
     """
     function, name = _entry(entry)
-    bindings = [*bindings, *_placeholders(unused, files, bindings, search_paths)]
-    checked, bindings = _check(files, bindings, search_paths, function, name, fragment=False)
+    read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
+    bindings = [*bindings, *_placeholders(unused, bindings, read)]
+    checked, bindings = _check(
+        bindings, read, entry=function, entry_name=name, fragment=False, part=part
+    )
     if checked.problems:
         raise ConfigError(checked.problems)
-    _load_into_gin(files, bindings, search_paths, checked)
+    # Gin wants a value for every macro; what is open after the checks is not used.
+    names = dict.fromkeys([*checked.macros, *checked.macros_read])
+    bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
+    _load_into_gin([*untrusted, *files], bindings, search_paths, checked)
     configured = None
     if function is not None:
         try:
@@ -102,20 +121,21 @@ def load(
     )
 
 
-def _placeholders(unused, files, bindings, search_paths) -> list[str]:
+def _placeholders(unused, bindings, read: Callable[..., Checked]) -> list[str]:
     """Bindings for those of the `unused` macros that are read but not set."""
     if not unused:
         return []
-    checked = gin_check.check(files, (), search_paths, fragment=True)
+    checked = read(fragment=True)
     given = {binding.partition("=")[0].strip() for binding in bindings}
+    return [
+        f"{name}={value}"
+        for name, value in unused.items()
+        if name not in given and name in checked.macros_read and _is_open(name, checked)
+    ]
 
-    def is_open(name: str) -> bool:
-        if name in given or name not in checked.macros_read:
-            return False
-        value = checked.macros[name].value if name in checked.macros else None
-        return name not in checked.macros or (isinstance(value, Macro) and value.required)
 
-    return [f"{name}={value}" for name, value in unused.items() if is_open(name)]
+def _is_open(name: str, checked: Checked) -> bool:
+    return name not in checked.macros or is_required(checked.macros[name].value)
 
 
 def problems(
@@ -131,7 +151,9 @@ def problems(
     macros may be defined or read elsewhere.
     """
     function, name = _entry(entry)
-    return _check(files, bindings, search_paths, function, name, fragment)[0].problems
+    read = functools.partial(gin_check.check, files, search_paths=search_paths)
+    checked, _ = _check(bindings, read, entry=function, entry_name=name, fragment=fragment)
+    return checked.problems
 
 
 def config_str() -> str:
@@ -144,9 +166,9 @@ def operative_config_str() -> str:
     return gin.operative_config_str()
 
 
-def _check(files, bindings, search_paths, function, name, fragment) -> tuple[Checked, list[str]]:
+def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
     """Reads the files alone first: whether a bare word is a string depends on what they say."""
-    from_files = gin_check.check(files, (), search_paths, fragment=True).macros if bindings else {}
+    from_files = read(fragment=True).macros if bindings else {}
     found: list[Problem] = []
     normal = []
     for binding in bindings:
@@ -154,7 +176,7 @@ def _check(files, bindings, search_paths, function, name, fragment) -> tuple[Che
             normal.append(_normalise(binding, from_files))
         except ValueError as error:
             found.append(Problem(Place(f"--gin.{binding}"), str(error)))
-    checked = gin_check.check(files, normal, search_paths, function, name, fragment)
+    checked = read(normal, **how)
     checked.problems.extend(found)
     return checked, normal
 
@@ -171,10 +193,11 @@ def _normalise(binding: str, macros: dict) -> str:
     except SyntaxError:
         pass
     old = final_value(macros[name].value, macros) if name in macros else None
-    takes_string = old is None or isinstance(old, str) or (isinstance(old, Macro) and old.required)
-    if text.lower() in _NOT_STRINGS or not takes_string or not _BARE_STRING.fullmatch(text):
+    takes_string = old is None or isinstance(old, str) or is_required(old)
+    if text.lower() in _WORDS or not takes_string or not _BARE_STRING.fullmatch(text):
         instead = f" (it was {old!r})" if not takes_string else ""
-        hint = f" Did you mean {text.capitalize()}?" if text.lower() in _NOT_STRINGS else ""
+        meant = _WORDS.get(text.lower())
+        hint = f" Did you mean {meant}?" if meant else ""
         raise ValueError(
             f"{text!r} is not a value in gin syntax{instead}.{hint} "
             f"A string needs quotes inside quotes: --gin.{name}='\"...\"'"
@@ -187,7 +210,7 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
     # Gin can only append to its search path, which would make it depend on earlier loads.
     gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
     # It would also look for files as resources of packages, and fails on folders that are none.
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin.config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
     imports = [statement.format() for statement in checked.command_line_imports()]
     if imports:
         imports.insert(0, "from __gin__ import dynamic_registration")

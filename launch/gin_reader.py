@@ -15,7 +15,7 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from launch import gin_source
+from launch import gin_source, gin_trust
 from launch.gin_source import Macro, Place, Problem, Reference
 
 
@@ -80,11 +80,19 @@ class Reader:
     def __init__(self, search_paths: Sequence[str]):
         self.checked = Checked()
         self.search_paths = search_paths
+        self.refused: list[Problem] = []  # what untrusted files may not name
+        self._trust: gin_trust.Trust | None = None  # of the file that is being read
 
     def problem(self, place: Place, message: str, remedy: str = "") -> None:
         problem = Problem(place, message, remedy)
         if problem not in self.checked.problems:
             self.checked.problems.append(problem)
+
+    def read_untrusted(self, path: str, own_files: Sequence[str]) -> None:
+        """Reads a file that may name only what is harmless, or what `own_files` import."""
+        self._trust = gin_trust.trust(path, own_files, self.search_paths)
+        self.read_file(path, Place("--gin_file"), ())
+        self._trust = None
 
     def read_file(self, path: str, place: Place, including: tuple[str, ...]) -> None:
         found = gin_source.find(path, self.search_paths)
@@ -101,8 +109,11 @@ class Reader:
             self.problem(place, f"'{path}' includes itself: {' -> '.join((*including, found))}")
             return
         self.checked.files.append(found)
-        with open(found, encoding="utf-8") as file:
-            text = file.read()
+        try:
+            text = gin_source.read(found)
+        except (OSError, UnicodeDecodeError) as error:
+            self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
+            return
         self._read(text, path, {}, (*including, found))
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
@@ -148,12 +159,15 @@ class Reader:
                 "imports need gin's dynamic registration",
                 "Begin the file with: from __gin__ import dynamic_registration",
             )
-        error = _import_error(statement)
-        if error:
+        refusal = self._trust and self._trust.module_error(statement.module)
+        error = None if refusal else _import_error(statement)
+        if refusal:
+            self.refused.append(Problem(place, *refusal))
+        elif error:
             self.problem(place, *error)
         elif statement not in self.checked.imports:
             self.checked.imports.append(statement)
-        self._bind_import(statement, symbols, failed=bool(error))
+        self._bind_import(statement, symbols, failed=bool(refusal or error))
 
     def _bind_import(self, statement, symbols: dict[str, Symbol], failed: bool = False) -> None:
         module = bound_module(statement)
@@ -191,11 +205,15 @@ class Reader:
                 place, f"'{name}' is not a function or class and cannot be configured or referenced"
             )
             return None
+        refusal = self._trust and self._trust.object_error(symbol.name, name, value)
+        if refusal:
+            self.refused.append(Problem(place, *refusal))
+            return None
         return self.checked.targets.setdefault(name, Target(name, value))
 
     def _bind(self, statement, place: Place, symbols) -> None:
         references, macros = [], []
-        for leaf in _leaves(statement.value):
+        for leaf in leaves(statement.value):
             if isinstance(leaf, Reference):
                 references.append((leaf, self._resolve(leaf.selector, place, symbols)))
                 self.checked.scopes_used.update(_prefixes(leaf.scope))
@@ -208,6 +226,9 @@ class Reader:
         if not statement.arg_name:
             scope = f"{statement.scope}/" if statement.scope else ""
             self.checked.macros[scope + statement.selector] = bound
+            return
+        if (statement.selector, statement.arg_name) == ("gin.macro", "value"):
+            self.checked.macros[statement.scope] = bound  # the long form of the same
             return
         target = self._resolve(statement.selector, place, symbols)
         if target is None:
@@ -283,16 +304,22 @@ def _configurable_names(value: Any) -> list[str]:
     return [n for n in dir(value) if not n.startswith("_") and callable(getattr(value, n, None))]
 
 
-def _leaves(value: Any) -> Iterable[Any]:
+def leaves(value: Any) -> Iterable[Any]:
+    """The literals, references and macros that a value is made of."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(key)
-            yield from _leaves(item)
+            yield from leaves(key)
+            yield from leaves(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield value
+
+
+def is_required(value: Any) -> bool:
+    """Whether the user still has to give the value or a part of it."""
+    return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
 
 
 def _prefixes(scope: str) -> list[str]:

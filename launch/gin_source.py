@@ -169,6 +169,24 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
     return None
 
 
+def same(one: str, other: str, search_paths: Sequence[str]) -> bool:
+    """Whether two paths mean the same file."""
+    found = [find(path, search_paths) for path in (one, other)]
+    return None not in found and os.path.samefile(*found)  # type: ignore[arg-type]
+
+
+def read(path: str) -> str:
+    """The text of a gin file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start}: {error.reason})"
+    return str(error.strerror or error)
+
+
 def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:
     """Gin files in the folder `path` points to whose names are close to it."""
     folder, name = os.path.split(path)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from launch import cli, environment
+from launch import cli, environment, gin_trust
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -121,7 +121,8 @@ def test_several_files_and_search_paths(gin_file, toy_gin, tmp_path):
     assert toy_run.CALLS[-1]["steps"] == 7
 
 
-def test_own_flags_default_files_and_run(gin_file, toy_gin):
+def test_own_flags_default_files_and_run(gin_file, toy_gin, monkeypatch):
+    monkeypatch.setattr(gin_trust, "PACKAGES", ("toy_net", "toy_run"))
     path = gin_file(toy_gin)
     seen = {}
 
@@ -182,6 +183,16 @@ def test_environment_is_set_before_anything_is_imported(toy_modules, tmp_path):
     other = "glibc.malloc.hugetlb=0"
     out = run(toy_modules, "-c", code, GLIBC_TUNABLES=other, JAX_COMPILATION_CACHE_DIR="/mine")
     assert f"seen ['{other}', '/mine'] []" in out
+
+
+def test_a_home_in_the_cache_is_expanded_for_compiled_programs_too(monkeypatch):
+    from data import cache_dir
+
+    monkeypatch.setenv("ESPALIER_CACHE", "~/zz")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    environment.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == os.path.expanduser("~/zz/xla")
+    assert environment.cache_dir() == str(cache_dir.cache_dir())
 
 
 def _helps() -> bool:

@@ -78,6 +78,8 @@ if __name__ == "__main__":
 
     raise SystemExit(cli.main(__doc__, entry="toy_run:train"))
 
+from collections.abc import Sequence
+
 CALLS = []
 
 
@@ -103,7 +105,14 @@ def processes(*, steps: int = 1):
     print("total", jax.process_index(), jax.process_count(), float(total.sum()))
 
 
-def train(*, model, optimizer=None, steps: int = 10, model_dir: str | None = None):
+def train(
+    *,
+    model,
+    optimizer=None,
+    steps: int = 10,
+    model_dir: str | None = None,
+    names: Sequence[str] | None = None,
+):
     """Keeps what it was called with."""
     if steps < 0:
         raise OwnError(f"steps = {steps} must not be negative.")

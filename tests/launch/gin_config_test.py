@@ -213,6 +213,10 @@ def test_paths_need_no_quotes(gin_file, toy_gin, value, expected):
     [
         ("TRAIN_STEPS=l00", "'l00' is not a value in gin syntax (it was 10)"),
         ("MODEL_DIR=true", "Did you mean True?"),
+        ("MODEL_DIR=yes", "Did you mean True?"),
+        ("MODEL_DIR=off", "Did you mean False?"),
+        ("MODEL_DIR=null", "Did you mean None?"),
+        ("MODEL_DIR=nan", "'nan' is not a value in gin syntax. A string"),
         ("MODEL_DIR=a b", "needs quotes inside quotes"),
         ("MODEL_DIR=/x\nRATE=3", "not a value in gin syntax"),
         ("TRAIN_STEPS=", "not a value in gin syntax"),
@@ -223,6 +227,94 @@ def test_paths_need_no_quotes(gin_file, toy_gin, value, expected):
 def test_what_is_no_value_is_refused(gin_file, toy_gin, binding, message):
     bindings = ["MODEL_DIR=/x", binding]
     assert message in errors([gin_file(toy_gin)], bindings, entry=ENTRY)
+
+
+def test_required_inside_a_container(gin_file, toy_gin):
+    text = errors([gin_file(toy_gin)], ["MODEL_DIR=/x", "RATE=[1, %gin.REQUIRED]"], entry=ENTRY)
+    assert "'RATE' is required" in text
+    path = gin_file(toy_gin + "toy_run.train.model = {'a': %gin.REQUIRED}\n")
+    text = errors([path], ["MODEL_DIR=/x"], entry=ENTRY)
+    assert "'toy_run.train.model' is required" in text
+
+
+def test_arguments_must_be_bound_in_the_scope_of_the_call(gin_file, toy_gin):
+    lines = "toy_run.train.optimizer = @toy_net.optimizer()\ntoy_net.optimizer.rate = %RATE\n"
+    assert lines.partition("\n")[0] in toy_gin
+    scoped = toy_gin.replace("toy_net.optimizer.rate", "x/toy_net.optimizer.rate")
+    more = "toy_run.train.model = @x/toy_net.Net()\n"
+    text = errors([gin_file(scoped + more)], ["MODEL_DIR=/x"], entry=ENTRY)
+    assert "'toy_net.optimizer' is called without rate" in text
+    more += "toy_run.train.optimizer = @x/toy_net.optimizer()\n"
+    config = gin_config.load([gin_file(scoped + more)], ["MODEL_DIR=/x"], entry=ENTRY)
+    assert config.entry()["optimizer"] == ("adam", 0.5, None)
+    more += "toy_run.train.optimizer = @x/y/toy_net.optimizer()\n"
+    gin_config.load([gin_file(scoped + more)], ["MODEL_DIR=/x"], entry=ENTRY)
+
+
+def test_what_nothing_calls_needs_no_arguments(gin_file, toy_gin):
+    more = "toy_net.Factored.rank = @toy_net.optimizer()\ntoy_run.train.optimizer = None\n"
+    without_rate = toy_gin.replace("toy_net.optimizer.rate = %RATE", "").replace("RATE = 0.5", "")
+    gin_config.load([gin_file(without_rate + more)], ["MODEL_DIR=/x"], entry=ENTRY)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("'english'", "takes a list of str or None, not 'english' (str): write ['english']"),
+        ("english", "takes a list of str or None, not 'english' (str): write ['english']"),
+        ("[1]", "takes a list of str or None, not [1] (list)"),
+        ("@toy_net.optimizer", "not @toy_net.optimizer (a function or class)"),
+        ("['english']", None),
+        ("('english', %RATE)", None),
+        ("@toy_net.optimizer()", None),
+        ("None", None),
+    ],
+)
+def test_sequences(gin_file, toy_gin, value, message):
+    found = gin_config.problems(
+        [gin_file(toy_gin)], ["MODEL_DIR=/x", f"toy_run.train.names={value}"], entry=ENTRY
+    )
+    assert len(found) == (message is not None)
+    assert message is None or message in str(found[0])
+
+
+def test_a_function_where_a_list_of_functions_is_taken():
+    files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/bytes", "runs/pretrain")]
+    text = errors(
+        files,
+        ["MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=@tasks.register_corpus"],
+        entry="launch.train:train",
+    )
+    assert "'launch.train.train.tasks' takes a list" in text
+    assert "write [@tasks.register_corpus]" in text
+
+
+def test_the_long_form_of_a_macro(gin_file, toy_gin):
+    path = gin_file(toy_gin + "TRAIN_STEPS/gin.macro.value = 4\n")
+    config = gin_config.load([path], ["MODEL_DIR=/x"], entry=ENTRY)
+    assert config.entry()["steps"] == 4
+    assert config.macros["TRAIN_STEPS"] == 4
+
+
+def test_a_file_that_is_no_text(gin_file, tmp_path):
+    path = tmp_path / "latin.gin"
+    path.write_bytes("A = 'é'\n".encode("latin-1"))
+    text = errors([str(path)])
+    assert text.startswith("1 problem")
+    assert f"'{path}' cannot be read: it is not UTF-8 text (byte 5" in text
+
+
+def test_a_part_of_another_entry_points_configuration(gin_file, toy_gin):
+    """What is not reached may be open and without effect; what is reached is checked as ever."""
+    path = gin_file(toy_gin + "EXTRA = 3\ntoy_run.where.steps = %STEPS\ntoy_run.train.model = %M\n")
+    bindings = ["TRAIN_STEPS=5", "STEPS=2", "toy_net.Net.layers=2"]
+    config = gin_config.load([path], bindings, entry="toy_run:where", part=True)
+    assert config.arguments() == {"steps": 2}
+    assert config.warnings == ()
+    text = errors([path], bindings[:1], entry="toy_run:where", part=True)
+    assert text.startswith("1 problem") and "macro 'STEPS' has no value" in text
+    text = errors([path], [*bindings, "TRAIN_STEP=5"], entry="toy_run:where", part=True)
+    assert text.startswith("1 problem") and "Nearest: TRAIN_STEPS" in text
 
 
 def test_a_failed_load_leaves_gin_as_it_was(gin_file, toy_gin):

@@ -1,0 +1,48 @@
+"""What code passes by itself when it calls a function or class that gin has handed to it.
+
+A caller's argument wins over gin's, so a binding of it would be ignored; the checker reads here which
+those are. A seam that passes arguments has a row, and tests/launch/gin_seams_test.py calls each.
+"""
+
+import inspect
+from typing import Any
+
+_PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
+_TABLE = ("features", "dtype", "param_dtype")
+
+# By owner, and by the parameter of it that takes a factory: names of the arguments it is called with.
+PASSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "launch.evaluate.evaluate": {"stream": ("task",)},
+    "launch.train.train": {"checkpointer": ("directory",), "eval_stream": ("task",)},
+    "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
+    "model.mlp.GatedMlp": {"dense": _PROJECTION},
+    "model.mlp.Mlp": {"dense": _PROJECTION},
+    "model.transformer.Block": {
+        "attention": ("config", "kind", "name"),
+        "mlp": ("config", "name"),
+        "norm": ("name",),
+    },
+    "model.transformer.Transformer": {
+        "block": ("config", "kind", "name"),
+        "embed": ("num_embeddings", *_TABLE),
+        "position_embed": _TABLE,
+    },
+    "trainers.recipe.Recipe": {
+        "optimizer": ("learning_rate",),
+        "objective": ("model", "num_sources"),
+    },
+}
+
+# Entry functions whose commands pass the values of flags, whether or not these are given.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "launch.evaluate.evaluate": ("checkpoint", "params", "tasks", "max_batches", "json_file"),
+}
+
+
+def passed(owner: Any, parameter: str) -> tuple[str, ...]:
+    """Arguments with which `owner` calls the factory in `parameter`; subclasses call as it does."""
+    for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
+        row = PASSED.get(f"{holder.__module__}.{holder.__qualname__}", {})
+        if parameter in row:
+            return row[parameter]
+    return ()
