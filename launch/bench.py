@@ -15,6 +15,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from launch import cli, environment
+
 BENCHMARKS = {
     "train_step": "tokens/s of a training step against transformers, eager and compiled",
     "cold_start": "process start to first loss, cold and with a warm compilation cache",
@@ -39,11 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="also writes the JSON here")
     flags = parser.parse_args(argv)
 
-    from launch import environment
+    def call() -> None:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        _measure(flags)
 
-    if argv is None:
-        environment.restart_with_huge_pages()
-    environment.prepare()
+    return cli.status_of(call)
+
+
+def _measure(flags: argparse.Namespace) -> None:
     from launch.benchmarks import pairs
 
     machine = pairs.environment()
@@ -58,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     if flags.out:
         pathlib.Path(flags.out).write_text(text + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ Started again it goes on where it stopped. Example:
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import cli, environment
 
 ARMS = ("text", "balanced", "code_then_text")
 PROMPT = "def "
@@ -31,12 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags = parser.parse_args(argv)
 
-    from launch import environment
+    def call() -> Any:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        return _compare(flags)
 
-    if argv is None:
-        environment.restart_with_huge_pages()
-    environment.prepare()
+    return cli.status_of(call)
 
+
+def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
+    """Trains the arms that are not done yet and shows them side by side."""
     from launch import gin_config
     from launch.report import report
 
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = config.entry(started=time.monotonic())
         if result["interrupted"]:
             print("Interrupted; `make quickstart` goes on from here.")
-            return 1
+            return result
         runs[arm] = directory
     print()
     report(runs, flags.out)
@@ -64,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for directory in runs.values():
         print(f"run    {directory}")
     print(f"{minutes:.1f} minutes")
-    return 0
+    return {}
 
 
 def _sample(directory: str) -> str:
@@ -74,9 +82,9 @@ def _sample(directory: str) -> str:
 
     flags = argparse.Namespace(checkpoint=directory, gin_file=[])
     config = gin_config.load(
-        load_run.default_files(flags),
         entry="launch.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
+        untrusted=load_run.default_files(flags),
     )
     (row,) = generate.generate(
         config.entry(),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch import quickstart
+from launch import bench, cli, quickstart
 
 SMALL = """
 from __gin__ import dynamic_registration
@@ -60,3 +60,23 @@ def test_ends_with_table_plot_samples_and_directories(small, tmp_path, capsys):
     # Started again there is nothing left to train, and the comparison is the same.
     assert quickstart.main(arguments) == 0
     assert json.loads((out / "report.json").read_text()) == found
+
+
+def test_errors_and_interruptions_end_as_those_of_other_commands(tmp_path, capsys, monkeypatch):
+    arguments = [f"--out={tmp_path}", "--gin_file=nope.gin"]
+    assert quickstart.main(arguments) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert "no file 'nope.gin'" in error and "Traceback" not in error
+    monkeypatch.setattr(quickstart, "_compare", lambda flags: {"interrupted": 1.0})
+    assert quickstart.main(arguments) == cli.INTERRUPTED == 75
+
+
+def test_benchmarks_without_their_peers_end_with_one_error(capsys, monkeypatch):
+    from launch.benchmarks import peers, start_up
+
+    def run():
+        raise peers.PeerError("python is missing: run `make peers` first.")
+
+    monkeypatch.setattr(start_up, "run", run)
+    assert bench.main(["start_up"]) == cli.USAGE_ERROR
+    assert "run `make peers` first" in capsys.readouterr().err
