@@ -5,8 +5,9 @@ Example: the English prose and docstrings of installed packages as bytes, under 
   python -m launch.cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
 The gin files and bindings of a training command may be given as they are; what is not about its
-data is passed over. A run builds what it misses by itself, but refuses where a task has changed since
-its cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
+data is passed over. A run builds what it misses by itself, but refuses where a task has changed
+since its cache was built. This command then builds the new cache beside the old one, or with
+--replace in its place.
 """
 
 if __name__ == "__main__":

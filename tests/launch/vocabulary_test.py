@@ -17,6 +17,7 @@ def run(tmp_path, monkeypatch):
             vocabulary.__doc__,
             entry="launch.vocabulary:make_vocabulary",
             default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
+            part=True,
             argv=list(argv),
         )
 
@@ -59,3 +60,14 @@ def test_unknown_source_is_one_line(run, capsys):
     argv = ("--gin_file=t5x_configs/data/bytes.gin", "--gin.SOURCES=['pyton']")
     assert run(*argv) == cli.USAGE_ERROR
     assert "unknown source 'pyton'; did you mean 'python'?" in capsys.readouterr().err
+
+
+def test_takes_the_training_command(run, capsys):
+    argv = [f"--gin_file=t5x_configs/{name}.gin" for name in ("models/tiny", "data/bytes")]
+    argv += ["--gin_file=t5x_configs/runs/pretrain.gin", "--gin.SOURCES=['python']"]
+    argv += ["--gin.BYTES_PER_SOURCE=100000", "--gin.MODEL_DIR=/tmp/x", "--gin.TRAIN_STEPS=5"]
+    assert run(*argv, "--gin.MIXTURE_OR_TASK_NAME=python") == 0
+    assert run(*argv) == 0
+    out = capsys.readouterr()
+    assert "259 ids" in out.out
+    assert "warning" not in out.err
