@@ -13,10 +13,27 @@ from trainers.anomaly import STATISTICS, Anomaly
 from trainers.partitioning import Rules, mesh_spec
 from trainers.train_state import TrainState
 
+# Collections that last for one call: what modules sow and perturb. All others are kept in the state.
+TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
+
 
 def variables(model: Any, key: jax.Array, *, length: int = 8) -> Any:
     """New variables of a model, boxed with their logical axis names."""
     return model.init(key, jnp.zeros((1, length), jnp.int32))
+
+
+def average_of(params: Any, mask: Any = None) -> Any:
+    """Copies of parameters to begin a moving average with: float32 where they are trained.
+
+    In bfloat16 an average stops short of its target: the step (1 - decay) * (p - e) is rounded away.
+    """
+
+    def copy(leaf, trained=True):
+        wide = trained and jnp.issubdtype(leaf.dtype, jnp.floating)
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if wide else leaf.dtype
+        return jnp.array(leaf, dtype)
+
+    return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
 def abstract_variables(model: Any) -> Any:
@@ -44,9 +61,7 @@ def make_state(
     """The state of step 0 with these `variables`; jit it with `out_shardings` to create it sharded."""
     unboxed = nn.meta.unbox(boxed)
     params = unboxed["params"]
-    extra = {
-        name: value for name, value in unboxed.items() if name not in ("params", "intermediates")
-    }
+    extra = {k: v for k, v in unboxed.items() if k not in ("params", *TRANSIENT)}
     if anomaly is not None:
         extra[STATISTICS] = anomaly.init()
     trained = params if mask is None else trainable.split(params, mask)[0]
@@ -54,7 +69,7 @@ def make_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(trained),
-        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema_params=average_of(params, mask) if ema else None,
         variables=extra,
     )
 

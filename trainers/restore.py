@@ -189,7 +189,10 @@ def restore_or_initialise(
         params = restore_params(
             step, state.params, assignment=assignment, strict=strict, use_ema=use_ema
         )
-        ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+        ema = state.ema_params
+        if ema is not None:
+            # Averages have their own dtype, and a buffer is donated once only.
+            ema = jax.tree.map(lambda p, e: jnp.array(p, e.dtype, copy=True), params, ema)
         return Restored(
             step=0,
             state=state.replace(params=params, ema_params=ema),

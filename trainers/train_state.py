@@ -14,8 +14,9 @@ class TrainState:
       step: how many steps were taken; int32 scalar.
       params: the parameters as nested dicts of arrays.
       opt_state: the optimiser's state, an optax pytree.
-      ema_params: a moving average of `params`, or None where none is kept.
-      variables: the model's other collections, such as batch statistics, by name.
+      ema_params: a moving average of `params`, in float32 where they are trained, or None where
+        none is kept; frozen parameters are in it too, so that it can stand in for `params`.
+      variables: the model's other lasting collections, such as batch statistics, by name.
     """
 
     step: jax.Array
