@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
-from trainers.objectives.base import Batch, LossFn
+from trainers.objectives.base import Batch, LossFn, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.partitioning import Rules
 from trainers.schedules import Schedule
-from trainers.step import Metrics, make_train_step
+from trainers.step import Metrics, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -34,9 +34,9 @@ class Recipe:
       feature_lengths: tokens per row by feature, such as {"targets": 2048}.
       optimizer: factory, called with (learning_rate=).
       learning_rate: a schedule over update steps.
-      objective: factory of the loss, called with (model=, num_sources=).
+      objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
-      microbatches: parts a batch is processed in.
+      microbatches: parts a batch is processed in, in evaluation too.
       gradient_dtype: dtype of gradients, taken of a copy of the parameters in it; None for their own.
       ema_decay: decay of averaged parameters kept beside the trained ones; None for none.
       anomaly: policy for non-finite and spiking losses; None applies every update.
@@ -115,9 +115,9 @@ class Recipe:
         shardings = initialise.state_shardings(abstract, optimizer, params, mesh=mesh, mask=mask)
 
         def steps(num_sources: int) -> Steps:
-            loss_fn = self.objective(model=self.model, num_sources=num_sources)
+            objective = Objective.of(self.objective(model=self.model, num_sources=num_sources))
             train_step = make_train_step(
-                loss_fn=loss_fn,
+                loss_fn=objective,
                 optimizer=optimizer,
                 seed=self.seed,
                 mask=mask,
@@ -127,12 +127,15 @@ class Recipe:
                 anomaly=self.anomaly,
             )
 
-            def evaluate(params: Any, batch: Batch) -> Metrics:
-                return loss_fn(params, batch, None).metrics
-
+            evaluate = make_eval_step(loss_fn=objective, microbatches=self.microbatches)
+            # Metrics of any shape are read by every process.
+            replicated = NamedSharding(mesh, PartitionSpec())
+            train = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
             return Steps(
-                train=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-                evaluate=jax.jit(evaluate),
+                train=_with_extras(train, objective.extras),
+                evaluate=_with_extras(
+                    jax.jit(evaluate, out_shardings=replicated), objective.extras
+                ),
             )
 
         return Program(
@@ -174,15 +177,37 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Compiled on first call.
+    """Compiled on first call, or ahead by `lower` and `trace` with the same arguments.
 
     Attributes:
       train: (state, batch) -> (state, metrics); consumes the state.
-      evaluate: (params, batch) -> metrics as (sum, weight).
+      evaluate: (params, batch, variables=None) -> metrics as (sum, weight); `variables` are those of
+        a state, for a model that has some.
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Any, Batch], Metrics]
+    evaluate: Callable[..., Metrics]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WithExtras:
+    """A jitted function with its keyword `extras` given, in the forms in which it is used."""
+
+    jitted: Any
+    extras: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.jitted(*args, extras=self.extras)
+
+    def lower(self, *args: Any) -> Any:
+        return self.jitted.lower(*args, extras=self.extras)
+
+    def trace(self, *args: Any) -> Any:
+        return self.jitted.trace(*args, extras=self.extras)
+
+
+def _with_extras(jitted: Any, extras: Any) -> Any:
+    return jitted if extras is None else _WithExtras(jitted, extras)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ packing do not change the gradient.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ import optax
 
 from trainers import anomaly as anomaly_lib
 from trainers import trainable
-from trainers.objectives.base import Batch, LossFn, LossOut
+from trainers.objectives.base import Batch, LossFn, LossOut, Objective
 from trainers.train_state import TrainState
 
 # name -> (sum, weight); divide after summing over steps or hosts.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# (state, batch, extras of the objective) -> (state, metrics); the extras may be left out.
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -36,7 +38,8 @@ def make_train_step(
     """A pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
-      loss_fn: the objective.
+      loss_fn: the objective, a plain function or an `Objective`. The step takes the latter's extras
+        as the keyword `extras`; left out, they become constants of the compiled step.
       optimizer: over the trainable parameters only.
       seed: base of the randomness; step s uses fold_in(key(seed), s).
       mask: tree of bools over params, True where trained; None trains everything.
@@ -51,7 +54,12 @@ def make_train_step(
       'param_norm', 'update_norm' and, with `anomaly`, 'anomaly' (1 for a dropped update).
     """
 
-    def gradients(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, LossOut]:
+    objective = Objective.of(loss_fn)
+
+    def gradients(
+        params: Any, batch: Batch, rng: jax.Array, variables: dict[str, Any], extras: Any
+    ) -> tuple[Any, LossOut, dict[str, Any]]:
+        """Gradients, the loss without its variables, and all variables after it."""
         if mask is None:
             trained, frozen = params, jax.tree.map(lambda _: None, params)
         else:
@@ -61,40 +69,40 @@ def make_train_step(
 
         def loss(trained):
             whole = trained if mask is None else trainable.join(trained, frozen)
-            out = loss_fn(whole, batch, rng)
+            out = objective(whole, batch, rng, variables=variables, extras=extras)
             return out.sum, out
 
-        return jax.grad(loss, has_aux=True)(trained)
+        grads, out = jax.grad(loss, has_aux=True)(trained)
+        return grads, dataclasses.replace(out, variables=None), _updated(variables, out.variables)
 
-    def accumulated(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, LossOut]:
+    def accumulated(
+        params: Any, batch: Batch, rng: jax.Array, variables: dict[str, Any], extras: Any
+    ) -> tuple[Any, LossOut, dict[str, Any]]:
         if microbatches == 1:
-            return gradients(params, batch, rng)
-        # Row r goes to microbatch r % M, so that each microbatch is spread over all devices.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+            return gradients(params, batch, rng, variables, extras)
+        parts = _parts(batch, microbatches)
 
-        def body(total, xs):
-            part, index = xs
-            new = gradients(params, part, jax.random.fold_in(rng, index))
-            grads, out = new
+        def body(carry, xs):
+            (total, variables), (part, index) = carry, xs
+            key = jax.random.fold_in(rng, index)
+            grads, out, variables = gradients(params, part, key, variables, extras)
             wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-            summed = jax.tree.map(jnp.add, total, (wide, dataclasses.replace(out, variables=None)))
-            return summed, out.variables
+            return (jax.tree.map(jnp.add, total, (wide, out)), variables), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, first, rng)
-        shapes = (shapes[0], dataclasses.replace(shapes[1], variables=None))
+        shapes = jax.eval_shape(gradients, params, first, rng, variables, extras)[:2]
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
         )
-        (grads, out), variables = jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))
-        last = jax.tree.map(lambda x: x[-1], variables)
-        return grads, dataclasses.replace(out, variables=last)
+        xs = (parts, jnp.arange(microbatches))
+        ((grads, out), variables), _ = jax.lax.scan(body, (zeros, variables), xs)
+        return grads, out, variables
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, extras: Any = None) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, out = accumulated(state.params, batch, rng)
+        grads, out, kept = accumulated(
+            state.params, batch, rng, _of_the_model(state.variables), extras
+        )
         # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
         divisor = jnp.where(out.weight > 0, out.weight, 1.0)
         trained = state.params if mask is None else trainable.split(state.params, mask)[0]
@@ -109,12 +117,12 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = jax.tree.map(
-                lambda e, p: (ema_decay * e + (1 - ema_decay) * p).astype(e.dtype),
+                # In this form what no longer moves, or never did, is met exactly.
+                lambda e, p: (e + (1 - ema_decay) * (p.astype(e.dtype) - e)).astype(e.dtype),
                 ema_params,
                 params,
             )
-        variables = dict(state.variables)
-        variables.update(out.variables or {})
+        variables = {**state.variables, **kept}
         metrics: Metrics = dict(out.metrics)
 
         if anomaly is not None:
@@ -142,6 +150,56 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., Metrics]:
+    """A pure function (params, batch, variables=None, extras=None) -> metrics, summed over the batch.
+
+    Args:
+      loss_fn: the objective, which gets no rng.
+      microbatches: parts as in training, so that evaluation needs no more memory than that does;
+        of a batch with other rows, as many parts of them as divide both.
+    """
+    objective = Objective.of(loss_fn)
+
+    def evaluate(
+        params: Any, batch: Batch, variables: Mapping[str, Any] | None = None, extras: Any = None
+    ) -> Metrics:
+        def metrics(part: Batch) -> Metrics:
+            kept = _of_the_model(variables or {})
+            return objective(params, part, None, variables=kept, extras=extras).metrics
+
+        count = math.gcd(jax.tree.leaves(batch)[0].shape[0], microbatches)
+        if count == 1:
+            return metrics(batch)
+        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(metrics, _parts(batch, count)))
+
+    return evaluate
+
+
+def _parts(batch: Batch, count: int) -> Any:
+    """The batch's rows in `count` microbatches, stacked."""
+    # Row r goes to microbatch r % M, so that each microbatch is spread over all devices.
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _of_the_model(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in variables.items() if name != anomaly_lib.STATISTICS}
+
+
+def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`variables` with what an objective wrote.
+
+    Raises:
+      ValueError: a collection that the state does not hold.
+    """
+    unknown = sorted(set(written or {}) - set(variables))
+    if unknown:
+        raise ValueError(
+            f"The objective writes the collections {unknown}, but the state holds "
+            f"{sorted(variables)}: only what the model's init creates is kept."
+        )
+    return {**variables, **(written or {})}
 
 
 def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:

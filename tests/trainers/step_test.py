@@ -8,8 +8,8 @@ import pytest
 
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
-from trainers.objectives.base import LossOut
-from trainers.step import make_train_step
+from trainers.objectives.base import LossOut, Objective
+from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 pytestmark = pytest.mark.smoke
@@ -107,6 +107,32 @@ def test_ema_follows_the_parameters():
     np.testing.assert_allclose(after.ema_params["w"], 0.1 * after.params["w"], rtol=1e-6)
 
 
+def test_an_average_of_bfloat16_parameters_arrives():
+    optimizer = optax.sgd(0.0)
+    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, ema_decay=0.99))
+    params = {"w": jnp.full((3, 2), 0.7, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+    begun = {"w": jnp.full((3, 2), 0.5, jnp.float32), "b": jnp.zeros(2, jnp.float32)}
+    state = make_state(optimizer).replace(params=params, ema_params=begun)
+    for _ in range(1000):
+        state, _ = step(state, make_batch())
+    np.testing.assert_allclose(state.ema_params["w"], params["w"].astype(np.float32), rtol=1e-4)
+
+
+def test_the_average_of_what_does_not_move_is_itself():
+    optimizer = optax.sgd(0.1)
+    mask = trainable.match(["w"], {"w": 0, "b": 0})
+    step = jax.jit(
+        make_train_step(loss_fn=loss_fn, optimizer=optimizer, mask=mask, ema_decay=0.999)
+    )
+    state = make_state(optimizer, mask=mask)
+    frozen = jax.random.normal(jax.random.key(0), (2,))
+    params = {**state.params, "b": frozen}
+    state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+    for seed in range(50):
+        state, _ = step(state, make_batch(seed=seed))
+    np.testing.assert_array_equal(state.ema_params["b"], frozen)
+
+
 def test_bfloat16_gradients_are_those_of_a_rounded_copy():
     optimizer = optax.sgd(1.0)
     step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, gradient_dtype="bfloat16"))
@@ -184,6 +210,68 @@ def test_the_step_is_traced_once():
     for seed in range(4):
         state, _ = step(state, make_batch(seed=seed))
     assert len(traces) == 1
+
+
+# ---- Variables and extras of an objective.
+
+
+def centred(params, batch, rng, *, variables, extras):
+    """Least squares of inputs less their running mean, which training updates by halves."""
+    running = variables["batch_stats"]["mean"]
+    moved = {"mean": 0.5 * running + 0.5 * batch["x"].mean(0, keepdims=True)}
+    out = loss_fn(params, {**batch, "x": batch["x"] - running}, rng)
+    return out.replace(variables=None if rng is None else {"batch_stats": moved})
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_microbatch_reads_the_variables_the_one_before_wrote(microbatches):
+    optimizer, batch = optax.sgd(0.1), make_batch()
+    options = {"loss_fn": Objective(loss_fn=centred), "microbatches": microbatches}
+    step = jax.jit(make_train_step(optimizer=optimizer, anomaly=Anomaly(), **options))
+    begun = make_state(optimizer, anomaly=Anomaly())
+    mean = np.full((1, 3), 0.25, np.float32)
+    begun = begun.replace(variables={**begun.variables, "batch_stats": {"mean": mean}})
+    after, metrics = step(begun, batch)
+    loss = 0.0
+    for index in range(microbatches):
+        part = {name: value[index::microbatches] for name, value in batch.items()}
+        loss += loss_fn(begun.params, {**part, "x": part["x"] - mean}, None).sum
+        mean = 0.5 * mean + 0.5 * part["x"].mean(0, keepdims=True)
+    assert float(metrics["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
+    np.testing.assert_allclose(after.variables["batch_stats"]["mean"], mean, rtol=1e-5)
+    assert int(after.variables[STATISTICS]["count"]) == 1
+
+    evaluate = jax.jit(make_eval_step(**options))
+    found = evaluate(after.params, batch, after.variables)["loss"]
+    want = loss_fn(after.params, {**batch, "x": batch["x"] - mean}, None)
+    np.testing.assert_allclose(found, (want.sum, want.weight), rtol=1e-5)
+
+
+def test_collections_that_the_state_does_not_hold_are_refused():
+    def writes(params, batch, rng, **_):
+        return loss_fn(params, batch, rng).replace(variables={"batch_stats": {"mean": 0.0}})
+
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_fn=Objective(loss_fn=writes), optimizer=optimizer)
+    with pytest.raises(
+        ValueError, match=r"writes the collections \['batch_stats'\], but the state"
+    ):
+        step(make_state(optimizer), make_batch())
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 4), (6, 2), (5, 1)])
+def test_evaluation_in_microbatches_is_that_of_the_whole(rows, parts):
+    seen = []
+
+    def watched(params, batch, rng):
+        seen.append(batch["x"].shape[0])
+        return loss_fn(params, batch, rng)
+
+    params, batch = make_state(optax.sgd(0.1)).params, make_batch(rows)
+    found = jax.jit(make_eval_step(loss_fn=watched, microbatches=4))(params, batch)
+    assert set(seen) == {rows // parts}
+    want = loss_fn(params, batch, None).metrics["loss"]
+    np.testing.assert_allclose(found["loss"], want, rtol=1e-6)
 
 
 def test_unknown_action_is_refused():

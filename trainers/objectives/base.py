@@ -1,7 +1,8 @@
-"""The objective seam: what every loss returns."""
+"""The objective seam: what every loss reads and returns."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ class LossOut:
       sum: weighted sum of per-token (or per-example) losses, float32 scalar; differentiated.
       weight: sum of the weights.
       metrics: name -> (sum, weight), scalars or vectors; summed over microbatches, divided once.
-      variables: updated non-parameter collections (batch statistics), or None.
+      variables: collections of the state it updated (batch statistics), whole, or None.
     """
 
     sum: jax.Array
@@ -26,6 +27,58 @@ class LossOut:
     variables: Any = None
 
 
-# (params, batch, rng) -> LossOut. Frozen extras (reference parameters) are bound beforehand.
-# The rng is None in evaluation, where nothing is dropped.
+# (params, batch, rng) -> LossOut. The rng is None in evaluation, where nothing is dropped.
 LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]
+
+
+class StatefulLossFn(Protocol):
+    """A loss that reads more than parameters and batch.
+
+    `variables` are the lasting collections of the state, of which it may return new ones: the next
+    microbatch reads what this one wrote, and evaluation (no rng) keeps nothing of it. They are empty
+    where a model has none, or where only its parameters were read. `extras` are those of `Objective`.
+    """
+
+    def __call__(
+        self,
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Objective:
+    """A `StatefulLossFn` and what it needs; for other losses a plain `LossFn` will do.
+
+    Attributes:
+      loss_fn: the loss.
+      extras: a pytree of arrays that do not change, such as reference parameters, or None. They are
+        an argument of the compiled step: one that closes over arrays cannot span hosts.
+    """
+
+    loss_fn: StatefulLossFn
+    extras: Any = None
+
+    def __call__(
+        self,
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        extras: Any = None,
+    ) -> LossOut:
+        """The loss, with the objective's own extras unless others stand for them."""
+        given = self.extras if extras is None else extras
+        return self.loss_fn(params, batch, rng, variables=variables or {}, extras=given)
+
+    @classmethod
+    def of(cls, loss_fn: LossFn) -> "Objective":
+        """`loss_fn` if it is an objective, else one that shows it neither variables nor extras."""
+        if isinstance(loss_fn, cls):
+            return loss_fn
+        return cls(loss_fn=lambda params, batch, rng, **_: loss_fn(params, batch, rng))

@@ -1,22 +1,24 @@
 """Next-token prediction. Shapes: B batch, T length, D width, V vocabulary, S sources."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.cross_entropy import weighted_cross_entropy
-from trainers.objectives.base import Batch, LossFn, LossOut
+from trainers.objectives.base import Batch, LossOut, Objective
 
 
 def language_modelling(
     *, model: Any, num_sources: int = 0, z_loss: float = 0.0, implementation: str = "auto"
-) -> LossFn:
+) -> Objective:
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).
 
     What a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean
     over the batch) is added to the loss per token and reported as metric 'auxiliary_loss'. Modules
     that draw use the rng 'dropout', which is absent in evaluation: `self.has_rng("dropout")` tells.
+    Modules may read and, in training, write their other collections.
 
     Args:
       model: a decoder-only module with `hidden`, `head_VD`, logit_scale and logit_softcap.
@@ -28,21 +30,29 @@ def language_modelling(
       The loss function; its metric 'loss' is the cross-entropy in nats per token without z-loss.
     """
 
-    def loss_fn(params: Any, batch: Batch, rng: jax.Array | None) -> LossOut:
-        variables = {"params": params}
-        out, sown = model.apply(
-            variables,
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        del extras
+        kept = [] if rng is None else list(variables)
+        out, written = model.apply(
+            {"params": params, **variables},
             batch["decoder_input_tokens"],
             positions_BT=batch["decoder_positions"],
             segments_BT=batch["decoder_segment_ids"],
             rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses"],
+            mutable=["losses", *kept],
             method="hidden",
         )
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
         total, nll_X, log_z_X = weighted_cross_entropy(
             out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
-            model.apply(variables, method="head_VD"),
+            model.apply({"params": params}, method="head_VD"),
             batch["decoder_target_tokens"].reshape(-1),
             weights_BT.reshape(-1),
             logit_scale=model.logit_scale,
@@ -56,7 +66,7 @@ def language_modelling(
         if z_loss:
             squares = (log_z_X.reshape(weights_BT.shape) ** 2 * weights_BT).sum()
             metrics["z_loss"] = (z_loss * squares, weight)
-        if auxiliary := jax.tree.leaves(sown):
+        if auxiliary := jax.tree.leaves(written.get("losses")):
             added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
             total = total + added
             metrics["auxiliary_loss"] = (added, weight)
@@ -66,6 +76,7 @@ def language_modelling(
                 weighted_BT.sum(-1) @ one_hot_BS,
                 weights_BT.sum(-1) @ one_hot_BS,
             )
-        return LossOut(sum=total, weight=weight, metrics=metrics)
+        updates = {name: written[name] for name in kept}
+        return LossOut(sum=total, weight=weight, metrics=metrics, variables=updates)
 
-    return loss_fn
+    return Objective(loss_fn=loss_fn)
