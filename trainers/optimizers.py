@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -21,6 +22,14 @@ from trainers.schedules import Schedule
 
 # Gains and biases are not decayed: shrinking them changes a layer's scale, not its complexity.
 NO_DECAY = (r"(.*/)?(scale|bias)",)
+
+# Scanned and unrolled layers have the same paths, so a stack of layers or experts is told by rank:
+# `Dense` has two-dimensional kernels (model/linear.py), and gains and biases are vectors.
+Ranks = Sequence[tuple[str, int]]
+MATRICES: Ranks = (
+    (r"(.*/)?layers/(.*/)?(kernel|embedding)", 2),
+    (r"(.*/)?layers/(.*/)?(scale|bias)", 1),
+)
 
 Rate = Schedule | float
 
@@ -90,6 +99,58 @@ def lion(
     return _clipped(optimizer, max_grad_norm)
 
 
+def _stack_axes(matrices: Ranks, path: tuple[Any, ...], leaf: Any) -> int:
+    name = trainable.path_name(path)
+    ranks = (rank for pattern, rank in matrices if re.fullmatch(pattern, name))
+    return max(leaf.ndim - next(ranks, leaf.ndim), 0)
+
+
+def _stackwise(
+    factored: optax.GradientTransformation, after: optax.GradientTransformation, matrices: Ranks
+) -> optax.GradientTransformation:
+    """`factored`, then the stateless `after`, of each parameter of a stack by itself.
+
+    Only the leading axes that stack parameters are mapped over; the state stays a FactoredState, so
+    that its moments are known to belong to parameters.
+    """
+
+    def over_stack(function: Callable, path: tuple[Any, ...], leaf: Any) -> Callable:
+        for _ in range(_stack_axes(matrices, path, leaf)):
+            function = jax.vmap(function)
+        return function
+
+    def field(tree: Any, params: Any, index: int) -> Any:
+        return jax.tree.map(lambda _, leaves: leaves[index], params, tree)
+
+    def init(params):
+        def one(param):
+            _, *statistics = factored.init(param)
+            return statistics
+
+        tree = jax.tree_util.tree_map_with_path(lambda p, x: over_stack(one, p, x)(x), params)
+        statistics = (field(tree, params, i) for i in range(3))
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *statistics)
+
+    def update(updates, state, params):
+        count, *statistics = state
+
+        def one(param, grad, *old):
+            grad, (_, *new) = factored.update(grad, optax.FactoredState(count, *old), param)
+            grad, _ = after.update(grad, after.init(param), param)
+            return *new, grad
+
+        tree = jax.tree_util.tree_map_with_path(
+            lambda path, param, *rest: over_stack(one, path, param)(param, *rest),
+            params,
+            updates,
+            *statistics,
+        )
+        *new, updates = (field(tree, params, i) for i in range(4))
+        return updates, optax.FactoredState(optax.safe_increment(count), *new)
+
+    return optax.GradientTransformation(init, update)
+
+
 def adafactor(
     *,
     learning_rate: Rate,
@@ -98,19 +159,28 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     weight_decay: float = 0.0,
     no_decay: Sequence[str] = NO_DECAY,
+    matrices: Ranks = MATRICES,
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser."""
+    """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser.
+
+    Its statistics are those of one parameter: layers under a scan, or experts, are stacked in one
+    array, but each is clipped, scaled and factored by itself, as if it were an array of its own.
+
+    Args:
+      matrices: pairs (path pattern, rank of one parameter), the first match decides: any axes before
+        those stack parameters. What none matches is one parameter.
+    """
+    scale = optax.scale_by_factored_rms(decay_rate=decay_rate)
+    steps = [optax.identity()]
+    if clipping_threshold is not None:
+        steps.append(optax.clip_by_block_rms(clipping_threshold))
+    if multiply_by_parameter_scale:
+        steps.append(optax.scale_by_param_block_rms())
     optimizer = optax.chain(
-        optax.adafactor(
-            learning_rate=None,
-            decay_rate=decay_rate,
-            clipping_threshold=clipping_threshold,
-            multiply_by_parameter_scale=multiply_by_parameter_scale,
-        ),
-        # optax.adafactor has already turned the sign, so decay joins with the same sign.
-        optax.add_decayed_weights(-weight_decay, _decay_mask(no_decay)),
-        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        _stackwise(scale, optax.chain(*steps), matrices),
+        optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
+        optax.scale_by_learning_rate(learning_rate),
     )
     return _clipped(optimizer, max_grad_norm)
 

@@ -1,11 +1,16 @@
 """One update of every optimiser against its formula in numpy, the decay mask, and clipping."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from trainers import optimizers, schedules
+from model.config import TransformerConfig
+from model.surgery import layer_stack
+from model.transformer import Transformer
+from trainers import initialise, optimizers, schedules, trainable
 
 pytestmark = pytest.mark.smoke
 
@@ -15,7 +20,7 @@ LR, DECAY = 0.1, 0.5
 def tree(seed):
     rng = np.random.default_rng(seed)
     return {
-        "mlp": {"kernel": rng.normal(size=(2, 6, 4)).astype(np.float32)},  # two stacked layers
+        "mlp": {"kernel": rng.normal(size=(2, 6, 4)).astype(np.float32)},
         "norm": {"scale": rng.normal(size=4).astype(np.float32)},
         "token_embed": {"embedding": rng.normal(size=(5, 4)).astype(np.float32)},
     }
@@ -133,6 +138,72 @@ def test_gains_and_biases_are_not_decayed(name):
         np.testing.assert_array_equal(got[module][leaf], 0)
     for module, leaf in (("mlp", "kernel"), ("token_embed", "embedding")):
         np.testing.assert_allclose(got[module][leaf], -LR * DECAY * params[module][leaf], rtol=1e-5)
+
+
+# ---- Stacks of layers and experts.
+
+SCANNED = TransformerConfig(
+    vocab_size=8,
+    num_layers=4,
+    embed_dim=128,
+    num_heads=2,
+    mlp_dim=128,
+    layer_pattern=("full", "full_nope"),
+)
+
+
+def stack_of(seed, scales):
+    """Parameters of scanned layers of very different sizes."""
+    rng = np.random.default_rng(seed)
+    boxed = initialise.abstract_variables(Transformer(config=SCANNED))["params"]
+
+    def values(path, leaf):
+        value = rng.normal(size=leaf.shape).astype(np.float32)
+        if trainable.path_name(path).startswith("layers/"):
+            value *= np.reshape(scales, (-1,) + (1,) * (leaf.ndim - 1)).astype(np.float32)
+        return value
+
+    return jax.tree_util.tree_map_with_path(values, nn.meta.unbox(boxed))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_layers_under_a_scan_are_updated_as_those_without(name):
+    def updates(unroll):
+        optimizer = getattr(optimizers, name)(learning_rate=LR)
+        params = unroll(stack_of(0, (1.0, 0.01)))
+        state, run = optimizer.init(params), jax.jit(optimizer.update)
+        for seed in (1, 2):
+            new, state = run(unroll(stack_of(seed, (1.0, 30.0))), state, params)
+        return new
+
+    found = layer_stack.unroll(updates(lambda tree: tree), SCANNED)
+    want = updates(lambda tree: layer_stack.unroll(tree, SCANNED))
+
+    def same(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(same, found, want)
+
+
+def test_adafactor_never_factors_a_stack():
+    like = jax.ShapeDtypeStruct((3, 200, 160, 128), jnp.float32)  # layers, experts, in, out
+    tree = {"layers": {"experts": {"kernel": like}}, "head": {"kernel": like}}
+    state = jax.eval_shape(optimizers.adafactor(learning_rate=LR).init, tree)[0]
+    assert state.v_row["layers"]["experts"]["kernel"].shape == (3, 200, 128)
+    assert state.v_col["layers"]["experts"]["kernel"].shape == (3, 200, 160)
+    assert state.v_row["head"]["kernel"].shape == (3, 160, 128)
+
+
+@pytest.mark.parametrize("options", [{}, {"clipping_threshold": None}, {"weight_decay": DECAY}])
+def test_adafactor_of_unstacked_parameters_is_that_of_optax(options):
+    params, grads = tree(0), tree(1)
+    given = {"multiply_by_parameter_scale": False, **options}
+    decay = given.pop("weight_decay", 0.0)
+    got = update(optimizers.adafactor(learning_rate=LR, weight_decay=decay, **given), params, grads)
+    want = update(optax.adafactor(learning_rate=LR, **given), params, grads)
+    decayed = jax.tree.map(lambda x: x.ndim > 1, params)
+    for a, b, p, d in zip(*map(jax.tree.leaves, (got, want, params, decayed)), strict=True):
+        np.testing.assert_allclose(a, b - LR * decay * d * p, rtol=1e-5, atol=1e-7)
 
 
 def test_moments_can_be_stored_in_bfloat16():
