@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="run directory (its latest step) or step directory",
+        help="run directory (its newest good step) or step directory",
     )
     group.add_argument(
         "--params",
@@ -56,18 +56,20 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def default_files(
     flags: argparse.Namespace, *, own: str = "t5x_configs/runs/load_run.gin"
 ) -> Sequence[str]:
-    """The command's own gin file and the configuration of the checkpoint's run.
+    """The command's own gin file, the configuration of the checkpoint's run, and its vocabulary.
 
     Raises:
       LoadError: the run has none, and no --gin_file is given in its place.
       FileNotFoundError: there is no checkpoint.
     """
+    from launch import run_vocabulary
     from trainers import step_dir
 
     step = step_dir.resolve(flags.checkpoint)
     for folder in (step.parent.parent, step.parent):
         if (folder / CONFIG).exists():
-            return [own, os.fspath(folder / CONFIG)]
+            files = [own, os.fspath(folder / CONFIG)]
+            return [*files, *run_vocabulary.gin_files(folder, flags.checkpoint, before=files)]
     if not flags.gin_file:
         raise LoadError(
             f"There is no {CONFIG} beside the checkpoint {step}, so that nothing tells which model it "
@@ -91,7 +93,7 @@ class RunConfig:
       mesh: mesh shape to use the model on.
       rules: name of a rule set in trainers/partitioning.py.
       start_token: what precedes the first token of a document; None for nothing.
-      add_bos: begin texts with the vocabulary's BOS.
+      add_bos: begin texts with the vocabulary's BOS; None for what the run did.
     """
 
     model: Any
@@ -99,7 +101,7 @@ class RunConfig:
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
     start_token: int | None = 0
-    add_bos: bool = False
+    add_bos: bool | None = None
 
     @contextlib.contextmanager
     def load(self, checkpoint: str, *, params: str = "auto") -> Iterator["LoadedRun"]:
@@ -170,6 +172,12 @@ class LoadedRun:
     def model(self) -> Any:
         return self.config.model
 
+    @property
+    def add_bos(self) -> bool:
+        """Whether texts begin with BOS."""
+        chosen = self.config.add_bos
+        return bool(self.meta.get("add_bos", False) if chosen is None else chosen)
+
     @functools.cached_property
     def vocabulary_or_none(self) -> Any:
         """The vocabulary of the run's data, None where its configuration names none.
@@ -204,8 +212,8 @@ class LoadedRun:
         if trained is not None and trained != rows.vocabulary_digest(found):
             raise LoadError(
                 f"The checkpoint was trained with another vocabulary than this {name}: its tokens "
-                "would mean other texts. Use the vocabulary of the run (a trained one is found again "
-                "from the same corpus and settings), or give tokens in place of texts."
+                "would mean other texts. Use the vocabulary of the run (a trained one is kept in "
+                "its directory, or found again from the same corpus and settings), or give tokens in place of texts."
             )
         size = self.model.config.vocab_size
         if found.vocab_size > size:
@@ -223,13 +231,20 @@ class LoadedRun:
             raise LoadError(f'{where}: expected either "tokens" or "text", as in {EXAMPLE}.')
         key = "tokens" if "tokens" in row else "text"
         found = self.encode(row[key], f"{where}: {key!r}")
-        if key == "text" and self.config.add_bos:
+        if key == "text" and self.add_bos:
             found = [self.vocabulary.bos_id, *found]
         return found
 
     def encode(self, value: Any, where: str) -> list[int]:
         """Token ids of a text, or token ids that the model knows."""
         if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise LoadError(
+                    f"{where} is not valid Unicode at character {error.start} (half of a surrogate "
+                    "pair). Repair or drop it."
+                ) from None
             return list(self.vocabulary.encode(value))
         if not isinstance(value, list) or not all(type(id) is int for id in value):
             raise LoadError(f"{where} is neither a text nor a list of token ids.")
@@ -255,9 +270,11 @@ def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mappin
     from trainers import step_dir
     from trainers.restore_params import restore_params
 
-    step = step_dir.resolve(checkpoint)
-    recorded = step_dir.read_manifest(step)
-    averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-    use_ema = averaged if params == "auto" else params == "ema"
-    values = restore_params(step, abstract, use_ema=use_ema)
-    return values, step_dir.read_record(step, recorded)["meta"]
+    def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
+        recorded = step_dir.read_manifest(step)
+        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
+        use_ema = averaged if params == "auto" else params == "ema"
+        values = restore_params(step, abstract, use_ema=use_ema)
+        return values, step_dir.read_record(step, recorded)["meta"]
+
+    return step_dir.newest_good(checkpoint, read)
