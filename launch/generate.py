@@ -8,7 +8,8 @@ With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."} or {"tokens": [
 order, their prompt as "prompt", with "text" and "tokens" of the continuation and "logprobs", the
 model's natural logarithms of the tokens' probabilities at temperature 1. A continuation ends with
 EOS, which is among its tokens but not in its text, or after --max_new_tokens. A run that names no
-VOCABULARY continues tokens alone, without "text", and --eos_id says which of them ends.
+VOCABULARY continues tokens alone, without "text", and --eos_id says which of them ends. Rows that
+are done are in y.jsonl.partial until all are.
 """
 
 if __name__ == "__main__":
@@ -66,7 +67,7 @@ if __name__ == "__main__":
     )
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,8 +108,7 @@ def run(start: Any) -> None:
         return
     row_files.check_output(flags.output)
     rows = generate(start(), row_files.read(flags.inputs, example=EXAMPLE), **options)
-    if jax.process_index() == 0:
-        row_files.write(flags.output, rows)
+    row_files.write(flags.output, rows, writer=jax.process_index() == 0)
 
 
 def generate(
@@ -123,7 +123,7 @@ def generate(
     seed: int = 0,
     cache_policy: str = "full",
     batch_size: int = 8,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
     Args:
@@ -138,8 +138,8 @@ def generate(
       cache_policy: name in model/kv_cache/policies.py.
       batch_size: rows at a time.
 
-    Returns:
-      The rows with their continuations.
+    Yields:
+      The rows with their continuations, as they are done.
     """
     policy = policy_named(cache_policy)
     with config.load(checkpoint, params=params) as loaded:
@@ -163,13 +163,11 @@ def generate(
             batch_size=loaded.batch_size(batch_size, len(rows)),
             sharding=loaded.row_sharding,
         )
-        found = decoder(prompts, seed=seed % 2**32)
+        found = decoder.stream(prompts, seed=seed % 2**32)
+        for (_, row), new in zip(rows, found, strict=True):
+            yield _answer(loaded, settings.eos_id, row, new)
         if jax.process_index() == 0:
             print(_costs(decoder.stats), file=sys.stderr)
-        return [
-            _answer(loaded, settings.eos_id, row, new)
-            for (_, row), new in zip(rows, found, strict=True)
-        ]
 
 
 def _costs(stats: Stats) -> str:
@@ -187,7 +185,7 @@ def _answer(
     text = {}
     if loaded.vocabulary_or_none is not None:
         ended = new.tokens and new.tokens[-1] == eos_id
-        text = {"text": loaded.vocabulary.decode(new.tokens[:-1] if ended else new.tokens)}
+        text = {"text": _decode(loaded.vocabulary, new.tokens[:-1] if ended else new.tokens)}
     others = {key: value for key, value in row.items() if key not in ("text", "tokens")}
     prompt = row["text"] if "text" in row else row["tokens"]
     return {
@@ -197,3 +195,14 @@ def _answer(
         "tokens": new.tokens,
         "logprobs": new.log_probs,
     }
+
+
+def _decode(vocabulary: Any, tokens: Sequence[int]) -> str:
+    """The text of all tokens; SeqIO's `decode` stops at EOS, which does not end every continuation."""
+    parts: list[list[int]] = [[]]
+    for token in tokens:
+        if token == vocabulary.eos_id:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return "".join(vocabulary.decode(part) for part in parts)

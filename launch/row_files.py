@@ -1,5 +1,6 @@
 """Files of rows that commands read and write: JSON lines, one object each."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -35,10 +36,24 @@ def check_output(path: str) -> None:
         raise RowFileError(f"--output={path} cannot be written. Choose another file.")
 
 
-def write(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes all rows or, if it fails, none."""
+def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
+    """Writes rows as they are made to `path`.partial, where they stay if the others are never made.
+
+    Args:
+      path: the file, which is there once all rows are.
+      rows: made one by one, by all processes together.
+      writer: whether this process writes; the others only make them.
+    """
+    made = iter(rows)
+    first = list(itertools.islice(made, 1))  # What fails at once leaves all files as they were.
+    if not writer:
+        for _ in made:
+            pass
+        return
     partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        for row in rows:
+    # Half of a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it. Each line is
+    # on its way to the disk when it ends.
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+        for row in itertools.chain(first, made):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(partial, path)

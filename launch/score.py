@@ -9,7 +9,7 @@ Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a t
 come back in order with "logprobs", one natural logarithm per predicted token, and their "sum".
 Predicted are the targets, given what is before them; without targets every token of the row. What
 precedes the first token is the model's START_TOKEN; where that is None the first token of a row is
-only read.
+only read. Rows that are done are in y.jsonl.partial until all are.
 """
 
 if __name__ == "__main__":
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     )
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,20 +76,21 @@ def score(
         rows = [_row(run, row, where) for where, row in given]
         size = run.batch_size(batch_size, len(rows))
         scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        sums = []
+
+        def scored() -> Iterator[dict[str, Any]]:
+            for (_, row), logp_T in zip(given, scorer.stream(rows), strict=True):
+                logprobs = logp_T.tolist()
+                sums.append(sum(logprobs))
+                yield {**row, "logprobs": logprobs, "sum": sums[-1]}
+
+        primary = jax.process_index() == 0
         began = time.perf_counter()
-        scores = scorer(rows)
-    seconds = time.perf_counter() - began
-    found = [[float(value) for value in row] for row in scores]
-    if jax.process_index() == 0:
-        row_files.write(
-            output,
-            (
-                {**row, "logprobs": logprobs, "sum": sum(logprobs)}
-                for (_, row), logprobs in zip(given, found, strict=True)
-            ),
-        )
-        count = sum(map(len, found))
-        mean = sum(map(sum, found)) / max(count, 1)
+        row_files.write(output, scored(), writer=primary)
+        seconds = time.perf_counter() - began
+    if primary:
+        count = sum(len(row.targets) for row in rows)
+        mean = sum(sums) / max(count, 1)
         print(f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {mean:.4f} nats a token")
 
 

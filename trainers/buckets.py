@@ -1,9 +1,13 @@
 """Rows of unequal length in few shapes, so that little is computed in vain and seldom compiled."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 SMALLEST = 16
+# Enough rows of any length for batches of similar length, and few to be lost with a process.
+BATCHES_SORTED = 64
+
+_T = TypeVar("_T")
 
 
 def bucket_length(length: int, *, limit: int | None = None) -> int:
@@ -19,9 +23,29 @@ def bucket_length(length: int, *, limit: int | None = None) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length; the longest first, so that they fail at once if at all."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    """Indices in batches of similar length; the longest first, so that they fail at once if at all.
+
+    The rows of BATCHES_SORTED batches are sorted at a time, so that the first rows of a long file are
+    done long before the last.
+    """
+    batches = []
+    together = BATCHES_SORTED * batch_size
+    for first in range(0, len(lengths), together):
+        rows = range(first, min(first + together, len(lengths)))
+        order = sorted(rows, key=lambda i: -lengths[i])
+        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches
+
+
+def in_order(found: Iterable[tuple[int, _T]]) -> Iterator[_T]:
+    """Values by index from 0, each as soon as it and all before it have been found."""
+    waiting: dict[int, _T] = {}
+    after = 0
+    for index, value in found:
+        waiting[index] = value
+        while after in waiting:
+            yield waiting.pop(after)
+            after += 1
 
 
 def longest_row(params: Mapping[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ Shapes: B batch, T prompt length, M new tokens at most.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.surgery import layer_stack
-from trainers.buckets import batches_by_length, bucket_length, longest_row
+from trainers.buckets import batches_by_length, bucket_length, in_order, longest_row
 from trainers.decode import Decoded, Settings, decode, prefill
 
 
@@ -90,7 +90,11 @@ class Decoder:
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
-        """Continuations in the order of the prompts.
+        """Continuations in the order of the prompts; errors as of `stream`."""
+        return list(self.stream(prompts, seed=seed))
+
+    def stream(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> Iterator[Continuation]:
+        """What calling it returns, one by one as they are done.
 
         Raises:
           ValueError: an empty prompt, or one that leaves no room within learned positions.
@@ -105,16 +109,19 @@ class Decoder:
                     f"Prompt {i} has {len(prompt)} tokens; with {room + 1} new ones it is longer than "
                     f"the {limit} positions that the model has learned. Lower max_new_tokens."
                 )
+        return in_order(self._batches(prompts, seed, limit))
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
+    ) -> Iterator[tuple[int, Continuation]]:
+        """(index, continuation) of each prompt, batch by batch."""
         lengths = [len(prompt) for prompt in prompts]
-        found: dict[int, Continuation] = {}
         batches = batches_by_length(lengths, self._batch_size)
         for batch in tqdm(
             batches, desc="generate", unit="batch", disable=True if len(batches) == 1 else None
         ):
             length = bucket_length(lengths[batch[0]], limit=limit)
-            for i, row in zip(batch, self._batch(prompts, batch, length, seed), strict=True):
-                found[i] = row
-        return [found[i] for i in range(len(prompts))]
+            yield from zip(batch, self._batch(prompts, batch, length, seed), strict=True)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens. Shapes: B batch, T length, D width, V vocabulary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from model.cross_entropy import token_log_probs
-from trainers.buckets import batches_by_length, bucket_length, longest_row
+from trainers.buckets import batches_by_length, bucket_length, in_order, longest_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,11 @@ class Scorer:
         )
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """The log-probability of every target of each row, float32.
+        """The log-probability of every target of each row, float32; errors as of `stream`."""
+        return list(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+        """What calling it returns, row by row as they are done.
 
         Raises:
           ValueError: a row without context, or longer than the model's learned positions.
@@ -80,8 +84,11 @@ class Scorer:
                 raise ValueError(
                     f"Row {i} has {length} tokens, but the model learned only {limit} positions."
                 )
+        return in_order(self._batches(rows, limit))
+
+    def _batches(self, rows: Sequence[Row], limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, log-probabilities) of each row, batch by batch."""
         lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
-        result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
         batches = batches_by_length(lengths, self._batch_size)
         for batch in tqdm(
             batches, desc="score", unit="batch", disable=True if len(batches) == 1 else None
@@ -90,8 +97,7 @@ class Scorer:
             logp_BT = self._score([rows[i] for i in batch], length)
             for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may be filled up
                 first = len(rows[i].context) - 1
-                result[i] = logp_T[first : first + len(rows[i].targets)]
-        return result
+                yield i, logp_T[first : first + len(rows[i].targets)]
 
     def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
         tokens_BT = np.zeros((self._batch_size, length), np.int32)

@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from trainers import buckets
+from trainers.decoder import Decoder
+
 
 @pytest.fixture
 def generate(trained_run, command, tmp_path):
@@ -43,6 +46,36 @@ def test_continuations_are_scored_as_generated(generate, command, capsys, traine
     assert command("score", f"--checkpoint={trained_run.path}", *files) == 0
     for row, line in zip(rows, output.read_text().splitlines(), strict=True):
         np.testing.assert_allclose(row["logprobs"], json.loads(line)["logprobs"], atol=3e-5)
+
+
+def test_the_text_is_of_all_tokens_where_eos_does_not_end(generate):
+    flags = ("--eos_id=-1", "--temperature=50", "--max_new_tokens=300", "--seed=1")
+    rows = generate(PROMPTS, *flags)
+    assert any(1 in row["tokens"][:-1] for row in rows)
+    for row in rows:
+        parts = "".join("\0" if id == 1 else chr(id) for id in row["tokens"]).split("\0")
+        texts = [bytes(ord(c) - 3 for c in part if ord(c) >= 3) for part in parts]
+        assert row["text"] == "".join(text.decode("utf-8", "ignore") for text in texts)
+
+
+def test_what_was_done_stays_when_a_later_batch_fails(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr(buckets, "BATCHES_SORTED", 1)
+    prompts = [{"text": "x" * (i * 5 % 9)} for i in range(17)]  # in batches of 8
+    whole = generate(prompts, "--temperature=1")
+    original = Decoder._batch
+
+    def fail_at_last(self, prompts, batch, length, seed):
+        if 16 in batch:
+            raise RuntimeError("lost")
+        return original(self, prompts, batch, length, seed)
+
+    monkeypatch.setattr(Decoder, "_batch", fail_at_last)
+    (tmp_path / "y.jsonl").unlink()
+    with pytest.raises(RuntimeError, match="lost"):
+        generate(prompts, "--temperature=1")
+    assert not (tmp_path / "y.jsonl").exists()
+    done = (tmp_path / "y.jsonl.partial").read_text().splitlines()
+    assert list(map(json.loads, done)) == whole[:16]
 
 
 def test_one_prompt_goes_to_standard_output(command, capsys, trained_run):

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from trainers import buckets
+from trainers.scoring import Scorer
+
 
 @pytest.fixture
 def score(trained_run, command, tmp_path):
@@ -57,6 +60,33 @@ def test_rows_come_back_with_their_scores(score, trained_run):
     assert rows[4]["logprobs"] == [] and rows[4]["sum"] == 0
 
 
+def test_half_a_surrogate_pair_that_is_passed_through_comes_back(score):
+    given = {"tokens": [5], "id": "\ud800", "more": {"\udfff": "naïve \\ud800"}}
+    (row,) = score([json.dumps(given)])
+    assert {key: row[key] for key in given} == given
+
+
+def test_what_was_done_stays_when_a_later_batch_fails(score, monkeypatch, tmp_path):
+    monkeypatch.setattr(buckets, "BATCHES_SORTED", 1)
+    original, batches = Scorer._score, []
+
+    def fail_at_third(self, rows, length):
+        batches.append(rows)
+        if len(batches) == 3:
+            raise RuntimeError("lost")
+        return original(self, rows, length)
+
+    lines = [json.dumps({"tokens": [5] * (i * 7 % 17), "id": i}) for i in range(20)]
+    whole = score(lines)  # in batches of 8
+    monkeypatch.setattr(Scorer, "_score", fail_at_third)
+    (tmp_path / "y.jsonl").unlink()
+    with pytest.raises(RuntimeError, match="lost"):
+        score(lines)
+    assert not (tmp_path / "y.jsonl").exists()
+    done = (tmp_path / "y.jsonl.partial").read_text().splitlines()
+    assert list(map(json.loads, done)) == whole[:16]
+
+
 def test_models_without_a_start_token_and_raw_parameters(score, trained_run):
     (row,) = score([json.dumps({"tokens": BYTES})], "--gin.START_TOKEN=None", "--params=raw")
     want = log_probs(trained_run, BYTES[:1], BYTES[1:], params="raw")
@@ -73,6 +103,8 @@ def test_models_without_a_start_token_and_raw_parameters(score, trained_run):
         ('{"tokens": [1, 264]}', "x.jsonl, line 2: 'tokens' holds the id 264"),
         ('{"tokens": [1.5]}', "x.jsonl, line 2: 'tokens' is neither a text nor a list"),
         ('{"tokens": [1], "targets": 3}', "x.jsonl, line 2: 'targets' is neither"),
+        ('{"text": "a\\ud800"}', "x.jsonl, line 2: 'text' is not valid Unicode at character 1"),
+        ('{"text": "a", "targets": "\\udc00"}', "x.jsonl, line 2: 'targets' is not valid Unicode"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(score, capsys, line, message):
