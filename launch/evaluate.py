@@ -56,7 +56,7 @@ from data import cpu_tensorflow, mixing
 from data.stream import held_out
 from launch import load_run
 from trainers import evaluate as evaluation
-from trainers import partitioning
+from trainers import metric_writers, partitioning
 from trainers.evaluate import EvalStream
 from trainers.recipe import Recipe
 
@@ -86,7 +86,7 @@ def evaluate(
       params: see launch/load_run.py.
       tasks: names of tasks, in place of those of the mixture.
       max_batches: per task; None for whole splits.
-      json_file: where to write the results as JSON too.
+      json_file: where to write the results as JSON too; NaN and infinities as in metrics.jsonl.
 
     Returns:
       Metrics by task.
@@ -121,10 +121,13 @@ def evaluate(
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
                 "max_batches": max_batches,
-                "tasks": results,
+                "tasks": {
+                    task: {name: metric_writers.jsonable(value) for name, value in values.items()}
+                    for task, values in results.items()
+                },
             }
             with open(json_file, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2) + "\n")
+                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return results
 
 

@@ -61,7 +61,7 @@ class JsonlWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": int(step), "time": round(time.time(), 3)}
-        row.update({name: _jsonable(value) for name, value in values.items()})
+        row.update({name: jsonable(value) for name, value in values.items()})
         self._line(row)
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -108,7 +108,8 @@ def _whole_lines(path: str) -> list[str]:
         return [line[:-1] for line in file if line.endswith("\n") and line.strip()]
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A number as metrics.jsonl has it: see `JsonlWriter`."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

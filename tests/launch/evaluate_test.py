@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from trainers import evaluate as evaluation
+
 
 def test_loss_is_the_mean_score_of_the_held_out_documents(command, capsys, trained_run, tmp_path):
     report = tmp_path / "eval.json"
@@ -28,6 +30,19 @@ def test_loss_is_the_mean_score_of_the_held_out_documents(command, capsys, train
     assert found["perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
     bits = -total / math.log(2) / sum(map(len, texts))
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_what_is_not_finite_is_written_as_metrics_are(command, monkeypatch, trained_run, tmp_path):
+    found = {"loss": math.nan, "perplexity": math.inf, "bits_per_byte": -math.inf, "tokens": 3.0}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: found)
+    report = tmp_path / "eval.json"
+    assert command("evaluate", f"--checkpoint={trained_run.path}", f"--json={report}") == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads(report.read_text(), parse_constant=refuse)["tasks"]["files"]
+    assert list(written.values()) == ["NaN", "Infinity", "-Infinity", 3.0]
 
 
 def test_data_of_another_vocabulary_is_refused(command, capsys, trained_run, tmp_path):
