@@ -202,6 +202,13 @@ def source_digest(task_name: str) -> str:
     return _TASKS[task_name]["source"].digest
 
 
+def vocabulary(task_name: str) -> Any:
+    """The SeqIO vocabulary of a task's targets."""
+    import seqio
+
+    return seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
+
+
 def summary() -> dict[str, Any]:
     """What a run records of its data: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}

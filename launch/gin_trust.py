@@ -25,6 +25,7 @@ REFUSED = (
     "launch.environment",
     "launch.gin_config",
     "launch.gin_reader",
+    "launch.run_vocabulary.save",
     "seqio.beam_utils",
     "seqio.scripts",
 )

@@ -30,7 +30,7 @@ import numpy as np
 from data import cpu_tensorflow
 from data import stream as streams
 from data import tasks as task_registry
-from launch import gin_config, run_dir
+from launch import gin_config, run_dir, run_vocabulary
 from launch.parameter_table import parameter_table
 from trainers import (
     batches,
@@ -89,9 +89,10 @@ def train(
       eval_steps: batches per task; None for whole splits.
       checkpoint_period: updates between checkpoints; the last update is always saved.
       checkpointer: factory, called with the directory.
-      initial_checkpoint_path: what a run without checkpoints of its own starts from.
+      initial_checkpoint_path: what a run without checkpoints of its own starts from: a step directory, or
+        a run directory for its newest good step.
       initial_scope: 'params' takes its parameters; 'state' also moments and step, as for a cooldown.
-      initial_assignment: (pattern, checkpoint path or None) for parameters under other names.
+      initial_assignment: with 'params', (pattern, checkpoint path or None) for parameters under other names.
       initial_strict: with 'params', each of this model's parameters must be found there, and none more.
       initial_use_ema: with 'params', starts from the averaged parameters.
       log_period: updates per row of metrics.
@@ -132,6 +133,8 @@ def train(
             register()
         data = stream()
         _check_stream(recipe, data)
+        if primary and tasks:
+            run_vocabulary.save(run.path, task_registry.vocabulary(data.source_names[0]))
         eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
         held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
         run.record(

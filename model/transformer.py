@@ -176,7 +176,8 @@ class Transformer(nn.Module):
         Args:
           tokens_BT: token ids.
           positions_BT: position of each token within its document; 0, 1, 2, ... when None.
-          segments_BT: attention stays within equal segments; None for one document a row.
+          segments_BT: attention stays within equal segments; None for one document a row. With caches,
+            which must be empty then, it says that the tokens see each other alone: a prompt is read.
           caches: one state per layer (unrolled layers only), with `policy`.
           policy: cache policy; None while training.
         """

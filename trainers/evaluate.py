@@ -27,21 +27,23 @@ class EvalStream(Stream, Protocol):
 
 
 def evaluate(
-    eval_step: Callable[[Any, Batch], Metrics],
+    eval_step: Callable[[Any, Batch, Any], Metrics],
     params: Any,
     stream: EvalStream,
     sharding: NamedSharding,
     *,
+    variables: Any = None,
     max_steps: int | None = None,
     stop: Callable[[int], bool] = lambda batches: False,
 ) -> dict[str, float]:
     """Averages the objective's scalar metrics over a split.
 
     Args:
-      eval_step: compiled (params, batch) -> metrics.
+      eval_step: compiled (params, batch, variables) -> metrics.
       params: the parameters.
       stream: the split.
       sharding: of input arrays.
+      variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
       stop: asked before each batch, with its index, whether to give up.
 
@@ -66,7 +68,7 @@ def evaluate(
     for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
         if stop(step):
             raise GivenUpError(f"evaluation of {stream.name} given up at batch {step}")
-        late.append(eval_step(params, global_batch(stream, step, sharding)))
+        late.append(eval_step(params, global_batch(stream, step, sharding), variables))
         if len(late) > 1:  # one step late, so that reading never waits for the device
             collect(late.pop(0))
     for metrics in late:
@@ -86,7 +88,7 @@ class Evaluation:
 
     Attributes:
       every: updates between evaluations.
-      eval_step: compiled (params, batch) -> metrics.
+      eval_step: compiled (params, batch, variables) -> metrics.
       streams: one per task.
       sharding: of input arrays.
       max_steps: batches per task; None for whole splits.
@@ -95,7 +97,7 @@ class Evaluation:
     """
 
     every: int
-    eval_step: Callable[[Any, Batch], Metrics]
+    eval_step: Callable[[Any, Batch, Any], Metrics]
     streams: tuple[EvalStream, ...]
     sharding: NamedSharding
     max_steps: int | None = None
@@ -115,6 +117,7 @@ class Evaluation:
                 params,
                 stream,
                 self.sharding,
+                variables=state.variables,
                 max_steps=self.max_steps,
                 stop=self.stop,
             )

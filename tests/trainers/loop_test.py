@@ -227,7 +227,7 @@ def test_evaluation_judges_the_averaged_parameters(tmp_path):
 
     evaluation = Evaluation(
         every=5,
-        eval_step=jax.jit(lambda params, batch: loss_fn(params, batch, None).metrics),
+        eval_step=jax.jit(lambda params, batch, _: loss_fn(params, batch, None).metrics),
         streams=(Split(),),
         sharding=REPLICATED,
     )
@@ -441,7 +441,7 @@ def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(t
     with StopRequest() as stop:
         evaluation = Evaluation(
             every=4,
-            eval_step=lambda params, batch: loss_fn(params, batch, None).metrics,
+            eval_step=lambda params, batch, _: loss_fn(params, batch, None).metrics,
             streams=(Split(), Split()),
             sharding=REPLICATED,
             stop=stop.asked,
@@ -469,7 +469,7 @@ def test_hooks_that_a_stop_left_out_at_the_end_run_when_the_run_goes_on(tmp_path
     def evaluation(stop):
         return Evaluation(
             every=100,
-            eval_step=lambda params, batch: loss_fn(params, batch, None).metrics,
+            eval_step=lambda params, batch, _: loss_fn(params, batch, None).metrics,
             streams=(Split(),),
             sharding=REPLICATED,
             stop=stop.asked,
