@@ -21,8 +21,14 @@ MLP = "mlp"
 NORM = "norm"  # gains and biases of norms: small, replicated
 POSITION = "position"  # rows of a learned position table
 LAYERS = "layers"  # the axis nn.scan adds
+EXPERT = "expert"  # stacked experts
+RANK = "rank"  # inner dimension of a factorised kernel or adapter
+UNMODELED = "unmodeled"  # small dimensions that no rule set splits
 
-PARAMETER_AXES = (VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS)
+PARAMETER_AXES = (
+    *(VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS),
+    *(EXPERT, RANK, UNMODELED),
+)
 
 # Activations.
 BATCH = "act_batch"

@@ -257,6 +257,13 @@ def test_activations_are_split_as_the_rule_sets_say():
         assert tuple(partitioning.mesh_spec(heads, rules)) == (batch, None, head, None)
 
 
+@pytest.mark.parametrize("name", sorted(partitioning.RULE_SETS))
+def test_experts_and_ranks_have_a_rule_that_keeps_them_whole(name):
+    kernel = (axes.LAYERS, axes.EXPERT, axes.RANK, axes.UNMODELED)
+    spec = partitioning.mesh_spec(kernel, partitioning.rules_named(name))
+    assert tuple(spec) == (None,) * 4
+
+
 # ---- Invariance.
 
 
