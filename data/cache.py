@@ -26,6 +26,7 @@ import numpy as np
 from data.cache_files import (
     Record,
     ShardWriter,
+    add_known,
     canonical,
     check_file,
     check_size,
@@ -37,7 +38,7 @@ from data.cache_files import (
 )
 from data.columns import Column, feature_dtype
 
-FORMAT = 1
+FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"
 
 
@@ -71,7 +72,7 @@ class Cache:
         return self.manifest["values"][feature]
 
     def text_bytes(self, feature: str = "targets") -> int | None:
-        """UTF-8 bytes of the text behind the tokens, where the records still carried it.
+        """UTF-8 bytes of the text behind the tokens, where all records still carried it, else None.
 
         SeqIO's tokenizer keeps the text of `targets` as `targets_pretokenized`; it is counted, not
         stored. Divides a summed loss into bits per byte.
@@ -257,7 +258,7 @@ def _write_manifest(building, name, features, description, shards) -> None:
         "features": dict(features),
         "records": sum(shard["records"] for shard in shards),
         **{
-            key: {f: sum(shard[key][f] for shard in shards) for f in features}
+            key: {f: add_known(*(shard[key][f] for shard in shards)) for f in features}
             for key in ("values", "text_bytes")
         },
         "shards": shards,

@@ -33,7 +33,7 @@ class ShardWriter:
         self._shard = shard
         self._features = features
         self._records = 0
-        self._text_bytes = dict.fromkeys(features, 0)
+        self._text_bytes: dict[str, int | None] = dict.fromkeys(features, 0)
         self._lengths: dict[str, list[int]] = {feature: [] for feature in features}
         self._files = {
             feature: open(self._temporary(f"{feature}.bin"), "wb")  # noqa: SIM115
@@ -45,12 +45,13 @@ class ShardWriter:
         """Adds one record; returns the number of values written."""
         written = 0
         for feature, kind in self._features.items():
-            values = self._encode(feature, kind, record.get(feature, ()))
+            values = self._encode(feature, kind, record.get(feature, b"" if kind == "text" else ()))
             data = values.tobytes()
             self._files[feature].write(data)
             self._hashes[feature].update(data)
             self._lengths[feature].append(len(values))
-            self._text_bytes[feature] += len(record.get(f"{feature}_pretokenized", b""))
+            text = record.get(f"{feature}_pretokenized")
+            self._text_bytes[feature] = add_known(self._text_bytes[feature], _text_size(text))
             if kind != "text":
                 written += len(values)
         self._records += 1
@@ -82,8 +83,7 @@ class ShardWriter:
 
     def _encode(self, feature: str, kind: int | str, value) -> np.ndarray:
         if kind == "text":
-            text = value.encode() if isinstance(value, str) else bytes(value)
-            return np.frombuffer(text, np.uint8)
+            return np.frombuffer(_text(feature, value), np.uint8)
         values = np.asarray(value)
         if values.ndim != 1:
             raise ValueError(f"Feature {feature!r} has shape {values.shape}; a vector is needed.")
@@ -97,6 +97,34 @@ class ShardWriter:
                     "vocabulary of the feature is not the one that made the tokens."
                 )
         return values.astype(feature_dtype(kind))
+
+
+def _text(feature: str, value) -> bytes:
+    """The bytes of a text; a number, as some sources number their documents, is its digits."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, int | float | np.number):
+        return str(value).encode()
+    raise ValueError(
+        f"Feature {feature!r} is a {type(value).__name__}"
+        f"{f' of shape {value.shape}' if isinstance(value, np.ndarray) else ''}; one string or "
+        "number for each record is needed. Convert it in a preprocessor."
+    )
+
+
+def _text_size(text) -> int | None:
+    """UTF-8 bytes of what `<feature>_pretokenized` holds; None where that is not the text."""
+    if isinstance(text, str):
+        return len(text.encode())
+    return len(text) if isinstance(text, bytes) else None
+
+
+def add_known(*counts: int | None) -> int | None:
+    """The sum of counts; it is unknown (None) if any of them is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def file_entry(data: bytes) -> list:

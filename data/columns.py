@@ -58,6 +58,9 @@ class Column:
         Each range lies in one shard. Slices are copied one by one: at a hundred values and more per
         slice this runs at the speed of the copy.
         """
+        # An empty range may begin where all values end, and that is in no shard.
+        held = lengths > 0
+        begins, lengths, at = begins[held], lengths[held], at[held]
         shard_of = np.searchsorted(self.bounds, begins, side="right") - 1
         begins = begins - self.bounds[shard_of]
         shards = self.shards

@@ -65,6 +65,52 @@ def test_gather_copies_ranges_of_any_shard(tmp_path):
     np.testing.assert_array_equal(out, flat)
 
 
+def test_gather_takes_an_empty_range_where_all_values_end(tmp_path):
+    """As the last record of an encoder-decoder task has, when its inputs are empty."""
+    pairs = [{"inputs": [1, 2], "targets": [3]}, {"inputs": [], "targets": [4]}]
+    made = cache.write(tmp_path / "c", pairs, features={"inputs": 9, "targets": 9}, num_shards=2)
+    column = made.columns["inputs"]
+    out = np.zeros(2, np.int32)
+    column.gather(column.starts, column.lengths, out, np.array([0, 2]))
+    np.testing.assert_array_equal(out, [1, 2])
+
+
+def test_ids_that_are_numbers_are_their_digits(tmp_path):
+    ids = [np.int64(12345), 10**9, np.float32(0.5), b"bytes", "é"]
+    records = [{"targets": [1], "document_id": id} for id in ids]
+    features = {"targets": 9, "document_id": "text"}
+    made = cache.write(tmp_path / "c", records, features=features)
+    texts = [made.columns["document_id"].text(i) for i in range(len(ids))]
+    assert texts == ["12345", "1000000000", "0.5", "bytes", "é"]
+    for bad, name in (
+        (np.array([1, 2]), r"ndarray of shape \(2,\)"),
+        ([7], "list"),
+        (None, "None"),
+    ):
+        record = {"targets": [1], "document_id": bad}
+        with pytest.raises(ValueError, match=f"'document_id' is a {name}.*one string or number"):
+            cache.write(tmp_path / name[:4], [record], features=features)
+
+
+@pytest.mark.parametrize(
+    ("texts", "size"),
+    [
+        (["é", b"ab"], 4),
+        (["é", np.array([5, 6, 7])], None),
+        (["é", np.int64(3)], None),
+        (["é", None], None),
+    ],
+)
+def test_text_bytes_are_those_of_texts_or_unknown(tmp_path, texts, size):
+    records = [{"targets": [1, 2], "targets_pretokenized": text} for text in texts]
+    records = [{k: v for k, v in record.items() if v is not None} for record in records]
+    for num_shards in (1, 2):
+        made = cache.write(
+            tmp_path / str(num_shards), records, features={"targets": 9}, num_shards=num_shards
+        )
+        assert made.text_bytes() == size == cache.open_cache(made.directory).text_bytes()
+
+
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path):
     for bad in (1000, -1):
         with pytest.raises(ValueError, match=f"token {bad}, outside its vocabulary of 1000"):
