@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
+# Part of the hash of a set of files: raise it when the same files are read as other documents.
+VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSED = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -70,6 +72,16 @@ def read(path: pathlib.Path, format: Format, *, name: str | None = None) -> Iter
     if kind in (".jsonl", ".json"):
         return _json_lines(path, format, name)
     return _text(path, format, name)
+
+
+def take(documents: Iterable[Document], num_bytes: float) -> Iterator[Document]:
+    """The first documents until their texts have so many bytes; the last one comes whole."""
+    taken = 0
+    for document in documents:
+        if taken >= num_bytes:
+            return
+        taken += len(document.text.encode("utf-8"))
+        yield document
 
 
 def check_suffix(path: pathlib.Path) -> None:
@@ -144,10 +156,10 @@ def read_json_lines(
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{where}: malformed JSON: {error.msg} at column {error.colno}. Each line must be "
-                f"one object such as {example}"
+                f"{where}: malformed JSON: {_json_problem(error)}. Each line must be one object "
+                f"such as {example}"
             ) from None
         if not isinstance(record, dict):
             raise DataError(
@@ -157,6 +169,14 @@ def read_json_lines(
         yield number, record
 
 
+def _json_problem(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return f"a number has too many digits ({str(error).partition(';')[0]})"
+
+
 def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
     example = f'{{"{format.text_key}": "..."}}'
     for number, record in read_json_lines(path, example=example):
@@ -164,6 +184,7 @@ def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Docum
         id = f"{name}:{number}"
         if format.id_key is not None:
             id = str(_value(record, format.id_key, "id_key", where))
+            _check_unicode(id, format.id_key, where)
         text = _value(record, format.text_key, "text_key", where)
         yield Document(id, _checked(text, format.text_key, where))
 
@@ -183,6 +204,11 @@ def _checked(text: object, key: str, where: str) -> str:
             f"{where}: {key!r} holds a {type(text).__name__}, not a string. Set text_key to the key "
             "of the text, or convert the file"
         )
+    _check_unicode(text, key, where)
+    return text
+
+
+def _check_unicode(text: str, key: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -190,7 +216,6 @@ def _checked(text: object, key: str, where: str) -> str:
             f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
             "surrogate pair). Repair or drop the line"
         ) from None
-    return text
 
 
 def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:

@@ -102,6 +102,19 @@ def test_malformed_line_names_file_line_and_column(tmp_path, suffix):
         _read(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (b"7" * 5000, "a number has too many digits"),
+        (b"[" * 100_000 + b"]" * 100_000, "lists or objects are nested too deeply"),
+    ],
+)
+def test_json_that_python_does_not_take(tmp_path, value, problem):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + value + b"}\n")
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 2: malformed JSON: {problem}"):
+        _read(path)
+
+
 def test_line_that_is_no_object(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n["text"]\n')
     with pytest.raises(DataError, match=r"x\.jsonl, line 2: a JSON list where an object"):
@@ -136,6 +149,10 @@ def test_half_of_a_surrogate_pair(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": "ab\\ud83d"}\n')
     with pytest.raises(DataError, match=r"line 1: 'text' is not valid Unicode at character 2"):
         _read(path)
+    path = _compress(tmp_path / "y.jsonl", b'{"text": "ab", "id": "c\\ud83d"}\n')
+    assert _read(path)
+    with pytest.raises(DataError, match=r"y.jsonl, line 1: 'id' is not valid Unicode at character"):
+        _read(path, id_key="id")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
