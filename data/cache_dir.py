@@ -1,11 +1,13 @@
 """Where corpora, vocabularies and other derived files are kept between runs."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 VARIABLE = "ESPALIER_CACHE"
 
@@ -17,29 +19,77 @@ def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib
     return pathlib.Path(override).expanduser().joinpath(*parts)
 
 
-def build_directory(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
-    """Fills a directory so that it exists whole or not at all.
+def build_directory(
+    target: pathlib.Path, build: Callable[[pathlib.Path], None], *, expected: Sequence[str]
+) -> None:
+    """Fills a directory so that it exists whole or not at all, after a power cut too.
 
     `build` writes into a temporary sibling, which is then renamed. Where another process was
     faster, its directory stays: both hold the same content, for their name is a hash of all inputs.
+
+    Args:
+      target: the directory.
+      build: writes its content into the directory it is given.
+      expected: files without which a directory is not whole; such a one is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary, replaced = _temporary(target), _temporary(target)
+    temporary.mkdir(mode=0o755)
     try:
         build(temporary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        while not _moved(temporary, target):
+            if all((target / name).is_file() for name in expected):
+                break
+            with contextlib.suppress(FileNotFoundError):  # another process replaces it too
+                target.rename(replaced)
+        _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes JSON so that a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-    os.replace(temporary, path)
+    temporary = _temporary(path)
+    try:
+        # Not by tempfile, whose files nobody else may read: a cache may be shared.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remember(path: pathlib.Path, content: dict) -> None:
+    """Writes JSON that saves time later; where the cache is read-only, nothing is kept."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+
+def _moved(directory: pathlib.Path, target: pathlib.Path) -> bool:
+    """Whether the directory could be moved; another one in its place is in the way."""
+    try:
+        directory.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

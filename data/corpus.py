@@ -19,10 +19,12 @@ from typing import Any
 import tqdm
 
 from data import cache_dir as cache
-from data import corpus_build, documents
+from data import corpus_build, documents, fingerprint
+from data.documents import Document
 from data.sources import environment, names
 
 FORMAT = documents.Format(text_key="text", id_key="id")
+MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Corpus:
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
         """Settings, package versions, counts, what was dropped and why, and the content hash."""
-        return json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
+        return json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
 
     @property
     def hash(self) -> str:
@@ -61,13 +63,40 @@ class Corpus:
         sizes = self.manifest["sources"][source]["bytes"]
         return tuple(split for split, size in sizes.items() if size)
 
-    def documents(self, source: str, split: str) -> Iterator[documents.Document]:
+    def documents(self, source: str, split: str) -> Iterator[Document]:
         """The documents of one split of a source, in corpus order."""
         return documents.read(self.file(source, split), FORMAT)
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes: the first, for their order is one of hashes."""
+        return documents.take(self.documents(source, "train"), num_bytes)
 
     def size(self, source: str) -> int:
         """Bytes of training text of a source."""
         return self.manifest["sources"][source]["bytes"]["train"]
+
+    def check(self, digests: fingerprint.FileDigests) -> None:
+        """Raises ValueError unless all files are those that were written."""
+        try:
+            files = self.manifest["files"]
+            whole = self.hash == corpus_build.content_hash(files)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise self._damaged(MANIFEST, "is altered or cut short")
+        for name, checksum in files.items():
+            path = self.directory / f"{name}.jsonl"
+            if not path.is_file():
+                raise self._damaged(path.name, "is missing")
+            if digests.digest(str(path)) != checksum:
+                raise self._damaged(path.name, "does not match its checksum")
+        digests.save()
+
+    def _damaged(self, name: str, what: str) -> ValueError:
+        return ValueError(
+            f"Corpus {self.directory}: {name} {what}. Delete the directory: it is built again at "
+            "the next start"
+        )
 
     def summary(self) -> dict[str, Any]:
         """What a run records of its corpus."""
@@ -108,7 +137,8 @@ def assemble(
       env: where installed packages are looked for.
 
     Raises:
-      ValueError: for an unknown source, or when no source holds a document.
+      ValueError: for an unknown source, when no source holds a document, or when files of the corpus
+        built before have been changed or lost.
     """
     settings = {
         "sources": names.resolve(sources),
@@ -128,7 +158,9 @@ def assemble(
     ).hexdigest()[:16]
     directory = cache.cache_dir("corpora", key, override=cache_dir)
     result = Corpus(directory)
-    if (directory / "manifest.json").is_file():
+    if (directory / MANIFEST).is_file():
+        memory = cache.cache_dir("files", "file_digests.json", override=cache_dir)
+        result.check(fingerprint.FileDigests(memory))
         _announce(result, "found in")
         return result
 
@@ -138,6 +170,7 @@ def assemble(
         lambda target: corpus_build.build(
             target, env=env, settings=settings, packages=packages, progress=progress
         ),
+        expected=[MANIFEST],
     )
     print(result.table(), file=sys.stderr)
     _announce(result, "written to")

@@ -208,13 +208,18 @@ def _manifest(
                 reason = f"not installed: {', '.join(source.missing)}"
             skipped[source.name] = reason
     return {
-        "hash": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        "hash": content_hash(digests),
         "files": dict(digests),
         "settings": dict(settings),
         "packages": dict(packages),
         "sources": described,
         "skipped": skipped,
     }
+
+
+def content_hash(digests: Mapping[str, str]) -> str:
+    """The hash of a corpus, of the checksums of its files."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def format_table(manifest: Mapping[str, Any]) -> str:

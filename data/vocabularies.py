@@ -167,7 +167,7 @@ def train(
         seconds = time.monotonic() - started
         print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
 
-    cache.build_directory(directory, build)
+    cache.build_directory(directory, build, expected=[path.name])
     return path
 
 

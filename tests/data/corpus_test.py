@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 
 import pytest
 
@@ -72,6 +73,25 @@ def test_the_same_inputs_give_the_same_bytes_and_are_built_once(fake_environment
     assert assemble(env, **settings).directory == first.directory
     assert (first.directory / "manifest.json").stat().st_mtime_ns == stamp
     assert not list(first.directory.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["python.train.jsonl", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut short", "altered", "missing"])
+def test_damaged_files_are_not_read(fake_environment, assemble, name, damage):
+    env = fake_environment({"numpy": MODULES})
+    built = assemble(env)
+    assemble(env)  # as found: its checksums are remembered now
+    path = built.directory / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-100] if damage == "cut short" else content.replace(b"1", b"2"))
+    if (name, damage) != ("manifest.json", "missing"):
+        with pytest.raises(ValueError, match=rf"(?s)Corpus .*{name} .*Delete the directory"):
+            assemble(env)
+        shutil.rmtree(built.directory)
+    again = assemble(env)  # what has no manifest is no corpus
+    assert again.hash == built.hash and path.read_bytes() == content
 
 
 def test_settings_versions_and_content_change_what_is_built(fake_environment, assemble):

@@ -142,6 +142,16 @@ def test_training_is_reproducible_and_kept(model_path, cache, tmp_path):
     assert str(tmp_path).encode() not in again.read_bytes()
 
 
+def test_a_directory_without_its_model_is_replaced(tmp_path):
+    corpus = Texts({"code": CODE})
+    path = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    model = path.read_bytes()
+    path.unlink()
+    again = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    assert again == path and path.read_bytes() == model
+    assert [entry.name for entry in path.parent.parent.iterdir()] == [path.parent.name]
+
+
 def test_corpus_and_settings_choose_the_vocabulary(model_path, cache):
     corpus = Texts({"code": CODE, "prose": PROSE})
     other = vocabularies.train(
