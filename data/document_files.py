@@ -53,6 +53,29 @@ class DocumentFiles:
         for path in self.files[split]:
             yield from self.read_file(path, split)
 
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes: of each file its share by size on disk.
+
+        Every file gives at least one document, as long as the bytes suffice for that; files come in
+        the order of the hashes of their names, so that those left out then are no part of a kind.
+        """
+        names = {path: os.path.relpath(path, self.root) for path in self.files["train"]}
+        paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
+        sizes = [max(os.path.getsize(path), 1) for path in paths]
+        left, unread = num_bytes, sum(sizes)
+        for path, size in zip(paths, sizes, strict=True):
+            kept = left * (unread - size) / unread  # for the files that follow
+            unread -= size
+            for number, document in enumerate(self.read_file(path, "train")):
+                length = len(document.text.encode("utf-8"))
+                # Only the last document of all may exceed its share, and the first of a file.
+                if left <= kept or (number and kept and left - length < kept):
+                    break
+                left -= length
+                yield document
+            if left <= 0:
+                return
+
     def read_file(self, path: str, split: str) -> Iterator[Document]:
         """The documents of one file that are in a split."""
         for document in self._read_all(path):
@@ -77,7 +100,7 @@ class DocumentFiles:
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
-        """File -> SHA-256 of its bytes, remembered between runs by size and modification time."""
+        """File -> SHA-256 of its bytes, remembered between runs by size, times and inode."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         paths = dict.fromkeys(path for files in self.files.values() for path in files)
         result = {path: digests.digest(path) for path in paths}
@@ -88,6 +111,8 @@ class DocumentFiles:
     def hash(self) -> str:
         """SHA-256 over everything that decides the documents and their order."""
         content = {
+            "reading": documents.VERSION,
+            "holding_out": splits.VERSION,
             "format": dataclasses.asdict(self.format),
             "validation_fraction": self.validation_fraction,
             "files": {
@@ -119,8 +144,7 @@ class DocumentFiles:
         for split, count in counts.items():
             if not count["documents"]:
                 raise self._empty(split, counts)
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_json(remembered, counts)
+        cache.remember(remembered, counts)
         return counts
 
     def size(self, source: str) -> int:

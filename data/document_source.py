@@ -16,7 +16,7 @@ from typing import Any
 from data import cache_dir as cache
 from data import fingerprint
 from data.document_files import DocumentFiles
-from data.documents import Document
+from data.documents import Document, take
 
 _SPLITS = ("train", "validation")
 _SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
@@ -117,6 +117,15 @@ class TfdsSource:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.split_map)
 
+    def _wanted(self, split: str) -> str:
+        if split not in self.split_map:
+            raise ValueError(
+                f"TFDS set {self.tfds_name!r}: no {split!r} split, only "
+                f"{', '.join(map(repr, self.split_map)) or 'none'}. Set splits to map {split!r} to a "
+                "split or slice of the set"
+            )
+        return self.split_map[split]
+
     def check(self) -> None:
         """Raises ValueError for a set, feature or split that does not exist."""
         info = self.builder.info
@@ -151,29 +160,34 @@ class TfdsSource:
 
     @property
     def hash(self) -> str:
-        """With `sources`, `size` and `documents`: what a vocabulary can be trained from."""
+        """With `sources`, `size` and `sample`: what a vocabulary can be trained from."""
         return self.digest
 
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.tfds_name,)
 
-    def size(self, source: str) -> int:
+    def size(self, source: str) -> int | None:
+        wanted = self._wanted("train")
         splits = self.builder.info.splits
-        return splits[self.split_map["train"]].num_bytes if splits else 0
+        return (splits[wanted].num_bytes or None) if splits else None  # 0 of a slice: not known
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """The first documents, for TFDS shuffles a set when it prepares it."""
+        return take(self.documents(source, "train"), num_bytes)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
         for example in self.get_dataset(split, shuffle=False).as_numpy_iterator():
             yield Document(example["document_id"].decode(), example["text"].decode())
 
     def num_input_examples(self, split: str) -> int | None:
-        wanted = self.split_map[split]
+        wanted = self._wanted(split)
         return self.builder.info.splits[wanted].num_examples if self.builder.info.splits else None
 
     def list_shards(self, split: str) -> list[str]:
         if not self.builder.info.splits:  # a mocked set has no files
             return [split]
-        instructions = self.builder.info.splits[self.split_map[split]].file_instructions
+        instructions = self.builder.info.splits[self._wanted(split)].file_instructions
         return [str(instruction.filename) for instruction in instructions]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
@@ -188,7 +202,7 @@ class TfdsSource:
             )
         try:
             dataset = self.builder.as_dataset(
-                split=self.split_map[split], shuffle_files=shuffle, read_config=config
+                split=self._wanted(split), shuffle_files=shuffle, read_config=config
             )
         except AssertionError:
             raise FileNotFoundError(

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 SPLITS = ("train", "validation")
+# Part of the hash of a set of files: raise it when `in_validation` holds out other documents.
+VERSION = 1
 # Small sources hold out at least this much, but no more than about this share of their text.
 MIN_VALIDATION_BYTES = 8_000
 MAX_VALIDATION_SHARE = 0.15

@@ -52,9 +52,11 @@ class Texts(Protocol):
     @property
     def sources(self) -> tuple[str, ...]: ...
 
-    def size(self, source: str) -> int: ...
+    def size(self, source: str) -> int | None:
+        """Bytes of training text; None where they are not known."""
 
-    def documents(self, source: str, split: str) -> Iterator[Document]: ...
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes, the same each time, from all over the source."""
 
 
 def sentencepiece(
@@ -216,12 +218,21 @@ def _without_path(model: bytes) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
+def _budgets(
+    sizes: Mapping[str, int | None], sample_bytes: int, balance: float
+) -> dict[str, float]:
+    """Bytes to take of each source; all that are wanted of one whose size is not known."""
+    known = {source: size for source, size in sizes.items() if size}
+    scale = sample_bytes / sum(size**balance for size in known.values()) if known else 0
+    budgets = {source: min(size, scale * size**balance) for source, size in known.items()}
+    return {source: budgets.get(source, sample_bytes) for source in sizes}
+
+
 def _lines(corpus: Texts, sample_bytes: int, balance: float) -> Iterator[str]:
-    """Lines of whole documents of all sources, in the corpus's order until a source's share is full."""
-    sizes = {source: corpus.size(source) for source in corpus.sources}
-    shares = {source: size**balance for source, size in sizes.items()}
-    scale = sample_bytes / sum(shares.values())
-    budgets = {source: min(sizes[source], scale * share) for source, share in shares.items()}
+    """Lines of whole documents of all sources, until each source's share is full."""
+    budgets = _budgets(
+        {source: corpus.size(source) for source in corpus.sources}, sample_bytes, balance
+    )
     with tqdm.tqdm(
         desc="vocabulary",
         total=int(sum(budgets.values())),
@@ -231,13 +242,8 @@ def _lines(corpus: Texts, sample_bytes: int, balance: float) -> Iterator[str]:
         disable=None,
     ) as bar:
         for source, budget in budgets.items():
-            used = 0
-            for document in corpus.documents(source, "train"):
-                if used >= budget:
-                    break
-                size = len(document.text.encode("utf-8"))
-                used += size
-                bar.update(size)
+            for document in corpus.sample(source, budget):
+                bar.update(len(document.text.encode("utf-8")))
                 for line in document.text.split("\n"):
                     for start in range(0, len(line), _MAX_LINE):
                         yield line[start : start + _MAX_LINE]

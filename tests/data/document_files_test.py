@@ -122,3 +122,46 @@ def test_fraction_out_of_range(tmp_path, find, fraction):
     _write(tmp_path / "x.jsonl", ["a"])
     with pytest.raises(ValueError, match="must be in \\[0, 1\\)"):
         find(files=f"{tmp_path}/x.jsonl", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize("module", ["documents", "splits"])
+def test_hash_sees_that_reading_or_holding_out_has_changed(tmp_path, find, monkeypatch, module):
+    _write(tmp_path / "x.jsonl", ["a", "b"])
+    before = find(files=f"{tmp_path}/x.jsonl").hash
+    monkeypatch.setattr(getattr(document_files, module), "VERSION", 99)
+    assert find(files=f"{tmp_path}/x.jsonl").hash != before
+
+
+def test_sample_is_of_all_files_by_their_size(tmp_path, find):
+    def letters(num_bytes, **arguments):
+        files = find(files=f"{tmp_path}/*.jsonl", validation_fraction=0, **arguments)
+        sampled = [d.text for d in files.sample("mine", num_bytes)]
+        assert sampled == [d.text for d in files.sample("mine", num_bytes)]
+        assert num_bytes <= sum(map(len, sampled)) < num_bytes + 100
+        return {name: sum(text[0] == name for text in sampled) for name in "abcd"}
+
+    for name, count in (("a", 600), ("b", 300), ("c", 99), ("d", 1)):
+        _write(tmp_path / f"{name}.jsonl", [name * 100] * count)
+    assert letters(100_000) == {"a": 600, "b": 300, "c": 99, "d": 1}
+    few = letters(10_000)
+    assert 59 <= few["a"] <= 61 and 29 <= few["b"] <= 31 and 9 <= few["c"] <= 11 and few["d"] == 1
+
+
+def test_sample_smaller_than_the_files_are_many_takes_some_of_any_size(tmp_path, find):
+    for i in range(100):
+        _write(tmp_path / f"{i:02d}.jsonl", [f"{i:02d}" * (10 + i)])
+    files = find(files=f"{tmp_path}/*.jsonl", validation_fraction=0)
+    taken = [int(d.text[:2]) for d in files.sample("mine", 2_000)]
+    assert 10 < len(taken) < 50
+    assert min(taken) < 20 and max(taken) > 80
+
+
+def test_counts_are_not_kept_where_nothing_can_be_written(tmp_path, find, monkeypatch):
+    _write(tmp_path / "x.jsonl", ["a"])
+
+    def refused(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(document_files.cache, "write_json", refused)
+    files = find(files=f"{tmp_path}/x.jsonl", validation_fraction=0)
+    assert files.counts == {"train": {"documents": 1, "bytes": 1}}

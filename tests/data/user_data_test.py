@@ -193,6 +193,16 @@ def test_vocabulary_from_a_tfds_set(local_set, tmp_path):
     ]
 
 
+def test_vocabulary_from_slices_of_a_tfds_set(local_set, tmp_path):
+    arguments = {"tfds_name": "tiny_texts", "data_dir": local_set, "cache_dir": tmp_path}
+    splits = {"train": "train[50%:]", "validation": "train[:50%]"}
+    texts = user_data.tfds_texts(splits=splits, **arguments)
+    assert list(vocabularies._lines(texts, 1000, 0.7)) in (["first text"], ["second ü"])
+    texts = user_data.tfds_texts(splits={"validation": "validation"}, **arguments)
+    with pytest.raises(ValueError, match="'tiny_texts': no 'train' split, only 'validation'. Set"):
+        list(vocabularies._lines(texts, 1000, 0.7))
+
+
 def test_mocked_tfds(byte, tmp_path):
     import tensorflow_datasets as tfds
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import sentencepiece
 
-from data import cpu_tensorflow, vocabularies
+from data import cpu_tensorflow, document_files, documents, vocabularies
 from data.documents import Document
 from data.sources import environment
 
@@ -26,9 +26,9 @@ class Texts:
     def size(self, source):
         return sum(len(text.encode()) for text in self.texts[source])
 
-    def documents(self, source, split):
-        assert split == "train"
-        return (Document(str(i), text) for i, text in enumerate(self.texts[source]))
+    def sample(self, source, num_bytes):
+        texts = (Document(str(i), text) for i, text in enumerate(self.texts[source]))
+        return documents.take(texts, num_bytes)
 
 
 def _stdlib(*names):
@@ -172,6 +172,31 @@ def test_sample_is_shared_among_sources_by_balance():
     assert sampled(10_000, 1.0) == {"x": 100, "y": 1}
     assert sampled(10_000, 0.5) == {"x": 91, "y": 10}
     assert sampled(10_000_000, 0.5) == {"x": 1000, "y": 10}
+
+
+def test_sample_of_a_source_whose_size_is_not_known():
+    class Unknown(Texts):
+        def size(self, source):
+            return None if source == "y" else super().size(source)
+
+    for texts, share in (({"y": 100}, {"y": 10}), ({"x": 100, "y": 100}, {"x": 10, "y": 10})):
+        corpus = Unknown({letter: (letter * 99 + "\n",) * n for letter, n in texts.items()})
+        lines = list(vocabularies._lines(corpus, 1000, 0.7))
+        assert {letter: sum(letter in line for line in lines) for letter in share} == share
+
+
+def test_sample_of_files_has_text_of_every_file(tmp_path):
+    for name in "abc":
+        lines = (json.dumps({"text": name * 50}) + "\n" for _ in range(100))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    corpus = document_files.find(
+        name="files",
+        files=f"{tmp_path}/*.jsonl",
+        validation_fraction=0,
+        cache_dir=tmp_path / "cache",
+    )
+    sampled = "".join(vocabularies._lines(corpus, 1500, 0.7))
+    assert {name: sampled.count(name) for name in "abc"} == {"a": 500, "b": 500, "c": 500}
 
 
 def test_long_lines_are_cut_and_not_lost():
