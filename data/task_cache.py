@@ -65,13 +65,15 @@ def open_task_cache(
     name = token_cache.fingerprint(description, features, num_shards)
     parent = caches_path(task.name, split, cache_dir)
     directory = parent / name[:16]
-    with token_cache.building_lock(parent):
-        if changed == "replace":
-            _remove_others(parent, directory)
-        if not directory.exists():
-            if changed == "refuse":
-                _refuse_others(parent, {**description, "features": features}, num_shards)
-            _build(task, split, directory, features, description, num_shards)
+    # What is there is only read, without the lock, so that a cache that others keep can be used.
+    if changed == "replace" or not directory.exists():
+        with token_cache.building_lock(parent):
+            if changed == "replace":
+                _remove_others(parent, directory)
+            if not directory.exists():  # another process may have built it meanwhile
+                if changed == "refuse":
+                    _refuse_others(parent, {**description, "features": features}, num_shards)
+                _build(task, split, directory, features, description, num_shards)
     cache = token_cache.open_cache(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)

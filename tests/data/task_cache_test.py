@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -44,10 +45,7 @@ class Shifter:
     """A preprocessor whose behaviour no description of functions can see."""
 
     def __call__(self, dataset):
-        return shift(dataset, by=OUTSIDE["by"])
-
-
-OUTSIDE = {"by": 0}
+        return shift(dataset, by=int(os.environ.get("SHIFT_BY", 0)))
 
 
 def add_task(name, source="english", *, extra=(), vocabulary=None, add_eos=True, reader=read):
@@ -125,6 +123,39 @@ def test_is_reused_and_shards_do_not_mix_up_records(root, tmp_path, monkeypatch)
         )
 
 
+def test_a_cache_that_is_there_is_only_read(root, monkeypatch):
+    """As by somebody who may not write to a cache that is shared."""
+    task = seqio.TaskRegistry.get("english")
+    made = task_cache.open_task_cache(task, "validation", cache_dir=root)
+    before = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
+
+    def refused(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache, "building_lock", refused)
+    monkeypatch.setattr(pathlib.Path, "mkdir", refused)
+    again = task_cache.open_task_cache(task, "validation", cache_dir=root)
+    assert again.content == made.content
+    assert sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*")) == before
+
+
+def test_numbers_as_ids_and_texts_that_are_none(tmp_path):
+    """Of data that was tokenised elsewhere."""
+
+    def number(dataset):
+        keep = dataset.enumerate()
+        return keep.map(lambda i, x: {**x, "document_id": i, "targets_pretokenized": x["targets"]})
+
+    task = add_task("numbered", extra=(number,))
+    made = task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
+    assert [made.columns["document_id"].text(i) for i in (0, 89)] == ["0", "89"]
+    assert made.text_bytes() is None
+    held_out = stream.make_eval_stream(
+        task="numbered", task_feature_lengths={"targets": 64}, batch_size=4, cache_dir=tmp_path
+    )
+    assert held_out.bytes_per_token == 0
+
+
 def test_files_are_read_once_however_many_documents_they_hold(tmp_path, monkeypatch):
     reads = collections.Counter()
     read_file = document_files.DocumentFiles.read_file
@@ -174,7 +205,7 @@ def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypat
     before = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path)
     task = add_task("task", **CHANGES[changed])
     if probe_only:
-        monkeypatch.setitem(OUTSIDE, "by", 1)
+        monkeypatch.setenv("SHIFT_BY", "1")
     with pytest.raises(cache.CacheMismatchError) as error:
         task_cache.open_task_cache(task, "validation", cache_dir=tmp_path)
     assert changed.partition(" (")[0] in str(error.value)
