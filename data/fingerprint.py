@@ -2,11 +2,12 @@
 
 Functions are described by their source without comments and docstrings, their defaults, closures
 and partial arguments, and the functions and constants they use, those of other modules too unless
-these are installed: of the standard library and of packages, names and versions say enough. The
-description does not depend on addresses, hash seeds or the working directory.
+these are installed: of the standard library and of packages, names and versions say enough.
+Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of anything,
+but for what the function itself changes. Objects are described by their attributes and the methods
+of their class. The description does not depend on addresses, hash seeds or the working directory.
 """
 
-import ast
 import dataclasses
 import enum
 import functools
@@ -15,22 +16,54 @@ import inspect
 import json
 import os
 import pathlib
-import sysconfig
-import textwrap
+import re
 import types
 from collections.abc import Mapping, Set
 
 import numpy as np
 
+from data import cache_dir as cache
+from data import source_code
+
 _PLAIN = (bool, int, float, str, type(None))
+_FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
+_MUTABLE = (list, dict, set)
+_LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
 # Known by name only: their version is part of the environment, and following them has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
 
 
-def describe(value, seen: frozenset[int] = frozenset()):
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What a description has come across.
+
+    Attributes:
+      path: ids of the values it is inside of.
+      code: id of a function or class -> its number; each is described once.
+    """
+
+    path: frozenset[int] = frozenset()
+    code: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def enter(self, value) -> "_Seen":
+        return _Seen(self.path | {id(value)}, self.code)
+
+    def apart(self) -> "_Seen":
+        """For values that have no order, so that it does not matter which of them comes first."""
+        return _Seen(self.path, dict(self.code))
+
+    def again(self, code: types.FunctionType | type) -> dict | None:
+        """The number of code that was described before; the first time it gets one."""
+        if id(code) in self.code:
+            return {"again": self.code[id(code)]}
+        self.code[id(code)] = len(self.code)
+        return None
+
+
+def describe(value, seen: _Seen | None = None):
     """JSON that two values share exactly if they would make the same records."""
     if isinstance(value, enum.Enum):
-        return {"enum": f"{_name(type(value))}.{value.name}"}
+        return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, _PLAIN):
@@ -41,16 +74,27 @@ def describe(value, seen: frozenset[int] = frozenset()):
         return {"path": os.fspath(value)}
     if isinstance(value, types.ModuleType):
         return {"module": value.__name__}
-    if id(value) in seen:
+    seen = seen or _Seen()
+    if isinstance(value, types.FunctionType):
+        if _is_library(value.__module__):
+            return {"function": f"{value.__module__}.{value.__qualname__}"}
+        return seen.again(value) or _function(value, seen)
+    if id(value) in seen.path:
         return "cycle"
-    seen = seen | {id(value)}
+    seen = seen.enter(value)
+    if isinstance(value, re.Pattern):
+        return {"pattern": describe(value.pattern, seen), "flags": value.flags}
     if isinstance(value, list | tuple):
-        return [describe(item, seen) for item in value]
+        return _short([describe(item, seen) for item in value])
     if isinstance(value, Set):
-        return {"set": sorted((describe(item, seen) for item in value), key=repr)}
+        return {"set": _short(sorted((describe(item, seen.apart()) for item in value), key=repr))}
     if isinstance(value, Mapping):
-        return {"map": sorted(([str(k), describe(v, seen)] for k, v in value.items()), key=repr)}
+        items = [(describe(key, seen.apart()), item) for key, item in value.items()]
+        items.sort(key=lambda pair: repr(pair[0]))
+        return {"map": _short([[key, describe(item, seen)] for key, item in items])}
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:  # whose bytes are addresses
+            return {"array": describe(value.tolist(), seen)}
         return {"array": [str(value.dtype), list(value.shape), _sha(value.tobytes())]}
     if isinstance(value, functools.partial):
         return {
@@ -59,13 +103,11 @@ def describe(value, seen: frozenset[int] = frozenset()):
             "keywords": describe(value.keywords, seen),
         }
     if isinstance(value, types.MethodType):
-        return {"method": value.__name__, "of": describe(value.__self__, seen)}
-    if isinstance(value, types.FunctionType):
-        if _is_library(value.__module__):
-            return {"function": f"{value.__module__}.{value.__qualname__}"}
-        return _function(value, seen)
+        return {"method": describe(value.__func__, seen), "of": describe(value.__self__, seen)}
+    if isinstance(inner := getattr(value, "__wrapped__", None), types.FunctionType):
+        return {"wrapper": _name(type(value)), "of": describe(inner, seen)}  # functools.cache, say
     if isinstance(value, type):
-        return {"class": _name(value)}
+        return _class(value, seen)
     if hasattr(value, "vocab_size") and hasattr(value, "encode"):
         return vocabulary(value)
     return _object(value, seen)
@@ -89,7 +131,11 @@ def vocabulary(vocab) -> dict:
 
 
 class FileDigests:
-    """SHA-256 of source files, remembered by size and modification time between runs."""
+    """SHA-256 of source files, remembered between runs by what a change of a file changes too.
+
+    That is size, time of modification, inode, and the time at which any of these was changed, which
+    no program sets back as `cp -p` and `rsync -t` do the first.
+    """
 
     def __init__(self, memory: pathlib.Path):
         self._memory = memory
@@ -104,10 +150,10 @@ class FileDigests:
     def digest(self, path: str) -> str:
         """The checksum of one file."""
         stat = os.stat(path)
-        stamp = [stat.st_size, stat.st_mtime_ns]
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = self._known.get(os.path.abspath(path))
-        if isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp:
-            return entry[2]
+        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == stamp:
+            return entry[4]
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         self._known[os.path.abspath(path)] = [*stamp, checksum]
@@ -117,28 +163,22 @@ class FileDigests:
     def save(self) -> None:
         """Writes what was learned."""
         if self._changed:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._memory)
+            cache.remember(self._memory, self._known)
 
 
-def _function(function: types.FunctionType, seen: frozenset[int]) -> dict:
+def _function(function: types.FunctionType, seen: _Seen) -> dict:
     inner = inspect.unwrap(function)
     variables = inspect.getclosurevars(inner)
+    used = source_code.used_globals(inner)
     own = {
         name: describe(value, seen)
-        for name, value in _globals(inner).items()
-        if isinstance(value, _PLAIN + (tuple, frozenset, bytes))
-        or (
-            isinstance(value, types.FunctionType | functools.partial)
-            and _is_followed(value, inner.__module__)
-        )
+        for name, value in used.items()
+        if _is_followed(value, inner.__module__, installed=_has_installed_code(inner))
     }
-    own.update(_reached_through_modules(inner, seen))
+    own.update(_reached_through_modules(inner, used, seen))
     out = {
         "function": f"{inner.__module__}.{inner.__qualname__}",
-        "source": source(inner),
+        "source": source_code.text(inner),
         "defaults": describe(inner.__defaults__, seen),
         "keyword_defaults": describe(inner.__kwdefaults__, seen),
         "closure": describe(variables.nonlocals, seen),
@@ -146,91 +186,101 @@ def _function(function: types.FunctionType, seen: frozenset[int]) -> dict:
     }
     if inner is not function:  # a decorator's own arguments live in the wrapper
         cells = inspect.getclosurevars(function).nonlocals
-        out["wrapper"] = [source(function, follow=False), describe(cells, seen | {id(inner)})]
+        text = source_code.text(function, follow=False)
+        out["wrapper"] = [text, describe(cells, seen)]
     return out
 
 
-def _is_followed(value, module: str) -> bool:
-    """Whether a function that one of `module` calls is described: its own, or no installed one."""
+def _is_followed(value, module: str, *, installed: bool) -> bool:
+    """Whether a global that code of `module` uses is described.
+
+    Constants are; lists, dicts and sets of installed code are not, which may be registries. So are
+    functions and methods of the same module, or of none that is installed, and classes and callable
+    objects of none that is installed.
+    """
+    if isinstance(value, _FIXED):
+        return True
+    if isinstance(value, _MUTABLE):
+        return not installed
     while isinstance(value, functools.partial):
         value = value.func
-    if not isinstance(value, types.FunctionType):
+    value = getattr(value, "__func__", value)
+    if isinstance(value, type):
+        return not source_code.is_of_package(value)
+    if not callable(value):
         return False
     inner = inspect.unwrap(value)
-    return inner.__module__ == module or not _is_installed(inner.__code__.co_filename)
+    if isinstance(inner, types.FunctionType):
+        return inner.__module__ == module or not _has_installed_code(inner)
+    return not source_code.is_of_package(type(inner))
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """What code names, that of functions inside of it too."""
-    inside = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return set(code.co_names).union(*map(_names, inside))
+def _has_installed_code(function: types.FunctionType) -> bool:
+    typed = function.__module__ == "__main__"  # at a prompt, say, and so in no file
+    return not typed and source_code.is_installed(function.__code__.co_filename)
 
 
-def _globals(function: types.FunctionType) -> dict:
-    space = function.__globals__
-    return {name: space[name] for name in sorted(_names(function.__code__)) if name in space}
-
-
-def _reached_through_modules(function: types.FunctionType, seen: frozenset[int]) -> dict:
+def _reached_through_modules(function: types.FunctionType, used: Mapping, seen: _Seen) -> dict:
     """What a function uses as `module.name`, of modules that are not installed."""
     found = {}
-    for alias, module in _globals(function).items():
+    for alias, module in used.items():
         path = getattr(module, "__file__", None)
-        if not isinstance(module, types.ModuleType) or path is None or _is_installed(path):
+        if not isinstance(module, types.ModuleType) or path is None:
             continue
-        for name in sorted(_names(function.__code__) & set(vars(module))):
+        if source_code.is_installed(path):
+            continue
+        for name in sorted(source_code.names(function.__code__) & set(vars(module))):
             value = vars(module)[name]
-            if isinstance(value, _PLAIN) or _is_followed(value, module.__name__):
+            if _is_followed(value, module.__name__, installed=False):
                 found[f"{alias}.{name}"] = describe(value, seen)
     return found
 
 
-_INSTALLED = tuple(
-    os.path.join(os.path.realpath(path), "")
-    for path in {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
-
-
-def _is_installed(path: str) -> bool:
-    return path.startswith("<") or os.path.realpath(path).startswith(_INSTALLED)
-
-
-def source(function: types.FunctionType, *, follow: bool = True) -> str:
-    """Normalised source: no comments, docstrings or layout. Bytecode where there is no source."""
-    code = function.__code__
-    try:
-        lines, _ = inspect.getsourcelines(function if follow else code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError, TypeError):
-        # A lambda inside an expression, or code typed at a prompt.
-        consts = [
-            c.co_code.hex() if isinstance(c, types.CodeType) else describe(c)
-            for c in code.co_consts
-        ]
-        return repr((code.co_code.hex(), consts, code.co_names, code.co_varnames))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body[0] = ast.Pass()
-    return ast.unparse(tree)
-
-
-def _object(value, seen: frozenset[int]) -> dict:
-    if _is_library(type(value).__module__):
+def _object(value, seen: _Seen) -> dict:
+    cls = type(value)
+    if _is_library(cls.__module__):
         state = None
     elif dataclasses.is_dataclass(value):
         state = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     else:
         state = getattr(value, "__dict__", None)
-    out = {"class": _name(type(value))}
-    if callable(value) and isinstance(type(value).__call__, types.FunctionType):
-        out["call"] = source(type(value).__call__)
+    out = _class(cls, seen)
+    if "members" not in out and callable(value) and isinstance(cls.__call__, types.FunctionType):
+        out["call"] = source_code.text(cls.__call__)
     if state is not None:
         out["state"] = describe(dict(state), seen)
     elif " at 0x" not in (text := repr(value)):
         out["repr"] = text
     return out
+
+
+def _class(cls: type, seen: _Seen) -> dict:
+    """A class, with methods and constants of it and of those it derives from, but for installed ones."""
+    if again := seen.again(cls):
+        return {"class": _name(cls), "members": again}
+    found = []
+    for owner in cls.__mro__:
+        if source_code.is_of_package(owner):
+            continue
+        for name, member in sorted(vars(owner).items()):
+            # static and class methods, properties, cached properties
+            for attribute in ("__func__", "fget", "func"):
+                member = getattr(member, attribute, member)
+            if isinstance(inner := inspect.unwrap(member), types.FunctionType):
+                # What a dataclass generates follows from its fields.
+                kept = not dataclasses.is_dataclass(owner) or inner.__code__.co_filename[0] != "<"
+            else:
+                kept = isinstance(member, _FIXED + _MUTABLE) and not name.startswith("__")
+            if kept:
+                found.append([f"{_name(owner)}.{name}", describe(member, seen)])
+    return {"class": _name(cls), "members": found} if found else {"class": _name(cls)}
+
+
+def _short(items: list):
+    """A list, or where it is long, its hash."""
+    if len(items) <= _LONGEST:
+        return items
+    return {"items": len(items), "sha256": _sha(json.dumps(items, sort_keys=True).encode())}
 
 
 def _is_library(module: str | None) -> bool:

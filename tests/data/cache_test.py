@@ -285,11 +285,48 @@ def module(text):
 
 PREPROCESSOR = """
     import functools
+    import re
 
     LIMIT = 3
+    WORDS = ["the", "a"]
+    TABLE = {"x": 1, 7: {"y": (2,)}}
+    STOP = {"p", "q", "r"}
+    SPACES = re.compile("[ ]+")
+    CALLS = {}
 
     def helper(x):
         return x + 1
+
+    @functools.cache
+    def remembered(x):
+        return x - 1
+
+    class Cleaner:
+        MARKS = [".", ","]
+
+        def __init__(self, words):
+            self.words = words
+
+        def __call__(self, ds):
+            return self.clean(ds)
+
+        def clean(self, ds):
+            CALLS[ds] = ds in CALLS
+            if SPACES.match(ds) or ds in STOP:
+                return remembered(TABLE["x"])
+            return self.replaced(ds)
+
+        @staticmethod
+        def replaced(ds):
+            return ds.replace("b", "c") if ds in Cleaner.MARKS else helper(ds)
+
+    cleaner = Cleaner(WORDS)
+
+    def made_of(ds):
+        return cleaner(ds), [word for word in WORDS if word in ds]
+
+    def made_inside(ds):
+        return Cleaner(WORDS)(ds)
 
     def make(k):
         def inner(ds, n=2, *, scale=1.0):
@@ -318,6 +355,50 @@ def test_description_of_a_preprocessor_sees_every_input(old, new):
     before = fingerprint.describe(module(PREPROCESSOR).step)
     after = fingerprint.describe(module(PREPROCESSOR.replace(old, new)).step)
     assert cache.canonical(before) != cache.canonical(after)
+
+
+@pytest.mark.parametrize("entry", ["made_of", "made_inside", "cleaner", "cleaner.clean"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('["the", "a"]', '["the", "an"]'),  # a list, of the module and of an object
+        ("(2,)", "(3,)"),  # deep in a dict
+        ("7: {", "'7': {"),  # a key
+        ('"r"}', '"s"}'),  # a set
+        ("[ ]+", "[ \\t]+"),  # a pattern
+        ("return x + 1", "return x + 2"),  # a helper of a helper of a method
+        ("return x - 1", "return x - 2"),  # a helper in a wrapper
+        ('"c"', '"d"'),  # a static method
+        ("ds in STOP", "ds not in STOP"),  # a method
+        ('[".", ","]', '["."]'),  # a constant of a class
+    ],
+)
+def test_description_sees_containers_methods_and_objects(entry, old, new):
+    def described(text):
+        value = module(text)
+        for name in entry.split("."):
+            value = getattr(value, name)
+        return cache.canonical(fingerprint.describe(value))
+
+    assert PREPROCESSOR.count(old) == 1
+    assert described(PREPROCESSOR) == described(PREPROCESSOR)
+    assert described(PREPROCESSOR) != described(PREPROCESSOR.replace(old, new))
+
+
+def test_description_does_not_see_what_the_code_remembers():
+    made = module(PREPROCESSOR)
+    before = cache.canonical(fingerprint.describe(made.cleaner))
+    made.CALLS["x"] = True
+    assert cache.canonical(fingerprint.describe(made.cleaner)) == before
+
+
+def test_description_of_long_constants_is_short_and_that_of_dicts_has_no_order():
+    words = [f"word {i}" for i in range(10_000)]
+    described = cache.canonical(fingerprint.describe([words, set(words)]))
+    assert len(described) < 500
+    assert described != cache.canonical(fingerprint.describe([words[::-1], set(words)]))
+    both = ({"a": cache.write, "b": cache.write}, {"b": cache.write, "a": cache.write})
+    assert fingerprint.describe(both[0]) == fingerprint.describe(both[1])
 
 
 def test_description_ignores_layout_comments_and_docstrings():
@@ -362,6 +443,15 @@ def test_file_digests_remember_but_notice_changes(tmp_path, monkeypatch):
     file.write_text("two")
     os.utime(file, ns=(1, 1))
     assert fingerprint.FileDigests(tmp_path / "memory.json").digest(str(file)) != first
+    # The same size, and the time set back.
+    os.utime(file, ns=(1, 1))
+    digests = fingerprint.FileDigests(tmp_path / "memory.json")
+    digests.digest(str(file))
+    digests.save()
+    file.write_text("six")
+    os.utime(file, ns=(1, 1))
+    now = fingerprint.FileDigests(tmp_path / "memory.json").digest(str(file))
+    assert now == hashlib.sha256(b"six").hexdigest()
     (tmp_path / "memory.json").write_text("[not json")
     assert fingerprint.FileDigests(tmp_path / "memory.json").digest(str(file)) != first
 
