@@ -71,8 +71,7 @@ def open_task_cache(
             if changed == "replace":
                 _remove_others(parent, directory)
             if not directory.exists():  # another process may have built it meanwhile
-                if changed == "refuse":
-                    _refuse_others(parent, {**description, "features": features}, num_shards)
+                _compare(parent, {**description, "features": features}, num_shards, changed)
                 _build(task, split, directory, features, description, num_shards)
     cache = token_cache.open_cache(directory, verify=verify)
     if not cache.num_records:
@@ -102,8 +101,8 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
         token_cache.remove(other)
 
 
-def _refuse_others(parent: pathlib.Path, now: dict, num_shards: int) -> None:
-    """Raises if there are other caches, and names what changed since the nearest of them."""
+def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
+    """Says what has changed since the nearest of the other caches; with 'refuse', as an error."""
     found = []
     for directory, manifest in _manifests(parent):
         if manifest:
@@ -115,13 +114,16 @@ def _refuse_others(parent: pathlib.Path, now: dict, num_shards: int) -> None:
                 keys = ["output of the preprocessors (the first records differ)"]
             keys = [key for key in keys if key != "probe"]  # a consequence of the others
             found.append((len(keys), str(directory), keys))
-    if found:
-        _, directory, keys = min(found)
+    if not found:
+        return
+    _, directory, keys = min(found)
+    what = f"The token cache {directory} was built from something else; changed since: {', '.join(keys)}."
+    if changed == "refuse":
         raise token_cache.CacheMismatchError(
-            f"The token cache {directory} was built from something else; changed since: "
-            f"{', '.join(keys)}. If that is meant, build the new cache beside it with `python -m "
-            "launch.cache` and the same gin files and bindings (--replace deletes the old one)."
+            f"{what} If that is meant, build the new cache beside it with `python -m launch.cache` and "
+            "the same gin files and bindings (--replace deletes the old one)."
         )
+    print(f"{what} Another one is built beside it.", file=sys.stderr)
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:

@@ -198,7 +198,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypatch):
+def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypatch, capsys):
     """Every input, among them one that only the output shows."""
     probe_only = changed.startswith("output")
     task = add_task("task", extra=(Shifter(),) if probe_only else ())
@@ -213,6 +213,8 @@ def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypat
     assert "python -m launch.cache" in str(error.value)
     after = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path, changed="build")
     assert after.fingerprint != before.fingerprint
+    said = capsys.readouterr().err
+    assert changed.partition(" (")[0] in said and "built beside" in said
     # Both are there now, and the one asked for is found.
     assert cache.open_cache(before.directory).content == before.content
     assert (
