@@ -17,6 +17,7 @@ from data import fingerprint
 
 PROBE_RECORDS = 64
 DOCUMENT_ID = "document_id"
+_BYTES_PER_SHARD = 32_000_000  # of source files, compressed as they are
 _RECORDS_PER_SHARD = 20_000
 _MAX_SHARDS = 64
 
@@ -119,11 +120,14 @@ def _files(source, split: str) -> list[str]:
 
 
 def num_shards(task, split: str) -> int:
-    """Shards of a build: one per source file; more of many examples where the source can be cut.
+    """Shards of a build: groups of source files; more of many examples where the source can be cut.
 
-    A source that can only be read from its beginning would be read whole for every shard.
+    A source that can only be read from its beginning would be read whole for every shard. Starting to
+    read a shard takes a quarter of a second, so that thousands of small files are not a shard each.
     """
-    shards = max(len(_files(task.source, split)), 1)
+    files = _files(task.source, split)
+    size = sum(map(os.path.getsize, files))
+    shards = max(min(len(files), -(-size // _BYTES_PER_SHARD)), 1)
     if task.source.supports_arbitrary_sharding:
         examples = task.source.num_input_examples(split) or 0
         shards = max(shards, -(-examples // _RECORDS_PER_SHARD))

@@ -1,6 +1,7 @@
 """Learning rates as functions of the step. Every schedule here is keyword-only and pure.
 
-Steps count optimiser updates from 0; the value at step s is used by update s.
+Steps count optimiser updates from 0; the value at step s is used by update s. Where the total is known,
+warmup_steps = None takes one update in a hundred.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +21,16 @@ def _with_warmup(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
     )
 
 
-def _check(name: str, total_steps: int, warmup_steps: int) -> None:
+def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
+    """The length of the warm-up: as given, or one update in a hundred."""
+    if warmup_steps is None:
+        return max(min(-(-total_steps // 100), total_steps - 1), 0)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"{name}: warmup_steps = {warmup_steps} must lie in [0, total_steps = {total_steps})."
+            f"{name}: warmup_steps = {warmup_steps} must lie in [0, total_steps = {total_steps}): lower "
+            "WARMUP_STEPS (None takes one update in a hundred), or raise TRAIN_STEPS."
         )
+    return warmup_steps
 
 
 def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
@@ -32,18 +38,20 @@ def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
     return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
 
 
-def linear(*, peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+def linear(
+    *, peak: float, total_steps: int, warmup_steps: int | None = 0, final: float = 0.0
+) -> Schedule:
     """Warm-up, then a straight line that reaches `final` at `total_steps`."""
-    _check("linear", total_steps, warmup_steps)
+    warmup_steps = _warmup("linear", total_steps, warmup_steps)
     after = optax.linear_schedule(peak, final, total_steps - warmup_steps)
     return _with_warmup(after, peak, warmup_steps)
 
 
 def cosine(
-    *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+    *, peak: float, total_steps: int, warmup_steps: int | None = 0, final_fraction: float = 0.1
 ) -> Schedule:
     """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
-    _check("cosine", total_steps, warmup_steps)
+    warmup_steps = _warmup("cosine", total_steps, warmup_steps)
     after = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=final_fraction)
     return _with_warmup(after, peak, warmup_steps)
 
@@ -64,11 +72,11 @@ def wsd(
     peak: float,
     total_steps: int,
     decay_steps: int,
-    warmup_steps: int = 0,
+    warmup_steps: int | None = 0,
     final: float = 0.0,
 ) -> Schedule:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
-    _check("wsd", total_steps - decay_steps, warmup_steps)
+    warmup_steps = _warmup("wsd", total_steps - decay_steps, warmup_steps)
     stable = constant(peak=peak, warmup_steps=warmup_steps)
     return cooldown(
         before=stable, start_step=total_steps - decay_steps, steps=decay_steps, final=final

@@ -156,7 +156,10 @@ def test_numbers_as_ids_and_texts_that_are_none(tmp_path):
     assert held_out.bytes_per_token == 0
 
 
-def test_files_are_read_once_however_many_documents_they_hold(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bytes_per_shard", "shards"), [(1, 2), (1_000_000, 1)])
+def test_files_are_read_once_however_many_documents_they_hold(
+    tmp_path, monkeypatch, bytes_per_shard, shards
+):
     reads = collections.Counter()
     read_file = document_files.DocumentFiles.read_file
 
@@ -167,6 +170,7 @@ def test_files_are_read_once_however_many_documents_they_hold(tmp_path, monkeypa
 
     monkeypatch.setattr(document_files.DocumentFiles, "read_file", counted)
     monkeypatch.setattr(task_reader, "_RECORDS_PER_SHARD", 5)
+    monkeypatch.setattr(task_reader, "_BYTES_PER_SHARD", bytes_per_shard)
     monkeypatch.setattr(task_reader, "PROBE_RECORDS", 0)
     for name in "ab":
         lines = [json.dumps({"text": f"{name} {i}"}) for i in range(40)]
@@ -180,7 +184,7 @@ def test_files_are_read_once_however_many_documents_they_hold(tmp_path, monkeypa
     )
     task = seqio.TaskRegistry.get("once")
     made = task_cache.open_task_cache(task, "train", cache_dir=tmp_path / "caches")
-    assert len(made.manifest["shards"]) == 2 and made.num_records == 80
+    assert len(made.manifest["shards"]) == shards and made.num_records == 80
     assert reads == {"a.jsonl": 40, "b.jsonl": 40}
 
 

@@ -77,3 +77,11 @@ def test_phases_restart_their_own_clock():
 def test_impossible_schedules_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize(("total", "expected"), [(1, 0), (50, 1), (10_000, 100), (10_001, 101)])
+def test_by_default_runs_warm_up_for_one_update_in_a_hundred(total, expected):
+    given = schedules.cosine(peak=1.0, total_steps=total, warmup_steps=expected)
+    default = schedules.cosine(peak=1.0, total_steps=total, warmup_steps=None)
+    steps = [0, 1, expected, total - 1]
+    assert [float(default(s)) for s in steps] == [float(given(s)) for s in steps]

@@ -1,0 +1,46 @@
+"""The training commands that README and help texts show are configurations that load and resolve."""
+
+import pathlib
+import re
+import shlex
+
+import gin
+import pytest
+
+from launch import gin_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def commands():
+    """(where, gin files, bindings) of each `launch.train` and `launch.precompile` command shown."""
+    found = [
+        ROOT / "README.md",
+        ROOT / "PAPERS.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("launch/*.py"),
+    ]
+    for path in sorted(str(file.relative_to(ROOT)) for file in found):
+        text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
+        for number, match in enumerate(
+            re.finditer(r"python -m launch\.(?:train|precompile) ((?:.*\\\n)+.*)", text)
+        ):
+            words = shlex.split(match[1].replace("\\\n", " "))
+            files = [w.partition("=")[2] for w in words if w.startswith("--gin_file=")]
+            bindings = [w.removeprefix("--gin.") for w in words if w.startswith("--gin.")]
+            if tuple(bindings) != ("MODEL_DIR=/tmp/run", "TRAIN_STEP=100"):  # shown for its errors
+                yield pytest.param(files, bindings, id=f"{path}-{number}")
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.mark.parametrize(("files", "bindings"), commands())
+def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings):
+    unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
+    config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
+    recipe = config.arguments()["recipe"]
+    assert float(recipe.learning_rate(1)) > 0
