@@ -5,12 +5,14 @@ weigh more; here a mixture's rates are taken as the shares of training tokens it
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
 from data.sources import names
 
-WEIGHTS = ("rates", "tokens")
+Weights = Literal["rates", "tokens"]
+WEIGHTS = get_args(Weights)
 
 
 def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:

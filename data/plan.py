@@ -10,11 +10,14 @@ Shape suffixes: N records, P pieces of records, S segments (pieces in row order)
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import numpy as np
 
-PACKINGS = ("best_fit", "concat", "examples")
-LONG_DOCUMENTS = ("split", "truncate")
+Packing = Literal["best_fit", "concat", "examples"]
+PACKINGS = get_args(Packing)
+LongDocuments = Literal["split", "truncate"]
+LONG_DOCUMENTS = get_args(LongDocuments)
 MAX_SEGMENTS = 64
 _OPEN_ROWS = 32  # rows kept open when several features are packed together
 

@@ -11,10 +11,12 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
-INTERLEAVINGS = ("error_diffusion", "random")
+Interleaving = Literal["error_diffusion", "random"]
+INTERLEAVINGS = get_args(Interleaving)
 
 # The period is at least 2^16 slots, which bounds the absolute error of any share by 2^-17, and at
 # most 2^20, which takes about a second to tabulate. In between it grows until the shares are

@@ -16,17 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from data import cache, mixing, order, rows, schedule
+from data import cache, mixing, order, plan, rows, schedule
 
 # Part of every fingerprint: raise it when the same settings begin to give other batches.
 _VERSION = 1
-
-# Closed sets as types, so that a wrong name is found before any data is.
-Weights = Literal["rates", "tokens"]
-Interleaving = Literal["error_diffusion", "random"]
-Packing = Literal["best_fit", "concat", "examples"]
-LongDocuments = Literal["split", "truncate"]
-ChangedCache = Literal["refuse", "build", "replace"]
 
 Phases = Sequence[tuple[int, Mapping[str, float]]]
 
@@ -42,16 +35,16 @@ def make_stream(
     batch_size: int,
     seed: int = 0,
     split: str = "train",
-    weights: Weights = "rates",
+    weights: mixing.Weights = "rates",
     temperature: float = 1.0,
     max_tokens: int | None = None,
     phases: Phases | None = None,
-    interleaving: Interleaving = "error_diffusion",
-    packing: Packing = "best_fit",
-    long_documents: LongDocuments = "split",
+    interleaving: schedule.Interleaving = "error_diffusion",
+    packing: plan.Packing = "best_fit",
+    long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    changed_cache: ChangedCache = "refuse",
+    changed_cache: Literal["refuse", "build", "replace"] = "refuse",
     verify_cache: bool = True,
 ) -> "Stream":
     """The training stream of a SeqIO mixture or task; token caches that are missing are built.
@@ -134,11 +127,11 @@ def make_eval_stream(
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
     split: str = "validation",
-    packing: Packing = "best_fit",
-    long_documents: LongDocuments = "split",
+    packing: plan.Packing = "best_fit",
+    long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    changed_cache: ChangedCache = "refuse",
+    changed_cache: Literal["refuse", "build", "replace"] = "refuse",
     verify_cache: bool = True,
 ) -> "EvalStream":
     """The held-out stream of one SeqIO task: every row once, in a fixed order of no meaning.

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from model import axes
-from model.attention_ops import dot_product_attention
+from model.attention_ops import Implementation, dot_product_attention
 from model.config import LayerKind, TransformerConfig
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     out_bias: bool = False
     scale: float | None = None
     softcap: float | None = None
-    implementation: str = "auto"
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(

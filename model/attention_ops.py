@@ -8,6 +8,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from model import attention_blocked, attention_splash
 from model.attention_shards import per_device, placement
 from model.platform import reference_forms, target_platform
 
-IMPLEMENTATIONS = ("auto", "reference", "xla", "blocked", "splash", "cudnn")
+Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
+IMPLEMENTATIONS = get_args(Implementation)
 
 # Far below any logit, and finite, so that no inf - inf arises; half of it bounds the row maximum.
 _MASKED = -1e30

@@ -1,11 +1,12 @@
 """Sizes and numeric policy of a decoder-only transformer: what parent and children share."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-REMAT_POLICIES = ("none", "full", "dots")
+Remat = Literal["none", "full", "dots"]
+REMAT_POLICIES = get_args(Remat)
 LAYER_KINDS = ("full", "sliding", "full_nope")
 
 
@@ -57,7 +58,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
 
     def __post_init__(self):
         problems = []

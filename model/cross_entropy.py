@@ -13,7 +13,7 @@ Shapes: T tokens (batch and length joined), C tokens of a chunk, J chunks, D wid
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from model.cross_entropy_blocked import blocked_nll
 from model.platform import reference_forms, target_platform
 from model.vocab_logits import LogitForm
 
-IMPLEMENTATIONS = ("auto", "reference", "onehot", "chunked", "blocked")
+Implementation = Literal["auto", "reference", "onehot", "chunked", "blocked"]
+IMPLEMENTATIONS = get_args(Implementation)
 LARGE_VOCABULARY = 65_536  # above it, one batch of float32 logits no longer fits beside a model
 CHUNK_LOGITS = 2**26  # of one chunk at most: 256 MiB
 

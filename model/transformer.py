@@ -7,7 +7,7 @@ Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the laye
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
@@ -22,7 +22,8 @@ from model.kv_cache.base import CachePolicy
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
 
-LAYOUTS = ("sequential", "parallel")
+Layout = Literal["sequential", "parallel"]
+LAYOUTS = get_args(Layout)
 
 
 @flax.struct.dataclass
@@ -47,7 +48,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     kind: LayerKind = LayerKind()
-    layout: Literal["sequential", "parallel"] = "sequential"
+    layout: Layout = "sequential"
     attention: Callable[..., nn.Module] = Attention
     mlp: Callable[..., nn.Module] = GatedMlp
     norm: Callable[..., nn.Module] = RMSNorm

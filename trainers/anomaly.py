@@ -5,12 +5,13 @@ and reports `anomaly` = 1; the loop reads that one step late and stops, counts o
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-ACTIONS = ("stop", "skip", "rollback")
+Action = Literal["stop", "skip", "rollback"]
+ACTIONS = get_args(Action)
 STATISTICS = "loss_statistics"  # key in TrainState.variables
 
 
@@ -32,7 +33,7 @@ class Anomaly:
       ValueError: unknown action or a window too short to estimate a variance.
     """
 
-    action: Literal["stop", "skip", "rollback"] = "stop"
+    action: Action = "stop"
     spike_sigmas: float | None = None
     window: int = 64
     max_skips: int = 10

@@ -7,7 +7,7 @@ what `train` runs.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Recipe:
     objective: Callable[..., LossFn] = language_modelling
     trainable: Sequence[str] = ()
     microbatches: int = 1
-    gradient_dtype: str | None = None
+    gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
     anomaly: Anomaly | None = Anomaly()
     rules: str = "fsdp"

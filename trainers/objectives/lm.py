@@ -6,12 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.cross_entropy import weighted_cross_entropy
+from model.cross_entropy import Implementation, weighted_cross_entropy
 from trainers.objectives.base import Batch, LossOut, Objective
 
 
 def language_modelling(
-    *, model: Any, num_sources: int = 0, z_loss: float = 0.0, implementation: str = "auto"
+    *,
+    model: Any,
+    num_sources: int = 0,
+    z_loss: float = 0.0,
+    implementation: Implementation = "auto",
 ) -> Objective:
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).
 
