@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from data.cache_dir import sync
 from data.cache_files import (
     Record,
     ShardWriter,
@@ -34,7 +35,6 @@ from data.cache_files import (
     file_entry,
     finished_shard,
     publish,
-    sync,
 )
 from data.columns import Column, feature_dtype
 

@@ -38,13 +38,13 @@ def build_directory(
     try:
         build(temporary)
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         while not _moved(temporary, target):
             if all((target / name).is_file() for name in expected):
                 break
             with contextlib.suppress(FileNotFoundError):  # another process replaces it too
                 target.rename(replaced)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -87,7 +87,8 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

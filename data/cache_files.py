@@ -181,11 +181,3 @@ def _close(file) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def sync(directory: pathlib.Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
