@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -40,6 +41,9 @@ from data.columns import Column, feature_dtype
 
 FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"
+
+# What to do where a task has changed since its cache was built (data/task_cache.py).
+Changed = Literal["refuse", "build", "replace"]
 
 
 class CacheMismatchError(ValueError):

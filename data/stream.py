@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -44,7 +43,7 @@ def make_stream(
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    changed_cache: Literal["refuse", "build", "replace"] = "refuse",
+    changed_cache: cache.Changed = "refuse",
     verify_cache: bool = True,
 ) -> "Stream":
     """The training stream of a SeqIO mixture or task; token caches that are missing are built.
@@ -131,7 +130,7 @@ def make_eval_stream(
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    changed_cache: Literal["refuse", "build", "replace"] = "refuse",
+    changed_cache: cache.Changed = "refuse",
     verify_cache: bool = True,
 ) -> "EvalStream":
     """The held-out stream of one SeqIO task: every row once, in a fixed order of no meaning.

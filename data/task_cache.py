@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import get_args
 from urllib.parse import quote
 
 from data import cache as token_cache
@@ -17,7 +18,7 @@ from data import cache_dir as directories
 from data import fingerprint, task_reader
 from data.cache_files import CacheCorruptError, canonical
 
-CHANGED = ("refuse", "build", "replace")
+CHANGED = get_args(token_cache.Changed)
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -31,7 +32,7 @@ def open_task_cache(
     split: str,
     *,
     cache_dir: str | os.PathLike | None = None,
-    changed: str = "refuse",
+    changed: token_cache.Changed = "refuse",
     verify: bool = True,
 ) -> token_cache.Cache:
     """Opens the cache of a SeqIO task's split, building it with a progress bar where it is missing.
@@ -117,7 +118,10 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
     if not found:
         return
     _, directory, keys = min(found)
-    what = f"The token cache {directory} was built from something else; changed since: {', '.join(keys)}."
+    what = (
+        f"The token cache {directory} was built from something else; changed since: "
+        f"{', '.join(keys)}."
+    )
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
             f"{what} If that is meant, build the new cache beside it with `python -m launch.cache` and "
