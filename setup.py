@@ -27,6 +27,10 @@ CORE = [
     "rich>=13",
     "zstandard>=0.23",
     "polib>=1.2",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "jinja2>=3.1",
+    "gguf>=0.17",
     "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
 ]
 

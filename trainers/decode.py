@@ -1,9 +1,8 @@
-"""Generation: one pass over the prompts, then one compiled loop over new tokens.
+"""Generation: one compiled loop over new tokens, after the prompts have been read (trainers/prefill.py).
 
-Prompts of unequal length share a batch: they are padded on the right, where position -1 marks what
-no token sees. These are pure functions of static shapes; trainers/decoder.py compiles them.
+A pure function of static shapes, which trainers/decoder.py compiles.
 
-Shapes: B batch, T prompt length, M new tokens at most, D width, V vocabulary.
+Shapes: B batch, M new tokens at most, D width, V vocabulary.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
+from trainers.prefill import read
 from trainers.sampling import Sampling, sample
 
 NO_EOS = -1
@@ -64,44 +64,6 @@ class _Loop:
     caches: Any
 
 
-def prefill(
-    model: Any,
-    params: Any,
-    policy: CachePolicy,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    *,
-    room: int,
-) -> tuple[jax.Array, Any]:
-    """Reads prompts of lengths_B >= 1 tokens.
-
-    Returns:
-      Logits [B, V] after the last token of each, and caches with room for `room` more tokens.
-    """
-    config = model.config
-    B, T = tokens_BT.shape
-    empty = [
-        policy.init(
-            batch=B,
-            length=T,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.per_head_dim,
-            dtype=config.compute_dtype,
-            layer=layer,
-            kind=config.layer_kind(layer),
-        )
-        for layer in range(config.num_layers)
-    ]
-    at_T = jnp.arange(T, dtype=jnp.int32)[None]
-    positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)
-    # Segments say that there is nothing to see but the prompt (model/attention.py).
-    segments_BT = (positions_BT >= 0).astype(jnp.int32)
-    out = _hidden(model, params, policy, tokens_BT, positions_BT, empty, segments_BT)
-    last_B1D = jnp.take_along_axis(out.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    caches = [policy.compress(cache, length=room) for cache in out.caches]
-    return model.apply({"params": params}, last_B1D, method="logits")[:, 0], caches
-
-
 def decode(
     model: Any,
     params: Any,
@@ -147,25 +109,13 @@ def decode(
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.decoded.tokens_BM, last, 1, axis=1)
         # What an ended row would still add is marked as padding.
         position_B1 = jnp.where(loop.done_B, -1, lengths_B + last)[:, None]
-        out = _hidden(model, params, policy, token_B1, position_B1, loop.caches)
+        out = read(model, params, policy, token_B1, position_B1, loop.caches)
         logits_BV = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
         return _choose(dataclasses.replace(loop, caches=out.caches), logits_BV, keys_B, settings)
 
     more = lambda loop: (loop.step < M) & ~jnp.all(loop.done_B)  # noqa: E731
     loop = jax.lax.while_loop(more, body, loop)
     return loop.decoded, loop.caches
-
-
-def _hidden(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
-    return model.apply(
-        {"params": params},
-        tokens_BT,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
-        caches=caches,
-        policy=policy,
-        method="hidden",
-    )
 
 
 def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Settings) -> _Loop:

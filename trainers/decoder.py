@@ -17,7 +17,8 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.surgery import layer_stack
 from trainers.buckets import batches_by_length, bucket_length, in_order, longest_row
-from trainers.decode import Decoded, Settings, decode, prefill
+from trainers.decode import Decoded, Settings, decode
+from trainers.prefill import prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

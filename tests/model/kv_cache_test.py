@@ -15,7 +15,7 @@ from model.attention_ops import dot_product_attention
 from model.config import LayerKind, TransformerConfig
 from model.kv_cache.full import FullCache
 from model.transformer import Transformer
-from trainers.decode import prefill
+from trainers.prefill import prefill
 
 CONFIG = TransformerConfig(
     vocab_size=11,

@@ -15,8 +15,9 @@ from model.embed import Positions
 from model.kv_cache.full import FullCache
 from model.kv_cache.policies import policy_named
 from model.transformer import Block, Transformer
-from trainers.decode import Settings, prefill
+from trainers.decode import Settings
 from trainers.decoder import Decoder
+from trainers.prefill import prefill
 from trainers.sampling import Sampling
 
 V, M = 29, 7
