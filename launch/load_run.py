@@ -204,6 +204,15 @@ class LoadedRun:
             )
         return self.vocabulary_or_none
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a continuation; none where the run names no vocabulary, or it no EOS."""
+        found = self.vocabulary_or_none
+        if found is None:
+            return ()
+        ids = getattr(found, "eos_ids", None) or (found.eos_id,)
+        return tuple(id for id in ids if id not in (None, -1))
+
     def _check(self, found: Any) -> None:
         from data import rows
 
