@@ -17,10 +17,15 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},
+    "model.moe.MoeMlp": {
+        "dense": _PROJECTION,
+        "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
+    },
     "model.transformer.Block": {
         "attention": ("config", "kind", "name"),
         "mlp": ("config", "name"),
         "norm": ("name",),
+        "post_norm": ("name",),
     },
     "model.transformer.Transformer": {
         "block": ("config", "kind", "name"),

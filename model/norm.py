@@ -8,15 +8,18 @@ from model import axes
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale (Zhang and Sennrich, arXiv 1910.07467).
+    """x / rms(x) * (offset + scale) (Zhang and Sennrich, arXiv 1910.07467).
 
     Attributes:
       eps: added to the mean square.
+      offset: 1 stores gains as their distance from 1, so that decay draws them there (Gemma); they
+        start at 1 - offset.
       scale_dims: trailing dimensions that own a gain: 1, or 2 for a gain per head and dimension.
       param_dtype: dtype of the gain.
     """
 
     eps: float = 1e-6
+    offset: float = 0.0
     scale_dims: int = 1
     param_dtype: jnp.dtype = jnp.float32
 
@@ -24,7 +27,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (y * _gain(self, "scale", nn.initializers.ones, x)).astype(x.dtype)
+        gain = _gain(self, "scale", nn.initializers.constant(1.0 - self.offset), x)
+        if self.offset:
+            gain = gain + self.offset
+        return (y * gain).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -44,6 +44,7 @@ class Block(nn.Module):
       attention: factory, called with (config=, kind=, name=).
       mlp: factory, called with (config=, name=).
       norm: factory, called with (name=).
+      post_norm: factory of norms on what attention and MLP return (Gemma 2), or None; as `norm`.
     """
 
     config: TransformerConfig
@@ -52,6 +53,7 @@ class Block(nn.Module):
     attention: Callable[..., nn.Module] = Attention
     mlp: Callable[..., nn.Module] = GatedMlp
     norm: Callable[..., nn.Module] = RMSNorm
+    post_norm: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -75,12 +77,17 @@ class Block(nn.Module):
             cache=cache,
             policy=policy,
         )
+        attended_BTD = self._normed("attention_post_norm", attended_BTD)
         if self.layout == "parallel":
-            y_BTD = x_BTD + attended_BTD + mlp(normed_BTD)
+            y_BTD = x_BTD + attended_BTD + self._normed("mlp_post_norm", mlp(normed_BTD))
         else:
             x_BTD = x_BTD + attended_BTD
-            y_BTD = x_BTD + mlp(self.norm(name="mlp_norm")(x_BTD))
+            out_BTD = mlp(self.norm(name="mlp_norm")(x_BTD))
+            y_BTD = x_BTD + self._normed("mlp_post_norm", out_BTD)
         return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
+
+    def _normed(self, name: str, out_BTD: jax.Array) -> jax.Array:
+        return out_BTD if self.post_norm is None else self.post_norm(name=name)(out_BTD)
 
 
 class Layers(nn.Module):
@@ -131,7 +138,7 @@ class Transformer(nn.Module):
       embed: factory of the token table.
       position_embed: factory of a learned position table (GPT-2), or None.
       tie_embeddings: the head is the token table; else its own rows [V, D], lm_head/embedding.
-      embed_scale: factor on the looked-up embeddings.
+      embed_scale: factor on the looked-up embeddings, rounded to the compute dtype (Gemma: sqrt(D)).
       logit_scale: factor on the logits (Cohere).
       logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
     """

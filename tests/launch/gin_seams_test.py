@@ -100,6 +100,7 @@ def test_models_pass_what_the_table_says():
     from model.embed import Positions
     from model.linear import Dense
     from model.mlp import GatedMlp, Mlp
+    from model.moe import ExpertDense, MoeMlp
     from model.norm import RMSNorm
 
     seen: dict[tuple[str, str], set] = {}
@@ -114,12 +115,18 @@ def test_models_pass_what_the_table_says():
         return lambda **kwargs: owner(**watching, **kwargs)
 
     sizes = {"vocab_size": 8, "num_layers": 1, "embed_dim": 4, "num_heads": 1, "mlp_dim": 4}
-    for mlp in (GatedMlp, Mlp):
+    mlps = (
+        watched(GatedMlp, dense=Dense),
+        watched(Mlp, dense=Dense),
+        watched(MoeMlp, dense=Dense, expert_dense=ExpertDense),
+    )
+    for mlp in mlps:
         block = watched(
             transformer.Block,
             attention=watched(Attention, dense=Dense, qk_norm=RMSNorm),
-            mlp=watched(mlp, dense=Dense),
+            mlp=mlp,
             norm=RMSNorm,
+            post_norm=RMSNorm,
         )
         model = watched(
             transformer.Transformer,

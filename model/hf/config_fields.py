@@ -1,0 +1,193 @@
+"""Reading a config.json without guessing.
+
+What a field's absence means is the default of transformers' class, where that default has never
+changed; where it has, absence is an error. Fields that a class of transformers does not read do not
+change its maths and are left alone, whatever they say.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from model.config import TransformerConfig
+from model.rope import Rope
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "relu": "relu",
+}
+
+
+class UnsupportedConfig(ValueError):  # noqa: N818
+    """A config.json that cannot be followed exactly; the message names the key and the remedy."""
+
+
+class ConfigFields:
+    """The fields of a config.json of the family `family`."""
+
+    def __init__(self, family: str, fields: Mapping[str, Any]):
+        self.family, self._fields = family, fields
+        if fields.get("quantization_config"):
+            raise self.error(
+                "quantization_config", "quantised weights are not read: use the full checkpoint"
+            )
+
+    def error(self, key: str, why: str) -> UnsupportedConfig:
+        value = f" = {self._fields[key]!r}" if key in self._fields else " is absent"
+        return UnsupportedConfig(f"config.json ({self.family}): {key}{value}: {why}.")
+
+    def get(self, key: str, default: Any) -> Any:
+        """The field, or the default that transformers has for it; null counts as absent."""
+        value = self._fields.get(key)
+        return default if value is None else value
+
+    def optional(self, key: str, default: Any = None) -> Any:
+        """The field, null included, or the default where it is absent."""
+        return self._fields.get(key, default)
+
+    def required(self, key: str) -> Any:
+        """The field.
+
+        Raises:
+          UnsupportedConfig: it is absent or null.
+        """
+        if self._fields.get(key) is None:
+            raise self.error(key, "it is needed; add it as the model was trained")
+        return self._fields[key]
+
+    def present(self, key: str) -> Any:
+        """The field, null included.
+
+        Raises:
+          UnsupportedConfig: it is absent.
+        """
+        if key not in self._fields:
+            raise self.error(
+                key, "it is needed; add it as the model was trained, null if it had none"
+            )
+        return self._fields[key]
+
+    def neutral(self, **values: Any) -> None:
+        """Refuses fields that are there and do not have the one value that is supported.
+
+        Raises:
+          UnsupportedConfig: a field has another value.
+        """
+        for key, value in values.items():
+            if self.get(key, value) != value:
+                raise self.error(key, f"only {value!r} is supported")
+
+    def activation(self, key: str, default: str) -> str:
+        """The project's name of an activation function."""
+        name = self.get(key, default)
+        if name not in _ACTIVATIONS:
+            raise self.error(key, f"supported are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def rope(self, layout: str = "half") -> Rope:
+        """The rotary embedding, by either spelling; its base must be there."""
+        key = "rope_parameters" if self._fields.get("rope_parameters") else "rope_scaling"
+        scaling = dict(self._fields.get(key) or {})
+        base = scaling.get("rope_theta", self._fields.get("rope_theta"))
+        if base != self._fields.get("rope_theta", base):
+            raise self.error("rope_theta", f"{key} says {base!r}")
+        if base is None:
+            raise UnsupportedConfig(
+                f"config.json ({self.family}): neither rope_theta nor rope_parameters.rope_theta is "
+                "there, and its default differs between versions of transformers: add the value that "
+                'the model was trained with, as "rope_theta": 10000.0.'
+            )
+        self.neutral(partial_rotary_factor=1.0)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        settings: dict[str, Any] = {"base": float(base), "layout": layout}
+        needed: tuple[str, ...] = ()
+        if kind == "linear":
+            needed = ("factor",)
+        elif kind == "llama3":
+            needed = ("factor", "low_freq_factor", "high_freq_factor")
+            length = scaling.get("original_max_position_embeddings")
+            if length is None:
+                raise self.error(key, "original_max_position_embeddings is missing in it")
+            settings["original_length"] = int(length)
+        elif kind != "default":
+            raise self.error(
+                key, f"rope type {kind!r} is not supported; default, linear, llama3 are"
+            )
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise self.error(key, "partial_rotary_factor must be 1")
+        missing = [name for name in needed if name not in scaling]
+        if missing:
+            raise self.error(key, f"{', '.join(missing)} missing in it")
+        settings |= {name: float(scaling[name]) for name in needed}
+        return Rope(scaling="none" if kind == "default" else kind, **settings)
+
+    def layer_pattern(self, kinds: Mapping[str, str], types: list[str]) -> tuple[str, ...]:
+        """The shortest pattern that repeats to the layers' types, in the project's names."""
+        count = self.required("num_hidden_layers")
+        if len(types) != count:
+            raise self.error("layer_types", f"{len(types)} types for {count} layers")
+        unknown = sorted(set(types) - set(kinds))
+        if unknown:
+            raise self.error("layer_types", f"{', '.join(map(repr, unknown))} are not supported")
+        names = tuple(kinds[name] for name in types)
+        periods = (p for p in range(1, count + 1) if count % p == 0)
+        return next(names[:p] for p in periods if names[:p] * (count // p) == names)
+
+    def sizes(self, **given: Any) -> TransformerConfig:
+        """The shared sizes by their usual keys; `given` ones win.
+
+        Raises:
+          UnsupportedConfig: a key is missing, or the sizes do not fit each other.
+        """
+        keys = {
+            "vocab_size": "vocab_size",
+            "num_layers": "num_hidden_layers",
+            "embed_dim": "hidden_size",
+            "num_heads": "num_attention_heads",
+            "mlp_dim": "intermediate_size",
+        }
+        sizes = {name: self.required(key) for name, key in keys.items() if name not in given}
+        dtype = str(self.get("dtype", self.get("torch_dtype", "float32"))).removeprefix("torch.")
+        if dtype not in _FLOATS:
+            raise self.error("torch_dtype", f"supported are {', '.join(_FLOATS)}")
+        settings = {
+            "num_kv_heads": self.optional("num_key_value_heads"),
+            "head_dim": self.optional("head_dim"),
+            "dtype": dtype,
+            "param_dtype": dtype,
+        }
+        try:
+            return TransformerConfig(**sizes, **(settings | given))
+        except ValueError as error:
+            raise UnsupportedConfig(f"config.json ({self.family}): {error}") from None
+
+
+def rope_fields(here: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a described model in both spellings of config.json."""
+    fields = {field.name: field.default for field in dataclasses.fields(Rope)}
+    rope = {name: here.get(f"block.attention.rope.{name}", fields[name]) for name in fields}
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope["base"]}
+    scaling = None
+    if rope["scaling"] != "none":
+        parameters |= {"rope_type": rope["scaling"], "factor": rope["factor"]}
+        if rope["scaling"] == "llama3":
+            parameters |= {
+                "low_freq_factor": rope["low_freq_factor"],
+                "high_freq_factor": rope["high_freq_factor"],
+                "original_max_position_embeddings": rope["original_length"],
+            }
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return {"rope_theta": rope["base"], "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+_NAMES = {value: key for key, value in reversed(_ACTIVATIONS.items())}
+
+
+def activation_field(name: Any) -> str:
+    """The Hugging Face name of an activation; an unknown one is passed on, to be refused."""
+    return _NAMES.get(name, str(name))

@@ -1,0 +1,138 @@
+"""What a model computes, as flat names and values, read off its modules.
+
+Factories may be any callables (gin's are), so their settings are read off what they return: a linen
+module that is called outside another one is an inert record of its fields. Two models of equal
+descriptions compute the same function of the same arrays.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.rope import Rope
+from model.transformer import Transformer
+
+# How modules call the factories in their fields; only what the owner passes matters.
+_TABLE = {"features": 1, "dtype": jnp.float32, "param_dtype": jnp.float32}
+_CALLS: dict[str, dict[str, Any]] = {
+    "attention": {"name": "attention"},
+    "mlp": {"name": "mlp"},
+    "norm": {"name": "norm"},
+    "post_norm": {"name": "post_norm"},
+    "qk_norm": {"name": "qk_norm"},
+    "embed": {"num_embeddings": 1, **_TABLE},
+    "position_embed": _TABLE,
+    "dense": {"axes": ("embed", "mlp"), "use_bias": False, "name": "dense", **_TABLE},
+    "expert_dense": {
+        "axes": ("expert", "embed", "mlp"),
+        "num_experts": 1,
+        "name": "dense",
+        **_TABLE,
+    },
+}
+_SIZED = ("attention", "mlp")  # factories that are called with the shared sizes as well
+# Fields that say how, not what, or that the owner passes: they are compared where they are owned.
+_SILENT = {
+    *("parent", "name", "config", "kind", "block", "implementation"),
+    *("features", "num_embeddings", "axes", "dtype", "param_dtype"),
+    *("kernel_init", "embedding_init"),
+}
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """The settings of a model by dotted names: 'config.num_layers', 'block.attention.softcap', ...
+
+    Layers' windows and rotations are listed per layer, as 'layers'. A block that is another one in some
+    layers than in the first has entries of its own, as 'block_3.mlp'.
+    """
+    config = model.config
+    sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim")
+    found: dict[str, Any] = {f"config.{name}": getattr(config, name) for name in sizes}
+    found["config.num_kv_heads"] = config.kv_heads
+    found["config.head_dim"] = config.per_head_dim
+    kinds = [config.layer_kind(i) for i in range(config.num_layers)]
+    found["layers"] = tuple((kind.window, kind.rope) for kind in kinds)
+    found |= dict(_fields(model, ""))
+    first: dict[str, Any] = {}
+    for i in range(len(config.layer_pattern)):
+        block = model.block(config=config, kind=kinds[i], name=f"block_{i}")
+        entries = {"": type(block), **dict(_fields(block, "."))}
+        if not first:
+            first = entries
+        different = {name: value for name, value in entries.items() if first.get(name) != value}
+        where, entries = ("block", entries) if i == 0 else (f"block_{i}", different)
+        found |= {where + name: value for name, value in entries.items()}
+    scale = found.get("block.attention.scale", 0)
+    if scale is None:
+        found["block.attention.scale"] = config.per_head_dim**-0.5
+    return found
+
+
+def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(module):
+        if field.name in _SILENT:
+            continue
+        value, name = getattr(module, field.name), prefix + field.name
+        if field.name in _CALLS and value is not None:
+            passed = dict(_CALLS[field.name])
+            if field.name in _SIZED:
+                passed["config"] = module.config
+            if field.name == "attention":
+                passed["kind"] = module.kind
+            part = value(**passed)
+            yield name, type(part)
+            yield from _fields(part, name + ".")
+        elif isinstance(value, Rope):
+            yield name, Rope
+            yield from ((f"{name}.{key}", v) for key, v in _rope(value).items())
+        else:
+            yield name, value
+
+
+def _rope(rope: Rope) -> dict[str, Any]:
+    """The settings that the rope's scaling reads."""
+    unread = {
+        "none": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
+        "linear": ("original_length", "low_freq_factor", "high_freq_factor"),
+    }.get(rope.scaling, ())
+    return {k: v for k, v in dataclasses.asdict(rope).items() if k not in unread}
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Where two descriptions differ, in words: 'block.attention.softcap is 50.0, not None'."""
+    absent = object()
+    words = []
+    for name in [*here, *(name for name in there if name not in here)]:
+        a, b = here.get(name, absent), there.get(name, absent)
+        # Parts of a part that is another one already say no more.
+        owner = name.rpartition(".")[0]
+        if owner in here and owner in there and here[owner] != there[owner]:
+            continue
+        if not _equal(a, b):
+            shown = ["absent" if value is absent else _shown(value) for value in (a, b)]
+            words.append(f"{name} is {shown[0]}, not {shown[1]}")
+    return words
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else repr(value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        # Files hold decimals: a written sqrt(D) is the same setting.
+        return a == b or math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
+
+
+def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's parameters by path, as 'layers/block_0/mlp/up/kernel'."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
