@@ -126,6 +126,43 @@ def register_source(
     }
 
 
+def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> None:
+    """Registers a task over a source of `{"targets", "loss_weights"}`: ids that are no text's.
+
+    Args:
+      name: of the task.
+      source: satisfies `seqio.DataSourceInterface` and has a `digest`.
+      origin: the function that registers it; a later call of the same one replaces the task.
+      vocab_size: number of ids; 0 precedes every document, and none means BOS or EOS.
+
+    Raises:
+      ValueError: the name is taken by another task.
+    """
+    import seqio
+    import tensorflow as tf
+
+    _make_room(name, seqio.TaskRegistry, _TASKS, origin)
+    vocabulary = seqio.PassThroughVocabulary(vocab_size)
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[],
+        output_features={
+            "targets": seqio.Feature(vocabulary, add_eos=False),
+            "loss_weights": seqio.Feature(
+                seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32
+            ),
+        },
+    )
+    _TASKS[name] = {
+        "source": source,
+        "origin": origin,
+        "vocabulary": f"{vocab_size} ids",
+        "add_bos": False,
+        "add_eos": False,
+    }
+
+
 _KEYS = {"targets": "text", "document_id": "document_id"}
 
 

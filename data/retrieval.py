@@ -1,0 +1,206 @@
+"""A synthetic retrieval task: look up the values of a key among many lines (SnapKV, 2404.14469).
+
+A document lists lines "key v1 v2 v3 v4" with distinct keys and then asks for some of them. Where the
+question is last, it is the key again and its four values are the answer. Where it is first, an asking
+form of the key precedes the lines, and the answer follows a mark after them. Only answers bear loss.
+
+Ids: 0 is what precedes every document, then the keys, the values, the mark, the asking keys.
+
+Shapes: E examples, L lines, A answer tokens, Q questions, T tokens of a document.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from data import tasks
+
+NUM_KEYS = 64
+NUM_VALUES = 32
+ANSWER_TOKENS = 4
+LINE = 1 + ANSWER_TOKENS
+FIRST_KEY = 1
+FIRST_VALUE = FIRST_KEY + NUM_KEYS
+MARK = FIRST_VALUE + NUM_VALUES
+FIRST_ASKING = MARK + 1
+VOCAB_SIZE = FIRST_ASKING + NUM_KEYS
+
+Question = Literal["last", "first"]
+QUESTIONS = get_args(Question)
+SPLITS = ("train", "validation")
+_VALIDATION_DOCUMENTS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Contexts before anything is asked.
+
+    Attributes:
+      keys_EL: distinct within an example.
+      values_ELA: values of each key.
+    """
+
+    keys_EL: np.ndarray
+    values_ELA: np.ndarray
+
+    def tokens_ET(self) -> np.ndarray:
+        """The lines, one after the other."""
+        lines_ELX = np.concatenate([self.keys_EL[..., None], self.values_ELA], axis=-1)
+        return lines_ELX.reshape(len(lines_ELX), -1)
+
+    def answered_ET(self, asked_EQ: np.ndarray) -> np.ndarray:
+        """The asked lines again: questions with their answers."""
+        keys_EQ = np.take_along_axis(self.keys_EL, asked_EQ, axis=1)
+        values_EQA = np.take_along_axis(self.values_ELA, asked_EQ[..., None], axis=1)
+        return Lines(keys_EQ, values_EQA).tokens_ET()
+
+
+def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
+    """Random contexts.
+
+    Raises:
+      ValueError: there are not so many keys.
+    """
+    if not 1 <= lines <= NUM_KEYS:
+        raise ValueError(f"lines = {lines} must lie in [1, {NUM_KEYS}]: keys are distinct.")
+    keys_EK = np.tile(np.arange(NUM_KEYS, dtype=np.int32) + FIRST_KEY, (examples, 1))
+    keys_EL = rng.permuted(keys_EK, axis=1)[:, :lines]
+    values_ELA = rng.integers(NUM_VALUES, size=(examples, lines, ANSWER_TOKENS), dtype=np.int32)
+    return Lines(keys_EL, values_ELA + FIRST_VALUE)
+
+
+def documents(
+    rng: np.random.Generator, examples: int, lines: int, question: Question
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents to train on: tokens and their weights in the loss, both [E, T].
+
+    With the question last, all lines are asked for, in random order; with the question first, one is.
+    """
+    found = draw_lines(rng, examples, lines)
+    order_EL = rng.permuted(np.tile(np.arange(lines), (examples, 1)), axis=1)
+    if question == "last":
+        tokens_ET = np.concatenate([found.tokens_ET(), found.answered_ET(order_EL)], axis=1)
+        answers = np.tile([False] + [True] * ANSWER_TOKENS, lines)
+        weights_T = np.concatenate([np.zeros(lines * LINE, bool), answers])
+    elif question == "first":
+        answered_EX = found.answered_ET(order_EL[:, :1])
+        asking_E1 = answered_EX[:, :1] - FIRST_KEY + FIRST_ASKING
+        mark_E1 = np.full((examples, 1), MARK, np.int32)
+        tokens_ET = np.concatenate(
+            [asking_E1, found.tokens_ET(), mark_E1, answered_EX[:, 1:]], axis=1
+        )
+        weights_T = np.arange(tokens_ET.shape[1]) >= tokens_ET.shape[1] - ANSWER_TOKENS
+    else:
+        raise ValueError(f"question = {question!r} is none of {QUESTIONS}.")
+    return tokens_ET, np.broadcast_to(weights_T.astype(np.float32), tokens_ET.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts to answer, as a model reads them: id 0 first.
+
+    Attributes:
+      tokens_ET: the prompt.
+      answers_EA: what follows it.
+      line_E: index of the asked line, from 0.
+    """
+
+    tokens_ET: np.ndarray
+    answers_EA: np.ndarray
+    line_E: np.ndarray
+
+
+def draw_prompts(
+    rng: np.random.Generator, context: Lines, question: Question = "last", *, asked_E=None
+) -> Prompts:
+    """Questions about contexts of two lines or more, in the form of `documents`.
+
+    With the question last, a question about another line stands before it with its answer, so that
+    there is a T of 7 + 5 L tokens.
+
+    Args:
+      rng: chooses what is asked.
+      context: the lines.
+      question: where the question stands.
+      asked_E: index of the asked line of each; drawn if None.
+    """
+    examples, lines = context.keys_EL.shape
+    drawn_E = rng.integers(lines, size=examples)
+    asked_E = drawn_E if asked_E is None else asked_E
+    other_E = (asked_E + rng.integers(1, lines, size=examples)) % lines
+    line_EX = context.answered_ET(asked_E[:, None])
+    start_E1 = np.zeros((examples, 1), np.int32)
+    if question == "last":
+        shown_EX = context.answered_ET(other_E[:, None])
+        parts = [start_E1, context.tokens_ET(), shown_EX, line_EX[:, :1]]
+    else:
+        mark_E1 = np.full((examples, 1), MARK, np.int32)
+        parts = [start_E1, line_EX[:, :1] - FIRST_KEY + FIRST_ASKING, context.tokens_ET(), mark_E1]
+    return Prompts(np.concatenate(parts, axis=1), line_EX[:, 1:], asked_E)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSource:
+    """Draws documents of one kind; satisfies `seqio.DataSourceInterface`."""
+
+    lines: int
+    question: Question
+    train_documents: int
+    seed: int
+
+    splits = SPLITS
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @property
+    def digest(self) -> str:
+        sizes = (NUM_KEYS, NUM_VALUES, ANSWER_TOKENS, _VALIDATION_DOCUMENTS)
+        return f"{type(self).__name__} of sizes {sizes}: {self}"
+
+    def num_input_examples(self, split: str) -> int:
+        return self.train_documents if split == "train" else _VALIDATION_DOCUMENTS
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """`{"targets", "loss_weights"}` as a `tf.data.Dataset`, in random order as they are."""
+        import tensorflow as tf
+
+        del shuffle, shard_info  # drawn at random; one shard
+        rng = np.random.default_rng((self.seed, self.lines, SPLITS.index(split)))
+        tokens_ET, weights_ET = documents(
+            rng, self.num_input_examples(split), self.lines, self.question
+        )
+        return tf.data.Dataset.from_tensor_slices(
+            {"targets": tokens_ET, "loss_weights": weights_ET}
+        )
+
+
+def register(
+    *,
+    lines: Sequence[int] = (6, 12, 24, 48),
+    train_documents: int = 16384,
+    seed: int = 0,
+) -> None:
+    """Registers tasks `retrieval_<lines>` and, with the question first, `retrieval_first_<lines>`.
+
+    `retrieval` is the mixture of all of them; a curriculum is `stream.make_stream.phases`.
+
+    Args:
+      lines: numbers of lines, a task each.
+      train_documents: documents of each task.
+      seed: of the documents.
+    """
+    names = []
+    for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
+        for count in lines:
+            source = RetrievalSource(count, question, train_documents, seed)
+            names.append(f"{prefix}_{count}")
+            tasks.register_tokens(
+                names[-1], source, origin="retrieval.register", vocab_size=VOCAB_SIZE
+            )
+    tasks.register_mixture("retrieval", dict.fromkeys(names, 1.0))
