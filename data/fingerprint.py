@@ -121,7 +121,7 @@ def vocabulary(vocab) -> dict:
             out[key] = describe(getattr(vocab, key, None))
         except NotImplementedError:  # a PassThroughVocabulary has no special ids
             out[key] = None
-    model = getattr(vocab, "sp_model", None)
+    model = getattr(vocab, "sp_model", None) or getattr(vocab, "model_bytes", None)
     if model is not None:
         out["model"] = _sha(model)
     else:

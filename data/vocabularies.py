@@ -1,4 +1,5 @@
-"""Vocabularies: SentencePiece trained from a corpus and kept on disk, from a file, or bytes.
+"""Vocabularies: SentencePiece trained from a corpus and kept on disk, from a file, of a Hugging Face
+checkpoint, or bytes.
 
 A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is NFC
 already, code stays as it is), white space is kept, and characters it does not know become bytes.
@@ -115,6 +116,34 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     import seqio
 
     return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
+
+
+def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text: bool = True):
+    """The vocabulary of a Hugging Face checkpoint, from its directory.
+
+    Args:
+      path: has tokenizer.json and what goes with it (data/hf_tokenizer.py), or only tokenizer.model,
+        which is read as `from_file` does.
+      extra_ids: sentinels after the last entry, as for T5 span corruption.
+      special_in_text: whether special tokens that are spelled in a text are encoded as such. False for
+        texts that must not end a turn, say.
+
+    Returns:
+      A `data.hf_vocabulary.HFTokenizerVocabulary`, or a `seqio.SentencePieceVocabulary`.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.
+      ValueError: its files are damaged, or it cannot have so many extra ids.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").exists():
+        return from_file(path=folder / "tokenizer.model", extra_ids=extra_ids)
+    cpu_tensorflow.load()  # which SeqIO imports
+    from data import hf_vocabulary
+
+    return hf_vocabulary.HFTokenizerVocabulary(
+        path, extra_ids=extra_ids, special_in_text=special_in_text
+    )
 
 
 def byte(*, extra_ids: int = 0):

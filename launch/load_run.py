@@ -14,7 +14,8 @@ from typing import Any
 
 CONFIG = "config.gin"
 PARAMS = ("auto", "raw", "ema")
-EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
+EXAMPLE = '{"text": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"tokens": [...]}'
+_KEYS = ("tokens", "text", "messages")
 
 
 class LoadError(ValueError):
@@ -94,6 +95,7 @@ class RunConfig:
       rules: name of a rule set in trainers/partitioning.py.
       start_token: what precedes the first token of a document; None for nothing.
       add_bos: begin texts with the vocabulary's BOS; None for what the run did.
+      chat_template: a jinja file or a name in data/chat_template.py; None for the vocabulary's own.
     """
 
     model: Any
@@ -102,6 +104,7 @@ class RunConfig:
     rules: str = "fsdp_tp"
     start_token: int | None = 0
     add_bos: bool | None = None
+    chat_template: str | None = None
 
     @contextlib.contextmanager
     def load(self, checkpoint: str, *, params: str = "auto") -> Iterator["LoadedRun"]:
@@ -231,19 +234,67 @@ class LoadedRun:
                 f"The vocabulary, {name}, does not fit the model's table of {size} rows."
             )
 
-    def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
-        """The tokens of a row: its "tokens", or those of its "text".
+    @functools.cached_property
+    def chat_template(self) -> Any:
+        """What turns "messages" into a text: a `data.chat_template.ChatTemplate`.
 
         Raises:
-          LoadError: it has neither or both, or they are not what they should be.
+          LoadError: there is none.
         """
-        if ("tokens" in row) == ("text" in row):
-            raise LoadError(f'{where}: expected either "tokens" or "text", as in {EXAMPLE}.')
-        key = "tokens" if "tokens" in row else "text"
+        from launch import conversations
+
+        return conversations.template(self.config.chat_template, self.vocabulary)
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
+        """The tokens of a row to be continued: its "tokens", or those of its "text" or "messages".
+
+        A text begins with BOS where the run's did, and never with two. "messages" are rendered, with
+        the row's "tools" and "documents", up to where the assistant's next turn begins; whether that
+        begins with BOS is the template's to say.
+
+        Raises:
+          LoadError: it has none or several of them, or they are not what they should be.
+        """
+        key = self._key(row, where)
+        if key == "messages":
+            from launch import conversations
+
+            return conversations.prompt(self, row, where)
         found = self.encode(row[key], f"{where}: {key!r}")
-        if key == "text" and self.add_bos:
-            found = [self.vocabulary.bos_id, *found]
-        return found
+        return self.after_bos(found) if key == "text" else found
+
+    def scored(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int] | None]:
+        """The tokens of a row to be scored, and its targets, which follow them; None where all are.
+
+        Targets are the row's "targets", or the assistant's turn that ends its "messages", up to and
+        with the token that ends it.
+
+        Raises:
+          LoadError: as `tokens` and `encode`, or the template renders the turn in another place.
+        """
+        if "targets" in row:
+            return self.tokens(row, where), self.encode(row["targets"], f"{where}: 'targets'")
+        if self._key(row, where) != "messages":
+            return self.tokens(row, where), None
+        from launch import conversations
+
+        return conversations.scored(self, row, where)
+
+    def _key(self, row: Mapping[str, Any], where: str) -> str:
+        given = [key for key in _KEYS if key in row]
+        if len(given) != 1:
+            raise LoadError(
+                f'{where}: expected either "tokens", "text" or "messages", as in {EXAMPLE}.'
+            )
+        return given[0]
+
+    def after_bos(self, ids: list[int]) -> list[int]:
+        """Ids of a text after BOS, if texts begin with it and this one does not yet."""
+        if not self.add_bos:
+            return ids
+        if (bos := self.vocabulary.bos_id) in (None, -1):
+            raise LoadError("ADD_BOS is set, but the run's vocabulary has no BOS: set it to False.")
+        return ids if ids[:1] == [bos] else [bos, *ids]
 
     def encode(self, value: Any, where: str) -> list[int]:
         """Token ids of a text, or token ids that the model knows."""

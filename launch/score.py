@@ -5,11 +5,12 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   echo '{"text": "import os\\n"}' > /tmp/x.jsonl
   python -m launch.score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
 
-Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens). They
-come back in order with "logprobs", one natural logarithm per predicted token, and their "sum".
-Predicted are the targets, given what is before them; without targets every token of the row. What
-precedes the first token is the model's START_TOKEN; where that is None the first token of a row is
-only read. Rows that are done are in y.jsonl.partial until all are.
+Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
+{"messages": [...]}, of which an assistant's turn at the end is the targets. They come back in order
+with "logprobs", one natural logarithm per predicted token, and their "sum". Predicted are the targets,
+given what is before them; without targets every token of the row. What precedes the first token is the
+model's START_TOKEN; where that is None the first token of a row is only read. Rows that are done are in
+y.jsonl.partial until all are.
 """
 
 if __name__ == "__main__":
@@ -95,9 +96,9 @@ def score(
 
 
 def _row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
-    context = run.context(run.tokens(row, where))
-    if "targets" in row:
-        targets = run.encode(row["targets"], f"{where}: 'targets'")
+    tokens, targets = run.scored(row, where)
+    context = run.context(tokens)
+    if targets is not None:
         if not context and targets:
             raise LoadError(f"{where}: nothing precedes the targets, and START_TOKEN is None.")
         return Row(context=context, targets=targets)

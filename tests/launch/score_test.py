@@ -98,8 +98,11 @@ def test_models_without_a_start_token_and_raw_parameters(score, trained_run):
     [
         ('{"text": "a"', "x.jsonl, line 2: malformed JSON"),
         ('["a"]', "x.jsonl, line 2: a JSON list"),
-        ('{"txt": "a"}', 'x.jsonl, line 2: expected either "tokens" or "text"'),
-        ('{"text": "a", "tokens": [1]}', 'x.jsonl, line 2: expected either "tokens" or "text"'),
+        ('{"txt": "a"}', 'x.jsonl, line 2: expected either "tokens", "text" or "messages"'),
+        (
+            '{"text": "a", "tokens": [1]}',
+            'x.jsonl, line 2: expected either "tokens", "text" or "messages"',
+        ),
         ('{"tokens": [1, 264]}', "x.jsonl, line 2: 'tokens' holds the id 264"),
         ('{"tokens": [1.5]}', "x.jsonl, line 2: 'tokens' is neither a text nor a list"),
         ('{"tokens": [1], "targets": 3}', "x.jsonl, line 2: 'targets' is neither"),

@@ -1,0 +1,192 @@
+"""The sandbox that chat templates run in, and rendering in it.
+
+It is jinja2's immutable one, without files and without Python's own attributes. What a template can
+build is bounded: all its ranges together (`MAX_STEPS`) and each of its texts (`MAX_LENGTH`), so that a
+short expression neither runs for ever nor takes the memory.
+"""
+
+import contextvars
+import dataclasses
+import datetime
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+MAX_STEPS = 1_000_000  # that all `range` of one rendering count together
+MAX_LENGTH = 10_000_000  # characters or items of what is rendered, repeated or padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+      text: all of it.
+      spans: (start, end) in characters of what `{% generation %}` marks as the assistant's.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+_spans: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("spans", default=None)
+_steps: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("steps", default=None)
+
+
+def render(source: str, values: Mapping[str, Any]) -> Rendered:
+    """Renders a template; raises whatever it raises."""
+    pieces: list[str] = []
+    marked: list[tuple[int, int]] = []
+    length = 0
+    tokens = _spans.set(spoken := []), _steps.set([MAX_STEPS])
+    try:
+        for piece in _compiled(source).generate(**values):
+            # A marked block comes out as one piece, by the time it has been recorded.
+            while spoken:
+                text = spoken.pop(0)
+                start = length + piece.find(text)
+                marked.append((start, start + len(text)))
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_LENGTH:
+                raise OverflowError(f"it renders more than {MAX_LENGTH:,} characters")
+    finally:
+        _spans.reset(tokens[0])
+        _steps.reset(tokens[1])
+    return Rendered("".join(pieces), tuple(marked))
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with bounds on the short expressions that build long texts."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" and isinstance(right, int) and right > 64:
+            raise OverflowError(f"{left} ** {right} is too large")
+        if operator == "%" and isinstance(left, str):
+            _check_widths(left)
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | list | tuple) and isinstance(other, int):
+                    _check_widths(len(one) * other)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (keywords are the template's)
+        if isinstance(getattr(__obj, "__self__", None), str):  # a method of a text, such as ljust
+            _check_widths(*(value for value in args if isinstance(value, int)))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value):
+        if isinstance(text := getattr(value, "__self__", None), str):
+            _check_widths(text)
+        return super().wrap_str_format(value)
+
+
+def _check_widths(*values):
+    """Raises for a number, or a format with a width, that makes a text too long."""
+    for value in values:
+        if isinstance(value, int) and value > MAX_LENGTH:
+            raise OverflowError(f"a text of more than {MAX_LENGTH:,} characters")
+        if isinstance(value, str) and _WIDTH.search(value):
+            raise OverflowError(f"the width of a format is more than {MAX_LENGTH:,}")
+
+
+_WIDTH = re.compile(r"[%{][^%{}a-zA-Z]*([0-9]{8}|[*])")
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body)
+        return call.set_lineno(line)
+
+    def _mark(self, caller):
+        text = caller()
+        if (spoken := _spans.get()) is not None:
+            spoken.append(text)
+        return text
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's, without the underscored attributes by which sandboxes are left."""
+
+    def __init__(*args, **kwargs):
+        self, *given = args
+        attributes = dict(*given, **kwargs)
+        for name in attributes:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name, value):
+        self._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name):
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"a namespace has no attribute {name!r}")
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format):
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _range(*args):
+    counted = jinja2.sandbox.safe_range(*args)
+    left = _steps.get()
+    if left is not None:
+        left[0] -= len(counted)
+        if left[0] < 0:
+            raise OverflowError(f"its ranges count more than {MAX_STEPS:,} steps")
+    return counted
+
+
+def _bounded(text_filter):
+    @functools.wraps(text_filter)
+    def call(*args, **kwargs):
+        _check_widths(*args if text_filter.__name__ == "do_format" else args[1:], *kwargs.values())
+        return text_filter(*args, **kwargs)
+
+    return call
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    for name in ("center", "indent", "format"):
+        environment.filters[name] = _bounded(environment.filters[name])
+    del environment.globals["lipsum"]
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        range=_range,
+        namespace=_Namespace,
+        dict=lambda *args, **kwargs: dict(*args, **kwargs),  # not the class, which has attributes
+    )
+    return environment.from_string(source)
