@@ -3,7 +3,6 @@
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -69,9 +68,10 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             q_BTNH = self.qk_norm(name="query_norm")(q_BTNH)
             k_BTKH = self.qk_norm(name="key_norm")(k_BTKH)
-        if self.rope is not None and self.kind.rope:
-            q_BTNH = self.rope(q_BTNH, positions_BT)
-            k_BTKH = self.rope(k_BTKH, positions_BT)
+        rope = self.rope if self.kind.rope else None
+        if rope is not None:
+            q_BTNH = rope(q_BTNH, positions_BT)
+            k_BTKH = rope(k_BTKH, positions_BT)
         q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
         k_BTKH = axes.constrain(k_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BTKH = axes.constrain(v_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
@@ -80,6 +80,7 @@ class Attention(nn.Module):
             scale=config.per_head_dim**-0.5 if self.scale is None else float(self.scale),
             softcap=self.softcap,
             window=self.kind.window,
+            rope=rope,
         )
         if policy is not None:
             cache = policy.append(
@@ -99,7 +100,7 @@ class Attention(nn.Module):
                 kv_segments_BS=segments_BT,
                 # A model that is bound to one form still reads prompts of any length.
                 implementation=self.implementation if policy is None else "auto",
-                **dataclasses.asdict(form),
+                **form.arguments(),
             )
         else:
             held = policy.view(cache)
@@ -109,7 +110,9 @@ class Attention(nn.Module):
                 held.v_BSKH,
                 q_positions_BT=positions_BT,
                 kv_positions_BS=held.positions_BS,
-                **dataclasses.asdict(form),
+                k_scale_BSK=held.k_scale_BSK,
+                v_scale_BSK=held.v_scale_BSK,
+                **form.arguments(),
             )
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)

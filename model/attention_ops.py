@@ -39,6 +39,8 @@ def dot_product_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    k_scale_BSK: jax.Array | None = None,
+    v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
@@ -49,8 +51,8 @@ def dot_product_attention(
       v_BSKH: values.
       q_positions_BT: position of every query; with kv_positions_BS, "earlier" means by position
         (decoding against a cache). None means by index (training, packed rows included).
-      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, K, S] where
-        the heads' keys are of different tokens.
+      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, X, S] where
+        heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; those of the queries when None.
       bias: added to the logits, broadcastable to [B, N, T, S].
@@ -58,6 +60,8 @@ def dot_product_attention(
       window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
+      k_scale_BSK: factors on integer keys, applied to the logits; with positions only.
+      v_scale_BSK: factors on integer values, applied to the weights; with positions only.
       implementation: 'auto' picks by platform; 'reference' is the plain form in float32 throughout;
         'xla' is jax.nn.dot_product_attention; 'blocked' works on rows of blocks and skips what the
         mask excludes (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' the fused kernel (GPU).
@@ -69,6 +73,8 @@ def dot_product_attention(
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
     _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
+    if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
+        raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     if q_segments_BT is not None and kv_segments_BS is None:
         kv_segments_BS = q_segments_BT
@@ -131,11 +137,27 @@ def dot_product_attention(
         causal,
         window,
     )
+    q, k, v = q_BTNH, k_BSKH, v_BSKH
     if implementation == "reference":
-        wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-        q, k, v = (x.astype(wide) for x in (q_BTNH, k_BSKH, v_BSKH))
-        return _plain(q, k, v, mask, bias, scale, softcap).astype(q_BTNH.dtype)
-    return _plain(q_BTNH, k_BSKH, v_BSKH, mask, bias, scale, softcap)
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        q, k, v = (x.astype(wide) for x in (q, k, v))
+    weights_BKGTS = _weights(q, k, mask, bias, scale, softcap, k_scale_BSK)
+    return _average(weights_BKGTS, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
+
+
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """The weights [B, K, G, T, S] with which dot_product_attention averages values, in float32."""
+    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
+    return _weights(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
 
 
 def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
@@ -210,7 +232,7 @@ def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> N
 def _mask(
     q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
 ) -> jax.Array | None:
-    """True where a query sees a key: [1 or B, 1 or K, T, S]; None when all see all."""
+    """True where a query sees a key: [1 or B, 1 or K, 1 or G, T, S]; None when all see all."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
@@ -226,11 +248,18 @@ def _mask(
         parts.append(at_k > at_q - window)
     if q_segments_BT is not None:
         parts.append(_same(q_segments_BT, kv_segments_BS))
-    return functools.reduce(jnp.logical_and, parts) if parts else None
+    if not parts:
+        return None
+    mask = functools.reduce(jnp.logical_and, parts)
+    B, X, T, S = mask.shape
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+    if X in (1, K):
+        return mask[:, :, None]
+    return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
 
 
-def _plain(q_BTNH, k_BSKH, v_BSKH, mask, bias, scale, softcap) -> jax.Array:
-    """Logits, softmax and average as einsums; products in the operands' dtype, softmax in float32."""
+def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
+    """Softmax in float32 of logits whose products are in the queries' dtype."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -238,6 +267,8 @@ def _plain(q_BTNH, k_BSKH, v_BSKH, mask, bias, scale, softcap) -> jax.Array:
     logits_BKGTS = scale * jnp.einsum(
         "btkgh,bskh->bkgts", q_BTKGH, k_BSKH.astype(q_BTNH.dtype), preferred_element_type=wide
     )
+    if k_scale_BSK is not None:
+        logits_BKGTS = logits_BKGTS * _per_key(k_scale_BSK)
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
     if bias is not None:
@@ -245,16 +276,28 @@ def _plain(q_BTNH, k_BSKH, v_BSKH, mask, bias, scale, softcap) -> jax.Array:
         heads = (1, 1) if bias.shape[1] == 1 else (K, N // K)
         logits_BKGTS = logits_BKGTS + bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
     if mask is not None:
-        logits_BKGTS = jnp.where(mask[:, :, None], logits_BKGTS, _MASKED)
+        logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
     # Bounding the maximum keeps exp(_MASKED - max) at zero in rows without any visible key.
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))
     total = weights_BKGTS.sum(-1, keepdims=True)
-    weights_BKGTS = weights_BKGTS / jnp.where(total > 0, total, 1)
+    return weights_BKGTS / jnp.where(total > 0, total, 1)
+
+
+def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:
+    """Values averaged by weights, with products in `dtype`."""
+    B, K, G, T, _ = weights_BKGTS.shape
+    if v_scale_BSK is not None:
+        weights_BKGTS = weights_BKGTS * _per_key(v_scale_BSK)
     out_BTKGH = jnp.einsum(
         "bkgts,bskh->btkgh",
-        weights_BKGTS.astype(q_BTNH.dtype),
-        v_BSKH.astype(q_BTNH.dtype),
-        preferred_element_type=wide,
+        weights_BKGTS.astype(dtype),
+        v_BSKH.astype(dtype),
+        preferred_element_type=weights_BKGTS.dtype,
     )
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return out_BTKGH.reshape(B, T, K * G, v_BSKH.shape[-1]).astype(dtype)
+
+
+def _per_key(scale_BSK: jax.Array) -> jax.Array:
+    """[B, S, K] as a factor of logits or weights [B, K, G, T, S]."""
+    return scale_BSK.swapaxes(1, 2)[:, :, None, None, :]

@@ -1,17 +1,18 @@
-"""Reading prompts into key/value caches: one pass over all of them.
+"""Reading prompts into key/value caches: all at once, or a chunk of tokens at a time.
 
 Prompts of unequal length share a batch: they are padded on the right, where position -1 marks what
 no token sees.
 
-Shapes: B batch, T prompt length, D width, V vocabulary.
+Shapes: B batch, T prompt length, C tokens of a chunk, D width, V vocabulary.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import CachePolicy
+from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 
 
 def prefill(
@@ -22,34 +23,64 @@ def prefill(
     lengths_B: jax.Array,
     *,
     room: int,
+    cache_dtype: Any = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """Reads prompts of lengths_B >= 1 tokens.
 
+    Args:
+      model: with unrolled layers.
+      params: its parameters.
+      policy: of the caches.
+      tokens_BT: prompts, padded on the right.
+      lengths_B: of the prompts; policy.future of their last tokens are dropped again, and the prompt
+        is what stands before them.
+      room: tokens that the caches will have room for.
+      cache_dtype: in which caches are kept, see CachePolicy.compress.
+      chunk: None reads all tokens at once, and every layer's cache is compressed as soon as its keys
+        exist, so that one layer's are in memory whole. C reads C tokens at a time: activations of so
+        many are in memory, with the keys of all layers, which are compressed after the last chunk.
+
     Returns:
-      Logits [B, V] after the last token of each, and caches with room for `room` more tokens.
+      Logits [B, V] after the last token of each, and the caches that decoding starts from.
+
+    Raises:
+      ValueError: a chunk without tokens.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk = {chunk} must be at least 1, or None to read prompts at once.")
     config = model.config
     B, T = tokens_BT.shape
     empty = [
         policy.init(
             batch=B,
             length=T,
+            num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             head_dim=config.per_head_dim,
             dtype=config.compute_dtype,
             layer=layer,
+            num_layers=config.num_layers,
             kind=config.layer_kind(layer),
         )
         for layer in range(config.num_layers)
     ]
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)
-    # Segments say that there is nothing to see but the prompt (model/attention.py).
-    segments_BT = (positions_BT >= 0).astype(jnp.int32)
-    out = read(model, params, policy, tokens_BT, positions_BT, empty, segments_BT)
-    last_B1D = jnp.take_along_axis(out.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    caches = [policy.compress(cache, length=room) for cache in out.caches]
-    return model.apply({"params": params}, last_B1D, method="logits")[:, 0], caches
+    last_B = lengths_B - 1 - policy.future
+    if chunk is None:
+        # Segments say that there is nothing to see but the prompt (model/attention.py).
+        segments_BT = (positions_BT >= 0).astype(jnp.int32)
+        at_once = _CompressedAtOnce(policy, room, cache_dtype)
+        out = read(model, params, at_once, tokens_BT, positions_BT, empty, segments_BT)
+        caches = out.caches
+        last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    else:
+        last_BD, whole = _read_chunks(
+            model, params, policy, tokens_BT, positions_BT, empty, last_B, chunk
+        )
+        caches = [policy.compress(cache, length=room, dtype=cache_dtype) for cache in whole]
+    return model.apply({"params": params}, last_BD[:, None], method="logits")[:, 0], caches
 
 
 def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
@@ -63,3 +94,56 @@ def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=Non
         policy=policy,
         method="hidden",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CompressedAtOnce:
+    """A policy whose caches are compressed by the one call that reads the prompt."""
+
+    policy: CachePolicy
+    room: int
+    dtype: Any
+    future = 0  # prefill asks the policy itself
+
+    def init(self, **sizes: Any) -> Any:
+        return self.policy.init(**sizes)
+
+    def append(self, state: Any, *, form: AttentionForm, **arrays: jax.Array) -> Any:
+        state = self.policy.append(state, form=form, **arrays)
+        return self.compress(state, length=self.room, dtype=self.dtype)
+
+    def view(self, state: Any) -> KeyValues:
+        return self.policy.view(state)
+
+    def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
+        return self.policy.compress(state, length=length, dtype=dtype)
+
+
+def _read_chunks(
+    model, params, policy, tokens_BT, positions_BT, empty, last_B, chunk
+) -> tuple[jax.Array, Any]:
+    """The hidden state [B, D] of each row's token number last_B, and caches of all tokens."""
+    B, T = tokens_BT.shape
+
+    def one(carry: tuple[jax.Array, Any], start: jax.Array | int, length: int):
+        last_BD, caches = carry
+        tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BT, start, length, axis=1)
+        positions_BC = jax.lax.dynamic_slice_in_dim(positions_BT, start, length, axis=1)
+        # Without segments, attention is by position over what the caches hold.
+        out = read(model, params, policy, tokens_BC, positions_BC, caches)
+        at_B = jnp.clip(last_B - start, 0, length - 1)
+        here_BD = jnp.take_along_axis(out.hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
+        here_B = (last_B >= start) & (last_B < start + length)
+        return jnp.where(here_B[:, None], here_BD, last_BD), out.caches
+
+    carry = (jnp.zeros((B, model.config.embed_dim), model.config.compute_dtype), empty)
+    chunks, rest = divmod(T, chunk)
+    if chunks:
+        # The first token tells the states the form of their attention; what a loop carries knows it
+        # before.
+        known = jax.tree.structure(jax.eval_shape(lambda carry: one(carry, 0, chunk), carry))
+        carry = jax.tree.unflatten(known, jax.tree.leaves(carry))
+        carry = jax.lax.fori_loop(0, chunks, lambda i, carry: one(carry, i * chunk, chunk), carry)
+    if rest:
+        carry = one(carry, chunks * chunk, rest)
+    return carry

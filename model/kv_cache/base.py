@@ -4,7 +4,12 @@ A policy is a stateless object; its state is a pytree that goes in and comes out
 the position of its token, -1 while empty, so padding, unequal prompts, eviction and windows all
 reduce to one mask by position.
 
-Shapes: B batch, T new tokens, S slots, N query heads, K key/value heads, H head dim.
+A state has two lives. `init` and `append` read a prompt, whole or in chunks, and drop nothing;
+`compress` makes of it what decoding starts from; then `append` adds what is generated. Every array of
+a state has the batch as its first axis or is a scalar, so that rows can be repeated and reordered.
+
+Shapes: B batch, T new tokens, S slots, N query heads, K key/value heads, X heads with tokens of their
+own, H head dim.
 """
 
 import dataclasses
@@ -14,50 +19,73 @@ import flax.struct
 import jax
 
 from model.config import LayerKind
+from model.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """How a layer attends: arguments of attention_ops.dot_product_attention by their names.
+    """How a layer attends.
 
     Attributes:
       scale: factor on the logits.
       softcap: c in c * tanh(logits / c), or None.
       window: keys each query sees, itself included; None for all earlier ones.
+      rope: what has rotated queries and keys, each by its position; None where nothing has.
     """
 
     scale: float
     softcap: float | None = None
     window: int | None = None
+    rope: Rope | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of attention_ops.dot_product_attention, by name."""
+        return {"scale": self.scale, "softcap": self.softcap, "window": self.window}
 
 
 @flax.struct.dataclass
 class KeyValues:
     """What attention may look at: slots with position -1 are empty.
 
-    Positions are [B, S], or [B, K, S] where every key/value head holds tokens of its own choice.
+    Positions are [B, S], or [B, X, S] where heads hold tokens of their own choice: X is a multiple of
+    the heads of k and v and divides N, so that one store may serve heads that see different slots.
+    Scales, if given, are those of int8 keys and values, which stand for k * k_scale and v * v_scale.
     """
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
     positions_BS: jax.Array
+    k_scale_BSK: jax.Array | None = None
+    v_scale_BSK: jax.Array | None = None
 
 
 class CachePolicy(Protocol):
-    """Pure functions over one layer's cache state."""
+    """Pure functions over one layer's cache state.
+
+    Attributes:
+      future: tokens at the end of what is read that are dropped again, so that decoding starts before
+        them; 0 for all but the oracle.
+    """
+
+    future: int
 
     def init(
         self,
         *,
         batch: int,
         length: int,
+        num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: Any,
         layer: int,
+        num_layers: int,
         kind: LayerKind,
     ) -> Any:
-        """An empty state of layer `layer` (from 0), of kind `kind`, with room for `length` tokens."""
+        """An empty state, with room for `length` tokens.
+
+        It is that of layer `layer` (from 0) of `num_layers`, of kind `kind`.
+        """
         ...
 
     def append(
@@ -73,8 +101,8 @@ class CachePolicy(Protocol):
         """Adds T tokens; position -1 marks padding.
 
         Queries, rotated as the keys are, and the form of the layer's attention are there for policies
-        that score keys. Tokens of a prompt do not look at what this leaves in the state, only at each
-        other (model/attention.py), so what a policy drops is missing from the next call on.
+        that score keys. Tokens of a prompt that is read at once look at each other, not at what this
+        leaves in the state (model/attention.py), so it may be compressed already.
         """
         ...
 
@@ -82,6 +110,13 @@ class CachePolicy(Protocol):
         """The keys and values to attend to."""
         ...
 
-    def compress(self, state: Any, *, length: int) -> Any:
-        """Turns a prefilled state into the one decoding starts from, with room for `length` more."""
+    def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
+        """Turns a state that has read a prompt into the one decoding starts from.
+
+        Args:
+          state: of `append`.
+          length: tokens that there will be room for.
+          dtype: in which keys and values are kept: None for the state's own; int8 for integers with
+            a float32 scale per token and head.
+        """
         ...

@@ -1,19 +1,85 @@
-"""Cache policies by name, as `--cache_policy` chooses them."""
+"""Cache policies by name, as `--cache_policy` chooses them, and their settings."""
 
-from collections.abc import Callable
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
 
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 
-POLICIES: dict[str, Callable[[], CachePolicy]] = {"full": FullCache}
+# Each a frozen dataclass whose fields are its settings.
+POLICIES: dict[str, type] = {"full": FullCache}
 
 
-def policy_named(name: str) -> CachePolicy:
-    """A policy with its default settings.
+def policy_named(name: str, **settings: Any) -> CachePolicy:
+    """A policy with the given settings, the others as its class has them.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is none of this name, or it has no such setting or value.
     """
+    policy = _policy(name)
+    known = {field.name for field in dataclasses.fields(policy)}
+    try:
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"it has no {', '.join(unknown)}")
+        return policy(**settings)
+    except ValueError as error:
+        problem = str(error).rstrip(".")
+        raise ValueError(f"Cache policy {name!r}: {problem}. {_settings(policy)}") from None
+
+
+def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
+    """A policy whose settings are given as texts, which are read as the types of its fields.
+
+    Raises:
+      ValueError: as policy_named, or a text that is no value of the field's type.
+    """
+    policy = _policy(name)
+    hints = typing.get_type_hints(policy)
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        try:
+            values[key] = _parsed(text, hints[key]) if key in hints else text
+        except ValueError:
+            raise ValueError(
+                f"Cache policy {name!r}: {key} = {text!r} is not of type {_type(hints[key])}. "
+                f"{_settings(policy)}"
+            ) from None
+    return policy_named(name, **values)
+
+
+def _policy(name: str) -> type:
     if name not in POLICIES:
         raise ValueError(f"Unknown cache policy {name!r}: choose from {sorted(POLICIES)}.")
-    return POLICIES[name]()
+    return POLICIES[name]
+
+
+def _settings(policy: type) -> str:
+    """A sentence that lists the settings of a policy."""
+    hints = typing.get_type_hints(policy)
+    parts = [
+        f"{field.name}: {_type(hints[field.name])} = {field.default!r}"
+        for field in dataclasses.fields(policy)
+    ]
+    return f"Its settings: {', '.join(parts)}." if parts else "It has no settings."
+
+
+def _type(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _parsed(text: str, hint: Any) -> Any:
+    """`text` as a value of a type among int, float, bool, str, a Literal or one of these or None."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if text.lower() == "none":
+            return None
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return hint(text) if hint in (int, float) else text

@@ -3,8 +3,6 @@
 Shapes: B batch, T length, D width, N query heads, K key/value heads, H head dim.
 """
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,7 +46,7 @@ class Recording(FullCache):
             v_BTKH,
             q_positions_BT=positions_BT,
             kv_positions_BS=positions_BT,
-            **dataclasses.asdict(form),
+            **form.arguments(),
         )
         return super().append(
             state,
@@ -81,7 +79,15 @@ def test_a_policy_can_attend_as_the_model_does():
     positions_BT = jnp.where(jnp.arange(7)[None] < jnp.array([[7], [4]]), jnp.arange(7)[None], -1)
     variables = nn.meta.unbox(model.init(jax.random.key(0), x_BTD, positions_BT=positions_BT))
     cache = policy.init(
-        batch=2, length=7, num_kv_heads=2, head_dim=4, dtype="float32", layer=0, kind=kind
+        batch=2,
+        length=7,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        dtype="float32",
+        layer=0,
+        num_layers=4,
+        kind=kind,
     )
     want_BTD, _ = model.apply(
         variables, x_BTD, positions_BT=positions_BT, cache=cache, policy=policy

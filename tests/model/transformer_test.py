@@ -141,10 +141,12 @@ def test_decoding_with_a_cache_equals_one_pass(model, unequal):
         policy.init(
             batch=2,
             length=5,
+            num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             head_dim=config.per_head_dim,
             dtype="float32",
             layer=layer,
+            num_layers=config.num_layers,
             kind=config.layer_kind(layer),
         )
         for layer in range(config.num_layers)
@@ -180,8 +182,8 @@ def test_attention_over_a_cache_ignores_the_form_of_training(implementation):
         for more in ({}, {"block": functools.partial(Block, attention=bound)})
     )
     params, ids, policy = init(plain), tokens((2, 5)), FullCache()
-    sizes = {"num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
-    first = {"layer": 0, "kind": plain.config.layer_kind(0)}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
+    first = {"layer": 0, "num_layers": 1, "kind": plain.config.layer_kind(0)}
 
     def run(model, **context):
         return model.apply(

@@ -109,10 +109,12 @@ def test_a_prompt_read_by_index_equals_one_read_by_position(side):
         FullCache().init(
             batch=2,
             length=300,
+            num_heads=2,
             num_kv_heads=1,
             head_dim=8,
             dtype="float32",
             layer=layer,
+            num_layers=2,
             kind=model.config.layer_kind(layer),
         )
         for layer in range(2)
@@ -135,7 +137,10 @@ def test_a_prompt_read_by_index_equals_one_read_by_position(side):
     np.testing.assert_allclose(got.hidden_BTD[real], want.hidden_BTD[real], atol=2e-5)
     for new, old in zip(got.caches, want.caches, strict=True):
         np.testing.assert_array_equal(new.positions_BS, positions)
-        for a, b in ((new.k_BKSH, old.k_BKSH), (new.v_BKSH, old.v_BKSH)):
+        for a, b in (
+            (new.slots.k_BKSH, old.slots.k_BKSH),
+            (new.slots.v_BKSH, old.slots.v_BKSH),
+        ):
             np.testing.assert_allclose(a[:, 0][real], b[:, 0][real], atol=2e-5)
 
 
@@ -172,9 +177,10 @@ def test_few_programs_and_the_cache_are_accounted_for(greedy):
     stats = decoder.stats
     assert (stats.prompt_tokens, stats.new_tokens) == (17 + 5 + 2 + 1, 4 * M)
     assert stats.tokens_per_second > 0
-    # Two layers of keys and values [4, 24 + M - 1, 1, 8] and positions [4, 24 + M - 1], and counters.
-    slots = 4 * (24 + M - 1)
-    assert stats.cache_bytes == 2 * (slots * (2 * 8 * 4 + 4) + 4)
+    # Two layers of keys and values [4, S, 1, 8], positions [4, S] and counters, S being the window of
+    # the first and 24 + M - 1 in the second.
+    slots = 4 * (4 + 24 + M - 1)
+    assert stats.cache_bytes == slots * (2 * 8 * 4 + 4) + 2 * 4
 
 
 def test_rows_end_at_eos_and_ids_beyond_the_vocabulary_are_never_chosen(

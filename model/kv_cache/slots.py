@@ -1,0 +1,192 @@
+"""Storage that the cache policies share: slots for tokens, one after the other or in a ring.
+
+Keys and values lie head by head, [B, K, S, H]: the products of attention then read them in order. By
+token, [B, S, K, H], they would be transposed anew for every new token.
+
+Shapes: B batch, T new tokens, S slots, C slots chosen, K key/value heads, X 1 or K, H head dim.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.kv_cache.base import KeyValues
+
+_INT8_MAX = 127.0
+
+
+@flax.struct.dataclass
+class Slots:
+    """Keys and values; the next token goes to slot `at` of every row, whatever its position is.
+
+    Attributes:
+      k_BKSH, v_BKSH: keys, rotated, and values.
+      positions_BXS: of their tokens, -1 for empty slots; X = 1 where all heads hold the same tokens.
+      at: the next slot, scalar.
+      k_scale_BKS, v_scale_BKS: what int8 keys and values are to be multiplied by; None for floats.
+      ring: slots from here on are a ring: after the last one, the first of them is overwritten.
+        None for storage that the caller has sized for all that will come.
+    """
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    positions_BXS: jax.Array
+    at: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    v_scale_BKS: jax.Array | None = None
+    ring: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def length(self) -> int:
+        return self.k_BKSH.shape[2]
+
+    def put(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "Slots":
+        """Adds T tokens; for several at a time there must be no ring.
+
+        Raises:
+          ValueError: several tokens for a ring, whose older ones the first of them may still see.
+        """
+        T = k_BTKH.shape[1]
+        if self.ring is not None and T != 1:
+            raise ValueError(
+                f"A cache of a fixed number of slots takes one token at a time after the prompt, "
+                f"not {T}: read prompts whole or in chunks before compressing, or use the policy "
+                "'full' on layers without a window."
+            )
+        k_BKTH, k_scale_BKT = self._encode(k_BTKH)
+        v_BKTH, v_scale_BKT = self._encode(v_BTKH)
+        positions_BXT = jnp.broadcast_to(
+            positions_BT.astype(jnp.int32)[:, None],
+            (positions_BT.shape[0], self.positions_BXS.shape[1], T),
+        )
+
+        def at(held: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(held, new, self.at, axis=2)
+
+        after = self.at + T
+        if self.ring is not None:
+            after = jnp.where(after == self.length, self.ring, after)
+        return dataclasses.replace(
+            self,
+            k_BKSH=at(self.k_BKSH, k_BKTH),
+            v_BKSH=at(self.v_BKSH, v_BKTH),
+            positions_BXS=at(self.positions_BXS, positions_BXT),
+            k_scale_BKS=jax.tree.map(at, self.k_scale_BKS, k_scale_BKT),
+            v_scale_BKS=jax.tree.map(at, self.v_scale_BKS, v_scale_BKT),
+            at=after,
+        )
+
+    def _encode(self, x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """As the slots store them, head by head, with scales if they do."""
+        x_BKTH = x_BTKH.swapaxes(1, 2)
+        if self.k_scale_BKS is not None:
+            return quantise(x_BKTH)
+        return x_BKTH.astype(self.k_BKSH.dtype), None
+
+    def take(self, index_BXC: jax.Array) -> "Slots":
+        """The slots of the given indices: of one choice for all heads (X = 1) or of one for each."""
+        return dataclasses.replace(
+            self,
+            k_BKSH=jnp.take_along_axis(self.k_BKSH, index_BXC[..., None], axis=2),
+            v_BKSH=jnp.take_along_axis(self.v_BKSH, index_BXC[..., None], axis=2),
+            positions_BXS=jnp.take_along_axis(self.positions_BXS, index_BXC, axis=2),
+            at=jnp.asarray(index_BXC.shape[2], jnp.int32),
+        ).constrained()
+
+    def with_room(self, length: int) -> "Slots":
+        """With `length` more empty slots at the end."""
+
+        def pad(x: jax.Array, value: int = 0) -> jax.Array:
+            after = [(0, length if axis == 2 else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, after, constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            k_BKSH=pad(self.k_BKSH),
+            v_BKSH=pad(self.v_BKSH),
+            positions_BXS=pad(self.positions_BXS, -1),
+            k_scale_BKS=jax.tree.map(pad, self.k_scale_BKS),
+            v_scale_BKS=jax.tree.map(pad, self.v_scale_BKS),
+        )
+
+    def stored_as(self, dtype: Any) -> "Slots":
+        """Keys and values in another dtype; None changes nothing.
+
+        Raises:
+          ValueError: a dtype that is neither int8 nor of floats.
+        """
+        if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
+            return self
+        dtype = jnp.dtype(dtype)
+        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"cache dtype = {dtype.name!r}: use int8, a float dtype or None.")
+        if dtype != jnp.int8:
+            return dataclasses.replace(
+                self, k_BKSH=self.k_BKSH.astype(dtype), v_BKSH=self.v_BKSH.astype(dtype)
+            ).constrained()
+        k_BKSH, k_scale_BKS = quantise(self.k_BKSH)
+        v_BKSH, v_scale_BKS = quantise(self.v_BKSH)
+        return dataclasses.replace(
+            self, k_BKSH=k_BKSH, v_BKSH=v_BKSH, k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS
+        ).constrained()
+
+    def constrained(self) -> "Slots":
+        """Split over a mesh by rows and key/value heads."""
+        # A single store may serve all heads (adakv.py): it is whole on every device.
+        heads = axes.ACT_KV_HEADS if self.k_BKSH.shape[1] > 1 else None
+        own = heads if self.positions_BXS.shape[1] > 1 else None
+
+        def split(x: jax.Array, heads: str | None = heads) -> jax.Array:
+            return axes.constrain(x, axes.BATCH, heads, *[None] * (x.ndim - 2))
+
+        return dataclasses.replace(
+            self,
+            k_BKSH=split(self.k_BKSH),
+            v_BKSH=split(self.v_BKSH),
+            positions_BXS=split(self.positions_BXS, own),
+            k_scale_BKS=jax.tree.map(split, self.k_scale_BKS),
+            v_scale_BKS=jax.tree.map(split, self.v_scale_BKS),
+        )
+
+    def view(self) -> KeyValues:
+        """What attention looks at: a change of axes that the compiler folds into its products."""
+
+        def by_token(x: jax.Array) -> jax.Array:
+            return x.swapaxes(1, 2)
+
+        shared = self.positions_BXS.shape[1] == 1
+        return KeyValues(
+            k_BSKH=by_token(self.k_BKSH),
+            v_BSKH=by_token(self.v_BKSH),
+            positions_BS=self.positions_BXS[:, 0] if shared else self.positions_BXS,
+            k_scale_BSK=jax.tree.map(by_token, self.k_scale_BKS),
+            v_scale_BSK=jax.tree.map(by_token, self.v_scale_BKS),
+        )
+
+
+def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Slots:
+    """`length` free slots for tokens that all heads hold."""
+    shape = (batch, num_kv_heads, length, head_dim)
+    return Slots(
+        k_BKSH=jnp.zeros(shape, dtype),
+        v_BKSH=jnp.zeros(shape, dtype),
+        positions_BXS=jnp.full((batch, 1, length), -1, jnp.int32),
+        at=jnp.zeros((), jnp.int32),
+    ).constrained()
+
+
+def quantise(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 values and float32 scales [B, K, S]: |x - value * scale| <= scale / 2 = max|x| / 254."""
+    x_BKSH = x_BKSH.astype(jnp.float32)
+    scale_BKS = jnp.abs(x_BKSH).max(-1) / _INT8_MAX
+    divisor_BKS = jnp.where(scale_BKS > 0, scale_BKS, 1.0)
+    return jnp.round(x_BKSH / divisor_BKS[..., None]).astype(jnp.int8), scale_BKS
+
+
+def latest(positions_BS: jax.Array, count: int) -> jax.Array:
+    """Indices [B, count] of the latest tokens of every row, the last one at the end."""
+    return jnp.flip(jax.lax.top_k(positions_BS, count)[1], axis=-1)
