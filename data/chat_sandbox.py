@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -72,7 +73,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "**" and isinstance(right, int) and right > 64:
             raise OverflowError(f"{left} ** {right} is too large")
         if operator == "%" and isinstance(left, str):
-            _check_widths(left)
+            _check_format(left, _PERCENT)
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | list | tuple) and isinstance(other, int):
@@ -85,21 +86,26 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value):
-        if isinstance(text := getattr(value, "__self__", None), str):
-            _check_widths(text)
+        text = getattr(value, "__self__", None)
+        if isinstance(text, str) and value.__name__ in ("format", "format_map"):
+            _check_format(text, _BRACES)
         return super().wrap_str_format(value)
 
 
+# Formats with a width of eight digits or more, or with one that is itself an argument.
+_PERCENT = re.compile(r"%[^%a-zA-Z]*([0-9]{8}|[*])")
+_BRACES = re.compile(r"\{[^{}]*([0-9]{8}|:[^{}]*\{)")
+
+
+def _check_format(text, wide):
+    if wide.search(text):
+        raise OverflowError(f"the width of a format is more than {MAX_LENGTH:,}")
+
+
 def _check_widths(*values):
-    """Raises for a number, or a format with a width, that makes a text too long."""
-    for value in values:
-        if isinstance(value, int) and value > MAX_LENGTH:
-            raise OverflowError(f"a text of more than {MAX_LENGTH:,} characters")
-        if isinstance(value, str) and _WIDTH.search(value):
-            raise OverflowError(f"the width of a format is more than {MAX_LENGTH:,}")
-
-
-_WIDTH = re.compile(r"[%{][^%{}a-zA-Z]*([0-9]{8}|[*])")
+    """Raises for a number that makes a text too long."""
+    if any(isinstance(value, int) and value > MAX_LENGTH for value in values):
+        raise OverflowError(f"a text of more than {MAX_LENGTH:,} characters")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -127,17 +133,17 @@ class _Namespace(jinja2.utils.Namespace):
         self, *given = args
         attributes = dict(*given, **kwargs)
         for name in attributes:
-            _Namespace._check(name)
+            _check_name(name)
         jinja2.utils.Namespace.__init__(self, attributes)
 
     def __setitem__(self, name, value):
-        self._check(name)
-        super().__setitem__(name, value)
+        _check_name(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
 
-    @staticmethod
-    def _check(name):
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace has no attribute {name!r}")
+
+def _check_name(name):
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a namespace has no attribute {name!r}")
 
 
 def _raise_exception(message):
@@ -165,12 +171,19 @@ def _range(*args):
 
 
 def _bounded(text_filter):
+    """A filter that makes texts longer, with a bound on the numbers it is given."""
+
     @functools.wraps(text_filter)
     def call(*args, **kwargs):
-        _check_widths(*args if text_filter.__name__ == "do_format" else args[1:], *kwargs.values())
+        _check_widths(*args[1:], *kwargs.values())
         return text_filter(*args, **kwargs)
 
     return call
+
+
+def _format(text, *args, **kwargs):
+    _check_format(str(text), _PERCENT)
+    return jinja2.filters.do_format(text, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,7 +192,8 @@ def _compiled(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    for name in ("center", "indent", "format"):
+    environment.filters["format"] = _format
+    for name in ("center", "indent"):
         environment.filters[name] = _bounded(environment.filters[name])
     del environment.globals["lipsum"]
     environment.globals.update(
