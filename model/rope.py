@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,21 +46,25 @@ class Rope:
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("Rope: high_freq_factor must exceed low_freq_factor.")
 
-    def frequencies(self, head_dim: int) -> jax.Array:
+    def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each of the H/2 pairs, float32."""
         if head_dim % 2:
             raise ValueError(f"Rope needs an even head_dim, got {head_dim}.")
-        freq_P = self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        # Far positions multiply whatever is rounded here: published models were trained on reciprocals
+        # of float32 powers, which XLA's power misses by up to eight units in the last place.
+        exponent_P = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        power_P = (np.float64(self.base) ** exponent_P.astype(np.float64)).astype(np.float32)
+        freq_P = np.float32(1) / power_P
         if self.scaling == "linear":
-            return freq_P / self.factor
+            return freq_P / np.float32(self.factor)
         if self.scaling == "llama3":
             turns_P = self.original_length * freq_P / (2 * math.pi)
             # 0 where stretched fully, 1 where kept, linear in the turns between the two bounds.
             keep_P = (turns_P - self.low_freq_factor) / (
                 self.high_freq_factor - self.low_freq_factor
             )
-            keep_P = jnp.clip(keep_P, 0.0, 1.0)
-            return freq_P * (keep_P + (1 - keep_P) / self.factor)
+            keep_P = np.clip(keep_P, 0.0, 1.0)
+            return (freq_P * (keep_P + (1 - keep_P) / self.factor)).astype(np.float32)
         return freq_P
 
     def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
