@@ -5,7 +5,8 @@ Example, about a minute; figures and the environment go to standard output and t
   python -m launch.bench data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Those against PyTorch (train_step, cold_start) need `make peers` first.
+interval. Those against PyTorch (train_step, cold_start,
+hf_import) need `make peers` first.
 """
 
 import argparse
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",
+    "hf_import": "reading a 1B-parameter checkpoint against transformers, and converting it",
     "start_up": "--help and imports",
 }
 

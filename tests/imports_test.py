@@ -28,7 +28,9 @@ FORBIDDEN = {
 }
 PEERS = {"torch", "transformers"}  # reference implementations, never imported
 # Run by a benchmark as a script of their own environment.
-PEER_SCRIPTS = {ROOT / "launch" / "benchmarks" / "llama_torch.py"}
+PEER_SCRIPTS = {
+    ROOT / "launch" / "benchmarks" / name for name in ("llama_torch.py", "load_torch.py")
+}
 
 
 def files(package: str) -> list[pathlib.Path]:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
@@ -47,15 +48,15 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
     return state_tree.flatten(tree)
 
 
-def _read_array(path: epath.Path, name: str) -> Any:
-    """One array as a host array, read without Orbax."""
+def open_array(path: epath.Path, name: str) -> Any:
+    """One array of a step as a TensorStore, of which regions can be read, without Orbax."""
     base = os.fspath((path / step_dir.STATE).resolve())
     kvstore = {
         "driver": "ocdbt",
         "base": base if "://" in base else f"file://{base}",
         "path": name.replace("/", ".") + "/",
     }
-    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result().read().result()
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
 
 
 def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
@@ -64,7 +65,7 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
     def is_good(name: str) -> bool:
         entry = recorded.arrays[name]
         try:
-            values = _read_array(path, name)
+            values = open_array(path, name).read().result()
         except Exception:  # Whatever TensorStore raises, the array is not readable.
             return False
         return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
@@ -101,3 +102,21 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
     if damaged:
         raise DamagedCheckpointError(path, {}, damaged)
     return arrays
+
+
+class StoredArray:
+    """An array on disk of which regions are read, one that is stored in one piece being kept."""
+
+    def __init__(self, path: epath.Path, name: str):
+        self._store = open_array(path, name)
+        self._whole: np.ndarray | None = None
+        chunk = self._store.chunk_layout.read_chunk.shape
+        if all(a >= b for a, b in zip(chunk, self._store.shape, strict=True)):
+            self._whole = self._store.read().result()
+
+    def read(self, at: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The region at leading indices `at`, or rows [start, stop) of it."""
+        where: Any = (*at, slice(*rows)) if rows else (*at, ...)
+        if self._whole is not None:
+            return self._whole[where]
+        return self._store[where].read().result()

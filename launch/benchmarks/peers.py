@@ -36,10 +36,27 @@ def run(
     if side == "ours":
         command = [sys.executable, "-m", "launch.benchmarks.llama_jax", folder, str(steps)]
     else:
-        if not PEER_PYTHON.exists():
-            raise PeerError(f"{PEER_PYTHON} is missing: run `make peers` first.")
-        script = str(ROOT / "launch" / "benchmarks" / "llama_torch.py")
-        command = [str(PEER_PYTHON), "-P", script, folder, side, str(steps)]
+        command = peer_command("llama_torch.py", folder, side, str(steps))
+    return measured(command, env=env)
+
+
+def peer_command(script: str, *arguments: str) -> list[str]:
+    """A command that runs a script beside this module in the peers' environment.
+
+    Raises:
+      PeerError: it is not installed.
+    """
+    if not PEER_PYTHON.exists():
+        raise PeerError(f"{PEER_PYTHON} is missing: run `make peers` first.")
+    return [str(PEER_PYTHON), "-P", str(ROOT / "launch" / "benchmarks" / script), *arguments]
+
+
+def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The report that a fresh process prints as its last line, with 'other_load' (cores) added.
+
+    Raises:
+      PeerError: the process failed.
+    """
     # Each side starts as its users start it: malloc's settings are this project's own business.
     variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     variables.update(env or {})

@@ -1,0 +1,127 @@
+"""Weights from Hugging Face checkpoints and GGUF files into runs, and from runs to Hugging Face.
+
+Example; the run it makes is taken by every command as --checkpoint, and by training as
+INITIAL_CHECKPOINT_PATH:
+
+  python -m launch.convert --from_hf=/models/SmolLM2-135M --to=/tmp/smollm2
+  python -m launch.score --checkpoint=/tmp/smollm2 --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
+  python -m launch.convert --from=/tmp/smollm2 --to_hf=/tmp/smollm2_hf
+
+  python -m launch.convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
+
+Weights go through memory a layer at a time. Tensors that are missing or that nothing explains are
+errors, pickles are not read, and code that comes with a checkpoint is never run. A conversion that is
+cut short leaves nothing at its target.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launch import cli, environment, load_run
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.convert",
+        usage="python -m launch.convert (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
+        "       python -m launch.convert --from=DIR --to_hf=DIR [flags]",
+        description=summary,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
+    source.add_argument("--from_gguf", metavar="FILE", help="GGUF of a Llama-like model")
+    source.add_argument(
+        "--from", dest="checkpoint", metavar="DIR", help="run directory or step directory"
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", metavar="DIR", help="run directory to be made")
+    target.add_argument("--to_hf", metavar="DIR", help="Hugging Face checkpoint to be made")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the written weights (default: what the source has; float32 of GGUF)",
+    )
+    export = parser.add_argument_group("of --to_hf")
+    export.add_argument(
+        "--family", metavar="NAME", help="model_type (default: the one it came from, or that fits)"
+    )
+    export.add_argument(
+        "--shard_size", metavar="SIZE", help="most data in a file, as 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--params",
+        choices=load_run.PARAMS,
+        help="the trained parameters (raw), their moving average (ema), or the average where there "
+        "is one (auto, the default)",
+    )
+    export.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="configuration of a step that has none beside it; repeatable",
+    )
+    flags = parser.parse_args(argv)
+    if (flags.checkpoint is None) != (flags.to_hf is None):
+        parser.error("--from goes with --to_hf, --from_hf and --from_gguf with --to")
+    for name in ("family", "shard_size", "params", "gin_file"):
+        if flags.to_hf is None and getattr(flags, name):
+            parser.error(f"--{name} is of --to_hf: leave it out")
+    shard_bytes = _bytes(parser, flags.shard_size or "5GB")
+
+    def call() -> None:
+        environment.prepare()
+        if flags.to_hf is not None:
+            _export(flags, shard_bytes)
+            return
+        from launch import import_weights
+
+        convert, given = import_weights.import_hf, flags.from_hf
+        if flags.from_gguf is not None:
+            convert, given = import_weights.import_gguf, flags.from_gguf
+        convert(given, flags.to, dtype=flags.dtype)
+
+    return cli.status_of(call)
+
+
+def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
+    from launch import export_weights, gin_config
+
+    defaults = load_run.default_files(flags)
+    config = gin_config.load(
+        flags.gin_file,
+        entry="launch.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=defaults,
+    )
+    run: Any = config.entry
+    export_weights.export_hf(
+        flags.checkpoint,
+        run().model,
+        flags.to_hf,
+        params=flags.params or "auto",
+        family=flags.family,
+        dtype=flags.dtype,
+        shard_bytes=shard_bytes,
+    )
+
+
+def _bytes(parser: argparse.ArgumentParser, text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not found or not int(found[1]):
+        parser.error(f"--shard_size={text} is no size: give one as 500MB or 5GB")
+    return int(found[1]) * _UNITS[found[2] or ""]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

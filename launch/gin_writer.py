@@ -1,0 +1,171 @@
+"""The gin text that builds a given model: a run's configuration for weights that come from elsewhere.
+
+A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
+dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with
+several settings (say, norms of two kinds) gets a scope for each.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_LITERALS = (str, int, float, bool, type(None))
+_OF_FLAX = ("parent", "name")
+
+
+class UnwritableModelError(ValueError):
+    """A setting that gin has no words for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A class or function with settings; equal nodes are one thing in gin.
+
+    Attributes:
+      target: the class or function.
+      settings: (field, value) pairs, values being nodes or literals as text.
+      called: the value is what it returns, `@f()`, and not itself, `@f`.
+      where: path of the setting, for names and messages; does not make nodes different.
+    """
+
+    target: Any
+    settings: tuple[tuple[str, Any], ...]
+    called: bool
+    where: str = dataclasses.field(compare=False)
+
+    def all(self) -> Iterator["_Node"]:
+        for _, value in self.settings:
+            if isinstance(value, _Node):
+                yield from value.all()
+        yield self
+
+
+def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
+    """Gin text that makes `model` the macro MODEL.
+
+    Args:
+      model: a linen module whose factories are importable.
+      macros: further macros with their literal values, such as START_TOKEN.
+
+    Raises:
+      UnwritableModelError: a setting is a function or an object that cannot be imported.
+    """
+    root = _node(model, "model")
+    nodes = dict.fromkeys(root.all())  # Once each, in order.
+    modules = _module_names({node.target.__module__ for node in nodes})
+    scopes = _scopes(nodes)
+
+    def name(node: _Node) -> str:
+        return f"{modules[node.target.__module__]}.{node.target.__qualname__}"
+
+    def text(value: Any) -> str:
+        if not isinstance(value, _Node):
+            return value
+        return f"@{scopes[value]}{name(value)}{'()' if value.called else ''}"
+
+    lines = ["from __gin__ import dynamic_registration", ""]
+    for module, short in sorted(modules.items()):
+        package, _, last = module.rpartition(".")
+        imported = f"from {package} import {last}" if package else f"import {last}"
+        lines.append(imported if short == last else f"{imported} as {short}")
+    lines += ["", f"MODEL = {text(root)}"]
+    lines += [f"{key} = {value!r}" for key, value in (macros or {}).items()]
+    for node in reversed(nodes):
+        if node.settings:
+            lines.append("")
+        for key, value in node.settings:
+            lines.append(f"{scopes[node]}{name(node)}.{key} = {text(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _node(value: Any, where: str) -> _Node:
+    """The node of a module, dataclass, factory or function."""
+    if isinstance(value, functools.partial):
+        if value.args:
+            raise UnwritableModelError(
+                f"{where} is a partial with positional arguments: name them."
+            )
+        target, given, called = value.func, dict(value.keywords), False
+    elif inspect.isclass(value) or inspect.isroutine(value):
+        target, given, called = value, {}, False
+    else:
+        target, called = type(value), True
+        fields = [f for f in dataclasses.fields(value) if f.init and f.name not in _OF_FLAX]
+        given = {f.name: getattr(value, f.name) for f in fields}
+    if not _importable(target):
+        raise UnwritableModelError(
+            f"{where} is {target!r}, which cannot be imported by a name, so that no configuration can "
+            "say it. Use a class or function at the top of a module."
+        )
+    defaults = _defaults(target)
+    settings = tuple(
+        (key, _value(item, f"{where}.{key}"))
+        for key, item in given.items()
+        if key not in defaults or not _same(item, defaults[key])
+    )
+    return _Node(target, settings, called, where)
+
+
+def _value(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) or callable(value):
+        return _node(value, where)
+    if isinstance(value, (tuple, list, dict)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        if all(isinstance(_value(part, where), str) for part in parts):
+            return repr(value)
+    if isinstance(value, _LITERALS):
+        return repr(value)
+    raise UnwritableModelError(f"{where} = {value!r} has no form in gin: use a literal.")
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def _importable(target: Any) -> bool:
+    module = inspect.getmodule(target)
+    return getattr(module, getattr(target, "__name__", ""), None) is target
+
+
+def _defaults(target: Any) -> dict[str, Any]:
+    parameters = inspect.signature(target).parameters.values()
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if dataclasses.is_dataclass(target):  # Whose signature hides what factories make.
+        for field in dataclasses.fields(target):
+            if field.default_factory is not dataclasses.MISSING:
+                found[field.name] = field.default_factory()
+    return found
+
+
+def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:
+    """The scope of each node with its slash; none where a class has one set of settings alone.
+
+    Bindings without a scope hold in all scopes too, so that either no set has one or every set has.
+    """
+    sets: dict[Any, set] = {}
+    for node in nodes:
+        sets.setdefault(node.target, set()).add(node.settings)
+    taken: dict[tuple, str] = {}
+    scopes = {}
+    for node in nodes:
+        scopes[node] = ""
+        if len(sets[node.target]) > 1 and node.settings:
+            key = (node.target, node.settings)
+            base = node.where.removeprefix("model.").replace(".", "_")
+            scope = taken.get(key) or base
+            while key not in taken and scope in taken.values():
+                scope += "_"
+            taken[key] = scope
+            scopes[node] = f"{scope}/"
+    return scopes
+
+
+def _module_names(modules: set[str]) -> dict[str, str]:
+    """A short name for each module: its last part, or its whole path where that is taken."""
+    short: dict[str, str] = {}
+    for module in sorted(modules):
+        last = module.rpartition(".")[2]
+        short[module] = module.replace(".", "_") if last in short.values() else last
+    return short

@@ -1,0 +1,72 @@
+"""A Hugging Face checkpoint as a model and its parameters in memory, for users of the library."""
+
+import concurrent.futures
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from model.hf.families import family_of_config
+from model.hf.plan import Plan, plan
+from model.hf.safetensors_files import SafetensorsReader, read_json
+from model.transformer import Transformer
+
+_ALIGNMENT = 64  # bytes; jax takes host arrays over without a copy from there on
+
+
+def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Transformer, Any]:
+    """A model, with scanned layers, and its parameters.
+
+    Args:
+      directory: with config.json and safetensors.
+      dtype: of the parameters; None for what the files have.
+
+    Returns:
+      The linen module and its parameters, a nested dict of jax.Array: `model.apply({"params": params},
+      tokens_BT)`.
+
+    Raises:
+      WeightFileError, MismatchedTensors, UnsupportedConfig, UnsuitableDtypeError.
+    """
+    config = read_json(pathlib.Path(directory) / "config.json")
+    family = family_of_config(config)
+    model = family.model(config)
+    with SafetensorsReader(directory) as source:
+        arrays = fill(plan(family, model, source, dtype=dtype))
+    params: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, leaf = path.split("/")
+        node = params
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = jax.device_put(array, may_alias=True)
+    return model, params
+
+
+def fill(checked: Plan) -> dict[str, np.ndarray]:
+    """The arrays of a plan, every tensor read once and put into its place by a few threads."""
+    arrays = {path: _aligned(x.shape, x.dtype) for path, x in checked.arrays.items()}
+    threads = min(4, len(os.sched_getaffinity(0)))
+    with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        done = [
+            pool.submit(checked.fill, _place(arrays[path], piece.native_at), piece)
+            for path, target in checked.arrays.items()
+            for piece in target.pieces
+        ]
+        for future in done:
+            future.result()
+    return arrays
+
+
+def _place(array: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
+    where: Any = (*at, ...)  # With the dots a view even of a single number.
+    return array[where]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,209 @@
+"""What goes where when a checkpoint of another layout is imported, settled before any weight is read."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from model.hf import tiles
+from model.hf.description import native_shapes
+from model.hf.family import Family, MismatchedTensors
+from model.hf.mapping import Piece
+from model.hf.safetensors_files import TensorInfo
+from model.transformer import Transformer
+
+FLOATS = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
+}
+_BLOCK_BYTES = 1 << 24  # of a table in one block
+_READ_BYTES = 1 << 21  # at a time, to stay in the second cache
+
+
+class UnsuitableDtypeError(ValueError):
+    """Weights that are not floats, or do not fit the dtype asked for."""
+
+
+class Source(Protocol):
+    """Named tensors that are read whole or by rows, such as a SafetensorsReader."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read_into(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fills an array of the tensor's dtype with its rows from `start` on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """An array to be made: its pieces cover it once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of its blocks: what one tensor holds of it, or rows of a table."""
+        piece = self.pieces[0]
+        rest = self.shape[len(piece.native_at) :]
+        if piece.native_at or not _is_table(piece):
+            return (*(1 for _ in piece.native_at), *rest)
+        width = math.prod(rest[1:]) * self.dtype.itemsize
+        return (max(1, min(rest[0], _BLOCK_BYTES // max(width, 1))), *rest[1:])
+
+
+def _is_table(piece: Piece) -> bool:
+    """Whether an array is a tensor as it stands, of which any rows may be taken alone."""
+    return not piece.native_at and not piece.transpose and piece.hf_columns is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An import: `arrays` by native path, made of tensors of `source`.
+
+    Attributes:
+      source: the tensors.
+      names: names in the source by the pieces' names.
+      arrays: what is made.
+    """
+
+    source: Source
+    names: Mapping[str, str]
+    arrays: Mapping[str, Target]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for target in self.arrays.values())
+
+    def blocks(self, path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """The blocks of an array: where each begins, and its values."""
+        target = self.arrays[path]
+        for piece in target.pieces:
+            region = target.shape[len(piece.native_at) :]
+            step = target.chunk[0] if _is_table(piece) else None
+            for low in range(0, region[0], step) if step else [0]:
+                count = min(step, region[0] - low) if step else region[0]
+                values = np.empty((count, *region[1:]), target.dtype)
+                self.fill(values, piece, low)
+                start = (*piece.native_at, low, *(0 for _ in region[1:]))
+                yield start, values.reshape((1,) * len(piece.native_at) + values.shape)
+
+    def fill(self, into: np.ndarray, piece: Piece, start: int = 0) -> None:
+        """Copies a piece into its place, some rows at a time.
+
+        Args:
+          into: the region of an array, or of a table its rows from `start` on.
+          piece: what belongs there.
+          start: row of the tensor to begin with, of tables.
+        """
+        name = self.names[piece.hf]
+        info = self.source.tensors[name]
+        if _is_table(piece) and info.dtype == into.dtype and into.flags.c_contiguous:
+            self.source.read_into(name, start, into)
+            return
+        count = len(into) if _is_table(piece) else info.shape[0]
+        step = tiles.ROWS
+        held = None
+        if piece.transpose:
+            held = tiles.buffer(len(into), into.dtype)
+        elif info.shape:
+            step = max(1, _READ_BYTES * info.shape[0] // max(1, info.nbytes))
+        rows = np.empty((min(step, count), *info.shape[1:]), info.dtype)
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            self.source.read_into(name, start + low, rows[: high - low])
+            values = piece.from_hf(rows[: high - low])
+            part = into[..., low:high] if piece.transpose else into[low:high]
+            tiles.copy(part, values, held)
+            self._check_finite(part, values, piece)
+
+    def _check_finite(self, cast: np.ndarray, values: np.ndarray, piece: Piece) -> None:
+        narrow = cast.dtype == np.float16 and values.dtype != np.float16
+        if narrow and bool(np.any(np.isinf(cast) & ~np.isinf(values.astype(np.float32)))):
+            raise UnsuitableDtypeError(
+                f"{self.names[piece.hf]} has values beyond 65504, the largest of float16: use "
+                "--dtype=bfloat16 or float32."
+            )
+
+
+def plan(family: Family, model: Transformer, source: Source, *, dtype: str | None = None) -> Plan:
+    """Where each tensor of `source` goes in `model`, all of them checked.
+
+    Args:
+      family: of the checkpoint.
+      model: made of its config.json.
+      source: its tensors.
+      dtype: of all arrays; None for that of the tensors of each, the widest where they differ.
+
+    Raises:
+      MismatchedTensors: tensors are missing, unexplained or of another shape, or a tied one differs.
+      UnsuitableDtypeError: a tensor is not of floats, or `dtype` is not the name of floats.
+    """
+    found = {name: info.shape for name, info in source.tensors.items()}
+    names = family.match(model, found)
+    pieces = family.pieces(model)
+    if dtype is not None and dtype not in FLOATS:
+        raise UnsuitableDtypeError(
+            f"{dtype!r} is no dtype of weights: use one of {', '.join(FLOATS)}."
+        )
+    for name in (names[piece.hf] for piece in pieces):
+        if source.tensors[name].dtype.name not in FLOATS:
+            raise UnsuitableDtypeError(
+                f"{name} is {source.tensors[name]}: a quantised checkpoint? Use one of floats, such as "
+                "the model it was made from."
+            )
+    used = {piece.hf for piece in pieces}
+    for copy, original in family.tied.items():
+        if copy in names and copy not in used:
+            _check_tied(source, names[copy], names[original])
+    grouped: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.native, []).append(piece)
+    shapes = native_shapes(model)
+    arrays = {}
+    for path, parts in grouped.items():
+        dtypes = {source.tensors[names[piece.hf]].dtype for piece in parts}
+        of_source = np.dtype(functools.reduce(jnp.promote_types, sorted(dtypes, key=str)))
+        arrays[path] = Target(shapes[path], FLOATS[dtype] if dtype else of_source, tuple(parts))
+    return Plan(source, names, arrays)
+
+
+def _check_tied(source: Source, copy: str, original: str) -> None:
+    """Compares row by row, so that two tables are never in memory whole."""
+    here, there = source.tensors[copy], source.tensors[original]
+    same = here.dtype == there.dtype
+    step = max(1, _BLOCK_BYTES * here.shape[0] // max(1, here.nbytes))
+    for low in range(0, here.shape[0], step) if same else ():
+        one, two = np.empty((2, min(step, here.shape[0] - low), *here.shape[1:]), here.dtype)
+        source.read_into(copy, low, one)
+        source.read_into(original, low, two)
+        same = same and np.array_equal(one.view(np.uint8), two.view(np.uint8))
+    if not same:
+        raise MismatchedTensors(
+            f"{copy} differs from {original}, which config.json ties it to. If the model has a head of "
+            'its own, say so there: "tie_word_embeddings": false.'
+        )
+
+
+def narrow_names(plan: Plan) -> dict[str, Any]:
+    """Dtypes, by tensor, of those that are narrower than the array they became a part of.
+
+    An array has one dtype; an export needs these to give each tensor back as it was.
+    """
+    return {
+        plan.names[piece.hf]: plan.source.tensors[plan.names[piece.hf]].dtype.name
+        for target in plan.arrays.values()
+        for piece in target.pieces
+        if plan.source.tensors[plan.names[piece.hf]].dtype != target.dtype
+    }

@@ -1,0 +1,312 @@
+"""Safetensors checkpoints on disk, read and written by regions of tensors.
+
+The safetensors library checks each file's header and reads whole tensors through a memory map; regions
+are read here with plain reads at offsets, so that what is in memory is what was asked for, and bfloat16
+and 8-bit floats are read too.
+
+The format: eight bytes with the length of the header, the header as JSON of {name: {dtype, shape,
+data_offsets}}, then the data. A checkpoint of several files has an index, {"weight_map": {name: file}}.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER = 100_000_000  # bytes; the library's own limit
+_READ_BYTES = 1 << 26  # one read at most; the system cuts at 2 GiB
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class WeightFileError(ValueError):
+    """Files of weights that cannot be read, or are not safe to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is: `offset` bytes into `file`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: pathlib.Path
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}{list(self.shape)}"
+
+
+class SafetensorsReader:
+    """The tensors of a directory; names, shapes and dtypes are known without reading data.
+
+    Attributes:
+      tensors: by name.
+
+    Raises:
+      WeightFileError: no or only pickled weights, an index that leaves the directory, or a damaged file.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = pathlib.Path(directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._descriptors: dict[pathlib.Path, int] = {}
+        for file, names in _files(self.directory).items():
+            found = _read_header(file)
+            if missing := sorted(set(names or found) - set(found)):
+                raise WeightFileError(
+                    f"{file} lacks {missing[0]}, which {INDEX} says it holds. The checkpoint is "
+                    "incomplete or mixed from two: copy it again."
+                )
+            self.tensors.update({name: found[name] for name in names or found})
+        for file in {info.file for info in self.tensors.values()}:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a new array."""
+        values = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
+        self.read_into(name, 0, values)
+        return values
+
+    def read_into(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fills a contiguous array with a tensor's rows from `start` on. Threads may share this.
+
+        Raises:
+          WeightFileError: the file has become shorter since it was opened.
+        """
+        info = self.tensors[name]
+        row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
+        data = into.reshape(-1).view(np.uint8)
+        done, offset = 0, info.offset + start * row
+        while done < data.size:
+            part = data[done : done + _READ_BYTES]
+            count = os.preadv(self._descriptors[info.file], [part.data], offset + done)
+            if not count:
+                raise WeightFileError(f"{info.file} has been cut short since it was opened.")
+            done += count
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Contents of a JSON file.
+
+    Raises:
+      WeightFileError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise WeightFileError(
+            f"{path} is missing: give the directory of a Hugging Face checkpoint, as "
+            "save_pretrained or a download of the whole repository writes it."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise WeightFileError(f"{path} is not JSON ({error}): copy it again.") from None
+
+
+def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
+    """The files with weights and the names looked for in each; None for all that it has."""
+    if (directory / INDEX).exists():
+        index = read_json(_inside(directory, INDEX))
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise WeightFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
+        files: dict[pathlib.Path, list[str]] = {}
+        paths = {file: _inside(directory, file) for file in set(map(_text, names.values()))}
+        for name, file in names.items():
+            files.setdefault(paths[file], []).append(name)
+        return dict(files)
+    if (directory / SINGLE).exists():
+        return {_inside(directory, SINGLE): None}
+    if not directory.is_dir():
+        raise WeightFileError(f"{directory} is not a directory: give that of a checkpoint.")
+    pickled = sorted(p.name for p in directory.iterdir() if _is_pickled(p.name))
+    if pickled:
+        raise WeightFileError(
+            f"{directory} holds its weights as {pickled[0]}, a pickle, which runs code when it is "
+            "read. Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(..., safe_serialization=True) of transformers."
+        )
+    raise WeightFileError(f"{directory} has neither {SINGLE} nor {INDEX}: it holds no weights.")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _is_pickled(name: str) -> bool:
+    return name.endswith(_PICKLED) or name.endswith(".bin.index.json")
+
+
+def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """A file directly in the directory, links followed only within the checkpoint."""
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise WeightFileError(
+            f"{directory / INDEX} names the file {name!r}, which is not a plain name in its own "
+            "directory. Do not use this checkpoint, or correct the index."
+        )
+    found, root = (directory / name).resolve(), directory.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":  # The hub's cache keeps files as links into its blobs.
+        roots.append(root.parent.parent / "blobs")
+    if not any(found.is_relative_to(folder) for folder in roots):
+        raise WeightFileError(
+            f"{directory / name} is a link to {found}, outside of the checkpoint. Put the file itself "
+            "there if you trust it."
+        )
+    if not found.is_file():
+        raise WeightFileError(f"{directory / name} is missing: the checkpoint is incomplete.")
+    return found
+
+
+def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
+    try:
+        with safetensors.safe_open(file, framework="numpy"):
+            pass  # Checks all offsets against shapes, each other and the size of the file.
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > _MAX_HEADER:
+                raise ValueError(f"its header of {size} bytes is too long")
+            header = json.loads(stream.read(size))
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise WeightFileError(
+            f"{file} is damaged or no safetensors file ({error}). Copy or download it again."
+        ) from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise WeightFileError(
+                f"{file}: {name} is of dtype {entry['dtype']}, which is not supported. Save it in one of "
+                f"{', '.join(DTYPES)}."
+            )
+    return {
+        name: TensorInfo(
+            DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
+
+
+class SafetensorsWriter:
+    """A checkpoint whose tensors are laid out at the start and written in any order.
+
+    Args:
+      directory: where the files are made.
+      tensors: (dtype, shape) by name, in the order in which they are stored.
+      shard_bytes: no file has more data, unless a single tensor does.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        *,
+        shard_bytes: int,
+    ):
+        self.directory = pathlib.Path(directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._descriptors: dict[pathlib.Path, int] = {}
+        shards = list(_shards(tensors, shard_bytes))
+        for number, names in enumerate(shards, 1):
+            file = SINGLE
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out(self.directory / file, {name: tensors[name] for name in names})
+        if len(shards) > 1:
+            total = sum(info.nbytes for info in self.tensors.values())
+            names_to_files = {name: info.file.name for name, info in sorted(self.tensors.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": names_to_files}
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, file: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        infos, end = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            infos[name] = TensorInfo(np.dtype(dtype), tuple(shape), file, end)
+            start, end = end, end + infos[name].nbytes
+            code = _CODES[np.dtype(dtype)]
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        for name, info in infos.items():
+            self.tensors[name] = dataclasses.replace(info, offset=base + info.offset)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors[file] = descriptor
+        os.write(descriptor, len(text).to_bytes(8, "little") + text)
+        # A full disk is an error here and not in the middle of the work.
+        os.posix_fallocate(descriptor, 0, max(base + end, 1))
+
+    def write(self, name: str, values: np.ndarray, row: int = 0) -> None:
+        """Writes a tensor, or rows of it from `row` on."""
+        info = self.tensors[name]
+        if values.dtype != info.dtype or values.shape[1:] != info.shape[1:]:
+            raise ValueError(f"{name} is {info}, not {values.dtype}{list(values.shape)}")
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        width = int(np.prod(info.shape[1:], dtype=np.int64)) * info.dtype.itemsize
+        done, offset = 0, info.offset + row * width
+        while done < data.size:
+            part = data[done : done + _READ_BYTES].data
+            done += os.pwrite(self._descriptors[info.file], part, offset + done)
+
+    def close(self) -> None:
+        """Forces the files to the disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _shards(tensors: Mapping[str, Any], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    total = 0
+    for name, (dtype, shape) in tensors.items():
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if names and total + size > shard_bytes:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
