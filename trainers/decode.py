@@ -1,8 +1,10 @@
 """Generation: one compiled loop over new tokens, after the prompts have been read (trainers/prefill.py).
 
-A pure function of static shapes, which trainers/decoder.py compiles.
+Pure functions of static shapes, which trainers/decoder.py compiles: `begin` chooses the first token,
+`advance` continues to a step that is an argument, so that the host can look at what there is by then
+without another program.
 
-Shapes: B batch, M new tokens at most, D width, V vocabulary.
+Shapes: B rows, M new tokens at most, D width, V vocabulary.
 """
 
 import dataclasses
@@ -14,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
+from trainers.beam import Beams
 from trainers.prefill import read
-from trainers.sampling import Sampling, sample
+from trainers.sampling import Sampling, penalised, sample
 
 NO_EOS = -1
 
@@ -31,6 +34,11 @@ class Settings:
       eos_id: one more of them; NO_EOS for none.
       num_ids: size of the vocabulary; ids from there on are padding of the model's table and are
         never chosen. None for all rows of the table.
+      num_samples: continuations of each prompt: independent draws, or the best of the beams.
+      beams: search in place of choosing token by token; None for none.
+
+    Raises:
+      ValueError: settings out of range, or that contradict each other.
     """
 
     max_new_tokens: int = 128
@@ -38,10 +46,48 @@ class Settings:
     eos_ids: Sequence[int] = ()
     eos_id: int = NO_EOS
     num_ids: int | None = None
+    num_samples: int = 1
+    beams: Beams | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at least 1.")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples = {self.num_samples} must be at least 1.")
+        if self.beams is None:
+            if self.num_samples > 1 and self.sampling.temperature == 0:
+                raise ValueError(
+                    f"num_samples = {self.num_samples} greedy continuations would all be the same: set "
+                    "a temperature above 0, or num_beams."
+                )
+        elif self.num_samples > self.beams.num_beams:
+            raise ValueError(
+                f"num_samples = {self.num_samples} exceeds num_beams = {self.beams.num_beams}, of which "
+                "they are the best."
+            )
+        elif self.sampling.temperature or self.sampling.restricted:
+            raise ValueError(
+                "Beams are searched, not drawn: temperature, top_k, top_p and min_p do not go with "
+                "num_beams."
+            )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a row."""
+        ids = dict.fromkeys((*self.eos_ids, self.eos_id))
+        return tuple(id for id in ids if id != NO_EOS)
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Rows of the caches while decoding."""
+        return self.num_samples if self.beams is None else self.beams.num_beams
+
+    def allowed(self, logits_BV: jax.Array) -> jax.Array:
+        """Logits with those of padding ids at -inf."""
+        if self.num_ids is None or self.num_ids >= logits_BV.shape[-1]:
+            return logits_BV
+        known_V = jnp.arange(logits_BV.shape[-1]) < self.num_ids
+        return jnp.where(known_V[None], logits_BV, -jnp.inf)
 
 
 @flax.struct.dataclass
@@ -57,11 +103,26 @@ class Decoded:
 
 
 @flax.struct.dataclass
-class _Loop:
+class Loop:
+    """Between steps: `step` tokens are chosen, of which the last is not in the caches yet.
+
+    Attributes:
+      step: number of tokens chosen.
+      done_B: rows that have ended.
+      decoded: what there is by now.
+      caches: of the tokens before the last.
+      lengths_B: of the prompts.
+      keys_B: a random key for each row.
+      seen_BV: tokens of prompts and continuations; None without a repetition penalty.
+    """
+
     step: jax.Array
     done_B: jax.Array
     decoded: Decoded
     caches: Any
+    lengths_B: jax.Array
+    keys_B: jax.Array
+    seen_BV: jax.Array | None
 
 
 def decode(
@@ -75,24 +136,35 @@ def decode(
     keys_B: jax.Array,
     settings: Settings,
 ) -> tuple[Decoded, Any]:
-    """Continues prefilled prompts until every active row has ended or has M new tokens.
+    """`begin` and all of `advance`; no repetition penalty. Returns new tokens, and the caches."""
+    loop = begin(logits_BV, caches, lengths_B, active_B, keys_B, None, settings)
+    until = jnp.int32(settings.max_new_tokens)
+    loop = advance(model, params, policy, loop, until, jnp.zeros_like(active_B), settings)
+    return loop.decoded, loop.caches
+
+
+def begin(
+    logits_BV: jax.Array,
+    caches: Any,
+    lengths_B: jax.Array,
+    active_B: jax.Array,
+    keys_B: jax.Array,
+    seen_BV: jax.Array | None,
+    settings: Settings,
+) -> Loop:
+    """Chooses the first token of prefilled prompts.
 
     Args:
-      model: with unrolled layers.
-      params: its parameters.
-      policy: of the caches.
       logits_BV: after the prompts.
       caches: with room for M - 1 more tokens, for the last new one is never read.
       lengths_B: of the prompts.
       active_B: False for rows that only fill up the batch.
       keys_B: a random key for each row.
+      seen_BV: of sampling.seen_in; None without a repetition penalty.
       settings: static.
-
-    Returns:
-      The new tokens, and the caches, so that their memory can be the given ones'.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
-    loop = _Loop(
+    loop = Loop(
         step=jnp.zeros((), jnp.int32),
         done_B=~active_B,
         decoded=Decoded(
@@ -101,33 +173,63 @@ def decode(
             lengths_B=jnp.zeros(B, jnp.int32),
         ),
         caches=caches,
+        lengths_B=lengths_B,
+        keys_B=keys_B,
+        seen_BV=seen_BV,
     )
-    loop = _choose(loop, logits_BV, keys_B, settings)
+    return _choose(loop, logits_BV, settings)
 
-    def body(loop: _Loop) -> _Loop:
+
+def advance(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    loop: Loop,
+    until: jax.Array,
+    ended_B: jax.Array,
+    settings: Settings,
+) -> Loop:
+    """Continues until every row has ended or has `until` new tokens.
+
+    Args:
+      model: with unrolled layers.
+      params: its parameters.
+      policy: of the caches.
+      loop: to continue; its memory can be the result's.
+      until: tokens to stop at, at most M.
+      ended_B: rows that have ended for reasons of the host, such as a stop string.
+      settings: static.
+    """
+
+    def body(loop: Loop) -> Loop:
         last = loop.step - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.decoded.tokens_BM, last, 1, axis=1)
         # What an ended row would still add is marked as padding.
-        position_B1 = jnp.where(loop.done_B, -1, lengths_B + last)[:, None]
+        position_B1 = jnp.where(loop.done_B, -1, loop.lengths_B + last)[:, None]
         out = read(model, params, policy, token_B1, position_B1, loop.caches)
         logits_BV = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
-        return _choose(dataclasses.replace(loop, caches=out.caches), logits_BV, keys_B, settings)
+        return _choose(dataclasses.replace(loop, caches=out.caches), logits_BV, settings)
 
-    more = lambda loop: (loop.step < M) & ~jnp.all(loop.done_B)  # noqa: E731
-    loop = jax.lax.while_loop(more, body, loop)
-    return loop.decoded, loop.caches
+    def more(loop: Loop) -> jax.Array:
+        return (loop.step < until) & ~jnp.all(loop.done_B)
+
+    loop = dataclasses.replace(loop, done_B=loop.done_B | ended_B)
+    return jax.lax.while_loop(more, body, loop)
 
 
-def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Settings) -> _Loop:
+def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
     """Adds token number `loop.step` to the rows that have not ended."""
-    logp_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
-    if settings.num_ids is not None:
-        known_V = jnp.arange(logits_BV.shape[-1]) < settings.num_ids
-        logits_BV = jnp.where(known_V[None], logits_BV, -jnp.inf)
-    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, loop.step)
-    token_B = sample(logits_BV, step_keys_B, settings.sampling)
-    logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0]
-    ends_B = jnp.isin(token_B, jnp.asarray([*settings.eos_ids, settings.eos_id], jnp.int32))
+    logits_BV = logits_BV.astype(jnp.float32)
+    choice_BV, seen_BV = settings.allowed(logits_BV), loop.seen_BV
+    if seen_BV is not None:
+        choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)
+    token_B = sample(choice_BV, step_keys_B, settings.sampling)
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    ends_B = jnp.isin(token_B, jnp.asarray(settings.ends, jnp.int32))
     old, done_B = loop.decoded, loop.done_B
 
     def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:
@@ -143,4 +245,5 @@ def _choose(loop: _Loop, logits_BV: jax.Array, keys_B: jax.Array, settings: Sett
             log_probs_BM=put(old.log_probs_BM, logp_B),
             lengths_B=old.lengths_B + (~done_B).astype(jnp.int32),
         ),
+        seen_BV=seen_BV,
     )
