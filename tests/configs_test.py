@@ -21,7 +21,7 @@ DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" n
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
-# BAM's seed, SmolLM2).
+# BAM's seed, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
 COUNTS = {
     "tiny": 384 * 64 + 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 192 + 64) + 64,
     "quickstart": 4096 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 192) + 192,
@@ -32,6 +32,17 @@ COUNTS = {
     "bam_2b": 1_991_000_000,
     "aya23_8b": 8_028_033_024,
     "aya23_35b": 34_980_831_232,
+    "command_r_35b": 34_980_831_232,
+    "aya_expanse_8b": 8_028_033_024,
+    "aya_expanse_32b": 256_000 * 8192
+    + 40 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 24_576 + 8192)
+    + 8192,
+    "command_r7b": 8_028_033_024,
+    "mistral_7b": 7_241_732_096,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen2p5_0p5b": 494_032_768,
+    "qwen3_0p6b": 596_049_920,
+    "gemma2_2b": 2_614_341_888,
     "gpt2": 124_439_808,
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
