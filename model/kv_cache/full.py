@@ -37,6 +37,13 @@ class Reading:
     def positions_BS(self) -> jax.Array:
         return self.slots.positions_BXS[:, 0]
 
+    @property
+    def known_form(self) -> AttentionForm:
+        """`form`, which the first token has told."""
+        if self.form is None:
+            raise ValueError("A cache is compressed after tokens have been appended to it.")
+        return self.form
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullCache:
@@ -91,8 +98,7 @@ class FullCache:
 
     def compress(self, state: Reading, *, length: int, dtype: Any = None) -> Any:
         """A ring where the layer's window is all that is needed, else what the policy keeps."""
-        assert state.form is not None, "compress follows append"
-        window = state.form.window
+        window = state.known_form.window
         most = self.most(state)
         if window is not None and (most is None or window <= most):
             return rolling(state, window, length=length, dtype=dtype)

@@ -6,11 +6,31 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from model.kv_cache.adakv import AdaKV
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
+from model.kv_cache.h2o import H2O
+from model.kv_cache.oracle import Oracle
+from model.kv_cache.pyramidkv import PyramidKV
+from model.kv_cache.random import Random
+from model.kv_cache.sliding import Sliding
+from model.kv_cache.snapkv import SnapKV
+from model.kv_cache.streaming_llm import StreamingLLM
+from model.kv_cache.tova import Tova
 
 # Each a frozen dataclass whose fields are its settings.
-POLICIES: dict[str, type] = {"full": FullCache}
+POLICIES: dict[str, type] = {
+    "full": FullCache,
+    "sliding": Sliding,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "adakv": AdaKV,
+    "h2o": H2O,
+    "tova": Tova,
+    "streaming_llm": StreamingLLM,
+    "random": Random,
+    "oracle": Oracle,
+}
 
 
 def policy_named(name: str, **settings: Any) -> CachePolicy:

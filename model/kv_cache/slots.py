@@ -80,6 +80,20 @@ class Slots:
             at=after,
         )
 
+    def with_first_keys(self, k_BPKH: jax.Array, positions_BXP: jax.Array) -> "Slots":
+        """Other keys at other positions in the first P slots."""
+
+        def first(held: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(held, new, 0, axis=2)
+
+        k_BKPH, k_scale_BKP = self._encode(k_BPKH)
+        return dataclasses.replace(
+            self,
+            k_BKSH=first(self.k_BKSH, k_BKPH),
+            positions_BXS=first(self.positions_BXS, positions_BXP),
+            k_scale_BKS=jax.tree.map(first, self.k_scale_BKS, k_scale_BKP),
+        )
+
     def _encode(self, x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """As the slots store them, head by head, with scales if they do."""
         x_BKTH = x_BTKH.swapaxes(1, 2)

@@ -1,0 +1,118 @@
+"""What a key is worth, as the attention of some queries tells it: pure functions in float32.
+
+Shapes: B batch, T queries, W observed queries, S slots, C slots chosen, N query heads, K key/value
+heads, G = N / K, X heads that choose for themselves, H head dim.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from model.attention_ops import attention_weights
+from model.kv_cache.base import AttentionForm
+from model.kv_cache.slots import Slots
+
+Pooling = Literal["max", "average"]
+GroupVote = Literal["mean", "max"]
+
+_BLOCK = 128  # queries whose attention to all keys is in memory at a time
+
+
+def votes(
+    q_BTNH: jax.Array, positions_BT: jax.Array, held: Slots, form: AttentionForm
+) -> jax.Array:
+    """Attention [B, K, G, S] that every slot receives from the queries together.
+
+    It is the layer's own: softmax over all keys that a query sees, then a sum over queries. Queries
+    at position -1 count for nothing.
+    """
+    seen = held.view()
+    weights_BKGTS = attention_weights(
+        q_BTNH,
+        seen.k_BSKH,
+        q_positions_BT=positions_BT,
+        kv_positions_BS=seen.positions_BS,
+        **form.arguments(),
+    )
+    return weights_BKGTS.astype(jnp.float32).sum(3)
+
+
+def votes_in_blocks(
+    q_BTNH: jax.Array, positions_BT: jax.Array, held: Slots, form: AttentionForm
+) -> jax.Array:
+    """`votes` of many queries: their [T, S] weights are never in memory together."""
+    B, T, N, H = q_BTNH.shape
+    blocks = -(-T // _BLOCK)
+    if blocks == 1:
+        return votes(q_BTNH, positions_BT, held, form)
+    more = blocks * _BLOCK - T
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, more), (0, 0), (0, 0)))
+    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, more)), constant_values=-1)
+
+    def add(i: jax.Array, total_BKGS: jax.Array) -> jax.Array:
+        q_BUNH, positions_BU = (
+            jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis=1)
+            for x in (q_BTNH, positions_BT)
+        )
+        return total_BKGS + votes(q_BUNH, positions_BU, held, form)
+
+    K, S = held.k_BKSH.shape[1:3]
+    return jax.lax.fori_loop(0, blocks, add, jnp.zeros((B, K, N // K, S), jnp.float32))
+
+
+def of_group(votes_BKGS: jax.Array, group_vote: GroupVote) -> jax.Array:
+    """[B, K, S]: one vote of the query heads that share a key/value head."""
+    return votes_BKGS.mean(2) if group_vote == "mean" else votes_BKGS.max(2)
+
+
+def pooled(
+    votes_BXS: jax.Array, eligible_BS: jax.Array, kernel: int, pooling: Pooling
+) -> jax.Array:
+    """Pools along slots with stride 1, so that neighbours survive together.
+
+    Slots that are not eligible lend nothing to their neighbours: they are -inf to a maximum, and zero
+    in an average, which divides by the whole kernel also at the edges (arXiv 2404.14469, listing 1).
+    What comes out there itself means nothing.
+    """
+    outside = -jnp.inf if pooling == "max" else 0.0
+    combine = jax.lax.max if pooling == "max" else jax.lax.add
+    inside_BXS = jnp.where(eligible_BS[:, None], votes_BXS, outside)
+    half = kernel // 2
+    out_BXS = jax.lax.reduce_window(
+        inside_BXS,
+        jnp.asarray(outside, votes_BXS.dtype),
+        combine,
+        window_dimensions=(1, 1, kernel),
+        window_strides=(1, 1, 1),
+        padding=((0, 0), (0, 0), (half, half)),
+    )
+    return out_BXS if pooling == "max" else out_BXS / kernel
+
+
+def recent(positions_BS: jax.Array, window: int) -> jax.Array:
+    """True [B, S] for the last `window` tokens of every row."""
+    last_B1 = positions_BS.max(1, keepdims=True)
+    return (positions_BS >= 0) & (positions_BS > last_B1 - window)
+
+
+def ranked(scores_BXS: jax.Array, positions_BS: jax.Array, window: int) -> jax.Array:
+    """Scores by which the last `window` tokens of a row come first and empty slots last."""
+    kept_BS, real_BS = recent(positions_BS, window), positions_BS >= 0
+    scores_BXS = jnp.where(kept_BS[:, None], jnp.inf, scores_BXS)
+    return jnp.where(real_BS[:, None], scores_BXS, -jnp.inf)
+
+
+def best(scores_BXS: jax.Array, count: int) -> jax.Array:
+    """Indices [B, X, C] of the `count` highest scores, in ascending order; of equals, the first."""
+    return jnp.sort(jax.lax.top_k(scores_BXS, count)[1], axis=-1)
+
+
+def hit_rate(weights_XS: jax.Array, chosen_XS: jax.Array, threshold: float) -> jax.Array:
+    """The part of the attention weights above `threshold` that lies on chosen slots.
+
+    Equations 4 to 6 of arXiv 2404.14469; 1 where no weight is above the threshold.
+    """
+    above_XS = weights_XS > threshold
+    total = above_XS.sum()
+    return jnp.where(total > 0, (above_XS & chosen_XS).sum() / jnp.maximum(total, 1), 1.0)

@@ -1,0 +1,61 @@
+"""SnapKV (Li et al., arXiv 2404.14469): the end of a prompt tells which of its tokens matter.
+
+Shapes: B batch, S slots, K key/value heads, G query heads of each.
+"""
+
+import dataclasses
+from typing import get_args
+
+import jax
+
+from model.kv_cache import scores
+from model.kv_cache.full import Reading
+from model.kv_cache.scores import GroupVote, Pooling
+from model.kv_cache.selecting import Selecting, check_window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapKV(Selecting):
+    """The last `window` tokens, and those before them that they attend to most.
+
+    The queries of the window vote with their attention, softmax over all keys, summed (equation 2);
+    votes of a group of query heads become one; votes are pooled along the prompt, and every key/value
+    head keeps its own best (equation 3). All in float32. Defaults are the paper's for LongBench.
+
+    Attributes:
+      capacity: slots for the prompt, window included, of each key/value head.
+      window: last tokens, which vote and are always kept.
+      kernel: odd width of the pooling; 1 for none.
+      pooling: 'max' or 'average'.
+      group_vote: 'mean' or 'max' over the query heads of a key/value head, before pooling.
+
+    Raises:
+      ValueError: a window that leaves no capacity, an even kernel, an unknown name.
+    """
+
+    window: int = 32
+    kernel: int = 7
+    pooling: Pooling = "max"
+    group_vote: GroupVote = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_window(self.capacity, self.window)
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel = {self.kernel} must be odd and positive")
+        for name, known in (("pooling", Pooling), ("group_vote", GroupVote)):
+            if getattr(self, name) not in get_args(known):
+                value = getattr(self, name)
+                raise ValueError(f"{name} = {value!r} must be one of {get_args(known)}")
+
+    @property
+    def observed(self) -> int:
+        return self.window
+
+    def scores(self, state: Reading) -> jax.Array:
+        seen, at_BS = state.evidence, state.positions_BS
+        votes_BKGS = scores.votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
+        votes_BKS = scores.of_group(votes_BKGS, self.group_vote)
+        prefix_BS = (at_BS >= 0) & ~scores.recent(at_BS, self.window)
+        votes_BKS = scores.pooled(votes_BKS, prefix_BS, self.kernel, self.pooling)
+        return scores.ranked(votes_BKS, at_BS, self.window)

@@ -1,0 +1,107 @@
+"""StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens and the last, without an end.
+
+Shapes: B batch, T = 1 new token, S slots, C capacity, P sinks, K key/value heads, H head dim.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.kv_cache import slots
+from model.kv_cache.base import AttentionForm, KeyValues
+from model.kv_cache.full import FullCache, Reading
+from model.kv_cache.slots import Slots
+
+
+@flax.struct.dataclass
+class Stream:
+    """Slots of which the first are sinks, and the sinks' keys as rotated by their true positions."""
+
+    slots: Slots
+    sinks_BKPH: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingLLM(FullCache):
+    """Attention sinks and a ring of recent tokens: C slots, however much is generated.
+
+    With `renumber`, positions are those within the cache, as in the paper. Attention by rotation
+    knows only distances, and those to recent tokens are the same in either numbering, so recent keys
+    stay as they are; the sinks' keys are rotated on, by as many positions as have been dropped. The
+    prompt is read with all of its tokens; the paper streams it too.
+
+    Attributes:
+      capacity: slots, sinks included; of a prompt and what follows together.
+      sinks: first tokens, always kept; a shorter prompt has fewer.
+      renumber: whether dropped tokens leave no gap in the positions.
+    """
+
+    capacity: int = 1024
+    sinks: int = 4
+    renumber: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.sinks < self.capacity:
+            raise ValueError(
+                f"sinks = {self.sinks} must be at least 0 and below capacity = {self.capacity}"
+            )
+
+    def most(self, state: Reading) -> int:
+        del state
+        return self.capacity
+
+    def keep(self, state: Reading, *, length: int, dtype: Any) -> Any:
+        held, sinks = state.slots, self.sinks
+        if held.length + length <= self.capacity:
+            return super().keep(state, length=length, dtype=dtype)
+        held = held.with_room(max(self.capacity - held.length, 0))
+        at_BS = held.positions_BXS[:, 0]
+        is_sink_BPS = at_BS[:, None] == jnp.arange(sinks, dtype=jnp.int32)[None, :, None]
+        recent_BS = jnp.where(at_BS >= sinks, at_BS, -1)
+        # Rows end together, at the last slot, so the ring's next slot is the oldest of every row.
+        index_BR = slots.latest(recent_BS, self.capacity - sinks)
+        index_BC = jnp.concatenate([is_sink_BPS.argmax(-1), index_BR], axis=1)
+        real_BC = jnp.concatenate(
+            [is_sink_BPS.any(-1), jnp.take_along_axis(recent_BS, index_BR, axis=1) >= 0], axis=1
+        )
+        held = held.take(index_BC[:, None])
+        held = dataclasses.replace(
+            held,
+            positions_BXS=jnp.where(real_BC[:, None], held.positions_BXS, -1),
+            ring=sinks,
+            at=jnp.asarray(sinks, jnp.int32),
+        )
+        stored = held.stored_as(dtype)
+        if not (self.renumber and sinks and state.known_form.rope):
+            return stored
+        return Stream(slots=stored, sinks_BKPH=held.k_BKSH[:, :, :sinks])
+
+    def extend(
+        self,
+        state: Any,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        positions_BT: jax.Array,
+        form: AttentionForm,
+    ) -> Any:
+        if not isinstance(state, Stream):
+            return super().extend(state, k_BTKH, v_BTKH, positions_BT, form)
+        held = state.slots.put(k_BTKH, v_BTKH, positions_BT)
+        B, P = state.sinks_BKPH.shape[0], self.sinks
+        dropped_B1 = jnp.maximum(positions_BT + 1 - self.capacity, 0)
+        dropped_BP = jnp.broadcast_to(dropped_B1, (B, P))
+        assert form.rope is not None
+        k_BPKH = form.rope(state.sinks_BKPH.swapaxes(1, 2), dropped_BP)
+        at_BXP = held.positions_BXS[:, :, :P]
+        # The position by which the mask goes is that of the rotation.
+        moved_BXP = jnp.arange(P, dtype=jnp.int32)[None, None] + dropped_BP[:, None]
+        return dataclasses.replace(
+            state,
+            slots=held.with_first_keys(k_BPKH, jnp.where(at_BXP < 0, -1, moved_BXP)),
+        )
+
+    def view(self, state: Any) -> KeyValues:
+        return super().view(state.slots if isinstance(state, Stream) else state)
