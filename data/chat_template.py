@@ -33,7 +33,7 @@ COMMAND = """\
 {{- bos_token -}}
 {%- set turns = messages -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
-  {{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0]['content'] | trim
+  {{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0]['content'].strip()
       + '<|END_OF_TURN_TOKEN|>' -}}
   {%- set turns = messages[1:] -%}
 {%- endif -%}
@@ -44,10 +44,10 @@ COMMAND = """\
   {%- endif -%}
   {{- '<|START_OF_TURN_TOKEN|>' -}}
   {%- if turn['role'] == 'user' -%}
-    {{- '<|USER_TOKEN|>' + turn['content'] | trim + '<|END_OF_TURN_TOKEN|>' -}}
+    {{- '<|USER_TOKEN|>' + turn['content'].strip() + '<|END_OF_TURN_TOKEN|>' -}}
   {%- else -%}
     {{- '<|CHATBOT_TOKEN|>' -}}
-    {% generation %}{{- turn['content'] | trim + '<|END_OF_TURN_TOKEN|>' -}}{% endgeneration %}
+    {% generation %}{{- turn['content'].strip() + '<|END_OF_TURN_TOKEN|>' -}}{% endgeneration %}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -161,14 +161,19 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE with bytes; one space is put before a text, not after a special token."""
+    """SentencePiece BPE with bytes.
+
+    One space more stands before a text, and after each special token, as in the files that were released
+    for these models.
+    """
     tokens, scores = _needed(values, "tokens"), _needed(values, "scores")
     types = [int(type) for type in _needed(values, "token_type")]
     tokenizer = tokenizers.Tokenizer(spm_tokenizer.bpe(tokens, scores, types))
     prefix = bool(values.get(f"{_PREFIX}add_space_prefix", True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=spm_tokenizer.SPACE, prepend_scheme="first" if prefix else "never", split=False
-    )
+    space = [normalizers.Replace(" ", spm_tokenizer.SPACE)]
+    if prefix:
+        space.insert(0, normalizers.Prepend(spm_tokenizer.SPACE))
+    tokenizer.normalizer = normalizers.Sequence(space)
     steps = [decoders.Replace(spm_tokenizer.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         steps.append(decoders.Strip(" ", 1, 0))
