@@ -3,11 +3,14 @@
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from data import hf_tokenizer
+from launch import run_vocabulary
 from launch.import_weights import ConvertError, check_space, new_directory, progress
 from model.hf import tiles
 from model.hf.description import describe, differences
@@ -21,8 +24,8 @@ from trainers.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
 # What config.json says beside the maths; kept where a changed model is given back.
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings",
-         "initializer_range", "attention_dropout", "use_cache")  # fmt: skip
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
 
 def export_hf(
@@ -95,9 +98,14 @@ def _export(
     main = max(
         set(dtypes.values()), key=lambda x: sum(sizes[hf] for hf in shapes if dtypes[hf] == x)
     )
+    if missing := run_vocabulary.export_files(_run_folder(step), folder):
+        print(f"note: {missing}.", file=sys.stderr)
     config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
+    generation = _generation(folder, config, source)
+    # A run that was not imported knows them by its tokenizer's files alone.
+    config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
     _write_json(folder, "config.json", config)
-    _write_json(folder, "generation_config.json", _generation(config, source))
+    _write_json(folder, hf_tokenizer.GENERATION, generation)
     tensors = {hf: (dtypes[hf], shapes[hf]) for hf in shapes}
     with (
         SafetensorsWriter(folder, tensors, shard_bytes=shard_bytes) as writer,
@@ -137,10 +145,21 @@ def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, 
     return {**{key: given[key] for key in _KEPT if key in given}, **family.config(model)}
 
 
-def _generation(config: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    known = {key: config[key] for key in ids if config.get(key) is not None}
-    return source.get("generation_config") or {"_from_model_config": True, **known}
+def _generation(
+    folder: str, config: Mapping[str, Any], source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """generation_config.json: the one it came with, else that of the tokenizer's files."""
+    if given := source.get("generation_config"):
+        return given
+    known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    path = pathlib.Path(folder, hf_tokenizer.GENERATION)
+    return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}
+
+
+def _run_folder(step: Any) -> pathlib.Path:
+    """The directory of the run that a step is of."""
+    folder = pathlib.Path(step).parent
+    return folder.parent if folder.name == step_dir.CHECKPOINTS else folder
 
 
 def _write_json(folder: str, name: str, value: Any) -> None:

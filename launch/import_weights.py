@@ -7,13 +7,15 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from launch import gin_writer
+from data import gguf_tokenizer, hf_tokenizer
+from launch import gin_writer, run_vocabulary
 from launch.load_run import CONFIG
 from model.hf.families import family_of_config
 from model.hf.gguf_file import GgufReader
@@ -45,13 +47,18 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
     record = {"generation_config": read_json(generation)} if generation.exists() else {}
     family_of_config(config)  # What cannot be read is said before files are opened.
     with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
-        _write(tensors, config, record, partial, dtype)
+        _write(tensors, config, record, partial, dtype, tokenizer=folder)
 
 
 def import_gguf(source: str, target: str, *, dtype: str | None = None) -> None:
     """As `import_hf`, of a GGUF file; float32 without `dtype`."""
-    with GgufReader(source) as tensors, new_directory(target) as partial:
-        _write(tensors, tensors.config, {}, partial, dtype)
+    with (
+        GgufReader(source) as tensors,
+        new_directory(target) as partial,
+        tempfile.TemporaryDirectory() as tokenizer,
+    ):
+        gguf_tokenizer.write(tensors.tokenizer(), tokenizer)
+        _write(tensors, tensors.config, {}, partial, dtype, tokenizer=pathlib.Path(tokenizer))
 
 
 def _write(
@@ -60,6 +67,8 @@ def _write(
     record: Mapping[str, Any],
     folder: str,
     dtype: str | None,
+    *,
+    tokenizer: pathlib.Path,
 ) -> None:
     family = family_of_config(config)
     model = family.model(config)
@@ -76,13 +85,31 @@ def _write(
             "config": config,
             "dtypes": {} if dtype else narrow_names(checked),
             **record,
-        }
+        },
+        **_keep_tokenizer(folder, tokenizer),
     }
     text = gin_writer.write(model, {"START_TOKEN": None})
     pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
     with progress(checked.nbytes) as bar:
         arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
         stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
+
+
+def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
+    """Keeps a checkpoint's tokenizer with the run; returns what its record says of texts."""
+    if not any(
+        (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
+    ):
+        print(f"{source} has no tokenizer: the run takes tokens, not texts.", file=sys.stderr)
+        return {}
+    digest = run_vocabulary.save_files(folder, source)
+    files = getattr(run_vocabulary.load(folder=folder), "files", None)
+    if files is not None:
+        return {"vocabulary": digest, "add_bos": files.adds_bos}
+    # A SentencePiece model alone; transformers begins texts with BOS unless it is told otherwise.
+    path = source / hf_tokenizer.CONFIG
+    said = read_json(path) if path.exists() else {}
+    return {"vocabulary": digest, "add_bos": bool(said.get("add_bos_token", True))}
 
 
 def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:

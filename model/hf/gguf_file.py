@@ -97,6 +97,11 @@ class GgufReader:
         field = self.reader.get_field(key)
         return default if field is None else field.contents()
 
+    def tokenizer(self) -> dict[str, Any]:
+        """The part of the metadata that is about the tokenizer."""
+        fields = self.reader.fields.items()
+        return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
+
     def _number(self, key: str, default: Any = None) -> Any:
         key = f"{self._architecture}.{key}"
         value = self.metadata(key, default)
