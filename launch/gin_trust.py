@@ -25,7 +25,9 @@ REFUSED = (
     "launch.environment",
     "launch.gin_config",
     "launch.gin_reader",
+    "launch.run_vocabulary.export_files",
     "launch.run_vocabulary.save",
+    "launch.run_vocabulary.save_files",
     "seqio.beam_utils",
     "seqio.scripts",
 )
