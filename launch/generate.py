@@ -1,53 +1,21 @@
-"""Continues texts with a trained model: greedily, or sampled.
+"""Continues texts with a trained model: greedily, sampled, or by beam search.
 
 Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
   python -m launch.generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
 
-With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."} or {"tokens": [...]} come back in
-order, their prompt as "prompt", with "text" and "tokens" of the continuation and "logprobs", the
-model's natural logarithms of the tokens' probabilities at temperature 1. A continuation ends with
-EOS, which is among its tokens but not in its text, or after --max_new_tokens. A run that names no
-VOCABULARY continues tokens alone, without "text", and --eos_id says which of them ends. Rows that
-are done are in y.jsonl.partial until all are.
+With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [...]} or {"tokens":
+[...]} come back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
+the continuation and "logprobs", the model's natural logarithms of the tokens' probabilities at
+temperature 1; "score" of a beam; "sample", from 0; and in "ended" what ended it: "eos", "stop" or
+"length". EOS is among its tokens but not in its text; text is cut before a --stop, whose tokens are
+kept. A run that names no VOCABULARY continues tokens alone, without "text", and --eos_id says which of
+them end. Rows that are done are in y.jsonl.partial until all are. A row's continuation depends on
+--seed and its index, not on the rows beside it.
 """
 
 if __name__ == "__main__":
-    from launch import cli, load_run
-
-    def add_flags(parser):
-        load_run.add_row_flags(parser, required=False)
-        group = parser.add_argument_group("generation")
-        group.add_argument(
-            "--prompt", metavar="TEXT", help="one text to be continued on standard output"
-        )
-        group.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
-        group.add_argument(
-            "--temperature",
-            type=float,
-            default=0.0,
-            metavar="X",
-            help="0 (default) takes the most probable token each time",
-        )
-        group.add_argument(
-            "--top_k", type=int, metavar="K", help="draw among the K most probable tokens"
-        )
-        group.add_argument(
-            "--top_p",
-            type=float,
-            metavar="P",
-            help="draw among the fewest most probable tokens that have probability P together",
-        )
-        group.add_argument(
-            "--eos_id", type=int, metavar="ID", help="in place of the vocabulary's EOS; -1 for none"
-        )
-        group.add_argument("--seed", type=int, default=0, metavar="N")
-        group.add_argument(
-            "--cache_policy",
-            default="full",
-            metavar="NAME",
-            help="what is kept of keys and values, see model/kv_cache/policies.py (default full)",
-        )
+    from launch import cli, generate_flags, load_run
 
     def start_run(start):
         from launch import generate
@@ -59,25 +27,29 @@ if __name__ == "__main__":
             __doc__,
             entry="launch.load_run:RunConfig",
             command="generate",
-            extra_flags=add_flags,
+            extra_flags=generate_flags.add,
             run=start_run,
             default_files=load_run.default_files,
             unused={"VOCABULARY": "None"},
         )
     )
 
+import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from launch import row_files
-from launch.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
-from model.kv_cache.policies import policy_named
-from trainers.decode import NO_EOS, Settings
-from trainers.decoder import Continuation, Decoder, Stats
-from trainers.sampling import Sampling
+from launch import generate_flags, generate_text, row_files
+from launch.load_run import EXAMPLE, LoadError, RunConfig
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.full import FullCache
+from trainers.decode import Settings
+from trainers.decoder import Decoder, Stats
+
+# Between two looks at what has been generated: a look costs less than a tenth of a token.
+_LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
 
 
 def run(start: Any) -> None:
@@ -87,28 +59,31 @@ def run(start: Any) -> None:
       LoadError: flags that do not go together.
     """
     flags = start.flags
-    files = (flags.inputs, flags.output)
-    if (flags.prompt is None) == (files == (None, None)) or (None in files) != (
-        files == (None,) * 2
-    ):
-        raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
-    options = {
-        "checkpoint": flags.checkpoint,
-        "params": flags.params,
-        "sampling": Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p),
-        "max_new_tokens": flags.max_new_tokens,
-        "eos_id": flags.eos_id,
-        "seed": flags.seed,
-        "cache_policy": flags.cache_policy,
-        "batch_size": flags.batch_size,
-    }
+    options = generate_flags.options(flags)
     if flags.prompt is not None:
-        (row,) = generate(start(), [("--prompt", {"text": flags.prompt})], **options)
-        print(row["text"])
+        _print(start(), flags, options)
         return
     row_files.check_output(flags.output)
     rows = generate(start(), row_files.read(flags.inputs, example=EXAMPLE), **options)
     row_files.write(flags.output, rows, writer=jax.process_index() == 0)
+
+
+def _print(config: RunConfig, flags: Any, options: dict[str, Any]) -> None:
+    """Continues --prompt on standard output."""
+    settings = options["settings"]
+    single = settings.num_samples == 1 and settings.beams is None
+    stream = sys.stdout.isatty() and single if flags.stream is None else flags.stream
+    writes = jax.process_index() == 0
+    show = None
+    if stream:
+        show = generate_text.to_terminal if writes else lambda piece: None
+    rows = generate(config, [("--prompt", {"text": flags.prompt})], show=show, **options)
+    for row in rows:
+        if not writes:
+            continue
+        if row["sample"]:
+            print(f"--- sample {row['sample']}")
+        generate_text.to_terminal("\n" if stream else row["text"] + "\n")
 
 
 def generate(
@@ -117,12 +92,16 @@ def generate(
     *,
     checkpoint: str,
     params: str = "auto",
-    sampling: Sampling,
-    max_new_tokens: int = 128,
-    eos_id: int | None = None,
+    settings: Settings,
+    eos_ids: Sequence[int] | None = None,
+    stops: Sequence[str] = (),
     seed: int = 0,
-    cache_policy: str = "full",
+    policy: CachePolicy | None = None,
+    policy_name: str = "full",
+    cache_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     batch_size: int = 8,
+    show: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -131,78 +110,66 @@ def generate(
       rows: (place, row) as in row_files.read.
       checkpoint: step or run directory.
       params: see launch/load_run.py.
-      sampling: choice of the next token.
-      max_new_tokens: at most so many.
-      eos_id: the token that ends a continuation, NO_EOS for none; None for the vocabulary's.
-      seed: of the draws; a row's depend on it and on the row's index alone.
-      cache_policy: name in model/kv_cache/policies.py.
-      batch_size: rows at a time.
+      settings: what to generate; its ends and the size of its vocabulary are those of the run.
+      eos_ids: tokens that end a continuation; None for the vocabulary's.
+      stops: texts that end one.
+      seed: of the draws; a row's depend on it, on the row's index and on the sample's alone.
+      policy: of the key/value caches; None to keep everything.
+      policy_name: of the policy, for the report.
+      cache_dtype: in which keys and values are kept; None for the model's.
+      prefill_chunk: tokens of prompts that are read at a time; None for all.
+      batch_size: rows at a time, each with all its samples.
+      show: called with the text of a single row as it grows.
 
     Yields:
-      The rows with their continuations, as they are done.
+      The rows with their continuations, `settings.num_samples` for each, as they are done.
+
+    Raises:
+      LoadError: rows that cannot be read, or stops without a vocabulary.
     """
-    policy = policy_named(cache_policy)
     with config.load(checkpoint, params=params) as loaded:
         prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
         if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
             raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
         vocabulary = loaded.vocabulary_or_none
-        if eos_id is None:
-            eos_id = getattr(vocabulary, "eos_id", None)
-        settings = Settings(
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_id=NO_EOS if eos_id is None else eos_id,
+        if vocabulary is None and stops:
+            raise LoadError("--stop needs texts, and the run's configuration sets no VOCABULARY.")
+        settings = dataclasses.replace(
+            settings,
+            eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
             num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
+        )
+        texts = generate_text.Texts(
+            None if vocabulary is None else generate_text.decoder_of(vocabulary),
+            ends=settings.ends,
+            stops=stops,
+            show=show,
         )
         decoder = Decoder(
             loaded.model,
             loaded.params,
             settings,
-            policy=policy,
+            policy=FullCache() if policy is None else policy,
             batch_size=loaded.batch_size(batch_size, len(rows)),
             sharding=loaded.row_sharding,
+            cache_dtype=cache_dtype,
+            prefill_chunk=prefill_chunk,
+            watch=texts.watch if texts.watching else None,
+            watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
         )
         found = decoder.stream(prompts, seed=seed % 2**32)
-        for (_, row), new in zip(rows, found, strict=True):
-            yield _answer(loaded, settings.eos_id, row, new)
+        for i, (_, row) in enumerate(rows):
+            for sample in range(settings.num_samples):
+                yield texts.answer(row, i, sample, next(found))
         if jax.process_index() == 0:
-            print(_costs(decoder.stats), file=sys.stderr)
+            print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
 
 
-def _costs(stats: Stats) -> str:
+def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:
+    kept = policy_name if cache_dtype is None else f"{policy_name}, {cache_dtype}"
     return (
         f"{stats.new_tokens:,} new tokens, {stats.tokens_per_second:,.1f} tokens/s (prefill of "
         f"{stats.prompt_tokens:,} tokens {stats.prefill_seconds:.2f} s, decoding "
         f"{stats.decode_seconds:.2f} s, compilation before {stats.compile_seconds:.1f} s); cache "
-        f"{stats.cache_bytes:,} bytes a batch"
+        f"({kept}) {stats.cache_bytes:,} bytes a batch"
     )
-
-
-def _answer(
-    loaded: LoadedRun, eos_id: int, row: Mapping[str, Any], new: Continuation
-) -> dict[str, Any]:
-    text = {}
-    if loaded.vocabulary_or_none is not None:
-        ended = new.tokens and new.tokens[-1] == eos_id
-        text = {"text": _decode(loaded.vocabulary, new.tokens[:-1] if ended else new.tokens)}
-    others = {key: value for key, value in row.items() if key not in ("text", "tokens")}
-    prompt = row["text"] if "text" in row else row["tokens"]
-    return {
-        **others,
-        "prompt": prompt,
-        **text,
-        "tokens": new.tokens,
-        "logprobs": new.log_probs,
-    }
-
-
-def _decode(vocabulary: Any, tokens: Sequence[int]) -> str:
-    """The text of all tokens; SeqIO's `decode` stops at EOS, which does not end every continuation."""
-    parts: list[list[int]] = [[]]
-    for token in tokens:
-        if token == vocabulary.eos_id:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return "".join(vocabulary.decode(part) for part in parts)

@@ -100,9 +100,105 @@ def test_tokens_need_no_vocabulary(generate, capsys):
     assert "sets no VOCABULARY" in capsys.readouterr().err
 
 
+def test_samples_of_a_prompt_stand_side_by_side(generate):
+    flags = ("--temperature=1", "--min_p=0.02", "--num_samples=2", "--seed=4")
+    rows = generate(PROMPTS, *flags)
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        (prompt, sample) for prompt in ("import ", [5, 6, 7], "") for sample in (0, 1)
+    ]
+    assert rows[0]["tokens"] != rows[1]["tokens"] and rows[1]["id"] == 1
+    assert [row["tokens"] for row in generate(PROMPTS, *flags)] == [row["tokens"] for row in rows]
+
+
+def test_beams_come_best_first_with_their_scores(generate):
+    rows = generate(PROMPTS, "--num_beams=3", "--num_samples=2", "--length_penalty=0.5")
+    assert [row["sample"] for row in rows] == [0, 1] * 3
+    for row in rows:
+        want = sum(row["logprobs"]) / len(row["tokens"]) ** 0.5
+        np.testing.assert_allclose(row["score"], want, rtol=1e-4)
+    assert all(a["score"] >= b["score"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_a_text_ends_before_a_stop_string(generate):
+    free = generate(PROMPTS, "--temperature=1", "--seed=2", "--max_new_tokens=40", "--eos_id=-1")
+    text = free[0]["text"]
+    stop = text[8:10]
+    assert len(stop) == 2
+    flags = ("--temperature=1", "--seed=2", "--max_new_tokens=40", "--eos_id=-1", f"--stop={stop}")
+    rows = generate(PROMPTS, *flags, "--stop=not there")
+    assert rows[0]["ended"] == "stop"
+    assert rows[0]["text"] == text[: text.index(stop)]
+    kept = rows[0]["tokens"]
+    assert kept == free[0]["tokens"][: len(kept)] and len(kept) == len(rows[0]["logprobs"]) < 40
+    # The last token is the one that completes it.
+    decode = lambda ids: bytes(i - 3 for i in ids if i >= 3).decode("utf-8", "ignore")  # noqa: E731
+    assert stop in decode(kept) and stop not in decode(kept[:-1])
+    for new, old in zip(rows[1:], free[1:], strict=True):
+        if stop not in old["text"]:
+            assert (new["tokens"], new["ended"]) == (old["tokens"], "length")
+
+
+def test_several_eos_ids_end_rows(generate):
+    free = generate([{"tokens": [5, 6, 7]}], "--eos_id=-1")[0]["tokens"]
+    rows = generate([{"tokens": [5, 6, 7]}], "--eos_id=300", f"--eos_id={free[2]}")
+    assert rows[0]["tokens"] == free[: free.index(free[2]) + 1]
+    assert rows[0]["ended"] == "eos"
+
+
+def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypatch):
+    flags = (f"--checkpoint={trained_run.path}", "--prompt=x", "--max_new_tokens=60", "--eos_id=-1")
+    sampling = ("--temperature=1.5", "--seed=3")
+    assert command("generate", *flags, *sampling, "--no-stream") == 0
+    whole = capsys.readouterr().out
+    pieces = []
+    monkeypatch.setattr("launch.generate_text.to_terminal", pieces.append)
+    assert command("generate", *flags, *sampling, "--stream") == 0
+    assert "".join(pieces) == whole
+    assert len(pieces) > 10
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cache_policy=snapkv", "--cache=capacity=64"],
+        ["--cache_policy=sliding", "--cache=window=64"],
+        ["--prefill_chunk=8"],
+    ],
+)
+def test_a_cache_with_room_for_all_changes_nothing(generate, capsys, flags):
+    want = generate(PROMPTS)
+    capsys.readouterr()
+    assert [row["tokens"] for row in generate(PROMPTS, *flags)] == [row["tokens"] for row in want]
+    assert (
+        flags[0].partition("=")[2] if "policy" in flags[0] else "full"
+    ) in capsys.readouterr().err
+
+
+def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
+    def cache_bytes(*flags):
+        generate(PROMPTS, *flags)
+        said = capsys.readouterr().err
+        return int(said.rpartition(") ")[2].partition(" bytes")[0].replace(",", ""))
+
+    assert cache_bytes("--cache_dtype=int8") < cache_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--num_samples=2"], "would all be the same"),
+        (["--num_beams=2", "--temperature=1"], "searched, not drawn"),
+        (["--num_beams=2", "--num_samples=3"], "exceeds num_beams"),
+        (["--num_beams=2", "--stop=x"], "leave out --num_beams"),
+        (["--length_penalty=2"], "--num_beams"),
+        (["--stream"], "--stream shows one continuation"),
+        (["--stop="], "--stop=''"),
+        (["--eos_id=-1", "--eos_id=3"], "--eos_id=-1 is for none"),
+        (["--cache=capacity"], "expected NAME=VALUE"),
+        (["--cache=capacity=3"], "has no"),
+        (["--cache_policy=oracle"], "reads the answer"),
+        (["--prefill_chunk=0"], "--prefill_chunk=0"),
+        (["--min_p=2"], "min_p"),
         (["--cache_policy=none"], "Unknown cache policy 'none': choose from"),
         (["--temperature=-1"], "temperature"),
         (["--top_p=2"], "top_p"),

@@ -15,6 +15,7 @@ from model.embed import Positions
 from model.kv_cache.full import FullCache
 from model.kv_cache.policies import policy_named
 from model.transformer import Block, Transformer
+from trainers.beam import Beams
 from trainers.decode import Settings
 from trainers.decoder import Decoder
 from trainers.prefill import prefill
@@ -224,6 +225,78 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model, params, log_prob
     for prompt, row in zip(PROMPTS, first, strict=True):
         table = log_probs([*prompt, *row.tokens])[len(prompt) - 1 : -1]
         np.testing.assert_allclose(row.log_probs, table[np.arange(M), row.tokens], atol=2e-5)
+
+
+SAMPLED = {"max_new_tokens": M, "sampling": Sampling(temperature=1.5, min_p=0.01)}
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_the_only_one_there_would_be(model, params):
+    decoder = Decoder(model, params, Settings(num_samples=3, **SAMPLED), batch_size=4)
+    rows = [row.tokens for row in decoder(PROMPTS, seed=3)]
+    assert len(rows) == 3 * len(PROMPTS)
+    assert len(set(map(tuple, rows))) == len(rows)
+    single = Decoder(model, params, Settings(**SAMPLED), batch_size=2)
+    assert [row.tokens for row in single(PROMPTS, seed=3)] == rows[::3]
+    # Prompts are read once, and the caches of 12 rows are counted.
+    assert decoder.stats.prompt_tokens == sum(map(len, PROMPTS))
+    assert decoder.stats.new_tokens == 12 * M
+    assert list(decoder._programs) == [("prefill", 24), ("decode", 24)]
+
+
+def test_rows_that_a_watch_ends_leave_the_others_as_they_are(greedy, model, params):
+    free = [row.tokens for row in greedy[1]]
+    seen = {}
+
+    def watch(prompt, sample, tokens):
+        seen.setdefault((prompt, sample), []).extend(tokens)
+        if prompt == 1 and len(seen[1, 0]) >= 4:
+            return len(tokens) - (len(seen[1, 0]) - 4)
+        return None
+
+    settings = Settings(max_new_tokens=M)
+    for every in (1, 5):
+        seen.clear()
+        decoder = Decoder(model, params, settings, batch_size=4, watch=watch, watch_every=every)
+        found = decoder(PROMPTS)
+        assert [row.tokens for row in found] == [free[0], free[1][:4], *free[2:]]
+        assert [len(row.log_probs) for row in found] == [M, 4, M, M]
+        assert [seen[i, 0] for i in (0, 2, 3)] == [free[i] for i in (0, 2, 3)]
+        # However often it looks, there is one program.
+        assert list(decoder._programs) == [("prefill", 24), ("decode", 24)]
+    beams = Settings(max_new_tokens=M, beams=Beams(num_beams=2))
+    with pytest.raises(ValueError, match="no tokens to watch"):
+        Decoder(model, params, beams, watch=watch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(num_samples=2, **SAMPLED),
+        Settings(max_new_tokens=M, beams=Beams(num_beams=2), num_samples=2),
+    ],
+    ids=["samples", "beams"],
+)
+def test_samples_and_beams_on_two_devices_as_on_one(model, params, settings):
+    ids = PROMPTS[1:3]
+    want = Decoder(model, params, settings, batch_size=2)(ids, seed=5)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    watch = None if settings.beams else lambda prompt, sample, tokens: None
+    with jax.set_mesh(mesh):
+        decoder = Decoder(
+            model,
+            jax.device_put(params, whole),
+            settings,
+            batch_size=2,
+            sharding=rows,
+            watch=watch,
+            watch_every=3,
+        )
+        found = decoder(ids, seed=5)
+    assert [row.tokens for row in found] == [row.tokens for row in want]
+    for got, row in zip(found, want, strict=True):
+        np.testing.assert_allclose(got.log_probs, row.log_probs, atol=2e-5)
 
 
 def test_on_a_mesh_as_on_one_device(greedy, model, params):
