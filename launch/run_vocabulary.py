@@ -155,7 +155,7 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
       to_dir: an existing directory.
 
     Returns:
-      What is missing there and why; None where nothing is.
+      What is missing there, or differs, and why; None where nothing does.
     """
     run_dir, to_dir = pathlib.Path(run_dir), pathlib.Path(to_dir)
     try:
@@ -181,10 +181,10 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     model = (run_dir / MODEL).read_bytes()
     (to_dir / hf_tokenizer.SENTENCEPIECE).write_bytes(model)
     try:
-        spm_tokenizer.write(model, to_dir)
+        differs = spm_tokenizer.write(model, to_dir)
     except spm_tokenizer.ConversionError as error:
         return f"only {hf_tokenizer.SENTENCEPIECE} was written: {error}"
-    return missing
+    return "; ".join(part for part in (missing, differs) if part) or None
 
 
 def gin_files(

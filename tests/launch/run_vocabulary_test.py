@@ -339,7 +339,8 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
     folder.mkdir(), to.mkdir()
     vocabulary = vocabularies.from_file(path=path)
     run_vocabulary.save(folder, vocabulary)
-    assert run_vocabulary.export_files(folder, to) is None
+    said = run_vocabulary.export_files(folder, to)
+    assert said is None if algorithm == "bpe" else "divides some runs of line ends" in said
     assert (to / "tokenizer.model").read_bytes() == path.read_bytes()
     exported = vocabularies.huggingface(path=to, special_in_text=False)
     assert exported.vocab_size == vocabulary.vocab_size
@@ -377,9 +378,11 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
         "<unk>",
         "\x00",
     ]
-    for _ in range(2000):
+    for _ in range(3000):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 20)))
-        assert exported.encode(text) == vocabulary.encode(text), repr(text)
+        # Runs that a unigram model can divide in several ways equally well.
+        if algorithm == "bpe" or not re.search("\n{3}|\t{4}| {17}", text):
+            assert exported.encode(text) == vocabulary.encode(text), repr(text)
         assert exported.decode(exported.encode(text)) == text
 
 
