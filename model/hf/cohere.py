@@ -75,7 +75,6 @@ def _model(fields: ConfigFields, config: TransformerConfig, qk_norm: Any) -> Tra
 def _write(here: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_shared(here),
-        "head_dim": here["config.head_dim"],
         "use_qk_norm": here.get("block.attention.qk_norm") is not None,
     }
 
@@ -95,6 +94,7 @@ def _shared(here: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **size_fields(here),
         **rope_fields(here),
+        "head_dim": here["config.head_dim"],
         "layer_norm_eps": here.get("norm.eps"),
         "hidden_act": activation_field(here.get("block.mlp.activation")),
         "attention_bias": bool(here.get("block.attention.qkv_bias")),

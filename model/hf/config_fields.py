@@ -17,8 +17,8 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu_exact",
-    "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
     "relu": "relu",
 }
 
@@ -125,6 +125,15 @@ class ConfigFields:
             raise self.error(key, f"{', '.join(missing)} missing in it")
         settings |= {name: float(scaling[name]) for name in needed}
         return Rope(scaling="none" if kind == "default" else kind, **settings)
+
+    def whole_heads(self) -> None:
+        """Refuses widths that classes of transformers refuse, although head_dim makes them harmless.
+
+        Raises:
+          UnsupportedConfig: num_attention_heads does not divide hidden_size.
+        """
+        if self.required("hidden_size") % self.required("num_attention_heads"):
+            raise self.error("num_attention_heads", "it must divide hidden_size in this family")
 
     def layer_pattern(self, kinds: Mapping[str, str], types: list[str]) -> tuple[str, ...]:
         """The shortest pattern that repeats to the layers' types, in the project's names."""

@@ -6,6 +6,7 @@ descriptions compute the same function of the same arrays.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -113,6 +114,9 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
         owner = name.rpartition(".")[0]
         if owner in here and owner in there and here[owner] != there[owner]:
             continue
+        if name == "layers" and a != b and len(a) == len(b):
+            layer = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+            name, a, b = f"layer {layer}", _kind(*a[layer]), _kind(*b[layer])
         if not _equal(a, b):
             shown = ["absent" if value is absent else _shown(value) for value in (a, b)]
             words.append(f"{name} is {shown[0]}, not {shown[1]}")
@@ -120,7 +124,15 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else repr(value)
+    if isinstance(value, type):
+        return value.__name__
+    return value if isinstance(value, str) else repr(value)
+
+
+def _kind(window: int | None, rope: bool) -> str:
+    """The kind of a layer in words."""
+    seen = "seeing all" if window is None else f"of window {window}"
+    return f"one {seen}{'' if rope else ' without rotation'}"
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -130,9 +142,27 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+class _Same:
+    """A model as the key of a cache: itself, whatever its fields are equal to."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.model is other.model
+
+
 def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by path, as 'layers/block_0/mlp/up/kernel'."""
+    return dict(_native_shapes(_Same(model)))
+
+
+@functools.lru_cache(maxsize=4)  # an exchange asks several times, and deep models trace for seconds
+def _native_shapes(key: _Same) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
+    params = nn.unbox(jax.eval_shape(key.model.init, jax.random.key(0), tokens))["params"]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}

@@ -20,6 +20,7 @@ _KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 
 def _read(fields: ConfigFields) -> Transformer:
     fields.neutral(use_bidirectional_attention=False)
+    fields.whole_heads()
     count = fields.required("num_hidden_layers")
     types = fields.get(
         "layer_types",

@@ -53,6 +53,7 @@ def _read(fields: ConfigFields) -> Transformer:
 
 
 def _write(here: Mapping[str, Any]) -> dict[str, Any]:
+    activation = activation_field(here.get("block.mlp.activation"))
     return {
         "vocab_size": here["config.vocab_size"],
         "n_positions": here.get("position_embed.num_positions", 1),
@@ -60,7 +61,8 @@ def _write(here: Mapping[str, Any]) -> dict[str, Any]:
         "n_layer": here["config.num_layers"],
         "n_head": here["config.num_heads"],
         "n_inner": here["config.mlp_dim"],
-        "activation_function": activation_field(here.get("block.mlp.activation")),
+        # One function under two names; GPT-2's readers know this one.
+        "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
         "layer_norm_epsilon": here.get("norm.eps"),
         "scale_attn_weights": here.get("block.attention.scale") != 1.0,
         "tie_word_embeddings": here["tie_embeddings"],

@@ -31,6 +31,7 @@ _KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 
 
 def _read_llama(fields: ConfigFields) -> Transformer:
+    fields.whole_heads()
     bias = fields.get("attention_bias", False)
     attention = {"qkv_bias": bias, "out_bias": bias}
     mlp = _gated(fields, use_bias=fields.get("mlp_bias", False))
