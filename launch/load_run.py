@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 CONFIG = "config.gin"
 PARAMS = ("auto", "raw", "ema")
@@ -93,7 +93,8 @@ class RunConfig:
       vocabulary: returns the SeqIO vocabulary of its data.
       mesh: mesh shape to use the model on.
       rules: name of a rule set in trainers/partitioning.py.
-      start_token: what precedes the first token of a document; None for nothing.
+      start_token: what precedes the first token of a document; None for nothing, 'auto' for what is
+        recorded with the checkpoint, which is 0 where nothing is.
       add_bos: begin texts with the vocabulary's BOS; None for what the run did.
       chat_template: a jinja file or a name in data/chat_template.py; None for the vocabulary's own.
     """
@@ -102,7 +103,7 @@ class RunConfig:
     vocabulary: Callable[[], Any]
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
-    start_token: int | None = 0
+    start_token: int | Literal["auto"] | None = "auto"
     add_bos: bool | None = None
     chat_template: str | None = None
 
@@ -317,6 +318,8 @@ class LoadedRun:
     def context(self, tokens: Sequence[int]) -> list[int]:
         """Tokens as the model reads them, after what precedes every document."""
         start = self.config.start_token
+        if start == "auto":
+            start = self.meta.get("start_token", 0)
         return list(tokens) if start is None else [start, *tokens]
 
     def batch_size(self, wanted: int, rows: int) -> int:

@@ -144,9 +144,12 @@ def test_texts_are_read_without_the_data(moved, run, score, command, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_vocabulary_that_is_named_is_the_one_that_is_used(moved, score, capsys):
+def test_a_vocabulary_that_is_named_is_the_one_that_is_used(moved, score, capsys, tmp_path):
     assert score(moved, {"text": "a"}, "--gin.VOCABULARY=@vocabularies.byte()") == 2
     assert "another vocabulary than this ByteVocabulary" in capsys.readouterr().err
+    flags = ("--gin.VOCABULARY=@vocabularies.huggingface()", "--gin.vocabularies.huggingface.path")
+    assert score(moved, {"text": "a"}, flags[0], f"{flags[1]}='{hf_files(tmp_path / 'hf')}'") == 2
+    assert "another vocabulary than this HFTokenizerVocabulary of 260" in capsys.readouterr().err
 
 
 def test_other_files_are_evaluated_with_it(moved, command, tmp_path):
@@ -203,7 +206,8 @@ def imported(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     source = hf_files(folder / "hf")
     shutil.copy(run[0] / "config.gin", folder / "config.gin")
-    meta = {"vocabulary": run_vocabulary.save_files(folder, source), "add_bos": True}
+    digest = run_vocabulary.save_files(folder, source)
+    meta = {"vocabulary": digest, "add_bos": True, "start_token": None}
     with Checkpointer(folder / "checkpoints") as checkpointer:
         checkpointer.save(0, {"params": run[2]}, meta=meta)
     return folder
@@ -250,11 +254,11 @@ def test_messages_are_scored_as_their_tokens(imported, score, ids):
     expected = score(imported, {"tokens": prompt, "targets": answer})
     assert len(expected) == 3
     assert score(imported, {"messages": SAID}) == expected
+    # Without an answer all are, but for the first, which nothing precedes.
     whole = score(imported, {"messages": SAID[:1]})
-    assert whole == score(imported, {"tokens": [BOS, USER, *ids("hi")]})
-    # A model that no token precedes: the first one is only read.
-    bare = score(imported, {"messages": SAID[:1]}, "--gin.START_TOKEN=None")
-    assert len(bare) == len(whole) - 1
+    assert whole == score(imported, {"tokens": [BOS, USER, *ids("hi")]}) and len(whole) == 3
+    started = score(imported, {"messages": SAID[:1]}, "--gin.START_TOKEN=0")
+    assert len(started) == 4 and started[1:] != whole
 
 
 def test_there_is_never_a_second_bos(imported, score, ids):
@@ -313,6 +317,18 @@ def test_what_is_wrong_with_messages_is_said_with_file_and_line(imported, run, s
     path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     found = score(run[0], {"messages": SAID[:1]}, f"--gin.CHAT_TEMPLATE='{path}'")
     assert found == score(run[0], {"text": "user: hi\n"})
+
+
+def test_files_are_evaluated_with_an_imported_tokenizer(imported, command, tmp_path):
+    write_texts(tmp_path / "more.jsonl", ["class"] * 9)
+    write_texts(tmp_path / "held.jsonl", ["yield 語"])
+    report = tmp_path / "eval.json"
+    flags = (f"--gin.FILES={tmp_path}/more.jsonl", f"--gin.VALIDATION_FILES={tmp_path}/held.jsonl")
+    assert command("evaluate", f"--checkpoint={imported}", f"--json={report}", *flags) == 0
+    # As many bytes, and EOS.
+    assert (
+        json.loads(report.read_text())["tasks"]["files"]["tokens"] == len("yield 語".encode()) + 1
+    )
 
 
 def test_exported_files_are_those_that_were_imported(imported, tmp_path):
