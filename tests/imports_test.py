@@ -26,6 +26,8 @@ FORBIDDEN = {
     "data": set(),
     "launch": set(),
 }
+# Modules that define SeqIO classes; they are slow to import themselves.
+SEQIO_CLASSES = {"hf_vocabulary"}
 PEERS = {"torch", "transformers"}  # reference implementations, never imported
 # Run by a benchmark as a script of their own environment.
 PEER_SCRIPTS = {
@@ -72,7 +74,10 @@ def problems(path: pathlib.Path, package: str) -> list[str]:
             found.append(f"{where} bare import of {module}: import its modules")
         if root in FORBIDDEN[package] | PEERS:
             found.append(f"{where} {package} imports {module}")
-        if package in ("data", "launch") and top and root in TENSORFLOW:
+        slow = root in TENSORFLOW or (
+            root == "data" and SEQIO_CLASSES & {*names, *module.split(".")}
+        )
+        if package in ("data", "launch") and top and slow and path.stem not in SEQIO_CLASSES:
             found.append(f"{where} {module} is slow: import it inside the function that needs it")
         if root == "tests":
             found.append(f"{where} imports tests")
@@ -93,6 +98,7 @@ def test_direction(package):
         ("model", "import orbax.checkpoint"),
         ("trainers", "import data.stream"),
         ("trainers", "def f():\n    import tensorflow as tf"),
+        ("launch", "from data import hf_vocabulary"),
         ("data", "from model.config import TransformerConfig"),
         ("data", "from trainers import batches"),
         ("data", "import seqio"),
