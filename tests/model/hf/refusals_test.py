@@ -1,0 +1,259 @@
+"""What a config.json may not say, and what a model may have that a family has not."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import pytest
+
+from model.attention import Attention
+from model.config import TransformerConfig
+from model.hf import families
+from model.hf.config_fields import UnsupportedConfig
+from model.hf.family import UnsupportedModel
+from model.linear import Dense
+from model.mlp import GatedMlp, Mlp
+from model.moe import MoeMlp
+from model.norm import LayerNorm, RMSNorm
+from model.transformer import Block, Transformer
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+PUBLISHED = json.loads((GOLDENS / "published_configs.json").read_text())
+# Smaller than any published one: what the errors start from.
+SMALL = {
+    name: {
+        **config,
+        "hidden_size": 8,
+        "intermediate_size": 5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 11,
+        "head_dim": 4,
+    }
+    for name, config in PUBLISHED.items()
+    if name != "gpt2"
+}
+SMALL["gpt2"] = {**PUBLISHED["gpt2"], "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11}
+
+
+def refused(name, without=(), **fields):
+    config = {k: v for k, v in (SMALL[name] | fields).items() if k not in without}
+    with pytest.raises(UnsupportedConfig) as raised:
+        families.family_of_config(config).model(config)
+    assert str(raised.value).startswith("config.json")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "gpt2"])
+def test_the_base_of_the_rotation_is_not_guessed(name):
+    message = refused(name, without=("rope_theta",))
+    assert "rope_theta" in message and "default differs" in message and "10000.0" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("llama2_7b", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ("llama2_7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ("llama2_7b", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ("llama2_7b", {"rope_scaling": {"type": "linear"}}, "factor missing"),
+        (
+            "llama2_7b",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "original_max_position_embeddings is missing",
+        ),
+        ("llama2_7b", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters says 5.0"),
+        ("llama2_7b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: only 1.0"),
+        ("llama2_7b", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
+        ("llama2_7b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama2_7b", {"num_attention_heads": 3, "head_dim": 4}, "must divide hidden_size"),
+        ("llama2_7b", {"num_key_value_heads": 3}, "num_kv_heads = 3 does not divide"),
+        ("llama2_7b", {"torch_dtype": "int8"}, "torch_dtype = 'int8'"),
+        ("aya23_8b", {"logit_scale": None}, "logit_scale = None: it is needed"),
+        ("command_r7b", {"sliding_window": None}, "sliding_window = None: it is needed"),
+        ("command_r7b", {"head_dim": 8}, "head_dim = 8: only 4 is supported"),
+        ("command_r7b", {"use_qk_norm": True}, "use_qk_norm = True: only False"),
+        ("command_r7b", {"layer_types": ["full_attention"]}, "1 types for 2 layers"),
+        ("command_r7b", {"layer_types": ["full_attention", "other"]}, "'other' are not supported"),
+        (
+            "qwen2p5_0p5b",
+            {"layer_types": ["sliding_attention"] * 2},
+            "use_sliding_window is not true",
+        ),
+        ("gemma2_2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True",
+        ),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+    ],
+)
+def test_a_field_that_changes_the_maths_and_is_not_supported_is_named(name, fields, words):
+    assert words in refused(name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("aya23_8b", "logit_scale"),
+        ("aya23_8b", "hidden_size"),
+        ("mistral_7b", "sliding_window"),
+        ("mistral_7b", "num_key_value_heads"),
+        ("mixtral_8x7b", "num_local_experts"),
+        ("qwen3_0p6b", "head_dim"),
+        ("gemma2_2b", "query_pre_attn_scalar"),
+        ("gpt2", "n_positions"),
+    ],
+)
+def test_a_field_that_is_needed_is_asked_for(name, key):
+    assert f"{key} is absent: it is needed" in refused(name, without=(key,))
+
+
+def test_code_of_a_checkpoint_is_refused():
+    assert "'auto_map' names code" in refused("llama2_7b", auto_map={"AutoModel": "x.Y"})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model_type": "t5"}, {"architectures": ["LlamaForSequenceClassification"]}]
+)
+def test_other_models_are_refused_with_a_list_of_the_supported_ones(fields):
+    message = refused("llama2_7b", **fields)
+    assert "is not supported" in message and "cohere2 (Cohere2ForCausalLM)" in message
+
+
+def test_families_are_found_by_name():
+    for family in families.FAMILIES:
+        assert families.family_named(family.name) is family
+    with pytest.raises(ValueError, match="No family 'other': choose from llama, .*gpt2"):
+        families.family_named("other")
+    assert families.family_of_config({"architectures": ["GPT2LMHeadModel"]}).name == "gpt2"
+
+
+SIZES = TransformerConfig(
+    vocab_size=11, num_layers=4, embed_dim=8, num_heads=2, mlp_dim=5, sliding_window=3
+)
+
+
+def with_config(**changes):
+    return dataclasses.replace(SIZES, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "words"),
+    [
+        ("llama", {"logit_scale": 0.5}, "logit_scale is 0.5, not 1.0"),
+        ("llama", {"logit_softcap": 5.0}, "logit_softcap is 5.0, not None"),
+        ("llama", {"embed_scale": 2.0}, "embed_scale is 2.0, not 1.0"),
+        (
+            "llama",
+            {"block": functools.partial(Block, layout="parallel")},
+            "block.layout is parallel",
+        ),
+        ("llama", {"block": functools.partial(Block, mlp=Mlp)}, "block.mlp is Mlp, not GatedMlp"),
+        ("llama", {"block": functools.partial(Block, norm=LayerNorm)}, "block.norm is LayerNorm"),
+        (
+            "llama",
+            {"block": functools.partial(Block, post_norm=RMSNorm)},
+            "block.post_norm is RMSNorm",
+        ),
+        (
+            "llama",
+            {"block": functools.partial(Block, norm=functools.partial(RMSNorm, eps=1e-3))},
+            "block.norm.eps is 0.001, not 1e-06",
+        ),
+        (
+            "llama",
+            {
+                "block": functools.partial(
+                    Block, attention=functools.partial(Attention, softcap=2.0)
+                )
+            },
+            "block.attention.softcap is 2.0, not None",
+        ),
+        (
+            "llama",
+            {
+                "block": functools.partial(
+                    Block, attention=functools.partial(Attention, out_bias=True)
+                )
+            },
+            "block.attention.out_bias is True, not False",
+        ),
+        (
+            "llama",
+            {"block": functools.partial(Block, attention=functools.partial(Attention, scale=0.1))},
+            "block.attention.scale is 0.1, not 0.5",
+        ),
+        (
+            "llama",
+            {"config": with_config(layer_pattern=("sliding",))},
+            "layer 0 is one of window 3",
+        ),
+        (
+            "mistral",
+            {"config": with_config(layer_pattern=("sliding", "full"))},
+            "layer 1 is one seeing all, not one of window 3",
+        ),
+        (
+            "cohere",
+            {"config": with_config(layer_pattern=("full", "full_nope"))},
+            "layer 1 is one seeing all without rotation, not one seeing all",
+        ),
+        (
+            "mixtral",
+            {
+                "block": functools.partial(
+                    Block, mlp=functools.partial(MoeMlp, num_experts=3, renormalise=False)
+                )
+            },
+            "block.mlp.renormalise is False, not True",
+        ),
+        (
+            "llama",
+            {"config": with_config(num_heads=3, head_dim=4)},
+            "num_attention_heads = 3: it must divide hidden_size",
+        ),
+        ("cohere2", {"config": with_config(head_dim=6)}, "head_dim = 6: only 4 is supported"),
+    ],
+)
+def test_a_feature_that_a_family_cannot_express_is_named(family, model, words):
+    with pytest.raises(UnsupportedModel, match=re.escape(words)):
+        families.family_named(family).config(Transformer(**({"config": SIZES} | model)))
+
+
+def test_classes_that_nobody_knows_are_named():
+    class Other(GatedMlp):
+        pass
+
+    class OtherDense(Dense):
+        pass
+
+    other = Transformer(config=SIZES, block=functools.partial(Block, mlp=Other))
+    with pytest.raises(UnsupportedModel) as raised:
+        families.family_of_model(other)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(families.FAMILIES)
+    assert all("block.mlp is Other" in line for line in lines)
+    dense = functools.partial(Block, mlp=functools.partial(GatedMlp, dense=OtherDense))
+    with pytest.raises(UnsupportedModel, match="block.mlp.dense is OtherDense, not Dense"):
+        families.family_named("llama").config(Transformer(config=SIZES, block=dense))
+
+
+def test_blocks_that_differ_between_layers_are_named():
+    def block(*, kind, **kwargs):
+        return Block(kind=kind, mlp=Mlp if kind.window else GatedMlp, **kwargs)
+
+    config = with_config(layer_pattern=("full", "sliding"))
+    with pytest.raises(UnsupportedModel, match="block_1.mlp is Mlp, not absent"):
+        families.family_named("gemma2").config(Transformer(config=config, block=block))
+
+
+def test_an_array_without_a_name_is_refused():
+    family = families.family_named("llama")
+    model = Transformer(config=SIZES, block=functools.partial(Block, post_norm=RMSNorm))
+    with pytest.raises(UnsupportedModel, match="no place for .*attention_post_norm/scale"):
+        family.pieces(model)

@@ -1,0 +1,137 @@
+"""Settings of Hugging Face models there and back: from config.json to a model, and from any model.
+
+goldens/published_configs.json holds what published config.json files say, older spellings included; what
+is left out there says nothing of the maths. Aya 23's is of its report (arXiv 2405.15032) and model card,
+the others' of their model cards.
+"""
+
+import functools
+import json
+import pathlib
+
+import gin
+import numpy as np
+import pytest
+
+from launch import gin_config
+from model.hf import families
+from model.hf.description import describe
+from model.rope import Rope
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+CASES = sorted((GOLDENS / "parity").glob("*.npz"))
+PUBLISHED = json.loads((GOLDENS / "published_configs.json").read_text())
+# Smaller than any published one: what the errors start from.
+SMALL = {
+    name: {
+        **config,
+        "hidden_size": 8,
+        "intermediate_size": 5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 11,
+        "head_dim": 4,
+    }
+    for name, config in PUBLISHED.items()
+    if name != "gpt2"
+}
+SMALL["gpt2"] = {**PUBLISHED["gpt2"], "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11}
+
+
+def load(path):
+    with np.load(path) as file:
+        config = json.loads(str(file["config"]))
+        tensors = {k.partition("/")[2]: file[k] for k in file if k.startswith("tensor/")}
+    family = families.family_of_config(config)
+    return config, family, family.model(config), tensors
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_settings_come_back(path):
+    config, family, model, _ = load(path)
+    written = json.loads(json.dumps(family.config(model)))
+    assert describe(family.model(written)) == describe(model)
+    # Every field that transformers wrote, but for those that say nothing of the function.
+    silent = {
+        *("attention_dropout", "initializer_range", "max_position_embeddings", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "pretraining_tp"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        *("attn_pdrop", "embd_pdrop", "resid_pdrop", "add_cross_attention"),
+        *("reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx"),
+        *("use_bidirectional_attention", "max_window_layers"),
+    }
+    for key, value in config.items():
+        if key in silent or key.startswith("summary_"):
+            continue
+        if key == "n_inner" and value is None:
+            value = 4 * config["n_embd"]
+        if key in ("sliding_window", "layer_types") and "sliding_attention" not in config.get(
+            "layer_types", ["sliding_attention"]
+        ):
+            continue  # a window that no layer has
+        if key == "hidden_act" and family.name == "gemma2":
+            continue  # gemma2 reads hidden_activation
+        names = {"gelu_new": "gelu_pytorch_tanh"}
+        got = written[key]
+        assert (
+            names.get(got, got) == names.get(value, value)
+            if isinstance(got, str)
+            else (got == value)
+        ), key
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "llama2_7b"])
+def test_published_configs_are_the_models_of_the_gin_files(name):
+    """What gin builds and what config.json builds is one model, and the right family is found for it."""
+    try:
+        config = gin_config.load(
+            [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
+            ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"],
+            entry="launch.train:train",
+        )
+        model = config.arguments()["recipe"].model
+        family = families.family_of_config(PUBLISHED[name])
+        assert families.family_of_model(model) is family
+        written = family.config(model)
+        here = describe(model)
+    finally:
+        gin.clear_config(clear_constants=True)
+    there = describe(family.model(PUBLISHED[name]))
+    assert {k: v for k, v in here.items() if v != there.get(k)} == {}
+    assert set(here) == set(there)
+    assert written["model_type"] == family.name
+    assert set(family.shapes(family.model(PUBLISHED[name]))) == set(
+        family.shapes(family.model(written))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "non_embedding", "embedding"),
+    [("aya23_8b", 6_979_457_024, 1_048_576_000), ("aya23_35b", 32_883_679_232, 2_097_152_000)],
+)
+def test_aya_has_the_reported_parameters(name, non_embedding, embedding):
+    """Aya 23's report counts both parts exactly (arXiv 2405.15032, section 2)."""
+    family = families.family_of_config(PUBLISHED[name])
+    sizes = {k: int(np.prod(v)) for k, v in family.shapes(family.model(PUBLISHED[name])).items()}
+    assert sizes.pop("model.embed_tokens.weight") == embedding
+    assert sum(sizes.values()) == non_embedding
+    assert "lm_head.weight" not in sizes
+
+
+def test_every_factory_is_a_partial_of_a_class():
+    for name, config in SMALL.items():
+        model = families.family_of_config(config).model(config)
+        waiting, seen = [getattr(model, f) for f in ("block", "norm", "position_embed")], 0
+        while waiting:
+            factory = waiting.pop()
+            if factory is None:
+                continue
+            assert isinstance(factory, functools.partial) and isinstance(factory.func, type), name
+            assert not factory.args
+            assert getattr(
+                __import__(factory.func.__module__, fromlist=["x"]), factory.func.__name__
+            )
+            seen += 1
+            waiting += [v for v in factory.keywords.values() if callable(v) and type(v) is not Rope]
+        assert seen >= 5
