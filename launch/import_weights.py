@@ -86,9 +86,10 @@ def _write(
             "dtypes": {} if dtype else narrow_names(checked),
             **record,
         },
+        "start_token": None,  # Nothing precedes a text but the tokenizer's own BOS.
         **_keep_tokenizer(folder, tokenizer),
     }
-    text = gin_writer.write(model, {"START_TOKEN": None})
+    text = gin_writer.write(model)
     pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
     with progress(checked.nbytes) as bar:
         arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}

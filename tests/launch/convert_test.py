@@ -99,7 +99,8 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
         entry="launch.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
     )
     run = loaded.entry()
-    assert run.start_token is None
+    assert run.start_token == "auto"
+    assert step_dir.read_meta(tmp_path / "run")["start_token"] is None
     assert describe(run.model) == describe(model)
     assert run.model.config == model.config  # dtypes too
 
