@@ -139,11 +139,12 @@ def read_rows(
     row_B: np.ndarray,
     *,
     cross_document_attention: bool = False,
+    start_token: int = 0,
 ) -> dict[str, np.ndarray]:
     """The batch of given rows of given sources, under the names models expect.
 
-    Decoder inputs are the targets shifted right within their segment, 0 first; a segment that
-    continues a record begins with the token before it, its true predecessor. Segment ids count from
+    Decoder inputs are the targets shifted right within their segment, `start_token` first; a segment
+    that continues a record begins with the token before it, its true predecessor. Segment ids count from
     1 in each row, 0 is padding; positions restart with each segment. With
     `cross_document_attention` a row is one segment: ids are 1, positions and shifts run through.
 
@@ -187,6 +188,8 @@ def read_rows(
     inputs = np.zeros_like(tokens["targets"])
     inputs[:, 1:] = tokens["targets"][:, :-1]
     inputs *= positions["targets"] > 0
+    if start_token:
+        inputs[(positions["targets"] == 0) & (segment_ids["targets"] > 0)] = start_token
     for column, begin, at in continued:
         column.gather(begin, np.ones(len(at), np.int64), inputs.reshape(-1), at)
     batch = {

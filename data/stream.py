@@ -42,6 +42,7 @@ def make_stream(
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
+    start_token: int = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: cache.Changed = "refuse",
     verify_cache: bool = True,
@@ -70,6 +71,7 @@ def make_stream(
         packing: 'best_fit', 'concat' or 'examples'; see `data.plan.make_plan`.
         long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
         cross_document_attention: make each row one segment, so that its documents see each other.
+        start_token: what the model reads before the first token of every document.
         cache_dir: the root of all caches; $ESPALIER_CACHE or ~/.cache/espalier if None.
         changed_cache: what to do where a task has changed since its cache was built: 'refuse',
             'build' a second cache, or 'replace' the first.
@@ -116,6 +118,7 @@ def make_stream(
         batch_size=batch_size,
         seed=seed,
         cross_document_attention=cross_document_attention,
+        start_token=start_token,
         interleaving=interleaving,
     )
 
@@ -129,6 +132,7 @@ def make_eval_stream(
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
+    start_token: int = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: cache.Changed = "refuse",
     verify_cache: bool = True,
@@ -167,7 +171,10 @@ def make_eval_stream(
         verify=verify_cache,
     )
     return EvalStream(
-        source, batch_size=batch_size, cross_document_attention=cross_document_attention
+        source,
+        batch_size=batch_size,
+        cross_document_attention=cross_document_attention,
+        start_token=start_token,
     )
 
 
@@ -200,7 +207,11 @@ class _Rows(abc.ABC):
     """What both streams share: sources, and rows of them turned into batches."""
 
     def __init__(
-        self, sources: Sequence[rows.Source], batch_size: int, cross_document_attention: bool
+        self,
+        sources: Sequence[rows.Source],
+        batch_size: int,
+        cross_document_attention: bool,
+        start_token: int,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be positive.")
@@ -211,6 +222,7 @@ class _Rows(abc.ABC):
         self.batch_size = batch_size
         self._sources = tuple(sources)
         self._cross_document_attention = cross_document_attention
+        self._start_token = start_token
         self._vocabulary = rows.shared_vocabulary(self._sources)
 
     @property
@@ -231,6 +243,7 @@ class _Rows(abc.ABC):
             source_B,
             row_B,
             cross_document_attention=self._cross_document_attention,
+            start_token=self._start_token,
         )
 
     def documents(self, step: int, lo: int, hi: int) -> list[dict]:
@@ -257,6 +270,7 @@ class _Rows(abc.ABC):
             "packing": first.packing,
             "long_documents": first.long_documents,
             "cross_document_attention": self._cross_document_attention,
+            "start_token": self._start_token,
             "vocabulary": self._vocabulary,
             "sources": {source.name: source.summary() for source in self._sources},
         }
@@ -279,6 +293,8 @@ class _Rows(abc.ABC):
                 for s in self._sources
             ],
         }
+        if self._start_token:  # 0 was the only one when runs began to record fingerprints
+            parts["start_token"] = self._start_token
         return cache.digest({**parts, **settings})
 
 
@@ -299,12 +315,13 @@ class Stream(_Rows):
         batch_size: int,
         seed: int = 0,
         cross_document_attention: bool = False,
+        start_token: int = 0,
         interleaving: str = "error_diffusion",
     ):
         phases = mixing.checked_phases(phases, tuple(source.name for source in sources))
         used = {name for _, shares in phases for name in shares}
         sources = [source for source in sources if source.name in used]
-        super().__init__(sources, batch_size, cross_document_attention)
+        super().__init__(sources, batch_size, cross_document_attention, start_token)
         self._seed = seed
         self._phases = phases
         # A row of a source holds fill * length tokens: token shares become row shares.
@@ -380,9 +397,14 @@ class EvalStream(_Rows):
     """
 
     def __init__(
-        self, source: rows.Source, *, batch_size: int, cross_document_attention: bool = False
+        self,
+        source: rows.Source,
+        *,
+        batch_size: int,
+        cross_document_attention: bool = False,
+        start_token: int = 0,
     ):
-        super().__init__([source], batch_size, cross_document_attention)
+        super().__init__([source], batch_size, cross_document_attention, start_token)
         self.name = source.name
         self.num_steps = -(-source.plan.num_rows // batch_size)
         weighted = rows.LOSS_WEIGHTS in source.cache.columns

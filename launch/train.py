@@ -266,6 +266,7 @@ def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
         "data_fingerprint": data.fingerprint,
         "vocabulary": data.summary()["vocabulary"]["digest"],
         "add_bos": _adds_bos(data),
+        "start_token": data.summary()["start_token"],
         "model": dataclasses.asdict(recipe.model.config),
         "seed": recipe.seed,
     }

@@ -258,6 +258,24 @@ def test_cross_document_attention_makes_each_row_one_segment(make):
     assert isolated.fingerprint != joined.fingerprint
 
 
+def test_a_document_begins_with_the_start_token_and_its_continuation_does_not(make):
+    plain, other = make(packing="concat"), make(packing="concat", start_token=7777)
+    starts = 0
+    for step in (0, 12):
+        one, two = plain.batch(step, 0, 16), other.batch(step, 0, 16)
+        changed = one["decoder_input_tokens"] != two["decoder_input_tokens"]
+        starts += changed.sum()
+        first = (one["decoder_positions"] == 0) & (one["decoder_segment_ids"] > 0)
+        np.testing.assert_array_equal(changed, first & (one["decoder_input_tokens"] == 0))
+        assert (two["decoder_input_tokens"][changed] == 7777).all()
+        # Rows of a split document begin with the token before them.
+        assert (first & ~changed).any()
+        for name in set(one) - {"decoder_input_tokens"}:
+            np.testing.assert_array_equal(one[name], two[name])
+    assert starts
+    assert (plain.summary()["start_token"], other.summary()["start_token"]) == (0, 7777)
+
+
 def test_fingerprint_changes_with_everything_the_batches_depend_on(make, tmp_path, caches):
     base = {"phases": PHASES, "length": 64, "batch_size": 16}
     variants = [
@@ -267,6 +285,7 @@ def test_fingerprint_changes_with_everything_the_batches_depend_on(make, tmp_pat
         {"length": 65},
         {"packing": "concat"},
         {"cross_document_attention": True},
+        {"start_token": 2},
         {"interleaving": "random"},
         {"phases": ((0, {"a": 0.7, "b": 0.3}), (11, {"c": 1.0}))},
         {"phases": ((0, {"a": 0.6, "b": 0.3}), *PHASES[1:])},
