@@ -289,12 +289,14 @@ def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:
     B, K, G, T, _ = weights_BKGTS.shape
     if v_scale_BSK is not None:
         weights_BKGTS = weights_BKGTS * _per_key(v_scale_BSK)
-    out_BTKGH = jnp.einsum(
-        "bkgts,bskh->btkgh",
+    # Weights first, and values as they lie: the other way round CPUs transpose the values.
+    out_BKGTH = jax.lax.dot_general(
         weights_BKGTS.astype(dtype),
         v_BSKH.astype(dtype),
+        (((4,), (1,)), ((0, 1), (0, 2))),
         preferred_element_type=weights_BKGTS.dtype,
     )
+    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, K * G, v_BSKH.shape[-1]).astype(dtype)
 
 

@@ -7,7 +7,6 @@ equals its rows alone.
 Shapes: B batch, T prompt length, M new tokens, S slots, K key/value heads, V vocabulary.
 """
 
-import functools
 
 import flax.linen as nn
 import jax

@@ -1,0 +1,44 @@
+"""Policies by name, and their settings from code and from the command line."""
+
+import pytest
+
+from model.kv_cache.policies import policy_from_text, policy_named
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("snap", {}, "Unknown cache policy 'snap'.*snapkv"),
+        ("snapkv", {"size": 3}, "'snapkv': it has no size. Its settings: capacity: int = 1024, window"),
+        ("snapkv", {"capacity": 8, "window": 8}, "window = 8 must be at least 1 and below capacity = 8"),
+        ("snapkv", {"kernel": 4}, "kernel = 4 must be odd.*kernel: int = 7"),
+        ("snapkv", {"pooling": "min"}, "pooling = 'min' must be one of .*'max', 'average'"),
+        ("adakv", {"safeguard": 2.0}, "safeguard = 2.0 must be between"),
+        ("pyramidkv", {"beta": 0.5}, "beta = 0.5"),
+        ("streaming_llm", {"sinks": 8, "capacity": 8}, "sinks = 8"),
+        ("oracle", {"future": 0}, "future = 0"),
+        ("sliding", {"window": 0}, "window = 0"),
+        ("h2o", {"group_vote": "sum"}, "group_vote = 'sum'"),
+        ("tova", {"capacity": 0}, "capacity = 0"),
+        ("full", {"capacity": 9}, "'full': it has no capacity. It has no settings"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_error_that_lists_the_good(name, settings, said):
+    with pytest.raises(ValueError, match=said):
+        policy_named(name, **settings)
+
+
+def test_settings_may_be_texts():
+    text = {"capacity": "64", "window": "16", "kernel": "5", "pooling": "average"}
+    assert policy_from_text("snapkv", text) == policy_named(
+        "snapkv", capacity=64, window=16, kernel=5, pooling="average"
+    )
+    assert policy_from_text("h2o", {"window": "none"}) == policy_named("h2o")
+    assert policy_from_text("streaming_llm", {"renumber": "false"}).renumber is False
+    assert policy_from_text("adakv", {"safeguard": "0.5"}).safeguard == 0.5
+    with pytest.raises(ValueError, match="capacity = '1k' is not of type int. Its settings"):
+        policy_from_text("snapkv", {"capacity": "1k"})
+    with pytest.raises(ValueError, match="renumber = 'maybe' is not of type bool"):
+        policy_from_text("streaming_llm", {"renumber": "maybe"})
+    with pytest.raises(ValueError, match="it has no sinks"):
+        policy_from_text("snapkv", {"sinks": "4"})
