@@ -24,6 +24,8 @@ BENCHMARKS = {
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",
     "hf_import": "reading a 1B-parameter checkpoint against transformers, and converting it",
+    "decode": "tokens/s of greedy generation against transformers, batches of 1 and 8",
+    "cache_policies": "snapkv against the full cache at 16,384 tokens, and against kvpress",
     "start_up": "--help and imports",
 }
 

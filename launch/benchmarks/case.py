@@ -62,10 +62,18 @@ def write(folder: str, *, steps: int) -> None:
         json.dump(CASE, file)
 
 
-def params_of(weights: dict[str, np.ndarray]) -> dict[str, Any]:
+def peer_name(layer: int, name: str) -> str:
+    """The peer's name of a kernel or a norm of a layer."""
+    kernels = {ours: theirs for (_, ours), theirs in _KERNELS.items()}
+    return f"model.layers.{layer}.{(kernels | _NORMS)[name]}.weight"
+
+
+def params_of(
+    weights: dict[str, np.ndarray], *, num_layers: int = CASE["num_layers"]
+) -> dict[str, Any]:
     """The peer's weights as this project's parameter tree: kernels are [in, out] here."""
     layers = {}
-    for i in range(CASE["num_layers"]):
+    for i in range(num_layers):
         peer = f"model.layers.{i}"
         block: dict[str, Any] = {"attention": {}, "mlp": {}}
         for (part, name), its in _KERNELS.items():

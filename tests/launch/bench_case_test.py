@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from launch import gin_config
-from launch.benchmarks import case, llama_jax, pairs
+from launch.benchmarks import case, decode_case, decode_jax, llama_jax, pairs
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +46,25 @@ def test_ratio_is_of_pairs():
     found = pairs.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
     assert found["median"] == 3.0
     assert found["interval_95"] == [2.0, 5.0]
+
+
+def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):
+    sizes = {
+        **decode_case.SMALL,
+        "num_layers": 2,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_dim": 32,
+        "vocab_size": 64,
+    }
+    decode_case.write(str(tmp_path), sizes)
+    ours = decode_jax.Ours(str(tmp_path))
+    snapkv = {"policy": "snapkv", "settings": {"capacity": 16, "window": 4}}
+    answer = ours.generate(batch=1, length=48, new=3, tokens=True, **snapkv)
+    assert [len(row) for row in answer["tokens"]] == [3]
+    # What is calculated from shapes is what a run holds; the peak has one whole layer.
+    calculated = ours.peak_bytes(length=48, new=3, **snapkv)
+    assert calculated["decode_bytes"] == answer["cache_bytes"]
+    whole_layer = 48 * 2 * 2 * 8 * 4
+    assert calculated["bytes"] == whole_layer + calculated["decode_bytes"] // 2
