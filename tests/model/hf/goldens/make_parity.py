@@ -42,7 +42,7 @@ FIXED = [
     ("llama", 0, {**ODD, "num_key_value_heads": 1, "rope_parameters": LLAMA3}),
     ("llama", 1, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("llama", 2, {"rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
-    ("mistral", 0, {**ODD, "num_key_value_heads": 3}),
+    ("mistral", 0, {**ODD, "num_key_value_heads": 3, "sliding_window": 4}),
     ("mistral", 1, {"sliding_window": None}),
     ("qwen2", 0, {"use_sliding_window": False}),
     ("qwen2", 1, {"use_sliding_window": True, "num_hidden_layers": 3, "max_window_layers": 1}),
