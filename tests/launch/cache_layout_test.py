@@ -154,7 +154,7 @@ def test_on_tpus_no_cache_is_copied_for_a_token(name, settings, dtype, tpu_envir
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache_bytes
 
 
-@pytest.mark.parametrize("name", ["full", "adakv", "streaming_llm"])
+@pytest.mark.parametrize("name", ["full", "snapkv", "adakv", "streaming_llm"])
 def test_on_cpus_no_cache_is_copied_for_a_token(name):
     """Of floats: XLA's CPU backend has no product of int8 and converts a layer's cache first.
 

@@ -7,7 +7,6 @@ equals its rows alone.
 Shapes: B batch, T prompt length, M new tokens, S slots, K key/value heads, V vocabulary.
 """
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from model.config import TransformerConfig
 from model.kv_cache.policies import POLICIES, policy_named
 from model.transformer import Transformer
 from trainers.decode import Settings, decode
+from trainers.partitioning import RULE_SETS, make_mesh, use_mesh
 from trainers.prefill import prefill
 
 V, T, M = 31, 24, 5
@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-def make(pattern=("full", "sliding", "full_nope"), window=6, heads=4, **changes):
+def make(pattern=("full", "sliding"), window=6, heads=4, **changes):
     config = TransformerConfig(
         vocab_size=V,
         num_layers=len(pattern),
@@ -132,3 +132,85 @@ def test_a_capacity_of_the_whole_prompt_changes_nothing(name, model, params, ids
     logits, _, _, tokens = generate(model, params, policy, ids, lengths)
     np.testing.assert_allclose(logits, full[0], atol=1e-5)
     np.testing.assert_array_equal(tokens, full[3])
+
+
+def read(model, params, policy, ids, **how):
+    """(logits, caches) of the prompts."""
+    run = lambda *arrays: prefill(model, arrays[0], policy, *arrays[1:], **how)  # noqa: E731
+    return jax.jit(run)(params, ids, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("snapkv", 6), ("snapkv", 30), ("h2o", 7), ("oracle", 7)]
+)
+def test_a_prompt_read_in_chunks_is_compressed_after_the_last(name, chunk, model, params, ids):
+    """Same logits and same kept tokens, whether chunks divide the prompt, or exceed it."""
+    policy = policy_named(name, **SMALL[name])
+
+    def run(chunk):
+        return read(model, params, policy, ids, room=2, chunk=chunk)
+
+    (want, whole), (got, parts) = run(None), run(chunk)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one.positions_BXS, other.positions_BXS)
+        np.testing.assert_allclose(one.k_BKSH, other.k_BKSH, atol=1e-5)
+
+
+def test_a_chunk_without_tokens_is_refused(model, params, ids):
+    with pytest.raises(ValueError, match="chunk = 0 must be at least 1"):
+        prefill(model, params, policy_named("full"), ids, LENGTHS, room=1, chunk=0)
+
+
+def memory(policy, layers, length):
+    """Bytes of temporaries and outputs that reading a prompt takes."""
+    model = make(("full",) * layers)
+    params = jax.eval_shape(lambda: init(model))
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, length), (1,)))
+    run = jax.jit(lambda *arrays: prefill(model, arrays[0], policy, *arrays[1:], room=1))
+    used = run.lower(params, ids, lengths).compile().memory_analysis()
+    return used.temp_size_in_bytes + used.output_size_in_bytes
+
+
+def test_one_layers_keys_are_in_memory_whole():
+    """A layer more takes its compressed cache more, where a full cache takes all of its keys."""
+    length = 2048
+    layer_bytes = 2 * length * 2 * 4 * 4  # keys and values of 2 heads of 4 floats
+    grown = {
+        name: (memory(policy, 6, length) - memory(policy, 2, length)) / 4 / layer_bytes
+        for name, policy in (
+            ("snapkv", policy_named("snapkv", capacity=128, window=8)),
+            ("full", policy_named("full")),
+        )
+    }
+    assert grown["full"] > 0.99
+    assert grown["snapkv"] < 0.1
+
+
+def test_int8_takes_a_quarter_of_the_bytes_and_its_scales(model, params, ids):
+    policy = policy_named("snapkv", **SMALL["snapkv"])
+
+    floats, integers = (
+        read(model, params, policy, ids, room=2, cache_dtype=dtype)[1] for dtype in (None, "int8")
+    )
+    for wide, small in zip(floats, integers, strict=True):
+        rows = wide.k_BKSH.size // 4  # vectors of head dim 4
+        scales = small.k_scale_BKS.nbytes + small.v_scale_BKS.nbytes
+        assert small.k_BKSH.nbytes + small.v_BKSH.nbytes == 2 * 4 * rows
+        assert wide.k_BKSH.nbytes + wide.v_BKSH.nbytes == 4 * 2 * 4 * rows
+        assert scales == 2 * 4 * rows
+
+
+@pytest.mark.parametrize("name", ["full", "snapkv", "adakv"])
+def test_a_mesh_splits_key_value_heads(name, model, params, ids):
+    """Same tokens; each device holds its own heads (Ada-KV's one store is whole on all)."""
+    policy = policy_named(name, **SMALL[name])
+    alone = generate(model, params, policy, ids, LENGTHS)
+    mesh = make_mesh(shape={"tensor": 2}, devices=jax.devices()[:2])
+    with use_mesh(mesh, RULE_SETS["tp"]()):
+        _, caches, after, tokens = generate(model, params, policy, ids, LENGTHS)
+    np.testing.assert_array_equal(tokens, alone[3])
+    for states in (caches, after):
+        held = getattr(states[0], "slots", states[0]).k_BKSH
+        heads = held.sharding.shard_shape(held.shape)[1]
+        assert heads == 1 and held.shape[1] == (1 if name == "adakv" else 2)
