@@ -181,6 +181,7 @@ def train(
                 use_ema=initial_use_ema,
             )
             _check_same_vocabulary(start, meta)
+            meta |= _origin(start)
         writer = stack.enter_context(
             contextlib.closing(metric_writers.MultiWriter(_writers(run, start.step, writers)))
         )
@@ -270,6 +271,13 @@ def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
         "model": dataclasses.asdict(recipe.model.config),
         "seed": recipe.seed,
     }
+
+
+def _origin(start: restore.Restored) -> dict[str, Any]:
+    """What an imported model's files said that its parameters do not, for export after training."""
+    said = start.meta.get("hf", {})
+    kept = {key: said[key] for key in ("family", "config", "generation_config") if key in said}
+    return {"hf": kept} if kept else {}
 
 
 def _adds_bos(data: Stream) -> bool:
