@@ -123,13 +123,19 @@ class Decoder:
         """What calling it returns, one by one as they are done; those of one prompt side by side.
 
         Raises:
-          ValueError: an empty prompt, or one that leaves no room within learned positions.
+          ValueError: an empty prompt, one without a token before what the cache policy takes for its
+            continuation, or one that leaves no room within learned positions.
         """
         limit = longest_row(self._params)
         room = self._settings.max_new_tokens - 1  # the last new token is not read
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
+            if len(prompt) <= self._policy.future:
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens, of which the cache policy takes the last "
+                    f"{self._policy.future} for the continuation: nothing is left to continue."
+                )
             if limit is not None and len(prompt) + room > limit:
                 raise ValueError(
                     f"Prompt {i} has {len(prompt)} tokens; with {room + 1} new ones it is longer than "
@@ -181,6 +187,7 @@ class Decoder:
             logits_BV, caches = prefill(
                 model, params, policy, tokens_BT, lengths_B, room=room, **self._prefill_options
             )
+            lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
             caches = _repeated(caches, copies)
             if settings.beams is not None:

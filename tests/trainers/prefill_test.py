@@ -17,6 +17,7 @@ from model.config import TransformerConfig
 from model.kv_cache.policies import POLICIES, policy_named
 from model.transformer import Transformer
 from trainers.decode import Settings, decode
+from trainers.decoder import Decoder
 from trainers.partitioning import RULE_SETS, make_mesh, use_mesh
 from trainers.prefill import prefill
 
@@ -174,17 +175,17 @@ def memory(policy, layers, length):
 
 def test_one_layers_keys_are_in_memory_whole():
     """A layer more takes its compressed cache more, where a full cache takes all of its keys."""
-    length = 2048
+    length = 1024
     layer_bytes = 2 * length * 2 * 4 * 4  # keys and values of 2 heads of 4 floats
     grown = {
-        name: (memory(policy, 6, length) - memory(policy, 2, length)) / 4 / layer_bytes
+        name: (memory(policy, 4, length) - memory(policy, 2, length)) / 2 / layer_bytes
         for name, policy in (
-            ("snapkv", policy_named("snapkv", capacity=128, window=8)),
+            ("snapkv", policy_named("snapkv", capacity=32, window=8)),
             ("full", policy_named("full")),
         )
     }
     assert grown["full"] > 0.99
-    assert grown["snapkv"] < 0.1
+    assert grown["snapkv"] < 0.05
 
 
 def test_int8_takes_a_quarter_of_the_bytes_and_its_scales(model, params, ids):
@@ -201,7 +202,7 @@ def test_int8_takes_a_quarter_of_the_bytes_and_its_scales(model, params, ids):
         assert scales == 2 * 4 * rows
 
 
-@pytest.mark.parametrize("name", ["full", "snapkv", "adakv"])
+@pytest.mark.parametrize("name", ["snapkv", "adakv"])
 def test_a_mesh_splits_key_value_heads(name, model, params, ids):
     """Same tokens; each device holds its own heads (Ada-KV's one store is whole on all)."""
     policy = policy_named(name, **SMALL[name])
@@ -214,3 +215,19 @@ def test_a_mesh_splits_key_value_heads(name, model, params, ids):
         held = getattr(states[0], "slots", states[0]).k_BKSH
         heads = held.sharding.shard_shape(held.shape)[1]
         assert heads == 1 and held.shape[1] == (1 if name == "adakv" else 2)
+
+
+def test_an_oracles_prompts_end_before_their_continuation(model, params, ids, full):
+    """The decoder starts where the known continuation does, and needs a prompt before it."""
+    decoder = Decoder(
+        model,
+        params,
+        Settings(max_new_tokens=M),
+        policy=policy_named("oracle", capacity=T, future=3),
+        batch_size=2,
+    )
+    known = [ids[row, :length].tolist() + [1, 2, 3] for row, length in enumerate(LENGTHS.tolist())]
+    found = decoder(known)
+    assert [row.tokens for row in found] == full[3].tolist()
+    with pytest.raises(ValueError, match="Prompt 1 has 3 tokens.*last 3"):
+        decoder([[1, 2, 3, 4], [1, 2, 3]])
