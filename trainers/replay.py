@@ -137,7 +137,7 @@ def decoding_policy(policy: CachePolicy) -> CachePolicy:
 
     What distinguishes the policies that select tokens of a prompt is over once it is compressed.
     """
-    kind = type(policy)
+    kind: Any = type(policy)
     alike = isinstance(policy, FullCache) and (kind.extend, kind.view) == (
         FullCache.extend,
         FullCache.view,
