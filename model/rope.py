@@ -58,13 +58,16 @@ class Rope:
         if self.scaling == "linear":
             return freq_P / np.float32(self.factor)
         if self.scaling == "llama3":
-            turns_P = self.original_length * freq_P / (2 * math.pi)
+            # The steps of the published code, each rounded to float32: where keep_P is small, any other
+            # order moves the frequency by several units in the last place.
+            wavelength_P = np.float32(1) / freq_P * np.float32(2 * math.pi)
+            turns_P = np.float32(1) / wavelength_P * np.float32(self.original_length)
             # 0 where stretched fully, 1 where kept, linear in the turns between the two bounds.
-            keep_P = (turns_P - self.low_freq_factor) / (
+            keep_P = (turns_P - np.float32(self.low_freq_factor)) / np.float32(
                 self.high_freq_factor - self.low_freq_factor
             )
-            keep_P = np.clip(keep_P, 0.0, 1.0)
-            return (freq_P * (keep_P + (1 - keep_P) / self.factor)).astype(np.float32)
+            keep_P = np.clip(keep_P, np.float32(0), np.float32(1))
+            return (1 - keep_P) * freq_P / np.float32(self.factor) + keep_P * freq_P
         return freq_P
 
     def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -61,6 +61,13 @@ def test_llama3_keeps_short_and_stretches_long_wavelengths():
     assert np.all(np.diff(ratio) >= -1e-6)
 
 
+def test_llama3_frequencies_are_those_of_transformers_to_the_last_bit():
+    # transformers 5.24: positions in the thousands multiply a difference of one unit.
+    rope = Rope(scaling="llama3", factor=8.0, original_length=64)
+    expected = [1065353216, 1027962988, 994952723, 973239204, 950363860]
+    assert rope.frequencies(10).view(np.int32).tolist() == expected
+
+
 @pytest.mark.parametrize("bad", [{"layout": "other"}, {"scaling": "yarn"}])
 def test_unknown_names_are_refused(bad):
     with pytest.raises(ValueError, match="use"):
