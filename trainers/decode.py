@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
+from model.kv_cache.slots import carried, restored
 from trainers.beam import Beams
 from trainers.prefill import read
 from trainers.sampling import Sampling, penalised, sample
@@ -206,15 +207,18 @@ def advance(
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.decoded.tokens_BM, last, 1, axis=1)
         # What an ended row would still add is marked as padding.
         position_B1 = jnp.where(loop.done_B, -1, loop.lengths_B + last)[:, None]
-        out = read(model, params, policy, token_B1, position_B1, loop.caches)
+        caches = restored(loop.caches, whole)
+        out = read(model, params, policy, token_B1, position_B1, caches)
         logits_BV = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
-        return _choose(dataclasses.replace(loop, caches=out.caches), logits_BV, settings)
+        return _choose(dataclasses.replace(loop, caches=carried(out.caches)), logits_BV, settings)
 
     def more(loop: Loop) -> jax.Array:
         return (loop.step < until) & ~jnp.all(loop.done_B)
 
-    loop = dataclasses.replace(loop, done_B=loop.done_B | ended_B)
-    return jax.lax.while_loop(more, body, loop)
+    whole = loop.caches
+    loop = dataclasses.replace(loop, done_B=loop.done_B | ended_B, caches=carried(whole))
+    loop = jax.lax.while_loop(more, body, loop)
+    return dataclasses.replace(loop, caches=restored(loop.caches, whole))
 
 
 def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:

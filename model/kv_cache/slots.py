@@ -65,7 +65,7 @@ class Slots:
         )
 
         def at(held: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(held, new, self.at, axis=2)
+            return _put(held, new, self.at)
 
         after = self.at + T
         if self.ring is not None:
@@ -84,7 +84,7 @@ class Slots:
         """Other keys at other positions in the first P slots."""
 
         def first(held: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(held, new, 0, axis=2)
+            return _put(held, new, 0)
 
         k_BKPH, k_scale_BKP = self._encode(k_BPKH)
         return dataclasses.replace(
@@ -191,6 +191,33 @@ def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: A
         positions_BXS=jnp.full((batch, 1, length), -1, jnp.int32),
         at=jnp.zeros((), jnp.int32),
     ).constrained()
+
+
+def _put(held: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
+    """`held` [B, K or X, S, ...] with `new` from slot `at` on, updated as a loop carries it."""
+    ones = _ones(held)
+    found = jax.lax.dynamic_update_slice_in_dim(
+        held.squeeze(ones), new.squeeze(ones), at, axis=2 - len(ones)
+    )
+    return found.reshape(held.shape)
+
+
+def carried(caches: Any) -> Any:
+    """Caches as a loop over tokens carries them: without rows or heads of which there is only one.
+
+    Products with such dimensions drop them, and on CPUs the change of shape is then merged into the
+    update of the cache, which makes two of it, one of them a copy.
+    """
+    return jax.tree.map(lambda x: x.squeeze(_ones(x)), caches)
+
+
+def restored(caches: Any, like: Any) -> Any:
+    """Caches after `carried`, in the shapes of `like`."""
+    return jax.tree.map(lambda x, y: x.reshape(y.shape), caches, like)
+
+
+def _ones(x: jax.Array) -> tuple[int, ...]:
+    return tuple(axis for axis in range(min(2, x.ndim - 1)) if x.shape[axis] == 1)
 
 
 def quantise(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -154,25 +154,28 @@ def test_on_tpus_no_cache_is_copied_for_a_token(name, settings, dtype, tpu_envir
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache_bytes
 
 
-@pytest.mark.parametrize("name", ["full", "snapkv", "adakv", "streaming_llm"])
-def test_on_cpus_no_cache_is_copied_for_a_token(name):
-    """Of floats: XLA's CPU backend has no product of int8 and converts a layer's cache first.
-
-    With one key/value head it updates caches twice, of which one is a copy; with several it does not.
-    """
+@pytest.mark.parametrize(
+    ("name", "batch", "kv_heads"),
+    [
+        *(("full", batch, heads) for batch in (1, 4) for heads in (1, 2)),
+        *((name, batch, 2) for name in ("snapkv", "adakv", "streaming_llm") for batch in (1, 4)),
+    ],
+)
+def test_on_cpus_no_cache_is_copied_for_a_token(name, batch, kv_heads):
+    """Of floats: XLA's CPU backend has no product of int8 and converts a layer's cache first."""
     config = TransformerConfig(
         vocab_size=64,
         num_layers=1,
         embed_dim=32,
         num_heads=4,
-        num_kv_heads=2,
+        num_kv_heads=kv_heads,
         mlp_dim=32,
         scan_layers=False,
     )
     compiled, shards = loop_program(
         Transformer(config=config),
         policy_named(name, **({} if name == "full" else {"capacity": 256})),
-        batch=4,
+        batch=batch,
         length=1024 - M,
         dtype=None,
         mesh=make_mesh(devices=jax.devices()[:1]),
