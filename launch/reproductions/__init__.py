@@ -1,0 +1,1 @@
+"""Experiments that check a paper's claims, one package each; run by `python -m launch.reproduce`."""

@@ -1,0 +1,56 @@
+"""95 % intervals of what the experiments measure, by resampling prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_RESAMPLES = 2000
+_Z = 1.959964  # of a normal distribution's middle 95 %
+
+
+def share(values: Any) -> dict[str, float]:
+    """Share of true values, with Wilson's interval, which is sensible at 0 and 1 too."""
+    flags = np.asarray(values, bool).ravel()
+    n, mean = len(flags), float(flags.mean())
+    centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * np.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return _rounded(mean, centre - half, centre + half)
+
+
+def mean(values: Any) -> dict[str, float]:
+    """Mean over prompts, with a bootstrap interval."""
+    values_E = np.asarray(values, float)
+    return ratio(values_E, np.ones_like(values_E))
+
+
+def ratio(numerators: Any, denominators: Any) -> dict[str, float]:
+    """Ratio of sums over prompts, with a bootstrap interval; NaN where the denominators are zero."""
+    top_E, bottom_E = np.asarray(numerators, float), np.asarray(denominators, float)
+    index_RE = np.random.default_rng(0).integers(len(top_E), size=(_RESAMPLES, len(top_E)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn_R = top_E[index_RE].sum(1) / bottom_E[index_RE].sum(1)
+        value = top_E.sum() / bottom_E.sum()
+    low, high = np.nanquantile(drawn_R, [0.025, 0.975]) if np.isfinite(value) else (value, value)
+    return _rounded(value, low, high)
+
+
+def difference(ones: Any, others: Any) -> dict[str, float]:
+    """Mean difference of values of the same prompts, with a bootstrap interval."""
+    return mean(np.asarray(ones, float) - np.asarray(others, float))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of the least-squares line."""
+    return float(np.polyfit(np.asarray(x, float), np.asarray(y, float), 1)[0])
+
+
+def text(found: dict[str, float], digits: int = 2) -> str:
+    """Value and interval as a reader sees them."""
+    value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _rounded(value: float, low: float, high: float) -> dict[str, float]:
+    names = ("value", "low", "high")
+    return {k: round(float(v), 4) for k, v in zip(names, (value, low, high), strict=True)}

@@ -1,0 +1,64 @@
+"""The cache policies that are compared, each at any capacity."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.policies import policy_named
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A policy without its capacity.
+
+    Attributes:
+      label: for people.
+      policy: its name.
+      settings: all but the capacity.
+      cache_dtype: of what is kept.
+    """
+
+    label: str
+    policy: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache_dtype: str | None = None
+
+    def at(self, capacity: int) -> CachePolicy:
+        if self.policy == "full":
+            return policy_named("full")
+        return policy_named(self.policy, capacity=capacity, **self.settings)
+
+
+FULL = Method("full cache", "full")
+
+
+def methods(*, window: int, kernel: int, future: int = 0) -> dict[str, Method]:
+    """All methods by short name; `future` gives the oracle that many tokens to look at."""
+    snap = {"window": window, "kernel": kernel, "pooling": "max"}
+    found = {
+        "snapkv": Method("SnapKV", "snapkv", snap),
+        "snapkv_avg": Method("SnapKV, average pooling", "snapkv", {**snap, "pooling": "average"}),
+        "snapkv_int8": Method("SnapKV, int8", "snapkv", snap, "int8"),
+        "pyramidkv": Method("PyramidKV", "pyramidkv", snap),
+        "adakv": Method("Ada-KV", "adakv", snap),
+        "h2o": Method("H2O", "h2o", {"window": window}),
+        "tova": Method("TOVA", "tova"),
+        "streaming_llm": Method("StreamingLLM", "streaming_llm"),
+        "random": Method("random", "random", {"window": window}),
+    }
+    if future:
+        found["oracle"] = Method("oracle", "oracle", {"future": future})
+    return found
+
+
+def kernels(*, window: int, sizes: tuple[int, ...] = (1, 3, 5, 7)) -> dict[str, Method]:
+    """SnapKV with max pooling over 1, 3, ... positions."""
+    return {
+        f"kernel_{size}": Method(
+            f"max pooling over {size}" if size > 1 else "no pooling",
+            "snapkv",
+            {"window": window, "kernel": size, "pooling": "max"},
+        )
+        for size in sizes
+    }
