@@ -188,7 +188,10 @@ def _needles(found: Mapping[str, Any]) -> Any:
     }
     figure, axes = _subplots(1, len(grids), (6.5 * len(grids), 5))
     for grid, one in zip(grids, axes[0], strict=True):
-        cases = sorted((c, n) for n, _, c in needle_run.cases(grid))
+        order = ["snapkv", *known]
+        cases = sorted(
+            ((c, n) for n, _, c in needle_run.cases(grid)), key=lambda x: (x[0], order.index(x[1]))
+        )
         bars = [("full cache", needle_digits(found, "full", 0, grid))]
         for capacity, name in cases:
             label = f"{known[name].label}, {capacity}"
@@ -209,8 +212,10 @@ def _needles(found: Mapping[str, Any]) -> Any:
         one.set_xlim(0, 1)
         count = len(bars[0][1])
         one.set_title(f"{grid.tokens} tokens, {count} questions", fontsize=10)
-        one.set_xlabel("share; method and capacity at the left")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+        one.set_xlabel("share of questions or digits")
+        one.set_ylabel("method, capacity C")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 
