@@ -12,6 +12,7 @@ from model.hf import arrays, families
 from model.hf.description import native_shapes
 from model.hf.family import MismatchedTensors
 from model.surgery import layer_stack
+from trainers import initialise, partitioning
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CASES = sorted((GOLDENS / "parity").glob("*.npz"))
@@ -44,6 +45,16 @@ def load(path):
 
 def same(a, b):
     assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_every_rule_set_shards_every_array(path):
+    model = load(path)[2]
+    boxed = initialise.abstract_variables(model)["params"]
+    mesh = partitioning.make_mesh(shape=None)
+    for name in partitioning.RULE_SETS:
+        shardings = initialise.param_shardings(boxed, mesh, partitioning.rules_named(name))
+        assert len(jax.tree.leaves(shardings)) == len(native_shapes(model))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
