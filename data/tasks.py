@@ -96,15 +96,16 @@ def register_source(
       add_eos: end each document with EOS.
 
     Raises:
-      ValueError: the name is taken by another task, or BOS is asked of a vocabulary without one.
+      ValueError: the name is taken by another task, or BOS or EOS is asked of a vocabulary without it.
     """
     import seqio
 
-    if add_bos and vocabulary.bos_id in (None, -1):
-        raise ValueError(
-            f"task {name!r}: add_bos=True, but {vocabulary} has no BOS; set add_bos=False or use a "
-            "vocabulary that has one"
-        )
+    for token, asked in (("bos", add_bos), ("eos", add_eos)):
+        if asked and getattr(vocabulary, f"{token}_id") in (None, -1):
+            raise ValueError(
+                f"task {name!r}: add_{token}=True, but {vocabulary} has no {token.upper()}; set "
+                f"add_{token}=False or use a vocabulary that has one"
+            )
     _make_room(name, seqio.TaskRegistry, _TASKS, origin)
     seqio.TaskRegistry.add(
         name,

@@ -83,6 +83,16 @@ def test_bos_and_eos_by_choice(small, tmp_path, byte):
         tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_bos=True)
 
 
+@pytest.mark.parametrize("none", [None, -1])
+def test_eos_is_not_asked_of_a_vocabulary_without_it(small, byte, monkeypatch, none):
+    monkeypatch.setattr(type(byte), "eos_id", none)
+    with pytest.raises(ValueError, match="task 'python': add_eos=True, but .* has no EOS"):
+        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"])
+    tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_eos=False)
+    text = next(small.documents("python", "train")).text
+    assert _records("python", "train")[0]["targets"].tolist() == list(byte.encode(text))
+
+
 def test_mixtures_weigh_by_bytes_and_temperature(small, byte):
     import seqio
 
