@@ -347,9 +347,16 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
     mlp = program.boxed_params.get("layers", {}).get("block_0", {}).get("mlp")
     if mlp is None:
         return 6.0 * program.num_params()
-    # Whether the MLP has a gate: its parameters tell, whatever class was bound.
-    gated = "gate" in mlp
-    return flops.train_flops_per_token(recipe.model.config, recipe.length, gated=gated)
+    model = recipe.model
+    # Whether the MLP has a gate or a router: its parameters tell, whatever class was bound.
+    experts, top_k = 0, 1
+    if "router" in mlp:
+        block = model.block(config=model.config, kind=model.config.layer_kind(0), name="block_0")
+        mixture = block.mlp(config=model.config, name="mlp")
+        experts, top_k = mixture.num_experts, mixture.top_k
+    return flops.train_flops_per_token(
+        model.config, recipe.length, gated="gate" in mlp, experts=experts, top_k=top_k
+    )
 
 
 def _announce(

@@ -60,17 +60,21 @@ def mean_keys(length: int, window: int | None = None) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def forward_flops_per_token(config: Sizes, length: int, *, gated: bool = True) -> float:
+def forward_flops_per_token(
+    config: Sizes, length: int, *, gated: bool = True, experts: int = 0, top_k: int = 1
+) -> float:
     """FLOPs of a forward pass for one token of a row of `length`, logits included.
 
     Args:
       config: the model's sizes.
       length: tokens per row; packed documents shorter than that see fewer keys and do less.
       gated: whether the MLP has three matrices (gate, up, down) or two.
+      experts: among how many such MLPs a router chooses; 0 where there is one and no router.
+      top_k: how many of them a token uses.
     """
     d, h = config.embed_dim, config.per_head_dim
     projections = d * h * (2 * config.num_heads + 2 * config.kv_heads)
-    mlp = (3 if gated else 2) * d * config.mlp_dim
+    mlp = top_k * (3 if gated else 2) * d * config.mlp_dim + d * experts
     total = 2.0 * config.vocab_size * d
     for layer in range(config.num_layers):
         keys = mean_keys(length, config.layer_kind(layer).window)
@@ -78,9 +82,12 @@ def forward_flops_per_token(config: Sizes, length: int, *, gated: bool = True) -
     return total
 
 
-def train_flops_per_token(config: Sizes, length: int, *, gated: bool = True) -> float:
+def train_flops_per_token(
+    config: Sizes, length: int, *, gated: bool = True, experts: int = 0, top_k: int = 1
+) -> float:
     """Forward and backward: three times the forward pass."""
-    return 3.0 * forward_flops_per_token(config, length, gated=gated)
+    forward = forward_flops_per_token(config, length, gated=gated, experts=experts, top_k=top_k)
+    return 3.0 * forward
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -1,5 +1,6 @@
 """`python -m launch.train` from gin to checkpoint on real text, its numbers, and what it says to bad input."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,10 @@ import types
 import pytest
 
 from launch.train import flops_per_token
+from model.config import TransformerConfig
+from model.moe import MoeMlp
+from model.transformer import Block, Transformer
+from trainers.initialise import abstract_variables
 from trainers.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -173,6 +178,22 @@ def test_what_was_used_is_written_before_training_and_writers_are_made_after_the
 def test_another_architecture_counts_six_flops_a_parameter():
     program = types.SimpleNamespace(boxed_params={"cells": {}}, num_params=lambda: 7)
     assert flops_per_token(None, program) == 42.0
+
+
+def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
+    config = TransformerConfig(vocab_size=11, num_layers=3, embed_dim=8, num_heads=2, mlp_dim=5)
+    counts = {}
+    for top_k in (1, 2):
+        mlp = functools.partial(MoeMlp, num_experts=4, top_k=top_k)
+        model = Transformer(config=config, block=functools.partial(Block, mlp=mlp))
+        boxed = abstract_variables(model)["params"]
+        recipe = types.SimpleNamespace(model=model, length=1)
+        counts[top_k] = flops_per_token(recipe, types.SimpleNamespace(boxed_params=boxed))
+    # Six for each weight that a token meets: 8 x 8 projections, 8 x 4 router, 8 x 5 per matrix of an
+    # expert; a query's scores and weighted sum over the one key it sees.
+    weights = 3 * (4 * 8 * 8 + 8 * 4 + 3 * 8 * 5) + 11 * 8
+    assert counts[1] == 6 * weights + 3 * 3 * 4 * 8
+    assert counts[2] - counts[1] == 6 * 3 * 3 * 8 * 5
 
 
 # ---- Bad input: one error, status 2, and nothing lost.
