@@ -12,12 +12,11 @@ import numpy as np
 from data import hf_tokenizer
 from launch import run_vocabulary
 from launch.import_weights import ConvertError, check_space, new_directory, progress
-from model.hf import tiles
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model
 from model.hf.family import Family, UnsupportedModel
 from model.hf.mapping import Piece
-from model.hf.plan import FLOATS
+from model.hf.plan import FLOATS, copy_cast
 from model.hf.safetensors_files import SafetensorsWriter
 from trainers import array_files, manifest, step_dir
 from trainers.manifest import DamagedCheckpointError, Manifest
@@ -51,7 +50,7 @@ def export_hf(
       shard_bytes: most data in one file.
 
     Raises:
-      ConvertError, UnsupportedModel, DamagedCheckpointError.
+      ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
     """
 
     def read(step: Any) -> None:
@@ -209,13 +208,15 @@ def _write_group(
         if len(parts) == 1 and not first.transpose and first.hf_columns is None and info.shape:
             step_rows = max(1, _BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
             for low in range(0, info.shape[0], step_rows):
-                rows = (low, min(low + step_rows, info.shape[0]))
-                writer.write(hf, region(first, rows).astype(info.dtype, copy=False), low)
+                values = region(first, (low, min(low + step_rows, info.shape[0])))
+                part = np.empty(values.shape, info.dtype)
+                copy_cast(part, values, hf)
+                writer.write(hf, part, low)
         else:
             tensor = np.empty(info.shape, info.dtype)
             for piece in parts:
                 values = region(piece)
-                tiles.copy(piece.region(tensor), values.T if piece.transpose else values)
+                copy_cast(piece.region(tensor), values.T if piece.transpose else values, hf)
             writer.write(hf, tensor)
         bar.update(info.nbytes)
     damaged = [x for x in digests if digests[x] % 2**64 != recorded.arrays[root + x].digest]

@@ -125,16 +125,24 @@ class Plan:
             self.source.read_into(name, start + low, rows[: high - low])
             values = piece.from_hf(rows[: high - low])
             part = into[..., low:high] if piece.transpose else into[low:high]
-            tiles.copy(part, values, held)
-            self._check_finite(part, values, piece)
+            copy_cast(part, values, name, held)
 
-    def _check_finite(self, cast: np.ndarray, values: np.ndarray, piece: Piece) -> None:
-        narrow = cast.dtype == np.float16 and values.dtype != np.float16
-        if narrow and bool(np.any(np.isinf(cast) & ~np.isinf(values.astype(np.float32)))):
-            raise UnsuitableDtypeError(
-                f"{self.names[piece.hf]} has values beyond 65504, the largest of float16: use "
-                "--dtype=bfloat16 or float32."
-            )
+
+def copy_cast(
+    into: np.ndarray, values: np.ndarray, name: str, held: np.ndarray | None = None
+) -> None:
+    """`tiles.copy` of a tensor called `name`.
+
+    Raises:
+      UnsuitableDtypeError: a value is too large for the dtype of `into`.
+    """
+    with np.errstate(over="ignore"):
+        tiles.copy(into, values, held)
+    narrow = into.dtype == np.float16 and values.dtype != np.float16
+    if narrow and bool(np.any(np.isinf(into) & ~np.isinf(values.astype(np.float32)))):
+        raise UnsuitableDtypeError(
+            f"{name} has values beyond 65504, the largest of float16: use --dtype=bfloat16 or float32."
+        )
 
 
 def plan(family: Family, model: Transformer, source: Source, *, dtype: str | None = None) -> Plan:
@@ -197,12 +205,12 @@ def _check_tied(source: Source, copy: str, original: str) -> None:
 
 
 def narrow_names(plan: Plan) -> dict[str, Any]:
-    """Dtypes, by tensor, of those that are narrower than the array they became a part of.
+    """Dtypes, by name of the piece, of tensors narrower than the array they became a part of.
 
     An array has one dtype; an export needs these to give each tensor back as it was.
     """
     return {
-        plan.names[piece.hf]: plan.source.tensors[plan.names[piece.hf]].dtype.name
+        piece.hf: plan.source.tensors[plan.names[piece.hf]].dtype.name
         for target in plan.arrays.values()
         for piece in target.pieces
         if plan.source.tensors[plan.names[piece.hf]].dtype != target.dtype
