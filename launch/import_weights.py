@@ -155,9 +155,8 @@ def new_directory(target: str) -> Iterator[str]:
     parent, name = os.path.split(target)
     if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
         raise ConvertError(f"{target} exists: give another directory, or remove it first.")
-    os.makedirs(parent, exist_ok=True)
     partial = os.path.join(parent, f".{name}.partial")
-    with _locked(f"{partial}.lock", target):
+    with _parents(parent), _locked(f"{partial}.lock", target):
         shutil.rmtree(partial, ignore_errors=True)
         os.mkdir(partial)
         try:
@@ -166,6 +165,21 @@ def new_directory(target: str) -> Iterator[str]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def _parents(folder: str) -> Iterator[None]:
+    """Makes a directory and those above it; after an error they are gone again, unless used."""
+    above = [folder, *map(str, pathlib.Path(folder).parents)]
+    made = [path for path in above if not os.path.isdir(path)]
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # Others have put something there since.
+            for path in made:
+                os.rmdir(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ change its maths and are left alone, whatever they say.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,44 @@ _ACTIVATIONS = {
     "gelu_new": "gelu",
     "relu": "relu",
 }
+# What the fields that are read may be.
+_COUNTS = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
+    *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+    *("sliding_window", "sliding_window_pattern"),
+}
+_NUMBERS = {
+    *("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "logit_scale"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+}
+_FLAGS = {
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm", "use_sliding_window"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    "use_bidirectional_attention",
+}
+
+
+def _expected(key: str, value: Any) -> str | None:
+    """What a field should have been; None where its value is of the right kind, or null."""
+    if value is None:
+        return None
+    if key in _COUNTS:
+        return None if type(value) is int and value > 0 else "a whole number above 0"
+    if key in _NUMBERS:
+        return None if type(value) in (int, float) and 0 < value < math.inf else "a number above 0"
+    if key == "max_window_layers":
+        return None if type(value) is int and value >= 0 else "a whole number"
+    if key in _FLAGS:
+        return None if isinstance(value, bool) else "true or false"
+    if key in ("rope_scaling", "rope_parameters"):
+        return None if isinstance(value, dict) else "an object"
+    if key == "layer_types":
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return None if texts else "a list of texts"
+    return None if isinstance(value, str) else "a text"
 
 
 class UnsupportedConfig(ValueError):  # noqa: N818
@@ -43,11 +82,17 @@ class ConfigFields:
 
     def get(self, key: str, default: Any) -> Any:
         """The field, or the default that transformers has for it; null counts as absent."""
-        value = self._fields.get(key)
+        value = self.optional(key)
         return default if value is None else value
 
     def optional(self, key: str, default: Any = None) -> Any:
-        """The field, null included, or the default where it is absent."""
+        """The field, null included, or the default where it is absent.
+
+        Raises:
+          UnsupportedConfig: it is of another kind than such fields are, such as a text for a number.
+        """
+        if expected := _expected(key, self._fields.get(key)):
+            raise self.error(key, f"it must be {expected}")
         return self._fields.get(key, default)
 
     def required(self, key: str) -> Any:
@@ -56,9 +101,9 @@ class ConfigFields:
         Raises:
           UnsupportedConfig: it is absent or null.
         """
-        if self._fields.get(key) is None:
+        if (value := self.optional(key)) is None:
             raise self.error(key, "it is needed; add it as the model was trained")
-        return self._fields[key]
+        return value
 
     def present(self, key: str) -> Any:
         """The field, null included.
@@ -70,7 +115,7 @@ class ConfigFields:
             raise self.error(
                 key, "it is needed; add it as the model was trained, null if it had none"
             )
-        return self._fields[key]
+        return self.optional(key)
 
     def neutral(self, **values: Any) -> None:
         """Refuses fields that are there and do not have the one value that is supported.
@@ -91,10 +136,15 @@ class ConfigFields:
 
     def rope(self, layout: str = "half") -> Rope:
         """The rotary embedding, by either spelling; its base must be there."""
-        key = "rope_parameters" if self._fields.get("rope_parameters") else "rope_scaling"
-        scaling = dict(self._fields.get(key) or {})
-        base = scaling.get("rope_theta", self._fields.get("rope_theta"))
-        if base != self._fields.get("rope_theta", base):
+        key = "rope_parameters" if self.optional("rope_parameters") else "rope_scaling"
+        scaling = self.get(key, {})
+        for name, value in scaling.items():
+            if isinstance(value, dict):
+                raise self.error(key, f"{name} in it: only one rotation of all layers is supported")
+            if expected := _expected(name, value) if name in _NUMBERS else None:
+                raise self.error(key, f"{name} in it must be {expected}")
+        base = scaling.get("rope_theta", self.optional("rope_theta"))
+        if base != self.get("rope_theta", base):
             raise self.error("rope_theta", f"{key} says {base!r}")
         if base is None:
             raise UnsupportedConfig(
@@ -118,9 +168,9 @@ class ConfigFields:
             raise self.error(
                 key, f"rope type {kind!r} is not supported; default, linear, llama3 are"
             )
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        if scaling.get("partial_rotary_factor") not in (None, 1.0):
             raise self.error(key, "partial_rotary_factor must be 1")
-        missing = [name for name in needed if name not in scaling]
+        missing = [name for name in needed if scaling.get(name) is None]
         if missing:
             raise self.error(key, f"{', '.join(missing)} missing in it")
         settings |= {name: float(scaling[name]) for name in needed}

@@ -39,6 +39,11 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
             "the model is of a supported model_type all the same, remove the key."
         )
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(x, str) for x in architectures):
+        raise UnsupportedConfig(
+            f"config.json: architectures = {architectures!r} must be a list of texts, such as "
+            '["LlamaForCausalLM"].'
+        )
     for family in FAMILIES:
         same = set(architectures) & set(family.architectures)
         if model_type == family.name and (same or not architectures):

@@ -123,14 +123,14 @@ class SafetensorsReader:
         self.close()
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Contents of a JSON file.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-      WeightFileError: it is missing or not JSON.
+      WeightFileError: it is missing, cannot be read, or holds no JSON object.
     """
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise WeightFileError(
             f"{path} is missing: give the directory of a Hugging Face checkpoint, as "
@@ -138,13 +138,19 @@ def read_json(path: pathlib.Path) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:
         raise WeightFileError(f"{path} is not JSON ({error}): copy it again.") from None
+    except OSError as error:
+        raise WeightFileError(
+            f"{path} cannot be read ({error.strerror}): put the file there, readable."
+        ) from None
+    if not isinstance(found, dict):
+        raise WeightFileError(f"{path} holds no JSON object: copy it again.")
+    return found
 
 
 def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
     """The files with weights and the names looked for in each; None for all that it has."""
     if (directory / INDEX).exists():
-        index = read_json(_inside(directory, INDEX))
-        names = index.get("weight_map") if isinstance(index, dict) else None
+        names = read_json(_inside(directory, INDEX)).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise WeightFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
         files: dict[pathlib.Path, list[str]] = {}

@@ -162,6 +162,11 @@ def test_values_that_float16_cannot_hold(llama, tmp_path, capsys):
     assert convert.main(flags) == 2
     assert f"{name} has values beyond 65504" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert convert.main(flags[:2]) == 0
+    flags = [f"--from={tmp_path}/run", f"--to_hf={tmp_path}/back", "--dtype=float16"]
+    assert convert.main(flags) == 2
+    assert f"{name} has values beyond 65504" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +247,9 @@ def test_two_conversions_to_one_target(llama, tmp_path):
 def test_a_disk_without_room(llama, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    assert convert.main([f"--from_hf={llama[0]}", f"--to={tmp_path}/run"]) == 2
+    assert convert.main([f"--from_hf={llama[0]}", f"--to={tmp_path}/new/deep/run"]) == 2
     assert "Free some space" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
     monkeypatch.undo()
 
     def full(*arguments):

@@ -97,6 +97,41 @@ def test_a_field_that_changes_the_maths_and_is_not_supported_is_named(name, fiel
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("llama2_7b", {"hidden_size": "8"}, "hidden_size = '8': it must be a whole number above 0"),
+        ("llama2_7b", {"num_attention_heads": 0}, "it must be a whole number above 0"),
+        ("llama2_7b", {"num_hidden_layers": 2.0}, "it must be a whole number above 0"),
+        ("llama2_7b", {"vocab_size": True}, "it must be a whole number above 0"),
+        ("llama2_7b", {"rms_norm_eps": "1e-5"}, "it must be a number above 0"),
+        ("llama2_7b", {"rope_theta": float("inf")}, "it must be a number above 0"),
+        ("llama2_7b", {"tie_word_embeddings": "false"}, "it must be true or false"),
+        ("llama2_7b", {"hidden_act": ["silu"]}, "it must be a text"),
+        ("llama2_7b", {"rope_scaling": "linear"}, "it must be an object"),
+        (
+            "llama2_7b",
+            {"rope_scaling": {"type": "linear", "factor": "2"}},
+            "factor in it must be a number above 0",
+        ),
+        (
+            "llama2_7b",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "full_attention in it: only one rotation of all layers",
+        ),
+        ("qwen2p5_0p5b", {"layer_types": [["full_attention"], 1]}, "it must be a list of texts"),
+        ("qwen2p5_0p5b", {"use_sliding_window": True, "max_window_layers": -1}, "a whole number"),
+        ("mistral_7b", {"sliding_window": "7"}, "it must be a whole number above 0"),
+        ("gemma2_2b", {"attn_logit_softcapping": 0}, "it must be a number above 0"),
+        ("gemma2_2b", {"query_pre_attn_scalar": 0}, "it must be a number above 0"),
+        ("llama2_7b", {"architectures": 3}, "architectures = 3 must be a list of texts"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named_with_what_it_must_be(name, fields, words):
+    message = refused(name, **fields)
+    assert words in message and list(fields)[-1] in message
+
+
+@pytest.mark.parametrize(
     ("name", "key"),
     [
         ("aya23_8b", "logit_scale"),
