@@ -164,6 +164,7 @@ def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
 # What a data file requires to be set.
 REQUIRED = {
     "files": ["FILES='my_data/*.jsonl'"],
+    "hf_files": ["FILES='my_data/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "mixtures": ["MIXTURES_MODULE='my_tasks'"],
     "tfds": ["TFDS_NAME='my_set:1.0.0'"],
 }
@@ -181,10 +182,11 @@ def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
 def test_what_a_data_file_requires_is_asked_for(name):
-    (macro,) = (binding.partition("=")[0] for binding in REQUIRED[name])
-    with pytest.raises(gin_config.ConfigError, match=f"'{macro}' is required") as raised:
+    macros = [binding.partition("=")[0] for binding in REQUIRED[name]]
+    with pytest.raises(gin_config.ConfigError) as raised:
         load("models/tiny", f"data/{name}", "runs/pretrain", data=())
-    assert len(raised.value.problems) == 1
+    assert len(raised.value.problems) == len(macros)
+    assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS)

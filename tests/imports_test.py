@@ -31,7 +31,8 @@ SEQIO_CLASSES = {"hf_vocabulary"}
 PEERS = {"torch", "transformers"}  # reference implementations, never imported
 # Run by a benchmark as a script of their own environment.
 PEER_SCRIPTS = {
-    ROOT / "launch" / "benchmarks" / name for name in ("llama_torch.py", "load_torch.py")
+    ROOT / "launch" / "benchmarks" / name
+    for name in ("decode_torch.py", "llama_torch.py", "load_torch.py")
 }
 
 
