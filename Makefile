@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers peers-kvpress clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -50,8 +50,17 @@ peers: .venv-peers/.installed
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -q --upgrade pip
-	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0'
+	.venv-peers/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' gguf jinja2 sentencepiece protobuf
+	@touch $@
+
+# kvpress holds transformers below 5.3, so it has an environment of its own.
+peers-kvpress: .venv-kvpress/.installed
+
+.venv-kvpress/.installed:
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/pip install -q --upgrade pip
+	.venv-kvpress/bin/pip install -q 'torch>=2.4' 'kvpress>=0.5'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-kvpress build *.egg-info

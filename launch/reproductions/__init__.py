@@ -1,1 +1,0 @@
-"""Experiments that check a paper's claims, one package each; run by `python -m launch.reproduce`."""

@@ -248,7 +248,8 @@ def _position(found: Mapping[str, Any]) -> Claim:
         near = abs(rates["last"]["value"] - rates["first"]["value"]) <= 0.1
         # Where the model does not answer, what it attends to says nothing about answers.
         near &= all(exact[question, "full"]["value"] >= 0.5 for question in ("last", "first"))
-        evidence.append(Evidence(f"{SMALL}, C = {experiment.CAPACITY}", words, near))
+        where = "{lines} lines, C = {capacity}".format(**experiment.POSITIONS)
+        evidence.append(Evidence(f"{SMALL}, {where}", words, near))
     return Claim(
         "S6",
         "The question may stand before the context or after it",

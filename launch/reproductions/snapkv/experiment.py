@@ -16,6 +16,8 @@ PARTS = ("retrieval", "needles", "latency")
 LINES = 48
 CAPACITIES = (16, 24, 32, 48, 96)
 CAPACITY = 48  # about a fifth of the prompt of 247 tokens
+# Where questions stand first: documents of 48 lines have too few answers to be learned from.
+POSITIONS = {"lines": 12, "capacity": 24}
 
 
 def run(
@@ -66,13 +68,13 @@ def _retrieval(folder: pathlib.Path, stages: Stages, seed: int, prompts: int) ->
                 for lines in (12, 24)
             },
             "agnostic": (retrieval.question_agnostic, {**sizes, "capacity": CAPACITY}),
-            "positions": (retrieval.question_positions, {**sizes, "capacity": CAPACITY}),
+            "positions": (retrieval.question_positions, {"prompts": prompts, **POSITIONS}),
             "hits": (attention.hit_rates, sizes),
             "overlaps": (attention.overlaps, {**sizes, "capacity": CAPACITY}),
             **{
                 f"kept_{question}": (
                     attention.kept_hits,
-                    {**sizes, "question": question, "capacity": CAPACITY},
+                    {"prompts": prompts, "question": question, **POSITIONS},
                 )
                 for question in ("last", "first")
             },
