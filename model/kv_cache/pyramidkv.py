@@ -1,14 +1,29 @@
-"""PyramidKV (Cai et al., arXiv 2406.02069): SnapKV with more slots in shallow layers than in deep."""
+"""PyramidKV (Cai et al., arXiv 2406.02069): SnapKV with more slots in shallow layers than in deep.
+
+Shapes: B batch, S slots, C slots chosen, K key/value heads.
+"""
 
 import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from model.kv_cache.full import Reading
+from model.kv_cache.slots import Slots
 from model.kv_cache.snapkv import SnapKV
+
+_Tokens = TypeVar("_Tokens", int, np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """Budgets fall linearly with depth; on average a layer has `capacity` slots.
+    """Budgets fall linearly with depth; on average a layer keeps `capacity` tokens of a row.
+
+    No layer is promised more than a row has: the pyramid of a short row is flatter, and one that fits
+    into the capacity is kept whole. Budgets are thus of each row, whatever it is padded to. Deep layers
+    have `capacity` slots all the same, for there may be such a short row: up to 5/4 of SnapKV's slots.
 
     Attributes:
       beta: the deepest layer keeps (capacity - window) / beta tokens before the window.
@@ -21,26 +36,52 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"beta = {self.beta} must be at least 1")
 
+    @property
+    def average(self) -> int:
+        """Tokens before the window."""
+        return self.capacity - self.window
+
+    @property
+    def steepest(self) -> int:
+        """Tokens before the window in the first layer, for rows that have as many."""
+        return 2 * self.average - int(self.average / self.beta + 0.5)
+
     def most(self, state: Reading) -> int:
-        length = state.slots.length
-        if length <= self.capacity:
-            return self.capacity
-        before = layer_budgets(
-            self.capacity - self.window, length - self.window, state.num_layers, self.beta
+        longest = min(max(state.slots.length - self.window, self.average), self.steepest)
+        any_row = np.arange(self.average, longest + 1)
+        return self.window + int(self._budget(any_row, state).max())
+
+    def chosen(self, state: Reading, budget: int, *, length: int, dtype: Any) -> Slots:
+        held, S = state.slots, state.slots.length
+        before_B = state.positions_BS.max(1) + 1 - self.window
+        first_B = jnp.clip(before_B, self.average, self.steepest)
+        count_B = self.window + self._budget(first_B, state)
+        index_BKC = jax.lax.top_k(self.scores(state), budget)[1]
+        wanted_BC = jnp.arange(budget, dtype=jnp.int32)[None] < count_B[:, None]
+        index_BKC = jnp.sort(jnp.where(wanted_BC[:, None], index_BKC, S), axis=-1)
+        held = held.take(jnp.minimum(index_BKC, S - 1))
+        held = dataclasses.replace(
+            held, positions_BXS=jnp.where(index_BKC < S, held.positions_BXS, -1)
         )
-        return before[state.layer] + self.window
+        return held.stored_as(dtype).with_room(length).constrained()
+
+    def _budget(self, first: _Tokens, state: Reading) -> _Tokens:
+        return layer_budget(
+            first, average=self.average, layer=state.layer, num_layers=state.num_layers
+        )
 
 
-def layer_budgets(average: int, most: int, num_layers: int, beta: float) -> list[int]:
-    """Tokens that each layer keeps: average * num_layers together, none above `most`.
+def layer_budget(first: _Tokens, *, average: int, layer: int, num_layers: int) -> _Tokens:
+    """Tokens that a layer keeps, where layer 0 keeps `first` and all of them average * num_layers.
 
-    From 2 * average - average / beta in the first layer down to average / beta in the last; where the
-    first would exceed `most`, it has that and the last has what keeps the average.
+    They fall linearly to 2 * average - first.
     """
-    first = min(2 * average - average / beta, float(most))
-    last = 2 * average - first
-    step = (first - last) / max(num_layers - 1, 1)
-    exact = [first - layer * step for layer in range(num_layers)] if num_layers > 1 else [average]
+    if num_layers == 1:
+        return first * 0 + average
+    excess = first - average
+
     # Rounding the sums instead of the terms keeps the total.
-    ends = [int(sum(exact[: layer + 1]) + 0.5) for layer in range(num_layers)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    def total(layers: int) -> _Tokens:
+        return layers * first - excess * (layers * (layers - 1)) // (num_layers - 1)
+
+    return total(layer + 1) - total(layer)

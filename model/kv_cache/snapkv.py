@@ -24,7 +24,8 @@ class SnapKV(Selecting):
 
     Attributes:
       capacity: slots for the prompt, window included, of each key/value head.
-      window: last tokens, which vote and are always kept.
+      window: last tokens, which vote and are always kept; wider than what a chat template puts after
+        the question, which otherwise has no vote.
       kernel: odd width of the pooling; 1 for none.
       pooling: 'max' or 'average'.
       group_vote: 'mean' or 'max' over the query heads of a key/value head, before pooling.

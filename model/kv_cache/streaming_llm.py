@@ -35,7 +35,7 @@ class StreamingLLM(FullCache):
 
     Attributes:
       capacity: slots, sinks included; of a prompt and what follows together.
-      sinks: first tokens, always kept; a shorter prompt has fewer.
+      sinks: first tokens, always kept; a shorter prompt has fewer, and their slots stay empty.
       renumber: whether dropped tokens leave no gap in the positions.
     """
 
@@ -91,11 +91,12 @@ class StreamingLLM(FullCache):
             return super().extend(state, k_BTKH, v_BTKH, positions_BT, form)
         held = state.slots.put(k_BTKH, v_BTKH, positions_BT)
         B, P = state.sinks_BKPH.shape[0], self.sinks
-        dropped_B1 = jnp.maximum(positions_BT + 1 - self.capacity, 0)
+        at_BXP = held.positions_BXS[:, :, :P]
+        missing_B1 = (at_BXP[:, 0] < 0).sum(1, keepdims=True, dtype=jnp.int32)
+        dropped_B1 = jnp.maximum(positions_BT + 1 - (self.capacity - missing_B1), 0)
         dropped_BP = jnp.broadcast_to(dropped_B1, (B, P))
         assert form.rope is not None
         k_BPKH = form.rope(state.sinks_BKPH.swapaxes(1, 2), dropped_BP)
-        at_BXP = held.positions_BXS[:, :, :P]
         # The position by which the mask goes is that of the rotation.
         moved_BXP = jnp.arange(P, dtype=jnp.int32)[None, None] + dropped_BP[:, None]
         return dataclasses.replace(

@@ -18,7 +18,7 @@ from model.attention_ops import dot_product_attention
 from model.config import LayerKind
 from model.kv_cache.base import AttentionForm
 from model.kv_cache.policies import policy_named
-from model.kv_cache.pyramidkv import layer_budgets
+from model.kv_cache.pyramidkv import layer_budget
 from model.rope import Rope
 
 B, T, N, K, H = 2, 20, 4, 2, 8
@@ -89,9 +89,9 @@ def compress(policy, state, length, dtype=None):
     return policy.compress(state, length=length, dtype=dtype)
 
 
-def step(policy, state, position, form=FORM):
+def step(policy, state, position, form=FORM, rows=range(B)):
     """One token more in every row, at its own position [B]; its output, and the state."""
-    token = (x[np.arange(B), position][:, None] for x in draw(40))
+    token = (x[np.array(rows), position][:, None] for x in draw(40))
     return _step(policy, form, state, jnp.asarray(position)[:, None], *token)
 
 
@@ -176,17 +176,33 @@ def test_snapkv_keeps_what_its_definition_says(pooling, group_vote, window):
                     np.testing.assert_array_equal(held[b, head, s], whole[b, head, position])
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "random", "adakv", "streaming_llm"])
-def test_a_padded_batch_equals_its_rows_alone(name):
-    """11 and pitfall 2: same indices, whichever side the padding is on."""
-    policy = policy_named(
-        name, **({} if name in ("h2o", "tova", "streaming_llm") else {"window": 3}), capacity=8
-    )
-    together = kept(policy, compress(policy, read(policy), 1))
+@pytest.mark.parametrize(
+    ("name", "settings", "layer"),
+    [
+        ("snapkv", {"window": 3}, 0),
+        ("h2o", {}, 0),
+        ("tova", {}, 0),
+        ("random", {"window": 3}, 0),
+        ("adakv", {"window": 3}, 0),
+        ("streaming_llm", {}, 0),
+        *(("pyramidkv", {"window": 3, "beta": 5}, layer) for layer in range(3)),
+    ],
+)
+@pytest.mark.parametrize("capacity", [8, 14])
+def test_a_padded_batch_equals_its_rows_alone(name, settings, layer, capacity):
+    """11 and pitfall 2: same indices, and the same outputs after them; a row that fits is whole."""
+    policy = policy_named(name, **settings, capacity=capacity)
+    depth = {"layer": layer, "num_layers": 3}
+    together = compress(policy, read(policy, **depth), 1)
+    outputs, _ = step(policy, together, LENGTHS)
     for b in range(B):
         at = positions(LENGTHS[b : b + 1], LENGTHS[b])
-        alone = compress(policy, read(policy, at=at, row=b), 1)
-        assert kept(policy, alone)[0] == together[b]
+        alone = compress(policy, read(policy, at=at, row=b, **depth), 1)
+        assert kept(policy, alone)[0] == kept(policy, together)[b]
+        output, _ = step(policy, alone, LENGTHS[b : b + 1], rows=[b])
+        np.testing.assert_allclose(output[0], outputs[b], atol=1e-5)
+    if capacity >= LENGTHS[1]:
+        assert kept(policy, together)[1] == [list(range(LENGTHS[1]))] * K
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "adakv", "oracle"])
@@ -285,6 +301,20 @@ def test_streaming_llm_keeps_sinks_and_a_ring(renumber, dtype):
     assert not renumber or np.abs(other - want).max() > 0.01
 
 
+def test_sinks_that_a_short_prompt_lacks_leave_no_gap():
+    """Of 3 tokens with 5 sinks, the ring of 2 drops the first of the generated ones."""
+    policy = policy_named("streaming_llm", capacity=7, sinks=5)
+    lengths = np.array([20, 3])
+    state = compress(policy, read(policy, at=positions(lengths)), 4)
+    for m in range(4):
+        position = lengths + m
+        got, state = step(policy, state, position)
+        p, q = position
+        only = [{*range(5), p - 1, p}, {0, 1, 2, *range(max(3, q - 1), q + 1)}]
+        moved = [{j: p - 6 + j for j in range(5)}, {j: max(q - 4, 0) + j for j in range(3)}]
+        np.testing.assert_allclose(got, reference_step(position, FORM, only, moved), atol=1e-5)
+
+
 def test_sliding_keeps_the_last_tokens():
     policy = policy_named("sliding", window=5)
     state = compress(policy, read(policy), 7)
@@ -364,20 +394,37 @@ def test_adakv_with_everything_guaranteed_is_snapkv():
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 32])
-@pytest.mark.parametrize(("average", "most", "beta"), [(100, 1000, 20), (7, 10, 20), (50, 60, 1)])
-def test_pyramid_budgets_average_to_the_target(layers, average, most, beta):
-    """13: exactly, and each falls to the next; the clipped ones too."""
-    budgets = layer_budgets(average, most, layers, beta)
-    assert sum(budgets) == average * layers and len(budgets) == layers
-    assert max(budgets) <= most and min(budgets) >= 0
-    assert all(a + 1 >= b for a, b in zip(budgets, budgets[1:], strict=False))
-    if layers > 1 and 2 * average - average / beta <= most:
-        assert abs(budgets[-1] - average / beta) <= 1
+@pytest.mark.parametrize(("average", "first"), [(100, 195), (100, 131), (7, 14), (50, 50)])
+def test_pyramid_budgets_average_to_the_target(layers, average, first):
+    """13: exactly, and each is within one token of a straight line."""
+    found = [
+        layer_budget(first, average=average, layer=layer, num_layers=layers)
+        for layer in range(layers)
+    ]
+    assert sum(found) == average * layers
+    line = np.linspace(first, 2 * average - first, layers) if layers > 1 else [average]
+    np.testing.assert_allclose(found, line, atol=1)
+    assert min(found) >= 0
 
 
 def test_pyramidkv_compresses_each_layer_by_its_budget():
+    """Of 20 tokens, 9, 5 and 1 before the window; of 13, as of 20; the deepest could keep 8."""
     policy = policy_named("pyramidkv", capacity=8, window=3, kernel=3, beta=5)
+    for layer, (slots, before) in enumerate([(3 + 9, 9), (8, 5), (8, 1)]):
+        state = compress(policy, read(policy, layer=layer, num_layers=3), 0)
+        assert state.length == slots
+        for b, row in enumerate(kept(policy, state)):
+            scores = snap_scores(b, 3, 3, "max", "mean")
+            last = set(range(LENGTHS[b] - 3, LENGTHS[b]))
+            for head, found in enumerate(row):
+                assert set(found) == top(scores[head], before) | last
+
+
+def test_pyramidkv_is_flatter_for_a_short_row():
+    """Of 13 tokens the first layer keeps all; what it cannot keep, the last keeps more."""
+    policy = policy_named("pyramidkv", capacity=10, window=3, kernel=3, beta=5)
     sizes = [
-        compress(policy, read(policy, layer=layer, num_layers=3), 0).length for layer in range(3)
+        [len(row[0]) for row in kept(policy, compress(policy, state, 0))]
+        for state in (read(policy, layer=layer, num_layers=3) for layer in range(3))
     ]
-    assert sizes == [3 + 9, 3 + 5, 3 + 1]
+    assert sizes == [[3 + 13, 3 + 10], [3 + 7, 3 + 7], [3 + 1, 3 + 4]]
