@@ -5,6 +5,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# As model/kv_cache/policies.py has them, without importing JAX to print a help text.
+CACHE_POLICIES = """\
+full           everything
+sliding        the last tokens: window=4096
+streaming_llm  the first and the last: capacity=1024 sinks=4 renumber=True
+snapkv         what the prompt's end attends to:
+               capacity=1024 window=32 kernel=7 pooling=max group_vote=mean
+pyramidkv      snapkv, more in shallow layers: those of snapkv, beta=20.0
+adakv          snapkv, shared among heads: those of snapkv, safeguard=0.2
+h2o            what all of the prompt attends to: capacity=1024 window=None group_vote=mean
+tova           what the last token attends to: capacity=1024
+random         a control: capacity=1024 window=32 seed=0"""
+
 _EARLY = {"true": True, "false": False, "never": "never"}
 
 
@@ -16,7 +29,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_output(parser.add_argument_group("what is generated"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_beams(parser.add_argument_group("beam search"))
-    _add_cache(parser.add_argument_group("key/value cache"))
+    policies = f"Policies, what they keep, and their settings by default:\n{CACHE_POLICIES}"
+    _add_cache(parser.add_argument_group("key/value cache", policies))
 
 
 def _add_output(group: Any) -> None:
@@ -109,7 +123,7 @@ def _add_cache(group: Any) -> None:
         "--cache_policy",
         default="full",
         metavar="NAME",
-        help="what is kept of keys and values, see model/kv_cache/policies.py (default full)",
+        help="what is kept of the prompt's keys and values: a policy of those above (default full)",
     )
     group.add_argument(
         "--cache",

@@ -1,8 +1,12 @@
 """Policies by name, and their settings from code and from the command line."""
 
+import dataclasses
+import re
+
 import pytest
 
-from model.kv_cache.policies import policy_from_text, policy_named
+from launch.generate_flags import CACHE_POLICIES
+from model.kv_cache.policies import POLICIES, policy_from_text, policy_named
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,19 @@ def test_settings_may_be_texts():
         policy_from_text("streaming_llm", {"renumber": "maybe"})
     with pytest.raises(ValueError, match="it has no sinks"):
         policy_from_text("snapkv", {"sinks": "4"})
+
+
+def test_the_help_of_generate_lists_every_policy_and_setting():
+    """Names and defaults are those of the classes; the oracle is not for generation."""
+    defaults = {
+        name: {field.name: str(field.default) for field in dataclasses.fields(policy)}
+        for name, policy in POLICIES.items()
+        if name != "oracle"
+    }
+    said = {}
+    for entry in re.split(r"\n(?=\S)", CACHE_POLICIES):
+        name = entry.split()[0]
+        said[name] = dict(re.findall(r"(\w+)=(\S+?),?(?=\s|$)", entry))
+        if "those of snapkv" in entry:
+            said[name] |= said["snapkv"]
+    assert said == defaults
