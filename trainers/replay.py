@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
+from model.kv_cache.random import Random
 from trainers.decode import Decoded, Settings, decode
 from trainers.prefill import prefill, read
 
@@ -124,7 +125,8 @@ def compressed(
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
-    if isinstance(policy, PyramidKV) or len({shown.form for shown in layers}) > 1:
+    differs = isinstance(policy, (PyramidKV, Random))  # from layer to layer
+    if differs or len({shown.form for shown in layers}) > 1:
         return [one(shown, layer) for layer, shown in enumerate(layers)]
     # Layers that are treated alike are one loop, which compiles in a small part of the time.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

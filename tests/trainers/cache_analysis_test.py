@@ -11,6 +11,8 @@ import pytest
 
 from model.config import TransformerConfig
 from model.kv_cache.full import FullCache
+from model.kv_cache.pyramidkv import PyramidKV
+from model.kv_cache.random import Random
 from model.kv_cache.snapkv import SnapKV
 from model.transformer import Transformer
 from trainers import cache_analysis, replay
@@ -100,7 +102,15 @@ def test_held_positions_leave_out_empty_slots_and_what_is_past_the_prefix():
     assert held.astype(int).tolist() == [[[1, 0, 1, 0]]]
 
 
-@pytest.mark.parametrize("policy", [FullCache(), SnapKV(capacity=6, window=2, kernel=3)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FullCache(),
+        SnapKV(capacity=6, window=2, kernel=3),
+        Random(capacity=6, window=2),
+        PyramidKV(capacity=6, window=2, kernel=3),
+    ],
+)
 def test_a_replayed_policy_answers_as_if_it_had_read_the_prompt(prompts, recording, policy):
     params, tokens_BT = prompts
     settings = Settings(max_new_tokens=4)
