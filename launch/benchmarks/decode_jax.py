@@ -108,9 +108,9 @@ class Ours:
         }
 
     def peak_bytes(
-        self, *, length: int, new: int, policy: str, settings: dict[str, Any]
+        self, *, length: int, new: int, policy: str, settings: dict[str, Any], depth: int = 1
     ) -> dict[str, Any]:
-        """Bytes of one row's caches, from the shapes of its states.
+        """Bytes of one row's caches, from the shapes of its states, of `depth` times as many layers.
 
         "decode_bytes" is of all layers after the prompt; "bytes" of the most while it is read, when one
         layer after the other is whole and those before it are compressed (trainers/prefill.py).
@@ -133,8 +133,8 @@ class Ours:
         def size(tree: Any) -> int:
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-        kept = [size(state) for state in states]
-        whole = [size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers]
+        kept = [size(state) for state in states] * depth
+        whole = [size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers] * depth
         peak = max(
             max(w, k) + sum(kept[:i]) for i, (w, k) in enumerate(zip(whole, kept, strict=True))
         )
