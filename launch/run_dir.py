@@ -3,6 +3,7 @@
 config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
 run.json                           commit, command, versions, environment, host, mesh, data
 vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
+tokenizer/                         in its place, the files of an imported tokenizer
 parameters.txt                     every parameter with shape, axes and sharding
 metrics.jsonl, tensorboard/, checkpoints/<step>/
 """

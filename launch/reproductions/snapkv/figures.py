@@ -95,7 +95,8 @@ def _accuracy(found: Mapping[str, Any]) -> Any:
     left.set_xlabel(f"capacity C, and its share of the prompt of {length} tokens")
     left.set_ylabel("exact match of four tokens")
     left.set_ylim(-0.03, 1.03)
-    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    above = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
+    left.legend(ncols=5, **above)
     colours = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2")
     width = 0.8 / len(_KERNELS)
     for i, (name, label) in enumerate(_KERNELS.items()):
@@ -109,7 +110,7 @@ def _accuracy(found: Mapping[str, Any]) -> Any:
     right.set_xlabel("capacity C")
     right.set_ylabel("exact match of four tokens")
     right.set_ylim(0, 1.03)
-    right.legend(frameon=False, fontsize=8, title="pooling of SnapKV's votes", loc="upper left")
+    right.legend(ncols=5, title="pooling of SnapKV's votes", **above)
     return figure
 
 
