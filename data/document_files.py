@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import tqdm
 
 from data import cache_dir as cache
-from data import documents, fingerprint, splits
+from data import document_filters, documents, fingerprint, splits
+from data.document_filters import DocumentFilter, Sieve
 from data.documents import DataError, Document, Format
 
 Patterns = str | Sequence[str]
@@ -30,6 +31,7 @@ class DocumentFiles:
       validation_fraction: share of documents held out, by the hash of their text.
       root: directory that document ids are relative to.
       cache: directory where checksums and counts are remembered.
+      filters: keep or drop documents, one after the other.
     """
 
     name: str
@@ -38,6 +40,7 @@ class DocumentFiles:
     validation_fraction: float
     root: str
     cache: str
+    filters: tuple[DocumentFilter, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -49,7 +52,7 @@ class DocumentFiles:
         return (self.name,)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
-        """The documents of a split, in order; empty ones are left out."""
+        """The documents of a split, in order; empty and filtered ones are left out."""
         for path in self.files[split]:
             yield from self.read_file(path, split)
 
@@ -82,10 +85,16 @@ class DocumentFiles:
             if self._split_of(document, path) == split:
                 yield document
 
-    def _read_all(self, path: str) -> Iterator[Document]:
-        name = os.path.relpath(path, self.root)
-        for document in documents.read(pathlib.Path(path), self.format, name=name):
-            if document.text:
+    def _read_all(self, path: str, sieve: Sieve | None = None) -> Iterator[Document]:
+        sieve = sieve or Sieve(self.filters)
+        found = documents.read(
+            pathlib.Path(path),
+            self.format,
+            name=os.path.relpath(path, self.root),
+            metadata=document_filters.keys_of(self.filters),
+        )
+        for document in found:
+            if document.text and sieve.keeps(document.text, document.metadata):
                 yield document
 
     def _split_of(self, document: Document, path: str) -> str:
@@ -120,9 +129,11 @@ class DocumentFiles:
                 for split, files in self.files.items()
             },
         }
+        if self.filters:  # without them, the hash is that of before there were any
+            content["filters"] = document_filters.described(self.filters)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    @functools.cached_property
+    @property
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents and bytes of each split; reading them all checks every line once.
 
@@ -131,29 +142,52 @@ class DocumentFiles:
         Raises:
           DataError: for a malformed file, or a split without a document.
         """
-        remembered = pathlib.Path(self.cache) / "counts" / f"{self.hash}.json"
+        return self._counted["splits"]
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Filter -> documents and bytes of text that it dropped; counted with `counts`."""
+        return self._counted["dropped"]
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, dict[str, dict[str, int]]]:
+        remembered = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
         if remembered.is_file():
             return json.loads(remembered.read_text(encoding="utf-8"))
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
+        sieve = Sieve(self.filters)
         paths = list(self.checksums)
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
-            for document in self._read_all(path):
+            for document in self._read_all(path, sieve):
                 count = counts[self._split_of(document, path)]
                 count["documents"] += 1
                 count["bytes"] += len(document.text.encode("utf-8"))
         for split, count in counts.items():
             if not count["documents"]:
-                raise self._empty(split, counts)
-        cache.remember(remembered, counts)
-        return counts
+                raise self._empty(split, counts, sieve.dropped)
+        counted = {"splits": counts, "dropped": sieve.dropped}
+        cache.remember(remembered, counted)
+        return counted
 
     def size(self, source: str) -> int:
         """Bytes of training text."""
         return self.counts["train"]["bytes"]
 
-    def _empty(self, split: str, counts: Mapping[str, Mapping[str, int]]) -> DataError:
+    def _empty(
+        self,
+        split: str,
+        counts: Mapping[str, Mapping[str, int]],
+        dropped: Mapping[str, Mapping[str, int]],
+    ) -> DataError:
         total = sum(count["documents"] for count in counts.values())
         where = f"{self.name}: {_shorten(self.files[split])}"
+        by = {name: count["documents"] for name, count in dropped.items() if count["documents"]}
+        if by and total == 0:
+            said = ", ".join(f"{name} {count:,}" for name, count in by.items())
+            return DataError(
+                f"{where}: no document is left; the filters dropped them all ({said}). Check the "
+                "filters' values against the files, which spell them exactly so"
+            )
         if self.validation_fraction == 0 or total == 0:
             return DataError(f"{where}: no document; every file is empty")
         return DataError(
@@ -169,9 +203,11 @@ def find(
     files: Patterns,
     validation_files: Patterns | None = None,
     validation_fraction: float = 0.01,
-    text_key: str = "text",
+    text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
+    data_root: str | None = None,
+    filters: Sequence[DocumentFilter] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> DocumentFiles:
     """Finds the data files that match patterns.
@@ -182,24 +218,27 @@ def find(
       validation_files: a glob or several of held-out files; excludes `validation_fraction`.
       validation_fraction: share of documents to hold out, chosen by the hash of their text so that
         equal documents are never in both splits. 0 makes no validation split.
-      text_key: key of the text in JSON, column in Parquet.
+      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
       id_key: key or column of a document's name.
       document_per: what a document is in text files: `file`, `paragraph` or `line`.
+      data_root: directory that relative patterns start at; None for the working directory.
+      filters: keep or drop documents by text and metadata, one after the other.
       cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
       DataError: a matching file is of an unknown kind.
-      ValueError: the fraction is not in [0, 1).
+      ValueError: the fraction is not in [0, 1), or two filters have one name.
     """
+    document_filters.check_names(filters, name)
     if not 0 <= validation_fraction < 1:
         raise ValueError(
             f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
         )
-    found = {"train": _expand(name, "files", files)}
+    found = {"train": _expand(name, "files", files, data_root)}
     if validation_files is not None:
         validation_fraction = 0.0
-        found["validation"] = _expand(name, "validation_files", validation_files)
+        found["validation"] = _expand(name, "validation_files", validation_files, data_root)
         if both := sorted(set(found["train"]) & set(found["validation"])):
             raise ValueError(
                 f"{name}: {_shorten(both)} is matched by files and by validation_files; make the "
@@ -211,23 +250,29 @@ def find(
     return DocumentFiles(
         name=name,
         files=found,
-        format=Format(text_key=text_key, id_key=id_key, document_per=document_per),
+        format=Format(
+            text_key=text_key if isinstance(text_key, str) else tuple(text_key),
+            id_key=id_key,
+            document_per=document_per,
+        ),
         validation_fraction=validation_fraction,
         root=os.path.commonpath([os.path.dirname(path) for path in everything]),
         cache=str(cache.cache_dir("files", override=cache_dir)),
+        filters=tuple(filters),
     )
 
 
-def _expand(name: str, argument: str, patterns: Patterns) -> tuple[str, ...]:
+def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
     """All files that match, sorted, each once; directories are passed over."""
     found: set[str] = set()
+    root = _expanded(data_root or "")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        full = os.path.abspath(os.path.expandvars(os.path.expanduser(pattern)))
+        full = os.path.abspath(os.path.join(root, _expanded(pattern)))
         matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
-                "relative one starts at the working directory"
+                f"relative one starts at {'data_root' if data_root else 'the working directory'}"
             )
         found.update(matches)
     if not found:
@@ -235,6 +280,10 @@ def _expand(name: str, argument: str, patterns: Patterns) -> tuple[str, ...]:
     for path in sorted(found):
         documents.check_suffix(pathlib.Path(path))
     return tuple(sorted(found))
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
 
 
 def _shorten(paths: Sequence[str], limit: int = 3) -> str:

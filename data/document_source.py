@@ -40,6 +40,11 @@ class DocumentSource:
     def digest(self) -> str:
         return self.files.hash
 
+    @property
+    def dropped(self) -> Mapping[str, Mapping[str, int]]:
+        """What each filter dropped; see `DocumentFiles.dropped`."""
+        return self.files.dropped if self.files.filters else {}
+
     def num_input_examples(self, split: str) -> int:
         return self.files.counts[split]["documents"]
 

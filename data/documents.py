@@ -9,8 +9,9 @@ import io
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 # Part of the hash of a set of files: raise it when the same files are read as other documents.
 VERSION = 1
@@ -25,10 +26,11 @@ class DataError(ValueError):
 
 
 class Document(NamedTuple):
-    """A document and its name."""
+    """A document, its name, and what was asked for of its metadata."""
 
     id: str
     text: str
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,24 @@ class Format:
     """How documents lie in files.
 
     Attributes:
-      text_key: key (JSON) or column (Parquet) of the text.
+      text_key: key (JSON) or column (Parquet) of the text; of several, what is not empty is joined by
+        blank lines, as instruction, context and answer are.
       id_key: key or column of the document's name; by default it is the file and the line.
       document_per: what a document is in a text file: the `file`, a `paragraph` (blank lines lie
         between paragraphs) or a `line`.
     """
 
-    text_key: str = "text"
+    text_key: str | tuple[str, ...] = "text"
     id_key: str | None = None
     document_per: str = "file"
 
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        return (self.text_key,) if isinstance(self.text_key, str) else self.text_key
+
     def __post_init__(self):
+        if not self.text_keys:
+            raise ValueError("text_key is empty; name the key or column of the text")
         if self.document_per not in DOCUMENTS_OF_TEXT:
             raise ValueError(
                 f"document_per is {self.document_per!r}; it must be one of "
@@ -54,13 +63,16 @@ class Format:
             )
 
 
-def read(path: pathlib.Path, format: Format, *, name: str | None = None) -> Iterator[Document]:
+def read(
+    path: pathlib.Path, format: Format, *, name: str | None = None, metadata: Sequence[str] = ()
+) -> Iterator[Document]:
     """Documents of a file in order; empty ones too.
 
     Args:
       path: the file; its suffixes tell its kind.
       format: how documents lie in it.
       name: what the ids of the documents begin with; default the name of the file.
+      metadata: more keys or columns to read, dotted where they lie inside of others.
 
     Raises:
       DataError: for a file that is malformed, not UTF-8, or cannot be decompressed.
@@ -68,9 +80,14 @@ def read(path: pathlib.Path, format: Format, *, name: str | None = None) -> Iter
     name = path.name if name is None else name
     kind = _kind(path)
     if kind == ".parquet":
-        return _parquet(path, format, name)
+        return _parquet(path, format, name, metadata)
     if kind in (".jsonl", ".json"):
-        return _json_lines(path, format, name)
+        return _json_lines(path, format, name, metadata)
+    if metadata:
+        raise DataError(
+            f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
+            "leave these filters out, or give JSON lines or Parquet"
+        )
     return _text(path, format, name)
 
 
@@ -177,19 +194,40 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
-def _json_lines(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
-    example = f'{{"{format.text_key}": "..."}}'
+def _json_lines(
+    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
+) -> Iterator[Document]:
+    example = f'{{"{format.text_keys[0]}": "..."}}'
     for number, record in read_json_lines(path, example=example):
         where = f"{path}, line {number}"
         id = f"{name}:{number}"
         if format.id_key is not None:
             id = str(_value(record, format.id_key, "id_key", where))
             _check_unicode(id, format.id_key, where)
-        text = _value(record, format.text_key, "text_key", where)
-        yield Document(id, _checked(text, format.text_key, where))
+        yield _document(id, record, format, metadata, where)
 
 
-def _value(record: dict, key: str, argument: str, where: str):
+def _document(
+    id: str, record: Mapping[str, Any], format: Format, metadata: Sequence[str], where: str
+) -> Document:
+    """The document that a record holds."""
+    texts = [
+        _checked(_value(record, key, "text_key", where), key, where) for key in format.text_keys
+    ]
+    text = texts[0] if len(texts) == 1 else "\n\n".join(filter(None, texts))
+    found = {key: _inner(record, key, where) for key in metadata}
+    return Document(id, text, found) if found else Document(id, text)
+
+
+def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = record
+    for part in key.split("."):
+        value = _value(value if isinstance(value, Mapping) else {}, part, "the filter's key", where)
+    return value
+
+
+def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> Any:
     if key not in record:
         raise DataError(
             f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Set "
@@ -238,22 +276,27 @@ def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
         yield Document(f"{name}:{start}", "".join(paragraph))
 
 
-def _parquet(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+def _parquet(
+    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
+) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
-    keys = [format.text_key] if format.id_key is None else [format.text_key, format.id_key]
+    arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
+    arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
+    arguments |= dict.fromkeys(format.text_keys, "text_key")
+    columns = list(arguments)
     try:
         with parquet.ParquetFile(path) as file:
             row = dict.fromkeys(file.schema_arrow.names)
-            for key, argument in zip(keys, ("text_key", "id_key"), strict=False):
+            for key, argument in arguments.items():
                 _value(row, key, argument, f"{path}, columns")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=keys):
-                for record in _rows(batch, keys, path, number):
-                    where = f"{path}, row {number}"
-                    text = _checked(record[0], format.text_key, where)
-                    yield Document(str(record[1]) if len(keys) > 1 else f"{name}:{number}", text)
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for values in _rows(batch, columns, path, number):
+                    record = dict(zip(columns, values, strict=True))
+                    id = f"{name}:{number}" if format.id_key is None else str(record[format.id_key])
+                    yield _document(id, record, format, metadata, f"{path}, row {number}")
                     number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(

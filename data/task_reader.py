@@ -100,6 +100,8 @@ def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict
         declared = getattr(holder, "digest", None)
         if declared is not None:
             out["digest"] = declared(split) if callable(declared) else declared
+            if dropped := getattr(source, "dropped", None):  # by filters, of which digests tell
+                out["dropped"] = dropped
             return out
     if (tfds := getattr(source, "tfds_dataset", None)) is not None:
         splits = getattr(tfds, "_split_map", None) or {}

@@ -255,6 +255,7 @@ def summary() -> dict[str, Any]:
         tasks[name] = {
             "digest": source.digest,
             "documents": {split: source.num_input_examples(split) for split in source.splits},
+            **({"dropped": dropped} if (dropped := getattr(source, "dropped", None)) else {}),
             **{key: value for key, value in facts.items() if key != "source"},
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}

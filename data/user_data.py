@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data import document_files, document_source, tasks
+from data.document_filters import DocumentFilter
 
 
 def register_files(
@@ -15,9 +16,11 @@ def register_files(
     vocabulary: Any,
     validation_files: str | Sequence[str] | None = None,
     validation_fraction: float = 0.01,
-    text_key: str = "text",
+    text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
+    data_root: str | None = None,
+    filters: Sequence[DocumentFilter] = (),
     add_bos: bool = False,
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
@@ -31,9 +34,11 @@ def register_files(
       validation_files: a glob or several of held-out files.
       validation_fraction: without them, the share of documents to hold out by the hash of their
         text; 0 makes no validation split.
-      text_key: key of the text in JSON, column in Parquet.
+      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
       id_key: key or column of a document's name; by default it is the file and the line.
       document_per: what a document is in text files: `file`, `paragraph` or `line`.
+      data_root: directory that relative patterns start at; None for the working directory.
+      filters: keep or drop documents by text and metadata (data/document_filters.py).
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
       cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
@@ -46,6 +51,8 @@ def register_files(
         text_key=text_key,
         id_key=id_key,
         document_per=document_per,
+        data_root=data_root,
+        filters=filters,
         cache_dir=cache_dir,
     )
     tasks.register_source(

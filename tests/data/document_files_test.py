@@ -26,7 +26,7 @@ def test_a_glob_finds_files_once_in_order(tmp_path, find):
     _write(tmp_path / "b" / "1.jsonl", ["three"])
     _write(tmp_path / "a" / "1.jsonl", ["one", "", "two"])
     files = find(files=[f"{tmp_path}/**/*.jsonl", f"{tmp_path}/a/*.jsonl"], validation_fraction=0)
-    assert [d for d in files.documents("mine", "train")] == [
+    assert [(d.id, d.text) for d in files.documents("mine", "train")] == [
         ("a/1.jsonl:1", "one"),
         ("a/1.jsonl:3", "two"),
         ("b/1.jsonl:1", "three"),
