@@ -138,6 +138,10 @@ class Schedule:
         batch_size: rows per step.
         interleaving: 'error_diffusion' or 'random' (see `shuffle_period`).
         seed: of the random interleaving; error diffusion has no randomness.
+        first_rows: rows of each source that were used before step 0, as by an earlier run.
+
+    Attributes:
+        sources: their names.
     """
 
     def __init__(
@@ -148,15 +152,17 @@ class Schedule:
         batch_size: int,
         interleaving: str = "error_diffusion",
         seed: int = 0,
+        first_rows: Sequence[int] | None = None,
     ):
         if interleaving not in INTERLEAVINGS:
             raise ValueError(
                 f"interleaving={interleaving!r} is none of {', '.join(map(repr, INTERLEAVINGS))}."
             )
         self.batch_size = batch_size
+        self.sources = tuple(sources)
         self._starts = [start for start, _ in phases]
         self._phases: list[_Phase] = []
-        base = np.zeros(len(sources), np.int64)
+        base = np.array([0] * len(sources) if first_rows is None else first_rows, np.int64)
         for j, (start, weights) in enumerate(phases):
             shares = integer_shares(weights, sources)
             slots = int(shares.sum())
@@ -183,7 +189,7 @@ class Schedule:
         return sources, positions
 
     def used(self, step: int) -> np.ndarray:
-        """Rows of each source in all steps before `step`."""
+        """Rows of each source in all steps before `step`, and before the first."""
         phase = self._phase(step)
         return phase.base + phase.used((step - phase.start) * self.batch_size)
 
