@@ -1,0 +1,238 @@
+"""Runs a sweep: arms x sizes x seeds of one file, with shared parents, as a whole that can be resumed.
+
+What is done is not run again, what was stopped goes on, what failed is tried again. Results are in
+DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
+cooldowns; 25 minutes on two cores:
+
+  python -m launch.sweep --sweep launch/sweeps/code_mix_quickstart.py --out runs/code_mix_quickstart
+
+A second terminal shows how it stands with --out DIR --status. The status is 0 when all is done, 1 when what
+is left has failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
+"""
+
+import argparse
+import contextlib
+import difflib
+import fnmatch
+import functools
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import cli, environment, root_check
+
+if TYPE_CHECKING:
+    from launch.sweeping.file import Run
+    from launch.sweeping.folder import Planned, SweepFolder
+
+# How long to wait for runs of a sweep that was killed.
+_SAVING_SECONDS = 60.0
+_LISTED = 10
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of finished runs; see launch/sweeping/folder.py."""
+    from launch.sweeping import folder
+
+    return folder.read_results(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweep",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--sweep", metavar="FILE.py[:TEXT]", help="the sweep; TEXT is given to its get_config"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once, each with an equal share of the cores (default: 1)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="after these runs save and stop (status 75)"
+    )
+    parser.add_argument(
+        "--memory_gb", type=float, metavar="G", help="peak memory that runs side by side may need"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERN",
+        help="runs by name, such as 'text/*' or '*/seed0', and what they start from; repeatable",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="checks, shows, and runs nothing")
+    parser.add_argument("--status", action="store_true", help="shows how the sweep in --out stands")
+    parser.add_argument(
+        "--rerun_changed",
+        action="store_true",
+        help="puts runs of another configuration aside and runs them anew",
+    )
+    flags = parser.parse_args(argv)
+    if not flags.status and not flags.sweep:
+        parser.error("give --sweep FILE.py, or --status.")
+    statuses = [0]
+
+    def call() -> None:
+        statuses[0] = _status(flags) if flags.status else _sweep(flags)
+
+    return cli.status_of(call) or statuses[0]
+
+
+def _status(flags: argparse.Namespace) -> int:
+    """Shows what is in the folder; a sweep that runs there is not disturbed."""
+    from rich.console import Console
+
+    from launch.sweeping import driver, screen
+    from launch.sweeping.folder import SweepFolder
+
+    folder = SweepFolder(pathlib.Path(flags.out).absolute())
+    runs = driver.progress(folder, _wanted(folder.read_plan(), flags.only))
+    Console().print(screen.table(folder.path.name, runs))
+    if not folder.driven() and any(run.state is not driver.RunState.DONE for run in runs):
+        print("The sweep is not running: start it again to go on.")
+    return 0
+
+
+def _sweep(flags: argparse.Namespace) -> int:
+    from launch.jobs.local import LocalSubmitter
+    from launch.sweeping import check, driver, file
+    from launch.sweeping.folder import SweepFolder
+    from launch.sweeping.screen import Screen
+
+    folder = SweepFolder(pathlib.Path(flags.out).absolute())
+    runs = file.read(flags.sweep)
+    submitter = LocalSubmitter(workers=flags.workers, memory_gb=flags.memory_gb)
+    _check_budgets(flags, runs)
+    environment.prepare()
+    root_check.check()
+    plan = check.plan(flags.sweep, runs, folder)
+    wanted = _wanted(plan, flags.only)
+    if flags.dry_run:
+        _show(folder, plan, wanted)
+        return 0
+    with contextlib.closing(folder.lock()):
+        _await_runs(folder, wanted)
+        _make_room(folder, wanted, flags.rerun_changed)
+        folder.write_plan(flags.sweep, plan)
+        with Screen(folder.path.name, workers=flags.workers) as watch:
+            status = driver.drive(
+                folder,
+                plan,
+                submitter,
+                wanted=[planned.name for planned in wanted],
+                command=functools.partial(_command, folder),
+                watch=watch,
+                minutes=flags.minutes,
+            )
+    print(f"results {folder.results}")
+    return status
+
+
+def _command(folder: "SweepFolder", run: str) -> tuple[str, ...]:
+    """The words of the command that runs a run."""
+    program = (sys.executable, "-m", "launch.sweeping.run")
+    return (*program, f"--out={folder.path}", f"--run={run}")
+
+
+def _check_budgets(flags: argparse.Namespace, runs: "Sequence[Run]") -> None:
+    if flags.minutes is not None and flags.minutes <= 0:
+        raise ValueError(f"--minutes {flags.minutes}: give a positive number of minutes.")
+    for run in runs:
+        if flags.memory_gb is not None and (run.memory_gb or 0) > flags.memory_gb:
+            raise ValueError(
+                f"{run.name} needs {run.memory_gb} GB by its memory_gb, more than --memory_gb "
+                f"{flags.memory_gb}: raise the budget, or leave the run out (--only)."
+            )
+
+
+def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple[Planned, ...]":
+    """The runs that a pattern matches, and those they start from."""
+    if not patterns:
+        return tuple(plan)
+    names = [planned.name for planned in plan]
+    chosen: set[str | None] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f" Nearest: {near[0]}." if near else f" They are called as {names[0]}."
+            raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
+        chosen.update(matched)
+    for planned in reversed(plan):  # parents stand before those that start from them
+        if planned.name in chosen:
+            chosen.add(planned.run.parent)
+    return tuple(planned for planned in plan if planned.name in chosen)
+
+
+def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
+    """A sweep that was killed leaves runs that are still saving their work."""
+    until = time.monotonic() + _SAVING_SECONDS
+    for planned in wanted:
+        if folder.in_use(planned.name):
+            print(f"{planned.name} is still being trained by another process; waiting.", flush=True)
+        while folder.in_use(planned.name):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{folder.directory(planned.name)} is in use: another process trains there. Stop it, "
+                    "or leave the run out (--only)."
+                )
+            time.sleep(0.5)
+
+
+def _make_room(folder: "SweepFolder", wanted: "Sequence[Planned]", rerun: bool) -> None:
+    """Refuses runs that have begun with another configuration, or puts them aside."""
+    from launch.sweeping import check
+
+    changed = {planned.name: folder.changed(planned) for planned in wanted}
+    found = [planned for planned in wanted if changed[planned.name]]
+    if found and not rerun:
+        lines = [
+            f"  {p.name}: {check.difference(p, folder, changed[p.name])}" for p in found[:_LISTED]
+        ]
+        more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        raise ValueError(
+            f"{len(found)} runs in {folder.path} are of another configuration:\n"
+            + "\n".join(lines)
+            + f"{more}\nSet it back, use another --out, or let them run anew with --rerun_changed."
+        )
+    for planned in found:
+        folder.set_aside(planned)
+
+
+def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]") -> None:
+    """What would be run, and the command that each arm stands for."""
+    from rich.console import Console
+
+    from launch.sweeping import check, driver, screen
+
+    chosen = {planned.name for planned in wanted}
+    runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]
+    Console().print(screen.table(folder.path.name, runs))
+    kinds = {planned.run.kind: planned for planned in reversed(wanted)}
+    for planned in reversed(kinds.values()):
+        words = [
+            *(f"--gin_file={name}" for name in planned.run.gin_files),
+            *(f"--gin.{binding}" for binding in check.bindings_of(planned.run, folder)),
+        ]
+        print(f"\n{planned.name}: {planned.total_steps - planned.first_step:,} steps")
+        print(f"  python -m launch.train {shlex.join(words)}")
+    changed = [planned.name for planned in wanted if folder.changed(planned)]
+    if changed:
+        print(f"\nof another configuration than in {folder.path}: {', '.join(changed)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

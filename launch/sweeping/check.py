@@ -1,0 +1,178 @@
+"""Checks a sweep's configurations before its first run, and gives each run the digest of its own."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.sweeping.file import Run, SweepError
+from launch.sweeping.folder import Planned, SweepFolder
+
+ENTRY = "launch.train:train"
+# Where a run is and what it starts from: told by its place in the sweep and its parent's digest.
+_PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
+_SEED = "SEED"
+
+
+def bindings_of(run: Run, folder: SweepFolder, checkpoint: str | None = None) -> list[str]:
+    """All bindings of a run, those that the sweep adds included.
+
+    Args:
+      run: of the sweep.
+      folder: of the sweep.
+      checkpoint: its parent's final checkpoint; where that is not known yet, the parent's directory.
+    """
+    added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
+    if run.parent is not None:
+        path = checkpoint or str(folder.directory(run.parent))
+        added.append(f"INITIAL_CHECKPOINT_PATH={path!r}")
+    return [*run.bindings, *added]
+
+
+def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned, ...]:
+    """The runs with what their configurations say; nothing is trained, read or written.
+
+    Args:
+      where: the sweep file, for errors.
+      runs: parents first.
+      folder: where they will be.
+
+    Raises:
+      SweepError: with the problems of all configurations.
+    """
+    problems: list[str] = []
+    planned: dict[str, Planned] = {}
+    loaded: dict[str, _Loaded | None] = {}  # by arm and size: seeds change nothing that is checked
+    for run in runs:
+        if run.kind not in loaded:
+            loaded[run.kind] = _load(run, folder, problems)
+        found = loaded[run.kind]
+        parent = None if run.parent is None else planned.get(run.parent)
+        if found is None or (run.parent is not None and parent is None):
+            continue  # what is wrong has been said
+        planned[run.name] = entry = _planned(run, found, parent)
+        if parent is not None:
+            theirs = loaded[parent.run.kind]
+            assert theirs is not None
+            problems += _start_problems(entry, parent, found.shapes, theirs.shapes)
+    if problems:
+        raise SweepError(where, problems)
+    return tuple(planned.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """What the runs of one arm and size have in common.
+
+    Attributes:
+      config: all bindings by name.
+      arguments: of the entry function.
+      shapes: of the model's parameters, by path.
+    """
+
+    config: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    shapes: Mapping[str, str]
+
+
+def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
+    """Loads a run's configuration into gin; None after noting what is wrong with it."""
+    from launch import config_diff, gin_config
+
+    try:
+        config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
+        # Also calls what makes the recipe, which checks its own numbers.
+        arguments = config.arguments()
+        # Now: what gin binds inside of the model is read when the model is called.
+        shapes = _shapes(arguments["recipe"].model)
+    except gin_config.ConfigError as error:
+        problems += [f"{run.kind}: {problem}" for problem in error.problems]
+        return None
+    except (ValueError, TypeError) as error:
+        # Gin appends the functions that it was calling.
+        said = str(error).partition("\n  In call to configurable ")[0].strip()
+        problems.append(f"{run.kind}: {said}")
+        return None
+    return _Loaded(config_diff.canonical(config.text), arguments, shapes)
+
+
+def _shapes(model: Any) -> dict[str, str]:
+    """Shapes of a model's parameters by path; nothing is allocated."""
+    import flax.linen as nn
+
+    from trainers import initialise, state_tree
+
+    params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
+    return {name: str(list(leaf.shape)) for name, leaf in state_tree.flatten(params).items()}
+
+
+def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
+    recipe = found.arguments["recipe"]
+    config = {key: value for key, value in found.config.items() if key not in _PLACES}
+    config[_SEED] = repr(run.seed)
+    start = {}
+    if parent is not None:
+        start = {
+            key: value
+            for key, value in found.arguments.items()
+            if key.startswith("initial_") and key != "initial_checkpoint_path"
+        }
+        start.setdefault("initial_scope", "params")
+    whole = start.get("initial_scope") == "state"
+    return Planned(
+        run=run,
+        digest=_digest({"config": config, "parent": parent.digest if parent else None}),
+        total_steps=found.arguments["total_steps"],
+        first_step=parent.total_steps if parent is not None and whole else 0,
+        tokens_per_step=recipe.batch_size * recipe.length,
+        start=json.loads(json.dumps(start)),
+        evaluation_digests={name: _digest(entry) for name, entry in run.evaluations.items()},
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _start_problems(
+    entry: Planned, parent: Planned, mine: Mapping[str, str], theirs: Mapping[str, str]
+) -> list[str]:
+    """What would only be found when the parent has been trained."""
+    kind, parent_kind = entry.run.kind, parent.run.kind
+    found = []
+    if entry.total_steps <= entry.first_step:
+        found.append(
+            f"{kind}: it continues {parent_kind}, which ends at step {entry.first_step}, and ends at "
+            f"step {entry.total_steps} itself: raise its TRAIN_STEPS, which counts from the parent's "
+            "start."
+        )
+    if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
+        return found  # which parameters are taken is said there
+    different = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    if different:
+        name = different[0]
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        found.append(
+            f"{kind}: its parent {parent_kind} is another model: {name} is "
+            f"{theirs.get(name, 'not there')} there and {mine.get(name, 'not there')} here{more}. "
+            "Give both the same model, or say with initial_assignment what is taken."
+        )
+    return found
+
+
+def difference(planned: Planned, folder: SweepFolder, changed: Sequence[str]) -> str:
+    """What differs between a run that has begun and its present configuration, in words."""
+    from launch import config_diff, gin_config
+
+    if list(changed) != ["training"]:
+        return f"evaluation {', '.join(map(repr, changed))} has other settings"
+    old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
+    if old.exists():
+        run = planned.run
+        config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
+        found = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
+        if found is not None:
+            return found
+    return "its parent has changed" if planned.run.parent else "its configuration has changed"

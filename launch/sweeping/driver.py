@@ -1,0 +1,260 @@
+"""Drives a sweep: submits what is not done, watches it, keeps what came of it, stops in time."""
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import pathlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from launch.jobs.base import Handle, Job, State, Status, Submitter
+from launch.sweeping.folder import Planned, SweepFolder, tail
+
+INTERRUPTED = 75
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_POLL_SECONDS = 0.5
+# After being asked to stop, a run saves; one that takes longer is ended, and goes on from before.
+_GRACE_SECONDS = 120.0
+
+
+class RunState(enum.Enum):
+    """Where a run of a sweep stands."""
+
+    DONE = "done"
+    RUNNING = "running"
+    WAITING = "waiting"
+    STOPPED = "stopped"  # has begun, and goes on where it stopped
+    FAILED = "failed"
+    BLOCKED = "blocked"  # a run that it starts from has failed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A run as the screen shows it.
+
+    Attributes:
+      planned: the run.
+      state: see RunState.
+      step, loss: the newest written; None before the first.
+      seconds: of all its attempts.
+      rate: steps per second of the present attempt; None where it is not known.
+      error: first line of why it failed.
+    """
+
+    planned: Planned
+    state: RunState
+    step: int | None = None
+    loss: float | None = None
+    seconds: float = 0.0
+    rate: float | None = None
+    error: str | None = None
+
+
+Watcher = Callable[[Sequence[Progress]], Any]
+
+
+def progress(
+    folder: SweepFolder, plan: Sequence[Planned], submitted: Mapping[str, Status] | None = None
+) -> list[Progress]:
+    """How far each run is, from its files.
+
+    Args:
+      folder: the sweep's.
+      plan: parents first.
+      submitted: status of what has not ended by run; None where another process drives the sweep: what
+        trains is then known by its lock.
+    """
+    nothing = Status(state=State.ENDED)
+    found: dict[str, Progress] = {}
+    for planned in plan:
+        name = planned.name
+        attempts = folder.attempts(name)
+        newest = folder.newest(name)
+        above = found.get(planned.run.parent or "")
+        job = nothing if submitted is None else submitted.get(name, nothing)
+        if folder.done(planned):
+            state = RunState.DONE
+        elif job.state is State.RUNNING or (submitted is None and folder.in_use(name)):
+            state = RunState.RUNNING
+        elif job.state is State.WAITING:
+            state = RunState.WAITING
+        elif above is not None and above.state in (RunState.FAILED, RunState.BLOCKED):
+            state = RunState.BLOCKED
+        elif attempts and attempts[-1]["error"]:
+            state = RunState.FAILED
+        elif folder.record(name):
+            state = RunState.STOPPED
+        else:
+            state = RunState.WAITING
+        done_before = attempts[-1]["step"] if attempts else planned.first_step
+        made = newest["step"] - done_before if newest else 0
+        now = job.seconds if state is RunState.RUNNING else 0.0
+        found[name] = Progress(
+            planned=planned,
+            state=state,
+            step=int(newest["step"]) if newest else None,
+            loss=newest.get("loss"),
+            seconds=sum(attempt["seconds"] for attempt in attempts) + now,
+            rate=made / now if made > 0 and now else None,
+            error=attempts[-1]["error"] if state is RunState.FAILED else None,
+        )
+    return list(found.values())
+
+
+def drive(
+    folder: SweepFolder,
+    plan: Sequence[Planned],
+    submitter: Submitter,
+    *,
+    wanted: Sequence[str],
+    command: Callable[[str], tuple[str, ...]],
+    watch: Watcher,
+    minutes: float | None = None,
+) -> int:
+    """Runs what is not done; returns the exit status.
+
+    It is 0 when all that is wanted is done, 75 when some was stopped (by a signal or the time) and
+    goes on when the sweep is started again, and 1 when what is left has failed. Failures stop nothing
+    but the runs that start from them; the next start of the sweep tries them again.
+
+    Args:
+      folder: the sweep's.
+      plan: all runs, parents first.
+      submitter: where runs are run; closed at the end.
+      wanted: names of the runs to bring to their end.
+      command: words of the command that runs one, by name.
+      watch: called with the progress of all runs, about twice a second.
+      minutes: after so many nothing is started, and what runs is asked to stop.
+    """
+    began = time.monotonic()
+    open_jobs = _submit(folder, plan, submitter, wanted, command)
+    stopping = 0.0
+    folder.write_results(plan)
+    try:
+        with _stop_requests() as stop:
+            while open_jobs:
+                statuses = submitter.statuses(list(open_jobs.values()))
+                for name, handle in list(open_jobs.items()):
+                    status = statuses[handle]
+                    if status.state in (State.ENDED, State.DROPPED):
+                        del open_jobs[name]
+                    if status.state is State.ENDED:
+                        _keep(folder, plan, name, status, bool(stopping))
+                submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
+                watch(progress(folder, plan, submitted))
+                now = time.monotonic()
+                due = minutes is not None and now - began > 60 * minutes
+                if not stopping and (stop.asked or due):
+                    stopping = now
+                    for handle in open_jobs.values():
+                        submitter.cancel(handle)
+                elif stopping and (stop.asked > 1 or now - stopping > _GRACE_SECONDS):
+                    submitter.close()
+                elif open_jobs:
+                    time.sleep(_POLL_SECONDS)
+    finally:
+        submitter.close()
+    last = progress(folder, plan, {})
+    watch(last)
+    states = {entry.state for entry in last if entry.planned.name in set(wanted)}
+    if states & {RunState.STOPPED, RunState.WAITING}:
+        return INTERRUPTED
+    return 1 if states & {RunState.FAILED, RunState.BLOCKED} else 0
+
+
+def _submit(
+    folder: SweepFolder,
+    plan: Sequence[Planned],
+    submitter: Submitter,
+    wanted: Sequence[str],
+    command: Callable[[str], tuple[str, ...]],
+) -> dict[str, Handle]:
+    """Submits those that are not done, each after its parent; returns handles by name."""
+    jobs: dict[str, Handle] = {}
+    for planned in plan:
+        name, run = planned.name, planned.run
+        if name not in wanted or folder.done(planned):
+            continue
+        folder.directory(name).mkdir(parents=True, exist_ok=True)
+        peaks = [attempt["memory_gb"] for attempt in folder.attempts(name)]
+        jobs[name] = submitter.submit(
+            Job(
+                name=name,
+                command=command(name),
+                log=str(folder.log(name)),
+                memory_gb=max(filter(None, peaks), default=run.memory_gb),
+                kind=run.kind,
+                after=(jobs[run.parent],) if run.parent in jobs else (),
+            )
+        )
+    return jobs
+
+
+def _keep(
+    folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopping: bool
+) -> None:
+    """Keeps how an attempt has ended."""
+    planned = next(entry for entry in plan if entry.name == name)
+    error = None
+    if not folder.done(planned) and status.exit_status != INTERRUPTED:
+        # A signal that was asked for may find a run where it cannot save, as in its start.
+        asked = stopping and (status.exit_status or 0) < 0
+        error = None if asked else first_error(folder.log(name), status.exit_status or 0)
+    folder.add_attempt(
+        name,
+        {
+            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(status.seconds, 1),
+            "status": status.exit_status,
+            "step": int(folder.newest(name).get("step", planned.first_step)),
+            "memory_gb": None if status.memory_gb is None else round(status.memory_gb, 3),
+            "error": error,
+            "tail": tail(folder.log(name), 2000).splitlines()[-20:] if error else None,
+        },
+    )
+    if folder.done(planned):
+        folder.write_results(plan)
+
+
+def first_error(log: pathlib.Path, status: int) -> str:
+    """Why a run failed, in one line: its own error, else the last line of its traceback."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"ended by {name}{hint}"
+    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(log)) if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    said = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (said or lines or [f"ended with status {status}"])[-1]
+
+
+class _Stop:
+    """How often a signal has asked for an end."""
+
+    asked = 0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """Counts SIGINT and SIGTERM inside; the first stops runs, the second ends them."""
+    stop = _Stop()
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        stop.asked += 1
+        how = "a second one ends them at once" if stop.asked == 1 else "ending them"
+        print(f"\n{signal.Signals(number).name}: runs save and stop; {how}.", file=sys.stderr)
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

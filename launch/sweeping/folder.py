@@ -1,0 +1,313 @@
+"""A sweep's folder: what is to be run, how far each run is, and the results of those that are done.
+
+sweep.json             the runs as planned, each with the digest of its configuration
+results.jsonl          a row per finished run
+runs/<run>/            a run's own directory (launch/run_dir.py), and in it
+  sweep_run.json       what the run has come to: its digest, its last step, its evaluations
+  attempts.jsonl       a row per ended attempt: seconds, exit status, peak memory, error
+  log.txt              the output of all attempts
+replaced/              runs of a changed configuration, put aside by --rerun_changed
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from data import cache_dir
+from launch.sweeping.file import Run
+from trainers.metric_writers import jsonable
+
+# Enough of the end of a file for its last rows.
+_TAIL_BYTES = 16384
+
+
+class SweepFolderError(ValueError):
+    """A sweep's folder cannot be used as asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run whose configuration has been checked.
+
+    Attributes:
+      run: as the sweep file has it.
+      digest: SHA-256 of its configuration, its parent's digest included.
+      total_steps: step at which it ends.
+      first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
+      tokens_per_step: positions of a batch, padding included.
+      start: what it takes of its parent's checkpoint: the `initial_*` arguments of launch/train.py.
+      evaluation_digests: SHA-256 of each evaluation's settings.
+    """
+
+    run: Run
+    digest: str
+    total_steps: int
+    first_step: int
+    tokens_per_step: int
+    start: Mapping[str, Any]
+    evaluation_digests: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepFolder:
+    """The paths and files of a sweep."""
+
+    path: pathlib.Path
+
+    def directory(self, name: str) -> pathlib.Path:
+        """A run's own directory, its MODEL_DIR."""
+        return self.path / "runs" / name
+
+    def log(self, name: str) -> pathlib.Path:
+        return self.directory(name) / "log.txt"
+
+    @property
+    def results(self) -> pathlib.Path:
+        return self.path / "results.jsonl"
+
+    def lock(self) -> IO[str]:
+        """Makes this process the only one that drives the sweep; close the file to end that.
+
+        Raises:
+          SweepFolderError: another process does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+        if not _locked(lock):
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise SweepFolderError(
+                f"{self.path} is in use: {holder} runs this sweep. Stop it, or watch it with --status."
+            )
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        return lock
+
+    def driven(self) -> bool:
+        """Whether a process drives the sweep now."""
+        return _held(self.path / ".lock")
+
+    def in_use(self, name: str) -> bool:
+        """Whether a process trains in a run's directory now."""
+        return _held(self.directory(name) / ".lock")
+
+    def write_plan(self, sweep: str, plan: Sequence[Planned]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        runs = [dataclasses.asdict(planned) for planned in plan]
+        cache_dir.write_json(self.path / "sweep.json", {"sweep": sweep, "runs": runs})
+
+    def read_plan(self) -> tuple[Planned, ...]:
+        """The runs as last planned.
+
+        Raises:
+          SweepFolderError: no sweep has been started here.
+        """
+        path = self.path / "sweep.json"
+        if not path.exists():
+            raise SweepFolderError(f"{path} does not exist: no sweep has been started in --out.")
+        plan = []
+        for entry in json.loads(path.read_bytes())["runs"]:
+            run = entry.pop("run")
+            for key in ("gin_files", "bindings"):
+                run[key] = tuple(run[key])
+            plan.append(Planned(run=Run(**run), **entry))
+        return tuple(plan)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What a run has come to; empty where it has not begun."""
+        path = self.directory(name) / "sweep_run.json"
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
+    def write_record(self, name: str, record: Mapping[str, Any]) -> None:
+        self.directory(name).mkdir(parents=True, exist_ok=True)
+        cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
+
+    def done(self, planned: Planned) -> bool:
+        """Whether a run has been trained and evaluated as planned."""
+        record = self.record(planned.name)
+        measured = {key: entry["digest"] for key, entry in record.get("evaluations", {}).items()}
+        return (
+            record.get("digest") == planned.digest
+            and "trained" in record
+            and all(measured.get(k) == v for k, v in planned.evaluation_digests.items())
+        )
+
+    def changed(self, planned: Planned) -> list[str]:
+        """What of a run that has begun is of another configuration: 'training', evaluations."""
+        record = self.record(planned.name)
+        if record.get("digest", planned.digest) != planned.digest:
+            return ["training"]
+        measured = record.get("evaluations", {})
+        return [
+            name
+            for name, digest in planned.evaluation_digests.items()
+            if name in measured and measured[name]["digest"] != digest
+        ]
+
+    def set_aside(self, planned: Planned) -> None:
+        """Makes room for a run of another configuration."""
+        record = self.record(planned.name)
+        changed = self.changed(planned)
+        if changed != ["training"]:
+            kept = {k: v for k, v in record["evaluations"].items() if k not in changed}
+            self.write_record(planned.name, {**record, "evaluations": kept})
+            return
+        number = 1
+        while (target := self.path / "replaced" / f"{planned.name}.{number}").exists():
+            number += 1
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.directory(planned.name).rename(target)
+
+    def add_attempt(self, name: str, attempt: Mapping[str, Any]) -> None:
+        with open(self.directory(name) / "attempts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(attempt) + "\n")
+
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        return list(_rows(self.directory(name) / "attempts.jsonl"))
+
+    def newest(self, name: str) -> dict[str, float]:
+        """The newest step and loss that a run has written; empty before the first."""
+        path = self.directory(name) / "metrics.jsonl"
+        found: dict[str, float] = {}
+        for line in tail(path).splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # cut by the window, or still being written
+            if "loss" in row:
+                found = {"step": row["step"], "loss": _number(row["loss"])}
+        return found
+
+    def write_results(self, plan: Sequence[Planned]) -> None:
+        """Writes the rows of all finished runs anew, so that a reader sees each once and whole."""
+        rows = [row(self, planned, plan) for planned in plan if self.done(planned)]
+        text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+        temporary = self.path / ".results.jsonl.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.results)
+
+
+def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
+    """The row of a finished run in results.jsonl.
+
+    `tokens` and `epochs` (how often each source was read) are this run's own; those that end in
+    `_total` count its ancestors too. `held_out` has the last evaluation's metrics by task.
+    """
+    by_name = {other.name: other for other in plan}
+    line = [planned]
+    while (above := line[-1].run.parent) is not None:
+        line.append(by_name[above])
+    record = folder.record(planned.name)
+    trained = record["trained"]
+    attempts = folder.attempts(planned.name)
+    peaks = [attempt["memory_gb"] for attempt in attempts if attempt["memory_gb"]]
+    epochs_total: dict[str, float] = {}
+    for each in line:
+        for source, count in folder.record(each.name)["trained"]["epochs"].items():
+            epochs_total[source] = epochs_total.get(source, 0.0) + count
+    return {
+        "run": planned.name,
+        "arm": planned.run.arm,
+        "size": planned.run.size,
+        "seed": planned.run.seed,
+        "parents": [each.name for each in line[1:]],
+        "directory": str(folder.directory(planned.name).relative_to(folder.path)),
+        **trained,
+        "start": dict(planned.start),
+        "tokens_total": sum(_tokens(each) for each in line),
+        "epochs_total": epochs_total,
+        "evaluations": {name: e["result"] for name, e in record["evaluations"].items()},
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
+        "memory_gb": max(peaks, default=None),
+        "attempts": len(attempts),
+        "digest": planned.digest,
+    }
+
+
+def _tokens(planned: Planned) -> int:
+    return (planned.total_steps - planned.first_step) * planned.tokens_per_step
+
+
+def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
+    """The end of a text file; nothing where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.path.getsize(path) - size, 0))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a sweep's results.jsonl, in the order of the sweep.
+
+    Args:
+      path: the sweep's folder (--out), or the file.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    found = pathlib.Path(path)
+    if found.is_dir():
+        found = found / "results.jsonl"
+    if not found.exists():
+        raise FileNotFoundError(f"{found} does not exist: give the folder (--out) of a sweep.")
+    return [_restored(row) for row in _rows(found)]
+
+
+def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one cut short is left out."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def _number(value: Any) -> Any:
+    """A number, also where JSON has none for it (metric_writers.jsonable)."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_restored(entry) for entry in value]
+    return _number(value) if isinstance(value, str) else value
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return jsonable(value)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the lock could be taken, or the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _held(path: pathlib.Path) -> bool:
+    """Whether another process holds a lock file."""
+    if not path.exists():
+        return False
+    with open(path, "a+", encoding="utf-8") as file:
+        return not _locked(file)

@@ -1,0 +1,195 @@
+"""One run of a sweep, as a job: trains it, measures it, and keeps what it has come to.
+
+What has been done by an earlier start is not done again. Example (the sweep starts these itself):
+
+  python -m launch.sweeping.run --out=runs/sweep --run=text/seed0
+"""
+
+if __name__ == "__main__":
+    from launch.sweeping import run
+
+    raise SystemExit(run.main())
+
+import argparse
+import contextlib
+import importlib
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from launch import cli, environment
+from launch.jobs import worker
+from launch.sweeping import check
+from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweeping.run",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
+    parser.add_argument("--run", required=True, metavar="NAME", help="as in its sweep.json")
+    flags = parser.parse_args(argv)
+
+    def call() -> Any:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
+
+    return cli.status_of(call)
+
+
+def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
+    """Brings a run to its end; returns {'interrupted': True} where a signal stopped it before.
+
+    Raises:
+      SweepFolderError: no such run, its parent is not done, or it is of another configuration.
+      EvaluationError: an evaluation failed, or its result is no JSON.
+    """
+    planned = {entry.name: entry for entry in folder.read_plan()}
+    if name not in planned:
+        raise SweepFolderError(f"{folder.path}/sweep.json has no run {name!r}.")
+    entry = planned[name]
+    if folder.changed(entry):
+        raise SweepFolderError(f"{name} has begun with another configuration: use --rerun_changed.")
+    record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
+    folder.write_record(name, record)
+    if "trained" not in record:
+        checkpoint = None
+        if entry.run.parent is not None:
+            checkpoint = _final_checkpoint(folder, planned[entry.run.parent])
+        trained = _train(folder, entry, checkpoint)
+        if trained is None:
+            return {"interrupted": True}
+        record["trained"] = trained
+        folder.write_record(name, record)
+    for key, settings in entry.run.evaluations.items():
+        if key not in record["evaluations"]:
+            print(f"\n== evaluation {key} ==", flush=True)
+            began = time.monotonic()
+            with _own_registries():
+                result = evaluate(key, settings, folder.directory(name))
+            record["evaluations"][key] = {
+                "digest": entry.evaluation_digests[key],
+                "seconds": round(time.monotonic() - began, 1),
+                "result": result,
+            }
+            folder.write_record(name, record)
+    return {}
+
+
+def _final_checkpoint(folder: SweepFolder, parent: Planned) -> str:
+    """The parent's last step itself: of a run's directory a damaged one would be passed over."""
+    record = folder.record(parent.name)
+    if record.get("digest") != parent.digest or "trained" not in record:
+        raise SweepFolderError(f"{parent.name} has not been trained yet: run the sweep, not a run.")
+    return str(folder.path / record["trained"]["checkpoint"])
+
+
+def _train(folder: SweepFolder, entry: Planned, checkpoint: str | None) -> dict[str, Any] | None:
+    """Trains as launch.train does; returns what the run came to, or None if it was interrupted."""
+    from launch import gin_config
+
+    with _own_registries():
+        bindings = check.bindings_of(entry.run, folder, checkpoint)
+        config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
+        assert config.entry is not None
+        if config.entry(started=time.monotonic())["interrupted"]:
+            return None
+        return _outcome(folder, entry, config.arguments()["stream"]())
+
+
+@contextlib.contextmanager
+def _own_registries() -> Iterator[None]:
+    """What is configured and registered inside ends there: the process's next run has its own."""
+    import gin
+
+    from data import tasks
+
+    try:
+        yield
+    finally:
+        gin.clear_config(clear_constants=True)
+        tasks.clear()
+
+
+def _outcome(folder: SweepFolder, entry: Planned, stream: Any) -> dict[str, Any]:
+    """What the results say of training."""
+    from launch import report
+    from trainers import step_dir
+
+    directory = folder.directory(entry.name)
+    rows = report.read_rows(directory)
+    step = entry.total_steps
+    checkpoint = directory / "checkpoints" / str(step)
+    last = step_dir.read_meta(checkpoint)["data_step"]
+    # A state that goes on goes on in the data too; anything else begins at its first batch.
+    first = entry.first_step and step_dir.read_meta(_parent_checkpoint(folder, entry))["data_step"]
+    before, after = stream.epochs(first), stream.epochs(last)
+    evaluated = any(key.startswith("eval/") for row in rows for key in row)
+    held_out = report.last_evaluation(entry.name, rows)["domains"] if evaluated else {}
+    return {
+        "step": step,
+        "checkpoint": str(checkpoint.relative_to(folder.path)),
+        "held_out": held_out,
+        "tokens": (step - entry.first_step) * entry.tokens_per_step,
+        "epochs": {name: round(after[name] - before[name], 6) for name in after},
+    }
+
+
+def _parent_checkpoint(folder: SweepFolder, entry: Planned) -> pathlib.Path:
+    assert entry.run.parent is not None
+    return folder.path / folder.record(entry.run.parent)["trained"]["checkpoint"]
+
+
+class EvaluationError(ValueError):
+    """An evaluation of a run failed."""
+
+
+def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) -> Any:
+    """The result of an evaluation of the run in a directory, as JSON has it.
+
+    Args:
+      name: of the evaluation, for errors.
+      settings: {'call': 'package.module:function', 'arguments': {...}}, called with the directory; or
+        {'command': words}, in which {run}, {json} and {python} stand for the directory, the file that
+        it writes, and this Python. A command of this project runs in this process.
+      directory: of the run.
+    """
+    if "call" in settings:
+        module, _, function = settings["call"].partition(":")
+        call: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        result = call(str(directory), **(settings.get("arguments") or {}))
+        try:
+            return json.loads(json.dumps(result))
+        except (TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"evaluation {name!r}: what {settings['call']} returned is no JSON: {error}."
+            ) from None
+    with tempfile.TemporaryDirectory() as temporary:
+        file = pathlib.Path(temporary) / "result.json"
+        places = {"{run}": str(directory), "{json}": str(file), "{python}": sys.executable}
+        words = []
+        for word in map(str, settings["command"]):
+            for place, value in places.items():
+                word = word.replace(place, value)
+            words.append(word)
+        status = worker.run(words)
+        if status != 0:
+            raise EvaluationError(f"evaluation {name!r} ended with status {status}: {words}")
+        try:
+            return json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"evaluation {name!r} wrote no JSON to {file}: {error}."
+            ) from None

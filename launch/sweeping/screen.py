@@ -1,0 +1,226 @@
+"""How a sweep stands, on a terminal of 80 columns: arms as lines with seeds as cells, then details."""
+
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launch.sweeping.driver import Progress, RunState
+
+_MARKS = {
+    RunState.DONE: ("✓", "green"),
+    RunState.RUNNING: ("▶", "cyan"),
+    RunState.WAITING: ("·", "bright_black"),
+    RunState.STOPPED: ("‖", "yellow"),
+    RunState.FAILED: ("✗", "bold red"),
+    RunState.BLOCKED: ("–", "red"),
+}
+_WIDTH = 80
+_PARENT = 16  # columns for the name of a parent
+_FAILURES = 8  # shown with their reasons
+_WORDY_CELLS = 5  # more seeds than these have room for a mark each, not for a loss
+_LINES = 60.0  # seconds between lines on what is no terminal
+
+
+def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
+    """All of the screen.
+
+    Args:
+      sweep: its name.
+      runs: of the sweep.
+      workers: runs at once, which the time left depends on.
+    """
+    parts: list[Any] = [_title(sweep, runs, workers), _grid(runs)]
+    going = [run for run in runs if run.state is RunState.RUNNING]
+    if going:
+        parts.append(_running(going))
+    failed = [run for run in runs if run.state is RunState.FAILED]
+    for run in failed[:_FAILURES]:
+        said = textwrap.shorten(run.error or "", 2 * _WIDTH, placeholder=" …")
+        parts.append(Text.assemble(("✗ ", "bold red"), f"{run.planned.name}: {said}"))
+    if len(failed) > _FAILURES:
+        parts.append(Text(f"  and {len(failed) - _FAILURES} more failed", "red"))
+    return Group(*parts)
+
+
+def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
+    left = seconds_left(runs, workers)
+    return Text.assemble(
+        (sweep, "bold"),
+        f"  {counts(runs)}",
+        "" if left is None else f"; about {duration(left)} left",
+    )
+
+
+def counts(runs: Sequence[Progress]) -> str:
+    """Such as '3 of 6 runs done, 1 running, 2 waiting'."""
+    numbers = {state: sum(run.state is state for run in runs) for state in RunState}
+    others = [
+        f"{n} {state.value}" for state, n in numbers.items() if n and state is not RunState.DONE
+    ]
+    return ", ".join([f"{numbers[RunState.DONE]} of {len(runs)} runs done", *others])
+
+
+def _grid(runs: Sequence[Progress]) -> Table:
+    seeds = list(dict.fromkeys(run.planned.run.seed for run in runs))
+    kinds = list(dict.fromkeys(run.planned.run.kind for run in runs))
+    by_place = {(run.planned.run.kind, run.planned.run.seed): run for run in runs}
+    wordy = len(seeds) <= _WORDY_CELLS
+    parents = any(run.planned.run.parent for run in runs)
+    taken = len(seeds) * (9 if wordy else 4) + (_PARENT + 2 if parents else 0) + 7
+    room = max(_WIDTH - taken, _PARENT)
+    grid = Table(box=None, pad_edge=False, header_style="bright_black")
+    grid.add_column("arm", no_wrap=True)
+    if parents:
+        grid.add_column("from", no_wrap=True, style="bright_black")
+    for seed in seeds:
+        grid.add_column(f"seed {seed}" if wordy else str(seed), no_wrap=True)
+    grid.add_column("min", justify="right", no_wrap=True)
+    for kind in kinds:
+        mine = [by_place.get((kind, seed)) for seed in seeds]
+        there = [run for run in mine if run is not None]
+        parent = (there[0].planned.run.parent or "").partition("/")[0]
+        minutes = sum(run.seconds for run in there) / 60
+        grid.add_row(
+            _shortened(kind, room),
+            *([_shortened(parent, _PARENT)] if parents else []),
+            *(_cell(run, wordy) for run in mine),
+            f"{minutes:.1f}" if minutes else "",
+        )
+    return grid
+
+
+def _shortened(name: str, width: int) -> str:
+    """A long name without its middle: arms differ at their ends."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
+def _cell(run: Progress | None, wordy: bool) -> Text:
+    if run is None:
+        return Text("")
+    mark, style = _MARKS[run.state]
+    if not wordy or run.state in (RunState.WAITING, RunState.FAILED, RunState.BLOCKED):
+        return Text(mark, style)
+    if run.state is RunState.DONE:
+        return Text.assemble((mark, style), "" if run.loss is None else f" {run.loss:.3f}")
+    first, last = run.planned.first_step, run.planned.total_steps
+    share = max((run.step or first) - first, 0) / (last - first)
+    return Text.assemble((mark, style), f" {share:4.0%}")
+
+
+def _running(runs: Sequence[Progress]) -> Table:
+    found = Table(box=None, pad_edge=False, header_style="bright_black", style="cyan")
+    found.add_column("running", no_wrap=True)
+    for name in ("step", "loss", "min", "left"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        left = _left(run)
+        found.add_row(
+            _shortened(run.planned.name, 38),
+            f"{run.step or run.planned.first_step}/{run.planned.total_steps}",
+            "" if run.loss is None else f"{run.loss:.3f}",
+            f"{run.seconds / 60:.1f}",
+            "" if left is None else duration(left),
+        )
+    return found
+
+
+def _left(run: Progress) -> float | None:
+    """Seconds that a running run still takes, by its rate so far."""
+    if not run.rate or run.step is None:
+        return None
+    return (run.planned.total_steps - run.step) / run.rate
+
+
+def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
+    """What the sweep still takes, from the time of those done; None where nothing is known yet."""
+    by_kind: dict[str, list[float]] = {}
+    for run in runs:
+        steps = run.planned.total_steps - run.planned.first_step
+        if run.state is RunState.DONE:
+            by_kind.setdefault(run.planned.run.kind, []).append(run.seconds / steps)
+        elif run.rate:
+            by_kind.setdefault(run.planned.run.kind, []).append(1 / run.rate)
+    known = [value for values in by_kind.values() for value in values]
+    open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
+    left = [run for run in runs if run.state in open_states]
+    if not known or not left:
+        return None
+    total = 0.0
+    for run in left:
+        mine = by_kind.get(run.planned.run.kind, known)
+        remaining = run.planned.total_steps - (run.step or run.planned.first_step)
+        total += remaining * sum(mine) / len(mine)
+    return total / min(workers, len(left))
+
+
+def duration(seconds: float) -> str:
+    """Such as '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Screen:
+    """Shows a sweep while it runs: a live table on a terminal, else a line for each event."""
+
+    def __init__(self, sweep: str, *, workers: int = 1, file: IO[str] | None = None):
+        self._sweep, self._workers = sweep, workers
+        self._console = Console(file=file)
+        self._live: Live | None = None
+        self._states: dict[str, RunState] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Callable[[Sequence[Progress]], None]:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+            self._live.__enter__()
+            return self._draw
+        return self._say
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*exc_info)
+
+    def _draw(self, runs: Sequence[Progress]) -> None:
+        assert self._live is not None
+        self._live.update(table(self._sweep, runs, workers=self._workers), refresh=True)
+
+    def _say(self, runs: Sequence[Progress]) -> None:
+        """Lines for what has changed, and one a minute."""
+        clock = time.strftime("%H:%M:%S")
+        first = not self._states
+        for run in runs:
+            name, state = run.planned.name, run.state
+            before = self._states.get(name)
+            self._states[name] = state
+            if before is state or first and state is not RunState.RUNNING:
+                continue
+            print(f"{clock} {name}: {_event(run)}", file=self._console.file, flush=True)
+        now = time.monotonic()
+        if first or now - self._said > _LINES:
+            self._said = now
+            left = seconds_left(runs, self._workers)
+            about = "" if left is None else f"; about {duration(left)} left"
+            print(f"{clock} {counts(runs)}{about}", file=self._console.file, flush=True)
+
+
+def _event(run: Progress) -> str:
+    if run.state is RunState.RUNNING:
+        return f"started, at step {run.step or run.planned.first_step} of {run.planned.total_steps}"
+    if run.state is RunState.DONE:
+        loss = "" if run.loss is None else f", loss {run.loss:.3f}"
+        return f"done in {duration(run.seconds)}{loss}"
+    if run.state is RunState.STOPPED:
+        return f"stopped at step {run.step or run.planned.first_step}"
+    if run.state is RunState.FAILED:
+        return f"failed: {run.error}"
+    return run.state.value
