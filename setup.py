@@ -24,6 +24,7 @@ CORE = [
     "matplotlib>=3.9",
     "pyarrow>=17",
     "tqdm>=4.66",
+    "psutil>=6",
     "rich>=13",
     "zstandard>=0.23",
     "polib>=1.2",

@@ -25,9 +25,12 @@ REFUSED = (
     "launch.environment",
     "launch.gin_config",
     "launch.gin_reader",
+    "launch.jobs",
     "launch.run_vocabulary.export_files",
     "launch.run_vocabulary.save",
     "launch.run_vocabulary.save_files",
+    "launch.sweep",
+    "launch.sweeping",
     "seqio.beam_utils",
     "seqio.scripts",
 )
