@@ -176,7 +176,7 @@ class Sandbox:
 
     def run(self, programs: Sequence[str], *, title: str = "programs") -> Iterator[Result]:
         """Results of programs, in order, as they are there; with a progress bar."""
-        futures = [self._threads.submit(self.run_one, program) for program in programs]
+        futures = [self.submit(program) for program in programs]
         try:
             for future in tqdm.tqdm(futures, desc=title, file=sys.stderr, disable=None):
                 yield future.result()
@@ -184,8 +184,12 @@ class Sandbox:
             for future in futures:
                 future.cancel()
 
+    def submit(self, program: str) -> concurrent.futures.Future[Result]:
+        """Runs a program as soon as there is a worker for it."""
+        return self._threads.submit(self.run_one, program)
+
     def run_one(self, program: str) -> Result:
-        """Runs one program."""
+        """Runs one program; no more at a time than there are workers."""
         try:
             size = len(program.encode("utf-8"))
         except UnicodeEncodeError as error:

@@ -102,6 +102,7 @@ def generate(
     prefill_chunk: int | None = None,
     batch_size: int = 8,
     show: Callable[[str], None] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -120,6 +121,7 @@ def generate(
       prefill_chunk: tokens of prompts that are read at a time; None for all.
       batch_size: rows at a time, each with all its samples.
       show: called with the text of a single row as it grows.
+      indices: of the rows among all that there are, where these are not all; their draws are the same.
 
     Yields:
       The rows with their continuations, `settings.num_samples` for each, as they are done.
@@ -157,7 +159,7 @@ def generate(
             watch=texts.watch if texts.watching else None,
             watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
         )
-        found = decoder.stream(prompts, seed=seed % 2**32)
+        found = decoder.stream(prompts, seed=seed % 2**32, indices=indices)
         for i, (_, row) in enumerate(rows):
             for sample in range(settings.num_samples):
                 yield texts.answer(row, i, sample, next(found))

@@ -14,15 +14,15 @@ class RowFileError(OSError):
     """A file of rows that is not there or cannot be written."""
 
 
-def read(path: str, *, example: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, row) of every line; the place is for errors.
+def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:
+    """(place, row) of every line; the place is for errors, as is the flag that names the file.
 
     Raises:
       RowFileError: there is no such file.
       DataError: a malformed line, named by file and number.
     """
     if not os.path.isfile(path):
-        raise RowFileError(f"--inputs={path}: there is no such file.")
+        raise RowFileError(f"--{flag}={path}: there is no such file.")
     lines = documents.read_json_lines(pathlib.Path(path), example=example)
     return [(f"{path}, line {number}", row) for number, row in lines]
 

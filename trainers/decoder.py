@@ -113,14 +113,26 @@ class Decoder:
         self._watch = watch
         self._watch_every = watch_every
         self._programs: dict[tuple[str, int], Callable] = {}
+        self._indices: Sequence[int] = ()
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
         """Continuations in the order of the prompts; errors as of `stream`."""
         return list(self.stream(prompts, seed=seed))
 
-    def stream(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> Iterator[Continuation]:
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Continuation]:
         """What calling it returns, one by one as they are done; those of one prompt side by side.
+
+        Args:
+          prompts: to continue.
+          seed: of the draws.
+          indices: of the prompts among all that there are, where these are not all.
 
         Raises:
           ValueError: an empty prompt, one without a token before what the cache policy takes for its
@@ -141,6 +153,7 @@ class Decoder:
                     f"Prompt {i} has {len(prompt)} tokens; with {room + 1} new ones it is longer than "
                     f"the {limit} positions that the model has learned. Lower max_new_tokens."
                 )
+        self._indices = range(len(prompts)) if indices is None else indices
         batches = self._batches(prompts, seed, limit)
         return (found for samples in in_order(batches) for found in samples)
 
@@ -168,7 +181,7 @@ class Decoder:
         index_B = np.zeros(self._batch_size, np.uint32)
         for b, i in enumerate(batch):
             tokens_BT[b, : len(prompts[i])] = prompts[i]
-            lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, i
+            lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
         rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
         continued = self._choose if self._settings.beams is None else self._search
