@@ -35,10 +35,10 @@ _LISTED = 10
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of finished runs; see launch/sweeping/folder.py."""
-    from launch.sweeping import folder
+    """The rows of finished runs; see launch/sweeping/results.py."""
+    from launch.sweeping import results
 
-    return folder.read_results(path)
+    return results.read_results(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +227,8 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
             *(f"--gin_file={name}" for name in planned.run.gin_files),
             *(f"--gin.{binding}" for binding in check.bindings_of(planned.run, folder)),
         ]
-        print(f"\n{planned.name}: {planned.total_steps - planned.first_step:,} steps")
+        steps = (planned.total_steps or 0) - (planned.first_step or 0)
+        print(f"\n{planned.name}: {f'{steps:,}' if steps > 0 else 'as its data need'} steps")
         print(f"  python -m launch.train {shlex.join(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from launch.sweeping.folder import Planned, SweepFolder
 ENTRY = "launch.train:train"
 # Where a run is and what it starts from: told by its place in the sweep and its parent's digest.
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
-_SEED = "SEED"
 
 
 def bindings_of(run: Run, folder: SweepFolder, checkpoint: str | None = None) -> list[str]:
@@ -110,21 +110,22 @@ def _shapes(model: Any) -> dict[str, str]:
 
 def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
     recipe = found.arguments["recipe"]
-    config = {key: value for key, value in found.config.items() if key not in _PLACES}
-    config[_SEED] = repr(run.seed)
+    places = _PLACES if parent is not None else _PLACES[:1]
+    config = {key: value for key, value in found.config.items() if key not in places}
+    config["SEED"] = repr(run.seed)
     start = {}
-    if parent is not None:
+    if found.arguments.get("initial_checkpoint_path"):
         start = {
             key: value
             for key, value in found.arguments.items()
-            if key.startswith("initial_") and key != "initial_checkpoint_path"
+            if key.startswith("initial_") and (parent is None or key != "initial_checkpoint_path")
         }
         start.setdefault("initial_scope", "params")
-    whole = start.get("initial_scope") == "state"
+    whole = parent is not None and start["initial_scope"] == "state"
     return Planned(
         run=run,
         digest=_digest({"config": config, "parent": parent.digest if parent else None}),
-        total_steps=found.arguments["total_steps"],
+        total_steps=found.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
         start=json.loads(json.dumps(start)),
@@ -142,7 +143,8 @@ def _start_problems(
     """What would only be found when the parent has been trained."""
     kind, parent_kind = entry.run.kind, parent.run.kind
     found = []
-    if entry.total_steps <= entry.first_step:
+    # Steps are unknown where the data decide.
+    if (entry.total_steps or math.inf) <= (entry.first_step or 0):
         found.append(
             f"{kind}: it continues {parent_kind}, which ends at step {entry.first_step}, and ends at "
             f"step {entry.total_steps} itself: raise its TRAIN_STEPS, which counts from the parent's "

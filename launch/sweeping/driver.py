@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.jobs.base import Handle, Job, State, Status, Submitter
+from launch.sweeping import results
 from launch.sweeping.folder import Planned, SweepFolder, tail
 
 INTERRUPTED = 75
@@ -40,7 +41,7 @@ class Progress:
     Attributes:
       planned: the run.
       state: see RunState.
-      step, loss: the newest written; None before the first.
+      step, loss: the newest written; its first step and None before that.
       seconds: of all its attempts.
       rate: steps per second of the present attempt; None where it is not known.
       error: first line of why it failed.
@@ -48,7 +49,7 @@ class Progress:
 
     planned: Planned
     state: RunState
-    step: int | None = None
+    step: int
     loss: float | None = None
     seconds: float = 0.0
     rate: float | None = None
@@ -91,13 +92,15 @@ def progress(
             state = RunState.STOPPED
         else:
             state = RunState.WAITING
-        done_before = attempts[-1]["step"] if attempts else planned.first_step
+        done_before = (attempts[-1]["step"] if attempts else planned.first_step) or 0
         made = newest["step"] - done_before if newest else 0
-        now = job.seconds if state is RunState.RUNNING else 0.0
+        now = 0.0
+        if state is RunState.RUNNING:
+            now = job.seconds if submitted is not None else folder.in_use_for(name)
         found[name] = Progress(
             planned=planned,
             state=state,
-            step=int(newest["step"]) if newest else None,
+            step=int(newest.get("step", planned.first_step or 0)),
             loss=newest.get("loss"),
             seconds=sum(attempt["seconds"] for attempt in attempts) + now,
             rate=made / now if made > 0 and now else None,
@@ -134,7 +137,7 @@ def drive(
     began = time.monotonic()
     open_jobs = _submit(folder, plan, submitter, wanted, command)
     stopping = 0.0
-    folder.write_results(plan)
+    results.write_results(folder, plan)
     try:
         with _stop_requests() as stop:
             while open_jobs:
@@ -211,14 +214,14 @@ def _keep(
             "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(status.seconds, 1),
             "status": status.exit_status,
-            "step": int(folder.newest(name).get("step", planned.first_step)),
+            "step": int(folder.newest(name).get("step", planned.first_step or 0)),
             "memory_gb": None if status.memory_gb is None else round(status.memory_gb, 3),
             "error": error,
             "tail": tail(folder.log(name), 2000).splitlines()[-20:] if error else None,
         },
     )
     if folder.done(planned):
-        folder.write_results(plan)
+        results.write_results(folder, plan)
 
 
 def first_error(log: pathlib.Path, status: int) -> str:

@@ -15,12 +15,12 @@ import json
 import os
 import pathlib
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from data import cache_dir
 from launch.sweeping.file import Run
-from trainers.metric_writers import jsonable
 
 # Enough of the end of a file for its last rows.
 _TAIL_BYTES = 16384
@@ -37,17 +37,18 @@ class Planned:
     Attributes:
       run: as the sweep file has it.
       digest: SHA-256 of its configuration, its parent's digest included.
-      total_steps: step at which it ends.
+      total_steps: step at which it ends; None where its tokens are given, and the data decide.
       first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
       tokens_per_step: positions of a batch, padding included.
-      start: what it takes of its parent's checkpoint: the `initial_*` arguments of launch/train.py.
+      start: what it takes of the checkpoint it starts from: the `initial_*` arguments of
+        launch/train.py; empty for a run that starts with new parameters.
       evaluation_digests: SHA-256 of each evaluation's settings.
     """
 
     run: Run
     digest: str
-    total_steps: int
-    first_step: int
+    total_steps: int | None
+    first_step: int | None
     tokens_per_step: int
     start: Mapping[str, Any]
     evaluation_digests: Mapping[str, str]
@@ -101,6 +102,10 @@ class SweepFolder:
     def in_use(self, name: str) -> bool:
         """Whether a process trains in a run's directory now."""
         return _held(self.directory(name) / ".lock")
+
+    def in_use_for(self, name: str) -> float:
+        """Seconds since the process that trains there took the lock."""
+        return time.time() - os.path.getmtime(self.directory(name) / ".lock")
 
     def write_plan(self, sweep: str, plan: Sequence[Planned]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,7 @@ class SweepFolder:
             file.write(json.dumps(attempt) + "\n")
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
-        return list(_rows(self.directory(name) / "attempts.jsonl"))
+        return list(rows_of(self.directory(name) / "attempts.jsonl"))
 
     def newest(self, name: str) -> dict[str, float]:
         """The newest step and loss that a run has written; empty before the first."""
@@ -186,57 +191,8 @@ class SweepFolder:
             except ValueError:
                 continue  # cut by the window, or still being written
             if "loss" in row:
-                found = {"step": row["step"], "loss": _number(row["loss"])}
+                found = {"step": row["step"], "loss": number(row["loss"])}
         return found
-
-    def write_results(self, plan: Sequence[Planned]) -> None:
-        """Writes the rows of all finished runs anew, so that a reader sees each once and whole."""
-        rows = [row(self, planned, plan) for planned in plan if self.done(planned)]
-        text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
-        temporary = self.path / ".results.jsonl.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.results)
-
-
-def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
-    """The row of a finished run in results.jsonl.
-
-    `tokens` and `epochs` (how often each source was read) are this run's own; those that end in
-    `_total` count its ancestors too. `held_out` has the last evaluation's metrics by task.
-    """
-    by_name = {other.name: other for other in plan}
-    line = [planned]
-    while (above := line[-1].run.parent) is not None:
-        line.append(by_name[above])
-    record = folder.record(planned.name)
-    trained = record["trained"]
-    attempts = folder.attempts(planned.name)
-    peaks = [attempt["memory_gb"] for attempt in attempts if attempt["memory_gb"]]
-    epochs_total: dict[str, float] = {}
-    for each in line:
-        for source, count in folder.record(each.name)["trained"]["epochs"].items():
-            epochs_total[source] = epochs_total.get(source, 0.0) + count
-    return {
-        "run": planned.name,
-        "arm": planned.run.arm,
-        "size": planned.run.size,
-        "seed": planned.run.seed,
-        "parents": [each.name for each in line[1:]],
-        "directory": str(folder.directory(planned.name).relative_to(folder.path)),
-        **trained,
-        "start": dict(planned.start),
-        "tokens_total": sum(_tokens(each) for each in line),
-        "epochs_total": epochs_total,
-        "evaluations": {name: e["result"] for name, e in record["evaluations"].items()},
-        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
-        "memory_gb": max(peaks, default=None),
-        "attempts": len(attempts),
-        "digest": planned.digest,
-    }
-
-
-def _tokens(planned: Planned) -> int:
-    return (planned.total_steps - planned.first_step) * planned.tokens_per_step
 
 
 def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
@@ -249,49 +205,16 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
         return ""
 
 
-def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a sweep's results.jsonl, in the order of the sweep.
-
-    Args:
-      path: the sweep's folder (--out), or the file.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    found = pathlib.Path(path)
-    if found.is_dir():
-        found = found / "results.jsonl"
-    if not found.exists():
-        raise FileNotFoundError(f"{found} does not exist: give the folder (--out) of a sweep.")
-    return [_restored(row) for row in _rows(found)]
-
-
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSONL file; a last one cut short is left out."""
     if path.exists():
         with open(path, encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """A number, also where JSON has none for it (metric_writers.jsonable)."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _restored(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_restored(entry) for entry in value]
-    return _number(value) if isinstance(value, str) else value
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    return jsonable(value)
 
 
 def _locked(file: IO[str]) -> bool:

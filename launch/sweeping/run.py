@@ -106,7 +106,7 @@ def _train(folder: SweepFolder, entry: Planned, checkpoint: str | None) -> dict[
         assert config.entry is not None
         if config.entry(started=time.monotonic())["interrupted"]:
             return None
-        return _outcome(folder, entry, config.arguments()["stream"]())
+        return _outcome(folder, entry, config.arguments()["stream"])
 
 
 @contextlib.contextmanager
@@ -123,33 +123,32 @@ def _own_registries() -> Iterator[None]:
         tasks.clear()
 
 
-def _outcome(folder: SweepFolder, entry: Planned, stream: Any) -> dict[str, Any]:
+def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) -> dict[str, Any]:
     """What the results say of training."""
     from launch import report
     from trainers import step_dir
 
     directory = folder.directory(entry.name)
+    checkpoint = pathlib.Path(step_dir.resolve(directory))
+    step, meta = int(checkpoint.name), step_dir.read_meta(checkpoint)
+    first_step = first_batch = 0
+    if entry.start.get("initial_scope") == "state" and entry.run.parent is not None:
+        above = folder.record(entry.run.parent)["trained"]
+        first_step = above["step"]
+        first_batch = step_dir.read_meta(folder.path / above["checkpoint"])["data_step"]
+    # Opened as the run opened it: one that reads on from where another stopped is told where that is.
+    positions = meta.get("initial", {}).get("positions")
+    opened = stream(positions=positions) if positions else stream()
+    before, after = opened.epochs(first_batch), opened.epochs(meta["data_step"])
     rows = report.read_rows(directory)
-    step = entry.total_steps
-    checkpoint = directory / "checkpoints" / str(step)
-    last = step_dir.read_meta(checkpoint)["data_step"]
-    # A state that goes on goes on in the data too; anything else begins at its first batch.
-    first = entry.first_step and step_dir.read_meta(_parent_checkpoint(folder, entry))["data_step"]
-    before, after = stream.epochs(first), stream.epochs(last)
     evaluated = any(key.startswith("eval/") for row in rows for key in row)
-    held_out = report.last_evaluation(entry.name, rows)["domains"] if evaluated else {}
     return {
         "step": step,
         "checkpoint": str(checkpoint.relative_to(folder.path)),
-        "held_out": held_out,
-        "tokens": (step - entry.first_step) * entry.tokens_per_step,
+        "held_out": report.last_evaluation(entry.name, rows)["domains"] if evaluated else {},
+        "tokens": (step - first_step) * entry.tokens_per_step,
         "epochs": {name: round(after[name] - before[name], 6) for name in after},
     }
-
-
-def _parent_checkpoint(folder: SweepFolder, entry: Planned) -> pathlib.Path:
-    assert entry.run.parent is not None
-    return folder.path / folder.record(entry.run.parent)["trained"]["checkpoint"]
 
 
 class EvaluationError(ValueError):

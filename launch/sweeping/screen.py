@@ -2,7 +2,7 @@
 
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from rich.console import Console, Group
@@ -12,16 +12,17 @@ from rich.text import Text
 
 from launch.sweeping.driver import Progress, RunState
 
+# Mark, style, and what it means.
 _MARKS = {
-    RunState.DONE: ("✓", "green"),
-    RunState.RUNNING: ("▶", "cyan"),
-    RunState.WAITING: ("·", "bright_black"),
-    RunState.STOPPED: ("‖", "yellow"),
-    RunState.FAILED: ("✗", "bold red"),
-    RunState.BLOCKED: ("–", "red"),
+    RunState.DONE: ("✓", "green", "done, training loss"),
+    RunState.RUNNING: ("▶", "cyan", "running, steps made"),
+    RunState.WAITING: ("·", "bright_black", "waiting"),
+    RunState.STOPPED: ("‖", "yellow", "stopped"),
+    RunState.FAILED: ("✗", "bold red", "failed"),
+    RunState.BLOCKED: ("–", "red", "parent failed"),
 }
 _WIDTH = 80
-_PARENT = 16  # columns for the name of a parent
+_PARENT = 16  # columns at least for the name of a parent
 _FAILURES = 8  # shown with their reasons
 _WORDY_CELLS = 5  # more seeds than these have room for a mark each, not for a loss
 _LINES = 60.0  # seconds between lines on what is no terminal
@@ -35,17 +36,25 @@ def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
       runs: of the sweep.
       workers: runs at once, which the time left depends on.
     """
-    parts: list[Any] = [_title(sweep, runs, workers), _grid(runs)]
+    parts: list[Any] = [_title(sweep, runs, workers), ""]
+    # What changes stands first: a terminal of few lines cuts the end.
     going = [run for run in runs if run.state is RunState.RUNNING]
     if going:
-        parts.append(_running(going))
+        parts += [_running(going), ""]
     failed = [run for run in runs if run.state is RunState.FAILED]
     for run in failed[:_FAILURES]:
         said = textwrap.shorten(run.error or "", 2 * _WIDTH, placeholder=" …")
         parts.append(Text.assemble(("✗ ", "bold red"), f"{run.planned.name}: {said}"))
     if len(failed) > _FAILURES:
         parts.append(Text(f"  and {len(failed) - _FAILURES} more failed", "red"))
+    parts += [*([""] if failed else []), _grid(runs), _legend(runs)]
     return Group(*parts)
+
+
+def _legend(runs: Sequence[Progress]) -> Text:
+    states = {run.state for run in runs}
+    meant = [f"{mark} {said}" for state, (mark, _, said) in _MARKS.items() if state in states]
+    return Text("  ".join(meant), "bright_black")
 
 
 def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
@@ -71,9 +80,12 @@ def _grid(runs: Sequence[Progress]) -> Table:
     kinds = list(dict.fromkeys(run.planned.run.kind for run in runs))
     by_place = {(run.planned.run.kind, run.planned.run.seed): run for run in runs}
     wordy = len(seeds) <= _WORDY_CELLS
-    parents = any(run.planned.run.parent for run in runs)
-    taken = len(seeds) * (9 if wordy else 4) + (_PARENT + 2 if parents else 0) + 7
-    room = max(_WIDTH - taken, _PARENT)
+    above = {kind: _parent(by_place, kind, seeds) for kind in kinds}
+    parents = any(above.values())
+    room = max(_WIDTH - len(seeds) * (9 if wordy else 4) - 7, 2 * _PARENT)
+    names = max(map(len, kinds))
+    above_room = max(_PARENT, room - names - 2) if parents else 0
+    name_room = room - min(max(map(len, above.values())), above_room) - (2 if parents else 0)
     grid = Table(box=None, pad_edge=False, header_style="bright_black")
     grid.add_column("arm", no_wrap=True)
     if parents:
@@ -84,15 +96,20 @@ def _grid(runs: Sequence[Progress]) -> Table:
     for kind in kinds:
         mine = [by_place.get((kind, seed)) for seed in seeds]
         there = [run for run in mine if run is not None]
-        parent = (there[0].planned.run.parent or "").partition("/")[0]
         minutes = sum(run.seconds for run in there) / 60
         grid.add_row(
-            _shortened(kind, room),
-            *([_shortened(parent, _PARENT)] if parents else []),
+            _shortened(kind, name_room),
+            *([_shortened(above[kind], above_room)] if parents else []),
             *(_cell(run, wordy) for run in mine),
             f"{minutes:.1f}" if minutes else "",
         )
     return grid
+
+
+def _parent(by_place: Mapping[tuple[str, int], Progress], kind: str, seeds: Sequence[int]) -> str:
+    """The arm that an arm starts from, or nothing."""
+    (first, *_) = (run for seed in seeds if (run := by_place.get((kind, seed))) is not None)
+    return (first.planned.run.parent or "").partition("/")[0]
 
 
 def _shortened(name: str, width: int) -> str:
@@ -106,14 +123,22 @@ def _shortened(name: str, width: int) -> str:
 def _cell(run: Progress | None, wordy: bool) -> Text:
     if run is None:
         return Text("")
-    mark, style = _MARKS[run.state]
+    mark, style, _ = _MARKS[run.state]
     if not wordy or run.state in (RunState.WAITING, RunState.FAILED, RunState.BLOCKED):
         return Text(mark, style)
     if run.state is RunState.DONE:
         return Text.assemble((mark, style), "" if run.loss is None else f" {run.loss:.3f}")
-    first, last = run.planned.first_step, run.planned.total_steps
-    share = max((run.step or first) - first, 0) / (last - first)
+    steps = _steps(run)
+    if steps is None:
+        return Text.assemble((mark, style), f" {run.step}")
+    share = (run.step - (run.planned.first_step or 0)) / steps
     return Text.assemble((mark, style), f" {share:4.0%}")
+
+
+def _steps(run: Progress) -> int | None:
+    """Steps that a run makes itself; None where its data decide."""
+    total = run.planned.total_steps
+    return None if total is None else total - (run.planned.first_step or 0)
 
 
 def _running(runs: Sequence[Progress]) -> Table:
@@ -125,7 +150,7 @@ def _running(runs: Sequence[Progress]) -> Table:
         left = _left(run)
         found.add_row(
             _shortened(run.planned.name, 38),
-            f"{run.step or run.planned.first_step}/{run.planned.total_steps}",
+            f"{run.step}/{run.planned.total_steps or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
             "" if left is None else duration(left),
@@ -135,30 +160,31 @@ def _running(runs: Sequence[Progress]) -> Table:
 
 def _left(run: Progress) -> float | None:
     """Seconds that a running run still takes, by its rate so far."""
-    if not run.rate or run.step is None:
+    if not run.rate or run.planned.total_steps is None:
         return None
     return (run.planned.total_steps - run.step) / run.rate
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
     """What the sweep still takes, from the time of those done; None where nothing is known yet."""
-    by_kind: dict[str, list[float]] = {}
+    open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
+    left = [run for run in runs if run.state in open_states]
+    by_kind: dict[str, list[float]] = {}  # seconds per step
     for run in runs:
-        steps = run.planned.total_steps - run.planned.first_step
-        if run.state is RunState.DONE:
+        steps = _steps(run)
+        if run.state is RunState.DONE and steps:
             by_kind.setdefault(run.planned.run.kind, []).append(run.seconds / steps)
         elif run.rate:
             by_kind.setdefault(run.planned.run.kind, []).append(1 / run.rate)
     known = [value for values in by_kind.values() for value in values]
-    open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
-    left = [run for run in runs if run.state in open_states]
     if not known or not left:
         return None
     total = 0.0
     for run in left:
+        if run.planned.total_steps is None:
+            return None
         mine = by_kind.get(run.planned.run.kind, known)
-        remaining = run.planned.total_steps - (run.step or run.planned.first_step)
-        total += remaining * sum(mine) / len(mine)
+        total += (run.planned.total_steps - run.step) * sum(mine) / len(mine)
     return total / min(workers, len(left))
 
 
@@ -215,12 +241,12 @@ class Screen:
 
 def _event(run: Progress) -> str:
     if run.state is RunState.RUNNING:
-        return f"started, at step {run.step or run.planned.first_step} of {run.planned.total_steps}"
+        return f"started, at step {run.step} of {run.planned.total_steps or '?'}"
     if run.state is RunState.DONE:
         loss = "" if run.loss is None else f", loss {run.loss:.3f}"
         return f"done in {duration(run.seconds)}{loss}"
     if run.state is RunState.STOPPED:
-        return f"stopped at step {run.step or run.planned.first_step}"
+        return f"stopped at step {run.step}"
     if run.state is RunState.FAILED:
         return f"failed: {run.error}"
     return run.state.value

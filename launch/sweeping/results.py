@@ -1,0 +1,89 @@
+"""A sweep's results.jsonl: a row per finished run, for reports."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.sweeping.folder import Planned, SweepFolder, number, rows_of
+from trainers.metric_writers import jsonable
+
+
+def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
+    """Writes the rows of all finished runs anew, so that a reader sees each once and whole."""
+    rows = [row(folder, planned, plan) for planned in plan if folder.done(planned)]
+    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+    temporary = folder.path / ".results.jsonl.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder.results)
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a sweep's results.jsonl, in the order of the sweep.
+
+    Args:
+      path: the sweep's folder (--out), or the file.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    found = pathlib.Path(path)
+    if found.is_dir():
+        found = found / "results.jsonl"
+    if not found.exists():
+        raise FileNotFoundError(f"{found} does not exist: give the folder (--out) of a sweep.")
+    return [_restored(row) for row in rows_of(found)]
+
+
+def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
+    """The row of a finished run in results.jsonl.
+
+    `tokens` and `epochs` (how often each source was read) are this run's own; those that end in
+    `_total` count its ancestors too. `held_out` has the last evaluation's metrics by task.
+    """
+    by_name = {other.name: other for other in plan}
+    line = [planned]
+    while (above := line[-1].run.parent) is not None:
+        line.append(by_name[above])
+    record = folder.record(planned.name)
+    outcomes = [folder.record(each.name)["trained"] for each in line]
+    attempts = folder.attempts(planned.name)
+    peaks = [attempt["memory_gb"] for attempt in attempts if attempt["memory_gb"]]
+    epochs_total: dict[str, float] = {}
+    for outcome in outcomes:
+        for source, count in outcome["epochs"].items():
+            epochs_total[source] = epochs_total.get(source, 0.0) + count
+    return {
+        "run": planned.name,
+        "arm": planned.run.arm,
+        "size": planned.run.size,
+        "seed": planned.run.seed,
+        "parents": [each.name for each in line[1:]],
+        "directory": str(folder.directory(planned.name).relative_to(folder.path)),
+        **outcomes[0],
+        "start": dict(planned.start),
+        "tokens_total": sum(outcome["tokens"] for outcome in outcomes),
+        "epochs_total": epochs_total,
+        "evaluations": {name: e["result"] for name, e in record["evaluations"].items()},
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
+        "memory_gb": max(peaks, default=None),
+        "attempts": len(attempts),
+        "digest": planned.digest,
+    }
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_restored(entry) for entry in value]
+    return number(value) if isinstance(value, str) else value
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return jsonable(value)
