@@ -1,5 +1,5 @@
 """Vocabularies: SentencePiece trained from a corpus and kept on disk, from a file, of a Hugging Face
-checkpoint, or bytes.
+checkpoint, bytes, or a closed set of characters.
 
 A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is NFC
 already, code stays as it is), white space is kept, and characters it does not know become bytes.
@@ -152,6 +152,18 @@ def byte(*, extra_ids: int = 0):
     import seqio
 
     return seqio.ByteVocabulary(extra_ids=extra_ids)
+
+
+def characters(*, symbols: str):
+    """Some ASCII characters, an id each after pad, EOS and unknown: nothing to train.
+
+    Raises:
+      ValueError: the characters are none, repeated, or not ASCII.
+    """
+    cpu_tensorflow.load()  # which SeqIO imports
+    from data import character_vocabulary
+
+    return character_vocabulary.CharacterVocabulary(symbols)
 
 
 def train(

@@ -1,0 +1,31 @@
+"""A closed set of characters as a SeqIO vocabulary."""
+
+import numpy as np
+import pytest
+
+from data import rows, vocabularies
+
+
+def test_characters_are_ids_in_their_order_in_python_and_in_tensorflow():
+    vocabulary = vocabularies.characters(symbols="ba c?")
+    assert vocabulary.encode("ab? c") == [4, 3, 7, 5, 6]
+    assert vocabulary.encode("abz") == [4, 3, 2]
+    assert vocabulary.encode_tf("ab? cz").numpy().tolist() == [4, 3, 7, 5, 6, 2]
+    assert vocabulary.decode([4, 3, 7, 1, 4]) == "ab?"  # up to EOS
+    ids = np.array([[4, 3, 7, 1, 4], [5, 6, 0, 0, 0]])
+    assert vocabulary.decode_tf(ids).numpy().tolist() == [b"ab?", b" c"]
+    assert (vocabulary.vocab_size, vocabulary.eos_id, vocabulary.bos_id) == (8, 1, None)
+
+
+def test_other_characters_are_another_vocabulary():
+    one, same, other = (vocabularies.characters(symbols=s) for s in ("abc", "abc", "acb"))
+    assert one == same and one != other
+    assert (
+        rows.vocabulary_digest(one) == rows.vocabulary_digest(same) != rows.vocabulary_digest(other)
+    )
+
+
+@pytest.mark.parametrize("symbols", ["", "aba", "aé"])
+def test_symbols_that_no_table_can_have_are_refused(symbols):
+    with pytest.raises(ValueError, match="different ASCII characters"):
+        vocabularies.characters(symbols=symbols)
