@@ -108,8 +108,8 @@ def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> T
                     else:
                         heard, in_a_row = True, 0
                         tally.not_understood += reply.value is None
+                    progress.set_postfix_str(_said(tally), refresh=False)
                     progress.update(attempts(key) >= judge.attempts)
-                    progress.set_postfix_str(_said(tally))
             if not heard:
                 raise _silence(judge, in_a_row, tally.no_reply.most_common(1)[0][0])
     return tally

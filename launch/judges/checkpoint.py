@@ -51,7 +51,7 @@ class CheckpointWriter:
         self._batch_size = batch_size
         self.name = f"checkpoint:{self._step}"
         self.identity = {
-            "judge": "checkpoint",
+            "kind": "checkpoint",
             **weights_identity(self._step, settings=settings, params=params),
             "max_tokens": max_tokens,
         }

@@ -95,7 +95,7 @@ class EndpointWriter:
         self._session.mount("https://", adapter)
         self.name = f"openai:{url},model={model}"
         self.identity = {
-            "judge": "openai",
+            "kind": "openai",
             "url": self._url,
             "model": model,
             "max_tokens": max_tokens,

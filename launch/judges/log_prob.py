@@ -35,7 +35,7 @@ class LogProb:
         self._batch_size = batch_size
         self.name = f"logprob:{self._step}"
         self.identity: Mapping[str, Any] = {
-            "judge": "logprob",
+            "kind": "logprob",
             **checkpoints.weights_identity(self._step, settings=settings, params=params),
         }
 

@@ -1,49 +1,49 @@
 """Win rates as a table and as bars."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+_RATES = ("win", "tie", "loss", "win - loss", "judged", "invalid")
+_BEHIND = ("same in both orders", "position bias", "wins of the longer")
+_LENGTHS = ("answers", "empty", "words, mean", "median", "characters, mean", "median")
 _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
-    """A row for every two systems, and one for every system."""
+    """Win rates and what may be behind them, a row for every two systems; lengths by system."""
     from rich.console import Console
-    from rich.table import Table
 
-    rates = Table(title="win rates in %, with 95 % intervals over prompts")
-    for name in ("a", "b"):
-        rates.add_column(name)
-    columns = ("win", "tie", "loss", "win - loss", "same in\nboth orders", "position\nbias")
-    for name in (*columns, "longer\nwins", "judged", "invalid"):
-        rates.add_column(name, justify="right")
+    rates = _table("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)
+    behind = _table("the judge, in %", ("a", "b"), _BEHIND)
     for pair in summary["pairs"]:
-        counts = pair["counts"]
-        rates.add_row(
-            pair["a"],
-            pair["b"],
-            *(_cell(pair[name]) for name in ("win", "tie", "loss")),
-            _cell(pair["difference"], sign="+"),
-            _cell(pair["consistency"]),
-            _cell(pair["position_bias"], sign="+"),
-            _cell(pair["longer_wins"]),
-            f"{_judged(pair):,}",
-            f"{counts['invalid']:,}",
-        )
-    lengths = Table(title="lengths of answers")
-    lengths.add_column("system")
-    for name in ("answers", "empty", "words, mean", "median", "characters, mean", "median"):
-        lengths.add_column(name, justify="right")
+        names = (pair["a"], pair["b"])
+        shares = (_cell(pair[name]) for name in ("win", "tie", "loss"))
+        counts = (f"{_judged(pair):,}", f"{pair['counts']['invalid']:,}")
+        rates.add_row(*names, *shares, _cell(pair["difference"], sign="+"), *counts)
+        bias = _cell(pair["position_bias"], sign="+")
+        behind.add_row(*names, _cell(pair["consistency"]), bias, _cell(pair["longer_wins"]))
+    lengths = _table("lengths of answers", ("system",), _LENGTHS)
     for name, system in summary["systems"].items():
         sizes = [
             system[unit][kind] for unit in ("words", "characters") for kind in ("mean", "median")
         ]
         numbers = (f"{size:,.1f}" for size in sizes)
         lengths.add_row(name, f"{system['answers']:,}", f"{system['empty']:,}", *numbers)
-    console = Console(width=140)
-    console.print(rates)
-    console.print(lengths)
+    console = Console(width=160, markup=False)
+    for table in (rates, behind, lengths):
+        console.print(table)
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _judged(pair: Mapping[str, Any]) -> int:
@@ -51,11 +51,11 @@ def _judged(pair: Mapping[str, Any]) -> int:
 
 
 def _cell(found: Mapping[str, float] | None, *, sign: str = "") -> str:
-    """A share and its interval below it, in per cent."""
+    """A share and its interval, in per cent."""
     if found is None:
         return "-"
     value, low, high = (f"{100 * found[name]:{sign}.1f}" for name in ("value", "low", "high"))
-    return f"{value}\n[dim]{low} to {high}[/dim]"
+    return f"{value} ({low} to {high})"
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -79,7 +79,7 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
                 axes.annotate(f"{width:.1f}", place, ha="center", va="center", color=colour)
             left += width
         axes.annotate(
-            f"{_cell_line(pair['difference'])}\n{_judged(pair):,} prompts",
+            f"{_cell(pair['difference'], sign='+')}\n{_judged(pair):,} prompts",
             (1.01, y),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -101,8 +101,3 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     )
     figure.savefig(path, dpi=140)
     plt.close(figure)
-
-
-def _cell_line(found: Mapping[str, float]) -> str:
-    value, low, high = (f"{100 * found[name]:+.1f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launch.judges import spec
+from launch.judges import spec, template
 
 GARBAGE = "Both have merits."
 
@@ -304,20 +304,28 @@ def test_log_probabilities_are_those_of_score(win_rate, command, trained_run, tm
     assert again["pairs"][0]["counts"]["tie"] == 5 and again["questions"]["asked"] == 0
 
 
-def test_a_checkpoint_writes_as_generate_does(win_rate, command, trained_run, tmp_path, capsys):
+@pytest.mark.parametrize("converses", [False, True])
+def test_a_checkpoint_writes_as_generate_does(
+    win_rate, command, trained_run, tmp_path, capsys, monkeypatch, converses
+):
+    monkeypatch.setattr(template, "_PREAMBLE", "Compare.")  # short prompts compile sooner
     (tmp_path / "a.jsonl").write_text(rows(["good"], PROMPTS[:1]))
     (tmp_path / "b.jsonl").write_text(rows(["bad"], PROMPTS[:1]))
-    summary = win_rate(f"checkpoint:{trained_run.path},max_tokens=5", "--attempts=1")
+    flags = []
+    if converses:
+        (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+        flags = [f"--gin.CHAT_TEMPLATE='{tmp_path / 'chat.jinja'}'"]
+    judge = f"checkpoint:{trained_run.path},max_tokens=5"
+    summary = win_rate(judge, "--attempts=1", *flags)
     # It has learned nothing, so that nothing it writes is a verdict.
     assert summary["pairs"][0]["counts"]["invalid"] == 1 and summary["pairs"][0]["win"] is None
     assert "-" in capsys.readouterr().out
-    from launch.judges.template import Template
-
     kept = [json.loads(x) for x in (tmp_path / "out/judgements.jsonl").read_text().splitlines()]
     orders = [("good", "bad"), ("bad", "good")]
-    prompts = [Template().render(PROMPTS[0], *order) + "\n\nComparison:" for order in orders]
+    prompts = [template.Template().render(PROMPTS[0], *order) for order in orders]
     given, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
-    given.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    lines = [{"text": f"[{p}]" if converses else f"{p}\n\nComparison:"} for p in prompts]
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = (f"--inputs={given}", f"--output={made}")
     command("generate", f"--checkpoint={trained_run.path}", *files, "--max_new_tokens=5")
     want = [json.loads(line)["text"] for line in made.read_text().splitlines()]
