@@ -1,9 +1,13 @@
 """Reproduces a paper's claims at small scale, and writes the report with its plots.
 
 Started again, it goes on where it stopped: what has been trained and measured is kept in --model_dir.
-Example; two hours on two idle cores:
+Examples; two hours and one hour on two idle cores:
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
+  python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
+
+The flags of each are shown by python -m launch.reproduce PAPER --help. The status is 1 where a claim that
+must hold does not.
 """
 
 import argparse
@@ -23,11 +27,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paper", choices=("snapkv",), help="whose claims")
-    parser.add_argument(
+    papers = parser.add_subparsers(dest="paper", required=True, metavar="PAPER")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
         "--model_dir", required=True, metavar="DIR", help="parent of runs and measurements"
     )
-    parser.add_argument("--out", default="docs/reproductions", metavar="DIR", help="of the report")
+    shared.add_argument("--out", default="docs/reproductions", metavar="DIR", help="of the report")
+    _add_snapkv(papers.add_parser("snapkv", parents=[shared], help="SnapKV, 2404.14469"))
+    _add_code_mix(
+        papers.add_parser("code_mix", parents=[shared], help="To Code, or Not To Code?, 2408.10914")
+    )
+    flags = parser.parse_args(argv)
+    statuses = [0]
+
+    def call() -> None:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        statuses[0] = flags.reproduce(flags, sys.argv[1:] if argv is None else list(argv))
+
+    return cli.status_of(call) or statuses[0]
+
+
+def _add_snapkv(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(reproduce=_snapkv)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trained models")
     parser.add_argument(
         "--prompts", type=int, default=256, help="of each measurement of a trained model"
@@ -47,20 +70,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=(1024, 2048),
         help="tokens of the haystacks that needles are looked for in",
     )
-    flags = parser.parse_args(argv)
-
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
-
-    return cli.status_of(call)
 
 
-def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> None:
-    import importlib.metadata
+def _add_code_mix(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(reproduce=_code_mix)
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of generated text and code (default: 3)"
+    )
+    parser.add_argument(
+        "--package_seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of the text and code of installed packages (default: 3)",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["skills", "packages"],
+        choices=("skills", "packages"),
+        help="generated text and code, installed packages (default: both)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="runs at once, as of launch.sweep"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="after these a sweep stops, to go on later"
+    )
 
+
+def _snapkv(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     from launch.reproductions.snapkv import experiment, page
 
     found = experiment.run(
@@ -70,15 +109,40 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> None:
         haystacks=flags.haystacks,
         parts=flags.parts,
     )
+    out = pathlib.Path(flags.out)
+    page.write(found, out, {**_facts(arguments), "seeds": flags.seeds})
+    print(f"report {out / 'snapkv.md'}")
+    return 0
+
+
+def _code_mix(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from launch.reproductions.code_mix import experiment, page
+
+    found = experiment.run(
+        model_dir=flags.model_dir,
+        seeds=flags.seeds,
+        package_seeds=flags.package_seeds,
+        workers=flags.workers,
+        minutes=flags.minutes,
+        parts=flags.parts,
+    )
+    out = pathlib.Path(flags.out)
+    judged = page.write(found, out, _facts(arguments))
+    for claim in judged:
+        print(f"{claim.name:4} {claim.verdict:13} {claim.statement}")
+    print(f"report {out / 'code_mix.md'}")
+    return int(any(c.required and c.verdict in ("fails", "mixed") for c in judged))
+
+
+def _facts(arguments: Sequence[str]) -> dict:
+    """What the numbers of a report depend on."""
+    import importlib.metadata
+
     names = ("jax", "flax", "numpy")
-    facts = {
+    return {
         "command": " ".join(["python -m launch.reproduce", *arguments]),
-        "seeds": flags.seeds,
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
-    out = pathlib.Path(flags.out)
-    page.write(found, out, facts)
-    print(f"report {out / 'snapkv.md'}")
 
 
 if __name__ == "__main__":

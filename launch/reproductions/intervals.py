@@ -1,5 +1,6 @@
-"""95 % intervals of what the experiments measure, by resampling prompts."""
+"""95 % intervals of what the experiments measure: over prompts by resampling, over seeds by Student's t."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,28 @@ def ratio(numerators: Any, denominators: Any) -> dict[str, float]:
 def difference(ones: Any, others: Any) -> dict[str, float]:
     """Mean difference of values of the same prompts, with a bootstrap interval."""
     return mean(np.asarray(ones, float) - np.asarray(others, float))
+
+
+def over_seeds(values: Any) -> dict[str, float]:
+    """Mean over runs of different seeds, with Student's interval; of one run, the run alone."""
+    values_N = np.asarray(values, float)
+    n, middle = len(values_N), float(np.mean(values_N))
+    if n < 2:
+        return _rounded(middle, middle, middle)
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n)
+    return _rounded(middle, middle - half, middle + half)
+
+
+def sign_test(differences: Any) -> float:
+    """Probability of so many positive differences, or more, if either sign were as likely.
+
+    One-sided, for paired runs; zeros count as not positive. Of n pairs it is 2^-n at least.
+    """
+    values_N = np.asarray(differences, float).ravel()
+    n, wins = len(values_N), int((values_N > 0).sum())
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

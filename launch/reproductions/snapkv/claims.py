@@ -1,48 +1,16 @@
 """The eight claims that must hold, with what was measured for each."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from launch.reproductions import intervals
+from launch.reproductions.claim import Claim, Evidence
 from launch.reproductions.snapkv import experiment, needle_run
 
 BASELINES = ("h2o", "streaming_llm", "random")
 SMALL, CHAT = "retrieval model", "SmolLM2-135M"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """One measurement of a claim.
-
-    Attributes:
-      where: on which model.
-      measured: in words, with its interval.
-      holds: whether the pass condition is met.
-    """
-
-    where: str
-    measured: str
-    holds: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim and its measurements; with none it was not measured."""
-
-    name: str
-    statement: str
-    condition: str
-    evidence: Sequence[Evidence]
-
-    @property
-    def verdict(self) -> str:
-        if not self.evidence:
-            return "not measured"
-        held = sum(e.holds for e in self.evidence)
-        return {len(self.evidence): "holds", 0: "fails"}.get(held, "mixed")
 
 
 def small_exact(found: Mapping[str, Any], method: str, capacity: int, first: int = 0) -> np.ndarray:

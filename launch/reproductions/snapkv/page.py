@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.reproductions import intervals
+from launch.reproductions.claim import Claim
 from launch.reproductions.snapkv import claims, experiment, figures, needle_run
 
 
@@ -42,7 +43,7 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
 
 def _page(
     found: Mapping[str, Any],
-    judged: Sequence[claims.Claim],
+    judged: Sequence[Claim],
     drawn: Mapping[str, str],
     facts: Mapping[str, Any],
     record: Mapping[str, Any],

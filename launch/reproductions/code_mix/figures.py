@@ -1,0 +1,263 @@
+"""Plots of what the sweeps found; none where there is nothing to plot."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import intervals
+from launch.reproductions.code_mix import claims
+from launch.reproductions.code_mix.results import GROUPS, Results
+from launch.sweeps.code_mix_skills import RECIPES, SHARES, WIDTHS
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+)
+_GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
+_RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
+_RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
+
+
+def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
+    """Writes the figures into `folder`; returns file name -> what it shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
+    figures = {
+        "recipes.png": (_recipes, small, "Change against text-only, by group of skills and recipe"),
+        "phases.png": (_phases, small, "Exact match after each phase, by recipe; dots are seeds"),
+        "proportion.png": (_proportion, small, "Exact match against the share of code"),
+        "quality.png": (_quality, small, "Kinds of code, relative to web code alone"),
+        "cooldown.png": (_cooldown, small, "What a cooldown changes, and its learning rate"),
+        "scale.png": (_scale, small, "Exact match against width"),
+        "packages.png": (_packages, packages, "Bits per byte of installed packages"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for name, (plot, results, caption) in figures.items():
+        if (figure := plot(results)) is not None:
+            figure.savefig(folder / name, dpi=130)
+            drawn[name] = caption
+    return drawn
+
+
+def _panels(columns: int, size: tuple[float, float], *, share_y: bool = False) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, sharey=share_y)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def _bar(
+    axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
+) -> None:
+    """A bar with its interval over seeds, and a dot for each seed."""
+    shown = intervals.over_seeds(values)
+    error = [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
+    axes.bar(at, shown["value"], width * 0.92, yerr=error, capsize=2, color=colour, label=label)
+    spread = np.linspace(-0.2, 0.2, len(values)) * width
+    axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
+
+
+def _changes(ones: np.ndarray, others: np.ndarray, relative: bool) -> np.ndarray:
+    """Differences of pairs in percent of the others' mean, or in points of exact match."""
+    return 100 * (ones - others) / (others.mean() if relative else 1.0)
+
+
+def _bars(
+    axes: Any,
+    results: Results,
+    group: str,
+    cases: Mapping[str, str],
+    base: str,
+    *,
+    rotation: int = 0,
+) -> None:
+    """Changes of arms against a base: {label: arm}."""
+    (level,) = results.paired(group, base)
+    relative = bool(level.mean() >= _RELATIVE_FROM)
+    for i, arm in enumerate(cases.values()):
+        changes = _changes(*results.paired(group, arm, base), relative)
+        _bar(axes, i, changes, 0.7, _RECIPE_COLOURS.get(arm, _GROUP_COLOURS[group]))
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=rotation)
+    axes.set_title(f"{group} ({claims.arm_name(base)}: {level.mean():.2f})", fontsize=10)
+    unit = "% of its exact match" if relative else "points of exact match"
+    axes.set_ylabel(f"change against {claims.arm_name(base)},\n{unit}", fontsize=9)
+
+
+def _recipes(results: Results) -> Any:
+    if not results.has(*RECIPES):
+        return None
+    figure, axes = _panels(len(GROUPS), (12, 4))
+    cases = {claims.arm_name(r).replace(" -> ", "\n-> "): r for r in RECIPES if r != "text_only"}
+    for group, one in zip(GROUPS, axes, strict=True):
+        _bars(one, results, group, cases, "text_only")
+    return figure
+
+
+def _phases(results: Results) -> Any:
+    cooled = [f"{recipe}_cooldown" for recipe in RECIPES]
+    if not results.has(*RECIPES, *cooled):
+        return None
+    figure, axes = _panels(len(GROUPS), (12, 4.2), share_y=True)
+    starts = {"text_only": "share_0", "balanced_only": "share_50"}
+    width = 0.27
+    phases = (("400 steps", ORANGE), ("800 steps", BLUE), ("and cooldown", GREEN))
+    for group, one in zip(GROUPS, axes, strict=True):
+        for i, recipe in enumerate(RECIPES):
+            arms = (starts.get(recipe) or RECIPES[recipe], recipe, f"{recipe}_cooldown")
+            for j, (arm, (label, colour)) in enumerate(zip(arms, phases, strict=True)):
+                values = np.array(list(results.scores(arm, group).values()))
+                _bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
+        names = [
+            claims.arm_name(recipe).replace(" -> ", "\n-> ").replace(" only", "\nonly")
+            for recipe in RECIPES
+        ]
+        one.set_xticks(range(len(RECIPES)), names, fontsize=8)
+        one.set_title(group, fontsize=10)
+        one.set_ylim(0, None)
+    axes[0].set_ylabel("exact match")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
+    )
+    return figure
+
+
+def _line(
+    axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
+) -> None:
+    """Means with their intervals over seeds, and the seeds as thin lines."""
+    shown = [intervals.over_seeds(values) for values in curves]
+    axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
+    axes.fill_between(
+        x, [s["low"] for s in shown], [s["high"] for s in shown], color=colour, alpha=0.15, lw=0
+    )
+    for seed in range(len(curves[0])):
+        axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
+
+
+def _proportion(results: Results) -> Any:
+    arms = [f"share_{share}" for share in SHARES]
+    if not results.has(*arms):
+        return None
+    figure, axes = _panels(len(GROUPS), (12, 3.8))
+    for group, one in zip(GROUPS, axes, strict=True):
+        _line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
+        one.set_ylim(0, None)
+        one.set_xticks(SHARES)
+        one.set_xlabel("share of code, % of tokens")
+        one.set_title(group, fontsize=10)
+    axes[0].set_ylabel("exact match; band: 95 % over seeds")
+    return figure
+
+
+def _quality(results: Results) -> Any:
+    code = {
+        "+ markup": "code_markup",
+        "+ adjacent": "code_adjacent",
+        "+ synth": "code_synth",
+        "synth alone": "synth",
+    }
+    after = ("balanced_synth_to_text", "balanced_to_text")
+    if not results.has("share_100", *code.values(), *after):
+        return None
+    figure, (left, right) = _panels(2, (12, 4))
+    _bars(left, results, "code", code, "share_100")
+    left.set_title("code alone: exact match of calls", fontsize=10)
+    left.set_ylabel("change against web code alone, %", fontsize=9)
+    for i, group in enumerate(GROUPS):
+        ones, others = results.paired(group, *after)
+        relative = bool(others.mean() >= _RELATIVE_FROM)
+        _bar(right, i, _changes(ones, others, relative), 0.7, _GROUP_COLOURS[group])
+    right.axhline(0, color="black", lw=0.8)
+    right.set_xticks(range(len(GROUPS)), GROUPS)
+    right.set_title("balanced + synth -> text against balanced -> text", fontsize=10)
+    right.set_ylabel("change, % (points where below 0.05)", fontsize=9)
+    return figure
+
+
+def _cooldown(results: Results) -> Any:
+    arms = {
+        "none": ("balanced_to_text", GREY),
+        "without code": ("balanced_to_text_cooldown_without_code", ORANGE),
+        "with 20 % code": ("balanced_to_text_cooldown", BLUE),
+    }
+    if not results.has(*(arm for arm, _ in arms.values())):
+        return None
+    figure, (left, right) = _panels(2, (12, 4))
+    width = 0.27
+    for j, (label, (arm, colour)) in enumerate(arms.items()):
+        for i, group in enumerate(GROUPS):
+            values = np.array(list(results.scores(arm, group).values()))
+            _bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
+    left.set_xticks(range(len(GROUPS)), GROUPS)
+    left.set_ylabel("exact match")
+    left.legend(
+        title="cooldown", frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.02)
+    )
+    left.margins(y=0.2)
+    before = 0
+    for arm, colour in (("share_50", GREEN), arms["none"], arms["with 20 % code"]):
+        steps, rates = zip(*next(iter(results.find(arm).values()))["learning_rates"], strict=True)
+        label = {"share_50": "balanced", "balanced_to_text": "text with 10 % code"}.get(
+            arm, "cooldown"
+        )
+        right.plot(np.add(before, steps), rates, color=colour, lw=2, label=label)
+        before += steps[-1]
+    right.set_xlabel("steps")
+    right.set_ylabel("learning rate")
+    right.set_ylim(0, None)
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _scale(results: Results) -> Any:
+    arms = ("balanced_only", "balanced_to_text")
+    sizes = [f"width{width}" for width in WIDTHS]
+    if not all(results.find(arm, size) for arm in arms for size in sizes):
+        return None
+    figure, axes = _panels(len(arms), (10, 4), share_y=True)
+    for arm, one in zip(arms, axes, strict=True):
+        for group in GROUPS:
+            curves = results.paired(group, *((arm, size) for size in sizes))
+            _line(one, WIDTHS, curves, _GROUP_COLOURS[group], group)
+            one.text(WIDTHS[-1] + 1, curves[-1].mean(), group, va="center", fontsize=8)
+        one.set_xticks(WIDTHS)
+        one.set_xlim(WIDTHS[0] - 3, WIDTHS[-1] + 14)
+        one.set_xlabel("width")
+        one.set_title(claims.arm_name(arm), fontsize=10)
+    axes[0].set_ylabel("exact match; band: 95 % over seeds")
+    return figure
+
+
+def _packages(results: Results) -> Any:
+    if not results.has(*RECIPES):
+        return None
+    domains = ("english", "docstrings", "python", "cpp", "markup")
+    figure, (axes,) = _panels(1, (9, 4.2))
+    width = 0.2
+    for j, (recipe, colour) in enumerate(_RECIPE_COLOURS.items()):
+        for i, domain in enumerate(domains):
+            values = np.array(list(results.scores(recipe, domain).values()))
+            at = i + (j - 1.5) * width
+            _bar(axes, at, values, width, colour, "" if i else claims.arm_name(recipe))
+    axes.set_xticks(range(len(domains)), domains)
+    axes.set_ylabel("bits per byte, held out (lower is better)")
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center"
+    )
+    return figure
