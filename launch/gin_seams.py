@@ -12,8 +12,13 @@ _TABLE = ("features", "dtype", "param_dtype")
 
 # By owner, and by the parameter of it that takes a factory: names of the arguments it is called with.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "data.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluate.evaluate": {"stream": ("task",)},
-    "launch.train.train": {"checkpointer": ("directory",), "eval_stream": ("task",)},
+    "launch.train.train": {
+        "checkpointer": ("directory",),
+        "eval_stream": ("task",),
+        "stream": ("positions",),
+    },
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},

@@ -57,7 +57,7 @@ from launch import compile_report, tpu_topology
 from launch.compile_report import Memory, Report
 from launch.tpu_topology import Topology
 from launch.train import flops_per_token
-from trainers import flops, partitioning
+from trainers import flops, partitioning, schedules
 from trainers.recipe import Program, Recipe
 
 
@@ -70,7 +70,9 @@ def run(start: Any) -> None:
     """
     topology = tpu_topology.parse(start.flags.topology)
     devices = tpu_topology.devices(topology)
-    recipe: Recipe = start.arguments()["recipe"]
+    # How long a schedule is changes a constant of the program, not what it needs.
+    span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
+    recipe: Recipe = start.arguments()["recipe"].over(span)
     program = recipe.program(devices=devices)
     print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", flush=True)
     began = time.perf_counter()

@@ -21,7 +21,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import numpy as np
 from data import cpu_tensorflow
 from data import stream as streams
 from data import tasks as task_registry
-from launch import gin_config, run_dir, run_vocabulary
+from launch import gin_config, phase, run_dir, run_vocabulary
 from launch.parameter_table import parameter_table
 from trainers import (
     batches,
@@ -40,9 +40,10 @@ from trainers import (
     partitioning,
     profiler,
     restore,
+    schedules,
     signals,
 )
-from trainers.batches import Prefetcher, Stream
+from trainers.batches import Prefetcher, Stream, TrainStream
 from trainers.compile_ahead import compiling
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
@@ -55,8 +56,9 @@ def train(
     *,
     recipe: Recipe,
     model_dir: str,
-    stream: Callable[[], Stream],
-    total_steps: int,
+    stream: Callable[..., TrainStream],
+    total_steps: int | None = None,
+    total_tokens: float | None = None,
     tasks: Sequence[Callable[[], Any]] = (),
     eval_stream: Callable[..., EvalStream] | None = None,
     eval_tasks: Sequence[str] | None = None,
@@ -65,7 +67,8 @@ def train(
     checkpoint_period: int = 1000,
     checkpointer: Callable[..., checkpoint.Checkpointer] = checkpoint.Checkpointer,
     initial_checkpoint_path: str | None = None,
-    initial_scope: Literal["params", "state"] = "params",
+    initial_scope: restore.Scope = "params",
+    initial_data: phase.Data = "restart",
     initial_assignment: Sequence[tuple[str, str | None]] = (),
     initial_strict: bool = True,
     initial_use_ema: bool = False,
@@ -80,8 +83,9 @@ def train(
     Args:
       recipe: model, objective, optimiser, mesh.
       model_dir: the run's directory; an interrupted run goes on from its newest good checkpoint.
-      stream: opens the training data.
+      stream: opens the training data; to read on where another run stopped, called with (positions=).
       total_steps: updates in all, those of earlier starts of this run included.
+      total_tokens: in its place, loss-bearing tokens in all: as many updates as reach them.
       tasks: functions that register SeqIO tasks.
       eval_stream: opens the held-out split of a task, called with (task=).
       eval_tasks: tasks to evaluate; the sources of the training stream when None.
@@ -91,7 +95,10 @@ def train(
       checkpointer: factory, called with the directory.
       initial_checkpoint_path: what a run without checkpoints of its own starts from: a step directory, or
         a run directory for its newest good step.
-      initial_scope: 'params' takes its parameters; 'state' also moments and step, as for a cooldown.
+      initial_scope: 'params' takes its parameters; 'phase' also averages and moments, at step 0 of a
+        schedule of its own; 'state' also the step, as if this were the same run.
+      initial_data: 'restart' reads every source from its beginning, 'continue' from where that run
+        stopped, whatever the mixture ('state' goes on at that run's next batch).
       initial_assignment: with 'params', (pattern, checkpoint path or None) for parameters under other names.
       initial_strict: with 'params', each of this model's parameters must be found there, and none more.
       initial_use_ema: with 'params', starts from the averaged parameters.
@@ -113,8 +120,14 @@ def train(
     """
     goodput = Goodput(started=process_start() if started is None else started)
     primary = jax.process_index() == 0
+    if (total_steps is None) == (total_tokens is None):
+        raise ValueError(
+            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: give one of them, and None "
+            "for the other."
+        )
     _check_numbers(
-        TRAIN_STEPS=total_steps,
+        TRAIN_STEPS=1 if total_steps is None else total_steps,
+        TRAIN_TOKENS=1 if total_tokens is None else total_tokens,
         BATCH_SIZE=recipe.batch_size,
         EVAL_PERIOD=eval_period,
         EVAL_STEPS=1 if eval_steps is None else eval_steps,
@@ -131,8 +144,21 @@ def train(
             cpu_tensorflow.load()
         for register in tasks:
             register()
-        data = stream()
+        begun = phase.initial(
+            run.checkpoints, initial_checkpoint_path, scope=initial_scope, data=initial_data
+        )
+        data = stream(positions=begun["positions"]) if begun.get("positions") else stream()
         _check_stream(recipe, data)
+        if total_steps is None:
+            total_steps = data.steps_for_tokens(total_tokens)
+        if isinstance(recipe.learning_rate, schedules.Unspanned):
+            recipe = recipe.over(schedules.Span(total_steps, begun.get("learning_rate")))
+            program = recipe.program()
+        registered = task_registry.summary() if tasks else {}
+        told = [
+            *(("caps", line) for line in data.check_repeats(total_steps)),
+            *(("dropped", line) for line in _dropped(registered)),
+        ]
         if primary and tasks:
             run_vocabulary.save(run.path, task_registry.vocabulary(data.source_names[0]))
         eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
@@ -141,8 +167,10 @@ def train(
             mesh=run_dir.mesh_facts(program.mesh),
             data_fingerprint=data.fingerprint,
             data=data.summary(),
+            epochs=data.epochs(total_steps),
+            initial=begun,
             parameters=program.num_params(),
-            **(task_registry.summary() if tasks else {}),
+            **registered,
         )
         run.write(
             "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
@@ -181,12 +209,14 @@ def train(
                 use_ema=initial_use_ema,
             )
             _check_same_vocabulary(start, meta)
-            meta |= _origin(start)
+            begun = phase.begun(start, begun)
+            meta |= _origin(start) | ({"initial": begun} if begun else {})
         writer = stack.enter_context(
             contextlib.closing(metric_writers.MultiWriter(_writers(run, start.step, writers)))
         )
         if primary:
-            _announce(recipe, program, data, start, total_steps)
+            _announce(recipe, program, data, start, total_steps, told)
+        rates = _rates(recipe, total_steps)
         loop = Loop(
             state=start.state,
             step=start.step,
@@ -203,7 +233,14 @@ def train(
             checkpoint_period=checkpoint_period,
             meta=meta,
             log_period=log_period,
-            host_metrics=_host_metrics(recipe, program, total_steps),
+            host_metrics=_host_metrics(recipe, program, rates),
+            data_metrics=lambda batches: {
+                f"epochs/{name}": epochs for name, epochs in data.epochs(batches).items()
+            },
+            position=lambda updates, batches: {
+                "learning_rate": float(rates[updates]),
+                "positions": {**begun.get("positions", {}), **data.positions(batches)},
+            },
             hooks=(*([evaluation] if held_out else []), *hooks),
             hooks_left_out=_left_out(run, start),
             anomaly=recipe.anomaly,
@@ -219,10 +256,11 @@ def train(
     if primary:
         how = "stopped by a signal" if loop.interrupted else "done"
         print(f"{how} at step {loop.step}; the run is in {run.path}\n{_time_split(goodput)}")
+        print(f"read: {_epochs_line(data, loop.data_step)}", flush=True)
     return {**last, "interrupted": float(loop.interrupted)}
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_numbers(**numbers: float) -> None:
     """All that must be positive, by macro."""
     bad = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
     if bad:
@@ -313,15 +351,16 @@ def _writers(
     ]
 
 
-def _host_metrics(
-    recipe: Recipe, program: Program, total_steps: int
-) -> Callable[[int, float], Mapping[str, float]]:
+def _rates(recipe: Recipe, total_steps: int) -> np.ndarray:
+    """The learning rate of each update, and of the one that would follow the last."""
     # Tabulated: evaluated one by one they would wait behind the step that is running.
-    rates = np.asarray(
-        jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))(
-            jnp.arange(total_steps)
-        )
-    )
+    rate = jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))
+    return np.asarray(rate(jnp.arange(total_steps + 1)))
+
+
+def _host_metrics(
+    recipe: Recipe, program: Program, rates: np.ndarray
+) -> Callable[[int, float], Mapping[str, float]]:
     per_token = flops_per_token(recipe, program)
     devices = list(program.mesh.devices.flat)
 
@@ -360,7 +399,12 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
 
 
 def _announce(
-    recipe: Recipe, program: Program, data: Stream, start: restore.Restored, total_steps: int
+    recipe: Recipe,
+    program: Program,
+    data: TrainStream,
+    start: restore.Restored,
+    total_steps: int,
+    told: Sequence[tuple[str, str]],
 ) -> None:
     """What is about to run, in a few lines."""
     tokens = recipe.batch_size * recipe.length
@@ -372,12 +416,32 @@ def _announce(
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
         ("tokens", f"{tokens:,} a step, {tokens * total_steps:,} in {total_steps:,} steps"),
+        ("epochs", _epochs_line(data, total_steps)),
+        *told,
         ("start", _start_line(start)),
     ]
     remaining = (total_steps - start.step) * tokens * flops_per_token(recipe, program)
     seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
     lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
     print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
+
+
+def _epochs_line(data: TrainStream, step: int) -> str:
+    """How often each source has been read by then; above 1 its documents repeat."""
+    return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data.epochs(step).items())
+
+
+def _dropped(registered: Mapping[str, Any]) -> list[str]:
+    """What filters of documents left out of each task."""
+    return [
+        f"{task}: "
+        + ", ".join(
+            f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
+            for name, count in facts["dropped"].items()
+        )
+        for task, facts in registered.get("tasks", {}).items()
+        if facts.get("dropped")
+    ]
 
 
 def _start_line(start: restore.Restored) -> str:

@@ -36,6 +36,26 @@ class Stream(Protocol):
         ...
 
 
+class TrainStream(Stream, Protocol):
+    """What a training run needs beyond that: how its data go on, run out and repeat."""
+
+    def steps_for_tokens(self, tokens: float) -> int:
+        """Steps that train on so many loss-bearing tokens, rounded up."""
+        ...
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read before `step`."""
+        ...
+
+    def positions(self, step: int) -> dict[str, dict[str, Any]]:
+        """How far each source has been read before `step`, for a phase that reads on from there."""
+        ...
+
+    def check_repeats(self, steps: int) -> list[str]:
+        """What a run of so many steps must be told of repeats; raises ValueError if it may not run."""
+        ...
+
+
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
     """The batch of one step as global arrays; each process reads only its own rows."""
     ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}

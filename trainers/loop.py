@@ -57,6 +57,8 @@ class Loop:
       log_period: updates between written metrics, which average over the period.
       host_metrics: (updates applied, tokens per second) -> values known on the host, such as the
         learning rate, which the optimiser reads at its own count.
+      data_metrics: batches drawn -> values known of the data, such as how often they were repeated.
+      position: (updates applied, batches drawn) -> more to record with a checkpoint.
       hooks: see trainers/hooks.py; a stop leaves out those due at its step.
       hooks_left_out: a stop has left out the hooks due at the step to continue from: they run first.
       anomaly: the policy the compiled step was built with.
@@ -85,6 +87,8 @@ class Loop:
     anomaly: Anomaly | None
     stop: StopRequest
     abstract_state: TrainState
+    data_metrics: Callable[[int], Mapping[str, float]] = lambda batches: {}
+    position: Callable[[int, int], Mapping[str, Any]] = lambda updates, batches: {}
     skipped: int = 0
     hooks_left_out: bool = False
     profiler: ProfilerWindow | None = None
@@ -214,10 +218,10 @@ class Loop:
         # Not the first step of a continued run: its rows are those of a run never interrupted.
         stopping = self.interrupted and step == self.step
         if step % self.log_period == 0 or step in (1, self.total_steps) or stopping:
-            self._write_row(step)
+            self._write_row(step, data_step + 1)
         return True
 
-    def _write_row(self, step: int) -> None:
+    def _write_row(self, step: int, batches: int) -> None:
         """Writes the averages of the window that ends with `step`, and begins the next."""
         self._seen = divide(self._window or {}, {"source_loss": self.stream.source_names})
         self._window = None
@@ -226,7 +230,10 @@ class Loop:
             tokens = (step - since) * self.stream.batch_size * self.stream.length
             self._rate = tokens / (now - before)
         self._window_start = (step, now)
-        known = dict(self.host_metrics(step - self.skipped, self._rate))
+        known = {
+            **self.host_metrics(step - self.skipped, self._rate),
+            **self.data_metrics(batches),
+        }
         if self.skipped:
             known["skipped_updates"] = self.skipped
         self.writer.write(step, {**self._seen, **known, **self.goodput.metrics()})
@@ -330,6 +337,7 @@ class Loop:
                 self.state,
                 meta={
                     **self.meta,
+                    **self.position(self.step - self.skipped, self.data_step),
                     "data_step": self.data_step,
                     "skipped": self.skipped,
                     "hooks_left_out": self.interrupted and bool(self._due()),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainers import initialise, partitioning, trainable
+from trainers import initialise, partitioning, schedules, trainable
 from trainers.anomaly import Anomaly
 from trainers.objectives.base import Batch, LossFn, Objective
 from trainers.objectives.lm import language_modelling
@@ -75,6 +75,10 @@ class Recipe:
     @property
     def length(self) -> int:
         return self.feature_lengths["targets"]
+
+    def over(self, span: schedules.Span) -> "Recipe":
+        """This recipe with its schedule made for a run's span, which only some schedules wait for."""
+        return dataclasses.replace(self, learning_rate=schedules.span(self.learning_rate, span))
 
     def program(self, *, devices: Sequence[jax.Device] | None = None) -> "Program":
         """Resolves mesh, shardings and functions; validates, allocates and compiles nothing.

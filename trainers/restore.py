@@ -3,7 +3,8 @@
 `restore_or_initialise` looks for the state of a run in
 
   1. the latest good step of its own run directory;
-  2. INITIAL_CHECKPOINT_PATH (its parameters, or all of its state), the latest good step if it is a run;
+  2. INITIAL_CHECKPOINT_PATH (its parameters, also its moments, or all of its state), the latest good step
+     if it is a run;
   3. a fresh initialisation.
 
 Nothing here unpickles anything: checkpoints are JSON and raw arrays.
@@ -13,13 +14,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from etils import epath
 
 from trainers import state_tree, step_dir
+from trainers.anomaly import STATISTICS
 from trainers.array_files import read_verified
 from trainers.restore_params import (
     Assignment,
@@ -28,6 +32,9 @@ from trainers.restore_params import (
     list_differences,
     restore_params,
 )
+
+Scope = Literal["params", "phase", "state"]
+SCOPES = get_args(Scope)
 
 
 class RunMismatchError(ValueError):
@@ -90,7 +97,7 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model or optimiser: {list_differences(differences)}. "
             "Use the configuration it was saved with, or start from its parameters alone with "
-            "INITIAL_CHECKPOINT_PATH."
+            "INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'."
         )
 
 
@@ -133,6 +140,33 @@ def _restore(path: epath.Path, abstract_state: Any, expected_meta: Mapping[str, 
     )
 
 
+def _at_step_0(state: Any) -> Any:
+    """The state as the beginning of another phase: steps and schedules count from 0 again.
+
+    Moments stay, and so do the counts that their bias is corrected by; statistics of losses do not, for
+    other data have other losses.
+    """
+
+    def zero(array: jax.Array) -> jax.Array:
+        return jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
+
+    def is_place(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    variables = dict(state.variables)
+    if STATISTICS in variables:
+        variables[STATISTICS] = jax.tree.map(zero, variables[STATISTICS])
+    return state.replace(
+        step=zero(state.step),
+        opt_state=jax.tree.map(
+            lambda node: jax.tree.map(zero, node) if is_place(node) else node,
+            state.opt_state,
+            is_leaf=is_place,
+        ),
+        variables=variables,
+    )
+
+
 def restore_or_initialise(
     checkpointer: Any,
     abstract_state: Any,
@@ -140,7 +174,7 @@ def restore_or_initialise(
     *,
     expected_meta: Mapping[str, Any] | None = None,
     initial_checkpoint_path: str | os.PathLike | None = None,
-    initial_scope: str = "params",
+    initial_scope: Scope = "params",
     assignment: Assignment = (),
     strict: bool = True,
     use_ema: bool = False,
@@ -154,32 +188,35 @@ def restore_or_initialise(
       expected_meta: see `restore_state`; concerns the run's own checkpoints only.
       initial_checkpoint_path: where to start from if the run has no checkpoint yet: a step directory,
         or a run directory for its newest good step.
-      initial_scope: 'params' takes the parameters alone (step 0, fresh optimiser); 'state' takes
-        everything, as for a cooldown that continues another run.
+      initial_scope: 'params' takes the parameters alone (step 0, fresh optimiser); 'phase' also averages
+        and the optimiser's moments, at step 0 of a new schedule; 'state' takes everything, the step
+        and the place in the schedule too.
       assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
 
     Raises:
       ValueError: an unknown scope, or options that it does not have.
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
-    if initial_scope not in ("params", "state"):
-        raise ValueError(f"initial_scope = {initial_scope!r}: use 'params' or 'state'.")
+    if initial_scope not in SCOPES:
+        raise ValueError(f"initial_scope = {initial_scope!r}: use {', '.join(map(repr, SCOPES))}.")
     options = {
         "initial_assignment": bool(assignment),
         "initial_strict = False": not strict,
         "initial_use_ema": use_ema,
     }
-    if initial_scope == "state" and any(options.values()):
+    if initial_scope != "params" and any(options.values()):
         raise ValueError(
-            f"initial_scope = 'state' takes all of a state as it was saved, so that "
+            f"initial_scope = {initial_scope!r} takes a state as it was saved, so that "
             f"{', '.join(name for name, given in options.items() if given)} would have no effect: "
             "leave out what is named, or use initial_scope = 'params'."
         )
     restored = checkpointer.restore_latest(abstract_state, expected_meta=expected_meta)
     if restored is not None:
         return restored
-    if initial_checkpoint_path and initial_scope == "state":
+    if initial_checkpoint_path and initial_scope != "params":
         restored = restore_state(initial_checkpoint_path, abstract_state)
+        if initial_scope == "phase":
+            restored = dataclasses.replace(restored, step=0, state=_at_step_0(restored.state))
         return dataclasses.replace(restored, source="initial")
     state = initialise()
     if not initial_checkpoint_path:

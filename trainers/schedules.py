@@ -1,15 +1,60 @@
 """Learning rates as functions of the step. Every schedule here is keyword-only and pure.
 
 Steps count optimiser updates from 0; the value at step s is used by update s. Where the total is known,
-warmup_steps = None takes one update in a hundred.
+warmup_steps = None takes one update in a hundred. With total_steps = None the run says how long it is once
+its data are open (TRAIN_TOKENS), and `linear` with peak = None begins at the rate at which the run that it
+goes on from stopped.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[int], jnp.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a run knows of its schedule before its first step.
+
+    Attributes:
+      total_steps: updates in all.
+      stopped_at: the rate at which the run that this one goes on from stopped; None if it says none.
+    """
+
+    total_steps: int
+    stopped_at: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unspanned:
+    """A schedule that waits for a run's `Span`; `span` makes one of it that can be called."""
+
+    make: Callable[[Span], Schedule]
+
+    def __call__(self, step: int) -> jnp.ndarray:
+        raise ValueError(
+            "a schedule with total_steps = None (TRAIN_STEPS = None) has no value before the run knows "
+            "how long it is: give total_steps where another schedule is made of it."
+        )
+
+
+def span(schedule: Schedule, over: Span) -> Schedule:
+    """The schedule of a run: as it is, or made for its span."""
+    return schedule.make(over) if isinstance(schedule, Unspanned) else schedule
+
+
+def _known_peak(peak: float | None, run: Span) -> float:
+    if peak is not None:
+        return peak
+    if run.stopped_at is None:
+        raise ValueError(
+            "linear: peak = None begins at the rate at which another run stopped, but none is known: "
+            "set INITIAL_CHECKPOINT_PATH to a checkpoint that records its learning rate, or give peak."
+        )
+    return run.stopped_at
 
 
 def _with_warmup(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
@@ -39,18 +84,44 @@ def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
 
 
 def linear(
-    *, peak: float, total_steps: int, warmup_steps: int | None = 0, final: float = 0.0
+    *,
+    peak: float | None,
+    total_steps: int | None,
+    warmup_steps: int | None = 0,
+    final: float = 0.0,
 ) -> Schedule:
     """Warm-up, then a straight line that reaches `final` at `total_steps`."""
+    if peak is None or total_steps is None:
+        return Unspanned(
+            lambda run: linear(
+                peak=_known_peak(peak, run),
+                total_steps=run.total_steps if total_steps is None else total_steps,
+                warmup_steps=warmup_steps,
+                final=final,
+            )
+        )
     warmup_steps = _warmup("linear", total_steps, warmup_steps)
     after = optax.linear_schedule(peak, final, total_steps - warmup_steps)
     return _with_warmup(after, peak, warmup_steps)
 
 
 def cosine(
-    *, peak: float, total_steps: int, warmup_steps: int | None = 0, final_fraction: float = 0.1
+    *,
+    peak: float,
+    total_steps: int | None,
+    warmup_steps: int | None = 0,
+    final_fraction: float = 0.1,
 ) -> Schedule:
     """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
+    if total_steps is None:
+        return Unspanned(
+            lambda run: cosine(
+                peak=peak,
+                total_steps=run.total_steps,
+                warmup_steps=warmup_steps,
+                final_fraction=final_fraction,
+            )
+        )
     warmup_steps = _warmup("cosine", total_steps, warmup_steps)
     after = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=final_fraction)
     return _with_warmup(after, peak, warmup_steps)
@@ -70,12 +141,22 @@ def rsqrt(*, peak: float, warmup_steps: int) -> Schedule:
 def wsd(
     *,
     peak: float,
-    total_steps: int,
+    total_steps: int | None,
     decay_steps: int,
     warmup_steps: int | None = 0,
     final: float = 0.0,
 ) -> Schedule:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
+    if total_steps is None:
+        return Unspanned(
+            lambda run: wsd(
+                peak=peak,
+                total_steps=run.total_steps,
+                decay_steps=decay_steps,
+                warmup_steps=warmup_steps,
+                final=final,
+            )
+        )
     warmup_steps = _warmup("wsd", total_steps - decay_steps, warmup_steps)
     stable = constant(peak=peak, warmup_steps=warmup_steps)
     return cooldown(

@@ -30,11 +30,29 @@ def _source(name, directory, length):
     return rows.plan_source(name, cache.open_cache(path), {"targets": length})
 
 
-def open_stream(*, directory, batch_size, length, phases=((0, {"licence": 1.0}),), seed=0):
+def open_stream(
+    *,
+    directory,
+    batch_size,
+    length,
+    phases=((0, {"licence": 1.0}),),
+    seed=0,
+    positions=None,
+    max_epochs=None,
+    on_cap="error",
+):
     """Training batches of the phases."""
     names = [name for name in FILES if any(name in shares for _, shares in phases)]
     sources = [_source(name, directory, length) for name in names]
-    return stream.Stream(sources, phases, batch_size=batch_size, seed=seed)
+    return stream.Stream(
+        sources,
+        phases,
+        batch_size=batch_size,
+        seed=seed,
+        positions=positions,
+        max_epochs=max_epochs,
+        on_cap=on_cap,
+    )
 
 
 def open_split(*, task, directory, batch_size, length):
