@@ -1,11 +1,12 @@
 """Data that users bring: files, TFDS sets, and modules that register SeqIO tasks themselves."""
 
 import importlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data import document_files, document_source, tasks
+from data import document_files, document_source, mixing, tasks
 from data.document_filters import DocumentFilter
 
 
@@ -63,6 +64,37 @@ def register_files(
         add_bos=add_bos,
         add_eos=add_eos,
     )
+
+
+def register_sources(
+    *,
+    name: str,
+    sources: Mapping[str, Callable[..., Any]],
+    shares: Mapping[str, float],
+) -> None:
+    """Registers those of several sources that a run names, and a mixture of them.
+
+    Sources that are not named are not looked at: their files need not be there.
+
+    Args:
+      name: of the mixture.
+      sources: name of a task -> what registers it, called with (name=), such as `register_files`.
+      shares: source -> its share of the tokens; they sum to 1. One of 0 is for evaluation alone.
+
+    Raises:
+      ValueError: an unknown source, a negative share, or shares that do not sum to 1.
+    """
+    where = f"the shares of {name!r}"
+    mixing.normalised(shares, tuple(sources), where)
+    total = math.fsum(shares.values())
+    if abs(total - 1) > 1e-9:
+        raise ValueError(
+            f"{where} sum to {total:.6g}, not to 1: "
+            f"{', '.join(f'{source} {share}' for source, share in shares.items())}"
+        )
+    for source in shares:
+        sources[source](name=source)
+    tasks.register_mixture(name, shares)
 
 
 def register_tfds(

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "t5x_configs"
 FILES = sorted(str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin"))
 PARTITIONING = sorted(path.stem for path in (CONFIGS / "partitioning").glob("*.gin"))
-EXPERIMENTS = [name for name in FILES if "/experiments/" in name]
+# Those of full size ask for data, and have tests of their own (tests/code_mix_recipes_test.py).
+EXPERIMENTS = [name for name in FILES if "/experiments/" in name and "/full/" not in name]
 # corpus_base.gin is a part of bytes.gin and corpus.gin.
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
@@ -163,6 +164,12 @@ def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
 
 # What a data file requires to be set.
 REQUIRED = {
+    "code_mix_full": [
+        "DATA_ROOT='data'",
+        "TOKENIZER='tokenizer'",
+        "MBPP='m'",
+        "SHARES={'text': 1.0}",
+    ],
     "files": ["FILES='my_data/*.jsonl'"],
     "hf_files": ["FILES='my_data/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "mixtures": ["MIXTURES_MODULE='my_tasks'"],

@@ -267,3 +267,36 @@ seqio.MixtureRegistry.add("module_mixture", ["module_task"], default_rate=1.0)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         user_data.import_mixtures(module="my_broken_module")
     sys.modules.pop("my_mixtures_module")
+
+
+def test_sources_are_registered_as_far_as_they_are_named(tmp_path, byte):
+    for name in ("prose", "code"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    def source(pattern):
+        def call(name):
+            user_data.register_files(
+                name=name,
+                files=pattern,
+                data_root=str(tmp_path),
+                vocabulary=byte,
+                validation_fraction=0,
+                cache_dir=tmp_path / "cache",
+            )
+
+        return call
+
+    sources = {"prose": source("prose.*"), "code": source("code.*"), "absent": source("absent.*")}
+    user_data.register_sources(name="two", sources=sources, shares={"prose": 1.0, "code": 0.0})
+    facts = tasks.summary()
+    assert set(facts["tasks"]) == {"prose", "code"}
+    assert facts["mixtures"] == {"two": {"prose": 1.0, "code": 0.0}}
+    for shares, message in (
+        ({"prose": 0.5, "code": 0.4}, r"sum to 0.9, not to 1: prose 0.5, code 0.4"),
+        ({"prose": 1.5, "code": -0.5}, r"the weight of 'code' is -0.5"),
+        ({"proze": 1.0}, r"the shares of 'two': unknown source 'proze'.*'prose'"),
+        ({"absent": 1.0}, r"absent: files='absent.\*' matches no file .*starts at data_root"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            user_data.register_sources(name="two", sources=sources, shares=shares)
+    tasks.clear()
