@@ -37,6 +37,7 @@ _LOADED += ("heapq", "itertools", "math", "operator", "random", "re", "statistic
 _LOADED += ("typing",)
 _END, _RAISED, _NO_MEMORY = b"?", 1, 3
 _DESCRIPTOR = 3
+_WORK = "/sandbox"  # in a root of its own; no interpreter lies there
 _NAME = "program"
 
 
@@ -107,9 +108,9 @@ def _lock_in(setup: dict) -> dict:
     becomes_nobody = linux and os.geteuid() == 0
     by: dict[str, str | None] = {}
     if linux and setup["namespaces"]:
-        kernel.enter_namespaces(readable(), "/tmp", setup["limits"]["work_bytes"])
+        work = _WORK
+        kernel.enter_namespaces(readable(), work, setup["limits"]["work_bytes"])
         by = dict.fromkeys(("network", "files", "processes"), "namespaces")
-        work = "/tmp"
     else:
         work = setup["work"]
         if becomes_nobody:
