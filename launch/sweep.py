@@ -2,7 +2,7 @@
 
 What is done is not run again, what was stopped goes on, what failed is tried again. Results are in
 DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
-cooldowns; 25 minutes on two cores:
+cooldowns, about four times the work of the quickstart:
 
   python -m launch.sweep --sweep launch/sweeps/code_mix_quickstart.py --out runs/code_mix_quickstart
 

@@ -20,6 +20,8 @@ from launch.jobs.worker import peak_bytes
 
 # A worker that has had nothing to do for so long is ended: the memory it holds may be another's.
 IDLE_SECONDS = 20.0
+# Looking for a worker's children takes milliseconds.
+_MEASURE_SECONDS = 2.0
 
 
 @dataclasses.dataclass
@@ -30,6 +32,7 @@ class _Entry:
     status: Status = Status(state=State.WAITING)
     worker: "_Worker | None" = None
     began: float = 0.0
+    measure_at: float = 0.0
 
 
 class LocalSubmitter:
@@ -106,7 +109,10 @@ class LocalSubmitter:
             seconds = time.monotonic() - entry.began
             reply = worker.reply()
             if reply is None:
-                memory = max(worker.memory_gb(), entry.status.memory_gb or 0.0)
+                memory = entry.status.memory_gb or 0.0
+                if seconds >= entry.measure_at:
+                    memory = max(worker.memory_gb(), memory)
+                    entry.measure_at = seconds + _MEASURE_SECONDS
                 entry.status = Status(
                     state=State.RUNNING, seconds=seconds, memory_gb=memory or None
                 )

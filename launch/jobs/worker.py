@@ -2,8 +2,8 @@
 
 Jobs come as JSON lines on stdin, {"command": [...], "log": FILE}, and each is answered by a line on
 stdout, {"status": N, "memory_gb": X}. A command `python -m launch.NAME ...` runs in this process, any
-other as its child. The process ends at the end of its input, or by SIGTERM when the one that started it
-has died.
+other as its child. At the end of its input, which comes too when the one that started it dies, the process
+ends; a job that runs then is sent SIGTERM first, to save its work.
 """
 
 if __name__ == "__main__":
@@ -28,31 +28,55 @@ import ctypes
 import gc
 import json
 import os
+import queue
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 OWN = "launch."
-_PR_SET_PDEATHSIG = 1
 
 
 def serve(jobs: Iterable[str]) -> int:
     """Runs jobs until there are no more."""
-    _end_with_parent()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    for line in jobs:
+    for line in _watched(jobs):
         job = json.loads(line)
         _begin_peak()
         with _output_to(job["log"]):
             status = run(job["command"])
         answer = {"status": status, "memory_gb": peak_bytes(os.getpid()) / 1e9}
-        print(json.dumps(answer), file=replies, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody is left to hear it
+            print(json.dumps(answer), file=replies, flush=True)
         _give_back_memory()
     return 0
+
+
+def _watched(jobs: Iterable[str]) -> Iterator[str]:
+    """The same, read beside the job that runs, which is asked to stop when the input ends.
+
+    Not by the kernel's signal for the death of a parent: it comes once for each thread of that one, and
+    a second SIGTERM ends a run that is saving.
+    """
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    busy = threading.Event()
+
+    def read() -> None:
+        for line in jobs:
+            lines.put(line)
+        lines.put(None)
+        if busy.is_set():
+            os.killpg(os.getpgrp(), signal.SIGTERM)  # children of the job too
+
+    threading.Thread(target=read, daemon=True).start()
+    while (line := lines.get()) is not None:
+        busy.set()
+        yield line
+        busy.clear()
 
 
 def run(command: Sequence[str]) -> int:
@@ -78,12 +102,6 @@ def run(command: Sequence[str]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
-
-
-def _end_with_parent() -> None:
-    """Lets Linux send SIGTERM when the parent dies, however it does; a run saves its work then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -110,9 +110,6 @@ def _shapes(model: Any) -> dict[str, str]:
 
 def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
     recipe = found.arguments["recipe"]
-    places = _PLACES if parent is not None else _PLACES[:1]
-    config = {key: value for key, value in found.config.items() if key not in places}
-    config["SEED"] = repr(run.seed)
     start = {}
     if found.arguments.get("initial_checkpoint_path"):
         start = {
@@ -124,13 +121,27 @@ def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
     whole = parent is not None and start["initial_scope"] == "state"
     return Planned(
         run=run,
-        digest=_digest({"config": config, "parent": parent.digest if parent else None}),
+        digest=config_digest(found.config, run, parent),
         total_steps=found.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
         start=json.loads(json.dumps(start)),
         evaluation_digests={name: _digest(entry) for name, entry in run.evaluations.items()},
     )
+
+
+def config_digest(config: Mapping[str, str], run: Run, parent: Planned | None) -> str:
+    """SHA-256 of a run's configuration wherever it is, and of the run it starts from.
+
+    Args:
+      config: all bindings by name; those of another seed serve too.
+      run: whose.
+      parent: the run it starts from.
+    """
+    places = _PLACES if parent is not None else _PLACES[:1]
+    own = {key: value for key, value in config.items() if key not in places}
+    own["SEED"] = repr(run.seed)
+    return _digest({"config": own, "parent": parent.digest if parent else None})
 
 
 def _digest(value: Any) -> str:

@@ -53,7 +53,7 @@ def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[
     epochs_total: dict[str, float] = {}
     for outcome in outcomes:
         for source, count in outcome["epochs"].items():
-            epochs_total[source] = epochs_total.get(source, 0.0) + count
+            epochs_total[source] = round(epochs_total.get(source, 0.0) + count, 6)
     return {
         "run": planned.name,
         "arm": planned.run.arm,

@@ -65,10 +65,8 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
     folder.write_record(name, record)
     if "trained" not in record:
-        checkpoint = None
-        if entry.run.parent is not None:
-            checkpoint = _final_checkpoint(folder, planned[entry.run.parent])
-        trained = _train(folder, entry, checkpoint)
+        parent = None if entry.run.parent is None else planned[entry.run.parent]
+        trained = _train(folder, entry, parent)
         if trained is None:
             return {"interrupted": True}
         record["trained"] = trained
@@ -96,13 +94,20 @@ def _final_checkpoint(folder: SweepFolder, parent: Planned) -> str:
     return str(folder.path / record["trained"]["checkpoint"])
 
 
-def _train(folder: SweepFolder, entry: Planned, checkpoint: str | None) -> dict[str, Any] | None:
+def _train(folder: SweepFolder, entry: Planned, parent: Planned | None) -> dict[str, Any] | None:
     """Trains as launch.train does; returns what the run came to, or None if it was interrupted."""
-    from launch import gin_config
+    from launch import config_diff, gin_config
 
+    checkpoint = None if parent is None else _final_checkpoint(folder, parent)
     with _own_registries():
         bindings = check.bindings_of(entry.run, folder, checkpoint)
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
+        found = check.config_digest(config_diff.canonical(config.text), entry.run, parent)
+        if found != entry.digest:
+            raise SweepFolderError(
+                f"{entry.name}: its gin files have changed since the sweep was started: start the "
+                "sweep again."
+            )
         assert config.entry is not None
         if config.entry(started=time.monotonic())["interrupted"]:
             return None

@@ -1,7 +1,7 @@
 """A first sweep: what code does to a tiny model of bytes, in phases that share their parents.
 
-Text only, half code, half code and then text, and that with two cooldowns; two seeds. Two minutes on two
-idle cores:
+Text only, half code, half code and then text, and that with two cooldowns; two seeds. A few minutes on
+two cores:
 
   python -m launch.sweep --sweep launch/sweeps/tiny_code_mix.py --out runs/tiny_code_mix --workers 2
 """

@@ -1,11 +1,14 @@
 """Jobs as local processes: order, failures, crashes, cores, memory and cancelling."""
 
 import os
+import subprocess
 import sys
 import time
 
 import pytest
 
+from launch import root_check
+from launch.jobs import local
 from launch.jobs.base import Job, State
 from launch.jobs.local import LocalSubmitter
 
@@ -109,7 +112,8 @@ def test_the_memory_budget_holds(submit, first, second, together):
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores to share")
-def test_what_a_kind_has_needed_is_known_for_the_next(submit):
+def test_what_a_kind_has_needed_is_known_for_the_next(submit, monkeypatch):
+    monkeypatch.setattr(local, "_MEASURE_SECONDS", 0.1)
     hold = f"{sys.executable} -c 'x = bytearray(200_000_000); import time; time.sleep(1.2)'"
     jobs = [(name, hold, {"kind": "same"}) for name in "abc"]
     found, most = finish(*submit(*jobs, workers=2, memory_gb=5.0))
@@ -130,10 +134,7 @@ def test_cancelling_asks_what_runs_and_drops_what_waits(submit, tmp_path):
     found, _ = finish(submitter, handles)
     assert found["waits"].state is State.DROPPED
     assert found["runs"].exit_status == -15
-    until = time.monotonic() + 10
-    while "saved" not in (tmp_path / "runs.log").read_text() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert "saved" in (tmp_path / "runs.log").read_text()
+    await_text(tmp_path / "runs.log", "saved")
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,46 @@ def test_cancelling_asks_what_runs_and_drops_what_waits(submit, tmp_path):
 def test_budgets_that_are_none(settings, error):
     with pytest.raises(ValueError, match=error):
         LocalSubmitter(**settings)
+
+
+def test_what_runs_is_told_once_when_its_driver_dies(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import signal, time\n"
+        "told = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
+        "print('ready', flush=True)\n"
+        "while not told: time.sleep(0.02)\n"
+        "time.sleep(0.5)\n"
+        "print('told', len(told), flush=True)\n"
+    )
+    # A driver with threads of its own, as one has that has imported jax.
+    (tmp_path / "drive.py").write_text(
+        "import sys, threading, time\n"
+        "from launch.jobs import worker\n"
+        "from launch.jobs.base import Job\n"
+        "from launch.jobs.local import LocalSubmitter\n"
+        "for _ in range(8): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "submitter = LocalSubmitter()\n"
+        "command = (sys.executable, '-m', 'launch.job')\n"
+        f"handle = submitter.submit(Job(name='a', command=command, log='{tmp_path}/log'))\n"
+        "while True: submitter.statuses([handle]); time.sleep(0.02)\n"
+    )
+    import launch
+
+    # Found as a module of the project, so that it runs in the worker itself.
+    paths = [str(tmp_path), *launch.__path__]
+    (tmp_path / "sitecustomize.py").write_text(f"import launch; launch.__path__[:] = {paths!r}\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root_check.ROOT}"}
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, str(tmp_path / "drive.py")], env=environment) as driver:
+        await_text(log, "ready")
+        driver.kill()
+    await_text(log, "told")
+    assert log.read_text() == "ready\ntold 1\n"
+
+
+def await_text(path, text, seconds=60):
+    until = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < until, path.exists() and path.read_text()
+        time.sleep(0.02)

@@ -385,11 +385,6 @@ def test_one_driver_at_a_time(drive):
 # ---- Evaluations.
 
 
-def measure(run, *, factor=1):
-    """An evaluation by call."""
-    return {"name": pathlib.Path(run).name, "factor": factor}
-
-
 def test_evaluations_by_call_and_by_command(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "measures.py").write_text(
@@ -658,6 +653,14 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
     status, _, err = command("--sweep", change)
     assert status == 2 and "longer/seed3: TRAIN_STEPS was 16 there and is 14 now" in err
     assert "base/seed3" not in err and "--rerun_changed" in err
+
+    # A file that is edited under a sweep would make runs of one arm differ.
+    folder = SweepFolder(out)
+    plan = [dataclasses.replace(entry, digest="0") for entry in folder.read_plan()]
+    folder.write_plan("sweep.py", plan)
+    folder.directory("base/seed3").rename(out / "elsewhere")
+    with pytest.raises(SweepFolderError, match="its gin files have changed since"):
+        sweep_run.run_one(folder, "base/seed3")
 
 
 def states_of(out):
