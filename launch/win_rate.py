@@ -47,12 +47,13 @@ if __name__ == "__main__":
 
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from data import cache_dir
 from launch.judges import answers, asking, flags, journal, screen, shares, spec
-from launch.judges.base import Judge
+from launch.judges.answers import System
+from launch.judges.base import Judge, JudgeError
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 
@@ -65,8 +66,8 @@ def run(start: Any) -> None:
     """
     given = start.flags
     chosen = spec.parse(given.judge)
-    files = flags.files(given)
-    answers.pairs(answers.read(files))  # before a model is made
+    systems = answers.read(flags.files(given))
+    answers.pairs(systems)  # what is wrong with them is said before a model is made
     judge = spec.build(
         chosen,
         attempts=given.attempts,
@@ -74,14 +75,14 @@ def run(start: Any) -> None:
         config=None if chosen.checkpoint is None else start(),
         config_text=start.config.text,
     )
-    win_rates(files, judge, out=given.out)
+    win_rates(systems, judge, out=given.out)
 
 
-def win_rates(files: Mapping[str, str], judge: Judge, *, out: str) -> dict[str, Any]:
+def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str, Any]:
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
 
     Args:
-      files: of answers, by the name of the system.
+      systems: with answers to the same prompts.
       judge: decides.
       out: directory, which is made.
 
@@ -92,10 +93,12 @@ def win_rates(files: Mapping[str, str], judge: Judge, *, out: str) -> dict[str, 
     Raises:
       JudgeError: answers that do not belong together, or a judge that cannot be asked.
     """
-    systems = answers.read(files)
     pairs = answers.pairs(systems)
     folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JudgeError(f"--out={out} cannot be made: {error}. Choose another folder.") from None
     with journal.opened(folder / JUDGEMENTS) as kept:
         outcomes, tally = asking.judge_pairs(judge, pairs, kept)
     prompts = len(systems[0].answers)

@@ -33,7 +33,8 @@ def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str
     judged = [(p, o) for p, o in zip(pairs, outcomes, strict=True) if o.verdict is not None]
     verdicts = [outcome.verdict for _, outcome in judged]
     won, lost, tied = (np.array([v == kind for v in verdicts], bool) for kind in (A, B, TIE))
-    ordered = [o for _, o in judged if o.consistent is not None]
+    same = [o.consistent for _, o in judged if o.consistent is not None]
+    biases = [o.bias for _, o in judged if o.bias is not None]
     longer = [
         (len(p.a) > len(p.b)) == (o.verdict == A)
         for p, o in judged
@@ -53,8 +54,8 @@ def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str
         "loss": mean(lost),
         "tie": mean(tied),
         "difference": mean(won.astype(int) - lost.astype(int)),
-        "consistency": mean([o.consistent for o in ordered]),
-        "position_bias": mean([o.bias for o in ordered]),
+        "consistency": mean(same),
+        "position_bias": mean(biases),
         "longer_wins": mean(longer),
     }
 

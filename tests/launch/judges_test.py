@@ -133,7 +133,7 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
     lost = parts.asked.pop()  # was not answered
     # The last line may be cut short, which then was not kept.
     with open(path, "ab") as file:
-        file.write(b'{"key": "' if at % 2 else b'{"key": "0", "value": "A"}')
+        file.write(b'{"key": "' + b"x" * 999 if at % 2 else b'{"key": "0", "value": "A"}')
     parts.reply = reply
     with journal.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
@@ -142,6 +142,7 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
     with journal.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     assert found == want and tally.asked == 0 and len(parts.asked) == 14
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 14
 
 
 def test_replies_that_do_not_come_are_asked_for_again_in_every_run(tmp_path):

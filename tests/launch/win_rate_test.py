@@ -113,7 +113,7 @@ def win_rate(command, tmp_path):
     def run(judge, *flags, files=None):
         given = files or (f"--a={tmp_path / 'a.jsonl'}", f"--b={tmp_path / 'b.jsonl'}")
         out = tmp_path / "out"
-        status = command("win_rate", *given, f"--judge={judge}", f"--out={out}", *flags)
+        status = command("win_rate", f"--judge={judge}", f"--out={out}", *given, *flags)
         return status or json.loads((out / "summary.json").read_text())
 
     return run
@@ -398,6 +398,8 @@ def test_judges_that_are_none_are_named(win_rate, capsys, judge, message):
         (["--systems", "x.jsonl"], "nothing to be compared with"),
         (["--systems", "x.jsonl", "--b=x.jsonl"], "either --a=FILE and --b=FILE"),
         (["--a=x.jsonl", "--b=none.jsonl"], "none.jsonl: there is no such file"),
+        (["--a=x.jsonl", "--b=y=x.jsonl", "--attempts=0"], "--attempts=0 must be at least 1"),
+        (["--a=x.jsonl", "--b=y=x.jsonl", "--out=x.jsonl"], "--out=x.jsonl cannot be made"),
     ],
 )
 def test_flags_that_do_not_go_together(win_rate, capsys, tmp_path, monkeypatch, flags, message):
