@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers peers-kvpress clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers peers-kvpress peers-lm-eval clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -62,5 +62,14 @@ peers-kvpress: .venv-kvpress/.installed
 	.venv-kvpress/bin/pip install -q 'torch>=2.4' 'kvpress>=0.5'
 	@touch $@
 
+# lm-evaluation-harness with its Hugging Face backend.
+peers-lm-eval: .venv-lm-eval/.installed
+
+.venv-lm-eval/.installed:
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/pip install -q --upgrade pip
+	.venv-lm-eval/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' 'lm-eval[hf]>=0.4.13' sentencepiece protobuf
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kvpress build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-kvpress .venv-lm-eval build *.egg-info

@@ -1,0 +1,59 @@
+"""lm-evaluation-harness with the runs of this project as `--model espalier`.
+
+Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help) and
+`pip install 'espalier-lm[eval]'`:
+
+  python -m launch.lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
+    --include_path my_tasks
+
+Everything else is the harness's own: this command registers the model and calls the harness with all
+arguments as they are, for the harness has no other way to find models of other packages. The model's
+arguments (model_args) are described in launch/lm_eval_model.py; an unknown one is an error that lists
+them.
+"""
+
+import sys
+
+from launch import cli, environment, root_check
+
+MODEL = "espalier"
+
+
+def register() -> None:
+    """Makes the model known to the harness.
+
+    Raises:
+      LoadError: the harness is not installed.
+    """
+    try:
+        import lm_eval.models  # noqa: F401  # which registers the harness's own ones, once
+        from lm_eval.api.registry import model_registry
+    except ImportError as error:
+        from launch.load_run import LoadError
+
+        raise LoadError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval>=0.4.13'."
+        ) from None
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="launch.lm_eval_model:EspalierLM")
+
+
+def main() -> int:
+    """The harness's command line, on this process's arguments."""
+
+    def call() -> None:
+        environment.restart_with_huge_pages()
+        environment.prepare()
+        root_check.check()
+        register()
+        from lm_eval.__main__ import cli_evaluate
+
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(__doc__)
+        cli_evaluate()
+
+    return cli.status_of(call)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
