@@ -21,17 +21,17 @@ from data import procedures, skills, tasks
 
 SPLITS = ("train", "validation")
 CORRUPTED = 0.2  # of the calls in web code, and of what is written before it is executed
-KINDS = {"fact": 0.5, "problem": 0.3, "filler": 0.2}  # of documents of text
+KINDS = {"fact": 0.4, "problem": 0.5, "filler": 0.1}  # of documents of text
 WORKED = 0.1  # of the problems in words
-# Training documents, so many that 1.2 million tokens (400 steps of 64 rows) repeat each source as often as
+# Training documents, so many that 0.6 million tokens (400 steps of 32 rows) repeat each source as often as
 # the paper's 200 billion do: 0.4 times text, 1.4 times web code. There synth is repeated six times at a tenth
-# of the tokens, here as its only source: repetition and quality are not to be mistaken for one another.
+# of the tokens, here as their only source: repetition and quality are not to be mistaken for one another.
 DOCUMENTS = {
-    "skill_text": 128_000,
-    "skill_web_code": 58_000,
-    "skill_synth": 8_000,
-    "skill_markup": 69_000,
-    "skill_adjacent": 3_000,
+    "skill_text": 64_000,
+    "skill_web_code": 29_000,
+    "skill_synth": 4_000,
+    "skill_markup": 35_000,
+    "skill_adjacent": 1_500,
 }
 VALIDATION_DOCUMENTS = 512
 
@@ -81,7 +81,7 @@ class _Writer:
             return "".join(skills.stated(fact, self._rng.randrange(skills.FORMS)))
         name, operand = self._drawn()
         if self._rng.random() >= WORKED:
-            return "".join(skills.posed(name, operand, self._rng.randrange(skills.FORMS)))
+            return "".join(skills.posed(name, operand))
         written = [written for _, written in procedures.states(name, operand)]
         return f"{name} {operand} step by step: {', '.join(written)}."
 

@@ -19,15 +19,15 @@ SKILLS = ("reasoning", "knowledge", "code")
 HELD_OUT = 0.2  # of all operands
 NUM_PEOPLE = 32
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
-FORMS = 2  # in which facts and problems are put
+FORMS = 2  # in which facts are put
 
 _RELATIONS = ("home", "food", "pet")
 _VALUES = 16  # of each relation
 _FACT = ("the {relation} of {person} is ", "{person} has the {relation} ")
 _PROBLEM = {
-    "shift": ("shift {operand} by one to get ", "{operand} shifted by one is "),
-    "reverse": ("reverse {operand} to get ", "{operand} reversed is "),
-    "sort": ("sort {operand} to get ", "{operand} sorted is "),
+    "shift": "shift {operand} by one to get ",
+    "reverse": "reverse {operand} to get ",
+    "sort": "sort {operand} to get ",
 }
 
 Fact = tuple[str, str, str]  # person, relation, value
@@ -95,10 +95,10 @@ def stated(fact: Fact, form: int) -> tuple[str, str]:
     return _FACT[form].format(person=person, relation=relation), f"{value}."
 
 
-def posed(name: str, operand: str, form: int) -> tuple[str, str]:
+def posed(name: str, operand: str) -> tuple[str, str]:
     """A problem in words, and its answer."""
     result = procedures.PROCEDURES[name].result(operand)
-    return _PROBLEM[name][form].format(operand=operand), f"{result}."
+    return _PROBLEM[name].format(operand=operand), f"{result}."
 
 
 def problems(skill: str) -> list[Problem]:
@@ -118,10 +118,10 @@ def problems(skill: str) -> list[Problem]:
             for n, fact in enumerate(known)
             for form in range(FORMS)
         ]
-    asked = itertools.product(procedures.PROCEDURES, enumerate(held_out_operands()))
+    asked = itertools.product(procedures.PROCEDURES, held_out_operands())
     if skill == "reasoning":
-        return [Problem(*posed(name, x, n % FORMS), skill, name) for name, (n, x) in asked]
+        return [Problem(*posed(name, operand), skill, name) for name, operand in asked]
     if skill == "code":
-        calls = [(name, procedures.call(name, x).partition("=")) for name, (_, x) in asked]
+        calls = [(name, procedures.call(name, x).partition("=")) for name, x in asked]
         return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
     raise ValueError(f"skill = {skill!r} is none of {', '.join(SKILLS)}.")
