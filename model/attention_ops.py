@@ -145,7 +145,7 @@ def dot_product_attention(
     return _average(weights_BKGTS, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
 
 
-def attention_weights(
+def received_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     *,
@@ -155,9 +155,13 @@ def attention_weights(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """The weights [B, K, G, T, S] with which dot_product_attention averages values, in float32."""
+    """Sums over queries [B, K, G, S] of dot_product_attention's weights, in float32.
+
+    The weights themselves are never written: memory is what this takes most of.
+    """
     mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
-    return _weights(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
+    return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
 
 
 def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
@@ -260,6 +264,16 @@ def _mask(
 
 def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
     """Softmax in float32 of logits whose products are in the queries' dtype."""
+    weights_BKGTS, total_BKGT1 = _unnormalised(
+        q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
+    )
+    return weights_BKGTS / total_BKGT1
+
+
+def _unnormalised(
+    q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax's exponentials and their sums over keys, which are 1 where no key is visible."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -281,7 +295,7 @@ def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Arr
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))
     total = weights_BKGTS.sum(-1, keepdims=True)
-    return weights_BKGTS / jnp.where(total > 0, total, 1)
+    return weights_BKGTS, jnp.where(total > 0, total, 1)
 
 
 def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:

@@ -95,33 +95,18 @@ def record_more(
     )
 
 
+def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
+    """The policy's states after the whole prompt, one a layer, before anything is compressed."""
+    return [_read(model, policy, shown, layer) for layer, shown in enumerate(recording.layers)]
+
+
 def compressed(
     model: Any, policy: CachePolicy, recording: Recording, *, room: int, cache_dtype: Any = None
 ) -> list[Any]:
     """The caches that `prefill` would have made with this policy, with room for more tokens."""
-    config = model.config
 
     def one(shown: LayerRecord, layer: int) -> Any:
-        B, T = shown.k_BTKH.shape[:2]
-        state = policy.init(
-            batch=B,
-            length=T,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.per_head_dim,
-            dtype=shown.k_BTKH.dtype,
-            layer=layer,
-            num_layers=config.num_layers,
-            kind=config.layer_kind(layer),
-        )
-        state = policy.append(
-            state,
-            k_BTKH=shown.k_BTKH,
-            v_BTKH=shown.v_BTKH,
-            positions_BT=shown.positions_BT,
-            q_BTNH=shown.q_BTNH,
-            form=shown.form,
-        )
+        state = _read(model, policy, shown, layer)
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
@@ -132,6 +117,31 @@ def compressed(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     states = jax.lax.map(lambda shown: one(shown, 0), stacked)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
+
+
+def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
+    """A layer's state after the prompt that it was shown."""
+    config = model.config
+    B, T = shown.k_BTKH.shape[:2]
+    state = policy.init(
+        batch=B,
+        length=T,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.per_head_dim,
+        dtype=shown.k_BTKH.dtype,
+        layer=layer,
+        num_layers=config.num_layers,
+        kind=config.layer_kind(layer),
+    )
+    return policy.append(
+        state,
+        k_BTKH=shown.k_BTKH,
+        v_BTKH=shown.v_BTKH,
+        positions_BT=shown.positions_BT,
+        q_BTNH=shown.q_BTNH,
+        form=shown.form,
+    )
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:

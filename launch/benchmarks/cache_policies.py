@@ -3,8 +3,8 @@
 The model is that of the decode benchmark with a quarter of the layers, so that a prompt of 16,384 tokens
 is read in seconds on two cores; like the model of the paper's figures it has as many key/value heads as
 query heads. 64 tokens are generated, not 512: the time of a token does not depend on how many follow it
-but for the few slots that they add. Compression is timed alone, in ours by replaying what the layers
-showed, in kvpress's within its hook: the difference of two prefills would be lost in their noise.
+but for the few slots that they add. Compression is timed alone, of caches that hold the whole prompt, in
+kvpress's within its hook: the difference of two prefills would be lost in their noise.
 Longest prompts are of as many layers as the paper's model has, because one of them is whole while it is
 read. kvpress runs in .venv-kvpress, which `make peers-kvpress` makes.
 """

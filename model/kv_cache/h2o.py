@@ -46,9 +46,7 @@ class H2O(Selecting):
         return jnp.zeros((B, K, num_heads // K, S), jnp.float32)
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        return state.evidence + scores.votes_in_blocks(
-            q_BTNH, positions_BT, state.slots, state.known_form
-        )
+        return state.evidence + scores.votes(q_BTNH, positions_BT, state.slots, state.known_form)
 
     def scores(self, state: Reading) -> jax.Array:
         votes_BKS = scores.of_group(state.evidence, self.group_vote)

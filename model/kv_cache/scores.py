@@ -9,14 +9,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from model.attention_ops import attention_weights
+from model.attention_ops import received_attention
 from model.kv_cache.base import AttentionForm
 from model.kv_cache.slots import Slots
 
 Pooling = Literal["max", "average"]
 GroupVote = Literal["mean", "max"]
 
-_BLOCK = 128  # queries whose attention to all keys is in memory at a time
+# Queries whose attention to all keys is in memory at a time: with 16 it stays in a processor's caches,
+# which at 16,384 keys is four times as fast as 64 queries at once.
+_BLOCK = 16
 
 
 def votes(
@@ -24,28 +26,24 @@ def votes(
 ) -> jax.Array:
     """Attention [B, K, G, S] that every slot receives from the queries together.
 
-    It is the layer's own: softmax over all keys that a query sees, then a sum over queries. Queries
-    at position -1 count for nothing.
+    It is the layer's own: softmax over all keys that a query sees, then a sum over queries, some of them
+    at a time. Queries at position -1 count for nothing.
     """
-    seen = held.view()
-    weights_BKGTS = attention_weights(
-        q_BTNH,
-        seen.k_BSKH,
-        q_positions_BT=positions_BT,
-        kv_positions_BS=seen.positions_BS,
-        **form.arguments(),
-    )
-    return weights_BKGTS.astype(jnp.float32).sum(3)
 
+    def received(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        seen = held.view()  # within the loop: outside of it the change of axes would be a copy
+        return received_attention(
+            q_BTNH,
+            seen.k_BSKH,
+            q_positions_BT=positions_BT,
+            kv_positions_BS=seen.positions_BS,
+            **form.arguments(),
+        )
 
-def votes_in_blocks(
-    q_BTNH: jax.Array, positions_BT: jax.Array, held: Slots, form: AttentionForm
-) -> jax.Array:
-    """`votes` of many queries: their [T, S] weights are never in memory together."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     blocks = -(-T // _BLOCK)
     if blocks == 1:
-        return votes(q_BTNH, positions_BT, held, form)
+        return received(q_BTNH, positions_BT)
     more = blocks * _BLOCK - T
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, more), (0, 0), (0, 0)))
     positions_BT = jnp.pad(positions_BT, ((0, 0), (0, more)), constant_values=-1)
@@ -55,7 +53,7 @@ def votes_in_blocks(
             jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis=1)
             for x in (q_BTNH, positions_BT)
         )
-        return total_BKGS + votes(q_BUNH, positions_BU, held, form)
+        return total_BKGS + received(q_BUNH, positions_BU)
 
     K, S = held.k_BKSH.shape[1:3]
     return jax.lax.fori_loop(0, blocks, add, jnp.zeros((B, K, N // K, S), jnp.float32))
