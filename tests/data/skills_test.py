@@ -111,7 +111,7 @@ def test_text_states_facts_by_zipfs_law_and_code_states_none():
     sentences = [{"".join(skills.stated(fact, form)) for form in (0, 1)} for fact in facts]
     counts = np.array([sum(text in said for text in documents) for said in sentences])
     shares = 1 / np.arange(1, 97)
-    expected = 0.4 * COUNT * shares / shares.sum()
+    expected = 0.45 * COUNT * shares / shares.sum()
     z = (counts - expected)[:20] / np.sqrt(expected[:20])
     assert np.abs(z).max() < 4.5
     people = {person for person, _, _ in facts}

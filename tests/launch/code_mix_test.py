@@ -1,6 +1,7 @@
 """The code-mix reproduction: scoring, verdicts and report on hand-made results, and two arms from end to end."""
 
 import json
+import pathlib
 
 import gin
 import numpy as np
@@ -198,24 +199,21 @@ def test_pairs_are_of_the_same_seeds():
     assert others.tolist() == pytest.approx([0.0, 0.002])
 
 
-def test_every_arm_of_the_sweeps_is_a_configuration_that_starts_where_its_parent_ends(tmp_path):
+def test_the_sweeps_share_what_runs_start_from_and_phases_go_on(tmp_path):
     from launch.sweeping import check
     from launch.sweeping.folder import SweepFolder
 
-    for path in (f"{SWEEP}:1", f"{PACKAGES}:1"):
-        plan = check.plan(path, file.read(path), SweepFolder(tmp_path))
-        steps = {entry.run.arm: entry.total_steps for entry in plan}
-        for entry in plan:
-            if entry.run.parent:
-                assert entry.start["initial_scope"] == "phase"
-                assert entry.start["initial_data"] == "continue"
-        if path.startswith(SWEEP):
-            assert len(plan) == 27
-            assert {steps[a] for a in ("text_only", "balanced_only")} == {800}
-            assert steps["balanced_to_text"] + steps["share_50"] == 800
-            assert steps["balanced_to_text_cooldown"] == 80
-        else:
-            assert set(steps.values()) == {240}
+    runs = file.read(f"{SWEEP}:2")
+    assert len(runs) == 27 * 2 and len(file.read(f"{PACKAGES}:2")) == 4 * 2
+    files = [pathlib.Path(name) for run in runs for name in run.gin_files]
+    assert all(path.is_file() for path in files)  # each is checked with all other configurations
+    line = ("share_50", "balanced_to_text", "balanced_to_text_cooldown")
+    chosen = [run for run in runs if run.arm in line and run.size == "width64" and run.seed == 1]
+    assert [run.parent for run in chosen] == [None, *(run.name for run in chosen[:2])]
+    plan = check.plan(SWEEP, chosen, SweepFolder(tmp_path))
+    assert [entry.total_steps for entry in plan] == [400, 400, 80]
+    for entry in plan[1:]:
+        assert (entry.start["initial_scope"], entry.start["initial_data"]) == ("phase", "continue")
 
 
 def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
