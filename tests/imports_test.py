@@ -27,12 +27,12 @@ FORBIDDEN = {
     "launch": set(),
 }
 # Modules that define SeqIO classes; they are slow to import themselves.
-SEQIO_CLASSES = {"hf_vocabulary"}
+SEQIO_CLASSES = {"character_vocabulary", "hf_vocabulary"}
 PEERS = {"torch", "transformers"}  # reference implementations, never imported
 # Run by a benchmark as a script of their own environment.
 PEER_SCRIPTS = {
     ROOT / "launch" / "benchmarks" / name
-    for name in ("decode_torch.py", "llama_torch.py", "load_torch.py")
+    for name in ("decode_torch.py", "llama_torch.py", "lm_eval_side.py", "load_torch.py")
 }
 
 
