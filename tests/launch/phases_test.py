@@ -171,7 +171,10 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
             ["source 'licence' has", "allows 0.5", "on_cap='redistribute'"],
         ),
         (
-            ["local_text.open_stream.max_epochs=0.5", "local_text.open_stream.on_cap='redistribute'"],
+            [
+                "local_text.open_stream.max_epochs=0.5",
+                "local_text.open_stream.on_cap='redistribute'",
+            ],
             ["From step", "every source", "The run has 24 steps"],
         ),
     ],
