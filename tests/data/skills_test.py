@@ -73,10 +73,7 @@ def test_synth_is_verified_and_shows_all_states():
 
 def test_a_fifth_of_web_code_is_wrong_or_cut_off():
     wrong = sum(not procedures.holds(text) for text in texts("skill_web_code"))
-    # 99.99 % of a binomial distribution. A document is drawn anew where it shows a held-out operand, which
-    # wrong and cut-off ones do more seldom or more often by little.
-    spread = 3.9 * np.sqrt(0.2 * 0.8 / COUNT)
-    assert abs(wrong / COUNT - 0.2) < spread + 0.02
+    assert abs(wrong / COUNT - 0.2) < 3.9 * np.sqrt(0.2 * 0.8 / COUNT)  # 99.99 % of a binomial
 
 
 @pytest.mark.parametrize("source", skill_sources.DOCUMENTS)
@@ -89,7 +86,7 @@ def test_no_training_document_shows_a_held_out_operand(source):
             shown |= {digits[i : i + 3] for i in range(len(digits) - 2)}
     assert not shown & held_out
     if source != "skill_markup":
-        assert len(shown) > 600  # of 800: most others are there
+        assert len(shown) > 550  # of 800: most others are there
     asked = {d for text in texts(source, "validation") for d in re.findall(r"\d{3}", text)}
     assert source == "skill_markup" or asked & held_out
 
@@ -111,7 +108,7 @@ def test_text_states_facts_by_zipfs_law_and_code_states_none():
     sentences = [{"".join(skills.stated(fact, form)) for form in (0, 1)} for fact in facts]
     counts = np.array([sum(text in said for text in documents) for said in sentences])
     shares = 1 / np.arange(1, 97)
-    expected = 0.45 * COUNT * shares / shares.sum()
+    expected = 0.5 * COUNT * shares / shares.sum()
     z = (counts - expected)[:20] / np.sqrt(expected[:20])
     assert np.abs(z).max() < 4.5
     people = {person for person, _, _ in facts}

@@ -128,7 +128,7 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
             "models of 2 layers (width 64 where nothing else is said), trained on documents of five "
             "generated sources (`data/skill_sources.py`) and asked 1,392 problems (`data/skills.py`): "
             "*reasoning*, problems in words, and *code*, calls, with operands that no training document "
-            "shows; *knowledge*, facts that text states. 400 steps of 1,536 tokens a phase",
+            "shows; *knowledge*, facts that text states. 400 steps of 3,072 tokens a phase",
         ),
         (
             "packages",
