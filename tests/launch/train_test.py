@@ -378,7 +378,7 @@ def test_bad_files_are_named_with_their_line(train, flags, tmp_path, content, pa
 
 @pytest.mark.parametrize("policy", ["split", "truncate"])
 def test_documents_longer_than_a_row_are_split_or_truncated_and_counted(
-    train, flags, tmp_path, policy
+    train, flags, trained, tmp_path, policy
 ):
     data = tmp_path / "data.jsonl"
     with open(data, "w", encoding="utf-8") as file:
@@ -390,10 +390,12 @@ def test_documents_longer_than_a_row_are_split_or_truncated_and_counted(
     bindings = (
         f"stream.make_stream.long_documents={policy!r}",
         f"VALIDATION_FILES={str(held_out)!r}",
-        # The data is recorded before anything is restored; no step is needed.
-        f"INITIAL_CHECKPOINT_PATH={str(tmp_path / 'nowhere')!r}",
+        # The data is recorded before any parameter is restored; no step is needed.
+        f"INITIAL_CHECKPOINT_PATH={str(trained[0])!r}",
+        "config.TransformerConfig.mlp_dim=128",
     )
-    assert "nowhere" in error(train(*flags(tmp_path / "run", *bindings, data=data)))
+    message = error(train(*flags(tmp_path / "run", *bindings, data=data)))
+    assert "of another model" in message
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     source = facts["sources"]["files"]
     assert facts["long_documents"] == policy
