@@ -111,7 +111,7 @@ class Generator:
         self._ends = tuple(ends)
         self._batch_tokens = batch_tokens
         self._batch_size = batch_size
-        self._options = {
+        self._options: dict[str, Any] = {
             "policy": policy,
             "cache_dtype": cache_dtype,
             "prefill_chunk": prefill_chunk,

@@ -14,7 +14,7 @@ import difflib
 import inspect
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lm_eval import utils as harness
@@ -27,6 +27,8 @@ from launch import gin_config, load_run
 from launch.lm_eval_generation import Generator, options
 from launch.load_run import LoadedRun, LoadError, RunConfig
 from model.kv_cache.policies import policy_from_text
+from model.platform import target_platform
+from model.surgery import layer_stack
 from trainers.buckets import longest_row
 from trainers.likelihoods import Likelihood, LikelihoodScorer
 from trainers.scoring import Row
@@ -54,7 +56,7 @@ class EspalierLM(TemplateLM):
       max_length: tokens the model reads at most; None for what it has learned or was published with,
         else 2048.
       max_gen_toks: new tokens of tasks that do not say how many.
-      batch_tokens: tokens of a batch, padding included.
+      batch_tokens: tokens of a batch, padding included; None for 2048 on CPU, 16384 elsewhere.
       batch_size: rows of a batch at most; 1 (what the harness gives without --batch_size) and 'auto'
         for as many as batch_tokens allows.
       max_batch_size: another limit of rows; None for none.
@@ -84,7 +86,7 @@ class EspalierLM(TemplateLM):
         chat_template: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         cache_policy: str = "full",
@@ -105,6 +107,9 @@ class EspalierLM(TemplateLM):
         policy = policy_from_text(cache_policy, _policy_settings(others))
         if policy.future:
             raise LoadError(f"--model_args: cache_policy={cache_policy} reads the answer to come.")
+        if batch_tokens is None:
+            # CPUs are busy with few tokens, and padding is then a small part of a batch.
+            batch_tokens = 2048 if target_platform() == "cpu" else 16384
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
         config = _config(checkpoint, gin_file)
@@ -127,6 +132,7 @@ class EspalierLM(TemplateLM):
                 f"The run of {checkpoint} has no vocabulary, and the harness asks in texts. Import the "
                 "model with its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
             )
+        _unroll(self._run)
         self.checkpoint = checkpoint
         self.max_gen_toks = max_gen_toks
         self.max_length = _max_length(self._run, max_length)
@@ -261,7 +267,9 @@ class EspalierLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
         return found
 
-    def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool) -> Any:
+    def _likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
+    ) -> Iterator[tuple[int, Likelihood]]:
         """(index, likelihood) of each (context, continuation), what is too long cut at its beginning."""
         cut = 0
         given = []
@@ -299,12 +307,10 @@ class EspalierLM(TemplateLM):
             for window in windows:
                 pairs.append(harness.make_disjoint_window(window))
                 owners.append(i)
+        found = dict(self._likelihoods(pairs, quiet=disable_tqdm))
         totals = [0.0] * len(requests)
-        found: list[Likelihood | None] = [None] * len(pairs)
-        for k, likelihood in self._likelihoods(pairs, quiet=disable_tqdm):
-            found[k] = likelihood
-        for i, likelihood in zip(owners, found, strict=True):
-            totals[i] += likelihood.log_prob
+        for k, owner in enumerate(owners):
+            totals[owner] += found[k].log_prob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -356,6 +362,16 @@ def _config(checkpoint: str, gin_file: str | None) -> RunConfig:
     )
     run: Any = config.entry
     return run()
+
+
+def _unroll(run: LoadedRun) -> None:
+    """Unrolls the layers, once for all that caches what it reads, and lets go of the stacked ones."""
+    import jax
+
+    model, config = run.model, run.model.config
+    if config.scan_layers:
+        run.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
+        run.config = dataclasses.replace(run.config, model=layer_stack.unrolled(model))
 
 
 def _computing_in(dtype: str, model: Any) -> Any:

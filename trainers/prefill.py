@@ -49,22 +49,8 @@ def prefill(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1, or None to read prompts at once.")
-    config = model.config
     B, T = tokens_BT.shape
-    empty = [
-        policy.init(
-            batch=B,
-            length=T,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.per_head_dim,
-            dtype=config.compute_dtype,
-            layer=layer,
-            num_layers=config.num_layers,
-            kind=config.layer_kind(layer),
-        )
-        for layer in range(config.num_layers)
-    ]
+    empty = empty_caches(model, policy, batch=B, length=T)
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)
     last_B = lengths_B - 1 - policy.future
@@ -81,6 +67,25 @@ def prefill(
         )
         caches = [policy.compress(cache, length=room, dtype=cache_dtype) for cache in whole]
     return model.apply({"params": params}, last_BD[:, None], method="logits")[:, 0], caches
+
+
+def empty_caches(model: Any, policy: CachePolicy, *, batch: int, length: int) -> list[Any]:
+    """A cache for each layer that `length` tokens can be read into."""
+    config = model.config
+    return [
+        policy.init(
+            batch=batch,
+            length=length,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.per_head_dim,
+            dtype=config.compute_dtype,
+            layer=layer,
+            num_layers=config.num_layers,
+            kind=config.layer_kind(layer),
+        )
+        for layer in range(config.num_layers)
+    ]
 
 
 def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):

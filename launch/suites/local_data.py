@@ -93,7 +93,7 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
     ]
     if not found:
         raise MissingDataError(
-            f"no {source.split}*{{{','.join(_KINDS)}}} below {configured}: {_how(source, root)}"
+            f"no {source.split}*.parquet or .jsonl below {configured}: {_how(source, root)}"
         )
     # The same split in both formats is one set, not two.
     kinds = {path.name.endswith(".parquet") for path in found}

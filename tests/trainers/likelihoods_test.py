@@ -17,7 +17,9 @@ V = 31
 
 @pytest.fixture(scope="module")
 def model():
-    config = TransformerConfig(vocab_size=V, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16)
+    config = TransformerConfig(
+        vocab_size=V, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=16, scan_layers=False
+    )
     return Transformer(config=config, tie_embeddings=False, logit_scale=2.0, logit_softcap=3.0)
 
 
@@ -58,6 +60,12 @@ def rows(reference):
         Row(context=[0, 7], targets=[*range(20)]),
         Row(context=[3, 9, 1], targets=[4]),
     ]
+    # Continuations that share a context and are read after it, one of them only predicted.
+    shared = [*range(18)]
+    for targets in ([4], [5, 6], [5, 7], [8, 9, 10], [5, 6, 1]):
+        found.append(Row(context=shared, targets=targets))
+    found.append(Row(context=[*shared, 3], targets=[3, 2]))
+    found.append(Row(context=[*shared, 3], targets=[4, 2]))
     # What greedy decoding chooses, so that there are such rows: found by trying all tokens.
     best = next(t for t in range(V) if reference(Row(context=[2, 8], targets=[t]))[1])
     return [*found, Row(context=[2, 8], targets=[best]), Row(context=[2, 8], targets=[best, 0])]
@@ -79,19 +87,25 @@ def test_likelihoods_equal_a_log_softmax_in_float64(
 
 
 def test_what_reads_the_same_is_read_once(rows):
-    reads = likelihoods._reads(rows)
-    assert [len(read.tokens) for read in reads] == [21, 3, 3, 3, 2]
-    assert (3, 9, 1) in [read.tokens for read in reads]
-    shared = next(read for read in reads if read.tokens == (3, 9, 1))
-    assert shared.rows == [0, 1, 2, 5]
+    found = likelihoods.readings(rows)
+    whole = {r.tokens: r.rows for r in found if not r.tails}
+    assert sorted(whole[3, 9, 1]) == [(0, None), (1, None), (2, None), (5, None)]
+    context, other = (r for r in found if r.tails)
+    assert context.tokens == tuple(range(18))
+    assert context.tails == ((5,), (8, 9), (5, 6)) and context.shape == (4, 16, 24)
+    assert context.rows == [(6, None), (7, 0), (8, 0), (9, 1), (10, 2)]
+    assert other.tails == ((3,), (4,))
+    assert sorted(i for r in found for i, _ in r.rows) == list(range(len(rows)))
 
 
 def test_batches_hold_the_tokens_asked_for(model, params):
-    scorer = LikelihoodScorer(model, params, batch_tokens=64, batch_size=3, row_shards=2)
-    reads = [likelihoods._Read(tokens=(1,) * n, rows=[0]) for n in (30, 20, 16, 16, 16, 9, 9)]
-    batches = [(len(b), size, length) for b, size, length in scorer._batches(reads, None)]
-    # 64 // 32 = 2 rows; then 3 of 64 // 16, made even by the two shards.
-    assert batches == [(2, 2, 32), (4, 4, 16), (1, 2, 16)]
+    scorer = LikelihoodScorer(model, params, batch_tokens=96, batch_size=3, row_shards=2)
+    found = [likelihoods.Reading((1,) * n, ((1,), (2,)), []) for n in (16, 16, 9)]
+    found += [likelihoods.Reading((1,) * n, (), []) for n in (30, 28, 27, 16, 16, 16, 9, 9)]
+    batches = [(len(batch), size) for batch, size in scorer.batches(found)]
+    # 96 // (16 + 2 * 16) = 2 rows and what is left; alone 96 // 32 = 3, made even by the two shards;
+    # then 3 of 96 // 16, made even, and one that is left.
+    assert batches == [(2, 2), (1, 2), (3, 4), (4, 4), (1, 2)]
 
 
 def test_a_row_that_predicts_nothing_is_refused(model, params):

@@ -35,9 +35,9 @@ CHAT = (
 )
 SPECIAL = ("<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 RUNS = {
-    "plain": (("words", "letters", "words_2shot", "texts", "answers"), {}),
+    "plain": (("words", "letters", "texts", "answers"), {}),
     "chat": (
-        ("letters", "words_2shot", "answers"),
+        ("words_2shot", "answers"),
         {
             "apply_chat_template": True,
             "fewshot_as_multiturn": True,

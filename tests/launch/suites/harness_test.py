@@ -1,6 +1,7 @@
 """A suite on a tiny run: what is there is scored, what is missing is named, and the means follow."""
 
 import json
+import pathlib
 import shutil
 
 import gin
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 from launch.suites import evaluation  # noqa: E402
+from launch.suites.scores import CODE_MIX  # noqa: E402
 
 MISSING = ("story_cloze", "hellaswag")
 
@@ -71,6 +73,20 @@ def test_a_suite_is_evaluated_as_far_as_its_data_go(
     assert found["total"] is None
     shown = " ".join(capsys.readouterr().out.split())
     assert "9 of 11 benchmarks" in shown and "25.0" in shown and "15.0" in shown
+
+
+def test_the_groups_of_the_harness_are_unweighted_means(data_dir, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("ESPALIER_EVAL_DATA", str(data_dir))
+    folder = pathlib.Path(evaluation.__file__).parent
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate("dummy", tasks=["code_mix"], task_manager=manager, bootstrap_iters=0)
+    for group in CODE_MIX.groups[:-1]:
+        scores = [found["results"][f"code_mix_{name}"]["score,none"] for name in group.benchmarks]
+        mean = found["groups"][f"code_mix_{group.name}"]["score,none"]
+        assert mean == pytest.approx(sum(scores) / len(scores))
 
 
 def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command, capsys):
