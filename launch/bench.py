@@ -5,7 +5,8 @@ Example, about a minute; figures and the environment go to standard output and t
   python -m launch.bench data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Those against PyTorch (train_step, cold_start, hf_import) need `make peers` first.
+interval. Those against PyTorch (train_step, cold_start, hf_import) need `make peers` first, and lm_eval
+needs `make peers-lm-eval`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ BENCHMARKS = {
     "hf_import": "reading a 1B-parameter checkpoint against transformers, and converting it",
     "decode": "tokens/s of greedy generation against transformers, batches of 1 and 8",
     "cache_policies": "snapkv against the full cache at 16,384 tokens, and against kvpress",
+    "lm_eval": "requests/s of lm-evaluation-harness against its Hugging Face backend",
     "start_up": "--help and imports",
 }
 
