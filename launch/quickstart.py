@@ -78,6 +78,7 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 def _sample(directory: str) -> str:
     """A sampled continuation of PROMPT by the newest checkpoint of a run."""
     from launch import generate, gin_config, load_run
+    from trainers.decode import Settings
     from trainers.sampling import Sampling
 
     flags = argparse.Namespace(checkpoint=directory, gin_file=[])
@@ -90,8 +91,7 @@ def _sample(directory: str) -> str:
         config.entry(),
         [("the quickstart's prompt", {"text": PROMPT})],
         checkpoint=directory,
-        sampling=Sampling(temperature=0.7, top_p=0.9),
-        max_new_tokens=60,
+        settings=Settings(max_new_tokens=60, sampling=Sampling(temperature=0.7, top_p=0.9)),
     )
     return PROMPT + row["text"]
 

@@ -28,7 +28,11 @@ def commands():
             words = shlex.split(match[1].replace("\\\n", " "))
             files = [w.partition("=")[2] for w in words if w.startswith("--gin_file=")]
             bindings = [w.removeprefix("--gin.") for w in words if w.startswith("--gin.")]
-            if tuple(bindings) != ("MODEL_DIR=/tmp/run", "TRAIN_STEP=100"):  # shown for its errors
+            shown_for_its_errors = tuple(bindings) == ("MODEL_DIR=/tmp/run", "TRAIN_STEP=100")
+            # The configuration of an imported model is not there before it is imported; that such
+            # commands work is seen in launch/further_training_test.py.
+            imported = any(file.endswith("/config.gin") for file in files)
+            if not shown_for_its_errors and not imported:
                 yield pytest.param(files, bindings, id=f"{path}-{number}")
 
 
