@@ -71,21 +71,26 @@ def prefill(
 
 def empty_caches(model: Any, policy: CachePolicy, *, batch: int, length: int) -> list[Any]:
     """A cache for each layer that `length` tokens can be read into."""
-    config = model.config
     return [
-        policy.init(
-            batch=batch,
-            length=length,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.per_head_dim,
-            dtype=config.compute_dtype,
-            layer=layer,
-            num_layers=config.num_layers,
-            kind=config.layer_kind(layer),
-        )
-        for layer in range(config.num_layers)
+        empty_cache(model, policy, layer, batch=batch, length=length)
+        for layer in range(model.config.num_layers)
     ]
+
+
+def empty_cache(model: Any, policy: CachePolicy, layer: int, *, batch: int, length: int) -> Any:
+    """A layer's cache that `length` tokens can be read into."""
+    config = model.config
+    return policy.init(
+        batch=batch,
+        length=length,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.per_head_dim,
+        dtype=config.compute_dtype,
+        layer=layer,
+        num_layers=config.num_layers,
+        kind=config.layer_kind(layer),
+    )
 
 
 def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):

@@ -18,7 +18,7 @@ from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
 from model.kv_cache.random import Random
 from trainers.decode import Decoded, Settings, decode
-from trainers.prefill import prefill, read
+from trainers.prefill import empty_cache, prefill, read
 
 
 @flax.struct.dataclass
@@ -121,19 +121,8 @@ def compressed(
 
 def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
     """A layer's state after the prompt that it was shown."""
-    config = model.config
     B, T = shown.k_BTKH.shape[:2]
-    state = policy.init(
-        batch=B,
-        length=T,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.per_head_dim,
-        dtype=shown.k_BTKH.dtype,
-        layer=layer,
-        num_layers=config.num_layers,
-        kind=config.layer_kind(layer),
-    )
+    state = empty_cache(model, policy, layer, batch=B, length=T)
     return policy.append(
         state,
         k_BTKH=shown.k_BTKH,

@@ -46,6 +46,11 @@ def span(schedule: Schedule, over: Span) -> Schedule:
     return schedule.make(over) if isinstance(schedule, Unspanned) else schedule
 
 
+def _over_the_run(schedule: Callable[..., Schedule], **settings) -> Unspanned:
+    """A schedule with the total of the run that it is of."""
+    return Unspanned(lambda run: schedule(total_steps=run.total_steps, **settings))
+
+
 def _known_peak(peak: float | None, run: Span) -> float:
     if peak is not None:
         return peak
@@ -114,13 +119,8 @@ def cosine(
 ) -> Schedule:
     """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
     if total_steps is None:
-        return Unspanned(
-            lambda run: cosine(
-                peak=peak,
-                total_steps=run.total_steps,
-                warmup_steps=warmup_steps,
-                final_fraction=final_fraction,
-            )
+        return _over_the_run(
+            cosine, peak=peak, warmup_steps=warmup_steps, final_fraction=final_fraction
         )
     warmup_steps = _warmup("cosine", total_steps, warmup_steps)
     after = optax.cosine_decay_schedule(peak, total_steps - warmup_steps, alpha=final_fraction)
@@ -148,14 +148,8 @@ def wsd(
 ) -> Schedule:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
     if total_steps is None:
-        return Unspanned(
-            lambda run: wsd(
-                peak=peak,
-                total_steps=run.total_steps,
-                decay_steps=decay_steps,
-                warmup_steps=warmup_steps,
-                final=final,
-            )
+        return _over_the_run(
+            wsd, peak=peak, decay_steps=decay_steps, warmup_steps=warmup_steps, final=final
         )
     warmup_steps = _warmup("wsd", total_steps - decay_steps, warmup_steps)
     stable = constant(peak=peak, warmup_steps=warmup_steps)

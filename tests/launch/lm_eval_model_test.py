@@ -8,19 +8,17 @@ import pathlib
 import sys
 
 import gin
+import lm_eval
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from launch import convert  # noqa: E402
-from launch.lm_eval_generation import options  # noqa: E402
-from launch.lm_eval_model import EspalierLM  # noqa: E402
-from launch.load_run import LoadError  # noqa: E402
-from trainers.sampling import Sampling  # noqa: E402
-from trainers.scoring import Row, Scorer  # noqa: E402
+from launch import convert
+from launch.lm_eval_generation import options
+from launch.lm_eval_model import EspalierLM
+from launch.load_run import LoadError
+from trainers.sampling import Sampling
+from trainers.scoring import Row, Scorer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CASES = pathlib.Path(os.environ.get("LM_EVAL_CASES", GOLDENS / "lm_eval"))
@@ -38,7 +36,7 @@ def golden():
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """The harness's task manager over the goldens' tasks; nothing is kept outside a temporary folder."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
     from lm_eval.tasks import TaskManager
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,11 +2,7 @@
 
 import sys
 
-import pytest
-
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-
-from launch import lm_eval as command_module  # noqa: E402
+from launch import lm_eval as command_module
 
 
 def test_the_model_is_found_by_its_name():

@@ -7,10 +7,8 @@ import shutil
 import gin
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-
-from launch.suites import evaluation  # noqa: E402
-from launch.suites.scores import CODE_MIX  # noqa: E402
+from launch.suites import evaluation
+from launch.suites.scores import CODE_MIX
 
 MISSING = ("story_cloze", "hellaswag")
 
