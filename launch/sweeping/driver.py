@@ -95,7 +95,8 @@ def progress(
         done_before = (attempts[-1]["step"] if attempts else planned.first_step) or 0
         made = newest["step"] - done_before if newest else 0
         now = 0.0
-        if state is RunState.RUNNING:
+        # A run that has just ended has no row of its attempt yet.
+        if state is RunState.RUNNING or (state is RunState.DONE and job.state is State.RUNNING):
             now = job.seconds if submitted is not None else folder.in_use_for(name)
         found[name] = Progress(
             planned=planned,

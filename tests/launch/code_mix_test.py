@@ -169,7 +169,7 @@ def test_claims_hold_where_every_seed_says_so_and_are_reported_with_their_plots(
     text = (tmp_path / "code_mix.md").read_text()
     plots = sorted(path.name for path in (tmp_path / "code_mix").glob("*.png"))
     assert len(plots) == 7 and all(f"(code_mix/{name})" in text for name in plots)
-    assert "| balanced -> text, width96 |" in text
+    assert "| balanced → text, width96 |" in text
 
 
 def test_a_claim_fails_where_a_seed_disagrees():
@@ -181,7 +181,7 @@ def test_a_claim_fails_where_a_seed_disagrees():
     (worst,) = (r for r in found if r["run"] == "balanced_only/width64/seed1")
     worst["evaluations"]["skills"]["code"]["exact"] = 0.55
     changed = verdicts({"skills": found})
-    assert changed["C1a"] == "mixed"  # one seed is below code -> text, none below the others
+    assert changed["C1a"] == "mixed"  # one seed is below code → text, none below the others
     found[0]["read"] = {"skill_text": 0.51, "skill_web_code": 0.49}
     assert verdicts({"skills": found})["C0"] == "fails"
 

@@ -79,7 +79,7 @@ def _better(
 
 def _test(gaps: np.ndarray) -> str:
     wins, p = int((gaps > 0).sum()), intervals.sign_test(gaps)
-    return f"better in {wins} of {len(gaps)} pairs (p = {p:.3g})"
+    return f"better in {wins} of {gaps.size} pairs (p = {p:.3g})"
 
 
 def _mean(values: np.ndarray) -> str:
@@ -88,7 +88,7 @@ def _mean(values: np.ndarray) -> str:
 
 def arm_name(name: str) -> str:
     """As a reader sees it."""
-    return name.replace("_to_", " -> ").replace("_", " ")
+    return name.replace("_to_", " → ").replace("_", " ")
 
 
 def _mixtures(small: Results, packages: Results) -> Claim:
@@ -141,7 +141,7 @@ def _recipes(small: Results, packages: Results) -> list[Claim]:
         Claim(
             "C1c",
             "A balanced start costs no knowledge beside a start from code",
-            "code -> text is not better",
+            "code → text is not better",
             _better(small, "knowledge", *starts, no_worse=True),
         ),
         Claim(

@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
 )
 _GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
 _RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
+_EXACT = (0, 1.02)  # exact match; intervals of few seeds reach beyond what there can be
 _RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
 
 
@@ -103,7 +104,7 @@ def _recipes(results: Results) -> Any:
     if not results.has(*RECIPES):
         return None
     figure, axes = _panels(len(GROUPS), (12, 4))
-    cases = {claims.arm_name(r).replace(" -> ", "\n-> "): r for r in RECIPES if r != "text_only"}
+    cases = {claims.arm_name(r).replace(" → ", "\n→ "): r for r in RECIPES if r != "text_only"}
     for group, one in zip(GROUPS, axes, strict=True):
         _bars(one, results, group, cases, "text_only")
     return figure
@@ -124,12 +125,12 @@ def _phases(results: Results) -> Any:
                 values = np.array(list(results.scores(arm, group).values()))
                 _bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
         names = [
-            claims.arm_name(recipe).replace(" -> ", "\n-> ").replace(" only", "\nonly")
+            claims.arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly")
             for recipe in RECIPES
         ]
         one.set_xticks(range(len(RECIPES)), names, fontsize=8)
         one.set_title(group, fontsize=10)
-        one.set_ylim(0, None)
+        one.set_ylim(*_EXACT)
     axes[0].set_ylabel("exact match")
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
@@ -157,7 +158,7 @@ def _proportion(results: Results) -> Any:
     figure, axes = _panels(len(GROUPS), (12, 3.8))
     for group, one in zip(GROUPS, axes, strict=True):
         _line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
-        one.set_ylim(0, None)
+        one.set_ylim(*_EXACT)
         one.set_xticks(SHARES)
         one.set_xlabel("share of code, % of tokens")
         one.set_title(group, fontsize=10)
@@ -185,7 +186,7 @@ def _quality(results: Results) -> Any:
         _bar(right, i, _changes(ones, others, relative), 0.7, _GROUP_COLOURS[group])
     right.axhline(0, color="black", lw=0.8)
     right.set_xticks(range(len(GROUPS)), GROUPS)
-    right.set_title("balanced + synth -> text against balanced -> text", fontsize=10)
+    right.set_title("balanced + synth → text against balanced → text", fontsize=10)
     right.set_ylabel("change, % (points where below 0.05)", fontsize=9)
     return figure
 
@@ -206,10 +207,15 @@ def _cooldown(results: Results) -> Any:
             _bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
     left.set_xticks(range(len(GROUPS)), GROUPS)
     left.set_ylabel("exact match")
+    left.set_ylim(*_EXACT)
     left.legend(
-        title="cooldown", frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.02)
+        title="cooldown",
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
     )
-    left.margins(y=0.2)
     before = 0
     for arm, colour in (("share_50", GREEN), arms["none"], arms["with 20 % code"]):
         steps, rates = zip(*next(iter(results.find(arm).values()))["learning_rates"], strict=True)
@@ -235,12 +241,14 @@ def _scale(results: Results) -> Any:
         for group in GROUPS:
             curves = results.paired(group, *((arm, size) for size in sizes))
             _line(one, WIDTHS, curves, _GROUP_COLOURS[group], group)
-            one.text(WIDTHS[-1] + 1, curves[-1].mean(), group, va="center", fontsize=8)
         one.set_xticks(WIDTHS)
-        one.set_xlim(WIDTHS[0] - 3, WIDTHS[-1] + 14)
+        one.set_ylim(*_EXACT)
         one.set_xlabel("width")
         one.set_title(claims.arm_name(arm), fontsize=10)
     axes[0].set_ylabel("exact match; band: 95 % over seeds")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
+    )
     return figure
 
 
