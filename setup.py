@@ -26,6 +26,7 @@ CORE = [
     "tqdm>=4.66",
     "psutil>=6",
     "rich>=13",
+    "markdown-it-py>=3",
     "zstandard>=0.23",
     "requests>=2.32",
     "urllib3>=2.6.3",

@@ -1,10 +1,16 @@
-"""Compares runs: held-out loss and bits per byte by domain as a table and a plot.
+"""Compares runs: held-out loss and bits per byte by domain, or a sweep's arms by the figures of code_mix.
 
 Example, after `make quickstart`:
 
   python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
 
-writes report.json and report.png to --out and prints the table.
+writes report.json and report.png to --out and prints the table. With a sweep of the arms of
+launch/sweeps/code_mix_skills.py or code_mix_full.py,
+
+  python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
+
+draws the change against text-only by recipe, phases, the proportion of code, its quality, cooldowns and
+sizes, with intervals over seeds, as PNG and in report.html.
 """
 
 import argparse
@@ -27,15 +33,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run directories")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
+    which.add_argument("--sweep", nargs="+", metavar="DIR", help="folders (--out) of sweeps")
     parser.add_argument("--out", required=True, metavar="DIR", help="where report.* goes")
     flags = parser.parse_args(argv)
     try:
-        report(_named(flags.runs), flags.out)
+        if flags.sweep:
+            _report_sweeps(flags.sweep, pathlib.Path(flags.out))
+        else:
+            report(_named(flags.runs), flags.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report_sweeps(folders: Sequence[str], out: pathlib.Path) -> None:
+    from launch.reproductions.code_mix import experiment, page
+    from launch.sweeping.results import read_results
+
+    rows = [
+        experiment.with_data(row, pathlib.Path(folder, row["directory"]))
+        for folder in folders
+        for row in read_results(folder)
+    ]
+    drawn = page.write_sweeps(rows, out)
+    print(f"{', '.join(drawn)} and report.html are in {out}")
 
 
 def _named(directories: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,12 @@ def normalised(text: str) -> str:
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
     """1 if the text is one of the answers but for their normalisation."""
-    return float(normalised(text) in {normalised(answer) for answer in answers})
+    return float(_compared(text) in {_compared(answer) for answer in answers})
+
+
+def _compared(text: str) -> str:
+    # An answer that is an article alone ("The") must not equal an empty one.
+    return normalised(text) or text.strip().lower()
 
 
 def f1(text: str, answers: Sequence[str]) -> float:

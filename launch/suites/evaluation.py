@@ -11,6 +11,7 @@ from typing import Any
 from launch import lm_eval
 from launch.suites import scores
 from launch.suites.scores import SUITES, Suite
+from trainers import step_dir
 
 
 class SuiteError(ValueError):
@@ -33,7 +34,7 @@ def evaluate(flags: argparse.Namespace) -> None:
             raise SuiteError(f"{path}: there is no such folder. Create it first.")
     lm_eval.register()
     suite = SUITES[flags.suite]
-    measured = code_results(flags.code_results)
+    measured = code_results(flags.code_results, step_dir.resolve(flags.checkpoint))
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
         raise SuiteError(
@@ -61,11 +62,15 @@ def evaluate(flags: argparse.Namespace) -> None:
         pathlib.Path(flags.json).write_text(text, "utf-8")
 
 
-def code_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
     """{"score": pass@1, "n": problems} by benchmark, from files that launch.evaluate_code --json wrote.
 
+    Args:
+      files: their paths.
+      step: the step directory that they must be of; None takes any.
+
     Raises:
-      SuiteError: a file that is none, or two of one benchmark.
+      SuiteError: a file that is none or of another checkpoint, or two of one benchmark.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in files:
@@ -73,6 +78,7 @@ def code_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
             result = json.loads(pathlib.Path(path).read_bytes())
             name, value = result["problems"], float(result["pass_at_k"]["1"])
             count = int(result["num_problems"])
+            of = result.get("settings", {}).get("checkpoint")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SuiteError(
                 f"--code_results={path} is not what launch.evaluate_code --json writes with k=1 "
@@ -80,6 +86,11 @@ def code_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
             ) from None
         if name in found:
             raise SuiteError(f"--code_results={path}: {name} is given twice.")
+        if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
+            raise SuiteError(
+                f"--code_results={path} is of {of}, and not of the checkpoint {step}: measure this one with "
+                "launch.evaluate_code."
+            )
         found[name] = {"score": value, "n": count}
     return found
 

@@ -91,6 +91,11 @@ def arm_name(name: str) -> str:
     return name.replace("_to_", " → ").replace("_", " ")
 
 
+def source_name(task: str) -> str:
+    """As a reader sees it."""
+    return task.removeprefix("skill_").replace("_", " ")
+
+
 def _mixtures(small: Results, packages: Results) -> Claim:
     evidence = []
     for where, results in ((SMALL, small), (PACKAGES, packages)):
@@ -105,7 +110,7 @@ def _mixtures(small: Results, packages: Results) -> Claim:
     return Claim(
         "C0",
         "Sources get the shares of tokens that they were given",
-        f"each to {100 * _SHARE_ERROR} % of a run's tokens",
+        f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
         evidence,
         required=True,
     )
@@ -168,7 +173,16 @@ def _proportions(small: Results) -> list[Claim]:
     rises, falls, interior = [], [], []
     if curves:
         steps = np.diff(curves["code"], axis=0).ravel()
-        rises = [Evidence(SMALL, f"{curve('code')}; {_test(steps)}", significant(steps))]
+        means = curves["code"].mean(axis=1)
+        falling = [f"{SHARES[i]} to {SHARES[i + 1]} %" for i in np.flatnonzero(np.diff(means) < 0)]
+        rises = [
+            Evidence(SMALL, f"{curve('code')}; neighbours: {_test(steps)}", significant(steps)),
+            Evidence(
+                SMALL,
+                f"the mean falls from {', '.join(falling)}" if falling else "no mean falls",
+                not falling,
+            ),
+        ]
         collapse = curves["knowledge"][:-1] - curves["knowledge"][-1]
         left = curves["knowledge"][-1].mean() / max(curves["knowledge"][0].mean(), 1e-9)
         words = f"{curve('knowledge')}; 100 % keeps {left:.1%} of what 0 % knows; {_test(collapse)}"
@@ -182,7 +196,7 @@ def _proportions(small: Results) -> list[Claim]:
         Claim(
             "C2a",
             "The more code, the better at code",
-            "of neighbouring shares the larger is better, all neighbours tested together",
+            "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
             rises,
             required=True,
         ),

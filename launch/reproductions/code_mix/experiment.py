@@ -9,6 +9,10 @@ PARTS = ("skills", "packages")
 _SWEEPS = pathlib.Path(__file__).parents[2] / "sweeps"
 
 
+class StoppedError(Exception):
+    """A sweep was stopped and goes on when it is started again."""
+
+
 def run(
     *,
     model_dir: str,
@@ -30,7 +34,7 @@ def run(
 
     Raises:
       ValueError: a sweep could not be run.
-      KeyboardInterrupt: it was stopped.
+      StoppedError: it was stopped, by a signal or the time.
     """
     counts = {"skills": seeds, "packages": package_seeds}
     folder = pathlib.Path(model_dir)
@@ -43,12 +47,12 @@ def run(
 def _rows(
     folder: pathlib.Path, sweep_file: str, workers: int, minutes: float | None
 ) -> list[dict[str, Any]]:
-    from launch import sweep
+    from launch import cli, sweep
 
     words = [f"--sweep={sweep_file}", f"--out={folder}", f"--workers={workers}"]
     status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
-    if status == 75:
-        raise KeyboardInterrupt
+    if status == cli.INTERRUPTED:
+        raise StoppedError(f"The sweep in {folder} was stopped; the same command goes on.")
     if status == 2:
         raise ValueError(f"The sweep {sweep_file} was not run; see above.")
     # With status 1 some runs have failed: the others are reported.

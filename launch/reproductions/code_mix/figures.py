@@ -9,7 +9,7 @@ import numpy as np
 from launch.reproductions import intervals
 from launch.reproductions.code_mix import claims
 from launch.reproductions.code_mix.results import GROUPS, Results
-from launch.sweeps.code_mix_skills import RECIPES, SHARES, WIDTHS
+from launch.sweeps.code_mix_skills import RECIPES, SHARES
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
@@ -22,7 +22,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
 )
 _GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
 _RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
-_EXACT = (0, 1.02)  # exact match; intervals of few seeds reach beyond what there can be
+_SCORES = (0, 1.02)  # intervals of few seeds reach beyond what there can be
 _RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
 
 
@@ -33,17 +33,19 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     matplotlib.use("Agg")  # no screen is needed
     small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
     figures = {
-        "recipes.png": (_recipes, small, "Change against text-only, by group of skills and recipe"),
-        "phases.png": (_phases, small, "Exact match after each phase, by recipe; dots are seeds"),
-        "proportion.png": (_proportion, small, "Exact match against the share of code"),
+        "recipes.png": (_recipes, small, "Change against text-only, by group and recipe"),
+        "phases.png": (_phases, small, "Scores after each phase, by recipe; dots are seeds"),
+        "proportion.png": (_proportion, small, "Scores against the share of code"),
         "quality.png": (_quality, small, "Kinds of code, relative to web code alone"),
         "cooldown.png": (_cooldown, small, "What a cooldown changes, and its learning rate"),
-        "scale.png": (_scale, small, "Exact match against width"),
-        "packages.png": (_packages, packages, "Bits per byte of installed packages"),
+        "scale.png": (_scale, small, "Scores against size"),
+        "packages.png": (_packages, packages, "Bits per byte by recipe"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, (plot, results, caption) in figures.items():
+        if plot is not _packages and not results.groups:
+            continue
         if (figure := plot(results)) is not None:
             figure.savefig(folder / name, dpi=130)
             drawn[name] = caption
@@ -96,16 +98,16 @@ def _bars(
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=rotation)
     axes.set_title(f"{group} ({claims.arm_name(base)}: {level.mean():.2f})", fontsize=10)
-    unit = "% of its exact match" if relative else "points of exact match"
+    unit = "% of its score" if relative else "points"
     axes.set_ylabel(f"change against {claims.arm_name(base)},\n{unit}", fontsize=9)
 
 
 def _recipes(results: Results) -> Any:
     if not results.has(*RECIPES):
         return None
-    figure, axes = _panels(len(GROUPS), (12, 4))
+    figure, axes = _panels(len(results.groups), (12, 4))
     cases = {claims.arm_name(r).replace(" → ", "\n→ "): r for r in RECIPES if r != "text_only"}
-    for group, one in zip(GROUPS, axes, strict=True):
+    for group, one in zip(results.groups, axes, strict=True):
         _bars(one, results, group, cases, "text_only")
     return figure
 
@@ -114,11 +116,11 @@ def _phases(results: Results) -> Any:
     cooled = [f"{recipe}_cooldown" for recipe in RECIPES]
     if not results.has(*RECIPES, *cooled):
         return None
-    figure, axes = _panels(len(GROUPS), (12, 4.2), share_y=True)
+    figure, axes = _panels(len(results.groups), (12, 4.2), share_y=True)
     starts = {"text_only": "share_0", "balanced_only": "share_50"}
     width = 0.27
-    phases = (("400 steps", ORANGE), ("800 steps", BLUE), ("and cooldown", GREEN))
-    for group, one in zip(GROUPS, axes, strict=True):
+    phases = (("first half", ORANGE), ("all steps", BLUE), ("and cooldown", GREEN))
+    for group, one in zip(results.groups, axes, strict=True):
         for i, recipe in enumerate(RECIPES):
             arms = (starts.get(recipe) or RECIPES[recipe], recipe, f"{recipe}_cooldown")
             for j, (arm, (label, colour)) in enumerate(zip(arms, phases, strict=True)):
@@ -130,8 +132,8 @@ def _phases(results: Results) -> Any:
         ]
         one.set_xticks(range(len(RECIPES)), names, fontsize=8)
         one.set_title(group, fontsize=10)
-        one.set_ylim(*_EXACT)
-    axes[0].set_ylabel("exact match")
+        one.set_ylim(*_SCORES)
+    axes[0].set_ylabel("score")
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
     )
@@ -155,14 +157,14 @@ def _proportion(results: Results) -> Any:
     arms = [f"share_{share}" for share in SHARES]
     if not results.has(*arms):
         return None
-    figure, axes = _panels(len(GROUPS), (12, 3.8))
-    for group, one in zip(GROUPS, axes, strict=True):
+    figure, axes = _panels(len(results.groups), (12, 3.8))
+    for group, one in zip(results.groups, axes, strict=True):
         _line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
-        one.set_ylim(*_EXACT)
+        one.set_ylim(*_SCORES)
         one.set_xticks(SHARES)
         one.set_xlabel("share of code, % of tokens")
         one.set_title(group, fontsize=10)
-    axes[0].set_ylabel("exact match; band: 95 % over seeds")
+    axes[0].set_ylabel("score; band: 95 % over seeds")
     return figure
 
 
@@ -174,18 +176,18 @@ def _quality(results: Results) -> Any:
         "synth alone": "synth",
     }
     after = ("balanced_synth_to_text", "balanced_to_text")
-    if not results.has("share_100", *code.values(), *after):
+    if "code" not in results.groups or not results.has("share_100", *code.values(), *after):
         return None
     figure, (left, right) = _panels(2, (12, 4))
     _bars(left, results, "code", code, "share_100")
-    left.set_title("code alone: exact match of calls", fontsize=10)
+    left.set_title("code alone: score of code", fontsize=10)
     left.set_ylabel("change against web code alone, %", fontsize=9)
-    for i, group in enumerate(GROUPS):
+    for i, group in enumerate(results.groups):
         ones, others = results.paired(group, *after)
         relative = bool(others.mean() >= _RELATIVE_FROM)
         _bar(right, i, _changes(ones, others, relative), 0.7, _GROUP_COLOURS[group])
     right.axhline(0, color="black", lw=0.8)
-    right.set_xticks(range(len(GROUPS)), GROUPS)
+    right.set_xticks(range(len(results.groups)), results.groups)
     right.set_title("balanced + synth → text against balanced → text", fontsize=10)
     right.set_ylabel("change, % (points where below 0.05)", fontsize=9)
     return figure
@@ -202,12 +204,12 @@ def _cooldown(results: Results) -> Any:
     figure, (left, right) = _panels(2, (12, 4))
     width = 0.27
     for j, (label, (arm, colour)) in enumerate(arms.items()):
-        for i, group in enumerate(GROUPS):
+        for i, group in enumerate(results.groups):
             values = np.array(list(results.scores(arm, group).values()))
             _bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
-    left.set_xticks(range(len(GROUPS)), GROUPS)
-    left.set_ylabel("exact match")
-    left.set_ylim(*_EXACT)
+    left.set_xticks(range(len(results.groups)), results.groups)
+    left.set_ylabel("score")
+    left.set_ylim(*_SCORES)
     left.legend(
         title="cooldown",
         frameon=False,
@@ -233,19 +235,18 @@ def _cooldown(results: Results) -> Any:
 
 def _scale(results: Results) -> Any:
     arms = ("balanced_only", "balanced_to_text")
-    sizes = [f"width{width}" for width in WIDTHS]
-    if not all(results.find(arm, size) for arm in arms for size in sizes):
+    sizes, places = results.sizes, range(len(results.sizes))
+    if len(sizes) < 2 or not all(results.find(arm, size) for arm in arms for size in sizes):
         return None
     figure, axes = _panels(len(arms), (10, 4), share_y=True)
     for arm, one in zip(arms, axes, strict=True):
-        for group in GROUPS:
+        for group in results.groups:
             curves = results.paired(group, *((arm, size) for size in sizes))
-            _line(one, WIDTHS, curves, _GROUP_COLOURS[group], group)
-        one.set_xticks(WIDTHS)
-        one.set_ylim(*_EXACT)
-        one.set_xlabel("width")
+            _line(one, places, curves, _GROUP_COLOURS[group], group)
+        one.set_xticks(places, sizes)
+        one.set_ylim(*_SCORES)
         one.set_title(claims.arm_name(arm), fontsize=10)
-    axes[0].set_ylabel("exact match; band: 95 % over seeds")
+    axes[0].set_ylabel("score; band: 95 % over seeds")
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
     )
@@ -253,9 +254,9 @@ def _scale(results: Results) -> Any:
 
 
 def _packages(results: Results) -> Any:
-    if not results.has(*RECIPES):
+    domains = results.domains
+    if not domains or not results.has(*RECIPES):
         return None
-    domains = ("english", "docstrings", "python", "cpp", "markup")
     figure, (axes,) = _panels(1, (9, 4.2))
     width = 0.2
     for j, (recipe, colour) in enumerate(_RECIPE_COLOURS.items()):
@@ -263,7 +264,7 @@ def _packages(results: Results) -> Any:
             values = np.array(list(results.scores(recipe, domain).values()))
             at = i + (j - 1.5) * width
             _bar(axes, at, values, width, colour, "" if i else claims.arm_name(recipe))
-    axes.set_xticks(range(len(domains)), domains)
+    axes.set_xticks(range(len(domains)), [claims.source_name(domain) for domain in domains])
     axes.set_ylabel("bits per byte, held out (lower is better)")
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center"

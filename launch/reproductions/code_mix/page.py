@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from launch import html_page
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim
 from launch.reproductions.code_mix import claims, figures
@@ -45,6 +46,39 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "code_mix.md").write_text("\n".join(_page(found, judged, drawn, facts)) + "\n")
     return judged
+
+
+def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[str]:
+    """Writes report.html and the paper's figures, as far as the sweeps have its arms, into `out`.
+
+    Args:
+      rows: as `experiment.with_data` returns them, of sweeps whose arms are named as in
+        launch/sweeps/code_mix_skills.py or code_mix_full.py.
+      out: the folder.
+
+    Returns:
+      The figures' names.
+
+    Raises:
+      ValueError: none of the figures can be drawn.
+    """
+    results = Results(rows)
+    drawn = figures.draw({"skills": rows, "packages": rows}, out)
+    if not drawn:
+        arms = ", ".join(dict.fromkeys(row["arm"] for row in rows))
+        raise ValueError(
+            f"There is nothing to draw: the finished arms are {arms or 'none'}, and every figure compares "
+            "arms named as in launch/sweeps/code_mix_skills.py, scored by one of their evaluations or by "
+            "held-out bits per byte."
+        )
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    lines = ["# What code in pre-training changes", ""]
+    lines += [f"{len(rows)} runs, seeds {seeds}; means over seeds with 95 % intervals.", ""]
+    for name, caption in drawn.items():
+        lines += [f"## {caption}", "", f"![{caption}]({name})", ""]
+    lines += _table("All arms", results, (*results.groups, *results.domains))
+    html_page.write("\n".join(lines), out / "report.html")
+    return list(drawn)
 
 
 def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,12 +197,12 @@ def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
             values = np.array(list(results.scores(arm, score, size).values()))
             cells.append(intervals.text(intervals.over_seeds(values)))
         row = next(iter(results.find(arm, size).values()))
-        name = claims.arm_name(arm) + ("" if size in (None, "width64") else f", {size}")
-        shares = ", ".join(f"{_source(s)} {share:.1%}" for s, share in row["read"].items() if share)
-        epochs = ", ".join(f"{_source(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n)
+        name = claims.arm_name(arm) + ("" if size in (None, results.main) else f", {size}")
+        shares = ", ".join(
+            f"{claims.source_name(s)} {share:.1%}" for s, share in row["read"].items() if share
+        )
+        epochs = ", ".join(
+            f"{claims.source_name(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n
+        )
         out.append(f"| {name} | {' | '.join(cells)} | {shares} | {epochs} |")
     return [*out, ""]
-
-
-def _source(task: str) -> str:
-    return task.removeprefix("skill_").replace("_", " ")

@@ -106,3 +106,13 @@ def test_code_results_of_another_form_are_refused(tmp_path, results):
     with pytest.raises(evaluation.SuiteError, match="mbpp is given twice"):
         evaluation.code_results(twice)
     assert evaluation.code_results(twice[:1]) == {"mbpp": {"score": 0.5, "n": 20}}
+
+
+def test_code_results_of_another_checkpoint_are_refused(tmp_path):
+    path = tmp_path / "mbpp.json"
+    settings = {"checkpoint": str(tmp_path / "run" / "10")}
+    found = {"problems": "mbpp", "num_problems": 20, "pass_at_k": {"1": 0.5}, "settings": settings}
+    path.write_text(json.dumps(found))
+    assert evaluation.code_results([str(path)], tmp_path / "run" / "10")["mbpp"]["score"] == 0.5
+    with pytest.raises(evaluation.SuiteError, match="not of the checkpoint"):
+        evaluation.code_results([str(path)], tmp_path / "run" / "20")

@@ -1,0 +1,49 @@
+"""A page in Markdown as one HTML file, its images inside, to send to others or to open without a server."""
+
+import base64
+import html
+import pathlib
+import re
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.25; margin-top: 2rem; }
+img { max-width: 100%; }
+pre, code { font: 13px/1.45 ui-monospace, monospace; background: #f4f4f6; border-radius: 4px; }
+pre { padding: 0.7rem 1rem; overflow-x: auto; }
+code { padding: 0.1rem 0.25rem; }
+pre code { padding: 0; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; }
+"""
+
+
+def write(markdown: str, path: pathlib.Path) -> None:
+    """Writes `path`, taking images with relative paths from its folder.
+
+    Args:
+      markdown: the page, which begins with its title; its own HTML is shown, not followed.
+      path: the file.
+
+    Raises:
+      FileNotFoundError: an image is not there.
+    """
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+
+    def embedded(found: re.Match[str]) -> str:
+        source = html.unescape(found[1])
+        if ":" in source:
+            return found[0]
+        data = base64.b64encode((path.parent / source).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'(?<=<img )src="([^"]+)"', embedded, body)
+    title = html.escape(markdown.partition("\n")[0].lstrip("# "))
+    path.write_text(
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}</body></html>\n",
+        encoding="utf-8",
+    )
