@@ -7,10 +7,8 @@ in the same windows. A run that was trained with a start token reads it before e
 training.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import logging
 import sys
@@ -23,21 +21,16 @@ from lm_eval.api.model import TemplateLM
 
 from data import chat_template as chat
 from data import rows
-from launch import gin_config, load_run
+from launch import lm_eval_arguments as arguments
+from launch import load_run
 from launch.lm_eval_generation import Generator, options
-from launch.load_run import LoadedRun, LoadError, RunConfig
+from launch.load_run import LoadedRun, LoadError
 from model.kv_cache.policies import policy_from_text
 from model.platform import target_platform
-from model.surgery import layer_stack
-from trainers.buckets import longest_row
 from trainers.likelihoods import Likelihood, LikelihoodScorer
 from trainers.scoring import Row
 
 _LOG = logging.getLogger(__name__)
-_LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
-_MAX_LENGTH = 2048  # where nothing says how long texts may be, as in the harness
-_DTYPES = ("float32", "bfloat16", "float16")
-_CACHE = "cache_"  # of the policy's settings among model_args
 
 
 class EspalierLM(TemplateLM):
@@ -104,7 +97,12 @@ class EspalierLM(TemplateLM):
             raise LoadError(
                 f"--model_args: params={params} is none of {', '.join(load_run.PARAMS)}."
             )
-        policy = policy_from_text(cache_policy, _policy_settings(others))
+        policy = policy_from_text(
+            cache_policy,
+            arguments.policy_settings(
+                others, known=inspect.signature(EspalierLM.__init__).parameters
+            ),
+        )
         if policy.future:
             raise LoadError(f"--model_args: cache_policy={cache_policy} reads the answer to come.")
         if batch_tokens is None:
@@ -112,7 +110,7 @@ class EspalierLM(TemplateLM):
             batch_tokens = 2048 if target_platform() == "cpu" else 16384
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
-        config = _config(checkpoint, gin_file)
+        config = arguments.config_of(checkpoint, gin_file)
         changes: dict[str, Any] = {
             "mesh": mesh,
             "add_bos": add_bos_token,
@@ -122,7 +120,7 @@ class EspalierLM(TemplateLM):
         if start_token != "auto":
             changes["start_token"] = start_token
         if dtype is not None:
-            changes["model"] = _computing_in(dtype, config.model)
+            changes["model"] = arguments.computing_in(dtype, config.model)
         self._opened = contextlib.ExitStack()
         self._run: LoadedRun = self._opened.enter_context(
             dataclasses.replace(config, **changes).load(checkpoint, params=params)
@@ -132,13 +130,13 @@ class EspalierLM(TemplateLM):
                 f"The run of {checkpoint} has no vocabulary, and the harness asks in texts. Import the "
                 "model with its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
             )
-        _unroll(self._run)
+        arguments.unroll(self._run)
         self.checkpoint = checkpoint
         self.max_gen_toks = max_gen_toks
-        self.max_length = _max_length(self._run, max_length)
+        self.max_length = arguments.max_length(self._run, max_length)
         self._prefix_token_id = prefix_token_id
         self._template: str | None = None
-        size = _batch_size(batch_size, max_batch_size)
+        size = arguments.rows_of_a_batch(batch_size, max_batch_size)
         self._scorer = LikelihoodScorer(
             self._run.model,
             self._run.params,
@@ -349,68 +347,3 @@ class EspalierLM(TemplateLM):
             "model_dtype": str(leaves[0].dtype),
             "max_length": self.max_length,
         }
-
-
-def _config(checkpoint: str, gin_file: str | None) -> RunConfig:
-    files = [gin_file] if gin_file else []
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=files)
-    config = gin_config.load(
-        files,
-        entry="launch.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=list(load_run.default_files(flags)),
-    )
-    run: Any = config.entry
-    return run()
-
-
-def _unroll(run: LoadedRun) -> None:
-    """Unrolls the layers, once for all that caches what it reads, and lets go of the stacked ones."""
-    import jax
-
-    model, config = run.model, run.model.config
-    if config.scan_layers:
-        run.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
-        run.config = dataclasses.replace(run.config, model=layer_stack.unrolled(model))
-
-
-def _computing_in(dtype: str, model: Any) -> Any:
-    if dtype not in _DTYPES:
-        raise LoadError(f"--model_args: dtype={dtype} is none of {', '.join(_DTYPES)}.")
-    return model.clone(config=dataclasses.replace(model.config, dtype=dtype))
-
-
-def _policy_settings(others: Mapping[str, Any]) -> dict[str, str]:
-    """Settings of the cache policy, as texts."""
-    if unknown := [name for name in others if not name.startswith(_CACHE)]:
-        own = inspect.signature(EspalierLM.__init__).parameters
-        known = [name for name in own if name not in ("self", "others")]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Nearest: {near[0]}." if near else ""
-        raise LoadError(
-            f"--model_args: there is no {', '.join(unknown)}.{hint} Valid: {', '.join(known)}, and "
-            f"{_CACHE}NAME for the settings of the cache policy."
-        )
-    return {name.removeprefix(_CACHE): str(value) for name, value in others.items()}
-
-
-def _max_length(run: LoadedRun, asked: int | None) -> int:
-    learned = longest_row(run.params)
-    if asked is not None:
-        if asked < 1 or (learned is not None and asked > learned):
-            limit = f", and the model has learned {learned} positions" if learned else ""
-            raise LoadError(f"--model_args: max_length={asked} must be at least 1{limit}.")
-        return asked
-    if learned is not None:
-        return learned
-    published = run.meta.get("hf", {}).get("config", {})
-    return next((published[key] for key in _LENGTH_KEYS if key in published), _MAX_LENGTH)
-
-
-def _batch_size(asked: int | str | None, most: int | None) -> int | None:
-    """Rows of a batch; None for as many as its tokens allow."""
-    if asked is None or str(asked).startswith("auto") or int(asked) == 1:
-        return most
-    if int(asked) < 1:
-        raise LoadError(f"--batch_size={asked} must be at least 1, or auto.")
-    return int(asked) if most is None else min(int(asked), most)

@@ -33,7 +33,7 @@ def initial(
 
     Returns:
       'path', 'scope', 'data', 'learning_rate' (at which it would have made its next update, None if it
-      does not say), 'positions' (see data.stream.Stream.positions; empty with 'restart').
+      does not say), 'positions' (see data.train_stream.Stream.positions; empty with 'restart').
 
     Raises:
       ValueError: options that do not go together, or a checkpoint that does not say how far it read.

@@ -20,22 +20,27 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from data import cpu_tensorflow
 from data import stream as streams
 from data import tasks as task_registry
-from launch import gin_config, phase, run_dir, run_vocabulary
+from launch import (
+    gin_config,
+    host_metrics,
+    phase,
+    run_checks,
+    run_dir,
+    run_messages,
+    run_vocabulary,
+)
 from launch.parameter_table import parameter_table
 from trainers import (
     batches,
     checkpoint,
-    flops,
     metric_writers,
     partitioning,
     profiler,
@@ -49,7 +54,7 @@ from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
 from trainers.hooks import Hook
 from trainers.loop import Loop
-from trainers.recipe import Program, Recipe
+from trainers.recipe import Recipe
 
 
 def train(
@@ -125,7 +130,7 @@ def train(
             f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: give one of them, and None "
             "for the other."
         )
-    _check_numbers(
+    run_checks.numbers(
         TRAIN_STEPS=1 if total_steps is None else total_steps,
         TRAIN_TOKENS=1 if total_tokens is None else total_tokens,
         BATCH_SIZE=recipe.batch_size,
@@ -148,7 +153,7 @@ def train(
             run.checkpoints, initial_checkpoint_path, scope=initial_scope, data=initial_data
         )
         data = stream(positions=begun["positions"]) if begun.get("positions") else stream()
-        _check_stream(recipe, data)
+        run_checks.stream(recipe, data)
         if total_steps is None:
             total_steps = data.steps_for_tokens(total_tokens)
         if isinstance(recipe.learning_rate, schedules.Unspanned):
@@ -157,7 +162,7 @@ def train(
         registered = task_registry.summary() if tasks else {}
         told = [
             *(("caps", line) for line in data.check_repeats(total_steps)),
-            *(("dropped", line) for line in _dropped(registered)),
+            *(("dropped", line) for line in run_messages.dropped(registered)),
         ]
         if primary and tasks:
             run_vocabulary.save(run.path, task_registry.vocabulary(data.source_names[0]))
@@ -208,15 +213,15 @@ def train(
                 strict=initial_strict,
                 use_ema=initial_use_ema,
             )
-            _check_same_vocabulary(start, meta)
+            run_checks.same_vocabulary(start, meta)
             begun = phase.begun(start, begun)
             meta |= _origin(start) | ({"initial": begun} if begun else {})
         writer = stack.enter_context(
             contextlib.closing(metric_writers.MultiWriter(_writers(run, start.step, writers)))
         )
         if primary:
-            _announce(recipe, program, data, start, total_steps, told)
-        rates = _rates(recipe, total_steps)
+            run_messages.announce(recipe, program, data, start, total_steps, told)
+        rates = host_metrics.rates_of(recipe, total_steps)
         loop = Loop(
             state=start.state,
             step=start.step,
@@ -233,7 +238,7 @@ def train(
             checkpoint_period=checkpoint_period,
             meta=meta,
             log_period=log_period,
-            host_metrics=_host_metrics(recipe, program, rates),
+            host_metrics=host_metrics.host_metrics(recipe, program, rates),
             data_metrics=lambda batches: {
                 f"epochs/{name}": epochs for name, epochs in data.epochs(batches).items()
             },
@@ -255,48 +260,11 @@ def train(
     last = evaluation.results.get(loop.step, {})
     if primary:
         how = "stopped by a signal" if loop.interrupted else "done"
-        print(f"{how} at step {loop.step}; the run is in {run.path}\n{_time_split(goodput)}")
-        print(f"read: {_epochs_line(data, loop.data_step)}", flush=True)
+        print(
+            f"{how} at step {loop.step}; the run is in {run.path}\n{run_messages.time_split(goodput)}"
+        )
+        print(f"read: {run_messages.epochs_line(data, loop.data_step)}", flush=True)
     return {**last, "interrupted": float(loop.interrupted)}
-
-
-def _check_numbers(**numbers: float) -> None:
-    """All that must be positive, by macro."""
-    bad = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
-
-
-def _check_stream(recipe: Recipe, data: Stream) -> None:
-    """The data is what the step is compiled for; a token id beyond the embedding would be clipped."""
-    for name, ours, theirs in (
-        ("batch_size", recipe.batch_size, data.batch_size),
-        ("length", recipe.length, data.length),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
-                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as runs/pretrain.gin does."
-            )
-    size = data.summary()["vocabulary"]["size"]
-    rows = recipe.model.config.vocab_size
-    if size > rows:
-        raise ValueError(
-            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
-            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
-            "use the vocabulary the model was made for."
-        )
-
-
-def _check_same_vocabulary(start: restore.Restored, meta: Mapping[str, Any]) -> None:
-    """Other ids for the same words would train on without a sign of it."""
-    theirs = start.meta.get("vocabulary", meta["vocabulary"])
-    if start.source == "initial" and theirs != meta["vocabulary"]:
-        raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
-            f"{theirs[:12]}) than this run's data has ({meta['vocabulary'][:12]}): use the vocabulary "
-            "the checkpoint was trained with."
-        )
 
 
 def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
@@ -349,116 +317,3 @@ def _writers(
         metric_writers.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
         *(make() for make in more),
     ]
-
-
-def _rates(recipe: Recipe, total_steps: int) -> np.ndarray:
-    """The learning rate of each update, and of the one that would follow the last."""
-    # Tabulated: evaluated one by one they would wait behind the step that is running.
-    rate = jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))
-    return np.asarray(rate(jnp.arange(total_steps + 1)))
-
-
-def _host_metrics(
-    recipe: Recipe, program: Program, rates: np.ndarray
-) -> Callable[[int, float], Mapping[str, float]]:
-    per_token = flops_per_token(recipe, program)
-    devices = list(program.mesh.devices.flat)
-
-    def values(updates: int, rate: float) -> Mapping[str, float]:
-        # An update is made with the rate of as many as there were before it.
-        found = {"learning_rate": float(rates[max(updates - 1, 0)])}
-        if rate:
-            found["tokens_per_second"] = rate
-            found["model_flops_per_second"] = rate * per_token
-            mfu = flops.utilisation(rate, per_token, devices)
-            if mfu is not None:
-                found["mfu"] = mfu
-        return found
-
-    return values
-
-
-def flops_per_token(recipe: Recipe, program: Program) -> float:
-    """Model FLOPs of training on one token.
-
-    Six for each parameter where the model is of another architecture, whose products are not known.
-    """
-    mlp = program.boxed_params.get("layers", {}).get("block_0", {}).get("mlp")
-    if mlp is None:
-        return 6.0 * program.num_params()
-    model = recipe.model
-    # Whether the MLP has a gate or a router: its parameters tell, whatever class was bound.
-    experts, top_k = 0, 1
-    if "router" in mlp:
-        block = model.block(config=model.config, kind=model.config.layer_kind(0), name="block_0")
-        mixture = block.mlp(config=model.config, name="mlp")
-        experts, top_k = mixture.num_experts, mixture.top_k
-    return flops.train_flops_per_token(
-        model.config, recipe.length, gated="gate" in mlp, experts=experts, top_k=top_k
-    )
-
-
-def _announce(
-    recipe: Recipe,
-    program: Program,
-    data: TrainStream,
-    start: restore.Restored,
-    total_steps: int,
-    told: Sequence[tuple[str, str]],
-) -> None:
-    """What is about to run, in a few lines."""
-    tokens = recipe.batch_size * recipe.length
-    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    device = program.mesh.devices.flat[0].device_kind
-    trained = program.num_params(trained_only=True)
-    lines = [
-        ("mesh", f"{mesh} ({program.mesh.devices.size} x {device}), rules {recipe.rules}"),
-        ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
-        ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
-        ("tokens", f"{tokens:,} a step, {tokens * total_steps:,} in {total_steps:,} steps"),
-        ("epochs", _epochs_line(data, total_steps)),
-        *told,
-        ("start", _start_line(start)),
-    ]
-    remaining = (total_steps - start.step) * tokens * flops_per_token(recipe, program)
-    seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
-    lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
-    print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
-
-
-def _epochs_line(data: TrainStream, step: int) -> str:
-    """How often each source has been read by then; above 1 its documents repeat."""
-    return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data.epochs(step).items())
-
-
-def _dropped(registered: Mapping[str, Any]) -> list[str]:
-    """What filters of documents left out of each task."""
-    return [
-        f"{task}: "
-        + ", ".join(
-            f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
-            for name, count in facts["dropped"].items()
-        )
-        for task, facts in registered.get("tasks", {}).items()
-        if facts.get("dropped")
-    ]
-
-
-def _start_line(start: restore.Restored) -> str:
-    if start.source == "scratch":
-        return "new parameters, step 0"
-    skipped = "".join(f"; step {step} is damaged: {why}" for step, why in start.skipped)
-    return f"step {start.step} from {start.path}{skipped}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _time_split(goodput: Goodput) -> str:
-    parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
-    share = parts.pop("goodput")
-    text = ", ".join(f"{name} {_duration(v)}" for name, v in parts.items() if v >= 0.5)
-    return f"time: {text}; {share:.0%} in steps"

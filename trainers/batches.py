@@ -16,7 +16,7 @@ Index = tuple[slice, ...]
 
 
 class Stream(Protocol):
-    """What trainers need of a data stream; data/stream.py provides it."""
+    """What trainers need of a data stream; data/train_stream.py is one."""
 
     batch_size: int
     length: int

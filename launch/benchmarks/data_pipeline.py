@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data import cache, rows, stream
+from data import cache, rows
+from data.train_stream import Stream
 
 LENGTHS = (512, 2048, 8192)
 PHASES = ((0, {"text": 0.7, "code": 0.3}), (2000, {"text": 0.5, "code": 0.5}))
@@ -51,7 +52,7 @@ def _bench_length(caches: dict, length: int, batch_size: int, repeats: int) -> d
     sources, planned = _timed(
         lambda: [rows.plan_source(name, made, {"targets": length}) for name, made in caches.items()]
     )
-    made, started = _timed(lambda: stream.Stream(sources, PHASES, batch_size=batch_size))
+    made, started = _timed(lambda: Stream(sources, PHASES, batch_size=batch_size))
     steps = max(10, 4_000_000 // (length * batch_size))
     _, first = _timed(lambda: made.batch(FAR_STEP, 0, batch_size))
     rates, far = [], []

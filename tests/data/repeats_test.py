@@ -5,7 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from data import cache, repeats, rows, stream
+from data import cache, repeats, rows
+from data.train_stream import Stream
 
 ROWS = {"a": 30, "b": 400, "c": 100}
 BATCH = 16
@@ -31,7 +32,7 @@ def make(caches):
     def build(phases=((0, SHARES),), batch_size=BATCH, **settings):
         names = [name for name in ROWS if any(name in shares for _, shares in phases)]
         sources = [rows.plan_source(name, caches[name], {"targets": 8}) for name in names]
-        return stream.Stream(sources, phases, batch_size=batch_size, **settings)
+        return Stream(sources, phases, batch_size=batch_size, **settings)
 
     return build
 
@@ -196,7 +197,7 @@ def test_another_order_cannot_be_read_on(make, caches, change):
     positions = make().positions(10)
     source = rows.plan_source("a", caches["a"], {"targets": change.get("length", 8)})
     with pytest.raises(ValueError, match="'a' cannot be read on.*INITIAL_DATA = 'restart'"):
-        stream.Stream(
+        Stream(
             [source],
             ((0, {"a": 1.0}),),
             batch_size=4,

@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from data import cache, rows, stream
+from data import cache, rows
+from data.eval_stream import EvalStream
+from data.train_stream import Stream
 
 VOCABULARY = 500
 PHASES = ((0, {"a": 0.7, "b": 0.3}), (10, {"a": 0.2, "b": 0.3, "c": 0.5}), (25, {"c": 1.0}))
@@ -52,7 +54,7 @@ def make(caches):
             rows.plan_source(name, caches[name], {"targets": length}, packing=packing)
             for name in names
         ]
-        return stream.Stream(sources, phases, batch_size=batch_size, **settings)
+        return Stream(sources, phases, batch_size=batch_size, **settings)
 
     return build
 
@@ -188,7 +190,7 @@ def test_realised_token_share_is_within_one_sequence_where_rows_are_full(tmp_pat
         )
         sources.append(rows.plan_source(name, opened, {"targets": 32}, packing="concat"))
     phases = ((0, dict(zip("abc", shares, strict=True))),)
-    sequences, points = share_errors(stream.Stream(sources, phases, batch_size=64), shares, 100)
+    sequences, points = share_errors(Stream(sources, phases, batch_size=64), shares, 100)
     assert sequences.max() <= 1
     assert points[1000:].max() <= 0.001
 
@@ -296,14 +298,14 @@ def test_fingerprint_changes_with_everything_the_batches_depend_on(make, tmp_pat
     )
     for opened in (caches["a"], changed):
         source = rows.plan_source("a", opened, {"targets": 64})
-        names.add(stream.Stream([source], ((0, {"a": 1}),), batch_size=16).fingerprint)
+        names.add(Stream([source], ((0, {"a": 1}),), batch_size=16).fingerprint)
     assert len(names) == len(variants) + 2
     # Weights are shares: a common factor changes nothing.
     assert make().fingerprint == make(phases=((0, {"a": 7, "b": 3}), *PHASES[1:])).fingerprint
 
 
 def test_batches_do_not_change_between_versions(tmp_path):
-    """A change here changes the data of every run that is resumed: raise `stream._VERSION`."""
+    """A change here changes the data of every run that is resumed: raise `row_stream._VERSION`."""
     sources = []
     for name, step in (("a", 31), ("b", 57)):
         tokens = [np.arange(1 + i * step % 150) * (i + 7) % 499 for i in range(60)]
@@ -312,7 +314,7 @@ def test_batches_do_not_change_between_versions(tmp_path):
         )
         sources.append(rows.plan_source(name, opened, {"targets": 64}))
     phases = ((0, {"a": 0.7, "b": 0.3}), (10, {"a": 0.2, "b": 0.8}))
-    made, digest = stream.Stream(sources, phases, batch_size=16, seed=3), hashlib.sha256()
+    made, digest = Stream(sources, phases, batch_size=16, seed=3), hashlib.sha256()
     for step in (0, 10, 31, 10**9):
         for name, array in made.batch(step, 0, 16).items():
             digest.update(name.encode() + array.tobytes())
@@ -336,7 +338,7 @@ def test_summary_tells_what_was_planned(make, caches):
 @pytest.mark.parametrize("batch_size", [1, 7, 16])
 def test_evaluation_reads_every_row_once(caches, batch_size):
     source = rows.plan_source("b", caches["b"], {"targets": 64})
-    made = stream.EvalStream(source, batch_size=batch_size)
+    made = EvalStream(source, batch_size=batch_size)
     assert made.num_steps == -(-source.plan.num_rows // batch_size)
     weight, seen = 0.0, []
     for step in range(made.num_steps):
@@ -353,12 +355,12 @@ def test_evaluation_reads_every_row_once(caches, batch_size):
 
 def test_a_part_of_an_evaluation_is_no_sample_of_long_documents_alone(caches):
     source = rows.plan_source("b", caches["b"], {"targets": 64})
-    made = stream.EvalStream(source, batch_size=8)
+    made = EvalStream(source, batch_size=8)
     half = [row for step in range(made.num_steps // 2) for row in made.documents(step, 0, 8)]
     assert [row["row"] for row in half] == [
         row["row"]
         for step in range(made.num_steps // 2)
-        for row in stream.EvalStream(source, batch_size=8).documents(step, 0, 8)
+        for row in EvalStream(source, batch_size=8).documents(step, 0, 8)
     ]
     pieces = np.array([len(row["documents"]) for row in half])
     overall = len(source.plan.records) / source.plan.num_rows
@@ -384,7 +386,7 @@ def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
     )
     pairs = [pair for shard in range(3) for pair in pairs[shard::3]]
     source = rows.plan_source("p", opened, {"inputs": 64, "targets": 16})
-    made = stream.EvalStream(source, batch_size=8)
+    made = EvalStream(source, batch_size=8)
     found = set()
     for step in range(made.num_steps):
         batch = made.batch(step, 0, 8)
@@ -404,7 +406,7 @@ def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
                 found.add(part["record"])
     assert found == set(range(200))
     with pytest.raises(ValueError, match="cross_document_attention"):
-        stream.EvalStream(source, batch_size=8, cross_document_attention=True)
+        EvalStream(source, batch_size=8, cross_document_attention=True)
 
 
 def test_what_cannot_be_streamed_is_refused(make, caches, tmp_path):
@@ -429,7 +431,7 @@ def test_what_cannot_be_streamed_is_refused(make, caches, tmp_path):
         rows.plan_source("o", other, {"targets": 64}),
     ]
     with pytest.raises(ValueError, match="different vocabularies"):
-        stream.Stream(sources, ((0, {"a": 0.5, "o": 0.5}),), batch_size=4)
+        Stream(sources, ((0, {"a": 0.5, "o": 0.5}),), batch_size=4)
 
 
 def test_reading_needs_no_tensorflow_or_jax():

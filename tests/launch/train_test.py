@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from launch.train import flops_per_token
+from launch.host_metrics import flops_per_token
 from model.config import TransformerConfig
 from model.moe import MoeMlp
 from model.transformer import Block, Transformer

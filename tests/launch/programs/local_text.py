@@ -3,7 +3,9 @@
 import pathlib
 import time
 
-from data import cache, rows, stream
+from data import cache, rows
+from data.eval_stream import EvalStream
+from data.train_stream import Stream
 from trainers.objectives import lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -44,7 +46,7 @@ def open_stream(
     """Training batches of the phases."""
     names = [name for name in FILES if any(name in shares for _, shares in phases)]
     sources = [_source(name, directory, length) for name in names]
-    return stream.Stream(
+    return Stream(
         sources,
         phases,
         batch_size=batch_size,
@@ -57,7 +59,7 @@ def open_stream(
 
 def open_split(*, task, directory, batch_size, length):
     """All rows of one source."""
-    return stream.EvalStream(_source(task, directory, length), batch_size=batch_size)
+    return EvalStream(_source(task, directory, length), batch_size=batch_size)
 
 
 def objective(*, model, num_sources):

@@ -1,0 +1,57 @@
+"""What the host adds to a step's metrics: learning rate, tokens per second, utilisation."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainers import flops
+from trainers.recipe import Program, Recipe
+
+
+def rates_of(recipe: Recipe, total_steps: int) -> np.ndarray:
+    """The learning rate of each update, and of the one that would follow the last."""
+    # Tabulated: evaluated one by one they would wait behind the step that is running.
+    rate = jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))
+    return np.asarray(rate(jnp.arange(total_steps + 1)))
+
+
+def host_metrics(
+    recipe: Recipe, program: Program, rates: np.ndarray
+) -> Callable[[int, float], Mapping[str, float]]:
+    per_token = flops_per_token(recipe, program)
+    devices = list(program.mesh.devices.flat)
+
+    def values(updates: int, rate: float) -> Mapping[str, float]:
+        # An update is made with the rate of as many as there were before it.
+        found = {"learning_rate": float(rates[max(updates - 1, 0)])}
+        if rate:
+            found["tokens_per_second"] = rate
+            found["model_flops_per_second"] = rate * per_token
+            mfu = flops.utilisation(rate, per_token, devices)
+            if mfu is not None:
+                found["mfu"] = mfu
+        return found
+
+    return values
+
+
+def flops_per_token(recipe: Recipe, program: Program) -> float:
+    """Model FLOPs of training on one token.
+
+    Six for each parameter where the model is of another architecture, whose products are not known.
+    """
+    mlp = program.boxed_params.get("layers", {}).get("block_0", {}).get("mlp")
+    if mlp is None:
+        return 6.0 * program.num_params()
+    model = recipe.model
+    # Whether the MLP has a gate or a router: its parameters tell, whatever class was bound.
+    experts, top_k = 0, 1
+    if "router" in mlp:
+        block = model.block(config=model.config, kind=model.config.layer_kind(0), name="block_0")
+        mixture = block.mlp(config=model.config, name="mlp")
+        experts, top_k = mixture.num_experts, mixture.top_k
+    return flops.train_flops_per_token(
+        model.config, recipe.length, gated="gate" in mlp, experts=experts, top_k=top_k
+    )

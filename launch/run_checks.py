@@ -1,0 +1,50 @@
+"""What is checked of a run's configuration, data and parent before its first step.
+
+Each raises ValueError that names the setting and what to do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainers import restore
+from trainers.batches import Stream
+from trainers.recipe import Recipe
+
+
+def numbers(**numbers: float) -> None:
+    """All that must be positive, by macro."""
+    bad = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
+
+
+def stream(recipe: Recipe, data: Stream) -> None:
+    """The data is what the step is compiled for; a token id beyond the embedding would be clipped."""
+    for name, ours, theirs in (
+        ("batch_size", recipe.batch_size, data.batch_size),
+        ("length", recipe.length, data.length),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
+                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as runs/pretrain.gin does."
+            )
+    size = data.summary()["vocabulary"]["size"]
+    rows = recipe.model.config.vocab_size
+    if size > rows:
+        raise ValueError(
+            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
+            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
+            "use the vocabulary the model was made for."
+        )
+
+
+def same_vocabulary(start: restore.Restored, meta: Mapping[str, Any]) -> None:
+    """Other ids for the same words would train on without a sign of it."""
+    theirs = start.meta.get("vocabulary", meta["vocabulary"])
+    if start.source == "initial" and theirs != meta["vocabulary"]:
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
+            f"{theirs[:12]}) than this run's data has ({meta['vocabulary'][:12]}): use the vocabulary "
+            "the checkpoint was trained with."
+        )
