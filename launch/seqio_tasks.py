@@ -1,20 +1,19 @@
 """SeqIO tasks with metric functions, as launch/evaluate_seqio.py asks them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import seqio
 
 from data import rows
 from data.sources import names
 from launch.load_run import LoadError
+from trainers import metric_writers
 
 FEATURES = ("inputs", "targets")
-_TYPES = seqio.metrics.ModelOutputType
-_OUTPUTS = (_TYPES.PREDICTION, _TYPES.SCORE)
+PREDICTION, SCORE = "prediction", "score"
 
 
-def find(name: str, split: str) -> seqio.Task:
+def find(name: str, split: str) -> Any:
     """A registered task that can be evaluated on a split.
 
     Args:
@@ -25,9 +24,11 @@ def find(name: str, split: str) -> seqio.Task:
       The task.
 
     Raises:
-      LoadError: there is no such task or split, it has no metric functions or some that want what is
-        not computed here, or it lacks one of FEATURES.
+      LoadError: there is no such task or split, it has no metric functions, or it lacks one of FEATURES;
+        or as of `outputs`.
     """
+    import seqio
+
     known = seqio.TaskRegistry.names()
     if name in seqio.MixtureRegistry.names():
         members = [task.name for task in seqio.MixtureRegistry.get(name).tasks]
@@ -38,16 +39,8 @@ def find(name: str, split: str) -> seqio.Task:
         hint = f"; {names.nearest(name, sorted(known))}" if known else ": none is registered"
         raise LoadError(f"--task={name}: no such SeqIO task{hint} (--module=NAME registers more)")
     task = seqio.TaskRegistry.get(name)
-    if not task.metric_objs:
+    if not outputs(task):
         raise LoadError(f"The task {name!r} has no metric functions: nothing says what is right.")
-    for metric in task.metric_objs:
-        # Other metric objects take tokens padded to one shape, or more than one value a target.
-        ours = isinstance(metric, seqio.metrics.PassthroughLegacyMetric)
-        if not ours or metric.model_output_type not in _OUTPUTS:
-            raise LoadError(
-                f"The task {name!r} has a metric that is no function of (targets, predictions) or "
-                "(targets, scores); no other is computed here."
-            )
     if split not in task.splits:
         raise LoadError(
             f"The task {name!r} has no split {split!r}; its splits are {', '.join(task.splits)}."
@@ -61,7 +54,32 @@ def find(name: str, split: str) -> seqio.Task:
     return task
 
 
-def check_vocabulary(task: seqio.Task, vocabulary: Any) -> None:
+def outputs(task: Any) -> set[str]:
+    """What the metrics of a task are functions of, beside targets: PREDICTION, SCORE or both.
+
+    Raises:
+      LoadError: of something else.
+    """
+    from seqio import metrics as seqio_metrics
+
+    refused = LoadError(
+        f"The task {task.name!r} has a metric that is no function of (targets, predictions) or "
+        "(targets, scores); no other is computed here."
+    )
+    try:
+        metrics = task.metric_objs
+    except ValueError:  # SeqIO looks at the arguments of functions only now
+        raise refused from None
+    kinds = {metric.model_output_type for metric in metrics}
+    found = {seqio_metrics.ModelOutputType.to_str(kind) for kind in kinds}
+    # Metric objects of other kinds take tokens padded to one shape.
+    ours = all(isinstance(metric, seqio_metrics.PassthroughLegacyMetric) for metric in metrics)
+    if not ours or found - {PREDICTION, SCORE}:
+        raise refused
+    return found
+
+
+def check_vocabulary(task: Any, vocabulary: Any) -> None:
     """Raises LoadError where a task's tokens are not those of a run's vocabulary."""
     own = rows.vocabulary_digest(vocabulary)
     for feature in FEATURES:
@@ -74,7 +92,30 @@ def check_vocabulary(task: seqio.Task, vocabulary: Any) -> None:
             )
 
 
-def evaluator(task: seqio.Task, split: str, num_examples: int | None) -> seqio.Evaluator:
+class _AsTheyAre:
+    """A feature converter that leaves examples as the task has them: batches are made elsewhere.
+
+    SeqIO's own lacks what SeqIO's evaluator asks of one.
+    """
+
+    TASK_FEATURES: Mapping[str, Any] = {}
+    pack = False
+
+    def __call__(self, dataset: Any, task_feature_lengths: Mapping[str, int]) -> Any:
+        return dataset
+
+
+class _Silent:
+    """A logger that writes nothing; without any SeqIO warns that results are lost."""
+
+    def __init__(self, output_dir: str):
+        pass
+
+    def __call__(self, **_: Any) -> None:
+        pass
+
+
+def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
     """SeqIO's own evaluator of one task, which has read its examples.
 
     Args:
@@ -85,13 +126,16 @@ def evaluator(task: seqio.Task, split: str, num_examples: int | None) -> seqio.E
     Raises:
       LoadError: a preprocessor wants to know the sequence length, or there are no examples.
     """
+    import seqio
+
     try:
         found = seqio.Evaluator(
             task.name,
-            # Models are asked in batches of our own, so that examples stay as the task has them.
-            seqio.PassThroughFeatureConverter(),
+            _AsTheyAre(),
             eval_split=split,
             num_examples=num_examples,
+            logger_cls=(_Silent,),
+            log_dir=os.devnull,
             async_compute_metrics=False,  # functions may use the accelerator
         )
     except ValueError as error:
@@ -106,14 +150,14 @@ def evaluator(task: seqio.Task, split: str, num_examples: int | None) -> seqio.E
     return found
 
 
-def examples(found: seqio.Evaluator, task: seqio.Task) -> list[Mapping[str, Any]]:
+def examples(found: Any, task: Any) -> list[Mapping[str, Any]]:
     """What an evaluator compares with, its FEATURES as lists of ids.
 
     Raises:
       LoadError: the inputs of an example, or its targets where they are to be scored, are empty.
     """
-    needed = FEATURES if task.score_metric_fns else FEATURES[:1]
-    read = []
+    needed = FEATURES if SCORE in outputs(task) else FEATURES[:1]
+    read: list[Mapping[str, Any]] = []
     for i, example in enumerate(found.cached_task_datasets[task.name].as_numpy_iterator()):
         for feature in needed:
             if not len(example[feature]):
@@ -124,8 +168,8 @@ def examples(found: seqio.Evaluator, task: seqio.Task) -> list[Mapping[str, Any]
 
 
 def compute(
-    found: seqio.Evaluator,
-    task: seqio.Task,
+    found: Any,
+    task: Any,
     predictions: Sequence[str] | None,
     scores: Sequence[float] | None,
 ) -> Mapping[str, Any]:
@@ -137,23 +181,30 @@ def compute(
       predictions: decoded, before the task's postprocessing; None where no function takes them.
       scores: of the targets; likewise.
     """
-    answers = {_TYPES.PREDICTION: predictions, _TYPES.SCORE: scores}
-    functions = {
-        kind: lambda _, values=values: list(enumerate(values))
-        for kind, values in answers.items()
-        if values is not None
-    }
-    metrics, _ = found.evaluate(compute_metrics=True, model_fns=functions)
+    metrics, _ = found.evaluate(
+        compute_metrics=True,
+        predict_fn=lambda _: list(enumerate(predictions or ())),
+        score_fn=lambda _: list(enumerate(scores or ())),
+    )
     return metrics.result()[task.name]
 
 
 def plain(value: Any) -> Any:
-    """A metric's value as a number or text; of pictures, sounds and histograms what they are."""
-    if isinstance(value, seqio.metrics.Scalar):
-        return value.value
-    if isinstance(value, seqio.metrics.Text):
-        text = value.textdata
-        return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    if isinstance(value, seqio.metrics.MetricValue):
-        return type(value).__name__
-    return value
+    """What a metric function returned as JSON has it, a picture or histogram as its kind alone."""
+    from seqio import metrics as seqio_metrics
+
+    if isinstance(value, seqio_metrics.Scalar):
+        return plain(value.value)
+    if isinstance(value, seqio_metrics.Text):
+        return plain(value.textdata)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if hasattr(value, "tolist"):  # of numpy and jax, scalars too
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return metric_writers.jsonable(value)
+    return type(value).__name__
