@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model import factors
 from trainers import flops
 from trainers.recipe import Program, Recipe
 
@@ -52,6 +54,17 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
         block = model.block(config=model.config, kind=model.config.layer_kind(0), name="block_0")
         mixture = block.mlp(config=model.config, name="mlp")
         experts, top_k = mixture.num_experts, mixture.top_k
-    return flops.train_flops_per_token(
+    dense = flops.train_flops_per_token(
         model.config, recipe.length, gated="gate" in mlp, experts=experts, top_k=top_k
     )
+    # Not meta.unbox, which would constrain shardings under a mesh.
+    shapes = jax.tree.map(
+        lambda leaf: getattr(leaf, "value", leaf),
+        program.boxed_params,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    )
+    saved = 0.0
+    for one in factors.find_factors(shapes):
+        of_experts = experts > 1 and "/mlp/" in one.path
+        saved += (one.dense - one.factors) * (top_k / experts if of_experts else 1.0)
+    return dense - 6.0 * saved

@@ -39,11 +39,15 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
-        y = matmul.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = self.product(x.astype(self.dtype))
         if self.use_bias:
-            zeros = nn.initializers.zeros
-            bias = parameter(self, "bias", zeros, self.axes[1:], shape[1:], self.param_dtype)
+            zeros, shape = nn.initializers.zeros, (self.features,)
+            bias = parameter(self, "bias", zeros, self.axes[1:], shape, self.param_dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x @ kernel; what a factorised or adapted projection computes otherwise."""
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
+        return matmul.matmul(x, kernel.astype(self.dtype))

@@ -119,11 +119,15 @@ class ExpertDense(nn.Module):
 
     @nn.compact
     def __call__(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        return self.product(rows_RX.astype(self.dtype), sizes_E)
+
+    def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """rows @ kernel[e]; what factorised or adapted experts compute otherwise."""
         shape = (self.num_experts, rows_RX.shape[-1], self.features)
         kernel = axes.parameter(
             self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
         )
-        return grouped_matmul(rows_RX.astype(self.dtype), kernel.astype(self.dtype), sizes_E)
+        return grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
 
 
 class MoeMlp(nn.Module):

@@ -27,7 +27,7 @@ NO_DECAY = (r"(.*/)?(scale|bias)",)
 # `Dense` has two-dimensional kernels (model/linear.py), and gains and biases are vectors.
 Ranks = Sequence[tuple[str, int]]
 MATRICES: Ranks = (
-    (r"(.*/)?layers/(.*/)?(kernel|embedding)", 2),
+    (r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)", 2),
     (r"(.*/)?layers/(.*/)?(scale|bias)", 1),
 )
 

@@ -1,0 +1,197 @@
+"""Factors of matrices, U V^T of rank r in place of W: ranks, first values, decay and spectra.
+
+In a tree of parameters they are the two arrays of a module `u` [..., rows, rank] and `v` [..., rank, columns],
+the transpose of V as Kamalakara et al. (arXiv 2209.13569) have it. Leading axes stack layers or experts.
+
+Shapes: X rows, Y columns, R rank, '...' stacked layers or experts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+RankRule = Literal["min_dim", "param_ratio", "absolute"]
+RANK_RULES = get_args(RankRule)
+
+
+def rank_of(rank: float, rule: RankRule, rows: int, columns: int) -> int:
+    """The rank of the factors of a matrix [rows, columns], at least 1.
+
+    Args:
+      rank: with 'min_dim' a fraction of the smaller side, with 'param_ratio' of the matrix's own
+        parameters, with 'absolute' the rank itself.
+      rule: of RANK_RULES.
+      rows, columns: of the matrix.
+
+    Raises:
+      ValueError: an unknown rule, or a rank that the matrix cannot have.
+    """
+    if rule not in RANK_RULES:
+        raise ValueError(f"rank_rule={rule!r} is none of {', '.join(map(repr, RANK_RULES))}.")
+    most = min(rows, columns)
+    if rule == "absolute":
+        if rank != int(rank):
+            raise ValueError(
+                f"rank={rank} is not a whole number, as rank_rule='absolute' needs; a fraction goes with "
+                "'min_dim' or 'param_ratio'."
+            )
+        found = int(rank)
+    else:
+        size = most if rule == "min_dim" else rows * columns / (rows + columns)
+        found = max(round(rank * size), 1) if rank > 0 else 0
+    if not 1 <= found <= most:
+        raise ValueError(
+            f"rank={rank} with rank_rule={rule!r} gives a matrix [{rows}, {columns}] the rank {found}; it "
+            f"can have 1 to {most}."
+        )
+    return found
+
+
+def he_factors(
+    key: jax.Array, init: Callable[..., jax.Array], shape: tuple[int, int], rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """U and V^T drawn apart: U as the dense kernel is, V^T with variance 1/rank.
+
+    The product's outputs have the variance that the dense kernel's have, whatever the rank.
+    """
+    rows, columns = shape
+    key_u, key_v = jax.random.split(key)
+    u_XR = init(key_u, (rows, rank), jnp.float32)
+    v_RY = jax.random.normal(key_v, (rank, columns)) * rank**-0.5
+    return u_XR, v_RY
+
+
+def spectral_factors(
+    kernel: jax.Array, rank: int, *, ones: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The best approximation of a kernel [..., X, Y] of this rank, its singular values split evenly.
+
+    Args:
+      kernel: finite values.
+      rank: of the factors.
+      ones: replaces all kept singular values.
+
+    Returns:
+      U [..., X, rank] and V^T [..., rank, Y], float32.
+    """
+    left, values, right = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    values = values[..., :rank]
+    root = jnp.sqrt(values if ones is None else jnp.full_like(values, ones))
+    return left[..., :rank] * root[..., None, :], root[..., :, None] * right[..., :rank, :]
+
+
+def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029), without forming U V^T.
+
+    Args:
+      u: [..., X, R].
+      v: [..., R, Y].
+
+    Returns:
+      U (V^T V) and (U^T U) V^T, in the shapes of u and v.
+    """
+    gram_u, gram_v = _grams(u, v)
+    return u @ gram_v, gram_u @ v
+
+
+def squared_norm(u: jax.Array, v: jax.Array) -> jax.Array:
+    """|U V^T|^2 of each product, [...], from the two r x r Gram matrices."""
+    gram_u, gram_v = _grams(u, v)
+    return jnp.sum(gram_u * gram_v, axis=(-2, -1))
+
+
+def _grams(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.swapaxes(u, -2, -1) @ u, v @ jnp.swapaxes(v, -2, -1)
+
+
+def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
+    """The r singular values of each product, [..., R], largest first, float32.
+
+    Those of R_u R_v^T, where u = Q_u R_u and v^T = Q_v R_v: no matrix is larger than the factors.
+    """
+    wide = jnp.float32
+    r_u = jnp.linalg.qr(u.astype(wide), mode="r")
+    r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(wide), mode="r")
+    return jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -2, -1), compute_uv=False)
+
+
+def effective_rank(values: jax.Array) -> jax.Array:
+    """Nuclear over operator norm of singular values [..., R], between 1 and R; 0 for a zero matrix."""
+    largest = values.max(axis=-1)
+    return jnp.where(largest > 0, values.sum(axis=-1) / jnp.where(largest > 0, largest, 1.0), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """A factorised matrix in a tree of parameters.
+
+    Attributes:
+      path: of the module that owns it.
+      shape: [rows, columns] of the matrix that it stands for.
+      rank: of the factors.
+      count: matrices that are stacked, layers or experts.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    rank: int
+    count: int
+
+    @property
+    def dense(self) -> int:
+        """Parameters of the matrices."""
+        return self.count * self.shape[0] * self.shape[1]
+
+    @property
+    def factors(self) -> int:
+        """Parameters of the factors."""
+        return self.count * self.rank * (self.shape[0] + self.shape[1])
+
+
+def find_factors(params: Any) -> list[Factors]:
+    """All factorised matrices of a tree of arrays or of their shapes, in the order of the tree."""
+    found = []
+
+    def visit(node: Any, path: tuple[str, ...]) -> None:
+        if not isinstance(node, Mapping):
+            return
+        if is_factorised(node):
+            *stack, rows, rank = node["u"].shape
+            columns = node["v"].shape[-1]
+            found.append(Factors("/".join(path), (rows, columns), rank, math.prod(stack)))
+        for name, child in node.items():
+            visit(child, (*path, name))
+
+    visit(params, ())
+    return found
+
+
+def is_factorised(node: Any) -> bool:
+    """Whether a node of a tree holds the two factors of a matrix."""
+    return isinstance(node, Mapping) and node.get("u") is not None and node.get("v") is not None
+
+
+def table(found: Sequence[Factors]) -> list[str]:
+    """Rank and size of every factorised matrix beside the dense one, and the total, as lines.
+
+    What is larger than the dense matrix is marked.
+    """
+    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
+    for one in found:
+        count = f" x {one.count}" if one.count > 1 else ""
+        shape = f"{one.shape[0]} x {one.shape[1]}{count}"
+        larger = " LARGER" if one.factors > one.dense else ""
+        ratio = f"{one.factors / one.dense:.3f}{larger}"
+        rows.append((one.path, shape, str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio))
+    dense, factors = sum(one.dense for one in found), sum(one.factors for one in found)
+    if found:
+        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,110 @@
+"""Decay of factors and of their product, against closed forms, autodiff and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model import factors
+from trainers import factor_decay, optimizers
+
+U = jax.random.normal(jax.random.key(0), (9, 4))
+V = jax.random.normal(jax.random.key(1), (4, 7))
+PARAMS = {"a": {"u": U, "v": V}, "b": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+def product_norm(u, v):
+    return 0.5 * jnp.sum((u @ v) ** 2)
+
+
+def test_frobenius_decay_is_the_gradient_of_the_products_norm():
+    by_autodiff = jax.grad(product_norm, argnums=(0, 1))(U, V)
+    for found, expected in zip(factors.frobenius_decay(U, V), by_autodiff, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert float(factors.squared_norm(U, V)) == pytest.approx(
+        2 * float(product_norm(U, V)), rel=1e-5
+    )
+    stacked = jnp.stack([U, 2 * U]), jnp.stack([V, V])
+    np.testing.assert_allclose(
+        factors.squared_norm(*stacked)[1], 4 * factors.squared_norm(U, V), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        factors.frobenius_decay(*stacked)[0][0], factors.frobenius_decay(U, V)[0], rtol=1e-5
+    )
+
+
+def test_l2_bounds_the_nuclear_norm_and_meets_it_where_factors_are_balanced():
+    nuclear = np.linalg.svd(np.asarray(U @ V, np.float64), compute_uv=False).sum()
+    assert 0.5 * float((U**2).sum() + (V**2).sum()) > nuclear
+    u, v = factors.spectral_factors(U @ V, 4)
+    assert 0.5 * float((u**2).sum() + (v**2).sum()) == pytest.approx(nuclear, rel=1e-4)
+
+
+def test_frobenius_decay_does_not_see_how_scale_is_split_and_l2_does():
+    gauge = jnp.diag(jnp.array([2.0, 0.5, 1.0, 3.0]))
+    u, v = U @ gauge, jnp.linalg.inv(gauge) @ V
+    np.testing.assert_allclose(u @ v, U @ V, atol=1e-4)
+    assert float(factors.squared_norm(u, v)) == pytest.approx(
+        float(factors.squared_norm(U, V)), rel=1e-4
+    )
+    assert abs(float((u**2).sum() + (v**2).sum() - (U**2).sum() - (V**2).sum())) > 1
+
+
+def test_singular_values_are_those_of_the_product_and_bound_the_effective_rank():
+    exact = np.linalg.svd(np.asarray(U, np.float64) @ np.asarray(V, np.float64), compute_uv=False)
+    found = factors.singular_values(U, V)
+    np.testing.assert_allclose(found, exact[:4], rtol=1e-5)
+    assert float(factors.effective_rank(found)) == pytest.approx(exact.sum() / exact[0], rel=1e-5)
+    assert 1 <= float(factors.effective_rank(found)) <= 4
+    assert float(factors.effective_rank(jnp.zeros(4))) == 0
+
+
+def test_a_step_of_gradient_descent_on_both_factors_moves_the_product_as_written_out():
+    rate, grad = 0.01, jax.random.normal(jax.random.key(2), (9, 7))
+    u, v = U - rate * grad @ V.T, V - rate * U.T @ grad
+    w = U @ V
+    expected = w - rate * (grad @ V.T @ V + U @ U.T @ grad) + rate**2 * grad @ w.T @ grad
+    np.testing.assert_allclose(u @ v, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["l2", "frobenius"])
+def test_coupled_decay_is_part_of_the_gradient_and_nothing_else_changes(kind):
+    made = factor_decay.factor_decay(
+        learning_rate=0.5,
+        optimizer=lambda **given: optimizers.sgd(weight_decay=0.1, **given),
+        kind=kind,
+        weight=0.01,
+    )
+    updates, _ = made.update(ZEROS, made.init(PARAMS), PARAMS)
+    expected = (U, V) if kind == "l2" else factors.frobenius_decay(U, V)
+    np.testing.assert_allclose(updates["a"]["u"], -0.5 * 0.01 * expected[0], rtol=1e-5)
+    np.testing.assert_allclose(updates["a"]["v"], -0.5 * 0.01 * expected[1], rtol=1e-5)
+    np.testing.assert_allclose(updates["b"]["kernel"], -0.5 * 0.1 * PARAMS["b"]["kernel"])
+    assert not updates["b"]["bias"].any()
+
+
+def test_decoupled_decay_follows_the_schedule_and_is_not_normalised_by_adam():
+    rate = optax.linear_schedule(1.0, 0.0, 2)
+    made = factor_decay.factor_decay(learning_rate=rate, weight=0.01, coupled=False)
+    state = made.init(PARAMS)
+    for factor in (1.0, 0.5, 0.0):
+        updates, state = made.update(ZEROS, state, PARAMS)
+        expected = -factor * 0.01 * factors.frobenius_decay(U, V)[0]
+        np.testing.assert_allclose(updates["a"]["u"], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_frozen_factors_are_left_alone():
+    made = factor_decay.add_decay("frobenius", 1.0)
+    frozen = {"a": {"u": U, "v": None}, "b": PARAMS["b"]}
+    updates, _ = made.update(frozen, made.init(frozen), frozen)
+    assert (updates["a"]["u"] == U).all() and updates["a"]["v"] is None
+
+
+def test_no_decay_is_no_decay_of_adamw_either():
+    made = factor_decay.factor_decay(learning_rate=0.5, kind="none")
+    updates, _ = made.update(ZEROS, made.init(PARAMS), PARAMS)
+    assert not updates["a"]["u"].any() and updates["b"]["kernel"].any()
+    with pytest.raises(ValueError, match="kind = 'nuclear' is none of"):
+        factor_decay.factor_decay(learning_rate=0.5, kind="nuclear")
