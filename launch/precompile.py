@@ -55,8 +55,8 @@ import jax
 
 from launch import compile_report, tpu_topology
 from launch.compile_report import Memory, Report
+from launch.host_metrics import flops_per_token
 from launch.tpu_topology import Topology
-from launch.train import flops_per_token
 from trainers import flops, partitioning, schedules
 from trainers.recipe import Program, Recipe
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48
+_BALANCED = {"english": 0.25, "docstrings": 0.25, "python": 0.25, "cpp": 0.25}
 # A cooldown goes on with all of the state; its rate falls in a line from where the cosine has stopped.
 _COOLDOWN_BINDINGS = (
     f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
@@ -21,7 +22,8 @@ _COOLDOWN_BINDINGS = (
 
 
 def _cooldown(shares: dict[str, float]) -> dict:
-    phases = f"stream.make_stream.phases=((0, {shares!r}),)"
+    # All of the state is taken, the place in the data too: what was read before must be said as well.
+    phases = f"stream.make_stream.phases=((0, {_BALANCED!r}), ({_STEPS}, {shares!r}))"
     return {
         "parent": "balanced",
         "gin_files": (f"{_ARMS}balanced.gin",),

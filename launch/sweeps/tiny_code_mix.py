@@ -15,12 +15,16 @@ def _shares(**shares: float) -> str:
     return f"stream.make_stream.phases=((0, {shares!r}),)"
 
 
+_THEN_TEXT = {"english": 0.9, "python": 0.1}
+
+
 def _cooldown(**shares: float) -> dict:
     """Goes on with all of the state; the rate falls in a line from where the cosine has stopped."""
     return {
         "parent": "balanced_then_text",
         "bindings": (
-            _shares(**shares),
+            # The place in the data is taken too: what was read before must be said as well.
+            f"stream.make_stream.phases=((0, {_THEN_TEXT!r}), ({_STEPS}, {shares!r}))",
             f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
             "train.train.initial_scope='state'",
             "recipe.Recipe.learning_rate=@schedules.cooldown()",
@@ -39,7 +43,7 @@ def get_config() -> ConfigDict:
         # Parameters alone are taken: step, moments and schedule begin anew.
         "balanced_then_text": {
             "parent": "balanced",
-            "bindings": (_shares(english=0.9, python=0.1),),
+            "bindings": (_shares(**_THEN_TEXT),),
         },
         "cooldown_with_code": _cooldown(english=0.8, python=0.2),
         "cooldown_without_code": _cooldown(english=1.0),
