@@ -9,7 +9,7 @@ D width, V vocabulary.
 """
 
 import dataclasses
-import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -134,7 +134,7 @@ class Reading:
         longest = max(_SHORTEST_TAIL, *map(len, self.tails))
         return (
             _power_of_two(len(self.tails)),
-            _power_of_two(longest),
+            _power_of_four(longest),
             bucket_length(len(self.tokens)),
         )
 
@@ -201,27 +201,44 @@ class LikelihoodScorer:
         self, rows: Sequence[Row], limit: int | None, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
         with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
-            for batch, size in self.batches(readings(rows)):
-                for i, found in self._score(rows, batch, size, limit):
+            for shape, batch, size in self.batches(readings(rows)):
+                for i, found in self._score(rows, shape, batch, size, limit):
                     progress.update()
                     yield i, found
 
-    def batches(self, found: Sequence[Reading]) -> Iterator[tuple[Sequence[Reading], int]]:
-        """(readings of one shape, rows of the batch) in the order of the readings."""
-        for (count, tail_length, length), group in itertools.groupby(found, lambda r: r.shape):
-            rest = list(group)
+    def batches(
+        self, found: Sequence[Reading]
+    ) -> Iterator[tuple[tuple[int, int, int], Sequence[Reading], int]]:
+        """(shape, readings that fit it, rows of the batch) in the order of the readings.
+
+        What a shape leaves of a batch is filled with readings of smaller ones: compiling one more program
+        takes longer than a batch does.
+        """
+        first = 0
+        while first < len(found):
+            shape = count, tail_length, length = found[first].shape
             most = max(1, self._batch_tokens // (length + count * tail_length))
-            while rest:
-                # What remains at the end is not filled up to a whole batch.
-                size = min(most, _power_of_two(len(rest)), self._batch_size or most)
-                size = -(-size // self._row_shards) * self._row_shards
-                yield rest[:size], size
-                rest = rest[size:]
+            most = self._sharded(min(most, self._batch_size or most))
+            last = first + 1
+            while last < len(found) and last - first < most and _fits(found[last].shape, shape):
+                last += 1
+            # What remains at the end is not filled up to a whole batch.
+            yield shape, found[first:last], min(most, self._sharded(_power_of_two(last - first)))
+            first = last
+
+    def _sharded(self, count: int) -> int:
+        """Rows that all shards have alike, not fewer than `count`."""
+        return -(-count // self._row_shards) * self._row_shards
 
     def _score(
-        self, rows: Sequence[Row], batch: Sequence[Reading], size: int, limit: int | None
+        self,
+        rows: Sequence[Row],
+        shape: tuple[int, int, int],
+        batch: Sequence[Reading],
+        size: int,
+        limit: int | None,
     ) -> Iterator[tuple[int, Likelihood]]:
-        count, tail_length, length = batch[0].shape
+        count, tail_length, length = shape
         length = length if limit is None else min(length, limit)
         tokens_BT, lengths_B = _padded([reading.tokens for reading in batch], size, length)
         arrays = [tokens_BT, lengths_B]
@@ -242,7 +259,7 @@ class LikelihoodScorer:
                     places += range(after - len(given), after)
                 targets += given
                 ends.append((i, len(targets)))
-        extra = _power_of_two(max(_FEWEST, len(targets))) - len(targets)
+        extra = _power_of_four(max(_FEWEST, len(targets))) - len(targets)
         places_Q, targets_Q = (np.pad(x, (0, extra)).astype(np.int32) for x in (places, targets))
         arrays = jax.device_put(arrays, self._sharding)
         logp_Q, greedy_Q = map(
@@ -287,6 +304,16 @@ def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.nd
         tokens[b, : len(row)] = row
         lengths[b] = len(row)
     return [tokens, lengths]
+
+
+def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
+    """Whether a batch of one shape can hold a reading of another; without tails it has no place for any."""
+    return (shape[0] > 0) == (into[0] > 0) and all(map(operator.le, shape, into))
+
+
+def _power_of_four(count: int) -> int:
+    """The smallest that is not less than `count`."""
+    return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
 
 
 def _power_of_two(count: int) -> int:

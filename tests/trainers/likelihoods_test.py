@@ -102,10 +102,15 @@ def test_batches_hold_the_tokens_asked_for(model, params):
     scorer = LikelihoodScorer(model, params, batch_tokens=96, batch_size=3, row_shards=2)
     found = [likelihoods.Reading((1,) * n, ((1,), (2,)), []) for n in (16, 16, 9)]
     found += [likelihoods.Reading((1,) * n, (), []) for n in (30, 28, 27, 16, 16, 16, 9, 9)]
-    batches = [(len(batch), size) for batch, size in scorer.batches(found)]
-    # 96 // (16 + 2 * 16) = 2 rows and what is left; alone 96 // 32 = 3, made even by the two shards;
-    # then 3 of 96 // 16, made even, and one that is left.
-    assert batches == [(2, 2), (1, 2), (3, 4), (4, 4), (1, 2)]
+    batches = [(shape, len(batch), size) for shape, batch, size in scorer.batches(found)]
+    # 96 // (16 + 2 * 16) = 2 rows and what is left, which takes nothing that has no tails; alone
+    # 96 // 32 = 3, made even by the two shards and filled with a shorter one; then 3 of 96 // 16, made even.
+    assert batches == [
+        ((2, 16, 16), 2, 2),
+        ((2, 16, 16), 1, 2),
+        ((0, 0, 32), 4, 4),
+        ((0, 0, 16), 4, 4),
+    ]
 
 
 def test_a_row_that_predicts_nothing_is_refused(model, params):
