@@ -8,6 +8,7 @@ from typing import Any
 
 from launch import gin_config, load_run
 from launch.load_run import LoadedRun, LoadError, RunConfig
+from model.platform import target_platform
 from model.surgery import layer_stack
 from trainers.buckets import longest_row
 
@@ -28,6 +29,11 @@ def config_of(checkpoint: str, gin_file: str | None) -> RunConfig:
     )
     run: Any = config.entry
     return run()
+
+
+def default_batch_tokens() -> int:
+    # CPUs are busy with few tokens, and padding is then a small part of a batch.
+    return 2048 if target_platform() == "cpu" else 16384
 
 
 def unroll(run: LoadedRun) -> None:

@@ -26,7 +26,6 @@ from launch import load_run
 from launch.lm_eval_generation import Generator, options
 from launch.load_run import LoadedRun, LoadError
 from model.kv_cache.policies import policy_from_text
-from model.platform import target_platform
 from trainers.likelihoods import Likelihood, LikelihoodScorer
 from trainers.scoring import Row
 
@@ -106,8 +105,7 @@ class EspalierLM(TemplateLM):
         if policy.future:
             raise LoadError(f"--model_args: cache_policy={cache_policy} reads the answer to come.")
         if batch_tokens is None:
-            # CPUs are busy with few tokens, and padding is then a small part of a batch.
-            batch_tokens = 2048 if target_platform() == "cpu" else 16384
+            batch_tokens = arguments.default_batch_tokens()
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
         config = arguments.config_of(checkpoint, gin_file)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.lm_eval_arguments import unroll
+from launch.lm_eval_arguments import default_batch_tokens, unroll
 from launch.lm_eval_generation import Generation, Generator
 from launch.load_run import LoadedRun
 from model.kv_cache.full import FullCache
-from model.platform import target_platform
 from trainers.likelihoods import LikelihoodScorer
 from trainers.sampling import Sampling
 from trainers.scoring import Row
@@ -23,8 +22,7 @@ class Answers:
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
         unroll(run)
-        # CPUs are busy with few tokens, and padding is then a small part of a batch.
-        batch_tokens = 2048 if target_platform() == "cpu" else 16384
+        batch_tokens = default_batch_tokens()
         self._run = run
         self._greedy = Generation(
             until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)

@@ -2,6 +2,7 @@
 
 import gin
 import jax
+import jax.numpy as jnp
 import pytest
 
 from launch import gin_config
@@ -47,6 +48,20 @@ def test_moments_are_of_the_factors_alone(rank):
     )
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_settings_of_adamw_reach_it():
+    def update(*bindings):
+        made = recipe("models/tiny", "runs/pretrain", bindings=("FACTOR_DECAY='none'", *bindings))
+        optimizer = made.optimizer(learning_rate=1.0)
+        params = {"kernel": jnp.ones(3), "u": jnp.ones(3)}
+        updates, _ = optimizer.update(
+            jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+        )
+        gin.clear_config(clear_constants=True)
+        return {name: float(value[0]) for name, value in updates.items()}
+
+    assert update("optimizers.adamw.weight_decay=0.25") == {"kernel": -0.25, "u": 0.0}
 
 
 @pytest.mark.parametrize("name", ["tiny", "mixtral_8x7b"])
