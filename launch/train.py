@@ -52,7 +52,7 @@ from trainers.batches import Prefetcher, Stream, TrainStream
 from trainers.compile_ahead import compiling
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
-from trainers.hooks import Hook
+from trainers.hooks import HookFactory, RunContext
 from trainers.loop import Loop
 from trainers.recipe import Recipe
 
@@ -80,7 +80,7 @@ def train(
     log_period: int = 10,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[HookFactory] = (),
     started: float | None = None,
 ) -> dict[str, float]:
     """Trains `recipe` on `stream` up to `total_steps` updates.
@@ -111,7 +111,7 @@ def train(
       writers: factories of more metric writers, beside metrics.jsonl and TensorBoard in the run's
         directory; called once all is checked, by the one process that writes.
       profile: a window of steps to profile.
-      hooks: further hooks.
+      hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 
@@ -222,6 +222,13 @@ def train(
         if primary:
             run_messages.announce(recipe, program, data, start, total_steps, told)
         rates = host_metrics.rates_of(recipe, total_steps)
+        context = RunContext(
+            path=run.path,
+            writer=primary,
+            recipe=recipe,
+            program=program,
+            learning_rate=lambda updates: float(rates[updates]),
+        )
         loop = Loop(
             state=start.state,
             step=start.step,
@@ -246,8 +253,9 @@ def train(
                 "learning_rate": float(rates[updates]),
                 "positions": {**begun.get("positions", {}), **data.positions(batches)},
             },
-            hooks=(*([evaluation] if held_out else []), *hooks),
+            hooks=(*([evaluation] if held_out else []), *(make(run=context) for make in hooks)),
             hooks_left_out=_left_out(run, start),
+            begins=start.source != "run",
             anomaly=recipe.anomaly,
             stop=stop,
             abstract_state=program.abstract_state,
@@ -312,8 +320,9 @@ def _writers(
 ) -> list[metric_writers.MetricWriter]:
     if not run.writer:
         return []
+    after = first_step + 1 if first_step else 0  # step 0 has a row where hooks ran before it
     return [
-        metric_writers.JsonlWriter(run.metrics, first_step=first_step + 1),
-        metric_writers.TensorBoardWriter(run.tensorboard, first_step=first_step + 1),
+        metric_writers.JsonlWriter(run.metrics, first_step=after),
+        metric_writers.TensorBoardWriter(run.tensorboard, first_step=after),
         *(make() for make in more),
     ]

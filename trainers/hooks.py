@@ -1,8 +1,11 @@
 """The hook seam: host code with a cadence, called after a step's update."""
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from trainers.recipe import Program, Recipe
 from trainers.train_state import TrainState
 
 
@@ -10,15 +13,39 @@ class GivenUpError(Exception):
     """Raised by a hook that has seen the request to stop: the loop saves and ends as requested."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a hook may know of the run it is made for.
+
+    Attributes:
+      path: the run's directory.
+      writer: whether this process writes there, as one of them does.
+      recipe, program: model, objective, mesh and shardings.
+      learning_rate: of the update after so many.
+    """
+
+    path: str | os.PathLike
+    writer: bool
+    recipe: Recipe
+    program: Program
+    learning_rate: Callable[[int], float]
+
+
+# What gin binds in train.hooks: called with (run=).
+HookFactory = Callable[..., "Hook"]
+
+
 class Hook(Protocol):
     """Called with the number of updates made, the state after them, and the newest host metrics.
 
     The metrics are those of the step before, since they are fetched one step late. What a hook
     returns is written with the run's metrics. A hook runs when `step` is a multiple of `every`, and
-    after the last step. One that a stop has kept from running is run when the run goes on.
+    after the last step. One that a stop has kept from running is run when the run goes on. With
+    `at_start` it also runs before a run's first update.
     """
 
     every: int
+    at_start: bool = False
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]

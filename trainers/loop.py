@@ -61,6 +61,7 @@ class Loop:
       position: (updates applied, batches drawn) -> more to record with a checkpoint.
       hooks: see trainers/hooks.py; a stop leaves out those due at its step.
       hooks_left_out: a stop has left out the hooks due at the step to continue from: they run first.
+      begins: no update of this run was made before, so that hooks with `at_start` run first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
       abstract_state: shapes and shardings, for a rollback.
@@ -91,6 +92,7 @@ class Loop:
     position: Callable[[int, int], Mapping[str, Any]] = lambda updates, batches: {}
     skipped: int = 0
     hooks_left_out: bool = False
+    begins: bool = False
     profiler: ProfilerWindow | None = None
 
     def __post_init__(self):
@@ -125,7 +127,9 @@ class Loop:
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
             if self.hooks_left_out:
-                self._run_hooks()
+                self._run_hooks(self._due())
+            elif self.begins:
+                self._run_hooks([hook for hook in self.hooks if getattr(hook, "at_start", False)])
             while self.step < self.total_steps and not self.interrupted:
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
@@ -157,7 +161,7 @@ class Loop:
         )
         if (due or save or self._last) and not self._observe(self._late.flush()):
             return
-        found = self._run_hooks() if due else {}
+        found = self._run_hooks(due)
         if save or (self.interrupted and self.checkpointer is not None):
             self._save(found)
 
@@ -168,10 +172,10 @@ class Loop:
     def _due(self) -> list[Hook]:
         return [hook for hook in self.hooks if self._last or self.step % hook.every == 0]
 
-    def _run_hooks(self) -> dict[str, float]:
-        """Runs the hooks due at this step and writes what they found; a stop may cut them short."""
+    def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
+        """Runs hooks at this step and writes what they found; a stop may cut them short."""
         found: dict[str, float] = {}
-        for hook in self._due():
+        for hook in due:
             try:
                 with self.goodput.measure("evaluation"):
                     values = hook(self.step, self.state, self._seen) or {}

@@ -3,12 +3,15 @@
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from launch import gin_config
 from launch.host_metrics import flops_per_token
 from model import factors
-from trainers import initialise
+from trainers import initialise, spectrum, step_dir
+from trainers.array_files import StoredArray
+from trainers.hooks import RunContext
 from trainers.metric_writers import read_jsonl
 
 LOW_RANK = "t5x_configs/methods/low_rank.gin"
@@ -81,22 +84,79 @@ def test_a_tokens_flops_are_those_of_the_factors(name):
     assert flops(0.5) - flops(0.125) == pytest.approx(6 * config.num_layers * (half - eighth))
 
 
-def test_a_low_rank_run_trains_and_its_loss_falls(train, tmp_path):
+def test_a_low_rank_run_trains_and_its_spectra_are_those_of_its_products(train, tmp_path):
     bindings = (
         f"MODEL_DIR={str(tmp_path)!r}",
         f"DIRECTORY={train.cache + '/text'!r}",
-        "TRAIN_STEPS=12",
-        "schedules.cosine.total_steps=12",
+        "schedules.cosine.total_steps=14",
         "train.train.log_period=1",
         "FACTOR_INIT='spectral_ones'",
+        "SPECTRUM_PERIOD=5",
     )
-    result = train(
-        f"--gin_file={train.programs}/local_text.gin",
-        f"--gin_file={LOW_RANK}",
-        *[f"--gin.{binding}" for binding in bindings],
-    )
-    assert result.status == 0, result.err
+
+    def run(steps):
+        return train(
+            f"--gin_file={train.programs}/local_text.gin",
+            f"--gin_file={LOW_RANK}",
+            "--gin_file=t5x_configs/methods/spectrum.gin",
+            *[f"--gin.{binding}" for binding in bindings],
+            f"--gin.TRAIN_STEPS={steps}",
+        )
+
+    assert (result := run(12)).status == 0, result.err
     losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
     written = (tmp_path / "parameters.txt").read_text()
     assert "layers/block_0/attention/query/u" in written and "query/kernel" not in written
+
+    assert run(14).status == 0
+    readings = spectrum.read(tmp_path)
+    assert [line["step"] for line in readings] == [0, 5, 10, 12, 14]
+    first, last = readings[0]["layers"], readings[-1]["layers"]
+    assert all(np.allclose(values, 1.0, atol=1e-5) for values in first.values())
+    step = step_dir.resolve(tmp_path)
+    names = ("u", "v")
+    stored = {
+        path: [StoredArray(step, f"params/{path}/{n}").read() for n in names] for path in last
+    }
+    ranks, norms = [], []
+    for path, (u, v) in stored.items():
+        products = np.asarray(u, np.float64) @ np.asarray(v, np.float64)
+        want = np.linalg.svd(products, compute_uv=False)[:, : u.shape[-1]]
+        np.testing.assert_allclose(last[path], want, rtol=1e-4)
+        ranks += list(want.sum(-1) / want.max(-1))
+        norms += list(np.square(products).sum((-2, -1)))
+    (row,) = (row for row in read_jsonl(tmp_path / "metrics.jsonl")
+              if row["step"] == 14 and "spectrum/nuclear" in row)  # fmt: skip
+    assert row["spectrum/effective_rank"] == pytest.approx(np.mean(ranks), rel=1e-4)
+    rate = readings[-1]["learning_rate"]
+    assert row["spectrum/effective_step"] == pytest.approx(
+        np.mean(rate / np.array(norms)), rel=1e-3
+    )
+
+
+def test_spectra_of_dense_kernels_and_of_none():
+    files = ("models/tiny", "runs/pretrain")
+
+    def hook(made, **settings):
+        run = RunContext(path="", writer=False, recipe=made, program=made.program(),
+                         learning_rate=lambda step: 0.5)  # fmt: skip
+        return spectrum.Spectrum(run=run, **settings)
+
+    low_rank = recipe(*files)
+    with pytest.raises(ValueError, match="'.*/nothing' matches no kernel"):
+        hook(low_rank, kernels=(".*/nothing",))
+    gin.clear_config(clear_constants=True)
+    given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
+    paths = [f"t5x_configs/{name}.gin" for name in files]
+    dense = gin_config.load(paths, given, entry="launch.train:train").arguments()["recipe"]
+    with pytest.raises(ValueError, match="no factorised matrices"):
+        hook(dense)
+    state = dense.program().init()
+    found = hook(dense, kernels=(".*/query/kernel",))(0, state, {})
+    kernels = np.asarray(state.params["layers"]["block_0"]["attention"]["query"]["kernel"])
+    values = np.linalg.svd(np.asarray(kernels, np.float64), compute_uv=False)
+    want = np.mean(values.sum(-1) / values.max(-1))
+    assert found["spectrum/effective_rank"] == pytest.approx(want, rel=1e-5)
+    squares = np.square(kernels).sum((-2, -1))
+    assert found["spectrum/effective_step"] == pytest.approx(np.mean(0.5 / squares), rel=1e-5)

@@ -79,7 +79,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, whole,
     seed = time.time_ns()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    sleep = "--gin.train.train.hooks=[@local_text.Sleep()]"
+    sleep = "--gin.train.train.hooks=[@local_text.Sleep]"
     reached = 0
     for moment in ("while it starts", "early", "late"):
         process = start(train, tmp_path, sleep)

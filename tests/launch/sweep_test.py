@@ -484,7 +484,7 @@ DIRECTORY = '{cache}/text'
 recipe.Recipe.seed = %SEED
 local_text.open_stream.seed = %SEED
 train.train.eval_tasks = ('licence',)
-train.train.hooks = [@local_text.Sleep()]
+train.train.hooks = [@local_text.Sleep]
 local_text.Sleep.seconds = 0.0
 schedules.cosine.total_steps = 16
 """

@@ -199,6 +199,27 @@ def test_rows_are_sums_over_their_steps_and_no_step_is_lost(tmp_path):
     assert all(row["time/goodput"] <= 1 for _, row in loop.writer.rows)
 
 
+def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp_path):
+    class AtStart:
+        every, at_start = 4, True
+
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, step, state, metrics):
+            self.seen.append((step, int(state.step)))
+            return {"hook/step": step}
+
+    hook = AtStart()
+    loop = make_loop(tmp_path, hooks=(hook,), total=5, begins=True)
+    loop.run()
+    assert hook.seen == [(0, 0), (4, 4), (5, 5)]
+    assert loop.writer.having("hook/step") == [(0, 0), (4, 4), (5, 5)]
+    hook = AtStart()
+    make_loop(tmp_path, hooks=(hook,), total=5).run()
+    assert hook.seen == [(4, 4), (5, 5)]
+
+
 def test_hooks_keep_their_cadence_see_the_state_of_their_step_and_run_last(tmp_path, saver):
     seen = []
 

@@ -96,7 +96,8 @@ class Sleep:
 
     every = 1
 
-    def __init__(self, *, seconds=0.1):
+    def __init__(self, *, run, seconds=0.1):
+        del run
         self._seconds = seconds
 
     def __call__(self, step, state, metrics):
