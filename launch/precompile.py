@@ -74,6 +74,7 @@ def run(start: Any) -> None:
     span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
     recipe: Recipe = start.arguments()["recipe"].over(span)
     program = recipe.program(devices=devices)
+    print("".join(line + "\n" for line in program.reports), end="")
     print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", flush=True)
     began = time.perf_counter()
     report, text = compile_step(recipe, program, hbm_bytes=topology.chip.hbm_bytes)

@@ -35,7 +35,9 @@ def announce(
     remaining = (total_steps - start.step) * tokens * flops_per_token(recipe, program)
     seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
     lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
-    print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
+    print(
+        "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
+    )
 
 
 def epochs_line(data: TrainStream, step: int) -> str:

@@ -38,6 +38,7 @@ from launch import (
     run_vocabulary,
 )
 from launch.parameter_table import parameter_table
+from model.surgery.transform import TreeTransform
 from trainers import (
     batches,
     checkpoint,
@@ -77,6 +78,8 @@ def train(
     initial_assignment: Sequence[tuple[str, str | None]] = (),
     initial_strict: bool = True,
     initial_use_ema: bool = False,
+    initial_transform: TreeTransform | None = None,
+    initial_moments: restore.Moments = "reset",
     log_period: int = 10,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
@@ -107,6 +110,10 @@ def train(
       initial_assignment: with 'params', (pattern, checkpoint path or None) for parameters under other names.
       initial_strict: with 'params', each of this model's parameters must be found there, and none more.
       initial_use_ema: with 'params', starts from the averaged parameters.
+      initial_transform: makes that checkpoint's parameters into this model's (model/surgery/transform.py);
+        with the scopes 'phase' and 'state' step and schedule are as these say.
+      initial_moments: with a transform, whether the optimiser's moments begin anew ('reset') or go
+        through it ('carry').
       log_period: updates per row of metrics.
       writers: factories of more metric writers, beside metrics.jsonl and TensorBoard in the run's
         directory; called once all is checked, by the one process that writes.
@@ -212,6 +219,8 @@ def train(
                 assignment=tuple(initial_assignment),
                 strict=initial_strict,
                 use_ema=initial_use_ema,
+                transform=initial_transform,
+                moments=initial_moments,
             )
             run_checks.same_vocabulary(start, meta)
             begun = phase.begun(start, begun)

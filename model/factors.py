@@ -191,7 +191,8 @@ def table(found: Sequence[Factors]) -> list[str]:
     if found:
         rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
     return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows
     ]

@@ -9,7 +9,7 @@ Shapes: X in, Y out, R rank, E experts, '...' stacked layers or experts.
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -97,6 +97,38 @@ class Factorisation:
             return factors.he_factors(key, kernel_init, shape, rank)
         ones = self.ones_scale if self.init == "spectral_ones" else None
         return factors.spectral_factors(kernel_init(key, shape, jnp.float32), rank, ones=ones)
+
+
+def report(params: Any, *, factorisation: Factorisation) -> list[str]:
+    """The table of a model's factorised matrices, and a warning of those that grew by it.
+
+    Args:
+      params: arrays or their shapes.
+      factorisation: what the model was built with.
+
+    Raises:
+      ValueError: a pattern of the factorisation matches no factorised layer.
+    """
+    found = factors.find_factors(params)
+    for name, patterns in (
+        ("layers", factorisation.layers),
+        ("ranks", [pattern for pattern, _ in factorisation.ranks]),
+    ):
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, one.path) for one in found):
+                known = ", ".join(one.path for one in found[:3]) + ("..." if found[3:] else "")
+                raise ValueError(
+                    f"Factorisation.{name}: {pattern!r} matches no layer that can be factorised; there "
+                    + (f"are {known}." if found else "are none, as its `dense` is another class.")
+                )
+    lines = factors.table(found)
+    if larger := [one.path for one in found if one.factors > one.dense]:
+        lines.append(
+            f"WARNING: the factors of {len(larger)} matrices are larger than what they stand for, "
+            f"{larger[0]} first: use a rank below rows * columns / (rows + columns), as "
+            "RANK_RULE = 'param_ratio' does."
+        )
+    return lines
 
 
 class LowRankDense(Dense):

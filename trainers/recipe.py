@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,6 +37,8 @@ class Recipe:
       learning_rate: a schedule over update steps.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
+      reports: called with the parameters' shapes before anything is allocated; each returns lines to be
+        shown at the start of a run, or raises ValueError for a model that is not as it was meant.
       microbatches: parts a batch is processed in, in evaluation too.
       gradient_dtype: dtype of gradients, taken of a copy of the parameters in it; None for their own.
       ema_decay: decay of averaged parameters kept beside the trained ones; None for none.
@@ -52,6 +55,7 @@ class Recipe:
     learning_rate: Schedule
     objective: Callable[..., LossFn] = language_modelling
     trainable: Sequence[str] = ()
+    reports: Sequence[Callable[[Any], Sequence[str]]] = ()
     microbatches: int = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
@@ -107,6 +111,8 @@ class Recipe:
             if self.trainable
             else None
         )
+        shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
+        reports = [line for report in self.reports for line in report(shapes)]
         optimizer = self.optimizer(learning_rate=self.learning_rate)
         make_state = functools.partial(
             initialise.make_state,
@@ -146,6 +152,7 @@ class Recipe:
             mesh=mesh,
             rules=rules,
             boxed_params=boxed,
+            reports=reports,
             mask=mask,
             abstract_state=jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -177,6 +184,10 @@ class Recipe:
             "decoder_positions": array(rows, jnp.int32),
             "source_ids": array(rows[:1], jnp.int32),
         }
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +233,7 @@ class Program:
       mesh: the resolved mesh.
       rules: logical to mesh axes.
       boxed_params: abstract parameters with their logical names.
+      reports: lines that say how the model is meant.
       mask: tree of bools, True where trained; None when everything is.
       abstract_state: shapes, dtypes and shardings of the state.
       init: () -> state of step 0, created sharded.
@@ -232,6 +244,7 @@ class Program:
     mesh: Mesh
     rules: Rules
     boxed_params: Any
+    reports: Sequence[str]
     mask: Any
     abstract_state: TrainState
     init: Callable[[], TrainState]

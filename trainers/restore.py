@@ -18,12 +18,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from etils import epath
 
-from trainers import state_tree, step_dir
-from trainers.anomaly import STATISTICS
+from model.surgery.transform import TreeTransform
+from trainers import phase_state, state_tree, step_dir
 from trainers.array_files import read_verified
 from trainers.restore_params import (
     Assignment,
@@ -32,6 +30,7 @@ from trainers.restore_params import (
     list_differences,
     restore_params,
 )
+from trainers.restore_transformed import Moments, restore_transformed
 
 Scope = Literal["params", "phase", "state"]
 SCOPES = get_args(Scope)
@@ -140,33 +139,6 @@ def _restore(path: epath.Path, abstract_state: Any, expected_meta: Mapping[str, 
     )
 
 
-def _at_step_0(state: Any) -> Any:
-    """The state as the beginning of another phase: steps and schedules count from 0 again.
-
-    Moments stay, and so do the counts that their bias is corrected by; statistics of losses do not, for
-    other data have other losses.
-    """
-
-    def zero(array: jax.Array) -> jax.Array:
-        return jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
-
-    def is_place(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
-
-    variables = dict(state.variables)
-    if STATISTICS in variables:
-        variables[STATISTICS] = jax.tree.map(zero, variables[STATISTICS])
-    return state.replace(
-        step=zero(state.step),
-        opt_state=jax.tree.map(
-            lambda node: jax.tree.map(zero, node) if is_place(node) else node,
-            state.opt_state,
-            is_leaf=is_place,
-        ),
-        variables=variables,
-    )
-
-
 def restore_or_initialise(
     checkpointer: Any,
     abstract_state: Any,
@@ -178,6 +150,8 @@ def restore_or_initialise(
     assignment: Assignment = (),
     strict: bool = True,
     use_ema: bool = False,
+    transform: TreeTransform | None = None,
+    moments: Moments = "reset",
 ) -> Restored:
     """The state a run starts from, in the documented order: own run, initial checkpoint, scratch.
 
@@ -192,6 +166,8 @@ def restore_or_initialise(
         and the optimiser's moments, at step 0 of a new schedule; 'state' takes everything, the step
         and the place in the schedule too.
       assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
+      transform: what makes the initial checkpoint's parameters into those of this model.
+      moments: with `transform`, see `restore_transformed`.
 
     Raises:
       ValueError: an unknown scope, or options that it does not have.
@@ -210,13 +186,35 @@ def restore_or_initialise(
             f"{', '.join(name for name, given in options.items() if given)} would have no effect: "
             "leave out what is named, or use initial_scope = 'params'."
         )
+    if transform is not None and not initial_checkpoint_path:
+        raise ValueError(
+            "INITIAL_TRANSFORM changes the parameters of a checkpoint: set INITIAL_CHECKPOINT_PATH."
+        )
+    if moments == "carry" and (transform is None or initial_scope == "params"):
+        raise ValueError(
+            "INITIAL_MOMENTS = 'carry' needs an INITIAL_TRANSFORM, and INITIAL_SCOPE = 'phase' or "
+            "'state': the scope 'params' takes no moments."
+        )
     restored = checkpointer.restore_latest(abstract_state, expected_meta=expected_meta)
     if restored is not None:
         return restored
+    if transform is not None:
+        given = {"assignment": assignment, "strict": strict, "use_ema": use_ema}
+        state, path = restore_transformed(
+            initial_checkpoint_path, initialise(), transform, moments=moments, **given
+        )
+        if initial_scope != "state":
+            state = phase_state.at_step_0(state)
+        step = int(state.step)
+        return Restored(
+            step=step, state=state, meta=step_dir.read_meta(path), path=path, source="initial"
+        )
     if initial_checkpoint_path and initial_scope != "params":
         restored = restore_state(initial_checkpoint_path, abstract_state)
         if initial_scope == "phase":
-            restored = dataclasses.replace(restored, step=0, state=_at_step_0(restored.state))
+            restored = dataclasses.replace(
+                restored, step=0, state=phase_state.at_step_0(restored.state)
+            )
         return dataclasses.replace(restored, source="initial")
     state = initialise()
     if not initial_checkpoint_path:

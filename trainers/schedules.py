@@ -170,6 +170,35 @@ def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e
     return optax.join_schedules([before, decay], [start_step])
 
 
+def continued(
+    *, before: Schedule, start_step: int, warmup_steps: int = 0, scale: float = 1.0
+) -> Schedule:
+    """`before` up to `start_step` and `scale` times it from there on, after a linear warm-up from 0.
+
+    For a run whose parameters are transformed on the way, such as decomposed into factors.
+    """
+    if isinstance(before, Unspanned):
+        return Unspanned(
+            lambda run: continued(
+                before=span(before, run),
+                start_step=start_step,
+                warmup_steps=warmup_steps,
+                scale=scale,
+            )
+        )
+    if warmup_steps < 0 or start_step < 0:
+        raise ValueError(
+            f"continued: start_step = {start_step} and warmup_steps = {warmup_steps} must not be negative."
+        )
+
+    def rate(step):
+        since = jnp.asarray(step - start_step, jnp.float32)
+        rise = jnp.minimum(since / warmup_steps, 1.0) if warmup_steps else 1.0
+        return before(step) * jnp.where(since < 0, 1.0, scale * rise)
+
+    return rate
+
+
 def phases(*, schedules: Sequence[Schedule], starts: Sequence[int]) -> Schedule:
     """Runs schedule i, its own steps counted from 0, from step starts[i] on; starts[0] is 0."""
     if len(schedules) != len(starts) or not starts or starts[0] != 0:

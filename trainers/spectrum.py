@@ -114,7 +114,9 @@ def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:
     frobenius = np.array([np.sqrt(np.square(row).sum()) for row in spectra])
     moving = frobenius[frobenius > 0]
     return {
-        "effective_rank": float(np.mean([factors.effective_rank(row) for row in spectra])),
+        "effective_rank": float(
+            np.mean([factors.effective_rank(jnp.asarray(row)) for row in spectra])
+        ),
         "effective_step": float(np.mean(rate / moving**2)) if moving.size else 0.0,
         "frobenius": float(frobenius.mean()),
         "operator": float(np.mean([row.max() for row in spectra])),

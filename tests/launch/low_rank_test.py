@@ -106,6 +106,7 @@ def test_a_low_rank_run_trains_and_its_spectra_are_those_of_its_products(train, 
     assert (result := run(12)).status == 0, result.err
     losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
+    assert "layers/block_0/mlp/down" in result.out and "LARGER" not in result.out
     written = (tmp_path / "parameters.txt").read_text()
     assert "layers/block_0/attention/query/u" in written and "query/kernel" not in written
 

@@ -210,3 +210,25 @@ def test_unknown_words_are_refused():
         Factorisation(init="svd")
     with pytest.raises(ValueError, match="rank_rule = 'half'"):
         Factorisation(rank_rule="half")
+
+
+def test_the_report_has_exact_sizes_warns_of_growth_and_refuses_patterns_without_a_layer():
+    shapes = {
+        "a": {"u": jax.ShapeDtypeStruct((3, 8, 2), jnp.float32), "v": jax.ShapeDtypeStruct((3, 2, 6), jnp.float32)},
+        "b": {"u": jax.ShapeDtypeStruct((8, 4), jnp.float32), "v": jax.ShapeDtypeStruct((4, 8), jnp.float32)},
+        "c": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+    }  # fmt: skip
+    lines = lowrank.report(shapes, factorisation=Factorisation(layers=("a", "b")))
+    cells = [line.split() for line in lines[1:]]
+    assert cells[0] == ["a", "8", "x", "6", "x", "3", "2", "144", "84", "0.583"]
+    assert cells[1] == ["b", "8", "x", "8", "4", "64", "64", "1.000"]
+    assert cells[2] == ["total", "208", "148", "0.712"] and len(lines) == 4
+    shapes["b"]["u"] = jax.ShapeDtypeStruct((8, 5), jnp.float32)
+    shapes["b"]["v"] = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+    *_, line, _, warning = lowrank.report(shapes, factorisation=Factorisation(layers=("a|b",)))
+    assert line.endswith("LARGER") and warning.startswith("WARNING: the factors of 1 ")
+    for settings in ({"layers": ("a", "d.*")}, {"layers": (".*",), "ranks": (("d.*", 1),)}):
+        with pytest.raises(ValueError, match=r"'d\.\*' matches no layer .*; there are a, b\."):
+            lowrank.report(shapes, factorisation=Factorisation(**settings))
+    with pytest.raises(ValueError, match="there are none"):
+        lowrank.report({"c": shapes["c"]}, factorisation=Factorisation())

@@ -85,3 +85,20 @@ def test_by_default_runs_warm_up_for_one_update_in_a_hundred(total, expected):
     default = schedules.cosine(peak=1.0, total_steps=total, warmup_steps=None)
     steps = [0, 1, expected, total - 1]
     assert [float(default(s)) for s in steps] == [float(given(s)) for s in steps]
+
+
+def test_a_continued_schedule_is_scaled_from_its_start_after_a_rise():
+    before = schedules.cosine(peak=1.0, total_steps=100, warmup_steps=10)
+    rate = schedules.continued(before=before, start_step=40, warmup_steps=4, scale=0.5)
+    steps = np.arange(100)
+    rise = np.clip((steps - 40) / 4, 0, 1)
+    want = np.where(steps < 40, 1.0, 0.5 * rise) * np.array([before(step) for step in steps])
+    np.testing.assert_allclose([rate(step) for step in steps], want, rtol=1e-6)
+    at_once = schedules.continued(before=before, start_step=40, scale=0.5)
+    assert at_once(40) == pytest.approx(0.5 * before(40))
+    waiting = schedules.cosine(peak=1.0, total_steps=None, warmup_steps=10)
+    later = schedules.continued(before=waiting, start_step=40, warmup_steps=4, scale=0.5)
+    known = schedules.span(later, schedules.Span(100))
+    assert [known(step) for step in (39, 42, 90)] == [rate(step) for step in (39, 42, 90)]
+    with pytest.raises(ValueError, match="must not be negative"):
+        schedules.continued(before=before, start_step=-1)
