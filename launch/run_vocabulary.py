@@ -128,6 +128,16 @@ def save_files(
     return digest
 
 
+def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Keeps what one run's directory holds of its vocabulary, if anything, in another's."""
+    for name in (MODEL, TOKENIZER, RECORD):  # the record last: without it nothing is kept
+        path = pathlib.Path(source, name)
+        if path.is_dir():
+            shutil.copytree(path, pathlib.Path(target, name))
+        elif path.exists():
+            shutil.copyfile(path, pathlib.Path(target, name))
+
+
 def load(*, folder: str):
     """The vocabulary that `save` has kept in a run's directory.
 

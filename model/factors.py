@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)
@@ -84,6 +85,71 @@ def spectral_factors(
     return left[..., :rank] * root[..., None, :], root[..., :, None] * right[..., :rank, :]
 
 
+def weighted_factors(
+    kernel: jax.Array, gram: jax.Array, rank: int, *, damping: float = 1e-6
+) -> tuple[jax.Array, jax.Array]:
+    """The factors that change a projection's outputs least: min |X (W - U V^T)|, with gram = X^T X.
+
+    With gram = L L^T this is the truncation of L^T W (as SVD-LLM has it, arXiv 2403.07378). Their product's
+    singular values are split evenly, as in `spectral_factors`.
+
+    Args:
+      kernel: W [..., X, Y].
+      gram: second moments of the inputs [..., X, X], of any scale.
+      rank: of the factors.
+      damping: added to the diagonal, as a fraction of its mean: what the inputs never span has none.
+
+    Returns:
+      U [..., X, rank] and V^T [..., rank, Y], float32.
+    """
+    root = _root_of(gram, damping)
+    left, values, right = jnp.linalg.svd(
+        jnp.swapaxes(root, -2, -1) @ kernel.astype(jnp.float32), full_matrices=False
+    )
+    u = jax.scipy.linalg.solve_triangular(root, left[..., :rank], lower=True, trans="T")
+    return balanced(u, values[..., :rank, None] * right[..., :rank, :])
+
+
+def weighted_values(kernel: jax.Array, gram: jax.Array, *, damping: float = 1e-6) -> jax.Array:
+    """The singular values [..., R] that `weighted_factors` keeps the largest of."""
+    root = jnp.swapaxes(_root_of(gram, damping), -2, -1)
+    return jnp.linalg.svd(root @ kernel.astype(jnp.float32), compute_uv=False)
+
+
+def _root_of(gram: jax.Array, damping: float) -> jax.Array:
+    gram = gram.astype(jnp.float32)
+    mean = jnp.diagonal(gram, axis1=-2, axis2=-1).mean(-1)[..., None, None]
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
+    return jnp.linalg.cholesky(gram + damping * mean * identity)
+
+
+def balanced(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors of the same product with U^T U = V^T V, float32; adaptive optimisers depend on the split."""
+    q_u, r_u = jnp.linalg.qr(u.astype(jnp.float32))
+    q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(jnp.float32))
+    left, values, right = jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -2, -1), full_matrices=False)
+    root = jnp.sqrt(values)
+    of_v = (root[..., :, None] * right) @ jnp.swapaxes(q_v, -2, -1)
+    return (q_u @ left) * root[..., None, :], of_v
+
+
+def rank_for_energy(values: jax.Array, energy: float) -> int:
+    """The least rank that keeps this fraction of the squared singular values [..., R].
+
+    Of stacked matrices, which share a rank, the one that needs most decides.
+
+    Raises:
+      ValueError: a fraction outside (0, 1].
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"rank={energy} with rank_rule='energy' must lie in (0, 1].")
+    squares = np.square(np.asarray(values, np.float64))
+    kept = np.cumsum(squares, axis=-1)
+    # A zero matrix keeps all it has at rank 1.
+    enough = kept >= energy * kept[..., -1:] * (1 - 1e-12)
+    return int(enough.argmax(-1).max()) + 1
+
+
 def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029), without forming U V^T.
 
@@ -117,6 +183,11 @@ def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
     r_u = jnp.linalg.qr(u.astype(wide), mode="r")
     r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(wide), mode="r")
     return jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -2, -1), compute_uv=False)
+
+
+def singular_values_of(kernel: jax.Array) -> jax.Array:
+    """The singular values of dense kernels [..., X, Y], largest first, float32."""
+    return jnp.linalg.svd(kernel.astype(jnp.float32), compute_uv=False)
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
@@ -175,23 +246,25 @@ def is_factorised(node: Any) -> bool:
     return isinstance(node, Mapping) and node.get("u") is not None and node.get("v") is not None
 
 
-def table(found: Sequence[Factors]) -> list[str]:
+def table(found: Sequence[Factors], lost: Mapping[str, float] | None = None) -> list[str]:
     """Rank and size of every factorised matrix beside the dense one, and the total, as lines.
 
-    What is larger than the dense matrix is marked.
+    What is larger than the dense matrix is marked. With `lost`, the part of each that its factors leave
+    out, by path.
     """
-    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
+    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio", "lost" if lost else "")]
     for one in found:
         count = f" x {one.count}" if one.count > 1 else ""
         shape = f"{one.shape[0]} x {one.shape[1]}{count}"
         larger = " LARGER" if one.factors > one.dense else ""
         ratio = f"{one.factors / one.dense:.3f}{larger}"
-        rows.append((one.path, shape, str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio))
+        sizes = (str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio)
+        rows.append((one.path, shape, *sizes, f"{lost[one.path]:.2%}" if lost else ""))
     dense, factors = sum(one.dense for one in found), sum(one.factors for one in found)
     if found:
-        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
+        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
+    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.rjust]
     return [
         "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows

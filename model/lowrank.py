@@ -142,8 +142,7 @@ class LowRankDense(Dense):
 
     def product(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        rank = self.factorisation.rank_at("/".join(self.path), *shape)
-        if rank is None:
+        if (rank := _rank(self, *shape)) is None:
             return super().product(x)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,8 +159,7 @@ class LowRankExpertDense(ExpertDense):
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         shape = (rows_RX.shape[-1], self.features)
-        rank = self.factorisation.rank_at("/".join(self.path), *shape)
-        if rank is None:
+        if (rank := _rank(self, *shape)) is None:
             return super().product(rows_RX, sizes_E)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,6 +172,18 @@ class LowRankExpertDense(ExpertDense):
         u, v = _factors(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
         inner = grouped_matmul(rows_RX, u.astype(self.dtype), sizes_E)
         return grouped_matmul(inner, v.astype(self.dtype), sizes_E)
+
+
+def _rank(layer: "LowRankDense | LowRankExpertDense", rows: int, columns: int) -> int | None:
+    """The rank of a layer's factors, None where it is dense: of its parameters, once it has some.
+
+    What a layer was made as holds for it wherever it goes: unrolled for decoding, it has another path.
+    """
+    if layer.is_initializing():
+        return layer.factorisation.rank_at("/".join(layer.path), rows, columns)
+    return (
+        layer.get_variable("params", "u").shape[-1] if layer.has_variable("params", "u") else None
+    )
 
 
 def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

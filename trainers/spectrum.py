@@ -66,8 +66,7 @@ class Spectrum:
                 for one in factors.find_factors(params)
             }
             for name in dense:
-                wide = flat[name].astype(jnp.float32)
-                found[name.removesuffix("/kernel")] = jnp.linalg.svd(wide, compute_uv=False)
+                found[name.removesuffix("/kernel")] = factors.singular_values_of(flat[name])
             return found
 
         everywhere = NamedSharding(self.run.program.mesh, PartitionSpec())
