@@ -21,6 +21,7 @@ from launch import cli, environment
 BENCHMARKS = {
     "train_step": "tokens/s of a training step against transformers, eager and compiled",
     "cold_start": "process start to first loss, cold and with a warm compilation cache",
+    "low_rank_step": "a step of 1,024-wide blocks in factors against the dense step",
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",

@@ -1,0 +1,78 @@
+"""A training step in factors of an eighth of the width against the dense step, and what both keep.
+
+The model is blocks of width 1,024 with a small vocabulary, so that nearly all of it is factorised.
+"""
+
+import time
+from typing import Any
+
+import jax
+
+from launch import gin_config
+from launch.benchmarks import pairs
+from launch.benchmarks.random_rows import RandomRows
+from model import factors
+from trainers import partitioning
+from trainers.batches import global_batch
+from trainers.recipe import Recipe
+
+FILES = ("t5x_configs/models/bench_blocks.gin", "t5x_configs/runs/pretrain.gin")
+LOW_RANK = "t5x_configs/methods/low_rank.gin"
+BINDINGS = (
+    "MODEL_DIR='unused'",
+    "MIXTURE_OR_TASK_NAME='unused'",
+    "TASKS=()",
+    "BATCH_SIZE=4",
+    "TASK_FEATURE_LENGTHS={'targets': 256}",
+)
+RANK = 0.125
+
+
+def run(*, repeats: int = 12) -> dict[str, Any]:
+    """Alternates `repeats` steps of both models, each with AdamW and the decay of its gin file."""
+    sides = {"dense": _Side(()), "low_rank": _Side((LOW_RANK,))}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name in sides if repeat % 2 else reversed(sides):
+            times[name].append(sides[name].step())
+    found = factors.find_factors(sides["low_rank"].params)
+    return {
+        "rank_fraction": RANK,
+        "tokens": 4 * 256,
+        "step_seconds": {name: sorted(times[name][1:])[repeats // 2] for name in sides},
+        # The first round warms caches up.
+        "low_rank_over_dense": pairs.ratio(times["low_rank"][1:], times["dense"][1:]),
+        "parameters": {name: side.parameters for name, side in sides.items()},
+        "state_megabytes": {name: side.megabytes for name, side in sides.items()},
+        "factors_over_matrices": sum(x.factors for x in found) / sum(x.dense for x in found),
+        "compiled_flops": {name: side.flops for name, side in sides.items()},
+    }
+
+
+class _Side:
+    """One model with its state and compiled step."""
+
+    def __init__(self, files: tuple[str, ...]):
+        bindings = [*BINDINGS, *([f"RANK={RANK}"] if files else [])]
+        config = gin_config.load([*FILES, *files], bindings, entry="launch.train:train")
+        recipe: Recipe = config.arguments()["recipe"]
+        program = recipe.program()
+        self._mesh = program.mesh, program.rules
+        rows = RandomRows(recipe.batch_size, recipe.length, recipe.model.config.vocab_size)
+        with partitioning.use_mesh(*self._mesh):
+            self._batch = global_batch(rows, 0, program.batch_sharding)
+            self._state = program.init()
+            step = program.steps(1).train
+            self._step = step.lower(self._state, self._batch).compile()
+        self.params = program.abstract_state.params
+        self.parameters = program.num_params()
+        self.megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state)) / 1e6
+        self.flops = self._step.cost_analysis()["flops"]
+
+    def step(self) -> float:
+        """Seconds of one update."""
+        begin = time.perf_counter()
+        with partitioning.use_mesh(*self._mesh):
+            self._state, metrics = self._step(self._state, self._batch)
+            jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - begin
