@@ -55,14 +55,13 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int) -> int:
 def he_factors(
     key: jax.Array, init: Callable[..., jax.Array], shape: tuple[int, int], rank: int
 ) -> tuple[jax.Array, jax.Array]:
-    """U and V^T drawn apart: U as the dense kernel is, V^T with variance 1/rank.
+    """U and V^T drawn apart: U as columns of the dense kernel are, V^T with variance 1/rank.
 
     The product's outputs have the variance that the dense kernel's have, whatever the rank.
     """
-    rows, columns = shape
     key_u, key_v = jax.random.split(key)
-    u_XR = init(key_u, (rows, rank), jnp.float32)
-    v_RY = jax.random.normal(key_v, (rank, columns)) * rank**-0.5
+    u_XR = init(key_u, shape, jnp.float32)[:, :rank]
+    v_RY = jax.random.normal(key_v, (rank, shape[1])) * rank**-0.5
     return u_XR, v_RY
 
 

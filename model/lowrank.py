@@ -174,6 +174,27 @@ class LowRankExpertDense(ExpertDense):
         return grouped_matmul(inner, v.astype(self.dtype), sizes_E)
 
 
+def factorised(
+    *,
+    factorisation: Factorisation,
+    dense: Callable[..., Any] = Dense,
+    layer: Callable[..., Any] = LowRankDense,
+) -> Callable[..., Any]:
+    """The `dense` factory of a model in factors that are drawn as its own layers would be.
+
+    Args:
+      factorisation: which layers, and how.
+      dense: the factory that this one stands for, whose initialiser holds.
+      layer: the class of what is made.
+    """
+
+    def make(**settings: Any) -> Any:
+        kernel_init = dense(**{**settings, "name": None, "parent": None}).kernel_init
+        return layer(**settings, kernel_init=kernel_init, factorisation=factorisation)
+
+    return make
+
+
 def _rank(layer: "LowRankDense | LowRankExpertDense", rows: int, columns: int) -> int | None:
     """The rank of a layer's factors, None where it is dense: of its parameters, once it has some.
 

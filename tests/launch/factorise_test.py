@@ -68,6 +68,14 @@ def test_at_full_rank_scores_continuations_and_the_exported_model_are_the_same(
     greedy = ("--max_new_tokens=6",)
     texts = [use("generate", run, *greedy)["tokens"] for run in (made, trained_run.path)]
     assert texts[0] == texts[1]
+    policy = (
+        "--max_new_tokens=6",
+        "--cache_policy=snapkv",
+        "--cache=capacity=64",
+        "--cache=window=8",
+    )
+    texts = [use("generate", run, *policy)["tokens"] for run in (made, trained_run.path)]
+    assert texts[0] == texts[1]
     dense = factorise("--recompose", checkpoint=made, name="dense")
     np.testing.assert_allclose(use("score", dense)["logprobs"], want["logprobs"], atol=1e-4)
     assert convert.main([f"--from={dense}", f"--to_hf={tmp_path}/hf"]) == 0

@@ -23,10 +23,10 @@ def clean_gin():
     gin.clear_config(clear_constants=True)
 
 
-def recipe(*files, bindings=()):
+def recipe(*files, bindings=(), more=()):
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()", *bindings]
     paths = [f"t5x_configs/{name}.gin" for name in files]
-    config = gin_config.load([*paths, LOW_RANK], given, entry="launch.train:train")
+    config = gin_config.load([*paths, *more, LOW_RANK], given, entry="launch.train:train")
     return config.arguments()["recipe"]
 
 
@@ -42,6 +42,45 @@ def test_every_projection_of_a_model_is_factorised(name, layers):
     )
     assert len(found) == layers and all(one.factors < one.dense for one in found)
     assert {one.rank for one in found} == {round(0.125 * min(one.shape)) for one in found}
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        "code_mix/quickstart_text",
+        "code_mix/cpu/text_only",
+        "code_mix/full/text_only",
+        "snapkv/retrieval",
+    ],
+)
+def test_every_experiment_becomes_low_rank_with_its_own_initialisers(experiment):
+    data = ("DATA_ROOT='/x'", "TOKENIZER='/x'", "MBPP='/x'") if "full" in experiment else ()
+    model = recipe(f"experiments/{experiment}", bindings=("RANK=0.25", *data)).model
+    shapes = initialise.abstract_variables(model)["params"]
+    names = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    names = ["/".join(str(getattr(key, "key", key)) for key in path) for path in names]
+    kernels = [name for name in names if "kernel" in name]
+    assert not kernels and sum("/u" in name for name in names) >= 6
+
+
+@pytest.mark.parametrize("init", ["he", "spectral"])
+def test_factors_are_drawn_with_the_initialiser_of_the_layers_they_replace(init, tmp_path):
+    bindings = ("RANK=64", "RANK_RULE='absolute'", f"FACTOR_INIT={init!r}")
+    (tmp_path / "halves.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "import jax\n"
+        "from model import linear\n"
+        "linear.Dense.kernel_init = @jax.nn.initializers.constant()\n"
+        "jax.nn.initializers.constant.value = 0.5\n"
+    )
+    made = recipe(
+        "models/tiny", "runs/pretrain", bindings=bindings, more=[str(tmp_path / "halves.gin")]
+    )
+    up = made.program().init().params["layers"]["block_0"]["mlp"]["up"]
+    if init == "he":  # U is columns of the constant kernel
+        assert np.unique(up["u"]).tolist() == [0.5]
+    else:
+        np.testing.assert_allclose(up["u"] @ up["v"], np.full((2, 64, 192), 0.5), atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0.125, 0.5])
