@@ -116,6 +116,7 @@ def _snapkv(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _code_mix(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from launch.reproductions import sweeps
     from launch.reproductions.code_mix import experiment, page
 
     try:
@@ -127,7 +128,7 @@ def _code_mix(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
             minutes=flags.minutes,
             parts=flags.parts,
         )
-    except experiment.StoppedError as stopped:
+    except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
     out = pathlib.Path(flags.out)
