@@ -2,19 +2,15 @@
 
 import json
 import math
-import pathlib
 
 import gin
-import jax
 import numpy as np
 import pytest
 
-from launch import gin_config
 from launch.reproductions.low_rank import claims, experiment, image_claims, page, timing
 from launch.reproductions.low_rank.results import Results
 from launch.sweeping import file
 from launch.sweeps import low_rank_lm as lm
-from trainers.schedules import Span
 
 SWEEP = "launch/sweeps/low_rank_lm.py"
 FOLDER = "t5x_configs/experiments/low_rank"

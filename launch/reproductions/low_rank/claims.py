@@ -110,7 +110,7 @@ def _decay(results: Results) -> list[Claim]:
         ),
         Claim(
             "L6",
-            "and keeps the effective rank higher",
+            "Decay of the product keeps the effective rank higher than decay of the factors",
             "a higher mean effective rank at the end, at every lambda and learning rate",
             [e for pair in pairs for e in better(results, WHERE, "effective_rank", *pair)],
             required=True,
@@ -131,7 +131,7 @@ def _explanations(results: Results) -> list[Claim]:
         ),
         Claim(
             "L8",
-            "The effective rank does",
+            "The effective rank says which decay is better",
             "of pairs of L2 and Frobenius decay at one lambda, the higher rank wins more than half",
             _winners(results, "effective_rank", wins=True),
         ),

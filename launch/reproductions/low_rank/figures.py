@@ -46,7 +46,8 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
         ),
         "warm_start.png": (
             _warm_start(results),
-            "Perplexity over training, factorised at the dashed line",
+            "Perplexity over training, factorised at the dashed line; smaller ranks are those of rank_rule = "
+            "'param_ratio'",
         ),
         "sizes.png": (
             _sizes(results, found.get("timing", {})),
@@ -174,19 +175,14 @@ def _warm_start(results: Results) -> Any:
         "dense": ("black", "dense"),
         "spectral": (BLUE, "factors from the start"),
         "warm_start": (RED, "dense, then factors"),
-        "spectral_ratio": (GREEN, "factors from the start, rank of param_ratio"),
-        "warm_start_ratio": (PURPLE, "dense, then factors, rank of param_ratio"),
+        "spectral_ratio": (GREEN, "factors from the start, smaller ranks"),
+        "warm_start_ratio": (PURPLE, "dense, then factors, smaller ranks"),
     }
     figure, (axes,) = panels(1, (8.5, 5))
     starts = results.find("dense_start")
     for arm, (colour, label) in styles.items():
         runs = [
-            {
-                int(step): value
-                for before in ([starts[seed]] if arm.startswith("warm") and seed in starts else [])
-                for step, value in [*before["curve"], *row["curve"]]
-            }
-            or {int(step): value for step, value in row["curve"]}
+            dict([*(starts[seed]["curve"] if row["parents"] else ()), *row["curve"]])
             for seed, row in results.find(arm).items()
         ]
         if not runs:
@@ -210,7 +206,7 @@ def _warm_start(results: Results) -> Any:
     _plain_ticks(axes)
     axes.set_xlabel("updates")
     axes.set_ylabel("perplexity, mean over seeds")
-    _legend_below(figure, axes, 3)
+    _legend_below(figure, axes, 2)
     return figure
 
 
@@ -227,7 +223,7 @@ def _sizes(results: Results, times: Mapping[str, Any]) -> Any:
     families: dict[str, tuple[str, str, Sequence[str]]] = {
         "dense": ("black", "o", ["dense", *map(lm.narrow, lm.RANKS)]),
         "spectral": (BLUE, "s", [lm.arm("spectral", rank) for rank in lm.RANKS]),
-        "spectral, rank of param_ratio": (PURPLE, "D", ["spectral_ratio"]),
+        "spectral, smaller ranks": (PURPLE, "D", ["spectral_ratio"]),
     }
     if not results.has(*families["dense"][2], *families["spectral"][2]):
         return None

@@ -5,7 +5,7 @@ Arms are `dense`, a start, or a start with a decay and a rate: `spectral_frobeni
 
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
-from launch.reproductions.low_rank.pairs import better
+from launch.reproductions.low_rank.pairs import arm_name, better
 from launch.reproductions.low_rank.results import Results
 
 WHERE = "textures"
@@ -42,7 +42,7 @@ def claims(results: Results) -> list[Claim]:
         ),
         Claim(
             "V3",
-            "and keeps the effective rank higher",
+            "On images too decay of the product keeps the effective rank higher than decay of the factors",
             "a higher mean effective rank at the end, for every start and learning rate",
             [e for pair in decays for e in better(results, WHERE, "effective_rank", *pair)],
         ),
@@ -73,7 +73,7 @@ def _close(results: Results, init: str) -> list[Evidence]:
         return []
     gap = intervals.over_seeds(ones - dense)
     words = (
-        f"accuracy: {init.replace('_', ' ')} {intervals.text(intervals.over_seeds(ones), 3)}, dense "
+        f"accuracy: {arm_name(init)} {intervals.text(intervals.over_seeds(ones), 3)}, dense "
         f"{intervals.text(intervals.over_seeds(dense), 3)}; difference {intervals.text(gap, 3)}"
     )
     return [Evidence(WHERE, words, gap["value"] >= -CLOSE)]
@@ -85,6 +85,6 @@ def _halved(results: Results, init: str, kind: str) -> list[Evidence]:
     steps = results.paired("effective_step", half, full)
     if out and len(steps[0]):
         ratio = intervals.over_seeds(steps[0] / steps[1])
-        words = f"effective step of {half.replace('_', ' ')} over full {intervals.text(ratio)}"
+        words = f"effective step of {arm_name(half)} over full {intervals.text(ratio)}"
         out.append(Evidence(WHERE, words, ratio["value"] < 1))
     return out

@@ -9,6 +9,7 @@ from launch.reproductions.low_rank.scatter import DECAY_NAMES, DECAY_STYLE, Poin
 from launch.reproductions.panels import bar, panels
 
 _WIDTH = 0.14
+_NAMES = {"he": "He", "spectral": "spectral", "spectral_ones": "spectral ones"}
 
 
 def figures(results: Results) -> dict[str, tuple[Any, str]]:
@@ -48,31 +49,37 @@ def _bars(results: Results) -> Any:
     figure, axes = panels(2 if ranks else 1, (13 if ranks else 7, 4.8))
     cases = [(kind, rate) for kind in images.DECAYS for rate in images.RATES]
     for one, score in zip(axes, ("accuracy", "effective_rank"), strict=False):
-        lowest = 1.0
+        lowest, highest = 1.0, 0.0
         for i, init in enumerate(inits):
             for case, arm in _cases(results, init).items():
                 values = results.values(arm, score)
                 if not values.size:
                     continue
-                lowest = min(lowest, values.min())
+                lowest, highest = min(lowest, values.min()), max(highest, values.max())
                 kind, rate = case
                 label = f"{DECAY_NAMES[kind]}, {rate} rate"
                 known = one.get_legend_handles_labels()[1]
                 at = i + (cases.index(case) - (len(cases) - 1) / 2) * _WIDTH
                 bar(one, at, values, _WIDTH, DECAY_STYLE[kind][0], "" if label in known else label)
                 if rate == "half":
-                    for patch in one.containers[-1]:
-                        patch.set_alpha(0.5)
-        one.set_xticks(range(len(inits)), [init.replace("_", " ") for init in inits])
+                    one.patches[-1].set_facecolor(_lighter(DECAY_STYLE[kind][0]))
+        one.set_xticks(range(len(inits)), [_NAMES[init] for init in inits])
         one.set_ylabel(score.replace("_", " "))
         if score == "accuracy":  # differences are small beside what all arms reach
-            one.set_ylim(max(lowest - 0.1, 0), 1.0)
             dense = intervals.over_seeds(results.values("dense", "accuracy"))
+            highest = max(highest, dense["value"])
+            one.set_ylim(max(lowest - 0.1, 0), min(highest + 0.05, 1.0))
             one.axhline(dense["value"], color="black", ls="--", lw=1.5, label="dense")
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center"
     )
     return figure
+
+
+def _lighter(colour: str) -> tuple[float, ...]:
+    from matplotlib import colors
+
+    return tuple(0.5 + 0.5 * part for part in colors.to_rgb(colour))
 
 
 def _explanations(results: Results) -> Any:

@@ -55,4 +55,5 @@ def mean(values: np.ndarray, score: str) -> str:
 
 def arm_name(name: str) -> str:
     """As a reader sees it."""
-    return name.replace("_", " ")
+    words = name.split("_")
+    return " ".join(["He", *words[1:]] if words[0] == "he" else words)

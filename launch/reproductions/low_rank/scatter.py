@@ -40,14 +40,7 @@ def scatter(results: Results, points: Sequence[Point], score: str, label: str) -
                 at, scores = pairs[::2], pairs[1::2]
                 for (x,), (y,), point in zip(at, scores, mine, strict=True):
                     one.plot(x, y, ls="", marker=".", ms=4, color=colour, alpha=0.6)
-                    if point.text:
-                        one.annotate(
-                            point.text,
-                            (np.mean(x), np.mean(y)),
-                            (6, 5),
-                            textcoords="offset points",
-                            fontsize=7.5,
-                        )
+                    _write(one, point, float(np.mean(x)), float(np.mean(y)))
                 one.plot(
                     [np.mean(x) for (x,) in at],
                     [np.mean(y) for (y,) in scores],
@@ -60,9 +53,27 @@ def scatter(results: Results, points: Sequence[Point], score: str, label: str) -
                     label=f"{DECAY_NAMES[kind]}, {rate} rate",
                 )
         one.set_xlabel(words)
-    axes[0].set_xscale("log")
+    low, high = axes[0].get_xlim()
+    if (
+        low <= 0 or high > 10 * low
+    ):  # within a decade a logarithmic axis has no ticks that are easy to read
+        axes[0].set_xscale("log")
     axes[0].set_ylabel(label)
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
     )
     return figure
+
+
+def _write(axes: Any, point: Point, x: float, y: float) -> None:
+    """A point's text, where those of its neighbours are not: left of half rates, below Frobenius decay."""
+    half, below = point.rate == "half", point.kind == "frobenius"
+    axes.annotate(
+        point.text,
+        (x, y),
+        (-7 if half else 7, -4 if below else 4),
+        textcoords="offset points",
+        fontsize=7.5,
+        ha="right" if half else "left",
+        va="top" if below else "bottom",
+    )
