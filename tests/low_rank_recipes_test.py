@@ -1,12 +1,15 @@
 """The arms of 'Exploring Low Rank Training' (arXiv 2209.13569), small and full size, as gin has them."""
 
+import dataclasses
+
 import gin
 import jax
 import numpy as np
 import pytest
 
 from launch import gin_config
-from launch.sweeping import file
+from launch.sweeping import check, file
+from launch.sweeping.folder import SweepFolder
 from launch.sweeps import low_rank_lm as lm
 from model import factors
 
@@ -136,3 +139,22 @@ def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
     gin.clear_config(clear_constants=True)
     ratio_rule = load([f"{FULL}gpt2_lm1b_low_rank.gin"], "RANK_RULE='param_ratio'")
     assert sorted({one.rank for one in parameters(ratio_rule)[1]}) == [238, 381]
+
+
+def test_a_sweep_knows_what_a_warm_start_takes_of_its_parent(tmp_path):
+    chosen = [RUNS[arm] for arm in ("dense_start", "warm_start", "warm_start_ratio")]
+    plan = check.plan("low_rank_lm.py", chosen, SweepFolder(tmp_path))
+    assert [(entry.first_step, entry.total_steps) for entry in plan] == [
+        (0, 250),
+        (250, 1500),
+        (250, 1500),
+    ]
+    assert plan[1].start["initial_transform"] == "Decompose()"
+    from_factors = dataclasses.replace(RUNS["warm_start"], parent=RUNS["spectral"].name)
+    with pytest.raises(file.SweepError, match="is factorised already"):
+        check.plan("x.py", [RUNS["spectral"], from_factors], SweepFolder(tmp_path))
+    narrower = dataclasses.replace(RUNS["warm_start"], parent=RUNS["dense_narrow30"].name)
+    with pytest.raises(
+        file.SweepError, match=r"mlp/down/kernel is \[2, 43, 64\] there and \[2, 256"
+    ):
+        check.plan("x.py", [RUNS["dense_narrow30"], narrower], SweepFolder(tmp_path))

@@ -266,3 +266,15 @@ def test_a_row_is_read_with_the_course_of_its_run(tmp_path):
 def test_ratios_of_steps_are_within_a_round():
     found = {"seconds": {"dense": [1.0, 2.0, 4.0], "spectral": [0.5, 1.0, 4.0]}}
     assert timing.ratios(found, "spectral").tolist() == [0.5, 0.5, 1.0]
+
+
+def test_steps_of_two_arms_are_timed_in_turns(monkeypatch):
+    arms = {name: timing.arms()[name] for name in ("dense_narrow15", "spectral_rank15")}
+    monkeypatch.setattr(timing, "arms", lambda: arms)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(timing, "STEPS", 1)
+    found = timing.measure()
+    assert {arm: len(seconds) for arm, seconds in found["seconds"].items()} == dict.fromkeys(
+        arms, 2
+    )
+    assert min(map(min, found["seconds"].values())) > 0

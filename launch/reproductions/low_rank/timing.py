@@ -37,7 +37,7 @@ def measure() -> dict[str, Any]:
     for _ in range(ROUNDS):
         for name, side in sides.items():
             seconds[name].append(side.median(STEPS))
-    return {"seconds": seconds, "tokens": {name: side.tokens for name, side in sides.items()}}
+    return {"seconds": seconds}
 
 
 def ratios(found: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
@@ -52,7 +52,6 @@ class _Side:
     step: Callable[[Any, Any], tuple[Any, Any]]
     state: Any
     batch: Any
-    tokens: int
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "_Side":
@@ -63,19 +62,18 @@ class _Side:
         from trainers import partitioning
 
         given = (*settings["bindings"], "MODEL_DIR=''")
-        recipe = gin_config.load(
-            settings["gin_files"], given, entry="launch.train:train"
-        ).arguments()["recipe"]
-        gin.clear_config(clear_constants=True)
-        program = recipe.program()
-        train = program.steps(1).train
-        with partitioning.use_mesh(program.mesh, program.rules):
-            state = program.init()
+        config = gin_config.load(settings["gin_files"], given, entry="launch.train:train")
+        try:  # modules ask gin for their arguments until the step has been traced
+            recipe = config.arguments()["recipe"]
+            program = recipe.program()
             batch = _batch(recipe, program)
-            step = train.lower(state, batch).compile()
-            state, _ = step(state, batch)
-        jax.block_until_ready(state.params)
-        return cls(step, state, batch, recipe.batch_size * recipe.length)
+            with partitioning.use_mesh(program.mesh, program.rules):
+                state = program.init()
+                step = program.steps(1).train.lower(state, batch).compile()
+                state, _ = step(state, batch)
+        finally:
+            gin.clear_config(clear_constants=True)
+        return cls(step, jax.block_until_ready(state), batch)
 
     def median(self, steps: int) -> float:
         """Of so many steps, each waited for."""
@@ -85,7 +83,7 @@ class _Side:
         for _ in range(steps):
             began = time.perf_counter()
             self.state, _ = self.step(self.state, self.batch)
-            jax.block_until_ready(self.state.params)
+            jax.block_until_ready(self.state)
             taken.append(time.perf_counter() - began)
         return float(np.median(taken))
 
