@@ -1,7 +1,7 @@
 """Reproduces a paper's claims at small scale, and writes the report with its plots.
 
 Started again, it goes on where it stopped: what has been trained and measured is kept in --model_dir.
-Examples, which take two hours, 40 minutes and an hour and a half on two idle cores:
+Examples, which take two hours, 40 minutes and an hour on two idle cores:
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions

@@ -123,9 +123,9 @@ def _explanations(results: Results) -> list[Claim]:
         Claim(
             "L7",
             "The effective step does not say which run is better",
-            "over the decayed runs of a learning rate, the larger effective step does not go with the better "
-            "perplexity: Kendall's tau is not better below 0; and of pairs of L2 and Frobenius decay at one "
-            "lambda, the larger step wins half at most",
+            "over the decayed runs of a learning rate, Kendall's tau of effective step and perplexity is not "
+            "significantly negative; of pairs of L2 and Frobenius decay at one lambda, the larger step wins half at "
+            "most",
             [*_order(results, "effective_step"), *_winners(results, "effective_step", wins=False)],
             required=True,
         ),

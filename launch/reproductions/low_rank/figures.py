@@ -101,17 +101,13 @@ def _profile(results: Results, arm: str, when: str) -> np.ndarray:
         for stack in row[when].values()
         for values in stack
     ]
-    return np.mean([row for row in rows if len(row) == len(rows[0])], axis=0)
+    return np.mean(rows, axis=0)  # all have the rank of the model's width
 
 
 def _spectra(results: Results) -> Any:
     arms = ["spectral", *(lm.decayed(k, "full", w) for k in lm.DECAYS for w in _SHOWN)]
-    if not all(
-        row[when] and results.has(arm)
-        for when in ("first_spectra", "last_spectra")
-        for arm in arms
-        for row in (results.find(arm) or {0: {when: None}}).values()
-    ):
+    runs = [row for arm in arms for row in results.find(arm).values()]
+    if not results.has(*arms) or not all(row["last_spectra"] for row in runs):
         return None
     figure, axes = panels(len(_SHOWN), (11, 4.4), share_y=True)
     for weight, one in zip(_SHOWN, axes, strict=True):
