@@ -268,13 +268,27 @@ def test_ratios_of_steps_are_within_a_round():
     assert timing.ratios(found, "spectral").tolist() == [0.5, 0.5, 1.0]
 
 
-def test_steps_of_two_arms_are_timed_in_turns(monkeypatch):
-    arms = {name: timing.arms()[name] for name in ("dense_narrow15", "spectral_rank15")}
-    monkeypatch.setattr(timing, "arms", lambda: arms)
-    monkeypatch.setattr(timing, "ROUNDS", 2)
-    monkeypatch.setattr(timing, "STEPS", 1)
+def test_arms_take_turns(monkeypatch):
+    turns = []
+
+    class Side:
+        def __init__(self, name):
+            self.name = name
+
+        def median(self, steps):
+            turns.append(self.name)
+            return 0.25 * steps
+
+    names = iter(timing.arms())
+    monkeypatch.setattr(timing._Side, "of", lambda settings: Side(next(names)))
     found = timing.measure()
-    assert {arm: len(seconds) for arm, seconds in found["seconds"].items()} == dict.fromkeys(
-        arms, 2
-    )
-    assert min(map(min, found["seconds"].values())) > 0
+    assert turns == [*timing.arms()] * timing.ROUNDS
+    assert found["seconds"]["dense"] == [0.25 * timing.STEPS] * timing.ROUNDS
+
+
+def test_a_step_is_timed_as_it_is_compiled_for_a_run():
+    settings = timing.arms()["spectral_rank15"]
+    small = ("WIDTH=16", "MLP_WIDTH=16", "TASK_FEATURE_LENGTHS={'targets': 4}", "BATCH_SIZE=8")
+    side = timing._Side.of({**settings, "bindings": [*settings["bindings"], *small]})
+    assert side.median(2) > 0
+    assert int(side.state.step) == 3  # the first to warm up
