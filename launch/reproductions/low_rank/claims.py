@@ -245,7 +245,7 @@ def _times(found: Mapping[str, Any]) -> Claim:
         )
         evidence.append(Evidence("steps", words, ratio["high"] < 1))
     return Claim(
-        "L12",
+        "L13",
         "Factors make a step faster",
         "less than the dense step's time at every rank, with the interval over rounds",
         evidence,
