@@ -112,6 +112,10 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
             f"- *steps*: the compiled training steps of the language models, in turns on one machine: {len(first)} "
             f"rounds of {timing.STEPS} steps for each arm; ratios are of one round."
         )
+    out.append(
+        "- *effective rank*: nuclear over operator norm at the end, mean over factorised matrices; *effective step*: the "
+        "learning rate at the end over their mean squared Frobenius norm."
+    )
     seeds = sorted({row["seed"] for row in language.rows})
     missing = language.missing(list(lm.get_config().arms), seeds) if seeds else []
     missing += [

@@ -56,8 +56,8 @@ def score(row: Mapping[str, Any], name: str) -> float | None:
     Args:
       row: of results.
       name: 'parameters', 'perplexity', 'accuracy' or another metric of its held-out task after the last
-        update, or a mean over its factorised matrices then: 'effective_rank', 'effective_step' and others
-        of trainers/spectrum.py.
+        update, or 'effective_step' and means over its factorised matrices then: 'effective_rank' and
+        others of trainers/spectrum.py.
     """
     if name == "parameters":
         return float(row["parameters"])

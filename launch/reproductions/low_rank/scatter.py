@@ -12,7 +12,7 @@ from launch.reproductions.panels import BLUE, GREY, ORANGE, panels
 DECAY_STYLE = {"none": (GREY, "o"), "l2": (ORANGE, "s"), "frobenius": (BLUE, "^")}
 DECAY_NAMES = {"none": "no decay", "l2": "L2 on the factors", "frobenius": "Frobenius"}
 _CAUSES = {
-    "effective_step": "effective step, rate over |W|² at the end",
+    "effective_step": "effective step at the end: rate over mean |W|²",
     "effective_rank": "effective rank at the end",
 }
 
