@@ -7,7 +7,7 @@ import gin
 import numpy as np
 import pytest
 
-from launch.reproductions.low_rank import claims, experiment, image_claims, page, timing
+from launch.reproductions.low_rank import claims, experiment, figures, image_claims, page, timing
 from launch.reproductions.low_rank.results import Results
 from launch.sweeping import file
 from launch.sweeps import low_rank_lm as lm
@@ -95,7 +95,11 @@ def _course(arm, rank, step):
         ]
         + [{"step": 1500, **reading}],
         "first_spectra": {"a/query": [start, start], "a/up": [start, start]},
-        "last_spectra": {"a/query": [decayed, decayed], "a/up": [decayed, decayed]},
+        # Decay of the factors brings some matrices to nothing.
+        "last_spectra": {
+            "a/query": [decayed, [0.0] * 40 if "_l2_" in arm else decayed],
+            "a/up": [decayed, decayed],
+        },
     }
 
 
@@ -265,6 +269,13 @@ def test_a_row_is_read_with_the_course_of_its_run(tmp_path):
     (tmp_path / "spectra.jsonl").unlink()
     without = experiment.with_course({}, tmp_path)
     assert without["last_spectra"] == {} and without["spectrum"] == []
+
+
+def test_profiles_of_spectra_count_a_matrix_that_has_vanished_as_zero():
+    found = Results(rows())
+    (arm, start) = (lm.decayed("l2", "full", "1e-2"), "spectral")
+    assert figures._profile(found, arm, "last_spectra")[0] == pytest.approx(3 / 4)
+    assert figures._profile(found, start, "first_spectra")[30] == pytest.approx(1 - 30 / 60)
 
 
 def test_a_matrix_that_has_vanished_does_not_decide_the_effective_step():

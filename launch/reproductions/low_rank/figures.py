@@ -94,9 +94,9 @@ def _ranks(results: Results) -> Any:
 
 
 def _profile(results: Results, arm: str, when: str) -> np.ndarray:
-    """Singular values over the largest, mean over matrices and seeds."""
+    """Singular values over the largest, mean over matrices and seeds; of a matrix that is zero, zeros."""
     rows = [
-        np.array(values) / values[0]
+        np.array(values) / (values[0] or 1.0)
         for row in results.find(arm).values()
         for stack in row[when].values()
         for values in stack

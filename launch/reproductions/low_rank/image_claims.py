@@ -26,7 +26,7 @@ def claims(results: Results) -> list[Claim]:
         Claim(
             "V1",
             "On images factors close the gap to the dense network",
-            f"mean accuracy of spectral and spectral ones at most {CLOSE:.0%} below dense",
+            f"mean accuracy of spectral and spectral ones at most {CLOSE} below dense",
             [e for init in INITS[1:] for e in _close(results, init)],
             required=True,
         ),
