@@ -1,10 +1,11 @@
 """Reproduces a paper's claims at small scale, and writes the report with its plots.
 
 Started again, it goes on where it stopped: what has been trained and measured is kept in --model_dir.
-Examples, which take two hours and 40 minutes on two idle cores:
+Examples, which take two hours, 40 minutes and an hour on two idle cores:
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
+  python -m launch.reproduce low_rank --model_dir=runs/low_rank --workers=2 --out=docs/reproductions
 
 The flags of each are shown by python -m launch.reproduce PAPER --help. The status is 1 where a claim that
 must hold does not, and 75 where --minutes or a signal has stopped it.
@@ -13,9 +14,13 @@ must hold does not, and 75 where --minutes or a signal has stopped it.
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from launch import cli, environment
+
+if TYPE_CHECKING:
+    from launch.reproductions.claim import Claim
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_snapkv(papers.add_parser("snapkv", parents=[shared], help="SnapKV, 2404.14469"))
     _add_code_mix(
         papers.add_parser("code_mix", parents=[shared], help="To Code, or Not To Code?, 2408.10914")
+    )
+    _add_low_rank(
+        papers.add_parser("low_rank", parents=[shared], help="low-rank training, 2209.13569")
     )
     flags = parser.parse_args(argv)
     statuses = [0]
@@ -91,6 +99,25 @@ def _add_code_mix(parser: argparse.ArgumentParser) -> None:
         choices=("skills", "packages"),
         help="generated text and code, installed packages (default: both)",
     )
+    _add_sweep_flags(parser)
+
+
+def _add_low_rank(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(reproduce=_low_rank)
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of all arms (default: 3)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["lm", "vision", "timing"],
+        choices=("lm", "vision", "timing"),
+        help="characters, textures, the time of steps (default: all)",
+    )
+    _add_sweep_flags(parser)
+
+
+def _add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="runs at once, as of launch.sweep"
     )
@@ -118,23 +145,60 @@ def _snapkv(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _code_mix(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     from launch.reproductions.code_mix import experiment, page
 
-    try:
-        found = experiment.run(
+    return _report_sweeps(
+        "code_mix",
+        lambda: experiment.run(
             model_dir=flags.model_dir,
             seeds=flags.seeds,
             package_seeds=flags.package_seeds,
             workers=flags.workers,
             minutes=flags.minutes,
             parts=flags.parts,
-        )
-    except experiment.StoppedError as stopped:
+        ),
+        page.write,
+        flags,
+        arguments,
+    )
+
+
+def _low_rank(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from launch.reproductions.low_rank import experiment, page
+
+    return _report_sweeps(
+        "low_rank",
+        lambda: experiment.run(
+            model_dir=flags.model_dir,
+            seeds=flags.seeds,
+            workers=flags.workers,
+            minutes=flags.minutes,
+            parts=flags.parts,
+        ),
+        page.write,
+        flags,
+        arguments,
+    )
+
+
+def _report_sweeps(
+    name: str,
+    run: Callable[[], Mapping[str, Any]],
+    write: "Callable[[Mapping[str, Any], pathlib.Path, Mapping[str, Any]], Sequence[Claim]]",
+    flags: argparse.Namespace,
+    arguments: Sequence[str],
+) -> int:
+    """Runs what is left of a reproduction and writes its report; the status says whether claims that must hold do."""
+    from launch.reproductions import sweeps
+
+    try:
+        found = run()
+    except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
     out = pathlib.Path(flags.out)
-    judged = page.write(found, out, _facts(arguments))
+    judged = write(found, out, _facts(arguments))
     for claim in judged:
         print(f"{claim.name:4} {claim.verdict:13} {claim.statement}")
-    print(f"report {out / 'code_mix.md'}")
+    print(f"report {out / name}.md")
     return int(any(c.required and c.verdict in ("fails", "mixed") for c in judged))
 
 

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "t5x_configs"
 FILES = sorted(str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin"))
 PARTITIONING = sorted(path.stem for path in (CONFIGS / "partitioning").glob("*.gin"))
-# Those of full size ask for data, and have tests of their own (tests/code_mix_recipes_test.py).
+# Those of full size ask for data, and have tests of their own (tests/{code_mix,low_rank}_recipes_test.py).
 EXPERIMENTS = [name for name in FILES if "/experiments/" in name and "/full/" not in name]
 # corpus_base.gin is a part of bytes.gin and corpus.gin.
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)

@@ -31,10 +31,6 @@ class RunContext:
     learning_rate: Callable[[int], float]
 
 
-# What gin binds in train.hooks: called with (run=).
-HookFactory = Callable[..., "Hook"]
-
-
 class Hook(Protocol):
     """Called with the number of updates made, the state after them, and the newest host metrics.
 
@@ -50,3 +46,7 @@ class Hook(Protocol):
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float] | None: ...
+
+
+# What gin binds in train.hooks: called with (run=). No forward reference: gin_types could not evaluate it elsewhere.
+HookFactory = Callable[..., Hook]

@@ -93,6 +93,12 @@ class Environment:
         ]
 
 
+def standard_library() -> Environment:
+    """The standard library alone, so that its text depends on the version of Python and nothing else."""
+    stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    return Environment(stdlib=stdlib, include=None, find=lambda name: None)
+
+
 def walk(
     root: pathlib.Path, suffixes: tuple[str, ...], *, prefix: str
 ) -> list[tuple[str, pathlib.Path]]:

@@ -6,6 +6,11 @@ from typing import Any
 
 import numpy as np
 
+BETTER = (
+    "*Better* is what a one-sided sign test over pairs of the same seed says with p <= 0.05; fewer than five "
+    "pairs, which cannot say so, must all agree."
+)
+_LEVEL = 0.05
 _RESAMPLES = 2000
 _Z = 1.959964  # of a normal distribution's middle 95 %
 
@@ -61,6 +66,12 @@ def sign_test(differences: Any) -> float:
     values_N = np.asarray(differences, float).ravel()
     n, wins = len(values_N), int((values_N > 0).sum())
     return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def significant(differences: Any) -> bool:
+    """Whether a sign test says that they are positive, as BETTER has it."""
+    n = np.size(differences)
+    return n > 0 and sign_test(differences) <= max(_LEVEL, 0.5**n)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -56,7 +56,7 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
         if parent is not None:
             theirs = loaded[parent.run.kind]
             assert theirs is not None
-            problems += _start_problems(entry, parent, found.shapes, theirs.shapes)
+            problems += _start_problems(entry, parent, found, theirs)
     if problems:
         raise SweepError(where, problems)
     return tuple(planned.values())
@@ -69,12 +69,12 @@ class _Loaded:
     Attributes:
       config: all bindings by name.
       arguments: of the entry function.
-      shapes: of the model's parameters, by path.
+      params: of the model, abstract.
     """
 
     config: Mapping[str, str]
     arguments: Mapping[str, Any]
-    shapes: Mapping[str, str]
+    params: Any
 
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
@@ -86,7 +86,7 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         # Also calls what makes the recipe, which checks its own numbers.
         arguments = config.arguments()
         # Now: what gin binds inside of the model is read when the model is called.
-        shapes = _shapes(arguments["recipe"].model)
+        params = _abstract_params(arguments["recipe"].model)
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
@@ -95,17 +95,23 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         said = str(error).partition("\n  In call to configurable ")[0].strip()
         problems.append(f"{run.kind}: {said}")
         return None
-    return _Loaded(config_diff.canonical(config.text), arguments, shapes)
+    return _Loaded(config_diff.canonical(config.text), arguments, params)
 
 
-def _shapes(model: Any) -> dict[str, str]:
-    """Shapes of a model's parameters by path; nothing is allocated."""
+def _abstract_params(model: Any) -> Any:
+    """Shapes and types of a model's parameters; nothing is allocated."""
     import flax.linen as nn
 
-    from trainers import initialise, state_tree
+    from trainers import initialise
 
-    params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
-    return {name: str(list(leaf.shape)) for name, leaf in state_tree.flatten(params).items()}
+    return nn.meta.unbox(initialise.abstract_variables(model)["params"])
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters by path."""
+    from trainers import state_tree
+
+    return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
 
 def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
@@ -125,7 +131,7 @@ def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
         total_steps=found.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
-        start=json.loads(json.dumps(start)),
+        start=json.loads(json.dumps(start, default=repr)),  # a transform as it is written
         evaluation_digests={name: _digest(entry) for name, entry in run.evaluations.items()},
     )
 
@@ -148,9 +154,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _start_problems(
-    entry: Planned, parent: Planned, mine: Mapping[str, str], theirs: Mapping[str, str]
-) -> list[str]:
+def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
     """What would only be found when the parent has been trained."""
     kind, parent_kind = entry.run.kind, parent.run.kind
     found = []
@@ -163,13 +167,21 @@ def _start_problems(
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return found  # which parameters are taken is said there
-    different = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    there, wanted = _shapes(theirs.params), mine.params
+    if (transform := mine.arguments.get("initial_transform")) is not None:
+        try:
+            wanted = transform.source(wanted, there)
+        except ValueError as error:
+            return [*found, f"{kind}: of its parent {parent_kind}: {error}"]
+    here = _shapes(wanted)
+    different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        shown = [list(shapes[name]) if name in shapes else "not there" for shapes in (there, here)]
         found.append(
             f"{kind}: its parent {parent_kind} is another model: {name} is "
-            f"{theirs.get(name, 'not there')} there and {mine.get(name, 'not there')} here{more}. "
+            f"{shown[0]} there and {shown[1]} here{more}. "
             "Give both the same model, or say with initial_assignment what is taken."
         )
     return found

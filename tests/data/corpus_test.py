@@ -179,9 +179,7 @@ def test_what_is_not_installed_is_skipped_and_said(fake_environment, assemble, c
 
 
 def test_standard_library_alone_is_enough(assemble):
-    current = environment.Environment.current()
-    env = environment.Environment(stdlib=current.stdlib, include=None, find=lambda name: None)
-    built = assemble(env, sources=["all"], bytes_per_source=200_000)
+    built = assemble(environment.standard_library(), sources=["all"], bytes_per_source=200_000)
     assert {"english", "docstrings", "python"} <= set(built.sources)
     assert not any(name.startswith("lang_") for name in built.sources)
 

@@ -36,9 +36,9 @@ def test_a_sign_test_counts_the_outcomes_of_fair_coins():
     assert intervals.sign_test([1.0, -2.0, 0.5]) == 4 / 8
     assert intervals.sign_test([0.0, 1.0, 1.0]) == 4 / 8  # a tie is no win
     assert intervals.sign_test([1] * 9 + [-1]) == 11 / 1024
-    assert claims.significant([1, 1, 1]) and not claims.significant([1, 1, 0])
-    assert claims.significant([1] * 5) and claims.significant([1] * 9 + [-1])
-    assert not claims.significant([1] * 5 + [-1] * 2) and not claims.significant([])
+    assert intervals.significant([1, 1, 1]) and not intervals.significant([1, 1, 0])
+    assert intervals.significant([1] * 5) and intervals.significant([1] * 9 + [-1])
+    assert not intervals.significant([1] * 5 + [-1] * 2) and not intervals.significant([])
 
 
 def test_answers_are_scored_by_skill_and_kind():

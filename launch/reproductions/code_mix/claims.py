@@ -12,15 +12,11 @@ import numpy as np
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
 from launch.reproductions.code_mix.results import GROUPS, Results
+from launch.reproductions.intervals import significant
 from launch.sweeps.code_mix_skills import SHARES
 
 SMALL, PACKAGES = "generated text", "installed packages"
-BETTER = (
-    "*Better* is what a one-sided sign test over pairs of the same seed says with p <= 0.05; fewer than five "
-    "pairs, which cannot say so, must all agree."
-)
 TEXT_DOMAINS, CODE_DOMAINS = ("english", "docstrings"), ("python", "cpp")
-_LEVEL = 0.05
 _SHARE_ERROR = 0.005  # of tokens: what a batch cannot be divided into
 
 
@@ -35,12 +31,6 @@ def claims(found: Mapping[str, Any]) -> list[Claim]:
         *_cooldowns(small),
         _widths(small),
     ]
-
-
-def significant(differences: Any) -> bool:
-    """Whether a sign test says that they are positive."""
-    n = np.size(differences)
-    return n > 0 and intervals.sign_test(differences) <= max(_LEVEL, 0.5**n)
 
 
 def _better(

@@ -5,12 +5,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.reproductions import sweeps
+
 PARTS = ("skills", "packages")
-_SWEEPS = pathlib.Path(__file__).parents[2] / "sweeps"
-
-
-class StoppedError(Exception):
-    """A sweep was stopped and goes on when it is started again."""
 
 
 def run(
@@ -38,25 +35,13 @@ def run(
     """
     counts = {"skills": seeds, "packages": package_seeds}
     folder = pathlib.Path(model_dir)
-    return {
-        part: _rows(folder / part, f"{_SWEEPS}/code_mix_{part}.py:{counts[part]}", workers, minutes)
-        for part in parts
-    }
-
-
-def _rows(
-    folder: pathlib.Path, sweep_file: str, workers: int, minutes: float | None
-) -> list[dict[str, Any]]:
-    from launch import cli, sweep
-
-    words = [f"--sweep={sweep_file}", f"--out={folder}", f"--workers={workers}"]
-    status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
-    if status == cli.INTERRUPTED:
-        raise StoppedError(f"The sweep in {folder} was stopped; the same command goes on.")
-    if status == 2:
-        raise ValueError(f"The sweep {sweep_file} was not run; see above.")
-    # With status 1 some runs have failed: the others are reported.
-    return [with_data(row, folder / row["directory"]) for row in sweep.read_results(folder)]
+    found: dict[str, Any] = {}
+    for part in parts:
+        rows = sweeps.rows(
+            folder / part, f"code_mix_{part}", counts[part], workers=workers, minutes=minutes
+        )
+        found[part] = [with_data(row, folder / part / row["directory"]) for row in rows]
+    return found
 
 
 def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:

@@ -1,25 +1,16 @@
 """Plots of what the sweeps found; none where there is nothing to plot."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from launch.reproductions import intervals
 from launch.reproductions.code_mix import claims
 from launch.reproductions.code_mix.results import GROUPS, Results
+from launch.reproductions.panels import BLUE, GREEN, GREY, ORANGE, RED, bar, line, panels
 from launch.sweeps.code_mix_skills import RECIPES, SHARES
 
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#777777",
-)
 _GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
 _RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
 _SCORES = (0, 1.02)  # intervals of few seeds reach beyond what there can be
@@ -52,29 +43,6 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     return drawn
 
 
-def _panels(columns: int, size: tuple[float, float], *, share_y: bool = False) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, sharey=share_y)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(axis="y", alpha=0.25)
-        one.set_axisbelow(True)
-    return figure, axes
-
-
-def _bar(
-    axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
-) -> None:
-    """A bar with its interval over seeds, and a dot for each seed."""
-    shown = intervals.over_seeds(values)
-    error = [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
-    axes.bar(at, shown["value"], width * 0.92, yerr=error, capsize=2, color=colour, label=label)
-    spread = np.linspace(-0.2, 0.2, len(values)) * width
-    axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
-
-
 def _changes(ones: np.ndarray, others: np.ndarray, relative: bool) -> np.ndarray:
     """Differences of pairs in percent of the others' mean, or in points of exact match."""
     return 100 * (ones - others) / (others.mean() if relative else 1.0)
@@ -94,7 +62,7 @@ def _bars(
     relative = bool(level.mean() >= _RELATIVE_FROM)
     for i, arm in enumerate(cases.values()):
         changes = _changes(*results.paired(group, arm, base), relative)
-        _bar(axes, i, changes, 0.7, _RECIPE_COLOURS.get(arm, _GROUP_COLOURS[group]))
+        bar(axes, i, changes, 0.7, _RECIPE_COLOURS.get(arm, _GROUP_COLOURS[group]))
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=rotation)
     axes.set_title(f"{group} ({claims.arm_name(base)}: {level.mean():.2f})", fontsize=10)
@@ -105,7 +73,7 @@ def _bars(
 def _recipes(results: Results) -> Any:
     if not results.has(*RECIPES):
         return None
-    figure, axes = _panels(len(results.groups), (12, 4))
+    figure, axes = panels(len(results.groups), (12, 4))
     cases = {claims.arm_name(r).replace(" → ", "\n→ "): r for r in RECIPES if r != "text_only"}
     for group, one in zip(results.groups, axes, strict=True):
         _bars(one, results, group, cases, "text_only")
@@ -116,7 +84,7 @@ def _phases(results: Results) -> Any:
     cooled = [f"{recipe}_cooldown" for recipe in RECIPES]
     if not results.has(*RECIPES, *cooled):
         return None
-    figure, axes = _panels(len(results.groups), (12, 4.2), share_y=True)
+    figure, axes = panels(len(results.groups), (12, 4.2), share_y=True)
     starts = {"text_only": "share_0", "balanced_only": "share_50"}
     width = 0.27
     phases = (("first half", ORANGE), ("all steps", BLUE), ("and cooldown", GREEN))
@@ -125,7 +93,7 @@ def _phases(results: Results) -> Any:
             arms = (starts.get(recipe) or RECIPES[recipe], recipe, f"{recipe}_cooldown")
             for j, (arm, (label, colour)) in enumerate(zip(arms, phases, strict=True)):
                 values = np.array(list(results.scores(arm, group).values()))
-                _bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
+                bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
         names = [
             claims.arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly")
             for recipe in RECIPES
@@ -140,26 +108,13 @@ def _phases(results: Results) -> Any:
     return figure
 
 
-def _line(
-    axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
-) -> None:
-    """Means with their intervals over seeds, and the seeds as thin lines."""
-    shown = [intervals.over_seeds(values) for values in curves]
-    axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
-    axes.fill_between(
-        x, [s["low"] for s in shown], [s["high"] for s in shown], color=colour, alpha=0.15, lw=0
-    )
-    for seed in range(len(curves[0])):
-        axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
-
-
 def _proportion(results: Results) -> Any:
     arms = [f"share_{share}" for share in SHARES]
     if not results.has(*arms):
         return None
-    figure, axes = _panels(len(results.groups), (12, 3.8))
+    figure, axes = panels(len(results.groups), (12, 3.8))
     for group, one in zip(results.groups, axes, strict=True):
-        _line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
+        line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
         one.set_ylim(*_SCORES)
         one.set_xticks(SHARES)
         one.set_xlabel("share of code, % of tokens")
@@ -178,14 +133,14 @@ def _quality(results: Results) -> Any:
     after = ("balanced_synth_to_text", "balanced_to_text")
     if "code" not in results.groups or not results.has("share_100", *code.values(), *after):
         return None
-    figure, (left, right) = _panels(2, (12, 4))
+    figure, (left, right) = panels(2, (12, 4))
     _bars(left, results, "code", code, "share_100")
     left.set_title("code alone: score of code", fontsize=10)
     left.set_ylabel("change against web code alone, %", fontsize=9)
     for i, group in enumerate(results.groups):
         ones, others = results.paired(group, *after)
         relative = bool(others.mean() >= _RELATIVE_FROM)
-        _bar(right, i, _changes(ones, others, relative), 0.7, _GROUP_COLOURS[group])
+        bar(right, i, _changes(ones, others, relative), 0.7, _GROUP_COLOURS[group])
     right.axhline(0, color="black", lw=0.8)
     right.set_xticks(range(len(results.groups)), results.groups)
     right.set_title("balanced + synth → text against balanced → text", fontsize=10)
@@ -201,12 +156,12 @@ def _cooldown(results: Results) -> Any:
     }
     if not results.has(*(arm for arm, _ in arms.values())):
         return None
-    figure, (left, right) = _panels(2, (12, 4))
+    figure, (left, right) = panels(2, (12, 4))
     width = 0.27
     for j, (label, (arm, colour)) in enumerate(arms.items()):
         for i, group in enumerate(results.groups):
             values = np.array(list(results.scores(arm, group).values()))
-            _bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
+            bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
     left.set_xticks(range(len(results.groups)), results.groups)
     left.set_ylabel("score")
     left.set_ylim(*_SCORES)
@@ -238,11 +193,11 @@ def _scale(results: Results) -> Any:
     sizes, places = results.sizes, range(len(results.sizes))
     if len(sizes) < 2 or not all(results.find(arm, size) for arm in arms for size in sizes):
         return None
-    figure, axes = _panels(len(arms), (10, 4), share_y=True)
+    figure, axes = panels(len(arms), (10, 4), share_y=True)
     for arm, one in zip(arms, axes, strict=True):
         for group in results.groups:
             curves = results.paired(group, *((arm, size) for size in sizes))
-            _line(one, places, curves, _GROUP_COLOURS[group], group)
+            line(one, places, curves, _GROUP_COLOURS[group], group)
         one.set_xticks(places, sizes)
         one.set_ylim(*_SCORES)
         one.set_title(claims.arm_name(arm), fontsize=10)
@@ -257,13 +212,13 @@ def _packages(results: Results) -> Any:
     domains = results.domains
     if not domains or not results.has(*RECIPES):
         return None
-    figure, (axes,) = _panels(1, (9, 4.2))
+    figure, (axes,) = panels(1, (9, 4.2))
     width = 0.2
     for j, (recipe, colour) in enumerate(_RECIPE_COLOURS.items()):
         for i, domain in enumerate(domains):
             values = np.array(list(results.scores(recipe, domain).values()))
             at = i + (j - 1.5) * width
-            _bar(axes, at, values, width, colour, "" if i else claims.arm_name(recipe))
+            bar(axes, at, values, width, colour, "" if i else claims.arm_name(recipe))
     axes.set_xticks(range(len(domains)), [claims.source_name(domain) for domain in domains])
     axes.set_ylabel("bits per byte, held out (lower is better)")
     figure.legend(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from launch import html_page
-from launch.reproductions import intervals
+from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim
 from launch.reproductions.code_mix import claims, figures
 from launch.reproductions.code_mix.results import GROUPS, Results
@@ -30,17 +30,7 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
     judged = claims.claims(found)
     record = {
         **facts,
-        "claims": [
-            {
-                "claim": claim.name,
-                "statement": claim.statement,
-                "condition": claim.condition,
-                "required": claim.required,
-                "verdict": claim.verdict,
-                "evidence": [vars(one) for one in claim.evidence],
-            }
-            for claim in judged
-        ],
+        "claims": claim.record(judged),
         "runs": [_kept(row) for rows in found.values() for row in rows],
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -122,23 +112,12 @@ def _page(
         "and never by hand. Values are means over seeds with 95 % intervals (Student's t). Claims in bold must",
         "hold at this scale too; the others are reported as they come out.",
         "",
-        claims.BETTER,
+        intervals.BETTER,
         "",
-        "| claim | pass condition | verdict |",
-        "|---|---|---|",
+        *claim.table(judged),
     ]
-    for claim in judged:
-        statement = f"{claim.name} {claim.statement}"
-        shown = f"**{statement}**" if claim.required else statement
-        lines.append(f"| {shown} | {claim.condition} | **{claim.verdict}** |")
     lines += ["", "## How it was measured", "", *_setup(found), "", "## Measurements", ""]
-    for claim in judged:
-        lines += [f"### {claim.name}: {claim.statement}", ""]
-        lines += [
-            f"- {one.where}: {one.measured}. **{'Holds' if one.holds else 'Fails'}.**"
-            for one in claim.evidence
-        ] or ["- Not measured."]
-        lines.append("")
+    lines += claim.measurements(judged)
     for name, caption in drawn.items():
         lines += [f"![{caption}](code_mix/{name})", "", f"*{caption}.*", ""]
     for title, part, scores in (

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.reproductions import intervals
+from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim
 from launch.reproductions.snapkv import claims, experiment, figures, needle_run
 
@@ -23,16 +23,7 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
     judged = claims.claims(found)
     record = {
         **facts,
-        "claims": [
-            {
-                "claim": claim.name,
-                "statement": claim.statement,
-                "condition": claim.condition,
-                "verdict": claim.verdict,
-                "evidence": [vars(one) for one in claim.evidence],
-            }
-            for claim in judged
-        ],
+        "claims": claim.record(judged),
         "needles": _needle_table(found),
         "retrieval": _retrieval_table(found),
         "latency": found.get("latency"),
@@ -59,9 +50,7 @@ def _page(
         "",
         "and never by hand. All shares come with 95 % intervals over prompts.",
         "",
-        "| claim | pass condition | verdict |",
-        "|---|---|---|",
-        *(f"| {c.name} {c.statement} | {c.condition} | **{c.verdict}** |" for c in judged),
+        *claim.table(judged),
         "",
         "## How it was measured",
         "",
@@ -70,13 +59,7 @@ def _page(
         "## Measurements",
         "",
     ]
-    for claim in judged:
-        lines += [f"### {claim.name}: {claim.statement}", ""]
-        lines += [
-            f"- {one.where}: {one.measured}. **{'Holds' if one.holds else 'Fails'}.**"
-            for one in claim.evidence
-        ] or ["- Not measured."]
-        lines.append("")
+    lines += claim.measurements(judged)
     for name, caption in drawn.items():
         lines += [f"![{caption}](snapkv/{name})", "", f"*{caption}.*", ""]
     lines += _tables(record)

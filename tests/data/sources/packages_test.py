@@ -147,3 +147,11 @@ def test_current_environment_finds_the_standard_library():
     names = dict(env.files("python", (".py",)))
     assert names["python/json/decoder.py"] == pathlib.Path(env.stdlib) / "json" / "decoder.py"
     assert not any("/test/" in name or "site-packages" in name for name in names)
+
+
+def test_the_standard_library_alone_has_its_modules_and_no_package():
+    env = environment.standard_library()
+    assert env.files("python", (".py",)) == environment.Environment.current().files(
+        "python", (".py",)
+    )
+    assert env.versions(["python", "numpy"]).keys() == {"python"} and not env.files("numpy", ("",))

@@ -1,0 +1,103 @@
+"""Low-rank training at small scale: runs the sweeps that are not done, and reads what they found."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import sweeps
+from launch.reproductions.low_rank import timing
+from launch.reproductions.stages import Stages
+
+PARTS = ("lm", "vision", "timing")
+_SPECTRUM = "spectrum/"
+
+
+def run(
+    *,
+    model_dir: str,
+    seeds: int,
+    workers: int = 1,
+    minutes: float | None = None,
+    parts: Sequence[str] = PARTS,
+) -> dict[str, Any]:
+    """The rows of both sweeps and the times of steps, by part; what is there already is read.
+
+    Args:
+      model_dir: parent of the sweeps' folders and of what is measured.
+      seeds: of each sweep.
+      workers: runs at once.
+      minutes: after which a sweep stops; the same command goes on.
+      parts: of PARTS.
+
+    Raises:
+      ValueError: a sweep could not be run.
+      sweeps.StoppedError: it was stopped, by a signal or the time.
+    """
+    folder = pathlib.Path(model_dir)
+    found: dict[str, Any] = {}
+    for part in parts:
+        if part == "timing":  # last, and by itself: it wants the machine idle
+            continue
+        rows = sweeps.rows(
+            folder / part, f"low_rank_{part}", seeds, workers=workers, minutes=minutes
+        )
+        found[part] = [with_course(row, folder / part / row["directory"]) for row in rows]
+    if "timing" in parts:
+        stages = Stages(folder / "measured")
+        found["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
+    return found
+
+
+def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """A row of results with what its run's directory says of its course.
+
+    Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', of each reading its
+    step and the means of trainers/spectrum.py, but for 'effective_step', which is `effective_step`; and
+    'first_spectra' and 'last_spectra', by layer the singular values of each stacked matrix. What a run does
+    not have is empty.
+    """
+    from trainers import spectrum
+    from trainers.metric_writers import rows_in_force
+
+    metrics = rows_in_force(str(directory / "metrics.jsonl"))
+    curve = [
+        (line["step"], value)
+        for line in metrics
+        for name, value in line.items()
+        if name.startswith("eval/") and name.endswith("/perplexity")
+    ]
+    spectra = spectrum.read(directory) if (directory / spectrum.FILE).exists() else []
+    steps = {line["step"]: effective_step(line) for line in spectra}
+    readings = [
+        {"step": line["step"]}
+        | {
+            name.removeprefix(_SPECTRUM): value
+            for name, value in line.items()
+            if name.startswith(_SPECTRUM)
+        }
+        | {"effective_step": steps[line["step"]]}
+        for line in metrics
+        if line["step"] in steps and any(name.startswith(_SPECTRUM) for name in line)
+    ]
+    return {
+        **row,
+        "parameters": json.loads((directory / "run.json").read_text())["parameters"],
+        "curve": curve,
+        "spectrum": readings,
+        "first_spectra": spectra[0]["layers"] if spectra else {},
+        "last_spectra": spectra[-1]["layers"] if spectra else {},
+    }
+
+
+def effective_step(reading: Mapping[str, Any]) -> float:
+    """The learning rate over the mean |W|^2 of all matrices, of a line of spectra.jsonl.
+
+    Not the mean of each one's: decay brings some matrices to nothing, and their steps would be all of it.
+    """
+    squares = [
+        float(np.square(values).sum()) for stack in reading["layers"].values() for values in stack
+    ]
+    return reading["learning_rate"] / max(float(np.mean(squares)), np.finfo(np.float32).tiny)

@@ -1,0 +1,90 @@
+"""The claims of low-rank training on images, with what was measured for each.
+
+Arms are `dense`, a start, or a start with a decay and a rate: `spectral_frobenius_half`.
+"""
+
+from launch.reproductions import intervals
+from launch.reproductions.claim import Claim, Evidence
+from launch.reproductions.low_rank.pairs import arm_name, better
+from launch.reproductions.low_rank.results import Results
+
+WHERE = "textures"
+INITS = ("he", "spectral", "spectral_ones")
+DECAYS = ("none", "l2", "frobenius")
+RATES = ("full", "half")
+CLOSE = 0.02  # of accuracy: what is left of the gap to dense
+
+
+def claims(results: Results) -> list[Claim]:
+    """All of them."""
+    decays = [
+        tuple(arm(results, init, kind, rate) for kind in ("frobenius", "l2"))
+        for init in INITS
+        for rate in RATES
+    ]
+    return [
+        Claim(
+            "V1",
+            "On images factors close the gap to the dense network",
+            f"mean accuracy of spectral and spectral ones at most {CLOSE} below dense",
+            [e for init in INITS[1:] for e in _close(results, init)],
+            required=True,
+        ),
+        Claim(
+            "V2",
+            "Decay of the product costs no accuracy beside decay of the factors",
+            "L2 has not the better accuracy, for every start and learning rate",
+            [
+                e
+                for pair in decays
+                for e in better(results, WHERE, "accuracy", *pair, no_worse=True)
+            ],
+        ),
+        Claim(
+            "V3",
+            "On images too decay of the product keeps the effective rank higher than decay of the factors",
+            "a higher mean effective rank at the end, for every start and learning rate",
+            [e for pair in decays for e in better(results, WHERE, "effective_rank", *pair)],
+        ),
+        Claim(
+            "V4",
+            "Half the learning rate does not hurt, although the effective step falls",
+            "the full rate has not the better accuracy, and has the larger effective step",
+            [
+                evidence
+                for init in INITS
+                for kind in DECAYS
+                for evidence in _halved(results, init, kind)
+            ],
+        ),
+    ]
+
+
+def arm(results: Results, init: str, kind: str = "none", rate: str = "full") -> str:
+    """The name of an arm; without decay at the full rate it may be that of its start alone."""
+    name = f"{init}_{kind}_{rate}"
+    plain = (kind, rate) == ("none", "full") and not results.has(name)
+    return init if plain else name
+
+
+def _close(results: Results, init: str) -> list[Evidence]:
+    ones, dense = results.paired("accuracy", arm(results, init), "dense")
+    if not len(ones):
+        return []
+    gap = intervals.over_seeds(ones - dense)
+    words = (
+        f"accuracy: {arm_name(init)} {intervals.text(intervals.over_seeds(ones), 3)}, dense "
+        f"{intervals.text(intervals.over_seeds(dense), 3)}; difference {intervals.text(gap, 3)}"
+    )
+    return [Evidence(WHERE, words, gap["value"] >= -CLOSE)]
+
+
+def _halved(results: Results, init: str, kind: str) -> list[Evidence]:
+    half, full = (arm(results, init, kind, rate) for rate in ("half", "full"))
+    out = better(results, WHERE, "accuracy", half, full, no_worse=True)
+    steps = results.paired("effective_step", half, full)
+    if out and len(steps[0]):
+        ratio = intervals.over_seeds(steps[0] / steps[1])
+        words = f"effective step of {arm_name(half)} over full {intervals.text(ratio)}"
+        out.append(Evidence(WHERE, words, ratio["value"] < 1))
+    return out

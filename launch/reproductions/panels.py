@@ -1,0 +1,55 @@
+"""Panels of the reproductions' plots, with values and their intervals over seeds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import intervals
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+)
+
+
+def panels(columns: int, size: tuple[float, float], *, share_y: bool = False) -> Any:
+    """A figure and its axes, in a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, sharey=share_y)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def bar(
+    axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
+) -> None:
+    """A bar with its interval over seeds, and a dot for each seed."""
+    shown = intervals.over_seeds(values)
+    error = [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
+    axes.bar(at, shown["value"], width * 0.92, yerr=error, capsize=2, color=colour, label=label)
+    spread = np.linspace(-0.2, 0.2, len(values)) * width
+    axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
+
+
+def line(
+    axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
+) -> None:
+    """Means with their intervals over seeds, and the seeds as thin lines."""
+    shown = [intervals.over_seeds(values) for values in curves]
+    axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
+    axes.fill_between(
+        x, [s["low"] for s in shown], [s["high"] for s in shown], color=colour, alpha=0.15, lw=0
+    )
+    for seed in range(len(curves[0])):
+        axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)

@@ -1,0 +1,39 @@
+"""Sweeps of a reproduction: run as far as they are not done, and read."""
+
+import pathlib
+from typing import Any
+
+_SWEEPS = pathlib.Path(__file__).parents[1] / "sweeps"
+
+
+class StoppedError(Exception):
+    """A sweep was stopped and goes on when it is started again."""
+
+
+def rows(
+    folder: pathlib.Path, name: str, seeds: int, *, workers: int = 1, minutes: float | None = None
+) -> list[dict[str, Any]]:
+    """The results of a sweep of launch/sweeps; what has been trained before is not trained again.
+
+    Args:
+      folder: of the sweep.
+      name: of its file.
+      seeds: which its file is given.
+      workers: runs at once.
+      minutes: after which it stops; the same call goes on.
+
+    Raises:
+      ValueError: the sweep could not be run.
+      StoppedError: it was stopped, by a signal or the time.
+    """
+    from launch import cli, sweep
+
+    file = f"{_SWEEPS / name}.py:{seeds}"
+    words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
+    status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
+    if status == cli.INTERRUPTED:
+        raise StoppedError(f"The sweep in {folder} was stopped; the same command goes on.")
+    if status == 2:
+        raise ValueError(f"The sweep {file} was not run; see above.")
+    # With status 1 some runs have failed: the others are reported.
+    return sweep.read_results(folder)
