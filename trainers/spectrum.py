@@ -109,15 +109,18 @@ def read(run: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:
-    """Means over matrices of what their singular values say; a zero matrix has no effective step."""
-    frobenius = np.array([np.sqrt(np.square(row).sum()) for row in spectra])
-    moving = frobenius[frobenius > 0]
+    """Means over matrices of what their singular values say.
+
+    The effective step is that of the mean squared norm: decay brings some matrices to nothing, and theirs alone
+    would be without bound.
+    """
+    squares = np.array([np.square(row).sum() for row in spectra])
     return {
         "effective_rank": float(
             np.mean([factors.effective_rank(jnp.asarray(row)) for row in spectra])
         ),
-        "effective_step": float(np.mean(rate / moving**2)) if moving.size else 0.0,
-        "frobenius": float(frobenius.mean()),
+        "effective_step": float(rate / max(squares.mean(), 1e-30)),
+        "frobenius": float(np.sqrt(squares).mean()),
         "operator": float(np.mean([row.max() for row in spectra])),
         "nuclear": float(np.mean([row.sum() for row in spectra])),
     }

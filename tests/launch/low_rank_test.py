@@ -204,4 +204,4 @@ def test_spectra_of_dense_kernels_and_of_none():
     want = np.mean(values.sum(-1) / values.max(-1))
     assert found["spectrum/effective_rank"] == pytest.approx(want, rel=1e-5)
     squares = np.square(kernels).sum((-2, -1))
-    assert found["spectrum/effective_step"] == pytest.approx(np.mean(0.5 / squares), rel=1e-5)
+    assert found["spectrum/effective_step"] == pytest.approx(0.5 / squares.mean(), rel=1e-5)
