@@ -175,9 +175,7 @@ def test_a_low_rank_run_trains_and_its_spectra_are_those_of_its_products(train, 
               if row["step"] == 14 and "spectrum/nuclear" in row)  # fmt: skip
     assert row["spectrum/effective_rank"] == pytest.approx(np.mean(ranks), rel=1e-4)
     rate = readings[-1]["learning_rate"]
-    assert row["spectrum/effective_step"] == pytest.approx(
-        np.mean(rate / np.array(norms)), rel=1e-3
-    )
+    assert row["spectrum/effective_step"] == pytest.approx(rate / np.mean(norms), rel=1e-3)
 
 
 def test_spectra_of_dense_kernels_and_of_none():
@@ -205,3 +203,10 @@ def test_spectra_of_dense_kernels_and_of_none():
     assert found["spectrum/effective_rank"] == pytest.approx(want, rel=1e-5)
     squares = np.square(kernels).sum((-2, -1))
     assert found["spectrum/effective_step"] == pytest.approx(0.5 / squares.mean(), rel=1e-5)
+
+
+def test_a_matrix_that_has_vanished_does_not_decide_the_effective_step():
+    found = spectrum.summary([np.array([1.0, 1.0]), np.zeros(2), np.array([2.0])], 0.3)
+    assert found["effective_step"] == pytest.approx(0.3 / ((2 + 0 + 4) / 3))
+    assert found["effective_rank"] == pytest.approx((2 + 0 + 1) / 3)
+    assert found["nuclear"] == pytest.approx(4 / 3) and found["operator"] == pytest.approx(1.0)

@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from launch.reproductions import sweeps
 from launch.reproductions.low_rank import timing
 from launch.reproductions.stages import Stages
@@ -55,9 +53,8 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     """A row of results with what its run's directory says of its course.
 
     Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', of each reading its
-    step and the means of trainers/spectrum.py, but for 'effective_step', which is `effective_step`; and
-    'first_spectra' and 'last_spectra', by layer the singular values of each stacked matrix. What a run does
-    not have is empty.
+    step and the means of trainers/spectrum.py; and 'first_spectra' and 'last_spectra', by layer the
+    singular values of each stacked matrix. What a run does not have is empty.
     """
     from trainers import spectrum
     from trainers.metric_writers import rows_in_force
@@ -70,7 +67,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
         if name.startswith("eval/") and name.endswith("/perplexity")
     ]
     spectra = spectrum.read(directory) if (directory / spectrum.FILE).exists() else []
-    steps = {line["step"]: effective_step(line) for line in spectra}
+    read = {line["step"] for line in spectra}
     readings = [
         {"step": line["step"]}
         | {
@@ -78,9 +75,8 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
             for name, value in line.items()
             if name.startswith(_SPECTRUM)
         }
-        | {"effective_step": steps[line["step"]]}
         for line in metrics
-        if line["step"] in steps and any(name.startswith(_SPECTRUM) for name in line)
+        if line["step"] in read and any(name.startswith(_SPECTRUM) for name in line)
     ]
     return {
         **row,
@@ -90,14 +86,3 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
         "first_spectra": spectra[0]["layers"] if spectra else {},
         "last_spectra": spectra[-1]["layers"] if spectra else {},
     }
-
-
-def effective_step(reading: Mapping[str, Any]) -> float:
-    """The learning rate over the mean |W|^2 of all matrices, of a line of spectra.jsonl.
-
-    Not the mean of each one's: decay brings some matrices to nothing, and their steps would be all of it.
-    """
-    squares = [
-        float(np.square(values).sum()) for stack in reading["layers"].values() for values in stack
-    ]
-    return reading["learning_rate"] / max(float(np.mean(squares)), np.finfo(np.float32).tiny)
