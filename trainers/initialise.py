@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
+from trainers.inputs import Inputs, PackedTokens
 from trainers.partitioning import Rules, mesh_spec
 from trainers.train_state import TrainState
 
@@ -17,9 +18,9 @@ from trainers.train_state import TrainState
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
 
-def variables(model: Any, key: jax.Array, *, length: int = 8) -> Any:
-    """New variables of a model, boxed with their logical axis names."""
-    return model.init(key, jnp.zeros((1, length), jnp.int32))
+def variables(model: Any, key: jax.Array, inputs: Inputs = PackedTokens(8)) -> Any:
+    """New variables of a model that reads `inputs`, boxed with their logical axis names."""
+    return model.init(key, *inputs.init_arguments())
 
 
 def average_of(params: Any, mask: Any = None) -> Any:
@@ -36,9 +37,9 @@ def average_of(params: Any, mask: Any = None) -> Any:
     return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
-def abstract_variables(model: Any) -> Any:
+def abstract_variables(model: Any, inputs: Inputs = PackedTokens(8)) -> Any:
     """Shapes and dtypes of `variables`; allocates nothing."""
-    return jax.eval_shape(lambda: variables(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:

@@ -86,7 +86,7 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         # Also calls what makes the recipe, which checks its own numbers.
         arguments = config.arguments()
         # Now: what gin binds inside of the model is read when the model is called.
-        shapes = _shapes(arguments["recipe"].model)
+        shapes = _shapes(arguments["recipe"])
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
@@ -98,13 +98,13 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     return _Loaded(config_diff.canonical(config.text), arguments, shapes)
 
 
-def _shapes(model: Any) -> dict[str, str]:
+def _shapes(recipe: Any) -> dict[str, str]:
     """Shapes of a model's parameters by path; nothing is allocated."""
     import flax.linen as nn
 
     from trainers import initialise, state_tree
 
-    params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
+    params = nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.reads)["params"])
     return {name: str(list(leaf.shape)) for name, leaf in state_tree.flatten(params).items()}
 
 
