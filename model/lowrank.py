@@ -25,6 +25,8 @@ INITS = get_args(Init)
 
 # What attention and MLPs project with; a router is small, and tables are not projections.
 PROJECTIONS = (r"(.*/)?(attention|mlp)/(query|key|value|out|gate|up|down)",)
+# Of a residual network what its blocks convolve with, not the stem and the classifier (model/resnet.py).
+CONVOLUTIONS = (r"stage_\d+/block_\d+/(conv_\d+|shortcut)",)
 
 
 def product(x: jax.Array, u_XR: jax.Array, v_RY: jax.Array) -> jax.Array:
@@ -59,7 +61,7 @@ class Factorisation:
 
     rank: float = 0.5
     rank_rule: factors.RankRule = "min_dim"
-    layers: Sequence[str] = PROJECTIONS
+    layers: Sequence[str] = (*PROJECTIONS, *CONVOLUTIONS)
     ranks: Sequence[tuple[str, float]] = ()
     init: Init = "spectral"
     ones_scale: float = 1.0
@@ -117,7 +119,7 @@ class LowRankDense(Dense):
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.factorisation.draw(key, self.kernel_init, shape, rank)
 
-        u_XR, v_RY = _factors(self, draw, (self.axes[0], RANK), (RANK, self.axes[1]))
+        u_XR, v_RY = factor_parameters(self, draw, (self.axes[0], RANK), (RANK, self.axes[1]))
         return product(x, u_XR.astype(self.dtype), v_RY.astype(self.dtype))
 
 
@@ -139,7 +141,7 @@ class LowRankExpertDense(ExpertDense):
             )(keys)
 
         expert, *names = self.axes
-        u, v = _factors(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
+        u, v = factor_parameters(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
         inner = grouped_matmul(rows_RX, u.astype(self.dtype), sizes_E)
         return grouped_matmul(inner, v.astype(self.dtype), sizes_E)
 
@@ -149,7 +151,7 @@ def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype: kernel_init(key, (1, *shape), dtype)[0]
 
 
-def _factors(
+def factor_parameters(
     module: nn.Module,
     draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     u_axes: tuple[str, ...],

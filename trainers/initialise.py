@@ -17,8 +17,10 @@ from trainers.train_state import TrainState
 # Collections that last for one call: what modules sow and perturb. All others are kept in the state.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
+_TEXT = PackedTokens(8)
 
-def variables(model: Any, key: jax.Array, inputs: Inputs = PackedTokens(8)) -> Any:
+
+def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
     """New variables of a model that reads `inputs`, boxed with their logical axis names."""
     return model.init(key, *inputs.init_arguments())
 
@@ -37,7 +39,7 @@ def average_of(params: Any, mask: Any = None) -> Any:
     return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
-def abstract_variables(model: Any, inputs: Inputs = PackedTokens(8)) -> Any:
+def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
     """Shapes and dtypes of `variables`; allocates nothing."""
     return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
 
