@@ -47,9 +47,7 @@ def test_resnet_50_has_its_published_size():
 
 
 def test_wrn_28_10_has_the_size_of_its_shapes():
-    config = ResNetConfig(
-        num_classes=100, stages=(4, 4, 4), widths=(160, 320, 640), stem_width=16
-    )
+    config = ResNetConfig(num_classes=100, stages=(4, 4, 4), widths=(160, 320, 640), stem_width=16)
     stages = 0
     for i, o in ((16, 160), (160, 320), (320, 640)):
         first = norm_size(i) + 9 * i * o + norm_size(o) + 9 * o * o + i * o
