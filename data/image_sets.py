@@ -7,7 +7,7 @@ of TensorFlow Datasets, read at random. data/textures.py generates one.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np

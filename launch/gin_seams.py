@@ -30,12 +30,12 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "dense": _PROJECTION,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
     },
-    "model.resnet.Bottleneck": {"conv": _CONVOLUTION, "dense": _POINTWISE},
     "model.resnet.ResNet": {
-        "block": ("config", "width", "stride", "name"),
+        "block": ("config", "width", "stride", "conv", "dense", "name"),
+        "conv": _CONVOLUTION,
+        "dense": _POINTWISE,
         "stem": ("config", "name"),
     },
-    "model.resnet.WideBlock": {"conv": _CONVOLUTION, "dense": _POINTWISE},
     "model.transformer.Block": {
         "attention": ("config", "kind", "name"),
         "mlp": ("config", "name"),

@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
       config: of the network.
       width: channels out; a quarter inside.
       stride: of the 3x3 and of the shortcut.
-      conv: factory of convolutions.
+      conv: factory of 3x3 convolutions.
       dense: factory of 1x1 convolutions.
     """
 
@@ -175,12 +175,16 @@ class ResNet(nn.Module):
       config: sizes.
       stem: factory of what reads the images.
       block: factory of blocks.
+      conv: factory of the 3x3 convolutions of blocks.
+      dense: factory of their 1x1 convolutions.
       final_norm: normalises and rectifies what the last block gives, after blocks that do not.
     """
 
     config: ResNetConfig
     stem: Callable[..., nn.Module] = Stem7x7
     block: Callable[..., nn.Module] = Bottleneck
+    conv: Callable[..., nn.Module] = Conv
+    dense: Callable[..., nn.Module] = Dense
     final_norm: bool = False
 
     @nn.compact
@@ -188,10 +192,9 @@ class ResNet(nn.Module):
         config = self.config
         x_BHWC = axes.constrain(images_BHWC.astype(config.compute_dtype), axes.BATCH)
         x_BHWC = self.stem(config=config, name="stem")(x_BHWC, train)
+        block = partial(self.block, config=config, conv=self.conv, dense=self.dense)
         for index, (blocks, width) in enumerate(zip(config.stages, config.widths, strict=True)):
-            stage = _Stage(
-                config, blocks, width, 2 if index else 1, self.block, name=f"stage_{index}"
-            )
+            stage = _Stage(blocks, width, 2 if index else 1, block, name=f"stage_{index}")
             x_BHWC = axes.constrain(stage(x_BHWC, train), axes.BATCH)
         if self.final_norm:
             x_BHWC = nn.relu(batch_norm(config, train, "norm")(x_BHWC))
@@ -209,7 +212,6 @@ class ResNet(nn.Module):
 class _Stage(nn.Module):
     """Blocks of one width, of which the first has the stride; a scope of its own in paths."""
 
-    config: ResNetConfig
     blocks: int
     width: int
     stride: int
@@ -219,9 +221,7 @@ class _Stage(nn.Module):
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         for index in range(self.blocks):
             stride = 1 if index else self.stride
-            block = self.block(
-                config=self.config, width=self.width, stride=stride, name=f"block_{index}"
-            )
+            block = self.block(width=self.width, stride=stride, name=f"block_{index}")
             x_BHWC = block(x_BHWC, train)
         return x_BHWC
 

@@ -15,8 +15,8 @@ from model.resnet import Bottleneck, ResNet, ResNetConfig, Stem3x3, WideBlock
 SMALL = ResNetConfig(num_classes=5, stages=(1, 2), widths=(8, 16), stem_width=8)
 
 
-def wide(config=SMALL, block=WideBlock):
-    return ResNet(config=config, stem=Stem3x3, block=block, final_norm=True)
+def wide(config=SMALL, block=WideBlock, **factories):
+    return ResNet(config=config, stem=Stem3x3, block=block, final_norm=True, **factories)
 
 
 def shapes_of(model, size):
@@ -106,12 +106,9 @@ def test_a_bottleneck_strides_in_its_3x3():
 @pytest.mark.parametrize("block", [Bottleneck, WideBlock])
 def test_by_default_blocks_are_factorised_and_stem_and_classifier_are_not(block):
     made = lowrank.Factorisation(rank=0.5)
-    low_rank = partial(
-        block,
-        conv=partial(LowRankConv, factorisation=made),
-        dense=partial(lowrank.LowRankDense, factorisation=made),
-    )
-    params = shapes_of(wide(block=low_rank), 8)["params"]
+    conv = partial(LowRankConv, factorisation=made)
+    dense = partial(lowrank.LowRankDense, factorisation=made)
+    params = shapes_of(wide(block=block, conv=conv, dense=dense), 8)["params"]
     assert "kernel" in params["stem"]["conv"] and "kernel" in params["head"]
     paths = {one.path for one in factors.find_factors(params)}
     convolutions = {"conv_0", "conv_1"} | ({"conv_2"} if block is Bottleneck else set())
