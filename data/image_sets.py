@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data import cpu_tensorflow
+
 SPLITS = ("train", "validation")
 
 
@@ -120,6 +122,7 @@ def tfds(
     Raises:
       ValueError: an unknown split, or a set that is not there in array_record files; nothing is downloaded.
     """
+    cpu_tensorflow.load()
     import tensorflow_datasets as datasets
 
     check_split(split)

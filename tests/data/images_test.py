@@ -197,6 +197,37 @@ def test_a_set_of_many_sizes_is_cut_to_one():
             stream(wrong, **given, transform=augment.CentreCrop(4, 5)).batch(step, 0, 4)
 
 
+def test_a_set_that_tfds_has_prepared_is_read_at_random(tmp_path):
+    import tensorflow_datasets as tfds
+
+    rows = [
+        (row, {"image": np.full((8, 8, 3), 10 * row, np.uint8), "label": row % 4})
+        for row in range(10)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="squares",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(8, 8, 3)),
+                "label": tfds.features.ClassLabel(num_classes=4),
+            }
+        ),
+        split_datasets={"train": rows, "test": rows[:3]},
+        data_dir=tmp_path,
+        disable_shuffling=True,
+        file_format="array_record",
+    )
+    given = {"name": "squares:1.0.0", "data_dir": tmp_path}
+    train, held_out = (image_sets.tfds(split=split, **given) for split in image_sets.SPLITS)
+    assert (train.name, train.num_classes, train.size, held_out.size) == ("squares", 4, 10, 3)
+    found, labels = train.read(np.array([7, 2]))
+    assert [int(image.max()) for image in found] == [70, 20] and labels.tolist() == [3, 2]
+    assert train.digest != held_out.digest
+    with pytest.raises(ValueError, match="cannot be read at random .* tfds build squares:1.0.0"):
+        image_sets.tfds(split="validation", splits=("train", "nothing"), **given)
+
+
 # ---- Augmentation.
 
 

@@ -5,8 +5,9 @@ import jax
 import pytest
 from etils import epath
 
-from launch import gin_config
+from launch import gin_config, precompile
 from launch.host_metrics import flops_per_unit
+from launch.sweeping import file
 from model import factors
 from trainers import step_dir
 from trainers.metric_writers import read_jsonl
@@ -128,6 +129,22 @@ def test_at_full_size_all_of_the_blocks_is_factorised(name, layers, rank, scheme
 def test_an_images_flops_are_those_of_its_convolutions(name, macs):
     recipe = load(f"full/{name}").arguments()["recipe"]
     assert flops_per_unit(recipe, recipe.program()) == pytest.approx(6 * macs, rel=0.002)
+
+
+def test_a_step_is_compiled_ahead_and_its_flops_are_found():
+    recipe = load("cpu/textures_spectral", *SMALL).arguments()["recipe"]
+    program = recipe.program(devices=jax.devices()[:1])
+    report, _ = precompile.compile_step(recipe, program, hbm_bytes=1e9)
+    assert report.fits and report.flops.analytic == pytest.approx(
+        16 * flops_per_unit(recipe, program)
+    )
+
+
+def test_the_sweep_has_every_arm_at_two_rates():
+    runs = file.read("launch/sweeps/low_rank_textures.py:2")
+    kinds = {run.kind for run in runs}
+    assert len(kinds) == 2 * (1 + 3 * 3) and len(runs) == 2 * len(kinds)
+    assert {"dense_half_rate", "spectral_ones_frobenius", "he_none_half_rate"} <= kinds
 
 
 @pytest.mark.parametrize("decay", ["none", "l2", "frobenius"])
