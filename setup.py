@@ -56,12 +56,16 @@ EVAL = [
     "pytablewriter>=1.2",  # with older ones the tables of lm-eval have no titles
 ]
 
+# Sets of images beside those that are generated or of TFDS.
+VISION = ["scikit-learn>=1.5"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "eval": EVAL,
+    "vision": VISION,
     "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",
@@ -74,6 +78,7 @@ EXTRAS = {
         "psutil>=6",
         *TEXT,
         *EVAL,
+        *VISION,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
     "peers": ["torch>=2.4", "transformers>=5.0"],

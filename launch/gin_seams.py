@@ -8,10 +8,14 @@ import inspect
 from typing import Any
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
+_POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
+_CONVOLUTION = ("features", "side", "stride", "dtype", "param_dtype", "name")
 _TABLE = ("features", "dtype", "param_dtype")
 
 # By owner, and by the parameter of it that takes a factory: names of the arguments it is called with.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "data.images.make_eval_stream": {"images": ("split",)},
+    "data.images.make_stream": {"images": ("split",)},
     "data.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluate.evaluate": {"stream": ("task",)},
     "launch.train.train": {
@@ -25,6 +29,12 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.moe.MoeMlp": {
         "dense": _PROJECTION,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
+    },
+    "model.resnet.ResNet": {
+        "block": ("config", "width", "stride", "conv", "dense", "name"),
+        "conv": _CONVOLUTION,
+        "dense": _POINTWISE,
+        "stem": ("config", "name"),
     },
     "model.transformer.Block": {
         "attention": ("config", "kind", "name"),

@@ -1,4 +1,4 @@
-"""What the host adds to a step's metrics: learning rate, tokens per second, utilisation."""
+"""What the host adds to a step's metrics: learning rate, tokens or images per second, utilisation."""
 
 from collections.abc import Callable, Mapping
 
@@ -22,21 +22,30 @@ def rates_of(recipe: Recipe, total_steps: int) -> np.ndarray:
 def host_metrics(
     recipe: Recipe, program: Program, rates: np.ndarray
 ) -> Callable[[int, float], Mapping[str, float]]:
-    per_token = flops_per_token(recipe, program)
+    per_unit, unit = flops_per_unit(recipe, program), recipe.reads.unit
     devices = list(program.mesh.devices.flat)
 
     def values(updates: int, rate: float) -> Mapping[str, float]:
         # An update is made with the rate of as many as there were before it.
         found = {"learning_rate": float(rates[max(updates - 1, 0)])}
         if rate:
-            found["tokens_per_second"] = rate
-            found["model_flops_per_second"] = rate * per_token
-            mfu = flops.utilisation(rate, per_token, devices)
+            found[f"{unit}_per_second"] = rate
+            found["model_flops_per_second"] = rate * per_unit
+            mfu = flops.utilisation(rate, per_unit, devices)
             if mfu is not None:
                 found["mfu"] = mfu
         return found
 
     return values
+
+
+def flops_per_unit(recipe: Recipe, program: Program) -> float:
+    """Model FLOPs of training on one token, or on one image."""
+    if recipe.reads.unit == "tokens":
+        return flops_per_token(recipe, program)
+    state = program.abstract_state
+    variables = {"params": state.params, **state.variables}
+    return 3.0 * flops.traced_flops(recipe.model.apply, variables, *recipe.reads.init_arguments())
 
 
 def flops_per_token(recipe: Recipe, program: Program) -> float:

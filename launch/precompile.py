@@ -55,7 +55,7 @@ import jax
 
 from launch import compile_report, tpu_topology
 from launch.compile_report import Memory, Report
-from launch.host_metrics import flops_per_token
+from launch.host_metrics import flops_per_unit
 from launch.tpu_topology import Topology
 from trainers import flops, partitioning, schedules
 from trainers.recipe import Program, Recipe
@@ -115,8 +115,8 @@ def compile_step(
             if sizes is None:
                 raise
             return _too_large(program, batch, needed=sizes[0]), None
-    tokens = recipe.batch_size * recipe.length
-    model_flops = flops_per_token(recipe, program) * tokens / program.mesh.devices.size
+    units = recipe.batch_size * recipe.length
+    model_flops = flops_per_unit(recipe, program) * units / program.mesh.devices.size
     report = compile_report.measure(
         compiled, model_flops=model_flops, mean_keys=_mean_keys(recipe), hbm_bytes=hbm_bytes
     )
@@ -142,7 +142,9 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _mean_keys(recipe: Recipe) -> float:
-    """Keys a query attends to, on average over a row and over the layers."""
+    """Keys a query attends to, on average over a row and over the layers; 0 without attention."""
+    if recipe.reads.length is None:
+        return 0.0
     config = recipe.model.config
     kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
     return sum(flops.mean_keys(recipe.length, kind.window) for kind in kinds) / len(kinds)
@@ -160,6 +162,7 @@ def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, A
         "parameters": program.num_params(),
         "batch_size": recipe.batch_size,
         "length": recipe.length,
+        "unit": recipe.reads.unit,
         "versions": tpu_topology.versions(),
     }
 
@@ -172,7 +175,7 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
         ("topology", f"{topology}, {header['chips']} x {header['device']}"),
         ("mesh", f"{mesh}, rules {header['rules']}"),
         ("parameters", f"{header['parameters']:,}"),
-        ("batch", f"{header['batch_size']} rows of {header['length']} tokens"),
+        ("batch", _rows(header)),
         (
             "HBM limit",
             f"{topology.chip.hbm_bytes / 1e9:.2f} GB ({topology.chip.hbm_bytes / 2**30:.2f} GiB)",
@@ -190,6 +193,12 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds_at_peak.items())
         facts.append(("at peak rates", times))
     return facts
+
+
+def _rows(header: dict[str, Any]) -> str:
+    if header["unit"] == "images":
+        return f"{header['batch_size']} images"
+    return f"{header['batch_size']} rows of {header['length']} tokens"
 
 
 def _write(path: str, text: str) -> None:

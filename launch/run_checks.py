@@ -19,7 +19,7 @@ def numbers(**numbers: float) -> None:
 
 
 def stream(recipe: Recipe, data: Stream) -> None:
-    """The data is what the step is compiled for; a token id beyond the embedding would be clipped."""
+    """The data is what the step is compiled for; an id beyond the embedding or classes would be clipped."""
     for name, ours, theirs in (
         ("batch_size", recipe.batch_size, data.batch_size),
         ("length", recipe.length, data.length),
@@ -29,7 +29,13 @@ def stream(recipe: Recipe, data: Stream) -> None:
                 f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
                 "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as runs/pretrain.gin does."
             )
-    size = data.summary()["vocabulary"]["size"]
+    if recipe.reads.unit == "tokens":
+        _vocabulary(recipe, data.summary()["vocabulary"]["size"])
+    else:
+        _images(recipe, data)
+
+
+def _vocabulary(recipe: Recipe, size: int) -> None:
     rows = recipe.model.config.vocab_size
     if size > rows:
         raise ValueError(
@@ -39,8 +45,25 @@ def stream(recipe: Recipe, data: Stream) -> None:
         )
 
 
+def _images(recipe: Recipe, data: Stream) -> None:
+    wanted = recipe.reads.arrays(1)["images"].shape[1:]
+    found, classes = data.batch(0, 0, 1)["images"].shape[1:], data.summary()["num_classes"]
+    if found != wanted:
+        raise ValueError(
+            f"The recipe's images are {list(wanted)}, but the training stream's are {list(found)}: bind "
+            "both to IMAGE_SIZE and CHANNELS, as runs/classify.gin does."
+        )
+    if classes != recipe.model.config.num_classes:
+        raise ValueError(
+            f"The data have {classes} classes, but the model {recipe.model.config.num_classes}: set "
+            "NUM_CLASSES to that of the data."
+        )
+
+
 def same_vocabulary(start: restore.Restored, meta: Mapping[str, Any]) -> None:
     """Other ids for the same words would train on without a sign of it."""
+    if "vocabulary" not in meta:  # not of a language model
+        return
     theirs = start.meta.get("vocabulary", meta["vocabulary"])
     if start.source == "initial" and theirs != meta["vocabulary"]:
         raise ValueError(

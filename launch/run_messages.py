@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.host_metrics import flops_per_token
+from launch.host_metrics import flops_per_unit
 from trainers import flops, restore
 from trainers.batches import TrainStream
 from trainers.goodput import Goodput
@@ -19,7 +19,7 @@ def announce(
     told: Sequence[tuple[str, str]],
 ) -> None:
     """What is about to run, in a few lines."""
-    tokens = recipe.batch_size * recipe.length
+    units, unit = recipe.batch_size * recipe.length, recipe.reads.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     device = program.mesh.devices.flat[0].device_kind
     trained = program.num_params(trained_only=True)
@@ -27,12 +27,12 @@ def announce(
         ("mesh", f"{mesh} ({program.mesh.devices.size} x {device}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
-        ("tokens", f"{tokens:,} a step, {tokens * total_steps:,} in {total_steps:,} steps"),
+        (unit, f"{units:,} a step, {units * total_steps:,} in {total_steps:,} steps"),
         ("epochs", epochs_line(data, total_steps)),
         *told,
         ("start", _start_line(start)),
     ]
-    remaining = (total_steps - start.step) * tokens * flops_per_token(recipe, program)
+    remaining = (total_steps - start.step) * units * flops_per_unit(recipe, program)
     seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
     lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
     print(

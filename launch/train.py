@@ -93,7 +93,7 @@ def train(
       model_dir: the run's directory; an interrupted run goes on from its newest good checkpoint.
       stream: opens the training data; to read on where another run stopped, called with (positions=).
       total_steps: updates in all, those of earlier starts of this run included.
-      total_tokens: in its place, loss-bearing tokens in all: as many updates as reach them.
+      total_tokens: in its place, loss-bearing tokens (or images) in all: as many updates as reach them.
       tasks: functions that register SeqIO tasks.
       eval_stream: opens the held-out split of a task, called with (task=).
       eval_tasks: tasks to evaluate; the sources of the training stream when None.
@@ -200,6 +200,7 @@ def train(
             sharding=program.batch_sharding,
             max_steps=eval_steps,
             stop=stop.asked,
+            unit=recipe.reads.unit,
         )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
         batch = batches.abstract_batch(data, program.batch_sharding)
@@ -254,6 +255,7 @@ def train(
             checkpoint_period=checkpoint_period,
             meta=meta,
             log_period=log_period,
+            unit=recipe.reads.unit,
             host_metrics=host_metrics.host_metrics(recipe, program, rates),
             data_metrics=lambda batches: {
                 f"epochs/{name}": epochs for name, epochs in data.epochs(batches).items()
@@ -288,11 +290,17 @@ def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that continues from it."""
     return {
         "data_fingerprint": data.fingerprint,
+        **(_text_meta(data) if recipe.reads.unit == "tokens" else {}),
+        "model": dataclasses.asdict(recipe.model.config),
+        "seed": recipe.seed,
+    }
+
+
+def _text_meta(data: Stream) -> dict[str, Any]:
+    return {
         "vocabulary": data.summary()["vocabulary"]["digest"],
         "add_bos": _adds_bos(data),
         "start_token": data.summary()["start_token"],
-        "model": dataclasses.asdict(recipe.model.config),
-        "seed": recipe.seed,
     }
 
 

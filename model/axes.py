@@ -22,12 +22,14 @@ NORM = "norm"  # gains and biases of norms: small, replicated
 POSITION = "position"  # rows of a learned position table
 LAYERS = "layers"  # the axis nn.scan adds
 EXPERT = "expert"  # stacked experts
+CHANNELS = "channels"  # what convolutions give
+CHANNELS_IN = "channels_in"  # what they read, whole: a name may stand once in an array
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
 
 PARAMETER_AXES = (
     *(VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS),
-    *(EXPERT, RANK, UNMODELED),
+    *(EXPERT, CHANNELS, CHANNELS_IN, RANK, UNMODELED),
 )
 
 # Activations.

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from model import axes
+
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
 LAYER_KINDS = ("full", "sliding", "full_nope")
@@ -106,6 +108,21 @@ class TransformerConfig:
     @property
     def storage_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.param_dtype)
+
+    def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
+        """What a mesh may have to split: logical axis, size, and the setting that gives it."""
+        return (
+            (axes.HEADS, self.num_heads, "num_heads"),
+            (axes.KV_HEADS, self.kv_heads, "num_kv_heads"),
+            (axes.MLP, self.mlp_dim, "mlp_dim"),
+            (axes.EMBED, self.embed_dim, "embed_dim"),
+            (axes.VOCAB, self.vocab_size, "vocab_size"),
+            (
+                axes.LAYERS,
+                self.num_layers // len(self.layer_pattern),
+                "num_layers over the pattern",
+            ),
+        )
 
     def layer_kind(self, layer: int) -> LayerKind:
         """The kind of layer `layer` (from 0)."""

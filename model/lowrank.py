@@ -23,8 +23,12 @@ from model.moe import ExpertDense, grouped_matmul
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)
 
-# What attention and MLPs project with; a router is small, and tables are not projections.
-PROJECTIONS = (r"(.*/)?(attention|mlp)/(query|key|value|out|gate|up|down)",)
+# What attention and MLPs project with, and blocks of residual networks convolve with (model/resnet.py). A router is
+# small, tables are no projections, and stem and classifier of a network stay dense.
+PROJECTIONS = (
+    r"(.*/)?(attention|mlp)/(query|key|value|out|gate|up|down)"
+    r"|stage_\d+/block_\d+/(conv_\d+|shortcut)",
+)
 
 
 def product(x: jax.Array, u_XR: jax.Array, v_RY: jax.Array) -> jax.Array:
@@ -142,13 +146,13 @@ class LowRankDense(Dense):
 
     def product(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        if (rank := _rank(self, *shape)) is None:
+        if (rank := rank_of_layer(self, *shape)) is None:
             return super().product(x)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.factorisation.draw(key, self.kernel_init, shape, rank)
 
-        u_XR, v_RY = _factors(self, draw, (self.axes[0], RANK), (RANK, self.axes[1]))
+        u_XR, v_RY = factor_parameters(self, draw, (self.axes[0], RANK), (RANK, self.axes[1]))
         return product(x, u_XR.astype(self.dtype), v_RY.astype(self.dtype))
 
 
@@ -159,7 +163,7 @@ class LowRankExpertDense(ExpertDense):
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         shape = (rows_RX.shape[-1], self.features)
-        if (rank := _rank(self, *shape)) is None:
+        if (rank := rank_of_layer(self, *shape)) is None:
             return super().product(rows_RX, sizes_E)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,7 +173,7 @@ class LowRankExpertDense(ExpertDense):
             )(keys)
 
         expert, *names = self.axes
-        u, v = _factors(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
+        u, v = factor_parameters(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
         inner = grouped_matmul(rows_RX, u.astype(self.dtype), sizes_E)
         return grouped_matmul(inner, v.astype(self.dtype), sizes_E)
 
@@ -195,7 +199,7 @@ def factorised(
     return make
 
 
-def _rank(layer: "LowRankDense | LowRankExpertDense", rows: int, columns: int) -> int | None:
+def rank_of_layer(layer: Any, rows: int, columns: int) -> int | None:
     """The rank of a layer's factors, None where it is dense: of its parameters, once it has some.
 
     What a layer was made as holds for it wherever it goes: unrolled for decoding, it has another path.
@@ -212,7 +216,7 @@ def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype: kernel_init(key, (1, *shape), dtype)[0]
 
 
-def _factors(
+def factor_parameters(
     module: nn.Module,
     draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     u_axes: tuple[str, ...],

@@ -20,6 +20,9 @@ EXPERIMENTS = [name for name in FILES if "/experiments/" in name and "/full/" no
 # corpus_base.gin is a part of bytes.gin and corpus.gin.
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
+# Those of images, and what goes with them in a run; all others are of text.
+IMAGES = {"cifar100", "digits", "imagenet", "textures"}
+CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
 # BAM's seed, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
@@ -49,6 +52,13 @@ COUNTS = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "smollm_135m": 134_515_008,
+    "cnn_tiny": 9 * 3 * 16
+    + (16 + 16) * (9 * 16 + 2)
+    + sum(2 * i + 9 * i * o + 2 * o + 9 * o * o + i * o for i, o in ((16, 32), (32, 64)))
+    + 2 * 64
+    + 65 * 10,
+    "wrn28_10": 36_536_884,
+    "resnet50": 25_557_032,
 }
 # Published to a few digits only.
 ROUNDED = {"bam_2b": 1e6}
@@ -73,13 +83,23 @@ def load(*files, data=("TASKS=()",), bindings=()):
     return gin_config.load(paths, given, entry="launch.train:train")
 
 
-def load_model(name):
-    return load(f"models/{name}", "runs/pretrain").arguments()["recipe"].model
+def load_recipe(name):
+    if name in CLASSIFIERS:
+        files = (f"models/{name}", f"data/{CLASSIFIERS[name]}", "runs/classify")
+        config = gin_config.load(
+            [f"t5x_configs/{file}.gin" for file in files],
+            ["MODEL_DIR='/tmp/x'"],
+            entry="launch.train:train",
+        )
+    else:
+        config = load(f"models/{name}", "runs/pretrain")
+    return config.arguments()["recipe"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_initialises_abstractly_with_its_size(name):
-    params = initialise.abstract_variables(load_model(name))["params"]
+    recipe = load_recipe(name)
+    params = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
 
@@ -178,7 +198,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES))
 def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     files = ("models/tiny", f"data/{name}", "runs/pretrain")
     config = load(*files, data=REQUIRED.get(name, ()))
@@ -186,6 +206,24 @@ def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     arguments = config.arguments()
     assert len(arguments["tasks"]) == 1 and all(map(callable, arguments["tasks"]))
     assert callable(arguments["stream"]) and callable(arguments["eval_stream"])
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_a_file_of_images_makes_a_run_with_nothing_left_to_set_or_unused(name):
+    files = ("models/cnn_tiny", f"data/{name}", "runs/classify")
+    config = gin_config.load(
+        [f"t5x_configs/{file}.gin" for file in files],
+        ["MODEL_DIR='/tmp/x'"],
+        entry="launch.train:train",
+    )
+    assert [str(warning) for warning in config.warnings] == []
+    arguments = config.arguments()
+    recipe = arguments["recipe"]
+    assert callable(arguments["stream"]) and callable(arguments["eval_stream"])
+    assert recipe.reads.arrays(2)["images"].shape == (
+        2,
+        *recipe.reads.init_arguments()[0].shape[1:],
+    )
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
@@ -204,4 +242,5 @@ def test_an_experiment_makes_a_program(file):
     program = arguments["recipe"].program()
     assert program.num_params() > 0
     assert program.mesh.devices.size == jax.device_count()
-    assert arguments["total_steps"] > 0 and arguments["tasks"]
+    assert arguments["total_steps"] > 0
+    assert arguments.get("tasks") or arguments["recipe"].reads.unit == "images"

@@ -16,7 +16,14 @@ Index = tuple[slice, ...]
 
 
 class Stream(Protocol):
-    """What trainers need of a data stream; data/train_stream.py is one."""
+    """What trainers need of a data stream; data/train_stream.py is one.
+
+    Attributes:
+      batch_size: rows of a global batch.
+      length: units in a row, as `Recipe.length` has it.
+      source_names: what `source_ids` index.
+      fingerprint: of all that decides what batches hold.
+    """
 
     batch_size: int
     length: int

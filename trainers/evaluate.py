@@ -1,4 +1,4 @@
-"""Held-out loss per task: summed over every token once, divided once."""
+"""Held-out loss per task: summed over every token or image once, divided once."""
 
 import dataclasses
 import math
@@ -35,6 +35,7 @@ def evaluate(
     variables: Any = None,
     max_steps: int | None = None,
     stop: Callable[[int], bool] = lambda batches: False,
+    unit: str = "tokens",
 ) -> dict[str, float]:
     """Averages the objective's scalar metrics over a split.
 
@@ -46,11 +47,12 @@ def evaluate(
       variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
       stop: asked before each batch, with its index, whether to give up.
+      unit: what the loss is per, 'tokens' or 'images'.
 
     Returns:
-      The metrics per token, 'tokens', and for a 'loss' in nats also 'perplexity' and, where the split's
-      text size is known, 'bits_per_byte' (by the whole split's bytes per token, so with `max_steps` an
-      estimate).
+      The metrics per unit, the number of units, and for a 'loss' in nats per token also 'perplexity'
+      and, where the split's text size is known, 'bits_per_byte' (by the whole split's bytes per token,
+      so with `max_steps` an estimate).
 
     Raises:
       GivenUpError: `stop` said so.
@@ -75,7 +77,8 @@ def evaluate(
         collect(metrics)
     result = {name: float(total / weight) for name, (total, weight) in totals.items()}
     if "loss" in totals:
-        result["tokens"] = float(totals["loss"][1])
+        result[unit] = float(totals["loss"][1])
+    if "loss" in totals and unit == "tokens":
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
         if stream.bytes_per_token:
             result["bits_per_byte"] = result["loss"] / math.log(2) / stream.bytes_per_token
@@ -93,6 +96,7 @@ class Evaluation:
       sharding: of input arrays.
       max_steps: batches per task; None for whole splits.
       stop: see `evaluate`; of an evaluation that was given up nothing is kept.
+      unit: what the loss is per, 'tokens' or 'images'.
       results: step -> metrics, filled as the run goes on.
     """
 
@@ -102,6 +106,7 @@ class Evaluation:
     sharding: NamedSharding
     max_steps: int | None = None
     stop: Callable[[int], bool] = lambda batches: False
+    unit: str = "tokens"
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -120,6 +125,7 @@ class Evaluation:
                 variables=state.variables,
                 max_steps=self.max_steps,
                 stop=self.stop,
+                unit=self.unit,
             )
             found.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
         self.results[step] = found

@@ -1,12 +1,14 @@
-"""Model FLOPs of a decoder-only transformer, and what devices could do at most.
+"""Model FLOPs, of a decoder-only transformer in closed form, and what devices could do at most.
 
 Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
 recomputation (remat) not at all, as in PaLM (arXiv 2204.02311, appendix B).
 """
 
+import math
 import re
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,36 @@ def train_flops_per_token(
     return 3.0 * forward
 
 
+def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """FLOPs of the products and convolutions of any function, counted in its trace.
+
+    Args:
+      function: of arrays.
+      arguments: trees of arrays, or of their shapes and dtypes.
+    """
+    return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops_of(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        operands, name = [variable.aval for variable in equation.invars], equation.primitive.name
+        each = 0.0  # multiply-adds for each number that comes out
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            each = math.prod(operands[0].shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            filters = equation.params["dimension_numbers"].rhs_spec[0]
+            each = operands[1].size / operands[1].shape[filters]
+        total += 2.0 * each * equation.outvars[0].aval.size if each else 0.0
+        times = equation.params["length"] if name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * _flops_of(inner)
+    return total
+
+
 def peak_flops(device: jax.Device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s; None where it is not known (CPUs)."""
     kind = device.device_kind
@@ -98,14 +130,17 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def utilisation(
-    tokens_per_second: float, flops_per_token: float, devices: list[jax.Device]
+    units_per_second: float, flops_per_unit: float, devices: list[jax.Device]
 ) -> float | None:
-    """Model FLOP utilisation: model FLOPs done over the devices' peak; None if that is unknown."""
+    """Model FLOP utilisation: model FLOPs done over the devices' peak; None if that is unknown.
+
+    Units are tokens, or images.
+    """
     peaks = [peak_flops(device) for device in devices]
     known = [peak for peak in peaks if peak is not None]
     if not known or len(known) < len(peaks):
         return None
-    return tokens_per_second * flops_per_token / sum(known)
+    return units_per_second * flops_per_unit / sum(known)
 
 
 def estimate_seconds(model_flops: float, devices: list[jax.Device]) -> float:

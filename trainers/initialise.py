@@ -10,16 +10,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
+from trainers.inputs import Inputs, PackedTokens
 from trainers.partitioning import Rules, mesh_spec
 from trainers.train_state import TrainState
 
 # Collections that last for one call: what modules sow and perturb. All others are kept in the state.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
+_TEXT = PackedTokens(8)
 
-def variables(model: Any, key: jax.Array, *, length: int = 8) -> Any:
-    """New variables of a model, boxed with their logical axis names."""
-    return model.init(key, jnp.zeros((1, length), jnp.int32))
+
+def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
+    """New variables of a model that reads `inputs`, boxed with their logical axis names."""
+    return model.init(key, *inputs.init_arguments())
 
 
 def average_of(params: Any, mask: Any = None) -> Any:
@@ -36,9 +39,9 @@ def average_of(params: Any, mask: Any = None) -> Any:
     return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
-def abstract_variables(model: Any) -> Any:
+def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
     """Shapes and dtypes of `variables`; allocates nothing."""
-    return jax.eval_shape(lambda: variables(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:

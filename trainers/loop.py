@@ -55,7 +55,8 @@ class Loop:
       checkpoint_period: updates between saves; the last update is always saved.
       meta: recorded with each checkpoint.
       log_period: updates between written metrics, which average over the period.
-      host_metrics: (updates applied, tokens per second) -> values known on the host, such as the
+      unit: what rates count, 'tokens' or 'images'.
+      host_metrics: (updates applied, units per second) -> values known on the host, such as the
         learning rate, which the optimiser reads at its own count.
       data_metrics: batches drawn -> values known of the data, such as how often they were repeated.
       position: (updates applied, batches drawn) -> more to record with a checkpoint.
@@ -88,6 +89,7 @@ class Loop:
     anomaly: Anomaly | None
     stop: StopRequest
     abstract_state: TrainState
+    unit: str = "tokens"
     data_metrics: Callable[[int], Mapping[str, float]] = lambda batches: {}
     position: Callable[[int, int], Mapping[str, Any]] = lambda updates, batches: {}
     skipped: int = 0
@@ -231,8 +233,8 @@ class Loop:
         self._window = None
         (since, before), now = self._window_start, self._busy()
         if step > since and now > before:
-            tokens = (step - since) * self.stream.batch_size * self.stream.length
-            self._rate = tokens / (now - before)
+            units = (step - since) * self.stream.batch_size * self.stream.length
+            self._rate = units / (now - before)
         self._window_start = (step, now)
         known = {
             **self.host_metrics(step - self.skipped, self._rate),
@@ -354,5 +356,5 @@ class Loop:
         if "loss" in self._seen:
             shown["loss"] = f"{self._seen['loss']:.3f}"
         if self._rate:
-            shown["tok/s"] = f"{self._rate:,.0f}"
+            shown[f"{self.unit}/s"] = f"{self._rate:,.0f}"
         return shown

@@ -234,15 +234,23 @@ def sgd(
     *,
     learning_rate: Rate,
     momentum: float | None = None,
+    nesterov: bool = False,
     weight_decay: float = 0.0,
+    coupled: bool = False,
     no_decay: Sequence[str] = NO_DECAY,
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Stochastic gradient descent, with heavy-ball momentum if given."""
-    # Decay comes after the momentum, as in AdamW: decoupled, not part of the gradient's average.
-    optimizer = optax.chain(
-        optax.trace(momentum) if momentum else optax.identity(),
+    """Stochastic gradient descent, with heavy-ball momentum if given.
+
+    Args:
+      nesterov: looks a step ahead along the momentum (Sutskever et al., 2013).
+      coupled: decay is part of the gradient and so of its average, as in recipes for vision; else it
+        comes after the momentum, as in AdamW.
+    """
+    steps = [
+        optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
         optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    ]
+    ordered = reversed(steps) if coupled else steps
+    optimizer = optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate))
     return _clipped(optimizer, max_grad_norm)

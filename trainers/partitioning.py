@@ -8,14 +8,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
-from model.config import TransformerConfig
 from model.platform import use_platform
 
 # data: copies of the model; fsdp: batch and parameters split together; tensor: heads and widths split.
@@ -63,7 +62,7 @@ def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rul
     return tuple((name, given.get(name)) for name in axes.ALL_AXES)
 
 
-_FSDP_PARAMETERS = {axes.EMBED: "fsdp"}
+_FSDP_PARAMETERS = {axes.EMBED: "fsdp", axes.CHANNELS: "fsdp"}
 _TP_PARAMETERS = {
     axes.HEADS: "tensor",
     axes.KV_HEADS: "tensor",
@@ -154,13 +153,21 @@ def _width(mesh: Mesh, target: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+class Sizes(Protocol):
+    """What a model's configuration says of what may be split."""
+
+    def axis_sizes(self) -> Sequence[tuple[str, int, str]]:
+        """Logical axis, size, and the setting that gives it."""
+        ...
+
+
 def validate(
     *,
     mesh: Mesh,
     rules: Rules,
-    config: TransformerConfig,
+    config: Sizes,
     batch_size: int,
-    length: int,
+    length: int | None,
     boxed_params: Any = None,
     replicated_limit: int = 2**31,
 ) -> None:
@@ -171,7 +178,7 @@ def validate(
       rules: the rule set.
       config: the model's sizes.
       batch_size: rows of a global batch (of a microbatch when accumulating).
-      length: tokens per row.
+      length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.
       replicated_limit: bytes of parameters that may stay whole on every device while a mesh axis
         meant to split parameters is larger than one.
@@ -198,17 +205,8 @@ def validate(
     ]
     for name, size, what in (
         (axes.BATCH, batch_size, "BATCH_SIZE (divided by the microbatches)"),
-        (axes.LENGTH, length, "the row length"),
-        (axes.HEADS, config.num_heads, "num_heads"),
-        (axes.KV_HEADS, config.kv_heads, "num_kv_heads"),
-        (axes.MLP, config.mlp_dim, "mlp_dim"),
-        (axes.EMBED, config.embed_dim, "embed_dim"),
-        (axes.VOCAB, config.vocab_size, "vocab_size"),
-        (
-            axes.LAYERS,
-            config.num_layers // len(config.layer_pattern),
-            "num_layers over the pattern",
-        ),
+        *([] if length is None else [(axes.LENGTH, length, "the row length")]),
+        *config.axis_sizes(),
     ):
         shards = _width(mesh, targets.get(name))
         if size % shards:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import initialise, partitioning, schedules, trainable
 from trainers.anomaly import Anomaly
+from trainers.inputs import Inputs, PackedTokens
 from trainers.objectives.base import Batch, LossFn, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.partitioning import Rules
@@ -32,7 +32,8 @@ class Recipe:
     Attributes:
       model: the linen module.
       batch_size: rows of a global batch.
-      feature_lengths: tokens per row by feature, such as {"targets": 2048}.
+      feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
+      inputs: what a row is, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
       optimizer: factory, called with (learning_rate=).
       learning_rate: a schedule over update steps.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
@@ -50,9 +51,10 @@ class Recipe:
 
     model: Any
     batch_size: int
-    feature_lengths: Mapping[str, int]
     optimizer: Callable[..., optax.GradientTransformation]
     learning_rate: Schedule
+    feature_lengths: Mapping[str, int] | None = None
+    inputs: Inputs | None = None
     objective: Callable[..., LossFn] = language_modelling
     trainable: Sequence[str] = ()
     reports: Sequence[Callable[[Any], Sequence[str]]] = ()
@@ -70,15 +72,28 @@ class Recipe:
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
                 f"{self.microbatches} microbatches."
             )
-        if "targets" not in self.feature_lengths:
+        if self.inputs is None and "targets" not in (self.feature_lengths or {}):
             raise ValueError(
-                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths)} lacks 'targets', for example "
+                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'targets', for example "
                 '{"targets": 512}.'
+            )
+        if self.inputs is not None and self.feature_lengths is not None:
+            raise ValueError(
+                "Recipe.inputs and Recipe.feature_lengths both say what a row is: bind one of them."
             )
 
     @property
+    def reads(self) -> Inputs:
+        """What a row is."""
+        if self.inputs is not None:
+            return self.inputs
+        assert self.feature_lengths is not None  # see __post_init__
+        return PackedTokens(self.feature_lengths["targets"])
+
+    @property
     def length(self) -> int:
-        return self.feature_lengths["targets"]
+        """Units in a row: its tokens; 1 for an image."""
+        return self.reads.length or 1
 
     def over(self, span: schedules.Span) -> "Recipe":
         """This recipe with its schedule made for a run's span, which only some schedules wait for."""
@@ -95,14 +110,14 @@ class Recipe:
         """
         mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
         rules = partitioning.rules_named(self.rules)
-        variables = initialise.abstract_variables(self.model)
+        variables = initialise.abstract_variables(self.model, self.reads)
         boxed = variables["params"]
         partitioning.validate(
             mesh=mesh,
             rules=rules,
             config=self.model.config,
             batch_size=self.batch_size // self.microbatches,
-            length=self.length,
+            length=self.reads.length,
             boxed_params=boxed,
         )
         params = initialise.param_shardings(boxed, mesh, rules)
@@ -162,7 +177,9 @@ class Recipe:
                 shardings,
             ),
             init=jax.jit(
-                lambda: make_state(initialise.variables(self.model, jax.random.key(self.seed))),
+                lambda: make_state(
+                    initialise.variables(self.model, jax.random.key(self.seed), self.reads)
+                ),
                 out_shardings=shardings,
             ),
             steps=steps,
@@ -170,19 +187,10 @@ class Recipe:
         )
 
     def abstract_batch(self, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a packed language-modelling batch."""
-        rows = (self.batch_size, self.length)
-
-        def array(shape, dtype):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
+        """Shapes of a batch."""
         return {
-            "decoder_input_tokens": array(rows, jnp.int32),
-            "decoder_target_tokens": array(rows, jnp.int32),
-            "decoder_loss_weights": array(rows, jnp.float32),
-            "decoder_segment_ids": array(rows, jnp.int32),
-            "decoder_positions": array(rows, jnp.int32),
-            "source_ids": array(rows[:1], jnp.int32),
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            for name, array in self.reads.arrays(self.batch_size).items()
         }
 
 

@@ -127,6 +127,30 @@ def cosine(
     return _with_warmup(after, peak, warmup_steps)
 
 
+def stepwise(
+    *,
+    peak: float,
+    total_steps: int | None,
+    at: Sequence[float] = (0.3, 0.6, 0.8),
+    factor: float = 0.2,
+    warmup_steps: int | None = 0,
+) -> Schedule:
+    """Warm-up, then `peak` times `factor` for each of the shares `at` of the run that have passed.
+
+    The defaults are those of wide ResNets (arXiv 1605.07146): epochs 60, 120 and 160 of 200.
+    """
+    if total_steps is None:
+        settings = {"peak": peak, "at": at, "factor": factor, "warmup_steps": warmup_steps}
+        return _over_the_run(stepwise, **settings)
+    warmup_steps = _warmup("stepwise", total_steps, warmup_steps)
+    if list(at) != sorted(set(at)) or not all(0 < share < 1 for share in at):
+        raise ValueError(f"stepwise: at = {tuple(at)} must increase within (0, 1).")
+    drops = [round(share * total_steps) for share in at]
+    rates = [optax.constant_schedule(peak * factor**count) for count in range(len(drops) + 1)]
+    falling = optax.join_schedules(rates, drops)
+    return _with_warmup(lambda step: falling(step + warmup_steps), peak, warmup_steps)
+
+
 def rsqrt(*, peak: float, warmup_steps: int) -> Schedule:
     """peak * sqrt(warmup / max(step, warmup)), with a linear warm-up (T5 without its flat start)."""
     if warmup_steps < 1:

@@ -86,7 +86,7 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         # Also calls what makes the recipe, which checks its own numbers.
         arguments = config.arguments()
         # Now: what gin binds inside of the model is read when the model is called.
-        params = _abstract_params(arguments["recipe"].model)
+        params = _abstract_params(arguments["recipe"])
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
@@ -98,13 +98,13 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     return _Loaded(config_diff.canonical(config.text), arguments, params)
 
 
-def _abstract_params(model: Any) -> Any:
+def _abstract_params(recipe: Any) -> Any:
     """Shapes and types of a model's parameters; nothing is allocated."""
     import flax.linen as nn
 
     from trainers import initialise
 
-    return nn.meta.unbox(initialise.abstract_variables(model)["params"])
+    return nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.reads)["params"])
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

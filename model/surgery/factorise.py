@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from model import factors
+from model import factors, lowrank_conv
 from model.surgery.transform import Power
 
 Params = Mapping[str, Any]
@@ -86,11 +86,12 @@ class Decompose:
                 "on with its factors, or recompose it first (python -m launch.factorise --recompose)."
             )
 
-        def dense(_: str, node: Params) -> dict[str, Any]:
+        def dense(path: str, node: Params) -> dict[str, Any]:
             if not factors.is_factorised(node):
                 return dict(node)
             rest = {name: leaf for name, leaf in node.items() if name not in ("u", "v")}
-            return {**rest, "kernel": _abstract_kernel(node["u"], node["v"])}
+            kernel = _abstract_kernel(node["u"], node["v"], saved.get(f"{path}/kernel", ()))
+            return {**rest, "kernel": kernel}
 
         return _mapped(params, dense)
 
@@ -101,8 +102,9 @@ class Decompose:
             like = _node(fresh, path)
             if not factors.is_factorised(like):
                 return None
-            check_finite(path, kernel)
-            u, v = _spectral(kernel, like["u"].shape[-1])
+            matrix = _matrix(kernel, like["u"], like["v"])
+            check_finite(path, matrix)
+            u, v = _spectral(matrix, like["u"].shape[-1])
             return _as(u, like["u"]), _as(v, like["v"])
 
         return decompose(source, split)
@@ -122,7 +124,8 @@ class Decompose:
             if not factors.is_factorised(like):
                 return dict(node)
             rest = {name: leaf for name, leaf in node.items() if name != "kernel"}
-            u, v = _through(node["kernel"], like["u"], like["v"], power == "second")
+            moment = _matrix(node["kernel"], like["u"], like["v"])
+            u, v = _through(moment, like["u"], like["v"], power == "second")
             return {**rest, "u": u, "v": v}
 
         return _mapped(moments, carried)
@@ -156,12 +159,24 @@ def _as(value: jax.Array, like: Any) -> jax.Array:
     return value if given is None else jax.device_put(value, given)
 
 
-def _abstract_kernel(u: Any, v: Any) -> jax.ShapeDtypeStruct:
-    """Of U V^T, its rows on the devices of U's and its columns on those of V's."""
+def _matrix(kernel: Any, u: Any, v: Any) -> Any:
+    """The matrix that the factors stand for, of a projection's or of a convolution's kernel."""
+    scheme = lowrank_conv.scheme_of(kernel.shape, u.shape[-2], v.shape[-1])
+    if scheme is None or u.ndim == kernel.ndim:
+        return kernel
+    return lowrank_conv.matrix_of(kernel, scheme)
+
+
+def _abstract_kernel(u: Any, v: Any, saved: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Of U V^T, its rows on the devices of U's and its columns on those of V's; whole of a convolution."""
     shape = (*u.shape[:-1], v.shape[-1])
     ours, theirs = getattr(u, "sharding", None), getattr(v, "sharding", None)
+    convolution = u.ndim == 2 and lowrank_conv.scheme_of(saved, *shape) is not None
     if not isinstance(ours, NamedSharding) or not isinstance(theirs, NamedSharding):
-        return jax.ShapeDtypeStruct(shape, u.dtype)
+        return jax.ShapeDtypeStruct(saved if convolution else shape, u.dtype)
+    if convolution:
+        whole = NamedSharding(ours.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(saved, u.dtype, sharding=whole)
     rows = [*ours.spec, *[None] * (u.ndim - len(ours.spec))]
     columns = [*theirs.spec, *[None] * (v.ndim - len(theirs.spec))]
     spec = PartitionSpec(*rows[:-1], columns[-1])

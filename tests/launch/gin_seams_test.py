@@ -3,6 +3,7 @@
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -96,7 +97,9 @@ def recorder(factory, seen: set):
 
 def test_models_pass_what_the_table_says():
     """Every factory of every module with a row, replaced by one that records its arguments."""
+    from model import resnet
     from model.attention import Attention
+    from model.convolution import Conv
     from model.embed import Positions
     from model.linear import Dense
     from model.mlp import GatedMlp, Mlp
@@ -135,6 +138,11 @@ def test_models_pass_what_the_table_says():
             position_embed=lambda **kwargs: Positions(num_positions=4, **kwargs),
         )(config=model_config.TransformerConfig(**sizes))
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    sizes = resnet.ResNetConfig(num_classes=2, stages=(1,), widths=(8,), stem_width=4)
+    for kind in (resnet.Bottleneck, resnet.WideBlock):
+        factories = {"stem": resnet.Stem3x3, "block": kind, "conv": Conv, "dense": Dense}
+        model = watched(resnet.ResNet, **factories)(config=sizes)
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     for (name, argument), calls in seen.items():
         assert calls == {frozenset(gin_seams.PASSED[name][argument])}, (name, argument)
     rows = {name for name in gin_seams.PASSED if name.startswith("model.")}
@@ -142,10 +150,11 @@ def test_models_pass_what_the_table_says():
 
 
 def test_trainers_pass_what_the_table_says():
-    from data import stream
+    from data import image_sets, images, stream
     from trainers.objectives import lm
     from trainers.recipe import Recipe
 
+    blank = image_sets.Arrays("x", 1, np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, int))
     config = gin_config.load(FILES, entry="launch.train:train", unused=UNUSED)
     recipe = config.arguments()["recipe"]
     calls: dict[str, set] = {"optimizer": set(), "objective": set()}
@@ -159,6 +168,13 @@ def test_trainers_pass_what_the_table_says():
     ).program().steps(1)
     passed = gin_seams.PASSED["trainers.recipe.Recipe"]
     assert calls == {name: {frozenset(names)} for name, names in passed.items()}
+
+    split: set = set()
+    given = {"images": recorder(lambda split: blank, split), "batch_size": 2, "image_size": 2}
+    images.make_stream(**given)
+    images.make_eval_stream(**given, task="x")
+    for owner in ("make_stream", "make_eval_stream"):
+        assert split == {frozenset(gin_seams.PASSED[f"data.images.{owner}"]["images"])}
 
     held_out: set = set()
     stream.held_out(recorder(lambda task: task, held_out), ["a"])

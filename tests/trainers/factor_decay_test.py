@@ -85,6 +85,40 @@ def test_coupled_decay_is_part_of_the_gradient_and_nothing_else_changes(kind):
     assert not updates["b"]["bias"].any()
 
 
+def test_two_steps_of_sgd_with_frobenius_decay_are_those_written_out():
+    rate, weight, momentum = 0.5, 0.01, 0.9
+    made = factor_decay.factor_decay(
+        learning_rate=rate,
+        optimizer=lambda **given: optimizers.sgd(
+            momentum=momentum, weight_decay=0.1, coupled=True, **given
+        ),
+        weight=weight,
+    )
+    params, state = PARAMS, made.init(PARAMS)
+    u, v, kernel = (np.asarray(x, np.float64) for x in (U, V, PARAMS["b"]["kernel"]))
+    trace_u, trace_v, trace_kernel = np.zeros_like(u), np.zeros_like(v), np.zeros_like(kernel)
+    for seed in (3, 4):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        grads = {
+            "a": {
+                "u": jax.random.normal(keys[0], U.shape),
+                "v": jax.random.normal(keys[1], V.shape),
+            },
+            "b": {"kernel": jax.random.normal(keys[2], (3, 3)), "bias": jnp.ones(3)},
+        }
+        updates, state = made.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        # The product's decay joins the gradient before the momentum; u and v have no other.
+        trace_u = momentum * trace_u + np.asarray(grads["a"]["u"]) + weight * u @ (v @ v.T)
+        trace_v = momentum * trace_v + np.asarray(grads["a"]["v"]) + weight * (u.T @ u) @ v
+        trace_kernel = momentum * trace_kernel + np.asarray(grads["b"]["kernel"]) + 0.1 * kernel
+        u, v, kernel = u - rate * trace_u, v - rate * trace_v, kernel - rate * trace_kernel
+    for found, want in zip(
+        (params["a"]["u"], params["a"]["v"], params["b"]["kernel"]), (u, v, kernel), strict=True
+    ):
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
 def test_decoupled_decay_follows_the_schedule_and_is_not_normalised_by_adam():
     rate = optax.linear_schedule(1.0, 0.0, 2)
     made = factor_decay.factor_decay(learning_rate=rate, weight=0.01, coupled=False)

@@ -82,6 +82,24 @@ def test_sgd_with_momentum():
     np.testing.assert_allclose(got["mlp"]["kernel"], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_coupled_decay_is_averaged_by_the_momentum(nesterov):
+    given = {"momentum": 0.5, "nesterov": nesterov, "weight_decay": DECAY, "coupled": True}
+    optimizer = optimizers.sgd(learning_rate=LR, **given)
+    params, first, second = tree(0), tree(1), tree(2)
+    state = optimizer.init(params)
+    _, state = optimizer.update(first, state, params)
+    got, _ = optimizer.update(second, state, params)
+    p, g1, g2 = (np.asarray(t["mlp"]["kernel"], np.float64) for t in (params, first, second))
+    now = g2 + DECAY * p
+    average = 0.5 * (g1 + DECAY * p) + now
+    want = -LR * (0.5 * average + now if nesterov else average)
+    np.testing.assert_allclose(got["mlp"]["kernel"], want, rtol=1e-5)
+    gain = 0.5 * first["norm"]["scale"] + second["norm"]["scale"]
+    want = -LR * (0.5 * gain + second["norm"]["scale"] if nesterov else gain)
+    np.testing.assert_allclose(got["norm"]["scale"], want, rtol=1e-5)
+
+
 def test_adafactor_unfactored_first_step():
     # Below 128 rows the second moment is whole; its first decay is zero, so the update is a sign,
     # scaled by the parameter's own root mean square.

@@ -42,6 +42,19 @@ def test_wsd_is_flat_then_falls_to_zero():
     ]
 
 
+def test_stepwise_falls_at_its_shares_of_the_run():
+    lr = schedules.stepwise(peak=0.1, total_steps=200)
+    found = [float(lr(step)) for step in (0, 59, 60, 119, 120, 159, 160, 199)]
+    want = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    warm = schedules.stepwise(peak=0.1, total_steps=200, warmup_steps=10)
+    assert [round(float(warm(step)), 6) for step in (0, 5, 10, 59, 60)] == [0, 0.05, 0.1, 0.1, 0.02]
+    waits = schedules.stepwise(peak=0.1, total_steps=None)
+    assert float(schedules.span(waits, schedules.Span(20))(6)) == pytest.approx(0.02)
+    with pytest.raises(ValueError, match="must increase within"):
+        schedules.stepwise(peak=0.1, total_steps=10, at=(0.5, 0.3))
+
+
 def test_rsqrt_falls_with_the_root():
     lr = schedules.rsqrt(peak=1.0, warmup_steps=100)
     assert float(lr(100)) == pytest.approx(1.0)

@@ -1,33 +1,31 @@
 """The claims of low-rank training on images, with what was measured for each.
 
-Arms are `dense`, a start, or a start with a decay and a rate: `spectral_frobenius_half`.
+Arms are those of launch/sweeps/low_rank_vision.py.
 """
 
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
 from launch.reproductions.low_rank.pairs import arm_name, better
 from launch.reproductions.low_rank.results import Results
+from launch.sweeps import low_rank_vision as vision
 
 WHERE = "textures"
-INITS = ("he", "spectral", "spectral_ones")
-DECAYS = ("none", "l2", "frobenius")
-RATES = ("full", "half")
 CLOSE = 0.02  # of accuracy: what is left of the gap to dense
 
 
 def claims(results: Results) -> list[Claim]:
     """All of them."""
     decays = [
-        tuple(arm(results, init, kind, rate) for kind in ("frobenius", "l2"))
-        for init in INITS
-        for rate in RATES
+        tuple(vision.arm(init, kind, rate) for kind in ("frobenius", "l2"))
+        for init in vision.INITS
+        for rate in vision.RATES
     ]
     return [
         Claim(
             "V1",
             "On images factors close the gap to the dense network",
             f"mean accuracy of spectral and spectral ones at most {CLOSE} below dense",
-            [e for init in INITS[1:] for e in _close(results, init)],
+            [e for init in vision.INITS[1:] for e in _close(results, init)],
             required=True,
         ),
         Claim(
@@ -52,23 +50,16 @@ def claims(results: Results) -> list[Claim]:
             "the full rate has not the better accuracy, and has the larger effective step",
             [
                 evidence
-                for init in INITS
-                for kind in DECAYS
+                for init in vision.INITS
+                for kind in vision.DECAYS
                 for evidence in _halved(results, init, kind)
             ],
         ),
     ]
 
 
-def arm(results: Results, init: str, kind: str = "none", rate: str = "full") -> str:
-    """The name of an arm; without decay at the full rate it may be that of its start alone."""
-    name = f"{init}_{kind}_{rate}"
-    plain = (kind, rate) == ("none", "full") and not results.has(name)
-    return init if plain else name
-
-
 def _close(results: Results, init: str) -> list[Evidence]:
-    ones, dense = results.paired("accuracy", arm(results, init), "dense")
+    ones, dense = results.paired("accuracy", vision.arm(init), "dense")
     if not len(ones):
         return []
     gap = intervals.over_seeds(ones - dense)
@@ -80,7 +71,7 @@ def _close(results: Results, init: str) -> list[Evidence]:
 
 
 def _halved(results: Results, init: str, kind: str) -> list[Evidence]:
-    half, full = (arm(results, init, kind, rate) for rate in ("half", "full"))
+    half, full = (vision.arm(init, kind, rate) for rate in ("half", "full"))
     out = better(results, WHERE, "accuracy", half, full, no_worse=True)
     steps = results.paired("effective_step", half, full)
     if out and len(steps[0]):

@@ -3,10 +3,10 @@
 from typing import Any
 
 from launch.reproductions import intervals
-from launch.reproductions.low_rank import image_claims as images
 from launch.reproductions.low_rank.results import Results
 from launch.reproductions.low_rank.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
 from launch.reproductions.panels import bar, panels
+from launch.sweeps import low_rank_vision as vision
 
 _WIDTH = 0.14
 _NAMES = {"he": "He", "spectral": "spectral", "spectral_ones": "spectral ones"}
@@ -30,15 +30,15 @@ def figures(results: Results) -> dict[str, tuple[Any, str]]:
 def _cases(results: Results, init: str) -> dict[tuple[str, str], str]:
     """(decay, rate) -> arm, of those that are there."""
     found = {
-        (kind, rate): images.arm(results, init, kind, rate)
-        for kind in images.DECAYS
-        for rate in images.RATES
+        (kind, rate): vision.arm(init, kind, rate)
+        for kind in vision.DECAYS
+        for rate in vision.RATES
     }
     return {case: name for case, name in found.items() if results.has(name)}
 
 
 def _bars(results: Results) -> Any:
-    inits = [init for init in images.INITS if _cases(results, init)]
+    inits = [init for init in vision.INITS if _cases(results, init)]
     if not inits or not results.has("dense"):
         return None
     ranks = any(
@@ -47,7 +47,7 @@ def _bars(results: Results) -> Any:
         for arm in _cases(results, init).values()
     )
     figure, axes = panels(2 if ranks else 1, (13 if ranks else 7, 4.8))
-    cases = [(kind, rate) for kind in images.DECAYS for rate in images.RATES]
+    cases = [(kind, rate) for kind in vision.DECAYS for rate in vision.RATES]
     for one, score in zip(axes, ("accuracy", "effective_rank"), strict=False):
         lowest, highest = 1.0, 0.0
         for i, init in enumerate(inits):
@@ -84,7 +84,7 @@ def _lighter(colour: str) -> tuple[float, ...]:
 
 def _explanations(results: Results) -> Any:
     cases = _cases(results, "spectral")
-    if len(cases) < len(images.DECAYS) * len(images.RATES):
+    if len(cases) < len(vision.DECAYS) * len(vision.RATES):
         return None
     points = [Point(arm, kind, rate, "") for (kind, rate), arm in cases.items()]
     return scatter(results, points, "accuracy", "accuracy")

@@ -1,0 +1,79 @@
+"""What a model reads: the arrays of a batch, and what its rates count.
+
+A run need not be of a language model: `Recipe.inputs` says what the rows of its batches are.
+Each kind knows nothing of where they come from; a stream (trainers/batches.py) gives arrays of these shapes.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+Arrays = dict[str, jax.ShapeDtypeStruct]
+
+
+class Inputs(Protocol):
+    """Rows of one kind.
+
+    Attributes:
+      unit: what rates count, 'tokens' or 'images'.
+      length: tokens in a row; None where a row has no length, being one image.
+    """
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def length(self) -> int | None: ...
+
+    def arrays(self, rows: int) -> Arrays:
+        """Shapes and dtypes of a batch of so many rows, by name."""
+        ...
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        """What the model's `init` takes after its rng; parameters do not depend on the values."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTokens:
+    """Documents packed into rows of `length` tokens, with targets, for a decoder."""
+
+    length: int
+    unit: str = dataclasses.field(default="tokens", init=False)
+
+    def arrays(self, rows: int) -> Arrays:
+        per_token = (rows, self.length)
+        return {
+            "decoder_input_tokens": jax.ShapeDtypeStruct(per_token, jnp.int32),
+            "decoder_target_tokens": jax.ShapeDtypeStruct(per_token, jnp.int32),
+            "decoder_loss_weights": jax.ShapeDtypeStruct(per_token, jnp.float32),
+            "decoder_segment_ids": jax.ShapeDtypeStruct(per_token, jnp.int32),
+            "decoder_positions": jax.ShapeDtypeStruct(per_token, jnp.int32),
+            "source_ids": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        }
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        # Parameters do not depend on the length, and few tokens are traced faster.
+        return (jnp.zeros((1, 8), jnp.int32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Square images [size, size, channels], normalised, with a label and a weight each."""
+
+    size: int
+    channels: int = 3
+    unit: str = dataclasses.field(default="images", init=False)
+    length: None = dataclasses.field(default=None, init=False)
+
+    def arrays(self, rows: int) -> Arrays:
+        shape = (rows, self.size, self.size, self.channels)
+        return {
+            "images": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        }
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        return (jnp.zeros((1, self.size, self.size, self.channels), jnp.float32),)

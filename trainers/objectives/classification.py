@@ -1,0 +1,67 @@
+"""Classification of images. Shapes: B batch, N classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainers.objectives.base import Batch, LossOut, Objective
+
+
+def classification(*, model: Any, num_sources: int = 0, label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy of labels, smoothed towards the uniform distribution (arXiv 1512.00567).
+
+    In training batches are normalised by their own statistics, which are averaged into the model's
+    collection 'batch_stats'; evaluation normalises by these averages, so that a row of weight 0
+    changes nothing.
+
+    Args:
+      model: a module called with (images, train=), whose logits are [B, N].
+      num_sources: of the training stream; one, so that its loss is that of all.
+      label_smoothing: share of a label's weight that is spread over all classes.
+
+    Returns:
+      The loss function. Its metric 'loss' is the cross-entropy in nats without smoothing, 'accuracy'
+      the share of images whose label has the largest logit.
+
+    Raises:
+      ValueError: a share outside of [0, 1).
+    """
+    del num_sources
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"classification: label_smoothing = {label_smoothing} must lie in [0, 1).")
+
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        del extras
+        train = rng is not None
+        logits_BN, written = model.apply(
+            {"params": params, **variables},
+            batch["images"],
+            train=train,
+            mutable=list(variables) if train else [],
+        )
+        log_p_BN = jax.nn.log_softmax(logits_BN.astype(jnp.float32))
+        labels_B, weights_B = batch["labels"], batch["weights"].astype(jnp.float32)
+        nll_B = -jnp.take_along_axis(log_p_BN, labels_B[:, None], axis=-1)[:, 0]
+        smoothed_B = (1 - label_smoothing) * nll_B - label_smoothing * log_p_BN.mean(-1)
+        right_B = (log_p_BN.argmax(-1) == labels_B).astype(jnp.float32)
+        weight = weights_B.sum()
+        return LossOut(
+            sum=(smoothed_B * weights_B).sum(),
+            weight=weight,
+            metrics={
+                "loss": ((nll_B * weights_B).sum(), weight),
+                "accuracy": ((right_B * weights_B).sum(), weight),
+            },
+            variables=dict(written) if train else None,
+        )
+
+    return Objective(loss_fn=loss_fn)
