@@ -130,10 +130,11 @@ def tfds(
     builder = datasets.builder(name, data_dir=data_dir, file_format="array_record")
     try:
         source = builder.as_data_source(split=named)
-    except (AssertionError, ValueError, NotImplementedError, OSError) as error:
+    except (AssertionError, KeyError, ValueError, NotImplementedError, OSError) as error:
+        said = str(error.args[0] if error.args else error)  # a KeyError's own text is quoted
         raise ValueError(
             f"TFDS_NAME = {name!r} cannot be read at random from {builder.data_path}: "
-            f"{str(error).splitlines()[0]} Prepare it once, on a machine with a network: "
+            f"{said.splitlines()[0]} Prepare it once, on a machine with a network: "
             f"tfds build {name} --file_format=array_record --data_dir=DATA_DIR."
         ) from None
     label = builder.info.features["label"]

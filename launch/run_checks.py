@@ -27,7 +27,7 @@ def stream(recipe: Recipe, data: Stream) -> None:
         if ours != theirs:
             raise ValueError(
                 f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
-                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as runs/pretrain.gin does."
+                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as the files in t5x_configs/runs do."
             )
     if recipe.reads.unit == "tokens":
         _vocabulary(recipe, data.summary()["vocabulary"]["size"])

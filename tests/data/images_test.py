@@ -226,6 +226,10 @@ def test_a_set_that_tfds_has_prepared_is_read_at_random(tmp_path):
     assert train.digest != held_out.digest
     with pytest.raises(ValueError, match="cannot be read at random .* tfds build squares:1.0.0"):
         image_sets.tfds(split="validation", splits=("train", "nothing"), **given)
+    with pytest.raises(
+        ValueError, match="cifar100' cannot be read at random .* not been generated"
+    ):
+        image_sets.tfds(split="train", name="cifar100", data_dir=tmp_path / "none")
 
 
 # ---- Augmentation.
