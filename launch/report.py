@@ -10,7 +10,11 @@ launch/sweeps/code_mix_skills.py or code_mix_full.py,
   python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
 
 draws the change against text-only by recipe, phases, the proportion of code, its quality, cooldowns and
-sizes, with intervals over seeds, as PNG and in report.html.
+sizes, with intervals over seeds, as PNG and in report.html. With
+
+  python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
+
+it draws the singular values of factorised matrices, of runs with t5x_configs/methods/spectrum.gin.
 """
 
 import argparse
@@ -36,11 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
     which.add_argument("--sweep", nargs="+", metavar="DIR", help="folders (--out) of sweeps")
+    which.add_argument("--spectra", nargs="+", metavar="DIR", help="run directories with spectra")
     parser.add_argument("--out", required=True, metavar="DIR", help="where report.* goes")
     flags = parser.parse_args(argv)
     try:
         if flags.sweep:
             _report_sweeps(flags.sweep, pathlib.Path(flags.out))
+        elif flags.spectra:
+            _report_spectra(flags.spectra, pathlib.Path(flags.out))
         else:
             report(_named(flags.runs), flags.out)
     except (ValueError, FileNotFoundError) as error:
@@ -62,6 +69,14 @@ def _report_sweeps(folders: Sequence[str], out: pathlib.Path) -> None:
     print(f"{', '.join(drawn)} and report.html are in {out}")
 
 
+def _report_spectra(directories: Sequence[str], out: pathlib.Path) -> None:
+    from launch import spectra_figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    spectra_figure.draw(_named(directories), out / "spectra.png")
+    print(f"spectra.png is in {out}")
+
+
 def _named(directories: Sequence[str]) -> dict[str, str]:
     """Directories by the shortest ends of their paths that tell them apart."""
     parts = [pathlib.Path(directory).resolve().parts for directory in directories]
@@ -69,7 +84,7 @@ def _named(directories: Sequence[str]) -> dict[str, str]:
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, directories, strict=True))
-    raise ValueError("--runs names the same directory twice.")
+    raise ValueError("the same directory is named twice.")
 
 
 def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:

@@ -82,3 +82,22 @@ def test_runs_of_the_same_name_keep_apart(tmp_path):
     ]
     assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
     assert set(json.loads((tmp_path / "out" / "report.json").read_text())) == {"x/text", "y/text"}
+
+
+def test_spectra_of_runs_are_drawn_and_a_run_without_is_named(tmp_path, capsys):
+    for name, last in (("one", [2.0, 1.0]), ("two", [0.0, 0.0])):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": step, "learning_rate": rate, "layers": {"a/query": [[3.0, 2.0], values]}}
+            for step, rate, values in ((0, 0.0, [1.0, 0.5]), (4, 0.1, last))
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "spectra.jsonl").write_text(text)
+    (tmp_path / "none").mkdir()
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    assert report.main(["--spectra", *runs, f"--out={tmp_path}/out"]) == 0
+    assert (tmp_path / "out" / "spectra.png").stat().st_size > 10_000
+    assert report.main(["--spectra", *runs, f"{tmp_path}/none", f"--out={tmp_path}/out"]) == 2
+    assert "none has no spectra.jsonl" in capsys.readouterr().err
+    assert report.main(["--spectra", *[runs[0]] * 2, f"--out={tmp_path}/out"]) == 2
+    assert "named twice" in capsys.readouterr().err
