@@ -8,6 +8,7 @@ objects; it changes nothing in gin.
 
 import difflib
 import inspect
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -172,7 +173,10 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
 
 
 def _check_effect(checked: Checked, reach: Reach, entry_name: str) -> None:
-    """Bindings that the entry point cannot reach: an error on the command line, else a warning."""
+    """Bindings that the entry point cannot reach: an error on the command line, else a warning.
+
+    The file of a method (t5x_configs/methods) binds all layers that it knows, of which a model has some.
+    """
     for name, bound in checked.macros.items():
         if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
             readers = sorted(
@@ -186,7 +190,8 @@ def _check_effect(checked: Checked, reach: Reach, entry_name: str) -> None:
             text = f"'{name}' has no effect: {used_by}, which this run does not use"
             checked.problems.append(Problem(bound.place, text, "Leave it out."))
     for (_, target, argument), bound in checked.bindings.items():
-        if target not in reach.ways:
+        of_method = pathlib.PurePath(bound.place.source).parent.name == "methods"
+        if target not in reach.ways and not of_method:
             problem = Problem(
                 bound.place,
                 f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "

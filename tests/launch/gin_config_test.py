@@ -177,6 +177,11 @@ def test_binding_without_effect_is_refused_on_the_command_line_and_told_in_files
     extra = gin_file(HEAD + "toy_net.Dense.bias = True\n", "extra.gin")
     config = gin_config.load([swapped, extra], bindings[:1], entry=ENTRY)
     assert "'toy_net.Dense.bias' has no effect" in str(config.warnings[0])
+    method = pathlib.Path(extra).parent / "methods" / "extra.gin"
+    method.parent.mkdir()
+    method.write_text(pathlib.Path(extra).read_text())
+    config = gin_config.load([swapped, str(method)], bindings[:1], entry=ENTRY)
+    assert config.warnings == ()
 
 
 def test_macro_read_only_by_an_unused_part_is_refused_on_the_command_line(gin_file, toy_gin):
