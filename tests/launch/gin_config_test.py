@@ -1,5 +1,7 @@
 """Problems are found all at once and before anything runs; what loads does what plain Python does."""
 
+import pathlib
+
 import gin
 import jax
 import jax.numpy as jnp
