@@ -8,6 +8,8 @@ Shapes: B rows, S side of the images, C channels.
 """
 
 import abc
+import concurrent.futures
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from data.image_sets import ImageSet
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _VERSION = 1  # of what the same settings give
+_PART = 16  # least images that a thread is worth
 
 
 class _Images(abc.ABC):
@@ -46,6 +49,8 @@ class _Images(abc.ABC):
             )
         self.batch_size = batch_size
         self._images, self._transform, self._seed = images, transform, seed
+        self._threads = len(os.sched_getaffinity(0))
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "images")
         self._shape = (image_size, image_size, channels)
         self._mean_C, self._std_C = np.float32(mean), np.float32(std)
         self.source_names = (images.name,)
@@ -75,13 +80,18 @@ class _Images(abc.ABC):
         held = np.flatnonzero(row_B >= 0)
         images_BSSC = np.zeros((len(row_B), *self._shape), np.float32)
         labels_B = np.zeros(len(row_B), np.int32)
-        if held.size:
-            found, labels_B[held] = self._images.read(row_B[held])
+
+        def fill(part: np.ndarray) -> None:
+            found, labels_B[part] = self._images.read(row_B[part])
             pixels = [
                 self._transformed(*one)
-                for one in zip(found, row_B[held], place_B[held], strict=True)
+                for one in zip(found, row_B[part], place_B[part], strict=True)
             ]
-            images_BSSC[held] = (np.stack(pixels) / np.float32(255) - self._mean_C) / self._std_C
+            images_BSSC[part] = (np.stack(pixels) / np.float32(255) - self._mean_C) / self._std_C
+
+        # Decoding and resizing let other threads run; each fills rows of its own.
+        parts = np.array_split(held, max(1, min(self._threads, len(held) // _PART)))
+        list(self._pool.map(fill, [part for part in parts if part.size]))
         weights_B = (row_B >= 0).astype(np.float32)
         return {"images": images_BSSC, "labels": labels_B, "weights": weights_B}
 
@@ -182,8 +192,11 @@ class ImageEvalStream(_Images):
 
     def __init__(self, images: ImageSet, **given: Any):
         self.name = images.name
-        self.num_steps = -(-images.size // given["batch_size"])
         super().__init__(images, seed=0, **given)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self._images.size // self.batch_size)
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         place_B, size = self._places(step, lo, hi), self._images.size

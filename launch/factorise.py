@@ -43,7 +43,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,12 +77,25 @@ class Choice:
       rank: see `factors.rank_of`; with the rule 'energy' the least part of the squared singular values
         that is kept.
       rule: of RULES.
-      layers: patterns of whole paths of modules.
+      layers: patterns of whole paths of modules; of what they match, projections of attention and MLPs
+        are decomposed.
     """
 
     rank: float
     rule: str = "min_dim"
     layers: Sequence[str] = lowrank.PROJECTIONS
+
+    def takes(self, path: str) -> bool:
+        matched = any(re.fullmatch(pattern, path) for pattern in self.layers)
+        return matched and any(re.fullmatch(known, path) for known in lowrank.PROJECTIONS)
+
+    def check(self, taken: Collection[str]) -> None:
+        """Raises FactoriseError for a pattern that matched none of what was decomposed."""
+        for pattern in self.layers:
+            if not any(re.fullmatch(pattern, path) for path in taken):
+                raise surgery.FactoriseError(
+                    f"--layers={pattern} matches no projection; there are {', '.join(sorted(taken)[:3])}..."
+                )
 
     def rank_of(self, path: str, values: Any, shape: tuple[int, int]) -> int:
         """The rank of the kernels at `path`, of this shape and with these singular values."""
@@ -190,29 +203,26 @@ def decomposed(
     lost: dict[str, float] = {}
 
     def split(path: str, kernel: Any) -> tuple[Any, Any] | None:
-        if not any(re.fullmatch(pattern, path) for pattern in choice.layers):
+        if not choice.takes(path):
             return None
         surgery.check_finite(path, kernel)
-        gram = moments.get(path)
-        values = (
-            factors.singular_values_of(kernel)
-            if gram is None
-            else factors.weighted_values(kernel, gram)
-        )
-        rank = choice.rank_of(path, values, kernel.shape[-2:])
-        squares = np.square(np.asarray(values, np.float64))
+        parts = factors.decomposition(kernel, moments.get(path))
+        squares = np.square(np.asarray(parts[1], np.float64))
+        rank = choice.rank_of(path, parts[1], kernel.shape[-2:])
         lost[path] = float(squares[..., rank:].sum() / max(squares.sum(), 1e-300))
-        u, v = (
-            factors.spectral_factors(kernel, rank)
-            if gram is None
-            else factors.weighted_factors(kernel, gram, rank)
-        )
+        u, v = factors.truncated(*parts, rank)
         return u.astype(kernel.dtype), v.astype(kernel.dtype)
 
     made = surgery.decompose(params, split)
+    choice.check(lost)
     lines = factors.table(factors.find_factors(made), lost)
-    what = "of the squared singular values" + (", as the inputs weigh them" if moments else "")
-    return made, [*lines, f"lost: the part {what} that factors leave out"]
+    lines.append("lost: the part of the squared singular values that factors leave out")
+    if weighed := [path for path in lost if path in moments]:
+        others = (
+            "" if len(weighed) == len(lost) else f"; {len(lost) - len(weighed)} others as they are"
+        )
+        lines.append(f"{len(weighed)} layers as their inputs weigh them{others}")
+    return made, lines
 
 
 def _input_moments(loaded: LoadedRun, path: str, length: int) -> Mapping[str, Any]:

@@ -120,8 +120,14 @@ class RunConfig:
         """
         import jax
 
+        from model.config import TransformerConfig
         from trainers import initialise, partitioning
 
+        if not isinstance(self.model.config, TransformerConfig):
+            raise LoadError(
+                f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
+                "models: a classifier is evaluated by its own run (launch.train)."
+            )
         mesh = partitioning.make_mesh(shape=self.mesh)
         rules = partitioning.rules_named(self.rules)
         boxed = initialise.abstract_variables(self.model)["params"]

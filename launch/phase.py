@@ -32,8 +32,8 @@ def initial(
       data: 'continue' reads every source on from where it stopped, 'restart' from its beginning.
 
     Returns:
-      'path', 'scope', 'data', 'learning_rate' (at which it would have made its next update, None if it
-      does not say), 'positions' (see data.train_stream.Stream.positions; empty with 'restart').
+      'path', 'scope', 'data', 'step' (at which this run begins), 'learning_rate' (at which the other would
+      have made its next update, None if it does not say), 'positions' (see data.train_stream.Stream.positions; empty with 'restart').
 
     Raises:
       ValueError: options that do not go together, or a checkpoint that does not say how far it read.
@@ -52,7 +52,8 @@ def initial(
         return own
     if not initial_checkpoint_path:
         return {}
-    path, meta = step_dir.newest_good(initial_checkpoint_path, _read)
+    path, record = step_dir.newest_good(initial_checkpoint_path, _read)
+    meta = record["meta"]
     if data == "continue" and "positions" not in meta:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {path} does not say how far its run read its data, so that "
@@ -62,6 +63,7 @@ def initial(
         "path": str(path),
         "scope": scope,
         "data": data,
+        "step": record["step"] if scope == "state" else 0,
         "learning_rate": meta.get("learning_rate"),
         "positions": meta["positions"] if data == "continue" else {},
     }
@@ -75,7 +77,8 @@ def begun(start: restore.Restored, told: Mapping[str, Any]) -> dict[str, Any]:
     """
     if start.source != "initial" or str(start.path) == told["path"]:
         return dict(told)
-    if told["scope"] == "phase" or told["data"] == "continue":
+    elsewhere = told.get("step", start.step) != start.step
+    if told["scope"] == "phase" or told["data"] == "continue" or elsewhere:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {told['path']} is damaged, and {start.path} would stand in for it "
             "at another place of its data and schedule: name the step to start from."
@@ -84,12 +87,12 @@ def begun(start: restore.Restored, told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    return path, step_dir.read_record(path, step_dir.read_manifest(path))["meta"]
+    return path, step_dir.read_record(path, step_dir.read_manifest(path))
 
 
 def _recorded(checkpoints: str | os.PathLike) -> dict[str, Any] | None:
     """What this run's own checkpoints say; None if there are none."""
     try:
-        return step_dir.newest_good(checkpoints, _read)[1].get("initial", {})
+        return step_dir.newest_good(checkpoints, _read)[1]["meta"].get("initial", {})
     except (FileNotFoundError, DamagedCheckpointError):
         return None

@@ -164,7 +164,8 @@ def train(
         if total_steps is None:
             total_steps = data.steps_for_tokens(total_tokens)
         if isinstance(recipe.learning_rate, schedules.Unspanned):
-            recipe = recipe.over(schedules.Span(total_steps, begun.get("learning_rate")))
+            since, rate = begun.get("step", 0), begun.get("learning_rate")
+            recipe = recipe.over(schedules.Span(total_steps, rate, since))
             program = recipe.program()
         registered = task_registry.summary() if tasks else {}
         told = [
@@ -235,6 +236,7 @@ def train(
         context = RunContext(
             path=run.path,
             writer=primary,
+            step=start.step,
             recipe=recipe,
             program=program,
             learning_rate=lambda updates: float(rates[updates]),

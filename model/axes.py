@@ -75,4 +75,11 @@ def parameter(
 ) -> jax.Array:
     """A parameter of `module` whose dimensions carry logical names."""
     boxed = nn.with_logical_partitioning(init, names)
-    return cast(jax.Array, module.param(name, boxed, shape, dtype))
+    return unboxed(module.param(name, boxed, shape, dtype, unbox=False))
+
+
+def unboxed(value: Any) -> jax.Array:
+    """The array in flax's box, constrained to its sharding; with a rank, which need not divide, it is not."""
+    if isinstance(value, nn.LogicallyPartitioned):
+        return value.unbox(apply_constraint=RANK not in value.names)
+    return cast(jax.Array, value)

@@ -7,6 +7,7 @@ Shapes: X rows, Y columns, R rank, '...' stacked layers or experts.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -18,8 +19,11 @@ import numpy as np
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)
 
+# Accelerators otherwise round what they multiply to bfloat16.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-def rank_of(rank: float, rule: RankRule, rows: int, columns: int) -> int:
+
+def rank_of(rank: float, rule: RankRule, rows: int, columns: int, *, multiple: int = 1) -> int:
     """The rank of the factors of a matrix [rows, columns], at least 1.
 
     Args:
@@ -27,6 +31,7 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int) -> int:
         parameters, with 'absolute' the rank itself.
       rule: of RANK_RULES.
       rows, columns: of the matrix.
+      multiple: what ranks by a fraction are rounded to a multiple of, where the matrix has one.
 
     Raises:
       ValueError: an unknown rule, or a rank that the matrix cannot have.
@@ -44,6 +49,8 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int) -> int:
     else:
         size = most if rule == "min_dim" else rows * columns / (rows + columns)
         found = max(round(rank * size), 1) if rank > 0 else 0
+        if 1 <= found <= most and multiple <= most:
+            found = min(max(round(found / multiple), 1) * multiple, most)
     if not 1 <= found <= most:
         raise ValueError(
             f"rank={rank} with rank_rule={rule!r} gives a matrix [{rows}, {columns}] the rank {found}; it "
@@ -84,52 +91,51 @@ def spectral_factors(
     return left[..., :rank] * root[..., None, :], root[..., :, None] * right[..., :rank, :]
 
 
-def weighted_factors(
-    kernel: jax.Array, gram: jax.Array, rank: int, *, damping: float = 1e-6
-) -> tuple[jax.Array, jax.Array]:
-    """The factors that change a projection's outputs least: min |X (W - U V^T)|, with gram = X^T X.
+def decomposition(
+    kernel: jax.Array, gram: jax.Array | None = None, *, damping: float = 1e-6
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Singular vectors and values of kernels, or of what their inputs make of them.
 
-    With gram = L L^T this is the truncation of L^T W (as SVD-LLM has it, arXiv 2403.07378). Their product's
-    singular values are split evenly, as in `spectral_factors`.
+    With a gram, X^T X of a projection's inputs X, the values are those of X W, and the rank-r part of
+    left * values @ right is what changes X W least (as SVD-LLM has it, arXiv 2403.07378).
 
     Args:
-      kernel: W [..., X, Y].
-      gram: second moments of the inputs [..., X, X], of any scale.
-      rank: of the factors.
-      damping: added to the diagonal, as a fraction of its mean: what the inputs never span has none.
+      kernel: W [..., X, Y], finite.
+      gram: second moments of the inputs [..., X, X], of any scale; None for the kernels' own values.
+      damping: least eigenvalue of the gram, as a fraction of their mean: what the inputs hardly span counts
+        for little, but not for nothing.
 
     Returns:
-      U [..., X, rank] and V^T [..., rank, Y], float32.
+      left [..., X, R], values [..., R], largest first, right [..., R, Y], float32, whose product is W.
     """
-    root = _root_of(gram, damping)
-    left, values, right = jnp.linalg.svd(
-        jnp.swapaxes(root, -2, -1) @ kernel.astype(jnp.float32), full_matrices=False
-    )
-    u = jax.scipy.linalg.solve_triangular(root, left[..., :rank], lower=True, trans="T")
-    return balanced(u, values[..., :rank, None] * right[..., :rank, :])
+    kernel = kernel.astype(jnp.float32)
+    if gram is None:
+        found = jnp.linalg.svd(kernel, full_matrices=False)
+        return found[0], found[1], found[2]
+    squares, basis = jnp.linalg.eigh(gram.astype(jnp.float32))
+    mean = squares.mean(-1, keepdims=True)
+    squares = jnp.where(mean > 0, jnp.maximum(squares, damping * mean), 1.0)
+    root, turned = jnp.sqrt(squares)[..., :, None], _product(jnp.swapaxes(basis, -2, -1), kernel)
+    left, values, right = jnp.linalg.svd(root * turned, full_matrices=False)
+    return _product(basis, left / root), values, right
 
 
-def weighted_values(kernel: jax.Array, gram: jax.Array, *, damping: float = 1e-6) -> jax.Array:
-    """The singular values [..., R] that `weighted_factors` keeps the largest of."""
-    root = jnp.swapaxes(_root_of(gram, damping), -2, -1)
-    return jnp.linalg.svd(root @ kernel.astype(jnp.float32), compute_uv=False)
-
-
-def _root_of(gram: jax.Array, damping: float) -> jax.Array:
-    gram = gram.astype(jnp.float32)
-    mean = jnp.diagonal(gram, axis1=-2, axis2=-1).mean(-1)[..., None, None]
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
-    return jnp.linalg.cholesky(gram + damping * mean * identity)
+def truncated(
+    left: jax.Array, values: jax.Array, right: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """U and V^T of this rank from a `decomposition`, balanced."""
+    return balanced(left[..., :rank], values[..., :rank, None] * right[..., :rank, :])
 
 
 def balanced(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factors of the same product with U^T U = V^T V, float32; adaptive optimisers depend on the split."""
     q_u, r_u = jnp.linalg.qr(u.astype(jnp.float32))
     q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(jnp.float32))
-    left, values, right = jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -2, -1), full_matrices=False)
+    core = _product(r_u, jnp.swapaxes(r_v, -2, -1))
+    left, values, right = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.sqrt(values)
-    of_v = (root[..., :, None] * right) @ jnp.swapaxes(q_v, -2, -1)
-    return (q_u @ left) * root[..., None, :], of_v
+    of_v = _product(root[..., :, None] * right, jnp.swapaxes(q_v, -2, -1))
+    return _product(q_u, left) * root[..., None, :], of_v
 
 
 def rank_for_energy(values: jax.Array, energy: float) -> int:
@@ -159,18 +165,8 @@ def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       U (V^T V) and (U^T U) V^T, in the shapes of u and v.
     """
-    gram_u, gram_v = _grams(u, v)
+    gram_u, gram_v = jnp.swapaxes(u, -2, -1) @ u, v @ jnp.swapaxes(v, -2, -1)
     return u @ gram_v, gram_u @ v
-
-
-def squared_norm(u: jax.Array, v: jax.Array) -> jax.Array:
-    """|U V^T|^2 of each product, [...], from the two r x r Gram matrices."""
-    gram_u, gram_v = _grams(u, v)
-    return jnp.sum(gram_u * gram_v, axis=(-2, -1))
-
-
-def _grams(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.swapaxes(u, -2, -1) @ u, v @ jnp.swapaxes(v, -2, -1)
 
 
 def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
@@ -181,12 +177,17 @@ def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
     wide = jnp.float32
     r_u = jnp.linalg.qr(u.astype(wide), mode="r")
     r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(wide), mode="r")
-    return jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -2, -1), compute_uv=False)
+    return jnp.linalg.svd(_product(r_u, jnp.swapaxes(r_v, -2, -1)), compute_uv=False)
 
 
 def singular_values_of(kernel: jax.Array) -> jax.Array:
     """The singular values of dense kernels [..., X, Y], largest first, float32."""
     return jnp.linalg.svd(kernel.astype(jnp.float32), compute_uv=False)
+
+
+def recomposed(u: jax.Array, v: jax.Array) -> jax.Array:
+    """U V^T, computed in float32, in the dtype of u."""
+    return _product(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
 
 
 def effective_rank(values: jax.Array) -> jax.Array:

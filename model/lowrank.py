@@ -51,6 +51,7 @@ class Factorisation:
     Attributes:
       rank: see `factors.rank_of`.
       rank_rule: what `rank` is a fraction of, or 'absolute'.
+      multiple: what ranks by a fraction are rounded to a multiple of, such as 128 for matrix units.
       layers: regular expressions for whole paths of modules, such as
         'layers/block_0/attention/query' (with scanned layers block_0 stands for all of them).
       ranks: ((pattern, rank), ...); the first that matches a path replaces `rank`.
@@ -63,6 +64,7 @@ class Factorisation:
 
     rank: float = 0.5
     rank_rule: factors.RankRule = "min_dim"
+    multiple: int = 1
     layers: Sequence[str] = PROJECTIONS
     ranks: Sequence[tuple[str, float]] = ()
     init: Init = "spectral"
@@ -85,7 +87,8 @@ class Factorisation:
             return None
         given = (rank for pattern, rank in self.ranks if re.fullmatch(pattern, path))
         try:
-            return factors.rank_of(next(given, self.rank), self.rank_rule, rows, columns)
+            rank = next(given, self.rank)
+            return factors.rank_of(rank, self.rank_rule, rows, columns, multiple=self.multiple)
         except ValueError as error:
             raise ValueError(f"Factorisation of {path}: {error}") from None
 
@@ -194,7 +197,8 @@ def factorised(
 
     def make(**settings: Any) -> Any:
         kernel_init = dense(**{**settings, "name": None, "parent": None}).kernel_init
-        return layer(**settings, kernel_init=kernel_init, factorisation=factorisation)
+        settings |= {"kernel_init": kernel_init, "factorisation": factorisation}
+        return layer(**settings)
 
     return make
 

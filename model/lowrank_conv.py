@@ -104,10 +104,10 @@ class LowRankConv(Conv):
             return super().product(x_BHWI)
 
         def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-            # The first columns of the matrix of a kernel: its initialiser sees the kernel's own fan-in.
-            filters = -(-shape[1] // per_filter)
+            # Of a kernel: its initialiser sees the kernel's own fan-in.
+            filters = shape[1] // per_filter
             kernel = self.kernel_init(key, (side, side, inputs, filters), dtype)
-            return matrix_of(kernel, self.scheme)[:, : shape[1]]
+            return matrix_of(kernel, self.scheme)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.factorisation.draw(key, init, shape, rank)

@@ -109,6 +109,8 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm, inner = partial(batch_norm, self.config, train), self.width // 4
+        if not inner:
+            raise ValueError(f"Bottleneck: a width of {self.width} leaves no channel inside; 4 do.")
         y_BHWC = _pointwise(self, inner, "conv_0", x_BHWC)
         y_BHWC = nn.relu(norm("norm_0")(y_BHWC))
         y_BHWC = _conv(self, inner, self.stride, "conv_1")(y_BHWC)

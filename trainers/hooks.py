@@ -20,12 +20,14 @@ class RunContext:
     Attributes:
       path: the run's directory.
       writer: whether this process writes there, as one of them does.
+      step: updates made when this process began.
       recipe, program: model, objective, mesh and shardings.
       learning_rate: of the update after so many.
     """
 
     path: str | os.PathLike
     writer: bool
+    step: int
     recipe: Recipe
     program: Program
     learning_rate: Callable[[int], float]

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model import axes
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens
-from trainers.partitioning import Rules, mesh_spec
+from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
 # Collections that last for one call: what modules sow and perturb. All others are kept in the state.
@@ -45,12 +46,23 @@ def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedShardings of boxed abstract parameters, as a plain tree."""
-    return jax.tree.map(
-        lambda box: NamedSharding(mesh, mesh_spec(box.names, rules)),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
-    )
+    """NamedShardings of boxed abstract parameters, as a plain tree.
+
+    A rank that the devices do not divide is whole on each: ranks are many, and few of them round.
+    """
+
+    def sharding(box: Any) -> NamedSharding:
+        spec = list(mesh_spec(box.names, rules))
+        for axis, (name, size) in enumerate(zip(box.names, box.value.shape, strict=True)):
+            if name == axes.RANK and size % shards_of(mesh, spec[axis]):
+                spec[axis] = None
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, boxed, is_leaf=_is_boxed)
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def make_state(
@@ -62,7 +74,7 @@ def make_state(
     anomaly: Anomaly | None = None,
 ) -> TrainState:
     """The state of step 0 with these `variables`; jit it with `out_shardings` to create it sharded."""
-    unboxed = nn.meta.unbox(boxed)
+    unboxed = jax.tree.map(axes.unboxed, boxed, is_leaf=_is_boxed)
     params = unboxed["params"]
     extra = {k: v for k, v in unboxed.items() if k not in ("params", *TRANSIENT)}
     if anomaly is not None:

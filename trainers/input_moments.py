@@ -32,7 +32,8 @@ def input_moments(
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, Dense) and context.method_name == "__call__":
             rows = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
-            context.module.sow("intermediates", _NAME, rows.T @ rows)
+            exact = jax.lax.Precision.HIGHEST
+            context.module.sow("intermediates", _NAME, jnp.matmul(rows.T, rows, precision=exact))
         return call(*args, **kwargs)
 
     @jax.jit

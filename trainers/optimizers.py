@@ -186,10 +186,10 @@ def adafactor(
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Kernels are orthogonalised layer by layer; tables, gains and biases fall back to AdamW."""
+    """Kernels and factors are orthogonalised layer by layer; tables, gains and biases fall back to AdamW."""
 
     def dimensions(path, leaf):
-        if not trainable.path_name(path).endswith("kernel"):
+        if trainable.path_name(path).rpartition("/")[2] not in ("kernel", "u", "v"):
             return None
         return contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
 
@@ -207,7 +207,7 @@ def muon(
     max_grad_norm: float | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) on kernels, AdamW with Nesterov momentum on everything else.
+    """Muon (Jordan et al., 2024) on kernels and factors, AdamW with Nesterov momentum on everything else.
 
     Updates are rescaled to AdamW's typical root mean square of 0.2 (arXiv 2502.16982), so that one
     learning rate serves both groups.

@@ -62,7 +62,8 @@ def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rul
     return tuple((name, given.get(name)) for name in axes.ALL_AXES)
 
 
-_FSDP_PARAMETERS = {axes.EMBED: "fsdp", axes.CHANNELS: "fsdp"}
+# A factor whose other side is not split is split along its rank.
+_FSDP_PARAMETERS = {axes.EMBED: "fsdp", axes.CHANNELS: "fsdp", axes.RANK: "fsdp"}
 _TP_PARAMETERS = {
     axes.HEADS: "tensor",
     axes.KV_HEADS: "tensor",
@@ -147,7 +148,7 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, mesh_spec((axes.BATCH,), rules))
 
 
-def _width(mesh: Mesh, target: Any) -> int:
+def shards_of(mesh: Mesh, target: Any) -> int:
     """Number of shards a rule's target makes; `target` is what a rule maps a name to."""
     names = () if target is None else (target,) if isinstance(target, str) else target
     return math.prod(mesh.shape[name] for name in names)
@@ -208,7 +209,7 @@ def validate(
         *([] if length is None else [(axes.LENGTH, length, "the row length")]),
         *config.axis_sizes(),
     ):
-        shards = _width(mesh, targets.get(name))
+        shards = shards_of(mesh, targets.get(name))
         if size % shards:
             remedy = ""
             if name == axes.KV_HEADS and shards % size == 0:
@@ -241,9 +242,9 @@ def _parameter_problems(
             problems.append(f"parameter {where} has axes {unknown} without a rule")
             continue
         targeted = [targets[name] for name in box.names if name is not None]
-        if math.prod(_width(mesh, target) for target in targeted) == 1:
+        if math.prod(shards_of(mesh, target) for target in targeted) == 1:
             replicated += math.prod(box.value.shape) * box.value.dtype.itemsize
-    splits = max(_width(mesh, targets.get(name)) for name in axes.PARAMETER_AXES)
+    splits = max(shards_of(mesh, targets.get(name)) for name in axes.PARAMETER_AXES)
     if splits > 1 and replicated > replicated_limit:
         problems.append(
             f"{replicated / 2**30:.1f} GiB of parameters would stay whole on every device; "

@@ -27,6 +27,7 @@ from trainers.restore_params import (
     Assignment,
     CheckpointMismatchError,
     describe,
+    kept_variables,
     list_differences,
     restore_params,
 )
@@ -162,7 +163,7 @@ def restore_or_initialise(
       expected_meta: see `restore_state`; concerns the run's own checkpoints only.
       initial_checkpoint_path: where to start from if the run has no checkpoint yet: a step directory,
         or a run directory for its newest good step.
-      initial_scope: 'params' takes the parameters alone (step 0, fresh optimiser); 'phase' also averages
+      initial_scope: 'params' takes the model's variables (step 0, fresh optimiser); 'phase' also averages
         and the optimiser's moments, at step 0 of a new schedule; 'state' takes everything, the step
         and the place in the schedule too.
       assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
@@ -230,7 +231,11 @@ def restore_or_initialise(
             ema = jax.tree.map(lambda p, e: jnp.array(p, e.dtype, copy=True), params, ema)
         return Restored(
             step=0,
-            state=state.replace(params=params, ema_params=ema),
+            state=state.replace(
+                params=params,
+                ema_params=ema,
+                variables=kept_variables(step, state.variables),
+            ),
             meta=step_dir.read_meta(step),
             path=step,
             source="initial",

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from trainers import state_tree, step_dir
+from trainers.anomaly import STATISTICS
 from trainers.array_files import read_arrays, read_verified, sharding_of
+from trainers.manifest import Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -178,3 +180,40 @@ def _restore(
             value = jnp.copy(value)
         flat[name] = jax.device_put(value, sharding_of(params[name]))
     return state_tree.unflatten(flat, abstract_params)
+
+
+def kept_variables(step: epath.Path, variables: Any) -> Any:
+    """A model's other collections, such as batch statistics, as saved; those that are new as they are.
+
+    Statistics of losses stay as they are: of other data or another model they would be others.
+
+    Args:
+      step: a step directory.
+      variables: of a fresh state.
+
+    Raises:
+      DamagedCheckpointError.
+    """
+    recorded = step_dir.read_manifest(step)
+    given = state_tree.flatten({"variables": variables})
+    wanted = {
+        name: as_saved(recorded, name, leaf)
+        for name, leaf in given.items()
+        if name in recorded.arrays
+        and recorded.arrays[name].shape == leaf.shape
+        and not name.startswith(f"variables/{STATISTICS}/")
+    }
+    found = read_verified(step, recorded, wanted) if wanted else {}
+    return state_tree.unflatten({**given, **found}, {"variables": variables})["variables"]
+
+
+def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
+    """An array of a checkpoint in its own dtype, on the sharding of `like`.
+
+    Raises:
+      CheckpointMismatchError: there is no such array.
+    """
+    if name not in recorded.arrays:
+        raise CheckpointMismatchError(f"the checkpoint has no array {name}.")
+    dtype = jnp.dtype(recorded.arrays[name].dtype)
+    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding_of(like))

@@ -1,7 +1,7 @@
 """Starting a run from the checkpoint of another model, by a tree transform of its parameters.
 
 The step, and with it the place in a schedule, is that of the checkpoint, and so are the collections that both
-models have. Moments begin anew or go through the transform too, by name: an optimiser around another
+models have, but for the statistics of losses: those of a model that has been transformed are others. Moments begin anew or go through the transform too, by name: an optimiser around another
 (clipping, decay of factors) keeps them at other paths of its state.
 """
 
@@ -15,9 +15,14 @@ from etils import epath
 
 from model.surgery.transform import Power, TreeTransform
 from trainers import phase_state, state_tree, step_dir
-from trainers.array_files import read_verified, sharding_of
+from trainers.array_files import read_verified
 from trainers.manifest import Manifest
-from trainers.restore_params import CheckpointMismatchError, restore_params
+from trainers.restore_params import (
+    CheckpointMismatchError,
+    as_saved,
+    kept_variables,
+    restore_params,
+)
 
 Moments = Literal["reset", "carry"]
 MOMENTS = get_args(Moments)
@@ -62,7 +67,7 @@ def restore_transformed(
         }
         source = restore_params(step, transform.source(state.params, saved), **options)
         params = transform(source, state.params)
-        made = state.replace(params=params, variables=_variables(step, recorded, state.variables))
+        made = state.replace(params=params, variables=kept_variables(step, state.variables))
         if state.ema_params is not None:
             made = made.replace(
                 ema_params=jax.tree.map(
@@ -75,18 +80,6 @@ def restore_transformed(
         return phase_state.at_step(made, step_dir.read_record(step, recorded)["step"]), step
 
     return step_dir.newest_good(path, read)
-
-
-def _variables(step: epath.Path, recorded: Manifest, variables: Any) -> Any:
-    """The collections as saved, those that are new as they are."""
-    given = state_tree.flatten({"variables": variables})
-    wanted = {
-        name: _as_saved(recorded, name, leaf)
-        for name, leaf in given.items()
-        if name in recorded.arrays and recorded.arrays[name].shape == leaf.shape
-    }
-    found = read_verified(step, recorded, wanted) if wanted else {}
-    return state_tree.unflatten({**given, **found}, {"variables": variables})["variables"]
 
 
 def _carried(
@@ -120,11 +113,11 @@ def _carried(
     for tree in trees:
         for name, leaf in like.items():
             stored = f"{theirs[tree]}/{name}"
-            wanted[stored] = _as_saved(recorded, stored, leaf)
+            wanted[stored] = as_saved(recorded, stored, leaf)
         count, stored = (f"{x.rpartition('/')[0]}/count" for x in (tree, theirs[tree]))
         if count in ours and stored in recorded.arrays:
             counts[count] = stored
-            wanted[stored] = _as_saved(recorded, stored, ours[count])
+            wanted[stored] = as_saved(recorded, stored, ours[count])
     found = read_verified(step, recorded, wanted)
     new = {**ours, **{count: found[stored] for count, stored in counts.items()}}
     for tree, kind in trees.items():
@@ -134,16 +127,6 @@ def _carried(
             leaf = ours[f"{tree}/{name}"]
             new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
     return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]
-
-
-def _as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
-    """An array of the checkpoint in its own dtype, on the sharding of `like`."""
-    if name not in recorded.arrays:
-        raise CheckpointMismatchError(
-            f"the checkpoint has no {name}: use INITIAL_MOMENTS = 'reset'."
-        )
-    dtype = jnp.dtype(recorded.arrays[name].dtype)
-    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding_of(like))
 
 
 def _tree_named(recorded: Manifest, kind: str, step: epath.Path) -> str:

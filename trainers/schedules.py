@@ -22,10 +22,12 @@ class Span:
     Attributes:
       total_steps: updates in all.
       stopped_at: the rate at which the run that this one goes on from stopped; None if it says none.
+      start_step: the step that this run began at: of that run's checkpoint, if its clock goes on.
     """
 
     total_steps: int
     stopped_at: float | None = None
+    start_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,17 +197,18 @@ def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e
 
 
 def continued(
-    *, before: Schedule, start_step: int, warmup_steps: int = 0, scale: float = 1.0
+    *, before: Schedule, start_step: int | None = None, warmup_steps: int = 0, scale: float = 1.0
 ) -> Schedule:
     """`before` up to `start_step` and `scale` times it from there on, after a linear warm-up from 0.
 
-    For a run whose parameters are transformed on the way, such as decomposed into factors.
+    For a run whose parameters are transformed on the way, such as decomposed into factors: with start_step =
+    None that is the step at which it began.
     """
-    if isinstance(before, Unspanned):
+    if start_step is None or isinstance(before, Unspanned):
         return Unspanned(
             lambda run: continued(
                 before=span(before, run),
-                start_step=start_step,
+                start_step=run.start_step if start_step is None else start_step,
                 warmup_steps=warmup_steps,
                 scale=scale,
             )

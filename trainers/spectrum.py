@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model import factors
-from trainers import state_tree
+from model import factors, lowrank_conv
+from trainers import metric_writers, state_tree
 from trainers.hooks import RunContext
 from trainers.train_state import TrainState
 
@@ -35,7 +35,8 @@ class Spectrum:
     Attributes:
       run: given by `launch.train`.
       every: updates between readings; there is one before the first and one after the last.
-      kernels: path patterns of dense kernels to be read too, whose SVD is of the whole matrix.
+      kernels: path patterns of dense kernels to be read too, whose SVD is of the whole matrix; of
+        convolutions of the matrix [h I, w O], as model/lowrank_conv.py has it.
 
     Raises:
       ValueError: there is nothing to read, or a pattern matches no kernel.
@@ -59,6 +60,8 @@ class Spectrum:
                 "of dense ones, such as '.*/(query|up)/kernel', or leave it out of train.hooks."
             )
 
+        convolutions = self.run.recipe.reads.unit == "images"
+
         def read(params: Any) -> dict[str, jax.Array]:
             flat = state_tree.flatten(params)
             found = {
@@ -66,7 +69,10 @@ class Spectrum:
                 for one in factors.find_factors(params)
             }
             for name in dense:
-                found[name.removesuffix("/kernel")] = factors.singular_values_of(flat[name])
+                kernel = flat[name]
+                if convolutions and kernel.ndim == 4:
+                    kernel = lowrank_conv.matrix_of(kernel, "spatial")
+                found[name.removesuffix("/kernel")] = factors.singular_values_of(kernel)
             return found
 
         everywhere = NamedSharding(self.run.program.mesh, PartitionSpec())
@@ -88,7 +94,7 @@ class Spectrum:
     def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
         path = pathlib.Path(self.run.path, FILE)
         if not self._begun and path.exists():  # of a run that went on past its last checkpoint
-            kept = [line for line in read(self.run.path) if line["step"] < step]
+            kept = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
             path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._begun = True
         values = {name: rows.tolist() for name, rows in layers.items()}
@@ -103,9 +109,7 @@ def read(run: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       FileNotFoundError: the run had no such hook.
     """
-    lines = pathlib.Path(run, FILE).read_text(encoding="utf-8").splitlines()
-    # A killed run may leave half a line.
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return metric_writers.read_jsonl(os.path.join(run, FILE))
 
 
 def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:

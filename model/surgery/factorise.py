@@ -35,6 +35,8 @@ def decompose(params: Params, split: Split) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for path in tqdm(paths, desc="decompose", unit="matrix", leave=False, delay=5):
         if (pair := split(path, _node(params, path)["kernel"])) is not None:
+            for factor in pair:  # one that overflows is no factor either
+                check_finite(path, factor)
             made[path] = pair
     if not made:
         raise FactoriseError("no layer was chosen to be decomposed, so that nothing would change.")
@@ -59,7 +61,7 @@ def recompose(params: Params) -> dict[str, Any]:
         if not factors.is_factorised(node):
             return dict(node)
         rest = {name: leaf for name, leaf in node.items() if name not in ("u", "v")}
-        return {**rest, "kernel": _product(node["u"], node["v"])}
+        return {**rest, "kernel": factors.recomposed(node["u"], node["v"])}
 
     return _mapped(params, replaced)
 
@@ -134,11 +136,6 @@ class Decompose:
 @functools.partial(jax.jit, static_argnums=1)
 def _spectral(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return factors.spectral_factors(kernel, rank)
-
-
-@jax.jit
-def _product(u: jax.Array, v: jax.Array) -> jax.Array:
-    return (u.astype(jnp.float32) @ v.astype(jnp.float32)).astype(u.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -139,12 +139,25 @@ def test_weighted_factors_lose_what_the_outputs_tail_holds_and_are_balanced():
     w = rng.normal(size=(12, 9))
     tail = np.linalg.svd(x @ w, compute_uv=False)
     gram = jnp.asarray(x.T @ x, jnp.float32)
+    parts = factors.decomposition(jnp.asarray(w), gram)
+    np.testing.assert_allclose(parts[1], tail, rtol=1e-3)
     for rank in (2, 6):
-        u, v = factors.weighted_factors(jnp.asarray(w), gram, rank)
+        u, v = factors.truncated(*parts, rank)
         error = np.square(x @ (w - np.asarray(u, np.float64) @ np.asarray(v, np.float64))).sum()
         assert error == pytest.approx(np.square(tail[rank:]).sum(), rel=1e-3)
         np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-4 * np.abs(u.T @ u).max())
-    np.testing.assert_allclose(factors.weighted_values(jnp.asarray(w), gram), tail, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_inputs_that_span_little_leave_factors_finite_and_exact_at_full_rank(tokens):
+    x = np.random.default_rng(0).normal(size=(tokens, 12)) + 50.0
+    w = jax.random.normal(jax.random.key(0), (12, 9))
+    parts = factors.decomposition(w, jnp.asarray(x.T @ x, jnp.float32))
+    u, v = factors.truncated(*parts, 9)
+    np.testing.assert_allclose(u @ v, w, atol=2e-3)
+    if tokens:  # what the inputs span is kept at the rank of their span
+        u, v = factors.truncated(*parts, tokens)
+        np.testing.assert_allclose(x @ np.asarray(u @ v), x @ np.asarray(w), rtol=0.02, atol=0.5)
 
 
 def test_balanced_factors_have_the_same_product():
@@ -180,12 +193,16 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     assert "attention/key: rank=17.0" in error("--rank=17", "--rank_rule=absolute")
     assert "must lie in (0, 1]" in error("--rank=1.5", "--rank_rule=energy")
     assert "no layer was chosen" in error("--rank=0.5", "--layers=nothing")
+    typo = error("--rank=0.5", "--layers=.*/query", "--layers=.*/quary")
+    assert (
+        "--layers=.*/quary matches no projection; there are layers/block_0/attention/query" in typo
+    )
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     assert "fewer than one row of 512" in error("--rank=0.5", f"--calibrate={tmp_path}/short.jsonl")
     made = factorise("--rank=0.5")
     assert "factorised already" in error("--rank=0.5", checkpoint=made, name="twice")
     kernel = jnp.ones((2, 4, 4)).at[1, 0, 0].set(jnp.inf)
     with pytest.raises(
-        FactoriseError, match=r"a/up/kernel \(of its stack number 1\) holds NaN or inf"
+        FactoriseError, match=r"mlp/up/kernel \(of its stack number 1\) holds NaN or inf"
     ):
-        decomposed({"a": {"up": {"kernel": kernel}}}, Choice(rank=0.5, layers=(".*",)), {})
+        decomposed({"mlp": {"up": {"kernel": kernel}}}, Choice(rank=0.5, layers=(".*",)), {})

@@ -1,5 +1,7 @@
 """One gin file makes existing experiments low-rank: parameters, optimiser and a few steps that learn."""
 
+import dataclasses
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,12 @@ import numpy as np
 import pytest
 
 from launch import gin_config
+from launch.benchmarks.random_rows import RandomRows
 from launch.host_metrics import flops_per_token
 from model import factors
-from trainers import initialise, spectrum, step_dir
+from trainers import initialise, partitioning, spectrum, state_tree, step_dir
 from trainers.array_files import StoredArray
+from trainers.batches import global_batch
 from trainers.hooks import RunContext
 from trainers.metric_writers import read_jsonl
 
@@ -95,6 +99,50 @@ def test_moments_are_of_the_factors_alone(rank):
     )
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp"])
+def test_on_a_mesh_every_factor_is_split_and_a_step_is_that_of_one_device(rules):
+    def made(mesh, *bindings):
+        given = ("RANK=0.25", "BATCH_SIZE=8", "TASK_FEATURE_LENGTHS={'targets': 32}")
+        given += (f"MESH={mesh}", f"recipe.Recipe.rules={rules!r}", "WARMUP_STEPS=0", *bindings)
+        found = recipe("models/tiny", "runs/pretrain", bindings=given)
+        return found, found.program()
+
+    mesh = "{'fsdp': 4, 'tensor': 2}" if rules == "fsdp_tp" else "{'fsdp': 8}"
+    losses = []
+    for shape in (mesh, "{'data': 1}"):
+        run, program = made(shape) if shape == mesh else (run, dataclasses.replace(  # noqa: F821
+            run, mesh={"data": 1}, rules="dp").program(devices=jax.devices()[:1]))  # fmt: skip
+        if shape == mesh:
+            for one in factors.find_factors(program.abstract_state.params):
+                for name in "uv":
+                    leaf = state_tree.flatten(program.abstract_state.params)[f"{one.path}/{name}"]
+                    part = np.prod(leaf.sharding.shard_shape(leaf.shape))
+                    assert leaf.size / part >= 4, (one.path, name, leaf.sharding.spec)
+        rows = RandomRows(8, 32, 256)
+        with partitioning.use_mesh(program.mesh, program.rules):
+            state, step = program.init(), program.steps(1).train
+            found = []
+            for index in range(3):
+                batch = global_batch(rows, index, program.batch_sharding)
+                state, metrics = step(state, batch)
+                found.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        losses.append(found)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][2] != losses[0][0]
+
+
+def test_a_rank_that_devices_do_not_divide_is_whole_on_each_unless_it_is_rounded():
+    def specs(*bindings):
+        given = ("RANK=0.3", "MESH={'fsdp': 8}", "BATCH_SIZE=8", *bindings)
+        state = recipe("models/tiny", "runs/pretrain", bindings=given).program().abstract_state
+        gin.clear_config(clear_constants=True)
+        return state.params["layers"]["block_0"]["mlp"]["up"]["v"]
+
+    odd, even = specs(), specs("RANK_MULTIPLE=8")
+    assert odd.shape == (2, 19, 192) and odd.sharding.shard_shape(odd.shape) == odd.shape
+    assert even.shape == (2, 16, 192) and even.sharding.shard_shape(even.shape) == (2, 2, 192)
 
 
 def test_settings_of_adamw_reach_it():
@@ -182,7 +230,7 @@ def test_spectra_of_dense_kernels_and_of_none():
     files = ("models/tiny", "runs/pretrain")
 
     def hook(made, **settings):
-        run = RunContext(path="", writer=False, recipe=made, program=made.program(),
+        run = RunContext(path="", writer=False, step=0, recipe=made, program=made.program(),
                          learning_rate=lambda step: 0.5)  # fmt: skip
         return spectrum.Spectrum(run=run, **settings)
 

@@ -53,15 +53,18 @@ def test_spectral_factors_are_balanced_and_those_of_ones_orthonormal():
     np.testing.assert_allclose(u.T @ u, np.eye(7), atol=1e-5)
     np.testing.assert_allclose(v @ v.T, np.eye(7), atol=1e-5)
     values = np.linalg.svd(np.asarray(u @ v, np.float64), compute_uv=False)
-    np.testing.assert_allclose(values, [1] * 7 + [0] * 9, atol=1e-5)
+    np.testing.assert_allclose(values[:7], 1, atol=1e-5)
+    assert values[7:].max() <= 1e-6
     np.testing.assert_allclose(factors.effective_rank(factors.singular_values(u, v)), 7, atol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [4, 64, 256])
 def test_he_factors_keep_the_variance_of_the_dense_outputs_at_any_rank(rank):
-    u, v = factors.he_factors(KEY, fan_in_normal, (256, 512), rank)
-    y = jax.random.normal(jax.random.key(1), (512, 256)) @ u @ v
-    assert float(y.var()) == pytest.approx(1.0, rel=3 * (2 / rank) ** 0.5)
+    # Of all inputs at once: W's entries have the variance of a fan-in draw, over many draws.
+    keys = jax.random.split(KEY, 256)
+    draw = jax.vmap(lambda key: factors.he_factors(key, fan_in_normal, (256, 512), rank))
+    squares = jnp.mean(jnp.stack([(u @ v).var() for u, v in zip(*draw(keys[:64]), strict=True)]))
+    assert float(squares) == pytest.approx(1 / 256, rel=0.1)
 
 
 @pytest.mark.parametrize("init", lowrank.INITS)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from model import factors
+from model import axes, factors, lowrank
 from trainers import factor_decay, optimizers
 
 U = jax.random.normal(jax.random.key(0), (9, 4))
@@ -23,13 +23,7 @@ def test_frobenius_decay_is_the_gradient_of_the_products_norm():
     by_autodiff = jax.grad(product_norm, argnums=(0, 1))(U, V)
     for found, expected in zip(factors.frobenius_decay(U, V), by_autodiff, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert float(factors.squared_norm(U, V)) == pytest.approx(
-        2 * float(product_norm(U, V)), rel=1e-5
-    )
     stacked = jnp.stack([U, 2 * U]), jnp.stack([V, V])
-    np.testing.assert_allclose(
-        factors.squared_norm(*stacked)[1], 4 * factors.squared_norm(U, V), rtol=1e-5
-    )
     np.testing.assert_allclose(
         factors.frobenius_decay(*stacked)[0][0], factors.frobenius_decay(U, V)[0], rtol=1e-5
     )
@@ -42,14 +36,26 @@ def test_l2_bounds_the_nuclear_norm_and_meets_it_where_factors_are_balanced():
     assert 0.5 * float((u**2).sum() + (v**2).sum()) == pytest.approx(nuclear, rel=1e-4)
 
 
-def test_frobenius_decay_does_not_see_how_scale_is_split_and_l2_does():
-    gauge = jnp.diag(jnp.array([2.0, 0.5, 1.0, 3.0]))
+def test_outputs_and_frobenius_decay_do_not_see_the_gauge_and_l2_does():
+    turn = jnp.linalg.qr(jax.random.normal(jax.random.key(5), (4, 4)))[0]
+    gauge = turn @ jnp.diag(jnp.array([2.0, 0.5, 1.0, 3.0])) @ turn[::-1]
     u, v = U @ gauge, jnp.linalg.inv(gauge) @ V
-    np.testing.assert_allclose(u @ v, U @ V, atol=1e-4)
-    assert float(factors.squared_norm(u, v)) == pytest.approx(
-        float(factors.squared_norm(U, V)), rel=1e-4
-    )
+    x = jax.random.normal(jax.random.key(6), (20, 9))
+    np.testing.assert_allclose(lowrank.product(x, u, v), lowrank.product(x, U, V), atol=1e-4)
+
+    def value(u, v):  # of degree one in U: (1/2) |U V^T|^2 is half of <U, its gradient>
+        return 0.5 * float((u * factors.frobenius_decay(u, v)[0]).sum())
+
+    direct = 0.5 * np.square(np.asarray(U, np.float64) @ np.asarray(V, np.float64)).sum()
+    assert value(U, V) == pytest.approx(direct, rel=1e-5)
+    assert value(u, v) == pytest.approx(direct, rel=1e-4)
     assert abs(float((u**2).sum() + (v**2).sum() - (U**2).sum() - (V**2).sum())) > 1
+
+
+def test_frobenius_decay_forms_no_product():
+    u, v = jnp.ones((40, 3)), jnp.ones((3, 50))
+    jaxpr = str(jax.make_jaxpr(factors.frobenius_decay)(u, v))
+    assert "40,50" not in jaxpr and "50,40" not in jaxpr and "3,3" in jaxpr
 
 
 def test_singular_values_are_those_of_the_product_and_bound_the_effective_rank():
@@ -61,12 +67,25 @@ def test_singular_values_are_those_of_the_product_and_bound_the_effective_rank()
     assert float(factors.effective_rank(jnp.zeros(4))) == 0
 
 
-def test_a_step_of_gradient_descent_on_both_factors_moves_the_product_as_written_out():
-    rate, grad = 0.01, jax.random.normal(jax.random.key(2), (9, 7))
-    u, v = U - rate * grad @ V.T, V - rate * U.T @ grad
-    w = U @ V
-    expected = w - rate * (grad @ V.T @ V + U @ U.T @ grad) + rate**2 * grad @ w.T @ grad
-    np.testing.assert_allclose(u @ v, expected, atol=1e-5)
+def test_a_step_of_sgd_on_a_layer_moves_its_product_as_written_out():
+    rate, target = 0.01, jax.random.normal(jax.random.key(2), (11, 7))
+    x = jax.random.normal(jax.random.key(3), (11, 9))
+    layer = lowrank.LowRankDense(
+        features=7,
+        axes=(axes.EMBED, axes.MLP),
+        factorisation=lowrank.Factorisation(rank=4, rank_rule="absolute", layers=(".*",)),
+    )
+    optimizer = optimizers.sgd(learning_rate=rate)
+    params = {"u": U, "v": V}
+    grads = jax.grad(lambda p: 0.5 * ((layer.apply({"params": p}, x) - target) ** 2).sum())(params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    u, v, x, target = (np.asarray(a, np.float64) for a in (U, V, x, target))
+    w = u @ v
+    grad = x.T @ (x @ w - target)  # of the loss in W
+    expected = w - rate * (grad @ v.T @ v + u @ u.T @ grad) + rate**2 * grad @ w.T @ grad
+    np.testing.assert_allclose(moved["u"] @ moved["v"], expected, atol=1e-4)
+    assert np.abs(expected - w).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["l2", "frobenius"])
