@@ -24,7 +24,7 @@ def made(**settings):
         config=CONFIG, num_experts=EXPERTS, balance_loss=0.1, router_z_loss=0.01, **settings
     )
     x_BTD = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, 16))
-    boxed = mlp.init(jax.random.key(1), x_BTD)["params"]
+    boxed = jax.jit(mlp.init)(jax.random.key(1), x_BTD)["params"]
     return mlp, boxed, x_BTD
 
 
@@ -37,6 +37,7 @@ def value(mlp, params, x_BTD):
     return jnp.sum(jnp.sin(out)) + losses, (out, sown["metrics"])
 
 
+@functools.cache
 def gradients(mlp):
     return jax.jit(jax.grad(functools.partial(value, mlp), argnums=(0, 1), has_aux=True))
 
@@ -61,11 +62,9 @@ def same(found, want):
 @pytest.mark.parametrize(
     ("rules", "shape", "settings"),
     [
-        ("ep", {"expert": 8}, {}),
-        ("ep", {"data": 2, "expert": 4}, {"capacity_factor": 0.8}),
-        ("fsdp_ep", {"fsdp": 2, "expert": 4}, {"top_k": EXPERTS}),
-        ("fsdp", {"fsdp": 8}, {"capacity_factor": 0.8}),
-        ("fsdp_tp", {"fsdp": 2, "tensor": 4}, {}),
+        ("ep", {"data": 2, "expert": 4}, {}),
+        ("fsdp_ep", {"fsdp": 2, "expert": 4}, {"capacity_factor": 0.8}),
+        ("fsdp_tp", {"fsdp": 2, "tensor": 4}, {"capacity_factor": 0.8}),
     ],
 )
 def test_no_mesh_changes_values_gradients_or_statistics(rules, shape, settings):
@@ -84,16 +83,17 @@ def test_all_tokens_to_the_experts_of_one_device_are_not_dropped():
     kernel = jnp.zeros((16, EXPERTS)).at[0].set(-(jnp.arange(EXPERTS) ** 2.0))
     router = boxed["router"]["kernel"]
     boxed = {**boxed, "router": {"kernel": router.replace_boxed(kernel)}}
-    want = gradients(mlp)(nn.unbox(boxed), x_BTD)
-    assert float(want[1][1]["router_load"][0][:2].sum()) == 1.0
+    run = jax.jit(functools.partial(value, mlp))
+    _, (want, metrics) = run(nn.unbox(boxed), x_BTD)
+    assert float(metrics["router_load"][0][:2].sum()) == 1.0
     mesh, rules, params, x_BTD = on_mesh("ep", {"expert": 4}, boxed, x_BTD)
     with partitioning.use_mesh(mesh, rules):
-        found = gradients(mlp)(params, x_BTD)
-    same(found, want)
-    assert float(found[1][1]["router_dropped"][0]) == 0.0
+        _, (out, metrics) = jax.jit(functools.partial(value, mlp))(params, x_BTD)
+    same(out, want)
+    assert float(metrics["router_dropped"][0]) == 0.0
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_a_bounded_exchange_drops_what_comes_last(factor):
     mlp, boxed, x_BTD = made()
     mesh, rules, params, tokens = on_mesh("ep", {"expert": 4}, boxed, x_BTD)
