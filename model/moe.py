@@ -78,10 +78,10 @@ class MoeMlp(nn.Module):
       balance_loss: weight of routing.balance_loss.
       router_z_loss: weight of routing.z_loss.
       capacity_factor: an expert takes the first so many times its even share of each row's tokens, and
-        adds nothing to others; None for all (dropless). See routing.within.
+        adds nothing to others; None for all (dropless). See routing.place_in_line.
       exchange_factor: a device sends to another at most so many times an even share of its choices, the
-        first ones; None for as many as there can be, which takes buffers as many times as large as
-        experts lie on devices. Without an effect where experts are not split.
+        first ones; None for as many as there can be, in buffers that are as many times larger than an even
+        share as there are devices with experts. Without an effect where experts are not split.
       dense: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
       shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
@@ -140,7 +140,8 @@ class MoeMlp(nn.Module):
         if self.capacity_factor is not None:
             most = self._capacity(experts_BTK.shape[1])
             experts_BTK = routing.first_in_line(experts_BTK, most, none=self.num_experts)
-        if self.exchange_factor is not None and place is not None:
+        split = place is not None and place.expert_shards > 1
+        if self.exchange_factor is not None and split:
             most = self._exchanged(experts_BTK.size, place)
             experts_BTK = expert_parallel.first_to_one(experts_BTK, most, self.num_experts, place)
         return routes, experts_BTK
