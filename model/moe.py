@@ -140,8 +140,7 @@ class MoeMlp(nn.Module):
         if self.capacity_factor is not None:
             most = self._capacity(experts_BTK.shape[1])
             experts_BTK = routing.first_in_line(experts_BTK, most, none=self.num_experts)
-        split = place is not None and place.expert_shards > 1
-        if self.exchange_factor is not None and split:
+        if self.exchange_factor is not None and place is not None and place.expert_shards > 1:
             most = self._exchanged(experts_BTK.size, place)
             experts_BTK = expert_parallel.first_to_one(experts_BTK, most, self.num_experts, place)
         return routes, experts_BTK
