@@ -29,6 +29,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.moe.MoeMlp": {
         "dense": _PROJECTION,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
+        "shared": ("config", "name"),
     },
     "model.resnet.ResNet": {
         "block": ("config", "width", "stride", "conv", "dense", "name"),

@@ -64,7 +64,11 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
         mixture = block.mlp(config=model.config, name="mlp")
         experts, top_k = mixture.num_experts, mixture.top_k
     dense = flops.train_flops_per_token(
-        model.config, recipe.length, gated="gate" in mlp, experts=experts, top_k=top_k
+        model.config,
+        recipe.length,
+        gated="gate" in mlp,
+        experts=experts,
+        top_k=top_k + ("shared" in mlp),  # an MLP of the same width for every token
     )
     # Not meta.unbox, which would constrain shardings under a mesh.
     shapes = jax.tree.map(
@@ -74,6 +78,6 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
     )
     saved = 0.0
     for one in factors.find_factors(shapes):
-        of_experts = experts > 1 and "/mlp/" in one.path
+        of_experts = experts > 1 and "/mlp/" in one.path and "/mlp/shared/" not in one.path
         saved += (one.dense - one.factors) * (top_k / experts if of_experts else 1.0)
     return dense - 6.0 * saved

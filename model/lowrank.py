@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from model import factors, matmul
 from model.axes import RANK, parameter
+from model.grouped_matmul import grouped_matmul
 from model.linear import Dense
-from model.moe import ExpertDense, grouped_matmul
+from model.moe import ExpertDense
 
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)
@@ -26,7 +27,7 @@ INITS = get_args(Init)
 # What attention and MLPs project with, and blocks of residual networks convolve with (model/resnet.py). A router is
 # small, tables are no projections, and stem and classifier of a network stay dense.
 PROJECTIONS = (
-    r"(.*/)?(attention|mlp)/(query|key|value|out|gate|up|down)"
+    r"(.*/)?(attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)"
     r"|stage_\d+/block_\d+/(conv_\d+|shortcut)",
 )
 

@@ -39,7 +39,8 @@ class GatedMlp(nn.Module):
     dense: Callable[..., nn.Module] = Dense
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
         gate_BTF = _project(self, "gate", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
         up_BTF = _project(self, "up", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
@@ -56,7 +57,8 @@ class Mlp(nn.Module):
     dense: Callable[..., nn.Module] = Dense
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
         h_BTF = act(_project(self, "up", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD))
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)

@@ -1,101 +1,33 @@
-"""A mixture of gated MLPs, of which every token uses its `top_k` (Shazeer et al., arXiv 1701.06538; in
-the form of Mixtral, arXiv 2401.04088). No token is dropped: experts take as many as are sent to them.
+"""A mixture of gated MLPs, of which every token uses its `top_k` (Shazeer et al., arXiv 1701.06538).
 
-Shapes: B batch, T length, M = B * T tokens, K experts per token, R = M * K rows sorted by expert, E
-experts, D width, F hidden width; X in and Y out of a product.
+As it stands it is that of Mixtral (arXiv 2401.04088); other forms of routing are in model/routing.py, how
+tokens reach their experts in model/expert_dispatch.py and, on a mesh, model/expert_parallel.py.
+
+Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
+X in and Y out of a product.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from model import axes, expert_dispatch, expert_parallel, routing
 from model.config import TransformerConfig
+from model.expert_parallel import Placement
+from model.grouped_matmul import grouped_matmul
 from model.linear import Dense
 from model.mlp import activation
-from model.platform import reference_forms, target_platform
+from model.routing import Routes, route
 
 # As linear.fan_in_normal; the experts' axis is no fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", batch_axis=(0,)
 )
-
-
-@flax.struct.dataclass
-class Routes:
-    """The experts of each token, and the weights of what they return, float32."""
-
-    experts_MK: jax.Array
-    weights_MK: jax.Array
-
-
-def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:
-    """The `top_k` most probable experts; their weights sum to 1 when renormalised."""
-    weights_MK, experts_MK = jax.lax.top_k(probs_ME, top_k)
-    if renormalise:
-        weights_MK = weights_MK / jnp.sum(weights_MK, axis=-1, keepdims=True)
-    return Routes(experts_MK=experts_MK, weights_MK=weights_MK)
-
-
-@flax.struct.dataclass
-class Dispatch:
-    """Rows by expert: row r is of token order_R[r] // K; rank_R is the inverse permutation."""
-
-    order_R: jax.Array
-    rank_R: jax.Array
-    sizes_E: jax.Array
-
-
-def dispatch(experts_MK: jax.Array, num_experts: int) -> Dispatch:
-    """Sorts the tokens' choices by expert; tokens of one expert stay in order."""
-    experts_R = experts_MK.reshape(-1)
-    order_R = jnp.argsort(experts_R, stable=True)
-    return Dispatch(
-        order_R=order_R,
-        rank_R=jnp.argsort(order_R),
-        sizes_E=jnp.bincount(experts_R, length=num_experts),
-    )
-
-
-def combine(rows_RD: jax.Array, routes: Routes, plan: Dispatch) -> jax.Array:
-    """Sums of the experts' rows by token, weighted in float32, [M, D] in the dtype of the rows."""
-    rows_MKD = rows_RD[plan.rank_R].reshape(*routes.weights_MK.shape, -1)
-    summed = jnp.einsum("mk,mkd->md", routes.weights_MK, rows_MKD.astype(jnp.float32))
-    return summed.astype(rows_RD.dtype)
-
-
-def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Products of rows that are sorted by expert with their expert's kernel, [R, Y].
-
-    Accelerators have a kernel for it. On CPU that one multiplies every row with every expert, so the
-    rows are laid into blocks of one expert each, padded, for one batched product.
-    """
-    if target_platform() == "cpu" or reference_forms():
-        return _blocked_matmul(rows_RX, kernel_EXY, sizes_E)
-    return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E.astype(jnp.int32))
-
-
-def _blocked_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    rows, experts = rows_RX.shape[0], kernel_EXY.shape[0]
-    # Half an expert's even share: padding then adds about half the products, and kernels are read
-    # about three times each.
-    length = max(8, -(-rows // (2 * experts)))
-    count = min(rows, rows // length + experts)  # blocks that any sizes can need
-    blocks_E = -(-sizes_E // length)
-    ends_E, block_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(blocks_E)
-    expert_R = jnp.searchsorted(ends_E, jnp.arange(rows), side="right")
-    in_expert_R = jnp.arange(rows) - (ends_E - sizes_E)[expert_R]
-    slot_R = (block_ends_E - blocks_E)[expert_R] * length + in_expert_R
-    padded = jnp.zeros((count * length, rows_RX.shape[1]), rows_RX.dtype)
-    padded = padded.at[slot_R].set(rows_RX, unique_indices=True)
-    # Blocks that are not needed hold zeros: any expert serves them.
-    expert_of_block = jnp.searchsorted(block_ends_E, jnp.arange(count), side="right")
-    kernels = kernel_EXY[jnp.minimum(expert_of_block, experts - 1)]
-    out = jnp.einsum("bcx,bxy->bcy", padded.reshape(count, length, -1), kernels)
-    return out.reshape(count * length, -1)[slot_R]
 
 
 class ExpertDense(nn.Module):
@@ -131,22 +63,32 @@ class ExpertDense(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)).
+    """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
 
     The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
-    'intermediates'.
+    'intermediates', auxiliary losses into 'losses', and `routing.statistics` into 'metrics'. Padding is
+    sent to no expert and counts nowhere.
 
     Attributes:
       config: shared sizes; mlp_dim is the hidden width of one expert.
-      num_experts: E.
-      top_k: K, experts per token.
+      num_experts: E, without the shared one.
+      top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
       activation: name in mlp.ACTIVATIONS.
       renormalise: the weights of the chosen experts sum to 1, else they are their probabilities.
+      balance_loss: weight of routing.balance_loss.
+      router_z_loss: weight of routing.z_loss.
+      capacity_factor: an expert takes the first so many times its even share of each row's tokens, and
+        adds nothing to others; None for all (dropless). See routing.place_in_line.
+      exchange_factor: a device sends to another at most so many times an even share of its choices, the
+        first ones; None for as many as there can be, in buffers that are as many times larger than an even
+        share as there are devices with experts. Without an effect where experts are not split.
       dense: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
+      shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
+        (config=, name=), or None.
 
     Raises:
-      ValueError: more experts per token than there are.
+      ValueError: more experts per token than there are, or a factor that is not positive.
     """
 
     config: TransformerConfig
@@ -154,37 +96,96 @@ class MoeMlp(nn.Module):
     top_k: int = 2
     activation: str = "silu"
     renormalise: bool = True
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    capacity_factor: float | None = None
+    exchange_factor: float | None = None
     dense: Callable[..., nn.Module] = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
+    shared: Callable[..., nn.Module] | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
-                f"MoeMlp.top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}."
-            )
-        config, act = self.config, activation(self.activation)
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_ME = self.dense(
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        self._check()
+        logits_BTE = self.dense(
             features=self.num_experts,
-            axes=(axes.EMBED, axes.EXPERT),
+            axes=(axes.EMBED, axes.UNMODELED),
             use_bias=False,
             dtype=jnp.float32,
-            param_dtype=config.storage_dtype,
+            param_dtype=self.config.storage_dtype,
             name="router",
-        )(x_MD)
-        probs_ME = jax.nn.softmax(logits_ME, axis=-1)
-        self.sow("intermediates", "router_probs", probs_ME.reshape(*x_BTD.shape[:-1], -1))
-        routes = route(probs_ME, top_k=self.top_k, renormalise=self.renormalise)
-        plan = dispatch(routes.experts_MK, self.num_experts)
-        rows_RD = x_MD[plan.order_R // self.top_k]
-        gate_RF = self._experts("gate", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, plan.sizes_E)
-        up_RF = self._experts("up", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, plan.sizes_E)
-        down = self._experts("down", config.embed_dim, axes.MLP, axes.EMBED)
-        out_MD = combine(down(act(gate_RF) * up_RF, plan.sizes_E), routes, plan)
-        return out_MD.reshape(x_BTD.shape)
+        )(x_BTD)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        self.sow("intermediates", "router_probs", probs_BTE)
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        place = expert_parallel.placement(len(x_BTD), self.num_experts)
+        choose: Callable[..., Any] = functools.partial(self._choose, place=place)
+        if place is not None:  # XLA would gather all probabilities to sort them
+            choose = place.map(choose, place.split, place.split)
+        routes, experts_BTK = choose(probs_BTE, real_BT)
+        kept_BTK = experts_BTK < self.num_experts
+        self._report(logits_BTE, probs_BTE, routes.experts_MK, kept_BTK, real_BT)
+        out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
+        if self.shared is not None:
+            shared = self.shared(config=self.config, name="shared")
+            out_BTD = out_BTD + shared(x_BTD, segments_BT=segments_BT)
+        return out_BTD
 
-    def _experts(self, name: str, features: int, *names: str) -> nn.Module:
+    def _choose(
+        self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None
+    ) -> tuple[Routes, jax.Array]:
+        """The tokens' routes, and of their experts those that take them, E for the others."""
+        routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
+        experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
+        if self.capacity_factor is not None:
+            most = self._capacity(experts_BTK.shape[1])
+            experts_BTK = routing.first_in_line(experts_BTK, most, none=self.num_experts)
+        if self.exchange_factor is not None and place is not None and place.expert_shards > 1:
+            most = self._exchanged(experts_BTK.size, place)
+            experts_BTK = expert_parallel.first_to_one(experts_BTK, most, self.num_experts, place)
+        return routes, experts_BTK
+
+    def _mix(
+        self,
+        x_BTD: jax.Array,
+        experts_BTK: jax.Array,
+        weights_BTK: jax.Array,
+        place: Placement | None,
+    ) -> jax.Array:
+        """The experts' weighted sum."""
+        count, (rows, length, top_k) = self.num_experts, experts_BTK.shape
+        if place is None:
+            most = rows * min(length * top_k, count * self._capacity(length))
+            rows_RD, plan = expert_dispatch.send(x_BTD, experts_BTK, count, rows=most)
+            return expert_dispatch.collect(self._experts(rows_RD, plan.sizes_E), weights_BTK, plan)
+        # A token's experts are distinct.
+        rows, experts = rows // place.token_shards, count // place.expert_shards
+        most = rows * min(length * min(top_k, experts), experts * self._capacity(length))
+        most = min(most, self._exchanged(rows * length * top_k, place))
+        rows_RD, sizes, exchange = expert_parallel.send(x_BTD, experts_BTK, count, place, rows=most)
+        out_RD = self._experts(rows_RD, sizes)
+        return expert_parallel.collect(out_RD, weights_BTK, exchange, place)
+
+    def _capacity(self, length: int) -> int:
+        """Tokens of a row that an expert takes."""
+        if self.capacity_factor is None:
+            return length
+        return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
+
+    def _exchanged(self, choices: int, place: Placement) -> int:
+        """Of so many choices of a device, those that it may send to one other."""
+        if self.exchange_factor is None:
+            return choices
+        return math.ceil(self.exchange_factor * choices / place.expert_shards)
+
+    def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
+        act, config = activation(self.activation), self.config
+        gate_RF = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
+        up_RF = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
+        down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
+        return down(act(gate_RF) * up_RF, sizes)
+
+    def _expert_dense(self, name: str, features: int, *names: str) -> nn.Module:
         return self.expert_dense(
             num_experts=self.num_experts,
             features=features,
@@ -193,3 +194,34 @@ class MoeMlp(nn.Module):
             param_dtype=self.config.storage_dtype,
             name=name,
         )
+
+    def _report(
+        self,
+        logits_BTE: jax.Array,
+        probs_BTE: jax.Array,
+        experts_BTK: jax.Array,
+        kept_BTK: jax.Array,
+        real_BT: jax.Array,
+    ) -> None:
+        """Sows losses and statistics."""
+        if self.balance_loss:
+            balance = routing.balance_loss(probs_BTE, experts_BTK, real_BT)
+            self.sow("losses", "balance", self.balance_loss * balance)
+        if self.router_z_loss:
+            z_loss = routing.z_loss(logits_BTE, real_BT)
+            self.sow("losses", "router_z", self.router_z_loss * z_loss)
+        if self.is_mutable_collection("metrics"):
+            found = routing.statistics(probs_BTE, experts_BTK, kept_BTK, real_BT)
+            for name, value in found.items():
+                self.sow("metrics", f"router_{name}", value)
+
+    def _check(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"MoeMlp.top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}."
+            )
+        for name in ("capacity_factor", "exchange_factor"):
+            if (factor := getattr(self, name)) is not None and factor <= 0:
+                raise ValueError(
+                    f"MoeMlp.{name} = {factor} must be positive; None keeps every choice."
+                )

@@ -42,7 +42,7 @@ class Block(nn.Module):
       kind: window and rotation of this layer.
       layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
       attention: factory, called with (config=, kind=, name=).
-      mlp: factory, called with (config=, name=).
+      mlp: factory, called with (config=, name=), of a module called with (x_BTD, segments_BT=).
       norm: factory, called with (name=).
       post_norm: factory of norms on what attention and MLP return (Gemma 2), or None; as `norm`.
     """
@@ -79,10 +79,11 @@ class Block(nn.Module):
         )
         attended_BTD = self._normed("attention_post_norm", attended_BTD)
         if self.layout == "parallel":
-            y_BTD = x_BTD + attended_BTD + self._normed("mlp_post_norm", mlp(normed_BTD))
+            out_BTD = mlp(normed_BTD, segments_BT=segments_BT)
+            y_BTD = x_BTD + attended_BTD + self._normed("mlp_post_norm", out_BTD)
         else:
             x_BTD = x_BTD + attended_BTD
-            out_BTD = mlp(self.norm(name="mlp_norm")(x_BTD))
+            out_BTD = mlp(self.norm(name="mlp_norm")(x_BTD), segments_BT=segments_BT)
             y_BTD = x_BTD + self._normed("mlp_post_norm", out_BTD)
         return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
 

@@ -25,7 +25,7 @@ IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
-# BAM's seed, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
+# BAM's seed and BTX over it, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
 COUNTS = {
     "tiny": 384 * 64 + 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 192 + 64) + 64,
     "quickstart": 4096 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 192) + 192,
@@ -34,6 +34,7 @@ COUNTS = {
     "code_mix_470m": 256_000 * 1024 + 16 * (4 * 1024**2 + 3 * 1024 * 2816 + 1024) + 1024,
     "code_mix_2p8b": 256_000 * 2560 + 27 * (4 * 2560**2 + 3 * 2560 * 6912 + 2560) + 2560,
     "bam_590m": 587_209_728,
+    "btx_590m": 700_480_512,
     "bam_2b": 1_991_000_000,
     "aya23_8b": 8_028_033_024,
     "aya23_35b": 34_980_831_232,
@@ -124,7 +125,8 @@ def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
 # and what its rule set makes of parameters and of the residual stream.
 DP, FSDP, TP = {"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}
 BOTH = {"fsdp": 4, "tensor": 2}
-ROWS = ("data", "fsdp")
+ROWS, ALL_ROWS = ("data", "fsdp"), ("data", "fsdp", "expert")
+EP = {"fsdp": 2, "expert": 4}
 SPLITS = {
     #             mesh, query kernel, MLP's down kernel, embedding, residual stream
     "dp": (DP, (None, None, None), (None, None, None), (None, None), (ROWS, None)),
@@ -144,6 +146,8 @@ SPLITS = {
         ("tensor", "fsdp"),
         (ROWS, "tensor"),
     ),
+    "ep": ({"expert": 8}, (None, None, None), (None, None, None), (None, None), (ALL_ROWS, None)),
+    "fsdp_ep": (EP, (None, "fsdp", None), (None, None, "fsdp"), (None, "fsdp"), (ALL_ROWS, None)),
 }
 
 
@@ -170,14 +174,15 @@ def test_a_partitioning_file_splits_what_its_rule_set_says(name):
     assert specs["layers/block_0/mlp/down/kernel"] == down
     assert specs["token_embed/embedding"] == embedding
     assert specs["final_norm/scale"] == (None,)
-    assert tuple(program.batch_sharding.spec) == (ROWS,)
+    assert tuple(program.batch_sharding.spec) == residual[:1]
     names = (axes.BATCH, axes.LENGTH)
     assert tuple(partitioning.mesh_spec(names, program.rules)) == residual
 
 
 @pytest.mark.parametrize("name", PARTITIONING)
 def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
-    written = {"dp": DP, "fsdp": FSDP, "tp": {"tensor": 8}}.get(name, {"fsdp": 2, "tensor": 4})
+    written = {"dp": DP, "fsdp": FSDP, "tp": {"tensor": 8}, "ep": {"expert": 8}, "fsdp_ep": EP}
+    written = written.get(name, {"fsdp": 2, "tensor": 4})
     config = load("models/llama3_8b", "runs/pretrain", f"partitioning/{name}")
     program = config.arguments()["recipe"].program()
     assert {axis: size for axis, size in program.mesh.shape.items() if size > 1} == written

@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from model import axes
 from model.platform import use_platform
 
-# data: copies of the model; fsdp: batch and parameters split together; tensor: heads and widths split.
-MESH_AXES = ("data", "fsdp", "tensor")
+# data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
+# the rest of the model copied; tensor: heads and widths split.
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 Rules = tuple[tuple[str, Any], ...]
 
@@ -100,6 +101,19 @@ def fsdp_tp_sp() -> Rules:
     )
 
 
+_EP_ACTIVATIONS = {axes.BATCH: ("data", "fsdp", "expert")}
+
+
+def ep() -> Rules:
+    """Expert parallel: experts and batch split over expert, all else whole (GShard, arXiv 2006.16668)."""
+    return _rules({axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
+
+
+def fsdp_ep() -> Rules:
+    """Both: parameters split over fsdp, those of experts over fsdp x expert."""
+    return _rules({**_FSDP_PARAMETERS, axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
+
+
 def whole_kv(rules: Callable[[], Rules]) -> Rules:
     """`rules` with key/value heads whole on every device: fewer of them than tensor shards.
 
@@ -116,6 +130,8 @@ RULE_SETS: dict[str, Callable[[], Rules]] = {
     "tp": tp,
     "fsdp_tp": fsdp_tp,
     "fsdp_tp_sp": fsdp_tp_sp,
+    "ep": ep,
+    "fsdp_ep": fsdp_ep,
     "tp_whole_kv": functools.partial(whole_kv, tp),
     "fsdp_tp_whole_kv": functools.partial(whole_kv, fsdp_tp),
     "fsdp_tp_sp_whole_kv": functools.partial(whole_kv, fsdp_tp_sp),
@@ -229,7 +245,7 @@ def validate(
 def _parameter_problems(
     mesh: Mesh, targets: Mapping[str, Any], boxed_params: Any, replicated_limit: int
 ) -> list[str]:
-    problems, replicated = [], 0
+    problems, replicated, experts = [], 0, set()
     for path, box in jax.tree_util.tree_leaves_with_path(
         boxed_params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
     ):
@@ -241,10 +257,20 @@ def _parameter_problems(
         if unknown:
             problems.append(f"parameter {where} has axes {unknown} without a rule")
             continue
+        sizes = dict(zip(box.names, box.value.shape, strict=True))
+        experts |= {sizes[axes.EXPERT]} if axes.EXPERT in sizes else set()
         targeted = [targets[name] for name in box.names if name is not None]
         if math.prod(shards_of(mesh, target) for target in targeted) == 1:
             replicated += math.prod(box.value.shape) * box.value.dtype.itemsize
-    splits = max(shards_of(mesh, targets.get(name)) for name in axes.PARAMETER_AXES)
+    shards = shards_of(mesh, targets.get(axes.EXPERT))
+    problems += [
+        f"num_experts = {size} is not a multiple of the {shards} shards of {axes.EXPERT!r}"
+        for size in sorted(experts)
+        if size % shards
+    ]
+    # Splitting the experts alone leaves the rest whole on purpose.
+    others = (name for name in axes.PARAMETER_AXES if name != axes.EXPERT)
+    splits = max(shards_of(mesh, targets.get(name)) for name in others)
     if splits > 1 and replicated > replicated_limit:
         problems.append(
             f"{replicated / 2**30:.1f} GiB of parameters would stay whole on every device; "

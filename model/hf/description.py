@@ -23,6 +23,7 @@ _TABLE = {"features": 1, "dtype": jnp.float32, "param_dtype": jnp.float32}
 _CALLS: dict[str, dict[str, Any]] = {
     "attention": {"name": "attention"},
     "mlp": {"name": "mlp"},
+    "shared": {"name": "shared"},
     "norm": {"name": "norm"},
     "post_norm": {"name": "post_norm"},
     "qk_norm": {"name": "qk_norm"},
@@ -36,12 +37,14 @@ _CALLS: dict[str, dict[str, Any]] = {
         **_TABLE,
     },
 }
-_SIZED = ("attention", "mlp")  # factories that are called with the shared sizes as well
-# Fields that say how, not what, or that the owner passes: they are compared where they are owned.
+_SIZED = ("attention", "mlp", "shared")  # factories that are called with the shared sizes as well
+# Fields that say how, not what, or that the owner passes: they are compared where they are owned. Weights of
+# auxiliary losses change what is trained, not what is computed.
 _SILENT = {
     *("parent", "name", "config", "kind", "block", "implementation"),
     *("features", "num_embeddings", "axes", "dtype", "param_dtype"),
     *("kernel_init", "embedding_init"),
+    *("balance_loss", "router_z_loss", "exchange_factor"),
 }
 
 

@@ -121,7 +121,7 @@ def test_models_pass_what_the_table_says():
     mlps = (
         watched(GatedMlp, dense=Dense),
         watched(Mlp, dense=Dense),
-        watched(MoeMlp, dense=Dense, expert_dense=ExpertDense),
+        watched(MoeMlp, dense=Dense, expert_dense=ExpertDense, shared=GatedMlp),
     )
     for mlp in mlps:
         block = watched(

@@ -12,6 +12,7 @@ import pytest
 
 from launch.host_metrics import flops_per_token
 from model.config import TransformerConfig
+from model.mlp import GatedMlp
 from model.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
@@ -109,7 +110,7 @@ def test_a_run_leaves_its_record(trained):
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["20", "40"]
     facts = json.loads((path / "run.json").read_text())
     assert facts["parameters"] == 123_072
-    assert facts["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert facts["mesh"]["axes"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     assert facts["data"]["sources"]["files"]["long_records"] > 50
     assert facts["tasks"]["files"]["documents"]["train"] > 50 and facts["corpora"] == {}
     assert facts["data_fingerprint"] == facts["data"]["fingerprint"]
@@ -183,17 +184,18 @@ def test_another_architecture_counts_six_flops_a_parameter():
 def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
     config = TransformerConfig(vocab_size=11, num_layers=3, embed_dim=8, num_heads=2, mlp_dim=5)
     counts = {}
-    for top_k in (1, 2):
-        mlp = functools.partial(MoeMlp, num_experts=4, top_k=top_k)
+    for top_k, shared in ((1, None), (2, None), (1, GatedMlp)):
+        mlp = functools.partial(MoeMlp, num_experts=4, top_k=top_k, shared=shared)
         model = Transformer(config=config, block=functools.partial(Block, mlp=mlp))
         boxed = abstract_variables(model)["params"]
         recipe = types.SimpleNamespace(model=model, length=1)
-        counts[top_k] = flops_per_token(recipe, types.SimpleNamespace(boxed_params=boxed))
+        counts[top_k, shared] = flops_per_token(recipe, types.SimpleNamespace(boxed_params=boxed))
     # Six for each weight that a token meets: 8 x 8 projections, 8 x 4 router, 8 x 5 per matrix of an
     # expert; a query's scores and weighted sum over the one key it sees.
     weights = 3 * (4 * 8 * 8 + 8 * 4 + 3 * 8 * 5) + 11 * 8
-    assert counts[1] == 6 * weights + 3 * 3 * 4 * 8
-    assert counts[2] - counts[1] == 6 * 3 * 3 * 8 * 5
+    assert counts[1, None] == 6 * weights + 3 * 3 * 4 * 8
+    assert counts[2, None] - counts[1, None] == 6 * 3 * 3 * 8 * 5
+    assert counts[1, GatedMlp] == counts[2, None]
 
 
 # ---- Bad input: one error, status 2, and nothing lost.

@@ -1,5 +1,7 @@
 """The language-modelling loss against numpy: weights, sources, z-loss."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 
 from model.config import TransformerConfig
+from model.mlp import GatedMlp
+from model.surgery import layer_stack
 from model.transformer import Block, Transformer
 from trainers.objectives.lm import language_modelling
 
@@ -101,3 +105,49 @@ def test_dropout_draws_from_the_rng_of_the_step(setup):
     sums = [float(loss(params, batch, key).sum) for key in keys]
     assert sums[0] == sums[1] and sums[2] == sums[3]
     assert len(set(sums)) == 3
+
+
+class _Watched(GatedMlp):
+    """Sows what it computes as metrics: a number and a vector."""
+
+    @nn.compact
+    def __call__(self, x_BTD, **context):
+        y_BTD = super().__call__(x_BTD, **context)
+        self.sow("metrics", "size", (y_BTD**2).mean())
+        self.sow("metrics", "by_width", y_BTD.mean((0, 1)))
+        return y_BTD
+
+
+@pytest.mark.parametrize("pattern", [("full",), ("full", "full_nope")])
+def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(
+        **{"vocab_size": 31, "num_layers": 4, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8},
+        layer_pattern=pattern,
+    )
+    model = Transformer(config=config, block=functools.partial(Block, mlp=_Watched))
+    ids = batch["decoder_input_tokens"]
+    params = nn.meta.unbox(model.init(jax.random.key(0), ids))["params"]
+    plain = layer_stack.unrolled(model)
+    loss = language_modelling(model=model)
+    out = loss(params, batch, jax.random.key(0))
+    unrolled = language_modelling(model=plain)(
+        layer_stack.unroll(params, config), batch, jax.random.key(0)
+    )
+    _, kept = plain.apply(
+        {"params": layer_stack.unroll(params, config)},
+        ids,
+        positions_BT=batch["decoder_positions"],
+        segments_BT=batch["decoder_segment_ids"],
+        capture_intermediates=lambda module, method: isinstance(module, _Watched),
+        mutable=["intermediates"],
+    )
+    outs_LBTD = np.stack(jax.tree.leaves(kept["intermediates"]))
+    assert len(outs_LBTD) == 2 * 4  # what a call returns, and that of its parent within: the same
+    for metrics in (out.metrics, unrolled.metrics):
+        size, weight = metrics["mlp/size"]
+        assert float(size / weight) == pytest.approx((outs_LBTD**2).mean(), rel=1e-4)
+        by_width, weight_D = metrics["mlp/by_width"]
+        np.testing.assert_allclose(by_width / weight_D, outs_LBTD.mean((0, 1, 2)), atol=1e-5)
+        assert float(weight) == float(weight_D[0]) == batch["decoder_loss_weights"].sum()
+    assert set(loss(params, batch, None).metrics) == {"loss"}

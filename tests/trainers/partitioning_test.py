@@ -10,7 +10,8 @@ import pytest
 
 from model import axes
 from model.config import TransformerConfig
-from model.transformer import Transformer
+from model.moe import MoeMlp
+from model.transformer import Block, Transformer
 from trainers import initialise, optimizers, partitioning, schedules
 from trainers.batches import global_batch
 from trainers.recipe import Recipe
@@ -38,15 +39,16 @@ def mesh_of(**shape):
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        (None, (8, 1, 1)),
-        ({"fsdp": -1}, (1, 8, 1)),
-        ({"fsdp": 2, "tensor": 4}, (1, 2, 4)),
-        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+        (None, (8, 1, 1, 1)),
+        ({"fsdp": -1}, (1, 8, 1, 1)),
+        ({"fsdp": 2, "tensor": 4}, (1, 2, 1, 4)),
+        ({"fsdp": 2, "expert": 4}, (1, 2, 4, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
     ],
 )
 def test_a_mesh_covers_all_devices(shape, sizes):
     mesh = partitioning.make_mesh(shape=shape)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert mesh.devices.shape == sizes
     assert len(set(mesh.devices.flat)) == 8
 
@@ -54,7 +56,7 @@ def test_a_mesh_covers_all_devices(shape, sizes):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"dta": 8}, r"unknown axes \['dta'\]: use \('data', 'fsdp', 'tensor'\)"),
+        ({"dta": 8}, r"unknown axes \['dta'\]: use \('data', 'fsdp', 'expert', 'tensor'\)"),
         ({"data": 4}, "does not cover the 8 available devices"),
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
@@ -68,7 +70,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
 
 
 def test_an_unknown_rule_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'fdsp': choose from \['dp', 'fsdp', 'fsdp_tp'"):
+    with pytest.raises(ValueError, match=r"'fdsp': choose from \['dp', 'ep', 'fsdp', 'fsdp_ep'"):
         partitioning.rules_named("fdsp")
 
 
@@ -135,7 +137,29 @@ def test_layers_may_be_split_only_where_they_divide():
         validate(mesh_of(fsdp=4), rules)
 
 
-@pytest.mark.parametrize(("rules", "axis"), [("dp", "tensor"), ("fsdp", "tensor")])
+def mixture(num_experts, **sizes):
+    mlp = functools.partial(MoeMlp, num_experts=num_experts, balance_loss=0.01)
+    config = TransformerConfig(**{**SIZES, **sizes})
+    return Transformer(config=config, block=functools.partial(Block, mlp=mlp))
+
+
+def test_experts_that_the_mesh_does_not_divide_are_refused():
+    boxed = initialise.abstract_variables(mixture(6))["params"]
+    validate(mesh_of(expert=2, fsdp=4), "fsdp_ep", boxed=boxed)
+    with pytest.raises(ValueError) as caught:
+        validate(mesh_of(expert=4, fsdp=2), "fsdp_ep", boxed=boxed)
+    assert str(caught.value).count("\n  - ") == 1
+    assert "num_experts = 6 is not a multiple of the 4 shards of 'expert'" in str(caught.value)
+
+
+def test_expert_parallelism_leaves_the_rest_whole_on_purpose():
+    boxed = initialise.abstract_variables(mixture(8))["params"]
+    validate(mesh_of(expert=8), "ep", boxed=boxed, limit=0)
+    with pytest.raises(ValueError, match="would stay whole on every device"):
+        validate(mesh_of(expert=4, fsdp=2), "fsdp_ep", boxed=boxed, limit=0)
+
+
+@pytest.mark.parametrize(("rules", "axis"), [("dp", "tensor"), ("dp", "expert")])
 def test_devices_that_no_rule_uses_are_refused(rules, axis):
     with pytest.raises(ValueError, match=f"mesh axis '{axis}' has size 2, but no rule uses it"):
         validate(mesh_of(**{axis: 2, "data": 4}), rules)
@@ -195,7 +219,7 @@ def test_all_problems_are_told_at_once():
     for part in ("'haeds'", "BATCH_SIZE", "num_kv_heads", "mlp_dim", "mlp/down/kernel"):
         assert part in message
     assert message.startswith(
-        "Mesh {'data': 1, 'fsdp': 2, 'tensor': 4} and the rule set do not fit"
+        "Mesh {'data': 1, 'fsdp': 2, 'expert': 1, 'tensor': 4} and the rule set do not fit"
     )
 
 
@@ -258,10 +282,10 @@ def test_activations_are_split_as_the_rule_sets_say():
 
 
 @pytest.mark.parametrize("name", sorted(partitioning.RULE_SETS))
-def test_experts_and_ranks_have_a_rule_that_keeps_them_whole(name):
+def test_experts_are_split_by_expert_parallelism_alone_and_ranks_by_none(name):
     kernel = (axes.LAYERS, axes.EXPERT, axes.RANK, axes.UNMODELED)
     spec = partitioning.mesh_spec(kernel, partitioning.rules_named(name))
-    assert tuple(spec) == (None,) * 4
+    assert tuple(spec) == (None, "expert" if name in ("ep", "fsdp_ep") else None, None, None)
 
 
 # ---- Invariance.
@@ -290,11 +314,11 @@ class Rows:
         return {name: value[lo:hi] for name, value in whole.items()}
 
 
-def train(rules, mesh, *, microbatches=1, steps=4, **sizes):
+def train(rules, mesh, *, microbatches=1, steps=4, model=None, **sizes):
     """(losses by step, their per-source values, parameters) after a few steps."""
     # SGD: Adam divides by the gradient's size and would turn rounding of tiny gradients into steps.
     recipe = Recipe(
-        model=Transformer(config=TransformerConfig(**{**SIZES, **sizes})),
+        model=model or Transformer(config=TransformerConfig(**{**SIZES, **sizes})),
         batch_size=ROWS,
         feature_lengths={"targets": LENGTH},
         optimizer=functools.partial(optimizers.sgd, momentum=0.9, max_grad_norm=1.0),
@@ -349,6 +373,12 @@ def assert_same(found, want):
 )
 def test_no_mesh_or_rule_set_changes_the_numbers(reference, rules, mesh):
     assert_same(train(rules, mesh), reference)
+
+
+def test_expert_parallelism_changes_no_numbers():
+    """Attention, blocks and all, with the experts' losses."""
+    want = train("dp", {"data": 1}, steps=2, model=mixture(4))
+    assert_same(train("fsdp_ep", {"fsdp": 2, "expert": 4}, steps=2, model=mixture(4)), want)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])

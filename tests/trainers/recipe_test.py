@@ -115,8 +115,8 @@ class _Router(GatedMlp):
     """Sows an auxiliary loss and a tap for gradients, and counts its calls."""
 
     @nn.compact
-    def __call__(self, x_BTD):
-        y_BTD = super().__call__(x_BTD)
+    def __call__(self, x_BTD, **context):
+        y_BTD = super().__call__(x_BTD, **context)
         self.sow("losses", "balance", jnp.mean(y_BTD**2))
         self.sow("metrics", "load", jnp.ones(4))
         calls = self.variable("batch_stats", "calls", jnp.zeros, ())

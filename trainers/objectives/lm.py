@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from model.cross_entropy import Implementation, weighted_cross_entropy
 from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.sown import layer_means
 
 
 def language_modelling(
@@ -20,8 +21,9 @@ def language_modelling(
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).
 
     What a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean
-    over the batch) is added to the loss per token and reported as metric 'auxiliary_loss'. Modules
-    that draw use the rng 'dropout', which is absent in evaluation: `self.has_rng("dropout")` tells.
+    over the batch) is added to the loss per token and reported as metric 'auxiliary_loss'. What one sows
+    into 'metrics' is reported in training, averaged over layers: 'mlp/load' for "load" of layers' MLPs,
+    'mlp/load/0', 'mlp/load/1', ... where it is a vector. Modules that draw use the rng 'dropout', which is absent in evaluation: `self.has_rng("dropout")` tells.
     Modules may read and, in training, write their other collections.
 
     Args:
@@ -43,14 +45,14 @@ def language_modelling(
         extras: Any,
     ) -> LossOut:
         del extras
-        kept = [] if rng is None else list(variables)
+        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
         out, written = model.apply(
             {"params": params, **variables},
             batch["decoder_input_tokens"],
             positions_BT=batch["decoder_positions"],
             segments_BT=batch["decoder_segment_ids"],
             rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *kept],
+            mutable=["losses", *watched, *kept],
             method="hidden",
         )
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
@@ -74,6 +76,9 @@ def language_modelling(
             added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
             total = total + added
             metrics["auxiliary_loss"] = (added, weight)
+        scanned = model.config.scan_layers
+        for name, value in layer_means(written.get("metrics", {}), scanned=scanned).items():
+            metrics[name] = (weight * value, jnp.full_like(value, weight))
         if num_sources:
             one_hot_BS = jax.nn.one_hot(batch["source_ids"], num_sources, dtype=jnp.float32)
             metrics["source_loss"] = (

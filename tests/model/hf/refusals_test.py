@@ -248,6 +248,15 @@ def with_config(**changes):
             "block.mlp.renormalise is False, not True",
         ),
         (
+            "mixtral",
+            {
+                "block": functools.partial(
+                    Block, mlp=functools.partial(MoeMlp, capacity_factor=1.25, shared=GatedMlp)
+                )
+            },
+            "block.mlp.capacity_factor is 1.25, not None; block.mlp.shared is GatedMlp, not None",
+        ),
+        (
             "llama",
             {"config": with_config(num_heads=3, head_dim=4)},
             "num_attention_heads = 3: it must divide hidden_size",
@@ -292,3 +301,9 @@ def test_an_array_without_a_name_is_refused():
     model = Transformer(config=SIZES, block=functools.partial(Block, post_norm=RMSNorm))
     with pytest.raises(UnsupportedModel, match="no place for .*attention_post_norm/scale"):
         family.pieces(model)
+
+
+def test_how_a_mixture_is_trained_is_no_matter_of_its_checkpoint():
+    mlp = functools.partial(MoeMlp, balance_loss=0.01, router_z_loss=0.001, exchange_factor=2.0)
+    model = Transformer(config=SIZES, block=functools.partial(Block, mlp=mlp), tie_embeddings=False)
+    assert families.family_named("mixtral").config(model)["num_experts_per_tok"] == 2

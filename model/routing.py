@@ -1,0 +1,110 @@
+"""Which experts a token uses and how much each counts, what keeps their load even, and how even it is.
+
+Everything is float32, and tokens that are not `real` (padding) count nowhere.
+
+Shapes: M tokens, of any leading dimensions; B rows of T tokens; E experts; K experts per token. A choice is
+one of a token's K experts; E, one more than the last, stands for none.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Routes:
+    """The experts of each token, and the weights of what they return, float32."""
+
+    experts_MK: jax.Array
+    weights_MK: jax.Array
+
+
+def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:
+    """The `top_k` most probable experts of each token, the first of equals.
+
+    Without renormalisation weights are probabilities (Switch, arXiv 2101.03961; BAM, arXiv 2408.08274;
+    Nexus, arXiv 2408.15901). With it they sum to 1, which is the softmax over the chosen experts' logits
+    (Mixtral, arXiv 2401.04088; BTX, arXiv 2403.07816); the one expert of top-1 then has weight 1, and the
+    router learns from auxiliary losses alone. With K = E all experts are mixed by their probabilities.
+    """
+    weights_MK, experts_MK = jax.lax.top_k(probs_ME, top_k)
+    if renormalise:
+        weights_MK = weights_MK / jnp.sum(weights_MK, axis=-1, keepdims=True)
+    return Routes(experts_MK=experts_MK, weights_MK=weights_MK)
+
+
+# ---- Auxiliary losses.
+
+
+def load(experts_MK: jax.Array, num_experts: int, real_M: jax.Array) -> jax.Array:
+    """Each expert's share [E] of the choices of real tokens; choices of no expert count as nobody's."""
+    counts_ME = jax.nn.one_hot(experts_MK, num_experts, dtype=jnp.float32).sum(-2)
+    return mean_of(counts_ME, real_M) / experts_MK.shape[-1]
+
+
+def balance_loss(probs_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) -> jax.Array:
+    """E * sum_e load_e * mean probability of e (Switch, arXiv 2101.03961, equation 4).
+
+    The load is a share of choices, so the value is 1 where probabilities are uniform and E where all of
+    them lie on one expert, whatever K is.
+    """
+    num_experts = probs_ME.shape[-1]
+    load_E = load(experts_MK, num_experts, real_M)
+    return num_experts * jnp.sum(load_E * mean_of(probs_ME, real_M))
+
+
+def z_loss(logits_ME: jax.Array, real_M: jax.Array) -> jax.Array:
+    """The mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return mean_of(jax.nn.logsumexp(logits_ME, axis=-1) ** 2, real_M)
+
+
+def statistics(
+    probs_ME: jax.Array, experts_MK: jax.Array, kept_MK: jax.Array, real_M: jax.Array
+) -> dict[str, jax.Array]:
+    """How a router spreads its tokens.
+
+    Returns:
+      load: each expert's share of the choices, [E].
+      load_max: the largest of them.
+      entropy: of a token's probabilities, in nats, on average.
+      top_probability: the largest of a token's probabilities, on average.
+      dropped: share of the choices that are not `kept`.
+    """
+    load_E = load(experts_MK, probs_ME.shape[-1], real_M)
+    entropy_M = -jnp.sum(jax.scipy.special.xlogy(probs_ME, probs_ME), axis=-1)
+    return {
+        "load": load_E,
+        "load_max": load_E.max(),
+        "entropy": mean_of(entropy_M, real_M),
+        "top_probability": mean_of(probs_ME.max(-1), real_M),
+        "dropped": 1.0 - mean_of(kept_MK.astype(jnp.float32).mean(-1), real_M),
+    }
+
+
+def mean_of(values: jax.Array, real_M: jax.Array) -> jax.Array:
+    """The mean over real tokens of values [M] or [M, E]; 0 where there are none."""
+    axes = tuple(range(real_M.ndim))
+    mask = real_M.reshape(real_M.shape + (1,) * (values.ndim - real_M.ndim))
+    return jnp.where(mask, values, 0.0).sum(axes) / jnp.maximum(real_M.sum(), 1)
+
+
+# ---- Bounds on how many tokens an expert takes.
+
+
+def place_in_line(experts_BX: jax.Array) -> jax.Array:
+    """How many earlier choices of a row are of the same expert, [B, X].
+
+    A row's choices are in the order of its tokens, so whether a choice is among an expert's first so many
+    does not depend on later tokens, nor on other rows.
+    """
+    order_BX = jnp.argsort(experts_BX, axis=-1, stable=True)
+    sorted_BX = jnp.take_along_axis(experts_BX, order_BX, axis=-1)
+    first_BX = jax.vmap(lambda row_X: jnp.searchsorted(row_X, row_X, side="left"))(sorted_BX)
+    place_BX = jnp.arange(experts_BX.shape[-1]).reshape(1, -1) - first_BX
+    return jnp.put_along_axis(jnp.zeros_like(order_BX), order_BX, place_BX, axis=-1, inplace=False)
+
+
+def first_in_line(experts_BTK: jax.Array, count: int, *, none: int) -> jax.Array:
+    """The choices that are among the first `count` of their expert in their row; `none` for the others."""
+    place_BX = place_in_line(experts_BTK.reshape(len(experts_BTK), -1))
+    return jnp.where(place_BX.reshape(experts_BTK.shape) < count, experts_BTK, none)
