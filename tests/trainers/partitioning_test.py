@@ -282,10 +282,12 @@ def test_activations_are_split_as_the_rule_sets_say():
 
 
 @pytest.mark.parametrize("name", sorted(partitioning.RULE_SETS))
-def test_experts_are_split_by_expert_parallelism_alone_and_ranks_by_none(name):
+def test_experts_are_split_by_expert_parallelism_and_ranks_where_the_other_side_is_not(name):
+    rules, fsdp = partitioning.rules_named(name), "fsdp" if "fsdp" in name else None
     kernel = (axes.LAYERS, axes.EXPERT, axes.RANK, axes.UNMODELED)
-    spec = partitioning.mesh_spec(kernel, partitioning.rules_named(name))
-    assert tuple(spec) == (None, "expert" if name in ("ep", "fsdp_ep") else None, None, None)
+    expert = "expert" if name in ("ep", "fsdp_ep") else None
+    assert tuple(partitioning.mesh_spec(kernel, rules)) == (None, expert, fsdp, None)
+    assert tuple(partitioning.mesh_spec((axes.EMBED, axes.RANK), rules)) == (fsdp, None)
 
 
 # ---- Invariance.
