@@ -12,6 +12,7 @@ from launch.sweeping import check, file
 from launch.sweeping.folder import SweepFolder
 from launch.sweeps import low_rank_lm as lm
 from model import factors
+from trainers.schedules import Span
 
 FULL = "t5x_configs/experiments/low_rank/full/"
 RUNS = {run.arm: run for run in file.read("launch/sweeps/low_rank_lm.py:1")}
@@ -83,8 +84,10 @@ def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
         }
 
 
-def rates(arguments, steps):
-    return np.array([float(arguments["recipe"].learning_rate(step)) for step in steps])
+def rates(arguments, steps, first=0):
+    """Of a run that begins at step `first`."""
+    recipe = arguments["recipe"].over(Span(arguments["total_steps"], None, first))
+    return np.array([float(recipe.learning_rate(step)) for step in steps])
 
 
 def cosine(step, peak, warmup, total):
@@ -121,7 +124,7 @@ def test_a_warm_start_goes_on_at_half_the_rate_after_a_line_up(size):
     steps = np.array([step for step in steps if step >= first])
     rise = np.clip((steps - first) / warmup, 0, 1)
     wanted = cosine(steps, *shape) * 0.5 * rise
-    np.testing.assert_allclose(rates(arguments, steps), wanted, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(rates(arguments, steps, first), wanted, rtol=1e-5, atol=1e-12)
 
 
 def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
