@@ -26,6 +26,10 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},
+    "model.moa.mixture": {
+        "attention": ("config", "kind", "name", "parent"),
+        "router": _PROJECTION,
+    },
     "model.moe.MoeMlp": {
         "dense": _PROJECTION,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),

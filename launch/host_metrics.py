@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import factors
+from model.transformer import attention_of, block_of
 from trainers import flops
 from trainers.recipe import Program, Recipe
 
@@ -59,9 +60,9 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
     model = recipe.model
     # Whether the MLP has a gate or a router: its parameters tell, whatever class was bound.
     experts, top_k = 0, 1
+    attention = attention_of(model, 0)
     if "router" in mlp:
-        block = model.block(config=model.config, kind=model.config.layer_kind(0), name="block_0")
-        mixture = block.mlp(config=model.config, name="mlp")
+        mixture = block_of(model, 0).mlp(config=model.config, name="mlp")
         experts, top_k = mixture.num_experts, mixture.top_k
     dense = flops.train_flops_per_token(
         model.config,
@@ -69,6 +70,8 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
         gated="gate" in mlp,
         experts=experts,
         top_k=top_k + ("shared" in mlp),  # an MLP of the same width for every token
+        heads=(attention.query_heads, attention.cache_heads),
+        attention_experts=getattr(attention, "num_experts", 0),
     )
     # Not meta.unbox, which would constrain shardings under a mesh.
     shapes = jax.tree.map(

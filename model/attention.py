@@ -45,6 +45,23 @@ class Attention(nn.Module):
     softcap: float | None = None
     implementation: Implementation = "auto"
 
+    @property
+    def query_heads(self) -> int:
+        """N."""
+        return self.config.num_heads
+
+    @property
+    def cache_heads(self) -> int:
+        """K, key/value heads that a cache holds."""
+        return self.config.kv_heads
+
+    def weighed(
+        self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
+        """What heads return, before their output projection; what mixes heads weighs them here."""
+        del x_BTD, segments_BT
+        return heads_BTNH
+
     @nn.compact
     def __call__(
         self,
@@ -62,9 +79,9 @@ class Attention(nn.Module):
         is read into an empty cache without its [T, T] scores ever being in memory.
         """
         config = self.config
-        q_BTNH = self._heads("query", config.num_heads, axes.HEADS, x_BTD)
-        k_BTKH = self._heads("key", config.kv_heads, axes.KV_HEADS, x_BTD)
-        v_BTKH = self._heads("value", config.kv_heads, axes.KV_HEADS, x_BTD)
+        q_BTNH = self._heads("query", self.query_heads, axes.HEADS, x_BTD)
+        k_BTKH = self._heads("key", self.cache_heads, axes.KV_HEADS, x_BTD)
+        v_BTKH = self._heads("value", self.cache_heads, axes.KV_HEADS, x_BTD)
         if self.qk_norm is not None:
             q_BTNH = self.qk_norm(name="query_norm")(q_BTNH)
             k_BTKH = self.qk_norm(name="key_norm")(k_BTKH)
@@ -114,6 +131,7 @@ class Attention(nn.Module):
                 v_scale_BSK=held.v_scale_BSK,
                 **form.arguments(),
             )
+        out_BTNH = self.weighed(out_BTNH, x_BTD, segments_BT)
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
         out_BTD = self.dense(

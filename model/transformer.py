@@ -244,3 +244,15 @@ class Transformer(nn.Module):
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
         """Logits [B, T, V]; arguments as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
+
+
+def block_of(model: Transformer, layer: int) -> Any:
+    """A layer's block with its settings, outside of the model: a record of fields, which holds no parameters."""
+    config = model.config
+    return model.block(config=config, kind=config.layer_kind(layer), name=f"block_{layer}")
+
+
+def attention_of(model: Transformer, layer: int) -> Any:
+    """The same of a layer's attention."""
+    block = block_of(model, layer)
+    return block.attention(config=block.config, kind=block.kind, name="attention")

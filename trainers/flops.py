@@ -63,7 +63,14 @@ def mean_keys(length: int, window: int | None = None) -> float:
 
 
 def forward_flops_per_token(
-    config: Sizes, length: int, *, gated: bool = True, experts: int = 0, top_k: int = 1
+    config: Sizes,
+    length: int,
+    *,
+    gated: bool = True,
+    experts: int = 0,
+    top_k: int = 1,
+    heads: tuple[int, int] | None = None,
+    attention_experts: int = 0,
 ) -> float:
     """FLOPs of a forward pass for one token of a row of `length`, logits included.
 
@@ -73,23 +80,23 @@ def forward_flops_per_token(
       gated: whether the MLP has three matrices (gate, up, down) or two.
       experts: among how many such MLPs a router chooses; 0 where there is one and no router.
       top_k: how many of them a token uses.
+      heads: of queries and of keys and values in a layer; those of the config if None.
+      attention_experts: among how many of them another router chooses; 0 for none.
     """
     d, h = config.embed_dim, config.per_head_dim
-    projections = d * h * (2 * config.num_heads + 2 * config.kv_heads)
+    queries, keys_values = heads or (config.num_heads, config.kv_heads)
+    projections = d * h * 2 * (queries + keys_values) + d * attention_experts
     mlp = top_k * (3 if gated else 2) * d * config.mlp_dim + d * experts
     total = 2.0 * config.vocab_size * d
     for layer in range(config.num_layers):
         keys = mean_keys(length, config.layer_kind(layer).window)
-        total += 2.0 * (projections + mlp) + 4.0 * keys * config.num_heads * h
+        total += 2.0 * (projections + mlp) + 4.0 * keys * queries * h
     return total
 
 
-def train_flops_per_token(
-    config: Sizes, length: int, *, gated: bool = True, experts: int = 0, top_k: int = 1
-) -> float:
-    """Forward and backward: three times the forward pass."""
-    forward = forward_flops_per_token(config, length, gated=gated, experts=experts, top_k=top_k)
-    return 3.0 * forward
+def train_flops_per_token(config: Sizes, length: int, **layers: Any) -> float:
+    """Forward and backward: three times `forward_flops_per_token`, whose arguments it takes."""
+    return 3.0 * forward_flops_per_token(config, length, **layers)
 
 
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from model.transformer import attention_of
 
 
 def prefill(
@@ -80,11 +81,12 @@ def empty_caches(model: Any, policy: CachePolicy, *, batch: int, length: int) ->
 def empty_cache(model: Any, policy: CachePolicy, layer: int, *, batch: int, length: int) -> Any:
     """A layer's cache that `length` tokens can be read into."""
     config = model.config
+    attention = attention_of(model, layer)
     return policy.init(
         batch=batch,
         length=length,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
+        num_heads=attention.query_heads,
+        num_kv_heads=attention.cache_heads,
         head_dim=config.per_head_dim,
         dtype=config.compute_dtype,
         layer=layer,

@@ -1,8 +1,9 @@
 """Starting a run from the checkpoint of another model, by a tree transform of its parameters.
 
 The step, and with it the place in a schedule, is that of the checkpoint, and so are the collections that both
-models have, but for the statistics of losses: those of a model that has been transformed are others. Moments begin anew or go through the transform too, by name: an optimiser around another
-(clipping, decay of factors) keeps them at other paths of its state.
+models have, but for the statistics of losses: those of a model that has been transformed are others. Moments
+begin anew or go through the transform too, by name: an optimiser around another (clipping, decay of factors)
+keeps them at other paths of its state.
 """
 
 import re
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from model.surgery.transform import Power, TreeTransform
+from model.surgery.transform import MomentTransform, Power, TreeTransform
 from trainers import phase_state, state_tree, step_dir
 from trainers.array_files import read_verified
 from trainers.manifest import Manifest
@@ -86,7 +87,7 @@ def _carried(
     step: epath.Path,
     recorded: Manifest,
     opt_state: Any,
-    transform: Any,
+    transform: TreeTransform,
     source: Any,
     params: Any,
 ) -> Any:
@@ -102,7 +103,7 @@ def _carried(
         for name, leaf in ours.items()
         if leaf.ndim and not any(name.startswith(f"{tree}/") for tree in trees)
     ]
-    if not trees or others or not hasattr(transform, "moments"):
+    if not trees or others or not isinstance(transform, MomentTransform):
         raise ValueError(
             f"INITIAL_MOMENTS = 'carry': {others[0] if others else 'the state'} of this optimiser has no "
             "image under the transform; use 'reset'."
@@ -122,7 +123,7 @@ def _carried(
     new = {**ours, **{count: found[stored] for count, stored in counts.items()}}
     for tree, kind in trees.items():
         moments = state_tree.nest({name: found[f"{theirs[tree]}/{name}"] for name in like})
-        made = transform.moments(moments, source, params, power=_POWERS[kind])
+        made = transform.moments(moments, params, power=_POWERS[kind])
         for name, value in state_tree.flatten(made).items():
             leaf = ours[f"{tree}/{name}"]
             new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)

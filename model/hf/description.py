@@ -30,6 +30,7 @@ _CALLS: dict[str, dict[str, Any]] = {
     "embed": {"num_embeddings": 1, **_TABLE},
     "position_embed": _TABLE,
     "dense": {"axes": ("embed", "mlp"), "use_bias": False, "name": "dense", **_TABLE},
+    "router": {"axes": ("embed", "unmodeled"), "use_bias": False, "name": "router", **_TABLE},
     "expert_dense": {
         "axes": ("expert", "embed", "mlp"),
         "num_experts": 1,

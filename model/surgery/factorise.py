@@ -17,7 +17,7 @@ from model import factors, lowrank_conv
 from model.surgery.transform import Power
 
 Params = Mapping[str, Any]
-# (path of a module, shape of its kernel) -> (U, V^T) of that kernel, or None to leave it dense.
+# (path of a module, its kernel) -> (U, V^T) of that kernel, or None to leave it dense.
 Split = Callable[[str, jax.Array], tuple[jax.Array, jax.Array] | None]
 
 
@@ -49,7 +49,8 @@ def decompose(params: Params, split: Split) -> dict[str, Any]:
 
 
 def recompose(params: Params) -> dict[str, Any]:
-    """The parameters with U V^T, computed in float32, in place of all factors.
+    """The parameters with U V^T in place of all factors, which are of projections: those of a convolution do
+    not say what its sides were.
 
     Raises:
       FactoriseError: there are none.
@@ -111,15 +112,12 @@ class Decompose:
 
         return decompose(source, split)
 
-    def moments(
-        self, moments: Params, source: Params, params: Params, *, power: Power
-    ) -> dict[str, Any]:
+    def moments(self, moments: Params, params: Params, *, power: Power) -> dict[str, Any]:
         """Moments of the factors by the chain rule: dL/dU = G V, dL/dV^T = U^T G.
 
         A first moment is linear in G, so that its image is exact for factors that stand still. Second
         moments are carried as if the entries of G were independent, with the factors' squares.
         """
-        del source
 
         def carried(path: str, node: Params) -> dict[str, Any]:
             like = _node(params, path)

@@ -1,7 +1,7 @@
 """The tree-transform seam: the parameters of one model as those of another, inside or outside a run."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Power = Literal["first", "second"]
 
@@ -33,16 +33,16 @@ class TreeTransform(Protocol):
         ...
 
 
+@runtime_checkable
 class MomentTransform(TreeTransform, Protocol):
     """A transform under which an optimiser's moments have an image too."""
 
-    def moments(self, moments: Any, source: Any, params: Any, *, power: Power) -> Any:
+    def moments(self, moments: Any, params: Any, *, power: Power) -> Any:
         """Moments of the new parameters.
 
         Args:
           moments: those of the source's parameters, a tree like it.
-          source: the parameters that were transformed.
-          params: what they were made into.
+          params: what the source was made into.
           power: 'first' of gradients, 'second' of their elementwise squares.
         """
         ...

@@ -1,5 +1,7 @@
 """Bindings of what the caller passes anyway are found, and the table of what is passed is true."""
 
+import functools
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -97,7 +99,7 @@ def recorder(factory, seen: set):
 
 def test_models_pass_what_the_table_says():
     """Every factory of every module with a row, replaced by one that records its arguments."""
-    from model import resnet
+    from model import moa, resnet
     from model.attention import Attention
     from model.convolution import Conv
     from model.embed import Positions
@@ -138,6 +140,10 @@ def test_models_pass_what_the_table_says():
             position_embed=lambda **kwargs: Positions(num_positions=4, **kwargs),
         )(config=model_config.TransformerConfig(**sizes))
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    attention = watched(moa.mixture, attention=Attention, router=Dense)(num_experts=2)
+    block = functools.partial(transformer.Block, attention=attention)
+    model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     sizes = resnet.ResNetConfig(num_classes=2, stages=(1,), widths=(8,), stem_width=4)
     for kind in (resnet.Bottleneck, resnet.WideBlock):
         factories = {"stem": resnet.Stem3x3, "block": kind, "conv": Conv, "dense": Dense}

@@ -138,6 +138,6 @@ def test_a_trained_convolution_decomposes_to_the_factors_that_the_model_has(sche
     x = jax.random.normal(jax.random.key(1), (2, 7, 7, 4))
     found = convolve_factors(x, made["u"], made["v"], scheme=scheme, side=3, stride=2)
     np.testing.assert_allclose(found, convolve(x, kernel, (2, 2)), atol=1e-4)
-    moments = decompose.moments({"conv": {"kernel": kernel}}, None, {"conv": made}, power="first")
+    moments = decompose.moments({"conv": {"kernel": kernel}}, {"conv": made}, power="first")
     want = jax.grad(lambda u: (kernel_of(u @ made["v"], scheme, 3, 3) * kernel).sum())(made["u"])
     np.testing.assert_allclose(moments["conv"]["u"], want, rtol=1e-4, atol=1e-4)

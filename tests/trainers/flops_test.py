@@ -89,3 +89,20 @@ def test_utilisation():
     assert flops.utilisation(1e4, 197e8, [v5e] * 4) == pytest.approx(0.25)
     assert flops.utilisation(1e4, 197e8, [v5e, SimpleNamespace(device_kind="cpu")]) is None
     assert flops.utilisation(1e4, 197e8, []) is None
+
+
+def test_a_mixture_of_attention_counts_every_experts_heads_and_its_router():
+    """BAM's layer at 256 keys (arXiv 2408.08274): 35,651,584 FLOPs of attention, 8,912,896 of one expert."""
+    config = TransformerConfig(
+        vocab_size=1, num_layers=1, embed_dim=1024, num_heads=8, mlp_dim=2048, head_dim=128
+    )
+
+    def attention(**given):
+        return flops.forward_flops_per_token(config, 511, **given) - mlp  # 256 keys on average
+
+    mlp = 2 * (3 * 1024 * 2048) + 2 * 1024  # and the logits
+    # The paper counts the scores, but not the product with the values.
+    values = 2 * 256 * 1024
+    assert attention() == 8_912_896 + values
+    experts = attention(heads=(32, 32), attention_experts=4)
+    assert experts == 35_651_584 + 4 * values + 2 * 4 * 1024
