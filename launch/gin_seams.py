@@ -26,8 +26,9 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},
-    "model.moa.mixture": {
-        "attention": ("config", "kind", "name", "parent"),
+    "model.moa.MixtureOfAttention": {
+        "dense": _PROJECTION,
+        "qk_norm": ("name",),
         "router": _PROJECTION,
     },
     "model.moe.MoeMlp": {

@@ -100,34 +100,28 @@ class MixtureOfAttention(Attention):
         return probs_BTE * chosen_BTE
 
 
-def mixture(
+def experts_of(
     *,
-    num_experts: int,
-    top_k: int | None = None,
-    shared_kv: bool = False,
     attention: Callable[..., Any] = Attention,
-    router: Callable[..., Any] = Dense,
-    balance_loss: float = 0.0,
+    moa: Callable[..., MixtureOfAttention] = MixtureOfAttention,
 ) -> Callable[..., MixtureOfAttention]:
-    """The `attention` factory of a model whose attention becomes a mixture.
+    """The `attention` factory of a model whose attentions become experts.
 
     Args:
       attention: the factory of one expert, whose settings hold.
-      num_experts, top_k, shared_kv, router, balance_loss: as of MixtureOfAttention.
+      moa: of the mixture, called with these.
     """
 
     def make(**given: Any) -> MixtureOfAttention:
         one = attention(**{**given, "name": None, "parent": None})
-        fields = {field.name for field in dataclasses.fields(Attention) if field.init}
-        settings = {name: getattr(one, name) for name in fields - {"name", "parent"}}
-        return MixtureOfAttention(
-            **settings,
-            num_experts=num_experts,
-            top_k=top_k,
-            shared_kv=shared_kv,
-            router=router,
-            balance_loss=balance_loss,
-            name=given.get("name"),
-        )
+        return moa(**{name: getattr(one, name) for name in _FIELDS}, **given)
 
     return make
+
+
+# What `Attention` is made with beside what its owner passes.
+_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(Attention)
+    if field.init and field.name not in ("config", "kind", "name", "parent")
+)

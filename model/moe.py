@@ -21,7 +21,7 @@ from model.config import TransformerConfig
 from model.expert_parallel import Placement
 from model.grouped_matmul import grouped_matmul
 from model.linear import Dense
-from model.mlp import activation
+from model.mlp import GatedMlp, activation
 from model.routing import Routes, route
 
 # As linear.fan_in_normal; the experts' axis is no fan-in.
@@ -225,3 +225,20 @@ class MoeMlp(nn.Module):
                 raise ValueError(
                     f"MoeMlp.{name} = {factor} must be positive; None keeps every choice."
                 )
+
+
+def experts_of(
+    *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
+) -> Callable[..., MoeMlp]:
+    """The `mlp` factory of a model whose gated MLPs become experts of their own width.
+
+    Args:
+      mlp: the factory of one expert, a GatedMlp, whose activation holds.
+      moe: of the mixture, called with it.
+    """
+
+    def make(**given: Any) -> MoeMlp:
+        one = mlp(**{**given, "name": None, "parent": None})
+        return moe(activation=one.activation, **given)
+
+    return make

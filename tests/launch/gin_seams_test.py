@@ -99,12 +99,13 @@ def recorder(factory, seen: set):
 
 def test_models_pass_what_the_table_says():
     """Every factory of every module with a row, replaced by one that records its arguments."""
-    from model import moa, resnet
+    from model import resnet
     from model.attention import Attention
     from model.convolution import Conv
     from model.embed import Positions
     from model.linear import Dense
     from model.mlp import GatedMlp, Mlp
+    from model.moa import MixtureOfAttention
     from model.moe import ExpertDense, MoeMlp
     from model.norm import RMSNorm
 
@@ -140,7 +141,7 @@ def test_models_pass_what_the_table_says():
             position_embed=lambda **kwargs: Positions(num_positions=4, **kwargs),
         )(config=model_config.TransformerConfig(**sizes))
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    attention = watched(moa.mixture, attention=Attention, router=Dense)(num_experts=2)
+    attention = watched(MixtureOfAttention, dense=Dense, qk_norm=RMSNorm, router=Dense)
     block = functools.partial(transformer.Block, attention=attention)
     model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))

@@ -33,8 +33,12 @@ def model_of(attention=Attention, layout="parallel", config=CONFIG):
 
 
 def mixed(top_k=None, shared_kv=False, **settings):
-    made = moa.mixture(num_experts=E, top_k=top_k, shared_kv=shared_kv, **settings)
-    return model_of(made)
+    return model_of(experts(E, top_k=top_k, shared_kv=shared_kv, **settings))
+
+
+def experts(count, **settings):
+    made = functools.partial(moa.MixtureOfAttention, num_experts=count, **settings)
+    return moa.experts_of(moa=made)
 
 
 @functools.cache
@@ -198,9 +202,9 @@ def test_parameters_are_those_of_bams_small_model():
         return sum(x.size for x in jax.tree.leaves(shapes["layers"]["block_0"]["attention"]))
 
     router = 6 * 1024 * 4
-    assert attention(moa.mixture(num_experts=4)) == 6 * 4 * 4 * 1024**2 + router
+    assert attention(experts(4)) == 6 * 4 * 4 * 1024**2 + router
     shared = 6 * (2 * 4 + 2) * 1024**2 + router
-    assert attention(moa.mixture(num_experts=4, shared_kv=True)) == shared
+    assert attention(experts(4, shared_kv=True)) == shared
     # What the paper's totals add to those of BTX: 776,002,560 and 738,253,824 beside 700,480,512.
     dense = 6 * 4 * 1024**2
     assert 6 * 4 * 4 * 1024**2 + router - dense == 776_002_560 - 700_480_512

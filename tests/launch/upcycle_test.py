@@ -1,0 +1,215 @@
+"""Dense runs become mixtures: every leaf by what it is made of, limits in which nothing changes, bad input."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.surgery import upcycle
+from model.surgery.upcycle import Mixture, UpcycleError
+from trainers import step_dir
+from trainers.array_files import StoredArray
+from trainers.checkpoint import Checkpointer
+from trainers.metric_writers import read_jsonl
+
+TEXT = json.dumps({"text": "import os, sys\n" * 4}) + "\n"
+BLOCK = "layers/block_0"
+
+
+@pytest.fixture(scope="module")
+def branches(trained_run, tmp_path_factory):
+    """The tiny run and two others that lie near it: directories, and the parameters of each."""
+    seed = trained_run.params["ema"]
+    found = [seed, *(near(seed, key) for key in (1, 2))]
+    folders = [
+        branch(tmp_path_factory.mktemp(f"branch{i}"), trained_run, p) for i, p in enumerate(found)
+    ]
+    return folders, found
+
+
+def near(params, seed, scale=0.3):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [
+        x + scale * x.std() * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def branch(folder, run, params, **meta):
+    shutil.copy(f"{run.path}/config.gin", folder)
+    recorded = {**step_dir.read_meta(run.path), **meta}
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": params}, meta=recorded)
+    return str(folder)
+
+
+@pytest.fixture
+def make(command, tmp_path):
+    def run(*flags, experts, method="bam", name="mixture"):
+        target = tmp_path / name
+        status = command(
+            "upcycle", f"--method={method}", "--experts", *experts, f"--to={target}", *flags
+        )
+        if status:
+            assert not target.exists()
+        return status or target
+
+    return run
+
+
+def stored(run, path):
+    return StoredArray(step_dir.resolve(run), f"params/{path}").read()
+
+
+def of(params, path):
+    for name in path.split("/"):
+        params = params[name]
+    return np.asarray(params)
+
+
+def score(command, tmp_path, run):
+    (tmp_path / "x.jsonl").write_text(TEXT)
+    output = tmp_path / "y.jsonl"
+    output.unlink(missing_ok=True)
+    flags = (f"--inputs={tmp_path}/x.jsonl", f"--output={output}", f"--checkpoint={run}")
+    assert command("score", *flags) == 0
+    return np.array(json.loads(output.read_text())["logprobs"])
+
+
+def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_drawn(
+    make, branches, capsys
+):
+    folders, params = branches
+    made = make(experts=folders)
+    for name in ("gate", "up", "down"):
+        kernel = stored(made, f"{BLOCK}/mlp/{name}/kernel")
+        for j, p in enumerate(params):
+            np.testing.assert_array_equal(kernel[:, j], of(p, f"{BLOCK}/mlp/{name}/kernel"))
+    for name, axis in (("query", -1), ("key", -1), ("value", -1), ("out", -2)):
+        parts = np.split(stored(made, f"{BLOCK}/attention/{name}/kernel"), 3, axis=axis)
+        for part, p in zip(parts, params, strict=True):
+            np.testing.assert_array_equal(part, of(p, f"{BLOCK}/attention/{name}/kernel"))
+    for path in ("token_embed/embedding", "final_norm/scale"):
+        want = np.mean([of(p, path).astype(np.float64) for p in params], axis=0)
+        np.testing.assert_allclose(stored(made, path), want, atol=1e-6)
+    routers = [stored(made, f"{BLOCK}/{where}/router/kernel") for where in ("mlp", "attention")]
+    assert all(r.shape == (1, 16, 3) for r in routers) and not np.array_equal(*routers)
+    assert 0.01 < np.std(routers) < 0.03
+    again = make(experts=folders, name="again")
+    np.testing.assert_array_equal(stored(again, f"{BLOCK}/mlp/router/kernel"), routers[0])
+    told = capsys.readouterr().out
+    assert f"{BLOCK}/mlp/up/kernel" in told and "copied, of" in told and "mean of 3 models" in told
+
+
+def test_shared_keys_and_values_are_the_mean_and_queries_lie_by_their_key(make, branches):
+    folders, params = branches
+    made = make("--shared_kv", experts=folders)
+    for name in ("key", "value"):
+        want = np.mean([of(p, f"{BLOCK}/attention/{name}/kernel") for p in params], axis=0)
+        np.testing.assert_allclose(
+            stored(made, f"{BLOCK}/attention/{name}/kernel"), want, atol=1e-6
+        )
+    # One key/value head: all heads of an expert lie together.
+    parts = np.split(stored(made, f"{BLOCK}/attention/query/kernel"), 3, axis=-1)
+    np.testing.assert_array_equal(parts[2], of(params[2], f"{BLOCK}/attention/query/kernel"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--shared_kv",)])
+def test_copies_that_are_all_used_compute_what_the_dense_model_does(
+    make, branches, command, tmp_path, flags
+):
+    seed = branches[0][0]
+    made = make("--copies=3", "--top_k=3", *flags, experts=[seed])
+    want = score(command, tmp_path, seed)
+    np.testing.assert_allclose(score(command, tmp_path, made), want, atol=1e-4)
+    # By their probability alone, one of them is a third of what it should be.
+    part = make("--copies=3", *flags, experts=[seed], name="one")
+    assert np.abs(score(command, tmp_path, part) - want).max() > 0.01
+    whole = make("--copies=3", "--renormalise", *flags, experts=[seed], name="whole")
+    np.testing.assert_allclose(score(command, tmp_path, whole), want, atol=1e-4)
+
+
+def test_heads_of_shared_keys_are_in_the_order_of_the_mixture():
+    mixture = Mixture(experts=2, kv_heads=2, attention=True, shared_kv=True)
+    heads = [np.array([[f"{e}{k}{g}" for k in range(2) for g in range(3)]]) for e in "ab"]
+    want = [f"{e}{k}{g}" for k in range(2) for e in "ab" for g in range(3)]
+    assert upcycle.joined(heads, -1, mixture)[0].tolist() == want
+    turned = [x.T for x in heads]
+    assert upcycle.joined(turned, -2, mixture)[:, 0].tolist() == want
+
+
+@pytest.mark.parametrize("method", ["btx", "bam"])
+def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
+    train, make, branches, trained_run, tmp_path, method
+):
+    files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")]
+    sizes = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+    given = [
+        f"FILES={trained_run.path + '/train.jsonl'!r}",
+        f"VALIDATION_FILES={trained_run.path + '/held_out.jsonl'!r}",
+        "MIXTURE_OR_TASK_NAME='files'",
+        "VOCABULARY=@vocabularies.byte()",
+        "TASK_FEATURE_LENGTHS={'targets': 48}",
+        "BATCH_SIZE=8",
+        "TRAIN_STEPS=2",
+        "LOG_PERIOD=1",
+        "WARMUP_STEPS=0",
+        "config.TransformerConfig.vocab_size=264",
+        *(f"config.TransformerConfig.{name}={size}" for name, size in sizes.items()),
+    ]
+
+    def losses(start, *bindings, methods=()):
+        path = tmp_path / f"run{len(methods)}"
+        every = [*given, f"MODEL_DIR={str(path)!r}", f"INITIAL_CHECKPOINT_PATH={str(start)!r}"]
+        flags = [f"--gin_file={name}" for name in (*files, *methods)]
+        result = train(*flags, *[f"--gin.{x}" for x in (*every, *bindings)])
+        assert result.status == 0, result.err
+        return read_jsonl(path / "metrics.jsonl")
+
+    seed = branches[0][0]
+    made = make("--copies=2", "--top_k=2", experts=[seed], method=method)
+    dense = losses(seed)
+    mixed = losses(made, "EXPERTS=2", "TOP_K=2", methods=(f"t5x_configs/methods/{method}.gin",))
+    assert mixed[0]["loss"] == pytest.approx(dense[0]["loss"], abs=1e-4)
+    assert mixed[0]["auxiliary_loss"] >= 0.01  # balance: 1 where the load is even
+    assert "mlp/router_load_max" in mixed[0]
+    assert (method == "bam") == ("attention/router_entropy" in mixed[0])
+
+
+def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_path, capsys):
+    folders, params = branches
+
+    def error(*flags, **options):
+        assert make(*flags, **options) == 2
+        return capsys.readouterr().err
+
+    def other(name, params, **meta):
+        (tmp_path / name).mkdir()
+        return branch(tmp_path / name, trained_run, params, **meta)
+
+    assert "one model is no mixture" in error(experts=folders[:1])
+    assert "are of --method=bam" in error("--shared_kv", experts=folders, method="btx")
+    other_words = other("words", params[1], vocabulary="other")
+    assert f"{other_words} was trained with another vocabulary" in error(
+        experts=[folders[0], other_words]
+    )
+    unrelated = other("unrelated", trained_run.params["raw"])
+    text = error(experts=[folders[0], unrelated])
+    assert f"{unrelated} and {folders[0]} do not come from one seed" in text
+    wide = jax.tree.map(lambda x: x, params[1])
+    wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((1, 16, 24))
+    wider = other("wider", wide)
+    text = error(experts=[folders[0], wider])
+    assert f"{wider} is no branch" in text and f"{BLOCK}/mlp/up/kernel is [1, 16, 24]" in text
+    with pytest.raises(FileNotFoundError):
+        step_dir.resolve(tmp_path / "nothing")
+    with pytest.raises(UpcycleError, match="nothing explains new/scale"):
+        upcycle.plan({"new/scale": (3,)}, [("a", {}), ("b", {})], Mixture(experts=2, kv_heads=1))
+    with pytest.raises(UpcycleError, match="has no place for old/scale"):
+        sources = [(name, {"old/scale": (3,)}) for name in "ab"]
+        upcycle.plan({}, sources, Mixture(experts=2, kv_heads=1))
