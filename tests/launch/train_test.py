@@ -94,7 +94,7 @@ def test_loss_falls_on_real_text(trained):
 def test_a_run_says_what_it_will_do_and_did(trained):
     path, result = trained
     lines = dict(re.findall(r"^(\w+) +(.*)$", result.out, re.MULTILINE))
-    assert lines["mesh"] == "data 1 x fsdp 8 x tensor 1 (8 x cpu), rules fsdp"
+    assert lines["mesh"] == "data 1 x fsdp 8 x expert 1 x tensor 1 (8 x cpu), rules fsdp"
     assert lines["parameters"] == "123,072, of which 123,072 are trained"
     assert lines["tokens"] == "1,024 a step, 40,960 in 40 steps"
     assert lines["start"] == "new parameters, step 0"
