@@ -8,7 +8,7 @@ Example, of a seed's run and two runs that started from it:
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
 The table that is printed says of every parameter whether it was copied, averaged or drawn. What is written is a run
 directory that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH, with methods/btx.gin or
-methods/bam.gin after the dense run's files. Arrays are read and written one at a time.
+methods/bam.gin after the dense run's files. Arrays are read and written a layer at a time.
 """
 
 if __name__ == "__main__":
@@ -44,7 +44,7 @@ if __name__ == "__main__":
 import argparse
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,12 @@ from model.surgery.upcycle import Mixture, Piece, UpcycleError
 from model.transformer import block_of
 from trainers import manifest, state_tree, step_dir, stream_checkpoint
 from trainers.array_files import StoredArray
-from trainers.manifest import DamagedCheckpointError, Manifest
+from trainers.manifest import Block, DamagedCheckpointError, Manifest
 from trainers.stream_checkpoint import StreamedArray
 
 METHODS = ("btx", "bam")
 _RELATED = 0.1  # least correlation of embeddings; those of other seeds have none
+_ROWS = 4096  # of them that are compared
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +145,11 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         )
         shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
         pieces = surgery.plan(shapes, [(x.name, x.shapes) for x in sources], mixture)
-        arrays = {f"params/{x.path}": _streamed(x, target[x.path].dtype, sources) for x in pieces}
+        scanned = dense.config.scan_layers
+        arrays = {
+            f"params/{x.path}": _streamed(x, target[x.path].dtype, sources, scanned=scanned)
+            for x in pieces
+        }
         meta = {**sources[0].kept_meta(), "upcycled": {"method": flags.method, "experts": names}}
         stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
         run_vocabulary.copy(sources[0].folder, folder)
@@ -178,8 +183,8 @@ class _Dense:
     def config(self) -> str:
         return pathlib.Path(self.folder, CONFIG).read_text(encoding="utf-8")
 
-    def read(self, path: str) -> np.ndarray:
-        return StoredArray(self._step, self._root + path).read()
+    def open(self, path: str) -> StoredArray:
+        return StoredArray(self._step, self._root + path)
 
     def kept_meta(self) -> dict[str, Any]:
         keys = ("vocabulary", "add_bos", "start_token")
@@ -202,11 +207,13 @@ def _check_related(sources: Sequence[_Dense]) -> None:
     table = "token_embed/embedding"
     if table not in first.shapes:
         return
-    rows = first.read(table).astype(np.float64).ravel()
+    count = min(_ROWS, first.shapes[table][0])
+    rows = first.open(table).read(rows=(0, count)).astype(np.float64).ravel()
     for other in dict.fromkeys(sources[1:]):
         if other.shapes.get(table) != first.shapes[table]:
             continue  # the plan names it
-        found = float(np.corrcoef(rows, other.read(table).astype(np.float64).ravel())[0, 1])
+        theirs = other.open(table).read(rows=(0, count)).astype(np.float64).ravel()
+        found = float(np.corrcoef(rows, theirs)[0, 1])
         if not found > _RELATED:
             raise UpcycleError(
                 f"{other.name} and {first.name} do not come from one seed: their embeddings correlate by "
@@ -261,9 +268,24 @@ def _parameters(config: str, files: Sequence[str]) -> state_tree.Flat:
     return state_tree.flatten(nn.meta.unbox(variables["params"]))
 
 
-def _streamed(piece: Piece, dtype: Any, sources: Sequence[_Dense]) -> StreamedArray:
-    def blocks() -> Any:
-        parts = [] if piece.origin == "drawn" else [source.read(piece.path) for source in sources]
-        yield (0,) * len(piece.shape), piece.make(parts).astype(dtype)
+def _streamed(
+    piece: Piece, dtype: Any, sources: Sequence[_Dense], *, scanned: bool
+) -> StreamedArray:
+    """The array as it is written, stacked layers one by one."""
+    by_layer = scanned and piece.path.startswith("layers/") and piece.origin != "drawn"
 
-    return StreamedArray(piece.shape, np.dtype(dtype), piece.shape, blocks)
+    def blocks() -> Iterator[Block]:
+        whole = (0,) * len(piece.shape)
+        if piece.origin == "drawn":
+            yield whole, piece.make([]).astype(dtype)
+            return
+        stored = [source.open(piece.path) for source in sources]
+        if not by_layer:
+            yield whole, piece.make([array.read() for array in stored]).astype(dtype)
+            return
+        for layer in range(piece.shape[0]):
+            parts = [array.read(rows=(layer, layer + 1)) for array in stored]
+            yield (layer, *whole[1:]), piece.make(parts).astype(dtype)
+
+    chunk = (1, *piece.shape[1:]) if by_layer else piece.shape
+    return StreamedArray(piece.shape, np.dtype(dtype), chunk, blocks)

@@ -1,7 +1,7 @@
 """Dense runs become mixtures: every leaf by what it is made of, limits in which nothing changes, bad input."""
 
 import json
-import shutil
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,17 @@ BLOCK = "layers/block_0"
 @pytest.fixture(scope="module")
 def branches(trained_run, tmp_path_factory):
     """The tiny run and two others that lie near it: directories, and the parameters of each."""
-    seed = trained_run.params["ema"]
+    seed = two_layers(trained_run.params["ema"])
     found = [seed, *(near(seed, key) for key in (1, 2))]
     folders = [
         branch(tmp_path_factory.mktemp(f"branch{i}"), trained_run, p) for i, p in enumerate(found)
     ]
     return folders, found
+
+
+def two_layers(params):
+    layers = jax.tree.map(lambda x: jnp.concatenate([x, x[:, ::-1]]), params["layers"])
+    return {**params, "layers": layers}
 
 
 def near(params, seed, scale=0.3):
@@ -41,7 +46,8 @@ def near(params, seed, scale=0.3):
 
 
 def branch(folder, run, params, **meta):
-    shutil.copy(f"{run.path}/config.gin", folder)
+    text = pathlib.Path(run.path, "config.gin").read_text()
+    (folder / "config.gin").write_text(text + "\nconfig.TransformerConfig.num_layers = 2\n")
     recorded = {**step_dir.read_meta(run.path), **meta}
     with Checkpointer(folder / "checkpoints") as checkpointer:
         checkpointer.save(1, {"params": params}, meta=recorded)
@@ -98,7 +104,7 @@ def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_draw
         want = np.mean([of(p, path).astype(np.float64) for p in params], axis=0)
         np.testing.assert_allclose(stored(made, path), want, atol=1e-6)
     routers = [stored(made, f"{BLOCK}/{where}/router/kernel") for where in ("mlp", "attention")]
-    assert all(r.shape == (1, 16, 3) for r in routers) and not np.array_equal(*routers)
+    assert all(r.shape == (2, 16, 3) for r in routers) and not np.array_equal(*routers)
     assert 0.01 < np.std(routers) < 0.03
     again = make(experts=folders, name="again")
     np.testing.assert_array_equal(stored(again, f"{BLOCK}/mlp/router/kernel"), routers[0])
@@ -148,7 +154,7 @@ def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
     train, make, branches, trained_run, tmp_path, method
 ):
     files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")]
-    sizes = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
     given = [
         f"FILES={trained_run.path + '/train.jsonl'!r}",
         f"VALIDATION_FILES={trained_run.path + '/held_out.jsonl'!r}",
@@ -198,14 +204,14 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
     assert f"{other_words} was trained with another vocabulary" in error(
         experts=[folders[0], other_words]
     )
-    unrelated = other("unrelated", trained_run.params["raw"])
+    unrelated = other("unrelated", two_layers(trained_run.params["raw"]))
     text = error(experts=[folders[0], unrelated])
     assert f"{unrelated} and {folders[0]} do not come from one seed" in text
     wide = jax.tree.map(lambda x: x, params[1])
-    wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((1, 16, 24))
+    wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = other("wider", wide)
     text = error(experts=[folders[0], wider])
-    assert f"{wider} is no branch" in text and f"{BLOCK}/mlp/up/kernel is [1, 16, 24]" in text
+    assert f"{wider} is no branch" in text and f"{BLOCK}/mlp/up/kernel is [2, 16, 24]" in text
     with pytest.raises(FileNotFoundError):
         step_dir.resolve(tmp_path / "nothing")
     with pytest.raises(UpcycleError, match="nothing explains new/scale"):
