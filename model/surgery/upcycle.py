@@ -161,11 +161,11 @@ def _draw(path: str, shape: tuple[int, ...], mixture: Mixture) -> np.ndarray:
 
 
 def table(pieces: Sequence[Piece], experts: Sequence[str]) -> list[str]:
-    """What was copied, averaged and drawn, as lines."""
+    """The experts in their order, and what was copied, averaged and drawn, as lines."""
     rows = [("path", "shape", "values", "from")]
     said = {
-        "experts": f"copied, of {', '.join(experts)}",
-        "mean": f"mean of {len(experts)} models",
+        "experts": "copied, one beside the other",
+        "mean": f"mean of {len(experts)}",
         "drawn": "drawn",
     }
     for piece in pieces:
@@ -174,7 +174,8 @@ def table(pieces: Sequence[Piece], experts: Sequence[str]) -> list[str]:
         rows.append((piece.path, shape, f"{size:,}", said[piece.origin]))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     just = (str.ljust, str.ljust, str.rjust, str.ljust)
-    return [
+    named = [f"expert {index}  {name}" for index, name in enumerate(experts)]
+    return named + [
         "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows
     ]

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import convert, import_weights
+from model.hf import families, load
+from model.hf.safetensors_files import SafetensorsWriter
 from model.surgery import upcycle
 from model.surgery.upcycle import Mixture, UpcycleError
 from trainers import step_dir
@@ -17,6 +20,7 @@ from trainers.metric_writers import read_jsonl
 
 TEXT = json.dumps({"text": "import os, sys\n" * 4}) + "\n"
 BLOCK = "layers/block_0"
+GOLDENS = pathlib.Path(__file__).parents[1] / "model" / "hf" / "goldens" / "parity"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,8 @@ def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_draw
     again = make(experts=folders, name="again")
     np.testing.assert_array_equal(stored(again, f"{BLOCK}/mlp/router/kernel"), routers[0])
     told = capsys.readouterr().out
-    assert f"{BLOCK}/mlp/up/kernel" in told and "copied, of" in told and "mean of 3 models" in told
+    assert f"expert 2  {folders[2]}" in told and "mean of 3\n" in told and "drawn\n" in told
+    assert f"{BLOCK}/mlp/up/kernel" in told and "copied, one beside the other" in told
 
 
 def test_shared_keys_and_values_are_the_mean_and_queries_lie_by_their_key(make, branches):
@@ -185,6 +190,32 @@ def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
     assert mixed[0]["auxiliary_loss"] >= 0.01  # balance: 1 where the load is even
     assert "mlp/router_load_max" in mixed[0]
     assert (method == "bam") == ("attention/router_entropy" in mixed[0])
+
+
+def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
+    with np.load(GOLDENS / "mistral_0.npz") as case:
+        config = json.loads(str(case["config"]))
+        tensors = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
+    family = families.family_of_config(config)
+    names = family.match(family.model(config), {k: x.shape for k, x in tensors.items()})
+    tensors = {k: tensors[names[k]] for k in family.shapes(family.model(config))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = {k: (x.dtype, x.shape) for k, x in tensors.items()}
+    with SafetensorsWriter(tmp_path, sizes, shard_bytes=10**9) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    import_weights.import_hf(str(tmp_path), str(tmp_path / "run"), dtype="float32")
+    flags = ("--copies=4", "--top_k=2", "--renormalise")
+    made = make(*flags, experts=[str(tmp_path / "run")], method="btx")
+    assert convert.main([f"--from={made}", f"--to_hf={tmp_path}/hf"]) == 0
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["model_type"], written["num_local_experts"]) == ("mixtral", 4)
+    ids = jnp.arange(1, 13)[None]
+    found, want = (
+        model.apply({"params": params}, ids)
+        for model, params in (load.load(tmp_path / "hf"), load.load(tmp_path, dtype="float32"))
+    )
+    np.testing.assert_allclose(found, want, atol=1e-4)
 
 
 def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_path, capsys):
