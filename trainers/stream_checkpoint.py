@@ -4,6 +4,7 @@ What is on disk is what `Checkpointer` writes: Orbax's layout and metadata, the 
 with a digest of each array, which is summed over the blocks as they go by.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,16 +80,23 @@ def _write(base: str, name: str, array: StreamedArray) -> int:
     }
     store = tensorstore.open(spec).result()
     digest, waiting, size = 0, [], 0
-    for start, values in array.blocks():
-        where = tuple(slice(a, a + b) for a, b in zip(start, values.shape, strict=True))
-        waiting.append(store[where].write(values, can_reference_source_data_indefinitely=True))
-        digest += manifest.block_digest(values, start)
-        size += values.nbytes
-        if size >= _BYTES_IN_FLIGHT:
-            for write in waiting:
+    try:
+        for start, values in array.blocks():
+            where = tuple(slice(a, a + b) for a, b in zip(start, values.shape, strict=True))
+            waiting.append(store[where].write(values, can_reference_source_data_indefinitely=True))
+            digest += manifest.block_digest(values, start)
+            size += values.nbytes
+            if size >= _BYTES_IN_FLIGHT:
+                for write in waiting:
+                    write.result()
+                waiting, size = [], 0
+            del values
+    except BaseException:
+        # What is under way would make files where the caller has cleaned up.
+        for write in waiting:
+            with contextlib.suppress(Exception):
                 write.result()
-            waiting, size = [], 0
-        del values
+        raise
     for write in waiting:
         write.result()
     return digest
