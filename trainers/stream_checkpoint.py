@@ -20,7 +20,7 @@ from etils import epath
 from trainers import commit, manifest, state_tree, step_dir
 from trainers.manifest import ArrayEntry, Block, Manifest
 
-_BYTES_IN_FLIGHT = 32 << 20
+_BYTES_IN_FLIGHT = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
