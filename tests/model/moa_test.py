@@ -81,13 +81,6 @@ def upcycled(sources, shared_kv, router):
     return {**first, "layers": layers}
 
 
-def one_hot_router(expert):
-    """Logits that are all of one expert where the inputs' sum is not zero, as norms with gain make it."""
-    kernel = np.zeros((D, E), np.float32)
-    kernel[:, expert] = 1e4
-    return kernel
-
-
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_identical_experts_softly_mixed_are_the_dense_model(shared_kv):
     dense = params_of(None)
@@ -180,8 +173,6 @@ def test_the_losses_and_statistics_of_a_router_are_those_of_its_gates():
     _, seen = model.apply(
         {"params": params}, TOKENS, mutable=["losses", "metrics", "intermediates"]
     )
-    for block in seen["losses"]:
-        del block
     probs = np.asarray(seen["intermediates"]["layers"]["block_0"]["attention"]["router_probs"][0])
     load = np.eye(E)[probs.argmax(-1)].mean((0, 1))
     want = 0.5 * E * float((load * probs.mean((0, 1))).sum())
