@@ -26,10 +26,11 @@ CHANNELS = "channels"  # what convolutions give
 CHANNELS_IN = "channels_in"  # what they read, whole: a name may stand once in an array
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
+CONSTANT = "constant"  # the rows of what lies among the parameters and is data: see `constant`
 
 PARAMETER_AXES = (
     *(VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS),
-    *(EXPERT, CHANNELS, CHANNELS_IN, RANK, UNMODELED),
+    *(EXPERT, CHANNELS, CHANNELS_IN, RANK, UNMODELED, CONSTANT),
 )
 
 # Activations.
@@ -76,6 +77,21 @@ def parameter(
     """A parameter of `module` whose dimensions carry logical names."""
     boxed = nn.with_logical_partitioning(init, names)
     return unboxed(module.param(name, boxed, shape, dtype, unbox=False))
+
+
+def constant(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
+    """An array [rows, ...] of data that goes wherever the parameters of `module` go, and is never trained.
+
+    It has no gradient, and trainers/trainable.py keeps it from optimisers, decay and averages.
+    """
+    names = (CONSTANT, *(UNMODELED,) * (len(shape) - 1))
+    return jax.lax.stop_gradient(parameter(module, name, init, names, shape, dtype))
 
 
 def unboxed(value: Any) -> jax.Array:

@@ -77,7 +77,6 @@ class MixtureOfAttention(Attention):
         logits_BTE = self.router(
             features=self.num_experts,
             axes=(axes.EMBED, axes.UNMODELED),
-            use_bias=False,
             dtype=jnp.float32,
             param_dtype=self.config.storage_dtype,
             name="router",

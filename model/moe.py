@@ -82,7 +82,7 @@ class MoeMlp(nn.Module):
       exchange_factor: a device sends to another at most so many times an even share of its choices, the
         first ones; None for as many as there can be, in buffers that are as many times larger than an even
         share as there are devices with experts. Without an effect where experts are not split.
-      dense: factory of the router's projection, computed in float32.
+      router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
       shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
         (config=, name=), or None.
@@ -100,17 +100,16 @@ class MoeMlp(nn.Module):
     router_z_loss: float = 0.0
     capacity_factor: float | None = None
     exchange_factor: float | None = None
-    dense: Callable[..., nn.Module] = Dense
+    router: Callable[..., nn.Module] = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
     shared: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         self._check()
-        logits_BTE = self.dense(
+        logits_BTE = self.router(
             features=self.num_experts,
             axes=(axes.EMBED, axes.UNMODELED),
-            use_bias=False,
             dtype=jnp.float32,
             param_dtype=self.config.storage_dtype,
             name="router",

@@ -121,11 +121,7 @@ class Recipe:
             boxed_params=boxed,
         )
         params = initialise.param_shardings(boxed, mesh, rules)
-        mask = (
-            trainable.match(self.trainable, params, what="trainable pattern")
-            if self.trainable
-            else None
-        )
+        mask = trainable.mask_of(self.trainable, boxed)
         shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
         reports = [line for report in self.reports for line in report(shapes)]
         optimizer = self.optimizer(learning_rate=self.learning_rate)
@@ -260,7 +256,11 @@ class Program:
     batch_sharding: NamedSharding
 
     def num_params(self, *, trained_only: bool = False) -> int:
+        """Numbers that are learned or, with `trained_only`, that this run learns; data is neither."""
         params = self.abstract_state.params
+        counted = trainable.mask_of((), self.boxed_params)
         if trained_only and self.mask is not None:
-            params = trainable.split(params, self.mask)[0]
+            counted = self.mask
+        if counted is not None:
+            params = trainable.split(params, counted)[0]
         return sum(leaf.size for leaf in jax.tree.leaves(params))

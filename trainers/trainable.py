@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+
+from model import axes
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -42,6 +45,29 @@ def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any
             )
         chosen.update(dict.fromkeys(hits, not pattern.startswith("!")))
     return jax.tree_util.tree_map_with_path(lambda path, _: chosen[path_name(path)], params)
+
+
+def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
+    """Which of a model's parameters are trained: those that match and hold no data; None for all.
+
+    Args:
+      patterns: as in `match`; none for all parameters.
+      boxed: parameters with their logical axes; those with axes.CONSTANT are data.
+
+    Raises:
+      ValueError: a pattern that matches no parameter.
+    """
+    data = jax.tree.map(lambda box: axes.CONSTANT in box.names, boxed, is_leaf=_is_boxed)
+    if not patterns:
+        return (
+            jax.tree.map(lambda is_data: not is_data, data) if any(jax.tree.leaves(data)) else None
+        )
+    chosen = match(patterns, data, what="trainable pattern")
+    return jax.tree.map(lambda keep, is_data: keep and not is_data, chosen, data)
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:

@@ -1,0 +1,100 @@
+"""A router that knows what its experts were trained on (Nexus, arXiv 2408.15901, section 3.2).
+
+The logit of an expert is the product of a token's state with a vector of the expert, and that vector is a learned
+projection of an embedding of the expert's training data:
+
+  e_i = W2 (silu(W1a d_i) * (W1b d_i)),  logit_i = x . e_i
+
+The embeddings are data, so an expert that is added later brings its own, and the projection, which other domains
+have trained, places it among the others.
+
+Shapes: E experts, D width, M width of an embedding of a domain, '...' any leading.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import axes, matmul
+from model.linear import Dense, fan_in_normal
+
+
+class DomainRouter(nn.Module):
+    """The `router` factory of MoeMlp and MixtureOfAttention, in the place of Dense.
+
+    `domains` [E, M] lies with the parameters and is no parameter (axes.constant). `launch.upcycle` puts
+    embeddings of the experts' data there; a model that begins with none has random directions.
+
+    Attributes:
+      features: E.
+      axes: of a kernel [D, E], which this router does not have; its own are those of a gated MLP.
+      domain_dim: M.
+      logit_std: deviation of the logits of states of unit variance at the start.
+      dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    domain_dim: int = 1024
+    logit_std: float = 0.1
+    dense: Callable[..., nn.Module] = Dense
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits [..., E] of states [..., D]."""
+        shape = (self.features, self.domain_dim)
+        domains_EM = axes.constant(self, "domains", random_directions, shape, jnp.float32)
+        width = x.shape[-1]
+        down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
+        gate_ED = self._project("gate", width, (axes.UNMODELED, axes.MLP), fan_in_normal)(
+            domains_EM
+        )
+        up_ED = self._project("up", width, (axes.UNMODELED, axes.MLP), fan_in_normal)(domains_EM)
+        down = self._project("down", width, (axes.MLP, axes.EMBED), down_init)
+        experts_ED = down(jax.nn.silu(gate_ED) * up_ED)
+        return matmul.matmul(x.astype(self.dtype), experts_ED.T)
+
+    def _project(
+        self, name: str, features: int, names: tuple[str, str], init: Callable
+    ) -> nn.Module:
+        return self.dense(
+            features=features,
+            axes=names,
+            kernel_init=init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+
+def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Vectors [..., M] of length 1, in all directions."""
+    drawn = jax.random.normal(key, shape, dtype)
+    return drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True)
+
+
+def down_std(domain_dim: int, width: int, logit_std: float) -> float:
+    """Deviation of `down` [D, D] that gives logits of states of unit variance the deviation `logit_std`.
+
+    Of an embedding of length 1, `gate` and `up` with variance 1/M make Gaussians a and b of variance 1/M; with
+    h = silu(a) b, |e|^2 = D^2 std^2 E[h^2], and a logit's variance is |e|^2.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    gate = nodes / np.sqrt(domain_dim)
+    silu_power = np.sum(weights * (gate / (1 + np.exp(-gate))) ** 2) / np.sum(weights)
+    return float(logit_std / (width * np.sqrt(silu_power / domain_dim)))
+
+
+def expert_vectors(router: dict, domains_EM: np.ndarray) -> np.ndarray:
+    """e_i [E, D] of a router's parameters {gate, up, down: {kernel}}, float64: what routes without the projection."""
+    gate, up, down = (np.asarray(router[x]["kernel"], np.float64) for x in ("gate", "up", "down"))
+    domains_EM = np.asarray(domains_EM, np.float64)
+    inner = domains_EM @ gate
+    return (inner / (1 + np.exp(-inner)) * (domains_EM @ up)) @ down
