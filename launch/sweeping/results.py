@@ -39,15 +39,17 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
     """The row of a finished run in results.jsonl.
 
-    `tokens` and `epochs` (how often each source was read) are this run's own; those that end in
-    `_total` count its ancestors too. `held_out` has the last evaluation's metrics by task.
+    `tokens` and `epochs` (how often each source was read) are this run's own, and none of a run that is
+    `made`; those that end in `_total` count all `parents` too, which are the runs that it descends from,
+    nearest first: of a mixture its seed and all branches, each once. `made_of` are those that a made run
+    takes itself. `held_out` has the last evaluation's metrics by task.
     """
-    by_name = {other.name: other for other in plan}
-    line = [planned]
-    while (above := line[-1].run.parent) is not None:
-        line.append(by_name[above])
+    runs = {other.name: other.run for other in plan}
+    line = [planned.name]
+    for name in line:  # which grows
+        line += [above for above in runs[name].above if above not in line]
     record = folder.record(planned.name)
-    outcomes = [folder.record(each.name)["trained"] for each in line]
+    outcomes = [folder.record(name)["trained"] for name in line]
     attempts = folder.attempts(planned.name)
     peaks = [attempt["memory_gb"] for attempt in attempts if attempt["memory_gb"]]
     epochs_total: dict[str, float] = {}
@@ -59,8 +61,10 @@ def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[
         "arm": planned.run.arm,
         "size": planned.run.size,
         "seed": planned.run.seed,
-        "parents": [each.name for each in line[1:]],
-        "directory": str(folder.directory(planned.name).relative_to(folder.path)),
+        "parents": line[1:],
+        "made": bool(planned.run.made),
+        "made_of": list(planned.run.made_of.values()),
+        "directory": str(folder.model_dir(planned.run).relative_to(folder.path)),
         **outcomes[0],
         "start": dict(planned.start),
         "tokens_total": sum(outcome["tokens"] for outcome in outcomes),
