@@ -87,9 +87,7 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _make(
-    folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
-) -> dict[str, Any] | None:
+def _make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
     """Makes the run by its command; returns what it came to."""
     with _own_registries():
         return made.make(folder, entry, plan)
