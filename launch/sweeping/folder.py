@@ -84,12 +84,12 @@ class SweepFolder:
         Raises:
           SweepFolderError: the run is not there yet.
         """
-        record = self.record(planned.name)
-        if record.get("digest") != planned.digest or "trained" not in record:
+        found = self.outcome(planned)
+        if found is None:
             raise SweepFolderError(
                 f"{planned.name} has not been trained yet: run the sweep, not a run."
             )
-        return self.path / record["trained"]["checkpoint"]
+        return self.path / found["checkpoint"]
 
     def log(self, name: str) -> pathlib.Path:
         return self.directory(name) / "log.txt"
@@ -159,14 +159,17 @@ class SweepFolder:
         self.directory(name).mkdir(parents=True, exist_ok=True)
         cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
 
+    def outcome(self, planned: Planned) -> dict[str, Any] | None:
+        """What training a run, or making it, has come to; None where that is not over, or of another configuration."""
+        record = self.record(planned.name)
+        return record.get("trained") if record.get("digest") == planned.digest else None
+
     def done(self, planned: Planned) -> bool:
         """Whether a run has been trained, or made, and evaluated as planned."""
-        record = self.record(planned.name)
-        measured = {key: entry["digest"] for key, entry in record.get("evaluations", {}).items()}
-        return (
-            record.get("digest") == planned.digest
-            and "trained" in record
-            and all(measured.get(k) == v for k, v in planned.evaluation_digests.items())
+        evaluations = self.record(planned.name).get("evaluations", {})
+        measured = {key: entry["digest"] for key, entry in evaluations.items()}
+        return self.outcome(planned) is not None and all(
+            measured.get(k) == v for k, v in planned.evaluation_digests.items()
         )
 
     def changed(self, planned: Planned) -> list[str]:

@@ -3,12 +3,15 @@
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
 from launch import sweep
+from launch.jobs import local, worker
+from launch.jobs.base import State, Status
 from launch.sweeping import check, driver, made, words
 from launch.sweeping import file as sweep_file
 from launch.sweeping.file import SweepError
@@ -164,8 +167,6 @@ config.TransformerConfig.num_heads = 2
 config.TransformerConfig.num_kv_heads = 1
 config.TransformerConfig.mlp_dim = 16
 """
-# What is stopped half way leaves the half of what it makes.
-COPY = "test -e $0 || { mkdir $2; touch $2/half $0; sleep 60; }; cp -r $1 $2"
 SWEEP = """ConfigDict(dict(
     seeds=(3,),
     gin_files=({gin!r},),
@@ -176,12 +177,12 @@ SWEEP = """ConfigDict(dict(
         law=dict(parent='seed', bindings=('TRAIN_STEPS=2',)),
         start=dict(made=('{{python}}', '-m', 'launch.upcycle', '--method=btx', '--experts', '{{seed}}',
             '{{code}}', '{{law}}', '--gin_file={own}', '--router_seed={{SEED}}', '--to={{run}}')),
-        copy=dict(made=('sh', '-c', '{copy}', '{flag}', '{{start}}', '{{run}}'), evaluations=('step',)),
+        copy=dict(made=('cp', '-r', '{{start}}', '{{run}}'), evaluations=('step',)),
         mixture=dict(parent='copy', gin_files=('t5x_configs/methods/btx.gin',), bindings=('EXPERTS=3',)),
     ),
-    evaluations=dict(step=dict(
-        command=('sh', '-c', 'ls $0/checkpoints | sort -n | tail -1 > $1', '{{run}}', '{{json}}'))),
+    evaluations=dict(step={step}),
 ))"""
+STEP = """dict(command=('sh', '-c', 'ls $0/checkpoints | sort -n | tail -1 > $1', '{run}', '{json}'))"""
 
 
 @pytest.fixture
@@ -191,10 +192,9 @@ def tiny(train, write, tmp_path):
     text = GIN.format(programs=train.programs, cache=train.cache)
     gin.write_text(text.replace("from launch", "from model import config\nfrom launch"))
     own.write_text("from __gin__ import dynamic_registration\n\nimport local_text\n")
-    settings = {"gin": str(gin), "own": own, "copy": COPY, "flag": tmp_path / "flag"}
 
     def make(change=lambda text: text):
-        return write(change(SWEEP).format(**settings))
+        return write(change(SWEEP).format(gin=str(gin), own=own, step=STEP))
 
     make.own = own
     return make
@@ -211,6 +211,39 @@ def run(tmp_path, capsys):
     return go
 
 
+class Here:
+    """A back end that runs jobs in this process, where all is imported: one for each question."""
+
+    def __init__(self, **settings):
+        del settings
+        self._jobs, self._found = {}, {}
+
+    def submit(self, job):
+        self._jobs[job.name], self._found[job.name] = job, Status(state=State.WAITING)
+        return job.name
+
+    def statuses(self, handles):
+        for name, job in self._jobs.items():
+            if self._found[name].state is State.WAITING:
+                assert all(self._found[above].state is State.ENDED for above in job.after)
+                status = worker.run(job.command)
+                self._found[name] = Status(state=State.ENDED, exit_status=status, seconds=1.0)
+                break
+        return {handle: self._found[handle] for handle in handles}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Sweeps run in this process."""
+    monkeypatch.setattr(local, "LocalSubmitter", Here)
+    monkeypatch.setattr(driver, "_POLL_SECONDS", 0.0)
+    for name in ("argv", "orig_argv"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+
+
 def states(folder):
     found = driver.progress(folder, folder.read_plan())
     return {entry.planned.run.arm: entry.state.value for entry in found}
@@ -220,49 +253,24 @@ def digests(path):
     return step_dir.read_manifest(step_dir.resolve(path)).arrays
 
 
-def interrupt_when(path):
-    """Ctrl-C once a file is there."""
-
-    def wait():
-        until = time.monotonic() + 120
-        while not path.exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def test_branches_become_a_mixture_that_is_trained_also_after_a_stop(tiny, run, command, tmp_path):
+def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp_path):
     path, folder = tiny(), SweepFolder(tmp_path / "out")
     status, out, err = run("--sweep", path, "--dry_run", "--only=mixture/*")
     assert status == 0 and "0 of 6 runs done" in out, err
     assert re.search(r"start +seed, code, law", out), out
     made_at = folder.path / "runs/start/seed3/made"
-    assert f"start/seed3: made\n  {made.sys.executable} -m launch.upcycle --method=btx" in out
+    assert f"start/seed3: made\n  {sys.executable} -m launch.upcycle --method=btx" in out
     assert "--router_seed=3" in out and f"--to={made_at}\n" in out
     assert f"INITIAL_CHECKPOINT_PATH='\"'\"'{folder.path}/runs/copy/seed3/made" in out
 
-    interrupt_when(tmp_path / "flag")
-    status, out, err = run("--sweep", path, "--only=copy/*")
-    assert status == 75, out
-    done = ("seed", "code", "law", "start")
-    assert states(folder) == {
-        **dict.fromkeys(done, "done"),
-        "copy": "stopped",
-        "mixture": "waiting",
-    }
-    half = folder.path / "runs/copy/seed3/made/half"
-    assert half.exists() and "copy/seed3: stopped\n" in out
-    _, out, _ = run("--status")
-    assert "4 of 6 runs done" in out and "It is" not in out
-    kept = {p: p.read_bytes() for p in folder.path.glob("runs/*/seed3/attempts.jsonl")}
-    kept = {p: text for p, text in kept.items() if p.parts[-3] in done}
-    assert len(kept) == 4
+    status, out, _ = run("--sweep", path, "--only=copy/*")
+    assert status == 0, out
+    below = dict.fromkeys(("seed", "code", "law", "start", "copy"), "done")
+    assert states(folder) == {**below, "mixture": "waiting"}
+    status, out, _ = run("--sweep", path)
+    assert status == 0 and set(states(folder).values()) == {"done"}, out
+    assert all(len(folder.attempts(f"{arm}/seed3")) == 1 for arm in (*below, "mixture"))
 
-    status, out, err = run("--sweep", path)
-    assert status == 0, (out, folder.log("mixture/seed3").read_text())
-    assert set(states(folder).values()) == {"done"} and not half.exists()
-    assert all(p.read_bytes() == text for p, text in kept.items())
     # As by hand.
     by_hand = tmp_path / "by_hand"
     runs = [str(folder.path / f"runs/{arm}/seed3") for arm in ("seed", "code", "law")]
@@ -270,43 +278,94 @@ def test_branches_become_a_mixture_that_is_trained_also_after_a_stop(tiny, run, 
     assert command("upcycle", "--experts", *runs, *flags) == 0
     assert digests(made_at) == digests(by_hand)
     config = (folder.path / "runs/mixture/seed3/config.gin").read_text()
-    assert f"runs/copy/seed3/made/checkpoints/{step_dir.resolve(by_hand).name}'" in config
+    assert f"'{folder.path}/runs/copy/seed3/made/checkpoints/0'" in config
 
     rows = {row["arm"]: row for row in sweep.read_results(folder.path)}
     assert list(rows) == ["seed", "code", "law", "start", "copy", "mixture"]
-    tokens = {arm: row["tokens"] for arm, row in rows.items()}
-    steps = {"seed": 4, "code": 4, "law": 2, "start": 0, "copy": 0, "mixture": 4}
-    assert tokens == {arm: 512 * count for arm, count in steps.items()}
-    totals = {arm: row["tokens_total"] // 512 for arm, row in rows.items()}
-    assert totals == {"seed": 4, "code": 8, "law": 6, "start": 10, "copy": 10, "mixture": 14}
-    mixture, start, copy = rows["mixture"], rows["start"], rows["copy"]
-    assert mixture["parents"] == [
-        f"{arm}/seed3" for arm in ("copy", "start", "seed", "code", "law")
-    ]
+    tokens = [row["tokens"] // 512 for row in rows.values()]
+    assert tokens == [4, 4, 2, 0, 0, 4]
+    totals = [row["tokens_total"] // 512 for row in rows.values()]
+    assert totals == [4, 8, 6, 10, 10, 14]  # the seed once, though all three come from it
+    mixture, start = rows["mixture"], rows["start"]
+    parents = ("copy", "start", "seed", "code", "law")
+    assert mixture["parents"] == [f"{arm}/seed3" for arm in parents]
     read = {
         name: sum(row["epochs"].get(name, 0) for row in rows.values())
-        for name in ("code", "licence")
+        for name in ("licence", "code")
     }
-    assert mixture["epochs_total"] == pytest.approx(read) and read["code"] > 0
+    assert mixture["epochs_total"] == pytest.approx(read) and min(read.values()) > 0
     assert start["made"] and start["made_of"] == ["seed/seed3", "code/seed3", "law/seed3"]
-    assert (
-        not mixture["made"]
-        and mixture["made_of"] == []
-        and mixture["start"]["initial_scope"] == "params"
-    )
+    assert not mixture["made"] and mixture["made_of"] == []
+    assert mixture["start"] == {"initial_scope": "params"}
     assert (start["step"], start["directory"]) == (0, "runs/start/seed3/made")
     assert (folder.path / start["directory"] / "config.gin").exists()
-    assert copy["evaluations"] == {"step": 0} and start["evaluations"] == {}
-    assert mixture["evaluations"] == {"step": 4}
+    evaluations = [row["evaluations"].get("step") for row in rows.values()]
+    assert evaluations == [4, 4, 2, None, 0, 4]
 
-    # What is made of something else is made anew, and what starts from it.
+    # Other settings of what is made are named, and what starts from it.
     other = tiny(lambda text: text.replace("--method=btx", "--method=bam"))
     status, _, err = run("--sweep", other)
     assert status == 2 and "start/seed3: its command, or what it is made of, has changed" in err
     assert "mixture/seed3: its parent has changed" in err and "law/seed3" not in err
     status, out, _ = run("--sweep", other, "--only=start/*", "--rerun_changed")
     assert status == 0 and (folder.path / "replaced/start/seed3.1/made/config.gin").exists(), out
-    assert (folder.path / "runs/start/seed3/made/config.gin").read_text().count("moa") > 0
+    assert "moa.MixtureOfAttention" in (made_at / "config.gin").read_text()
+
+    # What does not fit is found by the training that starts from it.
+    wider = tiny(lambda text: text.replace("'EXPERTS=3'", "'EXPERTS=4'"))
+    status, _, err = run("--sweep", wider, "--only=mixture/*", "--rerun_changed")
+    assert status == 1 and states(folder)["mixture"] == "failed"
+
+
+# What is stopped half way leaves the half of what it makes.
+COPY = "test -e $0 || { mkdir $2; touch $2/half $0; sleep 60; }; cp -r $1 $2"
+COPIES = """ConfigDict(dict(
+    arms=dict(
+        a=dict(made=('cp', '-r', {run!r}, '{{run}}')),
+        b=dict(made=('sh', '-c', '{copy}', '{flag}', '{{a}}', '{{run}}'), evaluations=('step',)),
+        c=dict(made=('sh', '-c', 'echo error: no luck.; exit 3', '{{run}}')),
+        d=dict(made=('cp', '-r', '{{b}}', '{{c}}', '{{run}}')),
+    ),
+    evaluations=dict(step={step}),
+))"""
+
+
+def interrupt_when(path):
+    """Ctrl-C once a file is there."""
+
+    def wait():
+        until = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_command_that_is_stopped_begins_anew_and_one_that_fails_stops_what_is_made_of_it(
+    write, run, tmp_path
+):
+    flag, first = tmp_path / "flag", tmp_path / "first"
+    (first / "checkpoints" / "3").mkdir(parents=True)
+    for name in ("config.gin", "checkpoints/3/manifest.json"):
+        (first / name).write_text("A = 1")
+    path = write(COPIES.format(run=str(first), copy=COPY, flag=flag, step=STEP))
+    folder = SweepFolder(tmp_path / "out")
+    interrupt_when(flag)
+    status, out, _ = run("--sweep", path, "--only=b/*")
+    assert status == 75 and "b/seed0: stopped\n" in out, out
+    assert states(folder) == {"a": "done", "b": "stopped", "c": "waiting", "d": "waiting"}
+    half = folder.path / "runs/b/seed0/made/half"
+    assert half.exists()
+    status, out, _ = run("--sweep", path)
+    assert status == 1 and "c/seed0: failed: no luck." in out, out
+    assert states(folder) == {"a": "done", "b": "done", "c": "failed", "d": "blocked"}
+    assert (half.parent / "config.gin").exists() and not half.exists()
+    assert len(folder.attempts("a/seed0")) == 1 and len(folder.attempts("b/seed0")) == 2
+    status, out, _ = run("--status")
+    assert status == 0 and "2 of 4 runs done, 1 failed, 1 blocked" in out
+    (_, b) = sweep.read_results(folder.path)
+    assert b["evaluations"] == {"step": 3} and b["made_of"] == b["parents"] == ["a/seed0"]
 
 
 # ---- Commands.
