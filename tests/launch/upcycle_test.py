@@ -11,8 +11,9 @@ import pytest
 from launch import convert, import_weights
 from model.hf import families, load
 from model.hf.safetensors_files import SafetensorsWriter
-from model.surgery import upcycle
-from model.surgery.upcycle import Mixture, UpcycleError
+from model.surgery import experts, upcycle
+from model.surgery.experts import Mixture
+from model.surgery.upcycle import UpcycleError
 from trainers import step_dir
 from trainers.array_files import StoredArray
 from trainers.checkpoint import Checkpointer
@@ -113,7 +114,7 @@ def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_draw
     again = make(experts=folders, name="again")
     np.testing.assert_array_equal(stored(again, f"{BLOCK}/mlp/router/kernel"), routers[0])
     told = capsys.readouterr().out
-    assert f"expert 2  {folders[2]}" in told and "mean of 3\n" in told and "drawn\n" in told
+    assert f"  {folders[2]}\n" in told and "expert 2  " in told and "mean of 3\n" in told and "drawn\n" in told
     assert f"{BLOCK}/mlp/up/kernel" in told and "copied, one beside the other" in told
 
 
@@ -147,11 +148,12 @@ def test_copies_that_are_all_used_compute_what_the_dense_model_does(
 
 def test_heads_of_shared_keys_are_in_the_order_of_the_mixture():
     mixture = Mixture(experts=2, kv_heads=2, attention=True, shared_kv=True)
+    query, out = (experts.expert_axis(f"attention/{x}/kernel", mixture) for x in ("query", "out"))
     heads = [np.array([[f"{e}{k}{g}" for k in range(2) for g in range(3)]]) for e in "ab"]
     want = [f"{e}{k}{g}" for k in range(2) for e in "ab" for g in range(3)]
-    assert upcycle.joined(heads, -1, mixture)[0].tolist() == want
+    assert experts.joined(heads, query)[0].tolist() == want
     turned = [x.T for x in heads]
-    assert upcycle.joined(turned, -2, mixture)[:, 0].tolist() == want
+    assert experts.joined(turned, out)[:, 0].tolist() == want
 
 
 @pytest.mark.parametrize("method", ["btx", "bam"])
@@ -230,7 +232,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         return branch(tmp_path / name, trained_run, params, **meta)
 
     assert "one model is no mixture" in error(experts=folders[:1])
-    assert "are of --method=bam" in error("--shared_kv", experts=folders, method="btx")
+    assert "are of attention experts" in error("--shared_kv", experts=folders, method="btx")
     other_words = other("words", params[1], vocabulary="other")
     assert f"{other_words} was trained with another vocabulary" in error(
         experts=[folders[0], other_words]
