@@ -42,7 +42,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import domain_embeddings
-from data.domain_embeddings import Embeddings
 from launch import domain_records, source_models, upcycle_flags
 from launch.import_weights import new_directory
 from launch.load_run import RunConfig
@@ -61,7 +60,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """The command.
 
     Raises:
-      UpcycleError, ConvertError, DamagedCheckpointError, FileNotFoundError.
+      UpcycleError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
     router = _router(flags)
     attention = flags.method == "bam" or flags.attention_experts
@@ -78,7 +77,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     domains = domain_embeddings.read(flags.domains) if flags.domains else None
     vectors = None
     if domains is not None and router == "projection":
-        vectors = domain_records.vectors(domains, names, flags.domains)
+        vectors = domains.vectors(names)
     mixture = Mixture(
         experts=len(sources),
         kv_heads=dense.config.kv_heads,
@@ -106,7 +105,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     if domains is not None and vectors is not None:
         meta["domains"] = domain_records.record(domains, vectors)
     with new_directory(flags.to) as folder:
-        bindings = _bindings(flags, mixture, None if domains is None else _width(domains))
+        bindings = _bindings(flags, mixture, None if domains is None else domains.dim)
         source_models.write_config(folder, sources[0], bindings)
         target = source_models.parameters(folder, flags.gin_file)
         pieces = surgery.plan(
@@ -180,13 +179,7 @@ def _experts(flags: argparse.Namespace) -> list[tuple[str, SourceModel]]:
     return given
 
 
-def _width(domains: Embeddings) -> int:
-    return domains.vectors(domains.names[:1]).shape[-1]
-
-
-def _bindings(
-    flags: argparse.Namespace, mixture: Mixture, domain_dim: int | None
-) -> Sequence[str]:
+def _bindings(flags: argparse.Namespace, mixture: Mixture, domain_dim: int | None) -> Sequence[str]:
     """What makes the first model's configuration that of the mixture."""
     lines = ["# Of launch.upcycle.", "from model import mlp", "from model import moe"]
     lines += [

@@ -23,6 +23,11 @@ def default_files(flags: argparse.Namespace) -> Sequence[str]:
     return load_run.default_files(argparse.Namespace(**vars(flags), checkpoint=checkpoint))
 
 
+def mixture_files(flags: argparse.Namespace) -> Sequence[str]:
+    """The configuration of the mixture's run."""
+    return load_run.default_files(argparse.Namespace(**vars(flags), checkpoint=flags.moe))
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `launch.upcycle`."""
     models = parser.add_argument_group("models")

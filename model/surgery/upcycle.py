@@ -205,9 +205,7 @@ def table(pieces: Sequence[Piece], names: Sequence[tuple[str, str]]) -> list[str
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     just = (str.ljust, str.ljust, str.rjust, str.ljust)
     wide = max(len(name) for name, _ in names)
-    named = [
-        f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(names)
-    ]
+    named = [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(names)]
     return [line.rstrip() for line in named] + [
         "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows

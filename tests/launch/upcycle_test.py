@@ -114,7 +114,12 @@ def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_draw
     again = make(experts=folders, name="again")
     np.testing.assert_array_equal(stored(again, f"{BLOCK}/mlp/router/kernel"), routers[0])
     told = capsys.readouterr().out
-    assert f"  {folders[2]}\n" in told and "expert 2  " in told and "mean of 3\n" in told and "drawn\n" in told
+    assert (
+        f"  {folders[2]}\n" in told
+        and "expert 2  " in told
+        and "mean of 3\n" in told
+        and "drawn\n" in told
+    )
     assert f"{BLOCK}/mlp/up/kernel" in told and "copied, one beside the other" in told
 
 
