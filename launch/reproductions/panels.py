@@ -53,3 +53,19 @@ def line(
     )
     for seed in range(len(curves[0])):
         axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
+
+
+def legend_below(figure: Any, axes: Any, columns: int) -> None:
+    """The legend of some axes, below all of the figure's."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
+    )
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers of a logarithmic axis as people write them."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.MaxNLocator(6))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())
