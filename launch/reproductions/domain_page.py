@@ -67,10 +67,10 @@ def _budgets(results: DomainRuns) -> str:
     """Updates of the arms, those of one number together."""
     by_steps: dict[int, list[str]] = {}
     for row in results.rows:
-        arms = by_steps.setdefault(row["step"], []) if row["step"] else []
-        if (label := results.label(row["arm"])) not in arms:
-            arms.append(label)
-    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items())]
+        arms = by_steps.setdefault(row["step"], [])
+        if (name := f"`{row['arm']}`") not in arms:
+            arms.append(name)
+    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items()) if steps]
     return f"Updates: {'; '.join(said)}." if said else ""
 
 
@@ -92,7 +92,11 @@ def table(
       results: of a part.
       columns: further numbers of rows -> (their heading, what they are divided by).
     """
-    given = {"tokens": ("10⁶ tokens", 1e6), **(columns or {})}
+    given = {
+        "parameters": ("10³ parameters", 1e3),
+        "tokens": ("10⁶ tokens", 1e6),
+        **(columns or {}),
+    }
     heads = [*(heading for heading, _ in given.values()), MEAN, *results.domains]
     out = [f"## {title}", "", f"| arm | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for arm in dict.fromkeys(row["arm"] for row in results.rows):
@@ -100,11 +104,11 @@ def table(
         cells = []
         for key, (_, unit) in given.items():
             values = [row[key] / unit for row in rows if row.get(key)]
-            cells.append(f"{np.mean(values):.3g}" if values else "")
+            cells.append(f"{np.mean(values):.4g}" if values else "")
         for score in (MEAN, *map(on, results.domains)):
             values_N = results.values(arm, score)
             cells.append(results.mean(values_N, score) if values_N.size else "")
-        out.append(f"| {results.label(arm)} | {' | '.join(cells)} |")
+        out.append(f"| {results.label(arm)} (`{arm}`) | {' | '.join(cells)} |")
     return [*out, ""]
 
 
@@ -119,7 +123,7 @@ def kept(found: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
       found: as domain_runs.part returns it.
       more: further keys of rows.
     """
-    keys = ("run", "arm", "seed", "parents", "step", "tokens", "seconds", *more)
+    keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *more)
     rows = [
         {
             **{key: row.get(key) for key in keys},

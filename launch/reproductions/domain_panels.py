@@ -10,7 +10,9 @@ from launch.reproductions.domain_runs import MEAN, DomainRuns
 
 
 def excess_bars(results: DomainRuns, arms: Mapping[str, str], *, score: str = MEAN) -> Any:
-    """Losses of arms beside each other, over the entropy where it is known; with intervals, and dots for seeds.
+    """Losses of arms beside each other with intervals, and dots for seeds: bars over the entropy where it is known.
+
+    Where it is not, zero means nothing and there are no bars.
 
     Args:
       results: of a part.
@@ -26,11 +28,10 @@ def excess_bars(results: DomainRuns, arms: Mapping[str, str], *, score: str = ME
     floor = results.floor(score)
     figure, (axes,) = panels.panels(1, (1.6 + 0.55 * len(shown), 4.6))
     for i, (arm, values) in enumerate(shown.items()):
-        panels.bar(axes, i, values - (floor or 0.0), 0.85, arms[arm])
-    if floor is None:  # bars of whole losses hardly differ
-        every = np.concatenate(list(shown.values()))
-        spread = np.ptp(every) or 0.1
-        axes.set_ylim(max(0.0, every.min() - 0.35 * spread), every.max() + 0.15 * spread)
+        if floor is None:
+            panels.point(axes, i, values, 0.85, arms[arm])
+        else:
+            panels.bar(axes, i, values - floor, 0.85, arms[arm])
     labels = [results.label(arm) for arm in shown]
     axes.set_xticks(range(len(shown)), labels, rotation=40, ha="right", fontsize=8)
     over = "" if floor is None else " over the entropy"

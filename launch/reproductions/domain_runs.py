@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -139,7 +140,7 @@ def part(
     domains = sweep(paper).DOMAINS[name]
     rows = sweeps.rows(folder, paper, f"{name},{seeds}", workers=workers, minutes=minutes)
     return {
-        "rows": [with_curve(row, folder / row["directory"]) for row in rows],
+        "rows": [with_course(row, folder / row["directory"]) for row in rows],
         "domains": tuple(domains),
         "floors": entropy_floors(domains),
     }
@@ -150,8 +151,12 @@ def sweep(paper: str) -> Any:
     return importlib.import_module(f"launch.sweeps.{paper}")
 
 
-def with_curve(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """A row with 'curve', [(step, {task: loss})], as its run was evaluated; empty where it was made."""
+def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """A row with what its run's directory says of its course.
+
+    Adds 'curve', [(step, {task: loss})], as it was evaluated, and 'parameters'; empty and None where it was made
+    and not trained.
+    """
     from trainers.metric_writers import rows_in_force
 
     path = directory / "metrics.jsonl"
@@ -164,7 +169,9 @@ def with_curve(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any
         }
         if losses:
             curve.setdefault(line["step"], {}).update(losses)
-    return {**row, "curve": sorted(curve.items())}
+    about = directory / "run.json"
+    parameters = json.loads(about.read_text())["parameters"] if about.exists() else None
+    return {**row, "curve": sorted(curve.items()), "parameters": parameters}
 
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:

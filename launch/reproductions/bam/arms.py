@@ -35,6 +35,8 @@ class Runs(DomainRuns):
     """Rows of a part with the arms' names."""
 
     def label(self, arm: str) -> str:
+        if arm.startswith("spec_"):
+            return arm.replace("spec_", "specialist ", 1)
         base = arm.removesuffix("_cm")
         label = {**BTX, **BAM, **CONTROLS}.get(base) or base.replace("_", " ")
         return label if base == arm else f"{label} (equal compute)"
