@@ -35,9 +35,24 @@ def bar(
     axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
 ) -> None:
     """A bar with its interval over seeds, and a dot for each seed."""
+    value, error = _interval(values)
+    axes.bar(at, value, width * 0.92, yerr=error, capsize=2, color=colour, label=label)
+    _dots(axes, at, values, width)
+
+
+def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -> None:
+    """The same without the bar, where its foot would mean nothing."""
+    value, error = _interval(values)
+    axes.errorbar(at, value, yerr=error, capsize=4, color=colour, marker="s", ms=7, lw=2)
+    _dots(axes, at, values, width)
+
+
+def _interval(values: np.ndarray) -> tuple[float, list[list[float]]]:
     shown = intervals.over_seeds(values)
-    error = [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
-    axes.bar(at, shown["value"], width * 0.92, yerr=error, capsize=2, color=colour, label=label)
+    return shown["value"], [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
+
+
+def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:
     spread = np.linspace(-0.2, 0.2, len(values)) * width
     axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
 
@@ -53,3 +68,19 @@ def line(
     )
     for seed in range(len(curves[0])):
         axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
+
+
+def legend_below(figure: Any, axes: Any, columns: int) -> None:
+    """The legend of some axes, below all of the figure's."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
+    )
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers of a logarithmic axis as people write them."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.MaxNLocator(6))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())

@@ -12,8 +12,8 @@ import numpy as np
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
 from launch.reproductions.low_rank import image_claims, timing
-from launch.reproductions.low_rank.pairs import better
 from launch.reproductions.low_rank.results import Results
+from launch.reproductions.paired import better
 from launch.sweeps import low_rank_lm as lm
 
 WHERE = "characters"

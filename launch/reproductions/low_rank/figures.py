@@ -10,7 +10,18 @@ from launch.reproductions import intervals
 from launch.reproductions.low_rank import image_figures, timing
 from launch.reproductions.low_rank.results import Results
 from launch.reproductions.low_rank.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
-from launch.reproductions.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, line, panels
+from launch.reproductions.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    legend_below,
+    line,
+    panels,
+    plain_ticks,
+)
 from launch.sweeps import low_rank_lm as lm
 
 _INIT_STYLE = {
@@ -62,12 +73,6 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     return drawn
 
 
-def _legend_below(figure: Any, axes: Any, columns: int) -> None:
-    figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
-    )
-
-
 def _ranks(results: Results) -> Any:
     arms = [lm.arm(init, rank) for init in lm.INITS for rank in lm.RANKS]
     if not results.has("dense", *arms):
@@ -89,7 +94,7 @@ def _ranks(results: Results) -> Any:
     axes.set_xticks(ranks)
     axes.set_xlabel("rank, share of the smaller side")
     axes.set_ylabel("perplexity; band: 95 % over seeds")
-    _legend_below(figure, axes, 3)
+    legend_below(figure, axes, 3)
     return figure
 
 
@@ -125,7 +130,7 @@ def _spectra(results: Results) -> Any:
         one.set_xlabel("singular value, by size")
         one.set_ylim(0, 1.02)
     axes[0].set_ylabel("over the largest")
-    _legend_below(figure, axes[0], 4)
+    legend_below(figure, axes[0], 4)
     return figure
 
 
@@ -149,7 +154,7 @@ def _effective_rank(results: Results) -> Any:
         one.set_xlabel("updates")
         one.set_ylim(0, None)
     axes[0].set_ylabel("effective rank, mean over matrices")
-    _legend_below(figure, axes[0], 3)
+    legend_below(figure, axes[0], 3)
     return figure
 
 
@@ -199,20 +204,11 @@ def _warm_start(results: Results) -> Any:
         va="top",
     )
     axes.set_yscale("log")
-    _plain_ticks(axes)
+    plain_ticks(axes.yaxis)
     axes.set_xlabel("updates")
     axes.set_ylabel("perplexity, mean over seeds")
-    _legend_below(figure, axes, 2)
+    legend_below(figure, axes, 2)
     return figure
-
-
-def _plain_ticks(axes: Any) -> None:
-    """Numbers of a logarithmic axis as people write them."""
-    from matplotlib import ticker
-
-    axes.yaxis.set_major_locator(ticker.MaxNLocator(6))
-    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _sizes(results: Results, times: Mapping[str, Any]) -> Any:
@@ -250,5 +246,5 @@ def _sizes(results: Results, times: Mapping[str, Any]) -> Any:
     axes[0].set_ylabel("perplexity; bars: 95 % over seeds")
     if times:
         axes[1].set_xlabel("time of a step over dense's, measured in turns")
-    _legend_below(figure, axes[0], 3)
+    legend_below(figure, axes[0], 3)
     return figure

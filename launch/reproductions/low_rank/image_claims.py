@@ -5,8 +5,8 @@ Arms are those of launch/sweeps/low_rank_vision.py.
 
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
-from launch.reproductions.low_rank.pairs import arm_name, better
-from launch.reproductions.low_rank.results import Results
+from launch.reproductions.low_rank.results import Results, arm_name
+from launch.reproductions.paired import better
 from launch.sweeps import low_rank_vision as vision
 
 WHERE = "textures"

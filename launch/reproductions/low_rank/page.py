@@ -10,8 +10,7 @@ import numpy as np
 from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim
 from launch.reproductions.low_rank import claims, figures, image_claims, timing
-from launch.reproductions.low_rank.pairs import arm_name
-from launch.reproductions.low_rank.results import Results
+from launch.reproductions.low_rank.results import Results, arm_name
 from launch.sweeps import low_rank_lm as lm
 
 _COLUMNS = {

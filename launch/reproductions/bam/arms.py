@@ -1,0 +1,57 @@
+"""Names of the arms of launch/sweeps/bam.py, as they are compared and as a reader sees them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.reproductions.domain_runs import DomainRuns
+
+BTX = {
+    "btx": "BTX",
+    "btx5": "BTX, 5 experts",
+    "btx6": "BTX, 6 experts",
+    "btx6_top3": "BTX, 6 experts, top-3",
+}
+BAM = {
+    "bam": "BAM",
+    "bam_shared_kv": "BAM, shared KV",
+    "moa_top2": "top-2 attention",
+    "moa_top1": "top-1 attention",
+}
+CONTROLS = {
+    "bam_averaged": "BAM, averaged attentions",
+    "dense_continued": "dense, all tokens",
+    "soup": "soup of weights",
+    "soup_continued": "soup, trained on",
+}
+SEED = "seed"
+
+
+def matched(arm: str) -> str:
+    """The arm that makes fewer updates, so that it computes as much as BTX."""
+    return f"{arm}_cm"
+
+
+class Runs(DomainRuns):
+    """Rows of a part with the arms' names."""
+
+    def label(self, arm: str) -> str:
+        if arm.startswith("spec_"):
+            return arm.replace("spec_", "specialist ", 1)
+        base = arm.removesuffix("_cm")
+        label = {**BTX, **BAM, **CONTROLS}.get(base) or base.replace("_", " ")
+        return label if base == arm else f"{label} (equal compute)"
+
+
+def specialist(domain: str) -> str:
+    return f"spec_{domain}"
+
+
+def expected(domains: Sequence[str]) -> list[str]:
+    """All arms of a part but those that may be left out."""
+    arms = [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *map(matched, BAM)]
+    return [*arms, *(arm for arm in CONTROLS if arm != "soup_continued")]
+
+
+def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:
+    """Those parts that have rows."""
+    return {name: Runs.of(found[name]) for name in names if found.get(name, {}).get("rows")}

@@ -1,0 +1,73 @@
+"""The report: what holds and what does not, as a page that people read and as JSON."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.reproductions import claim, domain_page
+from launch.reproductions.bam import claims, figures
+from launch.reproductions.bam.arms import expected, parts
+from launch.reproductions.bam.experiment import PARTS
+from launch.reproductions.claim import Claim
+from launch.reproductions.domain_runs import PARTS as SWEPT
+
+_INTRODUCTION = [
+    "# BAM: the paper's claims on small models",
+    "",
+    "[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv",
+    "2408.08274](https://arxiv.org/abs/2408.08274).",
+]
+_ARMS = [
+    "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
+    "from it with 90 % of that domain and 10 % of the general one. All mixtures are made of the seed and the specialists "
+    "and train on a quarter of each domain. **BTX**: FFNs become experts (top-1), all else is averaged; *5 and 6 "
+    "experts*: with more copies of the seed's FFN, as many parameters as shared-KV BAM and BAM; *top-3*: as many active "
+    "ones too. **BAM**: attentions become experts as well, with keys and values of their own or one shared set, all of "
+    "them mixed for every token (soft); *top-1* and *top-2 attention*: the router chooses.",
+    "- *controls*: *averaged attentions*: BAM whose attention experts all begin as the averaged attention, so that it "
+    "has BAM's capacity and nothing of the specialists' attention; *dense, all tokens*: the seed trained on as many "
+    "tokens as all specialists and the mixture together; *soup*: the average of all weights of the seed and the specialists, "
+    "not trained.",
+    "- *equal compute*: such an arm makes fewer updates, so that its training takes as many FLOPs as BTX's by count of the "
+    "products of forward and backward pass; its learning rate falls over its own updates.",
+]
+_SHORT = [
+    "- *where it falls short*: the paper's models are of 590 million and 2 billion parameters, these are as the tables "
+    "below say; domains are generated or small; compute is counted, not measured; a seed has seen little, and its "
+    "specialists lie nearer to it than the paper's to theirs. Benchmarks are not run: at this size they say nothing.",
+]
+
+
+def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
+    """Writes bam.md, bam/results.json and the plots into `out`.
+
+    Args:
+      found: by `experiment.run`, as far as it is there.
+      out: the folder, such as docs/reproductions.
+      facts: command, versions and whatever else the numbers depend on.
+
+    Returns:
+      The claims.
+    """
+    folder = out / "bam"
+    drawn = figures.draw(found, folder)
+    judged = claims.claims(found)
+    runs = parts(found, SWEPT)
+    record = {
+        **facts,
+        "claims": claim.record(judged),
+        "parts": {name: domain_page.kept(found[name], ("flops",)) for name in runs},
+        "caches": found.get("caches"),
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = domain_page.head(_INTRODUCTION, judged, facts)
+    lines += domain_page.setup(runs, found, PARTS, expected)
+    lines += [*_ARMS, *_SHORT, ""]
+    lines += domain_page.pictures("bam", drawn)
+    lines += ["## Measurements", "", *claim.measurements(judged)]
+    for name, results in runs.items():
+        lines += domain_page.table(f"All arms, {name}", results, {"flops": ("10¹² FLOPs", 1e12)})
+    lines += domain_page.versions(facts)
+    (out / "bam.md").write_text("\n".join(lines) + "\n")
+    return judged

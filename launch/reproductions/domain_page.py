@@ -1,0 +1,140 @@
+"""Parts of a report on runs over several domains, as lines of a page and for its results.json."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import claim, intervals
+from launch.reproductions.claim import Claim
+from launch.reproductions.domain_runs import MEAN, DomainRuns, held_out, on
+
+
+def head(
+    introduction: Sequence[str], judged: Sequence[Claim], facts: Mapping[str, Any]
+) -> list[str]:
+    """The page down to how it was measured."""
+    return [
+        *introduction,
+        "This page and its plots are written by",
+        "",
+        "```",
+        str(facts["command"]),
+        "```",
+        "",
+        "and never by hand. Losses are of held-out text, in nats per token, means over seeds with 95 % intervals",
+        "(Student's t). Claims in bold must hold at this scale too; the others are reported as they come out.",
+        "",
+        intervals.BETTER,
+        "",
+        *claim.table(judged),
+        "",
+        "## How it was measured",
+        "",
+    ]
+
+
+def setup(
+    runs: Mapping[str, DomainRuns],
+    found: Mapping[str, Any],
+    parts: Sequence[str],
+    expected: Callable[[Sequence[str]], Sequence[str]],
+) -> list[str]:
+    """What was trained, and what is not there."""
+    out, missing = [], []
+    for name, results in runs.items():
+        seeds = sorted({row["seed"] for row in results.rows})
+        trained = [row for row in results.rows if row["step"]]
+        minutes = sum(row["seconds"] for row in results.rows) / 60
+        known = [results.floors.get(domain) for domain in results.domains]
+        domains = ", ".join(
+            f"{domain} ({floor:.3f})" if floor is not None else domain
+            for domain, floor in zip(results.domains, known, strict=True)
+        )
+        entropy = "; in brackets their entropy" if any(x is not None for x in known) else ""
+        out.append(
+            f"- *{name}*: domains {domains}{entropy}. {len(trained)} runs, seeds "
+            f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(results)}"
+        )
+        missing += [f"{name} {arm}" for arm in results.missing(expected(results.domains), seeds)]
+    missing += [f"all of the part `{part}`" for part in parts if not found.get(part)]
+    if missing:
+        out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
+    return out
+
+
+def _budgets(results: DomainRuns) -> str:
+    """Updates of the arms, those of one number together."""
+    by_steps: dict[int, list[str]] = {}
+    for row in results.rows:
+        arms = by_steps.setdefault(row["step"], [])
+        if (name := f"`{row['arm']}`") not in arms:
+            arms.append(name)
+    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items()) if steps]
+    return f"Updates: {'; '.join(said)}." if said else ""
+
+
+def pictures(folder: str, drawn: Mapping[str, str]) -> list[str]:
+    """The figures with their captions."""
+    out = []
+    for name, caption in drawn.items():
+        out += [f"![{caption}]({folder}/{name})", "", f"*{caption}.*", ""]
+    return out
+
+
+def table(
+    title: str, results: DomainRuns, columns: Mapping[str, tuple[str, float]] | None = None
+) -> list[str]:
+    """Losses of all arms by domain.
+
+    Args:
+      title: above it.
+      results: of a part.
+      columns: further numbers of rows -> (their heading, what they are divided by).
+    """
+    given = {
+        "parameters": ("10³ parameters", 1e3),
+        "tokens": ("10⁶ tokens", 1e6),
+        **(columns or {}),
+    }
+    heads = [*(heading for heading, _ in given.values()), MEAN, *results.domains]
+    out = [f"## {title}", "", f"| arm | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for arm in dict.fromkeys(row["arm"] for row in results.rows):
+        rows = list(results.find(arm).values())
+        cells = []
+        for key, (_, unit) in given.items():
+            values = [row[key] / unit for row in rows if row.get(key)]
+            cells.append(f"{np.mean(values):.4g}" if values else "")
+        for score in (MEAN, *map(on, results.domains)):
+            values_N = results.values(arm, score)
+            cells.append(results.mean(values_N, score) if values_N.size else "")
+        out.append(f"| {results.label(arm)} (`{arm}`) | {' | '.join(cells)} |")
+    return [*out, ""]
+
+
+def versions(facts: Mapping[str, Any]) -> list[str]:
+    return ["Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + "."]
+
+
+def kept(found: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
+    """Of a part, what the page is made of, for whoever wants to count again.
+
+    Args:
+      found: as domain_runs.part returns it.
+      more: further keys of rows.
+    """
+    keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *more)
+    rows = [
+        {
+            **{key: row.get(key) for key in keys},
+            "loss": held_out(row),
+            "curve": row["curve"],
+            "evaluations": {
+                name: value
+                for name, value in row.get("evaluations", {}).items()
+                if name != "held_out"
+            },
+        }
+        for row in found["rows"]
+    ]
+    return {"domains": list(found["domains"]), "floors": dict(found["floors"]), "runs": rows}

@@ -1,0 +1,182 @@
+"""Runs that are evaluated on several domains: losses of groups of domains, at the end and over training."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import paired, sweeps
+from launch.reproductions.claim import Evidence
+
+MEAN = "mean loss"
+PARTS = ("synthetic", "real")
+_LOSS = "/loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainRuns(paired.Results):
+    """Rows of a part, as `part` returns them.
+
+    Attributes:
+      domains: names of all tasks, the general one first.
+      groups: score -> the domains over which losses, in nats per token, are averaged for it.
+      floors: entropy of a domain in nats per token, where it is known.
+    """
+
+    domains: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any], **groups: Sequence[str]) -> "DomainRuns":
+        """Of what `part` returns.
+
+        Args:
+          found: the part; empty for one that is not there.
+          **groups: beside MEAN, all domains, and `on` and `off` of each domain.
+        """
+        domains = tuple(found.get("domains", ()))
+        known: dict[str, Sequence[str]] = {MEAN: domains}
+        for domain in domains:
+            known[on(domain)] = (domain,)
+            known[off(domain)] = tuple(other for other in domains if other != domain)
+        named = {f"{name.replace('_', '-')} loss": chosen for name, chosen in groups.items()}
+        return cls(found.get("rows", ()), domains, {**known, **named}, found.get("floors", {}))
+
+    def score(self, row: Mapping[str, Any], name: str) -> float | None:
+        losses = held_out(row)
+        wanted = self.groups[name]
+        if not wanted or any(task not in losses for task in wanted):
+            return None
+        return float(np.mean([losses[task] for task in wanted]))
+
+    def digits(self, name: str) -> int:
+        return 3
+
+    def floor(self, name: str) -> float | None:
+        """The mean entropy of a group of domains, None where one of them is not known."""
+        found = [self.floors.get(task) for task in self.groups[name]]
+        known = [floor for floor in found if floor is not None]
+        return float(np.mean(known)) if found and len(known) == len(found) else None
+
+    def at(self, step: int) -> "DomainRuns":
+        """The same runs as they were evaluated at a step; those that were not are left out.
+
+        Before its first update a run is what it starts from, which an arm `<arm>_start` may say.
+        """
+        rows = []
+        for row in self.rows:
+            losses = dict(row["curve"]).get(step)
+            if losses is None and step == 0:
+                start = self.find(f"{row['arm']}_start").get(row["seed"])
+                losses = held_out(start) if start else None
+            if losses:
+                named = {task: {"loss": loss} for task, loss in losses.items()}
+                rows.append({**row, "held_out": named, "step": step})
+        return dataclasses.replace(self, rows=rows)
+
+    def steps(self, *arms: str) -> list[int]:
+        """At which all runs of these arms were evaluated, the start included where it is known."""
+        rows = [row for arm in arms for row in self.find(arm).values()]
+        if not rows:
+            return []
+        found = set.intersection(*({step for step, _ in row["curve"]} for row in rows))
+        if 0 not in found and all(self.at(0).find(row["arm"]).get(row["seed"]) for row in rows):
+            found.add(0)
+        return sorted(found)
+
+    def evaluation(self, arm: str, name: str) -> list[Any]:
+        """What an evaluation of an arm found, of the seeds that have it."""
+        rows = self.find(arm).values()
+        return [row["evaluations"][name] for row in rows if row.get("evaluations", {}).get(name)]
+
+
+def on(domain: str) -> str:
+    """The score of a domain alone."""
+    return f"loss on {domain}"
+
+
+def off(domain: str) -> str:
+    """The score of all domains but one."""
+    return f"mean loss off {domain}"
+
+
+def lower(
+    results: DomainRuns, where: str, one: str, other: str, score: str = MEAN, **options: bool
+) -> list[Evidence]:
+    """Whether an arm has the lower loss: `paired.better`."""
+    return paired.better(results, where, score, one, other, lower=True, **options)
+
+
+def held_out(row: Mapping[str, Any]) -> dict[str, float]:
+    """Loss by task of a row's last evaluation, or of its evaluation 'held_out' (launch.evaluate) if it was made."""
+    found = row.get("held_out") or {}
+    if not found:
+        found = (row.get("evaluations") or {}).get("held_out", {}).get("tasks", {})
+    return {task: float(values["loss"]) for task, values in found.items() if "loss" in values}
+
+
+def part(
+    paper: str,
+    name: str,
+    folder: pathlib.Path,
+    seeds: int,
+    *,
+    workers: int = 1,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """{"rows", "domains", "floors"} of a part of a paper's sweep, which goes on where it stopped.
+
+    The sweep's file is launch/sweeps/<paper>.py; it is given 'PART,SEEDS' and has DOMAINS, by part, the general one
+    first.
+
+    Raises:
+      ValueError, sweeps.StoppedError: see `sweeps.rows`.
+    """
+    domains = sweep(paper).DOMAINS[name]
+    rows = sweeps.rows(folder, paper, f"{name},{seeds}", workers=workers, minutes=minutes)
+    return {
+        "rows": [with_course(row, folder / row["directory"]) for row in rows],
+        "domains": tuple(domains),
+        "floors": entropy_floors(domains),
+    }
+
+
+def sweep(paper: str) -> Any:
+    """The module of a paper's sweep."""
+    return importlib.import_module(f"launch.sweeps.{paper}")
+
+
+def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """A row with what its run's directory says of its course.
+
+    Adds 'curve', [(step, {task: loss})], as it was evaluated, and 'parameters'; empty and None where it was made
+    and not trained.
+    """
+    from trainers.metric_writers import rows_in_force
+
+    path = directory / "metrics.jsonl"
+    curve: dict[int, dict[str, float]] = {}
+    for line in rows_in_force(str(path)) if path.exists() else ():
+        losses = {
+            key.removeprefix("eval/").removesuffix(_LOSS): value
+            for key, value in line.items()
+            if key.startswith("eval/") and key.endswith(_LOSS)
+        }
+        if losses:
+            curve.setdefault(line["step"], {}).update(losses)
+    about = directory / "run.json"
+    parameters = json.loads(about.read_text())["parameters"] if about.exists() else None
+    return {**row, "curve": sorted(curve.items()), "parameters": parameters}
+
+
+def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
+    """Of those domains that are generated (data/lag_domains.py)."""
+    from data import lag_domains
+
+    known = [domain for domain in domains if domain in lag_domains.DOMAINS]
+    return {name: lag_domains.entropy_floor(lag_domains.DOMAINS[name]) for name in known}
