@@ -35,6 +35,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import random
 import sys
@@ -70,7 +71,11 @@ def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embe
     Raises:
       EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
     """
-    path = flags.extend or flags.output
+    path = flags.output or flags.extend
+    if not path:
+        raise EmbeddingsError(
+            "give --output=FILE for a new file, or --extend=FILE for one that is there"
+        )
     row_files.check_output(path)
     if flags.output and os.path.exists(path):
         raise EmbeddingsError(
@@ -101,7 +106,7 @@ def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embe
                 raise EmbeddingsError(f"domain {name!r}: {error}") from None
             raws[name] = Raw(raw_M, len(texts[name]), domains[name] or None)
         if old:
-            found = domain_embeddings.extend(old, raws)
+            found = dataclasses.replace(domain_embeddings.extend(old, raws), path=path)
         else:
             found = domain_embeddings.create(path, encoder.settings, raws, centred=encoder.centred)
     domain_embeddings.write(found)

@@ -26,9 +26,12 @@ Of documents --documents and --tokens are read, drawn by --seed; controls read n
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the flags in groups. Settings of encoders have no default here: an extended file has its own."""
     files = parser.add_argument_group("domains")
-    to = files.add_mutually_exclusive_group(required=True)
-    to.add_argument("--output", metavar="FILE", help="a new file of embeddings, JSON")
-    to.add_argument("--extend", metavar="FILE", help="a file of embeddings to add domains to")
+    files.add_argument("--output", metavar="FILE", help="a new file of embeddings, JSON")
+    files.add_argument(
+        "--extend",
+        metavar="FILE",
+        help="a file of embeddings to add domains to, in place or as another file with --output",
+    )
     files.add_argument(
         "--domain",
         action="append",

@@ -10,6 +10,7 @@ Examples, of a seed's run and runs that started from it:
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
 With nexus (arXiv 2408.15901) the seed is no expert and in no average: its FFNs are used by every token, and a
 projection of embeddings of the experts' data (launch.embed_domains) routes; launch.extend adds experts later.
+With soup all is averaged, and a dense model comes of it: what mixtures are compared with.
 The table that is printed says of every parameter whether it was copied, averaged or drawn. What is written is a run
 directory that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH, with methods/btx.gin,
 bam.gin, or nexus.gin (nexus_linear.gin, nexus_mlp.gin, nexus_bam.gin) after the dense run's files. Arrays are read and
@@ -81,7 +82,9 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     mixture = Mixture(
         experts=len(sources),
         kv_heads=dense.config.kv_heads,
+        ffn=flags.method != "soup",
         attention=attention,
+        average_attention=flags.average_attention,
         shared_kv=flags.shared_kv,
         router=router,
         domains=vectors,
@@ -135,13 +138,19 @@ def _router(flags: argparse.Namespace) -> Any:
     if nexus and not flags.seed_model:
         raise UpcycleError("--method=nexus needs --seed_model=DIR, whose FFNs all tokens share.")
     attention = flags.method == "bam" or flags.attention_experts
-    if not attention and (flags.shared_kv or flags.attention_top_k is not None):
+    if not attention and (
+        flags.shared_kv or flags.average_attention or flags.attention_top_k is not None
+    ):
         raise UpcycleError(
-            "--shared_kv and --attention_top_k are of attention experts: --method=bam, or nexus with "
-            "--attention_experts."
+            "--shared_kv, --average_attention and --attention_top_k are of attention experts: --method=bam, or "
+            "nexus with --attention_experts."
         )
     if not 0 <= flags.drop_ratio <= 1 or flags.expert_scale <= 0:
         raise UpcycleError("--drop_ratio lies between 0 and 1, and --expert_scale is positive.")
+    if flags.method == "soup" and (
+        flags.top_k != 1 or flags.renormalise or flags.drop_ratio or flags.expert_scale != 1
+    ):
+        raise UpcycleError("--method=soup has no experts: leave out what is of them.")
     if not nexus:
         return "linear"
     router = flags.router or "projection"
@@ -181,6 +190,8 @@ def _experts(flags: argparse.Namespace) -> list[tuple[str, SourceModel]]:
 
 def _bindings(flags: argparse.Namespace, mixture: Mixture, domain_dim: int | None) -> Sequence[str]:
     """What makes the first model's configuration that of the mixture."""
+    if not mixture.ffn:
+        return ["# Of launch.upcycle: a mean of models."]
     lines = ["# Of launch.upcycle.", "from model import mlp", "from model import moe"]
     lines += [
         "from model import transformer",

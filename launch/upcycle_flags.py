@@ -7,7 +7,7 @@ from typing import Any
 
 from launch import load_run
 
-METHODS = ("btx", "bam", "nexus")
+METHODS = ("btx", "bam", "nexus", "soup")
 ROUTERS = ("projection", "linear", "mlp")
 
 
@@ -59,6 +59,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="K",
         help="of attention experts: those a token mixes (all)",
+    )
+    mixture.add_argument(
+        "--average_attention",
+        action="store_true",
+        help="each attention expert is the mean of all: a control, of parameters without specialisation",
     )
     mixture.add_argument(
         "--router_std", type=float, default=0.02, metavar="S", help="of linear routers' draw (0.02)"

@@ -82,6 +82,19 @@ class SweepFolder:
         """A run's last step itself: of a run's directory a damaged one would be passed over.
 
         Raises:
+          SweepFolderError: the run is not there yet, or holds no checkpoint.
+        """
+        found = self.final_outcome(planned)
+        if found["checkpoint"] is None:
+            raise SweepFolderError(
+                f"{planned.name} is no parent: its command made no checkpoint in {self.model_dir(planned.run)}."
+            )
+        return self.path / found["checkpoint"]
+
+    def final_outcome(self, planned: Planned) -> dict[str, Any]:
+        """What a run has come to.
+
+        Raises:
           SweepFolderError: the run is not there yet.
         """
         found = self.outcome(planned)
@@ -89,7 +102,7 @@ class SweepFolder:
             raise SweepFolderError(
                 f"{planned.name} has not been trained yet: run the sweep, not a run."
             )
-        return self.path / found["checkpoint"]
+        return found
 
     def log(self, name: str) -> pathlib.Path:
         return self.directory(name) / "log.txt"

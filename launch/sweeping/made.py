@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.jobs import worker
-from launch.load_run import CONFIG
 from launch.sweeping import words
 from launch.sweeping.file import Run
 from launch.sweeping.folder import Planned, SweepFolder
@@ -37,31 +36,33 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
 
     Raises:
       SweepFolderError: what it is made of is not there, or another process makes it.
-      MadeError: what was made is no run directory.
+      MadeError: nothing was made.
       SystemExit: the command failed; the last error of the log is its own.
     """
     from trainers import step_dir
 
     for name in entry.run.above:
-        folder.final_checkpoint(plan[name])
+        folder.final_outcome(plan[name])
     target = folder.model_dir(entry.run)
     given = command(folder, entry.run, {name: planned.run for name, planned in plan.items()})
     with contextlib.closing(folder.lock_run(entry.name)):
-        shutil.rmtree(target, ignore_errors=True)  # the half of an earlier attempt
+        # The half of an earlier attempt.
+        if target.is_file():
+            target.unlink()
+        shutil.rmtree(target, ignore_errors=True)
         print(shlex.join(given), flush=True)
         if (status := worker.run(given)) != 0:
             raise SystemExit(status)
-    steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
-    if not steps or not (target / CONFIG).exists():
+    if not target.exists():
         raise MadeError(
-            f"{entry.name}: its command ended well, but {target} has no {CONFIG} with "
-            f"{step_dir.CHECKPOINTS}/<step>: let it make a run directory, as launch.upcycle does."
+            f"{entry.name}: its command ended well, but there is no {target}: let it make what {{run}} names."
         )
-    step = max(steps)
-    checkpoint = target / step_dir.CHECKPOINTS / steps[step].name
+    # What holds no checkpoint, such as a file of embeddings, is for the commands of other made runs.
+    steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
+    checkpoint = target / step_dir.CHECKPOINTS / steps[max(steps)].name if steps else None
     return {
-        "step": step,
-        "checkpoint": str(checkpoint.relative_to(folder.path)),
+        "step": max(steps, default=0),
+        "checkpoint": str(checkpoint.relative_to(folder.path)) if checkpoint else None,
         "held_out": {},
         "tokens": 0,
         "epochs": {},

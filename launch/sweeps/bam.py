@@ -27,7 +27,7 @@ MIXTURES = {
     "moa_top2": (("--method=bam", "--attention_top_k=2"), "bam", ("ATTENTION_TOP_K=2",)),
     "bam_averaged": (("--method=bam", "--average_attention"), "bam", ()),
 }
-MATCHED = ("bam", "bam_shared_kv", "moa_top1", "moa_top2", "bam_averaged", "btx6_top3")
+MATCHED = ()
 
 
 def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:

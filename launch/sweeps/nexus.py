@@ -63,14 +63,11 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             ("--seed={SEED}",) if encoder != "one_hot" else ()
         )
         sources = [f"--domain={domain}=task:{domain}" for domain in domains]
-        output = "--output={run}/domains.json"
-        arms[f"{encoder}_domains"] = _made(*embed, *settings, *sources, output)
-        arms[f"{encoder}_extended"] = _made(
-            *embed,
-            f"--extend={{{encoder}_domains}}/domains.json",
-            f"--domain={new}=task:{new}",
-            output,
-        )
+        arms[f"{encoder}_domains"] = _made(*embed, *settings, *sources, "--output={run}")
+        if encoder != "one_hot":
+            old = f"--extend={{{encoder}_domains}}"
+            added = f"--domain={new}=task:{new}"
+            arms[f"{encoder}_extended"] = _made(*embed, old, added, "--output={run}")
     arms["merged"] = _made(
         *_upcycle("--method=soup"), f"{general}={{seed}}", *experts, "--to={run}", measured=True
     )
@@ -79,7 +76,7 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     for arm, (encoder, router) in MIXTURES.items():
         given = [f"--router={router}", "--seed_model={seed}"]
         if router != "linear":
-            given.append(f"--domains={{{encoder}_domains}}/domains.json")
+            given.append(f"--domains={{{encoder}_domains}}")
         arms[f"{arm}_start"] = _made(
             *_upcycle("--method=nexus", *given), *experts, "--to={run}", measured=True, routed=True
         )
@@ -92,7 +89,7 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         encoder, router = MIXTURES[mixture]
         given = [f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags]
         if router != "linear":
-            given.append(f"--domains={{{encoder}_extended}}/domains.json")
+            given.append(f"--domains={{{encoder}_extended}}")
         command = ("{python}", "-m", "launch.extend", "--router_seed={SEED}", *given)
         arms[f"{arm}_start"] = _made(*command, "--to={run}", measured=True, routed=True)
         arms[arm] = _mixture(

@@ -25,7 +25,10 @@ class Mixture:
     Attributes:
       experts: E, of FFNs and of attention alike, without the shared one.
       kv_heads: K of one expert.
+      ffn: whether FFNs are experts; if they are not, nothing is, and the mixture is a dense model of means.
       attention: whether attentions are experts too.
+      average_attention: whether each attention expert is the mean of all: as many parameters as with experts of
+        their own, and nothing that tells them apart.
       shared_kv: whether they share keys and values, the mean of all.
       router: what routes: model/linear.py, model/domain_router.py or model/mlp_router.py.
       domains: embeddings [E, M] of the experts' data, of a projection.
@@ -40,7 +43,9 @@ class Mixture:
 
     experts: int
     kv_heads: int
+    ffn: bool = True
     attention: bool = False
+    average_attention: bool = False
     shared_kv: bool = False
     router: Literal["linear", "projection", "mlp"] = "linear"
     domains: np.ndarray | None = None
@@ -68,7 +73,7 @@ class ExpertAxis:
 def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
     """The axis of a parameter of the mixture; None for what experts share."""
     if re.fullmatch(FFN, path):
-        return ExpertAxis(-3)
+        return ExpertAxis(-3) if mixture.ffn else None
     if match := re.fullmatch(ROUTER, path):
         kind = match[3]
         if kind == "domains":

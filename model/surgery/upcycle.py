@@ -125,6 +125,8 @@ def _side_by_side(
     def make(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
         if where.axis == -3:
             parts = [experts.routed(x, path, mixture, j, layer) for j, x in enumerate(parts)]
+        elif mixture.average_attention:
+            parts = [experts.mean(parts)] * len(parts)
         return experts.joined(parts, where)
 
     if where.axis == -3:
@@ -133,7 +135,10 @@ def _side_by_side(
         wider = list(dense)
         wider[where.axis] *= mixture.experts
         shape = tuple(wider)
-    return Piece(path, shape, f"copied, one beside the other{changes(path, mixture)}", reads, make)
+    said = "copied, one beside the other" + changes(path, mixture)
+    if mixture.average_attention and where.axis != -3:
+        said = f"mean of {len(reads)}, as often"
+    return Piece(path, shape, said, reads, make)
 
 
 def changes(path: str, mixture: Mixture) -> str:
