@@ -48,7 +48,7 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
     def train(arm: str, file: str, shares: dict, *bindings: str, method: str = "", **parent: str):
         methods = (f"{METHODS}{method}.gin",) if method else ()
         arms[f"{arm}_{size}"] = {
-            "gin_files": (f"{FULL}{file}.gin", *methods, *sized),
+            "gin_files": (f"{FULL}{file}.gin", *sized, *methods),
             "bindings": (f"SHARES={shares!r}", *bindings),
             **{key: f"{value}_{size}" for key, value in parent.items()},
         }
