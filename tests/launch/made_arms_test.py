@@ -124,7 +124,7 @@ def test_sizes_that_are_lacking_are_named(write):
         sweep_file.read(write(text))
 
 
-def test_a_digest_is_of_the_command_and_of_all_that_is_below_it(write, tmp_path):
+def test_a_digest_is_of_the_command_and_of_all_above_it(write, tmp_path):
     folder = SweepFolder(tmp_path / "out")
 
     def digests(change=lambda text: text):
@@ -329,10 +329,11 @@ def interrupt_when(path):
     """Ctrl-C once a file is there."""
 
     def wait():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not path.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        if path.exists():
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
 
