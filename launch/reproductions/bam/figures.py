@@ -50,11 +50,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
         _caches(found.get("caches", {})),
         f"Bytes of keys and values of {caches.LENGTH} tokens against the number of attention experts",
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
-    for name in drawn:
-        figures[name][0].savefig(folder / name, dpi=130)
-    return drawn
+    return panels.save(figures, folder)
 
 
 def _bars(results: Runs) -> dict[str, str]:

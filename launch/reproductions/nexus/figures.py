@@ -67,11 +67,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
                 f"Mean loss over the old {name} domains after upcycling; dots are seeds",
             ),
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
-    for name in drawn:
-        figures[name][0].savefig(folder / name, dpi=130)
-    return drawn
+    return panels.save(figures, folder)
 
 
 def _bars(results: Runs) -> dict[str, str]:
@@ -191,8 +187,9 @@ def _balance(results: Runs) -> Any:
     if not drawn:
         return None
     axes.set_xscale("log")
+    axes.minorticks_off()
     axes.set_xticks(list(BALANCE.values()), [f"{weight:g}" for weight in BALANCE.values()])
     axes.set_xlabel("weight of the balance loss")
-    axes.set_ylabel(f"{OLD}, nats per token; bars: 95 % over seeds")
+    axes.set_ylabel(f"{OLD}; bars: 95 % over seeds")
     axes.legend(frameon=False)
     return figure

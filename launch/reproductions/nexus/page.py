@@ -1,22 +1,15 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.reproductions import claim, domain_page
 from launch.reproductions.claim import Claim
+from launch.reproductions.domain_page import Report
 from launch.reproductions.domain_runs import PARTS
 from launch.reproductions.nexus import claims, figures
 from launch.reproductions.nexus.arms import expected, parts
 
-_INTRODUCTION = [
-    "# Nexus: the paper's claims on small models",
-    "",
-    "[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv",
-    "2408.15901](https://arxiv.org/abs/2408.15901).",
-]
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain, and an **expert** of each other domain goes on "
     "from it. The mixtures have the seed's FFN for every token and beside it, for each token, one of the experts' FFNs "
@@ -38,6 +31,17 @@ _SHORT = [
 ]
 
 
+_REPORT = Report(
+    paper="nexus",
+    title="Nexus: the paper's claims on small models",
+    source="[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv "
+    "2408.15901](https://arxiv.org/abs/2408.15901)",
+    text=[*_ARMS, *_SHORT],
+    parts=PARTS,
+    expected=expected,
+)
+
+
 def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
     """Writes nexus.md, nexus/results.json and the plots into `out`.
 
@@ -49,23 +53,8 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
     Returns:
       The claims.
     """
-    folder = out / "nexus"
-    drawn = figures.draw(found, folder)
+    drawn = figures.draw(found, out / "nexus")
     judged = claims.claims(found)
     runs = parts(found, PARTS)
-    record = {
-        **facts,
-        "claims": claim.record(judged),
-        "parts": {name: domain_page.kept(found[name]) for name in runs},
-    }
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = domain_page.head(_INTRODUCTION, judged, facts)
-    lines += domain_page.setup(runs, found, PARTS, expected)
-    lines += [*_ARMS, *_SHORT, ""]
-    lines += domain_page.pictures("nexus", drawn)
-    lines += ["## Measurements", "", *claim.measurements(judged)]
-    for name, results in runs.items():
-        lines += domain_page.table(f"All arms, {name}", results)
-    lines += domain_page.versions(facts)
-    (out / "nexus.md").write_text("\n".join(lines) + "\n")
+    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
     return judged

@@ -13,6 +13,7 @@ from launch.reproductions.nexus.arms import Runs, start
 
 ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
 _EXTENDED = "ext_nexus"
+_LEAST = 4  # experts: an order of the three pairs of three comes about by chance
 
 
 def claims(judge: Callable[..., list[Evidence]]) -> list[Claim]:
@@ -121,7 +122,7 @@ def _pairs_of(cosines_NEE: np.ndarray) -> np.ndarray:
 def _similar(results: Runs, where: str) -> list[Evidence]:
     from scipy import stats
 
-    if (found := results.cosines("nexus")) is None or len(found[0]) < 3:
+    if (found := results.cosines("nexus")) is None or len(found[0]) < _LEAST:
         return []
     vectors_NP, projected_NP = map(_pairs_of, found[1:])
     rhos_N = [
