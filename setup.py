@@ -59,6 +59,9 @@ EVAL = [
 # Sets of images beside those that are generated or of TFDS.
 VISION = ["scikit-learn>=1.5"]
 
+# A model that embeds domains of data, in the place of n-grams or a run's own states.
+SENTENCES = ["sentence-transformers>=3"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
@@ -66,6 +69,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "eval": EVAL,
     "vision": VISION,
+    "sentences": SENTENCES,
     "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",

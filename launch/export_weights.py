@@ -97,7 +97,7 @@ def _export(
     main = max(
         set(dtypes.values()), key=lambda x: sum(sizes[hf] for hf in shapes if dtypes[hf] == x)
     )
-    if missing := run_vocabulary.export_files(_run_folder(step), folder):
+    if missing := run_vocabulary.export_files(step_dir.run_folder(step), folder):
         print(f"note: {missing}.", file=sys.stderr)
     config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
     generation = _generation(folder, config, source)
@@ -153,12 +153,6 @@ def _generation(
     known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
     return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}
-
-
-def _run_folder(step: Any) -> pathlib.Path:
-    """The directory of the run that a step is of."""
-    folder = pathlib.Path(step).parent
-    return folder.parent if folder.name == step_dir.CHECKPOINTS else folder
 
 
 def _write_json(folder: str, name: str, value: Any) -> None:

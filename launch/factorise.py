@@ -175,7 +175,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
                 f"lowrank.Factorisation.ranks = {tuple((re.escape(x.path), x.rank) for x in found)!r}",
             ]
         _save(to, params, loaded.meta)
-        folder = _folder(flags.checkpoint)
+        folder = step_dir.run_folder(flags.checkpoint)
         run_vocabulary.copy(folder, to)
         text = pathlib.Path(folder, CONFIG).read_text(encoding="utf-8")
         pathlib.Path(to, CONFIG).write_text("\n".join([text, *bindings, ""]), encoding="utf-8")
@@ -263,9 +263,3 @@ def _bindings(*, dense: bool) -> list[str]:
         for name in ("LowRankDense", "LowRankExpertDense"):
             lines.append(f"lowrank.{name}.factorisation = @lowrank.Factorisation()")
     return lines
-
-
-def _folder(checkpoint: str) -> pathlib.Path:
-    """The directory of the run that a checkpoint is of."""
-    folder = pathlib.Path(step_dir.resolve(checkpoint)).parent
-    return folder.parent if folder.name == step_dir.CHECKPOINTS else folder

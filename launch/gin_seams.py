@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
+_ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
 _CONVOLUTION = ("features", "side", "stride", "dtype", "param_dtype", "name")
 _TABLE = ("features", "dtype", "param_dtype")
@@ -24,15 +25,17 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "stream": ("positions",),
     },
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
+    "model.domain_router.DomainRouter": {"dense": _POINTWISE},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},
+    "model.mlp_router.MlpRouter": {"dense": _POINTWISE},
     "model.moa.MixtureOfAttention": {
         "dense": _PROJECTION,
         "qk_norm": ("name",),
-        "router": _PROJECTION,
+        "router": _ROUTER,
     },
     "model.moe.MoeMlp": {
-        "dense": _PROJECTION,
+        "router": _ROUTER,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
         "shared": ("config", "name"),
     },

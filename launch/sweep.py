@@ -159,11 +159,11 @@ def _check_budgets(flags: argparse.Namespace, runs: "Sequence[Run]") -> None:
 
 
 def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple[Planned, ...]":
-    """The runs that a pattern matches, and those they start from."""
+    """The runs that a pattern matches, and all they start from or are made of."""
     if not patterns:
         return tuple(plan)
     names = [planned.name for planned in plan]
-    chosen: set[str | None] = set()
+    chosen: set[str] = set()
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
@@ -171,9 +171,9 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
             hint = f" Nearest: {near[0]}." if near else f" They are called as {names[0]}."
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
         chosen.update(matched)
-    for planned in reversed(plan):  # parents stand before those that start from them
+    for planned in reversed(plan):  # each stands after those above it
         if planned.name in chosen:
-            chosen.add(planned.run.parent)
+            chosen.update(planned.run.above)
     return tuple(planned for planned in plan if planned.name in chosen)
 
 
@@ -182,11 +182,13 @@ def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
     until = time.monotonic() + _SAVING_SECONDS
     for planned in wanted:
         if folder.in_use(planned.name):
-            print(f"{planned.name} is still being trained by another process; waiting.", flush=True)
+            print(
+                f"{planned.name} is still being worked on by another process; waiting.", flush=True
+            )
         while folder.in_use(planned.name):
             if time.monotonic() > until:
                 raise ValueError(
-                    f"{folder.directory(planned.name)} is in use: another process trains there. Stop it, "
+                    f"{folder.directory(planned.name)} is in use: another process works there. Stop it, "
                     "or leave the run out (--only)."
                 )
             time.sleep(0.5)
@@ -216,19 +218,25 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     """What would be run, and the command that each arm stands for."""
     from rich.console import Console
 
-    from launch.sweeping import check, driver, screen
+    from launch.sweeping import check, driver, made, screen
 
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]
     Console().print(screen.table(folder.path.name, runs))
+    by_name = {planned.name: planned.run for planned in plan}
     kinds = {planned.run.kind: planned for planned in reversed(wanted)}
     for planned in reversed(kinds.values()):
+        run = planned.run
+        if run.made:
+            print(f"\n{run.name}: made\n  {shlex.join(made.command(folder, run, by_name))}")
+            continue
+        start = folder.model_dir(by_name[run.parent]) if run.parent else None
         words = [
-            *(f"--gin_file={name}" for name in planned.run.gin_files),
-            *(f"--gin.{binding}" for binding in check.bindings_of(planned.run, folder)),
+            *(f"--gin_file={name}" for name in run.gin_files),
+            *(f"--gin.{binding}" for binding in check.bindings_of(run, folder, start)),
         ]
         steps = (planned.total_steps or 0) - (planned.first_step or 0)
-        print(f"\n{planned.name}: {f'{steps:,}' if steps > 0 else 'as its data need'} steps")
+        print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'as its data need'} steps")
         print(f"  python -m launch.train {shlex.join(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:

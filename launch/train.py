@@ -307,10 +307,15 @@ def _text_meta(data: Stream) -> dict[str, Any]:
 
 
 def _origin(start: restore.Restored) -> dict[str, Any]:
-    """What an imported model's files said that its parameters do not, for export after training."""
+    """What is known of the start that its parameters do not say.
+
+    Of an imported model what its files said, for export after training; of a mixture what it was made of,
+    for its extension.
+    """
     said = start.meta.get("hf", {})
     kept = {key: said[key] for key in ("family", "config", "generation_config") if key in said}
-    return {"hf": kept} if kept else {}
+    made = {"upcycled": start.meta["upcycled"]} if "upcycled" in start.meta else {}
+    return {**({"hf": kept} if kept else {}), **made}
 
 
 def _adds_bos(data: Stream) -> bool:

@@ -1,28 +1,24 @@
 """Makes one mixture of experts of dense models that were trained on from one seed, or of copies of one model.
 
-Example, of a seed's run and two runs that started from it:
+Examples, of a seed's run and runs that started from it:
 
   python -m launch.upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
   python -m launch.upcycle --method=btx --experts runs/seed runs/code runs/law --to=runs/btx --top_k=2
+  python -m launch.upcycle --method=nexus --seed_model=runs/seed --experts code=runs/code law=runs/law \\
+      --domains=domains.json --to=runs/nexus
 
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
+With nexus (arXiv 2408.15901) the seed is no expert and in no average: its FFNs are used by every token, and a
+projection of embeddings of the experts' data (launch.embed_domains) routes; launch.extend adds experts later.
+With soup all is averaged, and a dense model comes of it: what mixtures are compared with.
 The table that is printed says of every parameter whether it was copied, averaged or drawn. What is written is a run
-directory that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH, with methods/btx.gin or
-methods/bam.gin after the dense run's files. Arrays are read and written a layer at a time.
+directory that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH, with methods/btx.gin,
+bam.gin, or nexus.gin (nexus_linear.gin, nexus_mlp.gin, nexus_bam.gin) after the dense run's files. Arrays are read and
+written a layer at a time.
 """
 
 if __name__ == "__main__":
-    from launch import cli
-
-    def add_flags(parser):
-        from launch import upcycle
-
-        upcycle.add_flags(parser)
-
-    def default_files(flags):
-        from launch import upcycle
-
-        return upcycle.default_files(flags)
+    from launch import cli, upcycle_flags
 
     def start_run(start):
         from launch import upcycle
@@ -34,258 +30,196 @@ if __name__ == "__main__":
             __doc__,
             entry="launch.load_run:RunConfig",
             command="upcycle",
-            extra_flags=add_flags,
+            extra_flags=upcycle_flags.add,
             run=start_run,
-            default_files=default_files,
+            default_files=upcycle_flags.default_files,
             unused={"VOCABULARY": "None"},
         )
     )
 
 import argparse
-import os
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from etils import epath
-
-from launch import gin_config, load_run, run_vocabulary
+from data import domain_embeddings
+from launch import domain_records, source_models, upcycle_flags
 from launch.import_weights import new_directory
-from launch.load_run import CONFIG, RunConfig
+from launch.load_run import RunConfig
+from launch.source_models import SourceModel
 from model.mlp import GatedMlp
 from model.surgery import upcycle as surgery
-from model.surgery.upcycle import Mixture, Piece, UpcycleError
+from model.surgery.experts import Mixture
+from model.surgery.upcycle import UpcycleError
 from model.transformer import block_of
-from trainers import manifest, state_tree, step_dir, stream_checkpoint
-from trainers.array_files import StoredArray
-from trainers.manifest import Block, DamagedCheckpointError, Manifest
-from trainers.stream_checkpoint import StreamedArray
 
-METHODS = ("btx", "bam")
-_RELATED = 0.1  # least correlation of embeddings; those of other seeds have none
-_ROWS = 4096  # of them that are compared
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    models = parser.add_argument_group("models")
-    models.add_argument("--method", required=True, choices=METHODS, help="what becomes experts")
-    models.add_argument(
-        "--experts",
-        required=True,
-        nargs="+",
-        metavar="DIR",
-        help="runs or steps, the seed among them; their order is that of the experts",
-    )
-    models.add_argument(
-        "--copies", type=int, default=1, metavar="N", help="of each (sparse upcycling of one model)"
-    )
-    models.add_argument(
-        "--params", choices=load_run.PARAMS, default="auto", help="see launch.score"
-    )
-    models.add_argument("--to", required=True, metavar="DIR", help="run directory to be made")
-    models.add_argument(
-        "--unrelated",
-        action="store_true",
-        help="takes models whose embeddings have nothing in common",
-    )
-    mixture = parser.add_argument_group("mixture")
-    mixture.add_argument("--top_k", type=int, default=1, metavar="K", help="FFNs a token uses")
-    mixture.add_argument(
-        "--renormalise", action="store_true", help="weights of the chosen FFNs sum to 1"
-    )
-    mixture.add_argument(
-        "--shared_kv", action="store_true", help="of bam: one set of keys and values, the mean"
-    )
-    mixture.add_argument(
-        "--attention_top_k", type=int, metavar="K", help="of bam: attentions a token mixes (all)"
-    )
-    mixture.add_argument(
-        "--router_std", type=float, default=0.02, metavar="S", help="of routers' draw (0.02)"
-    )
-    mixture.add_argument("--router_seed", type=int, default=0, metavar="N", help="of that draw")
-
-
-def default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """The configuration of the first model's run."""
-    first = argparse.Namespace(**vars(flags), checkpoint=flags.experts[0])
-    return load_run.default_files(first)
+# Factories of routers, by the module they stand in.
+_ROUTERS = {"projection": ("domain_router", "DomainRouter"), "mlp": ("mlp_router", "MlpRouter")}
 
 
 def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """The command.
 
     Raises:
-      UpcycleError, ConvertError, DamagedCheckpointError, FileNotFoundError.
+      UpcycleError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
-    if flags.method == "btx" and (flags.shared_kv or flags.attention_top_k is not None):
-        raise UpcycleError("--shared_kv and --attention_top_k are of --method=bam.")
-    sources = [_Dense(path, flags.params) for path in flags.experts for _ in range(flags.copies)]
-    if len(sources) < 2:
-        raise UpcycleError("one model is no mixture: give --experts of several, or --copies=N.")
-    _check_vocabularies(sources)
-    if not flags.unrelated:
-        _check_related(sources)
+    router = _router(flags)
+    attention = flags.method == "bam" or flags.attention_experts
+    named = _experts(flags)
+    sources = [source for _, source in named]
+    names = [name for name, _ in named]
+    shared = SourceModel(flags.seed_model, flags.params) if flags.seed_model else None
+    every = [*sources, *([shared] if shared else [])]
+    source_models.check_related(every, unrelated=flags.unrelated)
     dense = config.model
     mlp = block_of(dense, 0).mlp(config=dense.config, name="mlp")
     if not isinstance(mlp, GatedMlp):
         raise UpcycleError(f"experts are gated MLPs, and the dense model has {type(mlp).__name__}.")
-    names = [source.name for source in sources]
+    domains = domain_embeddings.read(flags.domains) if flags.domains else None
+    vectors = None
+    if domains is not None and router == "projection":
+        vectors = domains.vectors(names)
+    mixture = Mixture(
+        experts=len(sources),
+        kv_heads=dense.config.kv_heads,
+        ffn=flags.method != "soup",
+        attention=attention,
+        average_attention=flags.average_attention,
+        shared_kv=flags.shared_kv,
+        router=router,
+        domains=vectors,
+        router_std=flags.router_std,
+        logit_std=flags.logit_std,
+        seed=flags.router_seed,
+        expert_scale=flags.expert_scale,
+        drop_ratio=flags.drop_ratio,
+        drop_seed=flags.drop_seed,
+    )
+    meta: dict[str, Any] = {
+        "method": flags.method,
+        "experts": names,
+        "sources": [source.path for source in sources],
+        "expert_scale": flags.expert_scale,
+        "drop_ratio": flags.drop_ratio,
+        "drop_seed": flags.drop_seed,
+    }
+    if shared is not None:
+        meta["seed_model"] = shared.path
+    if domains is not None and vectors is not None:
+        meta["domains"] = domain_records.record(domains, vectors)
     with new_directory(flags.to) as folder:
-        text = sources[0].config + "\n".join(["", *_bindings(flags, len(sources)), ""])
-        pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-        target = _parameters(os.path.join(folder, CONFIG), flags.gin_file)
-        mixture = Mixture(
-            experts=len(sources),
-            kv_heads=dense.config.kv_heads,
-            attention=flags.method == "bam",
-            shared_kv=flags.shared_kv,
-            router_std=flags.router_std,
-            seed=flags.router_seed,
+        bindings = _bindings(flags, mixture, None if domains is None else domains.dim)
+        source_models.write_config(folder, sources[0], bindings)
+        target = source_models.parameters(folder, flags.gin_file)
+        pieces = surgery.plan(
+            {name: tuple(leaf.shape) for name, leaf in target.items()},
+            [source.model for source in sources],
+            mixture,
+            shared=shared.model if shared else None,
         )
-        shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
-        pieces = surgery.plan(shapes, [(x.name, x.shapes) for x in sources], mixture)
-        scanned = dense.config.scan_layers
-        arrays = {
-            f"params/{x.path}": _streamed(x, target[x.path].dtype, sources, scanned=scanned)
-            for x in pieces
-        }
-        meta = {**sources[0].kept_meta(), "upcycled": {"method": flags.method, "experts": names}}
-        stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
-        run_vocabulary.copy(sources[0].folder, folder)
-    print("\n".join([*surgery.table(pieces, names), f"written to {flags.to}"]))
+        source_models.save(
+            folder,
+            pieces,
+            target,
+            every,
+            scanned=dense.config.scan_layers,
+            meta={**sources[0].kept_meta(), "upcycled": meta},
+        )
+    lines = surgery.table(pieces, [(name, source.path) for name, source in named])
+    print("\n".join([*lines, f"written to {flags.to}"]))
 
 
-class _Dense:
-    """A dense model's checkpoint: shapes, and arrays that are read when they are needed."""
+def _router(flags: argparse.Namespace) -> Any:
+    """What routes, after a check of the flags that must go together."""
+    nexus = flags.method == "nexus"
+    for name in ("seed_model", "domains", "router", "attention_experts"):
+        if not nexus and getattr(flags, name):
+            raise UpcycleError(f"--{name} is of --method=nexus.")
+    if nexus and not flags.seed_model:
+        raise UpcycleError("--method=nexus needs --seed_model=DIR, whose FFNs all tokens share.")
+    attention = flags.method == "bam" or flags.attention_experts
+    if not attention and (
+        flags.shared_kv or flags.average_attention or flags.attention_top_k is not None
+    ):
+        raise UpcycleError(
+            "--shared_kv, --average_attention and --attention_top_k are of attention experts: --method=bam, or "
+            "nexus with --attention_experts."
+        )
+    if not 0 <= flags.drop_ratio <= 1 or flags.expert_scale <= 0:
+        raise UpcycleError("--drop_ratio lies between 0 and 1, and --expert_scale is positive.")
+    if flags.method == "soup" and (
+        flags.top_k != 1 or flags.renormalise or flags.drop_ratio or flags.expert_scale != 1
+    ):
+        raise UpcycleError("--method=soup has no experts: leave out what is of them.")
+    if not nexus:
+        return "linear"
+    router = flags.router or "projection"
+    if (router != "linear") != bool(flags.domains):
+        raise UpcycleError(
+            "--router=linear reads no --domains."
+            if flags.domains
+            else f"--router={router} needs --domains=FILE of launch.embed_domains, whose width it has."
+        )
+    if router == "projection" and flags.copies > 1:
+        raise UpcycleError(
+            "--copies have one embedding, so that the first would take every token: give runs of several "
+            "domains, or --router=linear."
+        )
+    return router
 
-    def __init__(self, path: str, params: str):
-        self.name = path
-        self._step = epath.Path(step_dir.resolve(path))
-        recorded: Manifest = step_dir.read_manifest(self._step)
-        if problems := manifest.check_files(self._step, recorded.files):
-            raise DamagedCheckpointError(self._step, problems)
-        self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        use_ema = averaged if params == "auto" else params == "ema"
-        self._root = "ema_params/" if use_ema else "params/"
-        self.shapes = {
-            name.removeprefix(self._root): tuple(entry.shape)
-            for name, entry in recorded.arrays.items()
-            if name.startswith(self._root)
-        }
-        if not self.shapes:
-            raise UpcycleError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
-        folder = self._step.parent
-        self.folder = folder.parent if folder.name == step_dir.CHECKPOINTS else folder
 
-    @property
-    def config(self) -> str:
-        return pathlib.Path(self.folder, CONFIG).read_text(encoding="utf-8")
-
-    def open(self, path: str) -> StoredArray:
-        return StoredArray(self._step, self._root + path)
-
-    def kept_meta(self) -> dict[str, Any]:
-        keys = ("vocabulary", "add_bos", "start_token")
-        return {key: self.meta[key] for key in keys if key in self.meta}
-
-
-def _check_vocabularies(sources: Sequence[_Dense]) -> None:
-    first = sources[0]
-    for other in sources[1:]:
-        if other.meta.get("vocabulary") != first.meta.get("vocabulary"):
+def _experts(flags: argparse.Namespace) -> list[tuple[str, SourceModel]]:
+    """Names and models of the experts."""
+    given: list[tuple[str, SourceModel]] = []
+    for entry in flags.experts:
+        name, path = upcycle_flags.split(entry)
+        source = SourceModel(path, flags.params)
+        given.append((name or source.folder.name, source))
+    for name, count in collections.Counter(name for name, _ in given).items():
+        if count > 1:
             raise UpcycleError(
-                f"{other.name} was trained with another vocabulary than {first.name}: the same ids would "
-                "stand for other words. Experts come from one seed and its vocabulary."
+                f"{count} experts are called {name}: give each a name of its own, as in --experts "
+                f"{name}=DIR other=DIR; --copies=N repeats a model."
             )
+    if flags.copies > 1:
+        given = [(f"{name}.{i}", source) for name, source in given for i in range(flags.copies)]
+    if len(given) < 2:
+        raise UpcycleError("one model is no mixture: give --experts of several, or --copies=N.")
+    return given
 
 
-def _check_related(sources: Sequence[_Dense]) -> None:
-    """Branches of one seed keep much of its embeddings; weights of others do not line up, whatever their shapes."""
-    first = sources[0]
-    table = "token_embed/embedding"
-    if table not in first.shapes:
-        return
-    count = min(_ROWS, first.shapes[table][0])
-    rows = first.open(table).read(rows=(0, count)).astype(np.float64).ravel()
-    for other in dict.fromkeys(sources[1:]):
-        if other.shapes.get(table) != first.shapes[table]:
-            continue  # the plan names it
-        theirs = other.open(table).read(rows=(0, count)).astype(np.float64).ravel()
-        found = float(np.corrcoef(rows, theirs)[0, 1])
-        if not found > _RELATED:
-            raise UpcycleError(
-                f"{other.name} and {first.name} do not come from one seed: their embeddings correlate by "
-                f"{found:.2f}, so that averages of the two mean nothing. --unrelated takes them all the same."
-            )
-
-
-def _bindings(flags: argparse.Namespace, experts: int) -> list[str]:
+def _bindings(flags: argparse.Namespace, mixture: Mixture, domain_dim: int | None) -> Sequence[str]:
     """What makes the first model's configuration that of the mixture."""
+    if not mixture.ffn:
+        return ["# Of launch.upcycle: a mean of models."]
     lines = ["# Of launch.upcycle.", "from model import mlp", "from model import moe"]
     lines += [
         "from model import transformer",
         "transformer.Block.mlp = @moe.experts_of()",
         "moe.experts_of.mlp = @mlp.GatedMlp",
         "moe.experts_of.moe = @moe.MoeMlp",
-        f"moe.MoeMlp.num_experts = {experts}",
+        f"moe.MoeMlp.num_experts = {mixture.experts}",
         f"moe.MoeMlp.top_k = {flags.top_k}",
         f"moe.MoeMlp.renormalise = {flags.renormalise}",
     ]
-    if flags.method == "bam":
+    if flags.seed_model:
+        lines.append("moe.MoeMlp.shared = @mlp.GatedMlp")
+    owners = ["moe.MoeMlp"]
+    if mixture.attention:
         lines += [
             "from model import attention",
             "from model import moa",
             "transformer.Block.attention = @moa.experts_of()",
             "moa.experts_of.attention = @attention.Attention",
             "moa.experts_of.moa = @moa.MixtureOfAttention",
-            f"moa.MixtureOfAttention.num_experts = {experts}",
+            f"moa.MixtureOfAttention.num_experts = {mixture.experts}",
             f"moa.MixtureOfAttention.top_k = {flags.attention_top_k}",
             f"moa.MixtureOfAttention.shared_kv = {flags.shared_kv}",
         ]
+        owners.append("moa.MixtureOfAttention")
+    if mixture.router in _ROUTERS:
+        module, name = _ROUTERS[mixture.router]
+        lines += [f"from model import {module}"]
+        lines += [f"{module}.{name}.domain_dim = {domain_dim}"]
+        lines += [f"{owner}.router = @{module}.{name}" for owner in owners]
     return lines
-
-
-def _parameters(config: str, files: Sequence[str]) -> state_tree.Flat:
-    """Shapes and dtypes of the parameters of the model that a configuration says.
-
-    Args:
-      config: made of one that came with a checkpoint.
-      files: the user's own, which may import what that may not by itself.
-    """
-    import flax.linen as nn
-
-    from trainers import initialise
-
-    loaded: Any = gin_config.load(
-        files,
-        entry="launch.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=["t5x_configs/runs/load_run.gin", config],
-    ).entry
-    variables = initialise.abstract_variables(loaded().model)
-    return state_tree.flatten(nn.meta.unbox(variables["params"]))
-
-
-def _streamed(
-    piece: Piece, dtype: Any, sources: Sequence[_Dense], *, scanned: bool
-) -> StreamedArray:
-    """The array as it is written, stacked layers one by one."""
-    by_layer = scanned and piece.path.startswith("layers/") and piece.origin != "drawn"
-
-    def blocks() -> Iterator[Block]:
-        whole = (0,) * len(piece.shape)
-        if piece.origin == "drawn":
-            yield whole, piece.make([]).astype(dtype)
-            return
-        stored = [source.open(piece.path) for source in sources]
-        if not by_layer:
-            yield whole, piece.make([array.read() for array in stored]).astype(dtype)
-            return
-        for layer in range(piece.shape[0]):
-            parts = [array.read(rows=(layer, layer + 1)) for array in stored]
-            yield (layer, *whole[1:]), piece.make(parts).astype(dtype)
-
-    chunk = (1, *piece.shape[1:]) if by_layer else piece.shape
-    return StreamedArray(piece.shape, np.dtype(dtype), chunk, blocks)

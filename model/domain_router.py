@@ -20,6 +20,7 @@ import numpy as np
 
 from model import axes, matmul
 from model.linear import Dense, fan_in_normal
+from model.router_scale import down_std
 
 
 class DomainRouter(nn.Module):
@@ -78,18 +79,6 @@ def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) 
     """Vectors [..., M] of length 1, in all directions."""
     drawn = jax.random.normal(key, shape, dtype)
     return drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True)
-
-
-def down_std(domain_dim: int, width: int, logit_std: float) -> float:
-    """Deviation of `down` [D, D] that gives logits of states of unit variance the deviation `logit_std`.
-
-    Of an embedding of length 1, `gate` and `up` with variance 1/M make Gaussians a and b of variance 1/M; with
-    h = silu(a) b, |e|^2 = D^2 std^2 E[h^2], and a logit's variance is |e|^2.
-    """
-    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-    gate = nodes / np.sqrt(domain_dim)
-    silu_power = np.sum(weights * (gate / (1 + np.exp(-gate))) ** 2) / np.sum(weights)
-    return float(logit_std / (width * np.sqrt(silu_power / domain_dim)))
 
 
 def expert_vectors(router: dict, domains_EM: np.ndarray) -> np.ndarray:

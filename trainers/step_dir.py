@@ -154,6 +154,19 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     return candidates(path)[0]
 
 
+def run_folder(path: str | os.PathLike) -> epath.Path:
+    """The directory of the run that a checkpoint is of, which holds its configuration.
+
+    Args:
+      path: as for `resolve`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint there.
+    """
+    folder = resolve(path).parent
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
     """What `read` returns of the step directory that `path` means, or of the newest good step of a run.
 

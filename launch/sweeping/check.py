@@ -16,18 +16,17 @@ ENTRY = "launch.train:train"
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
 
 
-def bindings_of(run: Run, folder: SweepFolder, checkpoint: str | None = None) -> list[str]:
-    """All bindings of a run, those that the sweep adds included.
+def bindings_of(run: Run, folder: SweepFolder, start: pathlib.Path | None = None) -> list[str]:
+    """All bindings of a run that is trained, those that the sweep adds included.
 
     Args:
       run: of the sweep.
       folder: of the sweep.
-      checkpoint: its parent's final checkpoint; where that is not known yet, the parent's directory.
+      start: its parent's final checkpoint, or where that will be; any place serves a check.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
-        path = checkpoint or str(folder.directory(run.parent))
-        added.append(f"INITIAL_CHECKPOINT_PATH={path!r}")
+        added.append(f"INITIAL_CHECKPOINT_PATH={str(start or folder.directory(run.parent))!r}")
     return [*run.bindings, *added]
 
 
@@ -36,7 +35,7 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
 
     Args:
       where: the sweep file, for errors.
-      runs: parents first.
+      runs: each after those above it.
       folder: where they will be.
 
     Raises:
@@ -46,6 +45,10 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
     planned: dict[str, Planned] = {}
     loaded: dict[str, _Loaded | None] = {}  # by arm and size: seeds change nothing that is checked
     for run in runs:
+        if run.made:
+            if all(name in planned for name in run.above):
+                planned[run.name] = _made(run, planned)
+            continue
         if run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
         found = loaded[run.kind]
@@ -53,7 +56,7 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
         if found is None or (run.parent is not None and parent is None):
             continue  # what is wrong has been said
         planned[run.name] = entry = _planned(run, found, parent)
-        if parent is not None:
+        if parent is not None and not parent.run.made:  # what is made is known when it is there
             theirs = loaded[parent.run.kind]
             assert theirs is not None
             problems += _start_problems(entry, parent, found, theirs)
@@ -132,8 +135,25 @@ def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
         start=json.loads(json.dumps(start, default=repr)),  # a transform as it is written
-        evaluation_digests={name: _digest(entry) for name, entry in run.evaluations.items()},
+        evaluation_digests=_evaluation_digests(run),
     )
+
+
+def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
+    sources = {arm: planned[name].digest for arm, name in run.made_of.items()}
+    return Planned(
+        run=run,
+        digest=_digest({"made": run.made, "of": sources}),
+        total_steps=0,
+        first_step=0,
+        tokens_per_step=0,
+        start={},
+        evaluation_digests=_evaluation_digests(run),
+    )
+
+
+def _evaluation_digests(run: Run) -> dict[str, str]:
+    return {name: _digest(entry) for name, entry in run.evaluations.items()}
 
 
 def config_digest(config: Mapping[str, str], run: Run, parent: Planned | None) -> str:
@@ -193,6 +213,8 @@ def difference(planned: Planned, folder: SweepFolder, changed: Sequence[str]) ->
 
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"
+    if planned.run.made:
+        return "its command, or what it is made of, has changed"
     old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
     if old.exists():
         run = planned.run

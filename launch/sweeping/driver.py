@@ -31,7 +31,7 @@ class RunState(enum.Enum):
     WAITING = "waiting"
     STOPPED = "stopped"  # has begun, and goes on where it stopped
     FAILED = "failed"
-    BLOCKED = "blocked"  # a run that it starts from has failed
+    BLOCKED = "blocked"  # a run that it starts from, or is made of, has failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def progress(
 
     Args:
       folder: the sweep's.
-      plan: parents first.
+      plan: each after those above it.
       submitted: status of what has not ended by run; None where another process drives the sweep: what
         trains is then known by its lock.
     """
@@ -76,7 +76,7 @@ def progress(
         name = planned.name
         attempts = folder.attempts(name)
         newest = folder.newest(name)
-        above = found.get(planned.run.parent or "")
+        above = {found[other].state for other in planned.run.above if other in found}
         job = nothing if submitted is None else submitted.get(name, nothing)
         if folder.done(planned):
             state = RunState.DONE
@@ -84,7 +84,7 @@ def progress(
             state = RunState.RUNNING
         elif job.state is State.WAITING:
             state = RunState.WAITING
-        elif above is not None and above.state in (RunState.FAILED, RunState.BLOCKED):
+        elif above & {RunState.FAILED, RunState.BLOCKED}:
             state = RunState.BLOCKED
         elif attempts and attempts[-1]["error"]:
             state = RunState.FAILED
@@ -128,7 +128,7 @@ def drive(
 
     Args:
       folder: the sweep's.
-      plan: all runs, parents first.
+      plan: all runs, each after those above it.
       submitter: where runs are run; closed at the end.
       wanted: names of the runs to bring to their end.
       command: words of the command that runs one, by name.
@@ -178,7 +178,7 @@ def _submit(
     wanted: Sequence[str],
     command: Callable[[str], tuple[str, ...]],
 ) -> dict[str, Handle]:
-    """Submits those that are not done, each after its parent; returns handles by name."""
+    """Submits those that are not done, each after those above it; returns handles by name."""
     jobs: dict[str, Handle] = {}
     for planned in plan:
         name, run = planned.name, planned.run
@@ -193,7 +193,7 @@ def _submit(
                 log=str(folder.log(name)),
                 memory_gb=max(filter(None, peaks), default=run.memory_gb),
                 kind=run.kind,
-                after=(jobs[run.parent],) if run.parent in jobs else (),
+                after=tuple(jobs[above] for above in run.above if above in jobs),
             )
         )
     return jobs

@@ -1,4 +1,4 @@
-"""A sweep file, read: arms x sizes x seeds as runs, each after the one whose checkpoint it starts from.
+"""A sweep file, read: arms x sizes x seeds as runs, each after those that it starts from.
 
 A sweep file is Python with a function `get_config()` (or `get_config(text)`, for `--sweep FILE.py:TEXT`)
 that returns an ml_collections.ConfigDict:
@@ -7,37 +7,31 @@ that returns an ml_collections.ConfigDict:
     gin_files    read first by all runs
     bindings     'NAME=VALUE' as after --gin. on the command line
     sizes        {name: {gin_files, bindings, memory_gb}}; may be left out
-    arms         {name: {parent, gin_files, bindings, seeds, sizes, evaluations, memory_gb}}
+    arms         {name: {parent, gin_files, bindings, seeds, sizes, evaluations, memory_gb}}, or
+                 {name: {made, seeds, sizes, evaluations, memory_gb}}
     evaluations  {name: {call, arguments} or {command}}, after each run's training
     memory_gb    peak of a run, where it is known
 
 A ConfigDict sorts its keys; `arms=ConfigDict({...}, sort_keys=False)` keeps the order of the file. Later
 wins: the sweep's files, the arm's, the size's, then bindings in the same order. An arm with a
 `parent` starts from that arm's final checkpoint, of the same seed and size; what it takes of it is said by
-its bindings (initial_scope and others of launch/train.py).
+its bindings (initial_scope and others of launch/train.py). An arm that is `made` is not trained: its words are a
+command that makes a run directory of other arms' runs. In them {arm} stands for the run directory of the arm of
+that name, of the same seed and size, {run} for the directory to be made, {SEED} for the seed's number and {python}
+for this Python. The sweep's evaluations are of trained arms; one that is made names those it has.
 """
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
-import inspect
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_OWN = ("MODEL_DIR", "SEED")  # which the sweep sets itself
+from launch.sweeping import parts, words
+
 _PARENT = "INITIAL_CHECKPOINT_PATH"
-_PART = ("gin_files", "bindings", "memory_gb")
-_KEYS = {
-    "sweep": (*_PART, "seeds", "sizes", "arms", "evaluations"),
-    "arm": (*_PART, "parent", "seeds", "sizes", "evaluations"),
-    "size": _PART,
-    "evaluation": ("call", "arguments", "command"),
-}
 
 
 class SweepError(ValueError):
@@ -52,7 +46,7 @@ class SweepError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run.
+    """One run, trained or made.
 
     Attributes:
       name: 'arm/seed0', or 'arm/size/seed0' in a sweep over sizes; its place in the folder.
@@ -61,6 +55,8 @@ class Run:
       gin_files, bindings: of its configuration; the sweep sets MODEL_DIR and the parent's path.
       evaluations: what is measured afterwards, by name.
       memory_gb: its peak, if known.
+      made: words of the command that makes it, its seed filled in; none of a run that is trained.
+      made_of: names of the runs that these words name, by arm.
     """
 
     name: str
@@ -72,15 +68,22 @@ class Run:
     bindings: tuple[str, ...]
     evaluations: Mapping[str, Mapping[str, Any]]
     memory_gb: float | None
+    made: tuple[str, ...] = ()
+    made_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         """What runs that differ in their seed alone have in common."""
         return self.arm if self.size is None else f"{self.arm}/{self.size}"
 
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Names of the runs that must be done before: its parent, or what it is made of."""
+        return (self.parent,) if self.parent is not None else tuple(self.made_of.values())
+
 
 def read(path: str) -> tuple[Run, ...]:
-    """The runs of a sweep file, each after its parent.
+    """The runs of a sweep file, each after those above it.
 
     Args:
       path: the file, or 'FILE.py:TEXT' for a function that takes a text.
@@ -142,57 +145,66 @@ class _Reader:
         self._evaluations: Mapping[str, Any] = config.get("evaluations") or {}
 
     def problems(self) -> list[str]:
-        found = list(_unknown_keys("sweep", "", self._config))
+        found = list(parts.unknown_keys("sweep", "", self._config))
         if not self._arms:
             found.append("there are no arms: give arms = {name: {...}}.")
-        found += _part_problems("the sweep", self._config)
-        found += _seed_problems("the sweep", self._config)
+        found += parts.part_problems("the sweep", self._config)
+        found += parts.seed_problems("the sweep", self._config)
         for what, entries in (("size", self._sizes), ("arm", self._arms)):
             for name, entry in entries.items():
-                where = f"{what} {name!r}"
-                if not _NAME.fullmatch(str(name)):
-                    found.append(f"{where}: names have letters, digits, '_' and '-' only.")
-                if not isinstance(entry, Mapping):
-                    found.append(f"{where} is {entry!r}, not a dict.")
-                    continue
-                found += _unknown_keys(what, f"{where}: ", entry)
-                found += _part_problems(where, entry)
+                found += parts.entry_problems(what, name, entry)
         if not found:
             for name in self._arms:
                 found += self._arm_problems(name)
-        found += _evaluation_problems(self._evaluations)
+        found += parts.evaluation_problems(self._evaluations)
         return found
 
     def _arm_problems(self, name: str) -> Iterator[str]:
         arm, where = self._arms[name], f"arm {name!r}"
-        yield from _seed_problems(where, arm)
+        yield from parts.seed_problems(where, arm)
         for key, known in (("sizes", self._sizes), ("evaluations", self._evaluations)):
             for entry in arm.get(key) or ():
                 if entry not in known:
-                    yield f"{where}: {key} names {entry!r}; {_nearest(entry, known)}"
+                    yield f"{where}: {key} names {entry!r}; {parts.nearest(entry, known)}"
         parent = arm.get("parent")
-        if parent is None:
-            return
-        if parent not in self._arms:
-            yield f"{where}: its parent {parent!r} is no arm; {_nearest(parent, self._arms)}"
-            return
-        if any(
+        if arm.get("made"):
+            yield from parts.made_problems(where, arm, self._arms)
+        elif parent is not None and parent not in self._arms:
+            yield f"{where}: its parent {parent!r} is no arm; {parts.nearest(parent, self._arms)}"
+        elif parent is not None and any(
             binding.partition("=")[0].strip() == _PARENT for binding in arm.get("bindings") or ()
         ):
             yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: leave out one."
-        line = [name]
-        while (
-            above := self._arms.get(line[-1], {}).get("parent")
-        ) is not None and above not in line:
-            line.append(above)
-        if above == name:
-            yield f"{where} is its own ancestor ({' -> '.join([*line, name])}): break the circle."
-        for key, mine, theirs in (
-            ("seeds", self._seeds(name), self._seeds(parent)),
-            ("sizes", self._sizes_of(name), self._sizes_of(parent)),
-        ):
-            if lacking := [entry for entry in mine if entry not in theirs]:
-                yield f"{where}: its parent {parent!r} lacks the {key} {_listed(lacking)}."
+        if circle := self._circle(name):
+            yield f"{where} is its own ancestor ({' -> '.join(circle)}): break the circle."
+        for above in self._above(name):
+            what = (
+                f"{above!r}, which it is made of," if arm.get("made") else f"its parent {above!r}"
+            )
+            for key, mine, theirs in (
+                ("seeds", self._seeds(name), self._seeds(above)),
+                ("sizes", self._sizes_of(name), self._sizes_of(above)),
+            ):
+                if lacking := [entry for entry in mine if entry not in theirs]:
+                    yield f"{where}: {what} lacks the {key} {parts.listed(lacking)}."
+
+    def _above(self, name: str) -> tuple[str, ...]:
+        """The arms that an arm starts from or is made of."""
+        arm = self._arms[name]
+        named = words.places(arm["made"]) if arm.get("made") else (arm.get("parent"),)
+        return tuple(above for above in named if above in self._arms)
+
+    def _circle(self, name: str) -> list[str]:
+        """The shortest way from an arm over those above it back to itself, if there is one."""
+        lines, seen = [[name]], {name}
+        for line in lines:  # which grows
+            for above in self._above(line[-1]):
+                if above == name:
+                    return [*line, name]
+                if above not in seen:
+                    seen.add(above)
+                    lines.append([*line, above])
+        return []
 
     def _seeds(self, arm: str) -> tuple[int, ...]:
         return tuple(self._arms[arm].get("seeds") or self._config.get("seeds") or (0,))
@@ -205,10 +217,9 @@ class _Reader:
         order: list[str] = []
 
         def add(arm: str) -> None:
-            parent = self._arms[arm].get("parent")
-            if parent is not None:
-                add(parent)
             if arm not in order:
+                for above in self._above(arm):
+                    add(above)
                 order.append(arm)
 
         for name in self._arms:
@@ -224,9 +235,12 @@ class _Reader:
 
     def _run(self, name: str, size: str | None, seed: int) -> Run:
         arm = self._arms[name]
-        parts = [self._config, arm, *([] if size is None else [self._sizes[size]])]
-        chosen = arm.get("evaluations")
-        memory = [part["memory_gb"] for part in parts if part.get("memory_gb") is not None]
+        made = arm.get("made") or ()
+        levels = [self._config, arm, *([] if size is None else [self._sizes[size]])]
+        memory = [level["memory_gb"] for level in levels if level.get("memory_gb") is not None]
+        trained = [] if made else levels
+        bindings = [binding for level in trained for binding in level.get("bindings") or ()]
+        chosen = arm.get("evaluations", () if made else None)
 
         def named(arm_name: str) -> str:
             return "/".join([arm_name, *([size] if size else []), f"seed{seed}"])
@@ -237,74 +251,14 @@ class _Reader:
             size=size,
             seed=seed,
             parent=named(arm["parent"]) if arm.get("parent") else None,
-            gin_files=tuple(file for part in parts for file in part.get("gin_files") or ()),
-            bindings=(*(b for part in parts for b in part.get("bindings") or ()), f"SEED={seed}"),
+            gin_files=tuple(file for level in trained for file in level.get("gin_files") or ()),
+            bindings=() if made else (*bindings, f"SEED={seed}"),
             evaluations={
                 key: value
                 for key, value in self._evaluations.items()
                 if chosen is None or key in chosen
             },
             memory_gb=float(memory[-1]) if memory else None,
+            made=words.filled(made, {"SEED": str(seed)}),
+            made_of={above: named(above) for above in self._above(name)} if made else {},
         )
-
-
-def _unknown_keys(what: str, where: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    for key in entry:
-        if key not in _KEYS[what]:
-            yield f"{where}a {what} has no {key!r}; {_nearest(key, _KEYS[what])}"
-
-
-def _part_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("gin_files", "bindings"):
-        value = part.get(key) or ()
-        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-            yield f"{where}: {key} = {value!r} is not a tuple of strings."
-            continue
-        for entry in value if key == "bindings" else ():
-            name, equals, _ = entry.partition("=")
-            if not equals:
-                yield f"{where}: the binding {entry!r} is not NAME=VALUE."
-            if name.strip() in _OWN:
-                yield f"{where}: the sweep itself sets {name.strip()}: leave it out of bindings."
-    memory = part.get("memory_gb")
-    if memory is not None and (not isinstance(memory, int | float) or memory <= 0):
-        yield f"{where}: memory_gb = {memory!r} is not a positive number of GB."
-
-
-def _seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
-    seeds = part.get("seeds") or ()
-    if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
-        yield f"{where}: seeds = {seeds!r} is not a tuple of integers."
-    elif len(set(seeds)) < len(seeds):
-        yield f"{where}: seeds = {tuple(seeds)} names one twice."
-
-
-def _evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
-    for name, entry in evaluations.items():
-        where = f"evaluation {name!r}"
-        if not isinstance(entry, Mapping) or ("call" in entry) == ("command" in entry):
-            yield f"{where}: give either call = 'package.module:function' or command = (words)."
-            continue
-        yield from _unknown_keys("evaluation", f"{where}: ", entry)
-        if "command" in entry:
-            words = entry["command"]
-            if not isinstance(words, list | tuple) or not any("{json}" in str(w) for w in words):
-                yield f"{where}: its command has no word with {{json}}, where it writes its result."
-            if "arguments" in entry:
-                yield f"{where}: arguments are for a call; write them into the command."
-            continue
-        module, _, function = str(entry["call"]).partition(":")
-        try:
-            callable_ = getattr(importlib.import_module(module), function)
-            inspect.signature(callable_).bind("run", **(entry.get("arguments") or {}))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            yield f"{where}: {entry['call']!r} cannot be called with (run, arguments): {error}"
-
-
-def _nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
-    return f"nearest: {close[0]!r}." if close else f"there are {_listed(known) or 'none'}."
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(map(repr, names))

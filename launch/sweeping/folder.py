@@ -6,6 +6,7 @@ runs/<run>/            a run's own directory (launch/run_dir.py), and in it
   sweep_run.json       what the run has come to: its digest, its last step, its evaluations
   attempts.jsonl       a row per ended attempt: seconds, exit status, peak memory, error
   log.txt              the output of all attempts
+  made/                of a run that is made: the run directory itself
 replaced/              runs of a changed configuration, put aside by --rerun_changed
 """
 
@@ -36,8 +37,9 @@ class Planned:
 
     Attributes:
       run: as the sweep file has it.
-      digest: SHA-256 of its configuration, its parent's digest included.
-      total_steps: step at which it ends; None where its tokens are given, and the data decide.
+      digest: SHA-256 of its configuration, or of the command that makes it, and of the digests of all above it.
+      total_steps: step at which it ends; None where its tokens are given, and the data decide. A run
+        that is made has no steps, nor tokens.
       first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
       tokens_per_step: positions of a batch, padding included.
       start: what it takes of the checkpoint it starts from: the `initial_*` arguments of
@@ -65,8 +67,42 @@ class SweepFolder:
     path: pathlib.Path
 
     def directory(self, name: str) -> pathlib.Path:
-        """A run's own directory, its MODEL_DIR."""
+        """A run's own directory; the MODEL_DIR of one that is trained."""
         return self.path / "runs" / name
+
+    def model_dir(self, run: Run) -> pathlib.Path:
+        """Where a run's config.gin and checkpoints/ are.
+
+        That of a run that is made lies inside its own directory: the commands that make one begin
+        with none.
+        """
+        return self.directory(run.name) / "made" if run.made else self.directory(run.name)
+
+    def final_checkpoint(self, planned: Planned) -> pathlib.Path:
+        """A run's last step itself: of a run's directory a damaged one would be passed over.
+
+        Raises:
+          SweepFolderError: the run is not there yet, or holds no checkpoint.
+        """
+        found = self.final_outcome(planned)
+        if found["checkpoint"] is None:
+            raise SweepFolderError(
+                f"{planned.name} is no parent: its command made no checkpoint in {self.model_dir(planned.run)}."
+            )
+        return self.path / found["checkpoint"]
+
+    def final_outcome(self, planned: Planned) -> dict[str, Any]:
+        """What a run has come to.
+
+        Raises:
+          SweepFolderError: the run is not there yet.
+        """
+        found = self.outcome(planned)
+        if found is None:
+            raise SweepFolderError(
+                f"{planned.name} has not been trained yet: run the sweep, not a run."
+            )
+        return found
 
     def log(self, name: str) -> pathlib.Path:
         return self.directory(name) / "log.txt"
@@ -81,30 +117,28 @@ class SweepFolder:
         Raises:
           SweepFolderError: another process does.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
-        if not _locked(lock):
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise SweepFolderError(
-                f"{self.path} is in use: {holder} runs this sweep. Stop it, or watch it with --status."
-            )
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        return lock
+        return _lock(self.path, "runs this sweep. Stop it, or watch it with --status.")
+
+    def lock_run(self, name: str) -> IO[str]:
+        """Makes this process the only one that works in a run's directory, as training does.
+
+        Raises:
+          SweepFolderError: another process does.
+        """
+        return _lock(
+            self.directory(name), "makes this run. Stop it, or leave the run out (--only)."
+        )
 
     def driven(self) -> bool:
         """Whether a process drives the sweep now."""
         return _held(self.path / ".lock")
 
     def in_use(self, name: str) -> bool:
-        """Whether a process trains in a run's directory now."""
+        """Whether a process trains in a run's directory now, or makes the run."""
         return _held(self.directory(name) / ".lock")
 
     def in_use_for(self, name: str) -> float:
-        """Seconds since the process that trains there took the lock."""
+        """Seconds since the process that works there took the lock."""
         return time.time() - os.path.getmtime(self.directory(name) / ".lock")
 
     def write_plan(self, sweep: str, plan: Sequence[Planned]) -> None:
@@ -124,8 +158,8 @@ class SweepFolder:
         plan = []
         for entry in json.loads(path.read_bytes())["runs"]:
             run = entry.pop("run")
-            for key in ("gin_files", "bindings"):
-                run[key] = tuple(run[key])
+            for key in ("gin_files", "bindings", "made"):
+                run[key] = tuple(run.get(key, ()))
             plan.append(Planned(run=Run(**run), **entry))
         return tuple(plan)
 
@@ -138,14 +172,17 @@ class SweepFolder:
         self.directory(name).mkdir(parents=True, exist_ok=True)
         cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
 
-    def done(self, planned: Planned) -> bool:
-        """Whether a run has been trained and evaluated as planned."""
+    def outcome(self, planned: Planned) -> dict[str, Any] | None:
+        """What training a run, or making it, has come to; None where that is not over, or of another configuration."""
         record = self.record(planned.name)
-        measured = {key: entry["digest"] for key, entry in record.get("evaluations", {}).items()}
-        return (
-            record.get("digest") == planned.digest
-            and "trained" in record
-            and all(measured.get(k) == v for k, v in planned.evaluation_digests.items())
+        return record.get("trained") if record.get("digest") == planned.digest else None
+
+    def done(self, planned: Planned) -> bool:
+        """Whether a run has been trained, or made, and evaluated as planned."""
+        evaluations = self.record(planned.name).get("evaluations", {})
+        measured = {key: entry["digest"] for key, entry in evaluations.items()}
+        return self.outcome(planned) is not None and all(
+            measured.get(k) == v for k, v in planned.evaluation_digests.items()
         )
 
     def changed(self, planned: Planned) -> list[str]:
@@ -215,6 +252,21 @@ def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 def number(value: Any) -> Any:
     """A number, also where JSON has none for it (metric_writers.jsonable)."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _lock(directory: pathlib.Path, does: str) -> IO[str]:
+    """Locks a directory for this process; another that has done so is named with what it does there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+    if not _locked(lock):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise SweepFolderError(f"{directory} is in use: {holder} {does}")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
 
 
 def _locked(file: IO[str]) -> bool:

@@ -11,9 +11,12 @@ from trainers.metric_writers import jsonable
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
-    """Writes the rows of all finished runs anew, so that a reader sees each once and whole."""
+    """Writes the rows of all finished runs anew, so that a reader sees each once and whole.
+
+    One that has begun from a run that is to be made or trained again has its row when that is done.
+    """
     rows = [row(folder, planned, plan) for planned in plan if folder.done(planned)]
-    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(_jsonable(found), allow_nan=False) + "\n" for found in rows if found)
     temporary = folder.path / ".results.jsonl.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder.results)
@@ -37,17 +40,21 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
-    """The row of a finished run in results.jsonl.
+    """The row of a finished run in results.jsonl; empty where one that it descends from is not there.
 
-    `tokens` and `epochs` (how often each source was read) are this run's own; those that end in
-    `_total` count its ancestors too. `held_out` has the last evaluation's metrics by task.
+    `tokens` and `epochs` (how often each source was read) are this run's own, and none of a run that is
+    `made`; those that end in `_total` count all `parents` too, which are the runs that it descends from,
+    nearest first: of a mixture its seed and all branches, each once. `made_of` are those that a made run
+    takes itself. `held_out` has the last evaluation's metrics by task.
     """
     by_name = {other.name: other for other in plan}
-    line = [planned]
-    while (above := line[-1].run.parent) is not None:
-        line.append(by_name[above])
+    line = [planned.name]
+    for name in line:  # which grows
+        line += [above for above in by_name[name].run.above if above not in line]
+    outcomes = [found for name in line if (found := folder.outcome(by_name[name])) is not None]
+    if len(outcomes) < len(line):
+        return {}
     record = folder.record(planned.name)
-    outcomes = [folder.record(each.name)["trained"] for each in line]
     attempts = folder.attempts(planned.name)
     peaks = [attempt["memory_gb"] for attempt in attempts if attempt["memory_gb"]]
     epochs_total: dict[str, float] = {}
@@ -59,8 +66,10 @@ def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[
         "arm": planned.run.arm,
         "size": planned.run.size,
         "seed": planned.run.seed,
-        "parents": [each.name for each in line[1:]],
-        "directory": str(folder.directory(planned.name).relative_to(folder.path)),
+        "parents": line[1:],
+        "made": bool(planned.run.made),
+        "made_of": list(planned.run.made_of.values()),
+        "directory": str(folder.model_dir(planned.run).relative_to(folder.path)),
         **outcomes[0],
         "start": dict(planned.start),
         "tokens_total": sum(outcome["tokens"] for outcome in outcomes),

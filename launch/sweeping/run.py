@@ -1,4 +1,4 @@
-"""One run of a sweep, as a job: trains it, measures it, and keeps what it has come to.
+"""One run of a sweep, as a job: trains or makes it, measures it, and keeps what it has come to.
 
 What has been done by an earlier start is not done again. Example (the sweep starts these itself):
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from launch import cli, environment
 from launch.jobs import worker
-from launch.sweeping import check
+from launch.sweeping import check, made, words
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
 
 
@@ -53,7 +53,8 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     """Brings a run to its end; returns {'interrupted': True} where a signal stopped it before.
 
     Raises:
-      SweepFolderError: no such run, its parent is not done, or it is of another configuration.
+      SweepFolderError: no such run, one above it is not done, or it is of another configuration.
+      MadeError: what was made is no run directory.
       EvaluationError: an evaluation failed, or its result is no JSON.
     """
     planned = {entry.name: entry for entry in folder.read_plan()}
@@ -65,8 +66,8 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
     folder.write_record(name, record)
     if "trained" not in record:
-        parent = None if entry.run.parent is None else planned[entry.run.parent]
-        trained = _train(folder, entry, parent)
+        come_to = _make if entry.run.made else _train
+        trained = come_to(folder, entry, planned)
         if trained is None:
             return {"interrupted": True}
         record["trained"] = trained
@@ -76,7 +77,7 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
             print(f"\n== evaluation {key} ==", flush=True)
             began = time.monotonic()
             with _own_registries():
-                result = evaluate(key, settings, folder.directory(name))
+                result = evaluate(key, settings, folder.model_dir(entry.run))
             record["evaluations"][key] = {
                 "digest": entry.evaluation_digests[key],
                 "seconds": round(time.monotonic() - began, 1),
@@ -86,21 +87,22 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _final_checkpoint(folder: SweepFolder, parent: Planned) -> str:
-    """The parent's last step itself: of a run's directory a damaged one would be passed over."""
-    record = folder.record(parent.name)
-    if record.get("digest") != parent.digest or "trained" not in record:
-        raise SweepFolderError(f"{parent.name} has not been trained yet: run the sweep, not a run.")
-    return str(folder.path / record["trained"]["checkpoint"])
+def _make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
+    """Makes the run by its command; returns what it came to."""
+    with _own_registries():
+        return made.make(folder, entry, plan)
 
 
-def _train(folder: SweepFolder, entry: Planned, parent: Planned | None) -> dict[str, Any] | None:
+def _train(
+    folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
+) -> dict[str, Any] | None:
     """Trains as launch.train does; returns what the run came to, or None if it was interrupted."""
     from launch import config_diff, gin_config
 
-    checkpoint = None if parent is None else _final_checkpoint(folder, parent)
+    parent = None if entry.run.parent is None else plan[entry.run.parent]
+    start = None if parent is None else folder.final_checkpoint(parent)
     with _own_registries():
-        bindings = check.bindings_of(entry.run, folder, checkpoint)
+        bindings = check.bindings_of(entry.run, folder, start)
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
         found = check.config_digest(config_diff.canonical(config.text), entry.run, parent)
         if found != entry.digest:
@@ -168,7 +170,7 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
       settings: {'call': 'package.module:function', 'arguments': {...}}, called with the directory; or
         {'command': words}, in which {run}, {json} and {python} stand for the directory, the file that
         it writes, and this Python. A command of this project runs in this process.
-      directory: of the run.
+      directory: that holds the run's config.gin and checkpoints.
     """
     if "call" in settings:
         module, _, function = settings["call"].partition(":")
@@ -182,15 +184,11 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
             ) from None
     with tempfile.TemporaryDirectory() as temporary:
         file = pathlib.Path(temporary) / "result.json"
-        places = {"{run}": str(directory), "{json}": str(file), "{python}": sys.executable}
-        words = []
-        for word in map(str, settings["command"]):
-            for place, value in places.items():
-                word = word.replace(place, value)
-            words.append(word)
-        status = worker.run(words)
+        places = {"run": str(directory), "json": str(file), "python": sys.executable}
+        command = words.filled(settings["command"], places)
+        status = worker.run(command)
         if status != 0:
-            raise EvaluationError(f"evaluation {name!r} ended with status {status}: {words}")
+            raise EvaluationError(f"evaluation {name!r} ended with status {status}: {command}")
         try:
             return json.loads(file.read_bytes())
         except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ _MARKS = {
     RunState.BLOCKED: ("–", "red", "parent failed"),
 }
 _WIDTH = 80
-_PARENT = 16  # columns at least for the name of a parent
+_PARENT = 16  # columns at least for the names of parents
 _FAILURES = 8  # shown with their reasons
 _WORDY_CELLS = 5  # more seeds than these have room for a mark each, not for a loss
 _LINES = 60.0  # seconds between lines on what is no terminal
@@ -107,9 +107,9 @@ def _grid(runs: Sequence[Progress]) -> Table:
 
 
 def _parent(by_place: Mapping[tuple[str, int], Progress], kind: str, seeds: Sequence[int]) -> str:
-    """The arm that an arm starts from, or nothing."""
+    """The arms that an arm starts from or is made of, or nothing."""
     (first, *_) = (run for seed in seeds if (run := by_place.get((kind, seed))) is not None)
-    return (first.planned.run.parent or "").partition("/")[0]
+    return ", ".join(name.partition("/")[0] for name in first.planned.run.above)
 
 
 def _shortened(name: str, width: int) -> str:
@@ -128,6 +128,8 @@ def _cell(run: Progress | None, wordy: bool) -> Text:
         return Text(mark, style)
     if run.state is RunState.DONE:
         return Text.assemble((mark, style), "" if run.loss is None else f" {run.loss:.3f}")
+    if run.planned.run.made:
+        return Text(mark, style)
     steps = _steps(run)
     if steps is None:
         return Text.assemble((mark, style), f" {run.step}")
@@ -148,9 +150,10 @@ def _running(runs: Sequence[Progress]) -> Table:
         found.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         left = _left(run)
+        made = run.planned.run.made
         found.add_row(
             _shortened(run.planned.name, 38),
-            f"{run.step}/{run.planned.total_steps or '?'}",
+            "made" if made else f"{run.step}/{run.planned.total_steps or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
             "" if left is None else duration(left),
@@ -168,7 +171,8 @@ def _left(run: Progress) -> float | None:
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
     """What the sweep still takes, from the time of those done; None where nothing is known yet."""
     open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
-    left = [run for run in runs if run.state in open_states]
+    # How long making takes is not known, and little beside training.
+    left = [run for run in runs if run.state in open_states and not run.planned.run.made]
     by_kind: dict[str, list[float]] = {}  # seconds per step
     for run in runs:
         steps = _steps(run)
@@ -240,6 +244,8 @@ class Screen:
 
 
 def _event(run: Progress) -> str:
+    if run.planned.run.made and run.state in (RunState.RUNNING, RunState.STOPPED):
+        return "started" if run.state is RunState.RUNNING else "stopped"
     if run.state is RunState.RUNNING:
         return f"started, at step {run.step} of {run.planned.total_steps or '?'}"
     if run.state is RunState.DONE:

@@ -224,6 +224,57 @@ def trained_run(tmp_path_factory):
     return types.SimpleNamespace(path=str(run), model=model, params={"raw": raw, "ema": ema})
 
 
+class Branches:
+    """The tiny run with two layers, and others that lie near it.
+
+    Attributes:
+      folders: directories of runs; the first is the seed.
+      params: of each.
+    """
+
+    def __init__(self, run, folder):
+        import jax
+        import jax.numpy as jnp
+
+        self._run, self._folder = run, folder
+        ema = run.params["ema"]
+        layers = jax.tree.map(lambda x: jnp.concatenate([x, x[:, ::-1]]), ema["layers"])
+        self.params = [{**ema, "layers": layers}]
+        self.params += [self._near(key) for key in (1, 2, 3)]
+        names = ("seed", "code", "law", "math")
+        self.folders = [self.add(name, x) for name, x in zip(names, self.params, strict=True)]
+
+    def _near(self, seed, scale=0.3):
+        import jax
+
+        leaves, tree = jax.tree.flatten(self.params[0])
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        moved = [
+            x + scale * x.std() * jax.random.normal(k, x.shape)
+            for x, k in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(tree, moved)
+
+    def add(self, name, params, **meta):
+        """The directory of a run with these parameters."""
+        from trainers import step_dir
+        from trainers.checkpoint import Checkpointer
+
+        folder = self._folder / name
+        folder.mkdir()
+        text = pathlib.Path(self._run.path, "config.gin").read_text()
+        (folder / "config.gin").write_text(text + "\nconfig.TransformerConfig.num_layers = 2\n")
+        recorded = {**step_dir.read_meta(self._run.path), **meta}
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            checkpointer.save(1, {"params": params}, meta=recorded)
+        return str(folder)
+
+
+@pytest.fixture(scope="session")
+def branches(trained_run, tmp_path_factory):
+    return Branches(trained_run, tmp_path_factory.mktemp("branches"))
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Runs `python -m launch.<name>` with arguments in this process; returns its exit status."""

@@ -102,9 +102,11 @@ def test_models_pass_what_the_table_says():
     from model import resnet
     from model.attention import Attention
     from model.convolution import Conv
+    from model.domain_router import DomainRouter
     from model.embed import Positions
     from model.linear import Dense
     from model.mlp import GatedMlp, Mlp
+    from model.mlp_router import MlpRouter
     from model.moa import MixtureOfAttention
     from model.moe import ExpertDense, MoeMlp
     from model.norm import RMSNorm
@@ -124,7 +126,10 @@ def test_models_pass_what_the_table_says():
     mlps = (
         watched(GatedMlp, dense=Dense),
         watched(Mlp, dense=Dense),
-        watched(MoeMlp, dense=Dense, expert_dense=ExpertDense, shared=GatedMlp),
+        *(
+            watched(MoeMlp, router=router, expert_dense=ExpertDense, shared=GatedMlp)
+            for router in (watched(DomainRouter, dense=Dense), watched(MlpRouter, dense=Dense))
+        ),
     )
     for mlp in mlps:
         block = watched(

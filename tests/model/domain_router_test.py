@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from model.config import TransformerConfig
-from model.domain_router import DomainRouter, down_std, expert_vectors, random_directions
+from model.domain_router import DomainRouter, expert_vectors, random_directions
 from model.mlp import GatedMlp
 from model.moa import MixtureOfAttention
 from model.moe import MoeMlp
+from model.router_scale import down_std
 from model.transformer import Block, Transformer
 from trainers.recipe import Recipe
 

@@ -1,0 +1,58 @@
+"""What a mixture remembers of the embeddings that route it, so that later ones come from the same encoder."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data import domain_embeddings
+from data.domain_embeddings import Embeddings
+from model.surgery.upcycle import UpcycleError
+
+_REMEDY = (
+    f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
+    "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
+)
+
+
+def record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any]:
+    """What is kept with the mixture: the encoder, the mean it has subtracted, and a digest of the vectors."""
+    return {
+        "encoder": dict(domains.encoder),
+        "mean": domains.mean_M.tolist(),
+        "digest": digest(vectors_EM),
+    }
+
+
+def digest(vectors_EM: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(vectors_EM), digest_size=16).hexdigest()
+
+
+def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
+    """Raises UpcycleError where vectors are not comparable with those of the mixture."""
+    if _essence(domains.encoder) != _essence(recorded["encoder"]):
+        raise UpcycleError(
+            f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
+            f"embeddings by {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
+        )
+    if domains.mean_M.tolist() != recorded["mean"]:
+        raise UpcycleError(
+            f"{domains.path} takes another mean from its vectors than the embeddings of the mixture, which would "
+            f"move every expert: {_REMEDY}"
+        )
+
+
+def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
+    """Raises UpcycleError where the file has another vector of an expert than the mixture [E, M]."""
+    for name, vector_M in zip(names, vectors_EM, strict=True):
+        if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
+            raise UpcycleError(
+                f"{domains.path} has another vector of {name} than the mixture, whose router has learned from its "
+                f"own: {_REMEDY}"
+            )
+
+
+def _essence(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder is, without where it lay."""
+    return {key: x for key, x in encoder.items() if key not in domain_embeddings.PLACES}

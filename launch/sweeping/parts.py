@@ -1,0 +1,120 @@
+"""What may stand in the parts of a sweep file, and what is wrong with what does."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launch.sweeping import words
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_OWN = ("MODEL_DIR", "SEED")  # which the sweep sets itself
+_PART = ("gin_files", "bindings", "memory_gb")
+_KEYS = {
+    "sweep": (*_PART, "seeds", "sizes", "arms", "evaluations"),
+    "arm": (*_PART, "parent", "made", "seeds", "sizes", "evaluations"),
+    "size": _PART,
+    "evaluation": ("call", "arguments", "command"),
+}
+# In the words of a made arm; all other names there are of arms.
+_PLACES = ("run", "python", "SEED")
+
+
+def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
+    """Of an arm or a size by itself."""
+    where = f"{what} {name!r}"
+    if not _NAME.fullmatch(str(name)):
+        yield f"{where}: names have letters, digits, '_' and '-' only."
+    if not isinstance(entry, Mapping):
+        yield f"{where} is {entry!r}, not a dict."
+        return
+    yield from unknown_keys(what, f"{where}: ", entry)
+    yield from part_problems(where, entry)
+    made = entry.get("made")
+    if made is not None and not (made and _strings(made)):
+        yield f"{where}: made = {made!r} is not a tuple of strings, the words of a command."
+
+
+def unknown_keys(what: str, where: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    for key in entry:
+        if key not in _KEYS[what]:
+            yield f"{where}a {what} has no {key!r}; {nearest(key, _KEYS[what])}"
+
+
+def part_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("gin_files", "bindings"):
+        value = part.get(key) or ()
+        if not _strings(value):
+            yield f"{where}: {key} = {value!r} is not a tuple of strings."
+            continue
+        for entry in value if key == "bindings" else ():
+            name, equals, _ = entry.partition("=")
+            if not equals:
+                yield f"{where}: the binding {entry!r} is not NAME=VALUE."
+            if name.strip() in _OWN:
+                yield f"{where}: the sweep itself sets {name.strip()}: leave it out of bindings."
+    memory = part.get("memory_gb")
+    if memory is not None and (not isinstance(memory, int | float) or memory <= 0):
+        yield f"{where}: memory_gb = {memory!r} is not a positive number of GB."
+
+
+def seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
+    seeds = part.get("seeds") or ()
+    if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
+        yield f"{where}: seeds = {seeds!r} is not a tuple of integers."
+    elif len(set(seeds)) < len(seeds):
+        yield f"{where}: seeds = {tuple(seeds)} names one twice."
+
+
+def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
+    """Of an arm that is made, beside the others."""
+    for key in ("parent", "gin_files", "bindings"):
+        if arm.get(key):
+            yield f"{where} is made, not trained: leave out its {key}, or made."
+    named = words.places(arm["made"])
+    if "run" not in named:
+        yield f"{where}: its command has no word with {{run}}, the run directory that it makes."
+    known = (*arms, *_PLACES)
+    for name in named:
+        if name not in known:
+            yield f"{where}: its command names {{{name}}}, which is no arm; {nearest(name, known)}"
+    for name in _PLACES:
+        if name in arms:
+            yield f"arm {name!r}: in commands {{{name}}} does not stand for an arm: rename it."
+
+
+def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in evaluations.items():
+        where = f"evaluation {name!r}"
+        if not isinstance(entry, Mapping) or ("call" in entry) == ("command" in entry):
+            yield f"{where}: give either call = 'package.module:function' or command = (words)."
+            continue
+        yield from unknown_keys("evaluation", f"{where}: ", entry)
+        if "command" in entry:
+            words = entry["command"]
+            if not isinstance(words, list | tuple) or not any("{json}" in str(w) for w in words):
+                yield f"{where}: its command has no word with {{json}}, where it writes its result."
+            if "arguments" in entry:
+                yield f"{where}: arguments are for a call; write them into the command."
+            continue
+        module, _, function = str(entry["call"]).partition(":")
+        try:
+            callable_ = getattr(importlib.import_module(module), function)
+            inspect.signature(callable_).bind("run", **(entry.get("arguments") or {}))
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            yield f"{where}: {entry['call']!r} cannot be called with (run, arguments): {error}"
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+
+
+def nearest(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f"nearest: {close[0]!r}." if close else f"there are {listed(known) or 'none'}."
+
+
+def listed(names: Any) -> str:
+    return ", ".join(map(repr, names))

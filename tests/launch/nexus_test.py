@@ -1,0 +1,386 @@
+"""Mixtures behind embeddings of domains: what they are made of, an expert more and one less, and their limits end to end."""
+
+import json
+import pathlib
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data import domain_embeddings
+from launch import gin_config, load_run
+from model import moe
+from model.domain_router import DomainRouter
+from model.kv_cache import policies
+from model.mlp_router import MlpRouter
+from model.routing import Routes
+from model.surgery import layer_stack
+from trainers import initialise, prefill, state_tree, step_dir
+from trainers.array_files import StoredArray
+from trainers.metric_writers import read_jsonl
+from trainers.restore_params import restore_params
+
+BLOCK = "layers/block_0"
+M = 6
+TOKENS = jax.random.randint(jax.random.key(5), (2, 10), 1, 200)
+# All that extension must carry over: attention experts with common keys, a scale, redrawn units.
+EVERYTHING = ("--attention_experts", "--shared_kv", "--expert_scale=2", "--drop_ratio=0.25")
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """A file of embeddings of three domains."""
+    rng = np.random.default_rng(0)
+    raws = {
+        name: domain_embeddings.Raw(rng.normal(size=M), 1, None) for name in ("code", "law", "math")
+    }
+    path = tmp_path_factory.mktemp("domains") / "domains.json"
+    domain_embeddings.write(domain_embeddings.create(path, {"kind": "random", "dim": M}, raws))
+    return str(path)
+
+
+@pytest.fixture
+def make(command, branches, domains, tmp_path):
+    """Makes a mixture of runs that are named; returns its directory, or the status of an error."""
+
+    def run(*flags, names=("code", "law"), method="nexus", to="nexus", router=None):
+        by_name = dict(zip(("seed", "code", "law", "math"), branches.folders, strict=True))
+        if method == "nexus":
+            flags = (f"--seed_model={by_name['seed']}", *flags)
+            flags += (f"--router={router}",) if router else ()
+            flags += () if router == "linear" else (f"--domains={domains}",)
+        given = [f"{name}={by_name[name]}" for name in names]
+        target = tmp_path / to
+        status = command(
+            "upcycle", f"--method={method}", "--experts", *given, f"--to={target}", *flags
+        )
+        return status or str(target)
+
+    return run
+
+
+@pytest.fixture
+def extend(command, domains, tmp_path):
+    def run(moe_run, *flags, to):
+        with_domains = "nexus" in moe_run and "--remove" not in flags
+        given = (f"--domains={domains}",) if with_domains else ()
+        target = tmp_path / to
+        status = command("extend", f"--moe={moe_run}", f"--to={target}", *given, *flags)
+        return status or str(target)
+
+    return run
+
+
+def arrays(run):
+    step = step_dir.resolve(run)
+    names = step_dir.read_manifest(step).arrays
+    return {name.removeprefix("params/"): StoredArray(step, name).read() for name in names}
+
+
+def loaded(run):
+    """Model and parameters of a run, as commands load them."""
+    files = ["t5x_configs/runs/load_run.gin", f"{run}/{load_run.CONFIG}"]
+    unused = {"VOCABULARY": "None"}
+    config = gin_config.load(
+        [], entry="launch.load_run:RunConfig", unused=unused, untrusted=files
+    ).entry()
+    gin.clear_config(clear_constants=True)
+    abstract = nn.meta.unbox(initialise.abstract_variables(config.model)["params"])
+    return config.model, restore_params(run, abstract)
+
+
+def logits(model, params, tokens=TOKENS):
+    return np.asarray(jax.jit(model.apply)({"params": params}, tokens))
+
+
+def record(run):
+    return step_dir.read_meta(run)["upcycled"]
+
+
+def assert_equal(found, want, *, atol=0.0):
+    assert set(found) == set(want)
+    for name in found:
+        np.testing.assert_allclose(found[name], want[name], rtol=0, atol=atol, err_msg=name)
+
+
+def test_routed_ffns_are_the_experts_the_shared_one_the_seeds_and_the_rest_the_mean_without_it(
+    make, branches, domains, capsys
+):
+    found = arrays(make("--attention_experts"))
+    seed, *two = [state_tree.flatten(x) for x in branches.params[:3]]
+    seed, two = jax.tree.map(np.asarray, (seed, two))
+    for name in ("gate", "up", "down"):
+        path = f"{BLOCK}/mlp/{name}/kernel"
+        np.testing.assert_array_equal(found[path], np.stack([x[path] for x in two], axis=1))
+        np.testing.assert_array_equal(found[f"{BLOCK}/mlp/shared/{name}/kernel"], seed[path])
+    for path in ("token_embed/embedding", "final_norm/scale", f"{BLOCK}/norm/scale"):
+        want = np.mean([x[path].astype(np.float64) for x in two], axis=0)
+        np.testing.assert_allclose(found[path], want, atol=1e-7, rtol=2.5e-7)  # float32's
+    vectors = domain_embeddings.read(domains).vectors(["code", "law"])
+    for owner in ("mlp", "attention"):
+        router = {
+            path.removeprefix(f"{BLOCK}/{owner}/router/"): x
+            for path, x in found.items()
+            if path.startswith(f"{BLOCK}/{owner}/router/")
+        }
+        assert set(router) == {"domains", "gate/kernel", "up/kernel", "down/kernel"}
+        np.testing.assert_array_equal(router["domains"], np.stack([vectors] * 2))
+        for name in ("gate", "up"):
+            assert router[f"{name}/kernel"].std() == pytest.approx(M**-0.5, rel=0.2)
+    told = capsys.readouterr().out
+    assert f"expert 1  law   {branches.folders[2]}" in told and "embeddings\n" in told
+    assert f"of {branches.folders[0]}\n" in told and "mean of 2\n" in told
+
+
+@pytest.mark.parametrize(
+    ("router", "flags", "file"),
+    [
+        ("projection", (), "nexus"),
+        ("linear", (), "nexus_linear"),
+        ("mlp", (), "nexus_mlp"),
+        ("projection", ("--attention_experts", "--shared_kv"), "nexus_bam"),
+    ],
+)
+def test_each_mixture_is_the_model_that_its_file_of_methods_trains(make, router, flags, file):
+    found = {path: x.shape for path, x in arrays(make(*flags, router=router)).items()}
+    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+    given = ["EXPERTS=2", "MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
+    given += [f"config.TransformerConfig.{name}={size}" for name, size in sizes.items()]
+    given += ["config.TransformerConfig.vocab_size=264"]
+    given += [f"DOMAIN_DIM={M}"] if router != "linear" else []
+    given += ["SHARED_KV=True"] if flags else []
+    files = [f"t5x_configs/{x}.gin" for x in ("models/tiny", "runs/pretrain", f"methods/{file}")]
+    config = gin_config.load(files, given, entry="launch.train:train")
+    variables = initialise.abstract_variables(config.arguments()["recipe"].model)
+    gin.clear_config(clear_constants=True)
+    params = state_tree.flatten(nn.meta.unbox(variables["params"]))
+    assert found == {path: x.shape for path, x in params.items()}
+
+
+def test_an_mlp_router_has_the_parameters_of_the_projection_and_its_first_logits():
+    given = {"axes": ("embed", "unmodeled"), "domain_dim": 5}
+    x = jax.random.normal(jax.random.key(0), (4000, 8))
+    found, variables = MlpRouter(features=3, **given).init_with_output(jax.random.key(1), x)
+    params = nn.meta.unbox(variables["params"])
+    other = nn.meta.unbox(DomainRouter(features=3, **given).init(jax.random.key(1), x)["params"])
+    sizes, others = (
+        {k: v["kernel"].size for k, v in p.items() if k != "domains"} for p in (params, other)
+    )
+    assert sizes["gate"] + sizes["up"] == sum(others.values())
+    gate, up, down = (np.asarray(params[k]["kernel"], np.float64) for k in ("gate", "up", "down"))
+    inner = np.asarray(x, np.float64) @ gate
+    want = (inner / (1 + np.exp(-inner)) * (np.asarray(x, np.float64) @ up)) @ down
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    wide = MlpRouter(features=64, axes=given["axes"], domain_dim=64)
+    x = jax.random.normal(jax.random.key(0), (256, 64))
+    assert 0.07 < float(wide.init_with_output(jax.random.key(2), x)[0].std()) < 0.13
+
+
+def test_attention_experts_and_a_projection_train_and_decode_as_the_whole_forward_does(
+    train, make, branches, trained_run, tmp_path
+):
+    made = make("--attention_experts")
+    model, params = loaded(made)
+    whole = logits(model, params)
+    changed = logits(model, params, TOKENS.at[:, 6:].set(5))
+    np.testing.assert_allclose(changed[:, :6], whole[:, :6], atol=1e-6)
+    flat, unrolled = layer_stack.unrolled(model), layer_stack.unroll(params, model.config)
+    policy = policies.policy_named("full")
+    last, caches = prefill.prefill(flat, unrolled, policy, TOKENS[:, :6], jnp.full(2, 6), room=10)
+    np.testing.assert_allclose(last, whole[:, 5], atol=1e-4)
+    for t in range(6, 10):
+        at = jnp.full((2, 1), t)
+        out = prefill.read(flat, unrolled, policy, TOKENS[:, t : t + 1], at, caches)
+        caches = out.caches
+        found = flat.apply({"params": unrolled}, out.hidden_BTD, method="logits")[:, 0]
+        np.testing.assert_allclose(found, whole[:, t], atol=1e-4)
+
+    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+    names = ("models/tiny", "data/files", "runs/pretrain", "methods/nexus_bam")
+    given = [
+        f"MODEL_DIR={str(tmp_path / 'run')!r}",
+        f"INITIAL_CHECKPOINT_PATH={made!r}",
+        f"FILES={trained_run.path + '/train.jsonl'!r}",
+        "MIXTURE_OR_TASK_NAME='files'",
+        "VOCABULARY=@vocabularies.byte()",
+        "TASK_FEATURE_LENGTHS={'targets': 48}",
+        "BATCH_SIZE=8",
+        "TRAIN_STEPS=1",
+        "EVAL_PERIOD=0",
+        "LOG_PERIOD=1",
+        "WARMUP_STEPS=0",
+        "EXPERTS=2",
+        f"DOMAIN_DIM={M}",
+        "config.TransformerConfig.vocab_size=264",
+        *(f"config.TransformerConfig.{name}={size}" for name, size in sizes.items()),
+    ]
+    flags = [f"--gin_file=t5x_configs/{name}.gin" for name in names]
+    result = train(*flags, *[f"--gin.{x}" for x in given])
+    assert result.status == 0, result.err
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert np.isfinite(row["loss"]) and "attention/router_entropy" in row
+    assert record(tmp_path / "run") == record(made)  # so that it can be extended
+    before, after = arrays(made), arrays(tmp_path / "run")
+    for owner in ("mlp", "attention"):
+        router = f"{BLOCK}/{owner}/router"
+        np.testing.assert_array_equal(after[f"{router}/domains"], before[f"{router}/domains"])
+        assert not np.array_equal(after[f"{router}/down/kernel"], before[f"{router}/down/kernel"])
+
+
+def test_experts_in_another_order_with_their_domains_are_the_same_model(make):
+    here, there = (
+        make(names=names, to="nexus" + names[0]) for names in (("code", "law"), ("law", "code"))
+    )
+    found, want = logits(*loaded(here)), logits(*loaded(there))
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_with_the_gate_at_0_and_a_backbone_of_the_seed_logits_are_the_seeds(
+    make, branches, monkeypatch
+):
+    model, params = loaded(make())
+    seed = branches.params[0]
+    block, own = params["layers"]["block_0"], seed["layers"]["block_0"]
+    params = {**seed, "layers": {"block_0": {**own, "mlp": block["mlp"]}}}
+    assert np.abs(logits(model, params) - logits(*loaded(branches.folders[0]))).max() > 0.1
+
+    def none(probs, **given):
+        chosen = jnp.zeros((*probs.shape[:-1], 1), jnp.int32)
+        return Routes(experts_MK=chosen, weights_MK=jnp.zeros(chosen.shape))
+
+    monkeypatch.setattr(moe, "route", none)
+    jax.clear_caches()
+    np.testing.assert_allclose(
+        logits(model, params), logits(*loaded(branches.folders[0])), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("flags", [EVERYTHING, ("--attention_experts",)])
+def test_an_untrained_mean_of_two_extended_is_that_of_three(make, extend, branches, flags):
+    """The projection's draw does not depend on the number of experts, so everything must agree."""
+    three = extend(make(*flags), "--add", f"math={branches.folders[3]}", to="nexus3")
+    want = make(*flags, names=("code", "law", "math"), to="at_once")
+    assert_equal(arrays(three), arrays(want), atol=1e-6)
+    assert record(three) == record(want)
+    paths = [f"{BLOCK}/mlp/{name}/kernel" for name in ("gate", "up", "down")]
+    paths += [f"{BLOCK}/attention/{name}/kernel" for name in ("query", "out")]
+    for path in (*paths, f"{BLOCK}/mlp/router/domains"):
+        np.testing.assert_array_equal(arrays(three)[path], arrays(want)[path])
+
+
+def test_an_expert_that_no_token_chooses_changes_nothing_and_taken_away_leaves_what_was(
+    make, extend, branches, capsys
+):
+    two = make(*EVERYTHING)
+    three = extend(two, "--add", f"math={branches.folders[3]}", "--merge=0", to="nexus3")
+    model, params = loaded(three)
+
+    def never(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if isinstance(context.module, DomainRouter) and context.method_name == "__call__":
+            out = out.at[..., -1].set(-jnp.inf)
+        return out
+
+    with nn.intercept_methods(never):
+        found = np.asarray(model.apply({"params": params}, TOKENS))
+    np.testing.assert_allclose(found, logits(*loaded(two)), atol=1e-6)
+    assert np.abs(logits(model, params) - found).max() > 1e-3
+    again = extend(three, "--remove", "math", to="nexus2")
+    assert_equal(arrays(again), arrays(two))
+    assert record(again) == record(two)
+    # One in the middle: the others keep their order.
+    without = extend(three, "--remove", "law", to="without")
+    assert record(without)["experts"] == ["code", "math"]
+    path = f"{BLOCK}/mlp/up/kernel"
+    np.testing.assert_array_equal(arrays(without)[path], arrays(three)[path][:, [0, 2]])
+    assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "router"), [("btx", None), ("nexus", "mlp")])
+def test_routers_without_embeddings_get_a_column_or_are_drawn_anew(
+    command, make, branches, tmp_path, method, router
+):
+    two = make(method=method, router=router)
+    last = f"{BLOCK}/mlp/router/" + ("kernel" if router is None else "down/kernel")
+    old = arrays(two)[last]
+
+    def extended(run, name, to, *flags):
+        source = branches.folders[{"math": 3, "seed": 0}[name]]
+        target = tmp_path / to
+        given = ("--add", f"{name}={source}", f"--to={target}", *flags)
+        assert command("extend", f"--moe={run}", *given) == 0
+        return str(target)
+
+    three = extended(two, "math", "three")
+    found = arrays(three)[last]
+    np.testing.assert_array_equal(found[..., :2], old)
+    column = found[..., 2]
+    assert 0.5 * old.std() < column.std() < 2 * old.std() and not np.array_equal(*column)
+    four = extended(three, "seed", "four")
+    assert record(four)["experts"] == ["code", "law", "math", "seed"]
+    np.testing.assert_array_equal(arrays(four)[last][..., :3], found)
+    back = tmp_path / "back"
+    assert command("extend", f"--moe={three}", "--remove=math", f"--to={back}") == 0
+    np.testing.assert_array_equal(arrays(back)[last], old)
+    reset = arrays(extended(two, "math", "reset", "--router=reset"))[last]
+    assert reset.shape == found.shape and not (reset == found).any()
+    assert np.isfinite(logits(*loaded(four))).all()
+
+
+def test_what_makes_no_mixture_or_extension_is_named(
+    command, make, extend, branches, domains, tmp_path, capsys
+):
+    math = branches.folders[3]
+
+    def error(status):
+        assert status == 2
+        return capsys.readouterr().err
+
+    two = make()
+    text = error(make(names=("code", "seed"), to="x"))
+    assert f"{domains}: no domain 'seed'" in text and "--extend" in text
+    assert "2 experts are called code" in error(make(names=("code", "code"), to="x"))
+    assert "have one embedding" in error(make("--copies=2", to="x"))
+    assert "--seed_model is of --method=nexus" in error(
+        make("--seed_model=x", method="btx", to="x")
+    )
+    wide = jax.tree.map(lambda x: x, branches.params[0])
+    wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
+    wider = branches.add("wider_seed", wide)
+    text = error(make(f"--seed_model={wider}", to="x"))
+    assert f"{wider} is no branch" in text and "[2, 16, 24]" in text
+
+    assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="nexusx"))
+    assert "has no expert lax: there are code, law" in error(extend(two, "--remove", "lax", to="x"))
+    assert "a projection stays" in error(
+        extend(two, "--add", f"math={math}", "--router=reset", to="nexusx")
+    )
+    dense = error(extend(math, "--remove", "code", to="x"))
+    assert "does not come from launch.upcycle" in dense
+    topped = make("--top_k=2", to="topped")
+    assert "tokens use MoeMlp.top_k = 2" in error(extend(topped, "--remove", "law", to="x"))
+
+    content = json.loads(pathlib.Path(domains).read_text())
+    for change, message in (
+        ({"encoder": {"kind": "one_hot", "dim": M}}, "was made by the encoder one_hot"),
+        ({"mean": [0.0] * M}, "takes another mean"),
+        (
+            {"domains": {**content["domains"], "law": content["domains"]["math"]}},
+            "has another vector of law",
+        ),
+    ):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**content, **change}))
+        status = command(
+            "extend",
+            f"--moe={two}",
+            "--add",
+            f"math={math}",
+            f"--domains={other}",
+            f"--to={tmp_path}/x",
+        )
+        assert message in error(status)
+    assert not (tmp_path / "x").exists()
