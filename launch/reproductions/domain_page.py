@@ -103,7 +103,7 @@ def _setup(report: Report, runs: Mapping[str, DomainRuns], found: Mapping[str, A
     out, missing = [], []
     for name, results in runs.items():
         seeds = sorted({row["seed"] for row in results.rows})
-        trained = [row for row in results.rows if row["step"]]
+        trained = [row for row in results.rows if row["tokens"]]
         minutes = sum(row["seconds"] for row in results.rows) / 60
         known = [results.floors.get(domain) for domain in results.domains]
         domains = ", ".join(
@@ -128,10 +128,10 @@ def _budgets(results: DomainRuns) -> str:
     """Updates of the arms, those of one number together."""
     by_steps: dict[int, list[str]] = {}
     for row in results.rows:
-        arms = by_steps.setdefault(row["step"], [])
+        arms = by_steps.setdefault(row["step"], []) if row["tokens"] else []
         if (name := f"`{row['arm']}`") not in arms:
             arms.append(name)
-    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items()) if steps]
+    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items())]
     return f"Updates: {'; '.join(said)}." if said else ""
 
 
@@ -146,12 +146,14 @@ def table(title: str, results: DomainRuns, columns: Mapping[str, tuple[str, floa
     given = {
         "parameters": ("10³ parameters", 1e3),
         "tokens": ("10⁶ tokens", 1e6),
-        **(columns or {}),
+        **columns,
     }
     heads = [*(heading for heading, _ in given.values()), MEAN, *results.domains]
     out = [f"## {title}", "", f"| arm | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for arm in dict.fromkeys(row["arm"] for row in results.rows):
         rows = list(results.find(arm).values())
+        if not any(map(held_out, rows)):  # made, and not measured
+            continue
         cells = []
         for key, (_, unit) in given.items():
             values = [row[key] / unit for row in rows if row.get(key)]

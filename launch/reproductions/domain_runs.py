@@ -135,12 +135,13 @@ def part(
     """{"rows", "domains", "floors"} of a part of a paper's sweep, which goes on where it stopped.
 
     The sweep's file is launch/sweeps/<paper>.py; it is given 'PART,SEEDS' and has DOMAINS, by part, the general one
-    first.
+    first, some of them perhaps in a tuple of their own.
 
     Raises:
       ValueError, sweeps.StoppedError: see `sweeps.rows`.
     """
-    domains = sweep(paper).DOMAINS[name]
+    entries = sweep(paper).DOMAINS[name]
+    domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
     rows = sweeps.rows(folder, paper, f"{name},{seeds}", workers=workers, minutes=minutes)
     return {
         "rows": [with_course(row, folder / row["directory"]) for row in rows],

@@ -69,7 +69,9 @@ def row(arm, seed, losses):
         curve.append((steps, losses))
     evaluations = {"held_out": {"tasks": named}} if made else {}
     if arm.startswith("bam"):
-        evaluations["routing"] = {"domains": gates(list(losses)), "chosen": gates(list(losses))}
+        names = ["seed", *list(losses)[1:]]
+        shares = gates(list(losses))
+        evaluations["routing"] = {"domains": shares, "chosen": shares, "experts": names}
     return {
         "run": f"{arm}/seed{seed}",
         "arm": arm,
@@ -209,7 +211,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     tmp_path, monkeypatch
 ):
     sweep = types.ModuleType("launch.sweeps.bam")
-    sweep.DOMAINS = {"synthetic": ("lag_general", "lag_4")}
+    sweep.DOMAINS = {"synthetic": ("lag_general", ("lag_4",))}
     sweep.train_flops_per_token = {"btx": 10.0}.__getitem__
     monkeypatch.setitem(sys.modules, "launch.sweeps.bam", sweep)
     asked = []
@@ -236,6 +238,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     ]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
+    assert found["synthetic"]["domains"] == ("lag_general", "lag_4")
     assert (trained["parameters"], made["parameters"]) == (12, None)
     assert made["curve"] == [] and made["flops"] == 0.0
     floors = found["synthetic"]["floors"]

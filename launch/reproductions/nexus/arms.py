@@ -40,7 +40,7 @@ class Runs(DomainRuns):
             return f"{EXTENSIONS[arm]}, extended"
         if arm.startswith("expert_"):
             return f"expert of {arm.removeprefix('expert_')}"
-        known = {**ROUTERS, **LOW, MERGED: "experts merged", CONTINUED: "dense, continued"}
+        known = {**ROUTERS, **LOW, MERGED: "experts merged", CONTINUED: "dense, all tokens"}
         return known.get(arm, arm.replace("_", " "))
 
     @property

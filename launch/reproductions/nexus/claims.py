@@ -221,8 +221,9 @@ def _controls(judge: Callable[..., list[Evidence]]) -> list[Claim]:
         ),
         Claim(
             "N20",
-            "It is better than the seed trained on the same mix (a control, not a claim of the paper)",
-            "Nexus has a lower loss on the old domains than the dense model that was trained on",
+            "It is better than the seed trained on as many tokens in all (a control, not a claim of the paper)",
+            "Nexus has a lower loss on the old domains than the dense model that was trained on the tokens of all "
+            "experts and of the mixture",
             judge(_pairs(("nexus", CONTINUED))),
         ),
     ]
