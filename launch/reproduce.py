@@ -1,12 +1,15 @@
 """Reproduces a paper's claims at small scale, and writes the report with its plots.
 
 Started again, it goes on where it stopped: what has been trained and measured is kept in --model_dir.
-Examples, which take two hours, 40 minutes and an hour on two idle cores:
+Examples:
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
   python -m launch.reproduce low_rank --model_dir=runs/low_rank --workers=2 --out=docs/reproductions
+  python -m launch.reproduce bam --model_dir=runs/bam --workers=2 --out=docs/reproductions
+  python -m launch.reproduce nexus --model_dir=runs/nexus --workers=2 --out=docs/reproductions
 
+The first three take two hours, 40 minutes and an hour on two idle cores, the others longer.
 The flags of each are shown by python -m launch.reproduce PAPER --help. The status is 1 where a claim that
 must hold does not, and 75 where --minutes or a signal has stopped it.
 """
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_low_rank(
         papers.add_parser("low_rank", parents=[shared], help="low-rank training, 2209.13569")
     )
+    _add_bam(papers.add_parser("bam", parents=[shared], help="BAM, 2408.08274"))
+    _add_nexus(papers.add_parser("nexus", parents=[shared], help="Nexus, 2408.15901"))
     flags = parser.parse_args(argv)
     statuses = [0]
 
@@ -117,6 +122,36 @@ def _add_low_rank(parser: argparse.ArgumentParser) -> None:
     _add_sweep_flags(parser)
 
 
+def _add_bam(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(reproduce=_bam)
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of all arms (default: 3)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["synthetic", "real", "caches"],
+        choices=("synthetic", "real", "caches"),
+        help="generated domains, real ones, the bytes of caches (default: all)",
+    )
+    _add_sweep_flags(parser)
+
+
+def _add_nexus(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(reproduce=_nexus)
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="of all arms (default: 5)"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["synthetic", "real"],
+        choices=("synthetic", "real"),
+        help="generated domains, real ones (default: both)",
+    )
+    _add_sweep_flags(parser)
+
+
 def _add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="runs at once, as of launch.sweep"
@@ -166,6 +201,42 @@ def _low_rank(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     return _report_sweeps(
         "low_rank",
+        lambda: experiment.run(
+            model_dir=flags.model_dir,
+            seeds=flags.seeds,
+            workers=flags.workers,
+            minutes=flags.minutes,
+            parts=flags.parts,
+        ),
+        page.write,
+        flags,
+        arguments,
+    )
+
+
+def _bam(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from launch.reproductions.bam import experiment, page
+
+    return _report_sweeps(
+        "bam",
+        lambda: experiment.run(
+            model_dir=flags.model_dir,
+            seeds=flags.seeds,
+            workers=flags.workers,
+            minutes=flags.minutes,
+            parts=flags.parts,
+        ),
+        page.write,
+        flags,
+        arguments,
+    )
+
+
+def _nexus(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from launch.reproductions.nexus import experiment, page
+
+    return _report_sweeps(
+        "nexus",
         lambda: experiment.run(
             model_dir=flags.model_dir,
             seeds=flags.seeds,

@@ -78,8 +78,9 @@ def routing(
       params: see launch/load_run.py.
 
     Returns:
-      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}}: the mean probability of
-      each expert, and the share of tokens whose first choice it is.
+      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}: the mean
+      probability of each expert, and the share of tokens whose first choice it is. Names are those that
+      launch.upcycle gave the experts, none where it did not make them.
 
     Raises:
       LoadError: the run has no router, or `rows` is not positive.
@@ -100,7 +101,7 @@ def routing(
     found = gin_config.load(entry="launch.evaluate:evaluate", untrusted=files).arguments()
     recipe = found["recipe"]
     program = recipe.program()
-    values, _ = load_run.restore(run_dir, program.abstract_state.params, params=params)
+    values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
     cpu_tensorflow.load()
     for call in found["register"]:
         call()
@@ -127,7 +128,12 @@ def routing(
                 _by_layer(part, recipe.model.config, float(total[2])) for part in total[:2]
             )
             tokens[stream.name] = int(total[2])
-    return {"domains": probable, "chosen": chosen, "tokens": tokens}
+    return {"domains": probable, "chosen": chosen, "tokens": tokens, "experts": _experts(meta)}
+
+
+def _experts(meta: Mapping[str, Any]) -> list[str]:
+    """Their names, where the run's mixture was made of named ones."""
+    return list(meta.get("upcycled", {}).get("experts", ()))
 
 
 def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
@@ -176,7 +182,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
 
     Args:
       run_dir: run or step directory of a model with projection routers (methods/nexus.gin).
-      names: of the domains, in the order of the experts; their numbers if None.
+      names: of the domains, in the order of the experts; those of the experts if None, or numbers.
 
     Returns:
       {"domains": names, "vectors": [[cosine]], "projected": {layer: [[cosine]]}}.
@@ -214,12 +220,13 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
             }
             layer = i * len(matches) + int(match[3]) if stacked else int(match[3])
             projected[layer] = cosines(expert_vectors(router, domains_EM))
-    if names is not None and len(names) != len(domains_EM):
+    names = names or _experts(step_dir.read_meta(run_dir)) or [*map(str, range(len(domains_EM)))]
+    if len(names) != len(domains_EM):
         raise load_run.LoadError(
             f"{run_dir} has {len(domains_EM)} experts, and {len(names)} names are given for their domains."
         )
     return {
-        "domains": list(names or map(str, range(len(domains_EM)))),
+        "domains": list(names),
         "vectors": cosines(domains_EM),  # the same in every layer
         "projected": {str(layer): projected[layer] for layer in sorted(projected)},
     }
@@ -238,15 +245,21 @@ def table(found: Mapping[str, Any]) -> str:
     width = max(map(len, (*found["domains"], "task")))
     lines = []
     for router in next(iter(found["domains"].values())):
-        experts = len(next(iter(found["domains"].values()))[router][0])
-        head = "".join(f"{f'expert {e}':>15}" for e in range(experts))
-        lines += ["", f"router of {router}", f"{'task':{width}}{head}"]
+        means = {
+            key: {task: np.mean(found[key][task][router], axis=0) for task in found["domains"]}
+            for key in ("domains", "chosen")
+        }
+        count = len(next(iter(means["domains"].values())))
+        names = found["experts"]
+        if len(names) != count:
+            names = [f"expert {e}" for e in range(count)]
+        space = max(15, *(len(name) + 2 for name in names))
+        heads = "".join(f"{name:>{space}}" for name in names)
+        lines += ["", f"router of {router}", f"{'task':{width}}{heads}"]
         for task in found["domains"]:
-            probable, chosen = (
-                np.mean(found[key][task][router], axis=0) for key in ("domains", "chosen")
-            )
-            cells = [f"{p:.3f} ({c:.3f})" for p, c in zip(probable, chosen, strict=True)]
-            lines.append(f"{task:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+            pairs = zip(means["domains"][task], means["chosen"][task], strict=True)
+            cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
+            lines.append(f"{task:{width}}{cells}")
     return "\n".join(lines[1:])
 
 

@@ -18,7 +18,7 @@ def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
       found: as router_analysis.routing returns it.
       path: of the PNG.
     """
-    figure(found["domains"]).savefig(path, dpi=130)
+    figure(found["domains"], found["experts"]).savefig(path, dpi=130)
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:

@@ -1,5 +1,8 @@
 """Parts of a report on runs over several domains, as lines of a page and for its results.json."""
 
+import dataclasses
+import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,15 +10,76 @@ import numpy as np
 
 from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim
-from launch.reproductions.domain_runs import MEAN, DomainRuns, held_out, on
+from launch.reproductions.domain_runs import MEAN, PARTS, DomainRuns, held_out, on
 
 
-def head(
-    introduction: Sequence[str], judged: Sequence[Claim], facts: Mapping[str, Any]
-) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a paper's page says whatever was measured.
+
+    Attributes:
+      paper: name of the page.
+      title: of the page.
+      source: the paper, as a link.
+      text: on arms and on where it falls short, lines of a list.
+      parts: of the experiment.
+      expected: domains -> arms that a part should have.
+      columns: of the tables of arms, see `table`.
+    """
+
+    paper: str
+    title: str
+    source: str
+    text: Sequence[str]
+    parts: Sequence[str]
+    expected: Callable[[Sequence[str]], Sequence[str]]
+    columns: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+
+    def write(
+        self,
+        found: Mapping[str, Any],
+        out: pathlib.Path,
+        facts: Mapping[str, Any],
+        *,
+        runs: Mapping[str, DomainRuns],
+        judged: Sequence[Claim],
+        drawn: Mapping[str, str],
+    ) -> None:
+        """Writes <paper>.md and <paper>/results.json into `out`.
+
+        Args:
+          found: by the paper's `experiment.run`.
+          out: the folder, which holds the plots.
+          facts: command, versions and whatever else the numbers depend on.
+          runs: those parts of `found` that are of domains.
+          judged: the claims.
+          drawn: the plots, with their captions.
+        """
+        record = {
+            **facts,
+            "claims": claim.record(judged),
+            "parts": {name: kept(found[name], tuple(self.columns)) for name in runs},
+            **{name: value for name, value in found.items() if name not in PARTS},
+        }
+        (out / self.paper / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        lines = [*_head(self, judged, facts), *_setup(self, runs, found), *self.text, ""]
+        for name, caption in drawn.items():
+            lines += [f"![{caption}]({self.paper}/{name})", "", f"*{caption}.*", ""]
+        lines += ["## Measurements", "", *claim.measurements(judged)]
+        for name, results in runs.items():
+            lines += table(f"All arms, {name}", results, self.columns)
+        lines.append(
+            "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + "."
+        )
+        (out / f"{self.paper}.md").write_text("\n".join(lines) + "\n")
+
+
+def _head(report: Report, judged: Sequence[Claim], facts: Mapping[str, Any]) -> list[str]:
     """The page down to how it was measured."""
     return [
-        *introduction,
+        f"# {report.title}",
+        "",
+        f"{report.source}.",
         "This page and its plots are written by",
         "",
         "```",
@@ -34,17 +98,12 @@ def head(
     ]
 
 
-def setup(
-    runs: Mapping[str, DomainRuns],
-    found: Mapping[str, Any],
-    parts: Sequence[str],
-    expected: Callable[[Sequence[str]], Sequence[str]],
-) -> list[str]:
+def _setup(report: Report, runs: Mapping[str, DomainRuns], found: Mapping[str, Any]) -> list[str]:
     """What was trained, and what is not there."""
     out, missing = [], []
     for name, results in runs.items():
         seeds = sorted({row["seed"] for row in results.rows})
-        trained = [row for row in results.rows if row["step"]]
+        trained = [row for row in results.rows if row["tokens"]]
         minutes = sum(row["seconds"] for row in results.rows) / 60
         known = [results.floors.get(domain) for domain in results.domains]
         domains = ", ".join(
@@ -56,8 +115,10 @@ def setup(
             f"- *{name}*: domains {domains}{entropy}. {len(trained)} runs, seeds "
             f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(results)}"
         )
-        missing += [f"{name} {arm}" for arm in results.missing(expected(results.domains), seeds)]
-    missing += [f"all of the part `{part}`" for part in parts if not found.get(part)]
+        missing += [
+            f"{name} {arm}" for arm in results.missing(report.expected(results.domains), seeds)
+        ]
+    missing += [f"all of the part `{part}`" for part in report.parts if not found.get(part)]
     if missing:
         out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
     return out
@@ -67,24 +128,14 @@ def _budgets(results: DomainRuns) -> str:
     """Updates of the arms, those of one number together."""
     by_steps: dict[int, list[str]] = {}
     for row in results.rows:
-        arms = by_steps.setdefault(row["step"], [])
+        arms = by_steps.setdefault(row["step"], []) if row["tokens"] else []
         if (name := f"`{row['arm']}`") not in arms:
             arms.append(name)
-    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items()) if steps]
+    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items())]
     return f"Updates: {'; '.join(said)}." if said else ""
 
 
-def pictures(folder: str, drawn: Mapping[str, str]) -> list[str]:
-    """The figures with their captions."""
-    out = []
-    for name, caption in drawn.items():
-        out += [f"![{caption}]({folder}/{name})", "", f"*{caption}.*", ""]
-    return out
-
-
-def table(
-    title: str, results: DomainRuns, columns: Mapping[str, tuple[str, float]] | None = None
-) -> list[str]:
+def table(title: str, results: DomainRuns, columns: Mapping[str, tuple[str, float]]) -> list[str]:
     """Losses of all arms by domain.
 
     Args:
@@ -95,12 +146,14 @@ def table(
     given = {
         "parameters": ("10³ parameters", 1e3),
         "tokens": ("10⁶ tokens", 1e6),
-        **(columns or {}),
+        **columns,
     }
     heads = [*(heading for heading, _ in given.values()), MEAN, *results.domains]
     out = [f"## {title}", "", f"| arm | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for arm in dict.fromkeys(row["arm"] for row in results.rows):
         rows = list(results.find(arm).values())
+        if not any(map(held_out, rows)):  # made, and not measured
+            continue
         cells = []
         for key, (_, unit) in given.items():
             values = [row[key] / unit for row in rows if row.get(key)]
@@ -110,10 +163,6 @@ def table(
             cells.append(results.mean(values_N, score) if values_N.size else "")
         out.append(f"| {results.label(arm)} (`{arm}`) | {' | '.join(cells)} |")
     return [*out, ""]
-
-
-def versions(facts: Mapping[str, Any]) -> list[str]:
-    return ["Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + "."]
 
 
 def kept(found: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:

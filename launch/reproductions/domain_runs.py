@@ -5,7 +5,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -32,20 +32,23 @@ class DomainRuns(paired.Results):
     floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Mapping[str, Any], **groups: Sequence[str]) -> "DomainRuns":
+    def of(
+        cls, found: Mapping[str, Any], groups: Mapping[str, Sequence[str]] | None = None
+    ) -> Self:
         """Of what `part` returns.
 
         Args:
           found: the part; empty for one that is not there.
-          **groups: beside MEAN, all domains, and `on` and `off` of each domain.
+          groups: beside MEAN, all domains, and `on` and `off` of each domain.
         """
         domains = tuple(found.get("domains", ()))
         known: dict[str, Sequence[str]] = {MEAN: domains}
         for domain in domains:
             known[on(domain)] = (domain,)
             known[off(domain)] = tuple(other for other in domains if other != domain)
-        named = {f"{name.replace('_', '-')} loss": chosen for name, chosen in groups.items()}
-        return cls(found.get("rows", ()), domains, {**known, **named}, found.get("floors", {}))
+        return cls(
+            found.get("rows", ()), domains, {**known, **(groups or {})}, found.get("floors", {})
+        )
 
     def score(self, row: Mapping[str, Any], name: str) -> float | None:
         losses = held_out(row)
@@ -63,7 +66,7 @@ class DomainRuns(paired.Results):
         known = [floor for floor in found if floor is not None]
         return float(np.mean(known)) if found and len(known) == len(found) else None
 
-    def at(self, step: int) -> "DomainRuns":
+    def at(self, step: int) -> Self:
         """The same runs as they were evaluated at a step; those that were not are left out.
 
         Before its first update a run is what it starts from, which an arm `<arm>_start` may say.
@@ -132,12 +135,13 @@ def part(
     """{"rows", "domains", "floors"} of a part of a paper's sweep, which goes on where it stopped.
 
     The sweep's file is launch/sweeps/<paper>.py; it is given 'PART,SEEDS' and has DOMAINS, by part, the general one
-    first.
+    first, some of them perhaps in a tuple of their own.
 
     Raises:
       ValueError, sweeps.StoppedError: see `sweeps.rows`.
     """
-    domains = sweep(paper).DOMAINS[name]
+    entries = sweep(paper).DOMAINS[name]
+    domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
     rows = sweeps.rows(folder, paper, f"{name},{seeds}", workers=workers, minutes=minutes)
     return {
         "rows": [with_course(row, folder / row["directory"]) for row in rows],

@@ -1,6 +1,7 @@
 """Panels of the reproductions' plots, with values and their intervals over seeds."""
 
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,23 @@ def panels(columns: int, size: tuple[float, float], *, share_y: bool = False) ->
         one.grid(axis="y", alpha=0.25)
         one.set_axisbelow(True)
     return figure, axes
+
+
+def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[str, str]:
+    """Writes those figures that are there into a folder.
+
+    Args:
+      figures: file name -> (figure or None, what it shows).
+      folder: where to.
+
+    Returns:
+      What each that was written shows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
+    for name in drawn:
+        figures[name][0].savefig(folder / name, dpi=130)
+    return drawn
 
 
 def bar(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data import lag_domains
+from launch import environment, reproduce
 from launch.reproductions import domain_runs, sweeps
 from launch.reproductions.bam import arms, caches, claims, experiment, figures, page
 from launch.reproductions.bam.arms import Runs, matched
@@ -68,7 +69,9 @@ def row(arm, seed, losses):
         curve.append((steps, losses))
     evaluations = {"held_out": {"tasks": named}} if made else {}
     if arm.startswith("bam"):
-        evaluations["routing"] = {"domains": gates(list(losses)), "chosen": gates(list(losses))}
+        names = ["seed", *list(losses)[1:]]
+        shares = gates(list(losses))
+        evaluations["routing"] = {"domains": shares, "chosen": shares, "experts": names}
     return {
         "run": f"{arm}/seed{seed}",
         "arm": arm,
@@ -173,15 +176,17 @@ def test_curves_are_read_by_step_and_a_made_start_stands_for_step_0():
 
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
-    judged = page.write(everything(), tmp_path, FACTS)
+    found = {name: one for name, one in everything().items() if name != "real"}
+    judged = page.write(found, tmp_path, FACTS)
     text = (tmp_path / "bam.md").read_text()
     drawn = {path.name for path in (tmp_path / "bam").glob("*.png")}
-    kinds = [f"{p}_{k}.png" for p in ("synthetic", "real") for k in ("loss", "curves", "gates")]
-    assert drawn == {*kinds, "cache.png"}
-    assert all(f"](bam/{name})" in text for name in drawn) and "Missing" not in text
+    assert drawn == {"cache.png", *(f"synthetic_{k}.png" for k in ("loss", "curves", "gates"))}
+    assert all(f"](bam/{name})" in text for name in drawn)
+    assert "- Missing, and left out above and below: all of the part `real`." in text
     written = json.loads((tmp_path / "bam" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in judged]
     assert len(written["parts"]["synthetic"]["runs"]) == len(rows())
+    assert written["caches"] == caches.measure()
     assert "lag_4 (1.110)" in text and "600 (`seed`, `btx`" in text
 
 
@@ -206,7 +211,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     tmp_path, monkeypatch
 ):
     sweep = types.ModuleType("launch.sweeps.bam")
-    sweep.DOMAINS = {"synthetic": ("lag_general", "lag_4")}
+    sweep.DOMAINS = {"synthetic": ("lag_general", ("lag_4",))}
     sweep.train_flops_per_token = {"btx": 10.0}.__getitem__
     monkeypatch.setitem(sys.modules, "launch.sweeps.bam", sweep)
     asked = []
@@ -233,6 +238,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     ]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
+    assert found["synthetic"]["domains"] == ("lag_general", "lag_4")
     assert (trained["parameters"], made["parameters"]) == (12, None)
     assert made["curve"] == [] and made["flops"] == 0.0
     floors = found["synthetic"]["floors"]
@@ -250,3 +256,10 @@ def test_bars_are_over_the_entropy_where_it_is_known():
     assert not unknown.axes[0].patches
     assert unknown.axes[0].lines[0].get_ydata()[0] == pytest.approx(1.2 + 0.47, abs=1e-3)
     assert known.axes[0].get_ylabel().startswith("mean loss over the entropy")
+
+
+def test_the_command_writes_the_report_of_the_parts_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    words = ["bam", f"--model_dir={tmp_path}", f"--out={tmp_path}", "--parts", "caches"]
+    assert reproduce.main(words) == 0
+    assert "| **holds** |" in (tmp_path / "bam.md").read_text()

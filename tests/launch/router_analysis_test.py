@@ -18,35 +18,18 @@ from trainers.checkpoint import Checkpointer
 BLOCK = "params/layers/block_0"
 
 
-@pytest.fixture(scope="module")
-def mixture(trained_run, tmp_path_factory):
-    """Two copies of the tiny run as FFN and attention experts, with routers that choose clearly."""
-    from launch import cli, upcycle
-
-    target = tmp_path_factory.mktemp("mixtures") / "bam"
-    words = ["--method=bam", "--copies=2", "--router_std=0.03", f"--to={target}"]
-    status = cli.main(
-        upcycle.__doc__,
-        entry="launch.load_run:RunConfig",
-        command="upcycle",
-        extra_flags=upcycle.add_flags,
-        run=lambda start: upcycle.run(start(), start.flags),
-        default_files=upcycle.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=[*words, "--experts", str(trained_run.path)],
-    )
-    assert status == 0
-    return target
-
-
-def test_routing_is_that_of_held_out_tokens(mixture, trained_run, tmp_path, command, capsys):
+def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, capsys):
+    mixture = tmp_path / "bam"
+    made = ("--method=bam", "--router_std=0.03", f"--to={mixture}")
+    experts = [f"{name}={trained_run.path}" for name in ("seed", "code")]
+    assert command("upcycle", *made, "--experts", *experts) == 0
     files = {name: tmp_path / name for name in ("r.json", "r.png")}
     flags = (f"--json={files['r.json']}", f"--figure={files['r.png']}")
     assert command("router_analysis", f"--checkpoint={mixture}", "--tasks", "files", *flags) == 0
     found = json.loads(files["r.json"].read_text())
     assert files["r.png"].read_bytes()[1:4] == b"PNG"
     shown = capsys.readouterr().out
-    assert "router of attention" in shown and "expert 1" in shown and "files" in shown
+    assert "router of attention" in shown and " code\n" in shown and "files" in shown
 
     # The first layer's attention router reads normed embeddings of what the model is fed.
     step = step_dir.resolve(mixture)
@@ -63,7 +46,7 @@ def test_routing_is_that_of_held_out_tokens(mixture, trained_run, tmp_path, comm
     logits = x @ stored(f"{BLOCK}/attention/router/kernel")[0]
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    assert found["tokens"] == {"files": len(inputs)}
+    assert found["tokens"] == {"files": len(inputs)} and found["experts"] == ["seed", "code"]
     np.testing.assert_allclose(found["domains"]["files"]["attention"][0], probs.mean(0), atol=2e-5)
     chosen = np.bincount(probs.argmax(-1), minlength=2) / len(inputs)
     np.testing.assert_allclose(found["chosen"]["files"]["attention"][0], chosen, atol=2e-5)
@@ -90,9 +73,10 @@ def test_structure_is_of_domains_and_of_what_each_layer_projects(tmp_path):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     params = {"layers": {"block_0": {"mlp": {"router": params}}}}
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        checkpointer.save(1, {"params": params}, meta={})
+        checkpointer.save(1, {"params": params}, meta={"upcycled": {"experts": ["x", "y", "z"]}})
     found = router_analysis.structure(str(tmp_path), names=["a", "b", "c"])
     assert found["domains"] == ["a", "b", "c"]
+    assert router_analysis.structure(str(tmp_path))["domains"] == ["x", "y", "z"]
     assert found["vectors"][1][2] == pytest.approx(-1, abs=1e-5)
     assert np.diag(found["vectors"]) == pytest.approx(np.ones(3), abs=1e-5)
     for layer in range(layers):

@@ -24,6 +24,7 @@ CONTROLS = {
     "soup_continued": "soup, trained on",
 }
 SEED = "seed"
+_OPTIONAL = ("btx5", "soup_continued")
 
 
 def matched(arm: str) -> str:
@@ -48,8 +49,8 @@ def specialist(domain: str) -> str:
 
 def expected(domains: Sequence[str]) -> list[str]:
     """All arms of a part but those that may be left out."""
-    arms = [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *map(matched, BAM)]
-    return [*arms, *(arm for arm in CONTROLS if arm != "soup_continued")]
+    arms = [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *map(matched, BAM), *CONTROLS]
+    return [arm for arm in arms if arm not in _OPTIONAL]
 
 
 def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:

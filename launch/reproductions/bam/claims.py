@@ -104,7 +104,7 @@ def _better_than_btx(judge: Callable[..., list[Evidence]]) -> list[Claim]:
         Claim(
             "B5",
             "BAM is ahead of BTX with as many parameters, in all and active",
-            "data-matched, a lower mean loss than BTX with 4, 5 and 6 experts, and with 6 of which 3 are active",
+            "data-matched, a lower mean loss than BTX with 4 to 6 experts, and with 6 of which 3 are active",
             judge(_pairs(*(("bam", other) for other in BTX))),
             required=True,
         ),

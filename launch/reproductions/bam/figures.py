@@ -50,11 +50,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
         _caches(found.get("caches", {})),
         f"Bytes of keys and values of {caches.LENGTH} tokens against the number of attention experts",
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
-    for name in drawn:
-        figures[name][0].savefig(folder / name, dpi=130)
-    return drawn
+    return panels.save(figures, folder)
 
 
 def _bars(results: Runs) -> dict[str, str]:
@@ -112,7 +108,7 @@ def _curves(results: Runs) -> Any:
 
 def _scale(results: Runs, arm: str, unit: str) -> float:
     """What a step is, in millions of tokens or 1e12 FLOPs."""
-    rows = [row for row in results.find(arm).values() if row["step"]]
+    rows = [row for row in results.find(arm).values() if row["tokens"]]
     if not rows:
         return 1.0
     return (
@@ -122,12 +118,12 @@ def _scale(results: Runs, arm: str, unit: str) -> float:
 
 
 def _gates(results: Runs) -> Any:
-    tables = mean_tables([found["domains"] for found in results.evaluation("bam", "routing")])
+    measured = results.evaluation("bam", "routing")
+    tables = mean_tables([found["domains"] for found in measured])
     if not tables:
         return None
     order = {domain: tables[domain] for domain in results.domains if domain in tables}
-    experts: Sequence[str] = ["seed", *results.domains[1:]]
-    return router_figure.figure(order, experts)
+    return router_figure.figure(order, measured[0]["experts"])
 
 
 def _caches(found: Mapping[str, Sequence[int]]) -> Any:

@@ -1,23 +1,16 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.reproductions import claim, domain_page
 from launch.reproductions.bam import claims, figures
 from launch.reproductions.bam.arms import expected, parts
 from launch.reproductions.bam.experiment import PARTS
 from launch.reproductions.claim import Claim
+from launch.reproductions.domain_page import Report
 from launch.reproductions.domain_runs import PARTS as SWEPT
 
-_INTRODUCTION = [
-    "# BAM: the paper's claims on small models",
-    "",
-    "[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv",
-    "2408.08274](https://arxiv.org/abs/2408.08274).",
-]
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
     "from it with 90 % of that domain and 10 % of the general one. All mixtures are made of the seed and the specialists "
@@ -39,6 +32,18 @@ _SHORT = [
 ]
 
 
+_REPORT = Report(
+    paper="bam",
+    title="BAM: the paper's claims on small models",
+    source="[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv "
+    "2408.08274](https://arxiv.org/abs/2408.08274)",
+    text=[*_ARMS, *_SHORT],
+    parts=PARTS,
+    expected=expected,
+    columns={"flops": ("10¹² FLOPs", 1e12)},
+)
+
+
 def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
     """Writes bam.md, bam/results.json and the plots into `out`.
 
@@ -50,24 +55,8 @@ def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any])
     Returns:
       The claims.
     """
-    folder = out / "bam"
-    drawn = figures.draw(found, folder)
+    drawn = figures.draw(found, out / "bam")
     judged = claims.claims(found)
     runs = parts(found, SWEPT)
-    record = {
-        **facts,
-        "claims": claim.record(judged),
-        "parts": {name: domain_page.kept(found[name], ("flops",)) for name in runs},
-        "caches": found.get("caches"),
-    }
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = domain_page.head(_INTRODUCTION, judged, facts)
-    lines += domain_page.setup(runs, found, PARTS, expected)
-    lines += [*_ARMS, *_SHORT, ""]
-    lines += domain_page.pictures("bam", drawn)
-    lines += ["## Measurements", "", *claim.measurements(judged)]
-    for name, results in runs.items():
-        lines += domain_page.table(f"All arms, {name}", results, {"flops": ("10¹² FLOPs", 1e12)})
-    lines += domain_page.versions(facts)
-    (out / "bam.md").write_text("\n".join(lines) + "\n")
+    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
     return judged

@@ -21,6 +21,7 @@ from launch.reproductions.panels import (
     line,
     panels,
     plain_ticks,
+    save,
 )
 from launch.sweeps import low_rank_lm as lm
 
@@ -66,11 +67,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
         ),
         **image_figures.figures(images),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
-    for name in drawn:
-        figures[name][0].savefig(folder / name, dpi=130)
-    return drawn
+    return save(figures, folder)
 
 
 def _ranks(results: Results) -> Any:
