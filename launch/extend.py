@@ -62,7 +62,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """
     moe = SourceModel(flags.moe, flags.params)
     made = moe.meta.get("upcycled")
-    if made is None:
+    if made is None or "sources" not in made:  # which earlier ones did not record
         raise UpcycleError(
             f"{flags.moe} does not come from launch.upcycle: its experts have no names."
         )

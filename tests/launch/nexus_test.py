@@ -191,7 +191,7 @@ def test_an_mlp_router_has_the_parameters_of_the_projection_and_its_first_logits
 
 
 def test_attention_experts_and_a_projection_train_and_decode_as_the_whole_forward_does(
-    train, make, branches, trained_run, tmp_path
+    train, make, extend, branches, trained_run, tmp_path
 ):
     made = make("--attention_experts")
     model, params = loaded(made)
@@ -220,7 +220,7 @@ def test_attention_experts_and_a_projection_train_and_decode_as_the_whole_forwar
     sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
     names = ("models/tiny", "data/files", "runs/pretrain", "methods/nexus_bam")
     given = [
-        f"MODEL_DIR={str(tmp_path / 'run')!r}",
+        f"MODEL_DIR={str(tmp_path / 'nexus_run')!r}",
         f"INITIAL_CHECKPOINT_PATH={made!r}",
         f"FILES={trained_run.path + '/train.jsonl'!r}",
         f"VALIDATION_FILES={trained_run.path + '/held_out.jsonl'!r}",
@@ -239,14 +239,20 @@ def test_attention_experts_and_a_projection_train_and_decode_as_the_whole_forwar
     flags = [f"--gin_file=t5x_configs/{name}.gin" for name in names]
     result = train(*flags, *[f"--gin.{x}" for x in given])
     assert result.status == 0, result.err
-    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    row = read_jsonl(tmp_path / "nexus_run" / "metrics.jsonl")[0]
     assert np.isfinite(row["loss"]) and "attention/router_entropy" in row
-    assert record(tmp_path / "run") == record(made)  # so that it can be extended
-    before, after = arrays(made), arrays(tmp_path / "run")
+    before, after = arrays(made), arrays(tmp_path / "nexus_run")
     for owner in ("mlp", "attention"):
         router = f"{BLOCK}/{owner}/router"
         np.testing.assert_array_equal(after[f"{router}/domains"], before[f"{router}/domains"])
         assert not np.array_equal(after[f"{router}/down/kernel"], before[f"{router}/down/kernel"])
+    # What has been trained knows its experts and their embeddings, and is extended with what it learned.
+    math = f"math={branches.folders[3]}"
+    three = extend(str(tmp_path / "nexus_run"), "--add", math, "--merge=0", to="nexus3")
+    assert record(three)["experts"] == ["code", "law", "math"]
+    found, path = arrays(three), f"{BLOCK}/mlp/router/down/kernel"
+    np.testing.assert_array_equal(found[path], after[path])
+    assert found[f"{BLOCK}/attention/out/kernel"].shape == (2, 3 * 16, 16)
 
 
 def test_experts_in_another_order_with_their_domains_are_the_same_model(make):
