@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from data import domain_embeddings
-from launch import domain_records, source_models, upcycle_flags
+from launch import mixture_records, source_models, upcycle_flags
 from launch.import_weights import new_directory
 from launch.load_run import RunConfig
 from launch.source_models import SourceModel
@@ -90,7 +90,7 @@ def _mixture(model: Any, moe: SourceModel, made: dict[str, Any]) -> Mixture:
         shared_kv=mixed and attention.shared_kv,
         router="projection" if domains else "linear" if "kernel" in routers else "mlp",
         domains=_vectors(moe, domains) if domains else None,
-        **{name: made[name] for name in ("expert_scale", "drop_ratio", "drop_seed")},
+        **{name: made[name] for name in mixture_records.KEPT},
     )
 
 
@@ -127,16 +127,12 @@ def _addition(
         if flags.router == "reset":
             raise UpcycleError("--router=reset is of linear routers and MLPs: a projection stays.")
         file = domain_embeddings.read(flags.domains)
-        domain_records.check_same_encoder(file, made["domains"])
-        domain_records.check_same_vectors(file, made["experts"], domains)
+        mixture_records.check_same_encoder(file, made["domains"])
+        mixture_records.check_same_vectors(file, made["experts"], domains)
         domains = np.concatenate([domains, file.vectors([name])])
-        record["domains"] = domain_records.record(file, domains)
-    drawn = {"router_std": flags.router_std, "seed": flags.router_seed}
+        record["domains"] = mixture_records.record(file, domains)
     mixture = dataclasses.replace(
-        was,
-        experts=was.experts + 1,
-        domains=domains,
-        **{key: x for key, x in drawn.items() if x is not None},
+        was, experts=was.experts + 1, domains=domains, seed=flags.router_seed or 0
     )
     addition = Addition(merge=merge, router=flags.router or "append")
 
@@ -149,7 +145,7 @@ def _addition(
 def _removal(
     model: Any, flags: argparse.Namespace, moe: SourceModel, made: dict[str, Any], was: Mixture
 ) -> None:
-    given = ("domains", "merge", "router", "router_std", "router_seed")
+    given = ("domains", "merge", "router", "router_seed")
     if named := [name for name in given if getattr(flags, name) is not None]:
         raise UpcycleError(f"--{named[0]} is of --add.")
     if flags.remove not in made["experts"]:
@@ -173,7 +169,7 @@ def _removal(
     domains = was.domains
     if domains is not None:
         domains = np.delete(domains, index, axis=0)
-        record["domains"] = {**made["domains"], "digest": domain_records.digest(domains)}
+        record["domains"] = {**made["domains"], "digest": mixture_records.digest(domains)}
     mixture = dataclasses.replace(was, experts=left, domains=domains)
 
     def plan(target: upcycle.Shapes) -> list[upcycle.Piece]:

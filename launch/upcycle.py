@@ -43,7 +43,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import domain_embeddings
-from launch import domain_records, source_models, upcycle_flags
+from launch import mixture_records, source_models, upcycle_flags
 from launch.import_weights import new_directory
 from launch.load_run import RunConfig
 from launch.source_models import SourceModel
@@ -99,14 +99,12 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         "method": flags.method,
         "experts": names,
         "sources": [source.path for source in sources],
-        "expert_scale": flags.expert_scale,
-        "drop_ratio": flags.drop_ratio,
-        "drop_seed": flags.drop_seed,
+        **{name: getattr(flags, name) for name in mixture_records.KEPT},
     }
     if shared is not None:
         meta["seed_model"] = shared.path
     if domains is not None and vectors is not None:
-        meta["domains"] = domain_records.record(domains, vectors)
+        meta["domains"] = mixture_records.record(domains, vectors)
     with new_directory(flags.to) as folder:
         bindings = _bindings(flags, mixture, None if domains is None else domains.dim)
         source_models.write_config(folder, sources[0], bindings)

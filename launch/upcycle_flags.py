@@ -157,7 +157,4 @@ def add_extension(parser: argparse.ArgumentParser) -> None:
         choices=("append", "reset"),
         help="of a linear router or an MLP: the new expert's column is drawn (default), or all is",
     )
-    how.add_argument(
-        "--router_std", type=float, metavar="S", help="of a linear router's draw (0.02)"
-    )
     how.add_argument("--router_seed", type=int, metavar="N", help="of the draw (0)")

@@ -11,7 +11,7 @@ import pytest
 from launch import convert, import_weights
 from model.hf import families, load
 from model.hf.safetensors_files import SafetensorsWriter
-from model.surgery import experts, upcycle
+from model.surgery import experts, extend, upcycle
 from model.surgery.experts import Mixture
 from model.surgery.upcycle import UpcycleError
 from trainers import state_tree, step_dir
@@ -134,6 +134,56 @@ def test_heads_of_shared_keys_are_in_the_order_of_the_mixture():
     assert experts.joined(heads, query)[0].tolist() == want
     turned = [x.T for x in heads]
     assert experts.joined(turned, out)[:, 0].tolist() == want
+    # One more comes last, and one less leaves the others as they were.
+    heads.append(np.array([[f"c{k}{g}" for k in range(2) for g in range(3)]]))
+    three = experts.joined(heads, query)
+    np.testing.assert_array_equal(
+        experts.joined([experts.joined(heads[:2], query), heads[2]], query), three
+    )
+    np.testing.assert_array_equal(
+        experts.without(three, query, 1, 3), experts.joined([heads[0], heads[2]], query)
+    )
+
+
+def test_layers_that_are_not_stacked_are_extended_too():
+    """Two experts and a third are three at once, but for the linear router's new column."""
+    rng = np.random.default_rng(0)
+    sizes = {"norm/scale": (4,), "mlp/gate/kernel": (4, 6), "mlp/up/kernel": (4, 6)}
+    sizes |= {"mlp/down/kernel": (6, 4)}
+    dense = {f"layers/block_{i}/{name}": x for i in range(2) for name, x in sizes.items()}
+    models = {
+        name: {k: rng.normal(size=x).astype(np.float32) for k, x in dense.items()} for name in "abc"
+    }
+
+    def target(count):
+        wide = {k: (count, *x) if "/mlp/" in k else x for k, x in dense.items()}
+        return wide | {f"layers/block_{i}/mlp/router/kernel": (4, count) for i in range(2)}
+
+    def made(pieces, sources):
+        return {x.path: x.make([sources[a][b] for a, b in x.reads], 0) for x in pieces}
+
+    def mixture(count):
+        return Mixture(experts=count, kv_heads=1, drop_ratio=0.5, expert_scale=2.0)
+
+    two = made(upcycle.plan(target(2), [(x, dense) for x in "ab"], mixture(2)), models)
+    want = made(upcycle.plan(target(3), [(x, dense) for x in "abc"], mixture(3)), models)
+    pieces = extend.plan_addition(
+        target(3), ("two", target(2)), ("c", dense), mixture(3), extend.Addition(merge=1 / 3)
+    )
+    found = made(pieces, {**models, "two": two})
+    for path, x in found.items():
+        if "router" in path:
+            np.testing.assert_array_equal(x[:, :2], two[path])
+        else:
+            np.testing.assert_allclose(x, want[path], atol=1e-6)
+    back = extend.plan_removal(target(2), ("three", target(3)), mixture(3), 2)
+    for path, x in made(back, {"three": found}).items():
+        if "norm" not in path:
+            np.testing.assert_array_equal(x, two[path])
+    with pytest.raises(UpcycleError, match="no branch of the seed of two"):
+        other = {**dense, "layers/block_1/mlp/up/kernel": (4, 8)}
+        addition = extend.Addition(merge=0.0)
+        extend.plan_addition(target(3), ("two", target(2)), ("c", other), mixture(3), addition)
 
 
 @pytest.mark.parametrize("method", ["btx", "bam"])

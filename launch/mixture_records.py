@@ -1,4 +1,4 @@
-"""What a mixture remembers of the embeddings that route it, so that later ones come from the same encoder."""
+"""What a mixture remembers of how it was made, so that later experts are made alike and embedded by one encoder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,9 @@ import numpy as np
 from data import domain_embeddings
 from data.domain_embeddings import Embeddings
 from model.surgery.upcycle import UpcycleError
+
+# Fields of experts.Mixture, by the names of flags of launch.upcycle too.
+KEPT = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
 
 _REMEDY = (
     f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
