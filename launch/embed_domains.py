@@ -131,7 +131,7 @@ def draw(
     found = (
         _of_task(source.removeprefix(TASK)) if source.startswith(TASK) else _of_files(source, flags)
     )
-    rng = random.Random(f"{name} {settings['seed']}")
+    rng = random.Random(settings["seed"])
     kept: list[str] = []
     limit = settings["tokens"] * _CHARACTERS
     texts = (text for text in found if text)

@@ -8,7 +8,7 @@ Examples, after python -m launch.upcycle made runs/nexus and python -m launch.em
 
 The new model is a branch of the same seed. Its FFN, and its attention where attentions are experts, become the last
 expert; what experts share moves to it by --merge, but the shared FFN and a projection router, which places the expert
-by the embedding of its data (arXiv 2408.15901, section 3.3). Scales and redrawn units are those of the other experts.
+by the embedding of its data (arXiv 2408.15901). Scales and redrawn units are those of the other experts.
 What is written is a run directory as that of launch.upcycle: parameters alone, no optimiser's state, so training from
 it as INITIAL_CHECKPOINT_PATH begins with a new optimiser, with the files of the mixture's run and EXPERTS one more.
 """
@@ -62,7 +62,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """
     moe = SourceModel(flags.moe, flags.params)
     made = moe.meta.get("upcycled")
-    if made is None:
+    if made is None or "sources" not in made:  # which earlier ones did not record
         raise UpcycleError(
             f"{flags.moe} does not come from launch.upcycle: its experts have no names."
         )

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import factors
-from model.transformer import attention_of, block_of
-from trainers import flops
+from trainers import flops, model_flops
 from trainers.recipe import Program, Recipe
 
 
@@ -54,33 +51,6 @@ def flops_per_token(recipe: Recipe, program: Program) -> float:
 
     Six for each parameter where the model is of another architecture, whose products are not known.
     """
-    mlp = program.boxed_params.get("layers", {}).get("block_0", {}).get("mlp")
-    if mlp is None:
+    if "mlp" not in program.boxed_params.get("layers", {}).get("block_0", {}):
         return 6.0 * program.num_params()
-    model = recipe.model
-    # Whether the MLP has a gate or a router: its parameters tell, whatever class was bound.
-    experts, top_k = 0, 1
-    attention = attention_of(model, 0)
-    if "router" in mlp:
-        mixture = block_of(model, 0).mlp(config=model.config, name="mlp")
-        experts, top_k = mixture.num_experts, mixture.top_k
-    dense = flops.train_flops_per_token(
-        model.config,
-        recipe.length,
-        gated="gate" in mlp,
-        experts=experts,
-        top_k=top_k + ("shared" in mlp),  # an MLP of the same width for every token
-        heads=(attention.query_heads, attention.cache_heads),
-        attention_experts=getattr(attention, "num_experts", 0),
-    )
-    # Not meta.unbox, which would constrain shardings under a mesh.
-    shapes = jax.tree.map(
-        lambda leaf: getattr(leaf, "value", leaf),
-        program.boxed_params,
-        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
-    )
-    saved = 0.0
-    for one in factors.find_factors(shapes):
-        of_experts = experts > 1 and "/mlp/" in one.path and "/mlp/shared/" not in one.path
-        saved += (one.dense - one.factors) * (top_k / experts if of_experts else 1.0)
-    return dense - 6.0 * saved
+    return model_flops.train_flops_per_token(recipe.model, recipe.length, program.boxed_params)

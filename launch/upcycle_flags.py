@@ -124,7 +124,7 @@ def _add_changes(group: Any) -> None:
         type=float,
         default=0.0,
         metavar="R",
-        help="of the hidden units of each routed expert are drawn anew (Drop-Upcycling, arXiv 2502.19261)",
+        help="share of the hidden units of each routed expert that is drawn anew (Drop-Upcycling, arXiv 2502.19261)",
     )
     group.add_argument("--drop_seed", type=int, default=0, metavar="N", help="of that draw")
 

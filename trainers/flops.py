@@ -1,6 +1,6 @@
 """Model FLOPs, of a decoder-only transformer in closed form, and what devices could do at most.
 
-Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
+A model that is at hand is counted by trainers/model_flops.py. Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
 recomputation (remat) not at all, as in PaLM (arXiv 2204.02311, appendix B).
 """
 
@@ -102,6 +102,8 @@ def train_flops_per_token(config: Sizes, length: int, **layers: Any) -> float:
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """FLOPs of the products and convolutions of any function, counted in its trace.
 
+    Of grouped products, those of rows that belong to one group each (jax.lax.ragged_dot).
+
     Args:
       function: of arrays.
       arguments: trees of arrays, or of their shapes and dtypes.
@@ -120,6 +122,12 @@ def _flops_of(jaxpr: Any) -> float:
         elif name == "conv_general_dilated":
             filters = equation.params["dimension_numbers"].rhs_spec[0]
             each = operands[1].size / operands[1].shape[filters]
+        elif name == "ragged_dot_general":
+            dims = equation.params["ragged_dot_dimension_numbers"]
+            (contracted, _), _ = dims.dot_dimension_numbers
+            each = math.prod(operands[0].shape[axis] for axis in contracted)
+            if set(dims.lhs_ragged_dimensions) & set(contracted):  # each group has its rows only
+                each /= operands[2].size
         total += 2.0 * each * equation.outvars[0].aval.size if each else 0.0
         times = equation.params["length"] if name == "scan" else 1
         for value in equation.params.values():

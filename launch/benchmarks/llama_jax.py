@@ -2,7 +2,7 @@
 
   python -m launch.benchmarks.llama_jax FOLDER STEPS
 
-Reads weights.npz and tokens.npy of FOLDER (see case.py) and prints one line of JSON.
+Reads FOLDER as case.py or moe_case.py wrote it and prints one line of JSON.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from launch import environment
 
 FILES = ("t5x_configs/models/bench_llama.gin", "t5x_configs/runs/pretrain.gin")
+MIXTURE_FILES = ("t5x_configs/models/mixtral_8x7b.gin", "t5x_configs/runs/pretrain.gin")
 
 
 def main(folder: str, steps: int) -> None:
@@ -23,17 +24,13 @@ def main(folder: str, steps: int) -> None:
     import jax
     import numpy as np
 
-    from launch import gin_config
-    from launch.benchmarks import case as case_lib
     from trainers import partitioning
     from trainers.compile_ahead import compiling
 
-    case = case_lib.CASE
-    config = gin_config.load(
-        FILES, case_lib.bindings(case), entry="launch.train:train", unused={"TASKS": "()"}
-    )
-    recipe = config.arguments()["recipe"]
+    with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
+        recipe = recipe_of(json.load(file))
     program = recipe.program()
+    params = _params(folder)
     tokens = np.load(os.path.join(folder, "tokens.npy"))
     started = float(os.environ["BENCH_PROCESS_START"])
     losses, seconds, cpu_seconds = [], [], []
@@ -41,11 +38,8 @@ def main(folder: str, steps: int) -> None:
     with partitioning.use_mesh(program.mesh, program.rules):
         train = program.steps(1).train
         batch = recipe.abstract_batch(program.batch_sharding)
-        with (
-            np.load(os.path.join(folder, "weights.npz")) as weights,
-            compiling(program, train, batch),
-        ):
-            state = initial_state(program, {name: weights[name] for name in weights.files})
+        with compiling(program, train, batch):
+            state = initial_state(program, params)
         for step in range(steps):
             begin, cpu = time.perf_counter(), time.process_time()
             batch = jax.device_put(batch_of(tokens[step % len(tokens)]), program.batch_sharding)
@@ -68,13 +62,38 @@ def main(folder: str, steps: int) -> None:
     print(json.dumps(report))
 
 
-def initial_state(program: Any, weights: dict[str, Any]) -> Any:
-    """The state of step 0 with the peer's weights."""
-    import jax
+def recipe_of(case: dict[str, Any]) -> Any:
+    """The recipe of a case, with the peer's optimiser."""
+    from launch import gin_config
+    from launch.benchmarks import case as case_lib
+    from launch.benchmarks import moe_case
+
+    files, bindings = FILES, case_lib.bindings(case)
+    if "num_experts" in case:
+        files, bindings = MIXTURE_FILES, [*bindings, *moe_case.bindings(case)]
+    config = gin_config.load(files, bindings, entry="launch.train:train", unused={"TASKS": "()"})
+    return config.arguments()["recipe"]
+
+
+def _params(folder: str) -> Any:
+    """The peer's weights as this project's parameters."""
+    import numpy as np
 
     from launch.benchmarks import case as case_lib
+    from model.hf.load import load
+    from model.surgery import layer_stack
 
-    params = case_lib.params_of(weights)
+    if os.path.exists(checkpoint := os.path.join(folder, "checkpoint")):
+        model, params = load(checkpoint)
+        return layer_stack.unroll(params, model.config)
+    with np.load(os.path.join(folder, "weights.npz")) as weights:
+        return case_lib.params_of({name: weights[name] for name in weights.files})
+
+
+def initial_state(program: Any, params: Any) -> Any:
+    """The state of step 0 with these parameters."""
+    import jax
+
     abstract = program.abstract_state.params
     assert jax.tree.structure(params) == jax.tree.structure(abstract)
     state = program.init()

@@ -25,8 +25,8 @@ def run(
     """The report of one process, with 'other_load' (cores) and 'peak_memory_mb' added.
 
     Args:
-      side: 'ours', or 'eager' or 'compiled' for the peer.
-      folder: what case.write wrote.
+      side: 'ours', or a mode of llama_torch.py for the peer.
+      folder: what case.write or moe_case.write wrote.
       steps: training steps.
       env: variables to set.
 

@@ -213,7 +213,7 @@ class _Reader:
         return tuple(self._arms[arm].get("sizes") or self._sizes or (None,))
 
     def runs(self) -> tuple[Run, ...]:
-        """All runs, parents first; all arms with the first seed, then all with the second."""
+        """All runs, each after those above it; all arms with the first seed, then all with the second."""
         order: list[str] = []
 
         def add(arm: str) -> None:
@@ -240,7 +240,9 @@ class _Reader:
         memory = [level["memory_gb"] for level in levels if level.get("memory_gb") is not None]
         trained = [] if made else levels
         bindings = [binding for level in trained for binding in level.get("bindings") or ()]
-        chosen = arm.get("evaluations", () if made else None)
+        chosen = arm.get("evaluations")
+        if chosen is None:
+            chosen = () if made else self._evaluations
 
         def named(arm_name: str) -> str:
             return "/".join([arm_name, *([size] if size else []), f"seed{seed}"])
@@ -253,11 +255,7 @@ class _Reader:
             parent=named(arm["parent"]) if arm.get("parent") else None,
             gin_files=tuple(file for level in trained for file in level.get("gin_files") or ()),
             bindings=() if made else (*bindings, f"SEED={seed}"),
-            evaluations={
-                key: value
-                for key, value in self._evaluations.items()
-                if chosen is None or key in chosen
-            },
+            evaluations={k: v for k, v in self._evaluations.items() if k in chosen},
             memory_gb=float(memory[-1]) if memory else None,
             made=words.filled(made, {"SEED": str(seed)}),
             made_of={above: named(above) for above in self._above(name)} if made else {},

@@ -6,6 +6,8 @@ same command goes on wherever it was stopped. 24 runs for each seed; the domains
   python -m launch.sweep --sweep launch/sweeps/bam.py:synthetic,3 --out runs/bam/synthetic --workers 2
 """
 
+import functools
+
 import ml_collections
 
 CPU = "t5x_configs/experiments/bam/cpu/"
@@ -27,7 +29,8 @@ MIXTURES = {
     "moa_top2": (("--method=bam", "--attention_top_k=2"), "bam", ("ATTENTION_TOP_K=2",)),
     "bam_averaged": (("--method=bam", "--average_attention"), "bam", ()),
 }
-MATCHED = ()
+# Also trained for as many FLOPs as btx.
+MATCHED = ("btx6_top3", "bam", "bam_shared_kv", "moa_top1", "moa_top2", "bam_averaged")
 
 
 def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
@@ -49,7 +52,8 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         arms[arm] = _mixture(even, MIXTURE_STEPS, f"{arm}_start", method, bindings)
     for arm in MATCHED:
         _, method, bindings = MIXTURES[arm]
-        steps = round(MIXTURE_STEPS * train_flops_per_token("btx") / train_flops_per_token(arm))
+        cost = train_flops_per_token(arm, kind) / train_flops_per_token("btx", kind)
+        steps = round(MIXTURE_STEPS / cost)
         arms[f"{arm}_cm"] = _mixture(even, steps, f"{arm}_start", method, bindings)
     return ml_collections.ConfigDict(
         {
@@ -70,6 +74,23 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             },
         }
     )
+
+
+@functools.cache
+def train_flops_per_token(arm: str, kind: str) -> float:
+    """FLOPs of training a dense model or a mixture on one token of a row (trainers/model_flops.py)."""
+    from launch import gin_config
+    from trainers import model_flops
+
+    files, bindings = [f"{CPU}{kind}.gin"], ["MODEL_DIR=''"]
+    arm = arm.removesuffix("_cm")
+    if arm in MIXTURES:
+        _, method, own = MIXTURES[arm]
+        files.append(f"{METHODS}{method}.gin")
+        bindings += own
+    config = gin_config.load(files, bindings, entry="launch.train:train")
+    recipe = config.arguments()["recipe"]
+    return model_flops.train_flops_per_token(recipe.model, recipe.length)
 
 
 def _trained(shares: dict, steps: int, parent: str | None = None, *bindings: str) -> dict:

@@ -25,7 +25,7 @@ DOMAINS = {
     ),
 }
 SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 600, 600, 400
-DOMAIN_DIM = 16
+DOMAIN_DIM = 64  # below, the noise of a random projection hides which domains are related
 # Arm -> (the embeddings it reads, its router).
 MIXTURES = {
     "nexus": ("ngrams", "projection"),
@@ -56,10 +56,9 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             {domain: 1.0}, EXPERT_STEPS, "seed", "LEARNING_RATE=1.5e-3"
         )
     experts = [f"{domain}={{expert_{domain}}}" for domain in domains]
-    dim = max(DOMAIN_DIM, len(domains) + 1)
     for encoder in ("ngrams", "random", "one_hot"):
         embed = ("{python}", "-m", "launch.embed_domains", f"--gin_file={CPU}{kind}.gin")
-        settings = (f"--encoder={encoder}", f"--dim={dim}") + (
+        settings = (f"--encoder={encoder}", f"--dim={DOMAIN_DIM}") + (
             ("--seed={SEED}",) if encoder != "one_hot" else ()
         )
         sources = [f"--domain={domain}=task:{domain}" for domain in domains]

@@ -36,7 +36,7 @@ class Mixture:
       logit_std: deviation of the logits of others at the start.
       seed: of these draws.
       expert_scale: factor on the down-projections of routed experts. Behind raw probabilities N copies of one FFN
-        give about 1/N of it, and N times as much restores it (arXiv 2410.07524, section 3.2).
+        give about 1/N of it, and N times as much restores it (arXiv 2410.07524).
       drop_ratio: share of the hidden units of each routed expert that is drawn anew, see `dropped`.
       drop_seed: of that draw.
     """

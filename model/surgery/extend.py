@@ -1,4 +1,4 @@
-"""A mixture with an expert more or one less (Nexus, arXiv 2408.15901, section 3.3): parameter by parameter.
+"""A mixture with an expert more or one less (Nexus, arXiv 2408.15901): parameter by parameter.
 
 The new expert's FFN, and its attention where attentions are experts, come last. A projection router takes the embedding
 of its data and stays as it is; the columns of other routers are drawn. All that experts share moves to the new model

@@ -170,8 +170,10 @@ def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Pie
     if match is None:
         raise UpcycleError(f"nothing explains {path} {list(shape)} of the mixture.")
     if match[3] == "domains":
-        domains = mixture.domains
-        assert domains is not None  # of whoever asks for a projection
+        if (domains := mixture.domains) is None:
+            raise UpcycleError(
+                f"{path} of the mixture is embeddings of domains, and none are given."
+            )
         if domains.shape != shape[-2:]:
             raise UpcycleError(
                 f"{path} of the mixture is {list(shape)}, and embeddings are {list(domains.shape)}: "

@@ -124,7 +124,7 @@ def test_sizes_that_are_lacking_are_named(write):
         sweep_file.read(write(text))
 
 
-def test_a_digest_is_of_the_command_and_of_all_that_is_below_it(write, tmp_path):
+def test_a_digest_is_of_the_command_and_of_all_above_it(write, tmp_path):
     folder = SweepFolder(tmp_path / "out")
 
     def digests(change=lambda text: text):
@@ -329,10 +329,11 @@ def interrupt_when(path):
     """Ctrl-C once a file is there."""
 
     def wait():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not path.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        if path.exists():
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -368,13 +369,13 @@ def test_a_command_that_is_stopped_begins_anew_and_one_that_fails_stops_what_is_
 
 def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     text = """ConfigDict(dict(arms=dict(
-        a=dict(made=('mkdir', '{run}')), b=dict(made=('sh', '-c', 'exit 4', '{run}')),
+        a=dict(made=('true', '{run}')), b=dict(made=('sh', '-c', 'exit 4', '{run}')),
         c=dict(made=('{a}', '{run}')))))"""
     folder = SweepFolder(tmp_path / "out")
     plan = check.plan("sweep.py", sweep_file.read(write(text)), folder)
     by_name = {entry.name: entry for entry in plan}
     a, b, c = plan
-    with pytest.raises(made.MadeError, match=r"made has no config.gin with checkpoints/<step>"):
+    with pytest.raises(made.MadeError, match=r"there is no .*made: let it make what \{run\} names"):
         made.make(folder, a, by_name)
     with pytest.raises(SystemExit) as ended:
         made.make(folder, b, by_name)
@@ -384,6 +385,18 @@ def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     with folder.lock_run(a.name), pytest.raises(ValueError, match=r"in use: .* makes this run"):
         assert folder.in_use(a.name)
         made.make(folder, a, by_name)
+
+
+def test_a_file_may_be_made_and_is_no_parent(write, tmp_path):
+    text = "ConfigDict(dict(arms=dict(a=dict(made=('touch', '{run}')))))"
+    folder = SweepFolder(tmp_path / "out")
+    (a,) = check.plan("sweep.py", sweep_file.read(write(text)), folder)
+    outcome = made.make(folder, a, {a.name: a})
+    assert outcome["checkpoint"] is None and folder.model_dir(a.run).is_file()
+    folder.write_record(a.name, {"digest": a.digest, "trained": outcome})
+    with pytest.raises(ValueError, match="a/seed0 is no parent: its command made no checkpoint"):
+        folder.final_checkpoint(a)
+    assert made.make(folder, a, {a.name: a}) == outcome  # anew
 
 
 def test_names_without_a_value_stay_in_their_braces():

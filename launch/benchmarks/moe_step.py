@@ -1,0 +1,67 @@
+"""A training step of a small Mixtral against transformers' of the same weights, rows and optimiser, float32.
+
+Two of 8 experts of 512 and two of 64 of 128, each with a balanced router and with one that sends most tokens to few
+experts. transformers computes experts in one of several forms: each is tried first, and the one whose step is shortest is
+then alternated with this project, a fresh process for either.
+"""
+
+import statistics
+import tempfile
+from typing import Any
+
+from launch.benchmarks import moe_case, pairs, peers
+
+WARM_UP = 2
+# Not batched_mm, which gathers a kernel for every choice of a token: 8.6 GB for one product here.
+FORMS = ("eager", "grouped_mm", "grouped_mm+compiled")
+
+
+def run(*, rounds: int = 5, steps: int = 6) -> dict[str, Any]:
+    """Alternates both sides `rounds` times on each mixture, `steps` timed steps in each."""
+    return {
+        "case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN},
+        **{
+            f"{experts}_experts_{routing}": _compare(experts, routing, rounds, steps)
+            for experts in moe_case.HIDDEN
+            for routing in moe_case.ROUTINGS
+        },
+    }
+
+
+def _compare(experts: int, routing: str, rounds: int, steps: int) -> dict[str, Any]:
+    """One mixture with one routing."""
+    total = WARM_UP + steps
+    with tempfile.TemporaryDirectory() as folder:
+        moe_case.write(folder, experts=experts, routing=routing, steps=total)
+        tried = {form: _seconds(peers.run(form, folder, steps=WARM_UP + 1)) for form in FORMS}
+        sides = ("ours", min(FORMS, key=lambda form: tried[form]))
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                found[side].append(peers.run(side, folder, steps=total))
+    ours, theirs = (found[side] for side in sides)
+    tokens = moe_case.SIZES["batch_size"] * moe_case.SIZES["length"]
+    losses = [runs[0]["losses"] for runs in (ours, theirs)]
+    return {
+        "peer_seconds_by_form": tried,
+        "peer_form": sides[1],
+        "speed_over_peer": pairs.ratio([*map(_seconds, theirs)], [*map(_seconds, ours)]),
+        "cpu_seconds_peer_over_ours": pairs.ratio(
+            [_seconds(run, "cpu_seconds") for run in theirs],
+            [_seconds(run, "cpu_seconds") for run in ours],
+        ),
+        "tokens_per_second": {
+            side: [round(tokens / _seconds(run)) for run in found[side]] for side in sides
+        },
+        "losses": dict(zip(sides, losses, strict=True)),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "peak_memory_mb": {side: found[side][0]["peak_memory_mb"] for side in sides},
+        "contended": any(
+            run["other_load"] > peers.CONTENDED for runs in found.values() for run in runs
+        ),
+        "peer_versions": theirs[0]["versions"],
+    }
+
+
+def _seconds(report: dict[str, Any], key: str = "seconds") -> float:
+    return statistics.median(report[key][WARM_UP:])
