@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     for name, results in parts(found, PARTS).items():
         figures |= {
             f"{name}_loss.png": (
-                excess_bars(results, _bars(results)),
-                f"Mean loss over the {name} domains at the end; dots are seeds. Light bars are of arms that end when "
-                "they have computed as much as BTX",
+                excess_bars(results, _bars(results), label=partial(_label, results)),
+                f"Mean loss over the {name} domains at the end; dots are seeds. Light ones are the arms to the left of "
+                "them, ended when they have computed as much as BTX",
             ),
             f"{name}_curves.png": (
                 _curves(results),
@@ -76,6 +77,10 @@ def _bars(results: Runs) -> dict[str, str]:
             if arm in COSTLY:
                 shown[matched(arm)] = light
     return shown
+
+
+def _label(results: Runs, arm: str) -> str:
+    return "equal compute" if arm.endswith("_cm") else results.label(arm)
 
 
 def _curves(results: Runs) -> Any:
