@@ -82,7 +82,7 @@ def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embe
             f"--output={path} is there already, and routers may have learned from it: --extend={path} adds "
             "domains to it; to make it anew, remove it first"
         )
-    old = domain_embeddings.read(path) if flags.extend else None
+    old = domain_embeddings.read(flags.extend) if flags.extend else None
     settings = embed_flags.settings(flags, old.encoder if old else None)
     reads = settings["kind"] not in embed_flags.CONTROLS
     domains = embed_flags.domains(flags, sources=reads)

@@ -1,6 +1,6 @@
 """Panels of losses by domain, which the reproductions of mixtures share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,13 @@ from launch.reproductions import panels
 from launch.reproductions.domain_runs import MEAN, DomainRuns
 
 
-def excess_bars(results: DomainRuns, arms: Mapping[str, str], *, score: str = MEAN) -> Any:
+def excess_bars(
+    results: DomainRuns,
+    arms: Mapping[str, str],
+    *,
+    score: str = MEAN,
+    label: Callable[[str], str] | None = None,
+) -> Any:
     """Losses of arms beside each other with intervals, and dots for seeds: bars over the entropy where it is known.
 
     Where it is not, zero means nothing and there are no bars.
@@ -18,6 +24,7 @@ def excess_bars(results: DomainRuns, arms: Mapping[str, str], *, score: str = ME
       results: of a part.
       arms: arm -> colour; those that are not there are left out.
       score: of results.
+      label: arm -> what is written below it; results.label if None.
 
     Returns:
       The figure; None without any of the arms.
@@ -26,13 +33,13 @@ def excess_bars(results: DomainRuns, arms: Mapping[str, str], *, score: str = ME
     if not shown:
         return None
     floor = results.floor(score)
-    figure, (axes,) = panels.panels(1, (1.6 + 0.55 * len(shown), 4.6))
+    figure, (axes,) = panels.panels(1, (1.6 + 0.5 * len(shown), 5.0))
     for i, (arm, values) in enumerate(shown.items()):
         if floor is None:
             panels.point(axes, i, values, 0.85, arms[arm])
         else:
             panels.bar(axes, i, values - floor, 0.85, arms[arm])
-    labels = [results.label(arm) for arm in shown]
+    labels = [(label or results.label)(arm) for arm in shown]
     axes.set_xticks(range(len(shown)), labels, rotation=40, ha="right", fontsize=8)
     over = "" if floor is None else " over the entropy"
     axes.set_ylabel(f"{score}{over}, nats per token")

@@ -11,14 +11,19 @@ class StoppedError(Exception):
 
 
 def rows(
-    folder: pathlib.Path, name: str, seeds: int, *, workers: int = 1, minutes: float | None = None
+    folder: pathlib.Path,
+    name: str,
+    given: int | str,
+    *,
+    workers: int = 1,
+    minutes: float | None = None,
 ) -> list[dict[str, Any]]:
     """The results of a sweep of launch/sweeps; what has been trained before is not trained again.
 
     Args:
       folder: of the sweep.
       name: of its file.
-      seeds: which its file is given.
+      given: to its file: the number of seeds, or a text with more.
       workers: runs at once.
       minutes: after which it stops; the same call goes on.
 
@@ -28,7 +33,7 @@ def rows(
     """
     from launch import cli, sweep
 
-    file = f"{_SWEEPS / name}.py:{seeds}"
+    file = f"{_SWEEPS / name}.py:{given}"
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
     status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
     if status == cli.INTERRUPTED:

@@ -82,6 +82,15 @@ def test_files_are_embedded_and_extended_with_the_settings_they_began_with(embed
     assert after == before and added.dim == 32
 
 
+def test_an_extended_file_may_be_another_one(embed, command, tmp_path):
+    embed("--dim=32", names=("law", "code"))
+    before, other = embed.path.read_bytes(), tmp_path / "more.json"
+    flags = (f"--extend={embed.path}", f"--output={other}", f"--domain=sea={tmp_path}/sea.jsonl")
+    assert command("embed_domains", *flags) == 0
+    assert embed.path.read_bytes() == before
+    assert domain_embeddings.read(other).names == ("law", "code", "sea")
+
+
 def test_an_extension_by_another_encoder_is_an_error(embed):
     embed("--dim=32", names=("law", "code"))
     for flag in ("--dim=64", "--order=3", "--tokens=100", "--seed=1"):

@@ -111,8 +111,8 @@ def _better_than_btx(judge: Callable[..., list[Evidence]]) -> list[Claim]:
         Claim(
             "B6",
             "The same at equal compute",
-            "B5, with BAM matched to the compute of BTX with 4 experts (top-3 computes more than that)",
-            judge(_pairs(*((matched("bam"), other) for other in BTX))),
+            "B5, compute-matched",
+            judge(_pairs(*((matched("bam"), matched(other)) for other in BTX))),
         ),
     ]
 
@@ -232,8 +232,9 @@ def _controls(judge: Callable[..., list[Evidence]]) -> list[Claim]:
         Claim(
             "B13",
             "The gain is more than that of larger attention (a control, not a claim of the paper)",
-            "BAM has a lower mean loss than with attention experts that are copies of the averaged attention",
-            judge(capacity),
+            "BAM has a lower mean loss than with attention experts that are copies of the averaged attention, "
+            "data-matched and compute-matched",
+            judge(capacity, _pairs((matched("bam"), matched("bam_averaged")))),
         ),
         Claim(
             "B14",

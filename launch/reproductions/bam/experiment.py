@@ -38,13 +38,13 @@ def run(
             continue
         folder = pathlib.Path(model_dir, part)
         one = domain_runs.part("bam", part, folder, seeds, workers=workers, minutes=minutes)
-        found[part] = {**one, "rows": [with_flops(row, part) for row in one["rows"]]}
+        found[part] = {**one, "rows": with_flops(one["rows"], part)}
     return found
 
 
-def with_flops(row: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """A row of a part with 'flops': of its own training, analytic; 0 where it was made and not trained."""
-    if not (tokens := row.get("tokens")):
-        return {**row, "flops": 0.0}
-    per_token = domain_runs.sweep("bam").train_flops_per_token(row["arm"], part)
-    return {**row, "flops": tokens * per_token}
+def with_flops(rows: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
+    """Rows with 'flops': of their own training, analytic; 0 where a run was made and not trained."""
+    sweep = domain_runs.sweep("bam")
+    trained = dict.fromkeys(row["arm"] for row in rows if row["tokens"])
+    per_token = {arm: sweep.train_flops_per_token(arm, part) for arm in trained}
+    return [{**row, "flops": row["tokens"] * per_token.get(row["arm"], 0.0)} for row in rows]

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,17 @@ import numpy as np
 from launch import router_figure
 from launch.reproductions import panels
 from launch.reproductions.bam import caches
-from launch.reproductions.bam.arms import BAM, BTX, CONTROLS, SEED, Runs, matched, parts, specialist
+from launch.reproductions.bam.arms import (
+    BAM,
+    BTX,
+    CONTROLS,
+    COSTLY,
+    SEED,
+    Runs,
+    matched,
+    parts,
+    specialist,
+)
 from launch.reproductions.domain_panels import curve, excess_bars, mean_tables
 from launch.reproductions.domain_runs import PARTS, on
 from launch.reproductions.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -31,9 +42,9 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     for name, results in parts(found, PARTS).items():
         figures |= {
             f"{name}_loss.png": (
-                excess_bars(results, _bars(results)),
-                f"Mean loss over the {name} domains at the end; dots are seeds. Light bars are of arms that end when "
-                "they have computed as much as BTX",
+                excess_bars(results, _bars(results), label=partial(_label, results)),
+                f"Mean loss over the {name} domains at the end; dots are seeds. Light ones are the arms to the left of "
+                "them, ended when they have computed as much as BTX",
             ),
             f"{name}_curves.png": (
                 _curves(results),
@@ -54,16 +65,22 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
 
 
 def _bars(results: Runs) -> dict[str, str]:
-    """Arms by colour: of the dense ones, BTX, BAM and its choices, and controls."""
-    light = "#9CC9E3"
-    dense = [SEED, *map(specialist, results.domains[1:])]
-    bam = {arm: colour for each in BAM for arm, colour in ((each, BLUE), (matched(each), light))}
-    return {
-        **dict.fromkeys(dense, GREY),
-        **dict.fromkeys(BTX, ORANGE),
-        **bam,
-        **dict.fromkeys(CONTROLS, PURPLE),
-    }
+    """Arms by colour: of the dense ones, BTX, BAM and its choices, and controls; twins of less training are light."""
+    shown = dict.fromkeys([SEED, *map(specialist, results.domains[1:])], GREY)
+    for arms, colour, light in (
+        (BTX, ORANGE, "#F5D08A"),
+        (BAM, BLUE, "#9CC9E3"),
+        (CONTROLS, PURPLE, "#E8C9DA"),
+    ):
+        for arm in arms:
+            shown[arm] = colour
+            if arm in COSTLY:
+                shown[matched(arm)] = light
+    return shown
+
+
+def _label(results: Runs, arm: str) -> str:
+    return "equal compute" if arm.endswith("_cm") else results.label(arm)
 
 
 def _curves(results: Runs) -> Any:
@@ -77,8 +94,7 @@ def _curves(results: Runs) -> Any:
     for column, domain in enumerate(results.domains):
         above, below = axes[:, column]
         for arm, style in _CURVES.items():
-            equal = arm if arm == "btx" else matched(arm)
-            for one, run, unit in ((above, arm, "tokens"), (below, equal, "flops")):
+            for one, run, unit in ((above, arm, "tokens"), (below, matched(arm), "flops")):
                 label = results.label(arm)
                 curve(
                     one,

@@ -27,8 +27,8 @@ _ARMS = [
 ]
 _SHORT = [
     "- *where it falls short*: the paper's models are of 590 million and 2 billion parameters, these are as the tables "
-    "below say; domains are generated or small; compute is counted, not measured; a seed has seen little, and its "
-    "specialists lie nearer to it than the paper's to theirs. Benchmarks are not run: at this size they say nothing.",
+    "below say; domains are generated or small; compute is counted, not measured; a seed has seen little. "
+    "Benchmarks are not run: at this size they say nothing.",
 ]
 
 

@@ -16,8 +16,8 @@ _ARMS = [
     "(top-1); all else is the experts' mean. **Nexus** projects embeddings of the experts' data to the vectors it routes "
     "by; the **linear router** is drawn; *weak balance*: with 0.0005 in place of 0.05 as the weight of the balance loss. "
     "*Merged*: the mean of the seed and all experts, not trained.",
-    "- *extension*: the expert of the last domain, which no mixture has seen, is added; what is not an expert moves 1/(n + "
-    "1) of the way to that expert's. Nexus takes the new domain's embedding and keeps its projection; a linear router is "
+    "- *extension*: the expert of the last domain, which no mixture has seen, is added; what is neither expert nor router "
+    "moves 1/(n + 1) of the way to that expert's. Nexus takes the new domain's embedding and keeps its projection; a linear router is "
     "*drawn anew*, as in the paper, or has a *row appended*. Then all is trained, half of the tokens from the new domain; "
     "one run is read at all budgets, so that a budget's learning rate is that of the longer run at its place.",
     "- *controls*: Nexus with *random* and with *one-hot* vectors in place of embeddings; an *MLP router* with as many "
