@@ -8,7 +8,8 @@ import pytest
 
 from launch import gin_config
 from model import axes
-from trainers import initialise, partitioning
+from model.transformer import attention_of
+from trainers import initialise, model_flops, partitioning
 from trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,6 +38,13 @@ COUNTS = {
     "bam_4x590m": 776_002_560,
     "btx_590m": 700_480_512,
     "bam_2b": 1_991_000_000,
+    # Experts and a shared one, the router's projection, and the experts' embeddings, which are data.
+    "nexus_6x470m": 256_000 * 1024
+    + 16 * (4 * 1024**2 + (6 + 1) * 3 * 1024 * 2816 + 3 * 1024**2 + 6 * 1024 + 1024)
+    + 1024,
+    "nexus_4x2p8b": 256_000 * 2560
+    + 26 * (4 * 2560**2 + (4 + 1) * 3 * 2560 * 7424 + (2 * 1024 + 2560) * 2560 + 4 * 1024 + 2560)
+    + 2560,
     "aya23_8b": 8_028_033_024,
     "aya23_35b": 34_980_831_232,
     "command_r_35b": 34_980_831_232,
@@ -108,6 +116,40 @@ def test_model_initialises_abstractly_with_its_size(name):
 
 def test_every_model_has_a_count():
     assert set(MODELS) == set(COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "bindings", "total", "active"),
+    [
+        ("bam_590m", [], 587_209_728, 587_209_728),
+        ("btx_590m", [], 700_480_512, 587_234_304),
+        ("btx_590m", ["EXPERTS=5"], 738_235_392, None),
+        ("btx_590m", ["EXPERTS=6"], 775_990_272, None),
+        ("btx_590m", ["EXPERTS=6", "TOP_K=3"], 775_990_272, 587_246_592 + 2 * 37_748_736),
+        ("btx_590m", ["EXPERTS=7"], 813_745_152, None),
+        ("btx_590m", ["EXPERTS=8"], 851_500_032, None),
+        # Printed as 662,731,776, which counts one of the two routers.
+        ("bam_4x590m", [], 776_002_560, 662_756_352),
+        # Printed as 612,400,128, without the keys and values that experts share.
+        ("bam_4x590m", ["SHARED_KV=True"], 738_253_824, 625_007_616),
+        ("nexus_6x470m", [], 1_348_584_448, 606_192_640),
+        ("nexus_4x2p8b", [], 9_055_940_096, 4_302_118_400),
+    ],
+)
+def test_parameters_of_the_mixtures_papers(name, bindings, total, active):
+    """BAM's table (arXiv 2408.08274), and Nexus' 1.3B of which 605M are active, 9.1B and 4.3B (arXiv 2408.15901)."""
+    model = load(f"models/{name}", "runs/pretrain", bindings=bindings).arguments()["recipe"].model
+    params = initialise.abstract_variables(model)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total
+    if active is None:
+        return
+    # A token meets those of the products, norms, and where it is not the head, the table of tokens.
+    config = model.config
+    of_one_key = 2 * config.num_layers * attention_of(model, 0).query_heads * config.per_head_dim
+    met = model_flops.forward_flops_per_token(model, 1, params) / 2 - of_one_key
+    met += (config.num_layers + 1) * config.embed_dim
+    met += 0 if model.tie_embeddings else config.vocab_size * config.embed_dim
+    assert met == active
 
 
 @pytest.mark.parametrize("arm", ["text", "balanced", "code_then_text"])
