@@ -111,6 +111,27 @@ def test_shared_keys_and_values_are_the_mean_and_queries_lie_by_their_key(make, 
     np.testing.assert_array_equal(parts[2], of(params[2], f"{BLOCK}/attention/query/kernel"))
 
 
+def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_of_means(
+    make, branches, command, tmp_path, capsys
+):
+    folders, params = branches.folders[:3], branches.params[:3]
+    averaged = make("--average_attention", experts=folders, name="averaged")
+    soup = make(experts=folders, method="soup", name="soup")
+    for path, leaf in state_tree.flatten(params[0]).items():
+        mean = np.mean([of(p, path).astype(np.float64) for p in params], axis=0)
+        found = stored(soup, path)
+        assert found.shape == leaf.shape
+        np.testing.assert_allclose(found, mean, atol=1e-7, rtol=2.5e-7)  # float32's
+        if "/attention/" in path:
+            axis = -2 if "/out/" in path else -1
+            for part in np.split(stored(averaged, path), 3, axis=axis):
+                np.testing.assert_array_equal(part, found)
+    assert np.isfinite(score(command, tmp_path, soup)).all()  # its configuration is a dense one
+    assert "mean of 3, as often" in capsys.readouterr().out
+    assert make("--top_k=2", experts=folders, method="soup") == 2
+    assert "--method=soup has no experts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [(), ("--shared_kv",)])
 def test_copies_that_are_all_used_compute_what_the_dense_model_does(
     make, branches, command, tmp_path, flags
