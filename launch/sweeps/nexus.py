@@ -101,8 +101,7 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             "EVAL_PERIOD=50",
         )
     tasks = (general, *domains, new)
-    batches = {"synthetic": (), "real": ("--max_batches=4",)}[kind]  # as in training
-    held_out = ("{python}", "-m", "launch.evaluate", "--checkpoint={run}", *batches)
+    held_out = ("{python}", "-m", "launch.evaluate", "--checkpoint={run}", "--max_batches=4")
     return ml_collections.ConfigDict(
         {
             "seeds": tuple(range(int(seeds or 3))),
