@@ -23,6 +23,7 @@ BENCHMARKS = {
     "cold_start": "process start to first loss, cold and with a warm compilation cache",
     "low_rank_step": "a step of 1,024-wide blocks in factors against the dense step",
     "moe_step": "a step of a small Mixtral, 8 and 64 experts, against transformers",
+    "moe_dense": "a layer of experts against a dense MLP of equal active FLOPs",
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",

@@ -30,7 +30,7 @@ def main(folder: str, steps: int) -> None:
     with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
         recipe = recipe_of(json.load(file))
     program = recipe.program()
-    params = _params(folder)
+    params = peer_params(folder)
     tokens = np.load(os.path.join(folder, "tokens.npy"))
     started = float(os.environ["BENCH_PROCESS_START"])
     losses, seconds, cpu_seconds = [], [], []
@@ -75,7 +75,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
     return config.arguments()["recipe"]
 
 
-def _params(folder: str) -> Any:
+def peer_params(folder: str) -> Any:
     """The peer's weights as this project's parameters."""
     import numpy as np
 

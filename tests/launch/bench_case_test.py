@@ -1,5 +1,6 @@
 """The benchmark's two sides start from the same numbers: weights, rows and optimiser settings."""
 
+import functools
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch import gin_config
-from launch.benchmarks import case, decode_case, decode_jax, llama_jax, pairs
+from launch.benchmarks import case, decode_case, decode_jax, llama_jax, moe_case, pairs
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,28 @@ def test_the_recipe_has_the_shapes_of_the_shared_weights(folder):
     sizes = json.loads((folder / "case.json").read_text())
     assert (recipe.batch_size, recipe.length) == (sizes["batch_size"], sizes["length"])
     assert float(recipe.learning_rate(0)) == np.float32(sizes["learning_rate"])
+
+
+@pytest.mark.parametrize("experts", sorted(moe_case.HIDDEN))
+def test_both_routings_of_a_mixture_are_one_model_and_differ_in_their_shares(experts, tmp_path):
+    small = {"vocab_size": 512, "num_layers": 1, "embed_dim": 32, "length": 128}
+    sizes = {**moe_case.SIZES, **small}
+    shares = {}
+    for routing in moe_case.ROUTINGS:
+        folder = tmp_path / routing
+        folder.mkdir()
+        moe_case.write(str(folder), experts=experts, routing=routing, steps=1, sizes=sizes)
+        recipe = llama_jax.recipe_of(json.loads((folder / "case.json").read_text()))
+        params = llama_jax.peer_params(str(folder))
+        abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
+        assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
+        tokens = np.load(folder / "tokens.npy")[0]
+        apply = jax.jit(functools.partial(recipe.model.apply, mutable=["metrics"]))
+        _, seen = apply({"params": params}, tokens)
+        shares[routing] = np.asarray(seen["metrics"]["layers"]["block_0"]["mlp"]["router_load"][0])
+    eighth = experts // 8
+    assert shares["balanced"].max() < 3 / experts
+    assert shares["skewed"][:eighth].sum() > 3 * shares["balanced"][:eighth].sum()
 
 
 def test_rows_predict_their_own_next_token(folder):

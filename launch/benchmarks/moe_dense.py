@@ -1,0 +1,65 @@
+"""Forward and backward of a mixture of MLPs over one dense MLP of equal active FLOPs, float32.
+
+The dense MLP is as wide as the experts that a token uses are together. The mixtures are those of `moe_step`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from launch.benchmarks import moe_case, pairs
+from model.config import TransformerConfig
+from model.mlp import GatedMlp
+from model.moe import MoeMlp
+
+_TOKENS = 4096
+
+
+def run(*, repeats: int = 12) -> dict[str, Any]:
+    """Alternates both `repeats` times, in one process."""
+    return {
+        f"{experts}_experts": _compare(experts, hidden, repeats)
+        for experts, hidden in moe_case.HIDDEN.items()
+    }
+
+
+def _compare(experts: int, hidden: int, repeats: int) -> dict[str, Any]:
+    top_k = moe_case.SIZES["top_k"]
+    mixture = MoeMlp(_config(hidden), num_experts=experts, top_k=top_k)
+    steps = {"mixture": _step(mixture), "dense": _step(GatedMlp(_config(top_k * hidden)))}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name in steps if repeat % 2 else reversed(steps):
+            begin, used = time.perf_counter(), time.process_time()
+            jax.block_until_ready(steps[name]())
+            times[name].append(time.perf_counter() - begin)
+            cpu[name].append(time.process_time() - used)
+    return {  # The first round warms caches up.
+        "tokens": _TOKENS,
+        "mixture_over_dense": pairs.ratio(times["mixture"][1:], times["dense"][1:]),
+        "cpu_seconds_mixture_over_dense": pairs.ratio(cpu["mixture"][1:], cpu["dense"][1:]),
+        "seconds": {name: sorted(found[1:])[repeats // 2] for name, found in times.items()},
+    }
+
+
+def _config(hidden: int) -> TransformerConfig:
+    sizes = {name: moe_case.SIZES[name] for name in ("vocab_size", "embed_dim", "num_heads")}
+    return TransformerConfig(**sizes, num_layers=1, mlp_dim=hidden)
+
+
+def _step(mlp: nn.Module) -> Callable[[], Any]:
+    """Gradients of parameters and input, compiled."""
+    shape = (1, _TOKENS, moe_case.SIZES["embed_dim"])
+    x_BTD, weight_BTD = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+    params = nn.meta.unbox(mlp.init(jax.random.key(2), x_BTD)["params"])
+
+    def loss(params: Any, x_BTD: jax.Array) -> jax.Array:
+        return jnp.sum(mlp.apply({"params": params}, x_BTD) * weight_BTD)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x_BTD).compile()
+    return lambda: step(params, x_BTD)
