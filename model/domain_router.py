@@ -54,20 +54,15 @@ class DomainRouter(nn.Module):
         domains_EM = axes.constant(self, "domains", random_directions, shape, jnp.float32)
         width = x.shape[-1]
         down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
-        gate_ED = self._project("gate", width, (axes.UNMODELED, axes.MLP), fan_in_normal)(
-            domains_EM
-        )
-        up_ED = self._project("up", width, (axes.UNMODELED, axes.MLP), fan_in_normal)(domains_EM)
-        down = self._project("down", width, (axes.MLP, axes.EMBED), down_init)
-        experts_ED = down(jax.nn.silu(gate_ED) * up_ED)
+        gate_ED = self._project("gate", width)(domains_EM)
+        up_ED = self._project("up", width)(domains_EM)
+        experts_ED = self._project("down", width, down_init)(jax.nn.silu(gate_ED) * up_ED)
         return matmul.matmul(x.astype(self.dtype), experts_ED.T)
 
-    def _project(
-        self, name: str, features: int, names: tuple[str, str], init: Callable
-    ) -> nn.Module:
+    def _project(self, name: str, width: int, init: Callable = fan_in_normal) -> nn.Module:
         return self.dense(
-            features=features,
-            axes=names,
+            features=width,
+            axes=(axes.UNMODELED, axes.EMBED),  # whole on each device these would be gigabytes
             kernel_init=init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
