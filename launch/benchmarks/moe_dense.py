@@ -58,8 +58,9 @@ def _step(mlp: nn.Module) -> Callable[[], Any]:
     x_BTD, weight_BTD = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     params = nn.meta.unbox(mlp.init(jax.random.key(2), x_BTD)["params"])
 
-    def loss(params: Any, x_BTD: jax.Array) -> jax.Array:
+    # An argument: of a constant XLA would work out at compile time all that it can.
+    def loss(params: Any, x_BTD: jax.Array, weight_BTD: jax.Array) -> jax.Array:
         return jnp.sum(mlp.apply({"params": params}, x_BTD) * weight_BTD)
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x_BTD).compile()
-    return lambda: step(params, x_BTD)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x_BTD, weight_BTD).compile()
+    return lambda: step(params, x_BTD, weight_BTD)
