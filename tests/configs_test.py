@@ -38,6 +38,7 @@ COUNTS = {
     "bam_4x590m": 776_002_560,
     "btx_590m": 700_480_512,
     "bam_2b": 1_991_000_000,
+    "nexus_2p8b": 256_000 * 2560 + 26 * (4 * 2560**2 + 3 * 2560 * 7424 + 2560) + 2560,
     # Experts and a shared one, the router's projection, and the experts' embeddings, which are data.
     "nexus_6x470m": 256_000 * 1024
     + 16 * (4 * 1024**2 + (6 + 1) * 3 * 1024 * 2816 + 3 * 1024**2 + 6 * 1024 + 1024)
