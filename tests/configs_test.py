@@ -17,7 +17,11 @@ CONFIGS = ROOT / "t5x_configs"
 FILES = sorted(str(path.relative_to(ROOT)) for path in CONFIGS.rglob("*.gin"))
 PARTITIONING = sorted(path.stem for path in (CONFIGS / "partitioning").glob("*.gin"))
 # Those of full size ask for data, and have tests of their own (tests/{code_mix,low_rank}_recipes_test.py).
-EXPERIMENTS = [name for name in FILES if "/experiments/" in name and "/full/" not in name]
+EXPERIMENTS = [
+    name
+    for name in FILES
+    if "/experiments/" in name and "/full/" not in name and "_base" not in name
+]
 # corpus_base.gin is a part of bytes.gin and corpus.gin.
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
@@ -233,13 +237,11 @@ def test_a_partitioning_file_as_it_is_fits_a_model_of_usual_size(name):
 
 
 # What a data file requires to be set.
+FOLDERS = ["DATA_ROOT='data'", "TOKENIZER='tokenizer'"]
 REQUIRED = {
-    "code_mix_full": [
-        "DATA_ROOT='data'",
-        "TOKENIZER='tokenizer'",
-        "MBPP='m'",
-        "SHARES={'text': 1.0}",
-    ],
+    "bam_full": [*FOLDERS, "SHARES={'law': 1.0}"],
+    "nexus_full": [*FOLDERS, "SHARES={'arxiv': 1.0}"],
+    "code_mix_full": [*FOLDERS, "MBPP='m'", "SHARES={'text': 1.0}"],
     "files": ["FILES='my_data/*.jsonl'"],
     "hf_files": ["FILES='my_data/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "mixtures": ["MIXTURES_MODULE='my_tasks'"],

@@ -18,6 +18,13 @@ DOMAINS = {
     "real": ("english", "python", "markup", "lang_es"),
 }
 SEED_STEPS, SPECIALIST_STEPS, MIXTURE_STEPS = 800, 600, 600
+
+
+def _chosen(top_k: int) -> tuple[str, ...]:
+    """Attentions that are chosen want their load even, as FFNs do."""
+    return (f"ATTENTION_TOP_K={top_k}", "moa.MixtureOfAttention.balance_loss=0.01")
+
+
 # Arm -> (flags of launch.upcycle, method file, bindings). What the flags say, the bindings say to training.
 MIXTURES = {
     "btx": (("--method=btx",), "btx", ()),
@@ -25,8 +32,8 @@ MIXTURES = {
     "btx6_top3": (("--method=btx", "--top_k=3"), "btx", ("EXPERTS=6", "TOP_K=3")),
     "bam": (("--method=bam",), "bam", ()),
     "bam_shared_kv": (("--method=bam", "--shared_kv"), "bam", ("SHARED_KV=True",)),
-    "moa_top1": (("--method=bam", "--attention_top_k=1"), "bam", ("ATTENTION_TOP_K=1",)),
-    "moa_top2": (("--method=bam", "--attention_top_k=2"), "bam", ("ATTENTION_TOP_K=2",)),
+    "moa_top1": (("--method=bam", "--attention_top_k=1"), "bam", _chosen(1)),
+    "moa_top2": (("--method=bam", "--attention_top_k=2"), "bam", _chosen(2)),
     "bam_averaged": (("--method=bam", "--average_attention"), "bam", ()),
 }
 # Also trained for as many FLOPs as btx.
@@ -55,18 +62,16 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         cost = train_flops_per_token(arm, kind) / train_flops_per_token("btx", kind)
         steps = round(MIXTURE_STEPS / cost)
         arms[f"{arm}_cm"] = _mixture(even, steps, f"{arm}_start", method, bindings)
+    held_out = ["{python}", "-m", "launch.evaluate", "--checkpoint={run}"]
+    held_out += [f"--tasks={','.join(DOMAINS[kind])}"]
+    held_out += ["--max_batches=4"] if kind == "real" else []  # as in training
     return ml_collections.ConfigDict(
         {
             "seeds": tuple(range(int(seeds or 3))),
             "gin_files": (f"{CPU}{kind}.gin",),
             "arms": ml_collections.ConfigDict(arms, sort_keys=False),
             "evaluations": {
-                "held_out": {
-                    "command": (
-                        *("{python}", "-m", "launch.evaluate", "--checkpoint={run}"),
-                        "--json={json}",
-                    )
-                },
+                "held_out": {"command": (*held_out, "--json={json}")},
                 "routing": {
                     "call": "launch.router_analysis:routing",
                     "arguments": {"tasks": DOMAINS[kind]},

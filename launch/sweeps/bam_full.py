@@ -1,7 +1,8 @@
-"""BAM (arXiv 2408.08274) at full size: the 590M seed, its specialists, and every mixture of the paper's tables.
+"""BAM (arXiv 2408.08274) at full size: the 590M seed, its specialists, and the mixtures of the paper's tables.
 
 The folder of data after a colon is DATA_ROOT, with the tokenizer in its `tokenizer`. To see the runs and their
-commands, which a cluster runs in the order of what they start from:
+commands, which a cluster runs in the order of what they start from (a run for as much compute as another is the same with
+fewer TRAIN_TOKENS):
 
   python -m launch.sweep --sweep launch/sweeps/bam_full.py:/data --out /runs/bam --dry_run
 """
@@ -10,6 +11,13 @@ import ml_collections
 
 FULL = "t5x_configs/experiments/bam/full/"
 DOMAINS = ("code", "law", "math")
+
+
+def _chosen(top_k: int) -> tuple[str, ...]:
+    """The paper does not say whether attentions that are chosen have a balance loss; here they do."""
+    return (f"ATTENTION_TOP_K={top_k}", "moa.MixtureOfAttention.balance_loss=0.01")
+
+
 # Arm -> (flags of launch.upcycle, file, bindings, copies of the seed).
 MIXTURES = {
     "btx": (("--method=btx",), "btx", (), 1),
@@ -20,8 +28,10 @@ MIXTURES = {
     "btx6_top3": (("--method=btx", "--top_k=3"), "btx", ("EXPERTS=6", "TOP_K=3"), 3),
     "bam": (("--method=bam",), "bam", (), 1),
     "bam_shared_kv": (("--method=bam", "--shared_kv"), "bam", ("SHARED_KV=True",), 1),
-    "moa_top1": (("--method=bam", "--attention_top_k=1"), "bam", ("ATTENTION_TOP_K=1",), 1),
-    "moa_top2": (("--method=bam", "--attention_top_k=2"), "bam", ("ATTENTION_TOP_K=2",), 1),
+    **{
+        f"moa_top{k}": (("--method=bam", f"--attention_top_k={k}"), "bam", _chosen(k), 1)
+        for k in (1, 2)
+    },
 }
 
 
