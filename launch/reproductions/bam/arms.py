@@ -7,7 +7,6 @@ from launch.reproductions.domain_runs import DomainRuns
 
 BTX = {
     "btx": "BTX",
-    "btx5": "BTX, 5 experts",
     "btx6": "BTX, 6 experts",
     "btx6_top3": "BTX, 6 experts, top-3",
 }
@@ -21,12 +20,10 @@ CONTROLS = {
     "bam_averaged": "BAM, averaged attentions",
     "dense_continued": "dense, all tokens",
     "soup": "soup of weights",
-    "soup_continued": "soup, trained on",
 }
 SEED = "seed"
 # Arms that compute more than BTX, and have a twin that makes fewer updates.
 COSTLY = ("btx6_top3", *BAM, "bam_averaged")
-_OPTIONAL = ("btx5", "soup_continued")
 
 
 def matched(arm: str) -> str:
@@ -50,9 +47,8 @@ def specialist(domain: str) -> str:
 
 
 def expected(domains: Sequence[str]) -> list[str]:
-    """All arms of a part but those that may be left out."""
-    arms = [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *CONTROLS, *map(matched, COSTLY)]
-    return [arm for arm in arms if arm not in _OPTIONAL]
+    """All arms of a part."""
+    return [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *CONTROLS, *map(matched, COSTLY)]
 
 
 def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:
