@@ -26,7 +26,7 @@ UPCYCLED = {
 }
 # Losses on the new domain at step 0, and on the old ones at the smallest budget.
 EXTENDED = {
-    "ext_nexus": (3.38, 1.70),
+    "ext_nexus": (3.38, 1.67),
     "ext_linear_append": (3.73, 1.75),
     "ext_linear_reset": (3.96, 1.80),
     "ext_random": (3.6, 1.74),
@@ -133,7 +133,7 @@ def verdicts(found):
 
 def test_all_claims_hold_where_they_should():
     found = verdicts(everything())
-    assert list(found) == [f"N{n}" for n in range(1, 21)]
+    assert list(found) == [f"N{n}" for n in range(1, 20)]
     assert {name: v for name, v in found.items() if v != "holds"} == {}
 
 
@@ -150,14 +150,15 @@ def test_all_claims_hold_where_they_should():
         ({"ext_nexus": (3.96, 1.7)}, "N6", "fails"),
         ({"ext_linear_append": (3.1, 1.7)}, "N8", "fails"),
         ({"ext_nexus": (3.38, 1.9)}, "N9", "fails"),
+        ({"ext_nexus": (3.38, 1.70)}, "N9", "mixed"),  # at the smallest budget
         ({"ext_nexus": (3.38, 1.78)}, "N10", "mixed"),
         ({"own": 0.1}, "N11", "fails"),
         ({"attracted": 0.7}, "N13", "fails"),
-        ({"linear_low": 1.6}, "N16", "fails"),
-        ({"nexus_low": 1.7}, "N17", "fails"),
-        ({"nexus_random": 1.6}, "N18", "mixed"),
-        ({"mlp_router": 1.6}, "N19", "fails"),
-        ({"dense_continued": 1.5}, "N20", "fails"),
+        ({"linear_low": 1.6}, "N15", "fails"),
+        ({"nexus_low": 1.7}, "N16", "fails"),
+        ({"nexus_random": 1.6}, "N17", "mixed"),
+        ({"mlp_router": 1.6}, "N18", "fails"),
+        ({"dense_continued": 1.5}, "N19", "fails"),
     ],
 )
 def test_each_claim_is_judged_by_its_arms(changed, name, verdict):
@@ -202,7 +203,7 @@ def test_scores_at_a_budget_are_those_of_the_one_run_and_step_0_those_of_its_sta
     results = arms.parts(everything(), ["synthetic"])["synthetic"]
     assert results.steps("ext_nexus")[:3] == [0, 50, 100]
     np.testing.assert_allclose(results.at(0).values("ext_nexus", NEW), [3.38, 3.40, 3.42])
-    np.testing.assert_allclose(results.at(50).values("ext_nexus", OLD), [1.70, 1.72, 1.74])
+    np.testing.assert_allclose(results.at(50).values("ext_nexus", OLD), [1.67, 1.69, 1.71])
     assert results.at(50).values("nexus", OLD).size == 0
 
 

@@ -25,6 +25,9 @@ _ARMS = [
     "- *shares*: of held-out tokens, by the expert that is the first choice, mean over layers.",
 ]
 _SHORT = [
+    "- *not claimed*: that the projection moves experts' vectors further apart than embeddings are. Embeddings here are "
+    "centred and of length 1, so that the mean cosine of n of them is already close to -1/(n - 1), below which that of no n "
+    "vectors can be.",
     "- *where it falls short*: the paper's models are of 470 million and 2.8 billion parameters, these are as the tables "
     "below say; its embeddings are of a large text encoder, these of hashed n-grams; domains are generated or small, and "
     "the last anneal on data of higher quality is left out. Benchmarks are not run: at this size they say nothing.",
