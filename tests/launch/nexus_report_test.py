@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from launch.reproductions import domain_runs, sweeps
 from launch.reproductions.nexus import arms, claims, experiment, figures, page, router_claims
 from launch.reproductions.nexus.arms import NEW, OLD
 
@@ -117,13 +118,19 @@ def structure(names, seed, flip=1.0):
     return {"domains": list(names), "vectors": cosines.tolist(), "projected": layers}
 
 
+def part(domains, floors, **changed):
+    found = rows(domains, **changed)
+    planned = {}
+    for one in found:
+        routed = ("routing",) if "routing" in one["evaluations"] else ()
+        planned.setdefault(one["arm"], {})[one["seed"]] = ("held_out", *routed)
+    return {"rows": found, "domains": domains, "floors": floors, "planned": planned}
+
+
 def everything(**changed):
     return {
-        name: {"rows": rows(domains, **changed), "domains": domains, "floors": floors}
-        for name, domains, floors in (
-            ("synthetic", DOMAINS, dict.fromkeys(DOMAINS, 1.2)),
-            ("real", REAL, {}),
-        )
+        "synthetic": part(DOMAINS, dict.fromkeys(DOMAINS, 1.2), **changed),
+        "real": part(REAL, {}, **changed),
     }
 
 
@@ -200,7 +207,7 @@ def test_over_attraction_is_of_all_old_domains():
 
 
 def test_scores_at_a_budget_are_those_of_the_one_run_and_step_0_those_of_its_start():
-    results = arms.parts(everything(), ["synthetic"])["synthetic"]
+    results = arms.Runs.of(everything()["synthetic"])
     assert results.steps("ext_nexus")[:3] == [0, 50, 100]
     np.testing.assert_allclose(results.at(0).values("ext_nexus", NEW), [3.38, 3.40, 3.42])
     np.testing.assert_allclose(results.at(50).values("ext_nexus", OLD), [1.67, 1.69, 1.71])
@@ -221,11 +228,13 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
-    kept = [r for r in rows() if r["arm"] in ("seed", "nexus", "linear")]
-    partial = {"synthetic": {"rows": kept, "domains": DOMAINS, "floors": {}}}
+    found = part(DOMAINS, {})
+    kept = [r for r in found["rows"] if r["arm"] in ("seed", "nexus", "linear")]
+    partial = {"synthetic": {**found, "rows": kept}}
     judged = {claim.name: claim for claim in page.write(partial, tmp_path, FACTS)}
     text = (tmp_path / "nexus.md").read_text()
-    assert "synthetic `ext_nexus`" in text and "all of the part `real`" in text
+    assert "synthetic `ext_nexus`," in text and "synthetic `ext_nexus_start`," in text
+    assert "all of the part `real`" in text
     assert judged["N1"].verdict == "holds" and judged["N4"].verdict == "not measured"
     assert judged["N2"].verdict == "holds" and len(judged["N2"].evidence) == 2
     drawn = {path.name for path in (tmp_path / "nexus").glob("*.png")}
@@ -237,7 +246,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
 def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        experiment.domain_runs,
+        domain_runs,
         "part",
         lambda *words, **options: asked.append((words, options)) or {},
     )
@@ -246,8 +255,16 @@ def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
     assert figures.draw({}, tmp_path) == {}
 
 
+def test_every_arm_that_is_compared_is_in_the_sweep():
+    planned = {run.arm: run for run in sweeps.planned("nexus", "synthetic,1")}
+    starts = [arms.start(arm) for arm in arms.EXTENSIONS]
+    compared = [arms.SEED, arms.MERGED, arms.CONTINUED, *arms.ROUTERS, *arms.LOW, *arms.EXTENSIONS]
+    assert {*compared, *starts, *map(arms.expert, DOMAINS[1:])} <= set(planned)
+    assert all(set(planned[arm].evaluations) == {"held_out", "routing"} for arm in starts)
+
+
 def test_the_start_of_an_extension_stands_on_a_logarithmic_axis():
-    results = arms.parts(everything(), ["synthetic"])["synthetic"]
+    results = arms.Runs.of(everything()["synthetic"])
     axes = figures._extension(results).axes[0]
     labels = [text.get_text() for text in axes.get_xticklabels()]
     assert labels[:3] == ["0", "102", "205"]

@@ -1,8 +1,5 @@
 """Names of the arms of launch/sweeps/bam.py, as they are compared and as a reader sees them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from launch.reproductions.domain_runs import DomainRuns
 
 BTX = {
@@ -44,13 +41,3 @@ class Runs(DomainRuns):
 
 def specialist(domain: str) -> str:
     return f"spec_{domain}"
-
-
-def expected(domains: Sequence[str]) -> list[str]:
-    """All arms of a part."""
-    return [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *CONTROLS, *map(matched, COSTLY)]
-
-
-def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:
-    """Those parts that have rows."""
-    return {name: Runs.of(found[name]) for name in names if found.get(name, {}).get("rows")}

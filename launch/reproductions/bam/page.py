@@ -1,15 +1,9 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from launch.reproductions.bam import claims, figures
-from launch.reproductions.bam.arms import expected, parts
+from launch.reproductions.bam.arms import Runs
 from launch.reproductions.bam.experiment import PARTS
-from launch.reproductions.claim import Claim
 from launch.reproductions.domain_page import Report
-from launch.reproductions.domain_runs import PARTS as SWEPT
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
@@ -33,32 +27,15 @@ _SHORT = [
     "Benchmarks are not run: at this size they say nothing.",
 ]
 
-
-_REPORT = Report(
+write = Report(
     paper="bam",
     title="BAM: the paper's claims on small models",
     source="[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv "
     "2408.08274](https://arxiv.org/abs/2408.08274)",
     text=[*_ARMS, *_SHORT],
     parts=PARTS,
-    expected=expected,
+    runs=Runs,
+    claims=claims.claims,
+    draw=figures.draw,
     columns={"flops": ("10¹² FLOPs", 1e12)},
-)
-
-
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes bam.md, bam/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`, as far as it is there.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    drawn = figures.draw(found, out / "bam")
-    judged = claims.claims(found)
-    runs = parts(found, SWEPT)
-    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
-    return judged
+).write

@@ -6,14 +6,15 @@ stands by itself.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from launch.reproductions import intervals
+from launch.reproductions import claim, domain_claims, intervals
 from launch.reproductions.claim import Claim, Evidence
-from launch.reproductions.domain_runs import PARTS, lower
+from launch.reproductions.domain_claims import Judge
+from launch.reproductions.domain_runs import PARTS
 from launch.reproductions.nexus import router_claims
 from launch.reproductions.nexus.arms import (
     BUDGETS,
@@ -23,22 +24,16 @@ from launch.reproductions.nexus.arms import (
     OLD,
     SEED,
     Runs,
-    parts,
 )
 
 FLAT = 0.02  # of the loss on the old domains: what an extension may cost, on the mean over seeds
 RESET, APPENDED, EXTENDED = "ext_linear_reset", "ext_linear_append", "ext_nexus"
-_Judge = Callable[[Runs, str], list[Evidence]]
 
 
 def claims(found: Mapping[str, Any]) -> list[Claim]:
     """All of them, of what `experiment.run` has found."""
-    runs = parts(found, PARTS)
-
-    def judge(*measure: _Judge) -> list[Evidence]:
-        return [e for name, results in runs.items() for m in measure for e in m(results, name)]
-
-    return [
+    judge = domain_claims.judge(Runs.parts(found))
+    judged = [
         *_upcycled(judge),
         *_extended(judge),
         *_old_domains(judge),
@@ -46,26 +41,13 @@ def claims(found: Mapping[str, Any]) -> list[Claim]:
         *_balance(judge),
         *_controls(judge),
     ]
+    return claim.placed(judged, {part: part for part in PARTS})
 
 
-def _pairs(
-    *pairs: tuple[str, str], score: str = OLD, step: int | None = None, no_worse: bool = False
-) -> _Judge:
-    """Whether the first of each has the lower loss, at the end or at a step."""
-
-    def judge(results: Runs, where: str) -> list[Evidence]:
-        at = results if step is None else results.at(step)
-        place = where if step is None else f"{where}, {step} updates"
-        return [
-            evidence
-            for pair in pairs
-            for evidence in lower(at, place, *pair, score, no_worse=no_worse)
-        ]
-
-    return judge
+_pairs = functools.partial(domain_claims.pairs, score=OLD)
 
 
-def _upcycled(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _upcycled(judge: Judge) -> list[Claim]:
     return [
         Claim(
             "N1",
@@ -90,7 +72,7 @@ def _upcycled(judge: Callable[..., list[Evidence]]) -> list[Claim]:
     ]
 
 
-def _extended(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _extended(judge: Judge) -> list[Claim]:
     pair = (EXTENDED, RESET)
     return [
         Claim(
@@ -154,7 +136,7 @@ def _shrinking(results: Runs, where: str) -> list[Evidence]:
     return out
 
 
-def _old_domains(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _old_domains(judge: Judge) -> list[Claim]:
     first = BUDGETS[0]
     return [
         Claim(
@@ -186,7 +168,7 @@ def _flat(results: Runs, where: str, *, step: int) -> list[Evidence]:
     return [Evidence(f"{where}, {step} updates", words, change["value"] <= 100 * FLAT)]
 
 
-def _balance(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _balance(judge: Judge) -> list[Claim]:
     return [
         Claim(
             "N15",
@@ -203,7 +185,7 @@ def _balance(judge: Callable[..., list[Evidence]]) -> list[Claim]:
     ]
 
 
-def _controls(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _controls(judge: Judge) -> list[Claim]:
     return [
         Claim(
             "N17",

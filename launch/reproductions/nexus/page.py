@@ -1,14 +1,9 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from launch.reproductions.claim import Claim
 from launch.reproductions.domain_page import Report
 from launch.reproductions.domain_runs import PARTS
 from launch.reproductions.nexus import claims, figures
-from launch.reproductions.nexus.arms import expected, parts
+from launch.reproductions.nexus.arms import Runs
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain, and an **expert** of each other domain goes on "
@@ -33,31 +28,14 @@ _SHORT = [
     "the last anneal on data of higher quality is left out. Benchmarks are not run: at this size they say nothing.",
 ]
 
-
-_REPORT = Report(
+write = Report(
     paper="nexus",
     title="Nexus: the paper's claims on small models",
     source="[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv "
     "2408.15901](https://arxiv.org/abs/2408.15901)",
     text=[*_ARMS, *_SHORT],
     parts=PARTS,
-    expected=expected,
-)
-
-
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes nexus.md, nexus/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`, as far as it is there.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    drawn = figures.draw(found, out / "nexus")
-    judged = claims.claims(found)
-    runs = parts(found, PARTS)
-    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
-    return judged
+    runs=Runs,
+    claims=claims.claims,
+    draw=figures.draw,
+).write

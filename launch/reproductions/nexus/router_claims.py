@@ -3,12 +3,13 @@
 Shares are of tokens of held-out rows whose first choice an expert is, mean over layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
+from launch.reproductions.domain_claims import Judge
 from launch.reproductions.nexus.arms import Runs, start
 
 ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
@@ -16,7 +17,7 @@ _EXTENDED = "ext_nexus"
 _LEAST = 4  # experts: an order of the three pairs of three comes about by chance
 
 
-def claims(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def claims(judge: Judge) -> list[Claim]:
     """All of them.
 
     Args:
