@@ -100,10 +100,14 @@ class DomainRuns(paired.Results):
 
     def lacking(self) -> list[str]:
         """What was planned and is not there, as a reader is told: arms or some seeds of them, and evaluations."""
-        out = []
+        there = {row["seed"] for row in self.rows}
+        seeds = sorted({seed for by_seed in self.planned.values() for seed in by_seed})
+        gone = [seed for seed in seeds if seed not in there]
+        out = [f"all of seed {seed}" for seed in gone]
         for arm, by_seed in self.planned.items():
             rows = self.find(arm)
-            out += _named(f"`{arm}`", [seed for seed in by_seed if seed not in rows], by_seed)
+            left = [seed for seed in by_seed if seed not in rows and seed not in gone]
+            out += _named(f"`{arm}`", left, set(by_seed) - set(gone))
             for name in dict.fromkeys(name for names in by_seed.values() for name in names):
                 left = [
                     s for s in rows if name in by_seed.get(s, ()) and not self._has(rows[s], name)

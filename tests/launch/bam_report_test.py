@@ -212,9 +212,9 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     lost["evaluations"] = {}
     judged = {c.name: c for c in page.write({"synthetic": found}, tmp_path, FACTS)}
     text = (tmp_path / "bam.md").read_text()
-    assert "synthetic `bam` (seed 1, 2)" in text and "`spec_lag_4`" in text
+    assert "synthetic `bam` (seed 1)" in text and "`spec_lag_4`" in text
     # A seed that has failed wholly is missing all the same, and so is what a run was not evaluated on.
-    assert "synthetic `seed` (seed 2)" in text and "seeds 0, 1, 2;" in text
+    assert "synthetic all of seed 2, " in text and "seeds 0, 1, 2;" in text
     assert f"synthetic `routing` of `bam_shared_kv` (seed {lost['seed']})" in text
     assert "all of the part `real`" in text and "all of the part `caches`" in text
     assert (

@@ -19,10 +19,10 @@ from launch.reproductions.domain_runs import MEAN, PARTS, lower, off, on
 
 SAME = 0.02  # of BTX's loss: what counts as about as good, on the mean over seeds
 RESCUED = (
-    0.5  # of the gap between BTX and BAM, that copies of the seed may close, on the mean over seeds
+    0.5  # of the gap between BTX and BAM on the mean over seeds, that copies of the seed may close
 )
-_MODELS = "models"
 ENOUGH = 1500  # updates of a mixture, below which it says little beside dense training
+_MODELS = "models"
 
 
 def claims(found: Mapping[str, Any]) -> list[Claim]:

@@ -138,7 +138,7 @@ def _gates(results: Runs) -> Any:
     if not tables:
         return None
     order = {domain: tables[domain] for domain in results.domains if domain in tables}
-    return router_figure.figure(order, measured[0]["experts"])
+    return router_figure.figure(order, measured[-1]["experts"])
 
 
 def _caches(found: Mapping[str, Sequence[int]]) -> Any:
