@@ -1,7 +1,7 @@
 """What a reproduction says: claims, what was measured for each, and whether they hold."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -30,6 +30,7 @@ class Claim:
       condition: when a measurement counts for it.
       evidence: what was measured.
       required: whether it must hold at small scale too.
+      places: the parts of the experiment that measure it -> with what the `where` of their evidence begins.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Claim:
     condition: str
     evidence: Sequence[Evidence]
     required: bool = False
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -45,6 +47,36 @@ class Claim:
             return "not measured"
         held = sum(e.holds for e in self.evidence)
         return {len(self.evidence): "holds", 0: "fails"}.get(held, "mixed")
+
+    def unmeasured(self, parts: Sequence[str]) -> list[str]:
+        """Those of `parts` that should have measured it and did not."""
+        return [
+            part
+            for part, place in self.places.items()
+            if part in parts and not any(e.where.startswith(place) for e in self.evidence)
+        ]
+
+
+def placed(judged: Sequence[Claim], places: Mapping[str, str]) -> list[Claim]:
+    """The claims with the same `places`."""
+    return [dataclasses.replace(claim, places=places) for claim in judged]
+
+
+def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
+    """What is against a reproduction of the parts that were asked for, in words; nothing if it stands.
+
+    A claim that must hold and does not is, and one that must hold and that one of the parts has not measured.
+    """
+    out = []
+    for claim in judged:
+        if claim.required and claim.verdict in ("fails", "mixed"):
+            out.append(f"{claim.name} must hold, and its verdict is: {claim.verdict}")
+        elif claim.required:
+            out += [
+                f"{claim.name} must hold, and part {part} has not measured it"
+                for part in claim.unmeasured(parts)
+            ]
+    return out
 
 
 def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim
-from launch.reproductions.domain_runs import MEAN, PARTS, DomainRuns, held_out, on
+from launch.reproductions.domain_runs import HELD_OUT, MEAN, PARTS, DomainRuns, held_out, on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Report:
       source: the paper, as a link.
       text: on arms and on where it falls short, lines of a list.
       parts: of the experiment.
-      expected: domains -> arms that a part should have.
+      runs: the class of the parts' runs.
+      claims: what was found -> the claims.
+      draw: what was found, a folder -> plots that it has written there, with their captions.
       columns: of the tables of arms, see `table`.
     """
 
@@ -32,29 +34,26 @@ class Report:
     source: str
     text: Sequence[str]
     parts: Sequence[str]
-    expected: Callable[[Sequence[str]], Sequence[str]]
+    runs: type[DomainRuns]
+    claims: Callable[[Mapping[str, Any]], list[Claim]]
+    draw: Callable[[Mapping[str, Any], pathlib.Path], dict[str, str]]
     columns: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
     def write(
-        self,
-        found: Mapping[str, Any],
-        out: pathlib.Path,
-        facts: Mapping[str, Any],
-        *,
-        runs: Mapping[str, DomainRuns],
-        judged: Sequence[Claim],
-        drawn: Mapping[str, str],
-    ) -> None:
-        """Writes <paper>.md and <paper>/results.json into `out`.
+        self, found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]
+    ) -> list[Claim]:
+        """Writes <paper>.md, <paper>/results.json and the plots into `out`.
 
         Args:
-          found: by the paper's `experiment.run`.
-          out: the folder, which holds the plots.
+          found: by the paper's `experiment.run`, as far as it is there.
+          out: the folder, such as docs/reproductions.
           facts: command, versions and whatever else the numbers depend on.
-          runs: those parts of `found` that are of domains.
-          judged: the claims.
-          drawn: the plots, with their captions.
+
+        Returns:
+          The claims.
         """
+        drawn = self.draw(found, out / self.paper)
+        judged, runs = self.claims(found), self.runs.parts(found)
         record = {
             **facts,
             "claims": claim.record(judged),
@@ -72,6 +71,7 @@ class Report:
             "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + "."
         )
         (out / f"{self.paper}.md").write_text("\n".join(lines) + "\n")
+        return judged
 
 
 def _head(report: Report, judged: Sequence[Claim], facts: Mapping[str, Any]) -> list[str]:
@@ -102,7 +102,7 @@ def _setup(report: Report, runs: Mapping[str, DomainRuns], found: Mapping[str, A
     """What was trained, and what is not there."""
     out, missing = [], []
     for name, results in runs.items():
-        seeds = sorted({row["seed"] for row in results.rows})
+        seeds = sorted({seed for by_seed in results.planned.values() for seed in by_seed})
         trained = [row for row in results.rows if row["tokens"]]
         minutes = sum(row["seconds"] for row in results.rows) / 60
         known = [results.floors.get(domain) for domain in results.domains]
@@ -115,9 +115,7 @@ def _setup(report: Report, runs: Mapping[str, DomainRuns], found: Mapping[str, A
             f"- *{name}*: domains {domains}{entropy}. {len(trained)} runs, seeds "
             f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(results)}"
         )
-        missing += [
-            f"{name} {arm}" for arm in results.missing(report.expected(results.domains), seeds)
-        ]
+        missing += [f"{name} {what}" for what in results.lacking()]
     missing += [f"all of the part `{part}`" for part in report.parts if not found.get(part)]
     if missing:
         out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
@@ -181,7 +179,7 @@ def kept(found: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
             "evaluations": {
                 name: value
                 for name, value in row.get("evaluations", {}).items()
-                if name != "held_out"
+                if name != HELD_OUT
             },
         }
         for row in found["rows"]

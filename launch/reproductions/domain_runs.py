@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from launch.reproductions.claim import Evidence
 
 MEAN = "mean loss"
 PARTS = ("synthetic", "real")
+HELD_OUT = "held_out"
 _LOSS = "/loss"
 
 
@@ -25,30 +26,35 @@ class DomainRuns(paired.Results):
       domains: names of all tasks, the general one first.
       groups: score -> the domains over which losses, in nats per token, are averaged for it.
       floors: entropy of a domain in nats per token, where it is known.
+      planned: what should be there: arm -> seed -> names of what is measured of the run.
     """
 
     domains: Sequence[str] = ()
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    planned: Mapping[str, Mapping[int, Sequence[str]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, found: Mapping[str, Any], groups: Mapping[str, Sequence[str]] | None = None
-    ) -> Self:
-        """Of what `part` returns.
-
-        Args:
-          found: the part; empty for one that is not there.
-          groups: beside MEAN, all domains, and `on` and `off` of each domain.
-        """
-        domains = tuple(found.get("domains", ()))
+    def of(cls, found: Mapping[str, Any]) -> Self:
+        """Of what `part` returns."""
+        domains = tuple(found["domains"])
         known: dict[str, Sequence[str]] = {MEAN: domains}
         for domain in domains:
             known[on(domain)] = (domain,)
             known[off(domain)] = tuple(other for other in domains if other != domain)
-        return cls(
-            found.get("rows", ()), domains, {**known, **(groups or {})}, found.get("floors", {})
-        )
+        groups = {**known, **cls.more_groups(domains)}
+        return cls(found["rows"], domains, groups, found["floors"], found["planned"])
+
+    @classmethod
+    def parts(cls, found: Mapping[str, Any]) -> dict[str, Self]:
+        """Those of PARTS that an experiment has found rows of."""
+        return {name: cls.of(found[name]) for name in PARTS if found.get(name, {}).get("rows")}
+
+    @classmethod
+    def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """A paper's own groups, beside MEAN, all domains, and `on` and `off` of each domain."""
+        del domains
+        return {}
 
     def score(self, row: Mapping[str, Any], name: str) -> float | None:
         losses = held_out(row)
@@ -92,6 +98,28 @@ class DomainRuns(paired.Results):
             found.add(0)
         return sorted(found)
 
+    def lacking(self) -> list[str]:
+        """What was planned and is not there, as a reader is told: arms or some seeds of them, and evaluations."""
+        there = {row["seed"] for row in self.rows}
+        seeds = sorted({seed for by_seed in self.planned.values() for seed in by_seed})
+        gone = [seed for seed in seeds if seed not in there]
+        out = [f"all of seed {seed}" for seed in gone]
+        for arm, by_seed in self.planned.items():
+            rows = self.find(arm)
+            left = [seed for seed in by_seed if seed not in rows and seed not in gone]
+            out += _named(f"`{arm}`", left, set(by_seed) - set(gone))
+            for name in dict.fromkeys(name for names in by_seed.values() for name in names):
+                left = [
+                    s for s in rows if name in by_seed.get(s, ()) and not self._has(rows[s], name)
+                ]
+                out += _named(f"`{name}` of `{arm}`", left, by_seed)
+        return out
+
+    def _has(self, row: Mapping[str, Any], name: str) -> bool:
+        if name == HELD_OUT:
+            return set(self.domains) <= set(held_out(row))
+        return bool(row["evaluations"].get(name))
+
     def evaluation(self, arm: str, name: str) -> list[Any]:
         """What an evaluation of an arm found, of the seeds that have it."""
         rows = self.find(arm).values()
@@ -108,6 +136,14 @@ def off(domain: str) -> str:
     return f"mean loss off {domain}"
 
 
+def _named(what: str, seeds: Sequence[int], planned: Collection[int]) -> list[str]:
+    """Seeds of something that are not there, all of them by its name alone; nothing if there are none."""
+    if not seeds:
+        return []
+    some = f" (seed {', '.join(map(str, seeds))})" if len(seeds) < len(planned) else ""
+    return [what + some]
+
+
 def lower(
     results: DomainRuns, where: str, one: str, other: str, score: str = MEAN, **options: bool
 ) -> list[Evidence]:
@@ -119,8 +155,38 @@ def held_out(row: Mapping[str, Any]) -> dict[str, float]:
     """Loss by task of a row's last evaluation, or of its evaluation 'held_out' (launch.evaluate) if it was made."""
     found = row.get("held_out") or {}
     if not found:
-        found = (row.get("evaluations") or {}).get("held_out", {}).get("tasks", {})
+        found = (row.get("evaluations") or {}).get(HELD_OUT, {}).get("tasks", {})
     return {task: float(values["loss"]) for task, values in found.items() if "loss" in values}
+
+
+def run(
+    paper: str,
+    *,
+    model_dir: str,
+    seeds: int,
+    workers: int = 1,
+    minutes: float | None = None,
+    parts: Sequence[str] = PARTS,
+) -> dict[str, Any]:
+    """What `part` returns, by part.
+
+    Args:
+      paper: name of its sweep.
+      model_dir: parent of the parts' folders.
+      seeds: of each arm.
+      workers: runs at once.
+      minutes: after which a sweep stops; the same command goes on.
+      parts: of PARTS.
+
+    Raises:
+      ValueError: a sweep could not be run.
+      sweeps.StoppedError: it was stopped, by a signal or the time.
+    """
+    folder = pathlib.Path(model_dir)
+    return {
+        name: part(paper, name, folder / name, seeds, workers=workers, minutes=minutes)
+        for name in parts
+    }
 
 
 def part(
@@ -132,7 +198,7 @@ def part(
     workers: int = 1,
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """{"rows", "domains", "floors"} of a part of a paper's sweep, which goes on where it stopped.
+    """{"rows", "domains", "floors", "planned"} of a part of a paper's sweep, which goes on where it stopped.
 
     The sweep's file is launch/sweeps/<paper>.py; it is given 'PART,SEEDS' and has DOMAINS, by part, the general one
     first, some of them perhaps in a tuple of their own.
@@ -142,11 +208,18 @@ def part(
     """
     entries = sweep(paper).DOMAINS[name]
     domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
-    rows = sweeps.rows(folder, paper, f"{name},{seeds}", workers=workers, minutes=minutes)
+    given = f"{name},{seeds}"
+    rows = sweeps.rows(folder, paper, given, workers=workers, minutes=minutes)
+    planned: dict[str, dict[int, tuple[str, ...]]] = {}
+    for run in sweeps.planned(paper, given):
+        # One that is trained is evaluated on its held-out rows as it ends.
+        measured = (*run.evaluations, *(() if run.made else (HELD_OUT,)))
+        planned.setdefault(run.arm, {})[run.seed] = measured
     return {
         "rows": [with_course(row, folder / row["directory"]) for row in rows],
         "domains": tuple(domains),
         "floors": entropy_floors(domains),
+        "planned": planned,
     }
 
 

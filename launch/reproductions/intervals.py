@@ -52,9 +52,9 @@ def over_seeds(values: Any) -> dict[str, float]:
     n, middle = len(values_N), float(np.mean(values_N))
     if n < 2:
         return _rounded(middle, middle, middle)
-    from scipy import stats
+    from scipy import special
 
-    half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n)
+    half = special.stdtrit(n - 1, 0.975) * np.std(values_N, ddof=1) / math.sqrt(n)
     return _rounded(middle, middle - half, middle + half)
 
 

@@ -1,7 +1,10 @@
 """Sweeps of a reproduction: run as far as they are not done, and read."""
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.sweeping.file import Run
 
 _SWEEPS = pathlib.Path(__file__).parents[1] / "sweeps"
 
@@ -33,7 +36,7 @@ def rows(
     """
     from launch import cli, sweep
 
-    file = f"{_SWEEPS / name}.py:{given}"
+    file = _file(name, given)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
     status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
     if status == cli.INTERRUPTED:
@@ -42,3 +45,14 @@ def rows(
         raise ValueError(f"The sweep {file} was not run; see above.")
     # With status 1 some runs have failed: the others are reported.
     return sweep.read_results(folder)
+
+
+def planned(name: str, given: int | str) -> "tuple[Run, ...]":
+    """All runs of a sweep of launch/sweeps, done or not; as `rows` takes them."""
+    from launch.sweeping import file
+
+    return file.read(_file(name, given))
+
+
+def _file(name: str, given: int | str) -> str:
+    return f"{_SWEEPS / name}.py:{given}"

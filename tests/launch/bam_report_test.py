@@ -20,7 +20,6 @@ FLOORS = {"lag_general": 1.35, "lag_4": 1.11, "lag_7": 1.13, "lag_11": 1.15}
 EXCESS = {
     "seed": 0.9,
     "btx": 0.45,
-    "btx5": 0.44,
     "btx6": 0.43,
     "btx6_top3": 0.42,
     "bam": 0.31,
@@ -99,16 +98,18 @@ def gates(domains, layers=2):
 
 
 def part(domains=DOMAINS, floors=FLOORS, **changed):
-    return {"rows": rows(domains, floors, **changed), "domains": domains, "floors": floors}
+    found = rows(domains, floors, **changed)
+    planned = {}
+    for one in found:
+        measured = ("held_out", *(("routing",) if one["arm"].startswith("bam") else ()))
+        planned.setdefault(one["arm"], {})[one["seed"]] = measured
+    return {"rows": found, "domains": domains, "floors": floors, "planned": planned}
 
 
 def everything(**changed):
     real = ("prose", "code", "law", "maths")
-    return {
-        "synthetic": part(**changed),
-        "real": part(real, {}, **changed),
-        "caches": caches.measure(),
-    }
+    held = {"experts": [2, 4], "dense": [8, 8], "shared_kv": [8, 8], "expert_kv": [16, 32]}
+    return {"synthetic": part(**changed), "real": part(real, {}, **changed), "caches": held}
 
 
 def verdicts(found):
@@ -131,7 +132,8 @@ def test_all_claims_hold_where_they_should():
         ({"moa_top2": 0.2, "moa_top1": 0.1}, "B7"),
         ({matched("moa_top2"): 0.2, matched("moa_top1"): 0.1}, "B8"),
         ({matched("moa_top2"): 0.2, matched("moa_top1"): 0.1}, "B9"),
-        ({"btx5": 0.33, "btx6": 0.33, "btx6_top3": 0.33}, "B11"),
+        ({"btx6": 0.33}, "B11"),
+        ({"bam": 0.46}, "B11"),  # no gap
         ({"bam_averaged": 0.2, matched("bam_averaged"): 0.2}, "B13"),
         ({"dense_continued": 0.2}, "B14"),
         ({"soup": 0.1}, "B15"),
@@ -151,9 +153,19 @@ def test_a_claim_is_mixed_where_some_measurements_fail():
     assert verdicts(found)["B2"] == "mixed" and verdicts(found)["B1"] == "mixed"
 
 
+def test_active_experts_are_not_copies_that_rescue():
+    assert verdicts(everything(btx6_top3=0.33))["B11"] == "holds"
+
+
+def test_what_is_said_beside_dense_training_names_the_updates():
+    (claim,) = (c for c in claims.claims(everything()) if c.name == "B14")
+    where = "synthetic, 600 updates of the mixture, fewer than 1,500"
+    assert [e.where for e in claim.evidence][:2] == [where] * 2
+
+
 def test_caches_are_judged_exactly():
-    assert verdicts({"caches": caches.measure()})["B12"] == "holds"
     measured = caches.measure()
+    assert verdicts({"caches": measured})["B12"] == "holds"
     measured["expert_kv"][1] += 4
     assert verdicts({"caches": measured})["B12"] == "mixed"
 
@@ -188,21 +200,26 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     written = json.loads((tmp_path / "bam" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in judged]
     assert len(written["parts"]["synthetic"]["runs"]) == len(rows())
-    assert written["caches"] == caches.measure()
+    assert written["caches"] == found["caches"]
     assert "lag_4 (1.110)" in text and "600 (`seed`, `btx`" in text
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
-    kept = [r for r in rows() if r["arm"] in ("seed", "btx", "bam") and r["run"] != "bam/seed1"]
-    judged = {
-        c.name: c for c in page.write({"synthetic": {**part(), "rows": kept}}, tmp_path, FACTS)
-    }
+    found = part()
+    kept = [r for r in found["rows"] if r["arm"] in ("seed", "btx", "bam", "bam_shared_kv")]
+    found["rows"] = [r for r in kept if r["run"] != "bam/seed1" and r["seed"] < 2]
+    lost = found["rows"][-1]
+    lost["evaluations"] = {}
+    judged = {c.name: c for c in page.write({"synthetic": found}, tmp_path, FACTS)}
     text = (tmp_path / "bam.md").read_text()
     assert "synthetic `bam` (seed 1)" in text and "`spec_lag_4`" in text
+    # A seed that has failed wholly is missing all the same, and so is what a run was not evaluated on.
+    assert "synthetic all of seed 2, " in text and "seeds 0, 1, 2;" in text
+    assert f"synthetic `routing` of `bam_shared_kv` (seed {lost['seed']})" in text
     assert "all of the part `real`" in text and "all of the part `caches`" in text
     assert (
         judged["B5"].verdict == "holds"
-        and "better in 2 of 2 pairs" in judged["B5"].evidence[0].measured
+        and "better in 1 of 1 pairs" in judged["B5"].evidence[0].measured
     )
     assert judged["B1"].verdict == "not measured"
     page.write({}, tmp_path, FACTS)
@@ -212,6 +229,11 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
 def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     tmp_path, monkeypatch
 ):
+    planned = [
+        types.SimpleNamespace(arm=arm, seed=0, made=made, evaluations=names)
+        for arm, made, names in (("btx", (), {"routing": {}}), ("soup", ("a",), {"held_out": {}}))
+    ]
+    monkeypatch.setattr(sweeps, "planned", lambda paper, given: planned)
     sweep = types.ModuleType("launch.sweeps.bam")
     sweep.DOMAINS = {"synthetic": ("lag_general", ("lag_4",))}
     sweep.train_flops_per_token = lambda arm, part: {("btx", "synthetic"): 10.0}[arm, part]
@@ -240,6 +262,10 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     ]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
+    assert found["synthetic"]["planned"] == {
+        "btx": {0: ("routing", "held_out")},
+        "soup": {0: ("held_out",)},
+    }
     assert found["synthetic"]["domains"] == ("lag_general", "lag_4")
     assert (trained["parameters"], made["parameters"]) == (12, None)
     assert made["curve"] == [] and made["flops"] == 0.0
@@ -263,5 +289,28 @@ def test_bars_are_over_the_entropy_where_it_is_known():
 def test_the_command_writes_the_report_of_the_parts_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "prepare", lambda: None)
     words = ["bam", f"--model_dir={tmp_path}", f"--out={tmp_path}", "--parts", "caches"]
-    assert reproduce.main(words) == 0
+    assert reproduce.main(words) == 0  # what other parts measure is not asked for
     assert "| **holds** |" in (tmp_path / "bam.md").read_text()
+
+
+def test_a_part_that_measures_nothing_of_what_must_hold_gives_status_1(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    found = {name: one for name, one in everything().items() if name != "caches"}
+    found["real"]["rows"] = [r for r in found["real"]["rows"] if not r["arm"].startswith("btx6")]
+    monkeypatch.setattr(experiment, "run", lambda **settings: found)
+    monkeypatch.setattr(page, "write", lambda found, out, facts: claims.claims(found))
+    words = ["bam", f"--model_dir={tmp_path}", f"--out={tmp_path}", "--parts"]
+    assert reproduce.main([*words, "synthetic"]) == 0
+    assert reproduce.main([*words, "synthetic", "real"]) == 1
+    assert capsys.readouterr().err == "B11 must hold, and part real has not measured it\n"
+
+
+def test_every_arm_that_is_compared_is_in_the_sweep(monkeypatch):
+    sweep = domain_runs.sweep("bam")
+    monkeypatch.setattr(sweep, "train_flops_per_token", lambda arm, kind: 1.0)
+    planned = sweep.get_config("synthetic,1").arms
+    compared = [*arms.BTX, *arms.BAM, *arms.CONTROLS, *map(matched, arms.COSTLY)]
+    assert set(compared) | {arms.SEED, *map(arms.specialist, DOMAINS[1:])} <= set(planned)
+    assert planned["soup"].evaluations == ("held_out",)

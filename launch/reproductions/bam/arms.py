@@ -1,13 +1,9 @@
 """Names of the arms of launch/sweeps/bam.py, as they are compared and as a reader sees them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from launch.reproductions.domain_runs import DomainRuns
 
 BTX = {
     "btx": "BTX",
-    "btx5": "BTX, 5 experts",
     "btx6": "BTX, 6 experts",
     "btx6_top3": "BTX, 6 experts, top-3",
 }
@@ -21,12 +17,10 @@ CONTROLS = {
     "bam_averaged": "BAM, averaged attentions",
     "dense_continued": "dense, all tokens",
     "soup": "soup of weights",
-    "soup_continued": "soup, trained on",
 }
 SEED = "seed"
 # Arms that compute more than BTX, and have a twin that makes fewer updates.
 COSTLY = ("btx6_top3", *BAM, "bam_averaged")
-_OPTIONAL = ("btx5", "soup_continued")
 
 
 def matched(arm: str) -> str:
@@ -47,14 +41,3 @@ class Runs(DomainRuns):
 
 def specialist(domain: str) -> str:
     return f"spec_{domain}"
-
-
-def expected(domains: Sequence[str]) -> list[str]:
-    """All arms of a part but those that may be left out."""
-    arms = [SEED, *map(specialist, domains[1:]), *BTX, *BAM, *CONTROLS, *map(matched, COSTLY)]
-    return [arm for arm in arms if arm not in _OPTIONAL]
-
-
-def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:
-    """Those parts that have rows."""
-    return {name: Runs.of(found[name]) for name in names if found.get(name, {}).get("rows")}

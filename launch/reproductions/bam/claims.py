@@ -10,44 +10,39 @@ from typing import Any
 
 import numpy as np
 
-from launch.reproductions import intervals
+from launch.reproductions import claim, domain_claims, intervals
 from launch.reproductions.bam import caches
-from launch.reproductions.bam.arms import BTX, SEED, Runs, matched, parts, specialist
+from launch.reproductions.bam.arms import BTX, SEED, Runs, matched, specialist
 from launch.reproductions.claim import Claim, Evidence
+from launch.reproductions.domain_claims import Judge, pairs
 from launch.reproductions.domain_runs import MEAN, PARTS, lower, off, on
 
-SAME = 0.02  # of BTX's loss: what counts as about as good
-RESCUED = 0.5  # of the gap between BTX and BAM, that copies of the seed may close
-_Judge = Callable[[Runs, str], list[Evidence]]
+SAME = 0.02  # of BTX's loss: what counts as about as good, on the mean over seeds
+RESCUED = (
+    0.5  # of the gap between BTX and BAM on the mean over seeds, that copies of the seed may close
+)
+ENOUGH = 1500  # updates of a mixture, below which it says little beside dense training
+_MODELS = "models"
 
 
 def claims(found: Mapping[str, Any]) -> list[Claim]:
     """All of them, of what `experiment.run` has found."""
-    runs = parts(found, PARTS)
-
-    def judge(*measure: _Judge) -> list[Evidence]:
-        return [e for name, results in runs.items() for m in measure for e in m(results, name)]
-
-    return [
+    judge = domain_claims.judge(Runs.parts(found))
+    of_models = [_caches(found.get("caches", {}))]
+    of_runs = [
         *_specialists(judge),
         *_better_than_btx(judge),
         *_soft_routing(judge),
         *_copies(judge),
-        _caches(found.get("caches", {})),
-        *_controls(judge),
+    ]
+    return [
+        *claim.placed(of_runs, {part: part for part in PARTS}),
+        *claim.placed(of_models, {"caches": _MODELS}),
+        *claim.placed(_controls(judge), {part: part for part in PARTS}),
     ]
 
 
-def _pairs(*pairs: tuple[str, str], no_worse: bool = False) -> _Judge:
-    """Whether the first of each has the lower mean loss over all domains."""
-
-    def judge(results: Runs, where: str) -> list[Evidence]:
-        return [e for pair in pairs for e in lower(results, where, *pair, no_worse=no_worse)]
-
-    return judge
-
-
-def _specialists(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _specialists(judge: Judge) -> list[Claim]:
     def home(results: Runs, where: str) -> list[Evidence]:
         special = results.domains[1:]
         return [
@@ -82,13 +77,13 @@ def _specialists(judge: Callable[..., list[Evidence]]) -> list[Claim]:
     ]
 
 
-def _better_than_btx(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _better_than_btx(judge: Judge) -> list[Claim]:
     return [
         Claim(
             "B3",
             "Attentions with keys and values of their own are better than with shared ones, and these than BTX",
             "data-matched, BAM has a lower mean loss than shared-KV BAM, and it a lower one than BTX",
-            judge(_pairs(("bam", "bam_shared_kv"), ("bam_shared_kv", "btx"))),
+            judge(pairs(("bam", "bam_shared_kv"), ("bam_shared_kv", "btx"))),
             required=True,
         ),
         Claim(
@@ -96,31 +91,29 @@ def _better_than_btx(judge: Callable[..., list[Evidence]]) -> list[Claim]:
             "The same at equal compute",
             "B3, compute-matched",
             judge(
-                _pairs(
-                    (matched("bam"), matched("bam_shared_kv")), (matched("bam_shared_kv"), "btx")
-                )
+                pairs((matched("bam"), matched("bam_shared_kv")), (matched("bam_shared_kv"), "btx"))
             ),
         ),
         Claim(
             "B5",
             "BAM is ahead of BTX with as many parameters, in all and active",
-            "data-matched, a lower mean loss than BTX with 4 to 6 experts, and with 6 of which 3 are active",
-            judge(_pairs(*(("bam", other) for other in BTX))),
+            "data-matched, a lower mean loss than BTX with 4 and with 6 experts, and with 6 of which 3 are active",
+            judge(pairs(*(("bam", other) for other in BTX))),
             required=True,
         ),
         Claim(
             "B6",
             "The same at equal compute",
             "B5, compute-matched",
-            judge(_pairs(*((matched("bam"), matched(other)) for other in BTX))),
+            judge(pairs(*((matched("bam"), matched(other)) for other in BTX))),
         ),
     ]
 
 
-def _soft_routing(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _soft_routing(judge: Judge) -> list[Claim]:
     def order(name: Callable[[str], str]) -> list[Evidence]:
         soft, two, one = map(name, ("bam", "moa_top2", "moa_top1"))
-        return judge(_pairs((soft, two), (soft, one)), _pairs((two, one), no_worse=True))
+        return judge(pairs((soft, two), (soft, one)), pairs((two, one), no_worse=True))
 
     def about(name: Callable[[str], str]) -> list[Evidence]:
         return judge(
@@ -138,23 +131,24 @@ def _soft_routing(judge: Callable[..., list[Evidence]]) -> list[Claim]:
             order(str),
             required=True,
         ),
-        Claim("B8", "The same at equal compute", "B7, compute-matched", order(matched)),
+        Claim("B8", "The same at equal compute", f"B7, compute-matched; {_ALL}", order(matched)),
         Claim(
             "B9",
             "Attentions that are chosen are about as good as averaged ones, at equal compute",
-            f"compute-matched, mean loss of top-1 and top-2 within {SAME:.0%} of BTX's",
+            f"compute-matched, loss of top-1 and top-2 within {SAME:.0%} of BTX's on the mean; {_ALL}",
             about(matched),
         ),
         Claim(
             "B10",
             "The same at equal data (which the paper does not say)",
-            f"data-matched, mean loss of top-1 and top-2 within {SAME:.0%} of BTX's",
+            f"data-matched, loss of top-1 and top-2 within {SAME:.0%} of BTX's on the mean",
             about(str),
         ),
     ]
 
 
 _TOP = ("moa_top2", "moa_top1")
+_ALL = "attentions that are not chosen are computed too, so that all three make the same number of updates"
 
 
 def _same(results: Runs, where: str, one: str, other: str) -> list[Evidence]:
@@ -166,22 +160,24 @@ def _same(results: Runs, where: str, one: str, other: str) -> list[Evidence]:
     return [Evidence(where, words, abs(change["value"]) <= 100 * SAME)]
 
 
-def _copies(judge: Callable[..., list[Evidence]]) -> list[Claim]:
-    arms = [arm for arm in BTX if arm != "btx"]
-
+def _copies(judge: Judge) -> list[Claim]:
     def rescue(results: Runs, where: str) -> list[Evidence]:
-        out = []
-        for arm in arms:
-            if (closed := gap_closed(results, arm)) is not None:
-                words = f"{results.label(arm)} closes {intervals.text(closed)} of the gap between BTX and BAM"
-                out.append(Evidence(where, words, closed["value"] <= RESCUED))
-        return out
+        _, btx, bam = results.paired(MEAN, "btx6", "btx", "bam")
+        if not len(btx):
+            return []
+        closed = gap_closed(results, "btx6")
+        if closed is None:
+            gap = intervals.text(intervals.over_seeds(btx - bam), 3)
+            return [Evidence(where, f"no gap to close: BTX less BAM is {gap}", False)]
+        words = f"{results.label('btx6')} closes {intervals.text(closed)} of the gap between BTX and BAM"
+        return [Evidence(where, words, closed["value"] <= RESCUED)]
 
     return [
         Claim(
             "B11",
             "More experts that are copies of the seed do not rescue BTX",
-            f"data-matched, they close at most {RESCUED:.0%} of its gap in mean loss to BAM",
+            f"data-matched, two of them, one expert being chosen as before, close at most {RESCUED:.0%} of its gap in loss to "
+            "BAM, on the mean",
             judge(rescue),
             required=True,
         )
@@ -208,7 +204,7 @@ def _caches(found: Mapping[str, Sequence[int]]) -> Claim:
         ):
             expected = n if times is None else times
             words = f"{caches.NAMES[kind]}, {n} experts: {held:,} bytes, a dense model {dense:,}"
-            evidence.append(Evidence("models", words, held == expected * dense))
+            evidence.append(Evidence(_MODELS, words, held == expected * dense))
     return Claim(
         "B12",
         "With shared keys and values the cache is a dense model's; with own ones it is as many times larger as "
@@ -219,7 +215,7 @@ def _caches(found: Mapping[str, Sequence[int]]) -> Claim:
     )
 
 
-def _controls(judge: Callable[..., list[Evidence]]) -> list[Claim]:
+def _controls(judge: Judge) -> list[Claim]:
     def capacity(results: Runs, where: str) -> list[Evidence]:
         out = lower(results, where, "bam", "bam_averaged")
         if out and (closed := gap_closed(results, "bam_averaged")) is not None:
@@ -234,23 +230,29 @@ def _controls(judge: Callable[..., list[Evidence]]) -> list[Claim]:
             "The gain is more than that of larger attention (a control, not a claim of the paper)",
             "BAM has a lower mean loss than with attention experts that are copies of the averaged attention, "
             "data-matched and compute-matched",
-            judge(capacity, _pairs((matched("bam"), matched("bam_averaged")))),
+            judge(capacity, pairs((matched("bam"), matched("bam_averaged")))),
         ),
         Claim(
             "B14",
             "Mixtures are better than the seed trained on as many tokens in all (a control, not a claim of the paper)",
             "BAM and BTX have a lower mean loss than the dense model that was trained on the tokens of all "
-            "specialists and of the mixture",
-            judge(_pairs(("bam", "dense_continued"), ("btx", "dense_continued"))),
+            f"specialists and of the mixture; fewer than {ENOUGH:,} updates of the mixture allow no conclusion",
+            judge(_beside_dense),
         ),
         Claim(
             "B15",
             "and better than a soup of the same models (a control, not a claim of the paper)",
-            "BAM and BTX have a lower mean loss than the average of all weights, as it is and trained on",
-            judge(
-                _pairs(
-                    *((arm, soup) for soup in ("soup", "soup_continued") for arm in ("bam", "btx"))
-                )
-            ),
+            "BAM and BTX have a lower mean loss than the average of all weights",
+            judge(pairs(("bam", "soup"), ("btx", "soup"))),
         ),
     ]
+
+
+def _beside_dense(results: Runs, where: str) -> list[Evidence]:
+    out = []
+    for arm in ("bam", "btx"):
+        steps = min((row["step"] for row in results.find(arm).values()), default=0)
+        few = f", fewer than {ENOUGH:,}" if steps < ENOUGH else ""
+        place = f"{where}, {steps:,} updates of the mixture{few}"
+        out += lower(results, place, arm, "dense_continued")
+    return out

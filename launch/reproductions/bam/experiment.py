@@ -1,6 +1,5 @@
 """BAM at small scale: runs what is left of the sweep's parts, and reads what they found."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,36 +9,18 @@ from launch.reproductions.bam import caches
 PARTS = (*domain_runs.PARTS, "caches")
 
 
-def run(
-    *,
-    model_dir: str,
-    seeds: int,
-    workers: int = 1,
-    minutes: float | None = None,
-    parts: Sequence[str] = PARTS,
-) -> dict[str, Any]:
-    """What `domain_runs.part` returns of each part, with FLOPs; and under 'caches' those of caches.py.
+def run(*, parts: Sequence[str] = PARTS, **settings: Any) -> dict[str, Any]:
+    """What `domain_runs.run` finds, its rows with FLOPs; and under 'caches' what caches.py measures.
 
     Args:
-      model_dir: parent of the parts' folders.
-      seeds: of each arm.
-      workers: runs at once.
-      minutes: after which a sweep stops; the same command goes on.
       parts: of PARTS.
-
-    Raises:
-      ValueError: a sweep could not be run.
-      sweeps.StoppedError: it was stopped, by a signal or the time.
+      **settings: the others of `domain_runs.run`, which says what is raised too.
     """
-    found: dict[str, Any] = {}
-    for part in parts:
-        if part == "caches":
-            found[part] = caches.measure()
-            continue
-        folder = pathlib.Path(model_dir, part)
-        one = domain_runs.part("bam", part, folder, seeds, workers=workers, minutes=minutes)
-        found[part] = {**one, "rows": with_flops(one["rows"], part)}
-    return found
+    swept = [part for part in parts if part in domain_runs.PARTS]
+    found = domain_runs.run("bam", parts=swept, **settings)
+    for name, part in found.items():
+        part["rows"] = with_flops(part["rows"], name)
+    return found | ({"caches": caches.measure()} if "caches" in parts else {})
 
 
 def with_flops(rows: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:

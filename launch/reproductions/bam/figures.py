@@ -18,11 +18,10 @@ from launch.reproductions.bam.arms import (
     SEED,
     Runs,
     matched,
-    parts,
     specialist,
 )
 from launch.reproductions.domain_panels import curve, excess_bars, mean_tables
-from launch.reproductions.domain_runs import PARTS, on
+from launch.reproductions.domain_runs import on
 from launch.reproductions.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 _CURVES = {
@@ -39,7 +38,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
 
     matplotlib.use("Agg")  # no screen is needed
     figures: dict[str, tuple[Any, str]] = {}
-    for name, results in parts(found, PARTS).items():
+    for name, results in Runs.parts(found).items():
         figures |= {
             f"{name}_loss.png": (
                 excess_bars(results, _bars(results), label=partial(_label, results)),
@@ -139,7 +138,7 @@ def _gates(results: Runs) -> Any:
     if not tables:
         return None
     order = {domain: tables[domain] for domain in results.domains if domain in tables}
-    return router_figure.figure(order, measured[0]["experts"])
+    return router_figure.figure(order, measured[-1]["experts"])
 
 
 def _caches(found: Mapping[str, Sequence[int]]) -> Any:

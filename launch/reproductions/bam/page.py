@@ -1,29 +1,26 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from launch.reproductions.bam import claims, figures
-from launch.reproductions.bam.arms import expected, parts
+from launch.reproductions.bam.arms import Runs
 from launch.reproductions.bam.experiment import PARTS
-from launch.reproductions.claim import Claim
 from launch.reproductions.domain_page import Report
-from launch.reproductions.domain_runs import PARTS as SWEPT
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
     "from it with 90 % of that domain and 10 % of the general one. All mixtures are made of the seed and the specialists "
-    "and train on a quarter of each domain. **BTX**: FFNs become experts (top-1), all else is averaged; *5 and 6 "
-    "experts*: with more copies of the seed's FFN, as many parameters as shared-KV BAM and BAM; *top-3*: as many active "
-    "ones too. **BAM**: attentions become experts as well, with keys and values of their own or one shared set, all of "
-    "them mixed for every token (soft); *top-1* and *top-2 attention*: the router chooses.",
+    "and train on a quarter of each domain. **BTX**: FFNs become experts (top-1), all else is averaged; *6 experts*: "
+    "with two more copies of the seed's FFN, as many parameters as BAM; *top-3*: as many active ones too. **BAM**: "
+    "attentions become experts as well, with keys and values of their own or one shared set, all of them mixed for every "
+    "token (soft); *top-1* and *top-2 attention*: the router chooses.",
     "- *controls*: *averaged attentions*: BAM whose attention experts all begin as the averaged attention, so that it "
     "has BAM's capacity and nothing of the specialists' attention; *dense, all tokens*: the seed trained on as many "
     "tokens as all specialists and the mixture together; *soup*: the average of all weights of the seed and the specialists, "
     "not trained.",
     "- *equal compute*: such an arm makes fewer updates, so that its training takes as many FLOPs as BTX's by count of the "
-    "products of forward and backward pass; its learning rate falls over its own updates.",
+    "products of forward and backward pass; its learning rate falls over its own updates. "
+    "Attention experts that the router does not choose are computed here all the same, and counted so: at equal compute "
+    "*top-1* and *top-2 attention* make as many updates as BAM. Where experts that are not chosen cost nothing they "
+    "would make more.",
 ]
 _SHORT = [
     "- *where it falls short*: the paper's models are of 590 million and 2 billion parameters, these are as the tables "
@@ -31,32 +28,15 @@ _SHORT = [
     "Benchmarks are not run: at this size they say nothing.",
 ]
 
-
-_REPORT = Report(
+write = Report(
     paper="bam",
     title="BAM: the paper's claims on small models",
     source="[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv "
     "2408.08274](https://arxiv.org/abs/2408.08274)",
     text=[*_ARMS, *_SHORT],
     parts=PARTS,
-    expected=expected,
+    runs=Runs,
+    claims=claims.claims,
+    draw=figures.draw,
     columns={"flops": ("10¹² FLOPs", 1e12)},
-)
-
-
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes bam.md, bam/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`, as far as it is there.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    drawn = figures.draw(found, out / "bam")
-    judged = claims.claims(found)
-    runs = parts(found, SWEPT)
-    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
-    return judged
+).write

@@ -16,6 +16,8 @@ from launch.reproductions.intervals import significant
 from launch.sweeps.code_mix_skills import SHARES
 
 SMALL, PACKAGES = "generated text", "installed packages"
+_SMALL_ONLY = {"skills": SMALL}
+_BOTH = {**_SMALL_ONLY, "packages": PACKAGES}
 TEXT_DOMAINS, CODE_DOMAINS = ("english", "docstrings"), ("python", "cpp")
 _SHARE_ERROR = 0.005  # of tokens: what a batch cannot be divided into
 
@@ -103,6 +105,7 @@ def _mixtures(small: Results, packages: Results) -> Claim:
         f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
         evidence,
         required=True,
+        places=_BOTH,
     )
 
 
@@ -126,6 +129,7 @@ def _recipes(small: Results, packages: Results) -> list[Claim]:
             "better than each other recipe: exact match of code, bits per byte of Python and C++",
             code,
             required=True,
+            places=_BOTH,
         ),
         Claim(
             "C1b",
@@ -189,6 +193,7 @@ def _proportions(small: Results) -> list[Claim]:
             "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
             rises,
             required=True,
+            places=_SMALL_ONLY,
         ),
         Claim(
             "C2b",
@@ -196,6 +201,7 @@ def _proportions(small: Results) -> list[Claim]:
             "100 % code keeps a fifth at most of what text alone knows, and less than any other share",
             falls,
             required=True,
+            places=_SMALL_ONLY,
         ),
         Claim(
             "C2c",
@@ -214,6 +220,7 @@ def _kinds_of_code(small: Results) -> list[Claim]:
             "better exact match of code",
             _better(small, "code", "synth", "share_100"),
             required=True,
+            places=_SMALL_ONLY,
         ),
         Claim(
             "C3b",

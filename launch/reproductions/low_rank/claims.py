@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.reproductions import intervals
+from launch.reproductions import claim, intervals
 from launch.reproductions.claim import Claim, Evidence
 from launch.reproductions.low_rank import image_claims, timing
 from launch.reproductions.low_rank.results import Results
 from launch.reproductions.paired import better
 from launch.sweeps import low_rank_lm as lm
 
-WHERE = "characters"
+WHERE, STEPS = "characters", "steps"
 SAME = 0.05  # of spectral's perplexity: what the singular values may make of it
 GRID = tuple((kind, weight) for kind in lm.DECAYS for weight in lm.WEIGHTS)
 _PERPLEXITY = "perplexity"
@@ -25,14 +25,18 @@ _PERPLEXITY = "perplexity"
 def claims(found: Mapping[str, Any]) -> list[Claim]:
     """All of them, of what `experiment.run` has found."""
     results = Results(found.get("lm", ()))
-    return [
+    language = [
         *_first_values(results),
         *_decay(results),
         *_explanations(results),
         *_warm_start(results),
         _sizes(results),
-        _times(found.get("timing", {})),
-        *image_claims.claims(Results(found.get("vision", ()))),
+    ]
+    images = image_claims.claims(Results(found.get("vision", ())))
+    return [
+        *claim.placed(language, {"lm": WHERE}),
+        *claim.placed([_times(found.get("timing", {}))], {"timing": STEPS}),
+        *claim.placed(images, {"vision": image_claims.WHERE}),
     ]
 
 
@@ -243,7 +247,7 @@ def _times(found: Mapping[str, Any]) -> Claim:
             f"rank {rank}: a step takes {intervals.text(ratio)} of the dense step's time, "
             f"{len(ratios)} rounds in turns"
         )
-        evidence.append(Evidence("steps", words, ratio["high"] < 1))
+        evidence.append(Evidence(STEPS, words, ratio["high"] < 1))
     return Claim(
         "L13",
         "Factors make a step faster",

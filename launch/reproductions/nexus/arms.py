@@ -5,7 +5,6 @@ new one, whose expert is added.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -43,6 +42,10 @@ class Runs(DomainRuns):
         known = {**ROUTERS, **LOW, MERGED: "experts merged", CONTINUED: "dense, all tokens"}
         return known.get(arm, arm.replace("_", " "))
 
+    @classmethod
+    def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return {OLD: domains[:-1], NEW: domains[-1:]}
+
     @property
     def initial(self) -> Sequence[str]:
         """The domains of the experts before the extension."""
@@ -77,19 +80,3 @@ def expert(domain: str) -> str:
 def start(arm: str) -> str:
     """The arm that is what another one starts from, made and not trained."""
     return f"{arm}_start"
-
-
-def expected(domains: Sequence[str]) -> list[str]:
-    """All arms of a part but those that are only starts."""
-    experts = map(expert, domains[1:])
-    return [SEED, *experts, MERGED, *ROUTERS, *LOW, CONTINUED, *EXTENSIONS]
-
-
-def parts(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Runs]:
-    """Those parts that have rows."""
-    out = {}
-    for name in names:
-        if (one := found.get(name, {})).get("rows"):
-            domains = one["domains"]
-            out[name] = Runs.of(one, {OLD: domains[:-1], NEW: domains[-1:]})
-    return out

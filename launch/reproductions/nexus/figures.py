@@ -8,7 +8,6 @@ import numpy as np
 
 from launch.reproductions import heat_maps, intervals, panels
 from launch.reproductions.domain_panels import excess_bars
-from launch.reproductions.domain_runs import PARTS
 from launch.reproductions.nexus.arms import (
     BALANCE,
     CONTINUED,
@@ -21,7 +20,6 @@ from launch.reproductions.nexus.arms import (
     SEED,
     Runs,
     expert,
-    parts,
     start,
 )
 from launch.reproductions.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -41,7 +39,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
 
     matplotlib.use("Agg")  # no screen is needed
     figures: dict[str, tuple[Any, str]] = {}
-    for name, results in parts(found, PARTS).items():
+    for name, results in Runs.parts(found).items():
         figures |= {
             f"{name}_extension.png": (
                 _extension(results),

@@ -1,14 +1,9 @@
 """The report: what holds and what does not, as a page that people read and as JSON."""
 
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from launch.reproductions.claim import Claim
 from launch.reproductions.domain_page import Report
 from launch.reproductions.domain_runs import PARTS
 from launch.reproductions.nexus import claims, figures
-from launch.reproductions.nexus.arms import expected, parts
+from launch.reproductions.nexus.arms import Runs
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain, and an **expert** of each other domain goes on "
@@ -25,36 +20,22 @@ _ARMS = [
     "- *shares*: of held-out tokens, by the expert that is the first choice, mean over layers.",
 ]
 _SHORT = [
+    "- *not claimed*: that the projection moves experts' vectors further apart than embeddings are. Embeddings here are "
+    "centred and of length 1, so that the mean cosine of n of them is already close to -1/(n - 1), below which that of no n "
+    "vectors can be.",
     "- *where it falls short*: the paper's models are of 470 million and 2.8 billion parameters, these are as the tables "
     "below say; its embeddings are of a large text encoder, these of hashed n-grams; domains are generated or small, and "
     "the last anneal on data of higher quality is left out. Benchmarks are not run: at this size they say nothing.",
 ]
 
-
-_REPORT = Report(
+write = Report(
     paper="nexus",
     title="Nexus: the paper's claims on small models",
     source="[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv "
     "2408.15901](https://arxiv.org/abs/2408.15901)",
     text=[*_ARMS, *_SHORT],
     parts=PARTS,
-    expected=expected,
-)
-
-
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes nexus.md, nexus/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`, as far as it is there.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    drawn = figures.draw(found, out / "nexus")
-    judged = claims.claims(found)
-    runs = parts(found, PARTS)
-    _REPORT.write(found, out, facts, runs=runs, judged=judged, drawn=drawn)
-    return judged
+    runs=Runs,
+    claims=claims.claims,
+    draw=figures.draw,
+).write
