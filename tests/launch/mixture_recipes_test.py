@@ -52,14 +52,17 @@ def bound(run):
     return dict(binding.split("=", 1) for binding in run.bindings)
 
 
-def shares(run):
-    """Domain -> share of what a run is trained on, where its bindings say it."""
-    values = bound(run)
-    if "SHARES" in values:
-        return ast.literal_eval(values["SHARES"])
-    ((first, found),) = ast.literal_eval(values["stream.make_stream.phases"])
-    assert first == 0
-    return found
+def shares(sweep, text):
+    """Arm -> domain -> share of what it is trained on."""
+    found = {arm: bound(run) for arm, run in runs_of(sweep, text).items() if not run.made}
+    if sweep == "nexus_full":
+        return {arm: ast.literal_eval(values["SHARES"]) for arm, values in found.items()}
+    if sweep != "bam_full":
+        phases = {arm: values["stream.make_stream.phases"] for arm, values in found.items()}
+        return {arm: dict(ast.literal_eval(value))[0] for arm, value in phases.items()}
+    runs = runs_of(sweep, text)  # files say it, one of several arms once
+    firsts = {runs[arm].gin_files: arm for arm in reversed(found)}
+    return {arm: load(runs[arm]).macros["SHARES"] for arm in firsts.values()}
 
 
 def flags_of(run):
@@ -100,26 +103,30 @@ def test_small_sweeps_have_the_arms_that_reports_expect_for_every_seed(sweep, ki
 
 @pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
 def test_shares_sum_to_1_and_are_of_the_sweeps_domains(sweep, text):
-    runs = {arm: run for arm, run in runs_of(sweep, text).items() if not run.made}
-    if sweep == "bam_full":  # its files say them
-        known = {"general", "web", *bam_full.DOMAINS}
-        firsts = {run.gin_files: run for run in reversed(runs.values())}
-        found = {run.arm: load(run).macros["SHARES"] for run in firsts.values()}
-    else:
-        full = {"pretraining", *nexus_full.TOKENS, nexus_full.NEW}
-        known = full if sweep == "nexus_full" else set(domains_of(sweep, text))
-        found = {arm: shares(run) for arm, run in runs.items()}
-    for arm, of in found.items():
+    full = {
+        "bam_full": {"general", "web", *bam_full.DOMAINS},
+        "nexus_full": {"pretraining", *nexus_full.TOKENS, nexus_full.NEW},
+    }
+    known = full.get(sweep) or set(domains_of(sweep, text))
+    for arm, of in shares(sweep, text).items():
         assert math.fsum(of.values()) == pytest.approx(1, abs=1e-9), arm
-        assert set(of) <= known and min(of.values()) >= 0
-    if sweep == "bam_full":
-        assert found["btx"] == dict.fromkeys(("general", *bam_full.DOMAINS), 0.25)
-        for domain in bam_full.DOMAINS:
-            assert (found[domain][domain], found[domain]["web"]) == (0.9, 0.1)
-    elif sweep == "nexus_full":
-        assert found["nexus_mixed_470m"] == found["linear_mixed_470m"]
-        assert found["nexus_470m"]["pretraining"] == nexus_full.ANNEALED
-        assert found["nexus_with_code_2p8b"][nexus_full.NEW] == 0.5
+        assert known.issuperset(of) and min(of.values()) >= 0
+
+
+def test_shares_at_full_size_are_those_of_the_phases():
+    found = shares("bam_full", "/data")
+    assert found["btx"] == found["bam"] == dict.fromkeys(("general", *bam_full.DOMAINS), 0.25)
+    for domain in bam_full.DOMAINS:
+        assert (found[domain][domain], found[domain]["web"]) == (0.9, 0.1)
+    found = shares("nexus_full", "/data")
+    for size in nexus_full.SIZES:
+        assert found[f"nexus_mixed_{size}"] == found[f"linear_mixed_{size}"]
+        mixed, annealed = found[f"nexus_mixed_{size}"], found[f"nexus_{size}"]
+        assert (mixed["pretraining"], annealed["pretraining"]) == (0.25, 0.7)  # 0.25 is ours
+        # The rest as SlimPajama has it: C4 to Wikipedia as 26.7 to 3.8.
+        assert mixed["c4"] / mixed["wikipedia"] == pytest.approx(26.7 / 3.8)
+    added = found["nexus_with_code_2p8b"]
+    assert (added["code"], added["pretraining"]) == (0.5, pytest.approx(0.1))
 
 
 @pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
