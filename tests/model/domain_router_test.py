@@ -1,13 +1,17 @@
 """The projection router against float64, its limits, and that embeddings of domains are never trained."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from model import moe, routing
 from model.config import TransformerConfig
 from model.domain_router import DomainRouter, expert_vectors, random_directions
+from model.linear import Dense
 from model.mlp import GatedMlp
 from model.moa import MixtureOfAttention
 from model.moe import MoeMlp
@@ -39,17 +43,20 @@ def logits(params, experts=EXPERTS, x=X_BTD):
     return np.asarray(make_router(experts).apply({"params": params}, x))
 
 
-def moe_of(params, kernels, x=X_BTD, **settings):
-    """A layer of given experts [E, ...] without and with the router's parameters."""
+def projection_router(**given):
+    return DomainRouter(**given, domain_dim=DOMAIN_DIM)
+
+
+def moe_of(params, kernels, router=projection_router, x=X_BTD):
+    """What a layer of given experts [E, ...], the first of which is also shared, makes of a router's parameters."""
     experts = len(kernels["gate"]["kernel"])
     mlp = MoeMlp(
         config=CONFIG,
         num_experts=experts,
         top_k=1,
         renormalise=False,
-        router=lambda **given: DomainRouter(**given, domain_dim=DOMAIN_DIM),
+        router=router,
         shared=GatedMlp,
-        **settings,
     )
     shared = {name: {"kernel": tree["kernel"][0]} for name, tree in kernels.items()}
     return mlp.apply({"params": {**kernels, "shared": shared, "router": params}}, x)
@@ -99,42 +106,59 @@ def test_experts_and_domains_in_another_order_are_the_same_layer(params):
         num_experts=EXPERTS,
         top_k=1,
         renormalise=False,
-        router=lambda **given: DomainRouter(**given, domain_dim=DOMAIN_DIM),
+        router=projection_router,
     )
     here = mlp.apply({"params": {**kernels, "router": params}}, X_BTD)
     moved = {**shared_first, "router": {**params, "domains": params["domains"][order]}}
     np.testing.assert_allclose(mlp.apply({"params": moved}, X_BTD), here, atol=1e-5)
 
 
-def test_copies_of_one_ffn_give_it_once_and_by_the_largest_gate(params):
-    one = ffns(4, 1)
-    kernels = jax.tree.map(lambda x: jnp.repeat(x, EXPERTS, axis=0), one)
-    dense = {name: {"kernel": tree["kernel"][0]} for name, tree in one.items()}
+def test_copies_of_one_ffn_give_it_once_and_by_the_gate(params, monkeypatch):
+    small = jax.tree.map(lambda x: x / 4, ffns(4, 1))  # outputs of about 1
+    kernels = jax.tree.map(lambda x: jnp.repeat(x, EXPERTS, axis=0), small)
+    dense = {name: {"kernel": tree["kernel"][0]} for name, tree in small.items()}
     ffn = GatedMlp(config=CONFIG).apply({"params": dense}, X_BTD)
+    assert np.abs(ffn).max() > 0.1
     largest = jax.nn.softmax(logits(params)).max(-1, keepdims=True)
-    np.testing.assert_allclose(moe_of(params, kernels), (1 + largest) * ffn, atol=1e-4)
-    # A gate of 0 is a new expert whose FFN gives nothing.
-    silent = {**kernels, "down": {"kernel": jnp.zeros_like(kernels["down"]["kernel"])}}
-    shared = {"down": {"kernel": kernels["down"]["kernel"][0]}}
-    mlp = MoeMlp(
-        config=CONFIG,
-        num_experts=EXPERTS,
-        top_k=1,
-        renormalise=False,
-        router=lambda **given: DomainRouter(**given, domain_dim=DOMAIN_DIM),
-        shared=GatedMlp,
-    )
-    found = mlp.apply(
-        {"params": {**silent, "shared": {**dense, **shared}, "router": params}}, X_BTD
-    )
-    np.testing.assert_allclose(found, ffn, atol=1e-5)
+    want = (1 + largest) * ffn
+    np.testing.assert_allclose(moe_of(params, kernels), want, rtol=0, atol=1e-5)
+
+    def closed(probs_ME, **settings):
+        routes = routing.route(probs_ME, **settings)
+        return routes.replace(weights_MK=jnp.zeros_like(routes.weights_MK))
+
+    monkeypatch.setattr(moe, "route", closed)
+    np.testing.assert_allclose(moe_of(params, kernels), ffn, rtol=0, atol=1e-5)
 
 
-def test_domains_have_no_gradient_and_the_projection_has(params):
-    kernels = ffns(5)
-    grads = jax.grad(lambda p: jnp.sum(moe_of(p, kernels) ** 2))(params)
+def test_vectors_computed_once_are_a_linear_router_of_the_same_layer(params):
+    """They are what a gated MLP of the domains gives; as columns of a kernel they route without the projection."""
+    kernels = jax.tree.map(lambda x: x / 4, ffns(6))
+    projection = GatedMlp(config=dataclasses.replace(CONFIG, mlp_dim=WIDTH))
+    learned = {name: params[name] for name in ("gate", "up", "down")}
+    found_ED = projection.apply({"params": learned}, params["domains"])
+    np.testing.assert_allclose(
+        found_ED, expert_vectors(params, params["domains"]), rtol=0, atol=1e-6
+    )
+    want = moe_of(params, kernels)
+    linear = moe_of({"kernel": found_ED.T}, kernels, router=Dense)
+    np.testing.assert_allclose(linear, want, rtol=0, atol=1e-6)
+    others = moe_of({"kernel": found_ED[::-1].T}, kernels, router=Dense)
+    assert np.abs(others - want).max() > 1e-2
+
+
+def test_of_the_log_loss_domains_have_no_gradient_and_the_projection_has(params):
+    """Of a layer and a head, with no other loss."""
+    kernels, head_DV = ffns(5), jax.random.normal(jax.random.key(7), (WIDTH, 16)) / WIDTH**0.5
+    targets_BT1 = jax.random.randint(jax.random.key(8), (*X_BTD.shape[:2], 1), 0, 16)
+
+    def mean_nll(params):
+        log_probs_BTV = jax.nn.log_softmax((X_BTD + moe_of(params, kernels)) @ head_DV)
+        return -jnp.take_along_axis(log_probs_BTV, targets_BT1, -1).mean()
+
+    grads = jax.jit(jax.grad(mean_nll))(params)
     np.testing.assert_array_equal(grads["domains"], 0.0)
-    assert all(np.abs(grads[name]["kernel"]).max() > 1e-3 for name in ("gate", "up", "down"))
+    assert all(np.abs(grads[name]["kernel"]).max() > 1e-4 for name in ("gate", "up", "down"))
 
 
 def test_the_projection_is_as_large_whatever_the_number_of_experts(params):
@@ -159,8 +183,7 @@ def test_logits_begin_with_the_deviation_that_is_asked_for(domain_dim):
 def mixture(**attention):
     """A transformer with attention experts and experts, both behind projection routers."""
 
-    def router(**given):
-        return DomainRouter(**given, domain_dim=DOMAIN_DIM)
+    router = projection_router
 
     def block(**given):
         return Block(

@@ -284,6 +284,16 @@ def test_soft_routing_is_the_mean_of_all_experts():
     np.testing.assert_allclose(got, masked(params, x_BTD, weights), atol=1e-5)
 
 
+def test_copies_of_one_mlp_behind_raw_top_1_are_it_times_the_largest_probability():
+    mlp, params, x_BTD = made(4, 1, renormalise=False, scale=2.0)
+    one = {name: {"kernel": params[name]["kernel"][0]} for name in ("gate", "up", "down")}
+    copies = jax.tree.map(lambda kernel: jnp.broadcast_to(kernel, (4, *kernel.shape)), one)
+    probs = jax.nn.softmax(x_BTD @ params["router"]["kernel"])
+    want = probs.max(-1, keepdims=True) * GatedMlp(config=CONFIG).apply({"params": one}, x_BTD)
+    got = mlp.apply({"params": {**copies, "router": params["router"]}}, x_BTD)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 def test_copies_of_the_shared_expert_multiply_it_by_one_plus_the_gate():
     """Nexus (arXiv 2408.15901): y = shared(x) + s FFN(x), with s not renormalised."""
     full, params, x_BTD = made(4, 1, renormalise=False, scale=2.0)

@@ -58,7 +58,8 @@ def test_renormalised_top_1_teaches_the_router_nothing(routed, renormalise, lear
         routes = routing.route(jax.nn.softmax(logits), top_k=1, renormalise=renormalise)
         return routes.weights_MK.sum()
 
-    assert (float(jnp.abs(jax.grad(weight)(routed[0])).max()) > 1e-3) == learns
+    largest = float(jnp.abs(jax.grad(weight)(routed[0])).max())
+    assert largest > 1e-3 if learns else largest < 2e-7  # float32's rounding of 1 - 1
 
 
 def test_losses_and_statistics_of_real_tokens(routed):
