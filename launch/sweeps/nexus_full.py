@@ -93,7 +93,9 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         make(
             f"{arm}_start", "upcycle", "--method=nexus", *given, "--experts", *experts, "--to={run}"
         )
-        train(f"{arm}_mixed", "expert", mixed, *count, *budget, method=method, parent=f"{arm}_start")
+        train(
+            f"{arm}_mixed", "expert", mixed, *count, *budget, method=method, parent=f"{arm}_start"
+        )
         train(arm, "anneal", annealed, *count, method=method, parent=f"{arm}_mixed")
         if large:
             added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}"]
