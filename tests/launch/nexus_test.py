@@ -69,12 +69,12 @@ def make(command, branches, domains, mixtures, capsys):
         if key not in made:
             target = folder / f"{method}{len(made)}"
             given = [f"{name}={by_name[name]}" for name in names]
-            given += [f"--to={target}", f"--method={method}", *flags]
+            given += [f"--to={target}", f"--method={method}"]
             if method == "nexus":
                 given.append(f"--seed_model={by_name['seed']}")
                 given += [f"--router={router}"] if router else []
                 given += [] if router == "linear" else [f"--domains={domains}"]
-            if status := command("upcycle", "--experts", *given):
+            if status := command("upcycle", "--experts", *given, *flags):
                 return status
             made[key] = str(target), capsys.readouterr().out
         target, told = made[key]
@@ -384,7 +384,7 @@ def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, dom
     wide = jax.tree.map(lambda x: x, branches.params[0])
     wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = branches.add("wider_seed", wide)
-    text = error(make(f"--seed_model={wider}", router="linear"))
+    text = error(make(f"--seed_model={wider}"))
     assert f"{wider} is no branch" in text and "[2, 16, 24]" in text
 
     assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="x"))
