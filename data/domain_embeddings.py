@@ -27,7 +27,6 @@ from data.sources import names as known_names
 FORMAT = 1
 COMMAND = "python -m launch.embed_domains"
 PLACES = ("checkpoint", "sentence_model")  # where an encoder lay; its digest says what it is
-_WHERE = (*PLACES, "params")
 _NOTHING = 1e-6  # of its raw vector's length, what is left by rounding alone
 
 
@@ -151,16 +150,19 @@ def check_new(old: Embeddings, names: Mapping[str, Any] | Sequence[str]) -> None
 
 def check_encoder(old: Embeddings, encoder: Mapping[str, Any]) -> None:
     """Raises EmbeddingsError where an encoder is not the one that made the old vectors."""
-    mine, theirs = (
-        {key: value for key, value in x.items() if key not in _WHERE}
-        for x in (encoder, old.encoder)
-    )
-    if mine != theirs:
+    if not same_encoder(encoder, old.encoder):
         raise EmbeddingsError(
             f"{old.path} was made by the encoder {described(old.encoder)}, and this is "
             f"{described(encoder)}: their vectors have nothing in common. Leave the flags of the encoder out "
             "and give it the same checkpoint, or embed all domains anew without --extend"
         )
+
+
+def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether vectors of two encoders are comparable: a model is what its digest says, wherever it lay."""
+    where = (*PLACES, "params")
+    one, other = ({key: x for key, x in e.items() if key not in where} for e in (one, other))
+    return one == other
 
 
 def described(encoder: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ Example, of domains that are generated (data/lag_domains.py), and one that is ad
   python -m launch.embed_domains --gin_file=t5x_configs/data/lag_domains.gin --extend=/tmp/domains.json \\
     --domain eleven=task:lag_11
 
-and of files: --domain law='data/law/*.jsonl.zst'. A source is read whole, and documents are drawn of it; of tasks it
-is the training split. A file that is extended keeps its encoder, its settings, its mean and its old vectors, so
-that its encoder's flags are left out, or have to agree.
+and of files: --domain law='data/law/*.jsonl.zst'. A source is read whole, or as far as --limit goes, and documents are
+drawn of it; of tasks it is the training split. A file that is extended keeps its encoder, its settings, its mean and its
+old vectors, so that its encoder's flags are left out, or have to agree.
 """
 
 if __name__ == "__main__":
@@ -36,7 +36,9 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
+import pathlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,6 +79,7 @@ def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embe
             "give --output=FILE for a new file, or --extend=FILE for one that is there"
         )
     row_files.check_output(path)
+    before = _content(path)
     if flags.output and os.path.exists(path):
         raise EmbeddingsError(
             f"--output={path} is there already, and routers may have learned from it: --extend={path} adds "
@@ -109,21 +112,31 @@ def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embe
             found = dataclasses.replace(domain_embeddings.extend(old, raws), path=path)
         else:
             found = domain_embeddings.create(path, encoder.settings, raws, centred=encoder.centred)
+    if _content(path) != before:
+        raise EmbeddingsError(
+            f"{path} was written by another command meanwhile, whose domains would be lost: nothing is written; "
+            "give this command again"
+        )
     domain_embeddings.write(found)
     print(table(found))
     return found
 
 
+def _content(path: str) -> bytes | None:
+    file = pathlib.Path(path)
+    return file.read_bytes() if file.is_file() else None
+
+
 def draw(
     name: str, source: str, settings: Mapping[str, Any], flags: argparse.Namespace
 ) -> list[str]:
-    """Documents of a source, drawn from all with equal probability, cut where nothing more is read.
+    """Documents of a source, drawn from those read with equal probability, cut where nothing more is read.
 
     Args:
       name: of the domain.
       source: files, or `task:` and a task's name.
       settings: of the encoder: how many documents, how many tokens of each, and the seed.
-      flags: how documents lie in files.
+      flags: how documents lie in files, and how many of the first ones are drawn from.
 
     Raises:
       EmbeddingsError: there is no document.
@@ -134,7 +147,7 @@ def draw(
     rng = random.Random(settings["seed"])
     kept: list[str] = []
     limit = settings["tokens"] * _CHARACTERS
-    texts = (text for text in found if text)
+    texts = itertools.islice((text for text in found if text), flags.limit)
     for i, text in enumerate(_progress(texts, f"read {name}")):
         if i < settings["documents"]:
             kept.append(text[:limit])

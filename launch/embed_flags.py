@@ -49,6 +49,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="file",
         help="what a document is in text files (default file)",
     )
+    files.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only the first N documents of each source are read, and drawn from (default all)",
+    )
     encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
     encoder.add_argument("--encoder", choices=tuple(ENCODERS), help="(default ngrams)")
     encoder.add_argument("--order", type=int, metavar="N", help="of n-grams (default 2)")
@@ -79,10 +85,14 @@ def domains(flags: argparse.Namespace, *, sources: bool) -> dict[str, str]:
     """Sources by name; empty where none is needed, given or not.
 
     Raises:
-      EmbeddingsError: a name without a source, or given twice.
+      EmbeddingsError: a name without a source, or given twice, or a limit that limits nothing.
     """
     from data.domain_embeddings import EmbeddingsError
 
+    if flags.limit is not None and not sources:
+        raise EmbeddingsError("--limit is of encoders that read documents: leave it out")
+    if flags.limit is not None and flags.limit < 1:
+        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
     found: dict[str, str] = {}
     for text in flags.domain:
         name, _, source = text.partition("=")

@@ -34,7 +34,7 @@ def digest(vectors_EM: np.ndarray) -> str:
 
 def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
     """Raises UpcycleError where vectors are not comparable with those of the mixture."""
-    if _essence(domains.encoder) != _essence(recorded["encoder"]):
+    if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
         raise UpcycleError(
             f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
             f"embeddings by {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
@@ -54,8 +54,3 @@ def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np
                 f"{domains.path} has another vector of {name} than the mixture, whose router has learned from its "
                 f"own: {_REMEDY}"
             )
-
-
-def _essence(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    """What an encoder is, without where it lay."""
-    return {key: x for key, x in encoder.items() if key not in domain_embeddings.PLACES}

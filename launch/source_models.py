@@ -1,5 +1,6 @@
 """The checkpoints that a mixture is made of, read array by array, and the one that is made of them."""
 
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from trainers.stream_checkpoint import StreamedArray
 _RELATED = 0.1  # least correlation of embeddings; those of other seeds have none
 _ROWS = 4096  # of them that are compared
 _EMBEDDING = "token_embed/embedding"
+_BLOCK_BYTES = 64 << 20  # of an array that is made in blocks of rows, in float32
 
 
 class SourceModel:
@@ -131,7 +133,7 @@ def save(
     scanned: bool,
     meta: Mapping[str, Any],
 ) -> None:
-    """Writes the parameters of `target` as the checkpoint of a run, stacked layers one by one."""
+    """Writes the parameters of `target` as the checkpoint of a run: stacked layers one by one, large means by rows."""
     by_path = {source.path: source for source in sources}
     arrays = {
         f"params/{x.path}": _streamed(x, target[x.path].dtype, by_path, scanned=scanned)
@@ -143,17 +145,27 @@ def save(
 def _streamed(
     piece: Piece, dtype: Any, sources: Mapping[str, SourceModel], *, scanned: bool
 ) -> StreamedArray:
-    by_layer = scanned and piece.path.startswith("layers/") and bool(piece.reads)
+    count, size = _block_rows(piece, scanned=scanned), piece.shape[0] if piece.shape else 0
 
     def blocks() -> Iterator[Block]:
-        whole = (0,) * len(piece.shape)
         stored = [sources[name].open(path) for name, path in piece.reads]
-        if not by_layer:
-            yield whole, piece.make([array.read() for array in stored], 0).astype(dtype)
+        if not count:
+            parts = [array.read() for array in stored]
+            yield (0,) * len(piece.shape), piece.make(parts, 0).astype(dtype)
             return
-        for layer in range(piece.shape[0]):
-            parts = [array.read(rows=(layer, layer + 1)) for array in stored]
-            yield (layer, *whole[1:]), piece.make(parts, layer).astype(dtype)
+        for first in range(0, size, count):
+            rows = (first, min(first + count, size))
+            parts = [array.read(rows=rows) for array in stored]
+            yield (first, *(0,) * (len(piece.shape) - 1)), piece.make(parts, first).astype(dtype)
 
-    chunk = (1, *piece.shape[1:]) if by_layer else piece.shape
+    chunk = (count, *piece.shape[1:]) if count else piece.shape
     return StreamedArray(piece.shape, np.dtype(dtype), chunk, blocks)
+
+
+def _block_rows(piece: Piece, *, scanned: bool) -> int:
+    """How many rows of an array are made at a time: a layer of stacked ones; 0 where it is made whole."""
+    if scanned and piece.path.startswith("layers/") and piece.reads:
+        return 1
+    if not piece.by_rows or 4 * math.prod(piece.shape) <= _BLOCK_BYTES:
+        return 0
+    return max(1, _BLOCK_BYTES // (4 * math.prod(piece.shape[1:])))

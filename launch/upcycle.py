@@ -14,7 +14,7 @@ With soup all is averaged, and a dense model comes of it: what mixtures are comp
 The table that is printed says of every parameter whether it was copied, averaged or drawn. What is written is a run
 directory that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH, with methods/btx.gin,
 bam.gin, or nexus.gin (nexus_linear.gin, nexus_mlp.gin, nexus_bam.gin) after the dense run's files. Arrays are read and
-written a layer at a time.
+written a layer at a time, and means of large ones in blocks of rows.
 """
 
 if __name__ == "__main__":
@@ -63,8 +63,8 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       UpcycleError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
+    check_flags(flags)
     router = _router(flags)
-    attention = flags.method == "bam" or flags.attention_experts
     named = _experts(flags)
     sources = [source for _, source in named]
     names = [name for name, _ in named]
@@ -83,23 +83,19 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         experts=len(sources),
         kv_heads=dense.config.kv_heads,
         ffn=flags.method != "soup",
-        attention=attention,
+        attention=_mixes_attention(flags),
         average_attention=flags.average_attention,
         shared_kv=flags.shared_kv,
         router=router,
         domains=vectors,
-        router_std=flags.router_std,
-        logit_std=flags.logit_std,
         seed=flags.router_seed,
-        expert_scale=flags.expert_scale,
-        drop_ratio=flags.drop_ratio,
-        drop_seed=flags.drop_seed,
+        **{name: x for name in mixture_records.KEPT if (x := getattr(flags, name)) is not None},
     )
     meta: dict[str, Any] = {
         "method": flags.method,
         "experts": names,
         "sources": [source.path for source in sources],
-        **{name: getattr(flags, name) for name in mixture_records.KEPT},
+        **{name: getattr(mixture, name) for name in mixture_records.KEPT},
     }
     if shared is not None:
         meta["seed_model"] = shared.path
@@ -128,30 +124,46 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 
 def _router(flags: argparse.Namespace) -> Any:
-    """What routes, after a check of the flags that must go together."""
-    nexus = flags.method == "nexus"
-    for name in ("seed_model", "domains", "router", "attention_experts"):
-        if not nexus and getattr(flags, name):
-            raise UpcycleError(f"--{name} is of --method=nexus.")
-    if nexus and not flags.seed_model:
-        raise UpcycleError("--method=nexus needs --seed_model=DIR, whose FFNs all tokens share.")
-    attention = flags.method == "bam" or flags.attention_experts
-    if not attention and (
-        flags.shared_kv or flags.average_attention or flags.attention_top_k is not None
-    ):
-        raise UpcycleError(
-            "--shared_kv, --average_attention and --attention_top_k are of attention experts: --method=bam, or "
-            "nexus with --attention_experts."
-        )
-    if not 0 <= flags.drop_ratio <= 1 or flags.expert_scale <= 0:
-        raise UpcycleError("--drop_ratio lies between 0 and 1, and --expert_scale is positive.")
-    if flags.method == "soup" and (
-        flags.top_k != 1 or flags.renormalise or flags.drop_ratio or flags.expert_scale != 1
-    ):
-        raise UpcycleError("--method=soup has no experts: leave out what is of them.")
+    """What routes."""
+    return (flags.router or "projection") if flags.method == "nexus" else "linear"
+
+
+def _mixes_attention(flags: argparse.Namespace) -> bool:
+    return flags.method == "bam" or flags.attention_experts
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raises UpcycleError for flags that say nothing here, or that must go together and do not."""
+    nexus, experts, router = flags.method == "nexus", flags.method != "soup", _router(flags)
+    owners = {
+        "--method=nexus": (nexus, ("seed_model", "domains", "router", "attention_experts")),
+        "experts, and --method=soup has none": (
+            experts,
+            ("top_k", "renormalise", "expert_scale", "drop_ratio"),
+        ),
+        "attention experts (--method=bam, or nexus with --attention_experts)": (
+            _mixes_attention(flags),
+            ("shared_kv", "average_attention", "attention_top_k"),
+        ),
+        "linear routers": (experts and router == "linear", ("router_std",)),
+        "routers of --method=nexus that are not linear": (router != "linear", ("logit_std",)),
+        "--drop_ratio": (flags.drop_ratio, ("drop_seed",)),
+    }
+    for owner, (there, names) in owners.items():
+        for name in names:
+            given = getattr(flags, name)
+            if not there and given is not None and given is not False:
+                raise UpcycleError(f"--{name} is of {owner}: leave it out.")
+    if flags.copies < 1:
+        raise UpcycleError(f"--copies={flags.copies} must be at least 1.")
+    if not 0 <= (flags.drop_ratio or 0) <= 1:
+        raise UpcycleError(f"--drop_ratio={flags.drop_ratio:g} lies between 0 and 1.")
+    if flags.expert_scale is not None and not flags.expert_scale > 0:
+        raise UpcycleError(f"--expert_scale={flags.expert_scale:g} must be positive.")
     if not nexus:
-        return "linear"
-    router = flags.router or "projection"
+        return
+    if not flags.seed_model:
+        raise UpcycleError("--method=nexus needs --seed_model=DIR, whose FFNs all tokens share.")
     if (router != "linear") != bool(flags.domains):
         raise UpcycleError(
             "--router=linear reads no --domains."
@@ -163,7 +175,6 @@ def _router(flags: argparse.Namespace) -> Any:
             "--copies have one embedding, so that the first would take every token: give runs of several "
             "domains, or --router=linear."
         )
-    return router
 
 
 def _experts(flags: argparse.Namespace) -> list[tuple[str, SourceModel]]:
@@ -197,7 +208,7 @@ def _bindings(flags: argparse.Namespace, mixture: Mixture, domain_dim: int | Non
         "moe.experts_of.mlp = @mlp.GatedMlp",
         "moe.experts_of.moe = @moe.MoeMlp",
         f"moe.MoeMlp.num_experts = {mixture.experts}",
-        f"moe.MoeMlp.top_k = {flags.top_k}",
+        f"moe.MoeMlp.top_k = {1 if flags.top_k is None else flags.top_k}",
         f"moe.MoeMlp.renormalise = {flags.renormalise}",
     ]
     if flags.seed_model:

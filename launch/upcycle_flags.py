@@ -45,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     _add_params_and_target(models)
     mixture = parser.add_argument_group("mixture")
-    mixture.add_argument("--top_k", type=int, default=1, metavar="K", help="FFNs a token uses")
+    mixture.add_argument("--top_k", type=int, metavar="K", help="FFNs a token uses (1)")
     mixture.add_argument(
         "--renormalise", action="store_true", help="weights of the chosen FFNs sum to 1"
     )
@@ -66,9 +66,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="each attention expert is the mean of all: a control, of parameters without specialisation",
     )
     mixture.add_argument(
-        "--router_std", type=float, default=0.02, metavar="S", help="of linear routers' draw (0.02)"
+        "--router_std", type=float, metavar="S", help="of linear routers' draw (0.02)"
     )
-    mixture.add_argument("--router_seed", type=int, default=0, metavar="N", help="of all draws")
+    mixture.add_argument(
+        "--router_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of routers' draws (0); a soup, for which sweeps may give it too, draws nothing",
+    )
     _add_nexus(parser.add_argument_group("nexus"))
     _add_changes(parser.add_argument_group("changes to the experts, for every method"))
 
@@ -99,7 +105,6 @@ def _add_nexus(group: Any) -> None:
     group.add_argument(
         "--logit_std",
         type=float,
-        default=0.1,
         metavar="S",
         help="of the logits of a projection or an MLP at the start (0.1)",
     )
@@ -114,7 +119,6 @@ def _add_changes(group: Any) -> None:
     group.add_argument(
         "--expert_scale",
         type=float,
-        default=1.0,
         metavar="S",
         help="multiplies the down-projections of routed experts (arXiv 2410.07524): copies of one FFN behind "
         "small probabilities then give about what it gave",
@@ -122,11 +126,10 @@ def _add_changes(group: Any) -> None:
     group.add_argument(
         "--drop_ratio",
         type=float,
-        default=0.0,
         metavar="R",
         help="share of the hidden units of each routed expert that is drawn anew (Drop-Upcycling, arXiv 2502.19261)",
     )
-    group.add_argument("--drop_seed", type=int, default=0, metavar="N", help="of that draw")
+    group.add_argument("--drop_seed", type=int, metavar="N", help="of that draw (0)")
 
 
 def add_extension(parser: argparse.ArgumentParser) -> None:
@@ -157,4 +160,9 @@ def add_extension(parser: argparse.ArgumentParser) -> None:
         choices=("append", "reset"),
         help="of a linear router or an MLP: the new expert's column is drawn (default), or all is",
     )
-    how.add_argument("--router_seed", type=int, metavar="N", help="of the draw (0)")
+    how.add_argument(
+        "--router_seed",
+        type=int,
+        metavar="N",
+        help="of the draw (0); behind a projection, for which sweeps may give it too, nothing is drawn",
+    )

@@ -11,6 +11,7 @@ have trained, places it among the others.
 Shapes: E experts, D width, M width of an embedding of a domain, '...' any leading.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -53,21 +54,18 @@ class DomainRouter(nn.Module):
         shape = (self.features, self.domain_dim)
         domains_EM = axes.constant(self, "domains", random_directions, shape, jnp.float32)
         width = x.shape[-1]
-        down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
-        gate_ED = self._project("gate", width)(domains_EM)
-        up_ED = self._project("up", width)(domains_EM)
-        experts_ED = self._project("down", width, down_init)(jax.nn.silu(gate_ED) * up_ED)
-        return matmul.matmul(x.astype(self.dtype), experts_ED.T)
-
-    def _project(self, name: str, width: int, init: Callable = fan_in_normal) -> nn.Module:
-        return self.dense(
+        project = functools.partial(
+            self.dense,
             features=width,
             axes=(axes.UNMODELED, axes.EMBED),  # whole on each device these would be gigabytes
-            kernel_init=init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            name=name,
         )
+        gate_ED = project(kernel_init=fan_in_normal, name="gate")(domains_EM)
+        up_ED = project(kernel_init=fan_in_normal, name="up")(domains_EM)
+        down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
+        experts_ED = project(kernel_init=down_init, name="down")(jax.nn.silu(gate_ED) * up_ED)
+        return matmul.matmul(x.astype(self.dtype), experts_ED.T)
 
 
 def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

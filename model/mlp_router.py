@@ -3,6 +3,7 @@
 Shapes: E experts, D width, M width of an embedding of a domain, F hidden width, '...' any leading.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -42,21 +43,15 @@ class MlpRouter(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits [..., E] of states [..., D]."""
         hidden = self.domain_dim + x.shape[-1] // 2
-        inward, (_, last) = (self.axes[0], axes.MLP), self.axes
-        gate = self._project("gate", hidden, inward, fan_in_normal)(x)
-        up = self._project("up", hidden, inward, fan_in_normal)(x)
-        down_init = nn.initializers.normal(token_down_std(hidden, self.logit_std))
-        down = self._project("down", self.features, (axes.MLP, last), down_init)
-        return down(jax.nn.silu(gate) * up)
-
-    def _project(
-        self, name: str, features: int, names: tuple[str, str], init: Callable
-    ) -> nn.Module:
-        return self.dense(
-            features=features,
-            axes=names,
-            kernel_init=init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
+        project = functools.partial(self.dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        inward = functools.partial(
+            project,
+            features=hidden,
+            axes=(self.axes[0], axes.MLP),
+            kernel_init=fan_in_normal,
         )
+        gate, up = inward(name="gate")(x), inward(name="up")(x)
+        down_init = nn.initializers.normal(token_down_std(hidden, self.logit_std))
+        last = (axes.MLP, self.axes[1])
+        down = project(features=self.features, axes=last, kernel_init=down_init, name="down")
+        return down(jax.nn.silu(gate) * up)

@@ -47,7 +47,11 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
     for run in runs:
         if run.made:
             if all(name in planned for name in run.above):
-                planned[run.name] = _made(run, planned)
+                try:
+                    planned[run.name] = _made(run, planned)
+                except FileNotFoundError as error:
+                    if (problem := f"{run.kind}: its command: {error}.") not in problems:
+                        problems.append(problem)
             continue
         if run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
@@ -140,10 +144,9 @@ def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
 
 
 def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
-    sources = {arm: planned[name].digest for arm, name in run.made_of.items()}
     return Planned(
         run=run,
-        digest=_digest({"made": run.made, "of": sources}),
+        digest=made_digest(run, planned),
         total_steps=0,
         first_step=0,
         tokens_per_step=0,
@@ -154,6 +157,19 @@ def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
 
 def _evaluation_digests(run: Run) -> dict[str, str]:
     return {name: _digest(entry) for name, entry in run.evaluations.items()}
+
+
+def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
+    """SHA-256 of a command, of what the gin files say that it names, and of the runs it is made of.
+
+    Raises:
+      FileNotFoundError: there is no such gin file.
+    """
+    from launch.sweeping import gin_words
+
+    sources = {arm: planned[name].digest for arm, name in run.made_of.items()}
+    files = gin_words.said(run.made)
+    return _digest({"made": run.made, "of": sources, **({"gin_files": files} if files else {})})
 
 
 def config_digest(config: Mapping[str, str], run: Run, parent: Planned | None) -> str:
@@ -214,7 +230,7 @@ def difference(planned: Planned, folder: SweepFolder, changed: Sequence[str]) ->
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"
     if planned.run.made:
-        return "its command, or what it is made of, has changed"
+        return "its command, a gin file that this names, or what it is made of has changed"
     old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
     if old.exists():
         run = planned.run

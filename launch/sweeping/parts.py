@@ -93,8 +93,10 @@ def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield from unknown_keys("evaluation", f"{where}: ", entry)
         if "command" in entry:
-            words = entry["command"]
-            if not isinstance(words, list | tuple) or not any("{json}" in str(w) for w in words):
+            command = entry["command"]
+            if not isinstance(command, list | tuple) or "json" not in words.places(
+                map(str, command)
+            ):
                 yield f"{where}: its command has no word with {{json}}, where it writes its result."
             if "arguments" in entry:
                 yield f"{where}: arguments are for a call; write them into the command."

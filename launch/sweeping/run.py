@@ -89,6 +89,8 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
 
 def _make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
     """Makes the run by its command; returns what it came to."""
+    if check.made_digest(entry.run, plan) != entry.digest:
+        raise _changed(entry)
     with _own_registries():
         return made.make(folder, entry, plan)
 
@@ -106,14 +108,17 @@ def _train(
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
         found = check.config_digest(config_diff.canonical(config.text), entry.run, parent)
         if found != entry.digest:
-            raise SweepFolderError(
-                f"{entry.name}: its gin files have changed since the sweep was started: start the "
-                "sweep again."
-            )
+            raise _changed(entry)
         assert config.entry is not None
         if config.entry(started=time.monotonic())["interrupted"]:
             return None
         return _outcome(folder, entry, config.arguments()["stream"])
+
+
+def _changed(entry: Planned) -> SweepFolderError:
+    return SweepFolderError(
+        f"{entry.name}: its gin files have changed since the sweep was started: start the sweep again."
+    )
 
 
 @contextlib.contextmanager

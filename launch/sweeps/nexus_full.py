@@ -1,7 +1,9 @@
 """Nexus (arXiv 2408.15901) at full size: experts, mixtures with both routers, anneal, and the code expert that is added.
 
 The folder of data after a colon is DATA_ROOT, with the tokenizer in its `tokenizer` and a trained seed of each size in
-`seed_470m` and `seed_2p8b`, whose training the paper does not describe. To see the runs and their commands:
+`seed_470m` and `seed_2p8b`, whose training the paper does not describe. Domains are embedded by a text encoder, as in the
+paper, whose own is not public: `sentence_model` is one that sentence-transformers has saved, DOMAIN_DIM its width. To see
+the runs and their commands:
 
   python -m launch.sweep --sweep launch/sweeps/nexus_full.py:/data --out /runs/nexus --dry_run
 """
@@ -24,6 +26,7 @@ NEW = "code"
 PRETRAINING = 0.25  # of the mixture's tokens; not published
 ANNEALED = 0.7  # and of the anneal's
 DOMAIN_DIM = 1024
+LIMIT = 200_000  # documents of a domain that those embedded are drawn from; all are hundreds of gigabytes
 
 
 def get_config(data: str) -> ml_collections.ConfigDict:
@@ -65,10 +68,11 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         f"--gin.DATA_ROOT={data!r}",
         f"--gin.TOKENIZER={data + '/tokenizer'!r}",
         f"--gin.SHARES={dict.fromkeys(every, 0.0) | {domains[0]: 1.0}!r}",
+        f"--limit={LIMIT}",
     ]
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
-    dim = f"--dim={DOMAIN_DIM}"
-    make("domains", "embed_domains", *read, dim, *sources, "--output={run}")
+    encoder = ("--encoder=sentences", f"--sentence_model={data}/sentence_model")
+    make("domains", "embed_domains", *read, *encoder, *sources, "--output={run}")
     if large:
         old = f"--extend={{domains_{size}}}"
         make(
@@ -82,24 +86,27 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         ("linear", "linear", "nexus_linear"),
     ):
         projected = router == "projection"
-        count = f"EXPERTS={len(domains)}"
+        width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
+        count = (f"EXPERTS={len(domains)}", *width)
         given = [f"--router={router}", f"--seed_model={seed}"]
         given += [f"--domains={{domains_{size}}}"] if projected else []
         make(
             f"{arm}_start", "upcycle", "--method=nexus", *given, "--experts", *experts, "--to={run}"
         )
-        train(f"{arm}_mixed", "expert", mixed, count, *budget, method=method, parent=f"{arm}_start")
-        train(arm, "anneal", annealed, count, method=method, parent=f"{arm}_mixed")
+        train(
+            f"{arm}_mixed", "expert", mixed, *count, *budget, method=method, parent=f"{arm}_start"
+        )
+        train(arm, "anneal", annealed, *count, method=method, parent=f"{arm}_mixed")
         if large:
             added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}"]
             added += [f"--domains={{extended_{size}}}"] if projected else ["--router=reset"]
             make(f"{arm}_extended", "extend", *added, "--to={run}")
-            more = f"EXPERTS={len(domains) + 1}"
+            more = (f"EXPERTS={len(domains) + 1}", *width)
             train(
                 f"{arm}_with_{NEW}",
                 "extension",
                 {NEW: 0.5, **rest},
-                more,
+                *more,
                 method=method,
                 parent=f"{arm}_extended",
             )

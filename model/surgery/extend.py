@@ -155,12 +155,12 @@ def _merged(path: str, shape: tuple[int, ...], old: Model, new: Model, merge: fl
         return np.float32(1 - merge) * there + np.float32(merge) * here
 
     said = f"{1 - merge:.3g} of the mixture, {merge:.3g} of the new model"
-    return Piece(path, shape, said, ((old[0], path), (new[0], path)), make)
+    return Piece(path, shape, said, ((old[0], path), (new[0], path)), make, by_rows=True)
 
 
 def _kept(path: str, shape: tuple[int, ...], old: Model) -> Piece:
     _check(path, _found(path, old), shape)
-    return Piece(path, shape, "kept", ((old[0], path),), lambda parts, _: parts[0])
+    return Piece(path, shape, "kept", ((old[0], path),), lambda parts, _: parts[0], by_rows=True)
 
 
 def _found(path: str, model: Model) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class Piece:
       reads: the parameters that it is made of, each as the name of a model and a path; none where it is drawn.
       make: the values, float32 or the sources' dtype, of these parameters, and of the index of the layer that
         they are where stacked layers are made one by one, else 0.
+      by_rows: whether some rows of it are made of the same rows of what it reads.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Piece:
     origin: str
     reads: tuple[tuple[str, str], ...]
     make: Callable[[Sequence[np.ndarray], int], np.ndarray]
+    by_rows: bool = False
 
 
 def plan(
@@ -104,7 +106,8 @@ def _piece(
         where = experts.expert_axis(path, mixture)
         if where is None:
             said = f"mean of {len(names)}"
-            piece = Piece(path, dense[path], said, reads, lambda parts, _: experts.mean(parts))
+            make = lambda parts, _: experts.mean(parts)  # noqa: E731
+            piece = Piece(path, dense[path], said, reads, make, by_rows=True)
         else:
             piece = _side_by_side(path, dense[path], reads, where, mixture)
     if piece.shape != shape:

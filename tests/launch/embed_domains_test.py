@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data import domain_embeddings, tasks
+from launch import embed_domains
 
 LAG = "--gin_file=t5x_configs/data/lag_domains.gin"
 TEXTS = {"law": ["lex dura", "sed lex", "ius"], "code": ["import os", "x = 1"], "sea": ["waves"]}
@@ -91,6 +92,39 @@ def test_an_extended_file_may_be_another_one(embed, command, tmp_path):
     assert domain_embeddings.read(other).names == ("law", "code", "sea")
 
 
+def test_of_each_source_the_first_documents_may_be_all_that_is_read(embed, tmp_path):
+    (tmp_path / "endless.jsonl").write_text(json.dumps({"text": "lex dura"}) + "\n\n{" + "\n")
+    found = embed(
+        "--limit=1", "--dim=32", "--domain", f"x={tmp_path}/endless.jsonl", names=("law", "code")
+    )
+    assert [found.domains[name].documents for name in found.names] == [1, 1, 1]
+    np.testing.assert_array_equal(found.domains["x"].raw_M, found.domains["law"].raw_M)
+    embed.path.unlink()
+    assert "--limit=0 must be at least 1" in embed("--limit=0")
+    assert "--limit is of encoders that read" in embed("--limit=2", "--encoder=one_hot")
+
+
+def test_a_file_that_another_command_has_extended_meanwhile_is_left_as_it_is(
+    embed, command, monkeypatch, capsys, tmp_path
+):
+    embed("--dim=32", names=("law", "code"))
+    draw = embed_domains.draw
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"text": "more"}\n')
+
+    def slowly(name, *given):
+        if name == "sea":  # while it reads, another one begins and ends
+            flags = (f"--extend={embed.path}", f"--domain=more={more}")
+            assert command("embed_domains", *flags) == 0
+        return draw(name, *given)
+
+    monkeypatch.setattr(embed_domains, "draw", slowly)
+    flags = (f"--extend={embed.path}", f"--domain=sea={tmp_path}/sea.jsonl")
+    assert command("embed_domains", *flags) == 2
+    assert "was written by another command meanwhile" in capsys.readouterr().err
+    assert domain_embeddings.read(embed.path).names == ("law", "code", "more")
+
+
 def test_an_extension_by_another_encoder_is_an_error(embed):
     embed("--dim=32", names=("law", "code"))
     for flag in ("--dim=64", "--order=3", "--tokens=100", "--seed=1"):
@@ -134,7 +168,7 @@ def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(emb
     assert embed.path.read_bytes() == first
     from launch import embed_domains
 
-    flags = types.SimpleNamespace(text_key="text", document_per="file")
+    flags = types.SimpleNamespace(text_key="text", document_per="file", limit=None)
     counts = np.zeros(400)
     for seed in range(50):
         settings = {"documents": 40, "tokens": 10, "seed": seed}

@@ -14,8 +14,9 @@ from launch.jobs import local, worker
 from launch.jobs.base import State, Status
 from launch.sweeping import check, driver, made, words
 from launch.sweeping import file as sweep_file
+from launch.sweeping import run as sweep_run
 from launch.sweeping.file import SweepError
-from launch.sweeping.folder import SweepFolder
+from launch.sweeping.folder import SweepFolder, SweepFolderError
 from trainers import step_dir
 
 # ---- Files.
@@ -143,6 +144,36 @@ def test_a_digest_is_of_the_command_and_of_all_above_it(write, tmp_path):
     ):
         found = digests(lambda text, old=old, new=new: text.replace(old, new))
         assert {arm for arm in first if found[arm] != first[arm]} == set(changed)
+
+
+def test_a_digest_is_also_of_what_the_gin_files_say_that_a_command_names(write, tmp_path):
+    folder = SweepFolder(tmp_path / "out")
+    whole, part = tmp_path / "whole.gin", tmp_path / "part.gin"
+    whole.write_text(f"include {str(part)!r}\nA = 1\n")
+    part.write_text("B = [1, 2]\n")
+    text = f"""ConfigDict(dict(seeds=(0, 1), arms=dict(
+        a=dict(made=('draw', '--gin_file={whole}', '--to={{run}}')), b=dict(made=('{{a}}', '{{run}}')),
+        c=dict(made=('draw', '--gin_file={{a}}/config.gin', '{{run}}')), d=dict(made=('draw', '{{run}}')))))"""
+
+    def digests():
+        runs = sweep_file.read(write(text))
+        return {entry.run.arm: entry.digest for entry in check.plan("sweep.py", runs, folder)}
+
+    first = digests()
+    part.write_text("# Of the data.\nB = [1,\n     2]\n")
+    assert digests() == first
+    part.write_text("B = [1, 3]\n")
+    found = digests()
+    assert {arm for arm in first if found[arm] != first[arm]} == set("abc")
+    # What is made is what was checked.
+    folder.write_plan("sweep.py", check.plan("sweep.py", sweep_file.read(write(text)), folder))
+    part.write_text("B = [1, 4]\n")
+    with pytest.raises(SweepFolderError, match="a/seed0: its gin files have changed since"):
+        sweep_run.run_one(folder, "a/seed0")
+    part.unlink()
+    with pytest.raises(SweepError, match=f"a: its command: there is no gin file {part}") as raised:
+        digests()
+    assert len(raised.value.problems) == 1
 
 
 # ---- Runs.
@@ -305,7 +336,11 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
     # Other settings of what is made are named, and what starts from it.
     other = tiny(lambda text: text.replace("--method=btx", "--method=bam"))
     status, _, err = run("--sweep", other)
-    assert status == 2 and "start/seed3: its command, or what it is made of, has changed" in err
+    assert (
+        status == 2
+        and "start/seed3: its command, a gin file that this names, or what it is made of has changed"
+        in err
+    )
     assert "mixture/seed3: its parent has changed" in err and "law/seed3" not in err
     status, out, _ = run("--sweep", other, "--only=start/*", "--rerun_changed")
     assert status == 0 and (folder.path / "replaced/start/seed3.1/made/config.gin").exists(), out

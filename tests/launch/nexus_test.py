@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from data import domain_embeddings
-from launch import gin_config, load_run
+from launch import gin_config, load_run, mixture_records
 from model import moe
 from model.domain_router import DomainRouter
 from model.kv_cache import policies
 from model.mlp_router import MlpRouter
 from model.routing import Routes
 from model.surgery import layer_stack
+from model.surgery.upcycle import UpcycleError
 from trainers import initialise, prefill, state_tree, step_dir
 from trainers.array_files import StoredArray
 from trainers.metric_writers import read_jsonl
@@ -48,22 +49,37 @@ def domains(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture
-def make(command, branches, domains, tmp_path):
-    """Makes a mixture of runs that are named; returns its directory, or the status of an error."""
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Where mixtures are made, and what has been: the directory and what was printed, by what was asked for."""
+    return tmp_path_factory.mktemp("mixtures"), {}
 
-    def run(*flags, names=("code", "law"), method="nexus", to="nexus", router=None):
-        by_name = dict(zip(("seed", "code", "law", "math"), branches.folders, strict=True))
-        if method == "nexus":
-            flags = (f"--seed_model={by_name['seed']}", *flags)
-            flags += (f"--router={router}",) if router else ()
-            flags += () if router == "linear" else (f"--domains={domains}",)
-        given = [f"{name}={by_name[name]}" for name in names]
-        target = tmp_path / to
-        status = command(
-            "upcycle", f"--method={method}", "--experts", *given, f"--to={target}", *flags
-        )
-        return status or str(target)
+
+@pytest.fixture
+def make(command, branches, domains, mixtures, capsys):
+    """Makes a mixture of runs that are named, which tests only read; returns its directory, or the status of an error.
+
+    What has been made before is printed again.
+    """
+    by_name = dict(zip(("seed", "code", "law", "math"), branches.folders, strict=True))
+    folder, made = mixtures
+
+    def run(*flags, names=("code", "law"), method="nexus", router=None):
+        key = (flags, names, method, router)
+        if key not in made:
+            target = folder / f"{method}{len(made)}"
+            given = [f"{name}={by_name[name]}" for name in names]
+            given += [f"--to={target}", f"--method={method}"]
+            if method == "nexus":
+                given.append(f"--seed_model={by_name['seed']}")
+                given += [f"--router={router}"] if router else []
+                given += [] if router == "linear" else [f"--domains={domains}"]
+            if status := command("upcycle", "--experts", *given, *flags):
+                return status
+            made[key] = str(target), capsys.readouterr().out
+        target, told = made[key]
+        print(told)
+        return target
 
     return run
 
@@ -256,8 +272,7 @@ def test_attention_experts_and_a_projection_train_and_decode_as_the_whole_forwar
 
 
 def test_experts_in_another_order_with_their_domains_are_the_same_model(make):
-    orders = {"here": ("code", "law"), "there": ("law", "code")}
-    here, there = (make(names=names, to=to) for to, names in orders.items())
+    here, there = (make(names=names) for names in (("code", "law"), ("law", "code")))
     model, params = loaded(here)
     apply = jax.jit(lambda x: model.apply({"params": x}, TOKENS))
     want, other = apply(params), restore_params(there, params)
@@ -289,7 +304,7 @@ def test_with_the_gate_at_0_and_a_backbone_of_the_seed_logits_are_the_seeds(
 def test_an_untrained_mean_of_two_extended_is_that_of_three(make, extend, branches, flags):
     """The projection's draw does not depend on the number of experts, so everything must agree."""
     three = extend(make(*flags), "--add", f"math={branches.folders[3]}", to="nexus3")
-    want = make(*flags, names=("code", "law", "math"), to="at_once")
+    want = make(*flags, names=("code", "law", "math"))
     assert_equal(arrays(three), arrays(want), atol=1e-6)
     assert record(three) == record(want)
     paths = [f"{BLOCK}/mlp/{name}/kernel" for name in ("gate", "up", "down")]
@@ -355,9 +370,7 @@ def test_routers_without_embeddings_get_a_column_or_are_drawn_anew(
     assert reset.shape == found.shape and not (reset == found).any()
 
 
-def test_what_makes_no_mixture_or_extension_is_named(
-    command, make, extend, branches, domains, tmp_path, capsys
-):
+def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, domains, capsys):
     math = branches.folders[3]
 
     def error(status):
@@ -365,47 +378,43 @@ def test_what_makes_no_mixture_or_extension_is_named(
         return capsys.readouterr().err
 
     two = make()
-    text = error(make(names=("code", "seed"), to="x"))
+    text = error(make(names=("code", "seed")))
     assert f"{domains}: no domain 'seed'" in text and "--extend" in text
-    assert "2 experts are called code" in error(make(names=("code", "code"), to="x"))
-    assert "have one embedding" in error(make("--copies=2", to="x"))
-    assert "--seed_model is of --method=nexus" in error(
-        make("--seed_model=x", method="btx", to="x")
-    )
+    assert "2 experts are called code" in error(make(names=("code", "code")))
     wide = jax.tree.map(lambda x: x, branches.params[0])
     wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = branches.add("wider_seed", wide)
-    text = error(make(f"--seed_model={wider}", to="x"))
+    text = error(make(f"--seed_model={wider}"))
     assert f"{wider} is no branch" in text and "[2, 16, 24]" in text
 
-    assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="nexusx"))
+    assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="x"))
     assert "has no expert lax: there are code, law" in error(extend(two, "--remove", "lax", to="x"))
     assert "a projection stays" in error(
-        extend(two, "--add", f"math={math}", "--router=reset", to="nexusx")
+        extend(two, "--add", f"math={math}", "--router=reset", to="x")
     )
     dense = error(extend(math, "--remove", "code", to="x"))
     assert "does not come from launch.upcycle" in dense
-    topped = make("--top_k=2", to="topped")
-    assert "tokens use MoeMlp.top_k = 2" in error(extend(topped, "--remove", "law", to="x"))
+    used = ("--remove", "law", "--gin.moe.MoeMlp.top_k=2")
+    assert "tokens use MoeMlp.top_k = 2" in error(extend(two, *used, to="x"))
 
+
+def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_path):
     content = json.loads(pathlib.Path(domains).read_text())
-    for change, message in (
-        ({"encoder": {"kind": "one_hot", "dim": M}}, "was made by the encoder one_hot"),
-        ({"mean": [0.0] * M}, "takes another mean"),
-        (
-            {"domains": {**content["domains"], "law": content["domains"]["math"]}},
-            "has another vector of law",
-        ),
-    ):
+    embeddings = domain_embeddings.read(domains)
+    names, vectors_EM = ["code", "law"], embeddings.vectors(["code", "law"])
+    recorded = mixture_records.record(embeddings, vectors_EM)
+
+    def check(**change):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**content, **change}))
-        status = command(
-            "extend",
-            f"--moe={two}",
-            "--add",
-            f"math={math}",
-            f"--domains={other}",
-            f"--to={tmp_path}/x",
-        )
-        assert message in error(status)
-    assert not (tmp_path / "x").exists()
+        found = domain_embeddings.read(other)
+        mixture_records.check_same_encoder(found, recorded)
+        mixture_records.check_same_vectors(found, names, vectors_EM)
+
+    check()
+    with pytest.raises(UpcycleError, match="was made by the encoder one_hot"):
+        check(encoder={"kind": "one_hot", "dim": M})
+    with pytest.raises(UpcycleError, match="takes another mean"):
+        check(mean=[0.0] * M)
+    with pytest.raises(UpcycleError, match="has another vector of law"):
+        check(domains={**content["domains"], "law": content["domains"]["math"]})

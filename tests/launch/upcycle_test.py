@@ -1,5 +1,6 @@
 """Dense runs become mixtures: every leaf by what it is made of, limits in which nothing changes, bad input."""
 
+import argparse
 import json
 import pathlib
 
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert, import_weights
+from launch import convert, import_weights, source_models, upcycle_flags
+from launch import upcycle as launch_upcycle
 from model.hf import families, load
 from model.hf.safetensors_files import SafetensorsWriter
 from model.surgery import experts, extend, upcycle
 from model.surgery.experts import Mixture
 from model.surgery.upcycle import UpcycleError
-from trainers import state_tree, step_dir
+from trainers import array_files, state_tree, step_dir
 from trainers.array_files import StoredArray
 from trainers.metric_writers import read_jsonl
 
@@ -44,6 +46,16 @@ def two_layers(params):
 
 def stored(run, path):
     return StoredArray(step_dir.resolve(run), f"params/{path}").read()
+
+
+def parsed(flags):
+    parser = argparse.ArgumentParser()
+    upcycle_flags.add(parser)
+    return parser.parse_args([*f"--experts a b --to=x --method {flags}".split()])
+
+
+def manifest_of(run):
+    return step_dir.read_manifest(step_dir.resolve(run))
 
 
 def of(params, path):
@@ -98,6 +110,27 @@ def test_experts_are_copied_bit_by_bit_the_rest_is_the_mean_and_routers_are_draw
     assert f"{BLOCK}/mlp/up/kernel" in told and "copied, one beside the other" in told
 
 
+def test_means_that_are_made_in_blocks_of_rows_are_those_of_whole_arrays(
+    make, branches, command, tmp_path, monkeypatch
+):
+    folders, rows = branches.folders[:3], 50  # of 264: the last block is a smaller one
+    whole = make(experts=folders, method="btx", name="whole")
+    monkeypatch.setattr(source_models, "_BLOCK_BYTES", rows * 16 * 4)
+    parts = make(experts=folders, method="btx", name="parts")
+    path = "token_embed/embedding"
+    store = array_files.open_array(step_dir.resolve(parts), f"params/{path}")
+    assert store.shape == (264, 16) and store.chunk_layout.read_chunk.shape == (rows, 16)
+    assert manifest_of(parts).arrays == manifest_of(whole).arrays  # digests of their values
+    # And of those that are merged, of blocks or not.
+    four = {}
+    for run, size in ((parts, rows * 16 * 4), (whole, 1 << 20)):
+        monkeypatch.setattr(source_models, "_BLOCK_BYTES", size)
+        four[run] = tmp_path / f"{run.name}4"
+        given = ("--add", f"x={folders[0]}", f"--to={four[run]}")
+        assert command("extend", f"--moe={run}", *given) == 0
+    assert manifest_of(four[parts]).arrays == manifest_of(four[whole]).arrays
+
+
 def test_shared_keys_and_values_are_the_mean_and_queries_lie_by_their_key(make, branches):
     folders, params = branches.folders[:3], branches.params[:3]
     made = make("--shared_kv", experts=folders)
@@ -128,8 +161,45 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
                 np.testing.assert_array_equal(part, found)
     assert np.isfinite(score(command, tmp_path, soup)).all()  # its configuration is a dense one
     assert "mean of 3, as often" in capsys.readouterr().out
-    assert make("--top_k=2", experts=folders, method="soup") == 2
-    assert "--method=soup has no experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("soup --top_k=1", "--top_k is of experts, and --method=soup has none"),
+        ("soup --renormalise", "--renormalise is of experts"),
+        ("soup --expert_scale=1", "--expert_scale is of experts"),
+        ("soup --drop_ratio=0", "--drop_ratio is of experts"),
+        ("soup --router_std=1", "--router_std is of linear routers"),
+        ("btx --shared_kv", "--shared_kv is of attention experts (--method=bam, or nexus"),
+        ("nexus --attention_top_k=1", "--attention_top_k is of attention experts"),
+        ("nexus --average_attention", "--average_attention is of attention experts"),
+        ("nexus --router_std=0.02", "--router_std is of linear routers"),
+        ("nexus --router=mlp --router_std=0", "--router_std is of linear routers"),
+        ("nexus --router=linear --logit_std=1", "--logit_std is of routers of --method=nexus that"),
+        ("bam --logit_std=1", "--logit_std is of routers of --method=nexus that are not linear"),
+        ("btx --seed_model=x", "--seed_model is of --method=nexus"),
+        ("bam --router=linear", "--router is of --method=nexus"),
+        ("btx --drop_seed=0", "--drop_seed is of --drop_ratio"),
+        ("btx --drop_ratio=0 --drop_seed=1", "--drop_seed is of --drop_ratio"),
+        ("btx --drop_ratio=2", "--drop_ratio=2 lies between 0 and 1"),
+        ("btx --expert_scale=0", "--expert_scale=0 must be positive"),
+        ("btx --copies=0", "--copies=0 must be at least 1"),
+        ("nexus", "needs --seed_model=DIR"),
+        ("nexus --seed_model=x", "--router=projection needs --domains=FILE"),
+        ("nexus --seed_model=x --domains=x --router=linear", "--router=linear reads no --domains"),
+        ("nexus --seed_model=x --domains=x --copies=2", "have one embedding"),
+    ],
+)
+def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, said):
+    with pytest.raises(UpcycleError) as raised:
+        launch_upcycle.check_flags(parsed(flags))
+    assert said in str(raised.value)
+
+
+def test_flags_of_draws_that_sweeps_give_to_all_methods_are_taken():
+    for flags in ("soup --router_seed=1", "btx --router_std=0 --drop_ratio=0.5 --drop_seed=0"):
+        launch_upcycle.check_flags(parsed(flags))
 
 
 @pytest.mark.parametrize("flags", [(), ("--shared_kv",)])
@@ -207,10 +277,9 @@ def test_layers_that_are_not_stacked_are_extended_too():
         extend.plan_addition(target(3), ("two", target(2)), ("c", other), mixture(3), addition)
 
 
-@pytest.mark.parametrize("method", ["btx", "bam"])
-def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
-    train, make, branches, trained_run, tmp_path, method
-):
+@pytest.fixture(scope="module")
+def losses(train, trained_run, tmp_path_factory):
+    """Trains on from a run, two steps, and returns the rows of its metrics."""
     files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")]
     sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
     given = [
@@ -227,19 +296,29 @@ def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
         *(f"config.TransformerConfig.{name}={size}" for name, size in sizes.items()),
     ]
 
-    def losses(start, *bindings, methods=()):
-        path = tmp_path / f"run{len(methods)}"
+    def run(start, *bindings, methods=()):
+        path = tmp_path_factory.mktemp("trained")
         every = [*given, f"MODEL_DIR={str(path)!r}", f"INITIAL_CHECKPOINT_PATH={str(start)!r}"]
         flags = [f"--gin_file={name}" for name in (*files, *methods)]
         result = train(*flags, *[f"--gin.{x}" for x in (*every, *bindings)])
         assert result.status == 0, result.err
         return read_jsonl(path / "metrics.jsonl")
 
-    seed = branches.folders[0]
-    made = make("--copies=2", "--top_k=2", experts=[seed], method=method)
-    dense = losses(seed)
+    return run
+
+
+@pytest.fixture(scope="module")
+def dense_losses(losses, branches):
+    return losses(branches.folders[0])
+
+
+@pytest.mark.parametrize("method", ["btx", "bam"])
+def test_training_goes_on_from_a_mixture_where_the_dense_model_was(
+    losses, dense_losses, make, branches, method
+):
+    made = make("--copies=2", "--top_k=2", experts=branches.folders[:1], method=method)
     mixed = losses(made, "EXPERTS=2", "TOP_K=2", methods=(f"t5x_configs/methods/{method}.gin",))
-    assert mixed[0]["loss"] == pytest.approx(dense[0]["loss"], abs=1e-4)
+    assert mixed[0]["loss"] == pytest.approx(dense_losses[0]["loss"], abs=1e-4)
     assert mixed[0]["auxiliary_loss"] >= 0.01  # balance: 1 where the load is even
     assert "mlp/router_load_max" in mixed[0]
     assert (method == "bam") == ("attention/router_entropy" in mixed[0])
@@ -320,7 +399,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
 
     other = branches.add
     assert "one model is no mixture" in error(experts=folders[:1])
-    assert "are of attention experts" in error("--shared_kv", experts=folders, method="btx")
+    assert "--copies=0 must be" in error("--copies=0", experts=folders)
     other_words = other("words", params[1], vocabulary="other")
     assert f"{other_words} was trained with another vocabulary" in error(
         experts=[folders[0], other_words]
