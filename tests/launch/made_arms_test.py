@@ -206,8 +206,8 @@ SWEEP = """ConfigDict(dict(
         seed={{}},
         code=dict(parent='seed', bindings=("local_text.open_stream.phases=((0, {{'code': 1.0}}),)",)),
         law=dict(parent='seed', bindings=('TRAIN_STEPS=2',)),
-        start=dict(made=('{{python}}', '-m', 'launch.upcycle', '--method=btx', '--experts', '{{seed}}',
-            '{{code}}', '{{law}}', '--gin_file={own}', '--router_seed={{SEED}}', '--to={{run}}')),
+        start=dict(made=('{{python}}', '-m', 'launch.upcycle', '--method=btx', '--experts', 'seed={{seed}}',
+            'code={{code}}', 'law={{law}}', '--gin_file={own}', '--router_seed={{SEED}}', '--to={{run}}')),
         copy=dict(made=('cp', '-r', '{{start}}', '{{run}}'), evaluations=('step',)),
         mixture=dict(parent='copy', gin_files=('t5x_configs/methods/btx.gin',), bindings=('EXPERTS=3',)),
     ),
@@ -304,7 +304,7 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
 
     # As by hand.
     by_hand = tmp_path / "by_hand"
-    runs = [str(folder.path / f"runs/{arm}/seed3") for arm in ("seed", "code", "law")]
+    runs = [f"{arm}={folder.path}/runs/{arm}/seed3" for arm in ("seed", "code", "law")]
     flags = ("--method=btx", "--router_seed=3", f"--gin_file={tiny.own}", f"--to={by_hand}")
     assert command("upcycle", "--experts", *runs, *flags) == 0
     assert digests(made_at) == digests(by_hand)
