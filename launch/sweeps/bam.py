@@ -1,7 +1,7 @@
 """Branch, train, mix (arXiv 2408.08274) with small models: a seed, three specialists, and the mixtures made of them.
 
 Phases are runs: what they start from is trained once, mixtures are made by `launch.upcycle` in between, and the
-same command goes on wherever it was stopped. 24 runs for each seed; the domains and the number of seeds after a colon:
+same command goes on wherever it was stopped. 28 runs for each seed; the domains and the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/sweeps/bam.py:synthetic,3 --out runs/bam/synthetic --workers 2
 """

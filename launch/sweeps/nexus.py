@@ -1,7 +1,7 @@
 """Upcycling with a router that knows the experts' domains (arXiv 2408.15901), and one expert more, with small models.
 
 A seed, six experts and a seventh for later; mixtures with the projection router, with linear and MLP ones, and with
-domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 30 runs for
+domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 35 runs for
 each seed; the domains and the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/sweeps/nexus.py:synthetic,3 --out runs/nexus/synthetic --workers 2
