@@ -132,7 +132,7 @@ def model(which=EVERY, **settings):
     )
     layer = functools.partial(LowRankDense, factorisation=which)
     experts = functools.partial(LowRankExpertDense, factorisation=which)
-    mixture = functools.partial(MoeMlp, num_experts=4, dense=layer, expert_dense=experts)
+    mixture = functools.partial(MoeMlp, num_experts=4, router=layer, expert_dense=experts)
     block = functools.partial(
         Block, attention=functools.partial(Attention, dense=layer), mlp=mixture
     )
@@ -170,7 +170,7 @@ def test_a_full_rank_model_is_the_dense_one():
         block=functools.partial(
             Block,
             attention=functools.partial(Attention, dense=Dense),
-            mlp=functools.partial(MoeMlp, num_experts=4, dense=Dense, expert_dense=ExpertDense),
+            mlp=functools.partial(MoeMlp, num_experts=4, router=Dense, expert_dense=ExpertDense),
         ),
     )
     expected = plain.apply({"params": merged(params)}, tokens)
