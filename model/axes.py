@@ -88,7 +88,7 @@ def constant(
 ) -> jax.Array:
     """An array [rows, ...] of data that goes wherever the parameters of `module` go, and is never trained.
 
-    It has no gradient, and trainers/trainable.py keeps it from optimisers, decay and averages.
+    It has no gradient, and trainers/trainable.py keeps it from optimisers and decay.
     """
     names = (CONSTANT, *(UNMODELED,) * (len(shape) - 1))
     return jax.lax.stop_gradient(parameter(module, name, init, names, shape, dtype))

@@ -1,7 +1,8 @@
 """Model FLOPs, of a decoder-only transformer in closed form, and what devices could do at most.
 
-A model that is at hand is counted by trainers/model_flops.py. Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
-recomputation (remat) not at all, as in PaLM (arXiv 2204.02311, appendix B).
+Counts products only: two FLOPs per multiply-add, attention by the keys a token really sees,
+recomputation (remat) not at all, as in PaLM (arXiv 2204.02311, appendix B). A model that is at hand is counted by
+trainers/model_flops.py.
 """
 
 import math

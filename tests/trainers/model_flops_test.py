@@ -101,9 +101,9 @@ def test_backward_through_groups_is_twice_the_forward():
 @pytest.mark.parametrize(
     ("experts", "top_k", "attentions", "layer", "attention"),
     [
-        (4, 1, 1, 21.51e6, 8_912_896),
-        (4, 1, 4, 48.26e6, 35_651_584),
-        (6, 3, 1, 46.69e6, 8_912_896),
+        (4, 1, 1, 21.51, 8_912_896),
+        (4, 1, 4, 48.26, 35_651_584),
+        (6, 3, 1, 46.69, 8_912_896),
     ],
 )
 def test_a_layer_of_bams_comparison(experts, top_k, attentions, layer, attention):
@@ -119,5 +119,5 @@ def test_a_layer_of_bams_comparison(experts, top_k, attentions, layer, attention
     ours -= attentions * 2 * 256 * 1024
     routers = 2 * 1024 * (experts + (attentions if attentions > 1 else 0))
     assert ours == attention + top_k * 6 * 1024 * 2048 + routers
-    # What is printed is larger by about as much as the routers once more.
-    assert ours == pytest.approx(layer, rel=4e-4)
+    # What is printed has one FFN router more, and is that to its last digit.
+    assert round((ours + 2 * 1024 * experts) / 1e6, 2) == layer
