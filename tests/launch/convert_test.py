@@ -397,7 +397,10 @@ def test_memory_is_bounded_by_the_largest_array(llama, tmp_path):
         timeout=300,
     )
     growth = int(done.stdout.splitlines()[-1])
-    assert growth < 1.3 * largest, (growth / largest, total)
+    # One array at a time, and what does not grow with it (buffers of readers and writers, the allocator's slack, which
+    # is some 30 MiB); two of the largest at once would be 192 MiB.
+    slack = 64 * 2**20
+    assert slack < largest and growth < largest + slack, (growth / largest, total)
 
 
 SIZES = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 8}
