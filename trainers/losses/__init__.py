@@ -1,0 +1,1 @@
+"""Losses as pure functions of log-probabilities; trainers/objectives/ turns them into objectives."""

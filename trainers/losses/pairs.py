@@ -1,0 +1,73 @@
+"""What preference losses read: log-probabilities of two completions of one prompt. Shape: P pairs.
+
+In the terms of arXiv 2410.11677: y_w is `chosen`, y_l `rejected`, pi_theta the policy, pi_ref the reference.
+"""
+
+import flax.struct
+import jax
+
+
+class MissingReferenceError(ValueError):
+    """A loss compares with a reference, and there are no log-probabilities of one."""
+
+
+@flax.struct.dataclass
+class PairLogProbs:
+    """Natural logarithms of probabilities, summed over a completion's tokens (EOS too); float32 [P].
+
+    A slot that holds no pair has weight 0, lengths 1 and log-probabilities -1, so that every loss is finite there.
+
+    Attributes:
+      chosen, rejected: of the completions, by the policy.
+      chosen_length, rejected_length: tokens of the completions, at least 1.
+      weights: 1 for a pair, 0 for a slot without one.
+      mean_chosen_length: scalar, tokens of the chosen completions per pair of the whole batch, of which P may be
+        a part: what makes of a sum over tokens a mean over tokens that does not change with microbatches.
+      ref_chosen, ref_rejected: by the reference; None where there is none.
+      labels: of unpaired examples (KTO): 1 for a desirable completion, 0 for an undesirable one. `chosen` is then
+        the completion, and `rejected` that of another example after the same prompt, for the estimate of the
+        divergence. None for pairs.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+    chosen_length: jax.Array
+    rejected_length: jax.Array
+    weights: jax.Array
+    mean_chosen_length: jax.Array
+    ref_chosen: jax.Array | None = None
+    ref_rejected: jax.Array | None = None
+    labels: jax.Array | None = None
+
+    @property
+    def chosen_log_ratio(self) -> jax.Array:
+        """log pi_theta(y_w) / pi_ref(y_w); MissingReferenceError without a reference."""
+        return self.chosen - self._reference()[0]
+
+    @property
+    def rejected_log_ratio(self) -> jax.Array:
+        """log pi_theta(y_l) / pi_ref(y_l); MissingReferenceError without a reference."""
+        return self.rejected - self._reference()[1]
+
+    @property
+    def margin(self) -> jax.Array:
+        """Delta, by how much the log-ratio of the chosen completion is larger."""
+        return self.chosen_log_ratio - self.rejected_log_ratio
+
+    @property
+    def chosen_mean(self) -> jax.Array:
+        """Of the chosen completion, per token."""
+        return self.chosen / self.chosen_length
+
+    @property
+    def rejected_mean(self) -> jax.Array:
+        """Of the rejected completion, per token."""
+        return self.rejected / self.rejected_length
+
+    def _reference(self) -> tuple[jax.Array, jax.Array]:
+        if self.ref_chosen is None or self.ref_rejected is None:
+            raise MissingReferenceError(
+                "This loss compares with a reference model, and there is none: bind REFERENCE, or choose a loss "
+                "without one (slic_hinge, simpo, cpo, orpo, nll)."
+            )
+        return self.ref_chosen, self.ref_rejected
