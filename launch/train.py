@@ -201,7 +201,7 @@ def train(
             sharding=program.batch_sharding,
             max_steps=eval_steps,
             stop=stop.asked,
-            unit=recipe.reads.unit,
+            unit=recipe.reads.loss_per,
         )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
         batch = batches.abstract_batch(data, program.batch_sharding)

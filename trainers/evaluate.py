@@ -47,7 +47,7 @@ def evaluate(
       variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
       stop: asked before each batch, with its index, whether to give up.
-      unit: what the loss is per, 'tokens' or 'images'.
+      unit: what the loss is per, 'tokens', 'images' or 'pairs'.
 
     Returns:
       The metrics per unit, the number of units, and for a 'loss' in nats per token also 'perplexity'
@@ -75,10 +75,10 @@ def evaluate(
             collect(late.pop(0))
     for metrics in late:
         collect(metrics)
-    result = {name: float(total / weight) for name, (total, weight) in totals.items()}
-    if "loss" in totals:
+    result = {name: float(total / weight) for name, (total, weight) in totals.items() if weight}
+    if "loss" in result:
         result[unit] = float(totals["loss"][1])
-    if "loss" in totals and unit == "tokens":
+    if "loss" in result and unit == "tokens":
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
         if stream.bytes_per_token:
             result["bits_per_byte"] = result["loss"] / math.log(2) / stream.bytes_per_token
@@ -96,7 +96,7 @@ class Evaluation:
       sharding: of input arrays.
       max_steps: batches per task; None for whole splits.
       stop: see `evaluate`; of an evaluation that was given up nothing is kept.
-      unit: what the loss is per, 'tokens' or 'images'.
+      unit: what the loss is per, 'tokens', 'images' or 'pairs'.
       results: step -> metrics, filled as the run goes on.
     """
 

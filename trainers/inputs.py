@@ -18,11 +18,14 @@ class Inputs(Protocol):
 
     Attributes:
       unit: what rates count, 'tokens' or 'images'.
+      loss_per: what a loss is the mean over, 'tokens', 'images' or 'pairs'.
       length: tokens in a row; None where a row has no length, being one image.
     """
 
     @property
     def unit(self) -> str: ...
+    @property
+    def loss_per(self) -> str: ...
     @property
     def length(self) -> int | None: ...
 
@@ -41,6 +44,7 @@ class PackedTokens:
 
     length: int
     unit: str = dataclasses.field(default="tokens", init=False)
+    loss_per: str = dataclasses.field(default="tokens", init=False)
 
     def arrays(self, rows: int) -> Arrays:
         per_token = (rows, self.length)
@@ -59,12 +63,46 @@ class PackedTokens:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedPairs:
+    """Pairs of completions packed into rows of `length` tokens: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
+
+    Attributes:
+      length: tokens in a row.
+      pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
+      stored_reference: whether a reference's log-probabilities come with the pairs.
+      labels: whether examples are unpaired, see trainers/losses/pairs.py.
+    """
+
+    length: int
+    pairs: int = 1
+    stored_reference: bool = True
+    labels: bool = False
+    unit: str = dataclasses.field(default="tokens", init=False)
+    loss_per: str = dataclasses.field(default="pairs", init=False)
+
+    def arrays(self, rows: int) -> Arrays:
+        per_pair = jax.ShapeDtypeStruct((rows, self.pairs), jnp.float32)
+        both = jax.ShapeDtypeStruct((rows, 2 * self.pairs), jnp.float32)
+        return {
+            **PackedTokens(self.length).arrays(rows),
+            "pair_weights": per_pair,
+            "chosen_tokens_per_pair": jax.ShapeDtypeStruct((rows,), jnp.float32),
+            **({"reference_log_probs": both} if self.stored_reference else {}),
+            **({"pair_labels": per_pair} if self.labels else {}),
+        }
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        return PackedTokens(self.length).init_arguments()
+
+
+@dataclasses.dataclass(frozen=True)
 class Images:
     """Square images [size, size, channels], normalised, with a label and a weight each."""
 
     size: int
     channels: int = 3
     unit: str = dataclasses.field(default="images", init=False)
+    loss_per: str = dataclasses.field(default="images", init=False)
     length: None = dataclasses.field(default=None, init=False)
 
     def arrays(self, rows: int) -> Arrays:

@@ -152,11 +152,10 @@ class Recipe:
             # Metrics of any shape are read by every process.
             replicated = NamedSharding(mesh, PartitionSpec())
             train = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+            given = _given_extras(objective, mesh, rules)
             return Steps(
-                train=_with_extras(train, objective.extras),
-                evaluate=_with_extras(
-                    jax.jit(evaluate, out_shardings=replicated), objective.extras
-                ),
+                train=_with_extras(train, given),
+                evaluate=_with_extras(jax.jit(evaluate, out_shardings=replicated), given),
             )
 
         return Program(
@@ -208,24 +207,43 @@ class Steps:
     evaluate: Callable[..., Metrics]
 
 
+class _Extras:
+    """Extras of an objective: arrays at the first call, what they will be like before that."""
+
+    def __init__(self, abstract: Any, read: Callable[[], Any]):
+        self.abstract, self._read = abstract, read
+
+    @functools.cached_property
+    def arrays(self) -> Any:
+        return self._read()
+
+
+def _given_extras(objective: Objective, mesh: Mesh, rules: Rules) -> _Extras | None:
+    if (stored := objective.stored_extras) is not None:
+        return _Extras(stored.abstract(mesh, rules), lambda: stored.read(mesh, rules))
+    if objective.extras is None:
+        return None
+    return _Extras(objective.extras, lambda: objective.extras)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _WithExtras:
     """A jitted function with its keyword `extras` given, in the forms in which it is used."""
 
     jitted: Any
-    extras: Any
+    extras: _Extras
 
     def __call__(self, *args: Any) -> Any:
-        return self.jitted(*args, extras=self.extras)
+        return self.jitted(*args, extras=self.extras.arrays)
 
     def lower(self, *args: Any) -> Any:
-        return self.jitted.lower(*args, extras=self.extras)
+        return self.jitted.lower(*args, extras=self.extras.abstract)
 
     def trace(self, *args: Any) -> Any:
-        return self.jitted.trace(*args, extras=self.extras)
+        return self.jitted.trace(*args, extras=self.extras.abstract)
 
 
-def _with_extras(jitted: Any, extras: Any) -> Any:
+def _with_extras(jitted: Any, extras: _Extras | None) -> Any:
     return jitted if extras is None else _WithExtras(jitted, extras)
 
 

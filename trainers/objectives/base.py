@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
+from jax.sharding import Mesh
+
+from trainers.partitioning import Rules
 
 Batch = Mapping[str, jax.Array]
 
@@ -50,6 +53,18 @@ class StatefulLossFn(Protocol):
     ) -> LossOut: ...
 
 
+class StoredExtras(Protocol):
+    """Extras that lie on disk: a step can be compiled without reading them, for devices that are absent too."""
+
+    def abstract(self, mesh: Mesh, rules: Rules) -> Any:
+        """Shapes, dtypes and shardings of what `read` returns."""
+        ...
+
+    def read(self, mesh: Mesh, rules: Rules) -> Any:
+        """The arrays; called once, when the first step is about to run."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Objective:
     """A `StatefulLossFn` and what it needs; for other losses a plain `LossFn` will do.
@@ -58,10 +73,12 @@ class Objective:
       loss_fn: the loss.
       extras: a pytree of arrays that do not change, such as reference parameters, or None. They are
         an argument of the compiled step: one that closes over arrays cannot span hosts.
+      stored_extras: in place of these, where they are to be read from.
     """
 
     loss_fn: StatefulLossFn
     extras: Any = None
+    stored_extras: StoredExtras | None = None
 
     def __call__(
         self,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from model.cross_entropy import Implementation, weighted_cross_entropy
+from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.sown import layer_means
 
 
 def language_modelling(
@@ -72,13 +72,9 @@ def language_modelling(
         if z_loss:
             squares = (log_z_X.reshape(weights_BT.shape) ** 2 * weights_BT).sum()
             metrics["z_loss"] = (z_loss * squares, weight)
-        if auxiliary := jax.tree.leaves(written.get("losses")):
-            added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
-            total = total + added
-            metrics["auxiliary_loss"] = (added, weight)
-        scanned = model.config.scan_layers
-        for name, value in layer_means(written.get("metrics", {}), scanned=scanned).items():
-            metrics[name] = (weight * value, jnp.full_like(value, weight))
+        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
+        total = total + added
+        metrics |= reported
         if num_sources:
             one_hot_BS = jax.nn.one_hot(batch["source_ids"], num_sources, dtype=jnp.float32)
             metrics["source_loss"] = (

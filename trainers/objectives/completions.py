@@ -1,0 +1,92 @@
+"""Log-probabilities of the completions in rows of packed pairs, chosen and rejected in one forward pass.
+
+Shapes: B rows, T length, X = B T, D width, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.cross_entropy import Implementation, token_log_probs
+from trainers.losses.pairs import PairLogProbs
+from trainers.objectives.base import Batch
+
+_EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
+
+
+def log_probs(
+    model: Any,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    **applied: Any,
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
+
+    Args:
+      model: decoder-only.
+      variables: its parameters and other collections.
+      batch: of pairs.
+      implementation: form of the cross-entropy.
+      **applied: for `model.apply`.
+    """
+    applied = {"mutable": [], **applied}
+    out, written = model.apply(
+        variables,
+        batch["decoder_input_tokens"],
+        positions_BT=batch["decoder_positions"],
+        segments_BT=batch["decoder_segment_ids"],
+        method="hidden",
+        **applied,
+    )
+    targets_BT = batch["decoder_target_tokens"]
+    log_p_X = token_log_probs(
+        out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
+        model.apply(variables, method="head_VD"),
+        targets_BT.reshape(-1),
+        logit_scale=model.logit_scale,
+        softcap=model.logit_softcap,
+        implementation=implementation,
+    )
+    return _by_completion(batch, log_p_X.reshape(targets_BT.shape)), written
+
+
+def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
+    """The pairs of a batch with their log-probabilities [B, 2K], in the order of its rows."""
+    weights_P = batch["pair_weights"].reshape(-1)
+    lengths_BS = jax.lax.stop_gradient(_by_completion(batch, jnp.ones_like(sums_BS[:, :1])))
+
+    def sides(values_BS: jax.Array, empty: float) -> tuple[jax.Array, jax.Array]:
+        chosen_rejected_P2 = values_BS.astype(jnp.float32).reshape(-1, 2)
+        kept_P2 = jnp.where(weights_P[:, None] > 0, chosen_rejected_P2, empty)
+        return kept_P2[:, 0], kept_P2[:, 1]
+
+    chosen_P, rejected_P = sides(sums_BS, _EMPTY)
+    chosen_length_P, rejected_length_P = sides(lengths_BS, 1.0)
+    ref_chosen_P, ref_rejected_P = None, None
+    if reference_BS is not None:
+        ref_chosen_P, ref_rejected_P = sides(jax.lax.stop_gradient(reference_BS), _EMPTY)
+    labels_BK = batch.get("pair_labels")
+    return PairLogProbs(
+        chosen=chosen_P,
+        rejected=rejected_P,
+        chosen_length=chosen_length_P,
+        rejected_length=rejected_length_P,
+        weights=weights_P,
+        mean_chosen_length=batch["chosen_tokens_per_pair"][0],
+        ref_chosen=ref_chosen_P,
+        ref_rejected=ref_rejected_P,
+        labels=None if labels_BK is None else labels_BK.reshape(-1),
+    )
+
+
+def _by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
+    """Sums over the tokens of each completion: [B, 2K]."""
+    segments = 2 * batch["pair_weights"].shape[-1]
+    # Weights are 0 at prompts and padding, and segment 0, which is padding, has no place of its own.
+    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
+    counted_BT = values_BT * batch["decoder_loss_weights"].astype(jnp.float32)
+    return jnp.einsum("bt,bts->bs", counted_BT, mine_BTS)

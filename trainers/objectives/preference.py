@@ -1,0 +1,153 @@
+"""Preference optimisation: losses of log-probabilities of pairs, in one forward pass for both completions.
+
+Shapes: B rows, K pairs of a row, S = 2 K, P = B K pairs of a batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.cross_entropy import Implementation
+from trainers.losses.pairs import PairLogProbs
+from trainers.objectives import completions, sown
+from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.reference import LiveReference
+
+# Log-probabilities of P pairs -> a value for each; trainers/losses/ has them.
+PairLoss = Callable[[PairLogProbs], jax.Array]
+
+
+def preference(
+    *,
+    model: Any,
+    losses: Sequence[PairLoss],
+    weights: Sequence[float] | None = None,
+    num_sources: int = 0,
+    reference: Callable[..., LiveReference] | None = None,
+    implementation: Implementation = "auto",
+) -> Objective:
+    """The weighted sum of losses of pairs, averaged over pairs.
+
+    Batches are those of `trainers.inputs.PackedPairs`. Where a loss compares with a reference, its
+    log-probabilities are a column of the batch ('reference_log_probs', see launch/reference.py) or are computed in
+    the step by `reference`; the two are equal.
+
+    Metrics, means over pairs: 'loss'; 'logps/chosen' and 'logps/rejected', sums over a completion's tokens;
+    'llh/chosen', 'llh/rejected' and 'llh/gap', the same per token (arXiv 2410.11677, section 3); 'accuracy', the
+    share of pairs whose chosen completion is preferred; with a reference 'log_ratio/chosen', 'log_ratio/rejected' and 'log_ratio/margin',
+    which times beta are the implicit rewards of DPO. With several losses 'loss/<name>' of each, before its weight.
+
+    Args:
+      model: a decoder-only module, as for `lm.language_modelling`.
+      losses: functions of trainers/losses/.
+      weights: of the losses; None for 1 each.
+      num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
+      reference: makes what computes the reference's log-probabilities in each step, called with (model=).
+      implementation: form of the cross-entropy, see model/cross_entropy.py.
+
+    Raises:
+      ValueError: no losses, other weights than losses, a loss's setting that cannot be.
+    """
+    names = _checked(losses, weights)
+    factors = [1.0] * len(losses) if weights is None else list(weights)
+    live = None if reference is None else reference(model=model)
+
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
+        sums_BS, written = completions.log_probs(
+            model,
+            {"params": params, **variables},
+            batch,
+            implementation=implementation,
+            rngs=None if rng is None else {"dropout": rng},
+            mutable=["losses", *watched, *kept],
+        )
+        if live is None:
+            reference_BS = batch.get("reference_log_probs")
+        else:
+            reference_BS = live.log_probs(extras, batch, implementation=implementation)
+        pairs = completions.of_batch(batch, sums_BS, reference_BS)
+        present_P = pairs.weights > 0
+        values = {
+            name: jnp.where(present_P, loss(pairs), 0.0)
+            for name, loss in zip(names, losses, strict=True)
+        }
+        loss_P = jnp.zeros_like(pairs.weights)
+        for factor, value in zip(factors, values.values(), strict=True):
+            loss_P += factor * value
+        weight = pairs.weights.sum()
+        metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs)}
+        if len(losses) > 1:
+            metrics |= {f"loss/{name}": (value.sum(), weight) for name, value in values.items()}
+        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
+        metrics |= reported
+        if num_sources:
+            source_P = jnp.repeat(batch["source_ids"], loss_P.size // batch["source_ids"].size)
+            one_hot_PS = jax.nn.one_hot(source_P, num_sources, dtype=jnp.float32)
+            metrics["source_loss"] = (loss_P @ one_hot_PS, pairs.weights @ one_hot_PS)
+        updates = {name: written[name] for name in kept}
+        return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
+
+    return Objective(loss_fn=loss_fn, stored_extras=live)
+
+
+def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:
+    if pairs.labels is not None:
+        return _unpaired_metrics(pairs, pairs.labels)
+    means = {
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+        "llh/chosen": pairs.chosen_mean,
+        "llh/rejected": pairs.rejected_mean,
+        "llh/gap": pairs.chosen_mean - pairs.rejected_mean,
+    }
+    preferred = pairs.chosen_mean > pairs.rejected_mean
+    if pairs.ref_chosen is not None:
+        means["log_ratio/chosen"] = pairs.chosen_log_ratio
+        means["log_ratio/rejected"] = pairs.rejected_log_ratio
+        means["log_ratio/margin"] = pairs.margin
+        preferred = pairs.margin > 0
+    means["accuracy"] = preferred.astype(jnp.float32)
+    weight = pairs.weights.sum()
+    return {name: ((value * pairs.weights).sum(), weight) for name, value in means.items()}
+
+
+def _unpaired_metrics(
+    pairs: PairLogProbs, labels: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    means = {"logps": pairs.chosen, "llh": pairs.chosen_mean}
+    if pairs.ref_chosen is not None:
+        means["log_ratio"] = pairs.chosen_log_ratio
+    kinds = {"desirable": pairs.weights * labels, "undesirable": pairs.weights * (1 - labels)}
+    return {
+        f"{name}/{kind}": ((value * weights).sum(), weights.sum())
+        for name, value in means.items()
+        for kind, weights in kinds.items()
+    }
+
+
+def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> list[str]:
+    """Names of the losses, each of which is tried on a pair, so that what is set wrongly is found at once."""
+    if not losses:
+        raise ValueError(
+            "LOSSES is empty: name functions of trainers/losses/, such as @direct.dpo."
+        )
+    if weights is not None and len(weights) != len(losses):
+        raise ValueError(f"LOSS_WEIGHTS = {list(weights)} are not the {len(losses)} of LOSSES.")
+    one = jnp.ones(1)
+    pair = PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
+    names: list[str] = []
+    for loss in losses:
+        jax.eval_shape(loss, pair)
+        name = getattr(loss, "__name__", type(loss).__name__)
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
