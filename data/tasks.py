@@ -271,10 +271,11 @@ def source_digest(task_name: str) -> str:
 
 
 def vocabulary(task_name: str) -> Any:
-    """The SeqIO vocabulary of a task's targets."""
+    """The SeqIO vocabulary of a task's targets, or of its completions where it has pairs of them."""
     import seqio
 
-    return seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
+    features = seqio.get_mixture_or_task(task_name).output_features
+    return features["targets" if "targets" in features else "chosen"].vocabulary
 
 
 def summary() -> dict[str, Any]:
