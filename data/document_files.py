@@ -231,6 +231,40 @@ def find(
       ValueError: the fraction is not in [0, 1), or two filters have one name.
     """
     document_filters.check_names(filters, name)
+    found, validation_fraction = split_files(
+        name=name,
+        files=files,
+        validation_files=validation_files,
+        validation_fraction=validation_fraction,
+        data_root=data_root,
+    )
+    return DocumentFiles(
+        name=name,
+        files=found,
+        format=Format(
+            text_key=text_key if isinstance(text_key, str) else tuple(text_key),
+            id_key=id_key,
+            document_per=document_per,
+        ),
+        validation_fraction=validation_fraction,
+        root=common_root(found),
+        cache=str(cache.cache_dir("files", override=cache_dir)),
+        filters=tuple(filters),
+    )
+
+
+def split_files(
+    *,
+    name: str,
+    files: Patterns,
+    validation_files: Patterns | None,
+    validation_fraction: float,
+    data_root: str | None,
+) -> tuple[dict[str, tuple[str, ...]], float]:
+    """The files of each split, and the share that is held out of files that both splits read.
+
+    Arguments and errors are those of `find`.
+    """
     if not 0 <= validation_fraction < 1:
         raise ValueError(
             f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
@@ -246,20 +280,13 @@ def find(
             )
     elif validation_fraction:
         found["validation"] = found["train"]
+    return found, validation_fraction
+
+
+def common_root(found: Mapping[str, Sequence[str]]) -> str:
+    """The directory that the names of files start at."""
     everything = sorted({path for paths in found.values() for path in paths})
-    return DocumentFiles(
-        name=name,
-        files=found,
-        format=Format(
-            text_key=text_key if isinstance(text_key, str) else tuple(text_key),
-            id_key=id_key,
-            document_per=document_per,
-        ),
-        validation_fraction=validation_fraction,
-        root=os.path.commonpath([os.path.dirname(path) for path in everything]),
-        cache=str(cache.cache_dir("files", override=cache_dir)),
-        filters=tuple(filters),
-    )
+    return os.path.commonpath([os.path.dirname(path) for path in everything])
 
 
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:

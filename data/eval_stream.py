@@ -22,14 +22,12 @@ class EvalStream(RowStream):
         *,
         batch_size: int,
         cross_document_attention: bool = False,
-        start_token: int = 0,
+        start_token: int | None = 0,
     ):
         super().__init__([source], batch_size, cross_document_attention, start_token)
         self.name = source.name
         self.num_steps = -(-source.plan.num_rows // batch_size)
-        weighted = rows.LOSS_WEIGHTS in source.cache.columns
-        text_bytes = 0 if weighted else source.cache.text_bytes() or 0
-        self.bytes_per_token = text_bytes / source.cache.tokens()
+        self.bytes_per_token = source.bytes_per_token
         self.fingerprint = self._fingerprint(order="permuted")
 
     def summary(self) -> dict:

@@ -50,6 +50,11 @@ class Plan:
     def num_rows(self) -> int:
         return len(self.row_starts) - 1
 
+    @property
+    def policy(self) -> list:
+        """What decided which records lie in which row, as JSON."""
+        return [self.row_lengths, self.packing, self.long_documents]
+
     def tokens(self, feature: str = "targets") -> int:
         return int(self.lengths[feature].sum(dtype=np.int64))
 
@@ -128,9 +133,9 @@ def _plan_single(full, row_lengths, packing: str, long_documents: str) -> _Segme
     if packing == "concat":
         return _cut_at(feature, lengths_N, _concat_row_ends(lengths_N, length))
     records_P, offsets_P, sizes_P = _pieces(lengths_N, length)
-    rows_P = _best_fit(sizes_P, length) if packing == "best_fit" else np.arange(len(sizes_P))
+    rows_P = best_fit(sizes_P, length) if packing == "best_fit" else np.arange(len(sizes_P))
     order = np.argsort(rows_P, kind="stable")  # within a row, the order of the corpus
-    return _starts(rows_P), records_P[order], offsets_P[order], {feature: sizes_P[order]}
+    return starts(rows_P), records_P[order], offsets_P[order], {feature: sizes_P[order]}
 
 
 def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segments:
@@ -157,7 +162,7 @@ def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segme
         rows = np.arange(len(records))
     order = np.argsort(rows, kind="stable")
     kept = {feature: size[order] for feature, size in kept.items()}
-    return _starts(rows), records[order], np.zeros(len(records), np.int64), kept
+    return starts(rows), records[order], np.zeros(len(records), np.int64), kept
 
 
 def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,7 +174,7 @@ def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray,
     return records_P, offsets_P, np.minimum(lengths_N[records_P] - offsets_P, length)
 
 
-def _best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
+def best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
     """Best-fit decreasing: the row of each piece.
 
     `free` has bit f set when some open row has exactly f positions left, so the tightest row that
@@ -251,6 +256,6 @@ def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
     return rows_P
 
 
-def _starts(rows_P: np.ndarray) -> np.ndarray:
+def starts(rows_P: np.ndarray) -> np.ndarray:
     """Where each row's segments start once pieces are sorted by row."""
     return np.concatenate([[0], np.cumsum(np.bincount(rows_P))]).astype(np.int64)

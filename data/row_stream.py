@@ -22,7 +22,7 @@ class RowStream(abc.ABC):
         sources: Sequence[rows.Source],
         batch_size: int,
         cross_document_attention: bool,
-        start_token: int,
+        start_token: int | None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be positive.")
@@ -99,11 +99,8 @@ class RowStream(abc.ABC):
             "version": _VERSION,
             "batch_size": self.batch_size,
             "cross_document_attention": self._cross_document_attention,
-            "sources": [
-                [s.name, s.cache.content, s.plan.row_lengths, s.plan.packing, s.plan.long_documents]
-                for s in self._sources
-            ],
+            "sources": [[s.name, s.cache.content, *s.plan.policy] for s in self._sources],
         }
-        if self._start_token:  # 0 was the only one when runs began to record fingerprints
+        if self._start_token != 0:  # 0 was the only one when runs began to record fingerprints
             parts["start_token"] = self._start_token
         return cache.digest({**parts, **settings})

@@ -5,6 +5,7 @@ Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segmen
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,11 +19,23 @@ NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of rows: a cache and the plan of its rows."""
+    """One source of rows: a cache and the plan of its rows.
+
+    Attributes:
+        feature: whose vocabulary is the model's.
+    """
 
     name: str
     cache: Cache
     plan: Plan
+
+    feature: ClassVar[str] = "targets"
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per target token; 0 if unknown, as where tokens have weights."""
+        weighted = LOSS_WEIGHTS in self.cache.columns
+        return (0 if weighted else self.cache.text_bytes() or 0) / self.cache.tokens()
 
     def documents(self, row: int) -> list[dict]:
         """The documents of one row: id, record in the cache, and which part of it."""
@@ -111,12 +124,12 @@ def _check_loss_weights(name: str, opened: Cache) -> None:
 
 
 def shared_vocabulary(sources: Sequence[Source]) -> dict:
-    """Size and digest of the vocabulary of the targets, which all sources must share."""
+    """Size and digest of the vocabulary of the tokens, which all sources must share."""
     found = {}
     for source in sources:
         manifest = source.cache.manifest
-        described = manifest["description"].get("vocabulary", {}).get("targets", {})
-        size = manifest["features"]["targets"]
+        described = manifest["description"].get("vocabulary", {}).get(source.feature, {})
+        size = manifest["features"][source.feature]
         found[source.name] = {"size": size, "digest": digest([size, described.get("vocabulary")])}
     first, *others = found
     for name in others:
@@ -161,7 +174,7 @@ def read_rows(
     for index in np.unique(source_B[row_B != NO_ROW]):
         plan, columns = sources[index].plan, sources[index].cache.columns
         here_B = np.flatnonzero((source_B == index) & (row_B != NO_ROW))
-        row_S, ordinal_S, segment_S = _segments(plan, row_B[here_B])
+        row_S, ordinal_S, segment_S = segments(plan, row_B[here_B])
         record_S, offset_S = plan.records[segment_S], plan.offsets[segment_S]
         first_S = np.arange(len(row_S)) - ordinal_S  # the first segment of the same row
         for feature, length in lengths.items():
@@ -174,7 +187,7 @@ def read_rows(
             id_S, origin_S = ordinal_S + 1, place_S
             if cross_document_attention:
                 id_S, origin_S = np.ones_like(id_S), np.zeros_like(place_S)
-            ids, origins = _spread([id_S, origin_S], size_S, np.flatnonzero(ordinal_S == 0), length)
+            ids, origins = spread([id_S, origin_S], size_S, np.flatnonzero(ordinal_S == 0), length)
             segment_ids[feature][here_B] = ids
             positions[feature][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)
             if feature == "targets":
@@ -207,7 +220,7 @@ def read_rows(
     return batch
 
 
-def _segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All segments of some rows: (which of the rows, place in that row, index in the plan)."""
     begin_B = plan.row_starts[row_B]
     count_B = plan.row_starts[row_B + 1] - begin_B
@@ -216,7 +229,7 @@ def _segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return row_S, ordinal_S, begin_B[row_S] + ordinal_S
 
 
-def _spread(
+def spread(
     values: Sequence[np.ndarray], size_S: np.ndarray, first_B: np.ndarray, length: int
 ) -> list[np.ndarray]:
     """Repeats each segment's value over its tokens, and 0 over the padding: int32 [B, L]."""

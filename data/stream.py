@@ -7,13 +7,17 @@ batch that they need, so neither their number nor the mesh changes what a batch 
 state of a stream is the step.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from data import cache, mixing, plan, repeats, rows, schedule
 from data.eval_stream import EvalStream
 from data.train_stream import Phases, Positions, Stream
+
+AnySource = TypeVar("AnySource", bound=rows.Source)
 
 
 class NoSplitError(ValueError):
@@ -83,50 +87,28 @@ def make_stream(
     Raises:
         ValueError: what cannot be streamed, before anything is read.
     """
-    tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
-    known = tuple(task.name for task in tasks)
-    if weights not in mixing.WEIGHTS:
-        raise ValueError(f"weights={weights!r} is none of {', '.join(map(repr, mixing.WEIGHTS))}.")
-    if phases is not None and (weights != "rates" or temperature != 1.0):
-        raise ValueError("phases give the weights themselves: leave weights and temperature out.")
-    if max_tokens is not None and weights != "tokens":
-        raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
-    if phases is not None:
-        phases = mixing.checked_phases(phases, known)
-    elif weights == "rates":
-        rates = mixing.tempered(weight_of, temperature)
-        where = f"mixture {mixture_or_task_name!r}"
-        phases = [(0, mixing.normalised(rates, known, where))]
-    wanted = known if phases is None else {name for _, shares in phases for name in shares}
-    sources = [
-        _open_source(
-            task,
-            split,
-            task_feature_lengths,
-            packing=packing,
-            long_documents=long_documents,
-            cache_dir=cache_dir,
-            changed=changed_cache,
-            verify=verify_cache,
-        )
-        for task in tasks
-        if task.name in wanted
-    ]
-    if isinstance(max_epochs, Mapping):  # a mixture's caps may stay where a phase leaves some out
-        left_out = set(known) - set(wanted)
-        max_epochs = {name: cap for name, cap in max_epochs.items() if name not in left_out}
-    if phases is None:
-        counts = {source.name: source.plan.tokens() for source in sources}
-        phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
+    mixture = open_mixture(
+        mixture_or_task_name,
+        _language_modelling(task_feature_lengths, packing, long_documents),
+        split=split,
+        weights=weights,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        phases=phases,
+        max_epochs=max_epochs,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
+    )
     return Stream(
-        sources,
-        phases,
+        mixture.sources,
+        mixture.phases,
         batch_size=batch_size,
         seed=seed,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
         interleaving=interleaving,
-        max_epochs=max_epochs,
+        max_epochs=mixture.max_epochs,
         on_cap=on_cap,
         positions=positions,
     )
@@ -157,24 +139,10 @@ def make_eval_stream(
         NoSplitError: the task has no such split.
         ValueError: what cannot be streamed.
     """
-    tasks, _ = mixing.find_tasks(task)
-    if [found.name for found in tasks] != [task]:
-        raise ValueError(
-            f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
-            f"{', '.join(found.name for found in tasks)}."
-        )
-    if split not in tasks[0].splits:
-        raise NoSplitError(
-            f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
-            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES), or leave the task out "
-            "of the evaluation."
-        )
-    source = _open_source(
-        tasks[0],
-        split,
-        task_feature_lengths,
-        packing=packing,
-        long_documents=long_documents,
+    source = open_held_out(
+        task,
+        _language_modelling(task_feature_lengths, packing, long_documents),
+        split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
         verify=verify_cache,
@@ -201,12 +169,102 @@ def held_out(
     return tuple(opened)
 
 
-def _open_source(
-    task, split, feature_lengths, *, packing, long_documents, **cache_settings
-) -> rows.Source:
+@dataclasses.dataclass(frozen=True)
+class Mixture(Generic[AnySource]):
+    """What `Stream` needs of a mixture, opened: see there."""
+
+    sources: list[AnySource]
+    phases: Phases
+    max_epochs: repeats.MaxEpochs | None
+
+
+def open_mixture(
+    mixture_or_task_name: str,
+    plan_source: Callable[[str, cache.Cache], AnySource],
+    *,
+    split: str,
+    weights: mixing.Weights = "rates",
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+    phases: Phases | None = None,
+    max_epochs: repeats.MaxEpochs | None = None,
+    **cache_settings: Any,
+) -> Mixture[AnySource]:
+    """Opens and plans the sources that have weight in a mixture; arguments as for `make_stream`.
+
+    Args:
+        plan_source: makes a source of a task's name and its opened cache.
+        **cache_settings: of `data.task_cache.open_task_cache`.
+    """
+    tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
+    known = tuple(task.name for task in tasks)
+    if weights not in mixing.WEIGHTS:
+        raise ValueError(f"weights={weights!r} is none of {', '.join(map(repr, mixing.WEIGHTS))}.")
+    if phases is not None and (weights != "rates" or temperature != 1.0):
+        raise ValueError("phases give the weights themselves: leave weights and temperature out.")
+    if max_tokens is not None and weights != "tokens":
+        raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
+    if phases is not None:
+        phases = mixing.checked_phases(phases, known)
+    elif weights == "rates":
+        rates = mixing.tempered(weight_of, temperature)
+        where = f"mixture {mixture_or_task_name!r}"
+        phases = [(0, mixing.normalised(rates, known, where))]
+    wanted = known if phases is None else {name for _, shares in phases for name in shares}
+    sources = [
+        plan_source(task.name, _open_cache(task, split, **cache_settings))
+        for task in tasks
+        if task.name in wanted
+    ]
+    if isinstance(max_epochs, Mapping):  # a mixture's caps may stay where a phase leaves some out
+        left_out = set(known) - set(wanted)
+        max_epochs = {name: cap for name, cap in max_epochs.items() if name not in left_out}
+    if phases is None:
+        counts = {source.name: source.plan.tokens() for source in sources}
+        phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
+    return Mixture(sources, phases, max_epochs)
+
+
+def open_held_out(
+    task: str,
+    plan_source: Callable[[str, cache.Cache], AnySource],
+    *,
+    split: str,
+    **cache_settings: Any,
+) -> AnySource:
+    """Opens and plans the split of one task that is evaluated; arguments as for `open_mixture`.
+
+    Raises:
+        NoSplitError: the task has no such split.
+        ValueError: it is a mixture.
+    """
+    tasks, _ = mixing.find_tasks(task)
+    if [found.name for found in tasks] != [task]:
+        raise ValueError(
+            f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
+            f"{', '.join(found.name for found in tasks)}."
+        )
+    if split not in tasks[0].splits:
+        raise NoSplitError(
+            f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
+            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES), or leave the task out "
+            "of the evaluation."
+        )
+    return plan_source(task, _open_cache(tasks[0], split, **cache_settings))
+
+
+def _open_cache(task, split: str, **cache_settings: Any) -> cache.Cache:
     from data import task_cache  # brings SeqIO, which a stream over caches does not need
 
-    opened = task_cache.open_task_cache(task, split, **cache_settings)
-    return rows.plan_source(
-        task.name, opened, feature_lengths, packing=packing, long_documents=long_documents
-    )
+    return task_cache.open_task_cache(task, split, **cache_settings)
+
+
+def _language_modelling(
+    feature_lengths: Mapping[str, int], packing: str, long_documents: str
+) -> Callable[[str, cache.Cache], rows.Source]:
+    def plan_source(name: str, opened: cache.Cache) -> rows.Source:
+        return rows.plan_source(
+            name, opened, feature_lengths, packing=packing, long_documents=long_documents
+        )
+
+    return plan_source

@@ -100,12 +100,7 @@ def register_source(
     """
     import seqio
 
-    for token, asked in (("bos", add_bos), ("eos", add_eos)):
-        if asked and getattr(vocabulary, f"{token}_id") in (None, -1):
-            raise ValueError(
-                f"task {name!r}: add_{token}=True, but {vocabulary} has no {token.upper()}; set "
-                f"add_{token}=False or use a vocabulary that has one"
-            )
+    check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
     _make_room(name, seqio.TaskRegistry, _TASKS, origin)
     seqio.TaskRegistry.add(
         name,
@@ -127,6 +122,16 @@ def register_source(
     }
 
 
+def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: bool) -> None:
+    """Raises ValueError if a task asks for a BOS or EOS that its vocabulary does not have."""
+    for token, asked in (("bos", add_bos), ("eos", add_eos)):
+        if asked and getattr(vocabulary, f"{token}_id") in (None, -1):
+            raise ValueError(
+                f"task {name!r}: add_{token}=True, but {vocabulary} has no {token.upper()}; set "
+                f"add_{token}=False or use a vocabulary that has one"
+            )
+
+
 def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> None:
     """Registers a task over a source of `{"targets", "loss_weights"}`: ids that are no text's.
 
@@ -140,28 +145,53 @@ def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> 
       ValueError: the name is taken by another task.
     """
     import seqio
+
+    register_features(
+        name,
+        source,
+        origin=origin,
+        features={"targets": seqio.PassThroughVocabulary(vocab_size), "loss_weights": None},
+        facts={"vocabulary": f"{vocab_size} ids", "add_bos": False, "add_eos": False},
+    )
+
+
+def register_features(
+    name: str,
+    source: Any,
+    *,
+    origin: str,
+    features: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Registers a task over a source that yields its features as they are trained on.
+
+    Args:
+      name: of the task.
+      source: satisfies `seqio.DataSourceInterface` and has a `digest`.
+      origin: the function that registers it; a later call of the same one replaces the task.
+      features: name -> vocabulary of its ids; None for one of float32.
+      facts: for the record of a run.
+
+    Raises:
+      ValueError: the name is taken by another task.
+    """
+    import seqio
     import tensorflow as tf
 
     _make_room(name, seqio.TaskRegistry, _TASKS, origin)
-    vocabulary = seqio.PassThroughVocabulary(vocab_size)
+    numbers = {"vocabulary": seqio.PassThroughVocabulary(1), "dtype": tf.float32}
     seqio.TaskRegistry.add(
         name,
         source=source,
         preprocessors=[],
         output_features={
-            "targets": seqio.Feature(vocabulary, add_eos=False),
-            "loss_weights": seqio.Feature(
-                seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32
-            ),
+            feature: seqio.Feature(
+                **(numbers if vocabulary is None else {"vocabulary": vocabulary}), add_eos=False
+            )
+            for feature, vocabulary in features.items()
         },
     )
-    _TASKS[name] = {
-        "source": source,
-        "origin": origin,
-        "vocabulary": f"{vocab_size} ids",
-        "add_bos": False,
-        "add_eos": False,
-    }
+    _TASKS[name] = {"source": source, "origin": origin, **facts}
 
 
 _KEYS = {"targets": "text", "document_id": "document_id"}
@@ -241,10 +271,11 @@ def source_digest(task_name: str) -> str:
 
 
 def vocabulary(task_name: str) -> Any:
-    """The SeqIO vocabulary of a task's targets."""
+    """The SeqIO vocabulary of a task's targets, or of its completions where it has pairs of them."""
     import seqio
 
-    return seqio.get_mixture_or_task(task_name).output_features["targets"].vocabulary
+    features = seqio.get_mixture_or_task(task_name).output_features
+    return features["targets" if "targets" in features else "chosen"].vocabulary
 
 
 def summary() -> dict[str, Any]:
@@ -255,7 +286,7 @@ def summary() -> dict[str, Any]:
         tasks[name] = {
             "digest": source.digest,
             "documents": {split: source.num_input_examples(split) for split in source.splits},
-            **({"dropped": dropped} if (dropped := getattr(source, "dropped", None)) else {}),
+            **{key: seen for key in ("dropped", "noted") if (seen := getattr(source, key, None))},
             **{key: value for key, value in facts.items() if key != "source"},
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}

@@ -31,7 +31,7 @@ class Stream(RowStream):
         batch_size: int,
         seed: int = 0,
         cross_document_attention: bool = False,
-        start_token: int = 0,
+        start_token: int | None = 0,
         interleaving: str = "error_diffusion",
         max_epochs: repeats.MaxEpochs | None = None,
         on_cap: str = "error",
@@ -183,16 +183,7 @@ class Stream(RowStream):
 
     def _order_of(self, source: rows.Source) -> str:
         """Digest of what decides the order of a source's rows and what is in them."""
-        made = source.plan
-        return cache.digest(
-            [
-                self._seed,
-                source.cache.content,
-                made.row_lengths,
-                made.packing,
-                made.long_documents,
-            ]
-        )[:16]
+        return cache.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
 
     def _read_before(self, positions: Positions) -> list[int]:
         """Rows of each source that an earlier run has read, in the order that this one reads on in."""

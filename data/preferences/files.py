@@ -1,0 +1,278 @@
+"""Files of preference data as a SeqIO source of tokens: what is read, dropped, counted and held out.
+
+The source satisfies `seqio.DataSourceInterface` without deriving from it, so that this module imports no
+TensorFlow. It declares a `digest` of everything that decides its examples.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+import tqdm
+
+from data import cache_dir as cache
+from data import documents, fingerprint, splits
+from data.documents import DataError
+from data.preferences import records, tokens
+from data.preferences.records import DegenerateError, Kind, Record
+
+Invalid = Literal["drop", "error"]
+INVALID = get_args(Invalid)
+_SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
+
+# Features of an example beside `document_id`: ids, and one float32 number each.
+TOKENS = ("prompt", "chosen", "rejected")
+NUMBER = {"paired": "margin", "unpaired": "labels"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """A tokenised record."""
+
+    record: Record
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+class _Tally:
+    """What was met while reading: rows by reason with the first place of each."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        self.found.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceFiles:
+    """Preference data in files of JSON lines, in two splits.
+
+    Attributes:
+      name: of the task.
+      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
+      kind: 'paired', or 'unpaired': completions with labels, a pair being one of each.
+      tokeniser: what makes ids of records.
+      validation_fraction: share held out, by the hash of the prompt.
+      invalid: 'drop' degenerate rows and count them, or make them an 'error'.
+      root: directory that ids of records are relative to.
+      cache: directory where checksums and counts are remembered.
+    """
+
+    name: str
+    files: Mapping[str, tuple[str, ...]]
+    kind: Kind
+    tokeniser: tokens.Tokeniser
+    validation_fraction: float
+    invalid: Invalid
+    root: str
+    cache: str
+
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the examples and their order."""
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        files = {
+            split: [[os.path.relpath(path, self.root), digests.digest(path)] for path in paths]
+            for split, paths in self.files.items()
+        }
+        digests.save()
+        template = self.tokeniser.template
+        content = {
+            "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
+            "kind": self.kind,
+            "validation_fraction": self.validation_fraction,
+            "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
+            "template": fingerprint.describe(template and [template.templates, template.variables]),
+            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+            "files": files,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def dropped(self) -> Mapping[str, Any]:
+        """Reason -> rows that were dropped for it, and where the first one is."""
+        return self._counted["dropped"]
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What was met and kept: rows with invisible characters, and where the first one is."""
+        return self._counted["noted"]
+
+    def num_input_examples(self, split: str) -> int:
+        return self._counted["examples"][split]
+
+    def list_shards(self, split: str) -> list[str]:
+        return list(self.files[split])
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """The examples of a split as a `tf.data.Dataset`; problems with files are raised here."""
+        import tensorflow as tf
+
+        # Reads every file once, unless that was done before. An error raised later, inside of
+        # TensorFlow, would reach people as a C++ stack trace.
+        _ = self._counted
+        paths = self.list_shards(split)
+        if shard_info is not None:
+            paths = paths[shard_info.index :: shard_info.num_shards]
+
+        def examples():
+            for path in paths:
+                yield from self.read_file(path, split)
+
+        signature = {feature: tf.TensorSpec((None,), tf.int32) for feature in TOKENS}
+        signature[NUMBER[self.kind]] = tf.TensorSpec((1,), tf.float32)
+        signature["document_id"] = tf.TensorSpec((), tf.string)
+        dataset = tf.data.Dataset.from_generator(examples, output_signature=signature)
+        return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
+
+    def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        """The examples of one file that are in a split, as features."""
+        found = self._examples(path, split)
+        if self.kind == "paired":
+            for example in found:
+                yield self._features(example, example.completions[1], example.record.margin)
+            return
+        paths = self.files[split]
+        after = paths[paths.index(path) + 1 :] + paths[: paths.index(path) + 1]
+
+        def others() -> Iterator[_Example]:
+            return itertools.chain.from_iterable(self._examples(path, split) for path in after)
+
+        for example, other in _mismatched(found, others):
+            yield self._features(example, other.completions[0], float(example.record.label or 0))
+
+    def _features(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:
+        return {
+            "prompt": np.array(example.prompt, np.int32),
+            "chosen": np.array(example.completions[0], np.int32),
+            "rejected": np.array(rejected, np.int32),
+            NUMBER[self.kind]: np.array([number], np.float32),
+            "document_id": example.record.id,
+        }
+
+    def _examples(self, path: str, split: str) -> Iterator[_Example]:
+        for example in self._read_all(path):
+            if self._split_of(example.record, path) == split:
+                yield example
+
+    def _read_all(
+        self, path: str, dropped: _Tally | None = None, noted: _Tally | None = None
+    ) -> Iterator[_Example]:
+        """All examples of a file; counts what is dropped and noted where asked to."""
+        name = os.path.relpath(path, self.root)
+        for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
+            where, id = f"{path}, line {number}", f"{name}:{number}"
+            try:
+                record = records.parse(row, where, id)
+                if noted is not None and record.has_invisible:
+                    noted.add("invisible_characters", id)
+                yield from self._tokenised(record)
+            except DegenerateError as error:
+                if self.invalid == "error":
+                    raise DataError(
+                        f"{where}: {error}. Repair or drop the line, or set invalid='drop' to pass over "
+                        "such rows"
+                    ) from None
+                if dropped is not None:
+                    dropped.add(error.reason, id)
+
+    def _tokenised(self, record: Record) -> Iterator[_Example]:
+        if self.kind == "paired" and record.label is not None:
+            raise DataError(
+                f"{record.where}: one completion with a label where a pair is expected; set "
+                f"kind='unpaired', or give {records.PAIR}"
+            )
+        for one in record.unpaired() if self.kind == "unpaired" else (record,):
+            prompt, completions = self.tokeniser(one)
+            if not all(completions):
+                raise DegenerateError("empty_completion", "a completion has no tokens")
+            if self.kind == "paired" and completions[0] == completions[1]:
+                raise DegenerateError(
+                    "identical_tokens", "'chosen' and 'rejected' are the same tokens"
+                )
+            yield _Example(one, prompt, completions)
+
+    def _split_of(self, record: Record, path: str) -> str:
+        if self.validation_fraction:
+            held_out = splits.in_validation(record.prompt_text, self.validation_fraction)
+            return "validation" if held_out else "train"
+        return next(split for split, files in self.files.items() if path in files)
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, dict[str, Any]]:
+        """Examples of each split, and what was dropped and noted; remembered under the digest.
+
+        Raises:
+          DataError: for a malformed file, or a split without an example.
+        """
+        remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
+        if remembered.is_file():
+            counted = json.loads(remembered.read_text(encoding="utf-8"))
+            if not (
+                counted["dropped"] and self.invalid == "error"
+            ):  # else the error is to be raised
+                return counted
+        examples = dict.fromkeys(self.splits, 0)
+        prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
+        dropped, noted = _Tally(), _Tally()
+        paths = list(dict.fromkeys(path for found in self.files.values() for path in found))
+        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+            for example in self._read_all(path, dropped, noted):
+                split = self._split_of(example.record, path)
+                examples[split] += 1
+                if len(prompts[split]) < 2 and example.prompt not in prompts[split]:
+                    prompts[split].append(example.prompt)
+        for split, count in examples.items():
+            if not count:
+                raise self._empty(split, sum(examples.values()), dropped.found)
+            if self.kind == "unpaired" and len(prompts[split]) < 2:
+                raise DataError(
+                    f"{self.name}: all examples of the {split} split have one prompt. Unpaired ones "
+                    "need two, for a completion after a prompt that is not its own: add data, or set "
+                    "validation_fraction"
+                )
+        counted = {"examples": examples, "dropped": dropped.found, "noted": noted.found}
+        cache.remember(remembered, counted)
+        return counted
+
+    def _empty(self, split: str, total: int, dropped: Mapping[str, Any]) -> DataError:
+        where = f"{self.name}: {self.files[split][0]}"
+        said = ", ".join(f"{count['rows']:,} {reason}" for reason, count in dropped.items())
+        if total:
+            return DataError(
+                f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
+                f"none for the {split} split. Change validation_fraction, or give validation_files"
+            )
+        return DataError(f"{where}: no example is left ({said or 'every file is empty'})")
+
+
+def _mismatched(
+    found: Iterable[_Example], others: Callable[[], Iterator[_Example]]
+) -> Iterator[tuple[_Example, _Example]]:
+    """Each example with the next one that has another prompt; `others` come after the last."""
+    waiting: list[_Example] = []
+    for example in found:
+        if waiting and example.prompt != waiting[0].prompt:
+            yield from ((one, example) for one in waiting)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        other = next(one for one in others() if one.prompt != waiting[0].prompt)
+        yield from ((one, other) for one in waiting)
