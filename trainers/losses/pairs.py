@@ -55,6 +55,12 @@ class PairLogProbs:
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
+    def ref_margin(self) -> jax.Array:
+        """log pi_ref(y_w) / pi_ref(y_l); MissingReferenceError without a reference."""
+        ref_chosen, ref_rejected = self._reference()
+        return ref_chosen - ref_rejected
+
+    @property
     def chosen_mean(self) -> jax.Array:
         """Of the chosen completion, per token."""
         return self.chosen / self.chosen_length

@@ -1,0 +1,30 @@
+"""Settings of losses, checked when a step is traced: what is wrong ends a run before its first update."""
+
+import math
+from collections.abc import Sequence
+
+
+def check_positive(**settings: float) -> None:
+    """ValueError for a setting that is not a positive, finite number; beta = 0 would train nothing."""
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"{name} = {value} must be positive and finite: bind another number, or none for the default."
+            )
+
+
+def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None:
+    """ValueError for a share of wrong labels from which no preference can be learnt."""
+    enough = label_smoothing >= 0 if may_be_zero else label_smoothing > 0
+    if not (enough and label_smoothing < 0.5):
+        interval = "[0, 0.5)" if may_be_zero else "(0, 0.5)"
+        raise ValueError(
+            f"label_smoothing = {label_smoothing} must lie in {interval}, the share of labels that are wrong: "
+            "swap chosen and rejected if most of them are."
+        )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError for a name that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is not known: bind one of {', '.join(choices)}.")
