@@ -1,13 +1,13 @@
 """Reference log-probabilities of preference pairs, computed once for all runs that ask for the same.
 
   <store>/<model>/about.json        what the values are of
-  <store>/<model>/<sha256>.npz      parts: digests of pairs [N, 32] uint8, values [N, 2] float32
+  <store>/<model>/<sha256>.npz       parts: digests of pairs [N, 16] uint8, values [N, 2] float32
 
 A model is known by a digest of its parameters and configuration, a pair by one of its tokens as they are read (after
 tokenizer, template and truncation): what differs in any of these is simply not there. Parts are named by a hash of
 their bytes and never change, so that runs may add to a store at the same time.
 
-Shapes: N pairs, B rows, K pairs of a row.
+Shapes: N pairs, B rows, K pairs of a row, D bytes of a digest.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from data import cache_dir as directories
 
 FOLDER = "reference_log_probs"
 ABOUT = "about.json"
-_DIGEST = 32  # bytes
+_DIGEST = 16  # bytes, as data/preferences/pair_rows.py makes them
 
 
 class ReferenceStoreError(ValueError):
@@ -128,15 +128,15 @@ class ReferenceStore:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             self._take(arrays["digests"], arrays["values"])
 
-    def _take(self, raw_N32: np.ndarray, values_N2: np.ndarray) -> None:
-        if len(raw_N32) != len(values_N2):
-            raise ValueError(f"{len(values_N2)} values of {len(raw_N32)} pairs.")
+    def _take(self, raw_ND: np.ndarray, values_N2: np.ndarray) -> None:
+        if len(raw_ND) != len(values_N2):
+            raise ValueError(f"{len(values_N2)} values of {len(raw_ND)} pairs.")
         if not np.isfinite(values_N2).all():
             raise ReferenceStoreError(
                 "The reference gives log-probabilities that are not finite: it does not fit this data, or is "
                 "not the model it should be."
             )
-        for raw, values in zip(raw_N32, values_N2.tolist(), strict=True):
+        for raw, values in zip(raw_ND, values_N2.tolist(), strict=True):
             self._values[raw.tobytes()] = tuple(values)
 
 

@@ -19,6 +19,8 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.images.make_stream": {"images": ("split",)},
     "data.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluate.evaluate": {"stream": ("task",)},
+    "launch.reference.make_eval_stream": {"stream": ("task",)},
+    "launch.reference.make_stream": {"stream": ("positions",)},
     "launch.train.train": {
         "checkpointer": ("directory",),
         "eval_stream": ("task",),

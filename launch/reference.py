@@ -115,14 +115,17 @@ class Reference:
 
 
 def make_stream(
-    *, reference: Reference, stream: Callable[..., Any], **given: Any
+    *,
+    reference: Reference,
+    stream: Callable[..., Any],
+    positions: Mapping[str, Any] | None = None,
 ) -> ReferencedStream:
-    """The training stream; arguments are those of `stream`, which opens the pairs."""
-    return reference.read(stream(**given))
+    """The training stream of pairs that `stream` opens, called with (positions=) to read on where a run stopped."""
+    return reference.read(stream() if positions is None else stream(positions=positions))
 
 
 def make_eval_stream(
     *, task: str, reference: Reference, stream: Callable[..., Any]
 ) -> ReferencedStream:
-    """The held-out stream of a task; `stream` opens the pairs."""
+    """The held-out stream of a task, which `stream` opens, called with (task=)."""
     return reference.read(stream(task=task))

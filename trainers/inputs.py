@@ -5,6 +5,7 @@ Each kind knows nothing of where they come from; a stream (trainers/batches.py) 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import jax
@@ -64,21 +65,25 @@ class PackedTokens:
 
 @dataclasses.dataclass(frozen=True)
 class PackedPairs:
-    """Pairs of completions packed into rows of `length` tokens: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
+    """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
 
     Attributes:
-      length: tokens in a row.
+      feature_lengths: {'targets': places of a row}.
       pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/losses/pairs.py.
     """
 
-    length: int
+    feature_lengths: Mapping[str, int]
     pairs: int = 1
     stored_reference: bool = True
     labels: bool = False
     unit: str = dataclasses.field(default="tokens", init=False)
     loss_per: str = dataclasses.field(default="pairs", init=False)
+
+    @property
+    def length(self) -> int:
+        return self.feature_lengths["targets"]
 
     def arrays(self, rows: int) -> Arrays:
         per_pair = jax.ShapeDtypeStruct((rows, self.pairs), jnp.float32)

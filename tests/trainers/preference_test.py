@@ -199,8 +199,8 @@ def test_prompt_targets_and_masked_positions_are_not_read():
 class Fixed:
     """A live reference whose parameters are at hand."""
 
-    def __init__(self, model):
-        self._live = LiveReference(model=model, checkpoint="unread")
+    def __init__(self):
+        self._live = LiveReference(model=MODEL, checkpoint="unread")
         self.log_probs = self._live.log_probs
 
     def abstract(self, mesh, rules):
@@ -214,7 +214,7 @@ def test_a_live_reference_is_the_stored_one_and_gets_no_gradient():
     rows = [[p] for p in pairs()]
     stored = batch_of(rows, slots=1, reference=scored(1))
     batch = {k: v for k, v in stored.items() if k != "reference_log_probs"}
-    objective = preference(model=MODEL, losses=[sigmoid_loss], reference=Fixed)
+    objective = preference(model=MODEL, losses=[sigmoid_loss], reference=Fixed())
     from_store = evaluated(stored, sigmoid_loss)
 
     def loss(params, extras):
@@ -281,7 +281,7 @@ def test_what_cannot_be_is_said_before_a_step():
 
 def test_a_batch_has_the_arrays_that_inputs_say():
     batch = batch_of([[p] for p in pairs()], slots=2, reference=scored(1))
-    said = inputs.PackedPairs(LENGTH, pairs=2).arrays(4)
+    said = inputs.PackedPairs({"targets": LENGTH}, pairs=2).arrays(4)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in said.items()
     }

@@ -25,7 +25,7 @@ def preference(
     losses: Sequence[PairLoss],
     weights: Sequence[float] | None = None,
     num_sources: int = 0,
-    reference: Callable[..., LiveReference] | None = None,
+    reference: LiveReference | None = None,
     implementation: Implementation = "auto",
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.
@@ -44,7 +44,7 @@ def preference(
       losses: functions of trainers/losses/.
       weights: of the losses; None for 1 each.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
-      reference: makes what computes the reference's log-probabilities in each step, called with (model=).
+      reference: computes the reference's log-probabilities in each step; None where they come with the batch.
       implementation: form of the cross-entropy, see model/cross_entropy.py.
 
     Raises:
@@ -52,7 +52,6 @@ def preference(
     """
     names = _checked(losses, weights)
     factors = [1.0] * len(losses) if weights is None else list(weights)
-    live = None if reference is None else reference(model=model)
 
     def loss_fn(
         params: Any,
@@ -71,10 +70,10 @@ def preference(
             rngs=None if rng is None else {"dropout": rng},
             mutable=["losses", *watched, *kept],
         )
-        if live is None:
+        if reference is None:
             reference_BS = batch.get("reference_log_probs")
         else:
-            reference_BS = live.log_probs(extras, batch, implementation=implementation)
+            reference_BS = reference.log_probs(extras, batch, implementation=implementation)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)
         present_P = pairs.weights > 0
         values = {
@@ -97,7 +96,7 @@ def preference(
         updates = {name: written[name] for name in kept}
         return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
 
-    return Objective(loss_fn=loss_fn, stored_extras=live)
+    return Objective(loss_fn=loss_fn, stored_extras=reference)
 
 
 def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -18,7 +18,7 @@ class LiveReference:
     """The reference's parameters, read when the first step runs, and what they say of a batch of pairs.
 
     Attributes:
-      model: of the reference; by default that of the policy.
+      model: of the reference, a decoder-only module.
       checkpoint: step or run directory that its parameters are read from.
       use_ema: read their moving average.
     """
