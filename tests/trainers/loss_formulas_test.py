@@ -32,7 +32,7 @@ def batch_of(**given):
         "rejected_length": lengths[1],
         "weights": np.ones(len(REAL)),
         "ref_chosen": chosen + 2 * rng.normal(size=len(REAL)),
-        "ref_rejected": rejected + 2 * rng.normal(size=len(REAL)),
+        "ref_rejected": rejected - 1 + 2 * rng.normal(size=len(REAL)),
         "labels": np.array([1, 0, 0, 1, 1]),
         **given,
     }
@@ -234,7 +234,7 @@ def test_values_and_gradients_are_the_formulas_of_the_real_pairs(name):
     np.testing.assert_allclose(values[REAL], formula(Doubles(batch)), rtol=1e-5, atol=1e-6)
     for field, gradient in gradients.items():
         np.testing.assert_array_equal(np.delete(gradient, REAL), 0.0)
-        if DETACHED.get(name) == field:
+        if DETACHED.get(name) == field:  # the formula depends on it
             np.testing.assert_array_equal(gradient, 0.0)
             continue
         at = np.asarray(getattr(batch, field), np.float64)
@@ -257,8 +257,14 @@ def test_a_batch_without_a_pair_has_no_gradient(name):
 
 @each_loss
 def test_log_ratios_of_thousands_stay_finite(name):
-    far = np.array([-3000.0, -300.0, -50.0, -0.0, -3000.0])
-    batch = batch_of(chosen=far, rejected=far[::-1], ref_chosen=-far - 3000, ref_rejected=far * 0)
+    far = -np.array([3000.0, 300.0, 50.0, 0.0, 3000.0])
+    # Chosen log-ratios from -3000 to 3000, and differences of them from -6000 to 6000.
+    batch = batch_of(
+        chosen=far,
+        rejected=far[::-1],
+        ref_chosen=-3000 - far,
+        ref_rejected=np.array([-6000.0, 0.0, 0.0, 2700.0, 0.0]),
+    )
     values, gradients = compiled(name)(batch)
     assert np.isfinite(values).all()
     for gradient in gradients.values():

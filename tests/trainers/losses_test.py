@@ -17,7 +17,7 @@ of = functools.partial
 
 
 def make_pairs(size=5, seed=0, spread=6.0, labels=False, **given):
-    """Pairs whose numbers float32 holds exactly."""
+    """Random pairs, the reference `spread` nats away."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 9, (2, size))
     chosen, rejected = -lengths * rng.uniform(0.2, 3.0, (2, size)) - 0.5

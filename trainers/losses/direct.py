@@ -5,7 +5,8 @@ numbers, Delta = c - r, z = beta Delta and sigma the logistic function. Losses a
 not weighted. They have TRL's names and, unless said otherwise, its formulas (DPOTrainer, 1.16); `dpo` is its
 `sigmoid`. Settings that make no sense raise ValueError, pairs without a reference MissingReferenceError.
 
-Where `divergence` is a setting, its scores (trainers/losses/divergence.py) stand for c and r.
+Where `divergence` is a setting, its scores (trainers/losses/divergence.py) stand for c and r. Losses that read c and r
+otherwise than by their difference are in absolute.py and transport.py.
 """
 
 import math
@@ -53,7 +54,7 @@ def robust(
     """[-(1 - eps) log sigma(z) + eps log sigma(-z)] / (1 - 2 eps): robust DPO (arXiv 2403.00409).
 
     Its mean over labels swapped with probability eps is DPO's loss of the true ones. It has no lower bound: it falls
-    for ever as z grows.
+    for ever as z grows. TRL's default is eps = 0, which is DPO.
     """
     check_positive(beta=beta)
     check_smoothing(label_smoothing)

@@ -9,7 +9,7 @@ def check_positive(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise ValueError(
-                f"{name} = {value} must be positive and finite: bind another number, or none for the default."
+                f"{name} = {value} must be positive and finite: bind another number, or leave it at its default."
             )
 
 
