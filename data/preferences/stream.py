@@ -184,13 +184,6 @@ def make_stream(
         changed=changed_cache,
         verify=verify_cache,
     )
-    first, *others = mixture.sources
-    for other in others:
-        if other.unpaired != first.unpaired:
-            raise ValueError(
-                f"Sources {first.name!r} and {other.name!r} are of different kinds, pairs and unpaired "
-                "completions: a mixture needs one. Register both with the same kind."
-            )
     return PairStream(
         mixture.sources,
         mixture.phases,
