@@ -18,12 +18,6 @@ GOLDEN = json.loads((GOLDENS / "preference_pairs.json").read_bytes())
 IDS = ("prompt", "chosen", "rejected")
 
 
-@pytest.fixture(autouse=True)
-def no_tasks_left():
-    yield
-    tasks.clear()
-
-
 @pytest.fixture(scope="module")
 def byte():
     return vocabularies.byte()
