@@ -318,12 +318,20 @@ def test_what_cannot_be_streamed_is_refused(caches, tmp_path):
     empty = write(tmp_path / "empty", [pair(1, 1, 2), pair(0, 1, 2, "x.jsonl:9")])
     with pytest.raises(ValueError, match="prompt of x.jsonl:9 is empty, and start_token=None"):
         source("empty", empty, start_token=None)
-    assert source("empty", empty).plan.num_rows == 2
     documents = cache.write(tmp_path / "d", [{"targets": [1]}], features={"targets": 9})
     with pytest.raises(
         ValueError, match="'d' has no feature 'prompt', only targets.*register_pairs"
     ):
         source("d", documents)
+
+
+def test_after_an_empty_prompt_all_is_predicted(tmp_path):
+    opened = write(tmp_path / "x", [pair(0, 1, 2)])
+    batch = PairEvalStream(source("x", opened), batch_size=1, start_token=7).batch(0, 0, 1)
+    assert batch["decoder_input_tokens"][0, :4].tolist() == [7, 7, 90, 0]
+    assert batch["decoder_target_tokens"][0, :4].tolist() == [50, 90, 91, 0]
+    assert batch["decoder_loss_weights"][0, :4].tolist() == [1, 1, 1, 0]
+    assert batch["decoder_segment_ids"][0, :4].tolist() == [1, 2, 2, 0]
 
 
 def test_digests_depend_on_where_the_prompt_ends():

@@ -310,3 +310,5 @@ def test_what_cannot_be_registered(register, byte, hf):
         register(pairs(1), add_bos=True)
     with pytest.raises(FileNotFoundError, match="other: files='gone.jsonl' matches no file"):
         preference_tasks.register_pairs(name="other", files="gone.jsonl", vocabulary=byte)
+    with pytest.raises(DataError, match="x.parquet: preference data are read from JSON lines"):
+        register(pairs(1), file="x.parquet")
