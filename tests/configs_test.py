@@ -27,6 +27,8 @@ DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" n
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
 # Those of images, and what goes with them in a run; all others are of text.
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
+# Those of pairs, which tests/launch/preference_pairs_test.py reads.
+PAIRS = {"preferences"}
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
@@ -249,7 +251,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES))
+@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS))
 def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     files = ("models/tiny", f"data/{name}", "runs/pretrain")
     config = load(*files, data=REQUIRED.get(name, ()))

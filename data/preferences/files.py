@@ -23,6 +23,7 @@ from data import documents, fingerprint, splits
 from data.documents import DataError
 from data.preferences import records, tokens
 from data.preferences.records import DegenerateError, Kind, Record
+from data.preferences.tally import Tally
 
 Invalid = Literal["drop", "error"]
 INVALID = get_args(Invalid)
@@ -40,16 +41,6 @@ class _Example:
     record: Record
     prompt: list[int]
     completions: list[list[int]]
-
-
-class _Tally:
-    """What was met while reading: rows by reason with the first place of each."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
-
-    def add(self, reason: str, where: str) -> None:
-        self.found.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +164,7 @@ class PreferenceFiles:
                 yield example
 
     def _read_all(
-        self, path: str, dropped: _Tally | None = None, noted: _Tally | None = None
+        self, path: str, dropped: Tally | None = None, noted: Tally | None = None
     ) -> Iterator[_Example]:
         """All examples of a file; counts what is dropped and noted where asked to."""
         name = os.path.relpath(path, self.root)
@@ -231,7 +222,7 @@ class PreferenceFiles:
                 return counted
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
-        dropped, noted = _Tally(), _Tally()
+        dropped, noted = Tally(), Tally()
         paths = list(dict.fromkeys(path for found in self.files.values() for path in found))
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
             for example in self._read_all(path, dropped, noted):
@@ -241,7 +232,7 @@ class PreferenceFiles:
                     prompts[split].append(example.prompt)
         for split, count in examples.items():
             if not count:
-                raise self._empty(split, sum(examples.values()), dropped.found)
+                raise self._empty(split, sum(examples.values()), dropped)
             if self.kind == "unpaired" and len(prompts[split]) < 2:
                 raise DataError(
                     f"{self.name}: all examples of the {split} split have one prompt. Unpaired ones "
@@ -252,15 +243,16 @@ class PreferenceFiles:
         cache.remember(remembered, counted)
         return counted
 
-    def _empty(self, split: str, total: int, dropped: Mapping[str, Any]) -> DataError:
+    def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
         where = f"{self.name}: {self.files[split][0]}"
-        said = ", ".join(f"{count['rows']:,} {reason}" for reason, count in dropped.items())
         if total:
             return DataError(
                 f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
                 f"none for the {split} split. Change validation_fraction, or give validation_files"
             )
-        return DataError(f"{where}: no example is left ({said or 'every file is empty'})")
+        return DataError(
+            f"{where}: no example is left ({dropped if dropped.found else 'every file is empty'})"
+        )
 
 
 def _mismatched(

@@ -4,13 +4,15 @@ Shape suffixes: N records, P pairs in row order, R rows.
 """
 
 import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
 
 from data.cache import Cache
 from data.plan import Plan, best_fit, starts
 
-PACKINGS = ("examples", "best_fit")
+Packing = Literal["examples", "best_fit"]
+PACKINGS = get_args(Packing)
 FEATURES = ("prompt", "chosen", "rejected")
 
 
@@ -57,7 +59,7 @@ def plan_pairs(
     *,
     row_length: int,
     max_length: int | None = None,
-    packing: str = "examples",
+    packing: Packing = "examples",
     read_only: int = 0,
 ) -> PairPlan:
     """Plans the rows of one source of pairs.

@@ -135,7 +135,7 @@ def make_stream(
     seed: int = 0,
     split: str = "train",
     max_length: int | None = None,
-    packing: str = "examples",
+    packing: pair_plan.Packing = "examples",
     start_token: int | None = 0,
     weights: mixing.Weights = "rates",
     temperature: float = 1.0,
@@ -184,13 +184,6 @@ def make_stream(
         changed=changed_cache,
         verify=verify_cache,
     )
-    first, *others = mixture.sources
-    for other in others:
-        if other.unpaired != first.unpaired:
-            raise ValueError(
-                f"Sources {first.name!r} and {other.name!r} are of different kinds, pairs and unpaired "
-                "completions: a mixture needs one. Register both with the same kind."
-            )
     return PairStream(
         mixture.sources,
         mixture.phases,
@@ -211,7 +204,7 @@ def make_eval_stream(
     batch_size: int,
     split: str = "validation",
     max_length: int | None = None,
-    packing: str = "examples",
+    packing: pair_plan.Packing = "examples",
     start_token: int | None = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: cache.Changed = "refuse",
@@ -239,7 +232,7 @@ def make_eval_stream(
 def _pairs(
     feature_lengths: Mapping[str, int],
     max_length: int | None,
-    packing: str,
+    packing: pair_plan.Packing,
     start_token: int | None,
 ) -> Callable[[str, cache.Cache], PairSource]:
     if set(feature_lengths) != {"targets"}:

@@ -1,10 +1,12 @@
 """SeqIO tasks of preference data, registered by a plain function that gin binds."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from data import document_files, document_source, tasks
+from data.documents import DataError
 from data.preferences import files as preference_files
 from data.preferences import records, tokens
 
@@ -53,6 +55,7 @@ def register_pairs(
 
     Raises:
       FileNotFoundError: a pattern matches no file.
+      DataError: a matching file is of another kind.
       ChatTemplateError: there is no such chat template.
       ValueError: an argument is none of those it may be.
     """
@@ -72,6 +75,12 @@ def register_pairs(
         validation_fraction=validation_fraction,
         data_root=data_root,
     )
+    for path in sorted({path for paths in found.values() for path in paths}):
+        if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
+            raise DataError(
+                f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
+                ".zst); write the file's rows as such, one object a line"
+            )
     source = preference_files.PreferenceFiles(
         name=name,
         files=found,

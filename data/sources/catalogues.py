@@ -1,6 +1,7 @@
 """Translated interface texts: gettext catalogues, and the JSON ones of Home Assistant."""
 
 import json
+import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
@@ -25,11 +26,7 @@ def gettext_texts(
     """
     import polib
 
-    found = []
-    for name, path in env.files(package, (".po",)):
-        match = _CATALOGUE.match(name)
-        if match:
-            found.append((match["locale"], match["folder"], match["domain"], path))
+    found = _catalogues(env, package)
     if "en" in locales and not any(locale == "en" for locale, *_ in found):
         locales = ("de",)
         texts_of = _messages
@@ -39,6 +36,32 @@ def gettext_texts(
         if locale in locales:
             texts = [text for entry in polib.pofile(str(path)) for text in texts_of(entry)]
             yield f"{folder}/{locale}/{domain}", [text for text in texts if is_prose(text)]
+
+
+def gettext_pairs(
+    env: environment.Environment, package: str, locales: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """(message, its translation) of every entry of one form in the catalogues of the given locales."""
+    import polib
+
+    for locale, *_, path in _catalogues(env, package):
+        if locale in locales:
+            for entry in polib.pofile(str(path)):
+                for text in () if entry.msgid_plural else _translations(entry):
+                    if is_prose(entry.msgid) and is_prose(text):
+                        yield entry.msgid, text
+
+
+def _catalogues(
+    env: environment.Environment, package: str
+) -> list[tuple[str, str, str, pathlib.Path]]:
+    """(locale, folder, domain, path) of each catalogue of a package."""
+    found = []
+    for name, path in env.files(package, (".po",)):
+        match = _CATALOGUE.match(name)
+        if match:
+            found.append((match["locale"], match["folder"], match["domain"], path))
+    return found
 
 
 def _messages(entry) -> list[str]:

@@ -19,7 +19,7 @@ PACKAGES = (
     "plone.app.locales",
     "weblate",
 )
-_GETTEXT_PACKAGES = ("django", "sphinx", "plone.app.locales", "weblate")
+GETTEXT_PACKAGES = ("django", "sphinx", "plone.app.locales", "weblate")
 CHUNK = 8_000  # characters per document where a file is a long list of unrelated sentences
 
 
@@ -103,7 +103,7 @@ def _collections(
         yield id, texts, "\n\n"
     for id, texts in _dialogues(env, variant):
         yield id, texts, "\n\n"
-    for package in _GETTEXT_PACKAGES:
+    for package in GETTEXT_PACKAGES:
         for id, texts in catalogues.gettext_texts(env, package, variant.locales):
             yield id, texts, "\n"
     for id, texts in catalogues.home_assistant_texts(env, variant.panels):

@@ -1,0 +1,23 @@
+"""How often something was met while reading, and where first."""
+
+from typing import Any
+
+
+class Tally:
+    """Counts by reason.
+
+    Attributes:
+      found: reason -> {'rows': how many, 'first': where the first one is}.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        self.found.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{count['rows']:,} {reason} (first: {count['first']})"
+            for reason, count in self.found.items()
+        )

@@ -1,0 +1,98 @@
+"""Writes preference pairs: of rated responses, or pairs whose order is known and can be checked.
+
+Example: 1,000 messages of installed packages, in the language that is asked for against another one:
+
+  python -m launch.preference_pairs --kind=translations --output=/tmp/pairs.jsonl --limit=1000 --seed=1
+
+Kinds:
+  translations  from gettext catalogues of installed packages (Django and Sphinx are; Weblate has more)
+  reasoning     right answers to problems of reasoning-gym (pip install reasoning-gym) against altered ones
+                that its scorers give less
+  rated         --input=FILE with rows {"prompt": ..., "responses": [...], "ratings": [...]}: the best
+                response against one that is rated lower
+
+The rows are {"prompt", "chosen", "rejected"}, which t5x_configs/data/preferences.gin takes. The first two kinds
+are constructed: nobody was asked what they prefer.
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+
+from launch import cli
+
+KINDS = ("translations", "reasoning", "rated")
+_RATED = {"input": None, "rejected": "worst", "min_margin": 0.0}  # flags of one kind
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.preference_pairs",
+        description=summary,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--kind", required=True, choices=KINDS, help="what the pairs are of")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
+    parser.add_argument(
+        "--limit", type=int, default=10_000, metavar="N", help="most pairs (default 10,000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--input", metavar="FILE", help="rated: the responses, .jsonl, .gz or .zst")
+    parser.add_argument(
+        "--rejected",
+        choices=("worst", "random", "next"),
+        help="rated: which of those rated lower than the best (default worst)",
+    )
+    parser.add_argument(
+        "--min_margin",
+        type=float,
+        metavar="X",
+        help="rated: by how much the two ratings differ at least (default 0)",
+    )
+    flags = parser.parse_args(argv)
+    given = {name: value for name in _RATED if (value := getattr(flags, name)) is not None}
+    if flags.kind != "rated" and given:
+        parser.error(f"--{next(iter(given))} is for --kind=rated")
+    if flags.kind == "rated" and flags.input is None:
+        parser.error("--kind=rated needs --input")
+    if flags.limit < 1:
+        parser.error("--limit must be at least 1")
+    return cli.status_of(lambda: _write(flags, {**_RATED, **given}))
+
+
+def _write(flags: argparse.Namespace, rated: dict) -> None:
+    import tqdm
+
+    from data.preferences import binarise, constructed
+    from data.preferences.tally import Tally
+    from launch import row_files
+
+    row_files.check_output(flags.output)
+    dropped = Tally()
+    if flags.kind == "rated":
+        rows = row_files.read(rated["input"], example=binarise.EXAMPLE, flag="input")
+        made = binarise.pairs(
+            rows,
+            rejected=rated["rejected"],
+            min_margin=rated["min_margin"],
+            seed=flags.seed,
+            dropped=dropped,
+        )
+    elif flags.kind == "reasoning":
+        made = constructed.reasoning(limit=flags.limit, seed=flags.seed)
+    else:
+        made = constructed.translations(limit=flags.limit, seed=flags.seed)
+    made = itertools.islice(made, flags.limit)
+    pairs = list(tqdm.tqdm(made, desc=flags.kind, unit=" pairs", disable=None))
+    row_files.write(flags.output, pairs)
+    print(
+        f"{flags.output}: {len(pairs):,} pairs" + (f"; dropped: {dropped}" if dropped.found else "")
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
