@@ -216,9 +216,7 @@ class PreferenceFiles:
         remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
         if remembered.is_file():
             counted = json.loads(remembered.read_text(encoding="utf-8"))
-            if not (
-                counted["dropped"] and self.invalid == "error"
-            ):  # else the error is to be raised
+            if self.invalid == "drop" or not counted["dropped"]:  # else it is read to its error
                 return counted
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
@@ -236,7 +234,7 @@ class PreferenceFiles:
             if self.kind == "unpaired" and len(prompts[split]) < 2:
                 raise DataError(
                     f"{self.name}: all examples of the {split} split have one prompt. Unpaired ones "
-                    "need two, for a completion after a prompt that is not its own: add data, or set "
+                    "need two, for a completion after a prompt that is not its own: add data, or change "
                     "validation_fraction"
                 )
         counted = {"examples": examples, "dropped": dropped.found, "noted": noted.found}
