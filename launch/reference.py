@@ -29,7 +29,8 @@ class Reference:
     Attributes:
       model: the linen module.
       checkpoint: step or run directory; most often what the policy starts from.
-      params: 'raw', 'ema' or 'auto', see launch/load_run.py.
+      use_ema: read the moving average of its parameters, as where the policy starts from that
+        (train.initial_use_ema).
       batch_size: sequences at a time.
       mesh, rules: to run it on.
       store: directory of known values; None for the one in the cache directory.
@@ -37,7 +38,7 @@ class Reference:
 
     model: Any
     checkpoint: str | None
-    params: str = "auto"
+    use_ema: bool = False
     batch_size: int = 8
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
@@ -74,8 +75,7 @@ class Reference:
     def _identify(self, step: Any) -> tuple[Any, str, Mapping[str, Any]]:
         """(step directory, digest of the parameters and of what they mean, what the run recorded)."""
         recorded = step_dir.read_manifest(step)
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        root = "ema_params/" if self._averaged(averaged) else "params/"
+        root = "ema_params/" if self.use_ema else "params/"
         arrays = {
             name.removeprefix(root): [str(entry), f"{entry.digest:016x}"]
             for name, entry in recorded.arrays.items()
@@ -84,9 +84,6 @@ class Reference:
         config = dataclasses.asdict(self.model.config)
         model = cache.digest([_VERSION, arrays, repr(self.model), config])
         return step, model, step_dir.read_record(step, recorded)["meta"]
-
-    def _averaged(self, there: bool) -> bool:
-        return there if self.params == "auto" else self.params == "ema"
 
     def _compute(self, stream: Any, store: ReferenceStore, checkpoint: str) -> None:
         """Adds to the store what it lacks of the stream's pairs."""
@@ -99,7 +96,7 @@ class Reference:
         config = RunConfig(
             model=self.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
         )
-        with config.load(checkpoint, params=self.params) as run:
+        with config.load(checkpoint, params="ema" if self.use_ema else "raw") as run:
             rows = [
                 Row(context=[*before, *prompt], targets=completion)
                 for prompt, *completions in (known[digest] for digest in wanted)
