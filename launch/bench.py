@@ -5,7 +5,7 @@ Example, about a minute; figures and the environment go to standard output and t
   python -m launch.bench data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Those against PyTorch (train_step, moe_step, cold_start, hf_import) need `make peers` first, and lm_eval
+interval. Those against PyTorch (train_step, moe_step, dpo, cold_start, hf_import) need `make peers` first, and lm_eval
 needs `make peers-lm-eval`.
 """
 
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "low_rank_step": "a step of 1,024-wide blocks in factors against the dense step",
     "moe_step": "a step of a small Mixtral, 8 and 64 experts, against transformers",
     "moe_dense": "a layer of experts against a dense MLP of equal active FLOPs",
+    "dpo": "a step of DPO against TRL with a cached reference, its memory, and how soon a second run begins",
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",

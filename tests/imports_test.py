@@ -32,7 +32,13 @@ PEERS = {"torch", "transformers"}  # reference implementations, never imported
 # Run by a benchmark as a script of their own environment.
 PEER_SCRIPTS = {
     ROOT / "launch" / "benchmarks" / name
-    for name in ("decode_torch.py", "llama_torch.py", "lm_eval_side.py", "load_torch.py")
+    for name in (
+        "decode_torch.py",
+        "dpo_torch.py",
+        "llama_torch.py",
+        "lm_eval_side.py",
+        "load_torch.py",
+    )
 }
 
 

@@ -74,6 +74,6 @@ class PairLogProbs:
         if self.ref_chosen is None or self.ref_rejected is None:
             raise MissingReferenceError(
                 "This loss compares with a reference model, and there is none: bind REFERENCE, or choose a loss "
-                "without one (slic_hinge, simpo, cpo, orpo, nll)."
+                "without one (slic_hinge, simpo, cpo, alpha_po, orpo, nll)."
             )
         return self.ref_chosen, self.ref_rejected
