@@ -10,19 +10,19 @@ _SPECIAL = 3  # 0 pad, 1 EOS, 2 unknown, as in seqio.ByteVocabulary
 
 
 class CharacterVocabulary(seqio.Vocabulary):
-    """One id for each of some ASCII characters, in their order; any other one is unknown.
+    """One id for each of some characters, in their order; any other one is unknown.
 
     Args:
       symbols: the characters, each once.
 
     Raises:
-      ValueError: they are none, repeated, or not ASCII.
+      ValueError: they are none, or repeated.
     """
 
     def __init__(self, symbols: str):
         super().__init__()
-        if not symbols or not symbols.isascii() or len(set(symbols)) != len(symbols):
-            raise ValueError(f"symbols = {symbols!r} must be different ASCII characters.")
+        if not symbols or len(set(symbols)) != len(symbols):
+            raise ValueError(f"symbols = {symbols!r} must be different characters.")
         self.symbols = symbols
         self._id_of = {symbol: i + _SPECIAL for i, symbol in enumerate(symbols)}
 
@@ -59,9 +59,11 @@ class CharacterVocabulary(seqio.Vocabulary):
         return ["", "", "?" if "?" not in self.symbols else "\ufffd", *self.symbols]
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        table = np.full(256, self.unk_id, np.int32)
-        table[list(self.model_bytes)] = np.arange(len(self.symbols)) + _SPECIAL
-        return tf.gather(table, tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32))
+        points = [ord(symbol) for symbol in self.symbols]
+        beyond = max(points) + 1
+        table = np.full(beyond + 1, self.unk_id, np.int32)
+        table[points] = np.arange(len(points)) + _SPECIAL
+        return tf.gather(table, tf.minimum(tf.strings.unicode_decode(s, "UTF-8"), beyond))
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         return tf.strings.reduce_join(tf.gather(tf.constant(self._texts), ids), axis=-1)

@@ -25,7 +25,15 @@ def test_other_characters_are_another_vocabulary():
     )
 
 
-@pytest.mark.parametrize("symbols", ["", "aba", "aé"])
+def test_characters_may_be_of_any_script():
+    vocabulary = vocabularies.characters(symbols="a\u4e00\uac00\U0001f331")
+    text = "\uac00a\U0001f331\u4e00é\U0001f332"
+    assert vocabulary.encode(text) == [5, 3, 6, 4, 2, 2]
+    assert vocabulary.encode_tf(text).numpy().tolist() == [5, 3, 6, 4, 2, 2]
+    assert vocabulary.decode_tf(np.array([[5, 6, 1]])).numpy()[0].decode() == text[0] + text[2]
+
+
+@pytest.mark.parametrize("symbols", ["", "aba"])
 def test_symbols_that_no_table_can_have_are_refused(symbols):
-    with pytest.raises(ValueError, match="different ASCII characters"):
+    with pytest.raises(ValueError, match="different characters"):
         vocabularies.characters(symbols=symbols)

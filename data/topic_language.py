@@ -1,0 +1,170 @@
+"""A generated language in which the quality of a text is known, to see preference learning go too far (2410.11677).
+
+A document is a prompt of three symbols and a completion of at most twelve, its end included:
+
+  +tu   a text of language A on the topic t; u says nothing
+  ?kl   the fact that the keys k and l stand for: three symbols of A
+  -tu   a text of language B
+
+Texts are Markov chains with four successors of each symbol; in A a quarter of the symbols are preferred ones of the
+topic. The reward of an answer to `+tu` is what preferences are drawn from and what alignment is measured by.
+
+Shapes: V symbols of a language, K successors.
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+from typing import Any, Literal
+
+import numpy as np
+
+from data import tasks
+
+SIZE = 244  # of a language
+SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys
+MARKS = {"topic": "+", "fact": "?", "other": "-"}
+SHARES = {"topic": 0.4, "fact": 0.3, "other": 0.3}
+LANGUAGE_A = "".join(chr(0x4E00 + i) for i in range(SIZE))
+LANGUAGE_B = "".join(chr(0xAC00 + i) for i in range(SIZE))
+SUCCESSORS = (0.4, 0.3, 0.2, 0.1)
+PREFERRED = 6  # symbols of a topic
+ON_TOPIC = 0.25
+SHORTEST, LONGEST = 4, 11  # symbols of a text
+FACTS, ANSWER = 72, 3
+HELD_OUT = 256  # prompts of texts on topics
+SPLITS = ("train", "validation")
+VALIDATION_DOCUMENTS = 1024
+
+Kind = Literal["topic", "fact", "other"]
+
+
+def symbols() -> str:
+    """All of them, for `vocabularies.characters`."""
+    return "".join(MARKS.values()) + SHARED + LANGUAGE_A + LANGUAGE_B
+
+
+@functools.cache
+def _successors(language: str) -> np.ndarray:
+    """What may follow each symbol of a language [V, K], the most probable first, as places in it."""
+    rng = np.random.default_rng(ord(language[0]))
+    return np.stack([rng.permutation(SIZE)[: len(SUCCESSORS)] for _ in range(SIZE)])
+
+
+@functools.cache
+def preferred(topic: str) -> str:
+    """The symbols of A that texts on a topic prefer."""
+    return "".join(random.Random(f"topic {topic}").sample(LANGUAGE_A, PREFERRED))
+
+
+@functools.cache
+def facts() -> dict[str, str]:
+    """Prompt -> answer, of all facts."""
+    rng = random.Random("facts")
+    keys = rng.sample(list(itertools.product(SHARED, repeat=2)), FACTS)
+    return {MARKS["fact"] + k + other: "".join(rng.sample(LANGUAGE_A, ANSWER)) for k, other in keys}
+
+
+@functools.cache
+def prompts(split: str) -> tuple[str, ...]:
+    """Prompts of texts on topics, in no order: HELD_OUT of them for 'validation', all others for 'train'."""
+    every = [MARKS["topic"] + t + u for t, u in itertools.product(SHARED, repeat=2)]
+    random.Random("prompts").shuffle(every)
+    return tuple(every[:HELD_OUT] if split == "validation" else every[HELD_OUT:])
+
+
+def completion(prompt: str, rng: np.random.Generator) -> str:
+    """What a document says after a prompt."""
+    if prompt in facts():
+        return facts()[prompt]
+    on_topic = prompt[0] == MARKS["topic"]
+    language = LANGUAGE_A if on_topic else LANGUAGE_B
+    table_VK, wanted = _successors(language), preferred(prompt[1])
+    at, found = int(rng.integers(SIZE)), []
+    for _ in range(int(rng.integers(SHORTEST, LONGEST + 1))):
+        if on_topic and rng.random() < ON_TOPIC:
+            at = language.index(wanted[int(rng.integers(PREFERRED))])
+        found.append(language[at])
+        at = int(table_VK[at, rng.choice(len(SUCCESSORS), p=SUCCESSORS)])
+    return "".join(found)
+
+
+def reward(prompt: str, text: str, *, ended: bool) -> float:
+    """The quality of an answer to a prompt `+tu`: preferred symbols, all in A, no repeats, and an end.
+
+    0.8 for each different symbol that the topic prefers, -4 times the share of symbols that are not of A, -3 for each
+    symbol that repeats the one before, -0.5 without an end; -4 for an empty answer.
+    """
+    if not text:
+        return -4.0
+    different = len(set(text) & set(preferred(prompt[1])))
+    outside = sum(symbol not in LANGUAGE_A for symbol in text) / len(text)
+    repeats = sum(a == b for a, b in itertools.pairwise(text))
+    return 0.8 * different - 4.0 * outside - 3.0 * repeats - 0.5 * (not ended)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopicSource:
+    """Documents of all kinds; satisfies `seqio.DataSourceInterface`."""
+
+    name: str
+    train_documents: int
+    seed: int
+
+    splits = SPLITS
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @property
+    def digest(self) -> str:
+        numbers = (SUCCESSORS, PREFERRED, ON_TOPIC, SHORTEST, LONGEST, FACTS, ANSWER, HELD_OUT)
+        return f"{type(self).__name__} of {symbols()}, {SHARES}, {numbers}: {self}"
+
+    def num_input_examples(self, split: str) -> int:
+        return self.train_documents if split == "train" else VALIDATION_DOCUMENTS
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def texts(self, split: str) -> list[str]:
+        """All documents of a split; those on topics have its prompts."""
+        rng = np.random.default_rng((self.seed, SPLITS.index(split)))
+        kinds = rng.choice(list(SHARES), self.num_input_examples(split), p=list(SHARES.values()))
+        found = []
+        for kind in kinds.tolist():
+            if kind == "other":
+                prompt = MARKS[kind] + "".join(rng.choice(list(SHARED), 2))
+            else:
+                known = prompts(split) if kind == "topic" else tuple(facts())
+                prompt = known[int(rng.integers(len(known)))]
+            found.append(prompt + completion(prompt, rng))
+        return found
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """`{"text", "document_id"}` as a `tf.data.Dataset`, in random order as they are."""
+        import tensorflow as tf
+
+        del shuffle, shard_info  # drawn at random; one shard
+        texts = self.texts(split)
+        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
+        return tf.data.Dataset.from_tensor_slices({"text": texts, "document_id": ids})
+
+
+def register(*, vocabulary: Any, documents: int = 96_000, seed: int = 0) -> None:
+    """Registers the task `topic_language`: prompts with their completions, and EOS.
+
+    Args:
+      vocabulary: of `symbols()`.
+      documents: to train on.
+      seed: of the documents; language, topics and facts are the same for all.
+    """
+    tasks.register_source(
+        "topic_language",
+        TopicSource("topic_language", documents, seed),
+        origin="topic_language.register",
+        vocabulary=vocabulary,
+        add_bos=False,
+        add_eos=True,
+    )
