@@ -54,8 +54,9 @@ class Reader:
         self._batch_size = batch_size
         self._sharding = sharding
 
-        def read(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> TokenReadings:
-            """Readings [B, T] of the tokens after each."""
+        def read(
+            params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, lengths_B: jax.Array
+        ) -> TokenReadings:
             segments_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
             out = model.apply(
                 {"params": params},
@@ -66,7 +67,7 @@ class Reader:
             found = read_tokens(
                 out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
                 model.apply({"params": params}, method="head_VD"),
-                jnp.roll(tokens_BT, -1, axis=1).reshape(-1),
+                targets_BT.reshape(-1),
                 k=k,
                 logit_scale=model.logit_scale,
                 softcap=model.logit_softcap,
@@ -97,7 +98,8 @@ class Reader:
           ValueError: a sequence longer than the positions that the model has learned.
         """
         limit = longest_row(params)
-        lengths = [len(one.context) + len(one.targets) for one in sequences]
+        # The last target is predicted, but never read.
+        lengths = [len(one.context) + len(one.targets) - 1 for one in sequences]
         if limit is not None and max(lengths, default=0) > limit:
             raise ValueError(
                 f"A held-out pair or a prompt with what follows has {max(lengths)} tokens, but the model learned "
@@ -107,16 +109,16 @@ class Reader:
         for batch in batches_by_length(lengths, self._batch_size):
             longest = max(_SHORTEST, 1 << (lengths[batch[0]] - 1).bit_length())
             longest = longest if limit is None else min(longest, limit)
-            tokens_BT = np.zeros((self._batch_size, longest), np.int32)
+            tokens_BT, targets_BT = np.zeros((2, self._batch_size, longest), np.int32)
             lengths_B = np.ones(self._batch_size, np.int32)
             for b, i in enumerate(batch):
-                tokens_BT[b, : lengths[i]] = [*sequences[i].context, *sequences[i].targets]
+                text = [*sequences[i].context, *sequences[i].targets]
+                tokens_BT[b, : lengths[i]], targets_BT[b, : lengths[i]] = text[:-1], text[1:]
                 lengths_B[b] = lengths[i]
-            arrays = jax.device_put((tokens_BT, lengths_B), self._sharding)
+            arrays = jax.device_put((tokens_BT, targets_BT, lengths_B), self._sharding)
             readings: TokenReadings = jax.device_get(self._read(params, *arrays))
             for b, i in enumerate(batch):
-                # The place before each target is where it is predicted.
-                places = slice(len(sequences[i].context) - 1, lengths[i] - 1)
+                places = slice(len(sequences[i].context) - 1, lengths[i])
                 found[i] = Readings(
                     log_prob=float(readings.log_probs[b, places].sum(dtype=np.float64)),
                     length=len(sequences[i].targets),
