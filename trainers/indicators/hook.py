@@ -299,11 +299,10 @@ class PreferenceIndicators:
         return tuple(id for id in ids if id not in (None, -1))
 
     def _check(self) -> None:
-        for name in ("every", "num_prompts", "batch_size", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"PreferenceIndicators.{name} = {getattr(self, name)} must be at least 1."
-                )
+        for name in ("every", "num_pairs", "num_prompts", "batch_size", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"PreferenceIndicators.{name} = {value} must be at least 1.")
         if self.stop not in ("never", "alarm"):
             raise ValueError(
                 f"PreferenceIndicators.stop = {self.stop!r}: choose from 'never', 'alarm'."

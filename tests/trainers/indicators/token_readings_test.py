@@ -59,9 +59,7 @@ def test_readings_are_those_of_whole_logits_in_float64(chunk, k, scale, softcap)
     head_VD = rng.normal(size=(40, 6)).astype(np.float32)
     targets_T = rng.integers(0, 40, 13)
     found = jax.jit(
-        lambda h, w, t: read_tokens(
-            h, w, t, k=k, logit_scale=scale, softcap=softcap, chunk=chunk
-        )
+        lambda h, w, t: read_tokens(h, w, t, k=k, logit_scale=scale, softcap=softcap, chunk=chunk)
     )(h_TD, head_VD, targets_T)
     want = by_sorting(h_TD, head_VD, targets_T, k, scale, softcap)
     for got, exact in zip((found.log_probs, found.entropies, found.masses), want, strict=True):
