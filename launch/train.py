@@ -284,7 +284,7 @@ def train(
     if primary:
         how = "stopped by a signal" if loop.interrupted else "done"
         if loop.ended and loop.step < total_steps:
-            how = "ended by a hook before its last step"
+            how = "ended by a hook"
         print(
             f"{how} at step {loop.step}; the run is in {run.path}\n{run_messages.time_split(goodput)}"
         )

@@ -8,20 +8,19 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from trainers import metric_writers
 from trainers.decode import Settings
-from trainers.hooks import GivenUpError, RunContext
+from trainers.hooks import RunContext
 from trainers.indicators import held_out, measures, samples
-from trainers.indicators.alarm import Alarm, Reading, StoppingRule
+from trainers.indicators.alarm import Alarm, StoppingRule
 from trainers.indicators.generator import Generator
+from trainers.indicators.judge import Judge
+from trainers.indicators.monitor import PREFIX, recovered
+from trainers.indicators.progress import progress
 from trainers.indicators.reader import Reader
 from trainers.indicators.token_readings import TOP_K
 from trainers.objectives.reference import LiveReference
@@ -29,11 +28,6 @@ from trainers.rewards import Completion, Reward
 from trainers.sampling import Sampling
 from trainers.scoring import Row
 from trainers.train_state import TrainState
-
-PREFIX = "indicators/"
-# What decides which checkpoint stays: `Checkpointer.best_metric`, of which the largest is best.
-RETAIN = f"{PREFIX}retain"
-_QUIET_SECONDS = 10  # before a progress bar is shown
 
 _log = logging.getLogger(__name__)
 
@@ -125,16 +119,15 @@ class PreferenceIndicators:
             sharding=program.batch_sharding,
             seed=self.seed,
         )
-        self._readings = self._recovered()
-        self._alarm = self.rule(self._readings)
-        self._competitor: np.ndarray | None = None  # its rewards
-        if self.reward is not None and (self.competitor is not None or self._readings):
-            self._competitor = self._rewards(self._competing())
+        self._monitor = recovered(
+            self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
+        )
+        self._judge = None if self.reward is None else Judge(self.reward, self._competing())
 
     @property
     def ended(self) -> bool:
         """Whether the run is to end where it is."""
-        return self.stop == "alarm" and self._alarm is not None
+        return self.stop == "alarm" and self._monitor.alarm is not None
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]
@@ -142,7 +135,7 @@ class PreferenceIndicators:
         del metrics
         # Averaged parameters are what would be released, so they are what is judged.
         params = state.params if state.ema_params is None else state.ema_params
-        with self._progress(step) as done:
+        with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
             outputs = self._generator(params, step, done=done)
             found |= self._of_outputs(params, step, outputs, done)
@@ -195,15 +188,11 @@ class PreferenceIndicators:
             found["kl"] = measures.sampled_divergence(ours_N, theirs_N)
             for row, ratio in zip(numbers, ours_N - theirs_N, strict=True):
                 row["log_ratio"] = float(ratio)
-        if self.reward is not None:
-            rewards = self._rewards(completions)
-            if self._competitor is None:
-                self._competitor = (
-                    rewards  # the first evaluation, where the policy competes with itself
-                )
-            found["reward"] = float(np.mean(rewards, dtype=np.float64))
-            found["p_win"] = measures.win_probability(rewards, self._competitor)
-            for row, reward in zip(numbers, rewards, strict=True):
+        if self._judge is not None:
+            rewards_N = self._judge.rewards(completions)
+            found["reward"] = float(np.mean(rewards_N, dtype=np.float64))
+            found["p_win"] = self._judge.win_probability(rewards_N)
+            for row, reward in zip(numbers, rewards_N, strict=True):
                 row["reward"] = float(reward)
         if self.run.writer:
             written = zip(completions, numbers, strict=True)
@@ -212,15 +201,13 @@ class PreferenceIndicators:
 
     def _judged(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
         """What the rule says, and by what the checkpoint of this step is kept or not."""
-        before = [reading for reading in self._readings if reading.step < step]
-        self._readings = [*before, _reading(step, found)]
-        known, self._alarm = self._alarm, self.rule(self._readings)
-        if self._alarm is not None and known is None and self.run.writer:
-            _log.warning(self._advice(self._alarm))
-        judged = {"alarm": float(self._alarm is not None)}
+        raised = self._monitor.add(step, found)
+        if raised is not None and self.run.writer:
+            _log.warning(self._advice(raised))
+        judged = {"alarm": float(self._monitor.alarm is not None)}
         if self.reward is not None:
             judged["retain"] = found["reward"]
-        elif self._alarm is None:
+        elif self._monitor.alarm is None:
             judged["retain"] = float(step)  # the last before the alarm
         return judged
 
@@ -237,19 +224,12 @@ class PreferenceIndicators:
             "LOSSES or a lower LEARNING_RATE."
         )
 
-    def _rewards(self, completions: Sequence[Completion]) -> np.ndarray:
-        assert self.reward is not None
-        rewards = np.asarray(self.reward(completions), np.float32)
-        if rewards.shape != (len(completions),) or not np.isfinite(rewards).all():
-            raise ValueError(
-                f"PreferenceIndicators.reward gave {rewards.shape} values for {len(completions)} outputs, or some "
-                "that are not finite: a reward is one finite number for each."
-            )
-        return rewards
-
-    def _competing(self) -> list[Completion]:
-        first = samples.path_of(self.run.path, self._readings[0].step if self._readings else 0)
-        return samples.competitor(self.competitor or first, self._prompts, self._texts)
+    def _competing(self) -> list[Completion] | None:
+        """The competitor's outputs; None where they are yet to be written, in the first evaluation."""
+        path: str | os.PathLike | None = self.competitor
+        if path is None and self._monitor.first_step is not None:
+            path = samples.path_of(self.run.path, self._monitor.first_step)
+        return None if path is None else samples.competitor(path, self._prompts, self._texts)
 
     @functools.cached_property
     def _reference_reader(self) -> Reader:
@@ -266,19 +246,6 @@ class PreferenceIndicators:
         readings = self._reference_reader(self._reference_params, self._chosen)
         return np.array([one.mean_log_prob for one in readings])
 
-    def _recovered(self) -> list[Reading]:
-        """The readings before the step that this process goes on from, that step's among them."""
-        path = pathlib.Path(self.run.path, "metrics.jsonl")
-        if not self.run.step or not path.exists():
-            return []
-        rows = metric_writers.rows_in_force(os.fspath(path))
-        found = {
-            row["step"]: {name.removeprefix(PREFIX): value for name, value in row.items()}
-            for row in rows
-            if f"{PREFIX}entropy" in row and row["step"] <= self.run.step
-        }
-        return [_reading(step, found[step]) for step in sorted(found)]
-
     def _reader_of(self, model: Any) -> Reader:
         sharding = self.run.program.batch_sharding
         return Reader(model, batch_size=self._batch_size, sharding=sharding, k=self.top_k)
@@ -286,11 +253,12 @@ class PreferenceIndicators:
     def _row(self, prompt: Sequence[int], targets: Sequence[int]) -> Row:
         return Row(context=[*self._start, *prompt], targets=targets)
 
-    def _progress(self, step: int) -> "_Progress":
-        batches = self._generator.batches + self._reader.batches(2 * len(self._chosen))
+    @property
+    def _batches(self) -> int:
+        """Of one evaluation; those of the reference's first are left out."""
         models = 1 if self.reference is None else 2
-        batches += models * self._reader.batches(len(self._prompts))
-        return _Progress(batches, step, self.run.give_up)
+        pairs = self._reader.batches(2 * len(self._chosen))
+        return self._generator.batches + pairs + models * self._reader.batches(len(self._prompts))
 
     def _ends(self) -> tuple[int, ...]:
         if self.eos_ids is not None:
@@ -320,42 +288,6 @@ class PreferenceIndicators:
                 "PreferenceIndicators.competitor without a reward: nothing compares with it. Bind INDICATORS_REWARD, "
                 "or leave INDICATORS_COMPETITOR None."
             )
-
-
-class _Progress:
-    """A bar over the batches of an evaluation, shown if it takes long; a request to stop ends it between two."""
-
-    def __init__(self, batches: int, step: int, give_up: Callable[[int], bool]):
-        self._step, self._give_up, self._count = step, give_up, 0
-        self._bar = tqdm(
-            total=batches,
-            desc=f"indicators at step {step}",
-            unit="batch",
-            leave=False,
-            delay=_QUIET_SECONDS,
-            disable=jax.process_index() != 0,
-        )
-
-    def __enter__(self) -> Callable[[], None]:
-        return self._done
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.close()
-
-    def _done(self) -> None:
-        self._bar.update()
-        self._count += 1
-        if self._give_up(self._count):
-            raise GivenUpError(f"indicators at step {self._step} given up")
-
-
-def _reading(step: int, found: Mapping[str, float]) -> Reading:
-    return Reading(
-        step=step,
-        entropy=found["entropy"],
-        mass=found["mass"],
-        llh_chosen=found["llh_chosen"],
-    )
 
 
 def _mean(values: Any) -> float:
