@@ -32,6 +32,7 @@ def preference_run(train, trained_run, tmp_path_factory):
             "schedules.cosine.total_steps=6",
             "INDICATORS_PERIOD=2",
             "EVAL_PERIOD=4",
+            "checkpoint.Checkpointer.keep_last=2",
             "hook.PreferenceIndicators.rule=@local_reward.AlarmAt()",
             "local_reward.AlarmAt.step=4",
             *bindings,
@@ -56,12 +57,12 @@ def test_a_watched_run_is_the_same_after_an_interruption_keeps_its_best_and_heed
     preference_run, tmp_path
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    keep_one = "checkpoint.Checkpointer.keep_last=1"
-    preference_run(whole, "TRAIN_STEPS=6", keep_one)
-    preference_run(parts, "TRAIN_STEPS=4", keep_one, "checkpoint.Checkpointer.keep_best=9")
-    # As if it had been killed between the evaluation of step 4 and its checkpoint.
-    shutil.rmtree(parts / "checkpoints" / "4")
-    preference_run(parts, "TRAIN_STEPS=6", keep_one)
+    preference_run(whole, "TRAIN_STEPS=6")
+    # As if it had been killed between the evaluation of step 6 and its checkpoint.
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "6")
+    (parts / "indicators" / "samples" / "6.jsonl").unlink()
+    preference_run(parts, "TRAIN_STEPS=6")
 
     found = indicators(whole)
     assert list(found) == [0, 2, 4, 6] and indicators(parts) == found
@@ -74,7 +75,7 @@ def test_a_watched_run_is_the_same_after_an_interruption_keeps_its_best_and_heed
     rewards = {step: row["indicators/reward"] for step, row in found.items() if step}
     best = max(rewards, key=lambda step: (rewards[step], step))
     for path in (whole, parts):
-        assert sorted(map(int, os.listdir(path / "checkpoints"))) == sorted({best, 6})
+        assert sorted(map(int, os.listdir(path / "checkpoints"))) == sorted({best, 4, 6})
     evaluated = {
         row["step"]: row
         for row in read_jsonl(whole / "metrics.jsonl")
@@ -87,6 +88,6 @@ def test_a_watched_run_is_the_same_after_an_interruption_keeps_its_best_and_heed
 
     # The alarm of step 4 is found again by a run that is to end there.
     rows = (whole / "metrics.jsonl").read_text()
-    result = preference_run(whole, "TRAIN_STEPS=8", "INDICATORS_STOP='alarm'", keep_one)
+    result = preference_run(whole, "TRAIN_STEPS=8", "INDICATORS_STOP='alarm'")
     assert "ended by a hook at step 6" in result.out
     assert (whole / "metrics.jsonl").read_text() == rows

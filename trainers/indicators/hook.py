@@ -234,6 +234,8 @@ class PreferenceIndicators:
     @functools.cached_property
     def _reference_reader(self) -> Reader:
         assert self.reference is not None
+        if self.reference.model == self.run.recipe.model:
+            return self._reader  # one program for both
         return self._reader_of(self.reference.model)
 
     @functools.cached_property

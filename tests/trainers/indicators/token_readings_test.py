@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.indicators.token_readings import read_tokens, top_k_entropy_and_mass
+from trainers.indicators import token_readings
+from trainers.indicators.token_readings import read_tokens
+
+top_k_entropy_and_mass = jax.jit(token_readings.top_k_entropy_and_mass, static_argnames="k")
 
 
-@pytest.mark.parametrize("vocab", [10, 64, 1000])
+@pytest.mark.parametrize("vocab", [10, 1000])
 def test_uniform_logits_have_the_largest_entropy_and_a_mass_of_k_over_v(vocab):
     entropy_T, mass_T = top_k_entropy_and_mass(jnp.full((3, vocab), 7.5))
     np.testing.assert_allclose(entropy_T, np.log2(10), atol=1e-5)
@@ -51,8 +54,10 @@ def by_sorting(h_TD, head_VD, targets_T, k, scale, softcap):
     return log_p_T, -(q_TK * np.log2(q_TK)).sum(-1), top_TK.sum(-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
-@pytest.mark.parametrize(("k", "scale", "softcap"), [(10, 1.0, None), (3, 0.25, 2.0)])
+@pytest.mark.parametrize(
+    ("chunk", "k", "scale", "softcap"),
+    [(1, 10, 1.0, None), (4, 10, 1.0, None), (7, 3, 0.25, 2.0), (64, 3, 0.25, 2.0)],
+)
 def test_readings_are_those_of_whole_logits_in_float64(chunk, k, scale, softcap):
     rng = np.random.default_rng(0)
     h_TD = rng.normal(size=(13, 6)).astype(np.float32)
