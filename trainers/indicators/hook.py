@@ -24,7 +24,7 @@ from trainers.indicators.progress import progress
 from trainers.indicators.reader import Reader
 from trainers.indicators.token_readings import TOP_K
 from trainers.objectives.reference import LiveReference
-from trainers.rewards import Completion, Reward
+from trainers.rewards import Completion, Reward, StoredReward
 from trainers.sampling import Sampling
 from trainers.scoring import Row
 from trainers.train_state import TrainState
@@ -53,7 +53,7 @@ class PreferenceIndicators:
       batch_size: sequences at a time, rounded up to what the mesh divides.
       top_k: tokens that count as the likeliest.
       reference: its log-ratio and L2 distance are measured; None for neither, and no second model in memory.
-      reward: judges outputs; None for none.
+      reward: judges outputs, read from its checkpoint if it lies in one; None for none.
       competitor: a file of outputs that compete with the policy's (see samples.py); None for those of the first
         evaluation, which is before the first update.
       rule: when to raise the alarm.
@@ -79,7 +79,7 @@ class PreferenceIndicators:
     batch_size: int = 16
     top_k: int = TOP_K
     reference: LiveReference | None = None
-    reward: Reward | None = None
+    reward: Reward | StoredReward | None = None
     competitor: str | None = None
     rule: StoppingRule = StoppingRule()
     stop: Literal["never", "alarm"] = "never"
@@ -122,7 +122,10 @@ class PreferenceIndicators:
         self._monitor = recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
-        self._judge = None if self.reward is None else Judge(self.reward, self._competing())
+        reward = self.reward
+        if isinstance(reward, StoredReward):
+            reward = reward.on(program.mesh, program.rules)
+        self._judge = None if reward is None else Judge(reward, self._competing())
 
     @property
     def ended(self) -> bool:

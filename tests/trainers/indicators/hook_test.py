@@ -329,6 +329,17 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, says):
         hook(tmp_path, **settings)
 
 
+def test_a_reward_on_disk_is_put_on_the_mesh(tmp_path):
+    class Stored:
+        def on(self, mesh, rules):
+            assert (mesh, rules) == (MESH, ())
+            return vowels
+
+    found = hook(tmp_path, reward=Stored())(0, state(0), {})
+    written = metric_writers.read_jsonl(samples.path_of(tmp_path, 0))
+    assert found["indicators/reward"] == pytest.approx(np.mean([row["reward"] for row in written]))
+
+
 def test_a_reward_must_be_a_finite_number_for_each(tmp_path):
     made = hook(tmp_path, reward=lambda completions: np.full(len(completions), np.nan))
     with pytest.raises(ValueError, match="not finite"):
