@@ -32,9 +32,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
         "EAD": [_change(run, "ead", 2) for run in runs],
         "KL": [_number(run.final("kl"), 1) for run in runs],
         "length": [_change(run, "length", 1) for run in runs],
-        "accuracy": [
-            _number(run.final("accuracy_held_out") or run.final("accuracy"), 2) for run in runs
-        ],
+        "accuracy": [_number(run.final(_accuracy(run)), 2) for run in runs],
     }
     kept = {
         name: cells
@@ -85,6 +83,10 @@ def length_link(runs: Sequence[Run]) -> str | None:
     if r != r:
         return None
     return f"length: r = {r:.2f} between likelihood and length of output, over {len(points)} evaluations."
+
+
+def _accuracy(run: Run) -> str:
+    return "accuracy_held_out" if "accuracy_held_out" in run.series else "accuracy"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -37,8 +37,14 @@ class Texts:
     ends: Collection[int]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return self.vocabulary.decode(list(ids))
+        """The text of all ids; SeqIO's `decode` stops at EOS, which a prompt of several turns has within it."""
+        parts: list[list[int]] = [[]]
+        for id in ids:
+            if id == self.vocabulary.eos_id:
+                parts.append([])
+            else:
+                parts[-1].append(id)
+        return "".join(self.vocabulary.decode(part) for part in parts)
 
     def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
         """What a reward judges of generated tokens."""

@@ -34,6 +34,7 @@ class Letters:
     eos_id, vocab_size = 1, 28
 
     def decode(self, ids):
+        ids = ids[: ids.index(1)] if 1 in ids else ids  # as SeqIO does
         return "".join(chr(97 + id - 2) if id >= 2 else "?" for id in ids)
 
     def encode(self, text):
@@ -98,7 +99,7 @@ class Reference:
 
 def vowels(completions):
     """The share of vowels: judges by the text alone."""
-    texts = [Letters().decode(c.tokens) for c in completions]
+    texts = [Letters().decode(list(c.tokens)) for c in completions]
     return np.array([np.mean([x in "aeiou" for x in t] or [0.0]) for t in texts], np.float32)
 
 
@@ -270,7 +271,7 @@ def test_outputs_of_another_model_compete(tmp_path):
     texts = ["aaa", "aab", "bbb"]
     rows = [
         {"prompt": list(prompts[0]), "text": texts[0]},
-        {"prompt": Letters().decode(prompts[1]), "text": texts[1], "tokens": [99]},
+        {"prompt": Letters().decode(list(prompts[1])), "text": texts[1], "tokens": [99]},
         {"prompt": list(prompts[2]), "tokens": [3, 3, 3, 1], "ended": "eos"},
     ]
     path = tmp_path / "other.jsonl"
@@ -288,6 +289,10 @@ def test_outputs_of_another_model_compete(tmp_path):
         hook(tmp_path, reward=vowels, competitor=str(path))
     with pytest.raises(samples.CompetitorError, match="do not exist"):
         hook(tmp_path, reward=vowels, competitor=str(tmp_path / "none.jsonl"))
+
+
+def test_texts_go_on_after_the_end_of_a_turn():
+    assert samples.Texts(Letters(), {1}).text([2, 1, 3]) == "ab"
 
 
 def test_which_pairs_are_read_does_not_depend_on_the_order_of_files():
