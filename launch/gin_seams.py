@@ -58,6 +58,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "embed": ("num_embeddings", *_TABLE),
         "position_embed": _TABLE,
     },
+    "trainers.indicators.hook.PreferenceIndicators": {"pairs": ("task",)},
     "trainers.recipe.Recipe": {
         "optimizer": ("learning_rate",),
         "objective": ("model", "num_sources"),

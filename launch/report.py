@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif flags.spectra:
             _report_spectra(flags.spectra, pathlib.Path(flags.out))
         else:
-            report(_named(flags.runs), flags.out)
+            report(named(flags.runs), flags.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,11 +73,11 @@ def _report_spectra(directories: Sequence[str], out: pathlib.Path) -> None:
     from launch import spectra_figure
 
     out.mkdir(parents=True, exist_ok=True)
-    spectra_figure.draw(_named(directories), out / "spectra.png")
+    spectra_figure.draw(named(directories), out / "spectra.png")
     print(f"spectra.png is in {out}")
 
 
-def _named(directories: Sequence[str]) -> dict[str, str]:
+def named(directories: Sequence[str]) -> dict[str, str]:
     """Directories by the shortest ends of their paths that tell them apart."""
     parts = [pathlib.Path(directory).resolve().parts for directory in directories]
     for length in range(1, max(map(len, parts)) + 1):

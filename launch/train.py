@@ -240,6 +240,7 @@ def train(
             recipe=recipe,
             program=program,
             learning_rate=lambda updates: float(rates[updates]),
+            give_up=stop.asked,
         )
         loop = Loop(
             state=start.state,
@@ -267,7 +268,8 @@ def train(
                 "positions": {**begun.get("positions", {}), **data.positions(batches)},
             },
             hooks=(*([evaluation] if held_out else []), *(make(run=context) for make in hooks)),
-            hooks_left_out=_left_out(run, start),
+            hooks_left_out=start.source == "run" and bool(start.meta.get("hooks_left_out")),
+            written=_written(run, start.step),
             begins=start.source != "run",
             anomaly=recipe.anomaly,
             stop=stop,
@@ -281,6 +283,8 @@ def train(
     last = evaluation.results.get(loop.step, {})
     if primary:
         how = "stopped by a signal" if loop.interrupted else "done"
+        if loop.ended and loop.step < total_steps:
+            how = "ended by a hook"
         print(
             f"{how} at step {loop.step}; the run is in {run.path}\n{run_messages.time_split(goodput)}"
         )
@@ -324,14 +328,10 @@ def _adds_bos(data: Stream) -> bool:
     return all(tasks.get(name, {}).get("add_bos", False) for name in data.source_names)
 
 
-def _left_out(run: run_dir.RunDir, start: restore.Restored) -> bool:
-    """Whether a stop left out hooks of the step to continue from, which no later start has run."""
-    if start.source != "run" or not start.meta.get("hooks_left_out"):
-        return False
+def _written(run: run_dir.RunDir, step: int) -> set[str]:
+    """Names of the metrics that are written for a step, those of earlier starts of this run."""
     rows = metric_writers.read_jsonl(run.metrics) if os.path.exists(run.metrics) else []
-    return not any(
-        row["step"] == start.step and any(name.startswith("eval/") for name in row) for row in rows
-    )
+    return {name for row in rows if row["step"] == step for name in row}
 
 
 def _first_batch(start: restore.Restored) -> int:

@@ -108,6 +108,7 @@ class Evaluation:
     stop: Callable[[int], bool] = lambda batches: False
     unit: str = "tokens"
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    prefix: str = dataclasses.field(default="eval/", init=False)
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]

@@ -23,6 +23,8 @@ class RunContext:
       step: updates made when this process began.
       recipe, program: model, objective, mesh and shardings.
       learning_rate: of the update after so many.
+      give_up: asked between two parts of long work, with the number of those done, whether to raise GivenUpError;
+        every process asks alike.
     """
 
     path: str | os.PathLike
@@ -31,6 +33,7 @@ class RunContext:
     recipe: Recipe
     program: Program
     learning_rate: Callable[[int], float]
+    give_up: Callable[[int], bool] = lambda done: False
 
 
 class Hook(Protocol):
@@ -39,11 +42,15 @@ class Hook(Protocol):
     The metrics are those of the step before, since they are fetched one step late. What a hook
     returns is written with the run's metrics. A hook runs when `step` is a multiple of `every`, and
     after the last step. One that a stop has kept from running is run when the run goes on. With
-    `at_start` it also runs before a run's first update.
+    `at_start` it also runs before a run's first update. Where `ended` is true, the loop runs the other hooks,
+    saves and is done, as after the last step; a run that goes on from there ends at once. A hook whose metrics
+    begin with `prefix` is not run again for a step that they are written for.
     """
 
     every: int
     at_start: bool = False
+    ended: bool = False
+    prefix: str = ""
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]

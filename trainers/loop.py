@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +61,8 @@ class Loop:
       data_metrics: batches drawn -> values known of the data, such as how often they were repeated.
       position: (updates applied, batches drawn) -> more to record with a checkpoint.
       hooks: see trainers/hooks.py; a stop leaves out those due at its step.
-      hooks_left_out: a stop has left out the hooks due at the step to continue from: they run first.
+      hooks_left_out: a stop has left out hooks due at the step to continue from: they run first.
+      written: names of metrics that are written for that step, by those that it has not left out.
       begins: no update of this run was made before, so that hooks with `at_start` run first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
@@ -94,6 +95,7 @@ class Loop:
     position: Callable[[int, int], Mapping[str, Any]] = lambda updates, batches: {}
     skipped: int = 0
     hooks_left_out: bool = False
+    written: Collection[str] = ()
     begins: bool = False
     profiler: ProfilerWindow | None = None
 
@@ -129,10 +131,10 @@ class Loop:
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
             if self.hooks_left_out:
-                self._run_hooks(self._due())
+                self._run_hooks([hook for hook in self._due() if not self._wrote(hook)])
             elif self.begins:
                 self._run_hooks([hook for hook in self.hooks if getattr(hook, "at_start", False)])
-            while self.step < self.total_steps and not self.interrupted:
+            while self.step < self.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update(self.step - bar.n)
@@ -164,8 +166,15 @@ class Loop:
         if (due or save or self._last) and not self._observe(self._late.flush()):
             return
         found = self._run_hooks(due)
-        if save or (self.interrupted and self.checkpointer is not None):
+        if self.ended and not self.interrupted:
+            found |= self._run_hooks([hook for hook in self.hooks if hook not in due])
+        if self.checkpointer is not None and (save or self.interrupted or self.ended):
             self._save(found)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a hook has ended the run."""
+        return any(getattr(hook, "ended", False) for hook in self.hooks)
 
     @property
     def _last(self) -> bool:
@@ -173,6 +182,10 @@ class Loop:
 
     def _due(self) -> list[Hook]:
         return [hook for hook in self.hooks if self._last or self.step % hook.every == 0]
+
+    def _wrote(self, hook: Hook) -> bool:
+        prefix = getattr(hook, "prefix", "")
+        return bool(prefix) and any(name.startswith(prefix) for name in self.written)
 
     def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
         """Runs hooks at this step and writes what they found; a stop may cut them short."""

@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jax.sharding import Mesh
+
+from trainers.partitioning import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,4 +35,13 @@ class Reward(Protocol):
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """float32 [N], finite."""
+        ...
+
+
+@runtime_checkable
+class StoredReward(Protocol):
+    """A reward whose parameters lie on disk, for runs that have a mesh to put them on."""
+
+    def on(self, mesh: Mesh, rules: Rules) -> Reward:
+        """The reward, to be asked within the mesh; raises what reading a checkpoint does."""
         ...

@@ -46,6 +46,7 @@ class Spectrum:
     every: int = 100
     kernels: Sequence[str] = ()
     at_start: bool = dataclasses.field(default=True, init=False)
+    prefix: str = dataclasses.field(default="spectrum/", init=False)
 
     def __post_init__(self):
         flat = state_tree.flatten(self.run.program.abstract_state.params)

@@ -19,12 +19,12 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
 )
 
 
-def panels(columns: int, size: tuple[float, float], *, share_y: bool = False) -> Any:
-    """A figure and its axes, in a row."""
+def panels(columns: int, size: tuple[float, float], *, rows: int = 1, share_y: bool = False) -> Any:
+    """A figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, sharey=share_y)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.25)

@@ -510,6 +510,52 @@ def test_hooks_that_a_stop_left_out_at_the_end_run_when_the_run_goes_on(tmp_path
     assert [step for step, _ in again.writer.having("eval/held_out/loss")] == [10]
 
 
+def test_of_hooks_that_a_stop_left_out_those_that_have_written_are_not_run_again(tmp_path, saver):
+    class Counted:
+        def __init__(self, prefix):
+            self.every, self.prefix, self.steps = 5, prefix, []
+
+        def __call__(self, step, state, metrics):
+            self.steps.append(step)
+
+    first, second = Counted("eval/"), Counted("other/")
+    loop = make_loop(
+        tmp_path, hooks=(first, second), hooks_left_out=True, written={"loss", "eval/a/loss"}
+    )
+    loop.step = 5
+    loop.run()
+    assert first.steps == [10] and second.steps == [5, 10]
+
+
+class EndsAt:
+    """Ends a run at its step."""
+
+    every, ended, last = 3, False, 6
+
+    def __call__(self, step, state, metrics):
+        self.ended = step == self.last
+        return {"end/here": float(self.ended)}
+
+
+def test_a_hook_ends_a_run_which_is_saved_and_evaluated_as_at_its_last_step(tmp_path, saver):
+    class Rare:
+        every, steps = 100, ()
+
+        def __call__(self, step, state, metrics):
+            self.steps += (step,)
+            return {"rare": 1.0}
+
+    end, rare = EndsAt(), Rare()
+    loop = make_loop(tmp_path, checkpointer=saver, hooks=(end, rare), checkpoint_period=100)
+    loop.run()
+    assert loop.step == 6 and loop.ended and not loop.interrupted
+    assert rare.steps == (6,) and saver.all_steps() == [6]
+    assert not step_dir.read_meta(saver.step_path(6))["hooks_left_out"]
+    again = make_loop(tmp_path, checkpointer=saver, hooks=(end, rare))
+    again.run()
+    assert again.step == 6 and saver.all_steps() == [6] and rare.steps == (6,)
+
+
 def test_a_skipped_update_is_counted_in_the_rows_that_follow(tmp_path):
     loop = make_loop(tmp_path, stream=Rows(bad={4: np.nan}), anomaly=Anomaly(action="skip"))
     loop.run()

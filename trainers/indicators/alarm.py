@@ -1,0 +1,111 @@
+"""When to stop: signals of over-optimisation that need no reward (arXiv 2410.11677, section 5).
+
+The paper names the signals, falling entropy or mass of the likeliest tokens, and no thresholds; those here are a choice.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one evaluation says.
+
+    Attributes:
+      step: updates made.
+      entropy, mass: of the likeliest tokens, at generated positions.
+      llh_chosen: mean log-likelihood per token of held-out chosen completions.
+    """
+
+    step: int
+    entropy: float
+    mass: float
+    llh_chosen: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """The first evaluation at which the rule speaks.
+
+    Attributes:
+      step: of it.
+      before: step of the evaluation before it.
+      reason: what is wrong, as part of a sentence.
+    """
+
+    step: int
+    before: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoppingRule:
+    """A pure function of the readings of a run, on exponential moving averages of them.
+
+    An alarm is raised where entropy has dropped `drops` evaluations in a row, is more than `entropy_drop` of its
+    running maximum below it, and the likelihood of chosen completions still falls; or where the mass is more
+    than `mass_drop` below that of the first reading.
+
+    Attributes:
+      smoothing: weight of the average before in each average; 0 takes the readings as they are.
+      drops: evaluations in a row.
+      entropy_drop: share of the maximum.
+      mass_drop: in probability.
+    """
+
+    smoothing: float = 0.5
+    drops: int = 3
+    entropy_drop: float = 0.03
+    mass_drop: float = 0.02
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"StoppingRule.smoothing = {self.smoothing} must be in [0, 1).")
+        if self.drops < 1:
+            raise ValueError(f"StoppingRule.drops = {self.drops} must be at least 1.")
+        for name in ("entropy_drop", "mass_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"StoppingRule.{name} = {getattr(self, name)} must be in [0, 1).")
+
+    def __call__(self, readings: Sequence[Reading]) -> Alarm | None:
+        """The alarm of a run, if there is one: more readings never change one that was raised.
+
+        Args:
+          readings: in the order of their steps, that of step 0 first.
+        """
+        entropies = self._averages([reading.entropy for reading in readings])
+        masses = self._averages([reading.mass for reading in readings])
+        likelihoods = self._averages([reading.llh_chosen for reading in readings])
+        for i in range(1, len(readings)):
+            reason = self._entropy_falls(entropies[: i + 1], likelihoods[: i + 1])
+            if reason is None and masses[i] < masses[0] - self.mass_drop:
+                reason = (
+                    f"the mass of the likeliest tokens is {masses[i]:.3f}, "
+                    f"{100 * (masses[0] - masses[i]):.1f} points below its first value"
+                )
+            if reason is not None:
+                return Alarm(step=readings[i].step, before=readings[i - 1].step, reason=reason)
+        return None
+
+    def _averages(self, values: Sequence[float]) -> list[float]:
+        averages = list(values[:1])
+        for value in values[1:]:
+            averages.append(self.smoothing * averages[-1] + (1 - self.smoothing) * value)
+        return averages
+
+    def _entropy_falls(
+        self, entropies: Sequence[float], likelihoods: Sequence[float]
+    ) -> str | None:
+        last, highest = entropies[-1], max(entropies)
+        recent = entropies[-self.drops - 1 :]
+        in_a_row = len(recent) > self.drops and all(
+            after < before for before, after in zip(recent, recent[1:], strict=False)
+        )
+        far = last < (1 - self.entropy_drop) * highest
+        if in_a_row and far and likelihoods[-1] < likelihoods[-2]:
+            return (
+                f"the entropy of the likeliest tokens has dropped {self.drops} evaluations in a row, to {last:.3f} "
+                f"bits, {100 * (1 - last / highest):.1f} % below its maximum, while the likelihood of chosen "
+                "completions still falls"
+            )
+        return None
