@@ -39,7 +39,7 @@ _SWEPT = {
         {"lm": "characters", "vision": "textures", "timing": "the time of steps"},
     ),
     "bam": ("BAM, 2408.08274", 3, {**_DOMAINS, "caches": "the bytes of caches"}),
-    "nexus": ("Nexus, 2408.15901", 3, _DOMAINS),
+    "nexus": ("Nexus, 2408.15901", 5, _DOMAINS),
 }
 
 
