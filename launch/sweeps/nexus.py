@@ -1,7 +1,7 @@
 """Upcycling with a router that knows the experts' domains (arXiv 2408.15901), and one expert more, with small models.
 
 A seed, six experts and a seventh for later; mixtures with the projection router, with linear and MLP ones, and with
-domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 35 runs for
+domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 37 runs for
 each seed; the domains and the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/sweeps/nexus.py:synthetic,3 --out runs/nexus/synthetic --workers 2
@@ -35,6 +35,8 @@ MIXTURES = {
     "nexus_one_hot": ("one_hot", "projection"),
 }
 LOW = ("nexus", "linear")  # also with a hundredth of the balance loss
+# A mixture that was trained with a router z-loss, and what an expert that is added to it then draws: started only.
+Z_LOSS, Z_START = "nexus_z_loss", "ext_nexus_z_loss_start"
 # Arm -> (the mixture that is extended, flags).
 EXTENSIONS = {
     "ext_nexus": ("nexus", ()),
@@ -86,11 +88,8 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             )
     for arm, (mixture, flags) in EXTENSIONS.items():
         encoder, router = MIXTURES[mixture]
-        given = [f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags]
-        if router != "linear":
-            given.append(f"--domains={{{encoder}_extended}}")
-        command = ("{python}", "-m", "launch.extend", "--router_seed={SEED}", *given)
-        arms[f"{arm}_start"] = _made(*command, "--to={run}", measured=True, routed=True)
+        vectors = () if router == "linear" else (f"--domains={{{encoder}_extended}}",)
+        arms[f"{arm}_start"] = _extended(mixture, new, *flags, *vectors)
         arms[arm] = _mixture(
             extended,
             EXTENSION_STEPS,
@@ -100,6 +99,10 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             "LEARNING_RATE=1.5e-3",
             "EVAL_PERIOD=50",
         )
+    arms[Z_LOSS] = _mixture(
+        mixed, MIXTURE_STEPS, "nexus_start", "projection", "ROUTER_Z_LOSS=0.001"
+    )
+    arms[Z_START] = _extended(Z_LOSS, new, "--domains={ngrams_extended}")
     tasks = (general, *domains, new)
     held_out = ("{python}", "-m", "launch.evaluate", "--checkpoint={run}", "--max_batches=4")
     return ml_collections.ConfigDict(
@@ -140,6 +143,12 @@ def _mixture(shares: dict, steps: int, parent: str, router: str, *bindings: str)
 
 def _upcycle(*flags: str) -> tuple[str, ...]:
     return ("{python}", "-m", "launch.upcycle", *flags, "--router_seed={SEED}", "--experts")
+
+
+def _extended(mixture: str, new: str, *flags: str) -> dict:
+    command = ("{python}", "-m", "launch.extend", "--router_seed={SEED}")
+    given = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
+    return _made(*command, *given, "--to={run}", measured=True, routed=True)
 
 
 def _made(*words: str, measured: bool = False, routed: bool = False) -> dict:

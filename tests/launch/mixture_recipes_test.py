@@ -95,7 +95,12 @@ def test_small_sweeps_have_the_arms_that_reports_name_for_every_seed(sweep, kind
     assert sorted(names) == sorted(f"{arm}/seed{seed}" for arm in arms for seed in range(3))
     named = {
         "bam": [*bam_arms.BTX, *bam_arms.BAM, *bam_arms.CONTROLS],
-        "nexus": [*nexus_arms.ROUTERS, *nexus_arms.LOW, *nexus_arms.EXTENSIONS],
+        "nexus": [
+            *nexus_arms.ROUTERS,
+            *nexus_arms.LOW,
+            *nexus_arms.Z_LOSS,
+            *nexus_arms.EXTENSIONS,
+        ],
     }[sweep]
     if sweep == "bam":
         named += [bam_arms.SEED, *map(bam_arms.specialist, domains_of(sweep, kind)[1:])]
@@ -160,7 +165,7 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
             assert method == flags["method"]
         elif "launch.upcycle" in above.made:
             assert method == METHODS[flags["router"]]
-    assert len(experts) == {"bam": 14, "nexus": 11, "bam_full": 10, "nexus_full": 10}[sweep]
+    assert len(experts) == {"bam": 14, "nexus": 12, "bam_full": 10, "nexus_full": 10}[sweep]
 
 
 @pytest.mark.parametrize("kind", ["synthetic", "real"])

@@ -20,6 +20,7 @@ ROUTERS = {
     "nexus_one_hot": "Nexus, one-hot vectors",
 }
 LOW = {"nexus_low": "Nexus, weak balance", "linear_low": "linear router, weak balance"}
+Z_LOSS = {"nexus_z_loss": "Nexus, router z-loss"}
 EXTENSIONS = {
     "ext_nexus": "Nexus",
     "ext_linear_reset": "linear router, drawn anew",
@@ -39,7 +40,13 @@ class Runs(DomainRuns):
             return f"{EXTENSIONS[arm]}, extended"
         if arm.startswith("expert_"):
             return f"expert of {arm.removeprefix('expert_')}"
-        known = {**ROUTERS, **LOW, MERGED: "experts merged", CONTINUED: "dense, all tokens"}
+        known = {
+            **ROUTERS,
+            **LOW,
+            **Z_LOSS,
+            MERGED: "experts merged",
+            CONTINUED: "dense, all tokens",
+        }
         return known.get(arm, arm.replace("_", " "))
 
     @classmethod

@@ -14,6 +14,7 @@ from launch.reproductions.nexus.arms import Runs, start
 
 ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
 _EXTENDED = "ext_nexus"
+_Z_LOSS = "ext_nexus_z_loss"
 _LEAST = 4  # experts: an order of the three pairs of three comes about by chance
 
 
@@ -106,6 +107,10 @@ def _over_attraction(results: Runs, where: str) -> list[Evidence]:
     old_N, new_N = chosen_NDE[:, :-1, -1].mean(-1), chosen_NDE[:, -1, -1]
     old, new = (intervals.over_seeds(values) for values in (old_N, new_N))
     words = f"over-attraction: {intervals.text(old)} of the old domains' tokens, {intervals.text(new)} of the new one's"
+    if (other_NDE := results.chosen(start(_Z_LOSS))) is not None:
+        old_N, new_N = other_NDE[:, :-1, -1].mean(-1), other_NDE[:, -1, -1]
+        shares = [intervals.text(intervals.over_seeds(values)) for values in (old_N, new_N)]
+        words += f"; with a router z-loss of 0.001 before the extension {shares[0]} and {shares[1]}"
     return [Evidence(where, words, old["value"] <= ATTRACTED and old["value"] < new["value"])]
 
 
