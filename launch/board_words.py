@@ -61,7 +61,7 @@ def sentence(run: Run) -> str:
         f"{first_mass:.3f} to {mass:.3f}"
     )
     if run.alarm is not None:
-        verdict = f"over-optimised by step {run.alarm:,}, where the alarm was raised"
+        verdict = f"signs of over-optimisation at step {run.alarm:,}, where the alarm was raised"
     elif entropy < (1 - StoppingRule.entropy_drop) * peak[1] and last < first:
         verdict = f"an early warning, for entropy falls since step {peak[0]:,}, and no alarm"
     else:
