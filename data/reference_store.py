@@ -15,12 +15,12 @@ import io
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from data import cache
 from data import cache_dir as directories
 
 FOLDER = "reference_log_probs"
@@ -52,10 +52,13 @@ class ReferenceStore:
         ) / model[:32]
         self._model, self._about = model, dict(about)
         self._values: dict[bytes, tuple[float, float]] = {}
-        if self.directory.exists():
+        parts = sorted(self.directory.glob("*.npz"))
+        if (
+            parts
+        ):  # before the first a store is as good as absent, whatever another process has begun
             self._check()
-            for part in sorted(self.directory.glob("*.npz")):
-                self._read(part)
+        for part in parts:
+            self._read(part)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -83,15 +86,16 @@ class ReferenceStore:
                     ) from None
         return found
 
-    def add(self, digests: Sequence[str], values_N2: np.ndarray, *, write: bool = True) -> None:
-        """Keeps values of pairs, on disk too where this process writes."""
+    def add(self, digests: Sequence[str], values_N2: np.ndarray) -> None:
+        """Keeps values of pairs, on disk too.
+
+        All processes of a run write: their disks may be their own, and on a shared one the files are the same.
+        """
         raw = np.frombuffer(b"".join(map(bytes.fromhex, digests)), np.uint8).reshape(-1, _DIGEST)
         values_N2 = np.asarray(values_N2, np.float32)
         if not len(digests):
             return
         self._take(raw, values_N2)
-        if not write:
-            return
         buffer = io.BytesIO()
         np.savez(buffer, digests=raw, values=values_N2)
         content = buffer.getvalue()
@@ -99,7 +103,7 @@ class ReferenceStore:
         if not (self.directory / ABOUT).exists():
             directories.write_json(self.directory / ABOUT, {"model": self._model, **self._about})
         part = self.directory / f"{hashlib.sha256(content).hexdigest()}.npz"
-        partial = part.with_suffix(f".{os.getpid()}.partial")
+        partial = part.with_suffix(f".{secrets.token_hex(8)}.partial")
         partial.write_bytes(content)
         os.replace(partial, part)
 
@@ -145,7 +149,11 @@ class ReferencedStream:
 
     def __init__(self, stream: Any, store: ReferenceStore, model: str):
         self._stream, self._store = stream, store
-        self.fingerprint = cache.digest([stream.fingerprint, model])
+        self._model = model
+
+    def summary(self) -> dict[str, Any]:
+        """That of the stream, and which parameters it is compared with."""
+        return {**self._stream.summary(), "reference": self._model}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -118,7 +118,6 @@ class RunConfig:
         Raises:
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-        import jax
 
         from model.config import TransformerConfig
         from trainers import initialise, partitioning
@@ -141,14 +140,7 @@ class RunConfig:
             length=1,
             boxed_params=boxed,
         )
-        abstract = jax.tree.map(
-            lambda box, sharding: jax.ShapeDtypeStruct(
-                box.value.shape, box.value.dtype, sharding=sharding
-            ),
-            boxed,
-            initialise.param_shardings(boxed, mesh, rules),
-            is_leaf=lambda x: hasattr(x, "value"),
-        )
+        abstract = initialise.abstract_params(self.model, mesh, rules)
         values, meta = restore(checkpoint, abstract, params=params)
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(

@@ -4,18 +4,18 @@ In a run these stand where the streams of pairs would: `train.train.stream = @re
 """
 
 import dataclasses
-import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from tqdm.auto import tqdm
 
 from data import cache
 from data.reference_store import ReferencedStream, ReferenceStore
 from launch.load_run import RunConfig
-from trainers import step_dir
+from trainers import agreement
+from trainers.reference_checkpoint import ReferenceCheckpoint
 from trainers.scoring import Row, Scorer
 
 _VERSION = 1  # raise it when the same model and tokens begin to give other values
@@ -28,101 +28,114 @@ class Reference:
 
     Attributes:
       model: the linen module.
-      checkpoint: step or run directory; most often what the policy starts from.
-      use_ema: read the moving average of its parameters, as where the policy starts from that
-        (train.initial_use_ema).
+      checkpoint: that its parameters are read from.
       batch_size: sequences at a time.
       mesh, rules: to run it on.
       store: directory of known values; None for the one in the cache directory.
     """
 
     model: Any
-    checkpoint: str | None
-    use_ema: bool = False
+    checkpoint: ReferenceCheckpoint
     batch_size: int = 8
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
 
-    def __post_init__(self):
-        if self.checkpoint is None:
-            raise ValueError(
-                "REFERENCE is None: name the checkpoint that the policy is compared with, which is most often "
-                "what it starts from (INITIAL_CHECKPOINT_PATH)."
-            )
-
-    def read(self, stream: Any) -> ReferencedStream:
+    def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
         """The stream with the reference's values, those computed first that nobody has asked for yet.
 
+        Args:
+          stream: of pairs.
+          steps: whose batches will be read, of the first ones; None for all pairs.
+
         Raises:
-          ValueError: the reference was trained with another vocabulary.
+          ValueError: another reference than the run began with, or one of another vocabulary.
           ReferenceStoreError: a damaged store.
           DamagedCheckpointError, FileNotFoundError: of the checkpoint.
         """
-        step, model, meta = step_dir.newest_good(self.checkpoint, self._identify)
+        found = self.checkpoint.find()
         ours = stream.summary()["vocabulary"]["digest"]
-        theirs = meta.get("vocabulary", ours)
+        theirs = found.meta.get("vocabulary", ours)
         if theirs != ours:
             raise ValueError(
-                f"REFERENCE: {step} was trained with another vocabulary (digest {theirs[:12]}) than this run's "
-                f"data has ({ours[:12]}): use the vocabulary of the reference."
+                f"REFERENCE: {found.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
+                f"run's data has ({ours[:12]}): use the vocabulary of the reference."
             )
-        about = {"checkpoint": str(step), "vocabulary": ours}
-        store = ReferenceStore(model, about, root=self.store)
-        self._compute(stream, store, str(step))
-        return ReferencedStream(stream, store, model)
-
-    def _identify(self, step: Any) -> tuple[Any, str, Mapping[str, Any]]:
-        """(step directory, digest of the parameters and of what they mean, what the run recorded)."""
-        recorded = step_dir.read_manifest(step)
-        root = "ema_params/" if self.use_ema else "params/"
-        arrays = {
-            name.removeprefix(root): [str(entry), f"{entry.digest:016x}"]
-            for name, entry in recorded.arrays.items()
-            if name.startswith(root)
-        }
         config = dataclasses.asdict(self.model.config)
-        model = cache.digest([_VERSION, arrays, repr(self.model), config])
-        return step, model, step_dir.read_record(step, recorded)["meta"]
+        model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
+        about = {"checkpoint": found.step, "vocabulary": ours}
+        store = ReferenceStore(model, about, root=self.store)
+        if wanted := _wanted(stream, store, steps):
+            self._compute(stream, store, wanted, found.step)
+        return ReferencedStream(stream, store, found.arrays)
 
-    def _compute(self, stream: Any, store: ReferenceStore, checkpoint: str) -> None:
-        """Adds to the store what it lacks of the stream's pairs."""
-        known = {digest: ids for digest, *ids in stream.pairs()}
-        wanted = store.missing(known)
-        if not wanted:
-            return
-        start = stream.summary()["start_token"]
-        before = [] if start is None else [start]
+    def _compute(
+        self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
+    ) -> None:
+        """Adds to the store what the model says of these pairs."""
         config = RunConfig(
             model=self.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
         )
-        with config.load(checkpoint, params="ema" if self.use_ema else "raw") as run:
-            rows = [
-                Row(context=[*before, *prompt], targets=completion)
-                for prompt, *completions in (known[digest] for digest in wanted)
-                for completion in completions
-            ]
-            size = run.batch_size(self.batch_size, len(rows))
+        start = stream.summary()["start_token"]
+        before = [] if start is None else [start]
+        pairs = stream.pairs()
+        params = "ema" if self.checkpoint.use_ema else "raw"
+        with (
+            config.load(checkpoint, params=params) as run,
+            tqdm(total=len(wanted), desc="reference", unit="pair") as bar,
+        ):
+            size = run.batch_size(self.batch_size, 2 * len(wanted))
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
-            sums = (float(np.sum(log_probs, dtype=np.float64)) for log_probs in scorer.stream(rows))
             for first in range(0, len(wanted), _PAIRS_AT_ONCE):
                 digests = wanted[first : first + _PAIRS_AT_ONCE]
-                values = np.fromiter(itertools.islice(sums, 2 * len(digests)), np.float32)
-                store.add(digests, values.reshape(-1, 2), write=jax.process_index() == 0)
+                rows = [
+                    Row(context=[*before, *prompt], targets=completion)
+                    for prompt, *completions in map(pairs.ids, digests)
+                    for completion in completions
+                ]
+                sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
+                store.add(digests, np.array(sums, np.float32).reshape(-1, 2))
+                bar.update(len(digests))
+
+
+def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
+    """Digests that a process lacks, the same for all processes, in the stream's order.
+
+    Each process knows what its own disk holds; what one lacks all compute together.
+    """
+    digests = list(stream.pairs().digests)
+    if steps is not None and steps * stream.batch_size < len(digests):
+        rows = (stream.row_ids(step, 0, stream.batch_size) for step in range(steps))
+        digests = list(dict.fromkeys(d for batch in rows for row in batch for d in row if d))
+    lacking = set(store.missing(digests))
+    masks = agreement.gather(np.packbits([digest in lacking for digest in digests]).tobytes().hex())
+    anywhere = np.bitwise_or.reduce([np.frombuffer(bytes.fromhex(m), np.uint8) for m in masks])
+    chosen = np.unpackbits(anywhere)[: len(digests)]
+    return [digest for digest, missing in zip(digests, chosen, strict=True) if missing]
 
 
 def make_stream(
     *,
     reference: Reference,
     stream: Callable[..., Any],
+    steps: int | None = None,
     positions: Mapping[str, Any] | None = None,
 ) -> ReferencedStream:
-    """The training stream of pairs that `stream` opens, called with (positions=) to read on where a run stopped."""
-    return reference.read(stream() if positions is None else stream(positions=positions))
+    """The training stream of pairs that `stream` opens, called with (positions=) to read on where a run stopped.
+
+    Args:
+      reference: the model that the policy is compared with.
+      stream: opens the pairs.
+      steps: of the run.
+      positions: see data/stream.py.
+    """
+    opened = stream() if positions is None else stream(positions=positions)
+    return reference.read(opened, steps=steps)
 
 
 def make_eval_stream(
-    *, task: str, reference: Reference, stream: Callable[..., Any]
+    *, task: str, reference: Reference, stream: Callable[..., Any], steps: int | None = None
 ) -> ReferencedStream:
-    """The held-out stream of a task, which `stream` opens, called with (task=)."""
-    return reference.read(stream(task=task))
+    """The held-out stream of a task, which `stream` opens, called with (task=); `steps` are what is read of it."""
+    opened = stream(task=task)
+    return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))

@@ -71,3 +71,16 @@ def same_vocabulary(start: restore.Restored, meta: Mapping[str, Any]) -> None:
             f"{theirs[:12]}) than this run's data has ({meta['vocabulary'][:12]}): use the vocabulary "
             "the checkpoint was trained with."
         )
+
+
+def same_beginnings(recipe: Recipe, start: restore.Restored, meta: Mapping[str, Any]) -> None:
+    """Prompts begin as the model's documents did; else it is asked in a way that it has never seen."""
+    if recipe.reads.loss_per != "pairs" or start.source != "initial":
+        return
+    for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
+        theirs = start.meta.get(key, meta[key])
+        if theirs != meta[key]:
+            raise ValueError(
+                f"INITIAL_CHECKPOINT_PATH: documents of {start.path} begin otherwise ({key} {theirs}) than this "
+                f"run's prompts ({meta[key]}): set {macro} = {theirs}."
+            )

@@ -225,6 +225,7 @@ def train(
                 moments=initial_moments,
             )
             run_checks.same_vocabulary(start, meta)
+            run_checks.same_beginnings(recipe, start, meta)
             begun = phase.begun(start, begun)
             meta |= _origin(start) | ({"initial": begun} if begun else {})
         writer = stack.enter_context(

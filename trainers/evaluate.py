@@ -75,10 +75,12 @@ def evaluate(
             collect(late.pop(0))
     for metrics in late:
         collect(metrics)
-    result = {name: float(total / weight) for name, (total, weight) in totals.items() if weight}
-    if "loss" in result:
+    # Some metrics are of one kind of example, of which a split may have none.
+    kept = {name: pair for name, pair in totals.items() if name == "loss" or pair[1]}
+    result = {name: float(total / weight) for name, (total, weight) in kept.items()}
+    if "loss" in totals:
         result[unit] = float(totals["loss"][1])
-    if "loss" in result and unit == "tokens":
+    if "loss" in totals and unit == "tokens":
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
         if stream.bytes_per_token:
             result["bits_per_byte"] = result["loss"] / math.log(2) / stream.bytes_per_token

@@ -61,6 +61,19 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.map(sharding, boxed, is_leaf=_is_boxed)
 
 
+def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters, as a plain tree."""
+    boxed = abstract_variables(model)["params"]
+    return jax.tree.map(
+        lambda box, sharding: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=sharding
+        ),
+        boxed,
+        param_shardings(boxed, mesh, rules),
+        is_leaf=_is_boxed,
+    )
+
+
 def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 

@@ -6,7 +6,7 @@ All is as in data/stream.py, but that a row holds pairs: see `pair_rows.read_row
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from data.train_stream import Phases, Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class DistinctPairs:
-    """The pairs of some sources, each once: (digest, prompt, chosen, rejected), ids as int32 arrays."""
+    """The pairs of some sources, each once: (digest, prompt, chosen, rejected), ids as int32 arrays.
+
+    Digests are kept in memory, tokens are read when they are asked for.
+    """
 
     sources: Sequence[PairSource]
     start_token: int | None
@@ -37,6 +40,16 @@ class DistinctPairs:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def digests(self) -> Iterable[str]:
+        """Of all pairs, in the order of the sources."""
+        return self._places.keys()
+
+    def ids(self, digest: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt, chosen, rejected) of one pair."""
+        source, pair = self._places[digest]
+        return source.ids(pair)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
         for name, (source, pair) in self._places.items():
@@ -97,9 +110,13 @@ class _PairRows(RowStream):
             found.append(names + [""] * (self.slots - len(names)))
         return found
 
+    @functools.cached_property
+    def _pairs(self) -> DistinctPairs:
+        return DistinctPairs(self._sources, self._start_token)
+
     def pairs(self) -> DistinctPairs:
         """All pairs that the stream reads, each once, with their digests."""
-        return DistinctPairs(self._sources, self._start_token)
+        return self._pairs
 
     def summary(self) -> dict:
         return {

@@ -30,10 +30,19 @@ def test_another_model_knows_nothing_of_them(tmp_path):
     assert len(ReferenceStore(digest("other"), {}, root=tmp_path)) == 0
 
 
-def test_a_process_that_does_not_write_knows_them_all_the_same(tmp_path):
+def test_a_store_that_was_only_begun_is_empty(tmp_path):
     store = ReferenceStore(MODEL, {}, root=tmp_path)
-    store.add([digest("x")], np.ones((1, 2)), write=False)
-    assert not list(tmp_path.iterdir()) and store.get([digest("x")]).tolist() == [[1.0, 1.0]]
+    store.directory.mkdir()
+    assert len(ReferenceStore(MODEL, {}, root=tmp_path)) == 0
+    store.add([digest("x")], np.ones((1, 2)))
+    assert len(ReferenceStore(MODEL, {}, root=tmp_path)) == 1
+
+
+def test_processes_that_add_the_same_write_one_file(tmp_path):
+    stores = [ReferenceStore(MODEL, {}, root=tmp_path) for _ in range(2)]
+    for store in stores:
+        store.add([digest("x")], np.ones((1, 2)))
+    assert len(list(stores[0].directory.glob("*.npz"))) == 1
 
 
 def test_damage_is_named_and_nothing_is_guessed(tmp_path):
@@ -68,6 +77,9 @@ class Rows:
     fingerprint = "rows"
     length = 8
 
+    def summary(self):
+        return {"rows": 2}
+
     def batch(self, step, lo, hi):
         return {"source_ids": np.zeros(hi - lo, np.int32)}
 
@@ -82,4 +94,5 @@ def test_a_batch_has_the_values_of_its_rows(tmp_path):
     found = stream.batch(0, 0, 2)["reference_log_probs"]
     np.testing.assert_array_equal(found, [[0, 1, 2, 3], [4, 5, 0, 0]])
     np.testing.assert_array_equal(stream.batch(0, 1, 2)["reference_log_probs"], found[1:])
-    assert stream.length == 8 and stream.fingerprint != Rows.fingerprint
+    assert stream.length == 8 and stream.fingerprint == Rows.fingerprint
+    assert stream.summary() == {"rows": 2, "reference": MODEL}

@@ -58,7 +58,10 @@ def test_series_are_the_indicators_or_where_there_are_none_those_of_the_evaluati
 def test_what_the_signals_say(runs):
     hot, kind, bare = (board_series.read(str(i), folder) for i, folder in enumerate(runs))
     said = board_words.sentence(hot)
-    assert said.startswith("signs of over-optimisation at step 30") and "best P_win 0.700 at step 20" in said
+    assert (
+        said.startswith("signs of over-optimisation at step 30")
+        and "best P_win 0.700 at step 20" in said
+    )
     assert "fell from -1.00 to -1.40" in said and "highest at step 20 (2.40 bits)" in said
     assert board_words.sentence(kind).startswith("no sign of over-optimisation")
     assert "no indicators" in board_words.sentence(bare)

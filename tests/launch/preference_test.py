@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import gin
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from data import tasks
-from launch import gin_config, reference
-from trainers import initialise
+from launch import gin_config, reference, run_checks
+from trainers import initialise, step_dir
+from trainers.checkpoint import Checkpointer
 from trainers.metric_writers import read_jsonl
 
 MODEL = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
@@ -118,9 +120,61 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(train, flags, stored, tmp_p
     assert measured(path) == measured(stored)
 
 
+@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+def test_the_reference_of_the_first_start_is_that_of_all(
+    train, flags, trained_run, tmp_path, methods
+):
+    start = tmp_path / "start"
+    shutil.copytree(trained_run.path, start)
+    given = flags(tmp_path / "run", f"INITIAL_CHECKPOINT_PATH={str(start)!r}", methods=methods)
+    assert train(*given).status == 0
+    expected = measured(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    # The reference's run goes on meanwhile.
+    with Checkpointer(start / "checkpoints") as checkpointer:
+        moved = jax.tree.map(lambda x: x + 1.0, trained_run.params["raw"])
+        checkpointer.save(9, {"params": moved}, meta=step_dir.read_meta(trained_run.path))
+    assert train(*given).status == 0
+    assert measured(tmp_path / "run") == expected
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    result = train(*given, f"--gin.INITIAL_CHECKPOINT_PATH={trained_run.path!r}")
+    assert result.status == 2 and "this run began with" in result.err
+
+
+def test_processes_compute_what_any_of_them_lacks(monkeypatch):
+    names = [f"{i:032x}" for i in range(20)]
+
+    class Stream:
+        batch_size = 4
+
+        def pairs(self):
+            return types.SimpleNamespace(digests=names)
+
+        def row_ids(self, step, lo, hi):
+            return [[names[(4 * step + i) % 20], ""] for i in range(hi - lo)]
+
+    class Store:
+        def __init__(self, known):
+            self.known = known
+
+        def missing(self, digests):
+            return [d for d in digests if d not in self.known]
+
+    masks = []
+    monkeypatch.setattr(reference.agreement, "gather", lambda mask: masks.append(mask) or [mask])
+    assert reference._wanted(Stream(), Store(names[3:]), None) == names[:3]
+    assert reference._wanted(Stream(), Store(names[:18]), None) == names[18:]
+    monkeypatch.setattr(reference.agreement, "gather", lambda mask: masks)
+    assert reference._wanted(Stream(), Store(names), None) == names[:3] + names[18:]
+    monkeypatch.setattr(reference.agreement, "gather", lambda mask: [mask])
+    assert reference._wanted(Stream(), Store([]), 2) == names[:8]  # what two steps read
+    assert reference._wanted(Stream(), Store([]), 5) == names
+
+
 @pytest.mark.parametrize(
     ("bindings", "said"),
     [
+        (["PAIRS_KIND='unpaired'"], "PAIRS_KIND"),
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
@@ -131,6 +185,25 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
     result = train(*flags(tmp_path / "run", *bindings))
     assert result.status == 2
     assert said in result.err and "Traceback" not in result.err
+
+
+def test_prompts_begin_as_the_models_documents_did():
+    recipe = types.SimpleNamespace(reads=types.SimpleNamespace(loss_per="pairs"))
+    ours = {"start_token": 0, "add_bos": False}
+
+    def check(source="initial", **theirs):
+        start = types.SimpleNamespace(source=source, meta=theirs, path="there")
+        run_checks.same_beginnings(recipe, start, ours)
+
+    check()
+    check(start_token=0, add_bos=False)
+    check(source="run", start_token=None)
+    with pytest.raises(ValueError, match="set DOCUMENT_START = None"):
+        check(start_token=None)
+    with pytest.raises(ValueError, match="set PROMPT_BOS = True"):
+        check(add_bos=True)
+    recipe.reads.loss_per = "tokens"  # another stage of a model may bring documents of another form
+    check(start_token=None)
 
 
 def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path):
@@ -152,7 +225,7 @@ def batch_of(flags, tmp_path, monkeypatch):
         for register in arguments["tasks"]:
             register()
         with monkeypatch.context() as patch:
-            patch.setattr(reference.Reference, "read", lambda self, stream: stream)
+            patch.setattr(reference.Reference, "read", lambda self, stream, **_: stream)
             stream = arguments["stream"]()
         batch = dict(stream.batch(0, 0, 8))
         recipe = arguments["recipe"]

@@ -12,9 +12,11 @@ import pytest
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import initialise, inputs
-from trainers.losses.pairs import MissingReferenceError
+from trainers.losses.pairs import MissingLabelsError, MissingReferenceError
+from trainers.losses.terms import nll
 from trainers.objectives.preference import preference
 from trainers.objectives.reference import LiveReference
+from trainers.reference_checkpoint import ReferenceCheckpoint
 from trainers.scoring import Row, Scorer
 from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
@@ -200,7 +202,7 @@ class Fixed:
     """A live reference whose parameters are at hand."""
 
     def __init__(self):
-        self._live = LiveReference(model=MODEL, checkpoint="unread")
+        self._live = LiveReference(model=MODEL, checkpoint=None)  # which is never read
         self.log_probs = self._live.log_probs
 
     def abstract(self, mesh, rules):
@@ -257,6 +259,8 @@ def test_unpaired_examples_are_reported_by_label():
     batch["pair_labels"] = jnp.array([[1.0], [0.0], [0.0], [1.0]])
 
     def desirable(found):
+        if found.labels is None:
+            raise MissingLabelsError
         return -found.labels * found.chosen
 
     out = evaluated(batch, desirable)
@@ -275,8 +279,10 @@ def test_what_cannot_be_is_said_before_a_step():
     batch = batch_of([[p] for p in pairs()], slots=1)
     with pytest.raises(MissingReferenceError, match="REFERENCE"):
         evaluated(batch, sigmoid_loss)
+    with pytest.raises(ValueError, match="PAIRS_KIND"):
+        evaluated({**batch, "pair_labels": batch["pair_weights"]}, nll)
     with pytest.raises(ValueError, match="REFERENCE is None"):
-        LiveReference(model=MODEL, checkpoint=None)
+        ReferenceCheckpoint(path=None, model_dir="/unread")
 
 
 def test_a_batch_has_the_arrays_that_inputs_say():

@@ -11,6 +11,10 @@ class MissingReferenceError(ValueError):
     """A loss compares with a reference, and there are no log-probabilities of one."""
 
 
+class MissingLabelsError(ValueError):
+    """A loss of single completions, and there are no labels of them."""
+
+
 @flax.struct.dataclass
 class PairLogProbs:
     """Natural logarithms of probabilities, summed over a completion's tokens (EOS too); float32 [P].

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
 
-from trainers.losses.pairs import PairLogProbs
+from trainers.losses.pairs import MissingLabelsError, PairLogProbs
 from trainers.losses.settings import check_positive
 
 
@@ -53,7 +53,7 @@ def apo_zero_unpaired(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
 
 def _desirable(pairs: PairLogProbs) -> jax.Array:
     if pairs.labels is None:
-        raise ValueError(
+        raise MissingLabelsError(
             "This loss reads labels of single completions, and was given pairs: train on unpaired examples, or choose "
             "a loss of pairs (direct.dpo, absolute.apo_zero)."
         )

@@ -3,6 +3,7 @@
 Shapes: B rows, K pairs of a row, S = 2 K, P = B K pairs of a batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.cross_entropy import Implementation
-from trainers.losses.pairs import PairLogProbs
+from trainers.losses.pairs import MissingLabelsError, PairLogProbs
 from trainers.objectives import completions, sown
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.reference import LiveReference
@@ -50,7 +51,7 @@ def preference(
     Raises:
       ValueError: no losses, other weights than losses, a loss's setting that cannot be.
     """
-    names = _checked(losses, weights)
+    names, of_single = _checked(losses, weights)
     factors = [1.0] * len(losses) if weights is None else list(weights)
 
     def loss_fn(
@@ -61,6 +62,11 @@ def preference(
         variables: Mapping[str, Any],
         extras: Any,
     ) -> LossOut:
+        if "pair_labels" in batch and not of_single:
+            raise ValueError(
+                f"The data are single completions with labels (PAIRS_KIND = 'unpaired'), and {', '.join(names)} "
+                "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/losses/unpaired.py."
+            )
         kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
         sums_BS, written = completions.log_probs(
             model,
@@ -134,8 +140,11 @@ def _unpaired_metrics(
     }
 
 
-def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> list[str]:
-    """Names of the losses, each of which is tried on a pair, so that what is set wrongly is found at once."""
+def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tuple[list[str], bool]:
+    """Names of the losses, and whether all are of single completions with labels.
+
+    Each is tried on a pair, so that what is set wrongly is found at once.
+    """
     if not losses:
         raise ValueError(
             "LOSSES is empty: name functions of trainers/losses/, such as @direct.dpo."
@@ -145,8 +154,18 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> lis
     one = jnp.ones(1)
     pair = PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
     names: list[str] = []
+    of_single = []
     for loss in losses:
         jax.eval_shape(loss, pair)
+        of_single.append(_reads_labels(loss, pair))
         name = getattr(loss, "__name__", type(loss).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
-    return names
+    return names, all(of_single)
+
+
+def _reads_labels(loss: PairLoss, pair: PairLogProbs) -> bool:
+    try:
+        jax.eval_shape(loss, dataclasses.replace(pair, labels=None))
+    except MissingLabelsError:
+        return True
+    return False

@@ -1,7 +1,6 @@
 """A reference model that is run beside the policy in every step, in place of stored log-probabilities."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from trainers import initialise, restore_params
 from trainers.objectives import completions
 from trainers.objectives.base import Batch
 from trainers.partitioning import Rules
+from trainers.reference_checkpoint import ReferenceCheckpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -19,38 +19,22 @@ class LiveReference:
 
     Attributes:
       model: of the reference, a decoder-only module.
-      checkpoint: step or run directory that its parameters are read from.
-      use_ema: read their moving average.
+      checkpoint: that its parameters are read from.
     """
 
     model: Any
-    checkpoint: str | os.PathLike | None
-    use_ema: bool = False
-
-    def __post_init__(self):
-        if self.checkpoint is None:
-            raise ValueError(
-                "REFERENCE is None: name the checkpoint that the policy is compared with, which is most often "
-                "what it starts from (INITIAL_CHECKPOINT_PATH)."
-            )
+    checkpoint: ReferenceCheckpoint
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Shapes, dtypes and shardings of the parameters."""
-        boxed = initialise.abstract_variables(self.model)["params"]
-        return jax.tree.map(
-            lambda box, sharding: jax.ShapeDtypeStruct(
-                box.value.shape, box.value.dtype, sharding=sharding
-            ),
-            boxed,
-            initialise.param_shardings(boxed, mesh, rules),
-            is_leaf=lambda x: hasattr(x, "value"),
-        )
+        return initialise.abstract_params(self.model, mesh, rules)
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
-        """The parameters; raises what `restore_params` raises."""
-        assert self.checkpoint is not None  # see __post_init__
+        """The parameters; raises what `ReferenceCheckpoint.find` and `restore_params` raise."""
         return restore_params.restore_params(
-            self.checkpoint, self.abstract(mesh, rules), use_ema=self.use_ema
+            self.checkpoint.find().step,
+            self.abstract(mesh, rules),
+            use_ema=self.checkpoint.use_ema,
         )
 
     def log_probs(self, params: Any, batch: Batch, *, implementation: Any = "auto") -> jax.Array:
