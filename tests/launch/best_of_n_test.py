@@ -1,0 +1,128 @@
+"""Best-of-n over files of samples, and the pairs that it makes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from launch import best_of_n, cli, reward_flags
+from launch.reward_flags import RewardError
+
+
+def rows(texts, prompt="1 + 1 = ", answer="2", **more):
+    return [
+        {"prompt": prompt, "answer": answer, "sample": i, "text": text, "ended": "eos", **more}
+        for i, text in enumerate(texts)
+    ]
+
+
+def flags(parser_of=reward_flags.add):
+    def add(parser):
+        for name in ("inputs", "output", "pairs"):
+            parser.add_argument(f"--{name}")
+        parser_of(parser)
+
+    return add
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs the command on rows; returns its status and what it wrote."""
+
+    def run(given, *more, reward="exact_answer"):
+        inputs = tmp_path / "samples.jsonl"
+        inputs.write_text("".join(json.dumps(row) + "\n" for row in given))
+        files = {name: tmp_path / f"{name}.jsonl" for name in ("output", "pairs")}
+        status = cli.main(
+            best_of_n.__doc__,
+            entry="launch.load_run:RunConfig",
+            command="best_of_n",
+            extra_flags=flags(),
+            run=best_of_n.run,
+            default_files=reward_flags.default_files,
+            unused={"MODEL": "None", "VOCABULARY": "None"},
+            argv=[
+                f"--inputs={inputs}",
+                f"--reward={reward}",
+                *(f"--{name}={path}" for name, path in files.items()),
+                *more,
+            ],
+        )
+        found = [
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else None
+            for path in files.values()
+        ]
+        return status, *found
+
+    return run
+
+
+def test_the_best_samples_are_kept_and_paired_with_the_worst(command, capfd):
+    chat = [{"role": "user", "content": "one and one?"}]
+    status, best, pairs = command(
+        [
+            *rows(["3", "2", "2", "4"]),
+            *rows(["5", "5"], prompt="2 + 3 = ", answer="5"),
+            *rows(["no", "2"], prompt=chat),
+        ]
+    )
+    assert status == 0
+    assert [row["text"] for row in best] == ["2", "5", "2"]
+    assert [row["sample"] for row in best] == [1, 0, 1]
+    assert best[0]["rewards"] == [0, 1, 1, 0] and best[0]["best_of"] == 4
+    told = {"answer": "2", "chosen_reward": 1.0, "rejected_reward": 0.0}
+    turns = [[{"role": "assistant", "content": text}] for text in ("2", "no")]
+    assert pairs == [
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3", **told},
+        {"prompt": chat, "chosen": turns[0], "rejected": turns[1], **told},
+    ]
+    said = capfd.readouterr().err
+    assert "3 prompts: mean reward 0.6667, of the best 1; 1 prompts with equal rewards" in said
+    assert f"best of 4 {math.log(4) - 0.75:.3f} nats at most" in said
+
+
+def test_texts_that_were_cut_are_penalised(command):
+    given = rows(["2", "2"])
+    given[0]["ended"] = "length"
+    _, best, _ = command(given, "--missing_end_penalty=0.5")
+    assert best[0]["rewards"] == [0.5, 1.0] and best[0]["sample"] == 1
+
+
+def test_the_bound_holds_and_is_met_by_many_outcomes():
+    """Best of n of m equally probable outcomes: outcome k has (k^n - (k - 1)^n) / m^n of it."""
+    for n in (1, 2, 8):
+        for m, slack in ((2, 1.0), (20_000, 1e-3)):
+            k = np.arange(1, m + 1, dtype=np.float64)
+            p = (k / m) ** n - ((k - 1) / m) ** n
+            p = p[p > 0]
+            divergence = float((p * np.log(p * m)).sum())
+            assert divergence <= best_of_n.divergence_bound(n) + 1e-9
+            assert divergence >= best_of_n.divergence_bound(n) - slack
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "reward", "words"),
+    [
+        (rows(["1"])[:0], (), "exact_answer", "no samples"),
+        ([{**rows(["1"])[0], "sample": 1}], (), "exact_answer", "line 1: expected the samples"),
+        ([{"sample": 0, "text": "x"}], (), "exact_answer", "line 1: expected the samples"),
+        (rows(["1"]), ("--answer_key=solution",), "exact_answer", "line 1: .*no 'solution'"),
+        ([{"sample": 0, "prompt": [1], "tokens": [2]}], (), "exact_answer", "line 1: no 'text'"),
+        (rows(["1"]), (), "exact", "--reward=exact is none of"),
+    ],
+)
+def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, words):
+    import re
+
+    assert command(given, *more, reward=reward) == (2, None, None)
+    assert re.search(words, capfd.readouterr().err)
+
+
+def test_pairs_need_texts():
+    group = [{"prompt": [1], "sample": i, "tokens": [i + 2]} for i in range(2)]
+    for i, row in enumerate(group):
+        row["text"] = str(i)
+    assert best_of_n.pair(group, [0.0, 0.0]) is None
+    with pytest.raises(RewardError, match="'text'"):
+        best_of_n.pair([{**group[0], "text": "x"}, {"prompt": [1], "sample": 1}], [0.0, 1.0])
