@@ -43,8 +43,8 @@ class RewardModel(nn.Module):
         return scalar_head(self.head, "reward_head")(hidden_BTD.astype(jnp.float32))[..., 0]
 
 
-def scalar_head(head: Callable[..., nn.Module], name: str) -> nn.Module:
-    """A module of D numbers, zeros at first, that gives one."""
+def scalar_head(head: Callable[..., nn.Module], name: str | None) -> nn.Module:
+    """A module of D numbers, zeros at first, that gives one; without a name that of the attribute it is given to."""
     return head(
         features=1,
         axes=(axes.EMBED, axes.UNMODELED),
