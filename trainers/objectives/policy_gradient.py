@@ -31,7 +31,7 @@ def policy_gradient(
     Where a batch has no 'old_log_probs', it is used once, by the policy that sampled it: the ratio is 1, and its
     gradient that of log p.
 
-    Metrics: 'loss'; of completions 'reward' (before anything is taken off), 'reward/ended', the share that ended by
+    Metrics: 'loss'; of completions 'reward' (less what missing ends cost), 'reward/ended', the share that ended by
     itself, and 'reward/tokens'; of tokens 'ratio', and with a reference 'kl', its estimate k3.
 
     Args:

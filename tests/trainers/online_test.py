@@ -1,0 +1,367 @@
+"""Training on a policy's own samples: a task that every method learns, and what rollouts are functions of.
+
+The task: three digits, of which the largest is the answer. A start that has been trained on answers with any of the
+three gives each of them about alike.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model import axes
+from model.actor_critic import ActorCritic
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from trainers import initialise, partitioning
+from trainers.inputs import PackedPairs
+from trainers.losses import direct, policy_gradient
+from trainers.objectives.lm import language_modelling
+from trainers.objectives.online_preference import online_preference
+from trainers.objectives.policy_gradient import actor_critic
+from trainers.objectives.policy_gradient import policy_gradient as objective_of
+from trainers.online import rows
+from trainers.online.critic import Valued
+from trainers.online.groups import Groups
+from trainers.online.pairs import BestOfTwo
+from trainers.online.rollouts import RolloutError, Rollouts
+from trainers.recipe import Recipe
+from trainers.scoring import Row, Scorer
+from trainers.step import make_train_step
+from trainers.train_state import TrainState
+
+START, EOS, FIRST, DIGITS = 0, 1, 2, 8
+SIZES = {"prompt_length": 5, "completion_length": 3}
+CONFIG = TransformerConfig(vocab_size=12, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=64)
+LM = Transformer(config=CONFIG)
+VOCABULARY = types.SimpleNamespace(
+    eos_id=EOS, vocab_size=10, decode=lambda ids: " ".join(str(id - FIRST) for id in ids)
+)
+PROMPTS = 32
+
+
+class Prompts:
+    """Three digits each, one to three of which are there, a function of the step."""
+
+    batch_size, length, fingerprint, source_names = PROMPTS, 5, "", ("digits",)
+
+    def __init__(self, updates=1):
+        self.updates = updates
+
+    def digits(self, step):
+        rng = np.random.default_rng([7, step // self.updates])
+        return rng.integers(0, DIGITS, (PROMPTS, 3))
+
+    def batch(self, step, lo, hi):
+        digits = self.digits(step)[lo:hi]
+        tokens = np.zeros((len(digits), self.length), np.int32)
+        tokens[:, 1:4] = digits + FIRST
+        lengths = np.full(len(digits), 4, np.int32)
+        return {
+            "prompt_tokens": tokens,
+            "prompt_lengths": lengths,
+            "source_ids": np.zeros(len(digits), np.int32),
+        }
+
+    def info(self, step, lo, hi):
+        return [{"digits": row.tolist()} for row in self.digits(step)[lo:hi]]
+
+    def summary(self):
+        return {"start_token": START}
+
+
+def largest(completions):
+    for completion in completions:
+        assert list(completion.prompt) == [d + FIRST for d in completion.info["digits"]]
+    return np.array(
+        [list(c.tokens) == [max(c.info["digits"]) + FIRST] for c in completions], np.float32
+    )
+
+
+def parameters(model, seed=0):
+    boxed = jax.jit(lambda: initialise.variables(model, jax.random.key(seed))["params"])()
+    return jax.tree.map(axes.unboxed, boxed, is_leaf=lambda x: hasattr(x, "unbox"))
+
+
+@functools.cache
+def trained():
+    """Parameters after fine-tuning on any of the three digits."""
+    optimizer = optax.adam(1e-2)
+    step = jax.jit(make_train_step(loss_fn=language_modelling(model=LM), optimizer=optimizer))
+    params = parameters(LM)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    stream, rng = Prompts(), np.random.default_rng(0)
+    for i in range(100):
+        digits = stream.digits(1000 + i) + FIRST
+        texts = [[([START, *row], [row[rng.integers(3)], EOS])] for row in digits.tolist()]
+        state, _ = step(state, rows.packed(texts, np.zeros(PROMPTS), length=7))
+    return jax.device_get(state.params)
+
+
+METHODS = {
+    "online_dpo": (
+        BestOfTwo(**SIZES),
+        functools.partial(online_preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
+    ),
+    "online_ipo": (
+        BestOfTwo(**SIZES),
+        functools.partial(online_preference, losses=[functools.partial(direct.ipo, tau=0.1)]),
+    ),
+    "rloo": (
+        Groups(**SIZES, samples=4, advantages=policy_gradient.leave_one_out, kl=0.05),
+        functools.partial(objective_of, loss=policy_gradient.rloo),
+    ),
+    "grpo": (
+        Groups(**SIZES, samples=8, advantages=policy_gradient.group_normalised),
+        functools.partial(objective_of, loss=policy_gradient.grpo),
+    ),
+    "ppo": (Valued(**SIZES, samples=4, updates=2), functools.partial(actor_critic)),
+}
+
+
+class Run:
+    """A run of a method without the command around it."""
+
+    def __init__(self, name, folder="", *, devices=1, reward=largest, seed=0, **settings):
+        method, objective = METHODS[name]
+        model, params = LM, trained()
+        if isinstance(method, Valued):
+            model = ActorCritic(backbone=LM)
+            head = parameters(model)["value_head"]
+            params = {"backbone": params, "value_head": head}
+        self.recipe = Recipe(
+            model=model,
+            batch_size=PROMPTS * method.rows_per_prompt,
+            inputs=method,
+            optimizer=optax.adam,
+            learning_rate=lambda step: 3e-3,
+            objective=objective,
+            anomaly=None,
+            mesh={"fsdp": devices},
+        )
+        self.program = self.recipe.program(devices=jax.devices()[:devices])
+        self.mesh = partitioning.use_mesh(self.program.mesh, self.program.rules)
+        shardings = jax.tree.map(lambda x: x.sharding, self.program.abstract_state.params)
+        self.params = lambda: jax.device_put(params, shardings)
+        self.feed = Rollouts(
+            stream=Prompts(method.updates),
+            recipe=self.recipe,
+            program=self.program,
+            folder=folder,
+            reward=reward,
+            vocabulary=VOCABULARY,
+            reference=Reference(),
+            seed=seed,
+            **settings,
+        )
+
+    def state(self):
+        return self.program.init().replace(params=self.params())
+
+
+class Reference:
+    """A live reference whose parameters are at hand."""
+
+    model = LM
+
+    def read(self, mesh, rules):
+        return trained()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_the_task(name, tmp_path):
+    run = Run(name, tmp_path)
+    with run.mesh:
+        state, step = run.state(), run.program.steps(1).train
+        found = []
+        for i in range(60):
+            batch = run.feed.get(i, state)
+            assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+                k: (v.shape, v.dtype) for k, v in run.feed.abstract().items()
+            }
+            found.append(np.asarray(batch["rewards"]).ravel())
+            state, metrics = step(state, batch)
+            assert float(metrics["reward"][0] / metrics["reward"][1]) == pytest.approx(
+                found[-1].mean(), rel=1e-5
+            )
+    before, after = np.concatenate(found[:4]), np.concatenate(found[-4:])
+    error = np.sqrt(before.var() / before.size + after.var() / after.size)
+    assert after.mean() - before.mean() > max(4 * error, 0.1), (before.mean(), after.mean())
+
+
+def arrays(batch):
+    return {name: np.asarray(array) for name, array in batch.items()}
+
+
+def assert_same(one, other):
+    assert set(one) == set(other)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_rollouts_are_functions_of_parameters_seed_and_number():
+    one, other = Run("grpo"), Run("grpo")
+    with one.mesh:
+        state = one.state()
+        third = arrays(one.feed.get(3, state))
+        second = arrays(one.feed.get(2, state))
+        assert_same(arrays(other.feed.get(3, other.state())), third)
+        again = {**third, **second}
+        assert any((third[name] != again[name]).any() for name in third)
+        seeded = arrays(Run("grpo", seed=1).feed.get(3, state))
+        np.testing.assert_array_equal(
+            seeded["decoder_input_tokens"][:, :4], third["decoder_input_tokens"][:, :4]
+        )
+        assert (seeded["decoder_target_tokens"] != third["decoder_target_tokens"]).any()
+        moved = jax.tree.map(lambda x: -x, state.params)
+        changed = arrays(one.feed.get(3, state.replace(params=moved)))
+        assert_same(changed, third) if one.feed.get(3, state) is changed else None
+
+
+def test_the_mesh_changes_no_sample():
+    alone, spread = Run("grpo"), Run("grpo", devices=4)
+    with alone.mesh:
+        one = arrays(alone.feed.get(5, alone.state()))
+    with spread.mesh:
+        other = arrays(spread.feed.get(5, spread.state()))
+    assert_same(one, other)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_rollout(tmp_path):
+    """Bit for bit: the second update on a rollout is made with the tokens and values of the first."""
+    run = Run("ppo", tmp_path)
+    with run.mesh:
+        step = run.program.steps(1).train
+        state, seen = run.state(), []
+        for i in range(4):
+            seen.append(arrays(run.feed.get(i, state)))
+            if i == 3:
+                saved = jax.device_get(state)
+            state, _ = step(state, run.feed.get(i, state))
+        assert_same(seen[0], seen[1])
+        assert_same(seen[2], seen[3])
+        resumed = Run("ppo", tmp_path)
+        assert_same(arrays(resumed.feed.get(3, saved)), seen[3])
+        (tmp_path / "1.npz").write_bytes(b"cut")
+        with pytest.raises(RolloutError, match="multiple of UPDATES = 2"):
+            Run("ppo", tmp_path).feed.get(3, saved)
+
+
+def texts_of(batch):
+    """(prompt, completion, rewards...) of rows of one segment, token by token."""
+    for b in range(len(batch["decoder_input_tokens"])):
+        size = int((batch["decoder_segment_ids"][b] == 1).sum())
+        weights = batch["decoder_loss_weights"][b, :size]
+        first = int(np.argmax(weights))
+        text = [
+            *batch["decoder_input_tokens"][b, :1],
+            *batch["decoder_target_tokens"][b, :size],
+        ]
+        yield b, first, text[: first + 1], text[first + 1 :]
+
+
+def test_scores_and_advantages_are_those_of_single_completions():
+    """RLOO's rewards less the divergence, and what PPO has of the sampler, against scores of each text by itself."""
+    other = jax.tree.map(lambda x: 1.1 * x, trained())
+    run = Run("rloo")
+    scorers = [Scorer(LM, params, batch_size=8) for params in (other, trained())]
+    with run.mesh:
+        state = run.state().replace(params=jax.device_put(other))
+        batch = arrays(run.feed.get(0, state))
+    listed = [Row(context=p, targets=c) for _, _, p, c in texts_of(batch)]
+    policy, reference = ([x.sum(dtype=np.float64) for x in scorer(listed)] for scorer in scorers)
+    net = (batch["rewards"] - 0.05 * (np.array(policy) - reference)).reshape(PROMPTS, 4)
+    expected = [row - [np.delete(row, i).mean() for i in range(4)] for row in net]
+    np.testing.assert_allclose(batch["advantages"], np.ravel(expected), atol=2e-5)
+    prompts = Prompts().digits(0) + FIRST
+    for b, _, prompt, completion in texts_of(batch):
+        assert prompt == [START, *prompts[b // 4]]
+        assert batch["ended"][b] == (completion[-1] == EOS)
+        assert batch["rewards"][b] == (
+            completion == [prompts[b // 4].max(), EOS] or completion == [prompts[b // 4].max()]
+        )
+
+
+def test_a_pair_is_the_better_and_the_worse_sample():
+    def first_digit(completions):  # ties are common
+        return np.array([c.tokens[0] % 3 if c.tokens else 0 for c in completions], np.float32)
+
+    run = Run("online_dpo", reward=first_digit, missing_end_penalty=0.5)
+    with run.mesh:
+        state = run.state()
+        batch = arrays(run.feed.get(0, state))
+        sampled = run.feed._sampler(  # the samples in their own order
+            state.params,
+            *(
+                jnp.asarray(Prompts().batch(0, 0, PROMPTS)[k])
+                for k in ("prompt_tokens", "prompt_lengths")
+            ),
+            rollout=0,
+        )
+    said = PackedPairs({"targets": batch["decoder_input_tokens"].shape[1]}).arrays(PROMPTS)
+    assert set(said) <= set(batch)
+    for p in range(PROMPTS):
+        pair = sampled[2 * p : 2 * p + 2]
+        rewards = [(row[0] % 3 if row[0] != EOS else 0) - 0.5 * (row[-1] != EOS) for row in pair]
+        chosen = int(rewards[1] > rewards[0])  # of equals the first
+        np.testing.assert_allclose(batch["rewards"][p], [rewards[chosen], rewards[1 - chosen]])
+        for segment, side in ((1, chosen), (2, 1 - chosen)):
+            here = (batch["decoder_segment_ids"][p] == segment) & (
+                batch["decoder_loss_weights"][p] > 0
+            )
+            assert batch["decoder_target_tokens"][p][here].tolist() == pair[side]
+    scorer = Scorer(LM, trained(), batch_size=8)
+    prompts = [[START, *row] for row in (Prompts().digits(0) + FIRST).tolist()]
+    sums = [
+        x.sum()
+        for x in scorer([Row(context=prompts[r // 2], targets=t) for r, t in enumerate(sampled)])
+    ]
+    np.testing.assert_allclose(
+        np.sort(batch["reference_log_probs"], axis=1),
+        np.sort(np.reshape(sums, (-1, 2)), axis=1),
+        atol=1e-4,
+    )
+
+
+def test_what_cannot_be_is_said(monkeypatch):
+    run = Run("grpo")
+    known = dict(
+        stream=Prompts(),
+        recipe=run.recipe,
+        program=run.program,
+        folder="",
+        reward=largest,
+        vocabulary=VOCABULARY,
+    )
+    stream = Prompts()
+    stream.batch_size = 3
+    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows are not those of 3 prompts"):
+        Rollouts(**{**known, "stream": stream})
+    with pytest.raises(RolloutError, match="UPDATES is 1 for the method, but 2"):
+        Rollouts(**{**known, "stream": Prompts(updates=2)})
+    with pytest.raises(RolloutError, match="bind Rollouts.reference"):
+        asks = dataclasses.replace(
+            run.recipe, inputs=dataclasses.replace(METHODS["grpo"][0], kl=0.1)
+        )
+        Rollouts(**{**known, "recipe": asks})
+    with pytest.raises(RolloutError, match="no method of trainers/online"):
+        Rollouts(
+            **{
+                **known,
+                "recipe": dataclasses.replace(run.recipe, inputs=PackedPairs({"targets": 8})),
+            }
+        )
+    with pytest.raises(ValueError, match="SAMPLES = 1"):
+        Groups(**SIZES, samples=1, advantages=policy_gradient.leave_one_out)
+    with pytest.raises(ValueError, match="completion_length = 0"):
+        BestOfTwo(prompt_length=1, completion_length=0)
+    with pytest.raises(ValueError, match="decay"):
+        Valued(**SIZES, decay=2.0)
+    with run.mesh, pytest.raises(RolloutError, match="one finite number for each"):
+        bad = Run("grpo", reward=lambda completions: [np.nan] * len(completions))
+        bad.feed.get(0, bad.state())
