@@ -1,15 +1,60 @@
 """A reward model as a `Reward`. Shapes: B batch, T length, N completions."""
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainers import initialise, partitioning, restore_params
 from trainers.buckets import batches_by_length, bucket_length, longest_row
+from trainers.partitioning import Rules
 from trainers.rewards import Completion
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CheckpointReward:
+    """A reward model in a checkpoint, for a run whose policy reads the same tokens: a `StoredReward`.
+
+    Attributes:
+      model: a `model.reward_model.RewardModel`.
+      checkpoint: step or run directory of its parameters.
+      vocabulary: whose EOS ends completions.
+      start_token: what is read before each prompt; None for nothing.
+      batch_size: texts at a time, a multiple of the mesh's parts of a batch.
+    """
+
+    model: Any
+    checkpoint: str | os.PathLike
+    vocabulary: Any
+    start_token: int | None = 0
+    batch_size: int = 32
+
+    def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
+        """The reward; raises what `restore_params` raises, and ValueError for a batch that the mesh does not divide."""
+        sharding = partitioning.batch_sharding(mesh, rules)
+        partitioning.validate(
+            mesh=mesh,
+            rules=rules,
+            config=self.model.config,
+            batch_size=self.batch_size,
+            length=1,
+            boxed_params=initialise.abstract_variables(self.model)["params"],
+        )
+        abstract = initialise.abstract_params(self.model, mesh, rules)
+        end = self.vocabulary.eos_id
+        return ModelReward(
+            self.model,
+            restore_params.restore_params(self.checkpoint, abstract),
+            start_token=self.start_token,
+            end_token=None if end in (None, -1) else end,
+            batch_size=self.batch_size,
+            sharding=sharding,
+        )
 
 
 class ModelReward:

@@ -36,15 +36,7 @@ class LiveReference:
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Shapes, dtypes and shardings of the parameters."""
-        boxed = initialise.abstract_variables(self.model)["params"]
-        return jax.tree.map(
-            lambda box, sharding: jax.ShapeDtypeStruct(
-                box.value.shape, box.value.dtype, sharding=sharding
-            ),
-            boxed,
-            initialise.param_shardings(boxed, mesh, rules),
-            is_leaf=lambda x: hasattr(x, "value"),
-        )
+        return initialise.abstract_params(self.model, mesh, rules)
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
         """The parameters; raises what `restore_params` raises."""

@@ -23,7 +23,7 @@ from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Method, Samples
 from trainers.online.rows import Arrays
 from trainers.online.sampler import Sampler
 from trainers.recipe import Program, Recipe
-from trainers.rewards import Completion, Reward
+from trainers.rewards import Completion, Reward, StoredReward
 from trainers.sampling import Sampling
 from trainers.train_state import TrainState
 
@@ -72,7 +72,7 @@ class Rollouts:
         recipe: Recipe,
         program: Program,
         folder: str | os.PathLike,
-        reward: Reward,
+        reward: Reward | StoredReward,
         vocabulary: Any,
         reference: LiveReference | None = None,
         temperature: float = 1.0,
@@ -91,7 +91,9 @@ class Rollouts:
             num_samples=method.samples,
         )
         self._stream, self._recipe, self._program = stream, recipe, program
-        self._method, self._reward, self._reference = method, reward, reference
+        self._method, self._reference = method, reference
+        stored = isinstance(reward, StoredReward)
+        self._reward = reward.on(program.mesh, program.rules) if stored else reward
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding
