@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainers.inputs import Arrays as Abstract
@@ -92,12 +93,13 @@ class Valued:
         last_R = mask_RL.shape[1] - 1 - np.argmax(mask_RL[:, ::-1], axis=1)
         rewards_RL[np.arange(len(last_R)), last_R] += found["rewards"]
         values_RL = told[VALUES] * mask_RL
+        arrays = [jnp.asarray(array) for array in (rewards_RL, values_RL, mask_RL)]
         advantages_RL = policy_gradient.generalised_advantages(
-            rewards_RL, values_RL, mask_RL, gamma=self.gamma, decay=self.decay
+            *arrays, gamma=self.gamma, decay=self.decay
         )
         return {
             **found,
-            "advantages": np.asarray(policy_gradient.whitened(advantages_RL, mask_RL)),
+            "advantages": np.asarray(policy_gradient.whitened(advantages_RL, arrays[-1])),
             "returns": np.asarray(advantages_RL + values_RL),
             "old_values": values_RL,
             "old_log_probs": told[LOG_PROBS],

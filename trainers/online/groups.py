@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainers.inputs import Arrays as Abstract
@@ -86,7 +87,9 @@ class Groups:
             log_ratio_RL = told[LOG_PROBS] - told[REFERENCE]
             away_R = (log_ratio_RL * found["decoder_loss_weights"]).sum(1)
             rewards_PG = rewards_PG - self.kl * away_R.reshape(rewards_PG.shape)
-        found["advantages"] = np.asarray(self.advantages(rewards_PG), np.float32).reshape(-1)
+        found["advantages"] = np.asarray(
+            self.advantages(jnp.asarray(rewards_PG)), np.float32
+        ).reshape(-1)
         if self.updates > 1:
             found["old_log_probs"] = told[LOG_PROBS]
         if self.reference:

@@ -92,8 +92,9 @@ class Rollouts:
         )
         self._stream, self._recipe, self._program = stream, recipe, program
         self._method, self._reference = method, reference
-        stored = isinstance(reward, StoredReward)
-        self._reward = reward.on(program.mesh, program.rules) if stored else reward
+        if isinstance(reward, StoredReward):
+            reward = reward.on(program.mesh, program.rules)
+        self._reward: Reward = reward
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding
