@@ -75,7 +75,7 @@ def opened(start: Any) -> Iterator[RowReward]:
     flags = start.flags
     checkpoint = _checkpoint(flags.reward)
     if checkpoint is not None:
-        with start().load(checkpoint) as run:
+        with start().load(checkpoint, rewards=True) as run:
             yield _penalised(_of_model(run, flags.reward_batch_size), flags.missing_end_penalty)
         return
     yield _penalised(_of_verifier(flags), flags.missing_end_penalty)
@@ -112,15 +112,8 @@ def _of_verifier(flags: argparse.Namespace) -> RowReward:
 
 
 def _of_model(run: Any, batch_size: int) -> RowReward:
-    from model.reward_model import RewardModel
     from trainers.model_reward import ModelReward
     from trainers.rewards import Completion
-
-    if not isinstance(run.model, RewardModel):
-        raise RewardError(
-            f"--reward={_CHECKPOINT}DIR: the checkpoint is of a {type(run.model).__name__}, no reward model: train "
-            "one with methods/reward_model.gin."
-        )
 
     def completion(where: str, row: Mapping[str, Any]) -> Completion:
         prompt = row.get("prompt")

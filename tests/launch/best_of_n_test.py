@@ -2,12 +2,27 @@
 
 import json
 import math
+import re
 
+import gin
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import best_of_n, cli, reward_flags
+from data import vocabularies
+from launch import best_of_n, cli, gin_config, reward_flags
 from launch.reward_flags import RewardError
+from model.reward_model import RewardModel
+from trainers import step_dir
+from trainers.checkpoint import Checkpointer
+from trainers.model_reward import ModelReward
+from trainers.rewards import Completion
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config(clear_constants=True)
 
 
 def rows(texts, prompt="1 + 1 = ", answer="2", **more):
@@ -17,13 +32,10 @@ def rows(texts, prompt="1 + 1 = ", answer="2", **more):
     ]
 
 
-def flags(parser_of=reward_flags.add):
-    def add(parser):
-        for name in ("inputs", "output", "pairs"):
-            parser.add_argument(f"--{name}")
-        parser_of(parser)
-
-    return add
+def add_flags(parser):
+    for name in ("inputs", "output", "pairs"):
+        parser.add_argument(f"--{name}")
+    reward_flags.add(parser)
 
 
 @pytest.fixture
@@ -38,7 +50,7 @@ def command(tmp_path):
             best_of_n.__doc__,
             entry="launch.load_run:RunConfig",
             command="best_of_n",
-            extra_flags=flags(),
+            extra_flags=add_flags,
             run=best_of_n.run,
             default_files=reward_flags.default_files,
             unused={"MODEL": "None", "VOCABULARY": "None"},
@@ -89,6 +101,65 @@ def test_texts_that_were_cut_are_penalised(command):
     assert best[0]["rewards"] == [0.5, 1.0] and best[0]["sample"] == 1
 
 
+HEADED = """
+from __gin__ import dynamic_registration
+from model import {module}
+from model import transformer
+MODEL = @{module}.{kind}()
+{module}.{kind}.backbone = @transformer.Transformer()
+"""
+
+
+def headed_run(trained_run, folder, module, kind, head):
+    """A run directory with a checkpoint of the tiny model with a head of one number."""
+    snippet = folder / "head.gin"
+    snippet.write_text(HEADED.format(module=module, kind=kind))
+    files = [f"{trained_run.path}/config.gin", str(snippet)]
+    config = gin_config.load(files, [], entry="launch.train:train")
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.gin").write_text(config.text)
+    kernel = jnp.linspace(-1, 1, trained_run.model.config.embed_dim)[:, None]
+    params = {"backbone": trained_run.params["raw"], head: {"kernel": kernel}}
+    gin.clear_config(clear_constants=True)
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": params}, meta=step_dir.read_meta(trained_run.path))
+    return run, params
+
+
+def test_a_reward_model_ranks(command, trained_run, tmp_path, capfd):
+    run, params = headed_run(trained_run, tmp_path, "reward_model", "RewardModel", "reward_head")
+    given = [*rows(["2", "two"]), *rows(["", "5"], prompt="2 + 3 = ", answer="5")]
+    given[0]["ended"] = "length"
+    status, best, _ = command(given, reward=f"checkpoint:{run}")
+    assert status == 0, capfd.readouterr().err
+    byte = vocabularies.byte()
+    reward = ModelReward(RewardModel(backbone=trained_run.model), params)
+    expected = reward(
+        [
+            Completion(byte.encode(row["prompt"]), byte.encode(row["text"]), row["ended"] == "eos")
+            for row in given
+        ]
+    )
+    found = np.ravel([row["rewards"] for row in best])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(set(found.tolist())) == 4
+
+
+def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, command, capfd):
+    run, _ = headed_run(trained_run, tmp_path, "actor_critic", "ActorCritic", "value_head")
+    config = gin_config.load(
+        ["t5x_configs/runs/load_run.gin", str(run / "config.gin")],
+        [],
+        entry="launch.load_run:RunConfig",
+    ).entry()
+    with config.load(str(run)) as loaded:  # the actor is a language model
+        assert type(loaded.model).__name__ == "Transformer"
+        assert set(loaded.params) == set(trained_run.params["raw"])
+    status, *_ = command(rows(["1"]), reward=f"checkpoint:{run}")
+    assert status == 2 and "of a ActorCritic: train a reward model" in capfd.readouterr().err
+
+
 def test_the_bound_holds_and_is_met_by_many_outcomes():
     """Best of n of m equally probable outcomes: outcome k has (k^n - (k - 1)^n) / m^n of it."""
     for n in (1, 2, 8):
@@ -113,8 +184,6 @@ def test_the_bound_holds_and_is_met_by_many_outcomes():
     ],
 )
 def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, words):
-    import re
-
     assert command(given, *more, reward=reward) == (2, None, None)
     assert re.search(words, capfd.readouterr().err)
 

@@ -18,7 +18,7 @@ from model import axes
 from model.actor_critic import ActorCritic
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from trainers import initialise, partitioning
+from trainers import initialise, partitioning, scoring
 from trainers.inputs import PackedPairs
 from trainers.losses import direct, policy_gradient
 from trainers.objectives.lm import language_modelling
@@ -28,10 +28,10 @@ from trainers.objectives.policy_gradient import policy_gradient as objective_of
 from trainers.online import rows
 from trainers.online.critic import Valued
 from trainers.online.groups import Groups
+from trainers.online.method import Samples
 from trainers.online.pairs import BestOfTwo
 from trainers.online.rollouts import RolloutError, Rollouts
 from trainers.recipe import Recipe
-from trainers.scoring import Row, Scorer
 from trainers.step import make_train_step
 from trainers.train_state import TrainState
 
@@ -162,12 +162,18 @@ class Run:
             **settings,
         )
 
+    @functools.cached_property
+    def step(self):
+        return self.program.steps(1).train
+
     @property
     def mesh(self):
         return partitioning.use_mesh(self.program.mesh, self.program.rules)
 
     def state(self):
-        return self.program.init().replace(params=self.params())
+        params = self.params()
+        optimizer = self.recipe.optimizer(learning_rate=self.recipe.learning_rate)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 class Reference:
@@ -182,22 +188,23 @@ class Reference:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs by name, each with the programs that it has compiled."""
-    return functools.cache(lambda name: Run(name, tmp_path_factory.mktemp(name)))
+    return functools.cache(
+        lambda name: Run(name, tmp_path_factory.mktemp(name), missing_end_penalty=0.25)
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_the_task(name, runs):
     run = runs(name)
     with run.mesh:
-        state, step = run.state(), run.program.steps(1).train
-        found = []
-        for i in range(60):
+        state, found = run.state(), []
+        for i in range(40):
             batch = run.feed.get(i, state)
             assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
                 k: (v.shape, v.dtype) for k, v in run.feed.abstract().items()
             }
             found.append(np.asarray(batch["rewards"]).ravel())
-            state, metrics = step(state, batch)
+            state, metrics = run.step(state, batch)
             assert float(metrics["reward"][0] / metrics["reward"][1]) == pytest.approx(
                 found[-1].mean(), rel=1e-5
             )
@@ -244,13 +251,13 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(runs):
     run = runs("ppo")
     folder = run.feed._folder
     with run.mesh:
-        step, state, seen = run.program.steps(1).train, run.state(), []
+        state, seen = run.state(), []
         for i in (100, 101, 102, 103):
             batch = run.feed.get(i, state)
             seen.append(arrays(batch))
             if i == 103:
                 saved = jax.device_get(state)
-            state, _ = step(state, batch)
+            state, _ = run.step(state, batch)
         assert_same(seen[0], seen[1])
         assert_same(seen[2], seen[3])
         assert_same(arrays(Run("ppo", folder).feed.get(103, saved)), seen[3])
@@ -276,63 +283,63 @@ def test_scores_and_advantages_are_those_of_single_completions(runs):
     """RLOO's rewards less the divergence, against scores of each text by itself."""
     other = jax.tree.map(lambda x: 1.1 * x, trained())
     run = runs("rloo")
-    scorers = [Scorer(LM, params, batch_size=8) for params in (other, trained())]
     with run.mesh:
         state = run.state().replace(params=jax.device_put(other))
-        batch = arrays(run.feed.get(0, state))
-    listed = [Row(context=p, targets=c) for _, _, p, c in texts_of(batch)]
-    policy, reference = ([x.sum(dtype=np.float64) for x in scorer(listed)] for scorer in scorers)
+        batch = arrays(run.feed.get(70, state))
+    logp = jax.jit(functools.partial(scoring.log_probs, LM))
+
+    def score(params, prompt, completion):
+        text = [*prompt, *completion]
+        padded = np.zeros((3, 1, 8), np.int32)
+        for row, ids in zip(padded, (text[:-1], text[1:], [1] * (len(text) - 1)), strict=True):
+            row[0, : len(ids)] = ids
+        return float(logp(params, *padded)[0, len(prompt) - 1 : len(text) - 1].sum())
+
+    listed = [(prompt, completion) for _, _, prompt, completion in texts_of(batch)]
+    policy, reference = ([score(p, *text) for text in listed] for p in (other, trained()))
     net = (batch["rewards"] - 0.05 * (np.array(policy) - reference)).reshape(PROMPTS, 4)
     expected = [row - [np.delete(row, i).mean() for i in range(4)] for row in net]
     np.testing.assert_allclose(batch["advantages"], np.ravel(expected), atol=2e-5)
-    prompts = Prompts().digits(0) + FIRST
+    prompts = Prompts().digits(70) + FIRST
     for b, _, prompt, completion in texts_of(batch):
         assert prompt == [START, *prompts[b // 4]]
         assert batch["ended"][b] == (completion[-1] == EOS)
-        assert batch["rewards"][b] == (
-            completion == [prompts[b // 4].max(), EOS] or completion == [prompts[b // 4].max()]
-        )
+        ended = completion[-1] == EOS
+        right = completion[: len(completion) - ended] == [prompts[b // 4].max()]
+        assert batch["rewards"][b] == right - 0.25 * (not ended)
 
 
 def test_a_pair_is_the_better_and_the_worse_sample():
-    def first_digit(completions):  # ties are common
-        return np.array([c.tokens[0] % 3 if c.tokens else 0 for c in completions], np.float32)
+    prompts = [[START, 5], [START, 6, 7, 8], [START, 9]]
+    completions = [[3, EOS], [4], [2, 2, 2], [EOS], [5, EOS], [6, EOS]]
+    rewards = np.array([[0.0, 1.0], [0.5, -0.5], [0.25, 0.25]], np.float32)  # of equals the first
+    ended = np.array([[True, False], [False, True], [True, True]])
+    samples = Samples(prompts, completions, rewards, ended, np.array([0, 1, 0]))
 
-    run = Run("online_dpo", reward=first_digit, missing_end_penalty=0.5)
-    with run.mesh:
-        state = run.state()
-        batch = arrays(run.feed.get(0, state))
-        sampled = run.feed._sampler(  # the samples in their own order
-            state.params,
-            *(
-                jnp.asarray(Prompts().batch(0, 0, PROMPTS)[k])
-                for k in ("prompt_tokens", "prompt_lengths")
-            ),
-            rollout=0,
-        )
-    said = PackedPairs({"targets": batch["decoder_input_tokens"].shape[1]}).arrays(PROMPTS)
-    assert set(said) <= set(batch)
-    for p in range(PROMPTS):
-        pair = sampled[2 * p : 2 * p + 2]
-        rewards = [(row[0] % 3 if row[0] != EOS else 0) - 0.5 * (row[-1] != EOS) for row in pair]
-        chosen = int(rewards[1] > rewards[0])  # of equals the first
-        np.testing.assert_allclose(batch["rewards"][p], [rewards[chosen], rewards[1 - chosen]])
-        for segment, side in ((1, chosen), (2, 1 - chosen)):
-            here = (batch["decoder_segment_ids"][p] == segment) & (
-                batch["decoder_loss_weights"][p] > 0
-            )
-            assert batch["decoder_target_tokens"][p][here].tolist() == pair[side]
-    scorer = Scorer(LM, trained(), batch_size=8)
-    prompts = [[START, *row] for row in (Prompts().digits(0) + FIRST).tolist()]
-    sums = [
-        x.sum()
-        for x in scorer([Row(context=prompts[r // 2], targets=t) for r, t in enumerate(sampled)])
-    ]
-    np.testing.assert_allclose(
-        np.sort(batch["reference_log_probs"], axis=1),
-        np.sort(np.reshape(sums, (-1, 2)), axis=1),
-        atol=1e-4,
-    )
+    def score(columns):
+        # Tokens as their log-probabilities: sums show which were counted.
+        return {"reference_log_probs": -columns["decoder_target_tokens"].astype(np.float32)}
+
+    method = METHODS["online_dpo"][0]
+    batch = method.batch(samples, score)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in method.arrays(3).items()
+    }
+    assert set(PackedPairs({"targets": 14}).arrays(3)) <= set(batch)
+    for p, pair in enumerate([(1, 0), (2, 3), (4, 5)]):
+        for segment, r in enumerate(pair, 1):
+            text = [*prompts[p], *completions[r]]
+            here = batch["decoder_segment_ids"][p] == segment
+            assert batch["decoder_input_tokens"][p][here].tolist() == text[:-1]
+            assert batch["decoder_target_tokens"][p][here].tolist() == text[1:]
+            assert batch["decoder_positions"][p][here].tolist() == list(range(len(text) - 1))
+            counted = here & (batch["decoder_loss_weights"][p] > 0)
+            assert batch["decoder_target_tokens"][p][counted].tolist() == completions[r]
+            assert batch["reference_log_probs"][p, segment - 1] == -sum(completions[r])
+            assert batch["rewards"][p, segment - 1] == rewards.ravel()[r]
+            assert batch["ended"][p, segment - 1] == ended.ravel()[r]
+    np.testing.assert_allclose(batch["chosen_tokens_per_pair"], (1 + 3 + 2) / 3)
+    assert batch["source_ids"].tolist() == [0, 1, 0]
 
 
 def test_what_cannot_be_is_said(runs, monkeypatch):
