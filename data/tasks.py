@@ -271,11 +271,12 @@ def source_digest(task_name: str) -> str:
 
 
 def vocabulary(task_name: str) -> Any:
-    """The SeqIO vocabulary of a task's targets, or of its completions where it has pairs of them."""
+    """The SeqIO vocabulary of a task's targets, or of its completions or prompts where it has those."""
     import seqio
 
     features = seqio.get_mixture_or_task(task_name).output_features
-    return features["targets" if "targets" in features else "chosen"].vocabulary
+    feature = next(name for name in ("targets", "chosen", "prompt") if name in features)
+    return features[feature].vocabulary
 
 
 def summary() -> dict[str, Any]:

@@ -11,6 +11,7 @@ _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
 _ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
 _CONVOLUTION = ("features", "side", "stride", "dtype", "param_dtype", "name")
+_HEAD = ("features", "axes", "kernel_init", "name")
 _TABLE = ("features", "dtype", "param_dtype")
 
 # By owner, and by the parameter of it that takes a factory: names of the arguments it is called with.
@@ -24,8 +25,10 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "launch.train.train": {
         "checkpointer": ("directory",),
         "eval_stream": ("task",),
+        "rollouts": ("stream", "recipe", "program", "folder"),
         "stream": ("positions",),
     },
+    "model.actor_critic.ActorCritic": {"head": _HEAD},
     "model.attention.Attention": {"dense": _PROJECTION, "qk_norm": ("name",)},
     "model.domain_router.DomainRouter": {"dense": _POINTWISE},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
@@ -47,6 +50,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "dense": _POINTWISE,
         "stem": ("config", "name"),
     },
+    "model.reward_model.RewardModel": {"head": _HEAD},
     "model.transformer.Block": {
         "attention": ("config", "kind", "name"),
         "mlp": ("config", "name"),

@@ -108,20 +108,34 @@ class RunConfig:
     chat_template: str | None = None
 
     @contextlib.contextmanager
-    def load(self, checkpoint: str, *, params: str = "auto") -> Iterator["LoadedRun"]:
-        """Restores the parameters, verified, and enters the mesh.
+    def load(
+        self, checkpoint: str, *, params: str = "auto", rewards: bool = False
+    ) -> Iterator["LoadedRun"]:
+        """Restores the parameters, verified, and enters the mesh; of an actor and critic those of the actor.
 
         Args:
           checkpoint: step or run directory.
           params: one of PARAMS.
+          rewards: whether it must be of a reward model, which no other command reads.
 
         Raises:
+          LoadError: a model of another kind.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-
+        from model.actor_critic import language_model
         from model.config import TransformerConfig
+        from model.reward_model import RewardModel
         from trainers import initialise, partitioning
 
+        if isinstance(self.model, RewardModel) != rewards:
+            raise LoadError(
+                f"The checkpoint is of a {type(self.model).__name__}: "
+                + (
+                    "train a reward model with methods/reward_model.gin."
+                    if rewards
+                    else "it says rewards, and this command reads language models (launch.best_of_n reads it)."
+                )
+            )
         if not isinstance(self.model.config, TransformerConfig):
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
@@ -142,9 +156,10 @@ class RunConfig:
         )
         abstract = initialise.abstract_params(self.model, mesh, rules)
         values, meta = restore(checkpoint, abstract, params=params)
+        model, values = language_model(self.model, values)
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
-                config=self,
+                config=dataclasses.replace(self, model=model),
                 params=values,
                 meta=meta,
                 row_sharding=rows if mesh.devices.size > 1 else None,

@@ -30,13 +30,14 @@ def stream(recipe: Recipe, data: Stream) -> None:
                 "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as the files in t5x_configs/runs do."
             )
     if recipe.reads.unit == "tokens":
-        _vocabulary(recipe, data.summary()["vocabulary"]["size"])
+        vocabulary(recipe, data)
     else:
         _images(recipe, data)
 
 
-def _vocabulary(recipe: Recipe, size: int) -> None:
-    rows = recipe.model.config.vocab_size
+def vocabulary(recipe: Recipe, data: Stream) -> None:
+    """The model knows all ids of the data."""
+    rows, size = recipe.model.config.vocab_size, data.summary()["vocabulary"]["size"]
     if size > rows:
         raise ValueError(
             f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "

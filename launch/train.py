@@ -40,7 +40,6 @@ from launch import (
 from launch.parameter_table import parameter_table
 from model.surgery.transform import TreeTransform
 from trainers import (
-    batches,
     checkpoint,
     metric_writers,
     partitioning,
@@ -49,7 +48,7 @@ from trainers import (
     schedules,
     signals,
 )
-from trainers.batches import Prefetcher, Stream, TrainStream
+from trainers.batches import Feed, FeedFactory, Prefetcher, Stream, TrainStream
 from trainers.compile_ahead import compiling
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.goodput import Goodput, process_start
@@ -84,6 +83,7 @@ def train(
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[HookFactory] = (),
+    rollouts: FeedFactory | None = None,
     started: float | None = None,
 ) -> dict[str, float]:
     """Trains `recipe` on `stream` up to `total_steps` updates.
@@ -119,6 +119,8 @@ def train(
         directory; called once all is checked, by the one process that writes.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
+      rollouts: where the run trains on its own samples, what makes batches of them, the stream being of prompts;
+        called with (stream=, recipe=, program=, folder=), see trainers/online/rollouts.py.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 
@@ -160,7 +162,10 @@ def train(
             run.checkpoints, initial_checkpoint_path, scope=initial_scope, data=initial_data
         )
         data = stream(positions=begun["positions"]) if begun.get("positions") else stream()
-        run_checks.stream(recipe, data)
+        if rollouts is None:
+            run_checks.stream(recipe, data)
+        else:
+            run_checks.vocabulary(recipe, data)
         if total_steps is None:
             total_steps = data.steps_for_tokens(total_tokens)
         if isinstance(recipe.learning_rate, schedules.Unspanned):
@@ -204,11 +209,14 @@ def train(
             unit=recipe.reads.loss_per,
         )
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
-        batch = batches.abstract_batch(data, program.batch_sharding)
+        feed: Feed = Prefetcher(data, program.batch_sharding)
+        if rollouts is not None:
+            folder = run.file("rollouts")
+            feed = rollouts(stream=data, recipe=recipe, program=program, folder=folder)
         # What is left to compile when the state is there counts as compilation.
         with (
             goodput.measure("compile"),
-            compiling(program, steps.train, batch),
+            compiling(program, steps.train, feed.abstract()),
             goodput.measure("init"),
         ):
             start = restore.restore_or_initialise(
@@ -251,7 +259,7 @@ def train(
             total_steps=total_steps,
             train_step=steps.train,
             stream=data,
-            prefetcher=Prefetcher(data, program.batch_sharding),
+            feed=feed,
             run_dir=pathlib.Path(run.path),
             writer=writer,
             goodput=goodput,

@@ -29,6 +29,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "bas
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
+PROMPTS = {"prompts"}  # which runs/online.gin continues
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
@@ -251,7 +252,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS))
+@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS - PROMPTS))
 def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     files = ("models/tiny", f"data/{name}", "runs/pretrain")
     config = load(*files, data=REQUIRED.get(name, ()))
@@ -297,3 +298,31 @@ def test_an_experiment_makes_a_program(file):
     assert program.mesh.devices.size == jax.device_count()
     assert arguments["total_steps"] > 0
     assert arguments.get("tasks") or arguments["recipe"].reads.unit == "images"
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("judged", ["text", "model"])
+def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, judged):
+    files = ["models/tiny", "data/prompts", "runs/online", f"methods/{name}"]
+    bindings = [
+        "MODEL_DIR='/tmp/x'",
+        "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
+        "PROMPT_FILES='x.jsonl'",
+        "TOKENIZER='/tmp/sft/tokenizer'",
+        "TRAIN_STEPS=10",
+    ]
+    if judged == "model":
+        files.append("methods/reward_checkpoint")
+        bindings.append("REWARD_CHECKPOINT='/tmp/rm'")
+    paths = [f"t5x_configs/{file}.gin" for file in files]
+    config = gin_config.load(paths, bindings, entry="launch.train:train")
+    unused = [str(warning) for warning in config.warnings]
+    if judged == "model":  # verifiers are not asked
+        unused = [text for text in unused if "verifiers" not in text.lower()]
+    assert [text for text in unused if "ANSWER_PATTERN" not in text] == []
+    recipe = config.arguments()["recipe"]
+    assert recipe.batch_size == 32 * recipe.reads.rows_per_prompt
+    batch = recipe.reads.arrays(recipe.batch_size)
+    assert batch["decoder_input_tokens"].shape == (recipe.batch_size, recipe.length)
+    boxed = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
+    assert ("value_head" in boxed) == (name == "ppo")

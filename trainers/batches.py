@@ -6,6 +6,7 @@ mesh and the number of hosts never change what a batch holds.
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -63,6 +64,36 @@ class TrainStream(Stream, Protocol):
         ...
 
 
+class Feed(Protocol):
+    """Where the loop takes its batches from: a `Prefetcher`, or what makes them of the state.
+
+    Attributes:
+      part: of the run's time that waiting for a batch is, see trainers/goodput.py.
+      units: tokens or images of a batch, as rates count them.
+    """
+
+    part: str
+
+    @property
+    def units(self) -> int: ...
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of batches."""
+        ...
+
+    def get(self, step: int, state: Any) -> dict[str, jax.Array]:
+        """The batch of a data step, of which `state` is the train state before it: a function of both."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs beside the loop; a later `get` may begin it again."""
+        ...
+
+
+# Called with (stream=, recipe=, program=, folder=): what trains on its own samples.
+FeedFactory = Callable[..., Feed]
+
+
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
     """The batch of one step as global arrays; each process reads only its own rows."""
     ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}
@@ -104,13 +135,23 @@ class Prefetcher:
     A `get` out of order restarts the thread there: a rollback needs no other notice.
     """
 
+    part = "data_wait"
+
     def __init__(self, stream: Stream, sharding: NamedSharding, *, ahead: int = 2):
         self._stream, self._sharding, self._ahead = stream, sharding, ahead
         self._thread: threading.Thread | None = None
         self._next = -1
 
-    def get(self, step: int) -> dict[str, jax.Array]:
-        """The batch of `step`; raises whatever reading it raised."""
+    @property
+    def units(self) -> int:
+        return self._stream.batch_size * self._stream.length
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `abstract_batch`."""
+        return abstract_batch(self._stream, self._sharding)
+
+    def get(self, step: int, state: Any = None) -> dict[str, jax.Array]:
+        """The batch of `step`, whatever the state; raises whatever reading it raised."""
         if step != self._next or self._thread is None:
             self._start(step)
         self._next = step + 1

@@ -202,11 +202,11 @@ class Decoder:
             )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
-            caches = _repeated(caches, copies)
+            caches = repeated(caches, copies)
             if settings.beams is not None:
                 return logits_BV, caches, lengths_B, active_B, seen_BV
             sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
-            rows = _repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
+            rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
             logits_RV, lengths_R, active_R, index_R, seen_RV = rows
             keys_R = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_R)
             keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R)
@@ -300,7 +300,7 @@ class Decoder:
         return self._programs[name, length]
 
 
-def _repeated(tree: Any, copies: int) -> Any:
+def repeated(tree: Any, copies: int) -> Any:
     """Every row `copies` times, side by side; what has no rows is the same for all of them."""
     if copies == 1:
         return tree

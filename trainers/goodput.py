@@ -1,10 +1,10 @@
-"""Where a run's wall time goes: start, compilation, waiting for data, steps, saving, evaluation."""
+"""Where a run's wall time goes: start, compilation, waiting for data, sampling, steps, saving, evaluation."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-PARTS = ("init", "compile", "data_wait", "step", "checkpoint", "evaluation")
+PARTS = ("init", "compile", "data_wait", "generation", "step", "checkpoint", "evaluation")
 
 
 class Goodput:

@@ -45,6 +45,19 @@ def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
     return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
 
 
+def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters; allocates nothing."""
+    boxed = abstract_variables(model)["params"]
+    return jax.tree.map(
+        lambda box, sharding: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=sharding
+        ),
+        boxed,
+        param_shardings(boxed, mesh, rules),
+        is_leaf=_is_boxed,
+    )
+
+
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedShardings of boxed abstract parameters, as a plain tree.
 
@@ -59,19 +72,6 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(sharding, boxed, is_leaf=_is_boxed)
-
-
-def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters, as a plain tree."""
-    boxed = abstract_variables(model)["params"]
-    return jax.tree.map(
-        lambda box, sharding: jax.ShapeDtypeStruct(
-            box.value.shape, box.value.dtype, sharding=sharding
-        ),
-        boxed,
-        param_shardings(boxed, mesh, rules),
-        is_leaf=_is_boxed,
-    )
 
 
 def _is_boxed(leaf: Any) -> bool:

@@ -72,12 +72,14 @@ class PackedPairs:
       pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/losses/pairs.py.
+      read_last: whether last tokens are read, as reward models need it.
     """
 
     feature_lengths: Mapping[str, int]
     pairs: int = 1
     stored_reference: bool = True
     labels: bool = False
+    read_last: bool = False
     unit: str = dataclasses.field(default="tokens", init=False)
     loss_per: str = dataclasses.field(default="pairs", init=False)
 
@@ -88,12 +90,14 @@ class PackedPairs:
     def arrays(self, rows: int) -> Arrays:
         per_pair = jax.ShapeDtypeStruct((rows, self.pairs), jnp.float32)
         both = jax.ShapeDtypeStruct((rows, 2 * self.pairs), jnp.float32)
+        per_token = jax.ShapeDtypeStruct((rows, self.length), jnp.float32)
         return {
             **PackedTokens(self.length).arrays(rows),
             "pair_weights": per_pair,
             "chosen_tokens_per_pair": jax.ShapeDtypeStruct((rows,), jnp.float32),
             **({"reference_log_probs": both} if self.stored_reference else {}),
             **({"pair_labels": per_pair} if self.labels else {}),
+            **({"decoder_ends": per_token} if self.read_last else {}),
         }
 
     def init_arguments(self) -> tuple[jax.Array, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly
-from trainers.batches import Prefetcher, Stream
+from trainers.batches import Feed, Stream
 from trainers.checkpoint import Checkpointer
 from trainers.goodput import Goodput
 from trainers.hooks import GivenUpError, Hook
@@ -47,7 +47,7 @@ class Loop:
       total_steps: updates at which to stop.
       train_step: compiled (state, batch) -> (state, metrics).
       stream: where batches come from.
-      prefetcher: prepares them.
+      feed: prepares them, or makes them of the state.
       run_dir: where an anomaly is recorded.
       writer: receives metrics by step.
       goodput: splits the time.
@@ -77,7 +77,7 @@ class Loop:
     total_steps: int
     train_step: TrainStep
     stream: Stream
-    prefetcher: Prefetcher
+    feed: Feed
     run_dir: pathlib.Path
     writer: MetricWriter
     goodput: Goodput
@@ -140,7 +140,7 @@ class Loop:
                 bar.update(self.step - bar.n)
         finally:
             bar.close()
-            self.prefetcher.close()
+            self.feed.close()
             if self.profiler is not None:
                 self.profiler.close()
         if self.checkpointer is not None:
@@ -152,8 +152,8 @@ class Loop:
         """One update and everything due after it."""
         if self.checkpointer is not None:
             self.checkpointer.check()
-        with self.goodput.measure("data_wait"):
-            batch = self.prefetcher.get(self.data_step)
+        with self.goodput.measure(self.feed.part):
+            batch = self.feed.get(self.data_step, self.state)
         if not self._step(batch):
             return  # rolled back: nothing is due any more
         self.step += 1
@@ -246,8 +246,7 @@ class Loop:
         self._window = None
         (since, before), now = self._window_start, self._busy()
         if step > since and now > before:
-            units = (step - since) * self.stream.batch_size * self.stream.length
-            self._rate = units / (now - before)
+            self._rate = (step - since) * self.feed.units / (now - before)
         self._window_start = (step, now)
         known = {
             **self.host_metrics(step - self.skipped, self._rate),

@@ -25,16 +25,19 @@ class PairPlan(Plan):
     Attributes:
         max_length: tokens of a prompt with one completion, at most.
         read_only: tokens at the beginning of a prompt that are read and not predicted, 0 or 1.
+        read_last: places after a completion where its last token is read and nothing predicted, 0 or 1.
         first: what `counts` counts -> id of the first record it happened to.
     """
 
     max_length: int
     read_only: int
     first: dict[str, str]
+    read_last: int = 0
 
     @property
     def policy(self) -> list:
-        return [*super().policy, self.max_length, self.read_only]
+        last = ["read_last"] if self.read_last else []
+        return [*super().policy, self.max_length, self.read_only, *last]
 
     @property
     def slots(self) -> int:
@@ -50,7 +53,12 @@ class PairPlan(Plan):
     def positions(self) -> int:
         """How many places of rows are filled."""
         pairs = len(self.records)
-        return 2 * (self.tokens("prompt") - self.read_only * pairs) + self.tokens()
+        return 2 * (self.tokens("prompt") + self._more * pairs) + self.tokens()
+
+    @property
+    def _more(self) -> int:
+        """Places that a segment has beyond its tokens."""
+        return self.read_last - self.read_only
 
 
 def plan_pairs(
@@ -61,6 +69,7 @@ def plan_pairs(
     max_length: int | None = None,
     packing: Packing = "examples",
     read_only: int = 0,
+    read_last: int = 0,
 ) -> PairPlan:
     """Plans the rows of one source of pairs.
 
@@ -72,9 +81,9 @@ def plan_pairs(
         name: of the source, for errors.
         opened: its cache.
         row_length: places of a row.
-        max_length: tokens of a prompt with one completion; default half of the row.
+        max_length: tokens of a prompt with one completion; default what half of the row holds.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
-        read_only: see `PairPlan`.
+        read_only, read_last: see `PairPlan`.
 
     Raises:
         ValueError: what cannot be planned.
@@ -87,11 +96,12 @@ def plan_pairs(
         )
     if packing not in PACKINGS:
         raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
-    max_length = row_length // 2 if max_length is None else max_length
-    if max_length < 2 or row_length < 2 * max_length:
+    max_length = row_length // 2 - read_last if max_length is None else max_length
+    if max_length < 2 or row_length < 2 * (max_length + read_last):
+        more = " and a place more, where its last token is read," if read_last else ""
         raise ValueError(
             f"max_length is {max_length} and task_feature_lengths['targets'] {row_length}: a pair takes a "
-            "row of twice max_length, which is 2 or more. Lower max_length, or lengthen the rows."
+            f"row of twice max_length{more} which is 2 or more. Lower max_length, or lengthen the rows."
         )
     full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
     empty_N = full["prompt"] < read_only
@@ -125,7 +135,8 @@ def plan_pairs(
     records = np.flatnonzero(kept_N)
     lengths = {"prompt": full["prompt"], **kept}
     lengths = {feature: size_N[records] for feature, size_N in lengths.items()}
-    sizes = 2 * (lengths["prompt"] - read_only) + lengths["chosen"] + lengths["rejected"]
+    prompts = lengths["prompt"] - read_only + read_last
+    sizes = 2 * prompts + lengths["chosen"] + lengths["rejected"]
     rows = best_fit(sizes, row_length) if packing == "best_fit" else np.arange(len(records))
     order = np.argsort(rows, kind="stable")  # within a row, the order of the files
     lost = sum(int((full[f] - kept[f])[records].sum()) for f in kept)
@@ -145,6 +156,7 @@ def plan_pairs(
         max_length=max_length,
         read_only=read_only,
         first={w: _name(opened, int(met_N.argmax())) for w, met_N in met.items() if met_N.any()},
+        read_last=read_last,
     )
 
 

@@ -105,7 +105,8 @@ def read_rows(
     Segment 2k + 1 of a row is prompt and chosen completion of its pair k, segment 2k + 2 the same prompt with
     the rejected one; 0 is padding, and positions restart with each segment. Weights are 1 at the tokens of
     completions, EOS among them, and 0 at those of prompts. Without a start token the first token of a prompt
-    is read and not predicted.
+    is read and not predicted. Where plans read last tokens, there is a column `decoder_ends`, float32 [B, L]: 1 at
+    the place of each segment where all of its completion has been read.
 
     Args:
         slots: K, of the columns `pair_weights` (1 where there is a pair), `pair_labels` (unpaired data) and
@@ -118,7 +119,8 @@ def read_rows(
     weights = np.zeros(shape, np.float32)
     number = "labels" if sources[0].unpaired else "margin"
     pair_weights, numbers = (np.zeros((len(row_B), slots), np.float32) for _ in range(2))
-    read_only = int(start_token is None)
+    read_only, read_last = int(start_token is None), sources[0].plan.read_last
+    ends = np.zeros(shape, np.float32)
     place_L = np.arange(shape[1], dtype=np.int32)
     for index in np.unique(source_B[row_B != rows.NO_ROW]):
         plan, columns = sources[index].plan, sources[index].cache.columns
@@ -127,7 +129,8 @@ def read_rows(
         record_P = plan.records[pair_P]
         size = {f: plan.lengths[f][pair_P].astype(np.int64) for f in FEATURES}
         prompt_S = np.repeat(size["prompt"] - read_only, 2)
-        size_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
+        told_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
+        size_S = told_S + read_last
         before_S = np.cumsum(size_S) - size_S
         first_B = np.flatnonzero(slot_P == 0) * 2  # the first segment of each row
         place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
@@ -140,11 +143,13 @@ def read_rows(
             at_P = (at_S + prompt_S)[turn::2]
             columns[feature].gather(begin_P, size[feature], targets.reshape(-1), at_P)
         id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
-        spread = rows.spread([id_S, place_S, place_S + prompt_S], size_S, first_B, shape[1])
-        ids, origins, completions = spread
+        of_segments = [id_S, place_S, place_S + prompt_S, place_S + told_S]
+        spread = rows.spread(of_segments, size_S, first_B, shape[1])
+        ids, origins, completions, told = spread
         segment_ids[here_B] = ids
         positions[here_B] = (place_L - origins) * (ids > 0)
-        weights[here_B] = (place_L >= completions) & (ids > 0)
+        weights[here_B] = (place_L >= completions) & (place_L < told)
+        ends[here_B] = (place_L == told) & (ids > 0)
         if start_token is None:
             once_S = np.ones_like(begin_S)
             columns["prompt"].gather(begin_S, once_S, inputs.reshape(-1), at_S)
@@ -169,6 +174,8 @@ def read_rows(
         "source_ids": source_B.astype(np.int32),
         "pair_weights": pair_weights,
     }
+    if read_last:
+        batch["decoder_ends"] = ends
     if number == "labels" or margins:
         batch["pair_labels" if number == "labels" else "pair_margins"] = numbers
     return batch

@@ -153,6 +153,7 @@ def make_stream(
     split: str = "train",
     max_length: int | None = None,
     packing: pair_plan.Packing = "examples",
+    read_last: bool = False,
     start_token: int | None = 0,
     weights: mixing.Weights = "rates",
     temperature: float = 1.0,
@@ -176,10 +177,12 @@ def make_stream(
         batch_size: rows of the global batch.
         seed: of the order of rows.
         split: of the tasks.
-        max_length: tokens of a prompt with one completion; default half of the row. Completions are cut at
-            their end, pairs with longer prompts are dropped; both are counted in `summary()`.
+        max_length: tokens of a prompt with one completion; default what half of the row holds. Completions are
+            cut at their end, pairs with longer prompts are dropped; both are counted in `summary()`.
         packing: 'examples' puts one pair in a row, so that a batch has `batch_size` of them; 'best_fit' as
             many as fit.
+        read_last: give every segment a place more, at which the last token of its completion is read, as
+            rewards of whole completions need it.
         start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with
             BOS: the first token is not predicted then.
         weights, temperature, max_tokens, phases, interleaving, max_epochs, on_cap, positions, cache_dir,
@@ -190,7 +193,7 @@ def make_stream(
     """
     mixture = stream.open_mixture(
         mixture_or_task_name,
-        _pairs(task_feature_lengths, max_length, packing, start_token),
+        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
         split=split,
         weights=weights,
         temperature=temperature,
@@ -222,6 +225,7 @@ def make_eval_stream(
     split: str = "validation",
     max_length: int | None = None,
     packing: pair_plan.Packing = "examples",
+    read_last: bool = False,
     start_token: int | None = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: cache.Changed = "refuse",
@@ -237,7 +241,7 @@ def make_eval_stream(
     """
     source = stream.open_held_out(
         task,
-        _pairs(task_feature_lengths, max_length, packing, start_token),
+        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
         split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
@@ -250,6 +254,7 @@ def _pairs(
     feature_lengths: Mapping[str, int],
     max_length: int | None,
     packing: pair_plan.Packing,
+    read_last: bool,
     start_token: int | None,
 ) -> Callable[[str, cache.Cache], PairSource]:
     if set(feature_lengths) != {"targets"}:
@@ -265,6 +270,7 @@ def _pairs(
             max_length=max_length,
             packing=packing,
             read_only=int(start_token is None),
+            read_last=int(read_last),
         )
         return PairSource(name, opened, planned)
 

@@ -100,6 +100,7 @@ def recorder(factory, seen: set):
 def test_models_pass_what_the_table_says():
     """Every factory of every module with a row, replaced by one that records its arguments."""
     from model import resnet
+    from model.actor_critic import ActorCritic
     from model.attention import Attention
     from model.convolution import Conv
     from model.domain_router import DomainRouter
@@ -110,6 +111,7 @@ def test_models_pass_what_the_table_says():
     from model.moa import MixtureOfAttention
     from model.moe import ExpertDense, MoeMlp
     from model.norm import RMSNorm
+    from model.reward_model import RewardModel
 
     seen: dict[tuple[str, str], set] = {}
 
@@ -145,7 +147,10 @@ def test_models_pass_what_the_table_says():
             embed=transformer.Embed,
             position_embed=lambda **kwargs: Positions(num_positions=4, **kwargs),
         )(config=model_config.TransformerConfig(**sizes))
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+        for headed in (ActorCritic, RewardModel):
+            model = watched(headed, head=Dense)(backbone=model)
+            jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+            model = model.backbone
     attention = watched(MixtureOfAttention, dense=Dense, qk_norm=RMSNorm, router=Dense)
     block = functools.partial(transformer.Block, attention=attention)
     model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)

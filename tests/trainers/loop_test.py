@@ -131,7 +131,7 @@ def make_loop(
         "total_steps": total,
         "train_step": step,
         "stream": stream,
-        "prefetcher": Prefetcher(stream, REPLICATED),
+        "feed": Prefetcher(stream, REPLICATED),
         "run_dir": path,
         "writer": Recorder(),
         "goodput": Goodput(),

@@ -3,6 +3,7 @@
 Shapes: B rows, T length, X = B T, D width, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,21 @@ from trainers.objectives.base import Batch
 _EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
 
 
+@dataclasses.dataclass(frozen=True)
+class TokensRead:
+    """What a model says of a batch.
+
+    Attributes:
+      log_probs_BT: of all targets, those of prompts and padding too.
+      hidden_BTD: final states.
+      written: collections that the model has written.
+    """
+
+    log_probs_BT: jax.Array
+    hidden_BTD: jax.Array
+    written: Mapping[str, Any]
+
+
 def log_probs(
     model: Any,
     variables: Mapping[str, Any],
@@ -26,10 +42,26 @@ def log_probs(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
 
+    Arguments as for `of_tokens`, the batch being of pairs.
+    """
+    read = of_tokens(model, variables, batch, implementation=implementation, **applied)
+    return by_completion(batch, read.log_probs_BT), read.written
+
+
+def of_tokens(
+    model: Any,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    **applied: Any,
+) -> TokensRead:
+    """Log-probabilities of all targets, in one forward pass.
+
     Args:
       model: decoder-only.
       variables: its parameters and other collections.
-      batch: of pairs.
+      batch: of packed tokens.
       implementation: form of the cross-entropy.
       **applied: for `model.apply`.
     """
@@ -51,13 +83,13 @@ def log_probs(
         softcap=model.logit_softcap,
         implementation=implementation,
     )
-    return _by_completion(batch, log_p_X.reshape(targets_BT.shape)), written
+    return TokensRead(log_p_X.reshape(targets_BT.shape), out.hidden_BTD, written)
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
     """The pairs of a batch with their log-probabilities [B, 2K], in the order of its rows."""
     weights_P = batch["pair_weights"].reshape(-1)
-    lengths_BS = jax.lax.stop_gradient(_by_completion(batch, jnp.ones_like(sums_BS[:, :1])))
+    lengths_BS = jax.lax.stop_gradient(by_completion(batch, jnp.ones_like(sums_BS[:, :1])))
 
     def sides(values_BS: jax.Array, empty: float) -> tuple[jax.Array, jax.Array]:
         chosen_rejected_P2 = values_BS.astype(jnp.float32).reshape(-1, 2)
@@ -83,7 +115,7 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
     )
 
 
-def _by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
+def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
     """Sums over the tokens of each completion: [B, 2K]."""
     segments = 2 * batch["pair_weights"].shape[-1]
     # Weights are 0 at prompts and padding, and segment 0, which is padding, has no place of its own.

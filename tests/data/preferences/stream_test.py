@@ -44,7 +44,14 @@ def caches(tmp_path_factory):
 
 
 def source(
-    name, opened, *, start_token=0, length=LENGTH, max_length=MAX_LENGTH, packing="examples"
+    name,
+    opened,
+    *,
+    start_token=0,
+    length=LENGTH,
+    max_length=MAX_LENGTH,
+    packing="examples",
+    read_last=False,
 ):
     planned = pair_plan.plan_pairs(
         name,
@@ -53,6 +60,7 @@ def source(
         max_length=max_length,
         packing=packing,
         read_only=int(start_token is None),
+        read_last=int(read_last),
     )
     return PairSource(name, opened, planned)
 
@@ -60,7 +68,8 @@ def source(
 @pytest.fixture
 def make(caches):
     def build(names="ab", phases=PHASES, batch_size=8, start_token=0, **settings):
-        layout = {k: settings.pop(k) for k in ("length", "max_length", "packing") if k in settings}
+        names_of_layout = ("length", "max_length", "packing", "read_last")
+        layout = {k: settings.pop(k) for k in names_of_layout if k in settings}
         sources = [source(n, caches[n], start_token=start_token, **layout) for n in names]
         phases = tuple(
             (at, {n: w for n, w in shares.items() if n in names}) for at, shares in phases
@@ -166,6 +175,35 @@ def test_packing_changes_no_pair(make):
     assert packed.slots > 2
     beside = pairs_of(packed, 7)
     assert alone == beside and len(alone) == 2 * len(EXAMPLES["a"])
+
+
+@pytest.mark.parametrize("start_token", [0, None])
+def test_last_tokens_are_read_at_a_place_of_their_own(make, start_token):
+    """Where a row's segments are one place longer, each has its EOS among what is read, and nothing else changes."""
+    once = {"phases": ((0, {"a": 1.0}),), "names": "a", "start_token": start_token}
+    plain, whole = make(**once), make(**once, read_last=True)
+    assert plain.fingerprint != whole.fingerprint
+    one, other = plain.batch(3, 0, 8), whole.batch(3, 0, 8)
+    for b, row in enumerate(plain.documents(3, 0, 8)):
+        assert whole.documents(3, 0, 8)[b] == row
+        for segment in (1, 2):
+            here, there = (x["decoder_segment_ids"][b] == segment for x in (one, other))
+            assert there.sum() == here.sum() + 1
+            read = other["decoder_input_tokens"][b][there]
+            targets = one["decoder_target_tokens"][b][here]
+            np.testing.assert_array_equal(read[:-1], one["decoder_input_tokens"][b][here])
+            assert read[-1] == targets[-1]
+            np.testing.assert_array_equal(
+                other["decoder_positions"][b][there], np.arange(there.sum())
+            )
+            weights = other["decoder_loss_weights"][b][there]
+            np.testing.assert_array_equal(weights[:-1], one["decoder_loss_weights"][b][here])
+            ends = other["decoder_ends"][b][there]
+            np.testing.assert_array_equal(ends, np.arange(len(ends)) == len(ends) - 1)
+            assert weights[-1] == 0
+    assert other["decoder_ends"].sum() == 16
+    with pytest.raises(ValueError, match="twice max_length and a place more"):
+        make(**once, length=48, read_last=True)
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])

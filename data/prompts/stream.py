@@ -1,0 +1,215 @@
+"""The stream of prompts that a policy continues in training: prompts as a pure function of (seed, step).
+
+All is as in data/stream.py, but that a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from data import cache, plan, repeats, rows, schedule, stream
+from data.prompts.files import INFO
+from data.train_stream import Positions, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPlan(plan.Plan):
+    """One prompt a row; tokens, which budgets and shares count, are those of prompts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSource(rows.Source):
+    """One source of prompts."""
+
+    feature: ClassVar[str] = "prompt"
+
+    @property
+    def bytes_per_token(self) -> float:
+        """0: what is trained on is not there yet."""
+        return 0.0
+
+    def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Ids of a row's prompt, int32, and what its row in the file says."""
+        record = int(self.plan.records[row])
+        ids = self.cache.columns["prompt"].values(record).astype(np.int32)
+        said = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
+        return ids, json.loads(said.decode("utf-8", "surrogatepass"))
+
+    def summary(self) -> dict:
+        """Sizes, and how many prompts were dropped as too long."""
+        return {
+            "cache": str(self.cache.directory),
+            "content": self.cache.content,
+            "fingerprint": self.cache.fingerprint,
+            "prompts": self.plan.num_rows,
+            **self.plan.counts,
+        }
+
+
+class PromptStream(Stream):
+    """An endless stream of prompts; see `make_stream`.
+
+    Args:
+        updates: steps that use the prompts of one batch, one after the other.
+        sources, phases, settings: see `data.train_stream.Stream`.
+    """
+
+    def __init__(self, sources: Any, phases: Any, *, updates: int = 1, **settings: Any):
+        if updates < 1:
+            raise ValueError(f"updates is {updates}; it must be positive.")
+        self.updates = updates
+        super().__init__(sources, phases, **settings)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        return super().epochs(-(-step // self.updates))
+
+    def positions(self, step: int) -> dict[str, dict[str, Any]]:
+        return super().positions(-(-step // self.updates))
+
+    def check_repeats(self, steps: int) -> list[str]:
+        return super().check_repeats(-(-steps // self.updates))
+
+    def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
+        found = super().steps_for_tokens(tokens, first_step // self.updates)
+        return found * self.updates
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of `step`: `prompt_tokens` int32 [B, T] with the start token, padded on the right,
+        `prompt_lengths` int32 [B], and `source_ids` int32 [B].
+        """
+        source_B, _, row_B = self._locate(step, lo, hi)
+        tokens_BT = np.zeros((hi - lo, self.length), np.int32)
+        lengths_B = np.zeros(hi - lo, np.int32)
+        before = [] if self._start_token is None else [self._start_token]
+        for b, (prompt, _) in enumerate(self._prompts(source_B, row_B)):
+            text = [*before, *prompt]
+            tokens_BT[b, : len(text)], lengths_B[b] = text, len(text)
+        return {
+            "prompt_tokens": tokens_BT,
+            "prompt_lengths": lengths_B,
+            "source_ids": source_B.astype(np.int32),
+        }
+
+    def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
+        """What the files say in the rows of the same prompts."""
+        source_B, _, row_B = self._locate(step, lo, hi)
+        return [info for _, info in self._prompts(source_B, row_B)]
+
+    def _prompts(
+        self, source_B: np.ndarray, row_B: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        for source, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
+            yield self._prompt_sources[source].prompt(row)
+
+    @property
+    def _prompt_sources(self) -> tuple[PromptSource, ...]:
+        return cast(tuple[PromptSource, ...], self._sources)
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return super()._locate(step // self.updates, lo, hi)
+
+
+def make_stream(
+    *,
+    mixture_or_task_name: str,
+    max_prompt_length: int,
+    batch_size: int,
+    updates: int = 1,
+    seed: int = 0,
+    split: str = "train",
+    start_token: int | None = 0,
+    interleaving: schedule.Interleaving = "error_diffusion",
+    max_epochs: repeats.MaxEpochs | None = None,
+    on_cap: repeats.OnCap = "error",
+    positions: Positions | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    changed_cache: cache.Changed = "refuse",
+    verify_cache: bool = True,
+) -> PromptStream:
+    """The stream of prompts of a mixture of tasks, or of one.
+
+    Args:
+        mixture_or_task_name: registered with SeqIO, its tasks by `register_prompts`; rates are shares of prompts'
+            tokens.
+        max_prompt_length: places of a row, the start token's among them; longer prompts are dropped and counted.
+        batch_size: prompts of a batch.
+        updates: steps that use each batch.
+        seed: of their order.
+        split: of the tasks.
+        start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with BOS.
+        interleaving, max_epochs, on_cap, positions, cache_dir, changed_cache, verify_cache: see
+            `data.stream.make_stream`.
+
+    Raises:
+        ValueError: what cannot be streamed, before anything is read.
+    """
+    mixture = stream.open_mixture(
+        mixture_or_task_name,
+        _planned(max_prompt_length, start_token),
+        split=split,
+        max_epochs=max_epochs,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
+    )
+    return PromptStream(
+        mixture.sources,
+        mixture.phases,
+        updates=updates,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=start_token,
+        interleaving=interleaving,
+        max_epochs=mixture.max_epochs,
+        on_cap=on_cap,
+        positions=positions,
+    )
+
+
+def plan_prompts(
+    name: str, opened: cache.Cache, *, max_length: int, start_token: int | None
+) -> PromptPlan:
+    """Plans a row for each prompt that fits one.
+
+    Raises:
+        ValueError: the source holds no prompts, none that fits, or an empty one with nothing before it.
+    """
+    missing = [feature for feature in ("prompt", INFO) if feature not in opened.columns]
+    if missing:
+        raise ValueError(
+            f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no prompts. "
+            "Register it with data.prompts.tasks.register_prompts."
+        )
+    lengths = opened.columns["prompt"].lengths.astype(np.int64)
+    read = lengths + int(start_token is not None)
+    fits = (read <= max_length) & (read > 0)
+    if not fits.any():
+        raise ValueError(
+            f"Source {name!r}: none of its {len(fits):,} prompts has {max_length} tokens or less "
+            "(max_prompt_length). Raise it."
+        )
+    records = np.flatnonzero(fits).astype(np.uint32)
+    return PromptPlan(
+        row_starts=np.arange(len(records) + 1, dtype=np.int64),
+        records=records,
+        offsets=np.zeros(len(records), np.uint32),
+        lengths={"targets": read[records].astype(np.uint32)},
+        row_lengths={"targets": max_length},
+        packing="examples",
+        long_documents="drop",
+        counts={"records": len(fits), "prompt_too_long": int((read > max_length).sum())},
+    )
+
+
+def _planned(
+    max_length: int, start_token: int | None
+) -> Callable[[str, cache.Cache], PromptSource]:
+    def plan_source(name: str, opened: cache.Cache) -> PromptSource:
+        planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
+        return PromptSource(name, opened, planned)
+
+    return plan_source

@@ -1,0 +1,81 @@
+"""SeqIO tasks of prompts, registered by a plain function that gin binds."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from data import document_files, document_source, tasks
+from data.preferences import tokens
+from data.prompts.files import INFO, PromptFiles
+
+
+def register_prompts(
+    *,
+    name: str,
+    files: str | Sequence[str],
+    vocabulary: Any,
+    validation_files: str | Sequence[str] | None = None,
+    validation_fraction: float = 0.0,
+    chat_template: str | None = None,
+    add_bos: bool = False,
+    data_root: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Registers a task over files of JSON lines with a "prompt", a text or messages; see `data.prompts.files`.
+
+    Files of preference pairs are such files too: a pair's prompt is the prompt, and its completions are known to
+    those who judge. Features are the ids of `prompt`, and `info`, the row as bytes.
+
+    Args:
+      name: of the task.
+      files: a glob or several.
+      vocabulary: a SeqIO vocabulary, as `data.vocabularies` makes.
+      validation_files: a glob or several of held-out files.
+      validation_fraction: without them, the share to hold out by the hash of the prompt.
+      chat_template: of rows with messages: a jinja file, or a name of `data.chat_template.BUILT_IN`; default the
+        vocabulary's own.
+      add_bos: begin prompts that are texts with BOS; a chat template writes its own.
+      data_root: directory that relative patterns start at; None for the working directory.
+      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Raises:
+      FileNotFoundError: a pattern matches no file.
+      ChatTemplateError: there is no such chat template.
+      ValueError: BOS is asked of a vocabulary without it.
+    """
+    import seqio
+
+    tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=False)
+    found, validation_fraction = document_files.split_files(
+        name=name,
+        files=files,
+        validation_files=validation_files,
+        validation_fraction=validation_fraction,
+        data_root=data_root,
+    )
+    source = PromptFiles(
+        name=name,
+        files=found,
+        tokeniser=tokens.Tokeniser(
+            vocabulary=vocabulary,
+            template=tokens.find_template(chat_template, vocabulary),
+            add_bos=add_bos,
+            add_eos=False,
+        ),
+        validation_fraction=validation_fraction,
+        root=document_files.common_root(found),
+        cache=document_source.source_cache(cache_dir),
+    )
+    template = source.tokeniser.template
+    tasks.register_features(
+        name,
+        source,
+        origin="register_prompts",
+        features={"prompt": vocabulary, INFO: seqio.PassThroughVocabulary(256)},
+        facts={
+            "vocabulary": str(vocabulary),
+            "chat_template": template and template.origin,
+            "add_bos": add_bos,
+            "add_eos": False,
+        },
+    )
