@@ -13,13 +13,14 @@ import dataclasses
 import itertools
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from data.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
-VERSION = 1
+VERSION = 2
 Kind = Literal["paired", "unpaired"]
 KINDS = get_args(Kind)
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
@@ -28,7 +29,8 @@ EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
-# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags.
+# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags. Rows that
+# hold them are worth a look: they may hide what people do not see and models read.
 _INVISIBLE_RANGES = (
     *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
     *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
@@ -37,6 +39,14 @@ INVISIBLE = frozenset(
     chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
 )
 _WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
+# Those that change nothing of what is seen beside them: where a line may break (soft hyphen, zero-width space, word
+# joiner, byte order mark), and operators that are only thought. Joiners choose letter forms, conjuncts and emoji,
+# marks of direction the order of letters, and tags flags: texts that differ in them look different.
+_WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
+# How Unicode's names begin of characters of scripts that do not separate words by spaces.
+_UNSPACED = frozenset(
+    "CJK IDEOGRAPHIC HIRAGANA KATAKANA HALFWIDTH FULLWIDTH BOPOMOFO THAI LAO KHMER MYANMAR TIBETAN".split()
+)
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
@@ -219,20 +229,21 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """Prompt and completions of two texts, or two conversations, that begin alike.
 
-    A text's prompt ends where a word does: the space before the words that differ is theirs, as tokenizers
-    have it.
+    A text's prompt ends where a word does, and leaves something of both texts: the space before the words that
+    differ is theirs, as tokenizers have it.
     """
     both = zip(chosen, rejected, strict=False)
     size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        follow = [text[size] for text in (chosen, rejected) if size < len(text)]
-        inside = bool(follow) and not all(character.isspace() for character in follow)
-        if inside and size and not chosen[size - 1].isspace():
-            size = next((i for i in range(size, 0, -1) if chosen[i - 1].isspace()), 0)
-        if size and chosen[size - 1] == " ":
+        size = min(size, *(len(text.rstrip()) - 1 for text in (chosen, rejected)))
+        while size > 0 and any(
+            _divides_word(chosen[size - 1], text[size]) for text in (chosen, rejected)
+        ):
             size -= 1
-    if not size:
+        if size > 0 and chosen[size - 1] == " ":
+            size -= 1
+    if size < 1:
         raise DegenerateError(
             "no_prompt",
             "there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same "
@@ -241,36 +252,55 @@ def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     return chosen[:size], (chosen[size:], rejected[size:])
 
 
+def _divides_word(before: str, after: str) -> bool:
+    """Whether no word can end between two characters of a text."""
+    if before.isspace() or after.isspace():
+        return False
+    if unicodedata.category(after).startswith("M"):  # a mark, which belongs to the letter before it
+        return True
+    scripts = {
+        unicodedata.name(one, "").replace("-", " ").partition(" ")[0] for one in (before, after)
+    }
+    return _UNSPACED.isdisjoint(scripts)
+
+
 def _check_differ(completions: Sequence[Text]) -> None:
     chosen, rejected = completions
     if chosen == rejected:
         raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
-    if _visible(chosen) == _visible(rejected):
+    if _seen(chosen) == _seen(rejected):
         raise DegenerateError(
             "identical_but_invisible",
-            "'chosen' and 'rejected' differ in invisible characters only",
+            "'chosen' and 'rejected' differ in invisible characters of no effect only",
         )
 
 
-def _visible(value: Any) -> Any:
-    """The value with its texts as they are seen, without invisible characters."""
+def _seen(value: Any) -> Any:
+    """The value with its texts as they are seen, without invisible characters of no effect."""
     if isinstance(value, str):
-        return value.translate(_WITHOUT_INVISIBLE)
+        return value.translate(_WITHOUT_EFFECT)
     if isinstance(value, Mapping):
-        return {key: _visible(inner) for key, inner in value.items()}
+        return {key: _seen(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_visible(inner) for inner in value]
+        return [_seen(inner) for inner in value]
     return value
 
 
 def _is_empty(completion: Text) -> bool:
-    """Whether nothing is said: white space, invisible characters, messages with a role alone."""
-    said = (
-        [completion]
-        if isinstance(completion, str)
-        else _texts([[v for k, v in message.items() if k != "role"] for message in completion])
-    )
+    """Whether nothing is said: white space, invisible characters, messages with a role and empty parts alone."""
+    said = [completion] if isinstance(completion, str) else _texts(list(map(_content, completion)))
     return not any(text.translate(_WITHOUT_INVISIBLE).strip() for text in said)
+
+
+def _content(message: Message) -> list[Any]:
+    """What a message holds beside its role; of a part {"type": "text", "text": ...} the text alone."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("type") == "text":
+            return value.get("text")
+        return [of(inner) for inner in value] if isinstance(value, list) else value
+
+    return [of(value) for key, value in message.items() if key != "role"]
 
 
 def _texts(value: Any) -> Iterator[str]:
