@@ -34,6 +34,11 @@ def flags(trained_run, tmp_path_factory):
         for a in range(8)
         for b in range(5)
     ]
+    rows[7:7] = [
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": "2"},
+        {"prompt": "1 + 1 =\u200b ", "chosen": "2", "rejected": "3"},
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": " "},
+    ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "run.gin").write_text(RUN)
 
@@ -96,7 +101,12 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
         raise AssertionError("log-probabilities are computed again")
 
     monkeypatch.setattr(reference, "Scorer", unasked)
-    assert train(*flags(tmp_path)).status == 0
+    result = train(*flags(tmp_path))
+    assert result.status == 0
+    one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.7%"
+    assert f"dropped    {one} of all rows\n" in result.out
+    assert "noted      preferences: 1 invisible_characters (first: pairs.jsonl:9)\n" in result.out
+    assert "too long" not in result.out and "WARNING" not in result.out
     assert measured(tmp_path) == measured(stored)
 
 
