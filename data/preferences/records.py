@@ -44,9 +44,10 @@ _WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
 # marks of direction the order of letters, and tags flags: texts that differ in them look different.
 _WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
 # How Unicode's names begin of characters of scripts that do not separate words by spaces.
-_UNSPACED = frozenset(
-    "CJK IDEOGRAPHIC HIRAGANA KATAKANA HALFWIDTH FULLWIDTH BOPOMOFO THAI LAO KHMER MYANMAR TIBETAN".split()
-)
+_UNSPACED = {
+    *("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+}
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
@@ -133,14 +134,14 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
             )
     for name in ("prompt", *names, "tools", "chat_template_kwargs"):
         _check_unicode(row.get(name), name, where)
-    completions = tuple(_text(row[name], name, where) for name in names)
+    completions = tuple(text_of(row[name], name, where) for name in names)
     chats = {name: not isinstance(text, str) for name, text in zip(names, completions, strict=True)}
     if len(set(chats.values())) > 1:
         raise DataError(
             f"{where}: one of 'chosen' and 'rejected' is a text, the other has messages"
         )
     chat = chats[names[0]]
-    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt", where)
+    prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
     # Sets of conversations often repeat their first message as a text under "prompt".
     repeats = paired and chat and isinstance(prompt, str)
     if prompt is None or repeats:
@@ -171,7 +172,8 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
     )
 
 
-def _text(value: Any, key: str, where: str) -> Text:
+def text_of(value: Any, key: str, where: str) -> Text:
+    """A text, or messages; DataError, which names place and key, for anything else."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
