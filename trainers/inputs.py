@@ -72,12 +72,14 @@ class PackedPairs:
       pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/losses/pairs.py.
+      margins: whether data say by how much chosen completions are better, for losses of rewards.
     """
 
     feature_lengths: Mapping[str, int]
     pairs: int = 1
     stored_reference: bool = True
     labels: bool = False
+    margins: bool = False
     unit: str = dataclasses.field(default="tokens", init=False)
     loss_per: str = dataclasses.field(default="pairs", init=False)
 
@@ -94,6 +96,7 @@ class PackedPairs:
             "chosen_tokens_per_pair": jax.ShapeDtypeStruct((rows,), jnp.float32),
             **({"reference_log_probs": both} if self.stored_reference else {}),
             **({"pair_labels": per_pair} if self.labels else {}),
+            **({"pair_margins": per_pair} if self.margins else {}),
         }
 
     def init_arguments(self) -> tuple[jax.Array, ...]:

@@ -134,6 +134,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(train, flags, stored, tmp_p
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
+        (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "the weight of nll is -1.0"),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),
     ],
 )

@@ -13,6 +13,15 @@ def check_positive(**settings: float) -> None:
             )
 
 
+def check_not_negative(**settings: float) -> None:
+    """ValueError for a setting that is neither 0 nor a positive, finite number."""
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name} = {value} must be 0 or positive, and finite: bind another number."
+            )
+
+
 def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None:
     """ValueError for a share of wrong labels from which no preference can be learnt."""
     enough = label_smoothing >= 0 if may_be_zero else label_smoothing > 0
