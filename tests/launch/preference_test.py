@@ -38,6 +38,8 @@ def flags(trained_run, tmp_path_factory):
         {"prompt": "1 + 1 = ", "chosen": "2", "rejected": "2"},
         {"prompt": "1 + 1 =\u200b ", "chosen": "2", "rejected": "3"},
         {"prompt": "1 + 1 = ", "chosen": "2", "rejected": " "},
+        {"prompt": "Please add 1 and 1: ", "chosen": "2", "rejected": "3"},
+        {"prompt": "8 + 1 = ", "chosen": "9", "rejected": "10 or thereabouts"},
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "run.gin").write_text(RUN)
@@ -103,10 +105,14 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
     monkeypatch.setattr(reference, "Scorer", unasked)
     result = train(*flags(tmp_path))
     assert result.status == 0
-    one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.7%"
+    one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.4%"
     assert f"dropped    {one} of all rows\n" in result.out
     assert "noted      preferences: 1 invisible_characters (first: pairs.jsonl:9)\n" in result.out
-    assert "too long" not in result.out and "WARNING" not in result.out
+    for long in (
+        "dropped, whose prompts leave no room (first: pairs.jsonl:11)",
+        "cut at their ends (first: pairs.jsonl:12)",
+    ):
+        assert f"%) {long}" in result.out
     assert measured(tmp_path) == measured(stored)
 
 
