@@ -13,11 +13,11 @@ import dataclasses
 import itertools
 import json
 import math
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from data.documents import DataError
+from data.preferences import characters
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 2
@@ -29,25 +29,6 @@ EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
-# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags. Rows that
-# hold them are worth a look: they may hide what people do not see and models read.
-_INVISIBLE_RANGES = (
-    *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
-    *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
-)
-INVISIBLE = frozenset(
-    chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
-)
-_WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
-# Those that change nothing of what is seen beside them: where a line may break (soft hyphen, zero-width space, word
-# joiner, byte order mark), and operators that are only thought. Joiners choose letter forms, conjuncts and emoji,
-# marks of direction the order of letters, and tags flags: texts that differ in them look different.
-_WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
-# How Unicode's names begin of characters of scripts that do not separate words by spaces.
-_UNSPACED = {
-    *("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO"),
-    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
-}
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
@@ -96,7 +77,7 @@ class Record:
     def has_invisible(self) -> bool:
         """Whether a text of it holds characters without a glyph."""
         texts = itertools.chain(_texts(self.prompt), *map(_texts, self.completions))
-        return any(not INVISIBLE.isdisjoint(text) for text in texts)
+        return any(not characters.INVISIBLE.isdisjoint(text) for text in texts)
 
     def unpaired(self) -> tuple["Record", ...]:
         """A pair as two labelled completions; itself where it is one already."""
@@ -231,39 +212,21 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """Prompt and completions of two texts, or two conversations, that begin alike.
 
-    A text's prompt ends where a word does, and leaves something of both texts: the space before the words that
-    differ is theirs, as tokenizers have it.
+    A text's prompt ends where a word does, and leaves something of both texts.
     """
-    both = zip(chosen, rejected, strict=False)
-    size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        size = min(size, *(len(text.rstrip()) - 1 for text in (chosen, rejected)))
-        while size > 0 and any(
-            _divides_word(chosen[size - 1], text[size]) for text in (chosen, rejected)
-        ):
-            size -= 1
-        if size > 0 and chosen[size - 1] == " ":
-            size -= 1
-    if size < 1:
+        size = characters.shared_words(chosen, rejected)
+    else:
+        both = zip(chosen, rejected, strict=False)
+        size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
+    if not size:
         raise DegenerateError(
             "no_prompt",
             "there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same "
             f"{'words' if isinstance(chosen, str) else 'messages'}",
         )
     return chosen[:size], (chosen[size:], rejected[size:])
-
-
-def _divides_word(before: str, after: str) -> bool:
-    """Whether no word can end between two characters of a text."""
-    if before.isspace() or after.isspace():
-        return False
-    if unicodedata.category(after).startswith("M"):  # a mark, which belongs to the letter before it
-        return True
-    scripts = {
-        unicodedata.name(one, "").replace("-", " ").partition(" ")[0] for one in (before, after)
-    }
-    return _UNSPACED.isdisjoint(scripts)
 
 
 def _check_differ(completions: Sequence[Text]) -> None:
@@ -280,7 +243,7 @@ def _check_differ(completions: Sequence[Text]) -> None:
 def _seen(value: Any) -> Any:
     """The value with its texts as they are seen, without invisible characters of no effect."""
     if isinstance(value, str):
-        return value.translate(_WITHOUT_EFFECT)
+        return characters.as_seen(value)
     if isinstance(value, Mapping):
         return {key: _seen(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -291,7 +254,7 @@ def _seen(value: Any) -> Any:
 def _is_empty(completion: Text) -> bool:
     """Whether nothing is said: white space, invisible characters, messages with a role and empty parts alone."""
     said = [completion] if isinstance(completion, str) else _texts(list(map(_content, completion)))
-    return not any(text.translate(_WITHOUT_INVISIBLE).strip() for text in said)
+    return all(map(characters.is_blank, said))
 
 
 def _content(message: Message) -> list[Any]:
