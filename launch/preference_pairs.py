@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from launch import cli
 
 KINDS = ("translations", "reasoning", "rated")
+_CONSTRUCTED = 10_000  # pairs, of which there could be as many as are asked for
 _RATED = {"input": None, "rejected": "worst", "min_margin": 0.0}  # flags of one kind
 
 
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", required=True, choices=KINDS, help="what the pairs are of")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument(
-        "--limit", type=int, default=10_000, metavar="N", help="most pairs (default 10,000)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"most pairs (default {_CONSTRUCTED:,}; rated: all that there are)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--input", metavar="FILE", help="rated: the responses, .jsonl, .gz or .zst")
@@ -59,14 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--{next(iter(given))} is for --kind=rated")
     if flags.kind == "rated" and flags.input is None:
         parser.error("--kind=rated needs --input")
-    if flags.limit < 1:
+    if flags.limit is not None and flags.limit < 1:
         parser.error("--limit must be at least 1")
+    if flags.kind != "rated" and flags.limit is None:
+        flags.limit = _CONSTRUCTED
     return cli.status_of(lambda: _write(flags, {**_RATED, **given}))
 
 
 def _write(flags: argparse.Namespace, rated: dict) -> None:
     import tqdm
 
+    from data.documents import DataError
     from data.preferences import binarise, constructed
     from data.preferences.tally import Tally
     from launch import row_files
@@ -88,6 +95,15 @@ def _write(flags: argparse.Namespace, rated: dict) -> None:
         made = constructed.translations(limit=flags.limit, seed=flags.seed)
     made = itertools.islice(made, flags.limit)
     pairs = list(tqdm.tqdm(made, desc=flags.kind, unit=" pairs", disable=None))
+    if not pairs:
+        raise DataError(
+            f"--kind={flags.kind}: no pair is made. "
+            + (
+                f"Dropped: {dropped}; lower --min_margin, or add responses that are rated apart."
+                if dropped.found
+                else "There is nothing to make one of: give another --input, or install packages with catalogues."
+            )
+        )
     row_files.write(flags.output, pairs)
     print(
         f"{flags.output}: {len(pairs):,} pairs" + (f"; dropped: {dropped}" if dropped.found else "")

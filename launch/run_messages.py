@@ -1,7 +1,6 @@
 """What a training run says on the terminal before its first step and after its last."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from launch.host_metrics import flops_per_unit
 from trainers import flops, restore
@@ -43,19 +42,6 @@ def announce(
 def epochs_line(data: TrainStream, step: int) -> str:
     """How often each source has been read by then; above 1 its documents repeat."""
     return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data.epochs(step).items())
-
-
-def dropped(registered: Mapping[str, Any]) -> list[str]:
-    """What filters of documents left out of each task."""
-    return [
-        f"{task}: "
-        + ", ".join(
-            f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
-            for name, count in facts["dropped"].items()
-        )
-        for task, facts in registered.get("tasks", {}).items()
-        if facts.get("dropped")
-    ]
 
 
 def _start_line(start: restore.Restored) -> str:

@@ -31,6 +31,7 @@ from data import tasks as task_registry
 from launch import (
     gin_config,
     host_metrics,
+    left_out,
     phase,
     run_checks,
     run_dir,
@@ -173,14 +174,12 @@ def train(
             recipe = recipe.over(schedules.Span(total_steps, rate, since))
             program = recipe.program()
         registered = task_registry.summary() if tasks else {}
-        told = [
-            *(("caps", line) for line in data.check_repeats(total_steps)),
-            *(("dropped", line) for line in run_messages.dropped(registered)),
-        ]
+        told = [("caps", line) for line in data.check_repeats(total_steps)]
         if primary and tasks:
             run_vocabulary.save(run.path, task_registry.vocabulary(data.source_names[0]))
         eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
         held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
+        told += left_out.lines(registered, data, held_out)
         run.record(
             mesh=run_dir.mesh_facts(program.mesh),
             data_fingerprint=data.fingerprint,

@@ -73,6 +73,7 @@ class PackedPairs:
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/losses/pairs.py.
       read_last: whether last tokens are read, as reward models need it.
+      margins: whether data say by how much chosen completions are better, for losses of rewards.
     """
 
     feature_lengths: Mapping[str, int]
@@ -80,6 +81,7 @@ class PackedPairs:
     stored_reference: bool = True
     labels: bool = False
     read_last: bool = False
+    margins: bool = False
     unit: str = dataclasses.field(default="tokens", init=False)
     loss_per: str = dataclasses.field(default="pairs", init=False)
 
@@ -98,6 +100,7 @@ class PackedPairs:
             **({"reference_log_probs": both} if self.stored_reference else {}),
             **({"pair_labels": per_pair} if self.labels else {}),
             **({"decoder_ends": per_token} if self.read_last else {}),
+            **({"pair_margins": per_pair} if self.margins else {}),
         }
 
     def init_arguments(self) -> tuple[jax.Array, ...]:

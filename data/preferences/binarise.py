@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from data import order
 from data.documents import DataError
+from data.preferences.records import text_of
 from data.preferences.tally import Tally
 
 Rejected = Literal["worst", "random", "next"]
@@ -97,6 +98,13 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]
         number = isinstance(rating, int | float) and not isinstance(rating, bool)
         if not number or not math.isfinite(rating):
             raise DataError(f"{where}: {rating!r} in 'ratings' is no finite number")
+    text_of(row["prompt"], "prompt", where)
+    for number, response in enumerate(responses, 1):
+        what = f"response {number}"
+        if isinstance(text_of(response, what, where), tuple) and isinstance(row["prompt"], str):
+            raise DataError(
+                f"{where}: {what} has messages and 'prompt' is a text; give both in one form"
+            )
     if isinstance(row["prompt"], list):
         responses = [
             [{"role": "assistant", "content": one}] if isinstance(one, str) else one

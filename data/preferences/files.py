@@ -158,20 +158,24 @@ class PreferenceFiles:
             "document_id": example.record.id,
         }
 
-    def _examples(self, path: str, split: str) -> Iterator[_Example]:
-        for example in self._read_all(path):
-            if self._split_of(example.record, path) == split:
-                yield example
-
-    def _read_all(
-        self, path: str, dropped: Tally | None = None, noted: Tally | None = None
+    def _examples(
+        self,
+        path: str,
+        split: str | None = None,
+        dropped: Tally | None = None,
+        noted: Tally | None = None,
     ) -> Iterator[_Example]:
-        """All examples of a file; counts what is dropped and noted where asked to."""
+        """Examples of a file, of one split or of all; counts what is dropped and noted where asked to.
+
+        Only those of the split are tokenised, which takes most of the time.
+        """
         name = os.path.relpath(path, self.root)
         for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
             where, id = f"{path}, line {number}", f"{name}:{number}"
             try:
                 record = records.parse(row, where, id)
+                if split is not None and self._split_of(record, path) != split:
+                    continue
                 if noted is not None and record.has_invisible:
                     noted.add("invisible_characters", id)
                 yield from self._tokenised(record)
@@ -223,7 +227,7 @@ class PreferenceFiles:
         dropped, noted = Tally(), Tally()
         paths = list(dict.fromkeys(path for found in self.files.values() for path in found))
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
-            for example in self._read_all(path, dropped, noted):
+            for example in self._examples(path, None, dropped, noted):
                 split = self._split_of(example.record, path)
                 examples[split] += 1
                 if len(prompts[split]) < 2 and example.prompt not in prompts[split]:

@@ -129,8 +129,9 @@ def plan_pairs(
     kept_N = fits_N & ~same_N
     if not kept_N.any():
         raise ValueError(
-            f"Source {name!r}: of its {len(kept_N):,} pairs none is left; max_length={max_length} leaves "
-            "no room after the prompts. Raise max_length and task_feature_lengths."
+            f"Source {name!r}: of its {len(kept_N):,} pairs none is left. max_length={max_length} leaves no "
+            f"room after the prompts of {np.sum(~fits_N):,}, and makes the completions of {same_N.sum():,} the "
+            "same. Raise max_length and task_feature_lengths."
         )
     records = np.flatnonzero(kept_N)
     lengths = {"prompt": full["prompt"], **kept}

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from data.documents import DataError
+from data.preferences import characters
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
-VERSION = 1
+VERSION = 2
 Kind = Literal["paired", "unpaired"]
 KINDS = get_args(Kind)
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
@@ -28,15 +29,6 @@ EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
-# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags.
-_INVISIBLE_RANGES = (
-    *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
-    *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
-)
-INVISIBLE = frozenset(
-    chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
-)
-_WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
@@ -85,7 +77,7 @@ class Record:
     def has_invisible(self) -> bool:
         """Whether a text of it holds characters without a glyph."""
         texts = itertools.chain(_texts(self.prompt), *map(_texts, self.completions))
-        return any(not INVISIBLE.isdisjoint(text) for text in texts)
+        return any(not characters.INVISIBLE.isdisjoint(text) for text in texts)
 
     def unpaired(self) -> tuple["Record", ...]:
         """A pair as two labelled completions; itself where it is one already."""
@@ -162,6 +154,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
 
 
 def text_of(value: Any, key: str, where: str) -> Text:
+    """A text, or messages; DataError, which names place and key, for anything else."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -219,19 +212,14 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """Prompt and completions of two texts, or two conversations, that begin alike.
 
-    A text's prompt ends where a word does: the space before the words that differ is theirs, as tokenizers
-    have it.
+    A text's prompt ends where a word does, and leaves something of both texts.
     """
-    both = zip(chosen, rejected, strict=False)
-    size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        follow = [text[size] for text in (chosen, rejected) if size < len(text)]
-        inside = bool(follow) and not all(character.isspace() for character in follow)
-        if inside and size and not chosen[size - 1].isspace():
-            size = next((i for i in range(size, 0, -1) if chosen[i - 1].isspace()), 0)
-        if size and chosen[size - 1] == " ":
-            size -= 1
+        size = characters.shared_words(chosen, rejected)
+    else:
+        both = zip(chosen, rejected, strict=False)
+        size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
     if not size:
         raise DegenerateError(
             "no_prompt",
@@ -245,32 +233,39 @@ def _check_differ(completions: Sequence[Text]) -> None:
     chosen, rejected = completions
     if chosen == rejected:
         raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
-    if _visible(chosen) == _visible(rejected):
+    if _seen(chosen) == _seen(rejected):
         raise DegenerateError(
             "identical_but_invisible",
-            "'chosen' and 'rejected' differ in invisible characters only",
+            "'chosen' and 'rejected' differ in invisible characters of no effect only",
         )
 
 
-def _visible(value: Any) -> Any:
-    """The value with its texts as they are seen, without invisible characters."""
+def _seen(value: Any) -> Any:
+    """The value with its texts as they are seen, without invisible characters of no effect."""
     if isinstance(value, str):
-        return value.translate(_WITHOUT_INVISIBLE)
+        return characters.as_seen(value)
     if isinstance(value, Mapping):
-        return {key: _visible(inner) for key, inner in value.items()}
+        return {key: _seen(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_visible(inner) for inner in value]
+        return [_seen(inner) for inner in value]
     return value
 
 
 def _is_empty(completion: Text) -> bool:
-    """Whether nothing is said: white space, invisible characters, messages with a role alone."""
-    said = (
-        [completion]
-        if isinstance(completion, str)
-        else _texts([[v for k, v in message.items() if k != "role"] for message in completion])
-    )
-    return not any(text.translate(_WITHOUT_INVISIBLE).strip() for text in said)
+    """Whether nothing is said: white space, invisible characters, messages with a role and empty parts alone."""
+    said = [completion] if isinstance(completion, str) else _texts(list(map(_content, completion)))
+    return all(map(characters.is_blank, said))
+
+
+def _content(message: Message) -> list[Any]:
+    """What a message holds beside its role; of a part {"type": "text", "text": ...} the text alone."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("type") == "text":
+            return value.get("text")
+        return [of(inner) for inner in value] if isinstance(value, list) else value
+
+    return [of(value) for key, value in message.items() if key != "role"]
 
 
 def _texts(value: Any) -> Iterator[str]:

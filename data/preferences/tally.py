@@ -1,5 +1,6 @@
 """How often something was met while reading, and where first."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -17,7 +18,11 @@ class Tally:
         self.found.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{count['rows']:,} {reason} (first: {count['first']})"
-            for reason, count in self.found.items()
-        )
+        return listed(self.found)
+
+
+def listed(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a tally found, in words."""
+    return ", ".join(
+        f"{count['rows']:,} {reason} (first: {count['first']})" for reason, count in found.items()
+    )

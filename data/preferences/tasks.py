@@ -34,7 +34,7 @@ def register_pairs(
     another prompt: KTO estimates from those how far the policy has moved (arXiv 2402.01306).
 
     Rows that are malformed are an error. Pairs that say nothing are dropped and counted by reason (or an
-    error): completions that are the same, but for invisible characters too, or as tokens; empty
+    error): completions that are the same, but for invisible characters of no effect too, or as tokens; empty
     completions; and where there is no prompt, completions that do not begin alike.
 
     Args:

@@ -32,6 +32,13 @@ def test_rated_responses(tmp_path, capsys):
     assert len(out.read_text().splitlines()) == 1
 
 
+def test_all_rated_responses_are_read_unless_a_limit_is_given(tmp_path):
+    out = tmp_path / "out.jsonl"
+    given = write(tmp_path, *([rated(1, 2)] * 10_001))
+    assert preference_pairs.main(["--kind=rated", given, f"--output={out}"]) == 0
+    assert out.read_text().count("\n") == 10_001
+
+
 def test_translations(tmp_path):
     pytest.importorskip("django", reason="the catalogues of Django, which the tests install")
     out = tmp_path / "out.jsonl"
@@ -52,9 +59,14 @@ def test_errors_are_for_people(tmp_path, capsys):
         with pytest.raises(SystemExit):
             preference_pairs.main(arguments)
         assert message in capsys.readouterr().err
+    (tmp_path / "ties.jsonl").write_text("\n".join(map(json.dumps, (rated(1, 1), rated(1, 2)))))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    ties, empty = (f"--input={tmp_path}/{name}.jsonl" for name in ("ties", "empty"))
     for arguments, message in (
         (["--kind=rated", out, "--input=gone.jsonl"], "--input=gone.jsonl: there is no such file"),
         (["--kind=rated", out, write(tmp_path, rated(1))], "line 1: 1 responses and 1 ratings"),
+        (["--kind=rated", out, ties, "--min_margin=2"], "no pair is made. Dropped: 1 tie (first: "),
+        (["--kind=rated", out, empty], "There is nothing to make one of"),
         (["--kind=translations", f"--output={tmp_path}/no/x.jsonl"], "there is no folder"),
     ):
         assert preference_pairs.main(arguments) == 2

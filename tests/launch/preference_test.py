@@ -36,6 +36,13 @@ def flags(trained_run, tmp_path_factory):
         for a in range(8)
         for b in range(5)
     ]
+    rows[7:7] = [
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": "2"},
+        {"prompt": "1 + 1 =\u200b ", "chosen": "2", "rejected": "3"},
+        {"prompt": "1 + 1 = ", "chosen": "2", "rejected": " "},
+        {"prompt": "Please add 1 and 1: ", "chosen": "2", "rejected": "3"},
+        {"prompt": "8 + 1 = ", "chosen": "9", "rejected": "10 or thereabouts"},
+    ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "run.gin").write_text(RUN)
 
@@ -98,7 +105,16 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
         raise AssertionError("log-probabilities are computed again")
 
     monkeypatch.setattr(reference, "Scorer", unasked)
-    assert train(*flags(tmp_path)).status == 0
+    result = train(*flags(tmp_path))
+    assert result.status == 0
+    one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.4%"
+    assert f"dropped    {one} of all rows\n" in result.out
+    assert "noted      preferences: 1 invisible_characters (first: pairs.jsonl:9)\n" in result.out
+    for long in (
+        "dropped, whose prompts leave no room (first: pairs.jsonl:11)",
+        "cut at their ends (first: pairs.jsonl:12)",
+    ):
+        assert f"%) {long}" in result.out
     assert measured(tmp_path) == measured(stored)
 
 
@@ -178,6 +194,7 @@ def test_processes_compute_what_any_of_them_lacks(monkeypatch):
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
+        (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "the weight of nll is -1.0"),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),
     ],
 )

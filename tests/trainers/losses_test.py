@@ -185,6 +185,10 @@ def test_unpaired_losses_tell_labels_apart():
     bad = pairs.replace(chosen=pairs.rejected, ref_chosen=pairs.ref_rejected, labels=zeros)
     both = unpaired.apo_zero_unpaired(pairs.replace(labels=ones)) + unpaired.apo_zero_unpaired(bad)
     np.testing.assert_allclose(both, absolute.apo_zero(pairs), rtol=1e-6)
+    mixed = pairs.replace(labels=jnp.array([1.0, 0.0, 0.0, 1.0]))
+    for side, kept in (("desirable", mixed.labels == 0), ("undesirable", mixed.labels > 0)):
+        without = unpaired.kto(mixed, **{f"{side}_weight": 0.0})
+        np.testing.assert_array_equal(without, jnp.where(kept, unpaired.kto(mixed), 0.0))
     with pytest.raises(ValueError, match="reads labels"):
         unpaired.kto(pairs)
 
@@ -223,7 +227,9 @@ def test_odds_near_certainty():
         (transport.aot, {"label_smoothing": 0.7}, r"label_smoothing = 0.7 must lie"),
         (reference_free.slic_hinge, {"gamma": 0.0}, r"gamma = 0.0 must be positive"),
         (terms.nll, {"reduction": "token"}, r"reduction = 'token' .* one of mean, sum, tokens\."),
-        (unpaired.kto, {"desirable_weight": -1.0}, r"desirable_weight = -1.0 must be positive"),
+        (unpaired.kto, {"desirable_weight": -1.0}, r"desirable_weight = -1.0 must be 0 or positive"),
+        (unpaired.kto, {"undesirable_weight": float("nan")}, r"undesirable_weight = nan must be"),
+        (unpaired.kto, {"desirable_weight": 0.0, "undesirable_weight": 0.0}, r"are both 0"),
         *(
             (loss, {"beta": -0.1}, r"beta = -0.1 must be positive")
             for loss in (

@@ -12,8 +12,9 @@ import pytest
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import initialise, inputs
-from trainers.losses.pairs import MissingLabelsError, MissingReferenceError
-from trainers.losses.terms import nll
+from trainers.losses import direct, terms, transport, unpaired
+from trainers.losses.pairs import MissingReferenceError
+from trainers.objectives import completions
 from trainers.objectives.preference import preference
 from trainers.objectives.reference import LiveReference
 from trainers.reference_checkpoint import ReferenceCheckpoint
@@ -83,20 +84,20 @@ def batch_of(rows, *, slots, length=LENGTH, reference=None):
 
 
 @functools.cache
-def scores(seed):
+def scores(seed, model=MODEL):
     """(sum of chosen, sum of rejected) of each of the pairs, every sequence by itself."""
     rows = [
         Row(context=[0, *pair.prompt], targets=completion)
         for pair in pairs()
         for completion in (pair.chosen, pair.rejected)
     ]
-    found = Scorer(MODEL, parameters(seed), batch_size=8)(rows)
+    found = Scorer(model, parameters(seed, model), batch_size=8)(rows)
     sums = [float(np.sum(log_p, dtype=np.float64)) for log_p in found]
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def scored(seed):
-    return lambda pair: scores(seed)[pairs().index(pair)]
+def scored(seed, model=MODEL):
+    return lambda pair: scores(seed, model)[pairs().index(pair)]
 
 
 def sigmoid_loss(given, *, beta=0.5):
@@ -153,19 +154,36 @@ def test_the_loss_is_that_of_single_sequences(layout):
 
 def test_padding_order_and_splits_change_no_pair():
     given = pairs()
-    reference = scored(1)
+    policy, reference = scored(0), scored(1)
+    expected = []
+    for pair in given:
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy(pair), reference(pair)
+        margin = chosen - ref_chosen - rejected + ref_rejected
+        means = rejected / len(pair.rejected) - chosen / len(pair.chosen)
+        expected.append(np.log1p(np.exp(-0.5 * margin)) + 0.3 * means)
+    assert np.abs(np.subtract.outer(expected, expected))[np.triu_indices(4, 1)].min() > 1e-2
 
-    def value(rows, slots, length):
+    @jax.jit
+    def each(batch):
+        sums_BS, _ = completions.log_probs(MODEL, {"params": POLICY}, batch)
+        found = completions.of_batch(batch, sums_BS, batch["reference_log_probs"])
+        return sigmoid_loss(found) + 0.3 * margin_of_means(found)
+
+    def values(rows, slots, length):
+        """Of each pair, in the order of the rows."""
         batch = batch_of(rows, slots=slots, length=length, reference=reference)
-        out = evaluated(batch, sigmoid_loss, margin_of_means, weights=[1.0, 0.3])
-        return float(out.sum), float(out.weight)
+        return each(batch)[batch["pair_weights"].reshape(-1) > 0]
 
-    total, weight = value([[p] for p in given], 1, 16)
-    np.testing.assert_allclose(value([[p] for p in given], 1, 30)[0], total, rtol=1e-5)
-    np.testing.assert_allclose(value([[p] for p in given[::-1]], 3, 16)[0], total, rtol=1e-5)
-    halves = [value([[p] for p in part], 1, 16) for part in (given[:1], given[1:])]
-    np.testing.assert_allclose(sum(half[0] for half in halves), total, rtol=1e-5)
-    assert sum(half[1] for half in halves) == weight
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    for length in (16, 30):
+        close(values([[p] for p in given], 1, length), expected)
+    close(values([[p] for p in given[::-1]], 3, 16), expected[::-1])
+    close(values([given[2:], given[:2]], 2, 40), expected[2:] + expected[:2])
+    for part in (slice(0, 2), slice(2, 4)):
+        close(values([[p] for p in given[part]], 1, 16), expected[part])
+    batch = batch_of([[p] for p in given], slots=1, length=16, reference=reference)
+    out = evaluated(batch, sigmoid_loss, margin_of_means, weights=[1.0, 0.3])
+    close(out.sum, sum(expected))
 
 
 def test_microbatches_and_rows_without_pairs_change_no_update():
@@ -229,16 +247,23 @@ def test_a_live_reference_is_the_stored_one_and_gets_no_gradient():
     assert any(np.any(g) for g in jax.tree.leaves(policy))
 
 
-def test_policy_and_reference_alike_give_log_two():
-    batch = batch_of([[p] for p in pairs()], slots=1, reference=scored(0))
-    out = evaluated(batch, sigmoid_loss)
-    np.testing.assert_allclose(out.sum / out.weight, np.log(2), rtol=1e-6)
-    assert float(out.metrics["log_ratio/margin"][0]) == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_policy_and_reference_alike_give_log_two(dtype, tolerance):
+    """The reference scores sequences one by one, so that in bfloat16 its sums are rounded otherwise."""
+    model = Transformer(config=dataclasses.replace(MODEL.config, dtype=dtype))
+    losses = [direct.dpo, direct.robust, transport.aot, direct.sigmoid_norm]
+    batch = batch_of([pairs()[:2], pairs()[2:]], slots=2, length=40, reference=scored(0, model))
+    objective = preference(model=model, losses=losses)
+    metrics = jax.jit(lambda batch: objective(POLICY, batch, None).metrics)(batch)
+    for loss in losses:
+        total, weight = metrics[f"loss/{loss.__name__}"]
+        np.testing.assert_allclose(total / weight, np.log(2), atol=tolerance)
+    assert float(metrics["log_ratio/margin"][0]) == pytest.approx(0, abs=10 * tolerance)
 
 
 def test_one_batch_is_learned():
     batch = batch_of([[p] for p in pairs()], slots=1, reference=scored(0))
-    objective = preference(model=MODEL, losses=[sigmoid_loss])
+    objective = preference(model=MODEL, losses=[functools.partial(direct.dpo, beta=0.5)])
     optimizer = optax.adam(1e-2)
     step = jax.jit(make_train_step(loss_fn=objective, optimizer=optimizer))
     state = first_state(optimizer)
@@ -257,15 +282,11 @@ def test_evaluation_sums_the_same():
 def test_unpaired_examples_are_reported_by_label():
     batch = batch_of([[p] for p in pairs()], slots=1, reference=scored(1))
     batch["pair_labels"] = jnp.array([[1.0], [0.0], [0.0], [1.0]])
-
-    def desirable(found):
-        if found.labels is None:
-            raise MissingLabelsError
-        return -found.labels * found.chosen
-
-    out = evaluated(batch, desirable)
+    out = evaluated(batch, functools.partial(unpaired.kto, beta=0.5, desirable_weight=2.0))
     sums = np.array([scored(0)(p)[0] for p in pairs()])
-    np.testing.assert_allclose(out.sum, -(sums[0] + sums[3]), rtol=1e-5)
+    ratios = np.array([np.subtract(scored(0)(p), scored(1)(p)) for p in pairs()])
+    gain = 0.5 * (ratios[:, 0] - max(0.0, ratios[:, 1].mean())) * [1, -1, -1, 1]
+    np.testing.assert_allclose(out.sum, np.sum([2, 1, 1, 2] / (1 + np.exp(gain))), rtol=1e-5)
     total, weight = out.metrics["logps/undesirable"]
     np.testing.assert_allclose(total / weight, sums[1:3].mean(), rtol=1e-5)
     assert "accuracy" not in out.metrics
@@ -276,11 +297,16 @@ def test_what_cannot_be_is_said_before_a_step():
         preference(model=MODEL, losses=[])
     with pytest.raises(ValueError, match="LOSS_WEIGHTS"):
         preference(model=MODEL, losses=[sigmoid_loss], weights=[1.0, 2.0])
+    for wrong in (-0.1, 0.0, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=f"LOSS_WEIGHTS: the weight of nll is {wrong} and must"
+        ):
+            preference(model=MODEL, losses=[sigmoid_loss, terms.nll], weights=[1.0, wrong])
     batch = batch_of([[p] for p in pairs()], slots=1)
     with pytest.raises(MissingReferenceError, match="REFERENCE"):
         evaluated(batch, sigmoid_loss)
     with pytest.raises(ValueError, match="PAIRS_KIND"):
-        evaluated({**batch, "pair_labels": batch["pair_weights"]}, nll)
+        evaluated({**batch, "pair_labels": batch["pair_weights"]}, terms.nll)
     with pytest.raises(ValueError, match="REFERENCE is None"):
         ReferenceCheckpoint(path=None, model_dir="/unread")
 
@@ -291,3 +317,6 @@ def test_a_batch_has_the_arrays_that_inputs_say():
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in said.items()
     }
+    more = inputs.PackedPairs({"targets": LENGTH}, pairs=2, labels=True, margins=True).arrays(4)
+    assert more.keys() - said.keys() == {"pair_labels", "pair_margins"}
+    assert more["pair_margins"] == more["pair_labels"] == said["pair_weights"]

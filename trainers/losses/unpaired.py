@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.nn import sigmoid
 
 from trainers.losses.pairs import MissingLabelsError, PairLogProbs
-from trainers.losses.settings import check_positive
+from trainers.losses.settings import check_not_negative, check_positive
 
 
 def kto(
@@ -29,11 +29,14 @@ def kto(
       pairs: log-probabilities by policy and reference, with labels.
       beta: how strongly the policy is held near the reference.
       desirable_weight: w_D; TRL advises w_D times their number over w_U times the others' between 1 and 4/3.
-      undesirable_weight: w_U.
+      undesirable_weight: w_U; one of the two may be 0, which leaves its examples out of all but z_0.
     """
-    check_positive(
-        beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
-    )
+    check_positive(beta=beta)
+    check_not_negative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    if not (desirable_weight or undesirable_weight):
+        raise ValueError(
+            "desirable_weight and undesirable_weight are both 0, which trains nothing: give one of them weight."
+        )
     desirable = _desirable(pairs)
     total = (pairs.rejected_log_ratio * pairs.weights).sum()
     estimate = total / jnp.maximum(pairs.weights.sum(), 1.0)

@@ -4,6 +4,7 @@ Shapes: B rows, K pairs of a row, S = 2 K, P = B K pairs of a batch.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,13 +44,13 @@ def preference(
     Args:
       model: a decoder-only module, as for `lm.language_modelling`.
       losses: functions of trainers/losses/.
-      weights: of the losses; None for 1 each.
+      weights: of the losses, positive; None for 1 each.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       reference: computes the reference's log-probabilities in each step; None where they come with the batch.
       implementation: form of the cross-entropy, see model/cross_entropy.py.
 
     Raises:
-      ValueError: no losses, other weights than losses, a loss's setting that cannot be.
+      ValueError: no losses, weights that are none of theirs or negative, a loss's setting that cannot be.
     """
     names, of_single = _checked(losses, weights)
     factors = [1.0] * len(losses) if weights is None else list(weights)
@@ -160,6 +161,12 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tup
         of_single.append(_reads_labels(loss, pair))
         name = getattr(loss, "__name__", type(loss).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
+    for name, weight in zip(names, [1.0] * len(names) if weights is None else weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"LOSS_WEIGHTS: the weight of {name} is {weight} and must be finite and not negative (a method may have "
+                "a macro for it, such as NLL_WEIGHT)."
+            )
     return names, all(of_single)
 
 

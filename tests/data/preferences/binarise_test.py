@@ -9,6 +9,8 @@ from data.documents import DataError
 from data.preferences import binarise, records
 from data.preferences.tally import Tally
 
+CHAT = [{"role": "assistant", "content": "a"}]
+
 
 def rated(*ratings, **more):
     row = {"prompt": "p", "responses": [f"{i}" for i in range(len(ratings))], "ratings": [*ratings]}
@@ -81,6 +83,11 @@ def test_a_text_answers_messages():
         (rated(1, None), "None in 'ratings' is no finite number"),
         (rated(1, True), "True in 'ratings'"),
         (rated(1, float("nan")), "nan in 'ratings'"),
+        ({**rated(1, 2), "responses": [None, 5]}, "line 1: 'response 1' holds a NoneType; give a"),
+        ({**rated(1, 2), "responses": ["a", 5]}, "line 1: 'response 2' holds a int; give a text"),
+        ({**rated(1, 2), "responses": ["a", [5]]}, "message 1 of 'response 2' is not of the form"),
+        ({**rated(1, 2), "responses": ["a", CHAT]}, "response 2 has messages and 'prompt' is a t"),
+        ({**rated(1, 2), "prompt": [5]}, "message 1 of 'prompt' is not of the form"),
     ],
 )
 def test_malformed_rows_are_named(row, message):

@@ -40,16 +40,24 @@ def test_a_pair_of_texts_goes_through_unchanged():
         ("Human: hi Bot: good", "Human: hi Bot: great", "Human: hi Bot:"),  # no word is split
         ("Human: hi Bot: good", "Human: hi Bot: bad", "Human: hi Bot:"),  # the space is theirs
         ("Q: 1\nA:\nyes", "Q: 1\nA:\nno", "Q: 1\nA:\n"),
-        ("say one two", "say one", "say one"),
+        ("say one two", "say one", "say"),  # something is left of both
+        ("A: yes", "A: yes indeed", "A:"),
+        ("A: yes \n", "A: yes indeed", "A:"),
         ("say good day", "say goodness", "say"),
         ("a  b", "a  c", "a "),
+        (
+            "問：空の色は？答：青い",
+            "問：空の色は？答：赤い",
+            "問：空の色は？答：",
+        ),  # no spaces between words
+        ("用户：你好\n助手：很好", "用户：你好\n助手：很坏", "用户：你好\n助手：很"),
+        ("答：好的", "答：好", "答："),
+        ("ถาม ตอบว่าใช่", "ถาม ตอบว่าไม่", "ถาม ตอบว่า"),
+        ("ตอบว่ากิน", "ตอบว่ากาน", "ตอบว่า"),  # a vowel sign is its letter's
+        ("질문 대답 좋아", "질문 대답 좋지", "질문 대답"),  # Korean has spaces
     ],
 )
 def test_the_common_beginning_of_two_texts_is_the_prompt(chosen, rejected, prompt):
-    if rejected == prompt:
-        with pytest.raises(DegenerateError, match="'rejected' is empty"):
-            parse(chosen=chosen, rejected=rejected)
-        return
     record = parse(chosen=chosen, rejected=rejected)
     assert record.prompt == prompt
     assert record.completions == (chosen[len(prompt) :], rejected[len(prompt) :])
@@ -153,19 +161,23 @@ def test_a_malformed_row_is_one_error_with_its_place(row, message):
         ({**CHAT, "rejected": [said("b")]}, "identical"),
         ({"prompt": "p", "chosen": "a", "rejected": "a\u200b"}, "identical_but_invisible"),
         (
-            {"prompt": "p", "chosen": "\u202aa\u202c", "rejected": "a\ufeff"},
+            {"prompt": "p", "chosen": "\u2060a\u00ad", "rejected": "a\ufeff"},
             "identical_but_invisible",
         ),
-        ({**CHAT, "rejected": [said("\u2066b\u2069")]}, "identical_but_invisible"),
+        ({**CHAT, "rejected": [said("\u2062b")]}, "identical_but_invisible"),
         ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty_completion"),
         ({"prompt": "p", "chosen": "a", "rejected": " \n\t\u3000"}, "empty_completion"),
         ({"prompt": "p", "chosen": "a", "rejected": "\u200b\u200f \u2060"}, "empty_completion"),
         ({**CHAT, "chosen": []}, "empty_completion"),
         ({**CHAT, "chosen": [said(None)]}, "empty_completion"),
         ({**CHAT, "chosen": [said("\u200b ")]}, "empty_completion"),
+        ({**CHAT, "chosen": [said([{"type": "text", "text": ""}])]}, "empty_completion"),
+        ({**CHAT, "chosen": [said([{"type": "text", "text": " "}] * 2)]}, "empty_completion"),
         ({"prompt": "p", "completion": "\u00ad", "label": False}, "empty_completion"),
         ({"chosen": [user("a"), said("b")], "rejected": [user("a")]}, "empty_completion"),
         ({"chosen": "good", "rejected": "great"}, "no_prompt"),
+        ({"chosen": "yes", "rejected": "yes indeed"}, "no_prompt"),
+        ({"chosen": " ", "rejected": "  a"}, "no_prompt"),
         ({"chosen": [user("a")], "rejected": [user("b")]}, "no_prompt"),
     ],
 )
@@ -173,3 +185,24 @@ def test_a_pair_that_says_nothing_has_a_reason(row, reason):
     with pytest.raises(DegenerateError) as error:
         parse(**row)
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("می\u200cخواهم", "میخواهم"),  # Persian: the letters are not joined
+        ("क्\u200dष", "क्ष"),  # Devanagari: a half form in place of the conjunct
+        ("👩\u200d🚀", "👩🚀"),
+        ("🏴\U000e0067\U000e0062\U000e007f", "🏴"),
+        ("\u202eabc\u202c", "abc"),
+        ("1\u200f-2", "1-2"),
+    ],
+)
+def test_invisible_characters_that_change_what_is_seen_make_a_difference(one, other):
+    record = parse(prompt="p", chosen=one, rejected=other)
+    assert record.completions == (one, other) and record.has_invisible
+
+
+def test_parts_of_a_message_that_say_something_are_no_empty_completion():
+    for part in ({"type": "text", "text": "a"}, {"type": "image", "url": "x.png"}):
+        assert parse(**{**CHAT, "chosen": [said([{"type": "text", "text": ""}, part])]}).is_chat

@@ -351,8 +351,15 @@ def test_what_cannot_be_streamed_is_refused(caches, tmp_path):
         source("a", caches["a"], max_length=33)
     with pytest.raises(ValueError, match="packing='concat' is none of 'examples', 'best_fit'"):
         source("a", caches["a"], packing="concat")
-    with pytest.raises(ValueError, match="max_length=2 leaves no room"):
-        source("long", write(tmp_path / "long", [pair(5, 1, 2)]), max_length=2)
+    same = {**pair(1, 3, 3), "rejected": [50, 90, 91]}
+    for found, counts in (
+        ([pair(5, 1, 2)], (1, 0)),
+        ([same], (0, 1)),
+        ([same, pair(2, 1, 1)], (1, 1)),
+    ):
+        message = "max_length=2 leaves no room after the prompts of {}, and makes .* of {} the same"
+        with pytest.raises(ValueError, match=message.format(*counts)):
+            source("long", write(tmp_path / f"long{counts}", found), max_length=2)
     empty = write(tmp_path / "empty", [pair(1, 1, 2), pair(0, 1, 2, "x.jsonl:9")])
     with pytest.raises(ValueError, match="prompt of x.jsonl:9 is empty, and start_token=None"):
         source("empty", empty, start_token=None)

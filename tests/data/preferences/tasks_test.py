@@ -247,6 +247,25 @@ def test_the_pairs_of_a_prompt_are_in_one_split(register):
         read()
 
 
+@pytest.mark.parametrize("kind", ["paired", "unpaired"])
+def test_only_the_pairs_of_a_split_are_tokenised_for_it(register, monkeypatch, kind):
+    register(pairs(60), validation_fraction=0.3, kind=kind)
+    counted = tasks.summary()["tasks"]["pairs"]["documents"]
+    prompts, tokenise = [], tokens.Tokeniser.__call__
+
+    def told(self, record):
+        prompts.append(record.prompt.encode())
+        return tokenise(self, record)
+
+    monkeypatch.setattr(tokens.Tokeniser, "__call__", told)
+    for split in ("train", "validation"):
+        found = {bytes(i - 3 for i in e["prompt"]) for e in read(split=split)}
+        assert set(prompts) == found and 5 < len(found) < 55
+        if kind == "paired":
+            assert len(prompts) == len(found) == counted[split]
+        prompts.clear()
+
+
 def test_a_mixture_of_two_tasks_is_cached_and_streamed(register, tmp_path, byte):
     register(pairs(40), name="one", file="one.jsonl", validation_fraction=0.2)
     register(pairs(20, start=100), name="two", file="two.jsonl")
