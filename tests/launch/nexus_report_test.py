@@ -204,6 +204,22 @@ def test_over_attraction_is_of_all_old_domains():
         "over-attraction: 0.30 [0.30, 0.30] of the old domains' tokens, 0.50"
         in claim.evidence[0].measured
     )
+    assert "z-loss" not in claim.evidence[0].measured  # which no run had
+
+
+def test_what_a_z_loss_does_to_the_new_expert_stands_beside_it_and_judges_nothing():
+    found = everything(attracted=0.3)
+    for seed in range(3):
+        made = row("ext_nexus_z_loss_start", seed, dict.fromkeys(DOMAINS, 2.2), 0)
+        made["evaluations"]["routing"] = routing(DOMAINS, len(DOMAINS) - 1, 0.5, 0.9)
+        found["synthetic"]["rows"].append(made)
+    (claim,) = (c for c in claims.claims(found) if c.name == "N13")
+    told = claim.evidence[0].measured
+    assert "0.30 [0.30, 0.30] of the old domains' tokens" in told
+    assert told.endswith(
+        "with a router z-loss of 0.001 before the extension 0.90 [0.90, 0.90] and 0.50 [0.50, 0.50]"
+    )
+    assert claim.verdict == "holds"
 
 
 def test_scores_at_a_budget_are_those_of_the_one_run_and_step_0_those_of_its_start():

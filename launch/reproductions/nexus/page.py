@@ -16,9 +16,9 @@ _ARMS = [
     "*drawn anew*, as in the paper, or has a *row appended*. Then all is trained, half of the tokens from the new domain; "
     "one run is read at all budgets, so that a budget's learning rate is that of the longer run at its place.",
     "- *controls*: Nexus with *random* and with *one-hot* vectors in place of embeddings; an *MLP router* with as many "
-    "parameters as the projection; the seed *continued* on as many tokens of the same mix as all experts and the mixture took; and Nexus trained with a "
-    "*router z-loss* of 0.001, which all others do without: it holds old logits down, and the logit of an expert that is added is "
-    "held by nothing.",
+    "parameters as the projection; the seed *continued* on as many tokens of the same mix as all experts and the mixture took; "
+    "and Nexus trained with a *router z-loss* of 0.001, which all others do without: it holds old logits down, and "
+    "nothing that of an expert that is added.",
     "- *shares*: of held-out tokens, by the expert that is the first choice, mean over layers.",
 ]
 _SHORT = [

@@ -100,17 +100,23 @@ def _at_start(results: Runs, where: str) -> list[Evidence]:
     return [Evidence(where, words, bool(largest.all()))]
 
 
+def _drawn(results: Runs, arm: str) -> tuple[dict, dict] | None:
+    """The new expert's shares of the old domains' tokens and of the new one's at step 0; None without routing."""
+    if (chosen_NDE := results.chosen(start(arm))) is None:
+        return None
+    shares = (chosen_NDE[:, :-1, -1].mean(-1), chosen_NDE[:, -1, -1])
+    old, new = (intervals.over_seeds(values) for values in shares)
+    return old, new
+
+
 def _over_attraction(results: Runs, where: str) -> list[Evidence]:
-    chosen_NDE = results.chosen(start(_EXTENDED))
-    if chosen_NDE is None:
+    if (drawn := _drawn(results, _EXTENDED)) is None:
         return []
-    old_N, new_N = chosen_NDE[:, :-1, -1].mean(-1), chosen_NDE[:, -1, -1]
-    old, new = (intervals.over_seeds(values) for values in (old_N, new_N))
+    old, new = drawn
     words = f"over-attraction: {intervals.text(old)} of the old domains' tokens, {intervals.text(new)} of the new one's"
-    if (other_NDE := results.chosen(start(_Z_LOSS))) is not None:
-        old_N, new_N = other_NDE[:, :-1, -1].mean(-1), other_NDE[:, -1, -1]
-        shares = [intervals.text(intervals.over_seeds(values)) for values in (old_N, new_N)]
-        words += f"; with a router z-loss of 0.001 before the extension {shares[0]} and {shares[1]}"
+    if (with_z_loss := _drawn(results, _Z_LOSS)) is not None:
+        shares = " and ".join(map(intervals.text, with_z_loss))
+        words += f"; with a router z-loss of 0.001 before the extension {shares}"
     return [Evidence(where, words, old["value"] <= ATTRACTED and old["value"] < new["value"])]
 
 
