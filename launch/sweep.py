@@ -125,7 +125,7 @@ def _sweep(flags: argparse.Namespace) -> int:
         return 0
     with contextlib.closing(folder.lock()):
         _await_runs(folder, wanted)
-        _make_room(folder, wanted, flags.rerun_changed)
+        _make_room(folder, plan, wanted, flags.rerun_changed)
         folder.write_plan(flags.sweep, plan)
         with Screen(folder.path.name, workers=flags.workers) as watch:
             status = driver.drive(
@@ -194,15 +194,19 @@ def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
             time.sleep(0.5)
 
 
-def _make_room(folder: "SweepFolder", wanted: "Sequence[Planned]", rerun: bool) -> None:
+def _make_room(
+    folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]", rerun: bool
+) -> None:
     """Refuses runs that have begun with another configuration, or puts them aside."""
     from launch.sweeping import check
 
     changed = {planned.name: folder.changed(planned) for planned in wanted}
     found = [planned for planned in wanted if changed[planned.name]]
     if found and not rerun:
+        by_name = {planned.name: planned for planned in plan}
         lines = [
-            f"  {p.name}: {check.difference(p, folder, changed[p.name])}" for p in found[:_LISTED]
+            f"  {p.name}: {check.difference(p, by_name, folder, changed[p.name])}"
+            for p in found[:_LISTED]
         ]
         more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise ValueError(
@@ -223,17 +227,18 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]
     Console().print(screen.table(folder.path.name, runs))
-    by_name = {planned.name: planned.run for planned in plan}
+    by_name = {planned.name: planned for planned in plan}
     kinds = {planned.run.kind: planned for planned in reversed(wanted)}
     for planned in reversed(kinds.values()):
         run = planned.run
         if run.made:
             print(f"\n{run.name}: made\n  {shlex.join(made.command(folder, run, by_name))}")
             continue
-        start = folder.model_dir(by_name[run.parent]) if run.parent else None
+        start = folder.model_dir(by_name[run.parent].run) if run.parent else None
+        bindings = check.bindings_of(run, folder, start, folder.sources(run, by_name))
         words = [
             *(f"--gin_file={name}" for name in run.gin_files),
-            *(f"--gin.{binding}" for binding in check.bindings_of(run, folder, start)),
+            *(f"--gin.{binding}" for binding in bindings),
         ]
         steps = (planned.total_steps or 0) - (planned.first_step or 0)
         print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'as its data need'} steps")

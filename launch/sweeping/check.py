@@ -6,8 +6,10 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from launch.sweeping import words
 from launch.sweeping.file import Run, SweepError
 from launch.sweeping.folder import Planned, SweepFolder
 
@@ -16,18 +18,24 @@ ENTRY = "launch.train:train"
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
 
 
-def bindings_of(run: Run, folder: SweepFolder, start: pathlib.Path | None = None) -> list[str]:
+def bindings_of(
+    run: Run,
+    folder: SweepFolder,
+    start: pathlib.Path | None = None,
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """All bindings of a run that is trained, those that the sweep adds included.
 
     Args:
       run: of the sweep.
       folder: of the sweep.
       start: its parent's final checkpoint, or where that will be; any place serves a check.
+      sources: where the runs are that its bindings name; a check reads the names as they stand.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
         added.append(f"INITIAL_CHECKPOINT_PATH={str(start or folder.directory(run.parent))!r}")
-    return [*run.bindings, *added]
+    return [*words.filled(run.bindings, sources), *added]
 
 
 def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned, ...]:
@@ -56,10 +64,10 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
         if run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
         found = loaded[run.kind]
-        parent = None if run.parent is None else planned.get(run.parent)
-        if found is None or (run.parent is not None and parent is None):
+        if found is None or any(name not in planned for name in run.above):
             continue  # what is wrong has been said
-        planned[run.name] = entry = _planned(run, found, parent)
+        parent = None if run.parent is None else planned[run.parent]
+        planned[run.name] = entry = _planned(run, found, planned)
         if parent is not None and not parent.run.made:  # what is made is known when it is there
             theirs = loaded[parent.run.kind]
             assert theirs is not None
@@ -121,8 +129,9 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
 
-def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
+def _planned(run: Run, found: _Loaded, planned: Mapping[str, Planned]) -> Planned:
     recipe = found.arguments["recipe"]
+    parent = None if run.parent is None else planned[run.parent]
     start = {}
     if found.arguments.get("initial_checkpoint_path"):
         start = {
@@ -134,7 +143,7 @@ def _planned(run: Run, found: _Loaded, parent: Planned | None) -> Planned:
     whole = parent is not None and start["initial_scope"] == "state"
     return Planned(
         run=run,
-        digest=config_digest(found.config, run, parent),
+        digest=config_digest(found.config, run, planned),
         total_steps=found.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
@@ -167,23 +176,37 @@ def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
     """
     from launch.sweeping import gin_words
 
-    sources = {arm: planned[name].digest for arm, name in run.made_of.items()}
     files = gin_words.said(run.made)
-    return _digest({"made": run.made, "of": sources, **({"gin_files": files} if files else {})})
+    said = {"made": run.made, "of": _digests_of_named(run, planned)}
+    return _digest({**said, **({"gin_files": files} if files else {})})
 
 
-def config_digest(config: Mapping[str, str], run: Run, parent: Planned | None) -> str:
-    """SHA-256 of a run's configuration wherever it is, and of the run it starts from.
+def config_digest(
+    config: Mapping[str, str],
+    run: Run,
+    planned: Mapping[str, Planned],
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """SHA-256 of a run's configuration wherever it is, and of the runs it starts from or names.
 
     Args:
       config: all bindings by name; those of another seed serve too.
       run: whose.
-      parent: the run it starts from.
+      planned: those above it among them.
+      sources: what `bindings_of` was given.
     """
+    parent = None if run.parent is None else planned[run.parent].digest
     places = _PLACES if parent is not None else _PLACES[:1]
     own = {key: value for key, value in config.items() if key not in places}
+    for arm, place in sources.items():
+        own = {key: value.replace(place, f"{{{arm}}}") for key, value in own.items()}
     own["SEED"] = repr(run.seed)
-    return _digest({"config": own, "parent": parent.digest if parent else None})
+    named = {"of": _digests_of_named(run, planned)} if run.made_of else {}
+    return _digest({"config": own, "parent": parent, **named})
+
+
+def _digests_of_named(run: Run, planned: Mapping[str, Planned]) -> dict[str, str]:
+    return {arm: planned[name].digest for arm, name in run.made_of.items()}
 
 
 def _digest(value: Any) -> str:
@@ -223,7 +246,9 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
     return found
 
 
-def difference(planned: Planned, folder: SweepFolder, changed: Sequence[str]) -> str:
+def difference(
+    planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
+) -> str:
     """What differs between a run that has begun and its present configuration, in words."""
     from launch import config_diff, gin_config
 
@@ -234,8 +259,9 @@ def difference(planned: Planned, folder: SweepFolder, changed: Sequence[str]) ->
     old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
     if old.exists():
         run = planned.run
-        config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
+        bindings = bindings_of(run, folder, sources=folder.sources(run, plan))
+        config = gin_config.load(run.gin_files, bindings, entry=ENTRY)
         found = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
         if found is not None:
             return found
-    return "its parent has changed" if planned.run.parent else "its configuration has changed"
+    return "a run above it has changed" if planned.run.above else "its configuration has changed"

@@ -19,6 +19,9 @@ its bindings (initial_scope and others of launch/train.py). An arm that is `made
 command that makes a run directory of other arms' runs. In them {arm} stands for the run directory of the arm of
 that name, of the same seed and size, {run} for the directory to be made, {SEED} for the seed's number and {python}
 for this Python. The sweep's evaluations are of trained arms; one that is made names those it has.
+
+{arm} stands for that directory in an arm's own bindings too, for files that another arm made:
+"PAIRS='{pairs}/pairs.jsonl'".
 """
 
 import ast
@@ -56,7 +59,7 @@ class Run:
       evaluations: what is measured afterwards, by name.
       memory_gb: its peak, if known.
       made: words of the command that makes it, its seed filled in; none of a run that is trained.
-      made_of: names of the runs that these words name, by arm.
+      made_of: names of the runs that these words name, or the bindings of one that is trained, by arm.
     """
 
     name: str
@@ -79,7 +82,8 @@ class Run:
     @property
     def above(self) -> tuple[str, ...]:
         """Names of the runs that must be done before: its parent, or what it is made of."""
-        return (self.parent,) if self.parent is not None else tuple(self.made_of.values())
+        parent = () if self.parent is None else (self.parent,)
+        return tuple(dict.fromkeys((*parent, *self.made_of.values())))
 
 
 def read(path: str) -> tuple[Run, ...]:
@@ -178,9 +182,13 @@ class _Reader:
         if circle := self._circle(name):
             yield f"{where} is its own ancestor ({' -> '.join(circle)}): break the circle."
         for above in self._above(name):
-            what = (
-                f"{above!r}, which it is made of," if arm.get("made") else f"its parent {above!r}"
-            )
+            what = f"its parent {above!r}"
+            if above != parent:
+                what = (
+                    f"{above!r}, which it is made of,"
+                    if arm.get("made")
+                    else f"{above!r}, which a binding names,"
+                )
             for key, mine, theirs in (
                 ("seeds", self._seeds(name), self._seeds(above)),
                 ("sizes", self._sizes_of(name), self._sizes_of(above)),
@@ -190,9 +198,16 @@ class _Reader:
 
     def _above(self, name: str) -> tuple[str, ...]:
         """The arms that an arm starts from or is made of."""
+        parent = self._arms[name].get("parent")
+        return tuple(
+            dict.fromkeys((*([parent] if parent in self._arms else []), *self._named(name)))
+        )
+
+    def _named(self, name: str) -> tuple[str, ...]:
+        """The arms that the words of an arm's command name in braces, or its bindings."""
         arm = self._arms[name]
-        named = words.places(arm["made"]) if arm.get("made") else (arm.get("parent"),)
-        return tuple(above for above in named if above in self._arms)
+        named = words.places(arm.get("made") or arm.get("bindings") or ())
+        return tuple(other for other in named if other in self._arms)
 
     def _circle(self, name: str) -> list[str]:
         """The shortest way from an arm over those above it back to itself, if there is one."""
@@ -258,5 +273,5 @@ class _Reader:
             evaluations={k: v for k, v in self._evaluations.items() if k in chosen},
             memory_gb=float(memory[-1]) if memory else None,
             made=words.filled(made, {"SEED": str(seed)}),
-            made_of={above: named(above) for above in self._above(name)} if made else {},
+            made_of={other: named(other) for other in self._named(name)},
         )

@@ -78,6 +78,10 @@ class SweepFolder:
         """
         return self.directory(run.name) / "made" if run.made else self.directory(run.name)
 
+    def sources(self, run: Run, plan: Mapping[str, "Planned"]) -> dict[str, str]:
+        """Where the runs are that a run's command or bindings name, by arm."""
+        return {arm: str(self.model_dir(plan[name].run)) for arm, name in run.made_of.items()}
+
     def final_checkpoint(self, planned: Planned) -> pathlib.Path:
         """A run's last step itself: of a run's directory a damaged one would be passed over.
 

@@ -17,18 +17,16 @@ class MadeError(ValueError):
     """A command has not made what it should."""
 
 
-def command(folder: SweepFolder, run: Run, runs: Mapping[str, Run]) -> tuple[str, ...]:
+def command(folder: SweepFolder, run: Run, plan: Mapping[str, Planned]) -> tuple[str, ...]:
     """The words of the command that makes a run.
 
     Args:
       folder: of the sweep.
       run: that is made.
-      runs: by name, those that it is made of among them.
+      plan: by name, the runs that it is made of among them.
     """
-    sources = {arm: str(folder.model_dir(runs[name])) for arm, name in run.made_of.items()}
-    return words.filled(
-        run.made, {**sources, "run": str(folder.model_dir(run)), "python": sys.executable}
-    )
+    places = {**folder.sources(run, plan), "run": str(folder.model_dir(run))}
+    return words.filled(run.made, {**places, "python": sys.executable})
 
 
 def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
     for name in entry.run.above:
         folder.final_outcome(plan[name])
     target = folder.model_dir(entry.run)
-    given = command(folder, entry.run, {name: planned.run for name, planned in plan.items()})
+    given = command(folder, entry.run, plan)
     with contextlib.closing(folder.lock_run(entry.name)):
         # The half of an earlier attempt.
         if target.is_file():

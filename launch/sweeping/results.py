@@ -68,7 +68,7 @@ def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[
         "seed": planned.run.seed,
         "parents": line[1:],
         "made": bool(planned.run.made),
-        "made_of": list(planned.run.made_of.values()),
+        "made_of": list(planned.run.made_of.values()) if planned.run.made else [],
         "directory": str(folder.model_dir(planned.run).relative_to(folder.path)),
         **outcomes[0],
         "start": dict(planned.start),

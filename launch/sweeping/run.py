@@ -103,10 +103,14 @@ def _train(
 
     parent = None if entry.run.parent is None else plan[entry.run.parent]
     start = None if parent is None else folder.final_checkpoint(parent)
+    for name in entry.run.made_of.values():
+        folder.final_outcome(plan[name])
+    sources = folder.sources(entry.run, plan)
     with _own_registries():
-        bindings = check.bindings_of(entry.run, folder, start)
+        bindings = check.bindings_of(entry.run, folder, start, sources)
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
-        found = check.config_digest(config_diff.canonical(config.text), entry.run, parent)
+        said = config_diff.canonical(config.text)
+        found = check.config_digest(said, entry.run, plan, sources)
         if found != entry.digest:
             raise _changed(entry)
         assert config.entry is not None

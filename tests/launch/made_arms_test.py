@@ -341,7 +341,7 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
         and "start/seed3: its command, a gin file that this names, or what it is made of has changed"
         in err
     )
-    assert "mixture/seed3: its parent has changed" in err and "law/seed3" not in err
+    assert "mixture/seed3: a run above it has changed" in err and "law/seed3" not in err
     status, out, _ = run("--sweep", other, "--only=start/*", "--rerun_changed")
     assert status == 0 and (folder.path / "replaced/start/seed3.1/made/config.gin").exists(), out
     assert "moa.MixtureOfAttention" in (made_at / "config.gin").read_text()
