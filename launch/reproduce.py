@@ -8,9 +8,10 @@ Examples:
   python -m launch.reproduce low_rank --model_dir=runs/low_rank --workers=2 --out=docs/reproductions
   python -m launch.reproduce bam --model_dir=runs/bam --workers=2 --out=docs/reproductions
   python -m launch.reproduce nexus --model_dir=runs/nexus --workers=2 --out=docs/reproductions
+  python -m launch.reproduce preference --model_dir=runs/preference --workers=2 --out=docs/reproductions
 
-On two idle cores the first takes two hours, code_mix 40 minutes, low_rank an hour, and bam and nexus about two
-hours each with both of their parts.
+On two idle cores the first takes two hours, code_mix 40 minutes, low_rank and preference an hour, and bam and nexus
+about two hours each with both of their parts.
 The flags of each are shown by python -m launch.reproduce PAPER --help. The status is 1 where a claim that
 must hold does not, or was not measured by a part that was asked for, and 75 where --minutes or a signal has
 stopped it.
@@ -40,6 +41,11 @@ _SWEPT = {
     ),
     "bam": ("BAM, 2408.08274", 3, {**_DOMAINS, "caches": "the bytes of caches"}),
     "nexus": ("Nexus, 2408.15901", 5, _DOMAINS),
+    "preference": (
+        "likelihood over-optimisation, 2410.11677",
+        3,
+        {"language": "preferences in a generated language"},
+    ),
 }
 
 

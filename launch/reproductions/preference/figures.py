@@ -1,0 +1,144 @@
+"""Plots over all evaluations: quality, diversity and memory against likelihood. Those over training: course_figures.py."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions.panels import BLUE, GREEN, ORANGE, legend_below, panels, save
+from launch.reproductions.preference import course_figures, fits, results
+from launch.reproductions.preference.arms import METHODS
+from launch.reproductions.preference.results import Course
+
+_STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
+_LLH = "better LLH (nats a token)"
+_CELLS = 0.2  # nats, of the heat map
+_FEWEST = 3  # evaluations of a cell that is drawn
+
+
+def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
+    """Writes the figures into `folder`; returns file name -> what it shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    every = results.courses(found)
+    figures = {
+        "likelihood.png": (
+            _likelihood(every),
+            "P_win against better LLH, all evaluations of all runs: left above the clip, with a line, a parabola and the "
+            "means of bins of as many evaluations each; right with the tail",
+        ),
+        "gap.png": (
+            _gap(every),
+            "P_win against the gap of better and worse LLH (large: the end of a run), and mean P_win over both "
+            "likelihoods, above the clip",
+        ),
+        "spread.png": (
+            _spread(every),
+            "Diversity across outputs, facts that are still known and the length of outputs against better LLH, all "
+            "evaluations; the dashed line is the clip",
+        ),
+        **course_figures.figures(every),
+    }
+    return save(figures, folder)
+
+
+def _scatter(axes: Any, every: Sequence[Course], x: str, y: str, *, above: bool = False) -> None:
+    """All evaluations by method, one colour each."""
+    for method, (label, _) in METHODS.items():
+        colour, marker = _STYLE[method]
+        mine = [one for one in every if one.arm.method == method]
+        at, values, likelihood = results.points(mine, x, y, "llh_chosen")
+        if above:
+            at, values = at[likelihood > fits.CLIP], values[likelihood > fits.CLIP]
+        axes.plot(at, values, ls="", marker=marker, ms=3.5, mew=0, color=colour, alpha=0.35)
+        axes.plot([], [], ls="", marker=marker, ms=6, color=colour, label=label)
+
+
+def _likelihood(every: Sequence[Course]) -> Any:
+    points = results.points(every, "llh_chosen", "p_win")
+    x_E, y_E = fits.above(*points)
+    found = fits.fit(x_E, y_E)
+    if found is None or len(x_E) < fits.BINS:
+        return None
+    figure, (near, whole) = panels(2, (12, 5), share_y=True)
+    _scatter(near, every, "llh_chosen", "p_win", above=True)
+    grid = np.linspace(x_E.min(), x_E.max(), 100)
+    near.plot(grid, np.polyval(found.line, grid), color="black", ls="--", lw=1.5, label="line")
+    near.plot(grid, np.polyval(found.parabola, grid), color="black", lw=2, label="parabola")
+    centres, means = fits.binned(x_E, y_E)
+    near.plot(
+        centres, means, ls="", marker="D", ms=8, mfc="white", mec="black", mew=1.5, label="bins"
+    )
+    near.set_title(f"above {fits.CLIP:g}: RMSE of the parabola {found.reduction:.0f} % lower")
+    _scatter(whole, every, "llh_chosen", "p_win")
+    with_tail = fits.fit(*points)
+    if with_tail is not None:
+        whole.set_title(f"all: RMSE of the parabola {with_tail.reduction:.0f} % lower")
+        grid = np.linspace(points[0].min(), points[0].max(), 100)
+        whole.plot(grid, np.polyval(with_tail.line, grid), color="black", ls="--", lw=1.5)
+        whole.plot(grid, np.polyval(with_tail.parabola, grid), color="black", lw=2)
+        whole.set_ylim(0, 1)
+    near.set_ylabel("P_win")
+    for axes in (near, whole):
+        axes.set_xlabel(_LLH)
+    legend_below(figure, near, 6)
+    return figure
+
+
+def _gap(every: Sequence[Course]) -> Any:
+    chosen, rejected, p_win = results.points(every, "llh_chosen", "llh_rejected", "p_win")
+    if len(chosen) < fits.BINS:
+        return None
+    figure, (left, right) = panels(2, (12, 5))
+    _scatter(left, every, "llh_gap", "p_win")
+    for one in every:
+        colour, marker = _STYLE[one.arm.method]
+        ends = (one["llh_gap"][-1], one["p_win"][-1])
+        left.plot(*ends, marker=marker, ms=8, color=colour, mec="black", mew=0.8)
+    left.set_xlabel("better LLH - worse LLH (nats a token)")
+    left.set_ylabel("P_win")
+    near = (chosen > fits.CLIP) & (rejected > fits.CLIP - 1)
+    _heat_map(figure, right, chosen[near], rejected[near], p_win[near])
+    legend_below(figure, left, 3)
+    return figure
+
+
+def _heat_map(figure: Any, axes: Any, x_E: np.ndarray, y_E: np.ndarray, z_E: np.ndarray) -> None:
+    """Mean of z over squares of x and y that have evaluations enough."""
+    edges = [
+        np.arange(
+            np.floor(v.min() / _CELLS) * _CELLS, v.max() + _CELLS, _CELLS
+        )  # whole cells, the same whatever was measured
+        for v in (x_E, y_E)
+    ]
+    counts = np.histogram2d(x_E, y_E, edges)[0]
+    sums = np.histogram2d(x_E, y_E, edges, weights=z_E)[0]
+    means = np.ma.masked_array(sums / np.maximum(counts, 1), counts < _FEWEST)
+    mesh = axes.pcolormesh(*edges, means.T, cmap="viridis", edgecolors="white", linewidth=0.6)
+    low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
+    axes.plot([low, high], [low, high], color="black", ls=":", lw=1)
+    axes.annotate("gap 0", (low, low), (-4, 6), textcoords="offset points", fontsize=8)
+    axes.grid(False)
+    axes.set_xlabel(_LLH)
+    axes.set_ylabel("worse LLH (nats a token)")
+    figure.colorbar(mesh, ax=axes, label=f"mean P_win ({_FEWEST} evaluations or more)")
+
+
+def _spread(every: Sequence[Course]) -> Any:
+    shown = {
+        "ead": "EAD",
+        "facts": "share of facts known",
+        "length": "mean length (symbols and end)",
+    }
+    if not results.points(every, "llh_chosen", *shown)[0].size:
+        return None
+    figure, every_axes = panels(3, (14, 4.6))
+    for axes, (name, label) in zip(every_axes, shown.items(), strict=True):
+        _scatter(axes, every, "llh_chosen", name)
+        axes.axvline(fits.CLIP, color="black", ls="--", lw=0.8)
+        axes.set_xlabel(_LLH)
+        axes.set_ylabel(label)
+    legend_below(figure, every_axes[0], 3)
+    return figure

@@ -1,0 +1,154 @@
+"""The report: what holds and what does not, as a page that people read and as JSON."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.reproductions import claim
+from launch.reproductions.claim import Claim
+from launch.reproductions.preference import (
+    claims,
+    figures,
+    fits,
+    results,
+    rule,
+    rule_claims,
+    tables,
+)
+from launch.reproductions.preference.arms import ARMS
+from launch.reproductions.preference.results import Course
+
+_DIGITS = 4
+_HEAD = """\
+# Likelihood over-optimisation: the paper's claims on a small language
+
+[Understanding Likelihood Over-optimisation in Direct Alignment Algorithms, arXiv
+2410.11677](https://arxiv.org/abs/2410.11677).
+This page and its plots are written by
+
+```
+{command}
+```
+
+and never by hand. Each condition is judged in every seed, and on the means over seeds with 95 % intervals (Student's
+t); a claim holds where all of them meet it. Claims in bold must hold at this scale too; the others are reported as
+they come out.
+"""
+_SETUP = [
+    "- *language*: prompts of three symbols and completions of at most twelve, of two languages of 244 symbols each. Texts of "
+    "language A on a topic prefer six symbols; other documents are texts of language B, and 72 facts of language A. "
+    "The quality of an answer to a topic is known: 0.8 for each different symbol that the topic prefers, -4 times the "
+    "share of symbols outside A, -3 for each repeat, -0.5 without an end (data/topic_language.py).",
+    "- *runs*: a decoder of 0.1 million parameters (2 layers of width 64) learns all documents, 1,500 updates. Two samples of "
+    "it for each of 2,048 prompts are judged by Bradley and Terry's model of their quality, and 600 updates of 32 such "
+    "pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means; α weighs its regulariser), "
+    "of several strengths and with an NLL term of weight λ beside some (t5x_configs/experiments/preference/cpu).",
+    "- *evaluations*: every 20 updates, of 256 held-out pairs and of an output to each of their prompts, with temperature 0.5 "
+    "and top-p 0.75. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
+    "preferred and that were not. *P_win*: mean of σ(quality - quality of the output before the first update). *EAD*: "
+    "distinct n-grams of all outputs together, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
+    "tokens in outputs. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
+    "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
+    "- *choices that the paper leaves open*, made before any of these runs was looked at: runs of a seed share their evaluation "
+    f"before the first update, which counts once; the clip is a better LLH of {fits.CLIP:g}, and there are {fits.BINS} "
+    "bins with as many evaluations each, so that neither the tail nor a handful of evaluations decides; the end of a "
+    f"run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
+    "the middle one; the largest gap is that at the end; β is small below 1; the mass is that of the arm of each method "
+    "that moves furthest.",
+    f"- *stopping rule*: trainers/indicators/alarm.py as it is by default. A run is over-optimised if P_win at its end is "
+    f"more than {rule.LOSS} below its best. An alarm is false where it is not; early where it comes more than an "
+    "evaluation before the best P_win; and missed where an over-optimised run has none.",
+    "- *where it falls short*: the paper's models are of 7 and 35 billion parameters, its preferences people's or a large "
+    "model's, and its judge a reward model; here quality is exact, and a text is a dozen symbols.",
+]
+
+
+def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
+    """Writes preference.md, preference/results.json and the plots into `out`.
+
+    Args:
+      found: by `experiment.run`, as far as it is there.
+      out: the folder, such as docs/reproductions.
+      facts: command, versions and whatever else the numbers depend on.
+
+    Returns:
+      The claims.
+    """
+    folder = out / "preference"
+    drawn = figures.draw(found, folder)
+    judged, every = claims.claims(found), results.courses(found)
+    record = {**facts, "claims": claim.record(judged), "fits": tables.reductions(every)}
+    (folder / "results.json").write_text(_json(record, [_kept(one) for one in every]))
+    lines = _page(found, every, judged, drawn, facts)
+    (out / "preference.md").write_text("\n".join(lines) + "\n")
+    return judged
+
+
+def _kept(one: Course) -> dict[str, Any]:
+    """What the page is made of, for whoever wants to count again."""
+    columns = {
+        name: [round(value, _DIGITS) if np.isfinite(value) else None for value in values.tolist()]
+        for name, values in one.values.items()
+    }
+    return {"arm": one.arm.name, "seed": one.seed, **columns}
+
+
+def _json(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    """One object, with a line for each run."""
+    lines = ",\n".join(f"  {json.dumps(run)}" for run in runs)
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    return f'{head},\n "runs": [\n{lines}\n ]\n}}\n'
+
+
+def _page(
+    found: Mapping[str, Any],
+    every: Sequence[Course],
+    judged: Sequence[Claim],
+    drawn: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> list[str]:
+    lines = [_HEAD.format(command=facts["command"]), *claim.table(judged), ""]
+    lines += ["## How it was measured", "", *_SETUP, *_amount(found, every), ""]
+    for name, caption in drawn.items():
+        lines += [f"![{caption}](preference/{name})", "", f"*{caption}.*", ""]
+    lines += ["## Measurements", "", *claim.measurements(judged)]
+    if every:
+        lines += ["## All arms", "", *tables.arms(every), ""]
+        lines += ["## A line and a parabola", "", *tables.fitted(every), ""]
+        lines += ["## The stopping rule", "", *_RULE, "", *rule_claims.tables(every), ""]
+    lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".")
+    return lines
+
+
+_RULE = [
+    "P_win in these tables is a mean of three evaluations, and its differences are means over runs. *Before the alarm*: of "
+    "the checkpoint of the evaluation before it, which is released without a reward (the last one of a run without an "
+    "alarm); *best reward*: of the checkpoint with the best mean reward up to the alarm, which is released with one. "
+    "Other thresholds are for information: the default is not chosen by them."
+]
+
+
+def _amount(found: Mapping[str, Any], every: Sequence[Course]) -> list[str]:
+    """How many runs there are, and which are not."""
+    rows = found.get("language", ())
+    if not rows:
+        return ["- Missing, and left out above and below: all of the part `language`."]
+    minutes = sum(row["seconds"] for row in rows) / 60
+    seeds = sorted({row["seed"] for row in rows})
+    out = [
+        f"- {len(rows)} runs, of which {len(every)} learn preferences; seeds {', '.join(map(str, seeds))}; {minutes:.0f} "
+        "minutes of runs."
+    ]
+    there = {(one.arm.name, one.seed) for one in every}
+    missing = []
+    for arm in ARMS:
+        left = [seed for seed in seeds if (arm, seed) not in there]
+        if left:
+            some = f" (seed {', '.join(map(str, left))})" if len(left) < len(seeds) else ""
+            missing.append(f"`{arm}`{some}")
+    if missing:
+        out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
+    return out

@@ -1,0 +1,117 @@
+"""Whether the stopping rule can be relied upon: a claim of this project, which the paper does not make."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from launch.reproductions import intervals
+from launch.reproductions.claim import Claim, Evidence
+from launch.reproductions.preference import rule
+from launch.reproductions.preference.arms import ARMS, Arm
+from launch.reproductions.preference.evidence import WHERE
+from launch.reproductions.preference.results import Course, by_seed
+
+RATE = 0.1  # of alarms that are wrong, at most
+OVER: tuple[rule.Kind, ...] = ("in time", "early", "missed")  # of over-optimised runs
+# What is wrong -> among which runs it is counted.
+_WRONG: dict[rule.Kind, tuple[tuple[rule.Kind, ...], str]] = {
+    "false": (("false", "none"), "runs that are not over-optimised raise an alarm"),
+    "missed": (OVER, "over-optimised runs raise none"),
+    "early": (OVER, "over-optimised runs raise it more than an evaluation before the best P_win"),
+}
+
+
+def claim(every: Sequence[Course]) -> Claim:
+    """C9."""
+    return Claim(
+        "C9",
+        "The stopping rule stops the runs that go too far, and no others (not a claim of the paper)",
+        f"of runs that are not over-optimised at most {RATE:.0%} raise an alarm; of those that are at most {RATE:.0%} raise "
+        f"none, and as many raise it early; over-optimised: P_win at the end is more than {rule.LOSS} below its best",
+        [one for kind in _WRONG for one in _rates(every, kind)],
+    )
+
+
+def _rates(every: Sequence[Course], kind: rule.Kind) -> list[Evidence]:
+    seeds = by_seed(every)
+    groups = {f"{WHERE} {seed}": mine for seed, mine in seeds.items()}
+    if len(seeds) > 1:
+        groups[f"{WHERE}s {', '.join(map(str, seeds))}"] = list(every)
+    among, words = _WRONG[kind]
+    out = []
+    for where, mine in groups.items():
+        flags = [one.kind == kind for one in rule.outcomes(mine) if one.kind in among]
+        if flags:
+            share = intervals.share(flags)
+            said = f"{sum(flags)} of {len(flags)} {words}, a share of {intervals.text(share)}"
+            out.append(Evidence(f"{where}, {kind}", said, share["value"] <= RATE))
+    return out
+
+
+def tables(every: Sequence[Course]) -> list[str]:
+    """What came of the rule by arm, by signal and with other thresholds, as lines of a page."""
+    return [*_by_arm(every), "", *_by_rule(every)]
+
+
+def _by_arm(every: Sequence[Course]) -> list[str]:
+    found = rule.outcomes(every)
+    out = [
+        "| arm | runs | over-optimised | in time | early | missed | false | alarm at | best P_win at | best P_win "
+        "| end - best | before the alarm - best | best reward - best | before the alarm - end | best reward - end |",
+        "|---|" + "---|" * 14,
+    ]
+    for arm in ARMS.values():
+        mine = [one for one in found if one.course.arm == arm]
+        if mine:
+            out.append(_row(arm, mine))
+    return out
+
+
+def _row(arm: Arm, found: Sequence[rule.Outcome]) -> str:
+    counts = rule.count(found)
+    alarms = [str(one.alarm.step) if one.alarm else "-" for one in found]
+    peaks = [f"{one.course['step'][one.course.best]:.0f}" for one in found]
+    best, end, stopped, retained = (
+        np.array([getattr(one, name) for one in found])
+        for name in ("best", "end", "stopped", "retained")
+    )
+    changes = (end - best, stopped - best, retained - best, stopped - end, retained - end)
+    cells = [
+        str(len(found)),
+        str(sum(counts[kind] for kind in OVER)),
+        *(str(counts[kind]) for kind in (*OVER, "false")),
+        ", ".join(alarms),
+        ", ".join(peaks),
+        f"{best.mean():.3f}",
+        *(f"{change.mean():+.3f}" for change in changes),
+    ]
+    return f"| {arm.label} | {' | '.join(cells)} |"
+
+
+def _by_rule(every: Sequence[Course]) -> list[str]:
+    rows = {
+        f"default: {_name(rule.DEFAULT)}": rule.outcomes(every),
+        "its entropy alone": rule.outcomes(every, signal="entropy"),
+        "its mass alone": rule.outcomes(every, signal="mass"),
+        **{_name(one): rule.outcomes(every, rule=one) for one in rule.TRIED if one != rule.DEFAULT},
+    }
+    out = [
+        "| rule | false, of runs not over-optimised | in time | early | missed | before the alarm - best "
+        "| before the alarm - end |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in rows.items():
+        counts = rule.count(found)
+        calm = counts["false"] + counts["none"]
+        changes = [
+            np.mean([one.stopped - getattr(one, other) for one in found])
+            for other in ("best", "end")
+        ]
+        said = " | ".join(str(counts[kind]) for kind in OVER)
+        said += "".join(f" | {change:+.3f}" for change in changes)
+        out.append(f"| {name} | {counts['false']} of {calm} | {said} |")
+    return out
+
+
+def _name(tried: rule.StoppingRule) -> str:
+    return f"{tried.drops} drops, {tried.entropy_drop:.0%} of entropy"
