@@ -101,8 +101,16 @@ def _alarms(every: Sequence[Course]) -> Any:
         "DPO with an NLL term": [arm for arm in of("dpo") if arm.nll],
         **{METHODS[method][0]: of(method) for method in ("ipo", "hinge")},
     }
-    figure, every_axes = panels(2, (13, 9.5), rows=2, share_y=True)
-    for axes, (title, arms) in zip(every_axes, groups.items(), strict=True):
+    there = {
+        title: arms
+        for title, arms in groups.items()
+        if any(results.find(every, arm) for arm in arms)
+    }
+    rows = -(-len(there) // 2)
+    figure, every_axes = panels(2, (13, 0.5 + 4.5 * rows), rows=rows, share_y=True)
+    for axes in every_axes[len(there) :]:
+        axes.set_visible(False)
+    for axes, (title, arms) in zip(every_axes, there.items(), strict=False):
         _runs(axes, every, arms)
         axes.set_title(title)
         axes.set_xlabel("updates")

@@ -13,7 +13,7 @@ from launch.reproductions.preference.results import Course
 
 _STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 _LLH = "better LLH (nats a token)"
-_CELLS = 0.2  # nats, of the heat map
+_CELLS = 0.1  # nats, of the heat map
 _FEWEST = 3  # evaluations of a cell that is drawn
 
 
@@ -62,14 +62,22 @@ def _likelihood(every: Sequence[Course]) -> Any:
     found = fits.fit(x_E, y_E)
     if found is None or len(x_E) < fits.BINS:
         return None
-    figure, (near, whole) = panels(2, (12, 5), share_y=True)
+    figure, (near, whole) = panels(2, (12, 5))
     _scatter(near, every, "llh_chosen", "p_win", above=True)
     grid = np.linspace(x_E.min(), x_E.max(), 100)
     near.plot(grid, np.polyval(found.line, grid), color="black", ls="--", lw=1.5, label="line")
     near.plot(grid, np.polyval(found.parabola, grid), color="black", lw=2, label="parabola")
     centres, means = fits.binned(x_E, y_E)
     near.plot(
-        centres, means, ls="", marker="D", ms=8, mfc="white", mec="black", mew=1.5, label="bins"
+        centres,
+        means,
+        ls="",
+        marker="D",
+        ms=8,
+        mfc="white",
+        mec="black",
+        mew=1.5,
+        label="means of bins",
     )
     near.set_title(f"above {fits.CLIP:g}: RMSE of the parabola {found.reduction:.0f} % lower")
     _scatter(whole, every, "llh_chosen", "p_win")
@@ -79,7 +87,7 @@ def _likelihood(every: Sequence[Course]) -> Any:
         grid = np.linspace(points[0].min(), points[0].max(), 100)
         whole.plot(grid, np.polyval(with_tail.line, grid), color="black", ls="--", lw=1.5)
         whole.plot(grid, np.polyval(with_tail.parabola, grid), color="black", lw=2)
-        whole.set_ylim(0, 1)
+        whole.set_ylim(points[1].min() - 0.02, points[1].max() + 0.02)  # a fit may leave it
     near.set_ylabel("P_win")
     for axes in (near, whole):
         axes.set_xlabel(_LLH)
@@ -119,7 +127,7 @@ def _heat_map(figure: Any, axes: Any, x_E: np.ndarray, y_E: np.ndarray, z_E: np.
     mesh = axes.pcolormesh(*edges, means.T, cmap="viridis", edgecolors="white", linewidth=0.6)
     low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
     axes.plot([low, high], [low, high], color="black", ls=":", lw=1)
-    axes.annotate("gap 0", (low, low), (-4, 6), textcoords="offset points", fontsize=8)
+    axes.annotate("gap 0", (high, high), (-34, -4), textcoords="offset points", fontsize=8)
     axes.grid(False)
     axes.set_xlabel(_LLH)
     axes.set_ylabel("worse LLH (nats a token)")

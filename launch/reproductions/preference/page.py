@@ -52,7 +52,7 @@ _SETUP = [
     "distinct n-grams of all outputs together, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
     "tokens in outputs. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
-    "- *choices that the paper leaves open*, made before any of these runs was looked at: runs of a seed share their evaluation "
+    "- *choices that the paper leaves open*, made before the numbers of this page were counted: runs of a seed share their evaluation "
     f"before the first update, which counts once; the clip is a better LLH of {fits.CLIP:g}, and there are {fits.BINS} "
     "bins with as many evaluations each, so that neither the tail nor a handful of evaluations decides; the end of a "
     f"run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
@@ -126,7 +126,7 @@ def _page(
 _RULE = [
     "P_win in these tables is a mean of three evaluations, and its differences are means over runs. *Before the alarm*: of "
     "the checkpoint of the evaluation before it, which is released without a reward (the last one of a run without an "
-    "alarm); *best reward*: of the checkpoint with the best mean reward up to the alarm, which is released with one. "
+    "alarm); *best reward*: of the checkpoint with the best mean reward of the whole run, which is kept with one, whatever the rule says. "
     "Other thresholds are for information: the default is not chosen by them."
 ]
 

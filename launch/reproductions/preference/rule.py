@@ -35,7 +35,8 @@ class Outcome:
       best, end: P_win.
       stopped: P_win of what is released without a reward: the checkpoint before the alarm, or the last of a run
         without one.
-      retained: that of the best mean reward up to the alarm, or of the whole run.
+      retained: that of the best mean reward of the whole run, which a run that has a reward keeps, and no rule is
+        needed for.
     """
 
     course: Course
@@ -66,7 +67,7 @@ def outcome(course: Course, *, rule: StoppingRule = DEFAULT, signal: Signal = "b
         best=float(wins[best]),
         end=float(wins[-1]),
         stopped=float(wins[at if alarm is None else at - 1]),
-        retained=float(wins[np.argmax(course["reward"][: at + 1])]),
+        retained=float(wins[np.argmax(course["reward"])]),
     )
 
 

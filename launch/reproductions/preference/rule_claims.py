@@ -1,6 +1,6 @@
 """Whether the stopping rule can be relied upon: a claim of this project, which the paper does not make."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -50,66 +50,74 @@ def _rates(every: Sequence[Course], kind: rule.Kind) -> list[Evidence]:
 
 def tables(every: Sequence[Course]) -> list[str]:
     """What came of the rule by arm, by signal and with other thresholds, as lines of a page."""
-    return [*_by_arm(every), "", *_by_rule(every)]
+    found = {
+        arm: [one for one in rule.outcomes(every) if one.course.arm == arm] for arm in ARMS.values()
+    }
+    found = {arm: mine for arm, mine in found.items() if mine}
+    return [*_alarms(found), "", *_released(found), "", *_rules(every)]
 
 
-def _by_arm(every: Sequence[Course]) -> list[str]:
-    found = rule.outcomes(every)
+def _alarms(found: Mapping[Arm, Sequence[rule.Outcome]]) -> list[str]:
     out = [
-        "| arm | runs | over-optimised | in time | early | missed | false | alarm at | best P_win at | best P_win "
-        "| end - best | before the alarm - best | best reward - best | before the alarm - end | best reward - end |",
-        "|---|" + "---|" * 14,
+        "| arm | over-optimised | in time | early | missed | false | alarms at | best P_win at |",
+        "|---|" + "---|" * 7,
     ]
-    for arm in ARMS.values():
-        mine = [one for one in found if one.course.arm == arm]
-        if mine:
-            out.append(_row(arm, mine))
+    for arm, mine in found.items():
+        counts = rule.count(mine)
+        cells = [
+            f"{sum(counts[kind] for kind in OVER)} of {len(mine)}",
+            *(str(counts[kind]) for kind in (*OVER, "false")),
+            ", ".join(f"{one.alarm.step}" if one.alarm else "–" for one in mine),
+            ", ".join(f"{one.course['step'][one.course.best]:.0f}" for one in mine),
+        ]
+        out.append(f"| {arm.label} | {' | '.join(cells)} |")
     return out
 
 
-def _row(arm: Arm, found: Sequence[rule.Outcome]) -> str:
-    counts = rule.count(found)
-    alarms = [str(one.alarm.step) if one.alarm else "-" for one in found]
-    peaks = [f"{one.course['step'][one.course.best]:.0f}" for one in found]
-    best, end, stopped, retained = (
-        np.array([getattr(one, name) for one in found])
-        for name in ("best", "end", "stopped", "retained")
-    )
-    changes = (end - best, stopped - best, retained - best, stopped - end, retained - end)
-    cells = [
-        str(len(found)),
-        str(sum(counts[kind] for kind in OVER)),
-        *(str(counts[kind]) for kind in (*OVER, "false")),
-        ", ".join(alarms),
-        ", ".join(peaks),
-        f"{best.mean():.3f}",
-        *(f"{change.mean():+.3f}" for change in changes),
+def _released(found: Mapping[Arm, Sequence[rule.Outcome]]) -> list[str]:
+    out = [
+        "| arm | best P_win | end - best | before the alarm - best | before the alarm - end | best reward - best "
+        "| best reward - end |",
+        "|---|" + "---|" * 6,
     ]
-    return f"| {arm.label} | {' | '.join(cells)} |"
+    for arm, mine in found.items():
+        best, end, stopped, retained = (
+            np.array([getattr(one, name) for one in mine])
+            for name in ("best", "end", "stopped", "retained")
+        )
+        changes = (end - best, stopped - best, stopped - end, retained - best, retained - end)
+        cells = [f"{best.mean():.3f}", *(f"{change.mean():+.3f}" for change in changes)]
+        out.append(f"| {arm.label} | {' | '.join(cells)} |")
+    return out
 
 
-def _by_rule(every: Sequence[Course]) -> list[str]:
+def _rules(every: Sequence[Course]) -> list[str]:
     rows = {
-        f"default: {_name(rule.DEFAULT)}": rule.outcomes(every),
+        f"{_name(rule.DEFAULT)} (the default)": rule.outcomes(every),
         "its entropy alone": rule.outcomes(every, signal="entropy"),
         "its mass alone": rule.outcomes(every, signal="mass"),
         **{_name(one): rule.outcomes(every, rule=one) for one in rule.TRIED if one != rule.DEFAULT},
     }
     out = [
-        "| rule | false, of runs not over-optimised | in time | early | missed | before the alarm - best "
-        "| before the alarm - end |",
-        "|---|---|---|---|---|---|---|",
+        "| rule | false, of runs that are not over-optimised | in time, of those that are | early | missed | before the "
+        "alarm - best, not over-optimised | over-optimised |",
+        "|---|" + "---|" * 6,
     ]
     for name, found in rows.items():
         counts = rule.count(found)
-        calm = counts["false"] + counts["none"]
-        changes = [
-            np.mean([one.stopped - getattr(one, other) for one in found])
-            for other in ("best", "end")
+        over = [one for one in found if one.kind in OVER]
+        calm = [one for one in found if one.kind not in OVER]
+        costs = [
+            f"{np.mean([one.stopped - one.best for one in some]):+.3f}" if some else "–"
+            for some in (calm, over)
         ]
-        said = " | ".join(str(counts[kind]) for kind in OVER)
-        said += "".join(f" | {change:+.3f}" for change in changes)
-        out.append(f"| {name} | {counts['false']} of {calm} | {said} |")
+        cells = [
+            f"{counts['false']} of {len(calm)}",
+            f"{counts['in time']} of {len(over)}",
+            *(str(counts[kind]) for kind in ("early", "missed")),
+            *costs,
+        ]
+        out.append(f"| {name} | {' | '.join(cells)} |")
     return out
 
 
