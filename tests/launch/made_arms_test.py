@@ -1,5 +1,6 @@
 """Arms of a sweep that a command makes of other arms' runs: read, checked, made, stopped and gone on with."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from launch.sweeping import check, driver, made, words
 from launch.sweeping import file as sweep_file
 from launch.sweeping import run as sweep_run
 from launch.sweeping.file import SweepError
-from launch.sweeping.folder import SweepFolder, SweepFolderError
+from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
 from trainers import step_dir
 
 # ---- Files.
@@ -78,6 +79,46 @@ def test_sizes_are_of_all_that_something_is_made_of(write):
     assert runs["b/s/seed0"].above == ("a/s/seed0",)
 
 
+NAMED = """ConfigDict(dict(seeds=(0, 1), arms=dict(
+    learned=dict(parent='sft', bindings=("PAIRS='{pairs}/x.jsonl'", "LENGTHS={'targets': 8}")),
+    pairs=dict(made=('draw', '{sft}', '--to={run}')), sft={},
+)))"""
+
+
+def test_bindings_name_what_other_arms_made(write, tmp_path):
+    runs = {run.name: run for run in sweep_file.read(write(NAMED))}
+    assert list(runs)[:3] == ["sft/seed0", "pairs/seed0", "learned/seed0"]
+    learned = runs["learned/seed1"]
+    assert learned.above == ("sft/seed1", "pairs/seed1") and learned.parent == "sft/seed1"
+
+    folder = SweepFolder(tmp_path / "out")
+    planned = {
+        name: Planned(
+            run=run,
+            digest=name,
+            total_steps=0,
+            first_step=0,
+            tokens_per_step=0,
+            start={},
+            evaluation_digests={},
+        )
+        for name, run in runs.items()
+    }
+    sources = folder.sources(learned, planned)
+    made_at = f"{folder.path}/runs/pairs/seed1/made"
+    bindings = check.bindings_of(learned, folder, sources=sources)
+    assert bindings[:2] == [f"PAIRS='{made_at}/x.jsonl'", "LENGTHS={'targets': 8}"]
+
+    # Where the folder is changes nothing; what is made there does.
+    def digest(pairs, sources, plan=planned):
+        return check.config_digest({"PAIRS": pairs}, learned, plan, sources)
+
+    first = digest("'{pairs}/x.jsonl'", {})
+    assert digest(f"'{made_at}/x.jsonl'", sources) == first != digest("'{pairs}/y.jsonl'", {})
+    other = dataclasses.replace(planned["pairs/seed1"], digest="changed")
+    assert digest("'{pairs}/x.jsonl'", {}, {**planned, "pairs/seed1": other}) != first
+
+
 @pytest.mark.parametrize(
     ("arms", "errors"),
     [
@@ -102,6 +143,11 @@ def test_sizes_are_of_all_that_something_is_made_of(write):
             "a={}, m=dict(made=('{a}', '{run}'), parent='a', gin_files=('x.gin',), bindings=('A=1',))",
             [f"arm 'm' is made, not trained: leave out its {key}" for key in ("parent", "gin_files", "bindings")],
         ),
+        (
+            "a=dict(bindings=(\"X='{b}'\",), seeds=(0, 1)), b=dict(made=('{run}',), seeds=(0,))",
+            [r"arm 'a': 'b', which a binding names, lacks the seeds 1\."],
+        ),
+        ("a=dict(bindings=(\"X='{a}'\",))", [r"'a' is its own ancestor \(a -> a\)"]),
         ("m=dict(made='cp {run}')", ["made = 'cp {run}' is not a tuple of strings"]),
         ("m=dict(made=())", [r"made = \(\) is not a tuple of strings"]),
         (
