@@ -3,6 +3,7 @@
 The course of training, an NLL term and the stopping rule are in course_claims.py and rule_claims.py.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,14 +38,17 @@ def claims(found: Mapping[str, Any]) -> list[Claim]:
 
 
 def _intermediate(every: Sequence[Course]) -> Claim:
-    bins = Part(
-        "",
-        "P_win {low:.3} in the lowest bin of better LLH, {middle:.3} in the best between, {high:.3} in the highest",
-        _bins,
-        lambda n: n["middle"] - max(n["low"], n["high"]) > APART,
-    )
+    bins = [
+        Part(
+            of,
+            "P_win {low:.3} in the lowest bin of better LLH, {middle:.3} in the best between, {high:.3} in the highest",
+            functools.partial(_bins, select),
+            lambda n: n["middle"] - max(n["low"], n["high"]) > APART,
+        )
+        for of, select in (("all evaluations", _all), (f"above {fits.CLIP:g}", fits.above))
+    ]
     parabola = Part(
-        "",
+        f"above {fits.CLIP:g}",
         "quadratic term {curvature:.3}, RMSE {line:.3} of a line and {parabola:.3} of a parabola, {reduction:.1} % "
         "less (with the tail {with_tail:.1} %)",
         _parabola,
@@ -54,15 +58,22 @@ def _intermediate(every: Sequence[Course]) -> Claim:
         "C1",
         "Intermediate likelihood of better completions is best",
         f"of {fits.BINS} bins of better LLH with as many evaluations each, one in the middle has a mean P_win more than "
-        f"{APART} above both end bins'; a quadratic fit opens downwards and has more than {REDUCTION:g} % less RMSE than "
-        f"a line; both on better LLH above {fits.CLIP:g}",
-        judge(every, (bins, parabola)),
+        f"{APART} above both end bins', of all evaluations and of those above {fits.CLIP:g}; above it a quadratic fit opens "
+        f"downwards and has more than {REDUCTION:g} % less RMSE than a line",
+        judge(every, (*bins, parabola)),
         required=True,
     )
 
 
-def _bins(every: Sequence[Course]) -> Numbers | None:
-    x_E, y_E = fits.above(*results.points(every, "llh_chosen", "p_win"))
+def _all(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x_E, y_E
+
+
+def _bins(
+    select: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    every: Sequence[Course],
+) -> Numbers | None:
+    x_E, y_E = select(*results.points(every, "llh_chosen", "p_win"))
     if len(x_E) < 2 * fits.BINS:
         return None
     _, means = fits.binned(x_E, y_E)

@@ -26,8 +26,8 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     figures = {
         "likelihood.png": (
             _likelihood(every),
-            "P_win against better LLH, all evaluations of all runs: left above the clip, with a line, a parabola and the "
-            "means of bins of as many evaluations each; right with the tail",
+            "P_win against better LLH, all evaluations of all runs, with a line, a parabola and the means of bins of as many "
+            "evaluations each; left above the clip, right with the tail",
         ),
         "gap.png": (
             _gap(every),
@@ -59,40 +59,33 @@ def _scatter(axes: Any, every: Sequence[Course], x: str, y: str, *, above: bool 
 def _likelihood(every: Sequence[Course]) -> Any:
     points = results.points(every, "llh_chosen", "p_win")
     x_E, y_E = fits.above(*points)
-    found = fits.fit(x_E, y_E)
-    if found is None or len(x_E) < fits.BINS:
+    if fits.fit(x_E, y_E) is None or len(x_E) < fits.BINS:
         return None
     figure, (near, whole) = panels(2, (12, 5))
     _scatter(near, every, "llh_chosen", "p_win", above=True)
-    grid = np.linspace(x_E.min(), x_E.max(), 100)
-    near.plot(grid, np.polyval(found.line, grid), color="black", ls="--", lw=1.5, label="line")
-    near.plot(grid, np.polyval(found.parabola, grid), color="black", lw=2, label="parabola")
-    centres, means = fits.binned(x_E, y_E)
-    near.plot(
-        centres,
-        means,
-        ls="",
-        marker="D",
-        ms=8,
-        mfc="white",
-        mec="black",
-        mew=1.5,
-        label="means of bins",
-    )
-    near.set_title(f"above {fits.CLIP:g}: RMSE of the parabola {found.reduction:.0f} % lower")
     _scatter(whole, every, "llh_chosen", "p_win")
-    with_tail = fits.fit(*points)
-    if with_tail is not None:
-        whole.set_title(f"all: RMSE of the parabola {with_tail.reduction:.0f} % lower")
-        grid = np.linspace(points[0].min(), points[0].max(), 100)
-        whole.plot(grid, np.polyval(with_tail.line, grid), color="black", ls="--", lw=1.5)
-        whole.plot(grid, np.polyval(with_tail.parabola, grid), color="black", lw=2)
-        whole.set_ylim(points[1].min() - 0.02, points[1].max() + 0.02)  # a fit may leave it
-    near.set_ylabel("P_win")
-    for axes in (near, whole):
+    for axes, where, some in (
+        (near, f"above {fits.CLIP:g}", fits.above(*points)),
+        (whole, "all", points),
+    ):
+        _fits(axes, where, *some)
         axes.set_xlabel(_LLH)
+        axes.set_ylabel("P_win")
     legend_below(figure, near, 6)
     return figure
+
+
+def _fits(axes: Any, where: str, x_E: np.ndarray, y_E: np.ndarray) -> None:
+    """A line, a parabola and the means of bins."""
+    found = fits.fit(x_E, y_E)
+    assert found is not None
+    grid = np.linspace(x_E.min(), x_E.max(), 100)
+    axes.plot(grid, np.polyval(found.line, grid), color="black", ls="--", lw=1.5, label="line")
+    axes.plot(grid, np.polyval(found.parabola, grid), color="black", lw=2, label="parabola")
+    bins = {"marker": "D", "ms": 8, "mfc": "white", "mec": "black", "mew": 1.5}
+    axes.plot(*fits.binned(x_E, y_E), ls="", **bins, label="means of bins")
+    axes.set_ylim(y_E.min() - 0.02, y_E.max() + 0.02)  # a fit may leave it
+    axes.set_title(f"{where}: RMSE of the parabola {found.reduction:.0f} % lower")
 
 
 def _gap(every: Sequence[Course]) -> Any:

@@ -49,4 +49,5 @@ def above(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def binned(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means (x, y) of BINS groups of neighbours in x, of as many evaluations as can be; from the lowest x."""
     groups = np.array_split(np.argsort(x_E, kind="stable"), BINS)
-    return tuple(np.array([values[g].mean() for g in groups]) for values in (x_E, y_E))  # type: ignore[return-value]
+    centres, means = (np.array([values[g].mean() for g in groups]) for values in (x_E, y_E))
+    return centres, means

@@ -53,8 +53,9 @@ _SETUP = [
     "tokens in outputs. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
     "- *choices that the paper leaves open*, made before the numbers of this page were counted: runs of a seed share their evaluation "
-    f"before the first update, which counts once; the clip is a better LLH of {fits.CLIP:g}, and there are {fits.BINS} "
-    "bins with as many evaluations each, so that neither the tail nor a handful of evaluations decides; the end of a "
+    f"before the first update, which counts once; the fits are of evaluations with a better LLH above {fits.CLIP:g}, below "
+    f"which texts have broken down, and the {fits.BINS} bins, with as many evaluations each, are read both above it and "
+    "with the tail; the end of a "
     f"run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
     "the middle one; the largest gap is that at the end; β is small below 1; the mass is that of the arm of each method "
     "that moves furthest.",

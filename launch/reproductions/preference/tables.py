@@ -92,22 +92,21 @@ def fitted(every: Sequence[Course]) -> list[str]:
     numbers = " | ".join(map(str, range(1, fits.BINS + 1)))
     out += [
         "",
-        f"Mean P_win in bins of as many evaluations each, above {fits.CLIP:g}; in brackets their mean better LLH.",
+        "Mean P_win in bins of as many evaluations each, from the lowest better LLH to the highest; in brackets their mean "
+        "better LLH.",
         "",
-        f"| evaluations | {numbers} | below {fits.CLIP:g} |",
-        "|---|" + "---|" * (fits.BINS + 1),
+        f"| evaluations | {numbers} |",
+        "|---|" + "---|" * fits.BINS,
     ]
     groups: Mapping[str, Sequence[Course]] = {
         **{f"seed {seed}": mine for seed, mine in by_seed(every).items()},
         "all seeds": every,
     }
     for name, mine in groups.items():
-        x_E, y_E = results.points(mine, "llh_chosen", "p_win")
-        near = fits.above(x_E, y_E)
-        if len(near[0]) < fits.BINS:
-            continue
-        cells = [f"{y:.3f} ({x:.2f})" for x, y in zip(*fits.binned(*near), strict=True)]
-        tail = x_E <= fits.CLIP
-        cells.append(f"{y_E[tail].mean():.3f} ({x_E[tail].mean():.2f})" if tail.any() else "–")
-        out.append(f"| {name} | {' | '.join(cells)} |")
+        points = results.points(mine, "llh_chosen", "p_win")
+        for of, (x_E, y_E) in (("", points), (f", above {fits.CLIP:g}", fits.above(*points))):
+            if len(x_E) >= fits.BINS:
+                centres, means = fits.binned(x_E, y_E)
+                cells = [f"{y:.3f} ({x:.2f})" for x, y in zip(centres, means, strict=True)]
+                out.append(f"| {name}{of} | {' | '.join(cells)} |")
     return out
