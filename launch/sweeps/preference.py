@@ -1,8 +1,9 @@
 """Preferences followed too far (arXiv 2410.11677) by a small model of a language in which quality is known.
 
 A model is trained, sampled twice for each prompt, and learns from a noisy judge's preferences with DPO, IPO and SLiC's
-hinge of several strengths, with and without an NLL term. 20 runs for each seed, of which a run is about a minute on
-one core; the number of seeds after a colon:
+hinge of several strengths, with and without an NLL term; beside them, from the reward of its own samples with online DPO,
+RLOO, GRPO and PPO. 24 runs for each seed, of which a run is a minute or two on one core; the number of seeds after a
+colon:
 
   python -m launch.sweep --sweep launch/sweeps/preference.py:3 --out runs/preference/language --workers 2
 """
@@ -14,6 +15,7 @@ CPU = "t5x_configs/experiments/preference/cpu/"
 DPO = {0.01: (0.0, 0.1, 1.0), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0, 1.0), 5.0: (0.0, 1.0)}
 IPO = {0.01: (0.0,), 0.1: (0.0, 1.0), 1.0: (0.0, 1.0)}
 HINGE = {0.0: (0.0, 1.0), 0.1: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
+ONLINE = ("online_dpo", "rloo", "grpo", "ppo")
 
 
 def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
@@ -26,6 +28,8 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
         for strength, weights in strengths.items():
             for weight in weights:
                 arms[arm(method, strength, weight)] = _learned(method, strength, weight)
+    for method in ONLINE:
+        arms[method] = _from(f"{CPU}online.gin", f"t5x_configs/methods/{method}.gin")
     return ml_collections.ConfigDict(
         {
             "seeds": tuple(range(int(seeds))),
@@ -50,14 +54,11 @@ def _learned(method: str, strength: float, nll: float) -> dict:
         losses, weights = [*losses, "@terms.slic_regulariser"], [*weights, strength]
     if nll:
         losses, weights = [*losses, "@terms.nll"], [*weights, nll]
-    return {
-        "parent": "sft",
-        "gin_files": (f"{CPU}preference.gin",),
-        "bindings": (
-            "PAIRS='{pairs}/pairs.jsonl'",
-            "PAIRS_VALIDATION='{pairs}/held_out.jsonl'",
-            f"LOSSES=[{', '.join(losses)}]",
-            f"LOSS_WEIGHTS={weights}",
-            *settings,
-        ),
-    }
+    bindings = (f"LOSSES=[{', '.join(losses)}]", f"LOSS_WEIGHTS={weights}", *settings)
+    return _from(f"{CPU}preference.gin", bindings=bindings)
+
+
+def _from(*gin_files: str, bindings: tuple[str, ...] = ()) -> dict:
+    """An arm that starts from the model and has its pairs."""
+    pairs = ("PAIRS='{pairs}/pairs.jsonl'", "PAIRS_VALIDATION='{pairs}/held_out.jsonl'")
+    return {"parent": "sft", "gin_files": gin_files, "bindings": (*pairs, *bindings)}
