@@ -30,6 +30,7 @@ IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
 PROMPTS = {"prompts"}  # which runs/online.gin continues
+SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
@@ -252,7 +253,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS - PROMPTS))
+@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS - PROMPTS - SYMBOLS))
 def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     files = ("models/tiny", f"data/{name}", "runs/pretrain")
     config = load(*files, data=REQUIRED.get(name, ()))
@@ -289,9 +290,22 @@ def test_what_a_data_file_requires_is_asked_for(name):
     assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
+# What an arm of a sweep has beside an experiment's file, such as launch/sweeps/preference.py.
+_PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
+ARMS = {
+    "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
+    "t5x_configs/experiments/preference/cpu/online.gin": (
+        ["t5x_configs/methods/rloo.gin"],
+        _PAIRS,
+    ),
+}
+
+
 @pytest.mark.parametrize("file", EXPERIMENTS)
 def test_an_experiment_makes_a_program(file):
-    config = gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="launch.train:train")
+    files, bindings = ARMS.get(file, ([], []))
+    bindings = ["MODEL_DIR='/tmp/x'", *bindings]
+    config = gin_config.load([file, *files], bindings, entry="launch.train:train")
     arguments = config.arguments()
     program = arguments["recipe"].program()
     assert program.num_params() > 0

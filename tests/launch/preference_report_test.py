@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data import topic_language
-from launch.reproductions.preference import claims, experiment, fits, page, results, rule
-from launch.reproductions.preference.arms import ARMS, Arm
+from launch.reproductions.preference import claims, experiment, figures, fits, page, results, rule
+from launch.reproductions.preference.arms import ARMS, DIRECT, ONLINE, Arm
 from launch.reproductions.preference.results import Course
 from launch.sweeping import file
 from trainers.indicators.alarm import StoppingRule
@@ -21,7 +21,7 @@ FALLS = {
     "dpo_0p01": 5.2, "dpo_0p01_nll0p1": 1.15, "dpo_0p01_nll1": 0.3, "dpo_0p1": 2.2, "dpo_0p1_nll0p1": 0.5,
     "dpo_0p1_nll1": 0.2, "dpo_1": 1.1, "dpo_1_nll1": 0.25, "dpo_5": 0.1, "dpo_5_nll1": 0.09, "ipo_0p01": 3.2,
     "ipo_0p1": 1.15, "ipo_0p1_nll1": 0.2, "ipo_1": 0.05, "ipo_1_nll1": 0.02, "hinge_0": 1.7, "hinge_0_nll1": 0.15,
-    "hinge_0p1": 1.1, "hinge_1": 0.2,
+    "hinge_0p1": 1.1, "hinge_1": 0.2, "online_dpo": 0.3, "rloo": 0.4, "grpo": 0.4, "ppo": 0.3,
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def rows(seeds=2, change=lambda arm, one: {}):
     out = []
     for run in file.read(f"{SWEEP}:{seeds}"):
         course = []
-        for step in range(0, 601, 20) if run.arm in FALLS else ():
+        for step in range(0, 201 if run.arm in ONLINE else 601, 20) if run.arm in FALLS else ():
             fall = FALLS[run.arm] * (1 + 0.02 * run.seed) * step / 600
             one = evaluation(run.arm, step, fall)
             course.append(one | change(run.arm, one))
@@ -68,6 +68,12 @@ def test_all_claims_hold_where_they_should():
     found = verdicts(rows())
     assert list(found) == [f"C{n}" for n in range(1, 10)]
     assert set(found.values()) == {"holds"}
+
+
+def test_online_methods_are_shown_and_no_claim_is_of_them():
+    strange = {"p_win": 0.0, "ead": 0.0, "facts": 0.0, "length": 50.0, "llh_chosen": -3.0}
+    found = rows(change=lambda arm, one: strange if arm in ONLINE else {})
+    assert set(verdicts(found).values()) == {"holds"}
 
 
 @pytest.mark.parametrize(
@@ -209,9 +215,9 @@ def test_fits_are_least_squares_and_bins_have_as_many_evaluations_each():
 
 
 def test_what_runs_of_a_seed_start_from_counts_once():
-    every = results.courses(rows())
+    every = results.direct(results.courses(rows()))
     (steps,) = results.points(every, "step")
-    assert (steps == 0).sum() == 2 and (steps == 20).sum() == 2 * len(ARMS)
+    assert (steps == 0).sum() == 2 and (steps == 20).sum() == 2 * len(DIRECT)
     some = results.courses(
         rows(change=lambda arm, one: {"ead": math.nan} if one["step"] == 20 else {})
     )
@@ -223,7 +229,7 @@ def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     judged = page.write(found, tmp_path, FACTS)
     text = (tmp_path / "preference.md").read_text()
     drawn = {path.name for path in (tmp_path / "preference").glob("*.png")}
-    names = ("likelihood", "gap", "spread", "course", "nll", "alarms")
+    names = ("likelihood", "gap", "spread", "course", "nll", "alarms", "online")
     assert drawn == {f"{name}.png" for name in names}
     assert all(f"](preference/{name})" in text for name in drawn) and "Missing" not in text
     # P_win is best at START - 0.5 and ends at the floor.
@@ -239,7 +245,11 @@ def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     assert written["runs"][0]["p_win"][0] == 0.5
 
 
-def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
+def test_a_report_of_partial_results_names_what_is_missing(tmp_path, monkeypatch):
+    page.write({}, tmp_path, FACTS)
+    assert "all of the part `language`" in (tmp_path / "preference.md").read_text()
+    assert not list((tmp_path / "preference").glob("*.png"))
+    monkeypatch.setattr(figures, "draw", lambda found, folder: {})
     found = rows()
     found["language"] = [
         row
@@ -249,8 +259,6 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     page.write(found, tmp_path, FACTS)
     text = (tmp_path / "preference.md").read_text()
     assert "`ipo_1` (seed 0)" in text and "`dpo_0p1`" in text and "`dpo_5`" not in text
-    page.write({}, tmp_path, FACTS)
-    assert "all of the part `language`" in (tmp_path / "preference.md").read_text()
 
 
 def test_a_row_is_read_with_the_course_of_its_run(tmp_path):

@@ -23,8 +23,8 @@ PEARSON = 0.2
 
 
 def claims(found: Mapping[str, Any]) -> list[Claim]:
-    """All of them, of what `experiment.run` has found."""
-    every = results.courses(found)
+    """All of them, of what `experiment.run` has found: on the methods that learn from pairs."""
+    every = results.direct(results.courses(found))
     judged = [
         _intermediate(every),
         _gap(every),

@@ -39,7 +39,7 @@ def figures(every: Sequence[Course]) -> dict[str, tuple[Any, str]]:
         ),
         "nll.png": (
             _nll(every),
-            "P_win and better LLH at the end of DPO against the weight of the NLL term beside it; thin lines are seeds",
+            "P_win and better LLH at the end of DPO against the weight of the NLL term beside it, with intervals over seeds",
         ),
         "alarms.png": (
             _alarms(every),

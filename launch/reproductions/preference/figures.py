@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from launch.reproductions.panels import BLUE, GREEN, ORANGE, legend_below, panels, save
-from launch.reproductions.preference import course_figures, fits, results
+from launch.reproductions.panels import legend_below, panels, save
+from launch.reproductions.preference import course_figures, fits, online_figure, results
 from launch.reproductions.preference.arms import METHODS
+from launch.reproductions.preference.online_figure import STYLE
 from launch.reproductions.preference.results import Course
 
-_STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 _LLH = "better LLH (nats a token)"
 _CELLS = 0.1  # nats, of the heat map
 _FEWEST = 3  # evaluations of a cell that is drawn
@@ -22,7 +22,8 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed
-    every = results.courses(found)
+    courses = results.courses(found)
+    every = results.direct(courses)
     figures = {
         "likelihood.png": (
             _likelihood(every),
@@ -40,6 +41,10 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
             "evaluations; the dashed line is the clip",
         ),
         **course_figures.figures(every),
+        "online.png": (
+            online_figure.draw(courses),
+            online_figure.CAPTION,
+        ),
     }
     return save(figures, folder)
 
@@ -47,7 +52,7 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
 def _scatter(axes: Any, every: Sequence[Course], x: str, y: str, *, above: bool = False) -> None:
     """All evaluations by method, one colour each."""
     for method, (label, _) in METHODS.items():
-        colour, marker = _STYLE[method]
+        colour, marker = STYLE[method]
         mine = [one for one in every if one.arm.method == method]
         at, values, likelihood = results.points(mine, x, y, "llh_chosen")
         if above:
@@ -95,7 +100,7 @@ def _gap(every: Sequence[Course]) -> Any:
     figure, (left, right) = panels(2, (12, 5))
     _scatter(left, every, "llh_gap", "p_win")
     for one in every:
-        colour, marker = _STYLE[one.arm.method]
+        colour, marker = STYLE[one.arm.method]
         ends = (one["llh_gap"][-1], one["p_win"][-1])
         left.plot(*ends, marker=marker, ms=8, color=colour, mec="black", mew=0.8)
     left.set_xlabel("better LLH - worse LLH (nats a token)")

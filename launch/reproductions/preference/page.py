@@ -45,7 +45,9 @@ _SETUP = [
     "- *runs*: a decoder of 0.1 million parameters (2 layers of width 64) learns all documents, 1,500 updates. Two samples of "
     "it for each of 2,048 prompts are judged by Bradley and Terry's model of their quality, and 600 updates of 32 such "
     "pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means; α weighs its regulariser), "
-    "of several strengths and with an NLL term of weight λ beside some (t5x_configs/experiments/preference/cpu).",
+    "of several strengths and with an NLL term of weight λ beside some. For comparison online DPO, RLOO, GRPO and PPO "
+    "learn for 200 updates from the quality of their own samples; claims, fits and rates are not of them "
+    "(t5x_configs/experiments/preference/cpu).",
     "- *evaluations*: every 20 updates, of 256 held-out pairs and of an output to each of their prompts, with temperature 0.5 "
     "and top-p 0.75. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
     "preferred and that were not. *P_win*: mean of σ(quality - quality of the output before the first update). *EAD*: "
@@ -128,7 +130,7 @@ _RULE = [
     "P_win in these tables is a mean of three evaluations, and its differences are means over runs. *Before the alarm*: of "
     "the checkpoint of the evaluation before it, which is released without a reward (the last one of a run without an "
     "alarm); *best reward*: of the checkpoint with the best mean reward of the whole run, which is kept with one, whatever the rule says. "
-    "Other thresholds are for information: the default is not chosen by them."
+    "Other thresholds are for information: the default is not chosen by them. Online methods are in the first two tables alone."
 ]
 
 
@@ -140,7 +142,7 @@ def _amount(found: Mapping[str, Any], every: Sequence[Course]) -> list[str]:
     minutes = sum(row["seconds"] for row in rows) / 60
     seeds = sorted({row["seed"] for row in rows})
     out = [
-        f"- {len(rows)} runs, of which {len(every)} learn preferences; seeds {', '.join(map(str, seeds))}; {minutes:.0f} "
+        f"- {len(rows)} runs, of which {len(every)} are evaluated; seeds {', '.join(map(str, seeds))}; {minutes:.0f} "
         "minutes of runs."
     ]
     there = {(one.arm.name, one.seed) for one in every}

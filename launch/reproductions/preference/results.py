@@ -49,7 +49,7 @@ class Course:
 
 
 def courses(found: Mapping[str, Any]) -> list[Course]:
-    """Of all learned runs that are there, in the order of the sweep's arms."""
+    """Of all runs that are there and have evaluations, in the order of the sweep's arms."""
     rows = [row for row in found.get("language", ()) if len(row["course"]) >= WINDOW]
     named = {(row["arm"], row["seed"]): row["course"] for row in rows}
     seeds = sorted({row["seed"] for row in rows})
@@ -63,6 +63,11 @@ def courses(found: Mapping[str, Any]) -> list[Course]:
 
 def _columns(course: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     return {name: np.array([one[name] for one in course], float) for name in course[0]}
+
+
+def direct(every: Sequence[Course]) -> list[Course]:
+    """The runs that learn from pairs."""
+    return [one for one in every if one.arm.direct]
 
 
 def by_seed(every: Sequence[Course]) -> dict[int, list[Course]]:

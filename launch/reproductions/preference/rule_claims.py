@@ -6,7 +6,7 @@ import numpy as np
 
 from launch.reproductions import intervals
 from launch.reproductions.claim import Claim, Evidence
-from launch.reproductions.preference import rule
+from launch.reproductions.preference import results, rule
 from launch.reproductions.preference.arms import ARMS, Arm
 from launch.reproductions.preference.evidence import WHERE
 from launch.reproductions.preference.results import Course, by_seed
@@ -54,7 +54,7 @@ def tables(every: Sequence[Course]) -> list[str]:
         arm: [one for one in rule.outcomes(every) if one.course.arm == arm] for arm in ARMS.values()
     }
     found = {arm: mine for arm, mine in found.items() if mine}
-    return [*_alarms(found), "", *_released(found), "", *_rules(every)]
+    return [*_alarms(found), "", *_released(found), "", *_rules(results.direct(every))]
 
 
 def _alarms(found: Mapping[Arm, Sequence[rule.Outcome]]) -> list[str]:

@@ -59,6 +59,7 @@ def _before(every: Sequence[Course]) -> str:
 
 def reductions(every: Sequence[Course]) -> dict[str, dict[str, float]]:
     """Evaluations -> by how many per cent a parabola's RMSE is lower than a line's, above the clip and with the tail."""
+    every = results.direct(every)
     groups = {f"seed {seed}": mine for seed, mine in by_seed(every).items()}
     groups["all seeds"] = list(every)
     for method, (label, _) in METHODS.items():
@@ -98,6 +99,7 @@ def fitted(every: Sequence[Course]) -> list[str]:
         f"| evaluations | {numbers} |",
         "|---|" + "---|" * fits.BINS,
     ]
+    every = results.direct(every)
     groups: Mapping[str, Sequence[Course]] = {
         **{f"seed {seed}": mine for seed, mine in by_seed(every).items()},
         "all seeds": every,
