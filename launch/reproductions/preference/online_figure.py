@@ -22,11 +22,15 @@ _ONLINE_STYLE = {
     "ppo": (GREY, "X"),
 }
 
+_TICKS = (-3, -1, 0, 1, 3, 10, 30, 100)
+
 
 def draw(every: Sequence[Course]) -> Any:
     """The figure; None where there are no runs."""
     if not every:
         return None
+    from matplotlib import ticker
+
     styles = STYLE | _ONLINE_STYLE
     figure, (left, right) = panels(2, (13, 5.2))
     for arm in _shown(every):
@@ -43,6 +47,9 @@ def draw(every: Sequence[Course]) -> Any:
             name = METHODS[method][0] if method in METHODS else ONLINE[method]
             right.plot([], [], ls="", marker=marker, ms=6, color=colour, label=name)
     right.set_xscale("symlog", linthresh=1)
+    right.xaxis.set_major_locator(ticker.FixedLocator(_TICKS))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_locator(ticker.NullLocator())
     right.set_xlabel("mean log-ratio of outputs to the reference (nats)")
     left.set_xlabel("updates")
     for axes in (left, right):
