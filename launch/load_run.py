@@ -122,7 +122,7 @@ class RunConfig:
           LoadError: a model of another kind.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-        from model.actor_critic import language_model
+        from model.actor_critic import language_model, language_model_params
         from model.config import TransformerConfig
         from model.reward_model import RewardModel
         from trainers import initialise, partitioning
@@ -156,7 +156,8 @@ class RunConfig:
         )
         abstract = initialise.abstract_params(self.model, mesh, rules)
         values, meta = restore(checkpoint, abstract, params=params)
-        model, values = language_model(self.model, values)
+        values = language_model_params(self.model, values)
+        model = language_model(self.model)
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
                 config=dataclasses.replace(self, model=model),

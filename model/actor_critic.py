@@ -62,8 +62,11 @@ class ActorCritic(nn.Module):
         return self.backbone.logits(hidden_BTD), self.values(hidden_BTD)
 
 
-def language_model(model: Any, params: Any) -> tuple[Any, Any]:
-    """The language model in a model, and its parameters; both as they are where there is no critic."""
-    if isinstance(model, ActorCritic):
-        return model.backbone, params["backbone"]
-    return model, params
+def language_model(model: Any) -> Any:
+    """The language model in a model, which is the model itself where there is no critic."""
+    return model.backbone if isinstance(model, ActorCritic) else model
+
+
+def language_model_params(model: Any, params: Any) -> Any:
+    """Of a model's parameters those of its language model."""
+    return params["backbone"] if isinstance(model, ActorCritic) else params

@@ -15,7 +15,13 @@ CPU = "t5x_configs/experiments/preference/cpu/"
 DPO = {0.01: (0.0, 0.1, 1.0), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0, 1.0), 5.0: (0.0, 1.0)}
 IPO = {0.01: (0.0,), 0.1: (0.0, 1.0), 1.0: (0.0, 1.0)}
 HINGE = {0.0: (0.0, 1.0), 0.1: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
-ONLINE = ("online_dpo", "rloo", "grpo", "ppo")
+# Online method -> bindings; all but online DPO learn from as many completions.
+ONLINE = {
+    "online_dpo": (),
+    "rloo": (),
+    "grpo": ("SAMPLES=4", "BATCH_SIZE=128"),
+    "ppo": ("SAMPLES=4", "BATCH_SIZE=128"),
+}
 
 
 def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
@@ -28,8 +34,9 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
         for strength, weights in strengths.items():
             for weight in weights:
                 arms[arm(method, strength, weight)] = _learned(method, strength, weight)
-    for method in ONLINE:
-        arms[method] = _from(f"{CPU}online.gin", f"t5x_configs/methods/{method}.gin")
+    for method, bindings in ONLINE.items():
+        files = f"{CPU}online.gin", f"t5x_configs/methods/{method}.gin"
+        arms[method] = _from(*files, bindings=bindings)
     return ml_collections.ConfigDict(
         {
             "seeds": tuple(range(int(seeds))),

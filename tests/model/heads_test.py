@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import axes
-from model.actor_critic import ActorCritic, language_model
+from model.actor_critic import ActorCritic, language_model, language_model_params
 from model.config import TransformerConfig
 from model.reward_model import RewardModel
 from model.transformer import Transformer
@@ -26,9 +26,9 @@ def test_an_actor_is_its_language_model_and_its_critic_expects_nothing_yet():
     assert "lm_head" in params["backbone"]
     logits, values = model.apply({"params": params}, TOKENS)
     np.testing.assert_array_equal(values, np.zeros((1, 4)))
-    policy, own = language_model(model, params)
+    policy, own = language_model(model), language_model_params(model, params)
     np.testing.assert_array_equal(policy.apply({"params": own}, TOKENS), logits)
-    assert language_model(lm, own) == (lm, own)
+    assert language_model(lm) is lm and language_model_params(lm, own) is own
 
 
 def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary():

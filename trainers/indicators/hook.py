@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model.actor_critic import language_model, language_model_params
 from trainers.decode import Settings
 from trainers.hooks import RunContext
 from trainers.indicators import held_out, measures, samples
@@ -100,7 +101,8 @@ class PreferenceIndicators:
         self._chosen = [self._row(pair.prompt, pair.chosen) for pair in data.pairs]
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
-        model, program = self.run.recipe.model, self.run.program
+        program = self.run.program
+        self._model = model = language_model(self.run.recipe.model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -138,6 +140,7 @@ class PreferenceIndicators:
         del metrics
         # Averaged parameters are what would be released, so they are what is judged.
         params = state.params if state.ema_params is None else state.ema_params
+        params = language_model_params(self.run.recipe.model, params)
         with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
             outputs = self._generator(params, step, done=done)
@@ -237,7 +240,7 @@ class PreferenceIndicators:
     @functools.cached_property
     def _reference_reader(self) -> Reader:
         assert self.reference is not None
-        if self.reference.model == self.run.recipe.model:
+        if self.reference.model == self._model:
             return self._reader  # one program for both
         return self._reader_of(self.reference.model)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.actor_critic import language_model
+from model.actor_critic import language_model, language_model_params
 from model.kv_cache.full import FullCache
 from model.surgery import layer_stack
 from trainers import decode
@@ -38,7 +38,7 @@ class Sampler:
         room = max(settings.max_new_tokens - 1, 1)
 
         def sample(params, tokens_PT, lengths_P, rollout):
-            written_by, params = language_model(model, params)
+            written_by, params = language_model(model), language_model_params(model, params)
             # Slices of stacked weights inside the loop would copy them for every token.
             unrolled = layer_stack.unrolled(written_by)
             params = layer_stack.unroll(params, written_by.config)
