@@ -103,8 +103,8 @@ def _gap(every: Sequence[Course]) -> Claim:
     )
     front = Part(
         "",
-        "the evaluation of the best P_win ({p_win:.3}) has better LLH {chosen:.2} and worse LLH {rejected:.2}, and "
-        "{dominating:.0} others have a higher better and a lower worse LLH",
+        "the evaluation of the best P_win ({p_win:.3}) has better LLH {chosen:.2} and worse LLH {rejected:.2}; "
+        "evaluations with a higher better and a lower worse LLH: {dominating:.0}",
         _front,
         lambda n: n["on_front"] == 0,
     )

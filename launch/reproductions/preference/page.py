@@ -54,13 +54,12 @@ _SETUP = [
     "distinct n-grams of all outputs together, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
     "tokens in outputs. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
-    "- *choices that the paper leaves open*, made before the numbers of this page were counted: runs of a seed share their evaluation "
-    f"before the first update, which counts once; the fits are of evaluations with a better LLH above {fits.CLIP:g}, below "
-    f"which texts have broken down, and the {fits.BINS} bins, with as many evaluations each, are read both above it and "
-    "with the tail; the end of a "
-    f"run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
+    "- *choices that the paper leaves open*, made before the numbers of this page were counted: runs of a seed share their "
+    "evaluation before the first update, which counts once; fits and bins are of evaluations with a better LLH above "
+    f"{fits.CLIP:g}, below which texts have broken down, and the {fits.BINS} bins have as many evaluations each; the end of "
+    f"a run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
     "the middle one; the largest gap is that at the end; β is small below 1; the mass is that of the arm of each method "
-    "that moves furthest.",
+    "that moves furthest. That bins are read with the tail too was added when some runs of the first seed had been seen.",
     f"- *stopping rule*: trainers/indicators/alarm.py as it is by default. A run is over-optimised if P_win at its end is "
     f"more than {rule.LOSS} below its best. An alarm is false where it is not; early where it comes more than an "
     "evaluation before the best P_win; and missed where an over-optimised run has none.",
