@@ -64,7 +64,7 @@ class Reference:
         config = dataclasses.asdict(self.model.config)
         model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
         about = {"checkpoint": found.step, "vocabulary": ours}
-        store = ReferenceStore(model, about, root=self.store)
+        store = ReferenceStore.shared(model, about, root=self.store)
         if wanted := _wanted(stream, store, steps):
             self._compute(stream, store, wanted, found.step)
         return ReferencedStream(stream, store, found.arrays)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data import tasks
+from data.reference_store import ReferenceStore
 from launch import gin_config, reference, run_checks
 from trainers import initialise, step_dir
 from trainers.checkpoint import Checkpointer
@@ -104,9 +105,13 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
     def unasked(*_, **__):
         raise AssertionError("log-probabilities are computed again")
 
+    parts = []
+    read = ReferenceStore._read
+    monkeypatch.setattr(ReferenceStore, "_read", lambda *a: (parts.append(a[1]), read(*a)))
     monkeypatch.setattr(reference, "Scorer", unasked)
     result = train(*flags(tmp_path))
     assert result.status == 0
+    assert len(parts) == len({*parts}) > 1  # once for training and evaluation
     one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.4%"
     assert f"dropped    {one} of all rows\n" in result.out
     assert "noted      preferences: 1 invisible_characters (first: pairs.jsonl:9)\n" in result.out
