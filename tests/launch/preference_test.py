@@ -192,6 +192,20 @@ def test_processes_compute_what_any_of_them_lacks(monkeypatch):
     assert reference._wanted(Stream(), Store([]), 5) == names
 
 
+def test_what_pairs_have_in_common_is_scored_once():
+    ids = [[1, 2], [3], [4, 5]], [[1, 2], [3], [6]], [[1], [2, 3], [3]], [[1, 2], [6], [4, 5]]
+    asked = []
+
+    def scorer(rows):
+        asked.extend((tuple(row.context), tuple(row.targets)) for row in rows)
+        return [np.float32(row.targets) / sum(row.context) for row in rows]
+
+    found = reference._values(scorer, [7], [tuple(map(np.array, pair)) for pair in ids])
+    assert len(asked) == len({*asked}) == 5 and ((7, 1, 2), (4, 5)) in asked
+    expected = [[sum(c) / (7 + sum(prompt)) for c in both] for prompt, *both in ids]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("bindings", "said"),
     [
