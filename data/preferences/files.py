@@ -250,7 +250,8 @@ class PreferenceFiles:
         if total:
             return DataError(
                 f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
-                f"none for the {split} split. Change validation_fraction, or give validation_files"
+                f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
+                "out), or give validation_files (PAIRS_VALIDATION)"
             )
         return DataError(
             f"{where}: no example is left ({dropped if dropped.found else 'every file is empty'})"
