@@ -20,8 +20,9 @@ import numpy as np
 
 from data import documents, fingerprint, splits
 from data.documents import DataError
-from data.preferences import records, tokens
+from data.preferences import tokens
 from data.preferences.records import Record
+from data.preferences.texts import text_of
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1
@@ -127,7 +128,7 @@ class PromptFiles:
             raise DataError(
                 f"{where}: no key 'prompt'; present are {', '.join(map(repr, row)) or 'none'}. A row is {EXAMPLE}"
             )
-        prompt = records.text_of(row["prompt"], "prompt", where)
+        prompt = text_of(row["prompt"], "prompt", where)
         if not prompt:
             raise DataError(f"{where}: 'prompt' is empty: drop the line")
         return Record(where=where, id=id, prompt=prompt, completions=())
