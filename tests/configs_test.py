@@ -328,6 +328,20 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
     assert ("value_head" in boxed) == (name == "ppo")
 
 
+def load_preferences(methods=(), bindings=()):
+    """A run of preferences with these methods."""
+    given = [
+        "MODEL_DIR='/tmp/x'",
+        "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
+        "PAIRS='x.jsonl'",
+        "TOKENIZER='/tmp/sft/tokenizer'",
+        "TRAIN_STEPS=10",
+    ]
+    names = ("models/tiny", "data/preferences", "runs/preference")
+    files = [f"t5x_configs/{name}.gin" for name in (*names, *(f"methods/{m}" for m in methods))]
+    return gin_config.load(files, [*given, *bindings], entry="launch.train:train")
+
+
 @pytest.mark.parametrize(
     "methods",
     [
@@ -342,16 +356,7 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
     ],
 )
 def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(methods):
-    files = ["models/tiny", "data/preferences", "runs/preference"]
-    bindings = [
-        "MODEL_DIR='/tmp/x'",
-        "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
-        "PAIRS='x.jsonl'",
-        "TOKENIZER='/tmp/sft/tokenizer'",
-        "TRAIN_STEPS=10",
-    ]
-    paths = [f"t5x_configs/{file}.gin" for file in (*files, *(f"methods/{m}" for m in methods))]
-    config = gin_config.load(paths, bindings, entry="launch.train:train")
+    config = load_preferences(methods)
     assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
     free = {"reference_free", "reference_live", "simpo", "cpo", "orpo", "reward_model"} & {*methods}
@@ -366,3 +371,19 @@ def test_every_method_of_preferences_is_known():
             found |= {path.stem} if f"runs/{run}.gin" in path.read_text() else set()
     assert after["preference"] == PREFERENCE | {"reference_free", "reference_live"}
     assert after["online"] == ONLINE | {"reward_checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        ["LOSSES=[@direct.dpo, @terms.nll]", "LOSS_WEIGHTS=[1.0, 0.1]"],
+        ["direct.dpo.divergence=@divergence.js"],
+        ["LOSSES=[@direct.hinge]", "direct.hinge.beta=0.2"],
+        ["LOSSES=[@transport.aot]"],
+        ["LOSSES=[@absolute.nca_pair]"],
+    ],
+)
+def test_losses_are_named_on_the_command_line(bindings):
+    config = load_preferences(bindings=bindings)
+    assert [str(warning) for warning in config.warnings] == []
+    assert callable(config.arguments()["recipe"].objective)
