@@ -83,6 +83,11 @@ class Cache:
         """
         return self.manifest["text_bytes"][feature] or None
 
+    def name_of(self, record: int) -> str:
+        """What a record is called, which files of rows have as FILE:LINE; its number where it has no name."""
+        names = self.columns.get("document_id")
+        return (names.text(record) if names else "") or f"record {record}"
+
 
 def digest(value) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import secrets
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,20 @@ class ReferenceStore:
             self._check()
         for part in parts:
             self._read(part)
+
+    @classmethod
+    def shared(
+        cls, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
+    ) -> "ReferenceStore":
+        """The store that a stream of this process has open already, or one that is read now; arguments as above.
+
+        A run has a stream for training and one for each task that is held out, and all ask the same store.
+        """
+        key = (str(directories.cache_dir(FOLDER) if root is None else os.path.abspath(root)), model)
+        store = _OPEN.get(key)
+        if store is None:
+            store = _OPEN[key] = cls(model, about, root=root)
+        return store
 
     def __len__(self) -> int:
         return len(self._values)
@@ -142,6 +157,10 @@ class ReferenceStore:
             )
         for raw, values in zip(raw_ND, values_N2.tolist(), strict=True):
             self._values[raw.tobytes()] = tuple(values)
+
+
+# By root and model, each for as long as somebody uses it.
+_OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
 class ReferencedStream:

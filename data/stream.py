@@ -247,8 +247,8 @@ def open_held_out(
     if split not in tasks[0].splits:
         raise NoSplitError(
             f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
-            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES), or leave the task out "
-            "of the evaluation."
+            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES; of pairs "
+            "PAIRS_VALIDATION_FRACTION or PAIRS_VALIDATION), or leave the task out of the evaluation."
         )
     return plan_source(task, _open_cache(tasks[0], split, **cache_settings))
 

@@ -46,8 +46,7 @@ def sentence(run: Run) -> str:
     """What the signals say of a run."""
     first, last = run.first("llh_chosen"), run.final("llh_chosen")
     assert first is not None and last is not None  # see board_series.read
-    verb = "fell" if last < first else "rose"
-    moved = f"likelihood of chosen completions {verb} from {first:.2f} to {last:.2f} nats per token"
+    moved = f"likelihood of chosen completions {_moved(first, last)} nats per token"
     peak, entropy = run.highest("entropy"), run.final("entropy")
     if peak is None or entropy is None:
         return f"{moved}; it has no indicators (t5x_configs/methods/indicators.gin)."
@@ -67,6 +66,13 @@ def sentence(run: Run) -> str:
     else:
         verdict = "no sign of over-optimisation"
     return f"{verdict}: {moved}, {spread}{judged}."
+
+
+def _moved(first: float, last: float) -> str:
+    """From where to where, as far as two digits show it."""
+    if f"{first:.2f}" == f"{last:.2f}":
+        return f"stayed at {last:.2f}"
+    return f"{'fell' if last < first else 'rose'} from {first:.2f} to {last:.2f}"
 
 
 def length_link(runs: Sequence[Run]) -> str | None:

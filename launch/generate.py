@@ -4,8 +4,9 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
   python -m launch.generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
 
-With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [...]} or {"tokens":
-[...]} come back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
+With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [...]}, {"tokens":
+[...]} or {"prompt": ...}, a text or messages, as files of prompts and of preference pairs have it, come
+back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
 the continuation and "logprobs", the model's natural logarithms of the tokens' probabilities at
 temperature 1; "score" of a beam; "sample", from 0; and in "ended" what ended it: "eos", "stop" or
 "length". EOS is among its tokens but not in its text; text is cut before a --stop, whose tokens are
@@ -50,6 +51,7 @@ from trainers.decoder import Decoder, Stats
 
 # Between two looks at what has been generated: a look costs less than a tenth of a token.
 _LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
+_PROMPT_KEYS = frozenset(("text", "messages", "tokens"))
 
 
 def run(start: Any) -> None:
@@ -64,8 +66,18 @@ def run(start: Any) -> None:
         _print(start(), flags, options)
         return
     row_files.check_output(flags.output)
-    rows = generate(start(), row_files.read(flags.inputs, example=EXAMPLE), **options)
+    given = row_files.read(flags.inputs, example=EXAMPLE)
+    rows = generate(start(), [(where, _to_continue(row)) for where, row in given], **options)
     row_files.write(flags.output, rows, writer=jax.process_index() == 0)
+
+
+def _to_continue(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row that has a "prompt" alone, as data/prompts and data/preferences read it, by the keys of this command."""
+    if "prompt" not in row or not _PROMPT_KEYS.isdisjoint(row):
+        return row
+    prompt = row["prompt"]
+    others = {key: value for key, value in row.items() if key != "prompt"}
+    return {**others, "text" if isinstance(prompt, str) else "messages": prompt}
 
 
 def _print(config: RunConfig, flags: Any, options: dict[str, Any]) -> None:

@@ -50,17 +50,20 @@ def check(
     if reader.refused:  # whatever else is wrong would follow from it
         reader.checked.problems[:] = reader.refused
         return reader.checked
+    checked = reader.checked
+    follow = entry is not None and not fragment
+    if follow:
+        checked.targets.setdefault(entry_name, Target(entry_name, entry))
+    so_far: list[Reach] = []  # what each file reached with those before it
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
+        if follow and not part:
+            so_far.append(Reach(checked.copy(), entry_name))
     reader.read_bindings(bindings)
-    checked = reader.checked
     _check_types(checked)
     if fragment:
         return checked
-    reach = None
-    if entry is not None:
-        checked.targets.setdefault(entry_name, Target(entry_name, entry))
-        reach = Reach(checked, entry_name)
+    reach = Reach(checked, entry_name) if follow else None
     used = reach if part else None
     _check_values(checked, used)
     _check_readers(checked, command_line_only=part)
@@ -69,7 +72,7 @@ def check(
         _check_arguments(checked, reach)
         _check_passed(checked, reach)
         if not part:
-            _check_effect(checked, reach, entry_name)
+            _check_effect(checked, reach, so_far, entry_name)
     return checked
 
 
@@ -172,10 +175,12 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
             )
 
 
-def _check_effect(checked: Checked, reach: Reach, entry_name: str) -> None:
+def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry_name: str) -> None:
     """Bindings that the entry point cannot reach: an error on the command line, else a warning.
 
-    The file of a method (t5x_configs/methods) binds all layers that it knows, of which a model has some.
+    None is due where a later file, or the command line, has put something else in the place of what was reached:
+    that is what it was given for. The file of a method (t5x_configs/methods) binds all layers that it knows, of
+    which a model has some.
     """
     for name, bound in checked.macros.items():
         if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
@@ -189,9 +194,13 @@ def _check_effect(checked: Checked, reach: Reach, entry_name: str) -> None:
             )
             text = f"'{name}' has no effect: {used_by}, which this run does not use"
             checked.problems.append(Problem(bound.place, text, "Leave it out."))
-    for (_, target, argument), bound in checked.bindings.items():
+    for key, bound in checked.bindings.items():
+        _, target, argument = key
         of_method = pathlib.PurePath(bound.place.source).parent.name == "methods"
-        if target not in reach.ways and not of_method:
+        replaced = any(
+            target in before.ways and before.checked.bindings.get(key) is bound for before in so_far
+        )
+        if target not in reach.ways and not (of_method or replaced):
             problem = Problem(
                 bound.place,
                 f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "

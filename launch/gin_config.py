@@ -49,7 +49,7 @@ class Config:
       files: the files read, includes too, in order.
       macros: final literal values of the macros by name; references are left out.
       entry: the function to be called, with its bindings applied by gin.
-      warnings: bindings in files that have no effect on this run.
+      warnings: bindings in files that have no effect on this run, though no later file replaced what they reach.
     """
 
     text: str

@@ -60,6 +60,10 @@ class Checked:
     macros_read: dict[str, Place] = dataclasses.field(default_factory=dict)
     scopes_used: set[str] = dataclasses.field(default_factory=set)
 
+    def copy(self) -> "Checked":
+        """The bindings and macros as they stand, which more statements do not change."""
+        return dataclasses.replace(self, bindings=dict(self.bindings), macros=dict(self.macros))
+
     def modules_imported_as(self, name: str) -> list[str]:
         """Modules the files import under `name`; several where files differ."""
         return list(dict.fromkeys(bound_module(s) for s in self.imports if s.bound_name() == name))

@@ -7,7 +7,7 @@ from data.preferences import tally
 from trainers.batches import Stream
 
 Line = tuple[str, str]  # name and text
-MANY = 0.05  # the share of pairs that is not dropped without a warning
+MANY = 0.05  # the share of pairs or prompts that is not dropped without a warning
 _CUT = {
     "prompt_too_long": "dropped, whose prompts leave no room",
     "same_when_truncated": "dropped, whose completions are the same once they are cut",
@@ -18,7 +18,7 @@ _CUT = {
 def lines(
     registered: Mapping[str, Any], data: Stream, held_out: Sequence[Stream] = ()
 ) -> list[Line]:
-    """Lines for the start of a run; those that are named WARNING tell of more than one pair in twenty.
+    """Lines for the start of a run; those that are named WARNING tell of more than one pair or prompt in twenty.
 
     Args:
       registered: `data.tasks.summary()`: what was dropped and noted while files were read.
@@ -32,7 +32,9 @@ def lines(
         summary = stream.summary()
         for source, facts in summary["sources"].items():
             if "pairs" in facts and any(facts[what] for what in _CUT):
-                found.append(_planned(f"{source}{which}", facts, summary["max_length"]))
+                found.append(_pairs(f"{source}{which}", facts, summary["max_length"]))
+            elif "prompts" in facts and facts["prompt_too_long"]:
+                found.append(_prompts(f"{source}{which}", facts, summary["lengths"]["targets"]))
     return found
 
 
@@ -54,7 +56,17 @@ def _read(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
         yield "noted", f"{task}: {tally.listed(noted)}"
 
 
-def _planned(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+def _prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+    """Of a source of prompts: those that are too long."""
+    count, records = facts["prompt_too_long"], facts["records"]
+    return (
+        _name("too long", count / records),
+        f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
+        f"(first: {facts['first']['prompt_too_long']}); a larger one keeps more",
+    )
+
+
+def _pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     """Of a source of pairs: those that are too long."""
     records = facts["records"]
     parts = [

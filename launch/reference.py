@@ -5,7 +5,7 @@ In a run these stand where the streams of pairs would: `train.train.stream = @re
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Reference:
         config = dataclasses.asdict(self.model.config)
         model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
         about = {"checkpoint": found.step, "vocabulary": ours}
-        store = ReferenceStore(model, about, root=self.store)
+        store = ReferenceStore.shared(model, about, root=self.store)
         if wanted := _wanted(stream, store, steps):
             self._compute(stream, store, wanted, found.step)
         return ReferencedStream(stream, store, found.arrays)
@@ -88,14 +88,29 @@ class Reference:
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
             for first in range(0, len(wanted), _PAIRS_AT_ONCE):
                 digests = wanted[first : first + _PAIRS_AT_ONCE]
-                rows = [
-                    Row(context=[*before, *prompt], targets=completion)
-                    for prompt, *completions in map(pairs.ids, digests)
-                    for completion in completions
-                ]
-                sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
-                store.add(digests, np.array(sums, np.float32).reshape(-1, 2))
+                store.add(digests, _values(scorer, before, map(pairs.ids, digests)))
                 bar.update(len(digests))
+
+
+def _values(
+    scorer: Callable[[Sequence[Row]], Sequence[np.ndarray]],
+    before: Sequence[int],
+    pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """Log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
+
+    What several pairs have in common is scored once: the best of many answers, or in unpaired data the completion of
+    another prompt, which all examples of one prompt share.
+    """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    place_of_each = [
+        places.setdefault((tuple(prompt.tolist()), tuple(completion.tolist())), len(places))
+        for prompt, *completions in pairs
+        for completion in completions
+    ]
+    rows = [Row(context=[*before, *prompt], targets=targets) for prompt, targets in places]
+    sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
+    return np.array(sums, np.float32)[place_of_each].reshape(-1, 2)
 
 
 def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:

@@ -31,6 +31,9 @@ IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 PAIRS = {"preferences"}
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
+# Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
+ONLINE = {"online_dpo", "rloo", "grpo", "ppo"}
+PREFERENCE = {"dpo_nll", "ipo", "slic", "simpo", "cpo", "orpo", "kto", "reward_model", "indicators"}
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
@@ -314,7 +317,7 @@ def test_an_experiment_makes_a_program(file):
     assert arguments.get("tasks") or arguments["recipe"].reads.unit == "images"
 
 
-@pytest.mark.parametrize("name", ["online_dpo", "rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", sorted(ONLINE))
 @pytest.mark.parametrize("judged", ["text", "model"])
 def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, judged):
     files = ["models/tiny", "data/prompts", "runs/online", f"methods/{name}"]
@@ -330,13 +333,71 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
         bindings.append("REWARD_CHECKPOINT='/tmp/rm'")
     paths = [f"t5x_configs/{file}.gin" for file in files]
     config = gin_config.load(paths, bindings, entry="launch.train:train")
-    unused = [str(warning) for warning in config.warnings]
-    if judged == "model":  # verifiers are not asked
-        unused = [text for text in unused if "verifiers" not in text.lower()]
-    assert [text for text in unused if "ANSWER_PATTERN" not in text] == []
+    assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
     assert recipe.batch_size == 32 * recipe.reads.rows_per_prompt
     batch = recipe.reads.arrays(recipe.batch_size)
     assert batch["decoder_input_tokens"].shape == (recipe.batch_size, recipe.length)
     boxed = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
     assert ("value_head" in boxed) == (name == "ppo")
+
+
+def load_preferences(methods=(), bindings=()):
+    """A run of preferences with these methods."""
+    given = [
+        "MODEL_DIR='/tmp/x'",
+        "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
+        "PAIRS='x.jsonl'",
+        "TOKENIZER='/tmp/sft/tokenizer'",
+        "TRAIN_STEPS=10",
+    ]
+    names = ("models/tiny", "data/preferences", "runs/preference")
+    files = [f"t5x_configs/{name}.gin" for name in (*names, *(f"methods/{m}" for m in methods))]
+    return gin_config.load(files, [*given, *bindings], entry="launch.train:train")
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (),
+        ("reference_free",),
+        ("reference_live",),
+        *((name,) for name in sorted(PREFERENCE)),
+        ("indicators", "simpo"),
+        ("simpo", "indicators"),
+        ("indicators", "reference_live"),
+        ("kto", "reference_live"),
+    ],
+)
+def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(methods):
+    config = load_preferences(methods)
+    assert [str(warning) for warning in config.warnings] == []
+    recipe = config.arguments()["recipe"]
+    free = {"reference_free", "reference_live", "simpo", "cpo", "orpo", "reward_model"} & {*methods}
+    assert ("reference_log_probs" in recipe.reads.arrays(32)) == (not free)
+
+
+def test_every_method_of_preferences_is_known():
+    """A file that says which run it comes after is in one of the lists above."""
+    after = {"preference": set(), "online": set()}
+    for path in (CONFIGS / "methods").glob("*.gin"):
+        for run, found in after.items():
+            found |= {path.stem} if f"runs/{run}.gin" in path.read_text() else set()
+    assert after["preference"] == PREFERENCE | {"reference_free", "reference_live"}
+    assert after["online"] == ONLINE | {"reward_checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        ["LOSSES=[@direct.dpo, @terms.nll]", "LOSS_WEIGHTS=[1.0, 0.1]"],
+        ["direct.dpo.divergence=@divergence.js"],
+        ["LOSSES=[@direct.hinge]", "direct.hinge.beta=0.2"],
+        ["LOSSES=[@transport.aot]"],
+        ["LOSSES=[@absolute.nca_pair]"],
+    ],
+)
+def test_losses_are_named_on_the_command_line(bindings):
+    config = load_preferences(bindings=bindings)
+    assert [str(warning) for warning in config.warnings] == []
+    assert callable(config.arguments()["recipe"].objective)

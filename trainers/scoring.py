@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens. Shapes: B batch, T length, D width, V vocabulary."""
+"""Log-probabilities of given tokens. Shapes: B batch, T length."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from model.cross_entropy import token_log_probs
 from trainers.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.target_log_probs import read_targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,28 +19,6 @@ class Row:
 
     context: Sequence[int]
     targets: Sequence[int]
-
-
-def log_probs(
-    model: Any,
-    params: Any,
-    tokens_BT: jax.Array,
-    targets_BT: jax.Array,
-    segments_BT: jax.Array,
-) -> jax.Array:
-    """log p(target) [B, T] after each token and all before it; segment 0 is padding at the end."""
-    variables = {"params": params}
-    hidden_BTD = model.apply(
-        variables, tokens_BT, segments_BT=segments_BT, method="hidden"
-    ).hidden_BTD
-    logp_X = token_log_probs(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        model.apply(variables, method="head_VD"),
-        targets_BT.reshape(-1),
-        logit_scale=model.logit_scale,
-        softcap=model.logit_softcap,
-    )
-    return logp_X.reshape(targets_BT.shape)
 
 
 class Scorer:
@@ -61,7 +39,8 @@ class Scorer:
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
         self._log_probs = jax.jit(
-            lambda params, *arrays: log_probs(model, params, *arrays), out_shardings=whole
+            lambda params, batch: read_targets(model, {"params": params}, batch).log_probs_BT,
+            out_shardings=whole,
         )
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -108,5 +87,10 @@ class Scorer:
             tokens_BT[b, : len(text) - 1] = text[:-1]
             targets_BT[b, : len(text) - 1] = text[1:]
             segments_BT[b, : len(text) - 1] = 1
-        arrays = jax.device_put((tokens_BT, targets_BT, segments_BT), self._sharding)
-        return np.asarray(self._log_probs(self._params, *arrays))
+        batch = {
+            "decoder_input_tokens": tokens_BT,
+            "decoder_target_tokens": targets_BT,
+            "decoder_segment_ids": segments_BT,
+        }
+        placed = jax.device_put(batch, self._sharding)
+        return np.asarray(self._log_probs(self._params, placed))

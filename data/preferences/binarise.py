@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from data import order
 from data.documents import DataError
-from data.preferences.records import text_of
 from data.preferences.tally import Tally
+from data.preferences.texts import text_of
 
 Rejected = Literal["worst", "random", "next"]
 REJECTED = get_args(Rejected)

@@ -1,12 +1,7 @@
-"""Files of preference data as a SeqIO source of tokens: what is read, dropped, counted and held out.
-
-The source satisfies `seqio.DataSourceInterface` without deriving from it, so that this module imports no
-TensorFlow. It declares a `digest` of everything that decides its examples.
-"""
+"""Files of preference data as a SeqIO source of tokens: what is read, dropped, counted and held out."""
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -19,15 +14,15 @@ import numpy as np
 import tqdm
 
 from data import cache_dir as cache
-from data import documents, fingerprint, splits
+from data import documents, splits
 from data.documents import DataError
 from data.preferences import records, tokens
+from data.preferences.prompted_files import PromptedFiles
 from data.preferences.records import DegenerateError, Kind, Record
 from data.preferences.tally import Tally
 
 Invalid = Literal["drop", "error"]
 INVALID = get_args(Invalid)
-_SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
 
 # Features of an example beside `document_id`: ids, and one float32 number each.
 TOKENS = ("prompt", "chosen", "rejected")
@@ -43,58 +38,17 @@ class _Example:
     completions: list[list[int]]
 
 
-@dataclasses.dataclass(frozen=True)
-class PreferenceFiles:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceFiles(PromptedFiles):
     """Preference data in files of JSON lines, in two splits.
 
     Attributes:
-      name: of the task.
-      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
       kind: 'paired', or 'unpaired': completions with labels, a pair being one of each.
-      tokeniser: what makes ids of records.
-      validation_fraction: share held out, by the hash of the prompt.
       invalid: 'drop' degenerate rows and count them, or make them an 'error'.
-      root: directory that ids of records are relative to.
-      cache: directory where checksums and counts are remembered.
     """
 
-    name: str
-    files: Mapping[str, tuple[str, ...]]
     kind: Kind
-    tokeniser: tokens.Tokeniser
-    validation_fraction: float
     invalid: Invalid
-    root: str
-    cache: str
-
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.files)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 over everything that decides the examples and their order."""
-        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
-        files = {
-            split: [[os.path.relpath(path, self.root), digests.digest(path)] for path in paths]
-            for split, paths in self.files.items()
-        }
-        digests.save()
-        template = self.tokeniser.template
-        content = {
-            "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
-            "kind": self.kind,
-            "validation_fraction": self.validation_fraction,
-            "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
-            "template": fingerprint.describe(template and [template.templates, template.variables]),
-            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
-            "files": files,
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def dropped(self) -> Mapping[str, Any]:
@@ -109,36 +63,12 @@ class PreferenceFiles:
     def num_input_examples(self, split: str) -> int:
         return self._counted["examples"][split]
 
-    def list_shards(self, split: str) -> list[str]:
-        return list(self.files[split])
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """The examples of a split as a `tf.data.Dataset`; problems with files are raised here."""
-        import tensorflow as tf
-
-        # Reads every file once, unless that was done before. An error raised later, inside of
-        # TensorFlow, would reach people as a C++ stack trace.
-        _ = self._counted
-        paths = self.list_shards(split)
-        if shard_info is not None:
-            paths = paths[shard_info.index :: shard_info.num_shards]
-
-        def examples():
-            for path in paths:
-                yield from self.read_file(path, split)
-
-        signature = {feature: tf.TensorSpec((None,), tf.int32) for feature in TOKENS}
-        signature[NUMBER[self.kind]] = tf.TensorSpec((1,), tf.float32)
-        signature["document_id"] = tf.TensorSpec((), tf.string)
-        dataset = tf.data.Dataset.from_generator(examples, output_signature=signature)
-        return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
-
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         """The examples of one file that are in a split, as features."""
         found = self._examples(path, split)
         if self.kind == "paired":
             for example in found:
-                yield self._features(example, example.completions[1], example.record.margin)
+                yield self._encoded(example, example.completions[1], example.record.margin)
             return
         paths = self.files[split]
         after = paths[paths.index(path) + 1 :] + paths[: paths.index(path) + 1]
@@ -147,9 +77,20 @@ class PreferenceFiles:
             return itertools.chain.from_iterable(self._examples(path, split) for path in after)
 
         for example, other in _mismatched(found, others):
-            yield self._features(example, other.completions[0], float(example.record.label or 0))
+            yield self._encoded(example, other.completions[0], float(example.record.label or 0))
 
-    def _features(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        ids = dict.fromkeys(TOKENS, ((None,), "int32"))
+        return {**ids, NUMBER[self.kind]: ((1,), "float32")}
+
+    def _decides(self) -> dict[str, Any]:
+        return {
+            "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
+            "kind": self.kind,
+            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+        }
+
+    def _encoded(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:
         return {
             "prompt": np.array(example.prompt, np.int32),
             "chosen": np.array(example.completions[0], np.int32),
@@ -204,12 +145,6 @@ class PreferenceFiles:
                 )
             yield _Example(one, prompt, completions)
 
-    def _split_of(self, record: Record, path: str) -> str:
-        if self.validation_fraction:
-            held_out = splits.in_validation(record.prompt_text, self.validation_fraction)
-            return "validation" if held_out else "train"
-        return next(split for split, files in self.files.items() if path in files)
-
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, Any]]:
         """Examples of each split, and what was dropped and noted; remembered under the digest.
@@ -250,7 +185,8 @@ class PreferenceFiles:
         if total:
             return DataError(
                 f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
-                f"none for the {split} split. Change validation_fraction, or give validation_files"
+                f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
+                "out), or give validation_files (PAIRS_VALIDATION)"
             )
         return DataError(
             f"{where}: no example is left ({dropped if dropped.found else 'every file is empty'})"

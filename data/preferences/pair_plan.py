@@ -107,7 +107,7 @@ def plan_pairs(
     empty_N = full["prompt"] < read_only
     if empty_N.any():
         raise ValueError(
-            f"Source {name!r}: the prompt of {_name(opened, int(empty_N.argmax()))} is empty, and "
+            f"Source {name!r}: the prompt of {opened.name_of(int(empty_N.argmax()))} is empty, and "
             "start_token=None puts nothing before it. Set start_token, or add_bos=True of the task."
         )
     room_N = max_length - full["prompt"]
@@ -156,11 +156,6 @@ def plan_pairs(
         },
         max_length=max_length,
         read_only=read_only,
-        first={w: _name(opened, int(met_N.argmax())) for w, met_N in met.items() if met_N.any()},
+        first={w: opened.name_of(int(met_N.argmax())) for w, met_N in met.items() if met_N.any()},
         read_last=read_last,
     )
-
-
-def _name(opened: Cache, record: int) -> str:
-    names = opened.columns.get("document_id")
-    return (names.text(record) if names else "") or f"record {record}"

@@ -13,11 +13,12 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from data.documents import DataError
 from data.preferences import characters
+from data.preferences.texts import Text, as_seen, check_unicode, is_empty, strings, text_of
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 2
@@ -25,9 +26,6 @@ Kind = Literal["paired", "unpaired"]
 KINDS = get_args(Kind)
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
 EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
-
-Message = Mapping[str, Any]
-Text = str | Sequence[Message]
 
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
@@ -76,7 +74,7 @@ class Record:
     @property
     def has_invisible(self) -> bool:
         """Whether a text of it holds characters without a glyph."""
-        texts = itertools.chain(_texts(self.prompt), *map(_texts, self.completions))
+        texts = itertools.chain(strings(self.prompt), *map(strings, self.completions))
         return any(not characters.INVISIBLE.isdisjoint(text) for text in texts)
 
     def unpaired(self) -> tuple["Record", ...]:
@@ -114,7 +112,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
                 f"{PAIR} or {EXAMPLE}; rename its keys"
             )
     for name in ("prompt", *names, "tools", "chat_template_kwargs"):
-        _check_unicode(row.get(name), name, where)
+        check_unicode(row.get(name), name, where)
     completions = tuple(text_of(row[name], name, where) for name in names)
     chats = {name: not isinstance(text, str) for name, text in zip(names, completions, strict=True)}
     if len(set(chats.values())) > 1:
@@ -138,7 +136,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
     if chat and not prompt:
         raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
     for name, completion in zip(names, completions, strict=True):
-        if _is_empty(completion):
+        if is_empty(completion):
             raise DegenerateError("empty_completion", f"{name!r} is empty")
     if paired:
         _check_differ(completions)
@@ -151,24 +149,6 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
         margin=_margin(row.get("margin"), where) if paired else 0.0,
         template=_template(row, where),
     )
-
-
-def text_of(value: Any, key: str, where: str) -> Text:
-    """A text, or messages; DataError, which names place and key, for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise DataError(
-            f"{where}: {key!r} holds a {type(value).__name__}; give a text, or a list of messages "
-            '{"role": "user", "content": "..."}'
-        )
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: message {number} of {key!r} is not of the form "
-                '{"role": "user", "content": "..."}'
-            )
-    return tuple(value)
 
 
 def _label(value: Any, where: str) -> bool:
@@ -233,59 +213,8 @@ def _check_differ(completions: Sequence[Text]) -> None:
     chosen, rejected = completions
     if chosen == rejected:
         raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
-    if _seen(chosen) == _seen(rejected):
+    if as_seen(chosen) == as_seen(rejected):
         raise DegenerateError(
             "identical_but_invisible",
             "'chosen' and 'rejected' differ in invisible characters of no effect only",
         )
-
-
-def _seen(value: Any) -> Any:
-    """The value with its texts as they are seen, without invisible characters of no effect."""
-    if isinstance(value, str):
-        return characters.as_seen(value)
-    if isinstance(value, Mapping):
-        return {key: _seen(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_seen(inner) for inner in value]
-    return value
-
-
-def _is_empty(completion: Text) -> bool:
-    """Whether nothing is said: white space, invisible characters, messages with a role and empty parts alone."""
-    said = [completion] if isinstance(completion, str) else _texts(list(map(_content, completion)))
-    return all(map(characters.is_blank, said))
-
-
-def _content(message: Message) -> list[Any]:
-    """What a message holds beside its role; of a part {"type": "text", "text": ...} the text alone."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("type") == "text":
-            return value.get("text")
-        return [of(inner) for inner in value] if isinstance(value, list) else value
-
-    return [of(value) for key, value in message.items() if key != "role"]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
-
-
-def _check_unicode(value: Any, key: str, where: str) -> None:
-    for text in _texts(value):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
-                "surrogate pair). Repair or drop the line"
-            ) from None

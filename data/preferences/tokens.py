@@ -10,7 +10,8 @@ from typing import Any
 
 from data import chat_template
 from data.documents import DataError
-from data.preferences.records import Message, Record
+from data.preferences.records import Record
+from data.preferences.texts import Message
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1

@@ -18,12 +18,20 @@ from data.train_stream import Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class PromptPlan(plan.Plan):
-    """One prompt a row; tokens, which budgets and shares count, are those of prompts."""
+    """One prompt a row; tokens, which budgets and shares count, are those of prompts.
+
+    Attributes:
+        first: what `counts` counts -> id of the first record it happened to.
+    """
+
+    first: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource(rows.Source):
     """One source of prompts."""
+
+    plan: PromptPlan
 
     feature: ClassVar[str] = "prompt"
 
@@ -40,13 +48,14 @@ class PromptSource(rows.Source):
         return ids, json.loads(said.decode("utf-8", "surrogatepass"))
 
     def summary(self) -> dict:
-        """Sizes, and how many prompts were dropped as too long."""
+        """Sizes, how many prompts were dropped as too long, and the first of these."""
         return {
             "cache": str(self.cache.directory),
             "content": self.cache.content,
             "fingerprint": self.cache.fingerprint,
             "prompts": self.plan.num_rows,
             **self.plan.counts,
+            "first": self.plan.first,
         }
 
 
@@ -186,13 +195,19 @@ def plan_prompts(
         )
     lengths = opened.columns["prompt"].lengths.astype(np.int64)
     read = lengths + int(start_token is not None)
-    fits = (read <= max_length) & (read > 0)
+    if not read.all():
+        raise ValueError(
+            f"Source {name!r}: the prompt of {opened.name_of(int(read.argmin()))} is empty, and start_token=None puts "
+            "nothing before it. Set start_token, or add_bos=True of the task."
+        )
+    fits = read <= max_length
     if not fits.any():
         raise ValueError(
             f"Source {name!r}: none of its {len(fits):,} prompts has {max_length} tokens or less "
             "(max_prompt_length). Raise it."
         )
     records = np.flatnonzero(fits).astype(np.uint32)
+    long = read > max_length
     return PromptPlan(
         row_starts=np.arange(len(records) + 1, dtype=np.int64),
         records=records,
@@ -201,7 +216,8 @@ def plan_prompts(
         row_lengths={"targets": max_length},
         packing="examples",
         long_documents="drop",
-        counts={"records": len(fits), "prompt_too_long": int((read > max_length).sum())},
+        counts={"records": len(fits), "prompt_too_long": int(long.sum())},
+        first={"prompt_too_long": opened.name_of(int(long.argmax()))} if long.any() else {},
     )
 
 

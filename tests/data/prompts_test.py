@@ -42,7 +42,9 @@ def opened(tmp_path, **settings):
 def test_every_prompt_comes_once_an_epoch_with_its_row(tmp_path, register, byte, start_token):
     register([*ROWS, LONG])
     found = opened(tmp_path, start_token=start_token)
-    assert found.summary()["sources"]["prompts"]["prompt_too_long"] == 1
+    told = found.summary()["sources"]["prompts"]
+    assert (told["prompts"], told["prompt_too_long"]) == (7, 1)
+    assert told["first"] == {"prompt_too_long": "prompts.jsonl:8"}
     assert tasks.vocabulary("prompts") == byte
     seen = []
     for step in range(7):
@@ -108,6 +110,15 @@ def test_rows_that_are_none_are_named(register, rows, words):
     register(rows)
     with pytest.raises(DataError, match=words):
         tasks.summary()
+
+
+def test_a_prompt_without_tokens_needs_something_before_it(tmp_path, register, monkeypatch, byte):
+    nothing = {"prompt": "\x00", "answer": "9"}
+    monkeypatch.setattr(type(byte), "encode", lambda self, text: [] if text == "\x00" else [5, 6])
+    register([*ROWS, nothing])
+    with pytest.raises(ValueError, match=r"prompts.jsonl:8 is empty, and start_token=None"):
+        opened(tmp_path, start_token=None)
+    assert opened(tmp_path).summary()["sources"]["prompts"]["prompts"] == 8
 
 
 def test_prompts_that_do_not_fit_are_said(tmp_path, register):

@@ -25,6 +25,20 @@ def test_values_are_kept_for_whoever_asks_next(tmp_path):
     np.testing.assert_array_equal(both.get([digest("z"), "", digest("x")]), expected)
 
 
+def test_streams_of_a_process_share_a_store_while_one_uses_it(tmp_path):
+    store = ReferenceStore.shared(MODEL, {}, root=tmp_path)
+    store.add([digest("x")], np.ones((1, 2)))
+    assert ReferenceStore.shared(MODEL, {}, root=str(tmp_path)) is store
+    assert ReferenceStore.shared(digest("other"), {}, root=tmp_path) is not store
+    assert ReferenceStore.shared(MODEL, {}, root=tmp_path / "elsewhere") is not store
+    (part,) = store.directory.glob("*.npz")
+    part.write_bytes(b"damaged")
+    assert len(ReferenceStore.shared(MODEL, {}, root=tmp_path)) == 1
+    del store
+    with pytest.raises(ReferenceStoreError, match="is damaged"):
+        ReferenceStore.shared(MODEL, {}, root=tmp_path)
+
+
 def test_another_model_knows_nothing_of_them(tmp_path):
     ReferenceStore(MODEL, {}, root=tmp_path).add([digest("x")], np.zeros((1, 2)))
     assert len(ReferenceStore(digest("other"), {}, root=tmp_path)) == 0

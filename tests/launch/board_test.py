@@ -64,7 +64,7 @@ def test_what_the_signals_say(runs):
     )
     assert "fell from -1.00 to -1.40" in said and "highest at step 20 (2.40 bits)" in said
     assert board_words.sentence(kind).startswith("no sign of over-optimisation")
-    assert "no indicators" in board_words.sentence(bare)
+    assert "stayed at -3.00 nats per token; it has no indicators" in board_words.sentence(bare)
     assert "r = -1.00 " in board_words.length_link([hot])
     assert board_words.length_link([bare]) is None
 

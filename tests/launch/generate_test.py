@@ -100,6 +100,14 @@ def test_tokens_need_no_vocabulary(generate, capsys):
     assert "sets no VOCABULARY" in capsys.readouterr().err
 
 
+def test_a_file_of_prompts_or_pairs_is_continued(generate):
+    said = {"chosen": "a", "rejected": "b"}
+    plain = generate([{"text": "import ", **said}])
+    assert plain[0]["prompt"] == "import "
+    assert generate([{"prompt": "import ", **said}]) == plain
+    assert generate([{"prompt": 3}]) == 2
+
+
 def test_samples_of_a_prompt_stand_side_by_side(generate):
     flags = ("--temperature=1", "--min_p=0.02", "--num_samples=2", "--seed=4")
     rows = generate(PROMPTS, *flags)

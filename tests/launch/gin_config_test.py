@@ -186,6 +186,17 @@ def test_binding_without_effect_is_refused_on_the_command_line_and_told_in_files
     assert config.warnings == ()
 
 
+def test_no_warning_of_what_a_later_file_or_the_command_line_replaced(gin_file, toy_gin):
+    first = gin_file(toy_gin + "toy_net.Dense.bias = True\n")
+    later = gin_file(HEAD + "toy_net.Block.dense = @toy_net.Factored\n", "later.gin")
+    assert gin_config.load([first, later], ["MODEL_DIR=/x"], entry=ENTRY).warnings == ()
+    instead = ["MODEL_DIR=/x", "toy_net.Block.dense=@toy_net.Factored"]
+    assert gin_config.load([first], instead, entry=ENTRY).warnings == ()
+    again = gin_file(HEAD + "toy_net.Dense.bias = False\n", "again.gin")
+    (warning,) = gin_config.load([first, later, again], ["MODEL_DIR=/x"], entry=ENTRY).warnings
+    assert str(warning).startswith(f"{again}:4: 'toy_net.Dense.bias' has no effect")
+
+
 def test_macro_read_only_by_an_unused_part_is_refused_on_the_command_line(gin_file, toy_gin):
     path = gin_file(toy_gin + "toy_run.train.optimizer = None\n")
     text = errors([path], ["MODEL_DIR=/x", "RATE=0.1"], entry=ENTRY)

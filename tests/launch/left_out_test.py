@@ -12,7 +12,7 @@ class Stream:
         self.counts = counts
 
     def summary(self):
-        return {"max_length": 128, "sources": {"pairs": self.counts}}
+        return {"max_length": 128, "lengths": {"targets": 64}, "sources": {"pairs": self.counts}}
 
 
 CUT = {
@@ -77,3 +77,12 @@ def test_pairs_that_are_too_long_are_told_with_the_remedy(lost, name):
         assert said in line[1]
     cut = Stream(**{**CUT, "truncated": 1, "first": first})
     assert lines(held_out=[cut])[0][1].startswith("pairs, held out: of 1,000 pairs")
+
+
+@pytest.mark.parametrize(("lost", "name"), [(2, "too long"), (3, "WARNING")])
+def test_prompts_that_are_too_long_are_told_with_the_remedy(lost, name):
+    counts = {"prompts": 40 - lost, "records": 40, "prompt_too_long": lost}
+    found = lines(data=Stream(**counts, first={"prompt_too_long": "x:7"}))
+    said = f"pairs: of 40 prompts, at MAX_PROMPT_LENGTH 64, {lost} ({lost / 40:.1%}) dropped (first: x:7)"
+    assert found == [(name, f"{said}; a larger one keeps more")]
+    assert lines(data=Stream(prompts=40, records=40, prompt_too_long=0, first={})) == []

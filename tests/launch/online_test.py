@@ -13,6 +13,7 @@ from trainers.metric_writers import read_jsonl
 def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{i} x", "answer": "ab"} for i in range(9)]
+    rows.insert(4, {"prompt": "much too long", "answer": "ab"})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "run"
     files = ("models/tiny", "data/prompts_base", "runs/online", "methods/grpo")
@@ -52,6 +53,10 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path
     ]
     result = train(*flags)
     assert result.status == 0, result.err
+    assert (
+        "\nWARNING    prompts: of 10 prompts, at MAX_PROMPT_LENGTH 8, 1 (10.0%) dropped (first: prompts.jsonl:5)"
+        in result.out
+    )
     whole = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl")}
     assert set(whole) == {1, 2, 3, 4}
     # Sampled once, used twice: the second update is off the policy that sampled.

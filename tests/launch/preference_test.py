@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data import tasks
+from data.reference_store import ReferenceStore
 from launch import gin_config, reference, run_checks
 from trainers import initialise, step_dir
 from trainers.checkpoint import Checkpointer
@@ -104,9 +105,13 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
     def unasked(*_, **__):
         raise AssertionError("log-probabilities are computed again")
 
+    parts = []
+    read = ReferenceStore._read
+    monkeypatch.setattr(ReferenceStore, "_read", lambda *a: (parts.append(a[1]), read(*a)))
     monkeypatch.setattr(reference, "Scorer", unasked)
     result = train(*flags(tmp_path))
     assert result.status == 0
+    assert len(parts) == len({*parts}) > 1  # once for training and evaluation
     one = "preferences: 1 identical (first: pairs.jsonl:8), 1 empty_completion (first: pairs.jsonl:10), 4.4%"
     assert f"dropped    {one} of all rows\n" in result.out
     assert "noted      preferences: 1 invisible_characters (first: pairs.jsonl:9)\n" in result.out
@@ -185,6 +190,20 @@ def test_processes_compute_what_any_of_them_lacks(monkeypatch):
     monkeypatch.setattr(reference.agreement, "gather", lambda mask: [mask])
     assert reference._wanted(Stream(), Store([]), 2) == names[:8]  # what two steps read
     assert reference._wanted(Stream(), Store([]), 5) == names
+
+
+def test_what_pairs_have_in_common_is_scored_once():
+    ids = [[1, 2], [3], [4, 5]], [[1, 2], [3], [6]], [[1], [2, 3], [3]], [[1, 2], [6], [4, 5]]
+    asked = []
+
+    def scorer(rows):
+        asked.extend((tuple(row.context), tuple(row.targets)) for row in rows)
+        return [np.float32(row.targets) / sum(row.context) for row in rows]
+
+    found = reference._values(scorer, [7], [tuple(map(np.array, pair)) for pair in ids])
+    assert len(asked) == len({*asked}) == 5 and ((7, 1, 2), (4, 5)) in asked
+    expected = [[sum(c) / (7 + sum(prompt)) for c in both] for prompt, *both in ids]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from model import axes
 from model.actor_critic import ActorCritic
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from trainers import initialise, partitioning, scoring
+from trainers import initialise, partitioning
 from trainers.inputs import PackedPairs
 from trainers.losses import direct, policy_gradient
 from trainers.objectives.lm import language_modelling
@@ -286,17 +286,23 @@ def test_scores_and_advantages_are_those_of_single_completions(runs):
     with run.mesh:
         state = run.state().replace(params=jax.device_put(other))
         batch = arrays(run.feed.get(70, state))
-    logp = jax.jit(functools.partial(scoring.log_probs, LM))
-
-    def score(params, prompt, completion):
-        text = [*prompt, *completion]
-        padded = np.zeros((3, 1, 8), np.int32)
-        for row, ids in zip(padded, (text[:-1], text[1:], [1] * (len(text) - 1)), strict=True):
-            row[0, : len(ids)] = ids
-        return float(logp(params, *padded)[0, len(prompt) - 1 : len(text) - 1].sum())
 
     listed = [(prompt, completion) for _, _, prompt, completion in texts_of(batch)]
-    policy, reference = ([score(p, *text) for text in listed] for p in (other, trained()))
+    tokens = np.zeros((len(listed), 8), np.int32)  # what pads them is not seen by what is before
+    for row, (prompt, completion) in zip(tokens, listed, strict=True):
+        row[: len(prompt) + len(completion)] = prompt + completion
+
+    @jax.jit
+    def logits_of(params):
+        return LM.apply({"params": params}, tokens)
+
+    def scores(params):
+        logits = np.asarray(logits_of(params), np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, (prompt, completion) in zip(logp, listed, strict=True):
+            yield sum(row[len(prompt) - 1 + t, token] for t, token in enumerate(completion))
+
+    policy, reference = ([*scores(params)] for params in (other, trained()))
     net = (batch["rewards"] - 0.05 * (np.array(policy) - reference)).reshape(PROMPTS, 4)
     expected = [row - [np.delete(row, i).mean() for i in range(4)] for row in net]
     np.testing.assert_allclose(batch["advantages"], np.ravel(expected), atol=2e-5)

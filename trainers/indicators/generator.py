@@ -1,20 +1,14 @@
-"""Outputs of a policy in training: the same prompts at every evaluation, by one compiled program.
-
-Shapes: B rows, T prompt length, M new tokens at most.
-"""
+"""Outputs of a policy in training: the same prompts at every evaluation. Shapes: B rows, T prompt length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from model.kv_cache.full import FullCache
-from model.surgery import layer_stack
 from trainers import decode
 from trainers.buckets import bucket_length, longest_row
-from trainers.prefill import prefill
+from trainers.policy_sampler import PolicySampler
 
 
 class Generator:
@@ -45,23 +39,7 @@ class Generator:
         self._prompts = prompts
         self._settings = settings
         self._batch_size = batch_size
-        self._sharding = sharding
-        # Slices of stacked weights inside the loop would copy them for every token.
-        unrolled, policy = layer_stack.unrolled(model), FullCache()
-        room = max(settings.max_new_tokens - 1, 1)
-
-        def generate(params, tokens_BT, lengths_B, active_B, index_B, step):
-            params = layer_stack.unroll(params, model.config)
-            logits_BV, caches = prefill(unrolled, params, policy, tokens_BT, lengths_B, room=room)
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-            decoded, _ = decode.decode(
-                unrolled, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings
-            )
-            return decoded.tokens_BM, decoded.lengths_B
-
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        self._generate = jax.jit(generate, out_shardings=everywhere)
+        self._sampler = PolicySampler(model, settings, sharding=sharding, seed=seed)
 
     @property
     def batches(self) -> int:
@@ -97,10 +75,10 @@ class Generator:
             for b, prompt in enumerate(batch):
                 tokens_BT[b, : len(prompt)] = prompt
                 lengths_B[b] = len(prompt)
-            index_B = np.arange(first, first + self._batch_size, dtype=np.uint32)
-            active_B = index_B < len(self._prompts)
-            rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
-            tokens_BM, counts_B = jax.device_get(self._generate(params, *rows, np.uint32(step)))
-            found += [tokens_BM[b, : counts_B[b]].tolist() for b in range(len(batch))]
+            active_B = np.arange(self._batch_size) < len(batch)
+            written = self._sampler(
+                params, tokens_BT, lengths_B, active_P=active_B, number=step, first=first
+            )
+            found += written[: len(batch)]
             done()
         return found

@@ -1,35 +1,20 @@
 """Log-probabilities of the completions in rows of packed pairs, chosen and rejected in one forward pass.
 
-Shapes: B rows, T length, X = B T, D width, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
+Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from model.cross_entropy import Implementation, token_log_probs
+from model.cross_entropy import Implementation
 from trainers.losses.pairs import PairLogProbs
 from trainers.objectives.base import Batch
+from trainers.target_log_probs import read_targets
 
 _EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
-
-
-@dataclasses.dataclass(frozen=True)
-class TokensRead:
-    """What a model says of a batch.
-
-    Attributes:
-      log_probs_BT: of all targets, those of prompts and padding too.
-      hidden_BTD: final states.
-      written: collections that the model has written.
-    """
-
-    log_probs_BT: jax.Array
-    hidden_BTD: jax.Array
-    written: Mapping[str, Any]
 
 
 def log_probs(
@@ -42,48 +27,10 @@ def log_probs(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
 
-    Arguments as for `of_tokens`, the batch being of pairs.
+    Arguments as for `read_targets`, the batch being of pairs.
     """
-    read = of_tokens(model, variables, batch, implementation=implementation, **applied)
+    read = read_targets(model, variables, batch, implementation=implementation, **applied)
     return by_completion(batch, read.log_probs_BT), read.written
-
-
-def of_tokens(
-    model: Any,
-    variables: Mapping[str, Any],
-    batch: Batch,
-    *,
-    implementation: Implementation = "auto",
-    **applied: Any,
-) -> TokensRead:
-    """Log-probabilities of all targets, in one forward pass.
-
-    Args:
-      model: decoder-only.
-      variables: its parameters and other collections.
-      batch: of packed tokens.
-      implementation: form of the cross-entropy.
-      **applied: for `model.apply`.
-    """
-    applied = {"mutable": [], **applied}
-    out, written = model.apply(
-        variables,
-        batch["decoder_input_tokens"],
-        positions_BT=batch["decoder_positions"],
-        segments_BT=batch["decoder_segment_ids"],
-        method="hidden",
-        **applied,
-    )
-    targets_BT = batch["decoder_target_tokens"]
-    log_p_X = token_log_probs(
-        out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
-        model.apply(variables, method="head_VD"),
-        targets_BT.reshape(-1),
-        logit_scale=model.logit_scale,
-        softcap=model.logit_softcap,
-        implementation=implementation,
-    )
-    return TokensRead(log_p_X.reshape(targets_BT.shape), out.hidden_BTD, written)
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from model.cross_entropy import Implementation
 from trainers.losses.policy_gradient import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 from trainers.losses.settings import check_not_negative, check_positive
-from trainers.objectives import completions, sown
+from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.completions import TokensRead
+from trainers.target_log_probs import TargetsRead, read_targets
 
 _Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -42,7 +42,9 @@ def policy_gradient(
     """
     del num_sources
 
-    def of_read(params: Any, batch: Batch, read: TokensRead) -> tuple[jax.Array, jax.Array, _Pairs]:
+    def of_read(
+        params: Any, batch: Batch, read: TargetsRead
+    ) -> tuple[jax.Array, jax.Array, _Pairs]:
         del params
         tokens = _tokens(batch, read.log_probs_BT)
         total, weight = loss(tokens)
@@ -79,7 +81,9 @@ def actor_critic(
     check_positive(clip=clip, value_clip=value_clip)
     check_not_negative(value_weight=value_weight)
 
-    def of_read(params: Any, batch: Batch, read: TokensRead) -> tuple[jax.Array, jax.Array, _Pairs]:
+    def of_read(
+        params: Any, batch: Batch, read: TargetsRead
+    ) -> tuple[jax.Array, jax.Array, _Pairs]:
         tokens = _tokens(batch, read.log_probs_BT)
         values_BT = model.apply({"params": params}, read.hidden_BTD, method="values")
         policy, weight = ppo(tokens, clip=clip)
@@ -109,7 +113,7 @@ def _objective(model: Any, of_read: Any, implementation: Implementation) -> Obje
     ) -> LossOut:
         del extras
         kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        read = completions.of_tokens(
+        read = read_targets(
             model,
             {"params": params, **variables},
             batch,

@@ -17,14 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers import batches, decode
 from trainers.buckets import longest_row
-from trainers.objectives import completions
 from trainers.objectives.reference import LiveReference
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Method, Samples
 from trainers.online.rows import Arrays
-from trainers.online.sampler import Sampler
+from trainers.policy_sampler import PolicySampler
 from trainers.recipe import Program, Recipe
 from trainers.rewards import Completion, Reward, StoredReward
 from trainers.sampling import Sampling
+from trainers.target_log_probs import read_targets
 from trainers.train_state import TrainState
 
 _KEPT = 64  # rollouts, of which a checkpoint may need one again
@@ -98,7 +98,7 @@ class Rollouts:
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding
-        self._sampler = Sampler(recipe.model, settings, sharding=self._sharding, seed=seed)
+        self._sampler = PolicySampler(recipe.model, settings, sharding=self._sharding, seed=seed)
         everywhere = NamedSharding(program.mesh, PartitionSpec())
         self._told = jax.jit(self._tell, out_shardings=everywhere)
         self._reference_params: Any = None
@@ -134,9 +134,7 @@ class Rollouts:
         prompts = self._stream.batch(step, 0, size)
         tokens_PT, lengths_P = prompts["prompt_tokens"], prompts["prompt_lengths"]
         self._check_room(params)
-        found = self._sampler(
-            params, self._placed(tokens_PT), self._placed(lengths_P), rollout=number
-        )
+        found = self._sampler(params, tokens_PT, lengths_P, number=number)
         texts = [row[:n].tolist() for row, n in zip(tokens_PT, lengths_P, strict=True)]
         shape = (size, self._method.samples)
         ended_R = np.array([self._sampler.ended(tokens) for tokens in found])
@@ -192,7 +190,7 @@ class Rollouts:
     def _tell(self, params: Any, reference_params: Any, batch: Any) -> dict[str, jax.Array]:
         asks, told = self._method.asks, {}
         if asks & {LOG_PROBS, VALUES}:
-            read = completions.of_tokens(self._recipe.model, {"params": params}, batch)
+            read = read_targets(self._recipe.model, {"params": params}, batch)
             told[LOG_PROBS] = read.log_probs_BT
             if VALUES in asks:
                 told[VALUES] = self._recipe.model.apply(
@@ -200,7 +198,7 @@ class Rollouts:
                 )
         if REFERENCE in asks:
             assert self._reference is not None
-            read = completions.of_tokens(self._reference.model, {"params": reference_params}, batch)
+            read = read_targets(self._reference.model, {"params": reference_params}, batch)
             told[REFERENCE] = read.log_probs_BT
         return told
 

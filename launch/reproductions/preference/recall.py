@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from data import topic_language
-from model.actor_critic import language_model, language_model_params
 from trainers.decode import Settings
 from trainers.hooks import RunContext
 from trainers.indicators.generator import Generator
@@ -39,7 +38,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            language_model(self.run.recipe.model),
+            self.run.recipe.model,
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -56,6 +55,6 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        outputs = self._generator(language_model_params(self.run.recipe.model, state.params), step)
+        outputs = self._generator(state.params, step)
         right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

@@ -1,5 +1,6 @@
 """Reading and writing in the training loop: against single sequences, the plain decoder, and other meshes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from trainers.decode import Settings
 from trainers.decoder import Decoder
 from trainers.indicators.generator import Generator
 from trainers.indicators.reader import Reader
+from trainers.policy_sampler import PolicySampler
 from trainers.sampling import Sampling
 from trainers.scoring import Row
 
@@ -97,7 +99,25 @@ def test_outputs_are_a_function_of_weights_step_and_prompt():
     for tokens in found:
         assert EOS not in tokens[:-1] and max(tokens) < VOCAB - 2
         assert tokens[-1] == EOS or len(tokens) == 6
-    assert made._generate._cache_size() == 1  # one program for all batches, steps and weights
+    assert (
+        made._sampler._sample._cache_size() == 1
+    )  # one program for all batches, steps and weights
+
+
+def test_samples_of_a_prompt_depend_on_its_place_and_not_on_its_batch():
+    settings = dataclasses.replace(settings_of(Sampling()), num_samples=3)
+    sampler = PolicySampler(MODEL, settings, sharding=ONE, seed=0)
+    tokens, lengths = np.zeros((4, 8), np.int32), np.ones(4, np.int32)
+    for row, prompt in enumerate(PROMPTS[:4]):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    whole = sampler(parameters(), tokens, lengths, number=5)
+    assert len(whole) == 12 and len(set(map(tuple, whole))) > 8
+    half = sampler(parameters(), tokens[2:], lengths[2:], number=5, first=2)
+    assert half == whole[6:]
+    assert [sampler.ended(row) for row in whole] == [row[-1] == EOS for row in whole]
+    assert whole != sampler(parameters(), tokens, lengths, number=6)
+    filled = sampler(parameters(), tokens, lengths, number=5, active_P=np.arange(4) < 2)
+    assert filled[:6] == whole[:6]
 
 
 def test_a_mesh_that_splits_weights_and_batches_reads_and_writes_the_same():

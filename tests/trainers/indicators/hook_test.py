@@ -112,7 +112,7 @@ def hook(path, *, step=0, give_up=lambda done: False, **settings):
     settings = {"max_new_tokens": 5, "batch_size": 4, "num_prompts": 3, **settings}
     made = PreferenceIndicators(run=run, **given | settings)
     # Compiled once for the hooks of this file, which are of one shape.
-    for part, name in ((made._reader, "_read"), (made._generator, "_generate")):
+    for part, name in ((made._reader, "_read"), (made._generator._sampler, "_sample")):
         setattr(part, name, COMPILED.setdefault(name, getattr(part, name)))
     return made
 
