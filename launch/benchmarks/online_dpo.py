@@ -7,14 +7,13 @@ the longest prompts have, as in short questions and answers. Longer completions 
 prompts a smaller one. Weights are random, so that hardly a completion ends before its 64 tokens: decoding is never cut
 short.
 
-Fresh processes repeat the run. Parts are shares of the wall time from the beginning of one rollout to that of the next,
-after the first steps, which compile.
+Fresh processes repeat the run, whose shares are compared. Parts are of the wall time from the beginning of a rollout to that of
+the next, after the first steps, which compile.
 """
 
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ CASE: dict[str, Any] = {
     "beta": 0.1,
 }
 WARM_UP = 3
-# Of a rollout; the rest of a step is the update.
+# All that is no update is generation.
 ROLLOUT = ("sampling", "rewards", "reference", "arrangement")
 
 
@@ -54,21 +53,19 @@ def run(*, rounds: int = 5, steps: int = 12) -> dict[str, Any]:
 
 
 def figures(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Shares of time, medians over the steps of all runs, from seconds of their steps by part.
+    """Shares of the time of each run, as medians over runs, from seconds of their steps by part.
 
     'generation_of_time' is the whole rollout's, 'sampling_of_time' that of writing the completions alone.
     """
-    by_part = {part: np.concatenate([run[part] for run in runs]) for part in (*ROLLOUT, "update")}
-    whole = sum(by_part.values())
-    rollout = sum(by_part[part] for part in ROLLOUT)
-    steps = [[sum(of_step) for of_step in zip(*run.values(), strict=True)] for run in runs]
+    parts = (*ROLLOUT, "update")
+    spent = {part: np.array([sum(run[part]) for run in runs]) for part in parts}
+    whole = np.sum(list(spent.values()), axis=0)
+    steps = [np.sum(list(run.values()), axis=0) for run in runs]
     return {
-        "generation_of_time": pairs.ratio(rollout, whole),
-        "sampling_of_time": pairs.ratio(by_part["sampling"], whole),
-        "parts_of_time": {
-            part: round(float(np.median(seconds / whole)), 4) for part, seconds in by_part.items()
-        },
-        "seconds_per_step": [round(statistics.median(of_run), 3) for of_run in steps],
+        "generation_of_time": pairs.ratio(whole - spent["update"], whole),
+        "sampling_of_time": pairs.ratio(spent["sampling"], whole),
+        "parts_of_time": {part: round(float(np.median(spent[part] / whole)), 4) for part in parts},
+        "seconds_per_step": [round(float(np.median(of_run)), 3) for of_run in steps],
     }
 
 
