@@ -193,6 +193,7 @@ def test_processes_compute_what_any_of_them_lacks(monkeypatch):
         (["PAIRS_KIND='unpaired'"], "PAIRS_KIND"),
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
+        (["LD_ALPHA=0.5"], "methods/reference_live.gin"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "the weight of nll is -1.0"),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),
