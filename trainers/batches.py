@@ -69,10 +69,12 @@ class Feed(Protocol):
 
     Attributes:
       part: of the run's time that waiting for a batch is, see trainers/goodput.py.
+      of_state: whether batches are made of the state, so that the update before it has to be over.
       units: tokens or images of a batch, as rates count them.
     """
 
     part: str
+    of_state: bool
 
     @property
     def units(self) -> int: ...
@@ -136,6 +138,7 @@ class Prefetcher:
     """
 
     part = "data_wait"
+    of_state = False
 
     def __init__(self, stream: Stream, sharding: NamedSharding, *, ahead: int = 2):
         self._stream, self._sharding, self._ahead = stream, sharding, ahead

@@ -152,6 +152,9 @@ class Loop:
         """One update and everything due after it."""
         if self.checkpointer is not None:
             self.checkpointer.check()
+        if self.feed.of_state:  # what the update under way still takes is not the feed's time
+            with self.goodput.measure("step"):
+                jax.block_until_ready(self.state)
         with self.goodput.measure(self.feed.part):
             batch = self.feed.get(self.data_step, self.state)
         if not self._step(batch):
@@ -163,8 +166,11 @@ class Loop:
         save = self.checkpointer is not None and (
             self._last or self.interrupted or self.step % self.checkpoint_period == 0
         )
-        if (due or save or self._last) and not self._observe(self._late.flush()):
-            return
+        if due or save or self._last:
+            with self.goodput.measure("step"):  # it waits for the update
+                late = self._late.flush()
+            if not self._observe(late):
+                return
         found = self._run_hooks(due)
         if self.ended and not self.interrupted:
             found |= self._run_hooks([hook for hook in self.hooks if hook not in due])

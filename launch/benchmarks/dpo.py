@@ -32,6 +32,7 @@ CASE: dict[str, Any] = {
     "learning_rate": 1e-5,
     "beta": 0.1,
 }
+MODEL = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "vocab_size")
 WARM_UP = 3
 _SPECIAL = ("<pad>", "<s>", "</s>")
 
@@ -89,22 +90,28 @@ def _of(key: str, found: dict[str, list[dict[str, Any]]], side: str) -> list[flo
 def write(folder: str) -> None:
     """Writes case.json, pairs.jsonl, model/ in Hugging Face's layout, and run/, imported from it."""
     rng = np.random.default_rng(0)
-    model = pathlib.Path(folder, "model")
-    _write_model(model, rng)
+    write_run(folder, rng)
     with open(os.path.join(folder, "case.json"), "w", encoding="utf-8") as file:
         json.dump(CASE, file)
     sizes = (CASE["prompt"], CASE["completion"] - 1, CASE["completion"] - 1)
     with open(os.path.join(folder, "pairs.jsonl"), "w", encoding="utf-8") as file:
         for _ in range(CASE["pairs"]):
-            texts = [_words(rng.integers(len(_SPECIAL), CASE["vocab_size"], n)) for n in sizes]
+            texts = [words(rng, n) for n in sizes]
             row = {"prompt": texts[0], "chosen": f" {texts[1]}", "rejected": f" {texts[2]}"}
             file.write(json.dumps(row) + "\n")
+
+
+def write_run(folder: str, rng: np.random.Generator) -> None:
+    """Writes model/ in Hugging Face's layout, and run/, imported from it."""
+    model = pathlib.Path(folder, "model")
+    _write_model(model, rng)
     convert = [sys.executable, "-m", "launch.convert", f"--from_hf={model}", f"--to={folder}/run"]
     subprocess.run(convert, check=True, capture_output=True, cwd=peers.ROOT)
 
 
-def _words(ids: np.ndarray) -> str:
-    return " ".join(f"w{i}" for i in ids.tolist())
+def words(rng: np.random.Generator, size: int) -> str:
+    """A text of so many random tokens."""
+    return " ".join(f"w{i}" for i in rng.integers(len(_SPECIAL), CASE["vocab_size"], size))
 
 
 def _write_model(folder: pathlib.Path, rng: np.random.Generator) -> None:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from launch import gin_config
-from launch.benchmarks import case, decode_case, decode_jax, llama_jax, moe_case, pairs
+from launch.benchmarks import (
+    case,
+    decode_case,
+    decode_jax,
+    llama_jax,
+    moe_case,
+    online_dpo,
+    online_dpo_jax,
+    pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +78,38 @@ def test_ratio_is_of_pairs():
     found = pairs.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
     assert found["median"] == 3.0
     assert found["interval_95"] == [2.0, 5.0]
+
+
+def test_parts_of_online_dpo_are_those_of_whole_steps_after_the_first():
+    begin, spans = 0.0, {name: [] for name in ("rollout", "sampling", "rewards", "reference")}
+    for step in range(online_dpo.WARM_UP + 4):
+        slow = 100 if step < online_dpo.WARM_UP else 1
+        spans["rollout"].append((begin, begin + 4.0))
+        for i, name in enumerate(("sampling", "rewards", "reference")):
+            spans[name].append((begin + i, begin + i + 1.0))
+        begin += 4.0 + 6.0 * slow
+    seconds = online_dpo_jax.seconds(spans)
+    assert seconds == {
+        **dict.fromkeys(("sampling", "rewards", "reference", "arrangement"), [1.0] * 3),
+        "update": [6.0] * 3,
+    }
+    found = online_dpo.figures([seconds, seconds])
+    assert found["generation_of_time"]["median"] == pytest.approx(0.4)
+    assert found["sampling_of_time"]["median"] == pytest.approx(0.1)
+    assert found["sampling_of_time"]["pairs"] == 2
+    assert found["parts_of_time"]["update"] == 0.6 and found["seconds_per_step"] == [10.0, 10.0]
+
+
+def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.gin").write_text("include 't5x_configs/models/bench_llama.gin'\n")
+    (tmp_path / "case.json").write_text(json.dumps(online_dpo.CASE))
+    argv = online_dpo_jax.arguments(str(tmp_path), tmp_path / "online", 3)
+    files = [flag.partition("=")[2] for flag in argv if flag.startswith("--gin_file=")]
+    bound = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
+    assert len(files) + len(bound) == len(argv)
+    config = gin_config.load(files, bound, entry="launch.train:train")
+    assert f"MAX_NEW_TOKENS = {online_dpo.CASE['completion']}" in config.text
 
 
 def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):

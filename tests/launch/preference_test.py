@@ -212,6 +212,7 @@ def test_what_pairs_have_in_common_is_scored_once():
         (["PAIRS_KIND='unpaired'"], "PAIRS_KIND"),
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
+        (["LD_ALPHA=0.5"], "methods/reference_live.gin"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "the weight of nll is -1.0"),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),
@@ -321,3 +322,56 @@ def test_factors_and_experts_are_trained_by_preferences(batch_of, method, traine
     }
     (of_it,) = [g for path, g in found.items() if path.endswith(trained)]
     assert np.abs(of_it).max() > 0
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory):
+    """Bindings of a short run whose every batch is the same eight pairs."""
+    path = tmp_path_factory.mktemp("fixed") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"{a} + 1 = ", "chosen": str(a + 1), "rejected": str(a + 3)} for a in range(8)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = ("PAIRS_VALIDATION_FRACTION=0.0", "TRAIN_STEPS=4", "WARMUP_STEPS=0")
+    return (f"PAIRS={str(path)!r}", *settings)
+
+
+def check_learned(path):
+    """Rows of a run that begins at its reference and makes the loss of one batch smaller with every step."""
+    rows = measured(path)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert len(losses) == 4 and (np.diff(losses) < 0).all()
+    return rows
+
+
+def test_a_mixture_learns_the_pairs_beside_its_balance_loss(
+    train, flags, fixed, command, trained_run, tmp_path
+):
+    mixture = tmp_path / "mixture"
+    experts = [f"{name}={trained_run.path}" for name in "ab"]
+    assert command("upcycle", "--method=btx", "--experts", *experts, f"--to={mixture}") == 0
+    given = (*fixed, f"INITIAL_CHECKPOINT_PATH={str(mixture)!r}", "EXPERTS=2", "TOP_K=2")
+    result = train(*flags(tmp_path / "run", *given, methods=["btx"]))
+    assert result.status == 0, result.err
+    for row in check_learned(tmp_path / "run"):
+        # Of two experts that both are chosen: the balance loss is its weight, 0.01, and z-loss comes on top.
+        assert row["auxiliary_loss"] > 0.01
+
+
+def test_factors_learn_the_pairs_against_the_dense_model_that_they_were(
+    train, flags, fixed, tmp_path
+):
+    """At full rank the policy is its reference, though another module."""
+    dense = (
+        "REFERENCE_MODEL=@dense/transformer.Transformer()",
+        "dense/transformer.Transformer.block=@dense/transformer.Block",
+        "dense/transformer.Block.attention=@dense/attention.Attention",
+        "dense/transformer.Block.mlp=@dense/mlp.GatedMlp",
+        "dense/attention.Attention.dense=@linear.Dense",
+        "dense/mlp.GatedMlp.dense=@linear.Dense",
+    )
+    given = (*fixed, *dense, "RANK=1.0", "INITIAL_SCOPE='params'")
+    result = train(*flags(tmp_path / "full", *given, methods=["low_rank", "decompose"]))
+    assert result.status == 0, result.err
+    check_learned(tmp_path / "full")

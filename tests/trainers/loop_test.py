@@ -633,3 +633,26 @@ def test_each_range_of_rows_is_read_once():
     found = global_batch(Counting(), 3, sharding)
     assert_bits(found, Rows().batch(3, 0, 8))
     assert sorted(calls) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+
+
+def test_what_makes_batches_of_the_state_does_not_pay_for_the_update_before(tmp_path):
+    step, _ = train_step(None, False)
+
+    @jax.jit
+    def slow_step(state, batch):
+        x = jnp.full((400, 400), state.step, jnp.float32)
+        spent = jax.lax.fori_loop(0, 30, lambda i, x: jnp.cos(x @ x), x).sum()
+        after, metrics = step(state, batch)
+        return after.replace(params={"w": after.params["w"] + 0 * spent}), metrics
+
+    class OfState(Prefetcher):
+        part, of_state = "generation", True
+
+        def get(self, step, state):
+            ready.append(state.params["w"].is_ready())
+            return super().get(step, state)
+
+    ready = []
+    feed = OfState(Rows(), REPLICATED)
+    make_loop(tmp_path, total=4, train_step=slow_step, feed=feed).run()
+    assert ready == [True] * 4

@@ -247,6 +247,35 @@ def test_a_live_reference_is_the_stored_one_and_gets_no_gradient():
     assert any(np.any(g) for g in jax.tree.leaves(policy))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_tails_count_in_part(alpha):
+    """As alpha of whole completions and the rest of those cut to the length that both have."""
+    given = pairs(seed=11)
+    shorter = [min(len(p.chosen), len(p.rejected)) for p in given]
+    assert {np.sign(len(p.chosen) - len(p.rejected)) for p in given} == {-1, 0, 1}
+    rows = [
+        Row(context=[0, *pair.prompt], targets=completion[:most])
+        for sizes in (shorter, [None] * 4)
+        for pair, most in zip(given, sizes, strict=True)
+        for completion in (pair.chosen, pair.rejected)
+    ]
+
+    def expected(params):
+        found = Scorer(MODEL, params, batch_size=len(rows))(rows)
+        cut, whole = np.array([np.sum(x, dtype=np.float64) for x in found]).reshape(2, -1, 2)
+        return alpha * whole + (1 - alpha) * cut
+
+    policy_P2, reference_P2 = expected(POLICY), expected(REFERENCE)
+    margins_P = (policy_P2 - reference_P2) @ [1, -1]
+    batch = batch_of([given[:2], given[2:3], given[3:]], slots=2, length=40)
+    objective = preference(model=MODEL, losses=[sigmoid_loss], reference=Fixed(), ld_alpha=alpha)
+    out = jax.jit(lambda extras: objective(POLICY, batch, None, extras=extras))(REFERENCE)
+    np.testing.assert_allclose(out.sum, np.log1p(np.exp(-0.5 * margins_P)).sum(), rtol=1e-5)
+    total, weight = out.metrics["llh/chosen"]
+    means_P = policy_P2[:, 0] / [len(p.chosen) for p in given]
+    np.testing.assert_allclose(total / weight, means_P.mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_policy_and_reference_alike_give_log_two(dtype, tolerance):
     """The reference scores sequences one by one, so that in bfloat16 its sums are rounded otherwise."""
@@ -307,6 +336,12 @@ def test_what_cannot_be_is_said_before_a_step():
         evaluated(batch, sigmoid_loss)
     with pytest.raises(ValueError, match="PAIRS_KIND"):
         evaluated({**batch, "pair_labels": batch["pair_weights"]}, terms.nll)
+    with pytest.raises(ValueError, match="LD_ALPHA = 1.5 must lie in"):
+        preference(model=MODEL, losses=[sigmoid_loss], ld_alpha=1.5)
+    with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .*reference_live.gin"):
+        preference(model=MODEL, losses=[sigmoid_loss], ld_alpha=0.5)
+    with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .* single completions"):
+        preference(model=MODEL, losses=[unpaired.kto], reference=Fixed(), ld_alpha=0.5)
     with pytest.raises(ValueError, match="REFERENCE is None"):
         ReferenceCheckpoint(path=None, model_dir="/unread")
 

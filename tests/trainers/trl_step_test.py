@@ -16,6 +16,7 @@ import pytest
 from model.hf import arrays, families
 from trainers.losses import absolute, direct, terms
 from trainers.objectives.preference import preference
+from trainers.objectives.reference import LiveReference
 from trainers.scoring import Row, Scorer
 
 HERE = pathlib.Path(__file__).parent / "goldens"
@@ -98,13 +99,23 @@ def batch():
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_trls(name):
     losses, weights = CASES[name]
-    model, policy, _ = models()
-    objective, rows = preference(model=model, losses=losses, weights=weights), batch()
+    check(name, losses=losses, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_tails_weigh_as_trls_ld_alpha_has_it(name):
+    live = LiveReference(model=models()[0], checkpoint=None)  # which is never read
+    check(f"ld_{name}", losses=CASES[name][0], reference=live, ld_alpha=0.4)
+
+
+def check(name, **settings):
+    model, policy, reference = models()
+    objective, rows = preference(model=model, **settings), batch()
 
     @jax.jit
     @jax.value_and_grad
     def of(params):
-        out = objective(params, rows, None)
+        out = objective(params, rows, None, extras=reference)
         return out.sum / out.weight
 
     loss, gradients = of(policy)

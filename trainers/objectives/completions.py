@@ -62,6 +62,22 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
     )
 
 
+def tails_weighted(batch: Batch, weight: float) -> Batch:
+    """The batch with tokens of a completion past the length of the shorter one of its pair weighted, all others at 1.
+
+    Log-probabilities of what it returns are those of LD-DPO (arXiv 2409.06411, whose alpha is `weight`): of the shared
+    length in full, of the rest in part.
+    """
+    counted_BT = batch["decoder_loss_weights"]
+    segments = 2 * batch["pair_weights"].shape[-1]
+    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments) * counted_BT[..., None]
+    lengths_BK2 = mine_BTS.sum(1).reshape(len(counted_BT), -1, 2)
+    shared_BS = jnp.repeat(lengths_BK2.min(-1), 2, axis=1)
+    past_BTS = jnp.cumsum(mine_BTS, axis=1) > shared_BS[:, None]
+    tail_BT = (past_BTS * mine_BTS).sum(-1) > 0
+    return {**batch, "decoder_loss_weights": jnp.where(tail_BT, weight * counted_BT, counted_BT)}
+
+
 def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
     """Sums over the tokens of each completion: [B, 2K]."""
     segments = 2 * batch["pair_weights"].shape[-1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.cross_entropy import Implementation
-from trainers.losses.pairs import MissingLabelsError, PairLogProbs
+from trainers.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.objectives import completions, sown
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.reference import LiveReference
@@ -28,6 +28,7 @@ def preference(
     weights: Sequence[float] | None = None,
     num_sources: int = 0,
     reference: LiveReference | None = None,
+    ld_alpha: float = 1.0,
     implementation: Implementation = "auto",
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.
@@ -47,12 +48,16 @@ def preference(
       weights: of the losses, positive; None for 1 each.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       reference: computes the reference's log-probabilities in each step; None where they come with the batch.
+      ld_alpha: weight of the log-probabilities of tokens past the length of the shorter completion of a pair, policy's
+        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. Numbers of tokens stay what they are.
       implementation: form of the cross-entropy, see model/cross_entropy.py.
 
     Raises:
-      ValueError: no losses, weights that are none of theirs or negative, a loss's setting that cannot be.
+      ValueError: no losses, weights that are none of theirs or negative, a setting that cannot be.
     """
     names, of_single = _checked(losses, weights)
+    if ld_alpha != 1:
+        _check_tails(ld_alpha, losses, live=reference is not None, of_single=of_single)
     factors = [1.0] * len(losses) if weights is None else list(weights)
 
     def loss_fn(
@@ -68,11 +73,12 @@ def preference(
                 f"The data are single completions with labels (PAIRS_KIND = 'unpaired'), and {', '.join(names)} "
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/losses/unpaired.py."
             )
+        scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
         kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
         sums_BS, written = completions.log_probs(
             model,
             {"params": params, **variables},
-            batch,
+            scored,
             implementation=implementation,
             rngs=None if rng is None else {"dropout": rng},
             mutable=["losses", *watched, *kept],
@@ -80,7 +86,7 @@ def preference(
         if reference is None:
             reference_BS = batch.get("reference_log_probs")
         else:
-            reference_BS = reference.log_probs(extras, batch, implementation=implementation)
+            reference_BS = reference.log_probs(extras, scored, implementation=implementation)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)
         present_P = pairs.weights > 0
         values = {
@@ -152,13 +158,12 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tup
         )
     if weights is not None and len(weights) != len(losses):
         raise ValueError(f"LOSS_WEIGHTS = {list(weights)} are not the {len(losses)} of LOSSES.")
-    one = jnp.ones(1)
-    pair = PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
     names: list[str] = []
     of_single = []
     for loss in losses:
-        jax.eval_shape(loss, pair)
-        of_single.append(_reads_labels(loss, pair))
+        jax.eval_shape(loss, _pair())
+        unlabelled = dataclasses.replace(_pair(), labels=None)
+        of_single.append(_fails(loss, unlabelled, MissingLabelsError))
         name = getattr(loss, "__name__", type(loss).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
     for name, weight in zip(names, [1.0] * len(names) if weights is None else weights, strict=True):
@@ -170,9 +175,33 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tup
     return names, all(of_single)
 
 
-def _reads_labels(loss: PairLoss, pair: PairLogProbs) -> bool:
+def _check_tails(
+    ld_alpha: float, losses: Sequence[PairLoss], *, live: bool, of_single: bool
+) -> None:
+    if not 0 <= ld_alpha < 1:
+        raise ValueError(f"LD_ALPHA = {ld_alpha} must lie in [0, 1], 1 being DPO's.")
+    if of_single:
+        raise ValueError(
+            f"LD_ALPHA = {ld_alpha} compares the lengths of a pair, and LOSSES are of single completions: set it to 1."
+        )
+    alone = dataclasses.replace(_pair(), ref_chosen=None)
+    if not live and any(_fails(loss, alone, MissingReferenceError) for loss in losses):
+        raise ValueError(
+            f"LD_ALPHA = {ld_alpha} weighs the reference's tokens too, and those that are stored are added up already: "
+            "give t5x_configs/methods/reference_live.gin."
+        )
+
+
+def _pair() -> PairLogProbs:
+    """Shapes to try a loss on."""
+    one = jnp.ones(1)
+    return PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
+
+
+def _fails(loss: PairLoss, pair: PairLogProbs, error: type[ValueError]) -> bool:
+    """Whether a loss cannot do without what a pair lacks."""
     try:
-        jax.eval_shape(loss, dataclasses.replace(pair, labels=None))
-    except MissingLabelsError:
+        jax.eval_shape(loss, pair)
+    except error:
         return True
     return False

@@ -64,6 +64,7 @@ class Rollouts:
     """
 
     part = "generation"
+    of_state = True
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ LOSSES = {
     "sigmoid": {},
     "ipo": {},
     "hinge": {},
+    "ld_sigmoid": {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
+    "ld_ipo": {"loss_type": ["ipo"], "ld_alpha": 0.4},
     "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
 }
 
@@ -90,6 +92,7 @@ def main():
                 per_device_train_batch_size=len(rows),
                 loss_type=settings.get("loss_type", [name]),
                 loss_weights=settings.get("loss_weights"),
+                ld_alpha=settings.get("ld_alpha"),
                 beta=0.3,
                 bf16=False,
                 use_cpu=True,

@@ -1,0 +1,104 @@
+"""Online DPO: the part of a run's time in which the policy writes what it then learns from.
+
+The command is a user's: `launch.train` with runs/online.gin, methods/online_dpo.gin and, since it is reward models that
+online DPO is used with, methods/reward_checkpoint.gin. Policy, reference and reward model are of one size, that of the
+benchmark `dpo`. A step continues 32 prompts, the batch that runs/online.gin has, twice each, by up to as many tokens as
+the longest prompts have, as in short questions and answers. Longer completions make generating a larger part, longer
+prompts a smaller one. Weights are random, so that hardly a completion ends before its 64 tokens: decoding is never cut
+short.
+
+Fresh processes repeat the run, whose shares are compared. Parts are of the wall time from the beginning of a rollout to that of
+the next, after the first steps, which compile.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from launch.benchmarks import dpo, pairs, peers
+
+CASE: dict[str, Any] = {
+    **{name: dpo.CASE[name] for name in dpo.MODEL},
+    "prompts": 32,  # of a step
+    "prompt": [32, 64],  # tokens, all lengths between equally often
+    "completion": 64,
+    "prompts_of_file": 512,
+    "learning_rate": 1e-6,
+    "beta": 0.1,
+}
+WARM_UP = 3
+# All that is no update is generation.
+ROLLOUT = ("sampling", "rewards", "reference", "arrangement")
+
+
+def run(*, rounds: int = 5, steps: int = 12) -> dict[str, Any]:
+    """Repeats the run `rounds` times, `steps` timed steps in each."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder)
+        command = [sys.executable, "-m", "launch.benchmarks.online_dpo_jax", folder, str(steps)]
+        reports = [peers.measured(command) for _ in range(rounds)]
+    return {
+        "case": CASE,
+        **figures([report["seconds"] for report in reports]),
+        "completions_that_ended": [round(report["ended"], 4) for report in reports],
+        "other_load_cores": [report["other_load"] for report in reports],
+        "contended": any(report["other_load"] > peers.CONTENDED for report in reports),
+    }
+
+
+def figures(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Shares of the time of each run, as medians over runs, from seconds of their steps by part.
+
+    'generation_of_time' is the whole rollout's, 'sampling_of_time' that of writing the completions alone.
+    """
+    parts = (*ROLLOUT, "update")
+    spent = {part: np.array([sum(run[part]) for run in runs]) for part in parts}
+    whole = np.sum(list(spent.values()), axis=0)
+    steps = [np.sum(list(run.values()), axis=0) for run in runs]
+    return {
+        "generation_of_time": pairs.ratio(whole - spent["update"], whole),
+        "sampling_of_time": pairs.ratio(spent["sampling"], whole),
+        "parts_of_time": {part: round(float(np.median(spent[part] / whole)), 4) for part in parts},
+        "seconds_per_step": [round(float(np.median(of_run)), 3) for of_run in steps],
+    }
+
+
+def write(folder: str) -> None:
+    """Writes what dpo.write does, case.json and prompts.jsonl, and reward/, a run of a reward model's first update."""
+    dpo.write(folder)
+    pathlib.Path(folder, "case.json").write_text(json.dumps(CASE))
+    rng = np.random.default_rng(1)
+    least, most = CASE["prompt"]
+    with open(os.path.join(folder, "prompts.jsonl"), "w", encoding="utf-8") as file:
+        for size in rng.integers(least, most + 1, CASE["prompts_of_file"]):
+            file.write(json.dumps({"prompt": dpo.words(rng, size)}) + "\n")
+    files = ("data/preferences", "runs/preference", "methods/reward_model")
+    bindings = {
+        "MODEL_DIR": f"{folder}/reward",
+        "INITIAL_CHECKPOINT_PATH": f"{folder}/run",
+        "PAIRS": f"{folder}/pairs.jsonl",
+        "PAIRS_VALIDATION_FRACTION": 0.0,
+        "TOKENIZER": f"{folder}/run/tokenizer",
+        "TASK_FEATURE_LENGTHS": {"targets": 2 * (dpo.CASE["prompt"] + dpo.CASE["completion"])},
+        "DOCUMENT_START": None,
+        "BATCH_SIZE": 1,
+        "TRAIN_STEPS": 1,
+        "WARMUP_STEPS": 0,
+        "LEARNING_RATE": 1e-3,
+    }
+    command = [sys.executable, "-m", "launch.train", *arguments(folder, files, bindings)]
+    environ = {**os.environ, "ESPALIER_CACHE": f"{folder}/cache"}
+    subprocess.run(command, check=True, capture_output=True, cwd=peers.ROOT, env=environ)
+
+
+def arguments(folder: str, files: tuple[str, ...], bindings: dict[str, Any]) -> list[str]:
+    """Flags of a run over the model of `folder`, with files of t5x_configs and bindings of macros."""
+    given = [f"--gin_file={folder}/run/config.gin"]
+    given += [f"--gin_file=t5x_configs/{file}.gin" for file in files]
+    return given + [f"--gin.{name}={value!r}" for name, value in bindings.items()]
