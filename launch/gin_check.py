@@ -55,10 +55,12 @@ def check(
     if follow:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
     so_far: list[Reach] = []  # what each file reached with those before it
+    if follow and not part:
+        reader.after_file = lambda: so_far.append(Reach(checked.copy(), entry_name))
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
-        if follow and not part:
-            so_far.append(Reach(checked.copy(), entry_name))
+    if len(set(checked.files)) < len(checked.files):
+        so_far = []  # what a file replaces that is read again was hardly meant to be
     reader.read_bindings(bindings)
     _check_types(checked)
     if fragment:

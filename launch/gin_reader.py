@@ -9,7 +9,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gin
@@ -84,6 +84,8 @@ class Reader:
     def __init__(self, search_paths: Sequence[str]):
         self.checked = Checked()
         self.search_paths = search_paths
+        # Called after each file, those that are included among them.
+        self.after_file: Callable[[], None] = lambda: None
         self.refused: list[Problem] = []  # what untrusted files may not name
         self._trust: gin_trust.Trust | None = None  # of the file that is being read
 
@@ -119,6 +121,7 @@ class Reader:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return
         self._read(text, path, {}, (*including, found))
+        self.after_file()
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
         symbols = {"gin": Symbol("gin", _GinNames)}

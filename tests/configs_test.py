@@ -33,7 +33,18 @@ PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
 ONLINE = {"online_dpo", "rloo", "grpo", "ppo"}
-PREFERENCE = {"dpo_nll", "ipo", "slic", "simpo", "cpo", "orpo", "kto", "reward_model", "indicators"}
+PREFERENCE = {
+    "dpo_nll",
+    "ipo",
+    "slic",
+    "simpo",
+    "cpo",
+    "orpo",
+    "kto",
+    "ld_dpo",
+    "reward_model",
+    "indicators",
+}
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,

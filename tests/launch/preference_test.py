@@ -212,7 +212,7 @@ def test_what_pairs_have_in_common_is_scored_once():
         (["PAIRS_KIND='unpaired'"], "PAIRS_KIND"),
         (["REFERENCE=None"], "REFERENCE is None"),
         (["BETA=0.0"], "beta"),
-        (["LD_ALPHA=0.5"], "methods/reference_live.gin"),
+        (["preference.preference.ld_alpha=0.5"], "methods/ld_dpo.gin"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "the weight of nll is -1.0"),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),

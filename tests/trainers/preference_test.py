@@ -338,7 +338,7 @@ def test_what_cannot_be_is_said_before_a_step():
         evaluated({**batch, "pair_labels": batch["pair_weights"]}, terms.nll)
     with pytest.raises(ValueError, match="LD_ALPHA = 1.5 must lie in"):
         preference(model=MODEL, losses=[sigmoid_loss], ld_alpha=1.5)
-    with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .*reference_live.gin"):
+    with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .*ld_dpo.gin"):
         preference(model=MODEL, losses=[sigmoid_loss], ld_alpha=0.5)
     with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .* single completions"):
         preference(model=MODEL, losses=[unpaired.kto], reference=Fixed(), ld_alpha=0.5)

@@ -26,5 +26,6 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
 
 
 def slic_regulariser(pairs: PairLogProbs) -> jax.Array:
-    """softplus(1 - c), c the log-ratio of the chosen completion: beside SLiC's hinge in arXiv 2410.11677."""
+    """softplus(1 - c), c the log-ratio of the chosen completion: beside SLiC's hinge in arXiv
+    2410.11677, which does not say whether of sums, as here, or of means per token."""
     return softplus(1 - pairs.chosen_log_ratio)

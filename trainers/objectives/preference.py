@@ -49,7 +49,7 @@ def preference(
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       reference: computes the reference's log-probabilities in each step; None where they come with the batch.
       ld_alpha: weight of the log-probabilities of tokens past the length of the shorter completion of a pair, policy's
-        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. Numbers of tokens stay what they are.
+        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. So are those of the metrics, over all tokens.
       implementation: form of the cross-entropy, see model/cross_entropy.py.
 
     Raises:
@@ -83,8 +83,8 @@ def preference(
             rngs=None if rng is None else {"dropout": rng},
             mutable=["losses", *watched, *kept],
         )
-        if reference is None:
-            reference_BS = batch.get("reference_log_probs")
+        if reference is None:  # stored ones are of whole completions
+            reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
             reference_BS = reference.log_probs(extras, scored, implementation=implementation)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)
@@ -188,7 +188,7 @@ def _check_tails(
     if not live and any(_fails(loss, alone, MissingReferenceError) for loss in losses):
         raise ValueError(
             f"LD_ALPHA = {ld_alpha} weighs the reference's tokens too, and those that are stored are added up already: "
-            "give t5x_configs/methods/reference_live.gin."
+            "give t5x_configs/methods/ld_dpo.gin."
         )
 
 
