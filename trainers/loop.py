@@ -263,9 +263,9 @@ class Loop:
         self.writer.write(step, {**self._seen, **known, **self.goodput.metrics()})
 
     def _busy(self) -> float:
-        """Seconds spent training so far: steps and waiting for data."""
+        """Seconds spent training so far: steps, and waiting for batches or making them."""
         self.goodput.metrics()  # counts up to now
-        return self.goodput.seconds["step"] + self.goodput.seconds["data_wait"]
+        return self.goodput.seconds["step"] + self.goodput.seconds[self.feed.part]
 
     @property
     def _rolls_back(self) -> bool:

@@ -29,16 +29,10 @@ def main(folder: str, steps: int) -> None:
     environment.prepare()
     os.environ["ESPALIER_CACHE"] = f"{folder}/cache"
     from launch import cli
-    from trainers.online import rollouts, sampler
 
     run = pathlib.Path(folder, "online")
     shutil.rmtree(run, ignore_errors=True)
-    spans = {
-        "rollout": timed(rollouts.Rollouts, "get"),
-        "sampling": timed(sampler.Sampler, "__call__"),
-        "rewards": timed(rollouts.Rollouts, "_rewards"),
-        "reference": timed(rollouts.Rollouts, "_score"),
-    }
+    spans = {part: timed(owner, name) for part, (owner, name) in watched().items()}
     # A step is over when the next one begins, which the last one's never does.
     argv = arguments(folder, run, online_dpo.WARM_UP + steps + 1)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -48,6 +42,19 @@ def main(folder: str, steps: int) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ended = float(np.mean([row["reward/ended"] for row in rows if "reward/ended" in row]))
     print(json.dumps({"seconds": seconds(spans), "ended": ended}))
+
+
+def watched() -> dict[str, tuple[type, str]]:
+    """The methods whose calls are timed, by part."""
+    from trainers.online.rollouts import Rollouts
+    from trainers.policy_sampler import PolicySampler
+
+    return {
+        "rollout": (Rollouts, "get"),
+        "sampling": (PolicySampler, "__call__"),
+        "rewards": (Rollouts, "_rewards"),
+        "reference": (Rollouts, "_score"),
+    }
 
 
 def arguments(folder: str, run: pathlib.Path, steps: int) -> list[str]:

@@ -21,7 +21,7 @@ def share(values: Any) -> dict[str, float]:
     n, mean = len(flags), float(flags.mean())
     centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * np.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return _rounded(mean, centre - half, centre + half)
+    return _rounded(mean, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
 def mean(values: Any) -> dict[str, float]:

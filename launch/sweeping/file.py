@@ -170,20 +170,16 @@ class _Reader:
             for entry in arm.get(key) or ():
                 if entry not in known:
                     yield f"{where}: {key} names {entry!r}; {parts.nearest(entry, known)}"
-        parent = arm.get("parent")
         if arm.get("made"):
             yield from parts.made_problems(where, arm, self._arms)
-        elif parent is not None and parent not in self._arms:
-            yield f"{where}: its parent {parent!r} is no arm; {parts.nearest(parent, self._arms)}"
-        elif parent is not None and any(
-            binding.partition("=")[0].strip() == _PARENT for binding in arm.get("bindings") or ()
-        ):
-            yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: leave out one."
+        else:
+            yield from parts.binding_problems(where, arm, self._arms)
+            yield from self._parent_problems(where, arm)
         if circle := self._circle(name):
             yield f"{where} is its own ancestor ({' -> '.join(circle)}): break the circle."
         for above in self._above(name):
             what = f"its parent {above!r}"
-            if above != parent:
+            if above != arm.get("parent"):
                 what = (
                     f"{above!r}, which it is made of,"
                     if arm.get("made")
@@ -195,6 +191,17 @@ class _Reader:
             ):
                 if lacking := [entry for entry in mine if entry not in theirs]:
                     yield f"{where}: {what} lacks the {key} {parts.listed(lacking)}."
+
+    def _parent_problems(self, where: str, arm: Mapping[str, Any]) -> Iterator[str]:
+        parent = arm.get("parent")
+        if parent is None:
+            return
+        if parent not in self._arms:
+            yield f"{where}: its parent {parent!r} is no arm; {parts.nearest(parent, self._arms)}"
+        elif any(
+            binding.partition("=")[0].strip() == _PARENT for binding in arm.get("bindings") or ()
+        ):
+            yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: leave out one."
 
     def _above(self, name: str) -> tuple[str, ...]:
         """The arms that an arm starts from or is made of."""

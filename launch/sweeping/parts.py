@@ -85,6 +85,13 @@ def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -
             yield f"arm {name!r}: in commands {{{name}}} does not stand for an arm: rename it."
 
 
+def binding_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
+    """Of an arm that is trained, beside the others."""
+    for name in words.places(arm.get("bindings") or ()):
+        if name not in arms:
+            yield f"{where}: a binding names {{{name}}}, which is no arm; {nearest(name, arms)}"
+
+
 def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in evaluations.items():
         where = f"evaluation {name!r}"

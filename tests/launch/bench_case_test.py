@@ -100,6 +100,12 @@ def test_parts_of_online_dpo_are_those_of_whole_steps_after_the_first():
     assert found["parts_of_time"]["update"] == 0.6 and found["seconds_per_step"] == [10.0, 10.0]
 
 
+def test_what_online_dpo_times_is_there():
+    parts = online_dpo_jax.watched()
+    assert set(parts) == {"rollout", "sampling", "rewards", "reference"}
+    assert all(callable(getattr(owner, name)) for owner, name in parts.values())
+
+
 def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.gin").write_text("include 't5x_configs/models/bench_llama.gin'\n")

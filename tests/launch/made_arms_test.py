@@ -147,6 +147,10 @@ def test_bindings_name_what_other_arms_made(write, tmp_path):
             "a=dict(bindings=(\"X='{b}'\",), seeds=(0, 1)), b=dict(made=('{run}',), seeds=(0,))",
             [r"arm 'a': 'b', which a binding names, lacks the seeds 1\."],
         ),
+        (
+            "a=dict(bindings=(\"X='{bb}/x'\",)), b={}",
+            [r"arm 'a': a binding names \{bb\}, which is no arm; nearest: 'b'"],
+        ),
         ("a=dict(bindings=(\"X='{a}'\",))", [r"'a' is its own ancestor \(a -> a\)"]),
         ("m=dict(made='cp {run}')", ["made = 'cp {run}' is not a tuple of strings"]),
         ("m=dict(made=())", [r"made = \(\) is not a tuple of strings"]),

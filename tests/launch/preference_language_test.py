@@ -117,7 +117,25 @@ def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch)
     assert made["batch_size"] == len(facts) == 72
     assert made["settings"].sampling.temperature == 0 and made["settings"].eos_ids == (1,)
     for known in (0, 18, 60):
-        found = hook(20, types.SimpleNamespace(params=known), {})
+        found = hook(20, types.SimpleNamespace(params=known, ema_params=None), {})
         assert found == {"facts/accuracy": known / 72}
     recall.FactRecall(run=run, vocabulary=vocabulary, start_token=None)
     assert made["prompts"] == [vocabulary.encode(prompt) for prompt in facts]
+
+
+def test_online_methods_have_one_rate_and_as_many_completions():
+    from launch import gin_config
+    from launch.sweeping import file as sweep_file
+
+    runs = {run.arm: run for run in sweep_file.read("launch/sweeps/preference.py:1")}
+    for method in ("online_dpo", "rloo", "grpo", "ppo"):
+        run = runs[method]
+        config = gin_config.load(
+            run.gin_files,
+            [*run.bindings, "MODEL_DIR=/x", "INITIAL_CHECKPOINT_PATH=/y"],
+            entry="launch.train:train",
+        )
+        set_to = {**config.macros, **({"SAMPLES": 2} if method == "online_dpo" else {})}
+        rollouts = set_to["TRAIN_STEPS"] // set_to["UPDATES"]
+        assert set_to["LEARNING_RATE"] == 1e-3
+        assert rollouts * set_to["PROMPTS"] * set_to["SAMPLES"] == 25_600, method

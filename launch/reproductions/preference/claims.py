@@ -104,7 +104,7 @@ def _gap(every: Sequence[Course]) -> Claim:
     front = Part(
         "",
         "the evaluation of the best P_win ({p_win:.3}) has better LLH {chosen:.2} and worse LLH {rejected:.2}; "
-        "evaluations with a higher better and a lower worse LLH: {dominating:.0}",
+        "evaluations with a higher better and a lower worse LLH: {dominating:n}",
         _front,
         lambda n: n["on_front"] == 0,
     )
@@ -181,7 +181,7 @@ def _ranks(score: str, name: str, holds: Callable[[Numbers], bool]) -> list[Part
 
         return of
 
-    words = f"Spearman's correlation of {name} and better LLH {{rho:.2}}, {{count:.0}} evaluations"
+    words = f"Spearman's correlation of {name} and better LLH {{rho:.2}}, {{count:n}} evaluations"
     return [Part(label, words, numbers(method), holds) for method, (label, _) in METHODS.items()]
 
 

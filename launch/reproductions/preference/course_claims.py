@@ -28,8 +28,8 @@ def claims(every: Sequence[Course]) -> list[Claim]:
 
 def _entropy(every: Sequence[Course]) -> Claim:
     words = (
-        "entropy {start:.2} bits at the start, {peak:.2} at its peak after {at:.0} updates, {end:.2} at the end; the best "
-        "P_win is at {best:.0}"
+        "entropy {start:.2} bits at the start, {peak:.2} at its peak after {at:n} updates, {end:.2} at the end; the best "
+        "P_win is at {best:n}"
     )
     parts = [
         _of(Arm("dpo", strength), words, _turn, lambda n: n["end"] < n["start"] < n["peak"])
@@ -57,7 +57,7 @@ def _turn(one: Course) -> Numbers:
 
 def _mass(every: Sequence[Course]) -> Claim:
     words = (
-        "mass {start:.3} at the start, {lowest:.3} at its lowest after {at:.0} updates, {end:.3} at the end; entropy of "
+        "mass {start:.3} at the start, {lowest:.3} at its lowest after {at:n} updates, {end:.3} at the end; entropy of "
         "{entropy_start:.2} bits becomes {entropy:.2}"
     )
     parts = [

@@ -53,11 +53,13 @@ def _said(where: str, part: Part, found: Sequence[Numbers]) -> Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A number of one seed, or the mean of several with its interval; its format is `.digits`."""
+    """A number of one seed, or the mean of several with its interval; its format is `.digits`, 'n' for no interval."""
 
     values: Sequence[float]
 
     def __format__(self, spec: str) -> str:
+        if spec == "n":  # counts and steps
+            return f"{np.mean(self.values):.0f}"
         digits = int(spec.removeprefix("."))
         if len(self.values) == 1:
             return f"{self.values[0]:.{digits}f}"

@@ -34,35 +34,38 @@ This page and its plots are written by
 ```
 
 and never by hand. Each condition is judged in every seed, and on the means over seeds with 95 % intervals (Student's
-t); a claim holds where all of them meet it. Claims in bold must hold at this scale too; the others are reported as
+t); those of the stopping rule on shares of all runs (Wilson's intervals, as if runs of a seed were independent). A claim
+holds where all of them meet it. Claims in bold must hold at this scale too; the others are reported as
 they come out.
 """
 _SETUP = [
     "- *language*: prompts of three symbols and completions of at most twelve, of two languages of 244 symbols each. Texts of "
     "language A on a topic prefer six symbols; other documents are texts of language B, and 72 facts of language A. "
     "The quality of an answer to a topic is known: 0.8 for each different symbol that the topic prefers, -4 times the "
-    "share of symbols outside A, -3 for each repeat, -0.5 without an end (data/topic_language.py).",
+    "share of symbols outside A, -3 for each repeat, -0.5 without an end, and -4 for an empty answer (data/topic_language.py).",
     "- *runs*: a decoder of 0.1 million parameters (2 layers of width 64) learns all documents, 1,500 updates. Two samples of "
-    "it for each of 2,048 prompts are judged by Bradley and Terry's model of their quality, and 600 updates of 32 such "
-    "pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means; α weighs its regulariser), "
-    "of several strengths and with an NLL term of weight λ beside some. For comparison online DPO, RLOO, GRPO and PPO "
-    "learn for 200 updates from the quality of their own samples; claims, fits and rates are not of them "
+    "it are judged 2,048 times by Bradley and Terry's model of their quality, six or seven times for each of 320 prompts, "
+    "and 600 updates of 32 such pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means "
+    "over tokens; α weighs its regulariser, which is of sums), of several strengths and with an NLL term (a mean over "
+    "tokens) of weight λ beside some. A sample that was cut without an end (3 % at most) is trained on with one. For comparison online DPO, RLOO, GRPO and PPO "
+    "learn from the quality of 25,600 samples of their own (PPO in 800 updates, the others in 200); claims, fits and rates are not of them "
     "(t5x_configs/experiments/preference/cpu).",
     "- *evaluations*: every 20 updates, of 256 held-out pairs and of an output to each of their prompts, with temperature 0.5 "
-    "and top-p 0.75. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
+    "and top-p 0.75; held-out prompts are of the topics that were trained on, in other words. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
     "preferred and that were not. *P_win*: mean of σ(quality - quality of the output before the first update). *EAD*: "
-    "distinct n-grams of all outputs together, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
-    "tokens in outputs. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
+    "distinct n-grams of all outputs together, n = 1 to 5, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
+    "tokens in outputs, renormalised for the entropy. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
-    "- *choices that the paper leaves open*, made before the numbers of this page were counted: runs of a seed share their "
+    "- *choices that the paper leaves open*, made when runs of the first seed were there and not yet judged: runs of a seed share their "
     "evaluation before the first update, which counts once; fits and bins are of evaluations with a better LLH above "
     f"{fits.CLIP:g}, below which texts have broken down, and the {fits.BINS} bins have as many evaluations each; the end of "
     f"a run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
     "the middle one; the largest gap is that at the end; β is small below 1; the mass is that of the arm of each method "
-    "that moves furthest. That bins are read with the tail too was added when some runs of the first seed had been seen.",
+    "that moves furthest; for C2 one evaluation on the better side of both likelihoods is enough; C5 reads single evaluations, so "
+    "that a rise may be noise. That bins are read with the tail too was added when some runs of the first seed had been seen.",
     f"- *stopping rule*: trainers/indicators/alarm.py as it is by default. A run is over-optimised if P_win at its end is "
     f"more than {rule.LOSS} below its best. An alarm is false where it is not; early where it comes more than an "
-    "evaluation before the best P_win; and missed where an over-optimised run has none.",
+    "evaluation before the best P_win; missed where an over-optimised run has none; and in time otherwise, however late.",
     "- *where it falls short*: the paper's models are of 7 and 35 billion parameters, its preferences people's or a large "
     "model's, and its judge a reward model; here quality is exact, and a text is a dozen symbols.",
 ]

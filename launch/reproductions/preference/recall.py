@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data import topic_language
+from model.actor_critic import language_model, language_model_params
 from trainers.decode import Settings
 from trainers.hooks import RunContext
 from trainers.indicators.generator import Generator
@@ -38,7 +39,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            self.run.recipe.model,
+            language_model(self.run.recipe.model),
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -55,6 +56,9 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        outputs = self._generator(state.params, step)
+        # Averaged parameters where there are some, as indicators read them.
+        params = state.params if state.ema_params is None else state.ema_params
+        params = language_model_params(self.run.recipe.model, params)
+        outputs = self._generator(params, step)
         right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}
