@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
         "model": {"made": (*module, "launch.convert", f"--from_gguf={weights}", "--to={run}")},
         "pairs": {"made": (*module, "launch.preference_pairs", *pairs)},
         "dpo": _learned("BETA=0.1"),
-        "dpo_low_beta": _learned("BETA=0.01"),
         "dpo_nll": _learned("BETA=0.1", "NLL_WEIGHT=1.0", method=(NLL,)),
+        "dpo_low_beta": _learned("BETA=0.01"),
     }
     return ml_collections.ConfigDict(
         {"gin_files": (EXPERIMENT,), "arms": ml_collections.ConfigDict(arms, sort_keys=False)}
