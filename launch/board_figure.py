@@ -58,6 +58,7 @@ def draw(
             _lines(one, run, solid, dashed, colour)
         if solid == "p_win":
             one.axhline(0.5, color="black", lw=0.8, alpha=0.4)
+            _around_a_half(one)
         if solid == "ended":
             one.set_ylim(-0.03, 1.03)
     if scattered:
@@ -117,6 +118,13 @@ def _against_likelihood(axes: Any, runs: Sequence[Run], colours: Sequence[str]) 
         axes.plot(x, y, "-", color=colour, lw=0.8, alpha=0.5)
         axes.scatter(x, y, s=14, color=colour)
         axes.plot(x[0], y[0], marker="o", ms=7, mfc="white", mec=colour)
+    _around_a_half(axes)
+
+
+def _around_a_half(axes: Any) -> None:
+    """Room around 0.5, so that the noise of a few prompts does not fill a panel of P_win."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.44), max(high, 0.56))
 
 
 def _colours(count: int) -> Sequence[str]:
