@@ -289,21 +289,25 @@ def test_what_a_data_file_requires_is_asked_for(name):
     assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
-# What a sweep binds of an experiment, and rows that eight devices have equal parts of.
-SWEPT = {
-    "t5x_configs/experiments/preference/smollm/arithmetic.gin": [
-        "INITIAL_CHECKPOINT_PATH='model'",
-        "TOKENIZER='model/tokenizer'",
-        "PAIRS='pairs.jsonl'",
-        "BATCH_SIZE=8",
-    ]
+# What an arm of a sweep has beside an experiment's file; batches of which eight devices have equal parts.
+ARMS = {
+    "t5x_configs/experiments/preference/smollm/arithmetic.gin": (
+        [],
+        [
+            "PAIRS='x.jsonl'",
+            "TOKENIZER='/tmp/sft/tokenizer'",
+            "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
+            "BATCH_SIZE=8",
+        ],
+    ),
 }
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS)
 def test_an_experiment_makes_a_program(file):
-    bindings = ["MODEL_DIR='/tmp/x'", *SWEPT.get(file, ())]
-    config = gin_config.load([file], bindings, entry="launch.train:train")
+    files, bindings = ARMS.get(file, ([], []))
+    bindings = ["MODEL_DIR='/tmp/x'", *bindings]
+    config = gin_config.load([file, *files], bindings, entry="launch.train:train")
     arguments = config.arguments()
     program = arguments["recipe"].program()
     assert program.num_params() > 0

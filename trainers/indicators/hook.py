@@ -101,10 +101,6 @@ class PreferenceIndicators:
         self._chosen = [self._row(pair.prompt, pair.chosen) for pair in data.pairs]
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
-        self._infos = [
-            {"chosen": self._texts.text(pair.chosen), "rejected": self._texts.text(pair.rejected)}
-            for pair in data.asked
-        ]
         model, program = self.run.recipe.model, self.run.program
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
@@ -124,6 +120,10 @@ class PreferenceIndicators:
             sharding=program.batch_sharding,
             seed=self.seed,
         )
+        self._infos = [
+            {"chosen": self._texts.text(pair.chosen), "rejected": self._texts.text(pair.rejected)}
+            for pair in data.asked
+        ]
         self._monitor = recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
