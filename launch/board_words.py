@@ -47,8 +47,7 @@ def sentence(run: Run) -> str:
     first, last = run.first("llh_chosen"), run.final("llh_chosen")
     assert first is not None and last is not None  # see board_series.read
     verb = "fell" if last < first else "rose"
-    ends = f"from {_number(first, 2)} to {_number(last, 2)} nats per token"
-    moved = f"likelihood of chosen completions {verb} {ends}"
+    moved = f"likelihood of chosen completions {verb} from {first:.2f} to {last:.2f} nats per token"
     peak, entropy = run.highest("entropy"), run.final("entropy")
     if peak is None or entropy is None:
         return f"{moved}; it has no indicators (t5x_configs/methods/indicators.gin)."
@@ -83,7 +82,7 @@ def length_link(runs: Sequence[Run]) -> str | None:
     r = measures.pearson(*zip(*points, strict=True))
     if r != r:
         return None
-    return f"length: r = {_number(r, 2)} between likelihood and length of output, over {len(points)} evaluations."
+    return f"length: r = {r:.2f} between likelihood and length of output, over {len(points)} evaluations."
 
 
 def _accuracy(run: Run) -> str:

@@ -62,10 +62,10 @@ def test_what_the_signals_say(runs):
         said.startswith("signs of over-optimisation at step 30")
         and "best P_win 0.700 at step 20" in said
     )
-    assert "fell from −1.00 to −1.40" in said and "highest at step 20 (2.40 bits)" in said
+    assert "fell from -1.00 to -1.40" in said and "highest at step 20 (2.40 bits)" in said
     assert board_words.sentence(kind).startswith("no sign of over-optimisation")
     assert "no indicators" in board_words.sentence(bare)
-    assert "r = −1.00 " in board_words.length_link([hot])
+    assert "r = -1.00 " in board_words.length_link([hot])
     assert board_words.length_link([bare]) is None
 
 
