@@ -47,7 +47,11 @@ def write(directories: Sequence[str], path: pathlib.Path) -> str:
 
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"--output={path}: name a file that ends with .html or .png.")
-    runs = [board_series.read(name, folder) for name, folder in report.named(directories).items()]
+    named = report.named(directories)
+    runs = [
+        board_series.read(name, folder)
+        for name, folder in zip(_without_common_end(list(named)), named.values(), strict=True)
+    ]
     sentences = [f"{run.name}: {board_words.sentence(run)}" for run in runs]
     if (link := board_words.length_link(runs)) is not None:
         sentences.append(link)
@@ -65,6 +69,14 @@ def write(directories: Sequence[str], path: pathlib.Path) -> str:
         html_page.write("\n".join(lines), path)
         image.unlink()
     return "\n".join([*sentences, f"the board is {path}"])
+
+
+def _without_common_end(names: Sequence[str]) -> list[str]:
+    """Of the runs of a sweep, dpo/seed0 and ipo/seed0, the seed says nothing."""
+    parts = [name.split("/") for name in names]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ["/".join(part) for part in parts]
 
 
 def _line(cells: Sequence[str]) -> str:

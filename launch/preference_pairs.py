@@ -8,20 +8,23 @@ Kinds:
   translations  from gettext catalogues of installed packages (Django and Sphinx are; Weblate has more)
   reasoning     right answers to problems of reasoning-gym (pip install reasoning-gym) against altered ones
                 that its scorers give less
+  arithmetic    right results of small sums and products against altered ones
   rated         --input=FILE with rows {"prompt": ..., "responses": [...], "ratings": [...]}: the best
                 response against one that is rated lower
 
-The rows are {"prompt", "chosen", "rejected"}, which t5x_configs/data/preferences.gin takes. The first two kinds
-are constructed: nobody was asked what they prefer.
+The rows are {"prompt", "chosen", "rejected"}, which t5x_configs/data/preferences.gin takes. All kinds
+but the last are constructed: nobody was asked what they prefer.
 """
 
 import argparse
+import contextlib
 import itertools
+import pathlib
 from collections.abc import Sequence
 
 from launch import cli
 
-KINDS = ("translations", "reasoning", "rated")
+KINDS = ("translations", "reasoning", "arithmetic", "rated")
 _CONSTRUCTED = 10_000  # pairs, of which there could be as many as are asked for
 _RATED = {"input": None, "rejected": "worst", "min_margin": 0.0}  # flags of one kind
 
@@ -78,6 +81,9 @@ def _write(flags: argparse.Namespace, rated: dict) -> None:
     from data.preferences.tally import Tally
     from launch import row_files
 
+    # The directory of an arm of a sweep is made with the file; one that more is missing of is an error.
+    with contextlib.suppress(FileNotFoundError):
+        pathlib.Path(flags.output).parent.mkdir(exist_ok=True)
     row_files.check_output(flags.output)
     dropped = Tally()
     if flags.kind == "rated":
@@ -89,10 +95,13 @@ def _write(flags: argparse.Namespace, rated: dict) -> None:
             seed=flags.seed,
             dropped=dropped,
         )
-    elif flags.kind == "reasoning":
-        made = constructed.reasoning(limit=flags.limit, seed=flags.seed)
     else:
-        made = constructed.translations(limit=flags.limit, seed=flags.seed)
+        make = {
+            "translations": constructed.translations,
+            "reasoning": constructed.reasoning,
+            "arithmetic": constructed.arithmetic,
+        }[flags.kind]
+        made = make(limit=flags.limit, seed=flags.seed)
     made = itertools.islice(made, flags.limit)
     pairs = list(tqdm.tqdm(made, desc=flags.kind, unit=" pairs", disable=None))
     if not pairs:

@@ -304,13 +304,23 @@ def test_what_a_data_file_requires_is_asked_for(name):
     assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
-# What an arm of a sweep has beside an experiment's file, such as launch/sweeps/preference.py.
+# What an arm of a sweep has beside an experiment's file, such as launch/sweeps/preference.py; batches of which eight
+# devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 ARMS = {
     "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
     "t5x_configs/experiments/preference/cpu/online.gin": (
         ["t5x_configs/methods/rloo.gin"],
         _PAIRS,
+    ),
+    "t5x_configs/experiments/preference/smollm/arithmetic.gin": (
+        [],
+        [
+            "PAIRS='x.jsonl'",
+            "TOKENIZER='/tmp/sft/tokenizer'",
+            "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
+            "BATCH_SIZE=8",
+        ],
     ),
 }
 

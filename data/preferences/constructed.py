@@ -1,10 +1,11 @@
 """Pairs whose order is known by construction and can be checked: nobody was asked what they prefer.
 
 `reasoning` takes problems of the package reasoning-gym, which scores any answer to them: the right answer
-against one that is altered and scores less. `translations` takes what installed packages translate with
-gettext: a message in the language that is asked for against the same message in another one.
+against one that is altered and scores less. `arithmetic` needs no package: right results against altered ones.
+`translations` takes what installed packages translate with gettext: a message in the language that is asked for
+against the same message in another one.
 
-Both yield rows as `records` has them, with "source" telling where a pair is from.
+All yield rows as `records` has them, with "source" telling where a pair is from.
 """
 
 import itertools
@@ -24,6 +25,8 @@ PROBLEMS = (
     *("letter_counting", "spell_backward", "word_sorting", "number_sorting", "caesar_cipher"),
     *("calendar_arithmetic", "leg_counting", "family_relationships"),
 )
+# Before each question of `arithmetic`, so that small models answer with a number.
+WORKED = "12 + 7 = 19\n"
 _TRIES = 20  # alterations of an answer, before a problem is passed over
 LANGUAGE_NAMES = {
     **{"ar": "Arabic", "cs": "Czech", "nl": "Dutch", "fr": "French", "de": "German", "el": "Greek"},
@@ -66,6 +69,34 @@ def reasoning(
     turns = itertools.product(range(size - 1), zip(problems, sets, strict=True))
     made = (_reasoning_row(name, found, index, rng) for index, (name, found) in turns)
     return itertools.islice(filter(None, made), limit)
+
+
+def arithmetic(*, limit: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Right results of sums and products of small numbers against altered ones, after a worked example.
+
+    Args:
+      limit: the most pairs: sums and products in turns, each once, then what is left of the sums.
+      seed: of their order and the alterations.
+    """
+    rng = random.Random(seed)
+    sums = [(f"{a} + {b}", a + b) for a in range(2, 50) for b in range(2, 50)]
+    products = [(f"{a} * {b}", a * b) for a in range(2, 50) for b in range(2, 10)]
+    for problems in (sums, products):
+        rng.shuffle(problems)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(sums, products))
+    made = (_arithmetic_row(*problem, rng) for problem in turns if problem is not None)
+    return itertools.islice(made, limit)
+
+
+def _arithmetic_row(question: str, result: int, rng: random.Random) -> dict:
+    right = str(result)
+    wrong = next(other for other in _altered(right, right, rng) if other != right)
+    return {
+        "prompt": f"{WORKED}{question} =",
+        "chosen": f" {right}",
+        "rejected": f" {wrong}",
+        "source": "constructed/arithmetic",
+    }
 
 
 def _reasoning_row(name: str, found: Any, index: int, rng: random.Random) -> dict | None:

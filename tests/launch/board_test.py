@@ -97,7 +97,7 @@ def test_a_board_is_one_file(runs, tmp_path, capsys, ending):
         page = path.read_text()
         assert "data:image/png;base64," in page and "<td>−1.00 → −1.40</td>" in page
     else:
-        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
 
 
 def test_what_cannot_be_drawn_is_an_error(runs, tmp_path, capsys):
@@ -109,6 +109,21 @@ def test_what_cannot_be_drawn_is_an_error(runs, tmp_path, capsys):
     ):
         assert board.main(arguments) == 2
         assert says in capsys.readouterr().err
+
+
+def test_runs_of_a_sweep_go_by_the_names_of_their_arms(tmp_path, capsys):
+    rows = list(watched((0, 10, 20)))
+    for name in ("dpo", "ipo"):
+        (tmp_path / name).mkdir()
+    folders = [run(tmp_path / name, rows) for name in ("dpo/seed0", "ipo/seed0", "ipo/seed1")]
+    for given, names in (
+        (folders[:2], ["dpo", "ipo"]),
+        (folders, ["dpo/seed0", "ipo/seed0", "ipo/seed1"]),
+        (folders[:1], ["seed0"]),
+    ):
+        assert board.main([*given, f"--output={tmp_path}/board.html"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in lines[: len(names)]] == names
 
 
 def test_many_runs_have_colours_of_their_own():

@@ -49,6 +49,13 @@ def test_translations(tmp_path):
     assert all(records.parse(row, "x", "x").prompt.startswith("Translate into ") for row in rows)
 
 
+def test_arithmetic_in_a_folder_that_is_made_with_it(tmp_path):
+    out = tmp_path / "made" / "pairs.jsonl"
+    assert preference_pairs.main(["--kind=arithmetic", f"--output={out}", "--limit=20"]) == 0
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert len(rows) == 20 and all(row["chosen"] != row["rejected"] for row in rows)
+
+
 def test_errors_are_for_people(tmp_path, capsys):
     out = f"--output={tmp_path / 'out.jsonl'}"
     for arguments, message in (
@@ -67,7 +74,7 @@ def test_errors_are_for_people(tmp_path, capsys):
         (["--kind=rated", out, write(tmp_path, rated(1))], "line 1: 1 responses and 1 ratings"),
         (["--kind=rated", out, ties, "--min_margin=2"], "no pair is made. Dropped: 1 tie (first: "),
         (["--kind=rated", out, empty], "There is nothing to make one of"),
-        (["--kind=translations", f"--output={tmp_path}/no/x.jsonl"], "there is no folder"),
+        (["--kind=translations", f"--output={tmp_path}/no/folder/x.jsonl"], "there is no folder"),
     ):
         assert preference_pairs.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -7,8 +7,12 @@ import importlib.metadata
 import json
 import pathlib
 
+import gin
 import numpy as np
 import pytest
+
+from launch import gin_config
+from launch.sweeping import file
 
 GOLDEN = json.loads(
     pathlib.Path(__file__).with_name("goldens").joinpath("smollm2.json").read_text()
@@ -63,3 +67,20 @@ def test_greedy_continuations_are_those_of_transformers(imported, command, tmp_p
     scores = rows(command, tmp_path, "score", imported, scored, f"--batch_size={len(CASES)}")
     for row, score in zip(found, scores, strict=True):
         np.testing.assert_allclose(score["logprobs"], row["logprobs"], atol=1e-3)
+
+
+def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_differ():
+    runs = {run.arm: run for run in file.read("launch/sweeps/preference_smollm.py")}
+    trained = {arm: run for arm, run in runs.items() if not run.made}
+    assert list(trained) == ["dpo", "dpo_nll", "dpo_low_beta"]
+    assert {run.parent for run in trained.values()} == {"model/seed0"}
+    found = {}
+    for arm, run in trained.items():
+        given = [*run.bindings, "MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='model'"]
+        config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+        found[arm] = set(config.text.splitlines())
+        assert [str(warning) for warning in config.warnings] == []
+        gin.clear_config()
+    beta, other = found["dpo"], found["dpo_low_beta"]
+    assert (beta - other, other - beta) == ({"BETA = 0.1"}, {"BETA = 0.01"})
+    assert any("terms.nll" in line for line in found["dpo_nll"] - beta)

@@ -27,11 +27,21 @@ class PairStream(Protocol):
 
 
 class HeldOut(NamedTuple):
-    """Pairs in the order of their digests; their prompts, each once; what is read before a prompt, one token or none."""
+    """What evaluations read.
+
+    Attributes:
+      pairs: in the order of their digests.
+      asked: for each prompt that is to be continued, its first pair.
+      start: what is read before a prompt, one token or none.
+    """
 
     pairs: list[Pair]
-    prompts: list[tuple[int, ...]]
+    asked: list[Pair]
     start: tuple[int, ...]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [pair.prompt for pair in self.asked]
 
 
 def read(
@@ -74,9 +84,15 @@ def read(
             "PreferenceIndicators.tasks differ in their start_token: name tasks that are read alike."
         )
     pairs = [found[digest] for digest in sorted(found)]
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[:num_prompts]
+    first: dict[tuple[int, ...], Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair.prompt, pair)
     (start,) = starts
-    return HeldOut(pairs[:num_pairs], prompts, () if start is None else (int(start),))
+    return HeldOut(
+        pairs[:num_pairs],
+        list(first.values())[:num_prompts],
+        () if start is None else (int(start),),
+    )
 
 
 def _ids(ids: Ids) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ class PreferenceIndicators:
       batch_size: sequences at a time, rounded up to what the mesh divides.
       top_k: tokens that count as the likeliest.
       reference: its log-ratio and L2 distance are measured; None for neither, and no second model in memory.
-      reward: judges outputs, read from its checkpoint if it lies in one; None for none.
+      reward: judges outputs, read from its checkpoint if it lies in one; None for none. It is told the texts
+        'chosen' and 'rejected' of the prompt's pair.
       competitor: a file of outputs that compete with the policy's (see samples.py); None for those of the first
         evaluation, which is before the first update.
       rule: when to raise the alarm.
@@ -121,6 +122,10 @@ class PreferenceIndicators:
             sharding=program.batch_sharding,
             seed=self.seed,
         )
+        self._infos = [
+            {"chosen": self._texts.text(pair.chosen), "rejected": self._texts.text(pair.rejected)}
+            for pair in data.asked
+        ]
         self._monitor = recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
@@ -195,7 +200,7 @@ class PreferenceIndicators:
             for row, ratio in zip(numbers, ours_N - theirs_N, strict=True):
                 row["log_ratio"] = float(ratio)
         if self._judge is not None:
-            rewards_N = self._judge.rewards(completions)
+            rewards_N = self._judge.rewards(self._told(completions))
             found["reward"] = float(np.mean(rewards_N, dtype=np.float64))
             found["p_win"] = self._judge.win_probability(rewards_N)
             for row, reward in zip(numbers, rewards_N, strict=True):
@@ -235,7 +240,14 @@ class PreferenceIndicators:
         path: str | os.PathLike | None = self.competitor
         if path is None and self._monitor.first_step is not None:
             path = samples.path_of(self.run.path, self._monitor.first_step)
-        return None if path is None else samples.competitor(path, self._prompts, self._texts)
+        if path is None:
+            return None
+        return self._told(samples.competitor(path, self._prompts, self._texts))
+
+    def _told(self, completions: Sequence[Completion]) -> list[Completion]:
+        """The completions of all prompts with the texts of their pairs, for verifiers."""
+        pairs = zip(completions, self._infos, strict=True)
+        return [dataclasses.replace(completion, info=info) for completion, info in pairs]
 
     @functools.cached_property
     def _reference_reader(self) -> Reader:

@@ -62,6 +62,21 @@ def test_right_answers_against_altered_ones(gym):
     assert len(list(constructed.reasoning(limit=3, seed=3, problems=("sums",)))) == 3
 
 
+def test_results_of_sums_and_products_against_wrong_ones():
+    rows = list(constructed.arithmetic(limit=10_000, seed=3))
+    assert len(rows) == len({row["prompt"] for row in rows}) == 48 * 48 + 48 * 8
+    for row in rows:
+        assert row["prompt"].startswith(constructed.WORKED)
+        left, sign, right, equals = row["prompt"].removeprefix(constructed.WORKED).split()
+        result = {"+": int.__add__, "*": int.__mul__}[sign](int(left), int(right))
+        assert (row["chosen"], equals) == (f" {result}", "=") and row["source"]
+        assert 0 < abs(int(row["rejected"]) - result) <= 10
+    signs = [row["prompt"].split()[-3] for row in rows[:6]]
+    assert signs == ["+", "*"] * 3
+    assert rows[:9] == list(constructed.arithmetic(limit=9, seed=3))
+    assert rows[:9] != list(constructed.arithmetic(limit=9, seed=4))
+
+
 def test_without_the_package_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(constructed.MissingPackageError, match="pip install reasoning-gym"):

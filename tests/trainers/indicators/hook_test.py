@@ -291,6 +291,23 @@ def test_outputs_of_another_model_compete(tmp_path):
         hook(tmp_path, reward=vowels, competitor=str(tmp_path / "none.jsonl"))
 
 
+def test_a_verifier_is_told_the_texts_of_the_pair_of_policy_and_competitor_alike(tmp_path):
+    told = []
+
+    def reward(completions):
+        told.append([c.info for c in completions])
+        return np.zeros(len(completions), np.float32)
+
+    hook(tmp_path, reward=reward)(0, state(0), {})
+    hook(tmp_path, reward=reward, competitor=str(samples.path_of(tmp_path, 0)))
+    first = [
+        Pairs().found[i] for i in (0, 2, 3)
+    ]  # of the two pairs of one prompt, that of the first digest
+    texts = [[Letters().decode(list(side)) for side in pair[2:]] for pair in first]
+    expected = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
+    assert told == [expected, expected]
+
+
 def test_texts_go_on_after_the_end_of_a_turn():
     assert samples.Texts(Letters(), {1}).text([2, 1, 3]) == "ab"
 
