@@ -394,7 +394,15 @@ def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(
     config = load_preferences(methods)
     assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
-    free = {"reference_free", "reference_live", "simpo", "cpo", "orpo", "reward_model"} & {*methods}
+    free = {
+        "reference_free",
+        "reference_live",
+        "ld_dpo",
+        "simpo",
+        "cpo",
+        "orpo",
+        "reward_model",
+    } & {*methods}
     assert ("reference_log_probs" in recipe.reads.arrays(32)) == (not free)
 
 
