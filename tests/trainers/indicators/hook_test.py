@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from launch import gin_seams
+from model.actor_critic import ActorCritic
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import initialise, metric_writers, partitioning
@@ -103,9 +104,9 @@ def vowels(completions):
     return np.array([np.mean([x in "aeiou" for x in t] or [0.0]) for t in texts], np.float32)
 
 
-def hook(path, *, step=0, give_up=lambda done: False, **settings):
+def hook(path, *, step=0, give_up=lambda done: False, model=MODEL, **settings):
     run = RunContext(
-        path=path, writer=True, step=step, recipe=types.SimpleNamespace(model=MODEL),
+        path=path, writer=True, step=step, recipe=types.SimpleNamespace(model=model),
         program=PROGRAM, learning_rate=lambda step: 0.0, give_up=give_up,
     )  # fmt: skip
     given = {"pairs": lambda task: Pairs(task), "tasks": ["a"], "vocabulary": Letters()}
@@ -378,3 +379,12 @@ def test_the_streams_are_opened_as_the_seam_says(tmp_path):
     hook(tmp_path, pairs=opened)
     row = gin_seams.PASSED["trainers.indicators.hook.PreferenceIndicators"]
     assert calls == [row["pairs"]]
+
+
+def test_of_an_actor_and_critic_the_actor_is_read(tmp_path):
+    whole = types.SimpleNamespace(
+        params={"backbone": parameters(1), "value_head": {}}, ema_params=None
+    )
+    found = hook(tmp_path / "whole", model=ActorCritic(backbone=MODEL), reference=Reference())
+    alone = hook(tmp_path / "alone", reference=Reference())
+    assert found(0, whole, {}) == alone(0, state(1), {})
