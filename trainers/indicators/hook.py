@@ -230,7 +230,7 @@ class PreferenceIndicators:
             else "The run goes on; INDICATORS_STOP = 'alarm' would end it here."
         )
         return (
-            f"step {alarm.step}: over-optimisation: {alarm.reason}. {end} Release the checkpoint of {kept} (kept "
+            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. {end} Release the checkpoint of {kept} (kept "
             "where checkpoints are as frequent as indicators), or train again with a larger BETA, an NLL term in "
             "LOSSES or a lower LEARNING_RATE."
         )

@@ -12,7 +12,7 @@ from launch.reproductions.preference.results import Course
 
 STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 CAPTION = (
-    "Left: P_win over training (mean of three evaluations) of the arm of each direct method with the best end, and of online "
+    "Left: P_win over training of the arm of each direct method with the best end, and of online "
     "methods; thin lines are seeds. Right: P_win against the mean log-ratio of outputs, log π(y) - log π_ref(y), all evaluations"
 )
 _ONLINE_STYLE = {
@@ -35,7 +35,7 @@ def draw(every: Sequence[Course]) -> Any:
     figure, (left, right) = panels(2, (13, 5.2))
     for arm in _shown(every):
         mine, (colour, _) = results.find(every, arm), styles[arm.method]
-        curves, steps = np.stack([one.moving("p_win") for one in mine]), mine[0]["step"]
+        curves, steps = np.stack([one["p_win"] for one in mine]), mine[0]["step"]
         look = {"color": colour, "ls": "-" if arm.direct else "--"}
         left.plot(steps, curves.mean(0), lw=2.2, label=arm.label, **look)
         left.plot(steps, curves.T, lw=0.6, alpha=0.5, **look)
