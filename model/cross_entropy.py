@@ -86,7 +86,14 @@ def token_log_probs(
     implementation: str = "auto",
     chunk: int = 512,
 ) -> jax.Array:
-    """log p(target) of every token, float32, differentiable; arguments as above."""
+    """log p(target) of every token, float32, differentiable; arguments as above.
+
+    'auto' keeps the logits of all tokens where one chunk may have as many: here 'chunked', whose gradient cannot be taken
+    on the way as that of a sum, computes them twice.
+    """
+    few = h_TD.shape[0] * head_VD.shape[0] <= CHUNK_LOGITS
+    if implementation == "auto" and target_platform() == "cpu" and few:
+        implementation = "onehot"
     form, implementation = _resolve(head_VD, logit_scale, softcap, 0.0, implementation, chunk)
     head_VD = head_VD.astype(h_TD.dtype)
     if implementation == "chunked":

@@ -266,3 +266,18 @@ def test_bad_options(arrays):
         weighted_cross_entropy(*arrays, implementation="fused")
     with pytest.raises(ValueError, match="chunk = 0"):
         token_log_probs(*arrays[:3], chunk=0)
+
+
+def test_logits_of_few_tokens_are_kept_and_of_many_computed_again(monkeypatch):
+    h_TD, head_VD, targets_T = jnp.ones((6, 4)), jnp.eye(8, 4), jnp.arange(6)
+
+    def loops():
+        def total(h_TD):
+            return cross_entropy.token_log_probs(h_TD, head_VD, targets_T, chunk=2).sum()
+
+        return "scan" in str(jax.make_jaxpr(jax.grad(total))(h_TD))
+
+    monkeypatch.setattr(cross_entropy, "target_platform", lambda: "cpu")
+    assert not loops()
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 47)
+    assert loops()
