@@ -133,7 +133,9 @@ def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
     # GPT-2 small, of which the vocabulary and the number of positions are others.
     assert total == 124_439_808 + 768 * (32_000 - 50_257 + 1152 - 1024)
     assert (dense["recipe"].batch_size, dense["recipe"].length) == (512, 256)
-    assert gin.query_parameter("data.stream.make_eval_stream.task_feature_lengths") == {"targets": 1152}
+    assert gin.query_parameter("data.stream.make_eval_stream.task_feature_lengths") == {
+        "targets": 1152
+    }
     gin.clear_config(clear_constants=True)
     _, found = parameters(load([f"{FULL}gpt2_lm1b_low_rank.gin"]))
     assert {one.rank for one in found} == {476} and len(found) == 6
