@@ -104,7 +104,7 @@ setup(
         ]
     ),
     install_requires=CORE,
-    package_data={"launch.suites": ["*/*.yaml"]},
+    package_data={"launch.papers.code_mix": ["harness_tasks/*.yaml"]},
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = launch.cli:console"]},
 )

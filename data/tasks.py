@@ -9,10 +9,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import corpus as corpus_lib
-from data import document_source
-from data.document_files import DocumentFiles
-from data.sources import names
+from data.text import corpus as corpus_lib
+from data.text import document_source
+from data.text.document_files import DocumentFiles
+from data.text.sources import names
 
 # What this module registered, by name: task or mixture -> facts for the record of a run.
 _TASKS: dict[str, dict[str, Any]] = {}
@@ -37,8 +37,8 @@ def register_corpus(
     arguments changes nothing.
 
     Args:
-      vocabulary: a SeqIO vocabulary, as `data.vocabularies` makes.
-      corpus: an assembled corpus; by default `data.corpus.assemble(sources=sources)`.
+      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
+      corpus: an assembled corpus; by default `data.text.corpus.assemble(sources=sources)`.
       sources: names of sources or groups to register.
       temperature: a source of b bytes has the rate b ** (1 / temperature) in a mixture.
       language_temperature: the same in `multilingual`, whose sizes differ by ten times.

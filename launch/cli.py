@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from launch import environment, root_check
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
-    from launch.gin_config import Config
+    from launch.config.gin_config import Config
 
 OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
@@ -73,7 +73,7 @@ def main(
       run: called with the `Start` in place of the entry function.
       default_files: gin files read before those of --gin_file, from the flags; such as the
         configuration in a checkpoint's run directory. They may be anyone's, and name only what is
-        harmless (launch/gin_trust.py).
+        harmless (launch/config/gin_trust.py).
       command: name of this entry point where it is not the module of `entry`.
       unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
       part: takes the configuration of a training run, of which it uses a part.
@@ -93,7 +93,7 @@ def main(
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
         )
-        from launch import gin_config
+        from launch.config import gin_config
 
         defaults = list(default_files(flags)) if default_files else []
         config = gin_config.load(
@@ -132,6 +132,51 @@ def status_of(call: Callable[[], Any]) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = None) -> int:
+    """Runs the sub-command that the first argument names, as a program with the arguments after it.
+
+    Args:
+      doc: help text of the command.
+      commands: modules by sub-command.
+      default: module that runs when the first argument is a flag.
+
+    Returns:
+      The exit status: 2 for an unknown sub-command; a sub-command exits with its own.
+    """
+    import runpy
+
+    program = sys.argv[0] if sys.argv[0].startswith("espalier ") else _program()
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in commands:
+        sys.argv[:2] = [f"{program} {name}"]
+        runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
+        return 0
+    if default is not None and name is not None and name.startswith("-"):
+        runpy.run_module(default, run_name="__main__", alter_sys=True)
+        return 0
+    known = {key: _summary(module) for key, module in commands.items()}
+    if name in (None, "-h", "--help"):
+        print(doc.strip() + "\n")
+        for key, summary in known.items():
+            print(f"  {key:<16} {summary}")
+        return 0 if name else USAGE_ERROR
+    _print_unknown(program, name, known)
+    return USAGE_ERROR
+
+
+def _program() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main is not None else os.path.basename(sys.argv[0])
+
+
+def _print_unknown(program: str, name: str, known: Mapping[str, str]) -> None:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Nearest: {near[0]}." if near else ""
+    print(f"{program}: no command '{name}'.{hint} Known: {', '.join(known)}", file=sys.stderr)
+
+
 def console() -> int:
     """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
     commands = _commands()
@@ -142,11 +187,7 @@ def console() -> int:
             print(f"  {command:<12} {summary}")
         return 0 if name else USAGE_ERROR
     if name not in commands:
-        import difflib
-
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f" Nearest: {near[0]}." if near else ""
-        print(f"espalier: no command '{name}'.{hint} Known: {', '.join(commands)}", file=sys.stderr)
+        _print_unknown("espalier", name, commands)
         return USAGE_ERROR
     import runpy
 
@@ -162,16 +203,24 @@ def _commands() -> dict[str, str]:
     import ast
 
     folder = os.path.dirname(os.path.abspath(__file__))
-    found = {}
+    commands = {}
     for file in sorted(os.listdir(folder)):
-        path = os.path.join(folder, file)
         if file.endswith(".py"):
-            with open(path, encoding="utf-8") as source:
+            with open(os.path.join(folder, file), encoding="utf-8") as source:
                 text = source.read()
             if "\nif __name__ == " in text:
                 doc = ast.get_docstring(ast.parse(text)) or ""
-                found[file.removesuffix(".py")] = doc.partition("\n")[0]
-    return found
+                commands[file.removesuffix(".py")] = doc.partition("\n")[0]
+    return commands
+
+
+def _summary(module: str) -> str:
+    """The first line of a module's docstring, which is not imported."""
+    import ast
+
+    path = os.path.join(root_check.ROOT, *module.split(".")) + ".py"
+    with open(path, encoding="utf-8") as source:
+        return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
 
 
 def _parser(doc: str, program: str) -> argparse.ArgumentParser:

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli, environment, load_run
+from launch import cli, environment
+from launch.run import load_run
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.to_hf is not None:
             _export(flags, shard_bytes)
             return
-        from launch import import_weights
+        from launch.weights import import_weights
 
         convert, given = import_weights.import_hf, flags.from_hf
         if flags.from_gguf is not None:
@@ -95,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
-    from launch import export_weights, gin_config
+    from launch.config import gin_config
+    from launch.weights import export_weights
 
     defaults = load_run.default_files(flags)
     config = gin_config.load(
         flags.gin_file,
-        entry="launch.load_run:RunConfig",
+        entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         untrusted=defaults,
     )

@@ -16,7 +16,8 @@ them end. Rows that are done are in y.jsonl.partial until all are. A row's conti
 """
 
 if __name__ == "__main__":
-    from launch import cli, generate_flags, load_run
+    from launch import cli, generate_flags
+    from launch.run import load_run
 
     def start_run(start):
         from launch import generate
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="launch.load_run:RunConfig",
+            entry="launch.run.load_run:RunConfig",
             command="generate",
             extra_flags=generate_flags.add,
             run=start_run,
@@ -42,12 +43,13 @@ from typing import Any
 
 import jax
 
-from launch import generate_flags, generate_text, row_files
-from launch.load_run import EXAMPLE, LoadError, RunConfig
+from launch import generate_flags
+from launch.inference import generate_text, row_files
+from launch.run.load_run import EXAMPLE, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
-from trainers.decode import Settings
-from trainers.decoder import Decoder, Stats
+from trainers.decoding.decode import Settings
+from trainers.decoding.decoder import Decoder, Stats
 
 # Between two looks at what has been generated: a look costs less than a tenth of a token.
 _LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
@@ -72,7 +74,7 @@ def run(start: Any) -> None:
 
 
 def _to_continue(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row that has a "prompt" alone, as data/prompts and data/preferences read it, by the keys of this command."""
+    """A row that has a "prompt" alone, as data/prompts and data/preference read it, by the keys of this command."""
     if "prompt" not in row or not _PROMPT_KEYS.isdisjoint(row):
         return row
     prompt = row["prompt"]
@@ -122,7 +124,7 @@ def generate(
       config: of the run that made the checkpoint.
       rows: (place, row) as in row_files.read.
       checkpoint: step or run directory.
-      params: see launch/load_run.py.
+      params: see launch/run/load_run.py.
       settings: what to generate; its ends and the size of its vocabulary are those of the run.
       eos_ids: tokens that end a continuation; None for the vocabulary's.
       stops: texts that end one.

@@ -23,7 +23,7 @@ _EARLY = {"true": True, "false": False, "never": "never"}
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the flags in groups, after those of files of rows."""
-    from launch import load_run
+    from launch.run import load_run
 
     load_run.add_row_flags(parser, required=False)
     _add_output(parser.add_argument_group("what is generated"))
@@ -151,11 +151,11 @@ def options(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
       LoadError, ValueError: flags that do not go together, or values out of range.
     """
-    from launch.load_run import LoadError
+    from launch.run.load_run import LoadError
     from model.kv_cache.policies import policy_from_text
-    from trainers.beam import Beams
-    from trainers.decode import Settings
-    from trainers.sampling import Sampling
+    from trainers.decoding.beam import Beams
+    from trainers.decoding.decode import Settings
+    from trainers.decoding.sampling import Sampling
 
     _check(flags, LoadError)
     beams = None

@@ -8,7 +8,7 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help) a
 
 Everything else is the harness's own: this command registers the model and calls the harness with all
 arguments as they are, for the harness has no other way to find models of other packages. The model's
-arguments (model_args) are described in launch/lm_eval_model.py; an unknown one is an error that lists
+arguments (model_args) are described in launch/evaluation/lm_eval/model.py; an unknown one is an error that lists
 them.
 """
 
@@ -29,13 +29,13 @@ def register() -> None:
         import lm_eval.models  # noqa: F401  # which registers the harness's own ones, once
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        from launch.load_run import LoadError
+        from launch.run.load_run import LoadError
 
         raise LoadError(
             f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval>=0.4.13'."
         ) from None
     if MODEL not in model_registry:
-        model_registry.register(MODEL, target="launch.lm_eval_model:EspalierLM")
+        model_registry.register(MODEL, target="launch.evaluation.lm_eval.model:EspalierLM")
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ Exit status: 0 the step fits, 1 it does not, 2 something is wrong with the confi
 """
 
 if __name__ == "__main__":
-    from launch import cli, tpu_topology
+    from launch import cli
+    from launch.aot import tpu_topology
 
     def add_flags(parser):
         group = parser.add_argument_group("compilation")
@@ -53,12 +54,14 @@ from typing import Any
 
 import jax
 
-from launch import compile_report, tpu_topology
-from launch.compile_report import Memory, Report
-from launch.host_metrics import flops_per_unit
-from launch.tpu_topology import Topology
-from trainers import flops, partitioning, schedules
+from launch.aot import compile_report, tpu_topology
+from launch.aot.compile_report import Memory, Report
+from launch.aot.tpu_topology import Topology
+from launch.run.host_metrics import flops_per_unit
+from trainers import partitioning
+from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
+from trainers.telemetry import flops
 
 
 def run(start: Any) -> None:

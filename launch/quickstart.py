@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
     """Trains the arms that are not done yet and shows them side by side."""
-    from launch import gin_config
+    from launch.config import gin_config
     from launch.report import report
 
     started = time.monotonic()
@@ -77,13 +77,15 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 
 def _sample(directory: str) -> str:
     """A sampled continuation of PROMPT by the newest checkpoint of a run."""
-    from launch import generate, gin_config, load_run
-    from trainers.decode import Settings
-    from trainers.sampling import Sampling
+    from launch import generate
+    from launch.config import gin_config
+    from launch.run import load_run
+    from trainers.decoding.decode import Settings
+    from trainers.decoding.sampling import Sampling
 
     flags = argparse.Namespace(checkpoint=directory, gin_file=[])
     config = gin_config.load(
-        entry="launch.load_run:RunConfig",
+        entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         untrusted=load_run.default_files(flags),
     )

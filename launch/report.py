@@ -5,7 +5,7 @@ Example, after `make quickstart`:
   python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
 
 writes report.json and report.png to --out and prints the table. With a sweep of the arms of
-launch/sweeps/code_mix_skills.py or code_mix_full.py,
+launch/papers/code_mix/sweep.py or full_sweep.py,
 
   python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
 
@@ -14,7 +14,7 @@ sizes, with intervals over seeds, as PNG and in report.html. With
 
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
 
-it draws the singular values of factorised matrices, of runs with t5x_configs/methods/spectrum.gin.
+it draws the singular values of factorised matrices, of runs with t5x_configs/methods/low_rank/spectrum.gin.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.metric_writers import rows_in_force
+from trainers.telemetry.metric_writers import rows_in_force
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report_sweeps(folders: Sequence[str], out: pathlib.Path) -> None:
-    from launch.reproductions.code_mix import experiment, page
+    from launch.papers.code_mix import measure, page
     from launch.sweeping.results import read_results
 
     rows = [
-        experiment.with_data(row, pathlib.Path(folder, row["directory"]))
+        measure.with_data(row, pathlib.Path(folder, row["directory"]))
         for folder in folders
         for row in read_results(folder)
     ]
@@ -70,7 +70,7 @@ def _report_sweeps(folders: Sequence[str], out: pathlib.Path) -> None:
 
 
 def _report_spectra(directories: Sequence[str], out: pathlib.Path) -> None:
-    from launch import spectra_figure
+    from launch.papers.low_rank import spectra_figure
 
     out.mkdir(parents=True, exist_ok=True)
     spectra_figure.draw(named(directories), out / "spectra.png")

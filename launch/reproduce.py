@@ -131,7 +131,8 @@ def _add_swept(parser: argparse.ArgumentParser, seeds: int, parts: Mapping[str, 
 
 
 def _snapkv(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from launch.reproductions.snapkv import experiment, page
+    from launch.papers.snapkv import measure as experiment
+    from launch.papers.snapkv import page
 
     found = experiment.run(
         model_dir=flags.model_dir,
@@ -148,11 +149,11 @@ def _snapkv(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _swept(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs what is left of a reproduction and writes its report; the status says whether claims that must hold do."""
-    from launch.reproductions import claim, sweeps
+    from launch.papers.shared import claim, sweeps
 
     experiment, page = (
-        importlib.import_module(f"launch.reproductions.{flags.paper}.{name}")
-        for name in ("experiment", "page")
+        importlib.import_module(f"launch.papers.{flags.paper}.{name}")
+        for name in ("measure", "page")
     )
     own = {"package_seeds": flags.package_seeds} if flags.paper == "code_mix" else {}
     try:

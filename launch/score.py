@@ -14,7 +14,8 @@ y.jsonl.partial until all are.
 """
 
 if __name__ == "__main__":
-    from launch import cli, load_run
+    from launch import cli
+    from launch.run import load_run
 
     def start_run(start):
         from launch import score
@@ -32,7 +33,7 @@ if __name__ == "__main__":
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="launch.load_run:RunConfig",
+            entry="launch.run.load_run:RunConfig",
             command="score",
             extra_flags=load_run.add_row_flags,
             run=start_run,
@@ -47,9 +48,9 @@ from typing import Any
 
 import jax
 
-from launch import row_files
-from launch.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
-from trainers.scoring import Row, Scorer
+from launch.inference import row_files
+from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from trainers.scoring.scoring import Row, Scorer
 
 
 def score(
@@ -68,7 +69,7 @@ def score(
       checkpoint: step or run directory.
       inputs: file of rows.
       output: file for the rows with their scores.
-      params: see launch/load_run.py.
+      params: see launch/run/load_run.py.
       batch_size: rows at a time.
     """
     row_files.check_output(output)

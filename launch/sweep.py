@@ -4,7 +4,7 @@ What is done is not run again, what was stopped goes on, what failed is tried ag
 DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
 cooldowns, about four times the work of the quickstart:
 
-  python -m launch.sweep --sweep launch/sweeps/code_mix_quickstart.py --out runs/code_mix_quickstart
+  python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
 A second terminal shows how it stands with --out DIR --status. The status is 0 when all is done, 1 when what
 is left has failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
@@ -107,7 +107,7 @@ def _status(flags: argparse.Namespace) -> int:
 
 
 def _sweep(flags: argparse.Namespace) -> int:
-    from launch.jobs.local import LocalSubmitter
+    from launch.cluster.local import LocalSubmitter
     from launch.sweeping import check, driver, file
     from launch.sweeping.folder import SweepFolder
     from launch.sweeping.screen import Screen

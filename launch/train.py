@@ -26,10 +26,10 @@ from typing import Any
 import jax
 
 from data import cpu_tensorflow
-from data import stream as streams
 from data import tasks as task_registry
-from launch import (
-    gin_config,
+from data.stream import stream as streams
+from launch.config import gin_config
+from launch.run import (
     host_metrics,
     left_out,
     phase,
@@ -38,24 +38,19 @@ from launch import (
     run_messages,
     run_vocabulary,
 )
-from launch.parameter_table import parameter_table
-from model.surgery.transform import TreeTransform
-from trainers import (
-    checkpoint,
-    metric_writers,
-    partitioning,
-    profiler,
-    restore,
-    schedules,
-    signals,
-)
+from launch.run.parameter_table import parameter_table
+from model.transforms.base import TreeTransform
+from trainers import partitioning, signals
 from trainers.batches import Feed, FeedFactory, Prefetcher, Stream, TrainStream
+from trainers.checkpoints import checkpoint, restore
 from trainers.compile_ahead import compiling
 from trainers.evaluate import EvalStream, Evaluation
-from trainers.goodput import Goodput, process_start
 from trainers.hooks import HookFactory, RunContext
 from trainers.loop import Loop
+from trainers.optim import schedules
 from trainers.recipe import Recipe
+from trainers.telemetry import metric_writers, profiler
+from trainers.telemetry.goodput import Goodput, process_start
 
 
 def train(
@@ -111,7 +106,7 @@ def train(
       initial_assignment: with 'params', (pattern, checkpoint path or None) for parameters under other names.
       initial_strict: with 'params', each of this model's parameters must be found there, and none more.
       initial_use_ema: with 'params', starts from the averaged parameters.
-      initial_transform: makes that checkpoint's parameters into this model's (model/surgery/transform.py);
+      initial_transform: makes that checkpoint's parameters into this model's (model/transforms/base.py);
         with the scopes 'phase' and 'state' step and schedule are as these say.
       initial_moments: with a transform, whether the optimiser's moments begin anew ('reset') or go
         through it ('carry').

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 
 from model import axes
-from model.attention_ops import Implementation, dot_product_attention
 from model.config import LayerKind, TransformerConfig
+from model.kernels.attention_ops import Implementation, dot_product_attention
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.rope import Rope

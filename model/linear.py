@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model import matmul
 from model.axes import parameter
+from model.kernels import matmul
 
 # Variance 1/fan_in keeps activations at unit scale; the tails are cut at two deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

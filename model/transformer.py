@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             if caches is not None:
                 raise ValueError(
                     "Caches need unrolled layers: use layer_stack.unrolled(model) and "
-                    "layer_stack.unroll(params, config), both of model/surgery/layer_stack.py."
+                    "layer_stack.unroll(params, config), both of model/transforms/layer_stack.py."
                 )
             x_BTD = self._scan(x_BTD, context)
         else:

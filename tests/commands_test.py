@@ -7,8 +7,8 @@ import shlex
 import gin
 import pytest
 
-from launch import gin_config
-from trainers.schedules import Span
+from launch.config import gin_config
+from trainers.optim.schedules import Span
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -6,10 +6,11 @@ import gin
 import jax
 import pytest
 
-from launch import gin_config
+from launch.config import gin_config
 from model import axes
 from model.transformer import attention_of
-from trainers import initialise, model_flops, partitioning
+from trainers import initialise, partitioning
+from trainers.telemetry import model_flops
 from trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,7 +28,7 @@ DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" n
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
 # Those of images, and what goes with them in a run; all others are of text.
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
-# Those of pairs, which tests/launch/preference_pairs_test.py reads.
+# Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
@@ -304,13 +305,13 @@ def test_what_a_data_file_requires_is_asked_for(name):
     assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
-# What an arm of a sweep has beside an experiment's file, such as launch/sweeps/preference.py; batches of which eight
+# What an arm of a sweep has beside an experiment's file, such as launch/papers/preference/sweep.py; batches of which eight
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 ARMS = {
     "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
     "t5x_configs/experiments/preference/cpu/online.gin": (
-        ["t5x_configs/methods/rloo.gin"],
+        ["t5x_configs/methods/preference/rloo.gin"],
         _PAIRS,
     ),
     "t5x_configs/experiments/preference/smollm/arithmetic.gin": (
@@ -341,7 +342,7 @@ def test_an_experiment_makes_a_program(file):
 @pytest.mark.parametrize("name", sorted(ONLINE))
 @pytest.mark.parametrize("judged", ["text", "model"])
 def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, judged):
-    files = ["models/tiny", "data/prompts", "runs/online", f"methods/{name}"]
+    files = ["models/tiny", "data/prompts", "runs/online", f"methods/preference/{name}"]
     bindings = [
         "MODEL_DIR='/tmp/x'",
         "INITIAL_CHECKPOINT_PATH='/tmp/sft'",
@@ -350,7 +351,7 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
         "TRAIN_STEPS=10",
     ]
     if judged == "model":
-        files.append("methods/reward_checkpoint")
+        files.append("methods/preference/reward_checkpoint")
         bindings.append("REWARD_CHECKPOINT='/tmp/rm'")
     paths = [f"t5x_configs/{file}.gin" for file in files]
     config = gin_config.load(paths, bindings, entry="launch.train:train")
@@ -373,7 +374,10 @@ def load_preferences(methods=(), bindings=()):
         "TRAIN_STEPS=10",
     ]
     names = ("models/tiny", "data/preferences", "runs/preference")
-    files = [f"t5x_configs/{name}.gin" for name in (*names, *(f"methods/{m}" for m in methods))]
+    files = [
+        f"t5x_configs/{name}.gin"
+        for name in (*names, *(f"methods/preference/{m}" for m in methods))
+    ]
     return gin_config.load(files, [*given, *bindings], entry="launch.train:train")
 
 
@@ -409,7 +413,7 @@ def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(
 def test_every_method_of_preferences_is_known():
     """A file that says which run it comes after is in one of the lists above."""
     after = {"preference": set(), "online": set()}
-    for path in (CONFIGS / "methods").glob("*.gin"):
+    for path in (CONFIGS / "methods").rglob("*.gin"):
         for run, found in after.items():
             found |= {path.stem} if f"runs/{run}.gin" in path.read_text() else set()
     assert after["preference"] == PREFERENCE | {"reference_free", "reference_live"}

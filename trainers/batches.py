@@ -17,7 +17,7 @@ Index = tuple[slice, ...]
 
 
 class Stream(Protocol):
-    """What trainers need of a data stream; data/train_stream.py is one.
+    """What trainers need of a data stream; data/stream/train_stream.py is one.
 
     Attributes:
       batch_size: rows of a global batch.
@@ -68,7 +68,7 @@ class Feed(Protocol):
     """Where the loop takes its batches from: a `Prefetcher`, or what makes them of the state.
 
     Attributes:
-      part: of the run's time that waiting for a batch is, see trainers/goodput.py.
+      part: of the run's time that waiting for a batch is, see trainers/telemetry/goodput.py.
       of_state: whether batches are made of the state, so that the update before it has to be over.
       units: tokens or images of a batch, as rates count them.
     """

@@ -71,7 +71,7 @@ class PackedPairs:
       feature_lengths: {'targets': places of a row}.
       pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
       stored_reference: whether a reference's log-probabilities come with the pairs.
-      labels: whether examples are unpaired, see trainers/losses/pairs.py.
+      labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
       read_last: whether last tokens are read, as reward models need it.
       margins: whether data say by how much chosen completions are better, for losses of rewards.
     """

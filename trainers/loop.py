@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly
 from trainers.batches import Feed, Stream
-from trainers.checkpoint import Checkpointer
-from trainers.goodput import Goodput
+from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.hooks import GivenUpError, Hook
-from trainers.metric_writers import MetricWriter
-from trainers.metrics import LateFetch, add, divide
-from trainers.profiler import ProfilerWindow
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
+from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.metric_writers import MetricWriter
+from trainers.telemetry.metrics import LateFetch, add, divide
+from trainers.telemetry.profiler import ProfilerWindow
 from trainers.train_state import TrainState
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
-from model.platform import use_platform
+from model.kernels.platform import use_platform
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; tensor: heads and widths split.

@@ -14,13 +14,14 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainers import initialise, partitioning, schedules, trainable
+from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
 from trainers.objectives.base import Batch, LossFn, Objective
 from trainers.objectives.lm import language_modelling
+from trainers.optim import schedules
+from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
-from trainers.schedules import Schedule
 from trainers.step import Metrics, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from data import documents, splits
-from data.documents import DataError
-from data.preferences import tokens
-from data.preferences.prompted_files import PromptedFiles
-from data.preferences.records import Record
-from data.preferences.texts import text_of
+from data.preference import tokens
+from data.preference.prompted_files import PromptedFiles
+from data.preference.records import Record
+from data.preference.texts import text_of
+from data.text import documents, splits
+from data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1

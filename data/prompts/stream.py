@@ -1,6 +1,6 @@
 """The stream of prompts that a policy continues in training: prompts as a pure function of (seed, step).
 
-All is as in data/stream.py, but that a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
+All is as in data/stream/stream.py, but that a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from data import cache, plan, repeats, rows, schedule, stream
+from data.cache import store
 from data.prompts.files import INFO
-from data.train_stream import Positions, Stream
+from data.stream import plan, repeats, rows, schedule, stream
+from data.stream.train_stream import Positions, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PromptStream(Stream):
 
     Args:
         updates: steps that use the prompts of one batch, one after the other.
-        sources, phases, settings: see `data.train_stream.Stream`.
+        sources, phases, settings: see `data.stream.train_stream.Stream`.
     """
 
     def __init__(self, sources: Any, phases: Any, *, updates: int = 1, **settings: Any):
@@ -136,7 +137,7 @@ def make_stream(
     on_cap: repeats.OnCap = "error",
     positions: Positions | None = None,
     cache_dir: str | os.PathLike | None = None,
-    changed_cache: cache.Changed = "refuse",
+    changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> PromptStream:
     """The stream of prompts of a mixture of tasks, or of one.
@@ -151,7 +152,7 @@ def make_stream(
         split: of the tasks.
         start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with BOS.
         interleaving, max_epochs, on_cap, positions, cache_dir, changed_cache, verify_cache: see
-            `data.stream.make_stream`.
+            `data.stream.stream.make_stream`.
 
     Raises:
         ValueError: what cannot be streamed, before anything is read.
@@ -180,7 +181,7 @@ def make_stream(
 
 
 def plan_prompts(
-    name: str, opened: cache.Cache, *, max_length: int, start_token: int | None
+    name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptPlan:
     """Plans a row for each prompt that fits one.
 
@@ -223,8 +224,8 @@ def plan_prompts(
 
 def _planned(
     max_length: int, start_token: int | None
-) -> Callable[[str, cache.Cache], PromptSource]:
-    def plan_source(name: str, opened: cache.Cache) -> PromptSource:
+) -> Callable[[str, store.Cache], PromptSource]:
+    def plan_source(name: str, opened: store.Cache) -> PromptSource:
         planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
         return PromptSource(name, opened, planned)
 

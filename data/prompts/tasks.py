@@ -4,9 +4,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from data import document_files, document_source, tasks
-from data.preferences import tokens
+from data import tasks
+from data.preference import tokens
 from data.prompts.files import INFO, PromptFiles
+from data.text import document_files, document_source
 
 
 def register_prompts(
@@ -29,10 +30,10 @@ def register_prompts(
     Args:
       name: of the task.
       files: a glob or several.
-      vocabulary: a SeqIO vocabulary, as `data.vocabularies` makes.
+      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
       validation_files: a glob or several of held-out files.
       validation_fraction: without them, the share to hold out by the hash of the prompt.
-      chat_template: of rows with messages: a jinja file, or a name of `data.chat_template.BUILT_IN`; default the
+      chat_template: of rows with messages: a jinja file, or a name of `data.tokenizers.chat_template.BUILT_IN`; default the
         vocabulary's own.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
       data_root: directory that relative patterns start at; None for the working directory.

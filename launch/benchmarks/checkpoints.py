@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import gin_config
 from launch.benchmarks import pairs
 from launch.benchmarks.random_rows import RandomRows
+from launch.config import gin_config
 from trainers import partitioning
 from trainers.batches import global_batch
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoints.checkpoint import Checkpointer
 
 CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"
 EVERY = 10

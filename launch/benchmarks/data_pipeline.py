@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data import cache, rows
-from data.train_stream import Stream
+from data.cache import store
+from data.stream import rows
+from data.stream.train_stream import Stream
 
 LENGTHS = (512, 2048, 8192)
 PHASES = ((0, {"text": 0.7, "code": 0.3}), (2000, {"text": 0.5, "code": 0.5}))
@@ -38,7 +39,7 @@ def run(*, million_tokens: int = 40, batch_size: int = 64, repeats: int = 9) -> 
                 "tokens": sum(made.tokens() for made in caches.values()),
                 "write_s": written,
                 "open_and_verify_s": _timed(
-                    lambda: [cache.open_cache(made.directory) for made in caches.values()]
+                    lambda: [store.open_cache(made.directory) for made in caches.values()]
                 )[1],
             }
             for length in LENGTHS:
@@ -74,7 +75,7 @@ def _bench_length(caches: dict, length: int, batch_size: int, repeats: int) -> d
     }
 
 
-def _write_caches(root: str, million_tokens: int) -> dict[str, cache.Cache]:
+def _write_caches(root: str, million_tokens: int) -> dict[str, store.Cache]:
     rng = np.random.default_rng(0)
     caches = {}
     for name, share, median in (("text", 2 / 3, 6.0), ("code", 1 / 3, 7.0)):
@@ -82,7 +83,7 @@ def _write_caches(root: str, million_tokens: int) -> dict[str, cache.Cache]:
         while total < share * million_tokens * 1e6:
             lengths.append(min(int(rng.lognormal(median, 1.2)) + 1, 200_000))
             total += lengths[-1]
-        caches[name] = cache.write(
+        caches[name] = store.write(
             os.path.join(root, name),
             ({"targets": rng.integers(1, 32_000, length)} for length in lengths),
             features={"targets": 32_000},

@@ -96,7 +96,7 @@ def side(name: str, folder: str, *, python: str | None = None) -> Iterator[Side]
       PeerError: the peer is not installed.
     """
     if name == "ours":
-        command = [sys.executable, "-m", "launch.benchmarks.decode_jax", folder]
+        command = [sys.executable, "-m", "launch.benchmarks.jax.decode_jax", folder]
     else:
         command = peers.peer_command("decode_torch.py", folder)
         command[0] = python or command[0]

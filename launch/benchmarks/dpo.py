@@ -44,7 +44,7 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
         write(folder)
         steps_of = WARM_UP + steps
         commands = {
-            "ours": [sys.executable, "-m", "launch.benchmarks.dpo_jax", folder, str(steps_of)],
+            "ours": [sys.executable, "-m", "launch.benchmarks.jax.dpo_jax", folder, str(steps_of)],
             "trl": peers.peer_command("dpo_torch.py", folder, str(steps_of)),
         }
         first = peers.measured(commands["ours"])  # computes the reference's log-probabilities
@@ -119,7 +119,7 @@ def _write_model(folder: pathlib.Path, rng: np.random.Generator) -> None:
     from tokenizers import models, pre_tokenizers
 
     from model.hf.families import family_of_config
-    from model.hf.safetensors_files import SafetensorsWriter
+    from model.hf.files.safetensors_files import SafetensorsWriter
 
     config = {
         "model_type": "llama",

@@ -92,8 +92,8 @@ def write_checkpoint(folder: str) -> int:
     import numpy as np
 
     from model.hf.families import family_of_config
+    from model.hf.files.safetensors_files import SafetensorsWriter
     from model.hf.plan import FLOATS
-    from model.hf.safetensors_files import SafetensorsWriter
 
     family = family_of_config(_CONFIG)
     bfloat16 = FLOATS["bfloat16"]
@@ -123,7 +123,7 @@ def _measure(action: str, *arguments: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from launch.import_weights import import_hf
+    from launch.weights.import_weights import import_hf
     from model.hf.load import load
 
     jax.device_put(np.zeros(1)).block_until_ready()  # The backend starts on first use.

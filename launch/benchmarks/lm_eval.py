@@ -45,7 +45,7 @@ def run(
         raise peers.PeerError(f"{PYTHON} is missing: run `make peers-lm-eval` first.")
     with tempfile.TemporaryDirectory() as folder:
         _write(folder, sizes, documents, prompts, new_tokens)
-        ours = [sys.executable, "-m", "launch.benchmarks.lm_eval_side", folder, "ours", "0"]
+        ours = [sys.executable, "-m", "launch.benchmarks.jax.lm_eval_side", folder, "ours", "0"]
         theirs = [str(PYTHON), "-P", str(SIDE), folder, "peer"]
         first = peers.measured(ours)  # fills the cache of compiled programs
         choices = {str(n): peers.measured([*theirs, str(n)]) for n in peer_batches}
@@ -103,7 +103,7 @@ def _write(
     folder: str, sizes: Mapping[str, int], documents: int, prompts: int, new_tokens: int
 ) -> None:
     """Writes model/ (a Hugging Face checkpoint), run/ (the same as a run) and requests.json."""
-    from launch import import_weights
+    from launch.weights import import_weights
     from model.hf.families import family_of_config
 
     model = pathlib.Path(folder, "model")

@@ -40,7 +40,7 @@ def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from model.cross_entropy import weighted_cross_entropy
+    from model.kernels.cross_entropy import weighted_cross_entropy
 
     def loss(h_TD, head_VD, targets_T):
         weights_T = jnp.ones(h_TD.shape[0])

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 
-from launch import gin_config
 from launch.benchmarks import pairs
 from launch.benchmarks.random_rows import RandomRows
-from model import factors
+from launch.config import gin_config
+from model.low_rank import factors
 from trainers import partitioning
 from trainers.batches import global_batch
 from trainers.recipe import Recipe
 
 FILES = ("t5x_configs/models/bench_blocks.gin", "t5x_configs/runs/pretrain.gin")
-LOW_RANK = "t5x_configs/methods/low_rank.gin"
+LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 BINDINGS = (
     "MODEL_DIR='unused'",
     "MIXTURE_OR_TASK_NAME='unused'",

@@ -45,7 +45,7 @@ def write(
 
 def _write_checkpoint(folder: str, case: dict[str, Any], rng: np.random.Generator) -> None:
     from model.hf.families import family_of_config
-    from model.hf.safetensors_files import SafetensorsWriter
+    from model.hf.files.safetensors_files import SafetensorsWriter
 
     config = _peer_config(case)
     family = family_of_config(config)

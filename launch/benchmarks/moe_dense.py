@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from launch.benchmarks import moe_case, pairs
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
-from model.moe import MoeMlp
+from model.moe.moe import MoeMlp
 
 _TOKENS = 4096
 

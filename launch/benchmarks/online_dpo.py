@@ -1,7 +1,7 @@
 """Online DPO: the part of a run's time in which the policy writes what it then learns from.
 
-The command is a user's: `launch.train` with runs/online.gin, methods/online_dpo.gin and, since it is reward models that
-online DPO is used with, methods/reward_checkpoint.gin. Policy, reference and reward model are of one size, that of the
+The command is a user's: `launch.train` with runs/online.gin, methods/preference/online_dpo.gin and, since it is reward models that
+online DPO is used with, methods/preference/reward_checkpoint.gin. Policy, reference and reward model are of one size, that of the
 benchmark `dpo`. A step continues 32 prompts, the batch that runs/online.gin has, twice each, by up to as many tokens as
 the longest prompts have, as in short questions and answers. Longer completions make generating a larger part, longer
 prompts a smaller one. Weights are random, so that hardly a completion ends before its 64 tokens: decoding is never cut
@@ -41,7 +41,7 @@ def run(*, rounds: int = 5, steps: int = 12) -> dict[str, Any]:
     """Repeats the run `rounds` times, `steps` timed steps in each."""
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        command = [sys.executable, "-m", "launch.benchmarks.online_dpo_jax", folder, str(steps)]
+        command = [sys.executable, "-m", "launch.benchmarks.jax.online_dpo_jax", folder, str(steps)]
         reports = [peers.measured(command) for _ in range(rounds)]
     return {
         "case": CASE,
@@ -78,7 +78,7 @@ def write(folder: str) -> None:
     with open(os.path.join(folder, "prompts.jsonl"), "w", encoding="utf-8") as file:
         for size in rng.integers(least, most + 1, CASE["prompts_of_file"]):
             file.write(json.dumps({"prompt": dpo.words(rng, size)}) + "\n")
-    files = ("data/preferences", "runs/preference", "methods/reward_model")
+    files = ("data/preferences", "runs/preference", "methods/preference/reward_model")
     bindings = {
         "MODEL_DIR": f"{folder}/reward",
         "INITIAL_CHECKPOINT_PATH": f"{folder}/run",

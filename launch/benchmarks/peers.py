@@ -34,21 +34,26 @@ def run(
       PeerError: the peer is not installed, or the process failed.
     """
     if side == "ours":
-        command = [sys.executable, "-m", "launch.benchmarks.llama_jax", folder, str(steps)]
+        command = [sys.executable, "-m", "launch.benchmarks.jax.llama_jax", folder, str(steps)]
     else:
         command = peer_command("llama_torch.py", folder, side, str(steps))
     return measured(command, env=env)
 
 
 def peer_command(script: str, *arguments: str) -> list[str]:
-    """A command that runs a script beside this module in the peers' environment.
+    """A command that runs a script of launch/benchmarks/torch in the peers' environment.
 
     Raises:
       PeerError: it is not installed.
     """
     if not PEER_PYTHON.exists():
         raise PeerError(f"{PEER_PYTHON} is missing: run `make peers` first.")
-    return [str(PEER_PYTHON), "-P", str(ROOT / "launch" / "benchmarks" / script), *arguments]
+    return [
+        str(PEER_PYTHON),
+        "-P",
+        str(ROOT / "launch" / "benchmarks" / "torch" / script),
+        *arguments,
+    ]
 
 
 def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class _Loaded:
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration into gin; None after noting what is wrong with it."""
-    from launch import config_diff, gin_config
+    from launch.config import config_diff, gin_config
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
@@ -124,7 +124,7 @@ def _abstract_params(recipe: Any) -> Any:
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of parameters by path."""
-    from trainers import state_tree
+    from trainers.checkpoints import state_tree
 
     return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
@@ -250,7 +250,7 @@ def difference(
     planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
 ) -> str:
     """What differs between a run that has begun and its present configuration, in words."""
-    from launch import config_diff, gin_config
+    from launch.config import config_diff, gin_config
 
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.jobs.base import Handle, Job, State, Status, Submitter
+from launch.cluster.base import Handle, Job, State, Status, Submitter
 from launch.sweeping import results
 from launch.sweeping.folder import Planned, SweepFolder, tail
 

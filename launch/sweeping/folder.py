@@ -2,7 +2,7 @@
 
 sweep.json             the runs as planned, each with the digest of its configuration
 results.jsonl          a row per finished run
-runs/<run>/            a run's own directory (launch/run_dir.py), and in it
+runs/<run>/            a run's own directory (launch/run/run_dir.py), and in it
   sweep_run.json       what the run has come to: its digest, its last step, its evaluations
   attempts.jsonl       a row per ended attempt: seconds, exit status, peak memory, error
   log.txt              the output of all attempts
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from data import cache_dir
+from data.cache import cache_dir
 from launch.sweeping.file import Run
 
 # Enough of the end of a file for its last rows.

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from gin import config_parser
 
-from launch import gin_source
-from launch.gin_source import Problem
+from launch.config import gin_source
+from launch.config.gin_source import Problem
 from launch.sweeping import words
 
 _FLAG = "--gin_file="

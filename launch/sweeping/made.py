@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from launch.jobs import worker
+from launch.cluster import worker
 from launch.sweeping import words
 from launch.sweeping.file import Run
 from launch.sweeping.folder import Planned, SweepFolder
@@ -37,7 +37,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
       MadeError: nothing was made.
       SystemExit: the command failed; the last error of the log is its own.
     """
-    from trainers import step_dir
+    from trainers.checkpoints import step_dir
 
     for name in entry.run.above:
         folder.final_outcome(plan[name])

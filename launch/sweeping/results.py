@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.sweeping.folder import Planned, SweepFolder, number, rows_of
-from trainers.metric_writers import jsonable
+from trainers.telemetry.metric_writers import jsonable
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:

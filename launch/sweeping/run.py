@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import cli, environment
-from launch.jobs import worker
+from launch.cluster import worker
 from launch.sweeping import check, made, words
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
 
@@ -99,7 +99,7 @@ def _train(
     folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
 ) -> dict[str, Any] | None:
     """Trains as launch.train does; returns what the run came to, or None if it was interrupted."""
-    from launch import config_diff, gin_config
+    from launch.config import config_diff, gin_config
 
     parent = None if entry.run.parent is None else plan[entry.run.parent]
     start = None if parent is None else folder.final_checkpoint(parent)
@@ -142,7 +142,7 @@ def _own_registries() -> Iterator[None]:
 def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) -> dict[str, Any]:
     """What the results say of training."""
     from launch import report
-    from trainers import step_dir
+    from trainers.checkpoints import step_dir
 
     directory = folder.directory(entry.name)
     checkpoint = pathlib.Path(step_dir.resolve(directory))

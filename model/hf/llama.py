@@ -23,7 +23,7 @@ from model.hf.decoder import (
 from model.hf.family import Family
 from model.hf.mapping import Row
 from model.mlp import GatedMlp
-from model.moe import MoeMlp
+from model.moe.moe import MoeMlp
 from model.norm import RMSNorm
 from model.transformer import Block, Transformer
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from model.hf.families import family_of_config
+from model.hf.files.safetensors_files import SafetensorsReader, read_json
 from model.hf.plan import Plan, plan
-from model.hf.safetensors_files import SafetensorsReader, read_json
 from model.transformer import Transformer
 
 _ALIGNMENT = 64  # bytes; jax takes host arrays over without a copy from there on

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from model.hf import tiles
 from model.hf.description import native_shapes
 from model.hf.family import Family, MismatchedTensors
+from model.hf.files import tiles
+from model.hf.files.safetensors_files import TensorInfo
 from model.hf.mapping import Piece
-from model.hf.safetensors_files import TensorInfo
 from model.transformer import Transformer
 
 FLOATS = {

@@ -20,7 +20,7 @@ class Oracle(Selecting):
     """The prompt's tokens that its known continuation attends to most: what no method can know.
 
     The last `future` tokens of what is read are that continuation. They vote and are dropped, and
-    decoding starts where they did: from logits after the token before them (trainers/prefill.py), at
+    decoding starts where they did: from logits after the token before them (trainers/decoding/prefill.py), at
     position `length - future`. Every row must be longer than that.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from model.attention_ops import received_attention
+from model.kernels.attention_ops import received_attention
 from model.kv_cache.base import AttentionForm
 from model.kv_cache.slots import Slots
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from data import tasks
-from data.sources import environment
+from data.text.sources import environment
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,13 @@ import jax
 import pytest
 from etils import epath
 
-from launch import gin_config, precompile
-from launch.host_metrics import flops_per_unit
+from launch import precompile
+from launch.config import gin_config
+from launch.run.host_metrics import flops_per_unit
 from launch.sweeping import file
-from model import factors
-from trainers import step_dir
-from trainers.metric_writers import read_jsonl
+from model.low_rank import factors
+from trainers.checkpoints import step_dir
+from trainers.telemetry.metric_writers import read_jsonl
 
 EXPERIMENTS = "t5x_configs/experiments/low_rank"
 SMALL = (
@@ -141,7 +142,7 @@ def test_a_step_is_compiled_ahead_and_its_flops_are_found():
 
 
 def test_the_sweep_has_every_arm_at_two_rates():
-    runs = file.read("launch/sweeps/low_rank_vision.py:2")
+    runs = file.read("launch/papers/low_rank/vision_sweep.py:2")
     kinds = {run.kind for run in runs}
     assert len(kinds) == 1 + 2 * 3 * 3 and len(runs) == 2 * len(kinds)
     assert {"dense", "spectral_ones_frobenius_full", "he_none_half"} <= kinds

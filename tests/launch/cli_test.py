@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from launch import cli, environment, gin_trust
+from launch import cli, environment
+from launch.config import gin_trust
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -186,7 +187,7 @@ def test_environment_is_set_before_anything_is_imported(toy_modules, tmp_path):
 
 
 def test_a_home_in_the_cache_is_expanded_for_compiled_programs_too(monkeypatch):
-    from data import cache_dir
+    from data.cache import cache_dir
 
     monkeypatch.setenv("ESPALIER_CACHE", "~/zz")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -181,9 +181,10 @@ def trained_run(tmp_path_factory):
     import jax
     import jax.numpy as jnp
 
-    from data import rows, vocabularies
-    from launch import gin_config
-    from trainers.checkpoint import Checkpointer
+    from data.stream import rows
+    from data.tokenizers import vocabularies
+    from launch.config import gin_config
+    from trainers.checkpoints.checkpoint import Checkpointer
 
     run = tmp_path_factory.mktemp("run")
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
@@ -257,8 +258,8 @@ class Branches:
 
     def add(self, name, params, **meta):
         """The directory of a run with these parameters."""
-        from trainers import step_dir
-        from trainers.checkpoint import Checkpointer
+        from trainers.checkpoints import step_dir
+        from trainers.checkpoints.checkpoint import Checkpointer
 
         folder = self._folder / name
         folder.mkdir()
@@ -284,7 +285,8 @@ def command(monkeypatch):
     monkeypatch.setattr(environment, "prepare", lambda: None)
 
     def run(name: str, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        name, *subcommand = name.split()
+        monkeypatch.setattr(sys, "argv", [name, *subcommand, *arguments])
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
             # The module may have been imported by an earlier run; its functions are the same.
             warnings.simplefilter("ignore", RuntimeWarning)

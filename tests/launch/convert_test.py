@@ -17,20 +17,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from launch import convert, export_weights, gin_config, gin_writer, import_weights
+from launch import convert
+from launch.config import gin_config, gin_writer
+from launch.weights import export_weights, import_weights
 from model.attention import Attention
 from model.config import TransformerConfig
 from model.embed import Positions
-from model.hf import arrays, families, load
+from model.hf import families, load
 from model.hf.description import describe
+from model.hf.files import arrays
+from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 from model.hf.plan import Plan
-from model.hf.safetensors_files import SafetensorsReader, SafetensorsWriter
 from model.mlp import GatedMlp, Mlp
 from model.norm import LayerNorm, RMSNorm
 from model.rope import Rope
 from model.transformer import Block, Transformer
-from trainers import step_dir
-from trainers.restore_params import restore_params
+from trainers.checkpoints import step_dir
+from trainers.checkpoints.restore_params import restore_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "model" / "hf" / "goldens" / "parity"
@@ -96,7 +99,7 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "config.gin")]
     loaded = gin_config.load(
-        entry="launch.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
+        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
     )
     run = loaded.entry()
     assert run.start_token == "auto"
@@ -345,8 +348,8 @@ def test_flags_that_do_not_go_together(flags, capsys):
 MEMORY = """
 import sys
 import jax
-from launch import export_weights, import_weights
-from launch.load_run import RunConfig
+from launch.weights import export_weights, import_weights
+from launch.run.load_run import RunConfig
 
 def status(name):
     with open("/proc/self/status") as file:
@@ -445,7 +448,7 @@ def test_gin_makes_the_model_that_was_written(tmp_path, name):
     (tmp_path / "config.gin").write_text(text)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "config.gin")]
     config = gin_config.load(
-        entry="launch.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
+        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
     )
     run = config.entry()
     assert (run.start_token, run.add_bos) == (None, True)

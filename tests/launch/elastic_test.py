@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from trainers.metric_writers import read_jsonl
+from trainers.telemetry.metric_writers import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 

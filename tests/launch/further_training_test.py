@@ -8,8 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from launch import convert
 from model.hf.families import family_of_config
-from model.hf.safetensors_files import SafetensorsReader, SafetensorsWriter
-from trainers import step_dir
+from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from trainers.checkpoints import step_dir
 
 BOS, EOS = 256, 257
 CONFIG = {

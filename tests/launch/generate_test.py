@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from trainers import buckets
-from trainers.decoder import Decoder
+from trainers.decoding import buckets
+from trainers.decoding.decoder import Decoder
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypat
     assert command("generate", *flags, *sampling, "--no-stream") == 0
     whole = capsys.readouterr().out
     pieces = []
-    monkeypatch.setattr("launch.generate_text.to_terminal", pieces.append)
+    monkeypatch.setattr("launch.inference.generate_text.to_terminal", pieces.append)
     assert command("generate", *flags, *sampling, "--stream") == 0
     assert "".join(pieces) == whole
     assert len(pieces) > 10

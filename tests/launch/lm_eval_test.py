@@ -8,7 +8,7 @@ from launch import lm_eval as command_module
 def test_the_model_is_found_by_its_name():
     from lm_eval.api.registry import get_model
 
-    from launch.lm_eval_model import EspalierLM
+    from launch.evaluation.lm_eval.model import EspalierLM
 
     command_module.register()
     command_module.register()  # once is enough, twice does no harm
@@ -25,7 +25,7 @@ def test_arguments_and_errors_are_passed_through(monkeypatch, command, capsys):
     assert seen == [["run", "--model", "espalier", "--tasks", "x"]]
 
     def refuse():
-        from launch.load_run import LoadError
+        from launch.run.load_run import LoadError
 
         raise LoadError("no such run")
 

@@ -12,12 +12,14 @@ import sys
 import jax
 import pytest
 
-from launch import compile_report, gin_config, precompile, root_check, tpu_topology
-from launch.hlo.analysis import Kernel
-from launch.hlo.text import Array
+from launch import precompile, root_check
+from launch.aot import compile_report, tpu_topology
+from launch.aot.hlo.analysis import Kernel
+from launch.aot.hlo.text import Array
+from launch.config import gin_config
 from model import attention, config, norm, rope, transformer
-from trainers import optimizers, schedules
 from trainers.objectives import lm
+from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
 
 needs_libtpu = pytest.mark.skipif(

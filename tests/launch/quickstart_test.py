@@ -9,8 +9,8 @@ from launch import bench, cli, quickstart
 SMALL = """
 from __gin__ import dynamic_registration
 
-from data import vocabularies
-from data import stream
+from data.tokenizers import vocabularies
+from data.stream import stream
 from launch import train
 from model import config
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from trainers import schedules, signals, step_dir
-from trainers.metric_writers import read_jsonl
-from trainers.state_tree import flatten
+from trainers import signals
+from trainers.checkpoints import step_dir
+from trainers.checkpoints.state_tree import flatten
+from trainers.optim import schedules
+from trainers.telemetry.metric_writers import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from trainers import buckets
-from trainers.scoring import Scorer
+from trainers.decoding import buckets
+from trainers.scoring.scoring import Scorer
 
 
 @pytest.fixture

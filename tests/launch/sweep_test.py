@@ -15,15 +15,15 @@ from etils import epath
 from rich.console import Console
 
 from launch import sweep
-from launch.jobs.base import Job, State, Status
+from launch.cluster.base import Job, State, Status
 from launch.sweeping import driver, screen
 from launch.sweeping import file as sweep_file
 from launch.sweeping import run as sweep_run
 from launch.sweeping.driver import RunState
 from launch.sweeping.file import Run, SweepError
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from trainers import step_dir
-from trainers.metric_writers import read_jsonl
+from trainers.checkpoints import step_dir
+from trainers.telemetry.metric_writers import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -506,7 +506,9 @@ def tiny(train, write, tmp_path):
     """A sweep of two tiny runs, the second of which continues the first."""
     gin = tmp_path / "tiny.gin"
     text = GIN.format(programs=train.programs, cache=train.cache)
-    gin.write_text(text.replace("from trainers", "from trainers import schedules\nfrom trainers"))
+    gin.write_text(
+        text.replace("from trainers", "from trainers.optim import schedules\nfrom trainers")
+    )
 
     def make(sleep=0.0, change=lambda text: text):
         return write(change(SWEEP.format(gin=str(gin), sleep=sleep)))

@@ -10,13 +10,13 @@ import types
 
 import pytest
 
-from launch.host_metrics import flops_per_token
+from launch.run.host_metrics import flops_per_token
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
-from model.moe import MoeMlp
+from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
-from trainers.metric_writers import read_jsonl
+from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = ("models/tiny", "data/files", "runs/pretrain")

@@ -14,8 +14,8 @@ from model.config import TransformerConfig
 from model.embed import Positions
 from model.kv_cache.full import FullCache
 from model.rope import Rope
-from model.surgery import layer_stack
 from model.transformer import Block, Transformer
+from model.transforms import layer_stack
 
 
 def make(**changes):

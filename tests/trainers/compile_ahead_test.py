@@ -8,9 +8,10 @@ import pytest
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from trainers import optimizers, partitioning, schedules
+from trainers import partitioning
 from trainers.compile_ahead import compiling
 from trainers.objectives.lm import language_modelling
+from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
 
 TRACES: list[str] = []

@@ -6,9 +6,10 @@ import pytest
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from trainers import flops, optimizers, schedules
 from trainers.inputs import Images, PackedTokens
+from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
+from trainers.telemetry import flops
 
 
 def recipe(**given):

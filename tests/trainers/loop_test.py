@@ -14,17 +14,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from trainers import checkpoint, partitioning, step_dir
+from trainers import partitioning
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoints import checkpoint, step_dir
+from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.evaluate import Evaluation
-from trainers.goodput import Goodput
 from trainers.loop import AnomalousStepError, Loop
 from trainers.objectives.base import LossOut
-from trainers.profiler import ProfilerWindow
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
+from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.profiler import ProfilerWindow
 from trainers.train_state import TrainState
 
 W = np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]], np.float32)

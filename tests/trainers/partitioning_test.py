@@ -10,10 +10,11 @@ import pytest
 
 from model import axes
 from model.config import TransformerConfig
-from model.moe import MoeMlp
+from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
-from trainers import initialise, optimizers, partitioning, schedules
+from trainers import initialise, partitioning
 from trainers.batches import global_batch
+from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
 from trainers.trainable import path_name
 

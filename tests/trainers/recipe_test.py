@@ -12,14 +12,15 @@ import pytest
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.transformer import Block, Transformer
-from trainers import optimizers, partitioning, schedules
+from trainers import partitioning
 from trainers.anomaly import STATISTICS
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.restore import restore_or_initialise
+from trainers.checkpoints.restore_params import restore_params
 from trainers.objectives.base import Objective
 from trainers.objectives.lm import language_modelling
+from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
-from trainers.restore import restore_or_initialise
-from trainers.restore_params import restore_params
 
 OPTIMISERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 TRAINABLE = (".*/mlp/.*", ".*norm/scale")

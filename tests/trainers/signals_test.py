@@ -56,7 +56,7 @@ def test_sigterm_ends_a_run_with_its_step_saved(tmp_path):
     script = """
         import sys, time
         import jax.numpy as jnp
-        from trainers.checkpoint import Checkpointer
+        from trainers.checkpoints.checkpoint import Checkpointer
         from trainers.signals import StopRequest
         with Checkpointer(sys.argv[1]) as checkpointer, StopRequest() as stop:
             print("ready", flush=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.cross_entropy import Implementation, weighted_cross_entropy
+from model.kernels.cross_entropy import Implementation, weighted_cross_entropy
 from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
 
@@ -30,7 +30,7 @@ def language_modelling(
       model: a decoder-only module with `hidden`, `head_VD`, logit_scale and logit_softcap.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       z_loss: weight of the auxiliary loss; 1e-4 in T5 and PaLM.
-      implementation: form of the cross-entropy, see model/cross_entropy.py.
+      implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
 
     Returns:
       The loss function; its metric 'loss' is the cross-entropy in nats per token without z-loss.

@@ -8,9 +8,7 @@ import numpy as np
 
 from trainers.inputs import Arrays as Abstract
 from trainers.inputs import PackedTokens
-from trainers.losses import policy_gradient
-from trainers.losses.settings import check_not_negative
-from trainers.online import rows
+from trainers.online import losses, rows
 from trainers.online.groups import one_in_a_row
 from trainers.online.method import (
     LOG_PROBS,
@@ -22,11 +20,12 @@ from trainers.online.method import (
     row_length,
 )
 from trainers.online.rows import Arrays
+from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Valued:
-    """Rows for `trainers.objectives.policy_gradient.actor_critic`, with advantages of every token.
+    """Rows for `trainers.online.policy_gradient.actor_critic`, with advantages of every token.
 
     A token's reward is -kl (log p - log q), q the reference's, and the last one of a completion has the completion's
     reward too (InstructGPT, arXiv 2203.02155, eq. 2); advantages are generalised ones, whitened over the batch.
@@ -94,12 +93,10 @@ class Valued:
         rewards_RL[np.arange(len(last_R)), last_R] += found["rewards"]
         values_RL = told[VALUES] * mask_RL
         arrays = [jnp.asarray(array) for array in (rewards_RL, values_RL, mask_RL)]
-        advantages_RL = policy_gradient.generalised_advantages(
-            *arrays, gamma=self.gamma, decay=self.decay
-        )
+        advantages_RL = losses.generalised_advantages(*arrays, gamma=self.gamma, decay=self.decay)
         return {
             **found,
-            "advantages": np.asarray(policy_gradient.whitened(advantages_RL, arrays[-1])),
+            "advantages": np.asarray(losses.whitened(advantages_RL, arrays[-1])),
             "returns": np.asarray(advantages_RL + values_RL),
             "old_values": values_RL,
             "old_log_probs": told[LOG_PROBS],

@@ -12,22 +12,22 @@ import numpy as np
 
 from trainers.inputs import Arrays as Abstract
 from trainers.inputs import PackedTokens
-from trainers.losses.settings import check_not_negative
 from trainers.online import rows
 from trainers.online.method import LOG_PROBS, REFERENCE, Samples, Score, check_sizes, row_length
 from trainers.online.rows import Arrays
+from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Rows for `trainers.objectives.policy_gradient.policy_gradient`, one completion in each.
+    """Rows for `trainers.online.policy_gradient.policy_gradient`, one completion in each.
 
     Columns beside tokens: 'advantages', 'rewards' and 'ended' [R]; 'old_log_probs' [R, L] where rows are used more
     than once; 'reference_log_probs' [R, L] where `reference` asks for them.
 
     Attributes:
       prompt_length, completion_length, samples, updates: see trainers/online/method.py.
-      advantages: function of rewards [P, G], of trainers/losses/policy_gradient.py.
+      advantages: function of rewards [P, G], of trainers/online/losses.py.
       kl: how much log p - log q of a whole completion, q the reference's, is taken off its reward.
       reference: whether the loss reads the reference's log-probabilities.
     """

@@ -15,16 +15,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainers import batches, decode
-from trainers.buckets import longest_row
-from trainers.objectives.reference import LiveReference
+from trainers import batches
+from trainers.decoding import decode
+from trainers.decoding.buckets import longest_row
+from trainers.decoding.policy_sampler import PolicySampler
+from trainers.decoding.sampling import Sampling
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Method, Samples
 from trainers.online.rows import Arrays
-from trainers.policy_sampler import PolicySampler
+from trainers.preference.objectives.reference import LiveReference
 from trainers.recipe import Program, Recipe
-from trainers.rewards import Completion, Reward, StoredReward
-from trainers.sampling import Sampling
-from trainers.target_log_probs import read_targets
+from trainers.rewards.base import Completion, Reward, StoredReward
+from trainers.scoring.target_log_probs import read_targets
 from trainers.train_state import TrainState
 
 _KEPT = 64  # rollouts, of which a checkpoint may need one again
@@ -55,7 +56,7 @@ class Rollouts:
       reward: judges completions, on the host; every process judges all of them.
       vocabulary: whose EOS ends completions, and whose ids are sampled.
       reference: that the policy is compared with, if the method asks for one.
-      temperature, top_k, top_p: of sampling; see trainers/sampling.py. Log-probabilities are those at temperature 1.
+      temperature, top_k, top_p: of sampling; see trainers/decoding/sampling.py. Log-probabilities are those at temperature 1.
       missing_end_penalty: taken off the reward of a completion that was cut at the longest length.
       seed: of the draws.
 

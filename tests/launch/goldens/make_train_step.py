@@ -22,14 +22,14 @@ BINDINGS = (
 
 def numbers(metrics_file):
     """One mapping for each update."""
-    from trainers.metric_writers import read_jsonl
+    from trainers.telemetry.metric_writers import read_jsonl
 
     return [{name: row[name] for name in NUMBERS} for row in read_jsonl(metrics_file)]
 
 
 def main():
     sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent / "programs")]
-    from launch import gin_config
+    from launch.config import gin_config
 
     with tempfile.TemporaryDirectory() as folder:
         given = (f"MODEL_DIR={folder + '/run'!r}", f"DIRECTORY={folder + '/text'!r}")

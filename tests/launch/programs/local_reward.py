@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from trainers.indicators.alarm import Alarm
+from trainers.preference.indicators.alarm import Alarm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,10 @@
 import pathlib
 import time
 
-from data import cache, rows
-from data.eval_stream import EvalStream
-from data.train_stream import Stream
+from data.cache import store
+from data.stream import rows
+from data.stream.eval_stream import EvalStream
+from data.stream.train_stream import Stream
 from trainers.objectives import lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -25,11 +26,11 @@ def _records(name):
 
 def _source(name, directory, length):
     path = pathlib.Path(directory) / name
-    with cache.building_lock(path):
+    with store.building_lock(path):
         if not path.exists():
             features = {"targets": BYTES, "document_id": "text"}
-            cache.write(path, _records(name), features=features)
-    return rows.plan_source(name, cache.open_cache(path), {"targets": length})
+            store.write(path, _records(name), features=features)
+    return rows.plan_source(name, store.open_cache(path), {"targets": length})
 
 
 def open_stream(

@@ -11,7 +11,7 @@ import pytest
 from model.config import LayerKind
 from model.hf import families
 from model.kv_cache.full import FullCache
-from model.surgery import layer_stack
+from model.transforms import layer_stack
 
 WINDOW = 5
 CONFIG = {

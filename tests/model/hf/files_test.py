@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model.hf import gguf_file, tiles
-from model.hf.safetensors_files import (
+from model.hf.files import gguf_file, tiles
+from model.hf.files.safetensors_files import (
     INDEX,
     SINGLE,
     SafetensorsReader,

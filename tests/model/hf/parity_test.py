@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.hf import arrays, families
-from model.surgery import layer_stack
+from model.hf import families
+from model.hf.files import arrays
+from model.transforms import layer_stack
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "parity"
 CASES = sorted(pathlib.Path(os.environ.get("PARITY_CASES") or GOLDENS).glob("*.npz"))

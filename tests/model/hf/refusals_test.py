@@ -15,7 +15,7 @@ from model.hf.config_fields import UnsupportedConfig
 from model.hf.family import UnsupportedModel
 from model.linear import Dense
 from model.mlp import GatedMlp, Mlp
-from model.moe import MoeMlp
+from model.moe.moe import MoeMlp
 from model.norm import LayerNorm, RMSNorm
 from model.transformer import Block, Transformer
 

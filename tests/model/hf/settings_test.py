@@ -13,7 +13,7 @@ import gin
 import numpy as np
 import pytest
 
-from launch import gin_config
+from launch.config import gin_config
 from model.hf import families
 from model.hf.description import describe
 from model.rope import Rope

@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.hf import arrays, families
+from model.hf import families
 from model.hf.description import native_shapes
 from model.hf.family import MismatchedTensors
-from model.surgery import layer_stack
+from model.hf.files import arrays
+from model.transforms import layer_stack
 from trainers import initialise, partitioning
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention_ops import dot_product_attention
+from model.kernels.attention_ops import dot_product_attention
 from model.kv_cache import slots
 
 B, S, N, K, H = 2, 6, 4, 2, 8

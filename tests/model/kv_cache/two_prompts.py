@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention_ops import dot_product_attention
 from model.config import LayerKind
+from model.kernels.attention_ops import dot_product_attention
 from model.kv_cache.base import AttentionForm
 from model.rope import Rope
 

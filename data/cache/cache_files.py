@@ -1,0 +1,183 @@
+"""The files of a token cache: written so that they appear whole or not at all, and checked.
+
+Everything is written under a temporary name, synced and renamed. Checksums are SHA-256.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from data.cache.columns import feature_dtype, feature_limit
+
+Record = Mapping[str, np.ndarray | bytes | str]
+
+
+class CacheCorruptError(ValueError):
+    """Files of a cache are missing, truncated, altered or foreign."""
+
+
+def canonical(value) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+class ShardWriter:
+    """Writes the files of one shard under temporary names and publishes them when complete."""
+
+    def __init__(self, building: pathlib.Path, shard: int, features: Mapping[str, int | str]):
+        self._building = building
+        self._shard = shard
+        self._features = features
+        self._records = 0
+        self._text_bytes: dict[str, int | None] = dict.fromkeys(features, 0)
+        self._lengths: dict[str, list[int]] = {feature: [] for feature in features}
+        self._files = {
+            feature: open(self._temporary(f"{feature}.bin"), "wb")  # noqa: SIM115
+            for feature in features
+        }
+        self._hashes = {feature: hashlib.sha256() for feature in features}
+
+    def append(self, record: Record) -> int:
+        """Adds one record; returns the number of values written."""
+        written = 0
+        for feature, kind in self._features.items():
+            values = self._encode(feature, kind, record.get(feature, b"" if kind == "text" else ()))
+            data = values.tobytes()
+            self._files[feature].write(data)
+            self._hashes[feature].update(data)
+            self._lengths[feature].append(len(values))
+            text = record.get(f"{feature}_pretokenized")
+            self._text_bytes[feature] = add_known(self._text_bytes[feature], _text_size(text))
+            if kind != "text":
+                written += len(values)
+        self._records += 1
+        return written
+
+    def finish(self) -> dict:
+        """Publishes the shard and returns its entry for the manifest."""
+        files = {}
+        for feature, file in self._files.items():
+            size = file.tell()
+            _close(file)
+            name = f"{self._shard:05d}.{feature}"
+            os.replace(self._temporary(f"{feature}.bin"), self._building / f"{name}.bin")
+            files[f"{name}.bin"] = [size, self._hashes[feature].hexdigest()]
+            lengths = np.array(self._lengths[feature], "<u4").tobytes()
+            publish(self._building / f"{name}.len", lengths)
+            files[f"{name}.len"] = file_entry(lengths)
+        entry = {
+            "records": self._records,
+            "values": {feature: sum(lengths) for feature, lengths in self._lengths.items()},
+            "text_bytes": self._text_bytes,
+            "files": files,
+        }
+        publish(self._building / f"{self._shard:05d}.json", canonical(entry))
+        return entry
+
+    def _temporary(self, suffix: str) -> pathlib.Path:
+        return self._building / f"{self._shard:05d}.{suffix}.tmp"
+
+    def _encode(self, feature: str, kind: int | str, value) -> np.ndarray:
+        if kind == "text":
+            return np.frombuffer(_text(feature, value), np.uint8)
+        values = np.asarray(value)
+        if values.ndim != 1:
+            raise ValueError(f"Feature {feature!r} has shape {values.shape}; a vector is needed.")
+        limit = feature_limit(kind)
+        if limit is not None and len(values):
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= limit:
+                raise ValueError(
+                    f"Record {self._records} of shard {self._shard}: feature {feature!r} has token "
+                    f"{low if low < 0 else high}, outside its vocabulary of {limit}. The "
+                    "vocabulary of the feature is not the one that made the tokens."
+                )
+        return values.astype(feature_dtype(kind))
+
+
+def _text(feature: str, value) -> bytes:
+    """The bytes of a text; a number, as some sources number their documents, is its digits."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, int | float | np.number):
+        return str(value).encode()
+    raise ValueError(
+        f"Feature {feature!r} is a {type(value).__name__}"
+        f"{f' of shape {value.shape}' if isinstance(value, np.ndarray) else ''}; one string or "
+        "number for each record is needed. Convert it in a preprocessor."
+    )
+
+
+def _text_size(text) -> int | None:
+    """UTF-8 bytes of what `<feature>_pretokenized` holds; None where that is not the text."""
+    if isinstance(text, str):
+        return len(text.encode())
+    return len(text) if isinstance(text, bytes) else None
+
+
+def add_known(*counts: int | None) -> int | None:
+    """The sum of counts; it is unknown (None) if any of them is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def file_entry(data: bytes) -> list:
+    """[size, checksum] of a file with this content."""
+    return [len(data), hashlib.sha256(data).hexdigest()]
+
+
+def finished_shard(building: pathlib.Path, shard: int) -> dict | None:
+    """The entry of a shard that an earlier, interrupted build finished, if its files are intact."""
+    try:
+        entry = json.loads((building / f"{shard:05d}.json").read_bytes())
+        for name, (size, checksum) in entry["files"].items():
+            check_file(building / name, size, checksum)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entry
+
+
+def check_size(path: pathlib.Path, size: int, checksum: str) -> None:
+    del checksum
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise corrupt(path.parent, path.name, "is missing") from None
+    if actual != size:
+        raise corrupt(path.parent, path.name, f"has {actual} bytes instead of {size}")
+
+
+def check_file(path: pathlib.Path, size: int, checksum: str) -> None:
+    check_size(path, size, checksum)
+    with open(path, "rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != checksum:
+        raise corrupt(path.parent, path.name, "does not match its checksum")
+
+
+def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
+    return CacheCorruptError(
+        f"Token cache {directory}: {name} {what}. Delete the directory: it is built again at the "
+        "next start, or now by `python -m launch.prepare cache --replace`."
+    )
+
+
+def publish(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file so that it appears complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        _close(file)
+    os.replace(temporary, path)
+
+
+def _close(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

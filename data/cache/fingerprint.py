@@ -1,0 +1,295 @@
+"""What a value or a function is, as JSON, so that a change of either changes a cache's fingerprint.
+
+Functions are described by their source without comments and docstrings, their defaults, closures
+and partial arguments, and the functions and constants they use, those of other modules too unless
+these are installed: of the standard library and of packages, names and versions say enough.
+Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of anything,
+but for what the function itself changes. Objects are described by their attributes and the methods
+of their class. The description does not depend on addresses, hash seeds or the working directory.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import re
+import types
+from collections.abc import Mapping, Set
+
+import numpy as np
+
+from data.cache import cache_dir as cache
+from data.cache import source_code
+
+_PLAIN = (bool, int, float, str, type(None))
+_FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
+_MUTABLE = (list, dict, set)
+_LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
+# Known by name only: their version is part of the environment, and following them has no end.
+_LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What a description has come across.
+
+    Attributes:
+      path: ids of the values it is inside of.
+      code: id of a function or class -> its number; each is described once.
+    """
+
+    path: frozenset[int] = frozenset()
+    code: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def enter(self, value) -> "_Seen":
+        return _Seen(self.path | {id(value)}, self.code)
+
+    def apart(self) -> "_Seen":
+        """For values that have no order, so that it does not matter which of them comes first."""
+        return _Seen(self.path, dict(self.code))
+
+    def again(self, code: types.FunctionType | type) -> dict | None:
+        """The number of code that was described before; the first time it gets one."""
+        if id(code) in self.code:
+            return {"again": self.code[id(code)]}
+        self.code[id(code)] = len(self.code)
+        return None
+
+
+def describe(value, seen: _Seen | None = None):
+    """JSON that two values share exactly if they would make the same records."""
+    if isinstance(value, enum.Enum):
+        return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, _PLAIN):
+        return value if value == value else "nan"
+    if isinstance(value, bytes):
+        return {"bytes": _sha(value)}
+    if isinstance(value, os.PathLike):
+        return {"path": os.fspath(value)}
+    if isinstance(value, types.ModuleType):
+        return {"module": value.__name__}
+    seen = seen or _Seen()
+    if isinstance(value, types.FunctionType):
+        if _is_library(value.__module__):
+            return {"function": f"{value.__module__}.{value.__qualname__}"}
+        return seen.again(value) or _function(value, seen)
+    if id(value) in seen.path:
+        return "cycle"
+    seen = seen.enter(value)
+    if isinstance(value, re.Pattern):
+        return {"pattern": describe(value.pattern, seen), "flags": value.flags}
+    if isinstance(value, list | tuple):
+        return _short([describe(item, seen) for item in value])
+    if isinstance(value, Set):
+        return {"set": _short(sorted((describe(item, seen.apart()) for item in value), key=repr))}
+    if isinstance(value, Mapping):
+        items = [(describe(key, seen.apart()), item) for key, item in value.items()]
+        items.sort(key=lambda pair: repr(pair[0]))
+        return {"map": _short([[key, describe(item, seen)] for key, item in items])}
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:  # whose bytes are addresses
+            return {"array": describe(value.tolist(), seen)}
+        return {"array": [str(value.dtype), list(value.shape), _sha(value.tobytes())]}
+    if isinstance(value, functools.partial):
+        return {
+            "partial": describe(value.func, seen),
+            "args": describe(value.args, seen),
+            "keywords": describe(value.keywords, seen),
+        }
+    if isinstance(value, types.MethodType):
+        return {"method": describe(value.__func__, seen), "of": describe(value.__self__, seen)}
+    if isinstance(inner := getattr(value, "__wrapped__", None), types.FunctionType):
+        return {"wrapper": _name(type(value)), "of": describe(inner, seen)}  # functools.cache, say
+    if isinstance(value, type):
+        return _class(value, seen)
+    if hasattr(value, "vocab_size") and hasattr(value, "encode"):
+        return vocabulary(value)
+    return _object(value, seen)
+
+
+def vocabulary(vocab) -> dict:
+    """A SeqIO vocabulary: class, size, special ids, and the bytes of its model where it has one."""
+    out = {"class": _name(type(vocab)), "size": int(vocab.vocab_size)}
+    for key in ("bos_id", "eos_id", "pad_id", "unk_id", "extra_ids"):
+        try:
+            out[key] = describe(getattr(vocab, key, None))
+        except NotImplementedError:  # a PassThroughVocabulary has no special ids
+            out[key] = None
+    model = getattr(vocab, "sp_model", None) or getattr(vocab, "model_bytes", None)
+    if model is not None:
+        out["model"] = _sha(model)
+    else:
+        state = {k: v for k, v in vars(vocab).items() if "lock" not in k}
+        out["state"] = describe(state)
+    return out
+
+
+class FileDigests:
+    """SHA-256 of source files, remembered between runs by what a change of a file changes too.
+
+    That is size, time of modification, inode, and the time at which any of these was changed, which
+    no program sets back as `cp -p` and `rsync -t` do the first.
+    """
+
+    def __init__(self, memory: pathlib.Path):
+        self._memory = memory
+        self._known: dict[str, list] = {}
+        self._changed = False
+        try:
+            known = json.loads(memory.read_bytes())
+            self._known = known if isinstance(known, dict) else {}
+        except (OSError, ValueError):
+            pass  # A lost memory costs only the time to hash again.
+
+    def digest(self, path: str) -> str:
+        """The checksum of one file."""
+        stat = os.stat(path)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = self._known.get(os.path.abspath(path))
+        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == stamp:
+            return entry[4]
+        with open(path, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        self._known[os.path.abspath(path)] = [*stamp, checksum]
+        self._changed = True
+        return checksum
+
+    def save(self) -> None:
+        """Writes what was learned."""
+        if self._changed:
+            cache.remember(self._memory, self._known)
+
+
+def _function(function: types.FunctionType, seen: _Seen) -> dict:
+    inner = inspect.unwrap(function)
+    variables = inspect.getclosurevars(inner)
+    used = source_code.used_globals(inner)
+    own = {
+        name: describe(value, seen)
+        for name, value in used.items()
+        if _is_followed(value, inner.__module__, installed=_has_installed_code(inner))
+    }
+    own.update(_reached_through_modules(inner, used, seen))
+    out = {
+        "function": f"{inner.__module__}.{inner.__qualname__}",
+        "source": source_code.text(inner),
+        "defaults": describe(inner.__defaults__, seen),
+        "keyword_defaults": describe(inner.__kwdefaults__, seen),
+        "closure": describe(variables.nonlocals, seen),
+        "globals": sorted(([name, what] for name, what in own.items()), key=repr),
+    }
+    if inner is not function:  # a decorator's own arguments live in the wrapper
+        cells = inspect.getclosurevars(function).nonlocals
+        text = source_code.text(function, follow=False)
+        out["wrapper"] = [text, describe(cells, seen)]
+    return out
+
+
+def _is_followed(value, module: str, *, installed: bool) -> bool:
+    """Whether a global that code of `module` uses is described.
+
+    Constants are; lists, dicts and sets of installed code are not, which may be registries. So are
+    functions and methods of the same module, or of none that is installed, and classes and callable
+    objects of none that is installed.
+    """
+    if isinstance(value, _FIXED):
+        return True
+    if isinstance(value, _MUTABLE):
+        return not installed
+    while isinstance(value, functools.partial):
+        value = value.func
+    value = getattr(value, "__func__", value)
+    if isinstance(value, type):
+        return not source_code.is_of_package(value)
+    if not callable(value):
+        return False
+    inner = inspect.unwrap(value)
+    if isinstance(inner, types.FunctionType):
+        return inner.__module__ == module or not _has_installed_code(inner)
+    return not source_code.is_of_package(type(inner))
+
+
+def _has_installed_code(function: types.FunctionType) -> bool:
+    typed = function.__module__ == "__main__"  # at a prompt, say, and so in no file
+    return not typed and source_code.is_installed(function.__code__.co_filename)
+
+
+def _reached_through_modules(function: types.FunctionType, used: Mapping, seen: _Seen) -> dict:
+    """What a function uses as `module.name`, of modules that are not installed."""
+    found = {}
+    for alias, module in used.items():
+        path = getattr(module, "__file__", None)
+        if not isinstance(module, types.ModuleType) or path is None:
+            continue
+        if source_code.is_installed(path):
+            continue
+        for name in sorted(source_code.names(function.__code__) & set(vars(module))):
+            value = vars(module)[name]
+            if _is_followed(value, module.__name__, installed=False):
+                found[f"{alias}.{name}"] = describe(value, seen)
+    return found
+
+
+def _object(value, seen: _Seen) -> dict:
+    cls = type(value)
+    if _is_library(cls.__module__):
+        state = None
+    elif dataclasses.is_dataclass(value):
+        state = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    else:
+        state = getattr(value, "__dict__", None)
+    out = _class(cls, seen)
+    if "members" not in out and callable(value) and isinstance(cls.__call__, types.FunctionType):
+        out["call"] = source_code.text(cls.__call__)
+    if state is not None:
+        out["state"] = describe(dict(state), seen)
+    elif " at 0x" not in (text := repr(value)):
+        out["repr"] = text
+    return out
+
+
+def _class(cls: type, seen: _Seen) -> dict:
+    """A class, with methods and constants of it and of those it derives from, but for installed ones."""
+    if again := seen.again(cls):
+        return {"class": _name(cls), "members": again}
+    found = []
+    for owner in cls.__mro__:
+        if source_code.is_of_package(owner):
+            continue
+        for name, member in sorted(vars(owner).items()):
+            # static and class methods, properties, cached properties
+            for attribute in ("__func__", "fget", "func"):
+                member = getattr(member, attribute, member)
+            if isinstance(inner := inspect.unwrap(member), types.FunctionType):
+                # What a dataclass generates follows from its fields.
+                kept = not dataclasses.is_dataclass(owner) or inner.__code__.co_filename[0] != "<"
+            else:
+                kept = isinstance(member, _FIXED + _MUTABLE) and not name.startswith("__")
+            if kept:
+                found.append([f"{_name(owner)}.{name}", describe(member, seen)])
+    return {"class": _name(cls), "members": found} if found else {"class": _name(cls)}
+
+
+def _short(items: list):
+    """A list, or where it is long, its hash."""
+    if len(items) <= _LONGEST:
+        return items
+    return {"items": len(items), "sha256": _sha(json.dumps(items, sort_keys=True).encode())}
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").split(".")[0] in _LIBRARIES
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

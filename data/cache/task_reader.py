@@ -1,0 +1,148 @@
+"""What a SeqIO task is made of and what it yields: the inputs of its token cache.
+
+The fingerprint of a cache covers the source (the bytes of its files, or the `digest` it declares),
+the vocabulary, every preprocessor, TensorFlow's version, an optional `task.version`, and a probe:
+the hash of the first 64 records, which sees what no description does. Preprocessors that draw
+random numbers draw them when the cache is built, from seed 0.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.cache import fingerprint
+
+PROBE_RECORDS = 64
+DOCUMENT_ID = "document_id"
+_BYTES_PER_SHARD = 32_000_000  # of source files, compressed as they are
+_RECORDS_PER_SHARD = 20_000
+_MAX_SHARDS = 64
+
+
+def task_features(task) -> dict[str, int | str]:
+    """The features stored for a task: its output features, and `document_id` where it has one."""
+    out: dict[str, int | str] = {}
+    for name, feature in task.output_features.items():
+        if feature.rank != 1:
+            raise ValueError(
+                f"Task {task.name!r}: feature {name!r} has rank {feature.rank}; only vectors of "
+                "tokens are cached."
+            )
+        floating = np.issubdtype(feature.dtype.as_numpy_dtype, np.floating)
+        out[name] = "float32" if floating else int(feature.vocabulary.vocab_size)
+    out[DOCUMENT_ID] = "text"
+    return out
+
+
+def describe_task(task, split: str, files: fingerprint.FileDigests) -> dict:
+    """Everything that decides the records of a task's split, as readable JSON."""
+    import tensorflow as tf
+
+    first_records = probe(task, split)  # first: a TFDS set may have no files before it is read
+    return {
+        "task": task.name,
+        "split": split,
+        "version": fingerprint.describe(getattr(task, "version", None)),
+        "source": _describe_source(task.source, split, files),
+        "vocabulary": {
+            name: {
+                "vocabulary": fingerprint.vocabulary(feature.vocabulary),
+                "add_eos": bool(feature.add_eos),
+                "dtype": feature.dtype.name,
+            }
+            for name, feature in task.output_features.items()
+            if hasattr(feature, "vocabulary")
+        },
+        "preprocessors": [fingerprint.describe(step) for step in task.preprocessors],
+        "tensorflow": tf.__version__,
+        "probe": first_records,
+    }
+
+
+def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Iterator[dict]:
+    """The preprocessed examples of one shard, untrimmed, in the source's order."""
+    import seqio
+
+    source = task.source
+    if num_shards == 1:
+        dataset = source.get_dataset(split=split, shuffle=False)
+    else:
+        info = seqio.ShardInfo(index=shard, num_shards=num_shards)
+        dataset = source.get_dataset(split=split, shuffle=False, shard_info=info)
+    dataset = task.preprocess_precache(dataset, seed=0)
+    dataset = task.preprocess_postcache(dataset, sequence_length=None, seed=0)
+    missing = [
+        name
+        for name, feature in task.output_features.items()
+        if feature.required and name not in dataset.element_spec
+    ]
+    if missing:
+        raise ValueError(
+            f"Task {task.name!r}: the preprocessors yield {', '.join(dataset.element_spec)} but "
+            f"not the output feature {', '.join(missing)}."
+        )
+    return dataset.as_numpy_iterator()
+
+
+def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict:
+    """What the source reads. A reader may declare it: `digest` on the source or on its function,
+    a string or a function of the split (sources that read installed packages do)."""
+    function = getattr(source, "_dataset_fn", None)
+    inner = getattr(function, "func", function)  # through functools.partial
+    out = {
+        "class": f"{type(source).__module__}.{type(source).__qualname__}",
+        "reader": fingerprint.describe(function or getattr(source, "_reader", None)),
+    }
+    for holder in (source, function, inner):
+        declared = getattr(holder, "digest", None)
+        if declared is not None:
+            out["digest"] = declared(split) if callable(declared) else declared
+            if dropped := getattr(source, "dropped", None):  # by filters, of which digests tell
+                out["dropped"] = dropped
+            return out
+    if (tfds := getattr(source, "tfds_dataset", None)) is not None:
+        splits = getattr(tfds, "_split_map", None) or {}
+        out["tfds"] = [tfds.resolved_tfds_name(split), fingerprint.describe(splits.get(split))]
+    out["files"] = [[os.path.basename(path), files.digest(path)] for path in _files(source, split)]
+    return out
+
+
+def _files(source, split: str) -> list[str]:
+    """The local files a source reads, as far as SeqIO knows them."""
+    if hasattr(source, "_dataset_fn"):
+        return []
+    if (tfds := getattr(source, "tfds_dataset", None)) is not None:
+        paths = [instruction.filename for instruction in tfds.files(split)]
+    else:
+        paths = source.list_shards(split)
+    return [str(path) for path in paths if os.path.isfile(path)]
+
+
+def num_shards(task, split: str) -> int:
+    """Shards of a build: groups of source files; more of many examples where the source can be cut.
+
+    A source that can only be read from its beginning would be read whole for every shard. Starting to
+    read a shard takes a quarter of a second, so that thousands of small files are not a shard each.
+    """
+    files = _files(task.source, split)
+    size = sum(map(os.path.getsize, files))
+    shards = max(min(len(files), -(-size // _BYTES_PER_SHARD)), 1)
+    if task.source.supports_arbitrary_sharding:
+        examples = task.source.num_input_examples(split) or 0
+        shards = max(shards, -(-examples // _RECORDS_PER_SHARD))
+    return min(shards, _MAX_SHARDS)
+
+
+def probe(task, split: str) -> str:
+    """The hash of the first records as they come out now."""
+    checksum = hashlib.sha256()
+    features = task_features(task)
+    for record in itertools.islice(read_records(task, split), PROBE_RECORDS):
+        for name in features:
+            value = record.get(name, b"")
+            data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+            checksum.update(f"{name}:{len(data)}:".encode() + data)
+    return checksum.hexdigest()

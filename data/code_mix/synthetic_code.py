@@ -1,0 +1,258 @@
+"""Verified synthetic code: Python problems with solutions and tests, each run before it is data.
+
+The paper on code in pre-training (2408.10914) gains most from a set of formally verified problems that
+is not released; this is a source of the same form. A problem is drawn from a family (data/code_mix/synthetic/),
+with numbers, names, layout and tests of its own. What its tests expect is computed in another way
+than its solution does, and the whole document, which is a program, is run in the sandbox: what does
+not pass is dropped. A share of other documents has one fault in the solution; they are never data, and
+how many of them the filter drops is recorded.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import tqdm
+
+from data import tasks
+from data.cache import cache_dir as cache
+from data.code_mix.synthetic import lists, structures, texts
+from data.code_mix.synthetic.render import Rendered, render
+from data.sandbox import code_sandbox
+from data.text import document_source, documents, splits
+from data.text.document_files import DocumentFiles
+
+_OPEN_ENDED_WEIGHT = 8  # the others repeat themselves after some hundreds of documents
+FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES
+_WEIGHTS = [_OPEN_ENDED_WEIGHT if family in lists.OPEN_ENDED else 1 for family in FAMILIES]
+FORMAT = documents.Format(text_key="text", id_key="id")
+MANIFEST = "manifest.json"
+_LIMITS = code_sandbox.Limits(cpu_seconds=2, wall_seconds=20.0)
+_ROUND = 400  # documents that are drawn and tried at a time
+_GROUP = 20  # documents that are tried in one process at first
+_IDLE_ROUNDS = 10  # without a new document, after which there will be none
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A document that has not been tried.
+
+    Attributes:
+      family: name of its family.
+      document: what it says.
+      mutated: whether its solution has a fault.
+    """
+
+    family: str
+    document: Rendered
+    mutated: bool
+
+
+def draw(seed: int, *, mutated_share: float = 0.05) -> Iterator[Candidate]:
+    """Documents without end, the same for the same seed; some come again."""
+    for number in itertools.count():
+        rng = random.Random(f"{seed} {number}")
+        (family,) = rng.choices(FAMILIES, _WEIGHTS)
+        mutated = rng.random() < mutated_share
+        document = render(family(rng), rng, mutate=mutated)
+        if document is not None:
+            yield Candidate(family.__name__, document, mutated)
+
+
+def verify(sandbox: code_sandbox.Sandbox, programs: list[str]) -> list[bool]:
+    """Which programs come to their end.
+
+    Several are run in one process, each in a namespace of its own, and singly only where not all of
+    them pass. They must not be hostile to each other, as those of the families are not.
+    """
+    groups = [programs[i : i + _GROUP] for i in range(0, len(programs), _GROUP)]
+    joined = [
+        "".join(f"exec({program!r}, {{'__name__': 'program'}})\n" for program in group)
+        for group in groups
+    ]
+    found: list[bool] = []
+    for group, result in zip(groups, _results(sandbox, joined), strict=True):
+        if result.passed:
+            found += [True] * len(group)
+        else:
+            found += [one.passed for one in _results(sandbox, group)]
+    return found
+
+
+def _results(sandbox: code_sandbox.Sandbox, programs: list[str]) -> list[code_sandbox.Result]:
+    return [future.result() for future in [sandbox.submit(program) for program in programs]]
+
+
+def build(
+    *,
+    num_documents: int = 5000,
+    seed: int = 0,
+    variants: int = 3,
+    mutated_share: float = 0.05,
+    validation_fraction: float = 0.05,
+    cache_dir: str | os.PathLike | None = None,
+) -> pathlib.Path:
+    """Makes the documents, or finds those made before from the same settings and code.
+
+    Args:
+      num_documents: wanted, of both splits together.
+      seed: of all that is drawn.
+      variants: documents of one problem at most, which differ in names, layout and tests.
+      mutated_share: of what is drawn, documents with a fault, to measure the filter; not data.
+      validation_fraction: share of problems to hold out, with all their variants.
+      cache_dir: where they are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Returns:
+      A folder of `train.jsonl`, `validation.jsonl` and `manifest.json`, which counts what was drawn,
+      kept and dropped.
+
+    Raises:
+      ValueError: settings out of range, or nothing more that is new passes.
+    """
+    if num_documents < 1 or variants < 1:
+        raise ValueError(
+            f"synthetic_code: num_documents = {num_documents} and variants = {variants} must be at least 1."
+        )
+    for name, share in (
+        ("mutated_share", mutated_share),
+        ("validation_fraction", validation_fraction),
+    ):
+        if not 0 <= share < 1:
+            raise ValueError(f"synthetic_code: {name} = {share} must be in [0, 1).")
+    settings = {
+        "num_documents": num_documents,
+        "seed": seed,
+        "variants": variants,
+        "mutated_share": mutated_share,
+        "validation_fraction": validation_fraction,
+    }
+    content = json.dumps([settings, _code_digest()], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = cache.cache_dir("synthetic_code", key, override=cache_dir)
+    if not (folder / MANIFEST).is_file():
+        files = [MANIFEST, *(f"{split}.jsonl" for split in splits.SPLITS)]
+        cache.build_directory(folder, lambda target: _build(target, settings), expected=files)
+        print(f"synthetic code written to {folder}", file=sys.stderr)
+    return folder
+
+
+def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
+    kept: dict[str, str] = {}  # text -> problem
+    problems: dict[str, int] = {}
+    families: dict[str, int] = {}
+    counts = {"drawn": 0, "dropped": 0, "mutated": 0, "mutated_passed": 0}
+    drawn = draw(settings["seed"], mutated_share=settings["mutated_share"])
+    idle = 0
+    bar = tqdm.tqdm(
+        total=settings["num_documents"], desc="synthetic code", file=sys.stderr, disable=None
+    )
+    with code_sandbox.Sandbox(_LIMITS) as sandbox, bar:
+        while len(kept) < settings["num_documents"]:
+            new: dict[str, Candidate] = {}
+            for candidate in itertools.islice(drawn, _ROUND):
+                text, key = candidate.document.text, candidate.document.key
+                if text not in kept and problems.get(key, 0) < settings["variants"]:
+                    new[text] = candidate
+            counts["drawn"] += len(new)
+            whole = [text for text, one in new.items() if not one.mutated]
+            faulty = [text for text, one in new.items() if one.mutated]
+            counts["mutated"] += len(faulty)
+            counts["mutated_passed"] += sum(one.passed for one in _results(sandbox, faulty))
+            before = len(kept)
+            for text, passed in zip(whole, verify(sandbox, whole), strict=True):
+                key = new[text].document.key
+                counts["dropped"] += not passed
+                room = problems.get(key, 0) < settings["variants"]
+                if passed and room and len(kept) < settings["num_documents"]:
+                    kept[text] = key
+                    problems[key] = problems.get(key, 0) + 1
+                    families[new[text].family] = families.get(new[text].family, 0) + 1
+            bar.update(len(kept) - before)
+            idle = 0 if len(kept) > before else idle + 1
+            if idle == _IDLE_ROUNDS:
+                raise ValueError(
+                    f"synthetic_code: {len(kept):,} documents are there, and none of the last "
+                    f"{_IDLE_ROUNDS * _ROUND:,} drawn is new and passes. Raise variants, or see why "
+                    "programs fail: python -m launch.evaluate code runs any with its reasons."
+                )
+    lines: dict[str, list[str]] = {split: [] for split in splits.SPLITS}
+    for number, (text, key) in enumerate(kept.items()):
+        held_out = splits.in_validation(key, settings["validation_fraction"])
+        line = json.dumps({"id": f"synthetic:{number}", "text": text})
+        lines["validation" if held_out else "train"].append(line + "\n")
+    for split, own in lines.items():
+        (target / f"{split}.jsonl").write_text("".join(own), encoding="utf-8")
+    manifest = {
+        "settings": settings,
+        "documents": {split: len(own) for split, own in lines.items()},
+        "problems": len(problems),
+        "families": dict(sorted(families.items())),
+        **counts,
+    }
+    cache.write_json(target / MANIFEST, manifest)
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Hash of the code that writes problems, so that a changed family makes other data."""
+    here = pathlib.Path(__file__).parent
+    files = [pathlib.Path(__file__), *sorted(here.glob("synthetic/*.py"))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def register(
+    *,
+    vocabulary: Any,
+    name: str = "synthetic_code",
+    num_documents: int = 5000,
+    seed: int = 0,
+    variants: int = 3,
+    mutated_share: float = 0.05,
+    validation_fraction: float = 0.05,
+    add_bos: bool = False,
+    add_eos: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Registers a task over verified synthetic code, which is made where it is not there yet.
+
+    Args:
+      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
+      name: of the task.
+      num_documents, seed, variants, mutated_share, validation_fraction: see `build`.
+      add_bos: begin each document with BOS.
+      add_eos: end each document with EOS.
+      cache_dir: where documents are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+    """
+    folder = build(
+        num_documents=num_documents,
+        seed=seed,
+        variants=variants,
+        mutated_share=mutated_share,
+        validation_fraction=validation_fraction,
+        cache_dir=cache_dir,
+    )
+    there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["documents"]
+    files = DocumentFiles(
+        name=name,
+        files={split: (str(folder / f"{split}.jsonl"),) for split, count in there.items() if count},
+        format=FORMAT,
+        validation_fraction=0.0,
+        root=str(folder),
+        cache=document_source.source_cache(cache_dir),
+    )
+    tasks.register_source(
+        name,
+        document_source.DocumentSource(files),
+        origin="synthetic_code.register",
+        vocabulary=vocabulary,
+        add_bos=add_bos,
+        add_eos=add_eos,
+    )

@@ -1,0 +1,113 @@
+"""Rated responses as pairs: the best of a prompt's responses against one that is rated lower.
+
+    {"prompt": ..., "responses": [..., ...], "ratings": [4.5, 2]}
+
+The prompt is a text or a list of messages, and so is each response; a text is the assistant's message where
+the prompt has messages. The pairs are rows as `records` has them, with the difference of the ratings as
+"margin".
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from data.preference.tally import Tally
+from data.preference.texts import text_of
+from data.stream import order
+from data.text.documents import DataError
+
+Rejected = Literal["worst", "random", "next"]
+REJECTED = get_args(Rejected)
+EXAMPLE = '{"prompt": "...", "responses": ["...", "..."], "ratings": [4.5, 2]}'
+_KEPT = ("tools", "chat_template_kwargs")
+
+
+def pairs(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    rejected: Rejected = "worst",
+    min_margin: float = 0.0,
+    seed: int = 0,
+    dropped: Tally | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One pair for each row of rated responses.
+
+    Chosen is the best response, the first of several that are. Responses that are rated as high teach nothing
+    beside it, so that rejected is always one of those rated lower.
+
+    Args:
+      rows: (place, row); the place is for errors.
+      rejected: 'worst', the 'next' best, or a 'random' one of those rated lower.
+      min_margin: by how much the ratings must differ at least.
+      seed: of the random ones.
+      dropped: counts rows without such a response, as 'tie' or 'small_margin'.
+
+    Raises:
+      DataError: a row is malformed.
+      ValueError: an unknown value of `rejected`, or a negative margin.
+    """
+    if rejected not in REJECTED:
+        raise ValueError(f"rejected={rejected!r} is none of {', '.join(map(repr, REJECTED))}.")
+    if not 0 <= min_margin < math.inf:
+        raise ValueError(f"min_margin is {min_margin}; it must be 0 or more.")
+    return _pairs(rows, rejected, min_margin, seed, Tally() if dropped is None else dropped)
+
+
+def _pairs(rows, rejected: str, min_margin: float, seed: int, dropped: Tally):
+    for number, (where, row) in enumerate(rows):
+        responses, ratings = _checked(row, where)
+        best = max(range(len(ratings)), key=ratings.__getitem__)
+        lower = [i for i, rating in enumerate(ratings) if rating < ratings[best]]
+        far = [i for i in lower if ratings[best] - ratings[i] >= min_margin]
+        if not far:
+            dropped.add("small_margin" if lower else "tie", where)
+            continue
+        if rejected == "random":
+            other = far[order.hash64(seed, "binarise", number) % len(far)]
+        else:
+            pick = min if rejected == "worst" else max
+            other = pick(far, key=ratings.__getitem__)
+        yield {
+            "prompt": row["prompt"],
+            "chosen": responses[best],
+            "rejected": responses[other],
+            "margin": ratings[best] - ratings[other],
+            **{key: row[key] for key in _KEPT if key in row},
+        }
+
+
+def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]]:
+    """Responses in the form of the prompt, and their ratings."""
+    for key, kinds, what in (
+        ("prompt", (str, list), "a text or messages"),
+        ("responses", (list,), "a list of texts or of messages"),
+        ("ratings", (list,), "a list of numbers"),
+    ):
+        if not isinstance(row.get(key), kinds):
+            found = type(row[key]).__name__ if key in row else "nothing"
+            raise DataError(
+                f"{where}: {key!r} holds {found}; it must be {what}. A row is {EXAMPLE}"
+            )
+    responses, ratings = row["responses"], row["ratings"]
+    if len(responses) != len(ratings) or len(responses) < 2:
+        raise DataError(
+            f"{where}: {len(responses)} responses and {len(ratings)} ratings; give each response one, "
+            "and at least two"
+        )
+    for rating in ratings:
+        number = isinstance(rating, int | float) and not isinstance(rating, bool)
+        if not number or not math.isfinite(rating):
+            raise DataError(f"{where}: {rating!r} in 'ratings' is no finite number")
+    text_of(row["prompt"], "prompt", where)
+    for number, response in enumerate(responses, 1):
+        what = f"response {number}"
+        if isinstance(text_of(response, what, where), tuple) and isinstance(row["prompt"], str):
+            raise DataError(
+                f"{where}: {what} has messages and 'prompt' is a text; give both in one form"
+            )
+    if isinstance(row["prompt"], list):
+        responses = [
+            [{"role": "assistant", "content": one}] if isinstance(one, str) else one
+            for one in responses
+        ]
+    return responses, ratings

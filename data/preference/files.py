@@ -1,0 +1,208 @@
+"""Files of preference data as a SeqIO source of tokens: what is read, dropped, counted and held out."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+import tqdm
+
+from data.cache import cache_dir as cache
+from data.preference import records, tokens
+from data.preference.prompted_files import PromptedFiles
+from data.preference.records import DegenerateError, Kind, Record
+from data.preference.tally import Tally
+from data.text import documents, splits
+from data.text.documents import DataError
+
+Invalid = Literal["drop", "error"]
+INVALID = get_args(Invalid)
+
+# Features of an example beside `document_id`: ids, and one float32 number each.
+TOKENS = ("prompt", "chosen", "rejected")
+NUMBER = {"paired": "margin", "unpaired": "labels"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """A tokenised record."""
+
+    record: Record
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceFiles(PromptedFiles):
+    """Preference data in files of JSON lines, in two splits.
+
+    Attributes:
+      kind: 'paired', or 'unpaired': completions with labels, a pair being one of each.
+      invalid: 'drop' degenerate rows and count them, or make them an 'error'.
+    """
+
+    kind: Kind
+    invalid: Invalid
+
+    @property
+    def dropped(self) -> Mapping[str, Any]:
+        """Reason -> rows that were dropped for it, and where the first one is."""
+        return self._counted["dropped"]
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What was met and kept: rows with invisible characters, and where the first one is."""
+        return self._counted["noted"]
+
+    def num_input_examples(self, split: str) -> int:
+        return self._counted["examples"][split]
+
+    def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        """The examples of one file that are in a split, as features."""
+        found = self._examples(path, split)
+        if self.kind == "paired":
+            for example in found:
+                yield self._encoded(example, example.completions[1], example.record.margin)
+            return
+        paths = self.files[split]
+        after = paths[paths.index(path) + 1 :] + paths[: paths.index(path) + 1]
+
+        def others() -> Iterator[_Example]:
+            return itertools.chain.from_iterable(self._examples(path, split) for path in after)
+
+        for example, other in _mismatched(found, others):
+            yield self._encoded(example, other.completions[0], float(example.record.label or 0))
+
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        ids = dict.fromkeys(TOKENS, ((None,), "int32"))
+        return {**ids, NUMBER[self.kind]: ((1,), "float32")}
+
+    def _decides(self) -> dict[str, Any]:
+        return {
+            "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
+            "kind": self.kind,
+            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+        }
+
+    def _encoded(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:
+        return {
+            "prompt": np.array(example.prompt, np.int32),
+            "chosen": np.array(example.completions[0], np.int32),
+            "rejected": np.array(rejected, np.int32),
+            NUMBER[self.kind]: np.array([number], np.float32),
+            "document_id": example.record.id,
+        }
+
+    def _examples(
+        self,
+        path: str,
+        split: str | None = None,
+        dropped: Tally | None = None,
+        noted: Tally | None = None,
+    ) -> Iterator[_Example]:
+        """Examples of a file, of one split or of all; counts what is dropped and noted where asked to.
+
+        Only those of the split are tokenised, which takes most of the time.
+        """
+        name = os.path.relpath(path, self.root)
+        for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
+            where, id = f"{path}, line {number}", f"{name}:{number}"
+            try:
+                record = records.parse(row, where, id)
+                if split is not None and self._split_of(record, path) != split:
+                    continue
+                if noted is not None and record.has_invisible:
+                    noted.add("invisible_characters", id)
+                yield from self._tokenised(record)
+            except DegenerateError as error:
+                if self.invalid == "error":
+                    raise DataError(
+                        f"{where}: {error}. Repair or drop the line, or set invalid='drop' to pass over "
+                        "such rows"
+                    ) from None
+                if dropped is not None:
+                    dropped.add(error.reason, id)
+
+    def _tokenised(self, record: Record) -> Iterator[_Example]:
+        if self.kind == "paired" and record.label is not None:
+            raise DataError(
+                f"{record.where}: one completion with a label where a pair is expected; set "
+                f"kind='unpaired', or give {records.PAIR}"
+            )
+        for one in record.unpaired() if self.kind == "unpaired" else (record,):
+            prompt, completions = self.tokeniser(one)
+            if not all(completions):
+                raise DegenerateError("empty_completion", "a completion has no tokens")
+            if self.kind == "paired" and completions[0] == completions[1]:
+                raise DegenerateError(
+                    "identical_tokens", "'chosen' and 'rejected' are the same tokens"
+                )
+            yield _Example(one, prompt, completions)
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, dict[str, Any]]:
+        """Examples of each split, and what was dropped and noted; remembered under the digest.
+
+        Raises:
+          DataError: for a malformed file, or a split without an example.
+        """
+        remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
+        if remembered.is_file():
+            counted = json.loads(remembered.read_text(encoding="utf-8"))
+            if self.invalid == "drop" or not counted["dropped"]:  # else it is read to its error
+                return counted
+        examples = dict.fromkeys(self.splits, 0)
+        prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
+        dropped, noted = Tally(), Tally()
+        paths = list(dict.fromkeys(path for found in self.files.values() for path in found))
+        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+            for example in self._examples(path, None, dropped, noted):
+                split = self._split_of(example.record, path)
+                examples[split] += 1
+                if len(prompts[split]) < 2 and example.prompt not in prompts[split]:
+                    prompts[split].append(example.prompt)
+        for split, count in examples.items():
+            if not count:
+                raise self._empty(split, sum(examples.values()), dropped)
+            if self.kind == "unpaired" and len(prompts[split]) < 2:
+                raise DataError(
+                    f"{self.name}: all examples of the {split} split have one prompt. Unpaired ones "
+                    "need two, for a completion after a prompt that is not its own: add data, or change "
+                    "validation_fraction"
+                )
+        counted = {"examples": examples, "dropped": dropped.found, "noted": noted.found}
+        cache.remember(remembered, counted)
+        return counted
+
+    def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
+        where = f"{self.name}: {self.files[split][0]}"
+        if total:
+            return DataError(
+                f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
+                f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
+                "out), or give validation_files (PAIRS_VALIDATION)"
+            )
+        return DataError(
+            f"{where}: no example is left ({dropped if dropped.found else 'every file is empty'})"
+        )
+
+
+def _mismatched(
+    found: Iterable[_Example], others: Callable[[], Iterator[_Example]]
+) -> Iterator[tuple[_Example, _Example]]:
+    """Each example with the next one that has another prompt; `others` come after the last."""
+    waiting: list[_Example] = []
+    for example in found:
+        if waiting and example.prompt != waiting[0].prompt:
+            yield from ((one, example) for one in waiting)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        other = next(one for one in others() if one.prompt != waiting[0].prompt)
+        yield from ((one, other) for one in waiting)

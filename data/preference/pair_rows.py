@@ -1,0 +1,181 @@
+"""From rows of pairs to arrays: two segments for each pair, and what losses need of pairs.
+
+Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all rows, S = 2P segments.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from data.preference.pair_plan import FEATURES, PairPlan
+from data.stream import rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource(rows.Source):
+    """One source of rows of pairs."""
+
+    plan: PairPlan
+
+    feature: ClassVar[str] = "chosen"
+
+    @property
+    def bytes_per_token(self) -> float:
+        """0: a loss over pairs is not one over text."""
+        return 0.0
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether it has completions with labels in place of pairs."""
+        return "labels" in self.cache.columns
+
+    @property
+    def has_margins(self) -> bool:
+        margins = self.cache.columns.get("margin")
+        return margins is not None and any(shard.any() for shard in margins.shards)
+
+    def pairs_of(self, row: int) -> range:
+        """Places in the plan of a row's pairs."""
+        if row == rows.NO_ROW:
+            return range(0)
+        return range(*self.plan.row_starts[row : row + 2].tolist())
+
+    def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of prompt, chosen and rejected of a pair of the plan, as truncated; int32."""
+        record = int(self.plan.records[pair])
+        prompt, chosen, rejected = (
+            self.cache.columns[f].values(record)[: self.plan.lengths[f][pair]].astype(np.int32)
+            for f in FEATURES
+        )
+        return prompt, chosen, rejected
+
+    def documents(self, row: int) -> list[dict]:
+        """The pairs of one row: id, record in the cache, and tokens of each part."""
+        names = self.cache.columns.get("document_id")
+        return [
+            {
+                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
+                "record": record,
+                **{feature: int(self.plan.lengths[feature][pair]) for feature in FEATURES},
+            }
+            for pair in self.pairs_of(row)
+            for record in [int(self.plan.records[pair])]
+        ]
+
+    def summary(self) -> dict:
+        """Sizes, fill, what was dropped and truncated, and the first record of each."""
+        plan = self.plan
+        return {
+            "cache": str(self.cache.directory),
+            "content": self.cache.content,
+            "fingerprint": self.cache.fingerprint,
+            "tokens": plan.tokens(),
+            "pairs": len(plan.records),
+            "rows": plan.num_rows,
+            "fill": plan.positions() / (plan.num_rows * plan.row_lengths["targets"]),
+            **plan.counts,
+            "first": plan.first,
+        }
+
+
+def digest(
+    prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, start_token: int | None
+) -> str:
+    """What log-probabilities of a pair are stored under: a hash of all that a model reads of it."""
+    parts = (prompt, chosen, rejected)
+    head = f"{start_token} {' '.join(str(len(part)) for part in parts)}:".encode()
+    ids = np.concatenate(parts).astype("<u4").tobytes()
+    return hashlib.blake2b(head + ids, digest_size=16).hexdigest()
+
+
+def read_rows(
+    sources: Sequence[PairSource],
+    source_B: np.ndarray,
+    row_B: np.ndarray,
+    *,
+    slots: int,
+    start_token: int | None,
+    margins: bool,
+) -> dict[str, np.ndarray]:
+    """The batch of given rows of given sources, but for what its other rows decide.
+
+    Segment 2k + 1 of a row is prompt and chosen completion of its pair k, segment 2k + 2 the same prompt with
+    the rejected one; 0 is padding, and positions restart with each segment. Weights are 1 at the tokens of
+    completions, EOS among them, and 0 at those of prompts. Without a start token the first token of a prompt
+    is read and not predicted. Where plans read last tokens, there is a column `decoder_ends`, float32 [B, L]: 1 at
+    the place of each segment where all of its completion has been read.
+
+    Args:
+        slots: K, of the columns `pair_weights` (1 where there is a pair), `pair_labels` (unpaired data) and
+            `pair_margins`, float32 [B, K].
+        start_token: what is read before each prompt; None for nothing.
+        margins: whether there is to be a column of them.
+    """
+    shape = (len(row_B), sources[0].plan.row_lengths["targets"])
+    inputs, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    weights = np.zeros(shape, np.float32)
+    number = "labels" if sources[0].unpaired else "margin"
+    pair_weights, numbers = (np.zeros((len(row_B), slots), np.float32) for _ in range(2))
+    read_only, read_last = int(start_token is None), sources[0].plan.read_last
+    ends = np.zeros(shape, np.float32)
+    place_L = np.arange(shape[1], dtype=np.int32)
+    for index in np.unique(source_B[row_B != rows.NO_ROW]):
+        plan, columns = sources[index].plan, sources[index].cache.columns
+        here_B = np.flatnonzero((source_B == index) & (row_B != rows.NO_ROW))
+        row_P, slot_P, pair_P = rows.segments(plan, row_B[here_B])
+        record_P = plan.records[pair_P]
+        size = {f: plan.lengths[f][pair_P].astype(np.int64) for f in FEATURES}
+        prompt_S = np.repeat(size["prompt"] - read_only, 2)
+        told_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
+        size_S = told_S + read_last
+        before_S = np.cumsum(size_S) - size_S
+        first_B = np.flatnonzero(slot_P == 0) * 2  # the first segment of each row
+        place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
+        at_S = here_B[np.repeat(row_P, 2)] * shape[1] + place_S
+
+        begin_S = np.repeat(columns["prompt"].starts[record_P], 2)
+        columns["prompt"].gather(begin_S + read_only, prompt_S, targets.reshape(-1), at_S)
+        for turn, feature in enumerate(("chosen", "rejected")):
+            begin_P = columns[feature].starts[record_P]
+            at_P = (at_S + prompt_S)[turn::2]
+            columns[feature].gather(begin_P, size[feature], targets.reshape(-1), at_P)
+        id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
+        of_segments = [id_S, place_S, place_S + prompt_S, place_S + told_S]
+        spread = rows.spread(of_segments, size_S, first_B, shape[1])
+        ids, origins, completions, told = spread
+        segment_ids[here_B] = ids
+        positions[here_B] = (place_L - origins) * (ids > 0)
+        weights[here_B] = (place_L >= completions) & (place_L < told)
+        ends[here_B] = (place_L == told) & (ids > 0)
+        if start_token is None:
+            once_S = np.ones_like(begin_S)
+            columns["prompt"].gather(begin_S, once_S, inputs.reshape(-1), at_S)
+        else:
+            inputs.reshape(-1)[at_S] = start_token
+
+        pair_weights[here_B[row_P], slot_P] = 1
+        if number in columns:
+            once_P, to_P = np.ones_like(record_P, np.int64), here_B[row_P] * slots + slot_P
+            columns[number].gather(
+                columns[number].starts[record_P], once_P, numbers.reshape(-1), to_P
+            )
+    shifted = np.zeros_like(targets)
+    shifted[:, 1:] = targets[:, :-1]
+    inputs += shifted * (positions > 0)
+    batch = {
+        "decoder_input_tokens": inputs,
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": weights,
+        "decoder_segment_ids": segment_ids,
+        "decoder_positions": positions,
+        "source_ids": source_B.astype(np.int32),
+        "pair_weights": pair_weights,
+    }
+    if read_last:
+        batch["decoder_ends"] = ends
+    if number == "labels" or margins:
+        batch["pair_labels" if number == "labels" else "pair_margins"] = numbers
+    return batch

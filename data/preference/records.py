@@ -1,0 +1,220 @@
+"""Rows of preference data as records: the formats that TRL reads, checked.
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}          a pair
+    {"chosen": ..., "rejected": ...}                         a pair whose common beginning is the prompt
+    {"prompt": ..., "completion": ..., "label": true}        one completion, desirable or not
+
+Each of prompt and completions is a text, or a list of messages {"role", "content"}; then "tools" and
+"chat_template_kwargs" go to the chat template. A pair may have a "margin", a number by which the chosen
+completion is better. Other keys are passed over.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from data.preference import characters
+from data.preference.texts import Text, as_seen, check_unicode, is_empty, strings, text_of
+from data.text.documents import DataError
+
+# Part of the digest of a source: raise it when the same rows are read as other records.
+VERSION = 2
+Kind = Literal["paired", "unpaired"]
+KINDS = get_args(Kind)
+PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
+
+_NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
+
+
+class DegenerateError(ValueError):
+    """A row that is well formed and teaches nothing; `reason` is what it is counted under."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A pair, or one completion with its label.
+
+    Attributes:
+      where: file and line, for errors.
+      id: what the record is called in caches and reports.
+      prompt: text, or messages.
+      completions: chosen and rejected, or the one completion; of the type of the prompt.
+      label: of one completion, whether it is desirable; None for a pair.
+      margin: of a pair; 0 where the row has none.
+      template: variables of the chat template beside the messages.
+    """
+
+    where: str
+    id: str
+    prompt: Text
+    completions: tuple[Text, ...]
+    label: bool | None = None
+    margin: float = 0.0
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as one string, the same for equal prompts."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return json.dumps(self.prompt, ensure_ascii=False, sort_keys=True)
+
+    @property
+    def has_invisible(self) -> bool:
+        """Whether a text of it holds characters without a glyph."""
+        texts = itertools.chain(strings(self.prompt), *map(strings, self.completions))
+        return any(not characters.INVISIBLE.isdisjoint(text) for text in texts)
+
+    def unpaired(self) -> tuple["Record", ...]:
+        """A pair as two labelled completions; itself where it is one already."""
+        if self.label is not None:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self, id=f"{self.id}/{name}", completions=(text,), label=label, margin=0.0
+            )
+            for name, text, label in zip(
+                ("chosen", "rejected"), self.completions, (True, False), strict=True
+            )
+        )
+
+
+def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
+    """The record of a row of JSON.
+
+    Args:
+      row: the object of a line.
+      where: its file and line.
+      id: of the record.
+
+    Raises:
+      DataError: the row is malformed; names the place, the key and the remedy.
+      DegenerateError: a completion is empty, a pair's two are the same, or nothing precedes them.
+    """
+    paired = "chosen" in row or "completion" not in row
+    names = ("chosen", "rejected") if paired else ("completion",)
+    for name in (*names, *(() if paired else ("prompt", "label"))):
+        if name not in row:
+            raise DataError(
+                f"{where}: no key {name!r}; present are {', '.join(map(repr, row)) or 'none'}. A row is "
+                f"{PAIR} or {EXAMPLE}; rename its keys"
+            )
+    for name in ("prompt", *names, "tools", "chat_template_kwargs"):
+        check_unicode(row.get(name), name, where)
+    completions = tuple(text_of(row[name], name, where) for name in names)
+    chats = {name: not isinstance(text, str) for name, text in zip(names, completions, strict=True)}
+    if len(set(chats.values())) > 1:
+        raise DataError(
+            f"{where}: one of 'chosen' and 'rejected' is a text, the other has messages"
+        )
+    chat = chats[names[0]]
+    prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
+    # Sets of conversations often repeat their first message as a text under "prompt".
+    repeats = paired and chat and isinstance(prompt, str)
+    if prompt is None or repeats:
+        if not paired:
+            raise DataError(f"{where}: 'prompt' is null. {EXAMPLE} needs it, if only as \"\"")
+        _check_differ(completions)
+        prompt, completions = _divided(*completions)
+    if chat == isinstance(prompt, str):
+        raise DataError(
+            f"{where}: 'prompt' {'has messages' if not chat else 'is a text'} and {names[0]!r} "
+            f"{'has messages' if chat else 'is a text'}; give both in one form"
+        )
+    if chat and not prompt:
+        raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
+    for name, completion in zip(names, completions, strict=True):
+        if is_empty(completion):
+            raise DegenerateError("empty_completion", f"{name!r} is empty")
+    if paired:
+        _check_differ(completions)
+    return Record(
+        where=where,
+        id=id,
+        prompt=prompt,
+        completions=completions,
+        label=None if paired else _label(row["label"], where),
+        margin=_margin(row.get("margin"), where) if paired else 0.0,
+        template=_template(row, where),
+    )
+
+
+def _label(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise DataError(f"{where}: 'label' is {value!r}; it must be true or false")
+    return value
+
+
+def _margin(value: Any, where: str) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: 'margin' is {value!r}; it must be a finite number, or left out")
+    return float(value)
+
+
+def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a chat template is given beside the messages."""
+    tools, found = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):  # columns of sets that have one type hold them as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{where}: 'tools' is a text that is not JSON: {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{where}: 'tools' holds a {type(tools).__name__}; give a list of schemas")
+    if found is not None and not isinstance(found, dict):
+        raise DataError(
+            f"{where}: 'chat_template_kwargs' holds a {type(found).__name__}; give an object"
+        )
+    if taken := sorted(set(found or {}) & set(_NOT_FOR_KWARGS)):
+        raise DataError(
+            f"{where}: 'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which the row itself "
+            "decides; leave it out"
+        )
+    # A column without a value in this row is null.
+    given = {key: value for key, value in (found or {}).items() if value is not None}
+    return {**given, **({"tools": tools} if tools else {})}
+
+
+def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
+    """Prompt and completions of two texts, or two conversations, that begin alike.
+
+    A text's prompt ends where a word does, and leaves something of both texts.
+    """
+    if isinstance(chosen, str):
+        assert isinstance(rejected, str)
+        size = characters.shared_words(chosen, rejected)
+    else:
+        both = zip(chosen, rejected, strict=False)
+        size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
+    if not size:
+        raise DegenerateError(
+            "no_prompt",
+            "there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same "
+            f"{'words' if isinstance(chosen, str) else 'messages'}",
+        )
+    return chosen[:size], (chosen[size:], rejected[size:])
+
+
+def _check_differ(completions: Sequence[Text]) -> None:
+    chosen, rejected = completions
+    if chosen == rejected:
+        raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
+    if as_seen(chosen) == as_seen(rejected):
+        raise DegenerateError(
+            "identical_but_invisible",
+            "'chosen' and 'rejected' differ in invisible characters of no effect only",
+        )

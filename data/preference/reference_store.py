@@ -1,0 +1,185 @@
+"""Reference log-probabilities of preference pairs, computed once for all runs that ask for the same.
+
+  <store>/<model>/about.json        what the values are of
+  <store>/<model>/<sha256>.npz       parts: digests of pairs [N, 16] uint8, values [N, 2] float32
+
+A model is known by a digest of its parameters and configuration, a pair by one of its tokens as they are read (after
+tokenizer, template and truncation): what differs in any of these is simply not there. Parts are named by a hash of
+their bytes and never change, so that runs may add to a store at the same time.
+
+Shapes: N pairs, B rows, K pairs of a row, D bytes of a digest.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import secrets
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.cache import cache_dir as directories
+
+FOLDER = "reference_log_probs"
+ABOUT = "about.json"
+_DIGEST = 16  # bytes, as data/preference/pair_rows.py makes them
+
+
+class ReferenceStoreError(ValueError):
+    """A store that is damaged, or of another reference than is asked for."""
+
+
+class ReferenceStore:
+    """What is known of one reference model.
+
+    Args:
+      model: digest of its parameters and configuration.
+      about: what to tell people of it.
+      root: the store; `data.cache.cache_dir` with FOLDER if None.
+
+    Raises:
+      ReferenceStoreError: a part is damaged, or the directory is of another model.
+    """
+
+    def __init__(
+        self, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
+    ):
+        self.directory = (
+            directories.cache_dir(FOLDER) if root is None else pathlib.Path(root)
+        ) / model[:32]
+        self._model, self._about = model, dict(about)
+        self._values: dict[bytes, tuple[float, float]] = {}
+        parts = sorted(self.directory.glob("*.npz"))
+        if (
+            parts
+        ):  # before the first a store is as good as absent, whatever another process has begun
+            self._check()
+        for part in parts:
+            self._read(part)
+
+    @classmethod
+    def shared(
+        cls, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
+    ) -> "ReferenceStore":
+        """The store that a stream of this process has open already, or one that is read now; arguments as above.
+
+        A run has a stream for training and one for each task that is held out, and all ask the same store.
+        """
+        key = (str(directories.cache_dir(FOLDER) if root is None else os.path.abspath(root)), model)
+        store = _OPEN.get(key)
+        if store is None:
+            store = _OPEN[key] = cls(model, about, root=root)
+        return store
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def missing(self, digests: Iterable[str]) -> list[str]:
+        """Those of the digests (hexadecimal) that nothing is known of."""
+        return [digest for digest in digests if bytes.fromhex(digest) not in self._values]
+
+    def get(self, digests: Sequence[str]) -> np.ndarray:
+        """Log-probabilities of chosen and rejected completions, float32 [N, 2]; 0 for the digest ''.
+
+        Raises:
+          ReferenceStoreError: a pair is not there.
+        """
+        found = np.zeros((len(digests), 2), np.float32)
+        for n, digest in enumerate(digests):
+            if digest:
+                try:
+                    found[n] = self._values[bytes.fromhex(digest)]
+                except KeyError:
+                    raise ReferenceStoreError(
+                        f"{self.directory} holds nothing of the pair {digest[:16]}: its tokens have changed since "
+                        "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again, "
+                        "which computes what is missing."
+                    ) from None
+        return found
+
+    def add(self, digests: Sequence[str], values_N2: np.ndarray) -> None:
+        """Keeps values of pairs, on disk too.
+
+        All processes of a run write: their disks may be their own, and on a shared one the files are the same.
+        """
+        raw = np.frombuffer(b"".join(map(bytes.fromhex, digests)), np.uint8).reshape(-1, _DIGEST)
+        values_N2 = np.asarray(values_N2, np.float32)
+        if not len(digests):
+            return
+        self._take(raw, values_N2)
+        buffer = io.BytesIO()
+        np.savez(buffer, digests=raw, values=values_N2)
+        content = buffer.getvalue()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / ABOUT).exists():
+            directories.write_json(self.directory / ABOUT, {"model": self._model, **self._about})
+        part = self.directory / f"{hashlib.sha256(content).hexdigest()}.npz"
+        partial = part.with_suffix(f".{secrets.token_hex(8)}.partial")
+        partial.write_bytes(content)
+        os.replace(partial, part)
+
+    def _check(self) -> None:
+        path = self.directory / ABOUT
+        try:
+            found = json.loads(path.read_text())["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ReferenceStoreError(
+                f"{path} cannot be read: the store is damaged. Delete {self.directory}, and its values are "
+                "computed again."
+            ) from None
+        if found != self._model:
+            raise ReferenceStoreError(
+                f"{self.directory} is of another reference model ({found[:16]}, not {self._model[:16]}): it is "
+                "stale. Give another REFERENCE_STORE, or delete it."
+            )
+
+    def _read(self, part: pathlib.Path) -> None:
+        content = part.read_bytes()
+        if hashlib.sha256(content).hexdigest() != part.stem:
+            raise ReferenceStoreError(
+                f"{part} is damaged: it does not match the hash in its name. Delete it, and its values are "
+                "computed again."
+            )
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            self._take(arrays["digests"], arrays["values"])
+
+    def _take(self, raw_ND: np.ndarray, values_N2: np.ndarray) -> None:
+        if len(raw_ND) != len(values_N2):
+            raise ValueError(f"{len(values_N2)} values of {len(raw_ND)} pairs.")
+        if not np.isfinite(values_N2).all():
+            raise ReferenceStoreError(
+                "The reference gives log-probabilities that are not finite: it does not fit this data, or is "
+                "not the model it should be."
+            )
+        for raw, values in zip(raw_ND, values_N2.tolist(), strict=True):
+            self._values[raw.tobytes()] = tuple(values)
+
+
+# By root and model, each for as long as somebody uses it.
+_OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
+
+
+class ReferencedStream:
+    """A stream of pairs whose batches have the column 'reference_log_probs' [B, 2K]; all else is the stream's."""
+
+    def __init__(self, stream: Any, store: ReferenceStore, model: str):
+        self._stream, self._store = stream, store
+        self._model = model
+
+    def summary(self) -> dict[str, Any]:
+        """That of the stream, and which parameters it is compared with."""
+        return {**self._stream.summary(), "reference": self._model}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the batch of `step`."""
+        found = self._stream.batch(step, lo, hi)
+        digests_BK = self._stream.row_ids(step, lo, hi)
+        values = self._store.get([digest for row in digests_BK for digest in row])
+        return {**found, "reference_log_probs": values.reshape(hi - lo, -1)}

@@ -1,0 +1,278 @@
+"""The training and evaluation streams of preference pairs: batches as a pure function of (seed, step).
+
+All is as in data/stream/stream.py, but that a row holds pairs: see `pair_rows.read_rows` for the columns.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from data.cache import store
+from data.preference import pair_plan, pair_rows
+from data.preference.pair_rows import PairSource
+from data.stream import mixing, repeats, rows, schedule, stream
+from data.stream.eval_stream import EvalStream
+from data.stream.row_stream import RowStream
+from data.stream.train_stream import Phases, Positions, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class DistinctPairs:
+    """The pairs of some sources, each once: (digest, prompt, chosen, rejected), ids as int32 arrays.
+
+    Digests are kept in memory, tokens are read when they are asked for.
+    """
+
+    sources: Sequence[PairSource]
+    start_token: int | None
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[PairSource, int]]:
+        """Where each pair is, by its digest; reads all tokens once."""
+        found: dict[str, tuple[PairSource, int]] = {}
+        for source in self.sources:
+            for pair in range(len(source.plan.records)):
+                name = pair_rows.digest(*source.ids(pair), self.start_token)
+                found.setdefault(name, (source, pair))
+        return found
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def digests(self) -> Iterable[str]:
+        """Of all pairs, in the order of the sources."""
+        return self._places.keys()
+
+    def ids(self, digest: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt, chosen, rejected) of one pair."""
+        source, pair = self._places[digest]
+        return source.ids(pair)
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+        for name, (source, pair) in self._places.items():
+            yield name, *source.ids(pair)
+
+
+class _PairRows(RowStream):
+    """What both streams of pairs share."""
+
+    _sources: tuple[PairSource, ...]
+
+    @functools.cached_property
+    def slots(self) -> int:
+        """K: the most pairs in any row."""
+        return max(source.plan.slots for source in self._sources)
+
+    @functools.cached_property
+    def _has_margins(self) -> bool:
+        return any(source.has_margins for source in self._sources)
+
+    @functools.cached_property
+    def _chosen_R(self) -> list[np.ndarray]:
+        """Tokens of chosen completions in each row of each source."""
+        return [
+            np.add.reduceat(s.plan.lengths["chosen"].astype(np.int64), s.plan.row_starts[:-1])
+            for s in self._sources
+        ]
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the batch of `step`: the columns of `pair_rows.read_rows`.
+
+        `chosen_tokens_per_pair`, float32 [hi - lo], is the same number in every row: tokens of the chosen
+        completions of all rows of the batch divided by its pairs.
+        """
+        source_B, _, row_B = self._locate(step, lo, hi)
+        batch = pair_rows.read_rows(
+            self._sources,
+            source_B,
+            row_B,
+            slots=self.slots,
+            start_token=self._start_token,
+            margins=self._has_margins,
+        )
+        mean = self._chosen_tokens_per_pair(step)
+        batch["chosen_tokens_per_pair"] = np.full(hi - lo, mean, np.float32)
+        return batch
+
+    def row_ids(self, step: int, lo: int, hi: int) -> list[list[str]]:
+        """Digests of the pairs in rows [lo, hi) of the batch of `step`, K for each row; '' for no pair."""
+        source_B, _, row_B = self._locate(step, lo, hi)
+        found = []
+        for index, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
+            source = self._sources[index]
+            names = [
+                pair_rows.digest(*source.ids(pair), self._start_token)
+                for pair in source.pairs_of(row)
+            ]
+            found.append(names + [""] * (self.slots - len(names)))
+        return found
+
+    @functools.cached_property
+    def _pairs(self) -> DistinctPairs:
+        return DistinctPairs(self._sources, self._start_token)
+
+    def pairs(self) -> DistinctPairs:
+        """All pairs that the stream reads, each once, with their digests."""
+        return self._pairs
+
+    def summary(self) -> dict:
+        return {
+            **super().summary(),
+            "max_length": self._sources[0].plan.max_length,
+            "pairs_per_row": self.slots,
+            "kind": "unpaired" if self._sources[0].unpaired else "paired",
+        }
+
+    def _chosen_tokens_per_pair(self, step: int) -> float:
+        source_B, _, row_B = self._locate(step, 0, self.batch_size)
+        tokens = pairs = 0
+        for index, source in enumerate(self._sources):
+            here = row_B[(source_B == index) & (row_B != rows.NO_ROW)]
+            tokens += int(self._chosen_R[index][here].sum())
+            pairs += int(np.diff(source.plan.row_starts)[here].sum())
+        return tokens / max(1, pairs)
+
+
+class PairStream(_PairRows, Stream):
+    """An endless stream of pairs; see `make_stream`."""
+
+
+class PairEvalStream(_PairRows, EvalStream):
+    """Every held-out pair once; see `make_eval_stream`."""
+
+
+def make_stream(
+    *,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int = 0,
+    split: str = "train",
+    max_length: int | None = None,
+    packing: pair_plan.Packing = "examples",
+    read_last: bool = False,
+    start_token: int | None = 0,
+    weights: mixing.Weights = "rates",
+    temperature: float = 1.0,
+    max_tokens: int | None = None,
+    phases: Phases | None = None,
+    interleaving: schedule.Interleaving = "error_diffusion",
+    max_epochs: repeats.MaxEpochs | None = None,
+    on_cap: repeats.OnCap = "error",
+    positions: Positions | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    changed_cache: store.Changed = "refuse",
+    verify_cache: bool = True,
+) -> PairStream:
+    """The training stream of a mixture of tasks of preference data, or of one.
+
+    Shares and budgets of tokens count those with a weight in the loss, of both completions.
+
+    Args:
+        mixture_or_task_name: registered with SeqIO, its tasks by `register_pairs`, all of one kind.
+        task_feature_lengths: {'targets': places of a row}.
+        batch_size: rows of the global batch.
+        seed: of the order of rows.
+        split: of the tasks.
+        max_length: tokens of a prompt with one completion; default what half of the row holds. Completions are
+            cut at their end, pairs with longer prompts are dropped; both are counted in `summary()`.
+        packing: 'examples' puts one pair in a row, so that a batch has `batch_size` of them; 'best_fit' as
+            many as fit.
+        read_last: give every segment a place more, at which the last token of its completion is read, as
+            rewards of whole completions need it.
+        start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with
+            BOS: the first token is not predicted then.
+        weights, temperature, max_tokens, phases, interleaving, max_epochs, on_cap, positions, cache_dir,
+            changed_cache, verify_cache: see `data.stream.stream.make_stream`.
+
+    Raises:
+        ValueError: what cannot be streamed, before anything is read.
+    """
+    mixture = stream.open_mixture(
+        mixture_or_task_name,
+        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
+        split=split,
+        weights=weights,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        phases=phases,
+        max_epochs=max_epochs,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
+    )
+    return PairStream(
+        mixture.sources,
+        mixture.phases,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=start_token,
+        interleaving=interleaving,
+        max_epochs=mixture.max_epochs,
+        on_cap=on_cap,
+        positions=positions,
+    )
+
+
+def make_eval_stream(
+    *,
+    task: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    split: str = "validation",
+    max_length: int | None = None,
+    packing: pair_plan.Packing = "examples",
+    read_last: bool = False,
+    start_token: int | None = 0,
+    cache_dir: str | os.PathLike | None = None,
+    changed_cache: store.Changed = "refuse",
+    verify_cache: bool = True,
+) -> PairEvalStream:
+    """The held-out stream of one task: every pair once, in a fixed order of no meaning.
+
+    Arguments as for `make_stream`.
+
+    Raises:
+        data.stream.stream.NoSplitError: the task has no such split.
+        ValueError: what cannot be streamed.
+    """
+    source = stream.open_held_out(
+        task,
+        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
+        split=split,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
+    )
+    return PairEvalStream(source, batch_size=batch_size, start_token=start_token)
+
+
+def _pairs(
+    feature_lengths: Mapping[str, int],
+    max_length: int | None,
+    packing: pair_plan.Packing,
+    read_last: bool,
+    start_token: int | None,
+) -> Callable[[str, store.Cache], PairSource]:
+    if set(feature_lengths) != {"targets"}:
+        raise ValueError(
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the places of a row."
+        )
+
+    def plan_source(name: str, opened: store.Cache) -> PairSource:
+        planned = pair_plan.plan_pairs(
+            name,
+            opened,
+            row_length=feature_lengths["targets"],
+            max_length=max_length,
+            packing=packing,
+            read_only=int(start_token is None),
+            read_last=int(read_last),
+        )
+        return PairSource(name, opened, planned)
+
+    return plan_source

@@ -1,0 +1,101 @@
+"""Records as tokens: prompt and completions each by itself, so that nothing merges across the join.
+
+A chat template's prompt ends with what opens the assistant's turn, and a completion is what the template
+adds when its messages follow. The template writes BOS and the ends of turns, so nothing is added there.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from data.preference.records import Record
+from data.preference.texts import Message
+from data.text.documents import DataError
+from data.tokenizers import chat_template
+
+# Part of the digest of a source: raise it when the same records become other tokens.
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokeniser:
+    """What turns records into ids.
+
+    Attributes:
+      vocabulary: a SeqIO vocabulary.
+      template: of conversations; None where there is none, which only texts can do without.
+      add_bos: begin the prompts of texts with BOS.
+      add_eos: end the completions of texts with EOS.
+    """
+
+    vocabulary: Any
+    template: chat_template.ChatTemplate | None
+    add_bos: bool
+    add_eos: bool
+
+    def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
+        """Ids of the prompt, and of each completion.
+
+        Raises:
+          DataError: the chat template is missing, refuses the messages, or renders them so that prompt and
+            completion cannot be told apart.
+        """
+        if record.is_chat:
+            return self._conversation(record)
+        bos = [self.vocabulary.bos_id] if self.add_bos else []
+        eos = [self.vocabulary.eos_id] if self.add_eos else []
+        encode = self.vocabulary.encode
+        return (
+            [*bos, *encode(record.prompt)],
+            [[*encode(completion), *eos] for completion in record.completions],
+        )
+
+    def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
+        # Special tokens are meant where a template writes them.
+        encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
+        prompt = self._render(record, record.prompt, add_generation_prompt=True)
+        completions = []
+        for messages in record.completions:
+            whole = self._render(record, [*record.prompt, *messages])
+            if not whole.startswith(prompt):
+                place = next(
+                    (
+                        i
+                        for i, pair in enumerate(zip(prompt, whole, strict=False))
+                        if pair[0] != pair[1]
+                    ),
+                    min(len(prompt), len(whole)),
+                )
+                raise DataError(
+                    f"{record.where}: the chat template renders the prompt otherwise when a completion "
+                    f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
+                    f"{whole[place : place + 30]!r} after), so that the two cannot be told apart. Give "
+                    "texts, or a template that opens every turn of the assistant as its generation "
+                    "prompt does"
+                )
+            completions.append(encode(whole[len(prompt) :]))
+        return encode(prompt), completions
+
+    def _render(self, record: Record, messages: Sequence[Message], **options: Any) -> str:
+        if self.template is None:
+            raise DataError(
+                f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
+                f"chat_template to a jinja file or one of {', '.join(chat_template.BUILT_IN)}, or give "
+                "texts"
+            )
+        try:
+            return self.template.render(messages, **record.template, **options)
+        except chat_template.ChatTemplateError as error:
+            raise DataError(f"{record.where}: {error}") from None
+
+
+def find_template(name_or_file: str | None, vocabulary: Any) -> chat_template.ChatTemplate | None:
+    """A template by file or built-in name, with the vocabulary's special tokens; by default its own.
+
+    Raises:
+      ChatTemplateError: there is no such template.
+    """
+    if name_or_file is None:
+        return getattr(vocabulary, "chat_template", None)
+    files = getattr(vocabulary, "files", None)
+    return chat_template.named(name_or_file, files.tokens if files else None)

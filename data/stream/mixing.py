@@ -1,0 +1,96 @@
+"""Weights of a mixture's sources: from SeqIO rates, from token counts, or by phases.
+
+All weights here are shares of *tokens*. SeqIO samples examples by rate, so that long documents
+weigh more; here a mixture's rates are taken as the shares of training tokens its tasks get.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from data.text.sources import names
+
+Weights = Literal["rates", "tokens"]
+WEIGHTS = get_args(Weights)
+
+
+def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
+    """The tasks of a registered SeqIO mixture (or the one task) and their rates."""
+    import seqio
+
+    if mixture_or_task_name in seqio.TaskRegistry.names():
+        return [seqio.TaskRegistry.get(mixture_or_task_name)], {mixture_or_task_name: 1.0}
+    if mixture_or_task_name in seqio.MixtureRegistry.names():
+        mixture = seqio.MixtureRegistry.get(mixture_or_task_name)
+        return mixture.tasks, {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    known = (*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names())
+    hint = names.nearest(mixture_or_task_name, known) if known else "none is registered"
+    raise ValueError(
+        f"No SeqIO mixture or task is called {mixture_or_task_name!r}; {hint} (mixtures and tasks "
+        "are registered by importing the module that defines them)."
+    )
+
+
+def tempered(
+    weights: Mapping[str, float], temperature: float, cap: float | None = None
+) -> dict[str, float]:
+    """min(weight, cap)^(1 / temperature): 1 keeps the proportions, larger values even them out."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    return {
+        name: float(min(weight, cap) if cap is not None else weight) ** (1 / temperature)
+        for name, weight in weights.items()
+    }
+
+
+def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -> dict[str, float]:
+    """The weights divided by their sum, in the order of `known`; zero weights are left out.
+
+    Raises:
+        ValueError: an unknown name, a negative or non-finite weight, or nothing above zero.
+    """
+    for name, weight in weights.items():
+        if name not in known:
+            raise ValueError(
+                f"{where}: unknown source {name!r}; {names.nearest(name, tuple(known))}"
+            )
+        if not np.isfinite(weight) or weight < 0:
+            raise ValueError(
+                f"{where}: the weight of {name!r} is {weight}; it must be >= 0 and finite."
+            )
+    total = float(sum(weights.values()))
+    if not 0 < total < float("inf"):
+        raise ValueError(
+            f"{where}: the weights {dict(weights)} sum to {total} and cannot be normalised; give "
+            "at least one source a positive weight."
+        )
+    return {name: weights[name] / total for name in known if weights.get(name, 0) > 0}
+
+
+def checked_phases(
+    phases: Sequence[tuple[int, Mapping[str, float]]], known: Sequence[str]
+) -> list[tuple[int, dict[str, float]]]:
+    """Phases with normalised weights: ((0, {'a': 1}), (100, {'a': 1, 'b': 3})) and the like."""
+    out: list[tuple[int, dict[str, float]]] = []
+    for j, phase in enumerate(phases):
+        where = f"phases[{j}]"
+        try:
+            start, weights = phase
+            items = dict(weights)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{where}: expected (first step, {{source: weight}}), got {phase!r}."
+            ) from None
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise ValueError(f"{where}: the first step must be an integer, got {start!r}.")
+        if not out and start != 0:
+            raise ValueError(f"{where}: the first phase must start at step 0, not {start}.")
+        if out and start <= out[-1][0]:
+            raise ValueError(
+                f"{where}: starts at step {start}, not after step {out[-1][0]} before it."
+            )
+        out.append((start, normalised(items, known, where)))
+    if not out:
+        raise ValueError("phases is empty; leave it None to use the mixture's own rates.")
+    return out

@@ -1,0 +1,107 @@
+"""What the streams of training and of evaluation share."""
+
+import abc
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.cache import store
+from data.stream import rows
+
+# Part of every fingerprint: raise it when the same settings begin to give other batches.
+_VERSION = 1
+
+
+class RowStream(abc.ABC):
+    """What both streams share: sources, and rows of them turned into batches.
+
+    A subclass says where each row of a batch lies, in `_locate`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[rows.Source],
+        batch_size: int,
+        cross_document_attention: bool,
+        start_token: int | None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be positive.")
+        if cross_document_attention and len(sources[0].plan.row_lengths) > 1:
+            raise ValueError(
+                "cross_document_attention is for decoder-only rows: leave 'inputs' out."
+            )
+        self.batch_size = batch_size
+        self._sources = tuple(sources)
+        self._cross_document_attention = cross_document_attention
+        self._start_token = start_token
+        self._vocabulary = rows.shared_vocabulary(self._sources)
+
+    @property
+    def length(self) -> int:
+        """Target tokens per row."""
+        return self._sources[0].plan.row_lengths["targets"]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What `source_ids` index."""
+        return tuple(source.name for source in self._sources)
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the batch of `step`; see `data.stream.rows.read_rows` for the columns."""
+        source_B, _, row_B = self._locate(step, lo, hi)
+        return rows.read_rows(
+            self._sources,
+            source_B,
+            row_B,
+            cross_document_attention=self._cross_document_attention,
+            start_token=self._start_token,
+        )
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict]:
+        """Source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
+        return [
+            {
+                "source": self._sources[source].name,
+                "epoch": epoch,
+                "row": row,
+                "documents": self._sources[source].documents(row),
+            }
+            for source, epoch, row in zip(
+                *(array.tolist() for array in self._locate(step, lo, hi)), strict=True
+            )
+        ]
+
+    def summary(self) -> dict:
+        """What to record with a run: sizes, fills, and what happened to long documents."""
+        first = self._sources[0].plan
+        return {
+            "fingerprint": self.fingerprint,
+            "batch_size": self.batch_size,
+            "lengths": first.row_lengths,
+            "packing": first.packing,
+            "long_documents": first.long_documents,
+            "cross_document_attention": self._cross_document_attention,
+            "start_token": self._start_token,
+            "vocabulary": self._vocabulary,
+            "sources": {source.name: source.summary() for source in self._sources},
+        }
+
+    @abc.abstractmethod
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, epoch, plan row) of each row."""
+
+    def _check_range(self, lo: int, hi: int) -> None:
+        if not 0 <= lo <= hi <= self.batch_size:
+            raise ValueError(f"Rows [{lo}, {hi}) are not within a batch of {self.batch_size}.")
+
+    def _fingerprint(self, **settings) -> str:
+        parts = {
+            "version": _VERSION,
+            "batch_size": self.batch_size,
+            "cross_document_attention": self._cross_document_attention,
+            "sources": [[s.name, s.cache.content, *s.plan.policy] for s in self._sources],
+        }
+        if self._start_token != 0:  # 0 was the only one when runs began to record fingerprints
+            parts["start_token"] = self._start_token
+        return store.digest({**parts, **settings})

@@ -1,0 +1,241 @@
+"""From rows of plans to arrays: the tokens, shifts, segments and positions of a batch.
+
+Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segments.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from data.cache import fingerprint
+from data.cache.store import Cache, digest
+from data.stream.plan import Plan, make_plan
+
+LOSS_WEIGHTS = "loss_weights"  # the feature that weighs each target token
+NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of rows: a cache and the plan of its rows.
+
+    Attributes:
+        feature: whose vocabulary is the model's.
+    """
+
+    name: str
+    cache: Cache
+    plan: Plan
+
+    feature: ClassVar[str] = "targets"
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per target token; 0 if unknown, as where tokens have weights."""
+        weighted = LOSS_WEIGHTS in self.cache.columns
+        return (0 if weighted else self.cache.text_bytes() or 0) / self.cache.tokens()
+
+    def documents(self, row: int) -> list[dict]:
+        """The documents of one row: id, record in the cache, and which part of it."""
+        if row == NO_ROW:
+            return []
+        segments = slice(*self.plan.row_starts[row : row + 2].tolist())
+        names = self.cache.columns.get("document_id")
+        return [
+            {
+                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
+                "record": record,
+                "offset": offset,
+                "length": length,
+            }
+            for record, offset, length in zip(
+                self.plan.records[segments].tolist(),
+                self.plan.offsets[segments].tolist(),
+                self.plan.lengths["targets"][segments].tolist(),
+                strict=True,
+            )
+        ]
+
+    def summary(self) -> dict:
+        """Sizes, fill, and what happened to empty and long records."""
+        return {
+            "cache": str(self.cache.directory),
+            "content": self.cache.content,
+            "fingerprint": self.cache.fingerprint,
+            "tokens": self.plan.tokens(),
+            "text_bytes": self.cache.text_bytes(),
+            "rows": self.plan.num_rows,
+            "fill": self.plan.fill(),
+            **self.plan.counts,
+        }
+
+
+def plan_source(
+    name: str,
+    opened: Cache,
+    feature_lengths: Mapping[str, int],
+    *,
+    packing: str = "best_fit",
+    long_documents: str = "split",
+) -> Source:
+    """Plans the rows of an opened cache: all that a stream needs of a source, without SeqIO."""
+    if set(feature_lengths) not in ({"targets"}, {"inputs", "targets"}):
+        raise ValueError(
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets', or 'inputs' and "
+            "'targets'."
+        )
+    for feature in feature_lengths:
+        if feature not in opened.columns:
+            raise ValueError(
+                f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}."
+            )
+    _check_loss_weights(name, opened)
+    planned = make_plan(
+        {feature: opened.columns[feature].lengths for feature in feature_lengths},
+        feature_lengths,
+        packing=packing,
+        long_documents=long_documents,
+    )
+    if not planned.num_rows:
+        raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
+    return Source(name, opened, planned)
+
+
+def _check_loss_weights(name: str, opened: Cache) -> None:
+    """Raises if the cache has weights of target tokens that cannot be them."""
+    weights = opened.columns.get(LOSS_WEIGHTS)
+    if weights is None:
+        return
+    where = f"Source {name!r}: feature {LOSS_WEIGHTS!r}"
+    if opened.manifest["features"][LOSS_WEIGHTS] != "float32":
+        raise ValueError(f"{where} must be declared with a floating dtype, such as tf.float32.")
+    differ = np.flatnonzero(weights.lengths != opened.columns["targets"].lengths)
+    if len(differ):
+        record = int(differ[0])
+        raise ValueError(
+            f"{where} has {weights.lengths[record]} values for the "
+            f"{opened.columns['targets'].lengths[record]} targets of record {record}: every target "
+            "needs one, BOS and EOS too (make the weights after they are added)."
+        )
+    if not all(np.all((shard >= 0) & (shard < np.inf)) for shard in weights.shards):
+        raise ValueError(f"{where} has values that are negative or not finite.")
+
+
+def shared_vocabulary(sources: Sequence[Source]) -> dict:
+    """Size and digest of the vocabulary of the tokens, which all sources must share."""
+    found = {}
+    for source in sources:
+        manifest = source.cache.manifest
+        described = manifest["description"].get("vocabulary", {}).get(source.feature, {})
+        size = manifest["features"][source.feature]
+        found[source.name] = {"size": size, "digest": digest([size, described.get("vocabulary")])}
+    first, *others = found
+    for name in others:
+        if found[name] != found[first]:
+            raise ValueError(
+                f"Sources {first!r} and {name!r} were tokenised with different vocabularies (sizes "
+                f"{found[first]['size']} and {found[name]['size']}): a mixture needs one."
+            )
+    return found[first]
+
+
+def vocabulary_digest(vocabulary) -> str:
+    """What `shared_vocabulary` says of tokens made with this SeqIO vocabulary."""
+    return digest([int(vocabulary.vocab_size), fingerprint.vocabulary(vocabulary)])
+
+
+def read_rows(
+    sources: Sequence[Source],
+    source_B: np.ndarray,
+    row_B: np.ndarray,
+    *,
+    cross_document_attention: bool = False,
+    start_token: int = 0,
+) -> dict[str, np.ndarray]:
+    """The batch of given rows of given sources, under the names models expect.
+
+    Decoder inputs are the targets shifted right within their segment, `start_token` first; a segment
+    that continues a record begins with the token before it, its true predecessor. Segment ids count from
+    1 in each row, 0 is padding; positions restart with each segment. With
+    `cross_document_attention` a row is one segment: ids are 1, positions and shifts run through.
+
+    With an 'inputs' feature there are encoder columns too; equal segment ids belong together.
+    Loss weights are 1 at every token, or what the source's feature 'loss_weights' says.
+    """
+    lengths = sources[0].plan.row_lengths
+    tokens, segment_ids, positions = (
+        {f: np.zeros((len(row_B), length), np.int32) for f, length in lengths.items()}
+        for _ in range(3)
+    )
+    weights = np.zeros(tokens["targets"].shape, np.float32)
+    continued = []
+    for index in np.unique(source_B[row_B != NO_ROW]):
+        plan, columns = sources[index].plan, sources[index].cache.columns
+        here_B = np.flatnonzero((source_B == index) & (row_B != NO_ROW))
+        row_S, ordinal_S, segment_S = segments(plan, row_B[here_B])
+        record_S, offset_S = plan.records[segment_S], plan.offsets[segment_S]
+        first_S = np.arange(len(row_S)) - ordinal_S  # the first segment of the same row
+        for feature, length in lengths.items():
+            size_S = plan.lengths[feature][segment_S].astype(np.int64)
+            begin_S = columns[feature].starts[record_S] + offset_S
+            before_S = np.cumsum(size_S) - size_S
+            place_S = before_S - before_S[first_S]
+            at_S = here_B[row_S] * length + place_S
+            columns[feature].gather(begin_S, size_S, tokens[feature].reshape(-1), at_S)
+            id_S, origin_S = ordinal_S + 1, place_S
+            if cross_document_attention:
+                id_S, origin_S = np.ones_like(id_S), np.zeros_like(place_S)
+            ids, origins = spread([id_S, origin_S], size_S, np.flatnonzero(ordinal_S == 0), length)
+            segment_ids[feature][here_B] = ids
+            positions[feature][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)
+            if feature == "targets":
+                weights[here_B] = ids > 0
+                if LOSS_WEIGHTS in columns:  # of the same lengths, hence at the same places
+                    columns[LOSS_WEIGHTS].gather(begin_S, size_S, weights.reshape(-1), at_S)
+                chosen = (offset_S > 0) & (place_S == origin_S)
+                continued.append((columns[feature], begin_S[chosen] - 1, at_S[chosen]))
+
+    # Position 0 holds for the first token of a segment and for padding: no input of its own there.
+    inputs = np.zeros_like(tokens["targets"])
+    inputs[:, 1:] = tokens["targets"][:, :-1]
+    inputs *= positions["targets"] > 0
+    if start_token:
+        inputs[(positions["targets"] == 0) & (segment_ids["targets"] > 0)] = start_token
+    for column, begin, at in continued:
+        column.gather(begin, np.ones(len(at), np.int64), inputs.reshape(-1), at)
+    batch = {
+        "decoder_input_tokens": inputs,
+        "decoder_target_tokens": tokens["targets"],
+        "decoder_loss_weights": weights,
+        "decoder_segment_ids": segment_ids["targets"],
+        "decoder_positions": positions["targets"],
+        "source_ids": source_B.astype(np.int32),
+    }
+    if "inputs" in lengths:
+        batch["encoder_input_tokens"] = tokens["inputs"]
+        batch["encoder_segment_ids"] = segment_ids["inputs"]
+        batch["encoder_positions"] = positions["inputs"]
+    return batch
+
+
+def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All segments of some rows: (which of the rows, place in that row, index in the plan)."""
+    begin_B = plan.row_starts[row_B]
+    count_B = plan.row_starts[row_B + 1] - begin_B
+    row_S = np.repeat(np.arange(len(row_B)), count_B)
+    ordinal_S = np.arange(len(row_S)) - np.repeat(np.cumsum(count_B) - count_B, count_B)
+    return row_S, ordinal_S, begin_B[row_S] + ordinal_S
+
+
+def spread(
+    values: Sequence[np.ndarray], size_S: np.ndarray, first_B: np.ndarray, length: int
+) -> list[np.ndarray]:
+    """Repeats each segment's value over its tokens, and 0 over the padding: int32 [B, L]."""
+    end_B = np.append(first_B[1:], len(size_S))
+    size_P = np.insert(size_S, end_B, length - np.add.reduceat(size_S, first_B))
+    return [
+        np.repeat(np.insert(value_S, end_B, 0).astype(np.int32), size_P).reshape(-1, length)
+        for value_S in values
+    ]

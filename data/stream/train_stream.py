@@ -1,0 +1,225 @@
+"""The training stream: an endless mixture of sources, any step of which is found by arithmetic."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.cache import store
+from data.stream import mixing, order, repeats, rows, schedule
+from data.stream.row_stream import RowStream
+
+Phases = Sequence[tuple[int, Mapping[str, float]]]
+# Source -> {'rows': read so far, 'order': digest of the order they lie in}.
+Positions = Mapping[str, Mapping[str, Any]]
+
+
+class Stream(RowStream):
+    """An endless stream over a mixture of sources; see `data.stream.stream.make_stream`.
+
+    Args:
+        sources: made by `data.stream.rows.plan_source`. Those that never have weight are left out, so that
+            they change nothing, not even `source_ids`.
+        phases, max_epochs, on_cap, positions: see `data.stream.stream.make_stream`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[rows.Source],
+        phases: Phases,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        cross_document_attention: bool = False,
+        start_token: int | None = 0,
+        interleaving: str = "error_diffusion",
+        max_epochs: repeats.MaxEpochs | None = None,
+        on_cap: str = "error",
+        positions: Positions | None = None,
+    ):
+        if on_cap not in repeats.ON_CAP:
+            raise ValueError(
+                f"on_cap={on_cap!r} is none of {', '.join(map(repr, repeats.ON_CAP))}."
+            )
+        phases = mixing.checked_phases(phases, tuple(source.name for source in sources))
+        limits = repeats.row_limits(max_epochs, {s.name: s.plan.num_rows for s in sources})
+        used = {name for _, shares in phases for name in shares}
+        sources = [source for source in sources if source.name in used]
+        super().__init__(sources, batch_size, cross_document_attention, start_token)
+        self._seed = seed
+        self._limits = {name: rows for name, rows in limits.items() if name in used}
+        self._on_cap = on_cap
+        self._before = self._read_before(positions or {})
+
+        def dealt(phases: Phases) -> schedule.Schedule:
+            # A row of a source holds fill * length tokens: token shares become row shares.
+            return schedule.Schedule(
+                [
+                    (start, [shares.get(s.name, 0.0) / s.plan.fill() for s in sources])
+                    for start, shares in phases
+                ],
+                sources=self.source_names,
+                batch_size=batch_size,
+                interleaving=interleaving,
+                seed=order.hash64(seed, "interleaving"),
+                first_rows=self._before,
+            )
+
+        settings: dict[str, Any] = {}  # what is not said is as it was before it could be said
+        if any(self._before):
+            settings["before"] = self._before
+        dealt_out = repeats.Redistributed(phases, [], None)
+        if on_cap == "redistribute" and self._limits:
+            settings["limits"] = self._limits
+            dealt_out = repeats.redistribute(phases, self._limits, dealt)
+        self._phases, self._full, self._end = dealt_out.phases, dealt_out.full, dealt_out.end
+        if not self._phases:
+            raise ValueError(
+                f"max_epochs leaves nothing of {', '.join(map(repr, phases[0][1]))} for step 0 (before "
+                f"it: {self._repeats(self._before)}): raise max_epochs, or add data."
+            )
+        self._schedule = dealt(self._phases)
+        self.fingerprint = self._fingerprint(
+            seed=seed, phases=phases, interleaving=interleaving, **settings
+        )
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read in the steps before `step` and before the first."""
+        used = self._schedule.used(step).tolist()
+        return {s.name: used[i] / s.plan.num_rows for i, s in enumerate(self._sources)}
+
+    def positions(self, step: int) -> dict[str, dict[str, Any]]:
+        """How far each source has been read in the steps before `step`: where a later phase goes on."""
+        used = self._schedule.used(step).tolist()
+        return {
+            source.name: {"rows": rows, "order": self._order_of(source)}
+            for source, rows in zip(self._sources, used, strict=True)
+        }
+
+    def check_repeats(self, steps: int) -> list[str]:
+        """What a run of so many steps has to be told about caps that it meets.
+
+        Raises:
+            ValueError: it would read a source more often than it may, or beyond the end of all data.
+        """
+        if self._on_cap == "redistribute":
+            if self._end is not None and self._end < steps:
+                raise ValueError(
+                    f"{self._no_more()} The run has {steps:,} steps: raise max_epochs, add data, or "
+                    "train less."
+                )
+            return [
+                f"{', '.join(names)} reach max_epochs at step {step:,} and give their share to the "
+                "other sources from there on"
+                for step, names in self._full
+                if step < steps
+            ]
+        used, found = self._schedule.used(steps), []
+        for index, source in enumerate(self._sources):
+            limit = self._limits.get(source.name)
+            if limit is not None and used[index] > limit:
+                tokens, rows = source.plan.tokens(), source.plan.num_rows
+                found.append(
+                    f"source {source.name!r} has {tokens:,} tokens, and {steps:,} steps read "
+                    f"{tokens * used[index] / rows:,.0f} of it, {used[index] / rows:.2f} epochs where "
+                    f"max_epochs allows {limit / rows:.2f}"
+                )
+        if found and self._on_cap == "error":
+            raise ValueError(
+                f"{'; '.join(found)}. Lower its share or the budget, add data, raise max_epochs, or "
+                "set on_cap='redistribute' to give its share to the other sources from there on."
+            )
+        return found
+
+    def tokens_per_step(self, step: int) -> float:
+        """Loss-bearing tokens of a batch in the phase of `step`, on average."""
+        per_row = np.array([s.plan.tokens() / s.plan.num_rows for s in self._sources])
+        return float(self.batch_size * (self._schedule.shares(step) @ per_row))
+
+    def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
+        """Steps from `first_step` on that train on `tokens` loss-bearing tokens, rounded up.
+
+        Raises:
+            ValueError: the sources that are capped and redistributed hold fewer.
+        """
+        step = first_step
+        last = math.inf if self._end is None else self._end
+        ends = [start for start in self._schedule.starts if start > first_step] + [last]
+        for end in ends:
+            per_step = self.tokens_per_step(step)
+            needed = math.ceil(tokens / per_step)
+            if step + needed <= end:
+                return step + needed - first_step
+            tokens -= (end - step) * per_step
+            step = end
+        raise ValueError(
+            f"{self._no_more()} That is {tokens:,.0f} tokens less than the budget: raise max_epochs, add "
+            "data, or lower the budget."
+        )
+
+    def summary(self) -> dict:
+        phases = [
+            {
+                "first_step": start,
+                "token_shares": shares,
+                "row_shares": dict(
+                    zip(self.source_names, self._schedule.shares(start).tolist(), strict=True)
+                ),
+                "tokens_per_step": self.tokens_per_step(start),
+            }
+            for start, shares in self._phases
+        ]
+        facts = {**super().summary(), "seed": self._seed, "phases": phases}
+        if self._limits:
+            facts["on_cap"] = self._on_cap
+            facts["max_epochs"] = {
+                s.name: self._limits[s.name] / s.plan.num_rows
+                for s in self._sources
+                if s.name in self._limits
+            }
+        if any(self._before):
+            facts["epochs_before"] = self.epochs(0)
+        return facts
+
+    def _order_of(self, source: rows.Source) -> str:
+        """Digest of what decides the order of a source's rows and what is in them."""
+        return store.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
+
+    def _read_before(self, positions: Positions) -> list[int]:
+        """Rows of each source that an earlier run has read, in the order that this one reads on in."""
+        before = []
+        for source in self._sources:
+            there = positions.get(source.name, {"rows": 0, "order": self._order_of(source)})
+            if there["order"] != self._order_of(source):
+                raise ValueError(
+                    f"Source {source.name!r} cannot be read on from where the earlier run stopped: its "
+                    "content, packing, row length or the seed is another, so that rows would come "
+                    "twice. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
+                )
+            before.append(int(there["rows"]))
+        return before
+
+    def _repeats(self, used: Sequence[int]) -> str:
+        pairs = zip(self._sources, used, strict=True)
+        return ", ".join(f"{s.name} {count / s.plan.num_rows:.2f} epochs" for s, count in pairs)
+
+    def _no_more(self) -> str:
+        assert self._end is not None
+        return (
+            f"From step {self._end:,} on every source of the mixture has been read as often as "
+            f"max_epochs allows ({self._repeats(self._schedule.used(self._end).tolist())})."
+        )
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._check_range(lo, hi)
+        if self._end is not None and step >= self._end:
+            raise ValueError(f"There is no batch {step}. {self._no_more()}")
+        source_B, position_B = self._schedule.locate(step, lo, hi)
+        epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
+        for index in np.unique(source_B):
+            source, here = self._sources[index], source_B == index
+            epoch_B[here], row_B[here] = order.shuffled_rows(
+                position_B[here], source.plan.num_rows, self._seed, source.name
+            )
+        return source_B, epoch_B, row_B

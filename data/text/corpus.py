@@ -1,0 +1,199 @@
+"""The corpus: text of installed packages, deduplicated, split by document, kept on disk.
+
+`assemble` reads the sources, stops each at a byte cap, removes exact and near duplicates, holds out
+whole documents for validation, none of which shares much text with training documents. The
+result is a directory of JSON lines, `<source>.<split>.jsonl` with one `{"id", "text"}` per document,
+and a manifest; its name is a hash of everything that decides its content, so it is built once.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tqdm
+
+from data.cache import cache_dir as cache
+from data.cache import fingerprint
+from data.text import corpus_build, documents
+from data.text.documents import Document
+from data.text.sources import environment, names
+
+FORMAT = documents.Format(text_key="text", id_key="id")
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A corpus on disk."""
+
+    directory: pathlib.Path
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Settings, package versions, counts, what was dropped and why, and the content hash."""
+        return json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the content of all files."""
+        return self.manifest["hash"]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources that hold documents."""
+        return tuple(
+            name for name, source in self.manifest["sources"].items() if source["bytes"]["train"]
+        )
+
+    def file(self, source: str, split: str) -> pathlib.Path:
+        """JSON lines of one split of a source."""
+        if source not in self.sources:
+            raise ValueError(
+                f"the corpus holds no source {source!r}; {names.nearest(source, self.sources)}"
+            )
+        return self.directory / f"{source}.{split}.jsonl"
+
+    def splits(self, source: str) -> tuple[str, ...]:
+        """The splits in which a source holds documents."""
+        sizes = self.manifest["sources"][source]["bytes"]
+        return tuple(split for split, size in sizes.items() if size)
+
+    def documents(self, source: str, split: str) -> Iterator[Document]:
+        """The documents of one split of a source, in corpus order."""
+        return documents.read(self.file(source, split), FORMAT)
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes: the first, for their order is one of hashes."""
+        return documents.take(self.documents(source, "train"), num_bytes)
+
+    def size(self, source: str) -> int:
+        """Bytes of training text of a source."""
+        return self.manifest["sources"][source]["bytes"]["train"]
+
+    def check(self, digests: fingerprint.FileDigests) -> None:
+        """Raises ValueError unless all files are those that were written."""
+        try:
+            files = self.manifest["files"]
+            whole = self.hash == corpus_build.content_hash(files)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise self._damaged(MANIFEST, "is altered or cut short")
+        for name, checksum in files.items():
+            path = self.directory / f"{name}.jsonl"
+            if not path.is_file():
+                raise self._damaged(path.name, "is missing")
+            if digests.digest(str(path)) != checksum:
+                raise self._damaged(path.name, "does not match its checksum")
+        digests.save()
+
+    def _damaged(self, name: str, what: str) -> ValueError:
+        return ValueError(
+            f"Corpus {self.directory}: {name} {what}. Delete the directory: it is built again at "
+            "the next start"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What a run records of its corpus."""
+        keys = ("hash", "settings", "packages", "sources", "skipped")
+        return {key: self.manifest[key] for key in keys}
+
+    def table(self) -> str:
+        """One line per source: documents, bytes, and what was left out."""
+        return corpus_build.format_table(self.manifest)
+
+
+def assemble(
+    *,
+    sources: Sequence[str] = ("all",),
+    bytes_per_source: int | None = 4_000_000,
+    validation_fraction: float = 0.05,
+    min_document_bytes: int = 100,
+    max_document_bytes: int = 300_000,
+    near_duplicate_threshold: float = 0.8,
+    containment_threshold: float = 0.2,
+    cache_dir: str | os.PathLike | None = None,
+    env: environment.Environment | None = None,
+) -> Corpus:
+    """Builds the corpus, or finds the one built before from the same inputs.
+
+    Args:
+      sources: names of sources or groups (`text`, `code`, `multilingual`, `all`). What is not
+        installed is skipped, and said.
+      bytes_per_source: most text a source may bring; whole documents are taken in the order of the
+        hashes of their ids. None takes everything.
+      validation_fraction: share of each source's bytes to hold out.
+      min_document_bytes: shorter documents are dropped.
+      max_document_bytes: longer documents are dropped.
+      near_duplicate_threshold: resemblance from which the later of two documents is dropped.
+      containment_threshold: a document of which more than this share stands in training documents
+        is not held out.
+      cache_dir: where corpora are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+      env: where installed packages are looked for.
+
+    Raises:
+      ValueError: for an unknown source, when no source holds a document, or when files of the corpus
+        built before have been changed or lost.
+    """
+    settings = {
+        "sources": names.resolve(sources),
+        "bytes_per_source": bytes_per_source,
+        "validation_fraction": validation_fraction,
+        "min_document_bytes": min_document_bytes,
+        "max_document_bytes": max_document_bytes,
+        "near_duplicate_threshold": near_duplicate_threshold,
+        "containment_threshold": containment_threshold,
+    }
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
+    env = env or environment.Environment.current()
+    packages = env.versions(corpus_build.packages_of(settings["sources"]))
+    key = hashlib.sha256(
+        json.dumps([settings, packages, _code_digest()], sort_keys=True).encode()
+    ).hexdigest()[:16]
+    directory = cache.cache_dir("corpora", key, override=cache_dir)
+    result = Corpus(directory)
+    if (directory / MANIFEST).is_file():
+        memory = cache.cache_dir("files", "file_digests.json", override=cache_dir)
+        result.check(fingerprint.FileDigests(memory))
+        _announce(result, "found in")
+        return result
+
+    progress = functools.partial(tqdm.tqdm, desc="corpus", file=sys.stderr, disable=None)
+    cache.build_directory(
+        directory,
+        lambda target: corpus_build.build(
+            target, env=env, settings=settings, packages=packages, progress=progress
+        ),
+        expected=[MANIFEST],
+    )
+    print(result.table(), file=sys.stderr)
+    _announce(result, "written to")
+    return result
+
+
+_RULES = ("corpus_build.py", "dedup.py", "splits.py")
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Hash of the code that reads and cleans, so that a changed rule makes a new corpus."""
+    here = pathlib.Path(__file__).parent
+    files = [*sorted(here.glob("sources/*.py")), *map(here.joinpath, _RULES)]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+_announced: set[pathlib.Path] = set()
+
+
+def _announce(corpus: Corpus, what: str) -> None:
+    """Says once per process which corpus is used; gin asks for it once per reference."""
+    if corpus.directory not in _announced:
+        _announced.add(corpus.directory)
+        print(f"corpus {corpus.hash[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""Documents that hold text of evaluation sets, by runs of 13 words (as in 2005.14165, appendix C).
+
+Words are runs of letters, digits and underscores, in lower case; all else separates them. A run is one
+64-bit hash, so that an index takes 8 bytes for each distinct run. Texts of fewer words have no run, and
+are not found.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.code_mix import code_problems
+from data.text import documents
+from data.text.document_filters import DocumentFilter
+from data.text.documents import DataError
+
+WORDS = 13
+_WORD = re.compile(r"\w+")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xFF51AFD7ED558CCD)
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _hash(word: str) -> int:
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def runs(text: str, words: int = WORDS) -> np.ndarray:
+    """One 64-bit hash per run of so many words, in order; none of a shorter text."""
+    hashes = np.array([_hash(word) for word in _WORD.findall(text.lower())], np.uint64)
+    count = max(len(hashes) - words + 1, 0)
+    found = np.zeros(count, np.uint64)
+    for i in range(words):  # a polynomial in the order of the words
+        found = found * _MULTIPLIER + hashes[i : i + count]
+    found ^= found >> np.uint64(33)
+    found *= _MIX
+    return found ^ (found >> np.uint64(29))
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The runs of an evaluation set.
+
+    Attributes:
+      runs: distinct, ascending.
+      words: of a run.
+      texts: of the set.
+      short: of these, those with too few words to be found.
+    """
+
+    runs: np.ndarray
+    words: int
+    texts: int
+    short: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str], words: int = WORDS) -> "Index":
+        """The index of texts, which are read once."""
+        found = [runs(text, words) for text in texts]
+        short = sum(not len(one) for one in found)
+        distinct = np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+        return cls(distinct, words, len(found), short)
+
+    def overlap(self, text: str) -> int:
+        """How many of a text's runs, each place counted, stand in the set."""
+        own = runs(text, self.words)
+        if not len(own) or not len(self.runs):
+            return 0
+        places = np.searchsorted(self.runs, own)
+        places[places == len(self.runs)] = 0
+        return int((self.runs[places] == own).sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap(DocumentFilter):
+    """Drops documents that share a run of words with an evaluation set; one filter for each set.
+
+    Attributes:
+      evaluation_set: `humaneval`, of which prompts and solutions count, or a file of JSON lines.
+      text_keys: keys of the texts in that file, which follow each other; None for all that hold strings,
+        lists of them included.
+      label: what the count of dropped documents is called; default from the set's name.
+      words: of a run.
+      most: runs that a document may share.
+
+    Raises:
+      ProblemsError: HumanEval's package is not installed.
+      DataError: there is no such file or key (when the first document is looked at).
+    """
+
+    evaluation_set: str
+    text_keys: Sequence[str] | None = None
+    label: str | None = None
+    words: int = WORDS
+    most: int = 0
+
+    def __post_init__(self):
+        if self.words < 1 or self.most < 0:
+            raise ValueError(
+                f"Overlap: words = {self.words} must be at least 1, and most = {self.most} not negative."
+            )
+
+    @property
+    def name(self) -> str:
+        return self.label or f"overlap with {pathlib.Path(self.evaluation_set).name}"
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Of the set; it is read once."""
+        return Index.of(evaluation_texts(self.evaluation_set, self.text_keys), self.words)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "words": self.words,
+            "most": self.most,
+            "runs": hashlib.sha256(self.index.runs.tobytes()).hexdigest(),
+        }
+
+    def __call__(self, document: Mapping[str, Any]) -> bool:
+        return self.index.overlap(document["text"]) <= self.most
+
+
+def evaluation_texts(name: str, text_keys: Sequence[str] | None = None) -> Iterator[str]:
+    """The texts of an evaluation set; see `Overlap`."""
+    if name == code_problems.HUMANEVAL:
+        for problem in code_problems.load(name).problems.values():
+            yield f"{problem.prompt}\n{problem.solution}"
+        return
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{path}: there is no such evaluation set. Set Overlap.evaluation_set to "
+            f"{code_problems.HUMANEVAL!r} or to a file of JSON lines"
+        )
+    for number, record in documents.read_json_lines(path):
+        keys = list(record) if text_keys is None else text_keys
+        for key in keys:
+            if key not in record:
+                raise DataError(
+                    f"{path}, line {number}: no key {key!r}; present are "
+                    f"{', '.join(map(repr, record)) or 'none'}. Set Overlap.text_keys to the right ones"
+                )
+        yield "\n".join(part for key in keys for part in _strings(record[key]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def count_overlaps(texts: Iterable[str], sets: Mapping[str, Index]) -> dict[str, int]:
+    """How many of the documents share a run with each evaluation set; `texts` is read once."""
+    counts = dict.fromkeys(sets, 0)
+    for text in texts:
+        for name, index in sets.items():
+            counts[name] += index.overlap(text) > 0
+    return counts

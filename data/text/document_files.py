@@ -1,0 +1,319 @@
+"""A named set of data files: which they are, what they hold, and which documents are held out."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import tqdm
+
+from data.cache import cache_dir as cache
+from data.cache import fingerprint
+from data.text import document_filters, documents, splits
+from data.text.document_filters import DocumentFilter, Sieve
+from data.text.documents import DataError, Document, Format
+
+Patterns = str | Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentFiles:
+    """Documents in files, in two splits.
+
+    Attributes:
+      name: of the task that reads them.
+      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
+      format: how documents lie in the files.
+      validation_fraction: share of documents held out, by the hash of their text.
+      root: directory that document ids are relative to.
+      cache: directory where checksums and counts are remembered.
+      filters: keep or drop documents, one after the other.
+    """
+
+    name: str
+    files: Mapping[str, tuple[str, ...]]
+    format: Format
+    validation_fraction: float
+    root: str
+    cache: str
+    filters: tuple[DocumentFilter, ...] = ()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The one source a vocabulary can be trained from."""
+        return (self.name,)
+
+    def documents(self, source: str, split: str) -> Iterator[Document]:
+        """The documents of a split, in order; empty and filtered ones are left out."""
+        for path in self.files[split]:
+            yield from self.read_file(path, split)
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes: of each file its share by size on disk.
+
+        Every file gives at least one document, as long as the bytes suffice for that; files come in
+        the order of the hashes of their names, so that those left out then are no part of a kind.
+        """
+        names = {path: os.path.relpath(path, self.root) for path in self.files["train"]}
+        paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
+        sizes = [max(os.path.getsize(path), 1) for path in paths]
+        left, unread = num_bytes, sum(sizes)
+        for path, size in zip(paths, sizes, strict=True):
+            kept = left * (unread - size) / unread  # for the files that follow
+            unread -= size
+            for number, document in enumerate(self.read_file(path, "train")):
+                length = len(document.text.encode("utf-8"))
+                # Only the last document of all may exceed its share, and the first of a file.
+                if left <= kept or (number and kept and left - length < kept):
+                    break
+                left -= length
+                yield document
+            if left <= 0:
+                return
+
+    def read_file(self, path: str, split: str) -> Iterator[Document]:
+        """The documents of one file that are in a split."""
+        for document in self._read_all(path):
+            if self._split_of(document, path) == split:
+                yield document
+
+    def _read_all(self, path: str, sieve: Sieve | None = None) -> Iterator[Document]:
+        sieve = sieve or Sieve(self.filters)
+        found = documents.read(
+            pathlib.Path(path),
+            self.format,
+            name=os.path.relpath(path, self.root),
+            metadata=document_filters.keys_of(self.filters),
+        )
+        for document in found:
+            if document.text and sieve.keeps(document.text, document.metadata):
+                yield document
+
+    def _split_of(self, document: Document, path: str) -> str:
+        if self.validation_fraction:
+            held_out = splits.in_validation(document.text, self.validation_fraction)
+            return "validation" if held_out else "train"
+        return next(split for split, files in self._file_sets.items() if path in files)
+
+    @functools.cached_property
+    def _file_sets(self) -> dict[str, frozenset[str]]:
+        return {split: frozenset(files) for split, files in self.files.items()}
+
+    @functools.cached_property
+    def checksums(self) -> dict[str, str]:
+        """File -> SHA-256 of its bytes, remembered between runs by size, times and inode."""
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        paths = dict.fromkeys(path for files in self.files.values() for path in files)
+        result = {path: digests.digest(path) for path in paths}
+        digests.save()
+        return result
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over everything that decides the documents and their order."""
+        content = {
+            "reading": documents.VERSION,
+            "holding_out": splits.VERSION,
+            "format": dataclasses.asdict(self.format),
+            "validation_fraction": self.validation_fraction,
+            "files": {
+                split: [[os.path.relpath(path, self.root), self.checksums[path]] for path in files]
+                for split, files in self.files.items()
+            },
+        }
+        if self.filters:  # without them, the hash is that of before there were any
+            content["filters"] = document_filters.described(self.filters)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Documents and bytes of each split; reading them all checks every line once.
+
+        The result is remembered under the hash of the files.
+
+        Raises:
+          DataError: for a malformed file, or a split without a document.
+        """
+        return self._counted["splits"]
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Filter -> documents and bytes of text that it dropped; counted with `counts`."""
+        return self._counted["dropped"]
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, dict[str, dict[str, int]]]:
+        remembered = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
+        if remembered.is_file():
+            return json.loads(remembered.read_text(encoding="utf-8"))
+        counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
+        sieve = Sieve(self.filters)
+        paths = list(self.checksums)
+        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+            for document in self._read_all(path, sieve):
+                count = counts[self._split_of(document, path)]
+                count["documents"] += 1
+                count["bytes"] += len(document.text.encode("utf-8"))
+        for split, count in counts.items():
+            if not count["documents"]:
+                raise self._empty(split, counts, sieve.dropped)
+        counted = {"splits": counts, "dropped": sieve.dropped}
+        cache.remember(remembered, counted)
+        return counted
+
+    def size(self, source: str) -> int:
+        """Bytes of training text."""
+        return self.counts["train"]["bytes"]
+
+    def _empty(
+        self,
+        split: str,
+        counts: Mapping[str, Mapping[str, int]],
+        dropped: Mapping[str, Mapping[str, int]],
+    ) -> DataError:
+        total = sum(count["documents"] for count in counts.values())
+        where = f"{self.name}: {_shorten(self.files[split])}"
+        by = {name: count["documents"] for name, count in dropped.items() if count["documents"]}
+        if by and total == 0:
+            said = ", ".join(f"{name} {count:,}" for name, count in by.items())
+            return DataError(
+                f"{where}: no document is left; the filters dropped them all ({said}). Check the "
+                "filters' values against the files, which spell them exactly so"
+            )
+        if self.validation_fraction == 0 or total == 0:
+            return DataError(f"{where}: no document; every file is empty")
+        return DataError(
+            f"{where}: validation_fraction={self.validation_fraction} of {total} documents leaves none "
+            f"for the {split} split. Change validation_fraction, give validation_files, or set "
+            "document_per='paragraph' for text files"
+        )
+
+
+def find(
+    *,
+    name: str,
+    files: Patterns,
+    validation_files: Patterns | None = None,
+    validation_fraction: float = 0.01,
+    text_key: str | Sequence[str] = "text",
+    id_key: str | None = None,
+    document_per: str = "file",
+    data_root: str | None = None,
+    filters: Sequence[DocumentFilter] = (),
+    cache_dir: str | os.PathLike | None = None,
+) -> DocumentFiles:
+    """Finds the data files that match patterns.
+
+    Args:
+      name: what the set is called.
+      files: a glob or several (`**` reaches into subdirectories); `~` and variables are expanded.
+      validation_files: a glob or several of held-out files; excludes `validation_fraction`.
+      validation_fraction: share of documents to hold out, chosen by the hash of their text so that
+        equal documents are never in both splits. 0 makes no validation split.
+      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
+      id_key: key or column of a document's name.
+      document_per: what a document is in text files: `file`, `paragraph` or `line`.
+      data_root: directory that relative patterns start at; None for the working directory.
+      filters: keep or drop documents by text and metadata, one after the other.
+      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Raises:
+      FileNotFoundError: a pattern matches no file.
+      DataError: a matching file is of an unknown kind.
+      ValueError: the fraction is not in [0, 1), or two filters have one name.
+    """
+    document_filters.check_names(filters, name)
+    found, validation_fraction = split_files(
+        name=name,
+        files=files,
+        validation_files=validation_files,
+        validation_fraction=validation_fraction,
+        data_root=data_root,
+    )
+    return DocumentFiles(
+        name=name,
+        files=found,
+        format=Format(
+            text_key=text_key if isinstance(text_key, str) else tuple(text_key),
+            id_key=id_key,
+            document_per=document_per,
+        ),
+        validation_fraction=validation_fraction,
+        root=common_root(found),
+        cache=str(cache.cache_dir("files", override=cache_dir)),
+        filters=tuple(filters),
+    )
+
+
+def split_files(
+    *,
+    name: str,
+    files: Patterns,
+    validation_files: Patterns | None,
+    validation_fraction: float,
+    data_root: str | None,
+) -> tuple[dict[str, tuple[str, ...]], float]:
+    """The files of each split, and the share that is held out of files that both splits read.
+
+    Arguments and errors are those of `find`.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
+        )
+    found = {"train": _expand(name, "files", files, data_root)}
+    if validation_files is not None:
+        validation_fraction = 0.0
+        found["validation"] = _expand(name, "validation_files", validation_files, data_root)
+        if both := sorted(set(found["train"]) & set(found["validation"])):
+            raise ValueError(
+                f"{name}: {_shorten(both)} is matched by files and by validation_files; make the "
+                "patterns disjoint"
+            )
+    elif validation_fraction:
+        found["validation"] = found["train"]
+    return found, validation_fraction
+
+
+def common_root(found: Mapping[str, Sequence[str]]) -> str:
+    """The directory that the names of files start at."""
+    everything = sorted({path for paths in found.values() for path in paths})
+    return os.path.commonpath([os.path.dirname(path) for path in everything])
+
+
+def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
+    """All files that match, sorted, each once; directories are passed over."""
+    found: set[str] = set()
+    root = _expanded(data_root or "")
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        full = os.path.abspath(os.path.join(root, _expanded(pattern)))
+        matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+        if not matches:
+            raise FileNotFoundError(
+                f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
+                f"relative one starts at {'data_root' if data_root else 'the working directory'}"
+            )
+        found.update(matches)
+    if not found:
+        raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
+    for path in sorted(found):
+        documents.check_suffix(pathlib.Path(path))
+    return tuple(sorted(found))
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def _shorten(paths: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(paths[:limit])
+    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"

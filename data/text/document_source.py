@@ -1,0 +1,226 @@
+"""Document files and prepared TFDS sets as SeqIO data sources.
+
+Both satisfy `seqio.DataSourceInterface` without deriving from it, so that this module imports no
+TensorFlow. They yield `{"text", "document_id"}` and declare a `digest`: the hash of what they read.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data.cache import cache_dir as cache
+from data.cache import fingerprint
+from data.text.document_files import DocumentFiles
+from data.text.documents import Document, take
+
+_SPLITS = ("train", "validation")
+_SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentSource:
+    """Reads `DocumentFiles`, one shard per file."""
+
+    files: DocumentFiles
+
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.files.splits
+
+    @property
+    def digest(self) -> str:
+        return self.files.hash
+
+    @property
+    def dropped(self) -> Mapping[str, Mapping[str, int]]:
+        """What each filter dropped; see `DocumentFiles.dropped`."""
+        return self.files.dropped if self.files.filters else {}
+
+    def num_input_examples(self, split: str) -> int:
+        return self.files.counts[split]["documents"]
+
+    def list_shards(self, split: str) -> list[str]:
+        return list(self.files.files[split])
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """The documents of a split as a `tf.data.Dataset`; problems with files are raised here."""
+        import tensorflow as tf
+
+        # Reads every file once, unless that was done before. An error raised later, inside of
+        # TensorFlow, would reach people as a C++ stack trace.
+        _ = self.files.counts
+        paths = self.list_shards(split)
+        if shard_info is not None:
+            paths = paths[shard_info.index :: shard_info.num_shards]
+
+        def examples():
+            for path in paths:
+                for document in self.files.read_file(path, split):
+                    yield {"text": document.text, "document_id": document.id}
+
+        text = tf.TensorSpec((), tf.string)
+        dataset = tf.data.Dataset.from_generator(
+            examples, output_signature={"text": text, "document_id": text}
+        )
+        return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """Reads a TFDS set that has been prepared; it never downloads.
+
+    Attributes:
+      tfds_name: name, config and version: `name/config:1.2.3`.
+      text_key: feature that holds the text.
+      wanted_splits: split of the task -> split or slice of the set; by default `train` and
+        `validation`, where the set has them.
+      data_dir: where the set lies; None for the TFDS default.
+      cache: directory where checksums are remembered.
+    """
+
+    tfds_name: str
+    text_key: str
+    wanted_splits: Mapping[str, str] | None
+    data_dir: str | None
+    cache: str
+
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+    @functools.cached_property
+    def builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        try:
+            return tfds.builder(self.tfds_name, data_dir=self.data_dir, try_gcs=False)
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"TFDS has no set {self.tfds_name!r} ({reason}). Check the name, or set data_dir to "
+                "the directory that holds the prepared set"
+            ) from None
+
+    @functools.cached_property
+    def split_map(self) -> Mapping[str, str]:
+        """Split of the task -> split or slice of the set."""
+        if self.wanted_splits is not None:
+            return self.wanted_splits
+        there = self.builder.info.splits or _SPLITS  # a mocked set knows no splits, and has any
+        return {split: split for split in _SPLITS if split in there}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.split_map)
+
+    def _wanted(self, split: str) -> str:
+        if split not in self.split_map:
+            raise ValueError(
+                f"TFDS set {self.tfds_name!r}: no {split!r} split, only "
+                f"{', '.join(map(repr, self.split_map)) or 'none'}. Set splits to map {split!r} to a "
+                "split or slice of the set"
+            )
+        return self.split_map[split]
+
+    def check(self) -> None:
+        """Raises ValueError for a set, feature or split that does not exist."""
+        info = self.builder.info
+        if self.text_key not in info.features:
+            raise ValueError(
+                f"TFDS set {self.tfds_name!r} has no feature {self.text_key!r}; present are "
+                f"{', '.join(map(repr, sorted(info.features)))}. Set text_key to the right one"
+            )
+        for wanted in self.split_map.values():
+            base = wanted.partition("[")[0]
+            if info.splits and "+" not in wanted and base not in info.splits:
+                raise ValueError(
+                    f"TFDS set {self.tfds_name!r} has no split {base!r}; present are "
+                    f"{', '.join(map(repr, info.splits))}. Set splits to map the task's splits to "
+                    "these"
+                )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the name and version, and of the bytes of the files that are local."""
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        files = {
+            split: [
+                [os.path.basename(path), digests.digest(path) if os.path.isfile(path) else None]
+                for path in self.list_shards(split)
+            ]
+            for split in self.splits
+        }
+        digests.save()
+        content = [self.builder.info.full_name, self.text_key, dict(self.split_map), files]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def hash(self) -> str:
+        """With `sources`, `size` and `sample`: what a vocabulary can be trained from."""
+        return self.digest
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.tfds_name,)
+
+    def size(self, source: str) -> int | None:
+        wanted = self._wanted("train")
+        splits = self.builder.info.splits
+        return (splits[wanted].num_bytes or None) if splits else None  # 0 of a slice: not known
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """The first documents, for TFDS shuffles a set when it prepares it."""
+        return take(self.documents(source, "train"), num_bytes)
+
+    def documents(self, source: str, split: str) -> Iterator[Document]:
+        for example in self.get_dataset(split, shuffle=False).as_numpy_iterator():
+            yield Document(example["document_id"].decode(), example["text"].decode())
+
+    def num_input_examples(self, split: str) -> int | None:
+        wanted = self._wanted(split)
+        return self.builder.info.splits[wanted].num_examples if self.builder.info.splits else None
+
+    def list_shards(self, split: str) -> list[str]:
+        if not self.builder.info.splits:  # a mocked set has no files
+            return [split]
+        instructions = self.builder.info.splits[self._wanted(split)].file_instructions
+        return [str(instruction.filename) for instruction in instructions]
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """The texts of a split as a `tf.data.Dataset`."""
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        config = tfds.ReadConfig(add_tfds_id=True, shuffle_seed=seed)
+        if shard_info is not None:
+            config.input_context = tf.distribute.InputContext(
+                num_input_pipelines=shard_info.num_shards, input_pipeline_id=shard_info.index
+            )
+        try:
+            dataset = self.builder.as_dataset(
+                split=self._wanted(split), shuffle_files=shuffle, read_config=config
+            )
+        except AssertionError:
+            raise FileNotFoundError(
+                f"TFDS set {self.tfds_name!r} is not prepared in {self.builder.data_dir}. Prepare it "
+                f"on a machine with access to its source: tfds build {self.tfds_name}, then set "
+                "data_dir"
+            ) from None
+        text_key = self.text_key
+        return dataset.map(
+            lambda example: {"text": example[text_key], "document_id": example["tfds_id"]}
+        )
+
+
+def source_cache(cache_dir: str | os.PathLike | None) -> str:
+    """Where sources remember the checksums of their files."""
+    return str(cache.cache_dir("files", override=cache_dir))

@@ -1,0 +1,116 @@
+"""Translated interface texts: gettext catalogues, and the JSON ones of Home Assistant."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from data.text.sources import environment
+
+_CATALOGUE = re.compile(
+    r"(?P<folder>.*/locales?)/(?P<locale>[^/]+)/LC_MESSAGES/(?P<domain>.+)\.po$"
+)
+_HASS = re.compile(r"hass_frontend/static/translations/(?P<folder>.*?)(?P<locale>[^/]+)-\w+\.json$")
+# Placeholders, tags and entities: `%(name)s`, `{count}`, `<br>`, `&nbsp;`, `${x}`.
+_MARKUP = re.compile(r"%\(\w+\)[a-z]|%[a-z%]|\$?\{[^}]*\}|<[^>]*>|&\w+;|https?://\S+")
+MAX_MARKUP_SHARE = 0.3
+
+
+def gettext_texts(
+    env: environment.Environment, package: str, locales: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """(catalogue, its translations in order) of each catalogue of a package in the given locales.
+
+    For English, where most packages ship no catalogue of their own, the messages themselves are
+    the text: those of the German catalogues.
+    """
+    import polib
+
+    found = _catalogues(env, package)
+    if "en" in locales and not any(locale == "en" for locale, *_ in found):
+        locales = ("de",)
+        texts_of = _messages
+    else:
+        texts_of = _texts if "en" in locales else _translations
+    for locale, folder, domain, path in found:
+        if locale in locales:
+            texts = [text for entry in polib.pofile(str(path)) for text in texts_of(entry)]
+            yield f"{folder}/{locale}/{domain}", [text for text in texts if is_prose(text)]
+
+
+def gettext_pairs(
+    env: environment.Environment, package: str, locales: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """(message, its translation) of every entry of one form in the catalogues of the given locales."""
+    import polib
+
+    for locale, *_, path in _catalogues(env, package):
+        if locale in locales:
+            for entry in polib.pofile(str(path)):
+                for text in () if entry.msgid_plural else _translations(entry):
+                    if is_prose(entry.msgid) and is_prose(text):
+                        yield entry.msgid, text
+
+
+def _catalogues(
+    env: environment.Environment, package: str
+) -> list[tuple[str, str, str, pathlib.Path]]:
+    """(locale, folder, domain, path) of each catalogue of a package."""
+    found = []
+    for name, path in env.files(package, (".po",)):
+        match = _CATALOGUE.match(name)
+        if match:
+            found.append((match["locale"], match["folder"], match["domain"], path))
+    return found
+
+
+def _messages(entry) -> list[str]:
+    return [] if entry.obsolete else [entry.msgid, entry.msgid_plural]
+
+
+def _texts(entry) -> list[str]:
+    """What an English catalogue shows: its own wording, or the message."""
+    return [] if entry.obsolete else [entry.msgstr or entry.msgid, *entry.msgstr_plural.values()]
+
+
+def _translations(entry) -> list[str]:
+    """Translations of an entry; none where it is untranslated or marked as doubtful."""
+    if entry.obsolete or entry.fuzzy:
+        return []
+    texts = [entry.msgstr, *entry.msgstr_plural.values()]
+    return [text for text in texts if text not in (entry.msgid, entry.msgid_plural)]
+
+
+def home_assistant_texts(
+    env: environment.Environment, locales: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """(catalogue, its texts) of the Home Assistant panels in the given locales."""
+    found = {}
+    for name, path in env.files("home-assistant-frontend", (".json",)):
+        if match := _HASS.match(name):
+            found[match["folder"], match["locale"]] = path
+    for (folder, locale), path in sorted(found.items()):
+        if locale not in locales:
+            continue
+        english = found.get((folder, "en")) if locale != "en" else None
+        untranslated = set(_leaves(_load(english))) if english else set()
+        texts = [text for text in _leaves(_load(path)) if text not in untranslated]
+        yield f"home-assistant/{folder}{locale}", [text for text in texts if is_prose(text)]
+
+
+def _load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _leaves(tree) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from _leaves(value)
+    elif isinstance(tree, str):
+        yield tree
+
+
+def is_prose(text: str) -> bool:
+    """Whether a string says something: more than a letter, and not mostly placeholders."""
+    marked = sum(len(match.group()) for match in _MARKUP.finditer(text))
+    return len(text.strip()) > 1 and marked <= MAX_MARKUP_SHARE * len(text)

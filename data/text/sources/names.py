@@ -1,0 +1,49 @@
+"""The sources by name."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from data.text.sources import code, docstrings, document, english, languages, markup
+
+SOURCES: dict[str, document.Source] = {
+    "english": document.Source(english.PACKAGES, english.candidates),
+    "docstrings": document.Source(code.PYTHON_PACKAGES, docstrings.candidates),
+    "python": document.Source(code.PYTHON_PACKAGES, code.python_candidates, files=True),
+    "cpp": document.Source(code.CPP_PACKAGES, code.cpp_candidates, files=True),
+    "markup": document.Source(markup.PACKAGES, markup.candidates, files=True),
+    **languages.sources(),
+}
+LANGUAGES = tuple(languages.sources())
+# What a group name stands for, in a list of sources and as a mixture.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "text": ("english", "docstrings"),
+    "code": ("python", "cpp"),
+    "multilingual": LANGUAGES,
+    "all": tuple(SOURCES),
+}
+
+
+def resolve(names: Iterable[str]) -> tuple[str, ...]:
+    """Source names in catalogue order, with group names written out.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest valid ones.
+    """
+    if isinstance(names, str):
+        names = (names,)
+    wanted: set[str] = set()
+    for name in names:
+        if name not in SOURCES and name not in GROUPS:
+            raise ValueError(f"unknown source {name!r}; {nearest(name, [*SOURCES, *GROUPS])}")
+        wanted.update(GROUPS.get(name, (name,)))
+    if not wanted:
+        raise ValueError(f"the list of sources is empty; choose among {', '.join(SOURCES)}")
+    return tuple(name for name in SOURCES if name in wanted)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """`did you mean ...?`, or all the valid names where none is close."""
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"valid names are {', '.join(valid)}"

@@ -1,0 +1,198 @@
+"""Data that users bring: files, TFDS sets, and modules that register SeqIO tasks themselves."""
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from data import tasks
+from data.stream import mixing
+from data.text import document_files, document_source
+from data.text.document_filters import DocumentFilter
+
+
+def register_files(
+    *,
+    name: str,
+    files: str | Sequence[str],
+    vocabulary: Any,
+    validation_files: str | Sequence[str] | None = None,
+    validation_fraction: float = 0.01,
+    text_key: str | Sequence[str] = "text",
+    id_key: str | None = None,
+    document_per: str = "file",
+    data_root: str | None = None,
+    filters: Sequence[DocumentFilter] = (),
+    add_bos: bool = False,
+    add_eos: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
+
+    Args:
+      name: of the task.
+      files: a glob or several.
+      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
+      validation_files: a glob or several of held-out files.
+      validation_fraction: without them, the share of documents to hold out by the hash of their
+        text; 0 makes no validation split.
+      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
+      id_key: key or column of a document's name; by default it is the file and the line.
+      document_per: what a document is in text files: `file`, `paragraph` or `line`.
+      data_root: directory that relative patterns start at; None for the working directory.
+      filters: keep or drop documents by text and metadata (data/text/document_filters.py).
+      add_bos: begin each document with BOS.
+      add_eos: end each document with EOS.
+      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+    """
+    found = document_files.find(
+        name=name,
+        files=files,
+        validation_files=validation_files,
+        validation_fraction=validation_fraction,
+        text_key=text_key,
+        id_key=id_key,
+        document_per=document_per,
+        data_root=data_root,
+        filters=filters,
+        cache_dir=cache_dir,
+    )
+    tasks.register_source(
+        name,
+        document_source.DocumentSource(found),
+        origin="register_files",
+        vocabulary=vocabulary,
+        add_bos=add_bos,
+        add_eos=add_eos,
+    )
+
+
+def register_sources(
+    *,
+    name: str,
+    sources: Mapping[str, Callable[..., Any]],
+    shares: Mapping[str, float],
+) -> None:
+    """Registers those of several sources that a run names, and a mixture of them.
+
+    Sources that are not named are not looked at: their files need not be there.
+
+    Args:
+      name: of the mixture.
+      sources: name of a task -> what registers it, called with (name=), such as `register_files`.
+      shares: source -> its share of the tokens; they sum to 1. One of 0 is for evaluation alone.
+
+    Raises:
+      ValueError: an unknown source, a negative share, or shares that do not sum to 1.
+    """
+    where = f"the shares of {name!r}"
+    mixing.normalised(shares, tuple(sources), where)
+    total = math.fsum(shares.values())
+    if abs(total - 1) > 1e-9:
+        raise ValueError(
+            f"{where} sum to {total:.6g}, not to 1: "
+            f"{', '.join(f'{source} {share}' for source, share in shares.items())}"
+        )
+    for source in shares:
+        sources[source](name=source)
+    tasks.register_mixture(name, shares)
+
+
+def register_tfds(
+    *,
+    name: str,
+    tfds_name: str,
+    vocabulary: Any,
+    text_key: str = "text",
+    splits: Mapping[str, str] | None = None,
+    data_dir: str | None = None,
+    add_bos: bool = False,
+    add_eos: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Registers a task over a TFDS set that has been prepared.
+
+    Args:
+      name: of the task.
+      tfds_name: name of the set with config and version: `my_set/config:1.0.0`.
+      vocabulary: a SeqIO vocabulary.
+      text_key: feature that holds the text.
+      splits: split of the task -> split or slice of the set, such as
+        `{'train': 'train[1%:]', 'validation': 'train[:1%]'}`; default the `train` and `validation`
+        of the set.
+      data_dir: where the set lies; None for the TFDS default.
+      add_bos: begin each document with BOS.
+      add_eos: end each document with EOS.
+      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Raises:
+      ValueError: no such set, feature or split.
+      FileNotFoundError: the set is not prepared (when it is read).
+    """
+    source = tfds_texts(
+        tfds_name=tfds_name,
+        text_key=text_key,
+        splits=splits,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+    )
+    tasks.register_source(
+        name,
+        source,
+        origin="register_tfds",
+        vocabulary=vocabulary,
+        add_bos=add_bos,
+        add_eos=add_eos,
+    )
+
+
+def tfds_texts(
+    *,
+    tfds_name: str,
+    text_key: str = "text",
+    splits: Mapping[str, str] | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> document_source.TfdsSource:
+    """The texts of a TFDS set, to train a vocabulary from; arguments as for `register_tfds`."""
+    source = document_source.TfdsSource(
+        tfds_name=tfds_name,
+        text_key=text_key,
+        wanted_splits=None if splits is None else dict(splits),
+        data_dir=data_dir,
+        cache=document_source.source_cache(cache_dir),
+    )
+    source.check()
+    return source
+
+
+def import_mixtures(*, module: str) -> tuple[str, ...]:
+    """Imports a module that registers SeqIO tasks and mixtures.
+
+    Args:
+      module: its dotted name; it must be installed, or lie in the working directory.
+
+    Returns:
+      Names of the tasks and mixtures it registered (none if it was imported before).
+
+    Raises:
+      ValueError: there is no such module.
+    """
+    import seqio
+
+    def registered() -> set[str]:
+        return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+    before = registered()
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it imports is not
+        raise ValueError(
+            f"no module {module!r} to import mixtures from (looked for {error.name!r} in the working "
+            "directory and the installed packages). Check the name, or set PYTHONPATH to the "
+            "directory that holds it"
+        ) from None
+    return tuple(sorted(registered() - before))

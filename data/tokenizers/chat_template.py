@@ -1,0 +1,239 @@
+"""Chat templates: conversations as the text that a model was trained to continue.
+
+A template is a jinja2 program that comes with a checkpoint (in tokenizer_config.json, or in a file
+chat_template.jinja) and sees `messages`, `tools`, `documents`, `add_generation_prompt` and the special
+tokens of its tokenizer. It renders here as `apply_chat_template` of transformers renders it: messages
+lose keys without a value, blocks are trimmed, `tojson` does not escape, and `raise_exception`,
+`strftime_now`, loop controls and `{% generation %}` are there.
+
+Templates are foreign code and run in a sandbox, see data/tokenizers/chat_sandbox.py. Whatever goes wrong in one is
+a single `ChatTemplateError`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from data.tokenizers import chat_sandbox
+
+DEFAULT = "default"
+WITH_TOOLS = (
+    "tool_use"  # the template that conversations with tools use where a tokenizer has several
+)
+FILE = "chat_template.jinja"
+FOLDER = "additional_chat_templates"
+
+# The Command format: one BOS, then a turn per message, stripped and without line ends between them.
+COMMAND = """\
+{{- bos_token -}}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0]['content'].strip()
+      + '<|END_OF_TURN_TOKEN|>' -}}
+  {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for turn in turns -%}
+  {%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+    {{- raise_exception('Roles must alternate user/assistant/user/assistant, after one optional system '
+        'message; message ' ~ loop.index ~ ' of them has the role ' ~ turn['role']) -}}
+  {%- endif -%}
+  {{- '<|START_OF_TURN_TOKEN|>' -}}
+  {%- if turn['role'] == 'user' -%}
+    {{- '<|USER_TOKEN|>' + turn['content'].strip() + '<|END_OF_TURN_TOKEN|>' -}}
+  {%- else -%}
+    {{- '<|CHATBOT_TOKEN|>' -}}
+    {% generation %}{{- turn['content'].strip() + '<|END_OF_TURN_TOKEN|>' -}}{% endgeneration %}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' -}}
+{%- endif -%}
+"""
+BUILT_IN = {"command": COMMAND}
+
+# Roles that templates are known to rename or to move elsewhere; any other must be seen in the text.
+_ROLES = {
+    *("system", "developer", "user", "assistant", "tool", "function", "ipython"),
+    *("model", "chatbot", "documents", "tool_call", "tool_response", "tool_results"),
+}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
+
+
+class ChatTemplateError(ValueError):
+    """A conversation that cannot be rendered: no template, one that fails, or wrong messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """The templates of one tokenizer, by name.
+
+    Attributes:
+      templates: name -> source; `default` is used, `tool_use` where there are tools.
+      variables: what templates see of the tokenizer, such as `bos_token`.
+      origin: where they are from, for errors.
+    """
+
+    templates: Mapping[str, str]
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: str = "chat template"
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of a conversation; arguments and errors are those of `render_spans`."""
+        return self.render_spans(messages, **options).text
+
+    def render_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        name: str | None = None,
+        **variables: Any,
+    ) -> chat_sandbox.Rendered:
+        """The text of a conversation, and where the assistant's words are in it.
+
+        Args:
+          messages: mappings with "role" and "content", as JSON has them.
+          tools: JSON schemas of functions.
+          documents: mappings with "title" and "text".
+          add_generation_prompt: end with what opens the assistant's next turn.
+          name: of the template; None for the default one.
+          **variables: what else the template sees; they win over those of the tokenizer.
+
+        Raises:
+          ChatTemplateError: there is no such template, it refuses the conversation or fails, or the
+            messages are not what they should be.
+        """
+        source = self.templates[self._name(name, tools is not None)]
+        values = {
+            **self.variables,
+            **variables,
+            "messages": _messages(messages),
+            "tools": None if tools is None else _plain(tools, "tools"),
+            "documents": None if documents is None else _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            rendered = chat_sandbox.render(source, values)
+        except Exception as error:  # the template is foreign code: anything may come out of it
+            raise ChatTemplateError(f"{self.origin}: {_said(error)}") from None
+        _check_roles(values["messages"], rendered.text, self.origin)
+        return rendered
+
+    def _name(self, name: str | None, has_tools: bool) -> str:
+        if name is None:
+            name = WITH_TOOLS if has_tools and WITH_TOOLS in self.templates else DEFAULT
+        if name not in self.templates:
+            raise ChatTemplateError(
+                f"{self.origin}: there is no template {name!r}; there is "
+                f"{', '.join(sorted(self.templates)) or 'none'}"
+            )
+        return name
+
+
+def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
+    """A template of `BUILT_IN` by its name, or the one in a file.
+
+    Raises:
+      ChatTemplateError: there is neither.
+    """
+    if name_or_file in BUILT_IN:
+        source = BUILT_IN[name_or_file]
+    elif os.path.isfile(name_or_file):
+        source = pathlib.Path(name_or_file).read_text("utf-8")
+    else:
+        raise ChatTemplateError(
+            f"there is no chat template {name_or_file!r}: give the path of a jinja file, or one of "
+            f"{', '.join(BUILT_IN)}"
+        )
+    return ChatTemplate({DEFAULT: source}, dict(variables or {}), f"chat template {name_or_file}")
+
+
+def read(
+    folder: str | os.PathLike, config: Mapping[str, Any], variables: Mapping[str, Any]
+) -> ChatTemplate | None:
+    """The templates of a checkpoint's directory, None where it has none.
+
+    Args:
+      folder: of the checkpoint.
+      config: its tokenizer_config.json, whose `chat_template` is a text or a list of named ones. Files
+        come before it.
+      variables: special tokens by name.
+
+    Raises:
+      ChatTemplateError: the entry is neither.
+    """
+    folder = pathlib.Path(folder)
+    origin = f"chat template of {folder}"
+    templates = {}
+    if (folder / FILE).is_file():
+        templates[DEFAULT] = (folder / FILE).read_text("utf-8")
+    for path in sorted((folder / FOLDER).glob("*.jinja")):
+        templates[path.stem] = path.read_text("utf-8")
+    if not templates and (entry := config.get("chat_template")) is not None:
+        if isinstance(entry, str):
+            entry = [{"name": DEFAULT, "template": entry}]
+        try:
+            templates = {item["name"]: item["template"] for item in entry}
+        except (KeyError, TypeError):
+            raise ChatTemplateError(
+                f"{folder}/tokenizer_config.json: chat_template is neither a text nor a list of "
+                '{"name": ..., "template": ...}'
+            ) from None
+    return ChatTemplate(templates, dict(variables), origin) if templates else None
+
+
+def _plain(value: Any, what: str) -> Any:
+    """The value as JSON holds it: an object of a class could give the template its methods."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ChatTemplateError(f"{what} are not what JSON can hold: {error}") from None
+
+
+def _messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    messages = _plain(given, "messages")
+    if not isinstance(messages, list) or not messages:
+        raise ChatTemplateError("messages must be a list of at least one message")
+    found = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
+            raise ChatTemplateError(
+                f'message {number} is not of the form {{"role": "user", "content": "..."}}'
+            )
+        message = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((message[key] for key in _REASONING if key in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        if not role:
+            raise ChatTemplateError(f"message {number} has an empty role")
+        found.append(message)
+    return found
+
+
+def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) -> None:
+    """Raises if a message of an unusual role was passed over, as templates do with a misspelt one."""
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        if message["role"] in _ROLES or not isinstance(content, str):
+            continue
+        if content.strip() not in text:
+            raise ChatTemplateError(
+                f"{origin}: message {number} has the role {message['role']!r}, which the template "
+                "does not know: the message is not in what it renders"
+            )
+
+
+def _said(error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"syntax error in line {error.lineno}: {said}"
+    if type(error) is jinja2.TemplateError:  # what the template itself raises
+        return said
+    return f"{type(error).__name__}: {said}"

@@ -1,0 +1,186 @@
+"""The tokenizer inside a GGUF file, as the files of a Hugging Face checkpoint.
+
+GGUF keeps pieces, their types, merges or scores, and the *name* of a pre-tokenizer, which stands for
+code: `PRE_TOKENIZERS` says what the names mean. We follow the tokenizers that were released with the
+models. For `smollm` that means every digit is a word of its own before anything is merged, which is how
+the model was trained; transformers (5.24) reads such files without that step, and gives other ids where
+several spaces stand before a digit.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from data.tokenizers import hf_tokenizer, spm_tokenizer
+
+_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_PREFIX = "tokenizer.ggml."
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTokenizer:
+    """How texts are divided into words before merging.
+
+    Attributes:
+      split: pattern of words; None for that of GPT-2.
+      digits: every digit is a word of its own, before anything else.
+      nfc: texts are brought to NFC first.
+    """
+
+    split: str | None = None
+    digits: bool = False
+    nfc: bool = False
+
+
+_GPT2 = PreTokenizer()
+_DIGITS = PreTokenizer(digits=True)
+_LLAMA3 = PreTokenizer(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}")
+_QWEN2 = PreTokenizer(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}", nfc=True)
+PRE_TOKENIZERS = {
+    "gpt-2": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "command-r": PreTokenizer(digits=True, nfc=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+def metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a GGUF file that `write` reads.
+
+    Raises:
+      TokenizerError: it is no GGUF file.
+      FileNotFoundError: there is no such file.
+    """
+    import gguf
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no GGUF file {os.fspath(path)!r}")
+    try:
+        fields = gguf.GGUFReader(os.fspath(path)).fields
+    except (ValueError, IndexError) as error:
+        raise hf_tokenizer.TokenizerError(
+            f"{os.fspath(path)} is damaged or no GGUF file: {error}"
+        ) from None
+    return {name: field.contents() for name, field in fields.items() if "tokenizer." in name}
+
+
+def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    Args:
+      values: `metadata` of a file.
+      folder: where to; made if it is not there.
+
+    Raises:
+      TokenizerError: an unknown kind of tokenizer or pre-tokenizer, or a key is missing.
+    """
+    folder = pathlib.Path(folder)
+    kind = values.get(f"{_PREFIX}model")
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
+    if build is None:
+        raise hf_tokenizer.TokenizerError(
+            f"the GGUF file has a tokenizer of the kind {kind!r} ({_PREFIX}model); gpt2 and llama can be "
+            "read. Take the tokenizer files of the original checkpoint"
+        )
+    tokens = _needed(values, "tokens")
+    tokenizer = build(values)
+    ids = {name: values.get(f"{_PREFIX}{key}_token_id") for name, key in _NAMES.items()}
+    ids = {name: int(id) for name, id in ids.items() if id is not None}
+    adds_bos = bool(values.get(f"{_PREFIX}add_bos_token", kind == "llama")) and "bos" in ids
+    if adds_bos:
+        bos = tokens[ids["bos"]]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
+        )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": tokens[id] for name, id in ids.items()},
+        "add_bos_token": adds_bos,
+        "clean_up_tokenization_spaces": False,
+    }
+    if (template := values.get("tokenizer.chat_template")) is not None:
+        config["chat_template"] = template
+    ends = [ids.get("eos"), values.get(f"{_PREFIX}eot_token_id")]
+    ends = list(dict.fromkeys(int(id) for id in ends if id is not None))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
+    _write_json(folder / hf_tokenizer.CONFIG, config)
+    if ends:
+        generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+        _write_json(folder / hf_tokenizer.GENERATION, generation)
+
+
+def _needed(values: Mapping[str, Any], key: str) -> Any:
+    if (value := values.get(_PREFIX + key)) is None:
+        raise hf_tokenizer.TokenizerError(
+            f"the GGUF file has no {_PREFIX}{key}: it was written without its tokenizer. Take the "
+            "tokenizer files of the original checkpoint"
+        )
+    return value
+
+
+def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Byte-level BPE: the pieces spell bytes as GPT-2 does."""
+    name = values.get(f"{_PREFIX}pre", "gpt-2")
+    if name not in PRE_TOKENIZERS:
+        raise hf_tokenizer.TokenizerError(
+            f"the GGUF file's pre-tokenizer is {name!r} ({_PREFIX}pre); known are "
+            f"{', '.join(PRE_TOKENIZERS)}. Take the tokenizer files of the original checkpoint"
+        )
+    tokens = _needed(values, "tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in _needed(values, "merges")]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    known = PRE_TOKENIZERS[name]
+    if known.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if known.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if known.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(known.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=known.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    types = values.get(f"{_PREFIX}token_type") or [spm_tokenizer.NORMAL] * len(tokens)
+    spm_tokenizer.add_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """SentencePiece BPE with bytes.
+
+    One space more stands before a text, and after each special token, as in the files that were released
+    for these models.
+    """
+    tokens, scores = _needed(values, "tokens"), _needed(values, "scores")
+    types = [int(type) for type in _needed(values, "token_type")]
+    tokenizer = tokenizers.Tokenizer(spm_tokenizer.bpe(tokens, scores, types))
+    prefix = bool(values.get(f"{_PREFIX}add_space_prefix", True))
+    space = [normalizers.Replace(" ", spm_tokenizer.SPACE)]
+    if prefix:
+        space.insert(0, normalizers.Prepend(spm_tokenizer.SPACE))
+    tokenizer.normalizer = normalizers.Sequence(space)
+    steps = [decoders.Replace(spm_tokenizer.SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    spm_tokenizer.add_tokens(tokenizer, tokens, types)
+    return tokenizer
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,153 @@
+"""A Hugging Face tokenizer as a SeqIO vocabulary, for tasks, token caches, and reading runs.
+
+Made by `data.tokenizers.vocabularies.huggingface`. Two of them are the same, for caches and checkpoints, if they
+give the same ids to the same texts: see `model_bytes`.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from data.tokenizers import chat_template, hf_tokenizer
+
+
+class HFTokenizerVocabulary(seqio.Vocabulary):
+    """A tokenizer.json and what stands beside it.
+
+    `encode` adds no special tokens, as in all SeqIO vocabularies: tasks add BOS and EOS where they are
+    asked to. `decode` stops after the first EOS, as SeqIO's does; `decode_all` does not.
+
+    Attributes:
+      files: what was read.
+      special_in_text: whether special tokens that are spelled in a text are encoded as such; not in
+        texts from elsewhere, which must not end a turn. `encode_special` does so always.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, *, extra_ids: int = 0, special_in_text: bool = True
+    ):
+        """Reads the files in a directory; raises what `hf_tokenizer.read` and `load` raise."""
+        super().__init__(extra_ids)
+        self.files = hf_tokenizer.read(path)
+        self.special_in_text = special_in_text
+        self._size = hf_tokenizer.num_ids(hf_tokenizer.load(self.files.content))
+        ids = {name: self.files.id(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        self._ids = ids
+        self._tokenizer()  # now, so that extra ids that do not fit are found before any text is read
+
+    @property
+    def model_bytes(self) -> bytes:
+        """What ids follow from, beside the special ids and the number of extra ids."""
+        return self.files.content + (b"" if self.special_in_text else b"\nspecial tokens are text")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._ids["bos"]
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._ids["eos"]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a continuation; `eos_id` is the one that ends a document."""
+        return self.files.eos_ids
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._ids["pad"]
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._ids["unk"]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model expects BOS before a text."""
+        return self.files.adds_bos
+
+    @property
+    def chat_template(self) -> chat_template.ChatTemplate | None:
+        return self.files.chat_template
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._size
+
+    def _tokenizer(self, special_in_text: bool | None = None):
+        if special_in_text is None:
+            special_in_text = self.special_in_text
+        return hf_tokenizer.load(self.files.content, self.extra_ids, special_in_text)
+
+    def _encode(self, s: str) -> list[int]:
+        return self._tokenizer().encode(s, add_special_tokens=False).ids
+
+    def encode_special(self, s: str) -> list[int]:
+        """Ids of a text whose special tokens are meant, such as a rendered conversation."""
+        return self._tokenizer(True).encode(s, add_special_tokens=False).ids
+
+    def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:
+        """`encode_special`, divided at a character: a token that reaches past it is in the second."""
+        encoding = self._tokenizer(True).encode(s, add_special_tokens=False)
+        before = 0
+        while before < len(encoding.ids) and encoding.offsets[before][1] <= start:
+            before += 1
+        return encoding.ids[:before], encoding.ids[before:]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text up to and with the first EOS; ids that are no entries are passed over."""
+        ids = _list(ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id) + 1]
+        return self.decode_all(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_all(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of all ids, with or without special tokens."""
+        known = [id for id in _list(ids) if 0 <= id < self.vocab_size]
+        return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.decode_all(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text: bytes) -> np.ndarray:
+            return np.asarray(self._encode(text.decode("utf-8")), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32)
+        ids.set_shape([None])
+        return ids
+
+    def decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """Texts of the last axis of an integer tensor, each as `decode` has it."""
+        return self._decode_tf(ids)
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        ids = tf.convert_to_tensor(ids)
+
+        def decode(rows: np.ndarray) -> np.ndarray:
+            texts = [self.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1]).tolist()]
+            return np.asarray(texts, object).reshape(rows.shape[:-1])
+
+        texts = tf.numpy_function(decode, [ids], tf.string)
+        texts.set_shape(ids.shape[:-1])
+        return texts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HFTokenizerVocabulary) and (
+            (self.model_bytes, self._ids, self.extra_ids)
+            == (other.model_bytes, other._ids, other.extra_ids)
+        )
+
+    __hash__ = None
+
+    def __str__(self) -> str:
+        return f"HFTokenizerVocabulary({self.files.path}, size={self.vocab_size})"
+
+
+def _list(ids: Iterable[int]) -> list[int]:
+    if hasattr(ids, "numpy"):  # an eager tensor, slow to iterate over
+        ids = ids.numpy()
+    return [int(id) for id in ids]

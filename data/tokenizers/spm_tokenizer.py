@@ -1,0 +1,192 @@
+"""SentencePiece models as tokenizers of the library `tokenizers`, so that other programs load them.
+
+BPE: SentencePiece joins the neighbours whose piece has the highest score, so the merges are all ways to
+divide a piece in two, best piece first. Pieces spell a space as itself, for U+2581 in a text is another
+character (`data.tokenizers.vocabularies` keeps it apart). User-defined pieces are added tokens, which are looked
+for first here as there, and characters that are no pieces become bytes in both.
+
+Special tokens that are spelled in a text are text to SentencePiece. tokenizer_config.json therefore says
+`split_special_tokens`. Two things are encoded otherwise: several U+2581 in a row in a text, which
+SentencePiece takes for user-defined runs of spaces, and with a unigram model a text of which two
+divisions are equally probable, such as three line ends as 1 + 2 or 2 + 1: SentencePiece chooses as its
+float32 sums happen to be rounded. Such a tokenizer.json is written with a warning.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
+_UNIGRAM, _BPE = 1, 2  # types of models
+# Texts that a converted tokenizer must encode as the model does before it is written.
+PROBES = (
+    "",
+    "def f(x):\n    return x + 10.25  # naïve\n\n\t\tEnd",
+    " two  three   and  a tab\t and\r\n    lines  ",
+    "日本語の文章。 한국어 हिन्दी العربية ไทย Ελληνικά",
+    "a\u0301 e\u0301 ﬁ ² \u2581 \u2582 \u00a0 \u200b \ufeff 🙂👩\u200d🚀 \x00\x7f",
+    "Dear Sir or Madam, it's 2024; 100,000 people won't. (See [1].)",
+)
+
+
+class ConversionError(ValueError):
+    """A SentencePiece model that the library `tokenizers` cannot run with the same ids."""
+
+
+def write(model: bytes, folder: pathlib.Path) -> str | None:
+    """Writes tokenizer.json and tokenizer_config.json, with which transformers gives the same ids.
+
+    Args:
+      model: a SentencePiece model, as in its file.
+      folder: where to.
+
+    Returns:
+      Where ids may differ; None where they are the same.
+
+    Raises:
+      ConversionError: that is not possible; nothing is written.
+    """
+    tokenizer, config = convert(model)
+    _compare(tokenizer, model)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+    if isinstance(tokenizer.model, models.Unigram):
+        return (
+            "tokenizer.json divides some runs of line ends, tabs and spaces into other pieces than "
+            "tokenizer.model, which decides between equally probable ones by rounding"
+        )
+    return None
+
+
+def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer, and what tokenizer_config.json says.
+
+    Raises:
+      ConversionError: the model is neither BPE nor unigram.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kind = proto.trainer_spec.model_type
+    pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
+    scores = [piece.score for piece in proto.pieces]
+    types = [piece.type for piece in proto.pieces]
+    if kind == _BPE:
+        inner = bpe(pieces, scores, types)
+    elif kind == _UNIGRAM:
+        inner = _unigram(pieces, scores, types)
+    else:
+        raise ConversionError(f"a SentencePiece model of type {kind} is neither BPE nor unigram")
+    tokenizer = tokenizers.Tokenizer(inner)
+    if steps := _normalizers(proto.normalizer_spec):
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    looked_for = types if kind == _BPE else [CONTROL if t == CONTROL else NORMAL for t in types]
+    add_tokens(tokenizer, pieces, looked_for)
+    names = {"pad": "pad_id", "eos": "eos_id", "unk": "unk_id", "bos": "bos_id"}
+    ids = {name: getattr(proto.trainer_spec, field) for name, field in names.items()}
+    return tokenizer, {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": pieces[id] for name, id in ids.items() if 0 <= id < len(pieces)},
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> models.BPE:
+    """The BPE model of SentencePiece pieces: any two neighbours that make a piece, best first."""
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    kept = (NORMAL, UNUSED)  # unused pieces take part in merging, and are divided again after it
+    merges = []
+    for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
+        if type not in kept:
+            continue
+        for cut in range(1, len(piece)):
+            left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
+            if None not in (left, right) and types[left] in kept and types[right] in kept:
+                merges.append((-scores[id], id, left, right))
+    merges.sort()
+    unknown = [piece for piece, type in zip(pieces, types, strict=True) if type == UNKNOWN]
+    return models.BPE(
+        vocabulary,
+        [(pieces[left], pieces[right]) for _, _, left, right in merges],
+        unk_token=unknown[0] if unknown else None,
+        fuse_unk=True,
+        byte_fallback=BYTE in types,
+    )
+
+
+def _unigram(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> models.Unigram:
+    """The unigram model of SentencePiece pieces.
+
+    SentencePiece searches for normal and user-defined pieces alone, and scores the latter by their
+    length in bytes, a space having three (measured with version 0.2.3, by the scores at which its choice
+    changes). `tokenizers` searches for all pieces, so the others are made too improbable to be found;
+    characters that are no pieces have no alternative, whatever their score.
+    """
+
+    def score(id: int) -> float:
+        if types[id] == USER_DEFINED:
+            return 0.1 * len(pieces[id].replace(" ", SPACE).encode()) - 0.1
+        return scores[id] if types[id] == NORMAL else -1e6
+
+    return models.Unigram(
+        [(piece, score(id)) for id, piece in enumerate(pieces)],
+        unk_id=types.index(UNKNOWN),
+        byte_fallback=BYTE in types,
+    )
+
+
+def add_tokens(
+    tokenizer: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int]
+) -> None:
+    """Makes control pieces special tokens, and user-defined ones tokens that are looked for first."""
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece, special=True, normalized=False)
+            for piece, type in zip(pieces, types, strict=True)
+            if type in (CONTROL, UNKNOWN)
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece, special=False, normalized=False)
+            for piece, type in zip(pieces, types, strict=True)
+            if type == USER_DEFINED
+        ]
+    )
+
+
+def _normalizers(spec: Any) -> list[normalizers.Normalizer]:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return steps
+
+
+def _compare(tokenizer: tokenizers.Tokenizer, model: bytes) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in PROBES:
+        expected = reference.encode(text)
+        if (found := tokenizer.encode(text, add_special_tokens=False).ids) != expected:
+            raise ConversionError(
+                f"a tokenizer.json of the SentencePiece model would encode {text!r} as {found}, not as "
+                f"{expected}: programs that need one cannot use this vocabulary"
+            )

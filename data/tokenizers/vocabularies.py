@@ -1,0 +1,290 @@
+"""Vocabularies: SentencePiece trained from a corpus and kept on disk, from a file, of a Hugging Face
+checkpoint, bytes, or a closed set of characters.
+
+A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is NFC
+already, code stays as it is), white space is kept, and characters it does not know become bytes.
+The one exception is U+2581, SentencePiece's own mark of a space, which comes back as U+2582. Runs
+of spaces up to `MAX_SPACES`, of newlines and of tabs are pieces of their own, so that an indentation
+is one token. Every digit is a token, and all printable ASCII characters are pieces.
+
+Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (used where a task asks for it).
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import tqdm
+
+from data import cpu_tensorflow
+from data.cache import cache_dir as cache
+from data.text.documents import Document
+
+MAX_SPACES = 16
+_SPACE = "\u2581"
+WHITE_SPACE_PIECES = (
+    "\n",
+    "\n\n",
+    "\t",
+    "\t\t",
+    "\t\t\t",
+    *(_SPACE * count for count in range(2, MAX_SPACES + 1)),
+)
+_REQUIRED = "".join(map(chr, range(0x21, 0x7F)))
+_NORMALIZATION = (
+    "2581\t2582\n"  # code points in hexadecimal, as SentencePiece's rule files have them
+)
+_MAX_LINE = 4000  # characters; longer lines are cut, for the trainer would skip them
+
+
+class Texts(Protocol):
+    """What a vocabulary can be trained from: a `Corpus`, or `DocumentFiles`."""
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    def size(self, source: str) -> int | None:
+        """Bytes of training text; None where they are not known."""
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Training documents of about so many bytes, the same each time, from all over the source."""
+
+
+def sentencepiece(
+    *,
+    corpus: Texts,
+    size: int = 8192,
+    algorithm: str = "bpe",
+    sample_bytes: int = 10_000_000,
+    balance: float = 0.7,
+    character_coverage: float = 0.9995,
+    extra_ids: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+):
+    """The vocabulary of a corpus: trained when it is first asked for, then found on disk.
+
+    Args:
+      corpus: the texts; only training documents are read.
+      size: number of pieces, special ones and 256 bytes included.
+      algorithm: `bpe` or `unigram`. Both are lossless; BPE trains ten times faster.
+      sample_bytes: how much text to train on.
+      balance: a source of b bytes brings b ** balance shares of the sample.
+      character_coverage: share of all characters that get pieces of their own; the rest is bytes.
+      extra_ids: sentinels after the last piece, as for T5 span corruption.
+      cache_dir: where vocabularies are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Returns:
+      A `seqio.SentencePieceVocabulary`.
+
+    Raises:
+      ValueError: the size does not fit the sample, or the algorithm is unknown.
+    """
+    path = train(
+        corpus=corpus,
+        size=size,
+        algorithm=algorithm,
+        sample_bytes=sample_bytes,
+        balance=balance,
+        character_coverage=character_coverage,
+        cache_dir=cache_dir,
+    )
+    return from_file(path=path, extra_ids=extra_ids)
+
+
+def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
+    """The SentencePiece vocabulary in a `.model` file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
+            "with python -m launch.prepare vocabulary"
+        )
+    cpu_tensorflow.load()  # which SeqIO imports
+    import seqio
+
+    return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
+
+
+def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text: bool = True):
+    """The vocabulary of a Hugging Face checkpoint, from its directory.
+
+    Args:
+      path: has tokenizer.json and what goes with it (data/tokenizers/hf_tokenizer.py), or only tokenizer.model,
+        which is read as `from_file` does.
+      extra_ids: sentinels after the last entry, as for T5 span corruption.
+      special_in_text: whether special tokens that are spelled in a text are encoded as such. False for
+        texts that must not end a turn, say.
+
+    Returns:
+      A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or a `seqio.SentencePieceVocabulary`.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.
+      ValueError: its files are damaged, or it cannot have so many extra ids.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").exists():
+        return from_file(path=folder / "tokenizer.model", extra_ids=extra_ids)
+    cpu_tensorflow.load()  # which SeqIO imports
+    from data.tokenizers import hf_vocabulary
+
+    return hf_vocabulary.HFTokenizerVocabulary(
+        path, extra_ids=extra_ids, special_in_text=special_in_text
+    )
+
+
+def byte(*, extra_ids: int = 0):
+    """UTF-8 bytes: 259 ids, nothing to train."""
+    cpu_tensorflow.load()  # which SeqIO imports
+    import seqio
+
+    return seqio.ByteVocabulary(extra_ids=extra_ids)
+
+
+def characters(*, symbols: str):
+    """Some ASCII characters, an id each after pad, EOS and unknown: nothing to train.
+
+    Raises:
+      ValueError: the characters are none, repeated, or not ASCII.
+    """
+    cpu_tensorflow.load()  # which SeqIO imports
+    from data.tokenizers import character_vocabulary
+
+    return character_vocabulary.CharacterVocabulary(symbols)
+
+
+def train(
+    *,
+    corpus: Texts,
+    size: int,
+    algorithm: str,
+    sample_bytes: int,
+    balance: float,
+    character_coverage: float,
+    cache_dir: str | os.PathLike | None = None,
+) -> pathlib.Path:
+    """Trains a vocabulary, or finds it; the arguments are those of `sentencepiece`.
+
+    Returns:
+      The `.model` file. `vocabulary.json` beside it says what it was trained from.
+    """
+    if algorithm not in ("bpe", "unigram"):
+        raise ValueError(f"vocabulary algorithm {algorithm!r} is unknown; it is bpe or unigram")
+    settings = {
+        "corpus": corpus.hash,
+        "size": size,
+        "algorithm": algorithm,
+        "sample_bytes": sample_bytes,
+        "balance": balance,
+        "character_coverage": character_coverage,
+        "white_space_pieces": WHITE_SPACE_PIECES,
+        "normalization": _NORMALIZATION,
+        "required": _REQUIRED,
+        "sentencepiece": importlib.metadata.version("sentencepiece"),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    directory = cache.cache_dir("vocabularies", key, override=cache_dir)
+    path = directory / "sentencepiece.model"
+    if path.is_file():
+        return path
+
+    def build(target: pathlib.Path) -> None:
+        started = time.monotonic()
+        model = _train(corpus, settings, target / "normalization.tsv")
+        (target / path.name).write_bytes(model)
+        digest = hashlib.sha256(model).hexdigest()
+        cache.write_json(target / "vocabulary.json", {**settings, "sha256": digest})
+        seconds = time.monotonic() - started
+        print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
+
+    cache.build_directory(directory, build, expected=[path.name])
+    return path
+
+
+def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> bytes:
+    import sentencepiece as spm
+
+    model = io.BytesIO()
+    rules.write_text(_NORMALIZATION)
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_lines(corpus, settings["sample_bytes"], settings["balance"]),
+            model_writer=model,
+            model_type=settings["algorithm"],
+            vocab_size=settings["size"],
+            character_coverage=settings["character_coverage"],
+            byte_fallback=True,
+            split_digits=True,
+            required_chars=_REQUIRED,
+            normalization_rule_tsv=str(rules),
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            user_defined_symbols=list(WHITE_SPACE_PIECES),
+            max_sentence_length=4 * _MAX_LINE,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=3,
+            num_threads=1,  # with more the file differs from run to run
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"a vocabulary of {settings['size']} pieces does not fit its sample of the corpus: "
+            f"{str(error).strip().splitlines()[-1]} Change size, or give it more text (sample_bytes)"
+        ) from None
+    rules.unlink()
+    return _without_path(model.getvalue())
+
+
+def _without_path(model: bytes) -> bytes:
+    """The model without the name of the rule file, a temporary one; the rules are compiled in."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")
+    return proto.SerializeToString(deterministic=True)
+
+
+def _budgets(
+    sizes: Mapping[str, int | None], sample_bytes: int, balance: float
+) -> dict[str, float]:
+    """Bytes to take of each source; all that are wanted of one whose size is not known."""
+    known = {source: size for source, size in sizes.items() if size}
+    scale = sample_bytes / sum(size**balance for size in known.values()) if known else 0
+    budgets = {source: min(size, scale * size**balance) for source, size in known.items()}
+    return {source: budgets.get(source, sample_bytes) for source in sizes}
+
+
+def _lines(corpus: Texts, sample_bytes: int, balance: float) -> Iterator[str]:
+    """Lines of whole documents of all sources, until each source's share is full."""
+    budgets = _budgets(
+        {source: corpus.size(source) for source in corpus.sources}, sample_bytes, balance
+    )
+    with tqdm.tqdm(
+        desc="vocabulary",
+        total=int(sum(budgets.values())),
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=None,
+    ) as bar:
+        for source, budget in budgets.items():
+            for document in corpus.sample(source, budget):
+                bar.update(len(document.text.encode("utf-8")))
+                for line in document.text.split("\n"):
+                    for start in range(0, len(line), _MAX_LINE):
+                        yield line[start : start + _MAX_LINE]

@@ -1,0 +1,284 @@
+"""Streams of labelled images: batches as a pure function of (seed, step), as those of rows of tokens are.
+
+Place p of a run (step x batch size + row) is an image by the stateless permutation of its epoch (data/stream/order.py), and
+what is drawn to augment it comes from a generator of (seed, p) alone. Any step is found by arithmetic; neither
+hosts nor restarts change what a batch holds.
+
+Shapes: B rows, S side of the images, C channels.
+"""
+
+import abc
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.cache import store
+from data.stream import order
+from data.vision.image_sets import ImageSet
+
+Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+_VERSION = 1  # of what the same settings give
+_PART = 16  # least images that a thread is worth
+
+
+class _Images(abc.ABC):
+    """What both streams share: rows of a set turned into batches."""
+
+    length = 1  # an image is one unit
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int,
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        transform: Transform | None,
+        seed: int,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be positive.")
+        if not len(mean) == len(std) == channels or min(std) <= 0:
+            raise ValueError(
+                f"mean = {tuple(mean)} and std = {tuple(std)} are one positive number for each of the "
+                f"{channels} channels."
+            )
+        self.batch_size = batch_size
+        self._images, self._transform, self._seed = images, transform, seed
+        self._threads = len(os.sched_getaffinity(0))
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "images")
+        self._shape = (image_size, image_size, channels)
+        self._mean_C, self._std_C = np.float32(mean), np.float32(std)
+        self.source_names = (images.name,)
+        self.fingerprint = store.digest(
+            {
+                "version": _VERSION,
+                "images": images.digest,
+                "batch_size": batch_size,
+                "shape": self._shape,
+                "mean": list(mean),
+                "std": list(std),
+                "transform": repr(transform),
+                "seed": seed,
+                "kind": type(self).__name__,
+            }
+        )
+        self.batch(0, 0, 1)  # sizes that do not fit are told before the first step
+
+    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+        """Rows [lo, hi) of the batch of `step`.
+
+        Returns:
+          'images' [B, S, S, C] float32, normalised per channel; 'labels' [B] int32; 'weights' [B]
+          float32, 0 for rows past the end, whose images are 0.
+        """
+        place_B, _, row_B = self._locate(step, lo, hi)
+        held = np.flatnonzero(row_B >= 0)
+        images_BSSC = np.zeros((len(row_B), *self._shape), np.float32)
+        labels_B = np.zeros(len(row_B), np.int32)
+
+        def fill(part: np.ndarray) -> None:
+            found, labels_B[part] = self._images.read(row_B[part])
+            pixels = [
+                self._transformed(*one)
+                for one in zip(found, row_B[part], place_B[part], strict=True)
+            ]
+            images_BSSC[part] = (np.stack(pixels) / np.float32(255) - self._mean_C) / self._std_C
+
+        # Decoding and resizing let other threads run; each fills rows of its own.
+        parts = np.array_split(held, max(1, min(self._threads, len(held) // _PART)))
+        list(self._pool.map(fill, [part for part in parts if part.size]))
+        weights_B = (row_B >= 0).astype(np.float32)
+        return {"images": images_BSSC, "labels": labels_B, "weights": weights_B}
+
+    def documents(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
+        """Set, epoch and row of each image."""
+        _, epoch_B, row_B = self._locate(step, lo, hi)
+        return [
+            {"source": self._images.name, "epoch": int(epoch), "row": int(row)}
+            for epoch, row in zip(epoch_B, row_B, strict=True)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """What to record with a run."""
+        return {
+            "fingerprint": self.fingerprint,
+            "batch_size": self.batch_size,
+            "image_shape": list(self._shape),
+            "num_classes": self._images.num_classes,
+            "transform": repr(self._transform),
+            "sources": {
+                self._images.name: {"images": self._images.size, "digest": self._images.digest}
+            },
+        }
+
+    @abc.abstractmethod
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(place, epoch, row of the set) of each row; -1 for none."""
+
+    def _places(self, step: int, lo: int, hi: int) -> np.ndarray:
+        if not 0 <= lo <= hi <= self.batch_size:
+            raise ValueError(f"Rows [{lo}, {hi}) are not within a batch of {self.batch_size}.")
+        return step * self.batch_size + np.arange(lo, hi, dtype=np.int64)
+
+    def _transformed(self, image: np.ndarray, row: int, place: int) -> np.ndarray:
+        if self._transform is not None:
+            # A key in place of a seed costs nothing to make a generator of.
+            key = np.array([self._seed, place], np.uint64)
+            image = self._transform(image, np.random.Generator(np.random.Philox(key=key)))
+        if image.shape != self._shape:
+            raise ValueError(
+                f"{self._images.name!r}, row {row}: an image is {list(image.shape)}, not "
+                f"{list(self._shape)}: set IMAGE_SIZE and CHANNELS to those of the data, or a transform "
+                "that gives this size (data/vision/augment.py)."
+            )
+        return image
+
+
+class ImageStream(_Images):
+    """An endless stream over one set, shuffled anew in each epoch; see `make_stream`."""
+
+    def __init__(
+        self, images: ImageSet, *, positions: Mapping[str, Mapping[str, Any]] | None, **given: Any
+    ):
+        self._before = 0
+        super().__init__(images, **given)
+        if (there := (positions or {}).get(images.name)) is not None:
+            if there["order"] != self._order:
+                raise ValueError(
+                    f"{images.name!r} cannot be read on from where the earlier run stopped: its images or "
+                    "the seed are others. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
+                )
+            self._before = int(there["rows"])
+
+    def steps_for_tokens(self, tokens: float) -> int:
+        """Steps that train on so many images, rounded up."""
+        return -int(-tokens // self.batch_size)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the set has been read in the steps before `step` and before the first."""
+        return {self._images.name: self._read(step) / self._images.size}
+
+    def positions(self, step: int) -> dict[str, dict[str, Any]]:
+        """How far the set has been read before `step`, for a phase that goes on from there."""
+        return {self._images.name: {"rows": self._read(step), "order": self._order}}
+
+    def check_repeats(self, steps: int) -> list[str]:
+        """Nothing: images are meant to be read many times."""
+        del steps
+        return []
+
+    @property
+    def _order(self) -> str:
+        return store.digest([self._seed, self._images.digest])[:16]
+
+    def _read(self, step: int) -> int:
+        return self._before + step * self.batch_size
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place_B = self._before + self._places(step, lo, hi)
+        shuffled = order.shuffled_rows(place_B, self._images.size, self._seed, self._images.name)
+        return place_B, *shuffled
+
+
+class ImageEvalStream(_Images):
+    """Every image of a split once, in an order of no meaning; rows past the end have weight 0."""
+
+    bytes_per_token = 0.0  # images have no text
+
+    def __init__(self, images: ImageSet, **given: Any):
+        self.name = images.name
+        super().__init__(images, seed=0, **given)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self._images.size // self.batch_size)
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place_B, size = self._places(step, lo, hi), self._images.size
+        if not 0 <= step < self.num_steps:
+            raise ValueError(
+                f"{self.name!r} has {self.num_steps} batches; there is no batch {step}."
+            )
+        row_B = np.full_like(place_B, -1)
+        held = place_B < size
+        row_B[held] = order.permute(place_B[held], size, order.hash64("evaluation", self.name))
+        return place_B, np.zeros_like(place_B), row_B
+
+
+def make_stream(
+    *,
+    images: Callable[..., ImageSet],
+    batch_size: int,
+    image_size: int,
+    channels: int = 3,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+    transform: Transform | None = None,
+    seed: int = 0,
+    positions: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ImageStream:
+    """The training stream of a set.
+
+    Args:
+      images: factory of the set, called with (split=).
+      batch_size: rows of the global batch.
+      image_size: S, of the images or of what `transform` makes of them.
+      channels: C.
+      mean, std: per channel, of values in [0, 1].
+      transform: of data/vision/augment.py; None takes images as they are.
+      seed: of the order and of what is drawn.
+      positions: go on where another stream stopped, as its `positions` says.
+
+    Raises:
+      ValueError: a set that is empty or has other sizes or labels, or numbers that do not fit.
+    """
+    return ImageStream(
+        images(split="train"),
+        positions=positions,
+        batch_size=batch_size,
+        image_size=image_size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        transform=transform,
+        seed=seed,
+    )
+
+
+def make_eval_stream(
+    *,
+    images: Callable[..., ImageSet],
+    task: str,
+    batch_size: int,
+    image_size: int,
+    channels: int = 3,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+    transform: Transform | None = None,
+) -> ImageEvalStream:
+    """The held-out stream of a set, every image once. Arguments as for `make_stream`.
+
+    Args:
+      task: name of the set.
+
+    Raises:
+      ValueError: the set has another name, or does not fit.
+    """
+    found = images(split="validation")
+    if found.name != task:
+        raise ValueError(f"{task!r} is not evaluated: the set's name is {found.name!r}.")
+    return ImageEvalStream(
+        found,
+        batch_size=batch_size,
+        image_size=image_size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        transform=transform,
+    )

@@ -1,0 +1,195 @@
+"""What a compiled train step needs and costs on one chip: memory, FLOPs, communication.
+
+All figures are per chip and per step. Memory is the compiler's own account; FLOPs, collectives and
+traffic are read from the program's text with loop trip counts applied (launch/aot/hlo), since XLA's cost
+analysis counts a loop body once and hand-written kernels as nothing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from launch.aot.hlo import analysis
+from launch.aot.hlo.analysis import Kernel
+from launch.aot.hlo.collectives import Total
+from launch.aot.hlo.text import Array
+
+# Products of the size of queries x keys^T that attention kernels do, by a part of their name.
+# Backward passes compute the logits again.
+_KERNEL_PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of main memory on one chip.
+
+    Attributes:
+      arguments: state and batch.
+      temporaries: everything else the program needs while it runs, packing slack included.
+      outputs: the new state and metrics.
+      aliased: outputs that take the place of donated arguments.
+      peak: the most that is alive at one time, arguments included: what has to fit.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one step on one chip, two per multiply-add.
+
+    Attributes:
+      compiled: of the program: `products` + `kernels`.
+      products: of its matrix products, recomputation included.
+      kernels: of its attention kernels, counted from their shapes: the keys that the mask leaves,
+        about half of all.
+      analytic: of the model: forward and backward without recomputation, attention likewise causal.
+    """
+
+    compiled: float
+    products: float
+    kernels: float
+    analytic: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Costs of a program. `memory` is the only part known of one that does not fit."""
+
+    memory: Memory
+    fits: bool
+    flops: Flops | None = None
+    collectives: dict[str, Total] | None = None
+    traffic: int | None = None
+    unknown_kernels: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the keys are a contract (docs/precompile.md)."""
+        return {
+            "hbm_bytes": dataclasses.asdict(self.memory),
+            "fits": self.fits,
+            "flops": dataclasses.asdict(self.flops) if self.flops else None,
+            "collectives": {
+                kind: dataclasses.asdict(total) for kind, total in (self.collectives or {}).items()
+            },
+            "hbm_traffic_bytes": self.traffic,
+            "unknown_kernels": list(self.unknown_kernels),
+        }
+
+
+def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: float) -> Report:
+    """Reads a compiled program.
+
+    Args:
+      compiled: from `jax.jit(step).lower(...).compile()`.
+      model_flops: analytic FLOPs of the step on all chips, over the number of chips.
+      mean_keys: keys a query attends to, on average over rows and layers.
+      hbm_bytes: memory of a chip.
+
+    Raises:
+      HloError: a program with a part that cannot be counted.
+    """
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
+    )
+    found = analysis.analyse(compiled.as_text())
+    known = {kernel: kernel_flops(kernel, mean_keys) for kernel in found.kernels}
+    in_kernels = float(sum(kernel.count * each for kernel, each in known.items() if each))
+    return Report(
+        memory=memory,
+        fits=memory.peak <= hbm_bytes,
+        flops=Flops(
+            compiled=found.flops + in_kernels,
+            products=float(found.flops),
+            kernels=in_kernels,
+            analytic=model_flops,
+        ),
+        collectives=found.collectives,
+        traffic=found.hbm_bytes,
+        unknown_kernels=tuple(kernel.name for kernel, each in known.items() if each is None),
+    )
+
+
+def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
+    """FLOPs of one call of an attention kernel; None for kernels of another kind."""
+    products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
+    # The mask's tables come first, in integers, then queries [..., T, H] and keys.
+    queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
+    if products is None or queries is None:
+        return None
+    return products * 2.0 * queries.size * mean_keys
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.startswith(("bf", "f"))
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
+_OUT_OF_MEMORY = (
+    # All that is alive at once, then what one chip has.
+    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+)
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """(bytes needed, bytes available) of the compiler's RESOURCE_EXHAUSTED; None for other errors."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern in _OUT_OF_MEMORY:
+        match = re.search(pattern, message)
+        if match:
+            needed, needed_unit, available, available_unit = match.groups()
+            return _bytes(needed, needed_unit), _bytes(available, available_unit)
+    return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
+    """The report as text: `facts` first, one line each."""
+    lines = [f"{name:<16}{value}" for name, value in facts]
+    lines += ["", "memory of a chip"]
+    lines += [
+        f"  {name:<16}{amount(size, 'B'):>12}"
+        for name, size in dataclasses.asdict(report.memory).items()
+    ]
+    lines.append(f"  {'fits':<16}{'yes' if report.fits else 'NO':>12}")
+    if report.flops:
+        lines += ["", "products of a chip, one step"]
+        lines += [
+            f"  {name:<14}{amount(value, 'FLOP'):>14}"
+            for name, value in dataclasses.asdict(report.flops).items()
+        ]
+        ratio = report.flops.compiled / report.flops.analytic
+        lines.append(f"  {'ratio':<16}{ratio:>12.3f}")
+    if report.collectives is not None:
+        lines += ["", f"{'collectives':<22}{'count':>8}{'sent':>12}{'largest':>12}"]
+        lines += [
+            f"  {kind:<20}{total.count:>8}{amount(total.bytes, 'B'):>12}"
+            f"{amount(total.largest, 'B'):>12}"
+            for kind, total in report.collectives.items()
+        ]
+    if report.unknown_kernels:
+        lines.append(f"FLOPs not counted of kernels {', '.join(report.unknown_kernels)}")
+    return "\n".join(lines)
+
+
+def amount(value: float, unit: str) -> str:
+    """`value` with a decimal prefix."""
+    thousands = 0
+    while abs(value) >= 1000 and thousands < 4:
+        value, thousands = value / 1000, thousands + 1
+    return f"{value:.{3 if thousands else 0}f} {' kMGT'[thousands].strip()}{unit}"

@@ -1,0 +1,73 @@
+"""What a compiled program costs per execution and chip, from its text."""
+
+import collections
+import dataclasses
+
+from launch.aot.hlo import collectives, flops, loops, text, traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Calls of one hand-written (Pallas) kernel, whose FLOPs XLA does not know.
+
+    Attributes:
+      name: of the kernel.
+      count: executions, loop trips applied.
+      operands: its array operands, of one call.
+    """
+
+    name: str
+    count: int
+    operands: tuple[text.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """Costs of one execution on one chip.
+
+    Attributes:
+      flops: of matrix products, loop trips applied; kernels excluded.
+      kernels: calls of hand-written kernels.
+      collectives: totals by kind.
+      hbm_bytes: estimated traffic to and from main memory.
+    """
+
+    flops: int
+    kernels: tuple[Kernel, ...]
+    collectives: dict[str, collectives.Total]
+    hbm_bytes: int
+
+
+def analyse(program: str) -> Analysis:
+    """Analyses `compiled.as_text()`.
+
+    Raises:
+      HloError: text, a loop or a collective that cannot be understood.
+    """
+    module = text.parse(program)
+    executions = loops.executions(module)
+    products = 0
+    kernels: collections.Counter = collections.Counter()
+    for name, computation in module.computations.items():
+        for instruction in computation.instructions.values():
+            products += executions[name] * flops.product_flops(module, instruction)
+            if instruction.attribute("custom_call_target") == '"tpu_custom_call"':
+                operands = [
+                    module.operand(instruction, i) for i in range(len(instruction.operands))
+                ]
+                arrays = tuple(leaf for o in operands for leaf in text.leaves(o.shape))
+                kernels[_kernel_name(instruction.name), arrays] += executions[name]
+    return Analysis(
+        flops=products,
+        kernels=tuple(
+            Kernel(name, count, arrays)
+            for (name, arrays), count in sorted(kernels.items(), key=lambda item: item[0][0])
+        ),
+        collectives=collectives.totals(module, executions),
+        hbm_bytes=traffic.hbm_bytes(module, executions),
+    )
+
+
+def _kernel_name(instruction: str) -> str:
+    """The name without the numbers that make it unique."""
+    return instruction.rstrip("0123456789.").removesuffix(".clone")

@@ -1,0 +1,92 @@
+"""FLOPs of matrix products, two per multiply-add, from the shapes of dots and convolutions.
+
+TPU programs have no dots: they are convolutions whose windows slide over padded and dilated
+operands, so only taps that meet data may be counted.
+"""
+
+import re
+
+from launch.aot.hlo.text import HloError, Instruction, Module
+
+
+def product_flops(module: Module, instruction: Instruction) -> int:
+    """FLOPs of one execution of a dot or convolution, 0 for anything else."""
+    if instruction.opcode == "dot":
+        return _dot(module, instruction)
+    if instruction.opcode == "convolution":
+        return _convolution(module, instruction)
+    return 0
+
+
+def _dot(module: Module, dot: Instruction) -> int:
+    lhs = module.operand(dot, 0).array
+    dims = re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")
+    contracted = 1
+    for dim in dims:
+        contracted *= lhs.dims[int(dim)]
+    return 2 * dot.array.size * contracted
+
+
+def _convolution(module: Module, convolution: Instruction) -> int:
+    labels = convolution.attribute("dim_labels")
+    match = re.fullmatch(r"(\w+)_(\w+)->(\w+)", labels or "")
+    if match is None:
+        raise HloError(f"convolution {convolution.name} has dim_labels={labels!r}")
+    lhs_labels, rhs_labels, out_labels = match.groups()
+    lhs = dict(zip(lhs_labels, module.operand(convolution, 0).array.dims, strict=True))
+    rhs = dict(zip(rhs_labels, module.operand(convolution, 1).array.dims, strict=True))
+    out = dict(zip(out_labels, convolution.array.dims, strict=True))
+    window = _window(convolution, sum(label.isdigit() for label in lhs_labels))
+    taps = 1
+    for digit, entry in enumerate(window):  # Window entries are in the order of the spatial digits.
+        taps *= _taps(lhs[str(digit)], out[str(digit)], **entry)
+    batch_groups = int(convolution.attribute("batch_group_count") or 1)
+    # rhs["i"] is already the input features of one feature group.
+    return 2 * (lhs["b"] // batch_groups) * rhs["i"] * rhs["o"] * taps
+
+
+def _window(convolution: Instruction, rank: int) -> list[dict[str, int]]:
+    """size, stride, padding and dilations of each spatial dimension."""
+    text = (convolution.attribute("window") or "{}").strip("{}")
+    fields = dict(item.split("=") for item in text.split())
+    known = {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}
+    if set(fields) - known:
+        raise HloError(f"convolution {convolution.name} has window={text!r}")
+
+    def each(name: str, default: str) -> list[str]:
+        return fields[name].split("x") if name in fields else [default] * rank
+
+    return [
+        {
+            "size": int(size),
+            "stride": int(s),
+            "low": int(p.split("_")[0]),
+            "lhs_dilate": int(ld),
+            "rhs_dilate": int(rd),
+        }
+        for size, s, p, ld, rd in zip(
+            each("size", "1"),
+            each("stride", "1"),
+            each("pad", "0_0"),
+            each("lhs_dilate", "1"),
+            each("rhs_dilate", "1"),
+            strict=True,
+        )
+    ]
+
+
+def _taps(
+    lhs: int, out: int, *, size: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Pairs (output position, window tap) that read an element and no padding or hole."""
+    last = (lhs - 1) * lhs_dilate
+    count = 0
+    for tap in range(size):
+        shift = tap * rhs_dilate - low  # reads dilated position out * stride + shift
+        if lhs_dilate == 1:
+            first = max(0, -(shift // stride))
+            count += max(0, min(out - 1, (last - shift) // stride) - first + 1)
+        else:
+            positions = range(shift, shift + out * stride, stride)
+            count += sum(0 <= p <= last and p % lhs_dilate == 0 for p in positions)
+    return count

@@ -1,0 +1,156 @@
+"""This project's side of the generation benchmarks: the decoder that `launch.generate` uses.
+
+  python -m launch.benchmarks.jax.decode_jax FOLDER
+
+Reads case.json and weights.npz of FOLDER, then requests (see decode_case.py).
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from launch import environment
+
+
+class Ours:
+    """The operations; programs are kept, so that the second call of one kind is warm."""
+
+    def __init__(self, folder: str):
+        import jax
+        import numpy as np
+
+        from launch.benchmarks import case
+        from model.config import TransformerConfig
+        from model.transformer import Transformer
+
+        with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
+            self._sizes = sizes = json.load(file)
+        names = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim")
+        config = TransformerConfig(**{name: sizes[name] for name in names}, scan_layers=False)
+        self._model = Transformer(config=config)
+        with np.load(os.path.join(folder, "weights.npz")) as weights:
+            named = {name: weights[name] for name in weights.files}
+        self._params = jax.device_put(case.params_of(named, num_layers=sizes["num_layers"]))
+        self._decoders: dict[str, Any] = {}
+
+    def generate(
+        self,
+        *,
+        batch: int,
+        length: int,
+        new: int,
+        policy: str = "full",
+        settings: dict[str, Any] | None = None,
+        tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Greedy tokens; seconds of the whole call, and of reading and generating within it."""
+        from launch.benchmarks import decode_case
+        from model.kv_cache.policies import policy_named
+        from trainers.decoding.decode import Settings
+        from trainers.decoding.decoder import Decoder, Stats
+
+        key = json.dumps([batch, length, new, policy, settings])
+        if key not in self._decoders:
+            self._decoders[key] = Decoder(
+                self._model,
+                self._params,
+                Settings(max_new_tokens=new),
+                policy=policy_named(policy, **(settings or {})),
+                batch_size=batch,
+            )
+        decoder = self._decoders[key]
+        prompts = decode_case.prompts(self._sizes, batch, length)
+        decoder.stats = Stats()
+        began = time.perf_counter()
+        found = decoder(prompts)
+        return {
+            "seconds": time.perf_counter() - began,
+            "prefill_seconds": decoder.stats.prefill_seconds,
+            "decode_seconds": decoder.stats.decode_seconds,
+            "cache_bytes": decoder.stats.cache_bytes,
+            "tokens": [row.tokens for row in found] if tokens else None,
+        }
+
+    def compress(
+        self, *, batch: int, length: int, new: int, policy: str, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Seconds of making decoding caches of those that hold the whole prompt, all layers together.
+
+        "seconds" is with the policy; "copy_seconds" with the full cache, which only gets more room.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from launch.benchmarks import decode_case
+        from model.kv_cache.policies import policy_named
+        from trainers.snapkv import replay
+
+        tokens = jnp.asarray(decode_case.prompts(self._sizes, batch, length), jnp.int32)
+        lengths = jnp.full(batch, length, jnp.int32)
+        recording = jax.jit(lambda params: replay.record(self._model, params, tokens, lengths))(
+            self._params
+        )
+
+        def best(chosen: Any) -> float:
+            read = jax.jit(lambda seen: replay.whole(self._model, chosen, seen))(recording)
+            run = jax.jit(lambda states: [chosen.compress(s, length=new) for s in states])
+            times = []
+            for _ in range(6):
+                began = time.perf_counter()
+                jax.block_until_ready(run(read))
+                times.append(time.perf_counter() - began)
+            return min(times[1:])  # the first compiles
+
+        return {
+            "seconds": best(policy_named(policy, **settings)),
+            "copy_seconds": best(policy_named("full")),
+        }
+
+    def peak_bytes(
+        self, *, length: int, new: int, policy: str, settings: dict[str, Any], depth: int = 1
+    ) -> dict[str, Any]:
+        """Bytes of one row's caches, from the shapes of its states, of `depth` times as many layers.
+
+        "decode_bytes" is of all layers after the prompt; "bytes" of the most while it is read, when one
+        layer after the other is whole and those before it are compressed (trainers/decoding/prefill.py).
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from model.kv_cache.policies import policy_named
+        from trainers.snapkv import replay
+
+        chosen = policy_named(policy, **settings)
+        tokens, lengths = jnp.zeros((1, length), jnp.int32), jnp.full(1, length, jnp.int32)
+        recording = jax.eval_shape(
+            lambda params: replay.record(self._model, params, tokens, lengths), self._params
+        )
+        states = jax.eval_shape(
+            lambda seen: replay.compressed(self._model, chosen, seen, room=new - 1), recording
+        )
+
+        def size(tree: Any) -> int:
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+        kept = [size(state) for state in states] * depth
+        whole = [size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers] * depth
+        peak = max(
+            max(w, k) + sum(kept[:i]) for i, (w, k) in enumerate(zip(whole, kept, strict=True))
+        )
+        return {"bytes": max(peak, sum(kept)), "decode_bytes": sum(kept)}
+
+
+def main(folder: str) -> None:
+    environment.restart_with_huge_pages()
+    environment.prepare()
+    from launch.benchmarks import decode_case
+
+    ours = Ours(folder)
+    operations = {name: getattr(ours, name) for name in ("generate", "compress", "peak_bytes")}
+    decode_case.serve(operations)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

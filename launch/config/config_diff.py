@@ -1,0 +1,79 @@
+"""Compares two gin configurations by meaning: names in full, values as literals, order ignored."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gin import config_parser
+
+from launch.config import gin_source
+from launch.config.gin_source import Macro, Problem, Reference
+
+
+class UnreadableConfigError(ValueError):
+    """Text that is no gin configuration."""
+
+
+def canonical(text: str) -> dict[str, str]:
+    """Every binding and macro of one self-contained gin file: full name -> value."""
+    modules: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for statement in gin_source.parse(text, "config.gin"):
+        if isinstance(statement, Problem):
+            raise UnreadableConfigError(str(statement))
+        if isinstance(statement, config_parser.ImportStatement):
+            plain = not statement.is_from and not statement.alias
+            name = statement.bound_name()
+            modules[name] = name if plain else statement.module
+        elif isinstance(statement, config_parser.BindingStatement):
+            scope = f"{statement.scope}/" if statement.scope else ""
+            name = _full(statement.selector, modules)
+            key = f"{name}.{statement.arg_name}" if statement.arg_name else statement.selector
+            found[scope + key] = _format(statement.value, modules)
+    return found
+
+
+def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
+    """The first binding, by name, that differs; None if none does.
+
+    Args:
+      old: text of the earlier configuration.
+      new: text of the present one.
+      may_change: macros and bindings left out, by any dotted part of their names: 'TRAIN_STEPS',
+        'train.eval_period', or 'ProfilerWindow' for all of its parameters.
+    """
+    before, after = canonical(old), canonical(new)
+    # Macros first: a changed macro is what the user sees; what it is bound to follows from it.
+    for key in sorted(before.keys() | after.keys(), key=lambda k: ("." in k, k)):
+        if before.get(key) == after.get(key) or _matches(key, may_change):
+            continue
+        if key not in after:
+            return f"{key} was {before[key]} there and is not set now"
+        if key not in before:
+            return f"{key} is {after[key]} now and was not set there"
+        return f"{key} was {before[key]} there and is {after[key]} now"
+    return None
+
+
+def _matches(key: str, names: Sequence[str]) -> bool:
+    dotted = f".{key.replace('/', '.')}."
+    return any(f".{name}." in dotted for name in names)
+
+
+def _full(selector: str, modules: dict[str, str]) -> str:
+    head, dot, rest = selector.partition(".")
+    return modules.get(head, head) + dot + rest
+
+
+def _format(value: Any, modules: dict[str, str]) -> str:
+    if isinstance(value, Reference):
+        scope = f"{value.scope}/" if value.scope else ""
+        return f"@{scope}{_full(value.selector, modules)}{'()' if value.evaluate else ''}"
+    if isinstance(value, Macro):
+        return repr(value)
+    if isinstance(value, dict):
+        items = sorted((_format(k, modules), _format(v, modules)) for k, v in value.items())
+        return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_format(item, modules) for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    return repr(value)

@@ -1,0 +1,240 @@
+"""Loads gin files and command-line bindings: all problems in one error, before any work.
+
+Nothing is decorated with gin. Files begin with `from __gin__ import dynamic_registration`, import
+modules and bind plain functions and classes. See docs/configuration.md.
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gin
+
+from launch.config import gin_check, gin_source
+from launch.config.gin_check import final_value
+from launch.config.gin_reader import Checked, is_required
+from launch.config.gin_source import Place, Problem
+
+# What a value without quotes may look like to be taken as a string: a path or a name.
+_BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")
+# Words that other languages write for values, and what gin's literals have for them.
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on"), "True"),
+    **dict.fromkeys(("false", "no", "off"), "False"),
+    **dict.fromkeys(("none", "null"), "None"),
+    **dict.fromkeys(("nan", "inf"), None),
+}
+
+
+class ConfigError(ValueError):
+    """Everything found wrong with a configuration, in one message."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        numbered = [f"{i}. {problem}" for i, problem in enumerate(problems, 1)]
+        super().__init__(f"{count} in the gin configuration:\n\n" + "\n\n".join(numbered) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration that gin has loaded and locked.
+
+    Attributes:
+      text: all bindings as one gin file that can be loaded again.
+      files: the files read, includes too, in order.
+      macros: final literal values of the macros by name; references are left out.
+      entry: the function to be called, with its bindings applied by gin.
+      warnings: bindings in files that have no effect on this run, though no later file replaced what they reach.
+    """
+
+    text: str
+    files: tuple[str, ...]
+    macros: dict[str, Any]
+    entry: Callable | None
+    warnings: tuple[Problem, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """What gin would pass to the entry function, references evaluated."""
+        return gin.get_bindings(self.entry)
+
+
+def load(
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    entry: Callable | str | None = None,
+    unused: Mapping[str, str] | None = None,
+    untrusted: Sequence[str] = (),
+    part: bool = False,
+) -> Config:
+    """Replaces gin's configuration by the given one, checked completely, and locks it.
+
+    Args:
+      files: gin files, absolute or relative to the working directory, to a search path or to the
+        root of the repository; later ones win.
+      bindings: 'NAME=VALUE' as after --gin. on the command line, read after the files. A path or
+        name without quotes is taken as a string where no number or other literal is expected.
+      search_paths: more folders to look in.
+      entry: the function this configuration is for, itself or as 'package.module:name'. With it,
+        unbound arguments and bindings that cannot reach it are found too.
+      unused: macros whose values do not matter, with a value in gin syntax for each that nothing
+        sets.
+      untrusted: gin files read before `files` that were found, not given, such as the one beside a
+        checkpoint: they may import and name only what is harmless (launch/config/gin_trust.py).
+      part: the configuration is that of another entry point, and this one uses a part of it. The
+        rest may be left open, and what has no effect here is no problem.
+
+    Raises:
+      ConfigError: with all problems found. Gin's own state is unchanged then.
+    """
+    function, name = _entry(entry)
+    read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
+    bindings = [*bindings, *_placeholders(unused, bindings, read)]
+    checked, bindings = _check(
+        bindings, read, entry=function, entry_name=name, fragment=False, part=part
+    )
+    if checked.problems:
+        raise ConfigError(checked.problems)
+    # Gin wants a value for every macro; what is open after the checks is not used.
+    names = dict.fromkeys([*checked.macros, *checked.macros_read])
+    bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
+    _load_into_gin([*untrusted, *files], bindings, search_paths, checked)
+    configured = None
+    if function is not None:
+        try:
+            configured = gin.get_configurable(function)
+        except (KeyError, ValueError):  # No file binds or references it.
+            with gin.unlock_config():
+                module = name.rpartition(".")[0]
+                configured = gin.external_configurable(function, module=module)
+    return Config(
+        text=gin.config_str(),
+        files=tuple(checked.files),
+        macros=_literal_macros(checked),
+        entry=configured,
+        warnings=tuple(checked.warnings),
+    )
+
+
+def _placeholders(unused, bindings, read: Callable[..., Checked]) -> list[str]:
+    """Bindings for those of the `unused` macros that are read but not set."""
+    if not unused:
+        return []
+    checked = read(fragment=True)
+    given = {binding.partition("=")[0].strip() for binding in bindings}
+    return [
+        f"{name}={value}"
+        for name, value in unused.items()
+        if name not in given and name in checked.macros_read and _is_open(name, checked)
+    ]
+
+
+def _is_open(name: str, checked: Checked) -> bool:
+    return name not in checked.macros or is_required(checked.macros[name].value)
+
+
+def problems(
+    files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    entry: Callable | str | None = None,
+    fragment: bool = False,
+) -> list[Problem]:
+    """Everything `load` would complain of, without touching gin.
+
+    With `fragment` the files are only a part of a configuration (a model, a data mixture), whose
+    macros may be defined or read elsewhere.
+    """
+    function, name = _entry(entry)
+    read = functools.partial(gin_check.check, files, search_paths=search_paths)
+    checked, _ = _check(bindings, read, entry=function, entry_name=name, fragment=fragment)
+    return checked.problems
+
+
+def config_str() -> str:
+    """The loaded configuration as one gin file."""
+    return gin.config_str()
+
+
+def operative_config_str() -> str:
+    """Bindings and defaults of everything gin has called so far; complete after the first step."""
+    return gin.operative_config_str()
+
+
+def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
+    """Reads the files alone first: whether a bare word is a string depends on what they say."""
+    from_files = read(fragment=True).macros if bindings else {}
+    found: list[Problem] = []
+    normal = []
+    for binding in bindings:
+        try:
+            normal.append(_normalise(binding, from_files))
+        except ValueError as error:
+            found.append(Problem(Place(f"--gin.{binding}"), str(error)))
+    checked = read(normal, **how)
+    checked.problems.extend(found)
+    return checked, normal
+
+
+def _normalise(binding: str, macros: dict) -> str:
+    """The binding in gin syntax, quotes put around a bare path or name."""
+    name, equals, text = binding.partition("=")
+    name, text = name.strip(), text.strip()
+    if not equals or not name:
+        raise ValueError("expected NAME=VALUE")
+    try:
+        gin_source.parse_value(text)
+        return f"{name}={text}"
+    except SyntaxError:
+        pass
+    old = final_value(macros[name].value, macros) if name in macros else None
+    takes_string = old is None or isinstance(old, str) or is_required(old)
+    if text.lower() in _WORDS or not takes_string or not _BARE_STRING.fullmatch(text):
+        instead = f" (it was {old!r})" if not takes_string else ""
+        meant = _WORDS.get(text.lower())
+        hint = f" Did you mean {meant}?" if meant else ""
+        raise ValueError(
+            f"{text!r} is not a value in gin syntax{instead}.{hint} "
+            f"A string needs quotes inside quotes: --gin.{name}='\"...\"'"
+        )
+    return f"{name}={os.path.expanduser(text)!r}"
+
+
+def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
+    gin.clear_config()
+    # Gin can only append to its search path, which would make it depend on earlier loads.
+    gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
+    # It would also look for files as resources of packages, and fails on folders that are none.
+    gin.config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
+    imports = [statement.format() for statement in checked.command_line_imports()]
+    if imports:
+        imports.insert(0, "from __gin__ import dynamic_registration")
+    try:
+        for path in files:
+            gin.parse_config_file(path)
+        gin.parse_config([*imports, *bindings])
+        gin.finalize()
+    except Exception as error:
+        # Gin found what the checks did not; it says where in its own words.
+        raise ConfigError([Problem(Place("gin"), str(error))]) from error
+
+
+def _entry(entry: Callable | str | None) -> tuple[Callable | None, str]:
+    if entry is None:
+        return None, ""
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+    return entry, f"{entry.__module__}.{entry.__qualname__}"
+
+
+def _literal_macros(checked: Checked) -> dict[str, Any]:
+    values = {
+        name: final_value(bound.value, checked.macros) for name, bound in checked.macros.items()
+    }
+    return {name: v for name, v in values.items() if not checked.macros[name].references}

@@ -1,0 +1,208 @@
+"""Reads gin files statement by statement, keeping on after an error so that all can be reported."""
+
+import dataclasses
+import difflib
+import io
+import os
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gin import config_parser
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
+
+# A line on which a statement can begin; parsing resumes on the next one after a syntax error.
+_STATEMENT = re.compile(r"(from|import|include)\s|[A-Za-z_][\w./]*\s*[=:]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a statement stands: a file and line, or a command-line flag (line 0)."""
+
+    source: str
+    line: int = 0
+    text: str = ""
+
+    def __str__(self):
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration: where, what, and what to do about it."""
+
+    place: Place
+    message: str
+    remedy: str = ""
+
+    def __str__(self):
+        lines = [f"{self.place}: {self.message}"]
+        if self.place.line and self.place.text.strip():
+            lines.append(f"    {self.place.text.strip()}")
+        if self.remedy:
+            lines.append(f"  {self.remedy}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`@scope/name` or, evaluated, `@scope/name()`; not yet resolved to an object."""
+
+    name: str
+    evaluate: bool
+
+    @property
+    def scope(self) -> str:
+        return self.name.rpartition("/")[0]
+
+    @property
+    def selector(self) -> str:
+        return self.name.rpartition("/")[2]
+
+    def __repr__(self):
+        return f"@{self.name}{'()' if self.evaluate else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+    """`%NAME`."""
+
+    name: str
+
+    @property
+    def required(self) -> bool:
+        return self.name in ("gin.REQUIRED", "REQUIRED")
+
+    def __repr__(self):
+        return f"%{self.name}"
+
+
+class _Delegate(config_parser.ParserDelegate):
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return Reference(scoped_configurable_name, evaluate)
+
+    def macro(self, macro_name):
+        return Macro(macro_name)
+
+
+class _NamedText(io.StringIO):
+    def __init__(self, text: str, name: str):
+        super().__init__(text)
+        self.name = name
+
+
+def parse_value(text: str) -> Any:
+    """The value written in gin syntax; SyntaxError if it is none, or if something follows it."""
+    statements = list(parse(f"value = {text}\n", ""))
+    if len(statements) != 1 or not isinstance(statements[0], config_parser.BindingStatement):
+        raise SyntaxError(f"{text!r} is not a gin value")
+    return statements[0].value
+
+
+def parse(text: str, name: str) -> Iterator[Any]:
+    """Yields gin's statements and, for each that cannot be parsed, a `Problem`."""
+    lines = text.splitlines(keepends=True)
+    first = 0  # Index of the line at which the parser (re)starts.
+    while first < len(lines):
+        done = first  # Lines before this one belong to statements already yielded.
+        try:
+            # Blank lines in front keep the line numbers right after a restart.
+            parser = config_parser.ConfigParser(
+                _NamedText("\n" * first + "".join(lines[first:]), name), _Delegate()
+            )
+            while (statement := parser.parse_statement()) is not None:
+                yield statement
+                done = max(done, statement.location.line_num)
+            return
+        except (SyntaxError, tokenize.TokenError) as error:
+            begin = _next_statement(lines, done)
+            failed = _error_line(error, begin, len(lines))
+            yield _syntax_problem(error, name, lines, begin, failed)
+            # The line that broke an unfinished statement may itself be a good one.
+            first = _next_statement(lines, max(failed, begin + 1))
+
+
+def _next_statement(lines: Sequence[str], start: int) -> int:
+    for index in range(start, len(lines)):
+        if _STATEMENT.match(lines[index]):
+            return index
+    return len(lines)
+
+
+def _error_line(error: Exception, begin: int, count: int) -> int:
+    """Index of the line to blame; for brackets left open, where their statement begins."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    return line - 1 if line and line <= count else min(begin, count - 1)
+
+
+def _syntax_problem(error, name: str, lines: Sequence[str], begin: int, failed: int) -> Problem:
+    if begin < failed and _STATEMENT.match(lines[failed]):
+        message = f"is not finished where line {failed + 1} begins the next statement"
+        return Problem(Place(name, begin + 1, lines[begin]), message, "Close the bracket or quote.")
+    message = error.msg if isinstance(error, SyntaxError) else str(error.args[0])
+    token = re.search(r"Failed to parse token '(.*)'", message)
+    if token:
+        message = f"{token[1]!r} is not a value"
+    return Problem(
+        Place(name, failed + 1, lines[failed]),
+        f"cannot be parsed: {' '.join(message.split()).rstrip('.')}",
+        "Strings need quotes, names of functions and classes a leading @, macros a %.",
+    )
+
+
+def search_locations(search_paths: Sequence[str]) -> list[str]:
+    """Folders in which relative gin files are looked for: here, those given, then the root."""
+    return list(dict.fromkeys(["", *search_paths, ROOT]))
+
+
+def find(path: str, search_paths: Sequence[str]) -> str | None:
+    """The first existing file that `path` can mean, or None."""
+    if os.path.isabs(path):
+        return path if os.path.isfile(path) else None
+    for folder in search_locations(search_paths):
+        candidate = os.path.join(folder, path)
+        if os.path.isfile(candidate):
+            return candidate
+    return None
+
+
+def same(one: str, other: str, search_paths: Sequence[str]) -> bool:
+    """Whether two paths mean the same file."""
+    found = [find(path, search_paths) for path in (one, other)]
+    return None not in found and os.path.samefile(*found)  # type: ignore[arg-type]
+
+
+def read(path: str) -> str:
+    """The text of a gin file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start}: {error.reason})"
+    return str(error.strerror or error)
+
+
+def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:
+    """Gin files in the folder `path` points to whose names are close to it."""
+    folder, name = os.path.split(path)
+    names: set[str] = set()
+    for base in search_locations(search_paths):
+        here = os.path.join(base, folder)
+        if os.path.isdir(here):
+            names.update(n for n in os.listdir(here) if n.endswith(".gin"))
+    return [os.path.join(folder, n) for n in difflib.get_close_matches(name, sorted(names))]
+
+
+def modules_named(name: str) -> list[str]:
+    """Full names of the project's modules whose last part is `name`."""
+    found = []
+    for package in ("model", "trainers", "data", "launch"):
+        for folder, _, files in os.walk(os.path.join(ROOT, package)):
+            if f"{name}.py" in files:
+                found.append(os.path.relpath(folder, ROOT).replace(os.sep, ".") + f".{name}")
+    return sorted(found)

@@ -1,0 +1,124 @@
+"""What a gin file that came with a checkpoint may name: an import runs code, and `@f()` calls it.
+
+Such a file may come from anyone, and people only mean to use the model it describes. It may import
+and reference this project's packages and those its models are written with. Other modules are
+allowed when the user's own gin files import them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gin import config_parser
+
+from launch.config import gin_source
+
+PACKAGES = ("model", "trainers", "data", "launch", "jax", "optax", "seqio")
+# Of these packages, what starts processes, unpickles, sends, or imports by a name it is given.
+REFUSED = (
+    "data.text.user_data.import_mixtures",
+    "jax.experimental",
+    "jax.tools",
+    "launch.bench",
+    "launch.benchmarks",
+    "launch.cli",
+    "launch.environment",
+    "launch.config.gin_config",
+    "launch.config.gin_reader",
+    "launch.cluster",
+    "launch.evaluation.judges",
+    "launch.run.run_vocabulary.export_files",
+    "launch.run.run_vocabulary.save",
+    "launch.run.run_vocabulary.save_files",
+    "launch.sweep",
+    "launch.sweeping",
+    "launch.evaluation.win_rate",
+    "seqio.beam_utils",
+    "seqio.scripts",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """What an untrusted file and all it includes may name.
+
+    Attributes:
+      file: the file.
+      modules: beyond the packages above; the user's own files import them.
+    """
+
+    file: str
+    modules: frozenset[str]
+
+    def module_error(self, module: str) -> tuple[str, str] | None:
+        """What is wrong with an import, and the remedy; to be asked before it is executed."""
+        return None if self._allowed(module) else self._error("import", module, module)
+
+    def object_error(self, module: str, name: str, value: Any) -> tuple[str, str] | None:
+        """What is wrong with naming an object, and the remedy.
+
+        A module holds what it has imported (`checkpoint.os.system`), so that an object is judged by
+        where it was defined too.
+
+        Args:
+          module: the module a file has imported.
+          name: full name of the object as the file has it, beginning with the module's.
+          value: the object.
+        """
+        if name in ("gin.macro", "gin.singleton"):
+            return None
+        home = getattr(value, "__module__", None)
+        known = isinstance(home, str) and _inside(home, (*PACKAGES, *self.modules))
+        defined = f"{home}.{getattr(value, '__qualname__', '')}"
+        refused = _inside(defined, REFUSED) and not _inside(defined, self.modules)
+        if known and not refused and self._allowed(name):
+            return None
+        return self._error("use", name, module)
+
+    def _allowed(self, name: str) -> bool:
+        return _inside(name, self.modules) or _harmless(name)
+
+    def _error(self, verb: str, name: str, module: str) -> tuple[str, str]:
+        own = f"import {module} in a gin file of your own that you give too, or "
+        return (
+            f"a configuration found beside a checkpoint may not {verb} '{name}', which could run "
+            "anything",
+            f"If you know the code, {'' if _inside(module, PACKAGES) else own}give the whole file: "
+            f"--gin_file={self.file}",
+        )
+
+
+def trust(file: str, own_files: Iterable[str], search_paths: Sequence[str]) -> Trust | None:
+    """What `file` may name; None for anything, where it is one of the user's own files too."""
+    modules: set[str] = set()
+    seen: set[str] = set()
+
+    def scan(path: str) -> None:
+        found = gin_source.find(path, search_paths)
+        if found is None or found in seen:
+            return
+        seen.add(found)
+        try:
+            text = gin_source.read(found)
+        except (OSError, UnicodeDecodeError):
+            return  # reported when it is its turn to be read
+        for statement in gin_source.parse(text, path):
+            if isinstance(statement, config_parser.ImportStatement):
+                modules.add(statement.module)
+            elif isinstance(statement, config_parser.IncludeStatement):
+                scan(statement.filename)
+
+    for path in own_files:
+        if gin_source.same(path, file, search_paths):
+            return None
+        scan(path)
+    return Trust(file, frozenset(module for module in modules if not _harmless(module)))
+
+
+def _harmless(name: str) -> bool:
+    private = any(part.startswith("_") for part in name.split("."))
+    return _inside(name, PACKAGES) and not _inside(name, REFUSED) and not private
+
+
+def _inside(name: str, packages: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)

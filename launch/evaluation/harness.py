@@ -1,0 +1,77 @@
+"""A paper's evaluation suite on a checkpoint: every benchmark, means by group, and what is missing.
+
+Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), `pip install
+'espalier-lm[eval]'` and with evaluation sets in /data/eval:
+
+  python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval \\
+    --code_results=/tmp/humaneval.json --json=/tmp/suite.json
+
+Sets are read from local files as their public repositories have them (launch/evaluation/suites/local_data.py) and
+are never downloaded: a benchmark without its set is a row that says how to get it, and so is a benchmark
+of code that no --code_results holds, which are the --json files of launch.evaluate code. Prompts, shots
+and metrics are the tasks of launch/papers/code_mix/harness_tasks, which lm-evaluation-harness runs; with
+`--include_path launch/papers/code_mix/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from launch import cli, environment, root_check
+from launch.evaluation.suites.scores import SUITES
+from launch.run import load_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate harness",
+        description=summary,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    load_run.add_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--suite", choices=sorted(SUITES), default="code_mix", help="default code_mix"
+    )
+    group.add_argument(
+        "--data_dir", metavar="DIR", help="of all evaluation sets (default: $ESPALIER_EVAL_DATA)"
+    )
+    group.add_argument(
+        "--code_results",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what launch.evaluate code --json wrote; repeatable",
+    )
+    group.add_argument(
+        "--model_args",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="more arguments of the model, as of launch.lm_eval: batch_tokens=16384,dtype=float32",
+    )
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="examples of each benchmark (default: all)"
+    )
+    group.add_argument("--json", metavar="FILE", help="also writes the results here")
+    group.add_argument(
+        "--samples", metavar="FILE", help="writes every example and answer here, JSONL"
+    )
+    flags = parser.parse_args(argv)
+
+    def call() -> None:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        root_check.check()
+        from launch.evaluation.suites import evaluation
+
+        evaluation.evaluate(flags)
+
+    return cli.status_of(call)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Answers of several systems to the same prompts, as `launch.generate` writes them."""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.evaluation.judges.base import JudgeError, Pair, Prompt
+from launch.inference import row_files
+
+EXAMPLE = '{"prompt": "...", "text": "..."}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One row.
+
+    Attributes:
+      place: file and line, for errors.
+      id: the row's own; None without one.
+      prompt: a text, or messages.
+      text: the answer.
+    """
+
+    place: str
+    id: str | None
+    prompt: Prompt
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """What gave answers.
+
+    Attributes:
+      name: for people.
+      path: of its file.
+      answers: in the file's order.
+    """
+
+    name: str
+    path: str
+    answers: Sequence[Answer]
+
+
+def read(files: Mapping[str, str]) -> list[System]:
+    """Reads a file of answers for each system, by name.
+
+    Raises:
+      JudgeError: a file that is not there, or rows that judges cannot be shown.
+      DataError: a malformed line.
+    """
+    return [System(name=name, path=path, answers=_rows(path)) for name, path in files.items()]
+
+
+def pairs(systems: Sequence[System]) -> list[Pair]:
+    """The answers of every two systems to every prompt, in the order of the first system's rows.
+
+    Rows belong together by their "id" if all have one, else by their prompts.
+
+    Raises:
+      JudgeError: fewer than two systems, two answers of one system to a prompt, or prompts that not all
+        have answered.
+    """
+    if len(systems) < 2:
+        raise JudgeError("One system has nothing to be compared with: give two files or more.")
+    by_id = all(answer.id is not None for system in systems for answer in system.answers)
+    found = [_by_key(system, by_id) for system in systems]
+    first = found[0]
+    for system, answers in zip(systems[1:], found[1:], strict=True):
+        _check_same(systems[0], first, system, answers)
+    return [
+        Pair(
+            id=answer.id if by_id and answer.id is not None else str(number),
+            prompt=answer.prompt,
+            a=found[i][key].text,
+            b=found[j][key].text,
+            systems=(systems[i].name, systems[j].name),
+        )
+        for i, j in itertools.combinations(range(len(systems)), 2)
+        for number, (key, answer) in enumerate(first.items())
+    ]
+
+
+def _rows(path: str) -> list[Answer]:
+    if not os.path.isfile(path):
+        raise JudgeError(f"{path}: there is no such file.")
+    answers = [_answer(row, place) for place, row in row_files.read(path, example=EXAMPLE)]
+    if not any(answer.text.strip() for answer in answers):
+        raise JudgeError(
+            f'{path} holds no answer: every "text" is empty. Generate it again with launch.generate.'
+            if answers
+            else f"{path} holds no row: generate it with launch.generate."
+        )
+    return answers
+
+
+def _answer(row: Mapping[str, Any], place: str) -> Answer:
+    prompt, text = row.get("prompt"), row.get("text")
+    if not isinstance(text, str) or prompt is None:
+        raise JudgeError(
+            f"{place}: expected a prompt and the answer's text, as launch.generate writes them: {EXAMPLE}."
+        )
+    if not isinstance(prompt, str) and not _is_conversation(prompt):
+        raise JudgeError(
+            f'{place}: the prompt is neither a text nor messages of texts, such as [{{"role": "user", '
+            '"content": "..."}]. Judges read no tokens: generate from "text" or "messages".'
+        )
+    if "tools" in row or "documents" in row:
+        raise JudgeError(
+            f"{place}: judges are not shown tools and documents, which the answer may rest on. Write them "
+            "into the prompt."
+        )
+    return Answer(place=place, id=_id(row), prompt=prompt, text=text)
+
+
+def _id(row: Mapping[str, Any]) -> str | None:
+    value = row.get("id")
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in prompt
+        )
+    )
+
+
+def _by_key(system: System, by_id: bool) -> dict[str, Answer]:
+    found: dict[str, Answer] = {}
+    for answer in system.answers:
+        key = json.dumps(answer.id if by_id else answer.prompt, sort_keys=True)
+        if key in found:
+            what = f"the id {answer.id}" if by_id else "the prompt"
+            raise JudgeError(
+                f"{answer.place}: {what} is that of {found[key].place} too. Each system gives one answer "
+                'to a prompt (--num_samples=1); prompts that occur twice need an "id" in every file.'
+            )
+        found[key] = answer
+    return found
+
+
+def _check_same(
+    one: System, ones: Mapping[str, Answer], other: System, others: Mapping[str, Answer]
+) -> None:
+    for key, answer in ones.items():
+        if key in others and others[key].prompt != answer.prompt:
+            raise JudgeError(
+                f"{answer.place} and {others[key].place} have one id, {answer.id}, and different "
+                "prompts. Generate both files from the same prompts."
+            )
+    for left, right, missing in ((ones, others, other.path), (others, ones, one.path)):
+        if alone := [key for key in left if key not in right]:
+            raise JudgeError(
+                f"{left[alone[0]].place}: {missing} has no answer to this prompt, nor to "
+                f"{len(alone) - 1} more. Generate both files from the same prompts."
+            )

@@ -1,0 +1,128 @@
+"""Asks a judge what has not been answered yet, and keeps each reply as it comes."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from launch.evaluation.judges.base import TIE, Judge, JudgeError, Outcome, Pair, Question
+from launch.evaluation.judges.journal import Journal
+
+# Questions in a row that no reply came to, after which the others are not asked.
+_PATIENCE = 32
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """What asking came to.
+
+    Attributes:
+      questions: different ones.
+      kept: answered before this run, and not asked.
+      asked: in this run, every attempt counted.
+      not_understood: replies of this run that could not be read.
+      no_reply: attempts of this run that nothing came back from, by reason.
+    """
+
+    questions: int = 0
+    kept: int = 0
+    asked: int = 0
+    not_understood: int = 0
+    no_reply: Counter = dataclasses.field(default_factory=Counter)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON, with the most frequent reasons."""
+        silent = {"attempts": self.no_reply.total(), "reasons": dict(self.no_reply.most_common(5))}
+        return {**dataclasses.asdict(self), "no_reply": silent}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.questions:,} questions, {self.kept:,} of them answered before; asked "
+            f"{self.asked:,} times: {self.not_understood:,} replies not understood, "
+            f"{self.no_reply.total():,} that did not come"
+        )
+
+
+def judge_pairs(
+    judge: Judge, pairs: Sequence[Pair], journal: Journal
+) -> tuple[list[Outcome], Tally]:
+    """The outcome of every pair, asked for where it is not known.
+
+    Identical answers are a tie without asking. A reply that cannot be read is asked for again,
+    `judge.attempts` times in all, this run and earlier ones together; one that does not come as often in
+    every run. A pair without both is invalid: it counts for neither side.
+
+    Raises:
+      JudgeError: the judge cannot be reached, or nothing comes back.
+    """
+    asked = [None if p.a == p.b else judge.questions(p) for p in pairs]
+    questions = {q.key(judge.identity): q for two in asked if two for q in two}
+    tally = _ask(judge, questions, journal)
+
+    def outcome(two: tuple[Question, Question] | None) -> Outcome:
+        if two is None:
+            return Outcome(verdict=TIE, identical=True)
+        replies = [journal.replies(q.key(judge.identity))[-1:] for q in two]
+        if not all(replies):
+            return Outcome(verdict=None)
+        return judge.outcome(replies[0][0], replies[1][0])
+
+    return [outcome(two) for two in asked], tally
+
+
+def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> Tally:
+    silent: Counter = Counter()  # attempts of this run that nothing came back from, by key
+
+    def attempts(key: str) -> int:
+        """How often a question has been asked; all of them if it is answered."""
+        replies = journal.replies(key)
+        understood = bool(replies) and replies[-1].value is not None
+        return judge.attempts if understood else len(replies) + silent[key]
+
+    heard = any(journal.replies(key) for key in questions)
+    done = sum(attempts(key) >= judge.attempts for key in questions)
+    tally = Tally(questions=len(questions), kept=done)
+    with tqdm(
+        total=len(questions), initial=done, desc="judge", unit="question", disable=None
+    ) as progress:
+        for attempt in range(judge.attempts):
+            keys = [key for key in questions if attempts(key) == attempt]
+            if not keys:
+                continue
+            in_a_row = 0
+            found = judge.replies([questions[key] for key in keys], attempt)
+            with contextlib.closing(found):  # type: ignore[type-var]
+                for i, reply in found:
+                    key = keys[i]
+                    journal.add(key, questions[key], reply, judge=judge.name)
+                    tally.asked += 1
+                    if reply.error:
+                        silent[key] += 1
+                        tally.no_reply[reply.error] += 1
+                        in_a_row += 1
+                        if attempt == 0 and in_a_row >= _PATIENCE:
+                            raise _silence(judge, in_a_row, reply.error)
+                    else:
+                        heard, in_a_row = True, 0
+                        tally.not_understood += reply.value is None
+                    progress.set_postfix_str(_said(tally), refresh=False)
+                    progress.update(attempts(key) >= judge.attempts)
+            if not heard:
+                raise _silence(judge, in_a_row, tally.no_reply.most_common(1)[0][0])
+    return tally
+
+
+def _said(tally: Tally) -> str:
+    silent = tally.no_reply.total()
+    parts = [(tally.not_understood, "not understood"), (silent, "without reply")]
+    return ", ".join(f"{count:,} {what}" for count, what in parts if count)
+
+
+def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
+    return JudgeError(
+        f"{judge.name} has not replied to {count} questions in a row: {reason}. What has been judged is "
+        "kept: see to the judge, and the same command goes on from there."
+    )

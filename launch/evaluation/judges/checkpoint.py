@@ -1,0 +1,128 @@
+"""A checkpoint of one's own as the writer of a judge's replies."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from launch.evaluation.judges.base import JudgeError
+from launch.evaluation.judges.pairwise import Silence
+from launch.evaluation.judges.template import OPENING
+
+# Where a model without a chat template begins to write.
+_BEGUN = "\n\nComparison:"
+
+
+class CheckpointWriter:
+    """Writes greedily at first; see launch/evaluation/judges/pairwise.py.
+
+    Prompts are turns of a user where the model has a chat template, else texts to be continued.
+
+    Args:
+      config: a load_run.RunConfig of the run that made the checkpoint.
+      settings: the whole configuration as text, on which replies depend.
+      checkpoint: step or run directory.
+      params: see launch/run/load_run.py.
+      max_tokens: of a reply.
+      batch_size: prompts at a time.
+
+    Raises:
+      JudgeError: several processes, or a size that is none.
+      FileNotFoundError, DamagedCheckpointError: there is no good checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        settings: str,
+        checkpoint: str,
+        params: str = "auto",
+        max_tokens: int = 128,
+        batch_size: int = 8,
+    ):
+        if max_tokens < 1:
+            raise JudgeError(f"max_tokens={max_tokens} of --judge must be at least 1.")
+        self._config = config
+        self._step = pinned(checkpoint, batch_size=batch_size)
+        self._params = params
+        self._max_tokens = max_tokens
+        self._batch_size = batch_size
+        self.name = f"checkpoint:{self._step}"
+        self.identity = {
+            "kind": "checkpoint",
+            **weights_identity(self._step, settings=settings, params=params),
+            "max_tokens": max_tokens,
+        }
+
+    def write(
+        self, prompts: Sequence[str], *, temperature: float, seed: int
+    ) -> Iterator[tuple[int, str | Silence]]:
+        from launch import generate
+        from trainers.decoding.decode import Settings
+        from trainers.decoding.sampling import Sampling
+
+        # Rows of similar length are generated together, and what is done is kept at once where the
+        # next rows to come are those of the same batch.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        written = generate.generate(
+            self._config,
+            [(f"prompt {i}", self._row(prompts[i])) for i in order],
+            checkpoint=self._step,
+            params=self._params,
+            settings=Settings(
+                max_new_tokens=self._max_tokens, sampling=Sampling(temperature=temperature)
+            ),
+            stops=(OPENING,),
+            seed=seed,
+            batch_size=self._batch_size,
+        )
+        for i, row in zip(order, written, strict=True):
+            yield i, row["text"]
+
+    def _row(self, prompt: str) -> dict[str, Any]:
+        if self._converses:
+            return {"messages": [{"role": "user", "content": prompt}]}
+        return {"text": prompt + _BEGUN}
+
+    @functools.cached_property
+    def _converses(self) -> bool:
+        own = getattr(self._config.vocabulary(), "chat_template", None)
+        return self._config.chat_template is not None or own is not None
+
+
+def pinned(checkpoint: str, *, batch_size: int) -> str:
+    """The step that a run or step directory means now, so that all replies are of one step.
+
+    Raises:
+      JudgeError: several processes, of which only one could keep replies.
+      FileNotFoundError: there is no checkpoint.
+    """
+    import jax
+
+    from trainers.checkpoints import step_dir
+
+    if jax.process_count() > 1:
+        raise JudgeError("A checkpoint judges in one process; it may use all devices of a host.")
+    if batch_size < 1:
+        raise JudgeError(f"batch_size={batch_size} of --judge must be at least 1.")
+    return os.fspath(step_dir.resolve(checkpoint))
+
+
+def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]:
+    """What the outputs of a checkpoint depend on: its arrays, the configuration, which parameters.
+
+    Raises:
+      DamagedCheckpointError: the manifest of the step is not as it was written.
+    """
+    from etils import epath
+
+    from trainers.checkpoints import step_dir
+
+    manifest = step_dir.read_manifest(epath.Path(step)).to_bytes()
+    return {
+        "weights": hashlib.sha256(manifest).hexdigest()[:32],
+        "configuration": hashlib.sha256(settings.encode()).hexdigest()[:32],
+        "params": params,
+    }

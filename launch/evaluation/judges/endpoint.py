@@ -1,0 +1,232 @@
+"""An OpenAI-compatible chat-completions endpoint as the writer of a judge's replies."""
+
+import os
+import threading
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import requests
+import urllib3.exceptions
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from launch.evaluation.judges.base import JudgeError
+from launch.evaluation.judges.pairwise import Silence
+
+_PATH = "/chat/completions"
+# Asked again after a while, or after the time that the endpoint names, up to this.
+_BUSY = (408, 429, 500, 502, 503, 504)
+_LONGEST_WAIT_S = 120
+# No question is answered any better than another after these.
+_HOPELESS = {
+    401: "It refuses the key: name an environment variable that holds a good one with key_env=NAME.",
+    403: "It refuses the key, which may not be for this model.",
+    404: "It knows no such address or model: the URL ends with the version, such as "
+    "https://host/v1, and model=NAME is one that it offers.",
+}
+# What of an endpoint's own words an error quotes.
+_QUOTED = 300
+
+
+class EndpointWriter:
+    """Asks over HTTP, several requests at a time; see launch/evaluation/judges/pairwise.py.
+
+    Args:
+      url: of the API, such as https://host/v1.
+      model: name that the endpoint knows.
+      key_env: environment variable that holds the API key; None to send none.
+      max_tokens: of a reply; None to leave it to the endpoint.
+      temperature: of the first attempt; None to leave it to the endpoint always.
+      timeout_s: seconds to connect, and seconds without a byte of the reply.
+      retries: of a request that the endpoint is too busy for or cannot serve now.
+      concurrency: requests at a time.
+
+    Raises:
+      JudgeError: a URL or number that is none, or the variable is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        key_env: str | None = None,
+        max_tokens: int | None = 512,
+        temperature: float | None = 0.0,
+        timeout_s: float = 120.0,
+        retries: int = 6,
+        concurrency: int = 8,
+    ):
+        _check_url(url)
+        for name, value, least in (
+            ("max_tokens", max_tokens, 1),
+            ("timeout", timeout_s, 0.001),
+            ("retries", retries, 0),
+            ("concurrency", concurrency, 1),
+            ("temperature", temperature, 0),
+        ):
+            if value is not None and not least <= value < float("inf"):
+                raise JudgeError(f"{name}={value} of --judge must be at least {least}, and finite.")
+        self._key = _key(key_env)
+        self._url = url.rstrip("/").removesuffix(_PATH) + _PATH
+        self._model = model
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self._timeout_s = timeout_s
+        self._concurrency = concurrency
+        self._session = requests.Session()
+        # A request that times out is not repeated here: it is another attempt, and counted.
+        again = Retry(
+            total=retries,
+            read=False,
+            redirect=False,
+            status_forcelist=_BUSY,
+            allowed_methods=("POST",),
+            backoff_factor=0.5,
+            backoff_max=_LONGEST_WAIT_S,
+            backoff_jitter=0.5,
+            raise_on_status=False,
+            retry_after_max=_LONGEST_WAIT_S,
+        )
+        adapter = HTTPAdapter(max_retries=again, pool_maxsize=concurrency)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        self.name = f"openai:{url},model={model}"
+        self.identity = {
+            "kind": "openai",
+            "url": self._url,
+            "model": model,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+
+    def write(
+        self, prompts: Sequence[str], *, temperature: float, seed: int
+    ) -> Iterator[tuple[int, str | Silence]]:
+        hopeless: list[JudgeError] = []
+        ended = threading.Event()
+
+        def ask(prompt: str) -> str | Silence | None:
+            return None if ended.is_set() else self._ask(prompt, temperature, seed)
+
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            try:
+                asked = {pool.submit(ask, prompt): i for i, prompt in enumerate(prompts)}
+                for done in as_completed(asked):
+                    try:
+                        found = done.result()
+                    except JudgeError as error:
+                        # What else is on its way has been paid for, and is waited for.
+                        ended.set()
+                        hopeless.append(error)
+                        continue
+                    if found is not None:
+                        yield asked[done], found
+            finally:
+                ended.set()
+        if hopeless:
+            raise hopeless[0]
+
+    def _ask(self, prompt: str, temperature: float, seed: int) -> str | Silence:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": prompt}],
+            "seed": seed,
+        }
+        if self._temperature is not None:
+            body["temperature"] = self._temperature + temperature
+        if self._max_tokens is not None:
+            body["max_tokens"] = self._max_tokens
+        try:
+            response = self._session.post(
+                self._url,
+                json=body,
+                timeout=self._timeout_s,
+                auth=self._authorise,
+                allow_redirects=False,
+            )
+        except requests.Timeout as error:
+            if isinstance(error, requests.ConnectTimeout):
+                raise self._unreachable(error) from None
+            return Silence(reason=f"no byte within {self._timeout_s:g} s")
+        except requests.RequestException as error:
+            if _not_connected(error):
+                raise self._unreachable(error) from None
+            return Silence(reason=self._clean(f"connection lost: {error}"))
+        if response.status_code in _HOPELESS:
+            raise JudgeError(
+                f"{self.name} answers {self._status(response)}. {_HOPELESS[response.status_code]}"
+            )
+        if not response.ok or response.is_redirect:
+            return Silence(reason=self._status(response))
+        return self._content(response)
+
+    def _content(self, response: requests.Response) -> str | Silence:
+        try:
+            text = response.json()["choices"][0]["message"]["content"]
+        except requests.JSONDecodeError:
+            return Silence(reason="the reply is not JSON, or cut short")
+        except (KeyError, IndexError, TypeError):
+            return Silence(reason="the reply has no choices[0].message.content")
+        # A refusal has no content: a reply, but none that says anything.
+        return text if isinstance(text, str) else ""
+
+    def _authorise(self, request: Any) -> Any:
+        """As an `auth` of its own, for requests would else send a password that ~/.netrc has."""
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def _unreachable(self, error: Exception) -> JudgeError:
+        reason = getattr(error.args[0] if error.args else None, "reason", None) or error
+        return JudgeError(
+            self._clean(
+                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; what has been "
+                "judged is kept, and the same command goes on from there."
+            )
+        )
+
+    def _status(self, response: requests.Response) -> str:
+        said = " ".join(response.text.split())
+        return self._clean(
+            f"HTTP {response.status_code} {response.reason}: {said[:_QUOTED]}".strip()
+        )
+
+    def _clean(self, text: str) -> str:
+        """An endpoint may repeat the key in its errors."""
+        return text if self._key is None else text.replace(self._key, "***")
+
+
+def _check_url(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise JudgeError(f"{url} of --judge is no URL: expected one such as https://host/v1.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise JudgeError(
+            "The URL of --judge holds a user, a password or a query, which would be written to files: "
+            "put the key into an environment variable and name that with key_env=NAME."
+        )
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise JudgeError(
+            f"The environment variable {variable}, named by key_env of --judge, is not set: "
+            f"export {variable}=... with the API key."
+        )
+    if not key.isascii() or not key.isprintable():
+        raise JudgeError(f"The environment variable {variable} holds what cannot be an API key.")
+    return key
+
+
+def _not_connected(error: requests.RequestException) -> bool:
+    """Whether no connection was made at all, so that the next request would fare no better."""
+    if isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
+        return True
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    return isinstance(reason, urllib3.exceptions.NewConnectionError)

@@ -1,0 +1,105 @@
+"""A judge that compares two answers in words; both orders are asked.
+
+A preference that depends on the order is a tie: a judge that always prefers what it reads first says
+nothing about the answers.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from launch.evaluation.judges import template
+from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Question, Reply, Verdict
+from launch.evaluation.judges.template import Template
+
+# Of a question that is asked again, so that the reply may differ.
+RETRY_TEMPERATURE = 0.5
+# How much what is shown first is preferred to what is shown second.
+_SIGNS: Mapping[Any, int] = {template.FIRST: 1, template.TIE: 0, template.SECOND: -1}
+_VERDICTS: Mapping[int, Verdict] = {1: A, 0: TIE, -1: B}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silence:
+    """No reply came; why."""
+
+    reason: str
+
+
+class Writer(Protocol):
+    """What writes replies.
+
+    Attributes:
+      name: for people.
+      identity: JSON of all that its texts depend on, beside the prompt.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+
+    def write(
+        self, prompts: Sequence[str], *, temperature: float, seed: int
+    ) -> Iterator[tuple[int, str | Silence]]:
+        """(index, text) of the reply to every prompt, as they are done.
+
+        Args:
+          prompts: what a user says.
+          temperature: added to the writer's own; 0 for the first attempt.
+          seed: of what is drawn.
+
+        Raises:
+          JudgeError: it makes no sense to ask on.
+        """
+
+
+class PairwiseJudge:
+    """See launch/evaluation/judges/base.py.
+
+    Args:
+      writer: of the replies.
+      wording: of the prompts.
+      attempts: times that a question is asked before its reply counts as not understood.
+    """
+
+    def __init__(self, writer: Writer, *, wording: Template, attempts: int = 3):
+        self._writer = writer
+        self._wording = wording
+        self.name = writer.name
+        self.identity: Mapping[str, Any] = {**writer.identity, **wording.identity}
+        self.attempts = attempts
+
+    def questions(self, pair: Pair) -> tuple[Question, Question]:
+        a, b = pair.systems
+        return (
+            Question(
+                prompt=pair.prompt,
+                answers=(pair.a, pair.b),
+                about={"id": pair.id, "first": a, "second": b},
+            ),
+            Question(
+                prompt=pair.prompt,
+                answers=(pair.b, pair.a),
+                about={"id": pair.id, "first": b, "second": a},
+            ),
+        )
+
+    def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
+        prompts = [
+            self._wording.render(question.prompt, *question.answers, reminder=attempt > 0)
+            for question in asked
+        ]
+        temperature = RETRY_TEMPERATURE if attempt else 0.0
+        written = self._writer.write(prompts, temperature=temperature, seed=attempt)
+        for i, text in written:
+            if isinstance(text, Silence):
+                yield i, Reply(value=None, error=text.reason)
+            else:
+                yield i, Reply(value=self._wording.read(text), text=text)
+
+    def outcome(self, first: Reply, second: Reply) -> Outcome:
+        if first.value is None or second.value is None:
+            return Outcome(verdict=None)
+        forth, back = _SIGNS[first.value], _SIGNS[second.value]
+        consistent = forth == -back
+        verdict = _VERDICTS[forth] if consistent else TIE
+        return Outcome(verdict=verdict, consistent=consistent, bias=(forth + back) / 2)

@@ -1,0 +1,101 @@
+"""Win rates with their intervals, and what may be behind them.
+
+All intervals are of 95 %, by resampling prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.evaluation.judges.answers import System
+from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
+
+# Outside a 95 % interval on each side, less what the transform rounds.
+_TAIL = 0.025 - 1e-9
+
+
+def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What one system's answers are to another's.
+
+    Args:
+      pairs: of the two systems.
+      outcomes: of each.
+
+    Returns:
+      'counts' of win, loss, tie (of the first system; they add up to the pairs that were judged),
+      identical (among the ties) and invalid (in no share). As {'value', 'low', 'high'}, or None where
+      nothing was judged: shares 'win', 'loss', 'tie'; 'difference' of win and loss; 'consistency', the
+      share of pairs with the same verdict in both orders, and 'position_bias', from -1 (always what
+      is shown last) to 1 (always first), of pairs that were asked about; 'longer_wins', the share of
+      wins of the longer answer among the decided pairs of unequal lengths.
+    """
+    judged = [(p, o) for p, o in zip(pairs, outcomes, strict=True) if o.verdict is not None]
+    verdicts = [outcome.verdict for _, outcome in judged]
+    won, lost, tied = (np.array([v == kind for v in verdicts], bool) for kind in (A, B, TIE))
+    same = [o.consistent for _, o in judged if o.consistent is not None]
+    biases = [o.bias for _, o in judged if o.bias is not None]
+    longer = [
+        (len(p.a) > len(p.b)) == (o.verdict == A)
+        for p, o in judged
+        if o.verdict != TIE and len(p.a) != len(p.b)
+    ]
+    return {
+        "a": pairs[0].systems[0],
+        "b": pairs[0].systems[1],
+        "counts": {
+            "win": int(won.sum()),
+            "loss": int(lost.sum()),
+            "tie": int(tied.sum()),
+            "identical": sum(o.identical for _, o in judged),
+            "invalid": len(outcomes) - len(judged),
+        },
+        "win": mean(won),
+        "loss": mean(lost),
+        "tie": mean(tied),
+        "difference": mean(won.astype(int) - lost.astype(int)),
+        "consistency": mean(same),
+        "position_bias": mean(biases),
+        "longer_wins": mean(longer),
+    }
+
+
+def mean(values: Sequence[float] | np.ndarray) -> dict[str, float] | None:
+    """Mean over prompts with the percentile bootstrap's interval, of all resamples in place of some.
+
+    Args:
+      values: one for each prompt, among -1, -1/2, 0, 1/2 and 1.
+
+    Returns:
+      {'value', 'low', 'high'}; None of no values.
+    """
+    n = len(values)
+    if n == 0:
+        return None
+    # A resample's sum is that of n independent draws, whose distribution is the n-th power of one
+    # draw's under the Fourier transform. In half steps from -1: 0 to 4, and 0 to 4n for the sum.
+    steps_N = np.rint(2 * np.asarray(values, float)).astype(int) + 2
+    one_5 = np.bincount(steps_N, minlength=5) / n
+    size = 4 * n + 1
+    of_sum_S = np.fft.irfft(np.fft.rfft(one_5, size) ** n, size)
+    # The same from both ends, so that the interval of a loss is that of a win, turned.
+    low = int(np.argmax(np.cumsum(of_sum_S) >= _TAIL))
+    high = size - 1 - int(np.argmax(np.cumsum(of_sum_S[::-1]) >= _TAIL))
+    found = {"value": int(steps_N.sum()), "low": low, "high": high}
+    return {name: (step - 2 * n) / (2 * n) for name, step in found.items()}
+
+
+def system_summary(system: System) -> dict[str, Any]:
+    """How long a system's answers are: a judge may like them for that alone."""
+
+    def lengths(size: Callable[[str], int]) -> dict[str, float]:
+        sizes = [size(answer.text) for answer in system.answers]
+        return {"mean": round(float(np.mean(sizes)), 2), "median": float(np.median(sizes))}
+
+    return {
+        "file": system.path,
+        "answers": len(system.answers),
+        "empty": sum(not answer.text.strip() for answer in system.answers),
+        "characters": lengths(len),
+        "words": lengths(lambda text: len(text.split())),
+    }

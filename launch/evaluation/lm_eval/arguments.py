@@ -1,0 +1,88 @@
+"""What --model_args say of a run that lm-evaluation-harness asks (launch/evaluation/lm_eval/model.py)."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from launch.config import gin_config
+from launch.run import load_run
+from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from model.kernels.platform import target_platform
+from model.transforms import layer_stack
+from trainers.decoding.buckets import longest_row
+
+_LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
+_MAX_LENGTH = 2048  # where nothing says how long texts may be, as in the harness
+_DTYPES = ("float32", "bfloat16", "float16")
+_CACHE = "cache_"  # of the policy's settings among model_args
+
+
+def config_of(checkpoint: str, gin_file: str | None) -> RunConfig:
+    files = [gin_file] if gin_file else []
+    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=files)
+    config = gin_config.load(
+        files,
+        entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=list(load_run.default_files(flags)),
+    )
+    run: Any = config.entry
+    return run()
+
+
+def default_batch_tokens() -> int:
+    # CPUs are busy with few tokens, and padding is then a small part of a batch.
+    return 2048 if target_platform() == "cpu" else 16384
+
+
+def unroll(run: LoadedRun) -> None:
+    """Unrolls the layers, once for all that caches what it reads, and lets go of the stacked ones."""
+    import jax
+
+    model, config = run.model, run.model.config
+    if config.scan_layers:
+        run.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
+        run.config = dataclasses.replace(run.config, model=layer_stack.unrolled(model))
+
+
+def computing_in(dtype: str, model: Any) -> Any:
+    if dtype not in _DTYPES:
+        raise LoadError(f"--model_args: dtype={dtype} is none of {', '.join(_DTYPES)}.")
+    return model.clone(config=dataclasses.replace(model.config, dtype=dtype))
+
+
+def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[str, str]:
+    """Settings of the cache policy, as texts; the others must be among `known`, which have none."""
+    if unknown := [name for name in others if not name.startswith(_CACHE)]:
+        known = [name for name in known if name not in ("self", "others")]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise LoadError(
+            f"--model_args: there is no {', '.join(unknown)}.{hint} Valid: {', '.join(known)}, and "
+            f"{_CACHE}NAME for the settings of the cache policy."
+        )
+    return {name.removeprefix(_CACHE): str(value) for name, value in others.items()}
+
+
+def max_length(run: LoadedRun, asked: int | None) -> int:
+    learned = longest_row(run.params)
+    if asked is not None:
+        if asked < 1 or (learned is not None and asked > learned):
+            limit = f", and the model has learned {learned} positions" if learned else ""
+            raise LoadError(f"--model_args: max_length={asked} must be at least 1{limit}.")
+        return asked
+    if learned is not None:
+        return learned
+    published = run.meta.get("hf", {}).get("config", {})
+    return next((published[key] for key in _LENGTH_KEYS if key in published), _MAX_LENGTH)
+
+
+def rows_of_a_batch(asked: int | str | None, most: int | None) -> int | None:
+    """Rows of a batch; None for as many as its tokens allow."""
+    if asked is None or str(asked).startswith("auto") or int(asked) == 1:
+        return most
+    if int(asked) < 1:
+        raise LoadError(f"--batch_size={asked} must be at least 1, or auto.")
+    return int(asked) if most is None else min(int(asked), most)

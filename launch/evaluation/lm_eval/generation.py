@@ -1,0 +1,198 @@
+"""`generate_until` of launch/evaluation/lm_eval/model.py: generation options as the harness has them, and texts."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from launch.inference.generate_text import decoder_of
+from launch.run.load_run import LoadedRun, LoadError
+from model.kv_cache.base import CachePolicy
+from trainers.decoding.buckets import bucket_length
+from trainers.decoding.decode import Settings
+from trainers.decoding.decoder import Decoder
+from trainers.decoding.sampling import Sampling
+from trainers.decoding.stop_strings import GrowingText, cut
+
+OPTIONS = (
+    *("until", "max_gen_toks", "do_sample", "temperature"),
+    *("top_k", "top_p", "min_p", "repetition_penalty"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Options of one kind of request.
+
+    Attributes:
+      until: texts before which an answer ends; EOS ends it too.
+      max_gen_toks: new tokens at most.
+      sampling: choice of the next token.
+    """
+
+    until: tuple[str, ...]
+    max_gen_toks: int
+    sampling: Sampling
+
+
+def options(
+    given: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
+) -> Generation:
+    """A request's `gen_kwargs`, read as the harness's own backends read them.
+
+    Args:
+      given: of the task, or of --gen_kwargs.
+      max_gen_toks: where they do not say.
+      model_defaults: the model's generation_config.json. What it says of repetition holds for all
+        requests, what it says of sampling for those that sample.
+
+    Raises:
+      LoadError: an option that is not in OPTIONS, or a value out of range.
+    """
+    from lm_eval.models import utils
+
+    values = utils.normalize_gen_kwargs(dict(given), max_gen_toks)
+    if values.get("num_beams") == 1:
+        del values["num_beams"]
+    if unknown := sorted(set(values) - set(OPTIONS)):
+        raise LoadError(
+            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Leave out what is not among "
+            f"{', '.join(OPTIONS)}."
+        )
+    asked = {**model_defaults, **values}
+    sampling: dict[str, Any] = {"temperature": 0.0}
+    if values["do_sample"]:
+        sampling["temperature"] = float(values.get("temperature", 1.0))
+        sampling |= {
+            name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None
+        }
+        sampling["top_k"] = asked.get("top_k") or None  # 0 is for all, as in transformers
+    sampling["repetition_penalty"] = float(asked.get("repetition_penalty") or 1.0)
+    try:
+        chosen = Sampling(**sampling)
+    except ValueError as error:
+        raise LoadError(f"gen_kwargs: {error}") from None
+    if values["max_gen_toks"] < 1:
+        raise LoadError(f"gen_kwargs: max_gen_toks={values['max_gen_toks']} must be at least 1.")
+    until = utils.handle_stop_sequences(values["until"], eos=None)
+    return Generation(
+        until=tuple(stop for stop in until if stop),
+        max_gen_toks=values["max_gen_toks"],
+        sampling=chosen,
+    )
+
+
+class Generator:
+    """Continues contexts; keeps the programs of the options that were used last.
+
+    Args:
+      run: the model.
+      ends: ids that end an answer.
+      batch_tokens: tokens of a batch, new ones included.
+      batch_size: rows at most; None for as many as batch_tokens allows.
+      policy: of the key/value caches.
+      cache_dtype: see trainers/decoding/decoder.py.
+      prefill_chunk: likewise.
+      seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        run: LoadedRun,
+        *,
+        ends: Sequence[int],
+        batch_tokens: int,
+        batch_size: int | None,
+        policy: CachePolicy,
+        cache_dtype: str | None,
+        prefill_chunk: int | None,
+        seed: int,
+    ):
+        self._run = run
+        self._ends = tuple(ends)
+        self._batch_tokens = batch_tokens
+        self._batch_size = batch_size
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "cache_dtype": cache_dtype,
+            "prefill_chunk": prefill_chunk,
+        }
+        self._seed = seed
+        self._texts = _Texts(run.vocabulary, self._ends)
+        self._decoder: tuple[Any, Decoder] | None = None
+
+    def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
+        """The answers to contexts of the same options, in order, as they are done."""
+        longest = max(map(len, contexts))
+        rows = self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks)
+        rows = min(max(1, rows), len(contexts), self._batch_size or len(contexts))
+        decoder = self._decoder_for(chosen, self._run.batch_size(rows, len(contexts)))
+        self._texts.begin(chosen.until)
+        for new in decoder.stream(contexts, seed=self._seed % 2**32):
+            yield self._texts.answer(new.tokens)
+
+    def _decoder_for(self, chosen: Generation, rows: int) -> Decoder:
+        settings = Settings(
+            max_new_tokens=chosen.max_gen_toks,
+            sampling=chosen.sampling,
+            eos_ids=self._ends,
+            num_ids=self._run.vocabulary.vocab_size,
+        )
+        key = (settings, rows)
+        if self._decoder is None or self._decoder[0] != key:
+            self._decoder = None  # which has a copy of the parameters
+            decoder = Decoder(
+                self._run.model,
+                self._run.params,
+                settings,
+                batch_size=rows,
+                sharding=self._run.row_sharding,
+                watch=self._texts.watch,
+                **self._options,
+            )
+            self._decoder = (key, decoder)
+        return self._decoder[1]
+
+
+class _Texts:
+    """Answers as texts, and where they stop.
+
+    A stop text may be a special token, which is looked for while tokens come; none is in the answer.
+    """
+
+    def __init__(self, vocabulary: Any, ends: Sequence[int]):
+        if hasattr(vocabulary, "decode_all"):
+            self._shown: Callable[..., str] = vocabulary.decode_all
+            self._text = lambda ids: vocabulary.decode_all(ids, skip_special_tokens=True)
+        else:
+            self._shown = self._text = decoder_of(vocabulary)
+        self._ends = frozenset(ends)
+        self._until: tuple[str, ...] = ()
+        self._growing: dict[int, GrowingText] = {}
+
+    def begin(self, until: Sequence[str]) -> None:
+        """Forgets all texts."""
+        self._until = tuple(until)
+        self._growing.clear()
+
+    def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
+        """See trainers/decoding/watch.py."""
+        del sample  # one for each prompt
+        if not self._until:
+            return None
+        text = self._growing.get(prompt)
+        if text is None:
+            text = self._growing[prompt] = GrowingText(self._shown, self._until)
+        for count, token in enumerate(tokens, 1):
+            if token in self._ends:
+                return None
+            text.add(token)
+            if text.stopped:
+                return count
+        return None
+
+    def answer(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens, up to where it stops."""
+        ended = bool(tokens) and tokens[-1] in self._ends
+        text = self._text(tokens[:-1] if ended else tokens)
+        before = cut(text, self._until)
+        return text if before is None else before

@@ -1,0 +1,347 @@
+"""Runs as a model of lm-evaluation-harness: what `--model espalier` is (launch/lm_eval.py).
+
+Requests are made of the same tokens as those of the harness's Hugging Face backend, so that a model and
+its export get the same scores: pairs are encoded jointly with spaces moved into the continuation, BOS
+stands where the tokenizer puts it, contexts that are too long lose their beginning, and texts are scored
+in the same windows. A run that was trained with a start token reads it before every context, as in
+training.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from lm_eval import utils as harness
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from data.stream import rows
+from data.tokenizers import chat_template as chat
+from launch.evaluation.lm_eval import arguments
+from launch.evaluation.lm_eval.generation import Generator, options
+from launch.run import load_run
+from launch.run.load_run import LoadedRun, LoadError
+from model.kv_cache.policies import policy_from_text
+from trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
+from trainers.scoring.scoring import Row
+
+_LOG = logging.getLogger(__name__)
+
+
+class EspalierLM(TemplateLM):
+    """A run's model for the harness. The arguments are those of --model_args.
+
+    Args:
+      checkpoint: run or step directory.
+      params: see launch/run/load_run.py.
+      gin_file: configuration of a step that has none beside it.
+      dtype: in which the model computes; None for what its run or its checkpoint says.
+      mesh: mesh shape, as {'fsdp': 8}; None for all devices.
+      start_token: what precedes every context; 'auto' for what the run was trained with.
+      add_bos_token: whether texts begin with BOS; None for what the run did.
+      prefix_token_id: what an empty context is; None for the start token, else BOS, else EOS.
+      chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
+      max_length: tokens the model reads at most; None for what it has learned or was published with,
+        else 2048.
+      max_gen_toks: new tokens of tasks that do not say how many.
+      batch_tokens: tokens of a batch, padding included; None for 2048 on CPU, 16384 elsewhere.
+      batch_size: rows of a batch at most; 1 (what the harness gives without --batch_size) and 'auto'
+        for as many as batch_tokens allows.
+      max_batch_size: another limit of rows; None for none.
+      cache_policy: of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
+        as cache_capacity=1024.
+      cache_dtype: likewise.
+      prefill_chunk: likewise.
+      seed: of requests that sample.
+      device: is not heeded: JAX chooses (JAX_PLATFORMS).
+      **others: settings of the cache policy.
+
+    Raises:
+      LoadError: an unknown argument, a run without a vocabulary, or arguments that do not fit it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        params: str = "auto",
+        gin_file: str | None = None,
+        dtype: str | None = None,
+        mesh: Mapping[str, int] | None = None,
+        start_token: int | Literal["auto"] | None = "auto",
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_tokens: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        cache_policy: str = "full",
+        cache_dtype: str | None = None,
+        prefill_chunk: int | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        **others: Any,
+    ):
+        super().__init__()
+        del device
+        if checkpoint is None:
+            raise LoadError("--model_args: give checkpoint=DIR, a run or step directory.")
+        if params not in load_run.PARAMS:
+            raise LoadError(
+                f"--model_args: params={params} is none of {', '.join(load_run.PARAMS)}."
+            )
+        policy = policy_from_text(
+            cache_policy,
+            arguments.policy_settings(
+                others, known=inspect.signature(EspalierLM.__init__).parameters
+            ),
+        )
+        if policy.future:
+            raise LoadError(f"--model_args: cache_policy={cache_policy} reads the answer to come.")
+        if batch_tokens is None:
+            batch_tokens = arguments.default_batch_tokens()
+        if batch_tokens < 1:
+            raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
+        config = arguments.config_of(checkpoint, gin_file)
+        changes: dict[str, Any] = {
+            "mesh": mesh,
+            "add_bos": add_bos_token,
+            "chat_template": chat_template,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if start_token != "auto":
+            changes["start_token"] = start_token
+        if dtype is not None:
+            changes["model"] = arguments.computing_in(dtype, config.model)
+        self._opened = contextlib.ExitStack()
+        self._run: LoadedRun = self._opened.enter_context(
+            dataclasses.replace(config, **changes).load(checkpoint, params=params)
+        )
+        if self._run.vocabulary_or_none is None:
+            raise LoadError(
+                f"The run of {checkpoint} has no vocabulary, and the harness asks in texts. Import the "
+                "model with its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
+            )
+        arguments.unroll(self._run)
+        self.checkpoint = checkpoint
+        self.max_gen_toks = max_gen_toks
+        self.max_length = arguments.max_length(self._run, max_length)
+        self._prefix_token_id = prefix_token_id
+        self._template: str | None = None
+        size = arguments.rows_of_a_batch(batch_size, max_batch_size)
+        self._scorer = LikelihoodScorer(
+            self._run.model,
+            self._run.params,
+            batch_tokens=batch_tokens,
+            batch_size=size,
+            row_shards=self._run.row_shards,
+            sharding=self._run.row_sharding,
+        )
+        eos = self._run.vocabulary.eos_id
+        self._generator = Generator(
+            self._run,
+            ends=sorted({*self._run.eos_ids, *(() if eos in (None, -1) else (eos,))}),
+            batch_tokens=batch_tokens,
+            batch_size=size,
+            policy=policy,
+            cache_dtype=cache_dtype,
+            prefill_chunk=prefill_chunk,
+            seed=seed,
+        )
+
+    def close(self) -> None:
+        """Leaves the mesh, which is the process's as long as the model is used."""
+        self._opened.close()
+
+    # Texts and tokens.
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self._run.vocabulary.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before the first token of a text without a context."""
+        vocabulary = self._run.vocabulary
+        start = self._run.context([])
+        found = (self._prefix_token_id, *start, vocabulary.bos_id, vocabulary.eos_id)
+        for id in found:
+            if id not in (None, -1):
+                return id
+        raise LoadError("The vocabulary has neither BOS nor EOS: give prefix_token_id=ID.")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text, after what precedes every text unless add_special_tokens is False."""
+        vocabulary = self._run.vocabulary
+        # Contexts may be rendered conversations, whose special tokens are meant.
+        encode = getattr(vocabulary, "encode_special", vocabulary.encode)
+        ids = list(encode(string))
+        return ids if add_special_tokens is False else self._run.context(self._run.after_bos(ids))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells tokenizers and chat templates apart where the harness keeps rendered requests."""
+        template = self.chat_template(self._template or True) or ""
+        digest = rows.vocabulary_digest(self._run.vocabulary)[:16]
+        return f"espalier_{digest}_{harness.hash_string(template)[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the template that is used from here on; None for none.
+
+        Raises:
+          LoadError: the run has no template, or none of this name.
+        """
+        if chat_template is False or chat_template is None:
+            return None
+        found = self._run.chat_template
+        name = chat.DEFAULT if chat_template is True else chat_template
+        if name not in found.templates:
+            raise LoadError(
+                f"--apply_chat_template={name}: the tokenizer has {', '.join(sorted(found.templates))}."
+            )
+        self._template = name
+        return found.templates[name]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; its last message goes on without add_generation_prompt."""
+        try:
+            return self._render(chat_history, add_generation_prompt)
+        except chat.ChatTemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            _LOG.warning("%s. The system message is left out.", error)
+            return self._render(others, add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text = self._run.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, name=self._template
+        )
+        if add_generation_prompt:
+            return text
+        last = messages[-1]["content"]
+        place = text.rfind(last.strip())
+        if place < 0:
+            raise LoadError(f"The chat template does not show the message {last[:60]!r} as it is.")
+        # A template may strip its messages, or not.
+        kept = last if text.startswith(last, place) else last.strip()
+        return text[: place + len(kept)]
+
+    # Requests.
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """See the base class, which encodes the pairs."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        for text, _, continuation in requests:
+            if not continuation:
+                raise LoadError(
+                    f"The continuation {text[1]!r} of ...{text[0][-60:]!r} has no token."
+                )
+        found: list[Any] = [None] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        for i, likelihood in self._likelihoods(pairs, quiet=disable_tqdm):
+            found[i] = tuple(likelihood)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+        return found
+
+    def _likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """(index, likelihood) of each (context, continuation), what is too long cut at its beginning."""
+        cut = 0
+        given = []
+        for context, continuation in pairs:
+            room = self.max_length + 1 - len(continuation)  # the last token is not read
+            if room < 1:
+                raise LoadError(
+                    f"A continuation has {len(continuation)} tokens, and the model reads "
+                    f"{self.max_length}: it cannot be scored. Give another max_length=N, if it can."
+                )
+            cut += len(context) > room
+            given.append(Row(context=context[-room:], targets=continuation))
+        if cut:
+            _LOG.warning(
+                "%d of %d contexts are longer than the model's %d tokens with their continuation: "
+                "they are cut at their beginning.",
+                *(cut, len(pairs), self.max_length),
+            )
+        return self._scorer.stream(given, quiet=quiet)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, in windows as long as the model reads."""
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            text = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = harness.get_rolling_token_windows(
+                token_list=self._run.after_bos(text),  # predicted too, as in the harness
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                pairs.append(harness.make_disjoint_window(window))
+                owners.append(i)
+        found = dict(self._likelihoods(pairs, quiet=disable_tqdm))
+        totals = [0.0] * len(requests)
+        for k, owner in enumerate(owners):
+            totals[owner] += found[k].log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers to contexts, up to where their `until` or EOS ends them."""
+        said = self._run.meta.get("hf", {}).get("generation_config", {})
+        groups: dict[Any, list[int]] = {}
+        for i, request in enumerate(requests):
+            chosen = options(request.args[1], max_gen_toks=self.max_gen_toks, model_defaults=said)
+            groups.setdefault(chosen, []).append(i)
+        found: list[Any] = [None] * len(requests)
+        for chosen, members in groups.items():
+            room = self.max_length - chosen.max_gen_toks
+            if room < 1:
+                raise LoadError(
+                    f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in the "
+                    f"{self.max_length} tokens that the model reads: lower it with --gen_kwargs, or "
+                    "give another max_length=N."
+                )
+            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            contexts = [context or [self.prefix_token_id] for context in contexts]
+            for i, text in zip(members, self._generator.stream(contexts, chosen), strict=True):
+                found[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return found
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness keeps with its results."""
+        import jax
+
+        leaves = jax.tree.leaves(self._run.params)
+        return {
+            "checkpoint": self.checkpoint,
+            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_dtype": str(leaves[0].dtype),
+            "max_length": self.max_length,
+        }

@@ -1,0 +1,151 @@
+"""Flags of commands that reward texts, and the rewards they name.
+
+exact_answer      1 where the text is the row's answer: --answer_key, --answer_pattern
+reasoning_gym     the package's score of an answer to its problem: --answer_pattern
+checkpoint:DIR    a reward model, trained with methods/preference/reward_model.gin
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+OWN_CONFIG = "t5x_configs/runs/load_run.gin"
+VERIFIERS = ("exact_answer", "reasoning_gym")
+_CHECKPOINT = "checkpoint:"
+
+# Rows of one command, as launch.generate writes them -> a number each.
+RowReward = Callable[[Sequence[tuple[str, Mapping[str, Any]]]], Sequence[float]]
+
+
+class RewardError(ValueError):
+    """A reward that is not known, or rows that it cannot judge."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    group = parser.add_argument_group("reward")
+    group.add_argument("--reward", required=True, metavar="KIND", help="one of those below")
+    group.add_argument(
+        "--answer_key",
+        default="answer",
+        metavar="KEY",
+        help="of the row's right answer (default 'answer')",
+    )
+    group.add_argument(
+        "--answer_pattern",
+        metavar="REGEX",
+        help="its last match in a text, or the first group of it, is the answer; without it all of the text",
+    )
+    group.add_argument(
+        "--reward_batch_size", type=int, default=8, metavar="N", help="texts at a time (default 8)"
+    )
+    group.add_argument(
+        "--missing_end_penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="taken off the reward of a text that was cut at the longest length (default 0)",
+    )
+
+
+def default_files(flags: argparse.Namespace) -> Sequence[str]:
+    """Gin files read before the user's: those of the reward model's run, if one judges.
+
+    Raises:
+      RewardError: --reward names none.
+      LoadError, FileNotFoundError: as load_run.default_files.
+    """
+    from launch.run import load_run
+
+    checkpoint = _checkpoint(flags.reward)
+    if checkpoint is None:
+        return [OWN_CONFIG]
+    of_run = argparse.Namespace(checkpoint=checkpoint, gin_file=flags.gin_file)
+    return load_run.default_files(of_run, own=OWN_CONFIG)
+
+
+@contextlib.contextmanager
+def opened(start: Any) -> Iterator[RowReward]:
+    """The reward that a command's flags name.
+
+    Raises:
+      LoadError, DamagedCheckpointError, CheckpointMismatchError: of the checkpoint.
+    """
+    flags = start.flags
+    checkpoint = _checkpoint(flags.reward)
+    if checkpoint is not None:
+        with start().load(checkpoint, rewards=True) as run:
+            yield _penalised(_of_model(run, flags.reward_batch_size), flags.missing_end_penalty)
+        return
+    yield _penalised(_of_verifier(flags), flags.missing_end_penalty)
+
+
+def _checkpoint(text: str) -> str | None:
+    if text.startswith(_CHECKPOINT) and text != _CHECKPOINT:
+        return text.removeprefix(_CHECKPOINT)
+    if text in VERIFIERS:
+        return None
+    raise RewardError(f"--reward={text} is none of {', '.join(VERIFIERS)}, {_CHECKPOINT}DIR.")
+
+
+def _of_verifier(flags: argparse.Namespace) -> RowReward:
+    from trainers.rewards import verifiers
+
+    settings: dict[str, Any] = {"pattern": flags.answer_pattern}
+    if flags.reward == "exact_answer":
+        settings["key"] = flags.answer_key
+    verifier = getattr(verifiers, flags.reward)
+
+    def reward(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
+        found = []
+        for where, row in rows:
+            if "text" not in row:
+                raise RewardError(f"{where}: no 'text', which --reward={flags.reward} reads.")
+            try:
+                found.append(verifier(row["text"], row, **settings))
+            except verifiers.VerifierError as error:
+                raise RewardError(f"{where}: {error}") from None
+        return found
+
+    return reward
+
+
+def _of_model(run: Any, batch_size: int) -> RowReward:
+    from trainers.rewards.base import Completion
+    from trainers.rewards.model_reward import ModelReward
+
+    def completion(where: str, row: Mapping[str, Any]) -> Completion:
+        prompt = row.get("prompt")
+        key = "text" if isinstance(prompt, str) else "messages"
+        if isinstance(prompt, list) and all(type(item) is int for item in prompt):
+            key = "tokens"
+        ended = row.get("ended") == "eos"
+        if "text" in row:  # the reward model may have another vocabulary than what wrote it
+            tokens = run.encode(row["text"], f"{where}: 'text'")
+        else:
+            tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
+            tokens = tokens[:-1] if ended else tokens
+        context = run.context(run.tokens({key: prompt}, where))
+        return Completion(prompt=context, tokens=tokens, ended=ended, info=row)
+
+    def reward(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
+        scorer = ModelReward(
+            run.model,
+            run.params,
+            start_token=None,  # contexts have it
+            end_token=next(iter(run.eos_ids), None),
+            batch_size=run.batch_size(batch_size, len(rows)),
+            sharding=run.row_sharding,
+        )
+        return scorer([completion(where, row) for where, row in rows]).tolist()
+
+    return reward
+
+
+def _penalised(reward: RowReward, penalty: float) -> RowReward:
+    def penalised(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
+        found = zip(reward(rows), rows, strict=True)
+        return [value - penalty * (row.get("ended") == "length") for value, (_, row) in found]
+
+    return penalised

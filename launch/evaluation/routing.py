@@ -1,0 +1,269 @@
+"""Which experts the tokens of each task go to, layer by layer, and how experts' vectors lie to each other.
+
+Example, of a mixture that launch.upcycle has made or that was trained since:
+
+  python -m launch.evaluate routing --checkpoint=runs/bam --tasks lag_general lag_4 --json=/tmp/r.json --figure=/tmp/r.png
+
+Rows are of the tasks' validation splits. The table has, for each task, the mean probability of every expert over
+tokens and layers, and in brackets the share of tokens whose first choice it is.
+
+Shapes: B batch, T length, E experts, L layers of a router, M width of a domain's embedding, D model width.
+"""
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch import cli, environment
+from launch.run import load_run
+
+ROWS = 256
+Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
+
+_SOWN = re.compile(r"layers/block_(\d+)/(mlp|attention)/router_probs/\d+")
+_DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate routing",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    load_run.add_flags(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="in place of those of MIXTURE_OR_TASK_NAME"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, metavar="N", help=f"of each task ({ROWS})"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also writes the shares by layer here")
+    parser.add_argument("--figure", metavar="FILE", help="draws them: task by expert, a PNG")
+    flags = parser.parse_args(argv)
+
+    def call() -> None:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        found = routing(flags.checkpoint, tasks=flags.tasks, rows=flags.rows, params=flags.params)
+        print(table(found))
+        if flags.json:
+            pathlib.Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
+        if flags.figure:
+            from launch.evaluation import routing_figure
+
+            routing_figure.draw(found, flags.figure)
+
+    return cli.status_of(call)
+
+
+def routing(
+    run_dir: str, *, tasks: Sequence[str] | None = None, rows: int = ROWS, params: str = "auto"
+) -> dict[str, Any]:
+    """What a run's routers make of held-out rows; a sweep's evaluation too.
+
+    Args:
+      run_dir: run or step directory.
+      tasks: names of tasks; those of the run's mixture if None.
+      rows: of each task, or as many as it holds out.
+      params: see launch/run/load_run.py.
+
+    Returns:
+      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}: the mean
+      probability of each expert, and the share of tokens whose first choice it is. Names are those that
+      launch.upcycle gave the experts, none where it did not make them.
+
+    Raises:
+      LoadError: the run has no router, or `rows` is not positive.
+      ValueError: none of the tasks holds anything out.
+    """
+    import jax
+
+    from data import cpu_tensorflow
+    from data.stream import mixing
+    from data.stream.stream import held_out
+    from launch.config import gin_config
+    from trainers import partitioning
+    from trainers.batches import global_batch
+
+    if rows < 1:
+        raise load_run.LoadError(f"--rows={rows} must be at least 1.")
+    flags = argparse.Namespace(checkpoint=run_dir, gin_file=[])
+    files = load_run.default_files(flags, own="t5x_configs/runs/evaluate.gin")
+    found = gin_config.load(entry="launch.evaluation.loss:evaluate", untrusted=files).arguments()
+    recipe = found["recipe"]
+    program = recipe.program()
+    values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
+    cpu_tensorflow.load()
+    for call in found["register"]:
+        call()
+    names = tasks or [t.name for t in mixing.find_tasks(found["mixture_or_task_name"])[0]]
+    streams = held_out(found["stream"], names)
+    if not streams:
+        raise ValueError(f"None of the tasks {', '.join(names)} holds anything out to read.")
+    count = jax.jit(functools.partial(_sums, recipe.model))
+    probable, chosen, tokens = {}, {}, {}
+    with partitioning.use_mesh(program.mesh, program.rules):
+        for stream in streams:
+            steps = min(stream.num_steps, math.ceil(rows / stream.batch_size))
+            total: Any = None
+            for step in range(steps):
+                sums = jax.device_get(
+                    count(values, global_batch(stream, step, program.batch_sharding))
+                )
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
+            if not total[0]:
+                raise load_run.LoadError(
+                    f"{run_dir} has no router: give a mixture of experts, as of methods/bam/btx.gin."
+                )
+            probable[stream.name], chosen[stream.name] = (
+                _by_layer(part, recipe.model.config, float(total[2])) for part in total[:2]
+            )
+            tokens[stream.name] = int(total[2])
+    return {"domains": probable, "chosen": chosen, "tokens": tokens, "experts": _experts(meta)}
+
+
+def _experts(meta: Mapping[str, Any]) -> list[str]:
+    """Their names, where the run's mixture was made of named ones."""
+    return list(meta.get("upcycled", {}).get("experts", ()))
+
+
+def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
+    """Sums over tokens of the probabilities, and of the first choices, by what sowed them; and the tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from trainers.checkpoints import state_tree
+
+    segments_BT = batch["decoder_segment_ids"]
+    _, written = model.apply(
+        {"params": params},
+        batch["decoder_input_tokens"],
+        positions_BT=batch["decoder_positions"],
+        segments_BT=segments_BT,
+        mutable=["intermediates"],
+        method="hidden",
+    )
+    real_BT = (segments_BT != 0).astype(jnp.float32)
+    probable, chosen = {}, {}
+    for path, probs in state_tree.flatten(written.get("intermediates", {})).items():
+        if _SOWN.fullmatch(path):  # [B, T, E], or [L, B, T, E] of stacked layers
+            first = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+            probable[path], chosen[path] = (
+                jnp.einsum("...bte,bt->...e", x, real_BT) for x in (probs, first)
+            )
+    return probable, chosen, real_BT.sum()
+
+
+def _by_layer(sums: Mapping[str, np.ndarray], config: Any, tokens: float) -> Tables:
+    """Shares, in the order of layers: a stack holds every so many of them as a period has blocks."""
+    layers: dict[str, dict[int, list[float]]] = {}
+    for path, sum_E in sums.items():
+        match = _SOWN.fullmatch(path)
+        assert match is not None
+        stacked = config.scan_layers
+        for i, layer_E in enumerate(sum_E if stacked else sum_E[None]):
+            place = i * len(config.layer_pattern) + int(match[1])
+            shares = [round(float(x) / tokens, 5) for x in layer_E]
+            layers.setdefault(match[2], {})[place] = shares
+    return {router: [found[i] for i in sorted(found)] for router, found in layers.items()}
+
+
+def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Cosines of the experts' domains, and of what the projection makes of them; a sweep's evaluation too.
+
+    Args:
+      run_dir: run or step directory of a model with projection routers (methods/nexus/nexus.gin).
+      names: of the domains, in the order of the experts; those of the experts if None, or numbers.
+
+    Returns:
+      {"domains": names, "vectors": [[cosine]], "projected": {layer: [[cosine]]}}.
+
+    Raises:
+      LoadError: it has no such router, or another number of experts than names.
+    """
+    from model.nexus.domain_router import expert_vectors
+    from trainers.checkpoints import step_dir
+    from trainers.checkpoints.array_files import StoredArray
+
+    step = step_dir.resolve(run_dir)
+    stored = step_dir.read_manifest(step).arrays
+    matches = [match for name in sorted(stored) if (match := _DOMAINS.fullmatch(name))]
+    # As everywhere, averaged parameters are what is looked at where a run has them.
+    averaged = any(match[1] == "ema_params" for match in matches)
+    root = "ema_params" if averaged else "params"
+    matches = [match for match in matches if match[1] == root]
+    if not matches:
+        raise load_run.LoadError(
+            f"{run_dir} has no projection router: give a run of methods/nexus/nexus.gin."
+        )
+    projected = {}
+    for match in matches:
+        kernels = {
+            part: StoredArray(step, f"{root}/{match[2]}/{part}/kernel").read()
+            for part in ("gate", "up", "down")
+        }
+        domains = StoredArray(step, match[0]).read()
+        stacked = domains.ndim == 3
+        for i, domains_EM in enumerate(domains if stacked else domains[None]):
+            router = {
+                part: {"kernel": kernel[i] if stacked else kernel}
+                for part, kernel in kernels.items()
+            }
+            layer = i * len(matches) + int(match[3]) if stacked else int(match[3])
+            projected[layer] = cosines(expert_vectors(router, domains_EM))
+    names = names or _experts(step_dir.read_meta(run_dir)) or [*map(str, range(len(domains_EM)))]
+    if len(names) != len(domains_EM):
+        raise load_run.LoadError(
+            f"{run_dir} has {len(domains_EM)} experts, and {len(names)} names are given for their domains."
+        )
+    return {
+        "domains": list(names),
+        "vectors": cosines(domains_EM),  # the same in every layer
+        "projected": {str(layer): projected[layer] for layer in sorted(projected)},
+    }
+
+
+def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
+    """Of each vector with each; 0 with one that is 0."""
+    vectors_EM = np.asarray(vectors_EM, np.float64)
+    norms_E = np.linalg.norm(vectors_EM, axis=-1, keepdims=True)
+    unit_EM = vectors_EM / np.where(norms_E, norms_E, 1.0)
+    return np.round(unit_EM @ unit_EM.T, 5).tolist()
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Means over layers as a reader sees them."""
+    width = max(map(len, (*found["domains"], "task")))
+    lines = []
+    for router in next(iter(found["domains"].values())):
+        means = {
+            key: {task: np.mean(found[key][task][router], axis=0) for task in found["domains"]}
+            for key in ("domains", "chosen")
+        }
+        count = len(next(iter(means["domains"].values())))
+        names = found["experts"]
+        if len(names) != count:
+            names = [f"expert {e}" for e in range(count)]
+        space = max(15, *(len(name) + 2 for name in names))
+        heads = "".join(f"{name:>{space}}" for name in names)
+        lines += ["", f"router of {router}", f"{'task':{width}}{heads}"]
+        for task in found["domains"]:
+            pairs = zip(means["domains"][task], means["chosen"][task], strict=True)
+            cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
+            lines.append(f"{task:{width}}{cells}")
+    return "\n".join(lines[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

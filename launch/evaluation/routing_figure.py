@@ -1,0 +1,56 @@
+"""The shares of launch/evaluation/routing.py, drawn: task by expert, for each router and layer and their mean."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.plots import heat_maps
+
+WORDS = {"mlp": "FFN", "attention": "attention"}
+
+
+def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Writes a PNG of the mean probabilities.
+
+    Args:
+      found: as router_analysis.routing returns it.
+      path: of the PNG.
+    """
+    figure(found["domains"], found["experts"]).savefig(path, dpi=130)
+
+
+def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:
+    """The figure.
+
+    Args:
+      domains: task -> router -> [layer][expert].
+      experts: their names; numbers where there are none, or of another number of experts.
+    """
+    tables = {
+        router: np.array([domains[task][router] for task in domains])  # [task, layer, expert]
+        for router in next(iter(domains.values()))
+    }
+    layers = max(values.shape[1] for values in tables.values())
+    names = {
+        router: list(experts) if len(experts) == values.shape[-1] else range(values.shape[-1])
+        for router, values in tables.items()
+    }
+    size = (len(domains), max(values.shape[-1] for values in tables.values()))
+    drawn, axes = heat_maps.grid(len(tables), layers + 1, size)
+    for line, (router, values) in zip(axes, tables.items(), strict=True):
+        shown = {"mean of layers": values.mean(1)}
+        shown |= {f"layer {i}": values[:, i] for i in range(values.shape[1])}
+        for one, (title, matrix) in zip(line, shown.items(), strict=False):
+            heat_maps.draw(
+                one,
+                matrix,
+                list(domains),
+                [str(name) for name in names[router]],
+                title=f"{WORDS[router]} router, {title}",
+                row_names=one is line[0],
+            )
+        for unused in line[len(shown) :]:
+            unused.set_visible(False)
+    return drawn

@@ -1,0 +1,129 @@
+"""What a model of generated text and code can do: reasoning, knowledge and code by exact match.
+
+Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
+
+  python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
+
+Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; an answer counts
+if it is right to its end. Operands are those that no training document shows.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import cli, environment
+from launch.run import load_run
+
+if TYPE_CHECKING:
+    from data.code_mix.skills import Problem
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate skills",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    load_run.add_flags(parser)
+    parser.add_argument("--json", metavar="FILE", help="also writes the results here")
+    flags = parser.parse_args(argv)
+
+    def call() -> None:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        found = evaluate(flags.checkpoint, params=flags.params)
+        print(table(found))
+        if flags.json:
+            pathlib.Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
+
+    return cli.status_of(call)
+
+
+def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
+    """Asks all problems of all skills, in one batch: models of one shape share its two programs.
+
+    Args:
+      checkpoint: run or step directory.
+      params: see launch/run/load_run.py.
+
+    Returns:
+      As `score`.
+
+    Raises:
+      LoadError: the run was not trained on such documents.
+    """
+    from data.code_mix import skills
+    from launch.config import gin_config
+    from trainers.decoding.decode import Settings
+    from trainers.decoding.decoder import Decoder
+
+    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=[])
+    config = gin_config.load(
+        entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=load_run.default_files(flags),
+    )
+    asked = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
+    with config.entry().load(checkpoint, params=params) as loaded:
+        encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode
+        if getattr(loaded.vocabulary, "symbols", None) != skills.SYMBOLS:
+            raise load_run.LoadError(
+                f"{checkpoint} was trained with {loaded.vocabulary}, not on the documents of "
+                "t5x_configs/data/skills.gin: give a run of t5x_configs/experiments/code_mix/cpu/."
+            )
+        decoder = Decoder(
+            loaded.model,
+            loaded.params,
+            Settings(
+                max_new_tokens=1 + max(len(problem.answer) for problem in asked),
+                eos_ids=loaded.eos_ids,
+                num_ids=loaded.vocabulary.vocab_size,
+            ),
+            batch_size=loaded.batch_size(len(asked), len(asked)),
+            sharding=loaded.row_sharding,
+        )
+        found = decoder([loaded.context(encode(problem.prompt)) for problem in asked])
+    return score(asked, [decode(continuation.tokens) for continuation in found])
+
+
+def score(asked: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
+    """Shares of problems that are answered.
+
+    Returns:
+      {skill: {"exact", "problems", "by_kind": {kind: exact}}}; of knowledge the kinds are quarters of
+      the facts, those stated most often first, else procedures.
+    """
+    right: dict[str, dict[str, list[bool]]] = {}
+    for problem, continuation in zip(asked, continuations, strict=True):
+        kinds = right.setdefault(problem.skill, {})
+        kinds.setdefault(problem.kind, []).append(problem.answered(continuation))
+    out = {}
+    for skill, kinds in right.items():
+        every = [answered for answers in kinds.values() for answered in answers]
+        by_kind = {kind: _mean(answers) for kind, answers in kinds.items()}
+        out[skill] = {"exact": _mean(every), "problems": len(every), "by_kind": by_kind}
+    return out
+
+
+def _mean(answers: Sequence[bool]) -> float:
+    return round(sum(answers) / len(answers), 4)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Exact match as a reader sees it."""
+    lines = []
+    for name, skill in found.items():
+        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in skill["by_kind"].items())
+        lines.append(f"{name:10}{skill['exact']:6.3f} of {skill['problems']} ({kinds})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

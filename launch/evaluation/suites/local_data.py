@@ -1,0 +1,127 @@
+"""Evaluation sets in a local folder, in the files and columns of their public repositories.
+
+    DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst
+
+or in a folder <split>, which is what a download of the repository makes of DATA_DIR/<set>. Nothing is
+downloaded here.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data.text import documents
+
+VARIABLE = "ESPALIER_EVAL_DATA"
+_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+class MissingDataError(FileNotFoundError):
+    """An evaluation set that is not there."""
+
+
+class WrongDataError(ValueError):
+    """An evaluation set that has other columns than its public files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an evaluation set is, and where it comes from.
+
+    Attributes:
+      folder: below the data folder.
+      split: what the names of its files begin with.
+      columns: that are read.
+      configuration: folder below, for repositories of several sets.
+      repository: on the hub; None for a set that is not there.
+      revision: of the repository, where its main one holds other files.
+      how: to get one that is not.
+    """
+
+    folder: str
+    split: str
+    columns: tuple[str, ...]
+    configuration: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    how: str | None = None
+
+
+def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapping[str, Any]]:
+    """The rows of a set.
+
+    Args:
+      source: the set.
+      data_dir: the folder of all sets; None for $ESPALIER_EVAL_DATA.
+
+    Raises:
+      MissingDataError: it is not there, or no folder is given.
+      WrongDataError: a column is missing.
+      DataError: a malformed line.
+    """
+    files = find(source, data_dir)
+    found: list[Mapping[str, Any]] = []
+    for path in files:
+        for where, row in _read(path):
+            missing = [column for column in source.columns if column not in row]
+            if missing:
+                raise WrongDataError(
+                    f"{where}: there is no column {missing[0]!r}, but {', '.join(row)}. Use the set's "
+                    f"public files: {_how(source, path.parent)}"
+                )
+            found.append(row)
+    if not found:
+        raise MissingDataError(f"{files[0]} holds no rows: {_how(source, files[0].parent)}")
+    return found
+
+
+def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[pathlib.Path]:
+    """The files of a set, at least one; errors as of `rows`."""
+    folder = data_dir or os.environ.get(VARIABLE)
+    if not folder:
+        raise MissingDataError(
+            f"Evaluation sets are read from a local folder: give --data_dir=DIR, or set {VARIABLE}."
+        )
+    root = pathlib.Path(folder, source.folder)
+    configured = root / source.configuration if source.configuration else root
+    found = [
+        path
+        for path in sorted(configured.rglob("*"))
+        if path.name.endswith(_KINDS) and path.is_file() and _is_of(path, configured, source.split)
+    ]
+    if not found:
+        raise MissingDataError(
+            f"no {source.split}*.parquet or .jsonl below {configured}: {_how(source, root)}"
+        )
+    # The same split in both formats is one set, not two.
+    kinds = {path.name.endswith(".parquet") for path in found}
+    return found if len(kinds) == 1 else [p for p in found if p.name.endswith(".parquet")]
+
+
+def _is_of(path: pathlib.Path, root: pathlib.Path, split: str) -> bool:
+    return path.name.startswith(split) or split in path.relative_to(root).parts[:-1]
+
+
+def _how(source: Source, root: pathlib.Path) -> str:
+    if source.repository is None:
+        return source.how or "it is not public"
+    revision = f" --revision={source.revision}" if source.revision else ""
+    return f"hf download --repo-type=dataset{revision} {source.repository} --local-dir={root}"
+
+
+def _read(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) of a file."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, ValueError) as error:
+            raise WrongDataError(f"{path} is damaged or no Parquet file: {error}") from None
+        for number, row in enumerate(table.to_pylist()):
+            yield f"{path}, row {number}", row
+        return
+    for number, row in documents.read_json_lines(path, example='{"question": "...", ...}'):
+        yield f"{path}, line {number}", row

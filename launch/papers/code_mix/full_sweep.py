@@ -1,0 +1,72 @@
+"""'To Code, or Not To Code?' at full size: every arm of the paper at 470M, the recipes at 2.8B too.
+
+The folder of data after a colon is DATA_ROOT, with the tokenizer in its `tokenizer` and the evaluation sets in
+its `eval`. To see the runs and their commands, which a cluster runs in the order of their parents:
+
+  python -m launch.sweep --sweep launch/papers/code_mix/full_sweep.py:/data --out /runs/code_mix --dry_run
+"""
+
+import ml_collections
+
+ARMS = "t5x_configs/experiments/code_mix/full/"
+# Recipe -> (file, what it starts from).
+RECIPES = {
+    "text_only": ("text_only", None),
+    "balanced_only": ("balanced_only", None),
+    "balanced_to_text": ("text_continued", "share_50"),
+    "code_to_text": ("text_continued", "code_markup"),
+}
+
+
+def get_config(data: str) -> ml_collections.ConfigDict:
+    arms = {f"share_{share}": _arm(f"code_{share:03d}") for share in (0, 25, 50, 75, 90, 100)}
+    arms |= {name: _arm(name) for name in ("code_markup", "code_adjacent", "code_synth")}
+    arms["balanced_synth"] = _arm("balanced_synth")
+    arms |= {name: _arm(*settings) for name, settings in RECIPES.items()}
+    arms["balanced_synth_to_text"] = _arm("text_continued", "balanced_synth")
+    arms |= {f"{recipe}_cooldown": _arm("cooldown", recipe) for recipe in RECIPES}
+    arms["balanced_to_text_cooldown_without_code"] = _arm("cooldown_no_code", "balanced_to_text")
+    both = {"share_50", "code_markup", *RECIPES}
+    for name, arm in arms.items():
+        arm["sizes"] = ("470m", "2p8b") if name in both else ("470m",)
+    return ml_collections.ConfigDict(
+        {
+            "bindings": tuple(
+                f"{name}={data + place!r}"
+                for name, place in (
+                    ("DATA_ROOT", ""),
+                    ("TOKENIZER", "/tokenizer"),
+                    ("MBPP", "/eval/mbpp.jsonl"),
+                )
+            ),
+            "sizes": {"470m": {}, "2p8b": {"gin_files": (f"{ARMS}size_2p8b.gin",)}},
+            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
+            "evaluations": {
+                "suite": _command("evaluate harness", f"--data_dir={data}/eval"),
+                "humaneval": _code("humaneval", "humaneval"),
+                "mbpp": _code("mbpp", f"{data}/eval/mbpp.jsonl"),
+            },
+        }
+    )
+
+
+def _arm(file: str, parent: str | None = None) -> dict:
+    return {"gin_files": (f"{ARMS}{file}.gin",), **({"parent": parent} if parent else {})}
+
+
+def _code(name: str, problems: str) -> dict:
+    return _command("code", f"--problems={problems}", f"--output={{run}}/{name}.jsonl")
+
+
+def _command(name: str, *flags: str) -> dict:
+    return {
+        "command": (
+            "{python}",
+            "-m",
+            "launch.evaluate",
+            name,
+            "--checkpoint={run}",
+            "--json={json}",
+            *flags,
+        )
+    }

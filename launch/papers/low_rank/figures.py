@@ -1,0 +1,247 @@
+"""Plots of what the language sweep found; none where there is nothing to plot. Those of images: image_figures.py."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.papers.low_rank import image_figures, timing
+from launch.papers.low_rank import sweep as lm
+from launch.papers.shared.low_rank_results import Results
+from launch.plots import intervals
+from launch.plots.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    legend_below,
+    line,
+    panels,
+    plain_ticks,
+    save,
+)
+from launch.plots.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
+
+_INIT_STYLE = {
+    "he": (ORANGE, "He"),
+    "spectral": (BLUE, "spectral"),
+    "spectral_ones": (GREEN, "spectral ones"),
+}
+_SHOWN = ("1e-3", "1e-2")  # lambdas whose spectra are drawn
+_FROM = 100  # updates before which a curve is too steep to compare
+
+
+def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
+    """Writes the figures into `folder`; returns file name -> what it shows."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    results, images = (Results(found.get(part, ())) for part in ("lm", "vision"))
+    figures = {
+        "ranks.png": (
+            _ranks(results),
+            "Perplexity against the rank, by start; dense models as they are and as small as the factors",
+        ),
+        "spectra.png": (
+            _spectra(results),
+            "Singular values over the largest, mean over matrices and seeds, at the start and at the end; the sum "
+            "of a curve is about the effective rank",
+        ),
+        "effective_rank.png": (_effective_rank(results), "Effective rank over training, by decay"),
+        "explanations.png": (
+            _explanations(results),
+            "Perplexity against the effective step and against the effective rank, at the end; small points are "
+            "seeds, lines join lambdas",
+        ),
+        "warm_start.png": (
+            _warm_start(results),
+            "Perplexity over training, factorised at the dashed line; smaller ranks are those of rank_rule = "
+            "'param_ratio'",
+        ),
+        "sizes.png": (
+            _sizes(results, found.get("timing", {})),
+            "Perplexity against parameters and against the measured time of a step",
+        ),
+        **image_figures.figures(images),
+    }
+    return save(figures, folder)
+
+
+def _ranks(results: Results) -> Any:
+    arms = [lm.arm(init, rank) for init in lm.INITS for rank in lm.RANKS]
+    if not results.has("dense", *arms):
+        return None
+    figure, (axes,) = panels(1, (7.5, 4.6))
+    ranks = sorted(lm.RANKS)
+    curves = {
+        label: (colour, [lm.arm(init, rank) for rank in ranks])
+        for init, (colour, label) in _INIT_STYLE.items()
+    }
+    narrow = [lm.narrow(rank) for rank in ranks]
+    if results.has(*narrow):
+        curves["dense, as few parameters"] = (GREY, narrow)
+    for label, (colour, names) in curves.items():
+        line(axes, ranks, results.paired("perplexity", *names), colour, label)
+    dense = intervals.over_seeds(results.values("dense", "perplexity"))
+    axes.axhline(dense["value"], color="black", ls="--", lw=1.5, label="dense")
+    axes.axhspan(dense["low"], dense["high"], color="black", alpha=0.08, lw=0)
+    axes.set_xticks(ranks)
+    axes.set_xlabel("rank, share of the smaller side")
+    axes.set_ylabel("perplexity; band: 95 % over seeds")
+    legend_below(figure, axes, 3)
+    return figure
+
+
+def _profile(results: Results, arm: str, when: str) -> np.ndarray:
+    """Singular values over the largest, mean over matrices and seeds; of a matrix that is zero, zeros."""
+    rows = [
+        np.array(values) / (values[0] or 1.0)
+        for row in results.find(arm).values()
+        for stack in row[when].values()
+        for values in stack
+    ]
+    return np.mean(rows, axis=0)  # all have the rank of the model's width
+
+
+def _spectra(results: Results) -> Any:
+    arms = ["spectral", *(lm.decayed(k, "full", w) for k in lm.DECAYS for w in _SHOWN)]
+    runs = [row for arm in arms for row in results.find(arm).values()]
+    if not results.has(*arms) or not all(row["last_spectra"] for row in runs):
+        return None
+    figure, axes = panels(len(_SHOWN), (11, 4.4), share_y=True)
+    for weight, one in zip(_SHOWN, axes, strict=True):
+        start = _profile(results, "spectral", "first_spectra")
+        index = np.arange(1, len(start) + 1)
+        one.plot(index, start, color="black", ls=":", lw=2, label="start")
+        for kind, (colour, marker) in DECAY_STYLE.items():
+            arm = lm.decayed(kind, "full", weight)
+            values = _profile(results, arm, "last_spectra")
+            label = f"end, {DECAY_NAMES[kind]}"
+            one.plot(
+                index, values, color=colour, marker=marker, ms=4, markevery=4, lw=2, label=label
+            )
+        one.set_title(f"lambda {weight}", fontsize=10)
+        one.set_xlabel("singular value, by size")
+        one.set_ylim(0, 1.02)
+    axes[0].set_ylabel("over the largest")
+    legend_below(figure, axes[0], 4)
+    return figure
+
+
+def _readings(results: Results, arm: str, name: str) -> tuple[list[int], list[np.ndarray]]:
+    """Steps, and at each of them the values over seeds."""
+    runs = [{r["step"]: r[name] for r in row["spectrum"]} for row in results.find(arm).values()]
+    steps = sorted(set.intersection(*map(set, runs)))
+    return steps, [np.array([run[step] for run in runs]) for step in steps]
+
+
+def _effective_rank(results: Results) -> Any:
+    grid = [lm.decayed(kind, "full", weight) for kind in lm.DECAYS for weight in lm.WEIGHTS]
+    if not results.has("spectral", *grid) or not results.values("spectral", "effective_rank").size:
+        return None
+    figure, axes = panels(len(lm.WEIGHTS), (12, 4.2), share_y=True)
+    for weight, one in zip(lm.WEIGHTS, axes, strict=True):
+        for kind, (colour, _) in DECAY_STYLE.items():
+            steps, values = _readings(results, lm.decayed(kind, "full", weight), "effective_rank")
+            line(one, steps, values, colour, DECAY_NAMES[kind])
+        one.set_title(f"lambda {weight}", fontsize=10)
+        one.set_xlabel("updates")
+        one.set_ylim(0, None)
+    axes[0].set_ylabel("effective rank, mean over matrices")
+    legend_below(figure, axes[0], 3)
+    return figure
+
+
+def _explanations(results: Results) -> Any:
+    points = [
+        Point(lm.decayed(kind, rate, weight), kind, rate, weight)
+        for rate in lm.RATES
+        for kind in ("none", *lm.DECAYS)
+        for weight in (("",) if kind == "none" else lm.WEIGHTS)
+    ]
+    return scatter(results, points, "perplexity", "perplexity")
+
+
+def _warm_start(results: Results) -> Any:
+    arms = ("dense", "dense_start", "spectral", "warm_start")
+    if not results.has(*arms):
+        return None
+    styles = {
+        "dense": ("black", "dense"),
+        "spectral": (BLUE, "factors from the start"),
+        "warm_start": (RED, "dense, then factors"),
+        "spectral_ratio": (GREEN, "factors from the start, smaller ranks"),
+        "warm_start_ratio": (PURPLE, "dense, then factors, smaller ranks"),
+    }
+    figure, (axes,) = panels(1, (8.5, 5))
+    starts = results.find("dense_start")
+    for arm, (colour, label) in styles.items():
+        runs = [
+            dict([*(starts[seed]["curve"] if row["parents"] else ()), *row["curve"]])
+            for seed, row in results.find(arm).items()
+        ]
+        if not runs:
+            continue
+        steps = sorted(step for step in set.intersection(*map(set, runs)) if step >= _FROM)
+        curves = [np.array([run[step] for run in runs]) for step in steps]
+        means = [float(values.mean()) for values in curves]
+        axes.plot(steps, means, color=colour, lw=2, marker="o", ms=3, label=label)
+    switch = next(iter(starts.values()))["step"]
+    axes.axvline(switch, color=GREY, ls="--", lw=1.2)
+    axes.annotate(
+        "factorised",
+        (switch, 0.97),
+        (4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        fontsize=9,
+        va="top",
+    )
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel("updates")
+    axes.set_ylabel("perplexity, mean over seeds")
+    legend_below(figure, axes, 2)
+    return figure
+
+
+def _sizes(results: Results, times: Mapping[str, Any]) -> Any:
+    families: dict[str, tuple[str, str, Sequence[str]]] = {
+        "dense": ("black", "o", ["dense", *map(lm.narrow, lm.RANKS)]),
+        "spectral": (BLUE, "s", [lm.arm("spectral", rank) for rank in lm.RANKS]),
+        "spectral, smaller ranks": (PURPLE, "D", ["spectral_ratio"]),
+    }
+    if not results.has(*families["dense"][2], *families["spectral"][2]):
+        return None
+    figure, axes = panels(2 if times else 1, (11 if times else 6.5, 4.6), share_y=True)
+    for label, (colour, marker, arms) in families.items():
+        arms = [arm for arm in arms if results.has(arm)]
+        if not arms:
+            continue
+        scores = [intervals.over_seeds(results.values(arm, "perplexity")) for arm in arms]
+        places = [[{"value": results.values(arm, "parameters").mean() / 1e3} for arm in arms]]
+        if times:
+            places.append([intervals.over_seeds(timing.ratios(times, arm)) for arm in arms])
+        for one, at in zip(axes, places, strict=True):
+            one.errorbar(
+                [place["value"] for place in at],
+                [score["value"] for score in scores],
+                yerr=[
+                    [score["value"] - score["low"] for score in scores],
+                    [score["high"] - score["value"] for score in scores],
+                ],
+                color=colour,
+                marker=marker,
+                ls="-" if len(arms) > 1 else "",
+                capsize=2,
+                label=label,
+            )
+    axes[0].set_xlabel("parameters, thousands")
+    axes[0].set_ylabel("perplexity; bars: 95 % over seeds")
+    if times:
+        axes[1].set_xlabel("time of a step over dense's, measured in turns")
+    legend_below(figure, axes[0], 3)
+    return figure

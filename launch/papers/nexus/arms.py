@@ -1,0 +1,89 @@
+"""Names of the arms of launch/papers/nexus/sweep.py, and what their runs' evaluations say.
+
+Domains of a part are the general one, those of the experts that a mixture is made of, in their order, and last the
+new one, whose expert is added.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from launch.papers.shared.domains import DomainRuns
+
+OLD, NEW = "old-domain loss", "new-domain loss"
+SEED, MERGED = "seed", "merged"
+ROUTERS = {
+    "nexus": "Nexus",
+    "linear": "linear router",
+    "mlp_router": "MLP router",
+    "nexus_random": "Nexus, random vectors",
+    "nexus_one_hot": "Nexus, one-hot vectors",
+}
+LOW = {"nexus_low": "Nexus, weak balance", "linear_low": "linear router, weak balance"}
+Z_LOSS = {"nexus_z_loss": "Nexus, router z-loss"}
+EXTENSIONS = {
+    "ext_nexus": "Nexus",
+    "ext_linear_reset": "linear router, drawn anew",
+    "ext_linear_append": "linear router, row appended",
+    "ext_random": "Nexus, random vectors",
+}
+CONTINUED = "dense_continued"
+BALANCE = {"": 0.05, "_low": 0.0005}  # suffix of an arm -> weight of the balance loss
+BUDGETS = (50, 100, 200, 400)  # updates of an extension
+
+
+class Runs(DomainRuns):
+    """Rows of a part with the arms' names."""
+
+    def label(self, arm: str) -> str:
+        if arm in EXTENSIONS:
+            return f"{EXTENSIONS[arm]}, extended"
+        if arm.startswith("expert_"):
+            return f"expert of {arm.removeprefix('expert_')}"
+        known = {
+            **ROUTERS,
+            **LOW,
+            **Z_LOSS,
+            MERGED: "experts merged",
+            CONTINUED: "dense, all tokens",
+        }
+        return known.get(arm, arm.replace("_", " "))
+
+    @classmethod
+    def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return {OLD: domains[:-1], NEW: domains[-1:]}
+
+    @property
+    def initial(self) -> Sequence[str]:
+        """The domains of the experts before the extension."""
+        return self.domains[1:-1]
+
+    def chosen(self, arm: str) -> np.ndarray | None:
+        """Share of each domain's tokens whose first choice is an expert, mean over layers: [seed, domain, expert].
+
+        None where no run of the arm has the evaluation 'routing' on all domains.
+        """
+        tables = [
+            [np.mean(found["chosen"][domain]["mlp"], axis=0) for domain in self.domains]
+            for found in self.evaluation(arm, "routing")
+            if all(domain in found["chosen"] for domain in self.domains)
+        ]
+        return np.array(tables) if tables else None
+
+    def cosines(self, arm: str) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+        """(names, of the domains' vectors [seed, i, j], of the experts' vectors, mean over layers), or None."""
+        found = self.evaluation(arm, "structure")
+        if not found:
+            return None
+        vectors = np.array([one["vectors"] for one in found])
+        projected = np.array([np.mean(list(one["projected"].values()), axis=0) for one in found])
+        return list(found[0]["domains"]), vectors, projected
+
+
+def expert(domain: str) -> str:
+    return f"expert_{domain}"
+
+
+def start(arm: str) -> str:
+    """The arm that is what another one starts from, made and not trained."""
+    return f"{arm}_start"

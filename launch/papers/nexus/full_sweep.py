@@ -1,0 +1,132 @@
+"""Nexus (arXiv 2408.15901) at full size: experts, mixtures with both routers, anneal, and the code expert that is added.
+
+The folder of data after a colon is DATA_ROOT, with the tokenizer in its `tokenizer` and a trained seed of each size in
+`seed_470m` and `seed_2p8b`, whose training the paper does not describe. Domains are embedded by a text encoder, as in the
+paper, whose own is not public: `sentence_model` is one that sentence-transformers has saved, DOMAIN_DIM its width. To see
+the runs and their commands:
+
+  python -m launch.sweep --sweep launch/papers/nexus/full_sweep.py:/data --out /runs/nexus --dry_run
+"""
+
+import ml_collections
+
+FULL = "t5x_configs/experiments/nexus/full/"
+METHODS = "t5x_configs/methods/nexus/"
+# SlimPajama's shares of tokens, in per cent.
+TOKENS = {
+    "arxiv": 4.6,
+    "books": 4.2,
+    "c4": 26.7,
+    "wikipedia": 3.8,
+    "github": 5.2,
+    "stackexchange": 3.3,
+}
+SIZES = {"470m": tuple(TOKENS), "2p8b": ("arxiv", "books", "c4", "wikipedia")}
+NEW = "code"
+PRETRAINING = 0.25  # of the mixture's tokens; not published
+ANNEALED = 0.7  # and of the anneal's
+DOMAIN_DIM = 1024
+LIMIT = 200_000  # documents of a domain that those embedded are drawn from; all are hundreds of gigabytes
+
+
+def get_config(data: str) -> ml_collections.ConfigDict:
+    arms = {}
+    for size, domains in SIZES.items():
+        arms |= _of_size(data, size, domains)
+    return ml_collections.ConfigDict(
+        {
+            "bindings": (f"DATA_ROOT={data!r}", f"TOKENIZER={data + '/tokenizer'!r}"),
+            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
+        }
+    )
+
+
+def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
+    large = size == "2p8b"
+    sized = (f"{FULL}size_2p8b.gin",) if large else ()
+    budget = ("TRAIN_TOKENS=40e9", "WARMUP_STEPS=3815") if large else ()
+    seed = f"{data}/seed_{size}"
+    arms = {}
+
+    def train(arm: str, file: str, shares: dict, *bindings: str, method: str = "", **parent: str):
+        methods = (f"{METHODS}{method}.gin",) if method else ()
+        arms[f"{arm}_{size}"] = {
+            "gin_files": (f"{FULL}{file}.gin", *sized, *methods),
+            "bindings": (f"SHARES={shares!r}", *bindings),
+            **{key: f"{value}_{size}" for key, value in parent.items()},
+        }
+
+    def make(arm: str, *command: str):
+        arms[f"{arm}_{size}"] = {"made": ("{python}", "-m", *command)}
+
+    every = (*domains, *((NEW,) if large else ()))
+    for domain in every:
+        tokens = ("TRAIN_TOKENS=8e9", "WARMUP_STEPS=763") if domain == NEW else budget
+        train(domain, "expert", {domain: 1.0}, *tokens, f"INITIAL_CHECKPOINT_PATH={seed!r}")
+    read = [
+        "--gin_file=t5x_configs/data/nexus_full.gin",
+        f"--gin.DATA_ROOT={data!r}",
+        f"--gin.TOKENIZER={data + '/tokenizer'!r}",
+        f"--gin.SHARES={dict.fromkeys(every, 0.0) | {domains[0]: 1.0}!r}",
+        f"--limit={LIMIT}",
+    ]
+    sources = [f"--domain={domain}=task:{domain}" for domain in domains]
+    encoder = ("--encoder=sentences", f"--sentence_model={data}/sentence_model")
+    make("domains", "launch.prepare", "embed_domains", *read, *encoder, *sources, "--output={run}")
+    if large:
+        old = f"--extend={{domains_{size}}}"
+        make(
+            "extended",
+            "launch.prepare",
+            "embed_domains",
+            *read,
+            old,
+            f"--domain={NEW}=task:{NEW}",
+            "--output={run}",
+        )
+    experts = [f"{domain}={{{domain}_{size}}}" for domain in domains]
+    mixed, annealed = (_shares(domains, share) for share in (PRETRAINING, ANNEALED))
+    rest = {name: 0.5 / (len(domains) + 1) for name in ("pretraining", *domains)}
+    for arm, router, method in (
+        ("nexus", "projection", "nexus"),
+        ("linear", "linear", "nexus_linear"),
+    ):
+        projected = router == "projection"
+        width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
+        count = (f"EXPERTS={len(domains)}", *width)
+        given = [f"--router={router}", f"--seed_model={seed}"]
+        given += [f"--domains={{domains_{size}}}"] if projected else []
+        make(
+            f"{arm}_start",
+            "launch.upcycle",
+            "--method=nexus",
+            *given,
+            "--experts",
+            *experts,
+            "--to={run}",
+        )
+        train(
+            f"{arm}_mixed", "expert", mixed, *count, *budget, method=method, parent=f"{arm}_start"
+        )
+        train(arm, "anneal", annealed, *count, method=method, parent=f"{arm}_mixed")
+        if large:
+            added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}"]
+            added += [f"--domains={{extended_{size}}}"] if projected else ["--router=reset"]
+            make(f"{arm}_extended", "launch.upcycle", "extend", *added, "--to={run}")
+            more = (f"EXPERTS={len(domains) + 1}", *width)
+            train(
+                f"{arm}_with_{NEW}",
+                "extension",
+                {NEW: 0.5, **rest},
+                *more,
+                method=method,
+                parent=f"{arm}_extended",
+            )
+    return arms
+
+
+def _shares(domains: tuple[str, ...], pretraining: float) -> dict[str, float]:
+    """Domains in proportion to their tokens beside pre-training data; they sum to 1."""
+    total = sum(TOKENS[domain] for domain in domains)
+    found = {domain: (1 - pretraining) * TOKENS[domain] / total for domain in domains}
+    return {"pretraining": pretraining, **found}

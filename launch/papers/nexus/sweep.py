@@ -1,0 +1,169 @@
+"""Upcycling with a router that knows the experts' domains (arXiv 2408.15901), and one expert more, with small models.
+
+A seed, six experts and a seventh for later; mixtures with the projection router, with linear and MLP ones, and with
+domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 37 runs for
+each seed; the domains and the number of seeds after a colon:
+
+  python -m launch.sweep --sweep launch/papers/nexus/sweep.py:synthetic,3 --out runs/nexus/synthetic --workers 2
+"""
+
+import ml_collections
+
+CPU = "t5x_configs/experiments/nexus/cpu/"
+METHODS = "t5x_configs/methods/nexus/"
+# What the seed was trained on, the domains of the experts, and that of the one that is added.
+DOMAINS = {
+    "synthetic": (
+        "lag_general",
+        ("lag_4", "lag_5", "lag_7", "lag_9", "lag_13", "lag_15"),
+        "lag_11",
+    ),
+    "real": (
+        "english",
+        ("docstrings", "python", "markup", "lang_es", "lang_nl", "lang_ja"),
+        "cpp",
+    ),
+}
+SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 600, 600, 400
+DOMAIN_DIM = 64  # below, the noise of a random projection hides which domains are related
+# Arm -> (the embeddings it reads, its router).
+MIXTURES = {
+    "nexus": ("ngrams", "projection"),
+    "linear": ("ngrams", "linear"),
+    "mlp_router": ("ngrams", "mlp"),
+    "nexus_random": ("random", "projection"),
+    "nexus_one_hot": ("one_hot", "projection"),
+}
+LOW = ("nexus", "linear")  # also with a hundredth of the balance loss
+# A mixture that was trained with a router z-loss, and what an expert that is added to it then draws: started only.
+Z_LOSS, Z_START = "nexus_z_loss", "ext_nexus_z_loss_start"
+# Arm -> (the mixture that is extended, flags).
+EXTENSIONS = {
+    "ext_nexus": ("nexus", ()),
+    "ext_linear_reset": ("linear", ("--router=reset",)),
+    "ext_linear_append": ("linear", ("--router=append",)),
+    "ext_random": ("nexus_random", ()),
+}
+
+
+def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
+    kind, _, seeds = text.partition(",")
+    general, domains, new = DOMAINS[kind]
+    mixed = {general: 0.25, **{domain: 0.125 for domain in domains}}
+    extended = {new: 0.5, **{domain: 0.5 / 7 for domain in (general, *domains)}}
+    started = {general: 0.85, **{domain: 0.025 for domain in domains}}
+    arms = {"seed": _trained(started, SEED_STEPS)}
+    for domain in (*domains, new):
+        arms[f"expert_{domain}"] = _trained(
+            {domain: 1.0}, EXPERT_STEPS, "seed", "LEARNING_RATE=1.5e-3"
+        )
+    experts = [f"{domain}={{expert_{domain}}}" for domain in domains]
+    for encoder in ("ngrams", "random", "one_hot"):
+        embed = (
+            "{python}",
+            "-m",
+            "launch.prepare",
+            "embed_domains",
+            f"--gin_file={CPU}{kind}.gin",
+        )
+        settings = (f"--encoder={encoder}", f"--dim={DOMAIN_DIM}") + (
+            ("--seed={SEED}",) if encoder != "one_hot" else ()
+        )
+        sources = [f"--domain={domain}=task:{domain}" for domain in domains]
+        arms[f"{encoder}_domains"] = _made(*embed, *settings, *sources, "--output={run}")
+        if encoder != "one_hot":
+            old = f"--extend={{{encoder}_domains}}"
+            added = f"--domain={new}=task:{new}"
+            arms[f"{encoder}_extended"] = _made(*embed, old, added, "--output={run}")
+    arms["merged"] = _made(
+        *_upcycle("--method=soup"), f"{general}={{seed}}", *experts, "--to={run}", measured=True
+    )
+    total = len(domains) * EXPERT_STEPS + MIXTURE_STEPS
+    arms["dense_continued"] = _trained(mixed, total, "seed")
+    for arm, (encoder, router) in MIXTURES.items():
+        given = [f"--router={router}", "--seed_model={seed}"]
+        if router != "linear":
+            given.append(f"--domains={{{encoder}_domains}}")
+        arms[f"{arm}_start"] = _made(
+            *_upcycle("--method=nexus", *given), *experts, "--to={run}", measured=True, routed=True
+        )
+        arms[arm] = _mixture(mixed, MIXTURE_STEPS, f"{arm}_start", router)
+        if arm in LOW:
+            arms[f"{arm}_low"] = _mixture(
+                mixed, MIXTURE_STEPS, f"{arm}_start", router, "BALANCE_LOSS=0.0005"
+            )
+    for arm, (mixture, flags) in EXTENSIONS.items():
+        encoder, router = MIXTURES[mixture]
+        vectors = () if router == "linear" else (f"--domains={{{encoder}_extended}}",)
+        arms[f"{arm}_start"] = _extended(mixture, new, *flags, *vectors)
+        arms[arm] = _mixture(
+            extended,
+            EXTENSION_STEPS,
+            f"{arm}_start",
+            router,
+            f"EXPERTS={len(domains) + 1}",
+            "LEARNING_RATE=1.5e-3",
+            "EVAL_PERIOD=50",
+        )
+    arms[Z_LOSS] = _mixture(
+        mixed, MIXTURE_STEPS, "nexus_start", "projection", "ROUTER_Z_LOSS=0.001"
+    )
+    arms[Z_START] = _extended(Z_LOSS, new, "--domains={ngrams_extended}")
+    tasks = (general, *domains, new)
+    held_out = (
+        "{python}",
+        "-m",
+        "launch.evaluate",
+        "loss",
+        "--checkpoint={run}",
+        "--max_batches=4",
+    )
+    return ml_collections.ConfigDict(
+        {
+            "seeds": tuple(range(int(seeds or 3))),
+            "gin_files": (f"{CPU}{kind}.gin",),
+            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
+            "evaluations": {
+                "held_out": {"command": (*held_out, f"--tasks={','.join(tasks)}", "--json={json}")},
+                "routing": {
+                    "call": "launch.evaluation.routing:routing",
+                    "arguments": {"tasks": tasks},
+                },
+                "structure": {"call": "launch.evaluation.routing:structure"},
+            },
+        }
+    )
+
+
+def _trained(shares: dict, steps: int, parent: str | None = None, *bindings: str) -> dict:
+    phases = f"stream.make_stream.phases=((0, {shares!r}),)"
+    return {
+        "bindings": (f"TRAIN_STEPS={steps}", phases, *bindings),
+        "evaluations": (),
+        **({"parent": parent} if parent else {}),
+    }
+
+
+def _mixture(shares: dict, steps: int, parent: str, router: str, *bindings: str) -> dict:
+    file = {"projection": "nexus", "linear": "nexus_linear", "mlp": "nexus_mlp"}[router]
+    width = () if router == "linear" else (f"DOMAIN_DIM={DOMAIN_DIM}",)
+    return {
+        **_trained(shares, steps, parent, "EXPERTS=6", *width, *bindings),
+        "gin_files": (f"{METHODS}{file}.gin",),
+        "evaluations": ("routing", *(("structure",) if router == "projection" else ())),
+    }
+
+
+def _upcycle(*flags: str) -> tuple[str, ...]:
+    return ("{python}", "-m", "launch.upcycle", *flags, "--router_seed={SEED}", "--experts")
+
+
+def _extended(mixture: str, new: str, *flags: str) -> dict:
+    command = ("{python}", "-m", "launch.upcycle", "extend", "--router_seed={SEED}")
+    given = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
+    return _made(*command, *given, "--to={run}", measured=True, routed=True)
+
+
+def _made(*words: str, measured: bool = False, routed: bool = False) -> dict:
+    evaluations = (("held_out",) if measured else ()) + (("routing",) if routed else ())
+    return {"made": words, "evaluations": evaluations}

@@ -1,0 +1,89 @@
+"""Draws what watches preference runs for over-optimisation: a board of plots, a table, and what the signals say.
+
+Example, after runs with t5x_configs/methods/preference/indicators.gin:
+
+  python -m launch.papers.preference.board runs/dpo runs/dpo_nll --output=board.html
+
+The page has its plots inside, and can be sent; with --output=board.png all is one image. Runs without indicators show
+their losses and the likelihoods of held-out pairs. docs/preference_indicators.md says what each number is.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    summary, _, example = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.papers.preference.board",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories (MODEL_DIR)")
+    parser.add_argument(
+        "--output", default="board.html", metavar="FILE", help=".html or .png (default board.html)"
+    )
+    flags = parser.parse_args(argv)
+    try:
+        print(write(flags.runs, pathlib.Path(flags.output)))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(directories: Sequence[str], path: pathlib.Path) -> str:
+    """Writes the board of runs to `path`; returns what was found in words.
+
+    Raises:
+      FileNotFoundError: a directory holds no metrics.
+      ValueError: there is nothing to draw, or the file is neither .html nor .png.
+    """
+    from launch import report
+    from launch.papers.preference import board_figure, board_series, board_words
+    from launch.plots import html_page
+
+    if path.suffix not in (".html", ".png"):
+        raise ValueError(f"--output={path}: name a file that ends with .html or .png.")
+    named = report.named(directories)
+    runs = [
+        board_series.read(name, folder)
+        for name, folder in zip(_without_common_end(list(named)), named.values(), strict=True)
+    ]
+    sentences = [f"{run.name}: {board_words.sentence(run)}" for run in runs]
+    if (link := board_words.length_link(runs)) is not None:
+        sentences.append(link)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header, *rows = board_words.table(runs)
+    if path.suffix == ".png":
+        board_figure.draw(runs, path, table=[header, *rows], sentences=sentences)
+    else:
+        image = path.with_suffix(".png.partial")
+        board_figure.draw(runs, image)
+        lines = ["# Preference runs", "", *(f"- {sentence}" for sentence in sentences), ""]
+        lines += [f"![likelihoods and indicators by step]({image.name})", ""]
+        lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+        lines += ["", board_words.LEGEND]
+        html_page.write("\n".join(lines), path)
+        image.unlink()
+    return "\n".join([*sentences, f"the board is {path}"])
+
+
+def _without_common_end(names: Sequence[str]) -> list[str]:
+    """Of the runs of a sweep, dpo/seed0 and ipo/seed0, the seed says nothing."""
+    parts = [name.split("/") for name in names]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ["/".join(part) for part in parts]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,64 @@
+"""Whether a policy still knows the facts of the generated language, which no preference is about."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from data.preference import topic_language
+from model.heads.actor_critic import language_model, language_model_params
+from trainers.decoding.decode import Settings
+from trainers.decoding.sampling import Sampling
+from trainers.hooks import RunContext
+from trainers.preference.indicators.generator import Generator
+from trainers.train_state import TrainState
+
+
+@dataclasses.dataclass(kw_only=True)
+class FactRecall:
+    """A hook: 'facts/accuracy', the share of facts that the likeliest continuation of their prompts says.
+
+    Attributes:
+      run: given by `launch.train`.
+      vocabulary: of the language's symbols.
+      start_token: what is read before each prompt; None for nothing.
+      every: updates between evaluations; there is one before the first and one after the last.
+    """
+
+    run: RunContext
+    vocabulary: Any
+    start_token: int | None = 0
+    every: int = 20
+    at_start: bool = dataclasses.field(default=True, init=False)
+    prefix: str = dataclasses.field(default="facts/", init=False)
+
+    def __post_init__(self):
+        before = [] if self.start_token is None else [self.start_token]
+        end = self.vocabulary.eos_id
+        facts = topic_language.facts()
+        self._answers = [[*self.vocabulary.encode(answer), end] for answer in facts.values()]
+        sharding = self.run.program.batch_sharding
+        devices = sharding.mesh.devices.size
+        self._generator = Generator(
+            language_model(self.run.recipe.model),
+            [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
+            Settings(
+                max_new_tokens=topic_language.ANSWER + 1,
+                sampling=Sampling(temperature=0.0),
+                eos_ids=(end,),
+                num_ids=self.vocabulary.vocab_size,
+            ),
+            batch_size=-(-len(facts) // devices) * devices,
+            sharding=sharding,
+            seed=0,
+        )
+
+    def __call__(
+        self, step: int, state: TrainState, metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        del metrics
+        # Averaged parameters where there are some, as indicators read them.
+        params = state.params if state.ema_params is None else state.ema_params
+        params = language_model_params(self.run.recipe.model, params)
+        outputs = self._generator(params, step)
+        right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
+        return {f"{self.prefix}accuracy": sum(right) / len(right)}

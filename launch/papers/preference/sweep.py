@@ -1,0 +1,71 @@
+"""Preferences followed too far (arXiv 2410.11677) by a small model of a language in which quality is known.
+
+A model is trained, sampled twice for each prompt, and learns from a noisy judge's preferences with DPO, IPO and SLiC's
+hinge of several strengths, with and without an NLL term; beside them, from the reward of its own samples with online DPO,
+RLOO, GRPO and PPO. 24 runs for each seed, of which a run is a minute or two on one core; the number of seeds after a
+colon:
+
+  python -m launch.sweep --sweep launch/papers/preference/sweep.py:3 --out runs/preference/language --workers 2
+"""
+
+import ml_collections
+
+CPU = "t5x_configs/experiments/preference/cpu/"
+# Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
+DPO = {0.01: (0.0, 0.1, 1.0), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0, 1.0), 5.0: (0.0, 1.0)}
+IPO = {0.01: (0.0,), 0.1: (0.0, 1.0), 1.0: (0.0, 1.0)}
+HINGE = {0.0: (0.0, 1.0), 0.1: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
+# Online method -> bindings, by which each learns from 25,600 completions at the rate of the others.
+ONLINE = {
+    "online_dpo": ("LEARNING_RATE=1e-3", "PROMPTS=64"),
+    "rloo": (),
+    "grpo": ("SAMPLES=4", "BATCH_SIZE=128"),
+    "ppo": ("SAMPLES=4", "BATCH_SIZE=128", "TRAIN_STEPS=800", "INDICATORS_PERIOD=80"),
+}
+
+
+def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
+    pairs = ("{python}", "-m", "launch.papers.preference.pairs", "--checkpoint={sft}")
+    arms = {
+        "sft": {"gin_files": (f"{CPU}sft.gin",)},
+        "pairs": {"made": (*pairs, "--to={run}", "--seed={SEED}")},
+    }
+    for method, strengths in {"dpo": DPO, "ipo": IPO, "hinge": HINGE}.items():
+        for strength, weights in strengths.items():
+            for weight in weights:
+                arms[arm(method, strength, weight)] = _learned(method, strength, weight)
+    for method, bindings in ONLINE.items():
+        files = f"{CPU}online.gin", f"t5x_configs/methods/preference/{method}.gin"
+        arms[method] = _from(*files, bindings=bindings)
+    return ml_collections.ConfigDict(
+        {
+            "seeds": tuple(range(int(seeds))),
+            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
+        }
+    )
+
+
+def arm(method: str, strength: float, nll: float = 0.0) -> str:
+    """The name of an arm; gin names of files have no dots, and neither have these."""
+    words = [method, f"{strength:g}", *([f"nll{nll:g}"] if nll else [])]
+    return "_".join(words).replace(".", "p")
+
+
+def _learned(method: str, strength: float, nll: float) -> dict:
+    losses, weights, settings = {
+        "dpo": (["@direct.dpo"], [1.0], [f"BETA={strength}"]),
+        "ipo": (["@direct.ipo"], [1.0], [f"direct.ipo.tau={strength}"]),
+        "hinge": (["@reference_free.slic_hinge"], [1.0], []),
+    }[method]
+    if method == "hinge" and strength:
+        losses, weights = [*losses, "@terms.slic_regulariser"], [*weights, strength]
+    if nll:
+        losses, weights = [*losses, "@terms.nll"], [*weights, nll]
+    bindings = (f"LOSSES=[{', '.join(losses)}]", f"LOSS_WEIGHTS={weights}", *settings)
+    return _from(f"{CPU}preference.gin", bindings=bindings)
+
+
+def _from(*gin_files: str, bindings: tuple[str, ...] = ()) -> dict:
+    """An arm that starts from the model and has its pairs."""
+    pairs = ("PAIRS='{pairs}/pairs.jsonl'", "PAIRS_VALIDATION='{pairs}/held_out.jsonl'")
+    return {"parent": "sft", "gin_files": gin_files, "bindings": (*pairs, *bindings)}

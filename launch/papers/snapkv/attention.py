@@ -1,0 +1,133 @@
+"""What the retrieval model attends to while it answers, and whether the prompt's last window foresees it.
+
+Shapes: E prompts, T prompt length, P positions of a prefix, N query heads, L layers, W windows.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.snapkv import retrieval
+from launch.papers.snapkv.methods import FULL, methods
+from launch.papers.snapkv.retrieval import KERNEL, WINDOW, Retriever
+from trainers.snapkv import cache_analysis, replay
+
+CHOSEN_SHARE = 0.1  # of the prefix that a window's votes choose
+THRESHOLD = 0.05  # an attention weight above it is one that matters
+WINDOWS = 16
+
+
+def hit_rates(
+    retriever: Retriever,
+    *,
+    prompts: int,
+    lines: int,
+    question: retrieval.Question = "last",
+    windows: int = WINDOWS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Hit rates of the choices of the prompt's last windows, by layer.
+
+    All windows choose among the positions before the first of them, which each of them sees whole, by
+    the summed weights of their queries, without pooling. What matters are the weights above the
+    threshold of the queries that generate the second and later tokens with the full cache.
+
+    Returns:
+      {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
+    """
+    rng = np.random.default_rng((seed, lines))
+    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
+    full_EA = retriever.answer(retriever.record(found.tokens_ET), FULL)
+    read_on = retriever.record(np.concatenate([found.tokens_ET, full_EA], axis=1))
+    length = found.tokens_ET.shape[1]
+    prefix = length - windows * WINDOW
+    count = max(round(CHOSEN_SHARE * prefix), 1)
+    ends_E = jnp.full(prompts, length, jnp.int32)
+    by_layer = [_window_hits(record, ends_E, windows, prefix, count) for record in read_on.layers]
+    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _window_hits(
+    record: replay.LayerRecord, ends_E: jax.Array, windows: int, prefix: int, count: int
+):
+    return cache_analysis.window_hits(
+        record,
+        ends_E,
+        windows=windows,
+        window=WINDOW,
+        answer=retrieval.ANSWER_TOKENS - 1,
+        prefix=prefix,
+        count=count,
+        threshold=THRESHOLD,
+    )
+
+
+def overlaps(
+    retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
+) -> dict[str, Any]:
+    """Shares of kept context positions in common, of prompts with one context, by layer.
+
+    Two prompts of the same question differ in the answered example before it; two of different
+    questions in both.
+
+    Returns:
+      {"same": [L, E], "different": [L, E], "chance": expected share of two random choices}.
+    """
+    rng = np.random.default_rng((seed, lines))
+    context = retrieval.draw_lines(rng, prompts, lines)
+    asked_E = rng.integers(lines, size=prompts)
+    other_E = (asked_E + rng.integers(1, lines, size=prompts)) % lines
+    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    prefix = 1 + lines * retrieval.LINE - (WINDOW - retrieval.LINE - 1)  # before every window
+
+    def kept(asked_E: np.ndarray) -> list[jax.Array]:
+        found = retrieval.draw_prompts(rng, context, asked_E=asked_E)
+        recording = retriever.record(found.tokens_ET)
+        caches = replay.compressed(retriever.model, policy, recording, room=1)
+        views = [policy.view(cache).positions_BS for cache in caches]
+        return [cache_analysis.held_positions(at_EXS, prefix) for at_EXS in views]
+
+    first, again, different = kept(asked_E), kept(asked_E), kept(other_E)
+    pairs = {
+        "same": zip(first, again, strict=True),
+        "different": zip(first, different, strict=True),
+    }
+    found = {
+        name: np.stack([cache_analysis.overlap(*pair) for pair in both]).tolist()
+        for name, both in pairs.items()
+    }
+    return {**found, "chance": (capacity - WINDOW) / prefix}
+
+
+def kept_hits(
+    retriever: Retriever,
+    *,
+    prompts: int,
+    lines: int,
+    question: retrieval.Question,
+    capacity: int,
+    seed: int = 0,
+) -> list[Any]:
+    """(hits, attended) [L, E, 2] of what SnapKV keeps, its window included, while it is answered."""
+    rng = np.random.default_rng((seed, lines))
+    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
+    recording = retriever.record(found.tokens_ET)
+    full_EA = retriever.answer(recording, FULL)
+    read_on = retriever.record(np.concatenate([found.tokens_ET, full_EA], axis=1))
+    length = found.tokens_ET.shape[1]
+    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    out = []
+    for cache, shown in zip(
+        replay.compressed(retriever.model, policy, recording, room=1), read_on.layers, strict=True
+    ):
+        held_EKP = cache_analysis.held_positions(policy.view(cache).positions_BS, length)
+        group = shown.q_BTNH.shape[2] // held_EKP.shape[1]
+        later_EQ = jnp.full((prompts, 1), length) + jnp.arange(retrieval.ANSWER_TOKENS - 1)[None]
+        later_ENQP = cache_analysis.attention_weights(shown, later_EQ, length)
+        held_ENP = jnp.repeat(held_EKP, group, axis=1)
+        out.append(np.asarray(cache_analysis.hits(held_ENP, later_ENQP, THRESHOLD)).tolist())
+    return out

@@ -1,0 +1,104 @@
+"""Panels of the reproductions' plots, with values and their intervals over seeds."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.plots import intervals
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#777777",
+)
+
+
+def panels(columns: int, size: tuple[float, float], *, rows: int = 1, share_y: bool = False) -> Any:
+    """A figure and its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[str, str]:
+    """Writes those figures that are there into a folder.
+
+    Args:
+      figures: file name -> (figure or None, what it shows).
+      folder: where to.
+
+    Returns:
+      What each that was written shows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
+    for name in drawn:
+        figures[name][0].savefig(folder / name, dpi=130)
+    return drawn
+
+
+def bar(
+    axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
+) -> None:
+    """A bar with its interval over seeds, and a dot for each seed."""
+    value, error = _interval(values)
+    axes.bar(at, value, width * 0.92, yerr=error, capsize=2, color=colour, label=label)
+    _dots(axes, at, values, width)
+
+
+def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -> None:
+    """The same without the bar, where its foot would mean nothing."""
+    value, error = _interval(values)
+    axes.errorbar(at, value, yerr=error, capsize=4, color=colour, marker="s", ms=7, lw=2)
+    _dots(axes, at, values, width)
+
+
+def _interval(values: np.ndarray) -> tuple[float, list[list[float]]]:
+    shown = intervals.over_seeds(values)
+    return shown["value"], [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
+
+
+def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:
+    spread = np.linspace(-0.2, 0.2, len(values)) * width
+    axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
+
+
+def line(
+    axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
+) -> None:
+    """Means with their intervals over seeds, and the seeds as thin lines."""
+    shown = [intervals.over_seeds(values) for values in curves]
+    axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
+    axes.fill_between(
+        x, [s["low"] for s in shown], [s["high"] for s in shown], color=colour, alpha=0.15, lw=0
+    )
+    for seed in range(len(curves[0])):
+        axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
+
+
+def legend_below(figure: Any, axes: Any, columns: int) -> None:
+    """The legend of some axes, below all of the figure's."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
+    )
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers of a logarithmic axis as people write them."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.MaxNLocator(6))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())

@@ -1,0 +1,167 @@
+"""Keeps the best of several samples of each prompt, and makes pairs of the best and the worst.
+
+Sampling is launch.generate's, with all of its options; this reads the file that it writes:
+
+  python -m launch.generate --checkpoint=RUN --inputs=prompts.jsonl --output=samples.jsonl \\
+    --num_samples=8 --temperature=0.9
+  python -m launch.prepare best_of_n --inputs=samples.jsonl --reward=exact_answer --output=best.jsonl \\
+    --pairs=pairs.jsonl
+
+--output gets the best row of each prompt (the first of equals) with its "reward", all "rewards" in the order
+of the samples, and "best_of", their number n. The policy that best-of-n amounts to is away from the one that
+was sampled by at most log n - (n - 1) / n nats of divergence (arXiv 2401.01879), which is printed.
+
+--pairs gets {"prompt", "chosen", "rejected"} with both rewards for each prompt whose best and worst sample
+differ in reward and text: data for preference learning. A round of it, from the policy that was sampled:
+
+  python -m launch.train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
+    --gin_file=t5x_configs/runs/preference.gin --gin.INITIAL_CHECKPOINT_PATH=RUN --gin.MODEL_DIR=RUN_1 \\
+    --gin.PAIRS=pairs.jsonl --gin.TOKENIZER=RUN/tokenizer --gin.TRAIN_STEPS=200
+
+The next round samples RUN_1, ranks, and trains RUN_2 from it, and so on.
+
+rewards:
+  exact_answer      1 where the text is the row's answer: --answer_key, --answer_pattern
+  reasoning_gym     the package's score of an answer to its problem: --answer_pattern
+  checkpoint:DIR    a reward model, trained with t5x_configs/methods/preference/reward_model.gin
+"""
+
+if __name__ == "__main__":
+    from launch import cli
+    from launch.evaluation import rewards as reward_flags
+
+    def add_flags(parser):
+        group = parser.add_argument_group("samples")
+        group.add_argument(
+            "--inputs", required=True, metavar="FILE", help="rows of launch.generate"
+        )
+        group.add_argument("--output", metavar="FILE", help="the best row of each prompt")
+        group.add_argument("--pairs", metavar="FILE", help="best and worst of each prompt")
+        reward_flags.add(parser)
+
+    def start_run(start):
+        from launch.preparation import best_of_n
+
+        best_of_n.run(start)
+
+    raise SystemExit(
+        cli.main(
+            __doc__,
+            entry="launch.run.load_run:RunConfig",
+            command="prepare best_of_n",
+            extra_flags=add_flags,
+            run=start_run,
+            default_files=reward_flags.default_files,
+            unused={"MODEL": "None", "VOCABULARY": "None"},
+        )
+    )
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.evaluation import rewards as reward_flags
+from launch.evaluation.rewards import RewardError
+from launch.inference import row_files
+
+EXAMPLE = '{"prompt": "...", "sample": 0, "text": "..."}'
+_OF_SAMPLES = ("sample", "ended", "text", "tokens", "logprobs", "score")
+
+Row = Mapping[str, Any]
+
+
+def run(start: Any) -> None:
+    """Ranks as the flags say.
+
+    Raises:
+      RewardError: flags that do not go together, or rows that cannot be ranked.
+    """
+    flags = start.flags
+    if flags.output is None and flags.pairs is None:
+        raise RewardError("Nothing would be written: give --output, --pairs or both.")
+    for path in filter(None, (flags.output, flags.pairs)):
+        row_files.check_output(path)
+    rows = row_files.read(flags.inputs, example=EXAMPLE)
+    groups = grouped(rows)
+    with reward_flags.opened(start) as reward:
+        rewards = iter(reward(rows))
+    ranked = [(group, [next(rewards) for _ in group]) for group in groups]
+    if flags.output is not None:
+        row_files.write(flags.output, (best(*group) for group in ranked))
+    if flags.pairs is not None:
+        row_files.write(flags.pairs, filter(None, itertools.starmap(pair, ranked)))
+    print(summary([found for _, found in ranked]), file=sys.stderr)
+
+
+def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
+    """Samples of each prompt, which are side by side and numbered from 0.
+
+    Raises:
+      RewardError: they are not.
+    """
+    groups: list[list[Row]] = []
+    for where, row in rows:
+        if row.get("sample") == 0:
+            groups.append([])
+        if not groups or row.get("sample") != len(groups[-1]) or "prompt" not in row:
+            raise RewardError(
+                f"{where}: expected the samples of each prompt side by side, numbered from 0, as launch.generate "
+                f"writes them: {EXAMPLE}."
+            )
+        groups[-1].append(row)
+    if not groups:
+        raise RewardError("There are no samples in --inputs.")
+    return groups
+
+
+def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
+    """The row with the largest reward, the first of equals, with what it was chosen by."""
+    i = int(np.argmax(rewards))
+    return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
+
+
+def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | None:
+    """The best and the worst sample as a row of preference data; None where there is nothing to prefer.
+
+    What the prompt's row says beside its samples stays in it.
+    """
+    chosen, rejected = group[int(np.argmax(rewards))], group[int(np.argmin(rewards))]
+    if max(rewards) == min(rewards) or chosen.get("text") == rejected.get("text"):
+        return None
+    prompt = chosen["prompt"]
+
+    def written(row: Row) -> Any:
+        if "text" not in row:
+            raise RewardError("--pairs needs rows with 'text': sample a run with a VOCABULARY.")
+        answer = row["text"]
+        return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+
+    return {
+        **{key: value for key, value in chosen.items() if key not in _OF_SAMPLES},
+        "chosen": written(chosen),
+        "rejected": written(rejected),
+        "chosen_reward": max(rewards),
+        "rejected_reward": min(rewards),
+    }
+
+
+def divergence_bound(n: int) -> float:
+    """log n - (n - 1) / n: nats, at most, between best-of-n and what it samples (arXiv 2401.01879, theorem 1)."""
+    return math.log(n) - (n - 1) / n
+
+
+def summary(rewards: Sequence[Sequence[float]]) -> str:
+    """One line on rewards of all prompts, each with its samples."""
+    sizes = sorted({len(group) for group in rewards})
+    mean = np.mean([np.mean(group) for group in rewards])
+    chosen = np.mean([max(group) for group in rewards])
+    ties = sum(max(group) == min(group) for group in rewards)
+    bounds = ", ".join(f"best of {n} {divergence_bound(n):.3f} nats at most" for n in sizes)
+    return (
+        f"{len(rewards):,} prompts: mean reward {mean:.4g}, of the best {chosen:.4g}; {ties:,} prompts with equal "
+        f"rewards; divergence: {bounds}"
+    )

@@ -1,0 +1,167 @@
+"""Encoders of domains that are models (see data/nexus/domain_encoders.py): a run of ours, or a sentence encoder.
+
+Shapes: N documents, M width of an embedding.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from data.nexus.domain_embeddings import EmbeddingsError
+from launch.run.load_run import LoadedRun
+
+_CHUNK = 256  # documents that a sentence encoder is given at a time
+
+
+class ModelStates:
+    """The mean of a run's final hidden states over the tokens of a document, and over documents."""
+
+    centred = True
+    reads = True
+
+    def __init__(self, run: LoadedRun, settings: Mapping[str, Any], batch_size: int):
+        self._run = run
+        self._batch_size = batch_size
+        self.settings = {**settings, "digest": _params_digest(run.params)}
+
+    def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
+        """See Encoder.
+
+        Raises:
+          EmbeddingsError: no document has a token.
+          LoadError: the run has no vocabulary.
+        """
+        from trainers.decoding.buckets import longest_row
+        from trainers.scoring.mean_states import MeanStates
+        from trainers.scoring.scoring import Row
+
+        run, rows = self._run, []
+        before = run.context([])
+        for text in texts:
+            tokens = run.after_bos(run.encode(text, "a document"))[: self.settings["tokens"]]
+            if (limit := longest_row(run.params)) is not None:
+                tokens = tokens[: limit - len(before)]
+            if tokens:
+                rows.append(Row(context=before, targets=tokens))
+        if not rows:
+            raise EmbeddingsError("no document has a token: give documents that are not empty")
+        size = run.batch_size(self._batch_size, len(rows))
+        states = MeanStates(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        return np.mean(list(states.stream(rows)), axis=0, dtype=np.float64)
+
+
+@contextlib.contextmanager
+def model_states(
+    checkpoint: str, settings: Mapping[str, Any], *, params: str, batch_size: int
+) -> Iterator[ModelStates]:
+    """Restores a run and enters its mesh.
+
+    Args:
+      checkpoint: run or step directory.
+      settings: kind and all settings but the digest.
+      params: see launch/run/load_run.py.
+      batch_size: rows at a time.
+    """
+    import argparse
+
+    from launch.config import gin_config
+    from launch.run import load_run
+
+    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=[])
+    config = gin_config.load(
+        entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=load_run.default_files(flags),
+    )
+    with config.entry().load(checkpoint, params=params) as run:
+        yield ModelStates(run, settings, batch_size)
+
+
+def _params_digest(params: Any) -> str:
+    """SHA-256 of parameters, by name."""
+    import jax
+
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        values = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        found.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return found.hexdigest()
+
+
+class Sentences:
+    """The mean over documents of what a model of the package sentence-transformers makes of each.
+
+    Args:
+      folder: the model; nothing is downloaded.
+      settings: kind and all settings but the digest.
+      batch_size: documents at a time.
+
+    Raises:
+      EmbeddingsError: there is no such folder, or the package is not installed.
+    """
+
+    centred = True
+    reads = True
+
+    def __init__(self, folder: str, settings: Mapping[str, Any], *, batch_size: int):
+        if not os.path.isdir(folder):
+            raise EmbeddingsError(
+                f"--sentence_model={folder}: there is no such folder. Models are not downloaded: give the "
+                "directory of one that sentence-transformers has saved"
+            )
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise EmbeddingsError(
+                "--encoder=sentences needs the package sentence-transformers, which is not installed: "
+                "pip install 'espalier-lm[sentences]', or choose --encoder=ngrams or model"
+            ) from None
+        self.settings = {**settings, "digest": _folder_digest(folder)}
+        self._batch_size = batch_size
+        self._model = SentenceTransformer(folder, local_files_only=True, trust_remote_code=False)
+        longest = self._model.max_seq_length
+        self._model.max_seq_length = min(longest or settings["tokens"], settings["tokens"])
+
+    def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
+        """See Encoder.
+
+        Raises:
+          EmbeddingsError: there is no document.
+        """
+        total, count, chunk = 0.0, 0, []
+        for text in texts:
+            chunk.append(text)
+            if len(chunk) == _CHUNK:
+                total, count, chunk = total + self._sum(chunk), count + len(chunk), []
+        if chunk:
+            total, count = total + self._sum(chunk), count + len(chunk)
+        if not count:
+            raise EmbeddingsError("there is no document: give documents that are not empty")
+        return total / count
+
+    def _sum(self, texts: list[str]) -> np.ndarray:
+        vectors_NM = self._model.encode(
+            texts, batch_size=self._batch_size, convert_to_numpy=True, show_progress_bar=False
+        )
+        return np.asarray(vectors_NM, np.float64).sum(0)
+
+
+def _folder_digest(folder: str) -> str:
+    """SHA-256 of a folder's files and their names, hidden ones left out."""
+    found = hashlib.sha256()
+    root = pathlib.Path(folder)
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        with open(path, "rb") as file:
+            found.update(
+                f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
+    return found.hexdigest()

@@ -1,0 +1,135 @@
+"""Flags of `launch.prepare embed_domains`, and what they mean together."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+# Encoder -> its settings, with their defaults; None is for what has to be given.
+_DRAWN: dict[str, Any] = {"documents": 2000, "tokens": 512, "seed": 0}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "ngrams": {"order": 2, "dim": 1024, **_DRAWN},
+    "model": {"checkpoint": None, "params": "auto", **_DRAWN},
+    "sentences": {"sentence_model": None, **_DRAWN},
+    "random": {"dim": 1024, "seed": 0},
+    "one_hot": {"dim": 1024},
+}
+CONTROLS = ("random", "one_hot")  # they read no documents
+_HELP = """\
+ngrams     how often the n-grams of characters occur, projected at random: --order --dim
+model      mean final hidden states of a trained run: --checkpoint --params
+sentences  a model of the package sentence-transformers: --sentence_model
+random     a control, directions that say nothing: --dim
+one_hot    a control, an axis for each domain: --dim
+Of documents --documents and --tokens are read, drawn by --seed; controls read none, and take NAME alone."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags in groups. Settings of encoders have no default here: an extended file has its own."""
+    files = parser.add_argument_group("domains")
+    files.add_argument("--output", metavar="FILE", help="a new file of embeddings, JSON")
+    files.add_argument(
+        "--extend",
+        metavar="FILE",
+        help="a file of embeddings to add domains to, in place or as another file with --output",
+    )
+    files.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="a domain and its documents, repeatable: a file or a pattern (JSON lines, text, Parquet; also "
+        ".gz and .zst), or task:NAME for a SeqIO task that --gin_file registers",
+    )
+    files.add_argument(
+        "--text_key", default="text", metavar="KEY", help="of texts in JSON and Parquet (text)"
+    )
+    files.add_argument(
+        "--document_per",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="what a document is in text files (default file)",
+    )
+    files.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only the first N documents of each source are read, and drawn from (default all)",
+    )
+    encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
+    encoder.add_argument("--encoder", choices=tuple(ENCODERS), help="(default ngrams)")
+    encoder.add_argument("--order", type=int, metavar="N", help="of n-grams (default 2)")
+    encoder.add_argument("--dim", type=int, metavar="M", help="width of vectors (default 1024)")
+    encoder.add_argument("--checkpoint", metavar="DIR", help="run or step directory")
+    encoder.add_argument("--params", choices=("auto", "raw", "ema"), help="see launch.score")
+    encoder.add_argument(
+        "--sentence_model", metavar="DIR", help="a saved model; none is downloaded"
+    )
+    encoder.add_argument(
+        "--documents", type=int, metavar="N", help="of each domain at most (default 2000)"
+    )
+    encoder.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of each document, the first ones; of ngrams characters (default 512)",
+    )
+    encoder.add_argument(
+        "--seed", type=int, metavar="N", help="of draws and projections (default 0)"
+    )
+    encoder.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="documents at a time (default 32)"
+    )
+
+
+def domains(flags: argparse.Namespace, *, sources: bool) -> dict[str, str]:
+    """Sources by name; empty where none is needed, given or not.
+
+    Raises:
+      EmbeddingsError: a name without a source, or given twice, or a limit that limits nothing.
+    """
+    from data.nexus.domain_embeddings import EmbeddingsError
+
+    if flags.limit is not None and not sources:
+        raise EmbeddingsError("--limit is of encoders that read documents: leave it out")
+    if flags.limit is not None and flags.limit < 1:
+        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
+    found: dict[str, str] = {}
+    for text in flags.domain:
+        name, _, source = text.partition("=")
+        if not name or (sources and not source):
+            raise EmbeddingsError(f"--domain={text}: expected NAME=SOURCE, such as law=law.jsonl")
+        if name in found:
+            raise EmbeddingsError(
+                f"--domain={name} is given twice: give one pattern for all of its files"
+            )
+        found[name] = source if sources else ""
+    return found
+
+
+def settings(flags: argparse.Namespace, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Kind and settings of the encoder: those of flags, or of the file that is extended.
+
+    Raises:
+      EmbeddingsError: a setting of another encoder, out of range or missing, or not that of the file.
+    """
+    from data.nexus.domain_embeddings import PLACES, EmbeddingsError
+
+    kind = flags.encoder or (frozen["kind"] if frozen else "ngrams")
+    names = dict.fromkeys(name for own in ENCODERS.values() for name in own)
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if wrong := [name for name in given if name not in ENCODERS[kind]]:
+        raise EmbeddingsError(
+            f"--{wrong[0]} is no setting of --encoder={kind}, which has "
+            f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: leave it out"
+        )
+    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
+    found = {**begun, **given}
+    for name in PLACES:
+        if name in found and found[name] is None:
+            raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")
+    for name in ("order", "dim", "documents", "tokens"):
+        if found.get(name, 1) < 1:
+            raise EmbeddingsError(f"--{name}={found[name]} must be at least 1")
+    if found.get("seed", 0) < 0:
+        raise EmbeddingsError(f"--seed={found['seed']} must not be negative")
+    return found

@@ -1,0 +1,65 @@
+"""Trains the vocabulary that a data file names, keeps it, and shows how it cuts each task's text.
+
+Example: the corpus of installed packages, half a minute; a run with the same data file finds the
+vocabulary:
+
+  python -m launch.prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
+
+The gin files and bindings of a training command may be given as they are.
+"""
+
+if __name__ == "__main__":
+    from launch import cli
+
+    raise SystemExit(
+        cli.main(
+            __doc__,
+            entry="launch.preparation.vocabulary:make_vocabulary",
+            command="prepare vocabulary",
+            default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
+            part=True,
+        )
+    )
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data import cpu_tensorflow
+from data import tasks as registered
+
+SHOWN_BYTES = 300_000  # of each task
+
+
+def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
+    """Shows a vocabulary on held-out text; that it is an argument is what has trained it.
+
+    Args:
+      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
+      tasks: functions that register the tasks to show it on.
+
+    Returns:
+      Bytes per token of each task.
+    """
+    cpu_tensorflow.load()
+    for register in tasks:
+        register()
+    print(f"{vocabulary}\n{vocabulary.vocab_size} ids\n")
+    print(f"{'task':14s} {'kB':>6s} {'tokens':>8s} {'bytes/token':>11s}")
+    rates = {}
+    for name, source in registered.sources().items():
+        size, tokens = _count(source, vocabulary)
+        rates[name] = size / max(tokens, 1)
+        print(f"{name:14s} {size / 1e3:6.0f} {tokens:8d} {rates[name]:11.2f}")
+    return rates
+
+
+def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
+    """Bytes and tokens of the first documents of the held-out split, or of the only split."""
+    split = "validation" if "validation" in source.splits else source.splits[0]
+    size = tokens = 0
+    for example in source.get_dataset(split, shuffle=False).as_numpy_iterator():
+        size += len(example["text"])
+        tokens += len(vocabulary.encode(example["text"].decode("utf-8")))
+        if size >= SHOWN_BYTES:
+            break
+    return size, tokens

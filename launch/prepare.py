@@ -1,0 +1,24 @@
+"""Prepares what a run needs beforehand: vocabularies, token caches, preference pairs, domain embeddings.
+
+  python -m launch.prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
+  python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
+
+`python -m launch.prepare NAME --help` shows the flags of one preparation, with an example.
+"""
+
+if __name__ == "__main__":
+    from launch import cli
+
+    raise SystemExit(
+        cli.subcommand(
+            __doc__,
+            {
+                "vocabulary": "launch.preparation.vocabulary",
+                "cache": "launch.preparation.cache",
+                "preference_pairs": "launch.preparation.preference_pairs",
+                "best_of_n": "launch.preparation.best_of_n",
+                "synthetic_code": "launch.preparation.synthetic_code",
+                "embed_domains": "launch.preparation.embed_domains",
+            },
+        )
+    )

@@ -1,0 +1,56 @@
+"""What the host adds to a step's metrics: learning rate, tokens or images per second, utilisation."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainers.recipe import Program, Recipe
+from trainers.telemetry import flops, model_flops
+
+
+def rates_of(recipe: Recipe, total_steps: int) -> np.ndarray:
+    """The learning rate of each update, and of the one that would follow the last."""
+    # Tabulated: evaluated one by one they would wait behind the step that is running.
+    rate = jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))
+    return np.asarray(rate(jnp.arange(total_steps + 1)))
+
+
+def host_metrics(
+    recipe: Recipe, program: Program, rates: np.ndarray
+) -> Callable[[int, float], Mapping[str, float]]:
+    per_unit, unit = flops_per_unit(recipe, program), recipe.reads.unit
+    devices = list(program.mesh.devices.flat)
+
+    def values(updates: int, rate: float) -> Mapping[str, float]:
+        # An update is made with the rate of as many as there were before it.
+        found = {"learning_rate": float(rates[max(updates - 1, 0)])}
+        if rate:
+            found[f"{unit}_per_second"] = rate
+            found["model_flops_per_second"] = rate * per_unit
+            mfu = flops.utilisation(rate, per_unit, devices)
+            if mfu is not None:
+                found["mfu"] = mfu
+        return found
+
+    return values
+
+
+def flops_per_unit(recipe: Recipe, program: Program) -> float:
+    """Model FLOPs of training on one token, or on one image."""
+    if recipe.reads.unit == "tokens":
+        return flops_per_token(recipe, program)
+    state = program.abstract_state
+    variables = {"params": state.params, **state.variables}
+    return 3.0 * flops.traced_flops(recipe.model.apply, variables, *recipe.reads.init_arguments())
+
+
+def flops_per_token(recipe: Recipe, program: Program) -> float:
+    """Model FLOPs of training on one token.
+
+    Six for each parameter where the model is of another architecture, whose products are not known.
+    """
+    if "mlp" not in program.boxed_params.get("layers", {}).get("block_0", {}):
+        return 6.0 * program.num_params()
+    return model_flops.train_flops_per_token(recipe.model, recipe.length, program.boxed_params)

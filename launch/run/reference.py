@@ -1,0 +1,156 @@
+"""Streams of preference pairs with a reference model's log-probabilities, from the store or computed before training.
+
+In a run these stand where the streams of pairs would: `train.train.stream = @reference.make_stream`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from data.cache import store as cache
+from data.preference.reference_store import ReferencedStream, ReferenceStore
+from launch.run.load_run import RunConfig
+from trainers.checkpoints import agreement
+from trainers.preference.reference_checkpoint import ReferenceCheckpoint
+from trainers.scoring.scoring import Row, Scorer
+
+_VERSION = 1  # raise it when the same model and tokens begin to give other values
+_PAIRS_AT_ONCE = 4096  # after which what is known is written
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Reference:
+    """The model that a policy is compared with.
+
+    Attributes:
+      model: the linen module.
+      checkpoint: that its parameters are read from.
+      batch_size: sequences at a time.
+      mesh, rules: to run it on.
+      store: directory of known values; None for the one in the cache directory.
+    """
+
+    model: Any
+    checkpoint: ReferenceCheckpoint
+    batch_size: int = 8
+    mesh: Mapping[str, int] | None = None
+    rules: str = "fsdp_tp"
+    store: str | os.PathLike | None = None
+
+    def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
+        """The stream with the reference's values, those computed first that nobody has asked for yet.
+
+        Args:
+          stream: of pairs.
+          steps: whose batches will be read, of the first ones; None for all pairs.
+
+        Raises:
+          ValueError: another reference than the run began with, or one of another vocabulary.
+          ReferenceStoreError: a damaged store.
+          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+        """
+        found = self.checkpoint.find()
+        ours = stream.summary()["vocabulary"]["digest"]
+        theirs = found.meta.get("vocabulary", ours)
+        if theirs != ours:
+            raise ValueError(
+                f"REFERENCE: {found.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
+                f"run's data has ({ours[:12]}): use the vocabulary of the reference."
+            )
+        config = dataclasses.asdict(self.model.config)
+        model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
+        about = {"checkpoint": found.step, "vocabulary": ours}
+        store = ReferenceStore.shared(model, about, root=self.store)
+        if wanted := _wanted(stream, store, steps):
+            self._compute(stream, store, wanted, found.step)
+        return ReferencedStream(stream, store, found.arrays)
+
+    def _compute(
+        self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
+    ) -> None:
+        """Adds to the store what the model says of these pairs."""
+        config = RunConfig(
+            model=self.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
+        )
+        start = stream.summary()["start_token"]
+        before = [] if start is None else [start]
+        pairs = stream.pairs()
+        params = "ema" if self.checkpoint.use_ema else "raw"
+        with (
+            config.load(checkpoint, params=params) as run,
+            tqdm(total=len(wanted), desc="reference", unit="pair") as bar,
+        ):
+            size = run.batch_size(self.batch_size, 2 * len(wanted))
+            scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+            for first in range(0, len(wanted), _PAIRS_AT_ONCE):
+                digests = wanted[first : first + _PAIRS_AT_ONCE]
+                store.add(digests, _values(scorer, before, map(pairs.ids, digests)))
+                bar.update(len(digests))
+
+
+def _values(
+    scorer: Callable[[Sequence[Row]], Sequence[np.ndarray]],
+    before: Sequence[int],
+    pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """Log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
+
+    What several pairs have in common is scored once: the best of many answers, or in unpaired data the completion of
+    another prompt, which all examples of one prompt share.
+    """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    place_of_each = [
+        places.setdefault((tuple(prompt.tolist()), tuple(completion.tolist())), len(places))
+        for prompt, *completions in pairs
+        for completion in completions
+    ]
+    rows = [Row(context=[*before, *prompt], targets=targets) for prompt, targets in places]
+    sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
+    return np.array(sums, np.float32)[place_of_each].reshape(-1, 2)
+
+
+def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
+    """Digests that a process lacks, the same for all processes, in the stream's order.
+
+    Each process knows what its own disk holds; what one lacks all compute together.
+    """
+    digests = list(stream.pairs().digests)
+    if steps is not None and steps * stream.batch_size < len(digests):
+        rows = (stream.row_ids(step, 0, stream.batch_size) for step in range(steps))
+        digests = list(dict.fromkeys(d for batch in rows for row in batch for d in row if d))
+    lacking = set(store.missing(digests))
+    masks = agreement.gather(np.packbits([digest in lacking for digest in digests]).tobytes().hex())
+    anywhere = np.bitwise_or.reduce([np.frombuffer(bytes.fromhex(m), np.uint8) for m in masks])
+    chosen = np.unpackbits(anywhere)[: len(digests)]
+    return [digest for digest, missing in zip(digests, chosen, strict=True) if missing]
+
+
+def make_stream(
+    *,
+    reference: Reference,
+    stream: Callable[..., Any],
+    steps: int | None = None,
+    positions: Mapping[str, Any] | None = None,
+) -> ReferencedStream:
+    """The training stream of pairs that `stream` opens, called with (positions=) to read on where a run stopped.
+
+    Args:
+      reference: the model that the policy is compared with.
+      stream: opens the pairs.
+      steps: of the run.
+      positions: see data/stream/stream.py.
+    """
+    opened = stream() if positions is None else stream(positions=positions)
+    return reference.read(opened, steps=steps)
+
+
+def make_eval_stream(
+    *, task: str, reference: Reference, stream: Callable[..., Any], steps: int | None = None
+) -> ReferencedStream:
+    """The held-out stream of a task, which `stream` opens, called with (task=); `steps` are what is read of it."""
+    opened = stream(task=task)
+    return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))

@@ -1,0 +1,313 @@
+"""A run's directory: what was run, with what, where, and whether it may go on there.
+
+config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
+run.json                           commit, command, versions, environment, host, mesh, data
+vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
+tokenizer/                         in its place, the files of an imported tokenizer
+parameters.txt                     every parameter with shape, axes and sharding
+metrics.jsonl, tensorboard/, checkpoints/<step>/
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import IO, Any
+
+from launch import environment
+from launch.config import config_diff
+from launch.config.gin_source import ROOT
+
+# What a run may change when it goes on: how long it runs, what it writes, and on which devices.
+# Names as in config_diff.first_difference.
+MAY_CHANGE = (
+    "MODEL_DIR",
+    "TRAIN_STEPS",
+    "TRAIN_TOKENS",
+    "EVAL_PERIOD",
+    "EVAL_STEPS",
+    "CHECKPOINT_PERIOD",
+    "LOG_PERIOD",
+    "INITIAL_CHECKPOINT_PATH",
+    "INITIAL_SCOPE",
+    "INITIAL_DATA",
+    "INITIAL_TRANSFORM",
+    "INITIAL_MOMENTS",
+    "INDICATORS_STOP",
+    "MESH",
+    "train.model_dir",
+    "train.total_steps",
+    "train.total_tokens",
+    "train.eval_period",
+    "train.eval_steps",
+    "train.eval_tasks",
+    "train.checkpoint_period",
+    "train.checkpointer",
+    "train.log_period",
+    "train.initial_checkpoint_path",
+    "train.initial_scope",
+    "train.initial_data",
+    "train.initial_transform",
+    "train.initial_moments",
+    "train.writers",
+    "train.hooks",
+    "train.profile",
+    "ProfilerWindow",
+    "Anomaly",
+    "Checkpointer",
+    "PreferenceIndicators.stop",
+    "WandbWriter",
+    "Recipe.mesh",
+    "Recipe.rules",
+)
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
+             "seqio", "tensorflow", "espalier-lm")  # fmt: skip
+_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TF_",
+                "GLIBC_TUNABLES", "ESPALIER_", "OMP_NUM", "SLURM_JOB_ID", "SLURM_NNODES")  # fmt: skip
+
+
+class RunDirectoryError(ValueError):
+    """The directory belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths in a run's directory and the files that describe the run.
+
+    Only the process that is the `writer` writes; all may read. Until it is closed a
+    writer's directory is locked: another run that is started in it ends with an error.
+    """
+
+    path: str
+    writer: bool = True
+    lock: IO[str] | None = None
+
+    def close(self) -> None:
+        """Gives the directory free for another process."""
+        if self.lock is not None:
+            self.lock.close()
+
+    @property
+    def checkpoints(self) -> str:
+        return os.path.join(self.path, "checkpoints")
+
+    @property
+    def tensorboard(self) -> str:
+        return os.path.join(self.path, "tensorboard")
+
+    @property
+    def metrics(self) -> str:
+        return os.path.join(self.path, "metrics.jsonl")
+
+    @property
+    def started(self) -> bool:
+        """Whether training has begun here; a start that failed before leaves nothing to protect."""
+        saved = os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints)
+        return bool(saved) or os.path.exists(self.metrics)
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a small text file, whole or not at all."""
+        if self.writer:
+            temporary = self.file(f".{name}.tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, self.file(name))
+
+    def record(self, **facts: Any) -> None:
+        """Adds facts known only later (mesh, data fingerprint, parameter count) to run.json.
+
+        Raises:
+          RunDirectoryError: `data_fingerprint` is not that of an earlier start of this run.
+        """
+        run = read_run(self.path)
+        earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
+        earlier = [fingerprint for fingerprint in earlier if fingerprint is not None]
+        new = facts.get("data_fingerprint")
+        if new is not None and earlier and earlier[-1] != new:
+            raise RunDirectoryError(
+                f"The data of the run in {self.path} has changed: its fingerprint was "
+                f"{earlier[-1]} and is now {new}. Going on would repeat or lose examples. Bring "
+                f"the data, vocabulary and preprocessing back, or start in another MODEL_DIR (from "
+                f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
+            )
+        self.write("run.json", _json({**run, **facts}))
+
+    def write_operative_config(self, text: str) -> None:
+        """The bindings and defaults actually used; call it when all has been configured."""
+        self.write("operative_config.gin", text)
+
+
+def prepare(
+    path: str,
+    config: str,
+    *,
+    may_change: Iterable[str] = MAY_CHANGE,
+    writer: bool = True,
+) -> RunDir:
+    """Creates the directory, or makes sure that the run in it is the one to be continued.
+
+    Args:
+      path: the directory (MODEL_DIR).
+      config: gin_config.config_str().
+      may_change: macros and bindings that a continued run may set anew.
+      writer: whether this process writes; one per run.
+
+    Raises:
+      RunDirectoryError: the directory holds a run of another configuration, or is no run's; or the
+        path is an address of an object store; or another process is training in it.
+    """
+    if "://" in path:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is an address, but a run's directory is a folder that all its "
+            "processes see: mount the bucket and give the folder, or use a shared file system."
+        )
+    path = os.path.abspath(os.path.expanduser(path))
+    run = RunDir(path, writer, _lock(path) if writer else None)
+    try:
+        _continue(run, config, tuple(may_change))
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _lock(path: str) -> IO[str] | None:
+    """Locks a run's directory for this process, which the system undoes when the process ends."""
+    os.makedirs(path, exist_ok=True)
+    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise RunDirectoryError(
+            f"{path} is in use: {holder} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
+    """Makes sure that the directory is this run's, and describes the new start."""
+    path = run.path
+    old = _read(run.file("config.gin")) if run.started else None
+    if old is None and os.path.isdir(run.checkpoints) and os.listdir(run.checkpoints):
+        raise RunDirectoryError(
+            f"{path} holds checkpoints but no config.gin, so that nothing tells which run they are "
+            "of. Use another MODEL_DIR, or put the run's config.gin back."
+        )
+    difference = None
+    try:
+        if old is not None:
+            difference = config_diff.first_difference(old, config, may_change)
+    except config_diff.UnreadableConfigError as error:
+        raise RunDirectoryError(
+            f"{path}/config.gin cannot be read, so that nothing tells which run the directory "
+            f"holds: {error}. Use another MODEL_DIR, or put the run's config.gin back."
+        ) from None
+    if difference:
+        raise RunDirectoryError(
+            f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "
+            f"set the value back, or delete the directory. (A run that goes on may change "
+            f"{', '.join(name for name in may_change if name.isupper())}.)"
+        )
+    if run.writer:
+        previous = read_run(path) if run.started else {}
+        facts = describe_process()
+        if previous:
+            earlier = previous.pop("earlier", [])
+            facts["earlier"] = [*earlier, previous]
+        run.write("config.gin", config)
+        run.write("run.json", _json(facts))
+
+
+def read_run(path: str) -> dict[str, Any]:
+    """The contents of run.json, or nothing."""
+    text = _read(os.path.join(path, "run.json"))
+    if text is None:
+        return {}
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(
+            f"{path}/run.json is damaged ({error}). Delete it; it only describes the run."
+        ) from None
+
+
+def describe_process() -> dict[str, Any]:
+    """Code, command, versions and machine of this process."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_commit(),
+        "command": sys.orig_argv,
+        "directory": os.getcwd(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+        "cache": environment.cache_dir(),
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        },
+    }
+
+
+def mesh_facts(mesh: Any) -> dict[str, Any]:
+    """The mesh as run.json records it."""
+    return {
+        "axes": dict(zip(mesh.axis_names, mesh.devices.shape, strict=True)),
+        "devices": mesh.devices.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "processes": len({device.process_index for device in mesh.devices.flat}),
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the repository and whether files differ from it; None outside of git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2, default=str) + "\n"
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,218 @@
+"""The weights of a run as a checkpoint that Hugging Face's transformers reads."""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data.tokenizers import hf_tokenizer
+from launch.run import run_vocabulary
+from launch.weights.import_weights import ConvertError, check_space, new_directory, progress
+from model.hf.description import describe, differences
+from model.hf.families import family_named, family_of_model
+from model.hf.family import Family, UnsupportedModel
+from model.hf.files.safetensors_files import SafetensorsWriter
+from model.hf.mapping import Piece
+from model.hf.plan import FLOATS, copy_cast
+from trainers.checkpoints import array_files, manifest, step_dir
+from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+
+_BLOCK_BYTES = 1 << 24
+# What config.json says beside the maths; kept where a changed model is given back.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
+
+
+def export_hf(
+    checkpoint: str,
+    model: Any,
+    target: str,
+    *,
+    params: str = "auto",
+    family: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes config.json, generation_config.json and safetensors of a run's newest good step.
+
+    Args:
+      checkpoint: step or run directory.
+      model: the linen module it is of.
+      target: directory, which must not exist.
+      params: see launch/run/load_run.py.
+      family: a name of model/hf/families.py; None for the one it came from, or the first that can
+        express the model.
+      dtype: of all tensors; None for what the run has.
+      shard_bytes: most data in one file.
+
+    Raises:
+      ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
+    """
+
+    def read(step: Any) -> None:
+        recorded = step_dir.read_manifest(step)
+        if problems := manifest.check_files(step, recorded.files):
+            raise DamagedCheckpointError(step, problems)
+        meta = step_dir.read_record(step, recorded)["meta"]
+        with new_directory(target) as partial:
+            _export(step, recorded, meta, model, partial, params, family, dtype, shard_bytes)
+
+    step_dir.newest_good(checkpoint, read)
+
+
+def _export(
+    step: Any,
+    recorded: Manifest,
+    meta: Mapping[str, Any],
+    model: Any,
+    folder: str,
+    params: str,
+    name: str | None,
+    dtype: str | None,
+    shard_bytes: int,
+) -> None:
+    source = meta.get("hf", {})
+    family = _family(model, name or source.get("family"), asked=name is not None)
+    root = _root(step, recorded, params)
+    pieces = family.pieces(model)
+    arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
+    if missing := sorted(path for path, entry in arrays.items() if entry is None):
+        raise ConvertError(
+            f"checkpoint {step} has no {root}{missing[0]}, so that it is of another model than its "
+            "configuration says. Give the configuration it was saved with: --gin_file=FILE."
+        )
+    shapes = family.shapes(model)
+    dtypes = {
+        piece.hf: FLOATS[
+            dtype or source.get("dtypes", {}).get(piece.hf) or arrays[piece.native].dtype
+        ]
+        for piece in pieces
+    }
+    sizes = {hf: math.prod(shapes[hf]) * dtypes[hf].itemsize for hf in shapes}
+    check_space(folder, sum(sizes.values()))
+    main = max(
+        set(dtypes.values()), key=lambda x: sum(sizes[hf] for hf in shapes if dtypes[hf] == x)
+    )
+    if missing := run_vocabulary.export_files(step_dir.run_folder(step), folder):
+        print(f"note: {missing}.", file=sys.stderr)
+    config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
+    generation = _generation(folder, config, source)
+    # A run that was not imported knows them by its tokenizer's files alone.
+    config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
+    _write_json(folder, "config.json", config)
+    _write_json(folder, hf_tokenizer.GENERATION, generation)
+    tensors = {hf: (dtypes[hf], shapes[hf]) for hf in shapes}
+    with (
+        SafetensorsWriter(folder, tensors, shard_bytes=shard_bytes) as writer,
+        progress(sum(sizes.values())) as bar,
+    ):
+        for group in _groups(pieces):
+            _write_group(step, recorded, root, group, writer, bar)
+
+
+def _family(model: Any, name: str | None, *, asked: bool) -> Family:
+    if name is None:
+        return family_of_model(model)
+    family = family_named(name)
+    try:
+        family.config(model)
+    except UnsupportedModel:
+        if asked:
+            raise
+        return family_of_model(model)  # Trained on as something else since it was imported.
+    return family
+
+
+def _root(step: Any, recorded: Manifest, params: str) -> str:
+    averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
+    if params == "ema" and not averaged:
+        raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
+    return "ema_params/" if params == "ema" or (params == "auto" and averaged) else "params/"
+
+
+def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json it came with, if it is still of this model; else one of the model."""
+    given = source.get("config", {})
+    if source.get("family") == family.name and not differences(
+        describe(model), describe(family.model(given))
+    ):
+        return dict(given)
+    return {**{key: given[key] for key in _KEPT if key in given}, **family.config(model)}
+
+
+def _generation(
+    folder: str, config: Mapping[str, Any], source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """generation_config.json: the one it came with, else that of the tokenizer's files."""
+    if given := source.get("generation_config"):
+        return given
+    known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    path = pathlib.Path(folder, hf_tokenizer.GENERATION)
+    return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}
+
+
+def _write_json(folder: str, name: str, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    pathlib.Path(folder, name).write_text(text, encoding="utf-8")
+
+
+def _groups(pieces: list[Piece]) -> list[list[Piece]]:
+    """Pieces by native array; arrays that share tensors (GPT-2's query, key and value) together."""
+    leader: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for piece in pieces:
+        leader.setdefault(piece.native, owner.get(piece.hf, piece.native))
+        owner.setdefault(piece.hf, leader[piece.native])
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(leader[piece.native], []).append(piece)
+    return list(groups.values())
+
+
+def _write_group(
+    step: Any,
+    recorded: Manifest,
+    root: str,
+    pieces: list[Piece],
+    writer: SafetensorsWriter,
+    bar: Any,
+) -> None:
+    """Writes the tensors that some arrays hold, and checks the arrays against their digests."""
+    stores = {x: array_files.StoredArray(step, root + x) for x in {p.native for p in pieces}}
+    digests = dict.fromkeys(stores, 0)
+    by_tensor: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_tensor.setdefault(piece.hf, []).append(piece)
+
+    def region(piece: Piece, rows: tuple[int, int] | None = None) -> np.ndarray:
+        values = stores[piece.native].read(piece.native_at, rows)
+        start = [*piece.native_at, *(0 for _ in values.shape)]
+        start[len(piece.native_at)] += rows[0] if rows else 0
+        whole = values.reshape((1,) * len(piece.native_at) + values.shape)
+        digests[piece.native] += manifest.block_digest(whole, start)
+        return values
+
+    for hf, parts in by_tensor.items():
+        info = writer.tensors[hf]
+        first = parts[0]
+        if len(parts) == 1 and not first.transpose and first.hf_columns is None and info.shape:
+            step_rows = max(1, _BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
+            for low in range(0, info.shape[0], step_rows):
+                values = region(first, (low, min(low + step_rows, info.shape[0])))
+                part = np.empty(values.shape, info.dtype)
+                copy_cast(part, values, hf)
+                writer.write(hf, part, low)
+        else:
+            tensor = np.empty(info.shape, info.dtype)
+            for piece in parts:
+                values = region(piece)
+                copy_cast(piece.region(tensor), values.T if piece.transpose else values, hf)
+            writer.write(hf, tensor)
+        bar.update(info.nbytes)
+    damaged = [x for x in digests if digests[x] % 2**64 != recorded.arrays[root + x].digest]
+    if damaged:
+        raise DamagedCheckpointError(step, {}, [root + x for x in sorted(damaged)])

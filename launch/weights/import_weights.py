@@ -1,0 +1,196 @@
+"""Weights of other projects as a run of this one: `config.gin` and a step that every command reads."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from data.tokenizers import gguf_tokenizer, hf_tokenizer
+from launch.config import gin_writer
+from launch.run import run_vocabulary
+from launch.run.load_run import CONFIG
+from model.hf.families import family_of_config
+from model.hf.files.gguf_file import GgufReader
+from model.hf.files.safetensors_files import SafetensorsReader, read_json
+from model.hf.plan import Plan, narrow_names, plan
+from trainers.checkpoints import step_dir, stream_checkpoint
+from trainers.checkpoints.stream_checkpoint import StreamedArray
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be done as asked."""
+
+
+def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
+    """Writes a run directory with the weights of a Hugging Face checkpoint.
+
+    Args:
+      source: directory with config.json and safetensors.
+      target: run directory, which must not exist.
+      dtype: in which weights are stored; None for that of the files.
+
+    Raises:
+      ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
+      CheckpointSaveError.
+    """
+    folder = pathlib.Path(source)
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    record = {"generation_config": read_json(generation)} if generation.exists() else {}
+    family_of_config(config)  # What cannot be read is said before files are opened.
+    with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
+        _write(tensors, config, record, partial, dtype, tokenizer=folder)
+
+
+def import_gguf(source: str, target: str, *, dtype: str | None = None) -> None:
+    """As `import_hf`, of a GGUF file; float32 without `dtype`."""
+    with (
+        GgufReader(source) as tensors,
+        new_directory(target) as partial,
+        tempfile.TemporaryDirectory() as tokenizer,
+    ):
+        gguf_tokenizer.write(tensors.tokenizer(), tokenizer)
+        _write(tensors, tensors.config, {}, partial, dtype, tokenizer=pathlib.Path(tokenizer))
+
+
+def _write(
+    tensors: Any,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    folder: str,
+    dtype: str | None,
+    *,
+    tokenizer: pathlib.Path,
+) -> None:
+    family = family_of_config(config)
+    model = family.model(config)
+    checked = plan(family, model, tensors, dtype=dtype)
+    check_space(folder, checked.nbytes)
+    sizes: dict[str, int] = {}
+    for array in checked.arrays.values():
+        sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.nbytes
+    stored = max(sizes, key=lambda name: sizes[name])
+    model = model.clone(config=dataclasses.replace(model.config, param_dtype=stored))
+    meta = {
+        "hf": {
+            "family": family.name,
+            "config": config,
+            "dtypes": {} if dtype else narrow_names(checked),
+            **record,
+        },
+        "start_token": None,  # Nothing precedes a text but the tokenizer's own BOS.
+        **_keep_tokenizer(folder, tokenizer),
+    }
+    text = gin_writer.write(model)
+    pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
+    with progress(checked.nbytes) as bar:
+        arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
+        stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
+
+
+def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
+    """Keeps a checkpoint's tokenizer with the run; returns what its record says of texts."""
+    if not any(
+        (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
+    ):
+        print(f"{source} has no tokenizer: the run takes tokens, not texts.", file=sys.stderr)
+        return {}
+    digest = run_vocabulary.save_files(folder, source)
+    files = getattr(run_vocabulary.load(folder=folder), "files", None)
+    if files is not None:
+        return {"vocabulary": digest, "add_bos": files.adds_bos}
+    # A SentencePiece model alone; transformers begins texts with BOS unless it is told otherwise.
+    path = source / hf_tokenizer.CONFIG
+    said = read_json(path) if path.exists() else {}
+    return {"vocabulary": digest, "add_bos": bool(said.get("add_bos_token", True))}
+
+
+def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:
+    target = checked.arrays[path]
+
+    def blocks() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for start, values in checked.blocks(path):
+            yield start, values
+            bar.update(values.nbytes)
+
+    return StreamedArray(target.shape, target.dtype, target.chunk, blocks)
+
+
+def progress(total: int) -> Any:
+    """A bar over bytes, where someone looks."""
+    return tqdm.tqdm(
+        total=total, unit="B", unit_scale=True, desc="weights", disable=not sys.stderr.isatty()
+    )
+
+
+def check_space(folder: str, needed: int) -> None:
+    """Raises ConvertError where the disk has not the room."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConvertError(
+            f"{os.path.dirname(folder)} has {free / 1e9:.1f} GB free, and the weights take "
+            f"{needed / 1e9:.1f} GB. Free some space, or write to another disk."
+        )
+
+
+@contextlib.contextmanager
+def new_directory(target: str) -> Iterator[str]:
+    """A directory to fill, which becomes `target` at the end and is gone after an error.
+
+    A process that is killed leaves `.<target>.partial`, which counts for nothing and is removed by the
+    next conversion to the same target.
+
+    Raises:
+      ConvertError: the target exists, or another process is writing it.
+    """
+    target = os.path.abspath(target)
+    parent, name = os.path.split(target)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise ConvertError(f"{target} exists: give another directory, or remove it first.")
+    partial = os.path.join(parent, f".{name}.partial")
+    with _parents(parent), _locked(f"{partial}.lock", target):
+        shutil.rmtree(partial, ignore_errors=True)
+        os.mkdir(partial)
+        try:
+            yield partial
+            os.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _parents(folder: str) -> Iterator[None]:
+    """Makes a directory and those above it; after an error they are gone again, unless used."""
+    above = [folder, *map(str, pathlib.Path(folder).parents)]
+    made = [path for path in above if not os.path.isdir(path)]
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # Others have put something there since.
+            for path in made:
+                os.rmdir(path)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: str, target: str) -> Iterator[None]:
+    with open(path, "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvertError(f"Another process is writing {target}: wait for it.") from None
+        try:
+            yield
+        finally:
+            os.unlink(path)

@@ -1,0 +1,127 @@
+"""A mixture of attention experts, of which every token mixes what all or its `top_k` return (BAM, arXiv 2408.08274).
+
+MoA(x)_t = sum_j g_j(x_t) A_j(x)_t: the gates are the query's, and every expert attends over all tokens before it
+with keys and values of its own, or with those that all share. Experts are heads: N experts of h heads are N h heads
+whose outputs are weighed before one output projection, so that caches, kernels and shardings are those of attention.
+
+Shapes: B batch, T length, D width, E experts, K key/value heads, G query heads for each, H head dim. Heads are in
+the order [E, K, G] where experts have keys and values of their own, and [K, E, G] where they share them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.attention import Attention
+from model.linear import Dense
+from model.moe import routing
+
+
+class MixtureOfAttention(Attention):
+    """Attention experts behind a router of their own.
+
+    What each expert is, the fields of `Attention` say; `config` counts the heads of one. The gates of all
+    experts are sown as `router_probs` [B, T, E] into the collection 'intermediates', statistics into 'metrics'.
+
+    Attributes:
+      num_experts: E.
+      top_k: experts that a token mixes, by their probabilities; None for all of them (soft routing).
+      shared_kv: whether keys and values are one set for all experts, which makes the cache a dense model's.
+      router: factory of the router's projection, computed in float32.
+      balance_loss: weight of routing.balance_loss, for `top_k`.
+
+    Raises:
+      ValueError: more experts per token than there are.
+    """
+
+    num_experts: int = 4
+    top_k: int | None = None
+    shared_kv: bool = False
+    router: Callable[..., nn.Module] = Dense
+    balance_loss: float = 0.0
+
+    def __post_init__(self):
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"MixtureOfAttention.top_k = {self.top_k} must lie between 1 and num_experts = "
+                f"{self.num_experts}; None mixes all."
+            )
+        super().__post_init__()
+
+    @property
+    def query_heads(self) -> int:
+        return self.num_experts * self.config.num_heads
+
+    @property
+    def cache_heads(self) -> int:
+        return self.config.kv_heads * (1 if self.shared_kv else self.num_experts)
+
+    def weighed(
+        self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
+        """Heads times the gates of their expert."""
+        gates_BTE = self._gates(x_BTD, segments_BT).astype(heads_BTNH.dtype)
+        inner = self.config.num_heads // self.config.kv_heads  # heads that lie together
+        outer = self.config.kv_heads
+        if not self.shared_kv:
+            inner, outer = inner * outer, 1
+        gates_BTN = jnp.tile(jnp.repeat(gates_BTE, inner, axis=-1), outer)
+        return heads_BTNH * gates_BTN[..., None]
+
+    def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        """The weight of each expert, 0 for those that a token does not mix, float32."""
+        logits_BTE = self.router(
+            features=self.num_experts,
+            axes=(axes.EMBED, axes.UNMODELED),
+            dtype=jnp.float32,
+            param_dtype=self.config.storage_dtype,
+            name="router",
+        )(x_BTD)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        self.sow("intermediates", "router_probs", probs_BTE)
+        routes = routing.route(probs_BTE, top_k=self.top_k or self.num_experts, renormalise=False)
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        if self.balance_loss:
+            balance = routing.balance_loss(probs_BTE, routes.experts_MK, real_BT)
+            self.sow("losses", "balance", self.balance_loss * balance)
+        if self.is_mutable_collection("metrics"):
+            kept = jnp.ones(routes.experts_MK.shape, bool)
+            found = routing.statistics(probs_BTE, routes.experts_MK, kept, real_BT)
+            for name in ("load", "load_max", "entropy", "top_probability"):
+                self.sow("metrics", f"router_{name}", found[name])
+        if self.top_k is None:
+            return probs_BTE
+        chosen_BTE = jax.nn.one_hot(routes.experts_MK, self.num_experts).sum(-2)
+        return probs_BTE * chosen_BTE
+
+
+def experts_of(
+    *,
+    attention: Callable[..., Any] = Attention,
+    moa: Callable[..., MixtureOfAttention] = MixtureOfAttention,
+) -> Callable[..., MixtureOfAttention]:
+    """The `attention` factory of a model whose attentions become experts.
+
+    Args:
+      attention: the factory of one expert, whose settings hold.
+      moa: of the mixture, called with these.
+    """
+
+    def make(**given: Any) -> MixtureOfAttention:
+        one = attention(**{**given, "name": None, "parent": None})
+        return moa(**{name: getattr(one, name) for name in _FIELDS}, **given)
+
+    return make
+
+
+# What `Attention` is made with beside what its owner passes.
+_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(Attention)
+    if field.init and field.name not in ("config", "kind", "name", "parent")
+)

@@ -1,0 +1,228 @@
+"""GGUF files of Llama-like models, read as the Hugging Face checkpoint they were made from.
+
+Their tensors have other names and are quantised; they come out as float32, one at a time, and
+config.json is put together from the file's metadata. Files of architecture `llama` hold the rows of
+query and key heads in interleaved rotary order (dimensions i and i + H/2 side by side), which is undone.
+"""
+
+import dataclasses
+import mmap
+import os
+import pathlib
+import re
+from typing import Any, Self
+
+import gguf
+import numpy as np
+
+from model.hf.files.safetensors_files import TensorInfo, WeightFileError
+
+# model_type of transformers by general.architecture.
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor of the file; `heads` are those whose rows are interleaved, 0 for none."""
+
+    tensor: Any
+    heads: int
+
+
+class GgufReader:
+    """The tensors of a file under their Hugging Face names.
+
+    Attributes:
+      tensors: by name, all float32.
+      config: what config.json would say.
+
+    Raises:
+      WeightFileError: it is damaged, or of an architecture or quantisation that is not supported.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise WeightFileError(f"{self.path} is not a file: give a .gguf file.")
+        try:
+            self.reader = gguf.GGUFReader(self.path)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise WeightFileError(
+                f"{self.path} is damaged or no GGUF file ({error}). Copy or download it again."
+            ) from None
+        self._architecture = self.metadata("general.architecture")
+        if self._architecture not in _FAMILIES:
+            raise WeightFileError(
+                f"{self.path} is of architecture {self._architecture!r}; supported are "
+                f"{', '.join(_FAMILIES)}. Import the model's safetensors with --from_hf."
+            )
+        self.config = self._config()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, _Stored] = {}
+        for tensor in self.reader.tensors:
+            name = self._hf_name(tensor.name)
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            self.tensors[name] = TensorInfo(np.dtype(np.float32), shape, self.path)
+            self._stored[name] = _Stored(tensor, self._interleaved_heads(name))
+        self._check_types()
+        if self._architecture == "llama":
+            self.config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
+        self.config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+
+    def metadata(self, key: str, default: Any = None) -> Any:
+        """A value of the file's metadata."""
+        field = self.reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The part of the metadata that is about the tokenizer."""
+        fields = self.reader.fields.items()
+        return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
+
+    def _number(self, key: str, default: Any = None) -> Any:
+        key = f"{self._architecture}.{key}"
+        value = self.metadata(key, default)
+        if value is None or isinstance(value, list):
+            found = "is a list" if isinstance(value, list) else "is missing"
+            raise WeightFileError(
+                f"{self.path}: {key} {found}, so that it is not known how to build the model. Import "
+                "the model's safetensors with --from_hf."
+            )
+        return value
+
+    def _config(self) -> dict[str, Any]:
+        if self._number("expert_count", 0):
+            self._unsupported("experts")
+        heads, width = self._number("attention.head_count"), self._number("embedding_length")
+        tokens = self.metadata("tokenizer.ggml.tokens", [])
+        base = _shortest(self._number("rope.freq_base", 10_000.0))
+        head_dim = self._number("attention.key_length", width // heads)
+        if self._number("attention.value_length", head_dim) != head_dim:
+            self._unsupported("values of another width than keys")
+        if self._number("rope.dimension_count", head_dim) != head_dim:
+            self._unsupported("rotation of a part of each head")
+        if self._number("rope.scaling.type", "none") != "none":
+            self._unsupported("stretched rotary embeddings")
+        config = {
+            "model_type": _FAMILIES[self._architecture],
+            "architectures": [_ARCHITECTURES[self._architecture]],
+            "vocab_size": self._number("vocab_size", len(tokens) or None),
+            "hidden_size": width,
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self._number("context_length"),
+            "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon")),
+            "rope_theta": base,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": "float32",
+            "bos_token_id": self.metadata("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.metadata("tokenizer.ggml.eos_token_id"),
+        }
+        if self._architecture != "llama":
+            del config["mlp_bias"]
+            config |= {"use_sliding_window": False, "sliding_window": None}
+        return config
+
+    def _unsupported(self, feature: str) -> None:
+        raise WeightFileError(
+            f"{self.path}: {feature} are not supported in GGUF files. Import the model's safetensors "
+            "with --from_hf."
+        )
+
+    def _hf_name(self, name: str) -> str:
+        stem, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if layer and layer[2] in _LAYER_NAMES:
+            return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+        if stem in _NAMES:
+            return f"{_NAMES[stem]}.{kind}"
+        raise WeightFileError(
+            f"{self.path}: nothing is known of the tensor {name}, so that the model would be another "
+            "without it. Import the model's safetensors with --from_hf."
+        )
+
+    def _interleaved_heads(self, name: str) -> int:
+        if self._architecture != "llama":
+            return 0
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        return next((self.config[key] for part, key in heads.items() if f".{part}." in name), 0)
+
+    def _check_types(self) -> None:
+        for kind in {stored.tensor.tensor_type for stored in self._stored.values()}:
+            try:
+                block, size = gguf.GGML_QUANT_SIZES[kind]
+                gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+            except (NotImplementedError, KeyError):
+                raise WeightFileError(
+                    f"{self.path} has tensors of type {kind.name}, which cannot be dequantised. Use a "
+                    "file of another quantisation, such as Q8_0 or Q4_K_M."
+                ) from None
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a new array."""
+        values = np.empty(self.tensors[name].shape, np.float32)
+        self.read_into(name, 0, values)
+        return values
+
+    def read_into(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fills an array with a tensor's rows from `start` on, dequantised."""
+        stored = self._stored[name]
+        rows = slice(start, start + len(into))
+        # Rows are quantised on their own, so that they can be taken in another order first.
+        order = np.arange(self.tensors[name].shape[0])
+        data = stored.tensor.data
+        part = data[half_split(order, stored.heads)[rows]] if stored.heads else data[rows]
+        into[...] = gguf.dequantize(part, stored.tensor.tensor_type).reshape(into.shape)
+        if isinstance(
+            self.reader.data.base, mmap.mmap
+        ):  # Pages that have been read count as memory.
+            self.reader.data.base.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """The map of the file goes with the object."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of `heads` heads from interleaved to half-split order: 0, 2, 4, ..., then 1, 3, 5, ..."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shortest(value: float) -> float:
+    """The number that was meant by a float32: 1e-05, where Python has 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

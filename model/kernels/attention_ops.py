@@ -1,0 +1,319 @@
+"""Scaled dot-product attention behind one function, in the form that suits the device.
+
+The plain form below is the meaning; the fast forms agree with it in values and gradients and are
+picked by platform. A query row that may see no key at all (padding) yields exactly zero, and zero
+gradients.
+
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.extend import backend
+
+from model.kernels import attention_blocked, attention_splash
+from model.kernels.attention_shards import per_device, placement
+from model.kernels.platform import reference_forms, target_platform
+
+Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
+IMPLEMENTATIONS = get_args(Implementation)
+
+# Far below any logit, and finite, so that no inf - inf arises; half of it bounds the row maximum.
+_MASKED = -1e30
+
+
+def dot_product_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array | None = None,
+    kv_positions_BS: jax.Array | None = None,
+    q_segments_BT: jax.Array | None = None,
+    kv_segments_BS: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    k_scale_BSK: jax.Array | None = None,
+    v_scale_BSK: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys; K divides N, and query head n reads key/value head n // (N / K).
+      v_BSKH: values.
+      q_positions_BT: position of every query; with kv_positions_BS, "earlier" means by position
+        (decoding against a cache). None means by index (training, packed rows included).
+      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, X, S] where
+        heads see different slots: X is a multiple of K and divides N.
+      q_segments_BT: a query sees only keys of an equal segment.
+      kv_segments_BS: segments of the keys; those of the queries when None.
+      bias: added to the logits, broadcastable to [B, N, T, S].
+      causal: query i sees keys j <= i.
+      window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.
+      scale: factor on q k^T; H^-1/2 when None.
+      softcap: c in c * tanh(x / c), or None.
+      k_scale_BSK: factors on integer keys, applied to the logits; with positions only.
+      v_scale_BSK: factors on integer values, applied to the weights; with positions only.
+      implementation: 'auto' picks by platform; 'reference' is the plain form in float32 throughout;
+        'xla' is jax.nn.dot_product_attention; 'blocked' works on rows of blocks and skips what the
+        mask excludes (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' the fused kernel (GPU).
+
+    Returns:
+      out_BTNH in the dtype of the queries.
+
+    Raises:
+      ValueError: contradictory arguments, or an implementation that cannot express them.
+    """
+    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
+    if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
+        raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q_segments_BT is not None and kv_segments_BS is None:
+        kv_segments_BS = q_segments_BT
+    if reference_forms():
+        implementation = "reference"
+    by_position = q_positions_BT is not None
+    library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
+    problem = {
+        "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
+        "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
+        or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
+        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
+    }
+    if implementation == "auto":
+        implementation = _choose(q_BTNH, by_position, causal, problem)
+    elif problem.get(implementation):
+        raise ValueError(
+            f"attention implementation {implementation!r} does not support "
+            f"{problem[implementation]}: use 'auto' or 'xla'."
+        )
+
+    if implementation in ("blocked", "splash"):
+        kernel = {
+            "blocked": attention_blocked.blocked_attention,
+            "splash": attention_splash.splash_attention,
+        }[implementation]
+        return per_device(
+            kernel,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_segments_BT,
+            kv_segments_BS,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+        )
+
+    if implementation in ("xla", "cudnn") and not library:
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH.astype(q_BTNH.dtype),
+            v_BSKH.astype(q_BTNH.dtype),
+            bias,
+            _same(q_segments_BT, kv_segments_BS),
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            scale=scale,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
+        )
+
+    mask = _mask(
+        q_BTNH,
+        k_BSKH,
+        q_positions_BT,
+        kv_positions_BS,
+        q_segments_BT,
+        kv_segments_BS,
+        causal,
+        window,
+    )
+    q, k, v = q_BTNH, k_BSKH, v_BSKH
+    if implementation == "reference":
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        q, k, v = (x.astype(wide) for x in (q, k, v))
+    weights_BKGTS = _weights(q, k, mask, bias, scale, softcap, k_scale_BSK)
+    return _average(weights_BKGTS, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
+
+
+def received_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Sums over queries [B, K, G, S] of dot_product_attention's weights, in float32.
+
+    The weights themselves are never written: memory is what this takes most of.
+    """
+    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
+    return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
+
+
+def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
+    """The form for the target platform. Decoding always takes the plain one: it is bound by memory."""
+    platform = target_platform()
+    if by_position:
+        return "xla"
+    if platform == "tpu" and not problem["splash"]:
+        return "splash"
+    if platform == "gpu" and not problem["cudnn"]:
+        half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+        fits = q_BTNH.shape[-1] <= 128 and q_BTNH.shape[-1] % 8 == 0
+        return "cudnn" if half and fits else "xla"
+    if platform == "cpu" and causal and not problem["blocked"]:
+        return "blocked"
+    return "xla"
+
+
+def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
+    """Why this project's own per-device kernels cannot serve the call, or ''."""
+    if by_position or bias is not None:
+        return "positions or a bias"
+    if placement(q_BTNH.shape, k_BSKH.shape) is None:
+        return "this mesh (it must divide batch and heads evenly and leave rows whole)"
+    return ""
+
+
+def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
+    """Why jax.nn.dot_product_attention cannot serve the call, or ''."""
+    if q_BTNH.dtype == jnp.float16 and target_platform() != "gpu":
+        return "float16 off GPUs"
+    if by_position:
+        return "positions"
+    if softcap is not None:
+        return "a soft cap"
+    if q_segments_BT is not kv_segments_BS:
+        return "segments of the keys that are not those of the queries"  # rows may see nothing
+    return ""
+
+
+def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
+    """Why cuDNN's kernel cannot serve a call that jax.nn.dot_product_attention can, or ''."""
+    # JAX calls ROCm "gpu" too. Without a GPU here, tracing for one means CUDA.
+    if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
+        return "GPUs other than CUDA's"
+    biased = bias is not None or q_segments_BT is not None  # segments reach the kernel as a bias
+    if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+        return "segments or a bias at odd lengths"  # its backward pass does not
+    return ""
+
+
+def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
+    """True where query and key are of one segment, [B, 1, T, S]; None without segments."""
+    if q_segments_BT is None:
+        return None
+    return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
+
+
+def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"Unknown attention implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
+    if (q_positions is None) != (kv_positions is None):
+        raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window = {window} must be positive and needs causal=True.")
+
+
+def _mask(
+    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
+) -> jax.Array | None:
+    """True where a query sees a key: [1 or B, 1 or K, 1 or G, T, S]; None when all see all."""
+    if q_positions_BT is None:
+        at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
+        at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
+        parts = []
+    else:
+        at_q, at_k = q_positions_BT[:, None, :, None], kv_positions_BS[..., None, :]
+        if at_k.ndim == 3:  # one for all heads
+            at_k = at_k[:, None]
+        parts = [at_k >= 0]
+    if causal:
+        parts.append(at_k <= at_q)
+    if window is not None:
+        parts.append(at_k > at_q - window)
+    if q_segments_BT is not None:
+        parts.append(_same(q_segments_BT, kv_segments_BS))
+    if not parts:
+        return None
+    mask = functools.reduce(jnp.logical_and, parts)
+    B, X, T, S = mask.shape
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+    if X in (1, K):
+        return mask[:, :, None]
+    return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
+
+
+def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
+    """Softmax in float32 of logits whose products are in the queries' dtype."""
+    weights_BKGTS, total_BKGT1 = _unnormalised(
+        q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
+    )
+    return weights_BKGTS / total_BKGT1
+
+
+def _unnormalised(
+    q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax's exponentials and their sums over keys, which are 1 where no key is visible."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    logits_BKGTS = scale * jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH.astype(q_BTNH.dtype), preferred_element_type=wide
+    )
+    if k_scale_BSK is not None:
+        logits_BKGTS = logits_BKGTS * _per_key(k_scale_BSK)
+    if softcap is not None:
+        logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).astype(wide)
+        heads = (1, 1) if bias.shape[1] == 1 else (K, N // K)
+        logits_BKGTS = logits_BKGTS + bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
+    if mask is not None:
+        logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
+    # Bounding the maximum keeps exp(_MASKED - max) at zero in rows without any visible key.
+    top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
+    weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))
+    total = weights_BKGTS.sum(-1, keepdims=True)
+    return weights_BKGTS, jnp.where(total > 0, total, 1)
+
+
+def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:
+    """Values averaged by weights, with products in `dtype`."""
+    B, K, G, T, _ = weights_BKGTS.shape
+    if v_scale_BSK is not None:
+        weights_BKGTS = weights_BKGTS * _per_key(v_scale_BSK)
+    # Weights first, and values as they lie: the other way round CPUs transpose the values.
+    out_BKGTH = jax.lax.dot_general(
+        weights_BKGTS.astype(dtype),
+        v_BSKH.astype(dtype),
+        (((4,), (1,)), ((0, 1), (0, 2))),
+        preferred_element_type=weights_BKGTS.dtype,
+    )
+    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)
+    return out_BTKGH.reshape(B, T, K * G, v_BSKH.shape[-1]).astype(dtype)
+
+
+def _per_key(scale_BSK: jax.Array) -> jax.Array:
+    """[B, S, K] as a factor of logits or weights [B, K, G, T, S]."""
+    return scale_BSK.swapaxes(1, 2)[:, :, None, None, :]

@@ -1,0 +1,123 @@
+"""Products of rows that are sorted by expert, each with its expert's kernel.
+
+Shapes: R rows, E experts, X in, Y out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.platform import reference_forms, target_platform
+from model.moe import parallel
+
+# Rows of a block on CPU. A block reads its expert's whole kernel, so many rows to a block are fast; the
+# last and smallest is what an expert's rows are rounded up to.
+_LENGTHS = (256, 128, 64, 16)
+
+
+def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Products of rows that are sorted by expert with their expert's kernel, [R, Y].
+
+    Accelerators have a kernel for it. On CPU that one multiplies every row with every expert, so blocks
+    of rows are multiplied in a loop, as many as the sizes need. What rows after the last expert's hold is
+    not defined.
+
+    Args:
+      rows_RX: the rows, those of expert 0 first.
+      kernel_EXY: the kernels.
+      sizes_E: rows of each expert, R together at most; or [G, E / devices of an expert axis] where rows
+        lie on G devices (see model/moe/parallel.py).
+    """
+    if sizes_E.ndim == 2:
+        return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E)
+    sizes_E = sizes_E.astype(jnp.int32)
+    if target_platform() == "cpu" and not reference_forms():
+        return _blocks(rows_RX, kernel_EXY, sizes_E)
+    return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+
+
+@jax.custom_vjp
+def _blocks(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _rows_by_kernel(rows_RX, kernel_EXY, sizes_E, contracted=1)
+
+
+def _blocks_fwd(rows_RX, kernel_EXY, sizes_E):
+    return _blocks(rows_RX, kernel_EXY, sizes_E), (rows_RX, kernel_EXY, sizes_E)
+
+
+def _blocks_bwd(residuals, dy_RY):
+    rows_RX, kernel_EXY, sizes_E = residuals
+    drows_RX = _rows_by_kernel(dy_RY, kernel_EXY, sizes_E, contracted=2)
+
+    def add(expert, block, own, dkernel_EXY):
+        # Rows of other experts are cut out of one side of the product, which is enough.
+        dy = jnp.where(own, block(dy_RY), 0)
+        dkernel_XY = jax.lax.dot_general(block(rows_RX), dy, (((0,), (0,)), ((), ())))
+        return dkernel_EXY.at[expert].add(dkernel_XY)
+
+    dkernel_EXY = _over_blocks(add, sizes_E, len(rows_RX), jnp.zeros_like(kernel_EXY))
+    return drows_RX, dkernel_EXY, None
+
+
+_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+def _rows_by_kernel(rows, kernel_EXY, sizes_E, *, contracted: int) -> jax.Array:
+    """The products of rows with dimension `contracted` of their expert's kernel."""
+
+    def put(expert, block, own, out):
+        dims = (((1,), (contracted - 1,)), ((), ()))
+        product = jax.lax.dot_general(block(rows), kernel_EXY[expert], dims)
+        return block.put(out, jnp.where(own, product, block(out)))
+
+    out = jnp.zeros((len(rows), kernel_EXY.shape[3 - contracted]), rows.dtype)
+    return _over_blocks(put, sizes_E, len(rows), out)
+
+
+class _Block:
+    """`length` rows from `start` on, of arrays whose first dimension is rows."""
+
+    def __init__(self, start: jax.Array, length: int):
+        self.start, self.length = start, length
+
+    def __call__(self, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(rows, self.start, self.length)
+
+    def put(self, rows: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, values, self.start, 0)
+
+
+def _over_blocks(step: Callable[..., Any], sizes_E: jax.Array, rows: int, state: Any) -> Any:
+    """Folds `state = step(expert, block, own, state)` over blocks that cover every expert's rows.
+
+    `own` [length, 1] says which rows of the block are the expert's and were in no earlier block: less than
+    the smallest length of it are not.
+    """
+    lengths = [length for length in _LENGTHS if length <= rows] or [rows]
+    ends_E = jnp.cumsum(sizes_E)
+
+    def of_expert(expert, state):
+        end = ends_E[expert]
+        carry = (end - sizes_E[expert], state)
+        for length in lengths:
+            # A block may reach beyond the expert's end, where a smaller one would as well.
+            slack = lengths[-1] - 1
+
+            def fits(carry, length=length, slack=slack):
+                return carry[0] + length - slack <= end
+
+            def body(carry, length=length):
+                first, state = carry
+                start = jnp.minimum(first, rows - length)
+                index = start + jnp.arange(length)
+                own = ((index >= first) & (index < end)).reshape(-1, 1)
+                return first + length, step(expert, _Block(start, length), own, state)
+
+            carry = jax.lax.while_loop(fits, body, carry)
+        return carry[1]
+
+    if not rows:
+        return state
+    return jax.lax.fori_loop(0, len(sizes_E), of_expert, state)

@@ -1,0 +1,123 @@
+"""Factorised convolutions (Kamalakara et al., arXiv 2209.13569): a matrix of the kernel as U V^T.
+
+Which matrix is the scheme:
+
+  'channel'  [h w I, O]: a convolution of the kernel's size with `rank` filters, then 1 x 1;
+  'spatial'  [h I, w O]: a convolution h x 1 that strides over height, then 1 x w that strides over width.
+
+The parameters are the factors of that matrix, `u` [rows, rank] and `v` [rank, columns], as
+model/low_rank/factors.py has them, so that ranks, decay and spectra are those of any factorised matrix.
+
+Shapes: B batch, H height, W width, I channels in, O out, h and w the kernel's sides, X rows, Y columns,
+R rank.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from model.axes import CHANNELS, CHANNELS_IN, RANK
+from model.low_rank.lowrank import Factorisation, factor_parameters, rank_of_layer
+from model.vision.convolution import Conv, convolve
+
+Scheme = Literal["channel", "spatial"]
+SCHEMES = get_args(Scheme)
+
+
+def matrix_of(kernel_hwIO: jax.Array, scheme: Scheme) -> jax.Array:
+    """The matrix [X, Y] of a kernel."""
+    h, w, inputs, outputs = kernel_hwIO.shape
+    if scheme == "channel":
+        return kernel_hwIO.reshape(h * w * inputs, outputs)
+    return kernel_hwIO.transpose(0, 2, 1, 3).reshape(h * inputs, w * outputs)
+
+
+def kernel_of(matrix_XY: jax.Array, scheme: Scheme, h: int, w: int) -> jax.Array:
+    """The kernel [h, w, I, O] of a matrix; the inverse of `matrix_of`."""
+    rows, columns = matrix_XY.shape
+    if scheme == "channel":
+        return matrix_XY.reshape(h, w, rows // (h * w), columns)
+    return matrix_XY.reshape(h, rows // h, w, columns // w).transpose(0, 2, 1, 3)
+
+
+def scheme_of(kernel: tuple[int, ...], rows: int, columns: int) -> Scheme | None:
+    """The scheme by which a kernel [h, w, I, O] has a matrix [rows, columns]; None if there is none."""
+    if len(kernel) == 4:
+        h, w, inputs, outputs = kernel
+        if (rows, columns) == (h * w * inputs, outputs):
+            return "channel"
+        if (rows, columns) == (h * inputs, w * outputs):
+            return "spatial"
+    return None
+
+
+def convolve_factors(
+    x_BHWI: jax.Array, u_XR: jax.Array, v_RY: jax.Array, *, scheme: Scheme, side: int, stride: int
+) -> jax.Array:
+    """The convolution with the kernel of U V^T, which is never formed: [B, H/s, W/s, O].
+
+    Args:
+      x_BHWI: images.
+      u_XR, v_RY: factors of the kernel's matrix.
+      scheme: which matrix that is.
+      side: of the square kernel.
+      stride: of both dimensions.
+    """
+    if scheme == "channel":
+        y_BHWR = convolve(x_BHWI, kernel_of(u_XR, scheme, side, side), (stride, stride))
+        return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, 1), (1, 1))
+    # Zero padding is of each dimension by itself, so that the two steps meet the same zeros as one.
+    y_BHWR = convolve(x_BHWI, kernel_of(u_XR, scheme, side, 1), (stride, 1))
+    return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, side), (1, stride))
+
+
+class LowRankConv(Conv):
+    """A convolution by factors in the layers that `factorisation` says; elsewhere `Conv`.
+
+    Attributes:
+      factorisation: which layers, and how; its ranks are of the scheme's matrix.
+      scheme: of SCHEMES.
+
+    Raises:
+      ValueError: an unknown scheme.
+    """
+
+    factorisation: Factorisation = Factorisation()
+    scheme: Scheme = "spatial"
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(
+                f"LowRankConv.scheme = {self.scheme!r} is none of {', '.join(map(repr, SCHEMES))}."
+            )
+        super().__post_init__()
+
+    def product(self, x_BHWI: jax.Array) -> jax.Array:
+        inputs, side = x_BHWI.shape[-1], self.side
+        # Columns that a filter adds to the matrix, and rows.
+        per_filter, rows = (
+            (1, side * side * inputs) if self.scheme == "channel" else (side, side * inputs)
+        )
+        shape = (rows, per_filter * self.features)
+        if (rank := rank_of_layer(self, *shape)) is None:
+            return super().product(x_BHWI)
+
+        def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+            # Of a kernel: its initialiser sees the kernel's own fan-in.
+            filters = shape[1] // per_filter
+            kernel = self.kernel_init(key, (side, side, inputs, filters), dtype)
+            return matrix_of(kernel, self.scheme)
+
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.factorisation.draw(key, init, shape, rank)
+
+        u_XR, v_RY = factor_parameters(self, draw, (CHANNELS_IN, RANK), (RANK, CHANNELS))
+        return convolve_factors(
+            x_BHWI,
+            u_XR.astype(self.dtype),
+            v_RY.astype(self.dtype),
+            scheme=self.scheme,
+            side=side,
+            stride=self.stride,
+        )

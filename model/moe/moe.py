@@ -1,0 +1,244 @@
+"""A mixture of gated MLPs, of which every token uses its `top_k` (Shazeer et al., arXiv 1701.06538).
+
+As it stands it is that of Mixtral (arXiv 2401.04088); other forms of routing are in model/moe/routing.py, how
+tokens reach their experts in model/moe/dispatch.py and, on a mesh, model/moe/parallel.py.
+
+Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
+X in and Y out of a product.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.config import TransformerConfig
+from model.kernels.grouped_matmul import grouped_matmul
+from model.linear import Dense
+from model.mlp import GatedMlp, activation
+from model.moe import dispatch, parallel, routing
+from model.moe.parallel import Placement
+from model.moe.routing import Routes, route
+
+# As linear.fan_in_normal; the experts' axis is no fan-in.
+expert_fan_in_normal = nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", batch_axis=(0,)
+)
+
+
+class ExpertDense(nn.Module):
+    """y = x @ kernel[e] for rows sorted by expert, with a kernel [E, in, out].
+
+    Attributes:
+      num_experts: E.
+      features: output width.
+      axes: logical names of the kernel's three dimensions.
+      kernel_init: initialiser of the kernel.
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+    """
+
+    num_experts: int
+    features: int
+    axes: tuple[str, str, str]
+    kernel_init: Callable = expert_fan_in_normal
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        return self.product(rows_RX.astype(self.dtype), sizes_E)
+
+    def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """rows @ kernel[e]; what factorised or adapted experts compute otherwise."""
+        shape = (self.num_experts, rows_RX.shape[-1], self.features)
+        kernel = axes.parameter(
+            self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
+        )
+        return grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
+
+
+class MoeMlp(nn.Module):
+    """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
+
+    The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
+    'intermediates', auxiliary losses into 'losses', and `routing.statistics` into 'metrics'. Padding is
+    sent to no expert and counts nowhere.
+
+    Attributes:
+      config: shared sizes; mlp_dim is the hidden width of one expert.
+      num_experts: E, without the shared one.
+      top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
+      activation: name in mlp.ACTIVATIONS.
+      renormalise: the weights of the chosen experts sum to 1, else they are their probabilities.
+      balance_loss: weight of routing.balance_loss.
+      router_z_loss: weight of routing.z_loss.
+      capacity_factor: an expert takes the first so many times its even share of each row's tokens, and
+        adds nothing to others; None for all (dropless). See routing.place_in_line.
+      exchange_factor: a device sends to another at most so many times an even share of its choices, the
+        first ones; None for as many as there can be, in buffers that are as many times larger than an even
+        share as there are devices with experts. Without an effect where experts are not split.
+      router: factory of the router's projection, computed in float32.
+      expert_dense: factory of the experts' three projections.
+      shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
+        (config=, name=), or None.
+
+    Raises:
+      ValueError: more experts per token than there are, or a factor that is not positive.
+    """
+
+    config: TransformerConfig
+    num_experts: int = 8
+    top_k: int = 2
+    activation: str = "silu"
+    renormalise: bool = True
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    capacity_factor: float | None = None
+    exchange_factor: float | None = None
+    router: Callable[..., nn.Module] = Dense
+    expert_dense: Callable[..., nn.Module] = ExpertDense
+    shared: Callable[..., nn.Module] | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        self._check()
+        logits_BTE = self.router(
+            features=self.num_experts,
+            axes=(axes.EMBED, axes.UNMODELED),
+            dtype=jnp.float32,
+            param_dtype=self.config.storage_dtype,
+            name="router",
+        )(x_BTD)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        self.sow("intermediates", "router_probs", probs_BTE)
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        place = parallel.placement(len(x_BTD), self.num_experts)
+        choose: Callable[..., Any] = functools.partial(self._choose, place=place)
+        if place is not None:  # XLA would gather all probabilities to sort them
+            choose = place.map(choose, place.split, place.split)
+        routes, experts_BTK = choose(probs_BTE, real_BT)
+        kept_BTK = experts_BTK < self.num_experts
+        self._report(logits_BTE, probs_BTE, routes.experts_MK, kept_BTK, real_BT)
+        out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
+        if self.shared is not None:
+            shared = self.shared(config=self.config, name="shared")
+            out_BTD = out_BTD + shared(x_BTD, segments_BT=segments_BT)
+        return out_BTD
+
+    def _choose(
+        self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None
+    ) -> tuple[Routes, jax.Array]:
+        """The tokens' routes, and of their experts those that take them, E for the others."""
+        routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
+        experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
+        if self.capacity_factor is not None:
+            most = self._capacity(experts_BTK.shape[1])
+            experts_BTK = routing.first_in_line(experts_BTK, most, none=self.num_experts)
+        if self.exchange_factor is not None and place is not None and place.expert_shards > 1:
+            most = self._exchanged(experts_BTK.size, place)
+            experts_BTK = parallel.first_to_one(experts_BTK, most, self.num_experts, place)
+        return routes, experts_BTK
+
+    def _mix(
+        self,
+        x_BTD: jax.Array,
+        experts_BTK: jax.Array,
+        weights_BTK: jax.Array,
+        place: Placement | None,
+    ) -> jax.Array:
+        """The experts' weighted sum."""
+        count, (rows, length, top_k) = self.num_experts, experts_BTK.shape
+        if place is None:
+            most = rows * min(length * top_k, count * self._capacity(length))
+            rows_RD, plan = dispatch.send(x_BTD, experts_BTK, count, rows=most)
+            return dispatch.collect(self._experts(rows_RD, plan.sizes_E), weights_BTK, plan)
+        # A token's experts are distinct.
+        rows, experts = rows // place.token_shards, count // place.expert_shards
+        most = rows * min(length * min(top_k, experts), experts * self._capacity(length))
+        most = min(most, self._exchanged(rows * length * top_k, place))
+        rows_RD, sizes, exchange = parallel.send(x_BTD, experts_BTK, count, place, rows=most)
+        out_RD = self._experts(rows_RD, sizes)
+        return parallel.collect(out_RD, weights_BTK, exchange, place)
+
+    def _capacity(self, length: int) -> int:
+        """Tokens of a row that an expert takes."""
+        if self.capacity_factor is None:
+            return length
+        return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
+
+    def _exchanged(self, choices: int, place: Placement) -> int:
+        """Of so many choices of a device, those that it may send to one other."""
+        if self.exchange_factor is None:
+            return choices
+        return math.ceil(self.exchange_factor * choices / place.expert_shards)
+
+    def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
+        act, config = activation(self.activation), self.config
+        gate_RF = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
+        up_RF = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
+        down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
+        return down(act(gate_RF) * up_RF, sizes)
+
+    def _expert_dense(self, name: str, features: int, *names: str) -> nn.Module:
+        return self.expert_dense(
+            num_experts=self.num_experts,
+            features=features,
+            axes=(axes.EXPERT, *names),
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
+            name=name,
+        )
+
+    def _report(
+        self,
+        logits_BTE: jax.Array,
+        probs_BTE: jax.Array,
+        experts_BTK: jax.Array,
+        kept_BTK: jax.Array,
+        real_BT: jax.Array,
+    ) -> None:
+        """Sows losses and statistics."""
+        if self.balance_loss:
+            balance = routing.balance_loss(probs_BTE, experts_BTK, real_BT)
+            self.sow("losses", "balance", self.balance_loss * balance)
+        if self.router_z_loss:
+            z_loss = routing.z_loss(logits_BTE, real_BT)
+            self.sow("losses", "router_z", self.router_z_loss * z_loss)
+        if self.is_mutable_collection("metrics"):
+            found = routing.statistics(probs_BTE, experts_BTK, kept_BTK, real_BT)
+            for name, value in found.items():
+                self.sow("metrics", f"router_{name}", value)
+
+    def _check(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"MoeMlp.top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}."
+            )
+        for name in ("capacity_factor", "exchange_factor"):
+            if (factor := getattr(self, name)) is not None and factor <= 0:
+                raise ValueError(
+                    f"MoeMlp.{name} = {factor} must be positive; None keeps every choice."
+                )
+
+
+def experts_of(
+    *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
+) -> Callable[..., MoeMlp]:
+    """The `mlp` factory of a model whose gated MLPs become experts of their own width.
+
+    Args:
+      mlp: the factory of one expert, a GatedMlp, whose activation holds.
+      moe: of the mixture, called with it.
+    """
+
+    def make(**given: Any) -> MoeMlp:
+        one = mlp(**{**given, "name": None, "parent": None})
+        return moe(activation=one.activation, **given)
+
+    return make

@@ -1,0 +1,199 @@
+"""Experts on a mesh: every device sorts its own tokens, and sends rows to the devices of their experts.
+
+Without it XLA would gather all tokens to sort them. The rules say where tokens (axes.BATCH) and experts
+(axes.EXPERT) are split; an axis that splits experts splits tokens too, so that outside of the experts it is
+one more axis of data (GShard, arXiv 2006.16668). Rows then stay on their devices between `send` and
+`collect`, and `grouped_matmul` multiplies them there.
+
+Shapes: B batch, T length, D width, K experts per token, E experts; G devices over which tokens are split,
+P of them, with E / P experts each, exchange rows among themselves; C choices and R rows of a device, S rows
+that it can send to one other. Lower-case letters are a device's own part.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from model import axes
+from model.moe import dispatch, routing
+from model.moe.dispatch import Dispatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Mesh axes that split tokens, and those of them that split experts; sizes G and P."""
+
+    tokens: tuple[str, ...]
+    experts: tuple[str, ...]
+    token_shards: int
+    expert_shards: int
+
+    def map(self, local: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
+        """`local` on every device's part; results are split over the devices by their first dimension."""
+        return jax.shard_map(
+            local,
+            in_specs=specs,
+            out_specs=self.split,
+            axis_names=set(self.tokens),
+            check_vma=False,
+        )
+
+    @property
+    def split(self) -> PartitionSpec:
+        return PartitionSpec(self.tokens)
+
+
+def placement(rows: int, num_experts: int) -> Placement | None:
+    """Where `rows` of tokens and the experts lie; None if tokens are not split, or not evenly."""
+    rules = nn.get_logical_axis_rules()
+    found = _active(rules) if rules else None
+    if found is None or rows % found.token_shards or num_experts % found.expert_shards:
+        return None
+    return found
+
+
+def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and size > 1
+    }
+
+    def split_by(logical: str) -> tuple[str, ...]:
+        target = dict(rules).get(logical)
+        names = (target,) if isinstance(target, str) else target or ()
+        return tuple(name for name in names if name in free)
+
+    tokens, experts = split_by(axes.BATCH), split_by(axes.EXPERT)
+    if not tokens or not set(experts) <= set(tokens):
+        return None
+    return Placement(
+        tokens=tokens,
+        experts=experts,
+        token_shards=math.prod(free[name] for name in tokens),
+        expert_shards=math.prod(free[name] for name in experts),
+    )
+
+
+def first_to_one(
+    experts_btk: jax.Array, count: int, num_experts: int, place: Placement
+) -> jax.Array:
+    """The first `count` choices that this device has of each device's experts; E for the others."""
+    devices_btk = experts_btk // (num_experts // place.expert_shards)
+    line = devices_btk.reshape(1, -1, experts_btk.shape[-1])
+    kept = routing.first_in_line(line, count, none=place.expert_shards) < place.expert_shards
+    return jnp.where(kept.reshape(experts_btk.shape), experts_btk, num_experts)
+
+
+@flax.struct.dataclass
+class Exchange:
+    """How a device's choices became its experts' rows.
+
+    Attributes:
+      own: the device's choices, sorted by expert and so by device.
+      slot_C: for every choice, where its row was sent from and comes back to, of P * S slots.
+      received: the rows that came in, sorted by expert; None where every device has all experts.
+    """
+
+    own: Dispatch
+    slot_C: jax.Array | None
+    received: Dispatch | None
+
+
+def send(
+    x_BTD: jax.Array, experts_BTK: jax.Array, num_experts: int, place: Placement, *, rows: int
+) -> tuple[jax.Array, jax.Array, Exchange]:
+    """Rows of tokens on the devices of their experts.
+
+    Args:
+      x_BTD: tokens.
+      experts_BTK: their experts; E for none.
+      num_experts: E.
+      place: of tokens and experts.
+      rows: S; no device may have more choices of one other device's experts.
+
+    Returns:
+      Rows sorted by expert on each device; their sizes [G, E / P]; and what `collect` needs.
+    """
+
+    def local(x_btd, experts_btk):
+        if place.expert_shards == 1:
+            rows_RD, own = dispatch.send(x_btd, experts_btk, num_experts)
+            return rows_RD, own.sizes_E.reshape(1, -1), Exchange(own, None, None)
+        own = dispatch.dispatch(experts_btk.reshape(-1), num_experts)
+        x_md = x_btd.reshape(-1, x_btd.shape[-1])
+        rows_RD, slot_C, received = _exchange(x_md, experts_btk.shape[-1], own, place, rows)
+        return rows_RD, received.sizes_E.reshape(1, -1), Exchange(own, slot_C, received)
+
+    return place.map(local, place.split, place.split)(x_BTD, experts_BTK)
+
+
+def _exchange(
+    x_md: jax.Array, top_k: int, own: Dispatch, place: Placement, rows: int
+) -> tuple[jax.Array, jax.Array, Dispatch]:
+    """The rows for this device's experts, from all devices; slot_C and `received` of `Exchange`."""
+    sizes_Pe = own.sizes_E.reshape(place.expert_shards, -1)
+    ends_P = jnp.cumsum(sizes_Pe.sum(-1))
+    starts_P = ends_P - sizes_Pe.sum(-1)
+    # What is sent to a device lies together; the slots behind it carry rows that nobody asks for.
+    index_PS = starts_P.reshape(-1, 1) + jnp.arange(rows).reshape(1, -1)
+    choice_PS = own.order_R[jnp.minimum(index_PS, len(own.order_R) - 1)]
+    rows_PSD = _all_to_all(x_md[choice_PS // top_k], place)
+    sizes_Pe = _all_to_all(sizes_Pe, place)
+    device_C = jnp.searchsorted(ends_P, own.rank_C, side="right")
+    device_C = jnp.minimum(device_C, place.expert_shards - 1)
+    slot_C = device_C * rows + own.rank_C - starts_P[device_C]
+    # Rows of one device came sorted; those behind its last expert's are of none.
+    expert_PS = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(rows), side="right"))(
+        jnp.cumsum(sizes_Pe, axis=-1)
+    )
+    received = dispatch.dispatch(expert_PS.reshape(-1), sizes_Pe.shape[-1])
+    rows_RD = rows_PSD.reshape(-1, x_md.shape[-1])[received.order_R]
+    return rows_RD, slot_C, received
+
+
+def _all_to_all(parts_PX: jax.Array, place: Placement) -> jax.Array:
+    """Part p of this device to device p; from device p part p."""
+    return jax.lax.all_to_all(parts_PX, place.experts, split_axis=0, concat_axis=0)
+
+
+def collect(
+    rows_RD: jax.Array, weights_BTK: jax.Array, exchange: Exchange, place: Placement
+) -> jax.Array:
+    """Weighted sums by token of the experts' rows, back on the token's device; [B, T, D]."""
+
+    def local(rows_RD, weights_btk, exchange):
+        own = exchange.own
+        if exchange.received is not None:
+            rows_PSD = dispatch.by_choice(rows_RD, exchange.received)
+            rows_PSD = rows_PSD.reshape(place.expert_shards, -1, rows_RD.shape[-1])
+            rows_RD = _all_to_all(rows_PSD, place).reshape(rows_RD.shape)
+            own = own.replace(rank_C=jnp.minimum(exchange.slot_C, len(rows_RD) - 1))
+        return dispatch.collect(rows_RD, weights_btk, own)
+
+    return place.map(local, *(place.split,) * 3)(rows_RD, weights_BTK, exchange)
+
+
+def per_device(
+    product: Callable[..., jax.Array],
+    rows_RX: jax.Array,
+    kernel_EXY: jax.Array,
+    sizes_Ge: jax.Array,
+) -> jax.Array:
+    """product(rows, kernels, sizes) of every device's rows with the kernels of its experts."""
+    place = _active(nn.get_logical_axis_rules())
+    assert place is not None  # it made the sizes
+
+    def local(rows_RX, kernel_eXY, sizes_e):
+        return product(rows_RX, kernel_eXY, sizes_e.reshape(-1))
+
+    kernels = PartitionSpec(place.experts or None)
+    return place.map(local, place.split, kernels, place.split)(rows_RX, kernel_EXY, sizes_Ge)

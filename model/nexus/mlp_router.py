@@ -1,0 +1,57 @@
+"""A router that is a gated MLP of the token: the control for a projection router of as many parameters.
+
+Shapes: E experts, D width, M width of an embedding of a domain, F hidden width, '...' any leading.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.linear import Dense, fan_in_normal
+from model.moe.router_scale import token_down_std
+
+
+class MlpRouter(nn.Module):
+    """Logits down(silu(gate(x)) * up(x)), as the `router` factory of MoeMlp and MixtureOfAttention.
+
+    Its hidden width is F = M + D / 2, so that `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
+    domain_router.DomainRouter; `down` [F, E] stands where a linear router has its kernel.
+
+    Attributes:
+      features: E.
+      axes: of a linear router's kernel [D, E].
+      domain_dim: M.
+      logit_std: deviation of the logits of states of unit variance at the start.
+      dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    domain_dim: int = 1024
+    logit_std: float = 0.1
+    dense: Callable[..., nn.Module] = Dense
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits [..., E] of states [..., D]."""
+        hidden = self.domain_dim + x.shape[-1] // 2
+        project = functools.partial(self.dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        inward = functools.partial(
+            project,
+            features=hidden,
+            axes=(self.axes[0], axes.MLP),
+            kernel_init=fan_in_normal,
+        )
+        gate, up = inward(name="gate")(x), inward(name="up")(x)
+        down_init = nn.initializers.normal(token_down_std(hidden, self.logit_std))
+        last = (axes.MLP, self.axes[1])
+        down = project(features=self.features, axes=last, kernel_init=down_init, name="down")
+        return down(jax.nn.silu(gate) * up)

@@ -1,0 +1,271 @@
+"""Residual networks: ResNet v1.5 of bottlenecks (arXiv 1512.03385) and wide ResNets (arXiv 1605.07146).
+
+One stack of stages, and two kinds of blocks. The bottleneck normalises after each convolution and strides in
+its 3x3 (v1.5: the original strides in the first 1x1 and throws three quarters of its input away); the wide
+block normalises before (arXiv 1603.05027), so that the last sum is normalised once more at the end.
+
+Shapes: B batch, H height, W width, C channels, N classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.linear import Dense
+from model.vision.convolution import Conv, he_normal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """Sizes of a residual network.
+
+    Attributes:
+      num_classes: N.
+      stages: blocks of each stage; all but the first begin with stride 2.
+      widths: channels that the blocks of each stage give.
+      stem_width: channels that the first convolution gives.
+      dtype: compute dtype of convolutions and activations; statistics, pooling and loss stay in float32.
+      param_dtype: dtype in which parameters are stored.
+
+    Raises:
+      ValueError: sizes that make no network; all problems in one message.
+    """
+
+    num_classes: int
+    stages: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem_width: int
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        problems = []
+        if not self.stages or len(self.stages) != len(self.widths):
+            problems.append(f"stages = {self.stages} and widths = {self.widths} are not one each")
+        if min(self.num_classes, self.stem_width, *self.stages, *self.widths) < 1:
+            problems.append("num_classes, stages, widths and stem_width are positive")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
+                problems.append(f"{name} = {getattr(self, name)!r} is not a float dtype")
+        if problems:
+            raise ValueError("ResNetConfig: " + "; ".join(problems) + ".")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.param_dtype)
+
+    def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
+        """What a mesh may have to split: logical axis, size, and the setting that gives it."""
+        return (
+            (axes.CHANNELS, self.stem_width, "stem_width"),
+            *((axes.CHANNELS, width, "a stage's width") for width in self.widths),
+        )
+
+
+def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
+    """Batch normalisation (arXiv 1502.03167) over the whole global batch, statistics in float32.
+
+    Its running averages are the collection 'batch_stats', of which evaluation makes use.
+    """
+    named = partial(nn.with_logical_partitioning, names=(axes.NORM,))
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=config.compute_dtype,
+        param_dtype=config.storage_dtype,
+        scale_init=named(nn.initializers.ones),
+        bias_init=named(nn.initializers.zeros),
+        name=name,
+    )
+
+
+class Bottleneck(nn.Module):
+    """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
+
+    Attributes:
+      config: of the network.
+      width: channels out; a quarter inside.
+      stride: of the 3x3 and of the shortcut.
+      conv: factory of 3x3 convolutions.
+      dense: factory of 1x1 convolutions.
+    """
+
+    config: ResNetConfig
+    width: int
+    stride: int
+    conv: Callable[..., nn.Module] = Conv
+    dense: Callable[..., nn.Module] = Dense
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        norm, inner = partial(batch_norm, self.config, train), self.width // 4
+        if not inner:
+            raise ValueError(f"Bottleneck: a width of {self.width} leaves no channel inside; 4 do.")
+        y_BHWC = _pointwise(self, inner, "conv_0", x_BHWC)
+        y_BHWC = nn.relu(norm("norm_0")(y_BHWC))
+        y_BHWC = _conv(self, inner, self.stride, "conv_1")(y_BHWC)
+        y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
+        y_BHWC = norm("norm_2")(_pointwise(self, self.width, "conv_2", y_BHWC))
+        if x_BHWC.shape != y_BHWC.shape:
+            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(x_BHWC, self.stride))
+            x_BHWC = norm("shortcut_norm")(x_BHWC)
+        return nn.relu(x_BHWC + y_BHWC)
+
+
+class WideBlock(nn.Module):
+    """x + [3x3 with the stride, 3x3](x), each normalised and rectified before; wide ResNets.
+
+    Where the shape changes the shortcut is a 1x1 convolution of the normalised input.
+
+    Attributes: as of `Bottleneck`.
+    """
+
+    config: ResNetConfig
+    width: int
+    stride: int
+    conv: Callable[..., nn.Module] = Conv
+    dense: Callable[..., nn.Module] = Dense
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        norm = partial(batch_norm, self.config, train)
+        first_BHWC = nn.relu(norm("norm_0")(x_BHWC))
+        y_BHWC = _conv(self, self.width, self.stride, "conv_0")(first_BHWC)
+        y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
+        y_BHWC = _conv(self, self.width, 1, "conv_1")(y_BHWC)
+        if x_BHWC.shape != y_BHWC.shape:
+            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(first_BHWC, self.stride))
+        return x_BHWC + y_BHWC
+
+
+class Stem7x7(nn.Module):
+    """7x7 with stride 2, normalised and rectified, and 3x3 maxima with stride 2: for ImageNet's sizes."""
+
+    config: ResNetConfig
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        y_BHWC = _stem_conv(self.config, side=7, stride=2)(x_BHWC)
+        y_BHWC = nn.relu(batch_norm(self.config, train, "norm")(y_BHWC))
+        return nn.max_pool(y_BHWC, (3, 3), (2, 2), "SAME")
+
+
+class Stem3x3(nn.Module):
+    """3x3 and nothing else: for small images before blocks that normalise what they read."""
+
+    config: ResNetConfig
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        return _stem_conv(self.config, side=3, stride=1)(x_BHWC)
+
+
+class ResNet(nn.Module):
+    """Images [B, H, W, C] -> logits [B, N], float32.
+
+    Attributes:
+      config: sizes.
+      stem: factory of what reads the images.
+      block: factory of blocks.
+      conv: factory of the 3x3 convolutions of blocks.
+      dense: factory of their 1x1 convolutions.
+      final_norm: normalises and rectifies what the last block gives, after blocks that do not.
+    """
+
+    config: ResNetConfig
+    stem: Callable[..., nn.Module] = Stem7x7
+    block: Callable[..., nn.Module] = Bottleneck
+    conv: Callable[..., nn.Module] = Conv
+    dense: Callable[..., nn.Module] = Dense
+    final_norm: bool = False
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array, train: bool = False) -> jax.Array:
+        config = self.config
+        x_BHWC = axes.constrain(images_BHWC.astype(config.compute_dtype), axes.BATCH)
+        x_BHWC = self.stem(config=config, name="stem")(x_BHWC, train)
+        block = partial(self.block, config=config, conv=self.conv, dense=self.dense)
+        for index, (blocks, width) in enumerate(zip(config.stages, config.widths, strict=True)):
+            stage = _Stage(blocks, width, 2 if index else 1, block, name=f"stage_{index}")
+            x_BHWC = axes.constrain(stage(x_BHWC, train), axes.BATCH)
+        if self.final_norm:
+            x_BHWC = nn.relu(batch_norm(config, train, "norm")(x_BHWC))
+        pooled_BC = x_BHWC.astype(jnp.float32).mean((1, 2))
+        head = Dense(
+            features=config.num_classes,
+            axes=(axes.CHANNELS, axes.UNMODELED),
+            use_bias=True,
+            param_dtype=config.storage_dtype,
+            name="head",
+        )
+        return head(pooled_BC)
+
+
+class _Stage(nn.Module):
+    """Blocks of one width, of which the first has the stride; a scope of its own in paths."""
+
+    blocks: int
+    width: int
+    stride: int
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        for index in range(self.blocks):
+            stride = 1 if index else self.stride
+            block = self.block(width=self.width, stride=stride, name=f"block_{index}")
+            x_BHWC = block(x_BHWC, train)
+        return x_BHWC
+
+
+def _conv(block: Bottleneck | WideBlock, features: int, stride: int, name: str) -> nn.Module:
+    config = block.config
+    return block.conv(
+        features=features,
+        side=3,
+        stride=stride,
+        dtype=config.compute_dtype,
+        param_dtype=config.storage_dtype,
+        name=name,
+    )
+
+
+def _pointwise(
+    block: Bottleneck | WideBlock, features: int, name: str, x_BHWC: jax.Array
+) -> jax.Array:
+    """A 1x1 convolution: a projection of channels."""
+    dense = block.dense(
+        features=features,
+        axes=(axes.CHANNELS_IN, axes.CHANNELS),
+        kernel_init=he_normal,
+        dtype=block.config.compute_dtype,
+        param_dtype=block.config.storage_dtype,
+        name=name,
+    )
+    return dense(x_BHWC)
+
+
+def _strided(x_BHWC: jax.Array, stride: int) -> jax.Array:
+    """What a 1x1 convolution with this stride reads."""
+    return x_BHWC[:, ::stride, ::stride]
+
+
+def _stem_conv(config: ResNetConfig, side: int, stride: int) -> nn.Module:
+    return Conv(
+        features=config.stem_width,
+        side=side,
+        stride=stride,
+        dtype=config.compute_dtype,
+        param_dtype=config.storage_dtype,
+        name="conv",
+    )

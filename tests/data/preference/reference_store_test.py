@@ -1,0 +1,117 @@
+"""The store of reference log-probabilities: what it keeps, shares, and refuses."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data.preference.reference_store import (
+    ABOUT,
+    ReferencedStream,
+    ReferenceStore,
+    ReferenceStoreError,
+)
+
+MODEL = hashlib.sha256(b"model").hexdigest()
+
+
+def digest(name):
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+
+
+def test_values_are_kept_for_whoever_asks_next(tmp_path):
+    first = ReferenceStore(MODEL, {"checkpoint": "a"}, root=tmp_path)
+    first.add([digest("x"), digest("y")], np.array([[-1.5, -2.5], [-3.0, -4.0]]))
+    other = ReferenceStore(MODEL, {}, root=tmp_path)
+    other.add([digest("z")], np.array([[-5.0, -6.0]]))
+    both = ReferenceStore(MODEL, {}, root=tmp_path)
+    assert len(both) == 3 and both.missing([digest("x"), digest("w")]) == [digest("w")]
+    expected = [[-5.0, -6.0], [0.0, 0.0], [-1.5, -2.5]]
+    np.testing.assert_array_equal(both.get([digest("z"), "", digest("x")]), expected)
+
+
+def test_streams_of_a_process_share_a_store_while_one_uses_it(tmp_path):
+    store = ReferenceStore.shared(MODEL, {}, root=tmp_path)
+    store.add([digest("x")], np.ones((1, 2)))
+    assert ReferenceStore.shared(MODEL, {}, root=str(tmp_path)) is store
+    assert ReferenceStore.shared(digest("other"), {}, root=tmp_path) is not store
+    assert ReferenceStore.shared(MODEL, {}, root=tmp_path / "elsewhere") is not store
+    (part,) = store.directory.glob("*.npz")
+    part.write_bytes(b"damaged")
+    assert len(ReferenceStore.shared(MODEL, {}, root=tmp_path)) == 1
+    del store
+    with pytest.raises(ReferenceStoreError, match="is damaged"):
+        ReferenceStore.shared(MODEL, {}, root=tmp_path)
+
+
+def test_another_model_knows_nothing_of_them(tmp_path):
+    ReferenceStore(MODEL, {}, root=tmp_path).add([digest("x")], np.zeros((1, 2)))
+    assert len(ReferenceStore(digest("other"), {}, root=tmp_path)) == 0
+
+
+def test_a_store_that_was_only_begun_is_empty(tmp_path):
+    store = ReferenceStore(MODEL, {}, root=tmp_path)
+    store.directory.mkdir()
+    assert len(ReferenceStore(MODEL, {}, root=tmp_path)) == 0
+    store.add([digest("x")], np.ones((1, 2)))
+    assert len(ReferenceStore(MODEL, {}, root=tmp_path)) == 1
+
+
+def test_processes_that_add_the_same_write_one_file(tmp_path):
+    stores = [ReferenceStore(MODEL, {}, root=tmp_path) for _ in range(2)]
+    for store in stores:
+        store.add([digest("x")], np.ones((1, 2)))
+    assert len(list(stores[0].directory.glob("*.npz"))) == 1
+
+
+def test_damage_is_named_and_nothing_is_guessed(tmp_path):
+    store = ReferenceStore(MODEL, {}, root=tmp_path)
+    store.add([digest("x")], np.ones((1, 2)))
+    with pytest.raises(ReferenceStoreError, match="Start the command again"):
+        store.get([digest("y")])
+    (part,) = store.directory.glob("*.npz")
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ReferenceStoreError, match=f"{part.name} is damaged.*Delete it"):
+        ReferenceStore(MODEL, {}, root=tmp_path)
+    part.write_bytes(content)
+    (store.directory / ABOUT).write_text("{}")
+    with pytest.raises(ReferenceStoreError, match="cannot be read"):
+        ReferenceStore(MODEL, {}, root=tmp_path)
+    (store.directory / ABOUT).write_text(f'{{"model": "{digest("other")}"}}')
+    with pytest.raises(ReferenceStoreError, match="stale"):
+        ReferenceStore(MODEL, {}, root=tmp_path)
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    store = ReferenceStore(MODEL, {}, root=tmp_path)
+    with pytest.raises(ReferenceStoreError, match="not finite"):
+        store.add([digest("x")], np.array([[np.nan, 0.0]]))
+    assert not list(tmp_path.iterdir())
+
+
+class Rows:
+    """Two rows of two slots, of which one is empty."""
+
+    fingerprint = "rows"
+    length = 8
+
+    def summary(self):
+        return {"rows": 2}
+
+    def batch(self, step, lo, hi):
+        return {"source_ids": np.zeros(hi - lo, np.int32)}
+
+    def row_ids(self, step, lo, hi):
+        return [[digest("x"), digest("y")], [digest("z"), ""]][lo:hi]
+
+
+def test_a_batch_has_the_values_of_its_rows(tmp_path):
+    store = ReferenceStore(MODEL, {}, root=tmp_path)
+    store.add([digest(name) for name in "xyz"], np.arange(6.0).reshape(3, 2))
+    stream = ReferencedStream(Rows(), store, MODEL)
+    found = stream.batch(0, 0, 2)["reference_log_probs"]
+    np.testing.assert_array_equal(found, [[0, 1, 2, 3], [4, 5, 0, 0]])
+    np.testing.assert_array_equal(stream.batch(0, 1, 2)["reference_log_probs"], found[1:])
+    assert stream.length == 8 and stream.fingerprint == Rows.fingerprint
+    assert stream.summary() == {"rows": 2, "reference": MODEL}

@@ -1,0 +1,175 @@
+"""Reading data files, and one clear error for each way in which a file can be bad."""
+
+import gzip
+import json
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from data.text import documents
+from data.text.documents import DataError, Document, Format
+
+LINES = [{"text": "one\ntwo", "name": "a"}, {"text": "日本語 é", "name": "b"}, {"text": ""}]
+
+
+def _jsonl(records) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def _read(path, **format):
+    return list(documents.read(path, Format(**format)))
+
+
+def _compress(path, content: bytes):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".zst":
+        half = len(content) // 2  # two frames, as `cat a.zst b.zst` makes them
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(content[:half]) + compress(content[half:]))
+    else:
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "X.JSONL"])
+def test_json_lines_plain_and_compressed(tmp_path, name):
+    path = _compress(
+        tmp_path / name, b"\xef\xbb\xbf" + _jsonl(LINES[:2]) + b"\n" + _jsonl(LINES[2:])
+    )
+    assert _read(path) == [
+        Document(f"{name}:1", "one\ntwo"),
+        Document(f"{name}:2", "日本語 é"),
+        Document(f"{name}:4", ""),
+    ]
+
+
+def test_keys_are_chosen(tmp_path):
+    path = _compress(tmp_path / "x.jsonl", _jsonl([{"body": "t", "url": 7}]))
+    assert _read(path, text_key="body", id_key="url") == [Document("7", "t")]
+
+
+def test_text_by_file_paragraph_and_line(tmp_path):
+    path = _compress(tmp_path / "x.txt", b"a\nb\n\n \nc\r\n")
+    assert _read(path) == [Document("x.txt", "a\nb\n\n \nc\r\n")]
+    assert _read(path, document_per="paragraph") == [
+        Document("x.txt:1", "a\nb\n"),
+        Document("x.txt:5", "c\r\n"),
+    ]
+    assert [d.text for d in _read(path, document_per="line")] == ["a", "b", "", " ", "c"]
+    with pytest.raises(ValueError, match="document_per is 'page'.*file, paragraph, line"):
+        Format(document_per="page")
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"text": ["a", "é"], "id": [3, 4], "other": [1.0, 2.0]})
+    parquet.write_table(table, path)
+    assert _read(path) == [Document("x.parquet:0", "a"), Document("x.parquet:1", "é")]
+    assert _read(path, id_key="id") == [Document("3", "a"), Document("4", "é")]
+    with pytest.raises(
+        DataError, match=r"x.parquet.*no key 'body'; present are 'text', 'id', 'other'"
+    ):
+        _read(path, text_key="body")
+    with pytest.raises(DataError, match="'other' holds a float, not a string"):
+        _read(path, text_key="other")
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"x.parquet: not a readable Parquet file"):
+        _read(path)
+
+
+def test_parquet_that_is_not_utf8(tmp_path):
+    path = tmp_path / "x.parquet"
+    column = pyarrow.array([b"fine", b"b\xffad"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"x.parquet, rows 0 to 1: not UTF-8 at byte offset 1"):
+        _read(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_malformed_line_names_file_line_and_column(tmp_path, suffix):
+    path = _compress(tmp_path / f"x.jsonl{suffix}", _jsonl(LINES) + b'{"text": "a" "b"}\n')
+    with pytest.raises(
+        DataError, match=rf"x\.jsonl{suffix}, line 4: malformed JSON.*column 14.*text"
+    ):
+        _read(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (b"7" * 5000, "a number has too many digits"),
+        (b"[" * 100_000 + b"]" * 100_000, "lists or objects are nested too deeply"),
+    ],
+)
+def test_json_that_python_does_not_take(tmp_path, value, problem):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + value + b"}\n")
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 2: malformed JSON: {problem}"):
+        _read(path)
+
+
+def test_line_that_is_no_object(tmp_path):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n["text"]\n')
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: a JSON list where an object"):
+        _read(path)
+
+
+def test_missing_text_key_names_the_keys_that_are_there(tmp_path):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"content": "a", "id": 1}\n')
+    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Set text_key"
+    with pytest.raises(DataError, match=match):
+        _read(path)
+    with pytest.raises(DataError, match=r"line 1: no key 'url'; present are 'text'. Set id_key"):
+        _read(path, id_key="url")
+
+
+def test_text_that_is_no_string(tmp_path):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": ["a"]}\n')
+    with pytest.raises(DataError, match=r"line 1: 'text' holds a list, not a string"):
+        _read(path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.txt.zst"])
+def test_bytes_that_are_not_utf8_name_their_offset(tmp_path, name):
+    content = b"\xef\xbb\xbf" + _jsonl(LINES) + b'{"text": "caf\xe9"}\n'
+    path = _compress(tmp_path / name, content)
+    offset = content.index(b'\xe9"}')
+    with pytest.raises(DataError, match=rf"{name}: not UTF-8 at byte offset {offset} \(line 4\)"):
+        _read(path)
+
+
+def test_half_of_a_surrogate_pair(tmp_path):
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "ab\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"line 1: 'text' is not valid Unicode at character 2"):
+        _read(path)
+    path = _compress(tmp_path / "y.jsonl", b'{"text": "ab", "id": "c\\ud83d"}\n')
+    assert _read(path)
+    with pytest.raises(DataError, match=r"y.jsonl, line 1: 'id' is not valid Unicode at character"):
+        _read(path, id_key="id")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["truncated", "not compressed"])
+def test_unreadable_compressed_file(tmp_path, suffix, damage):
+    path = tmp_path / f"x.jsonl{suffix}"
+    content = _jsonl({"text": f"line {i * 7919 % 1000}"} for i in range(5000))
+    _compress(path, content)
+    path.write_bytes(path.read_bytes()[:-20] if damage == "truncated" else content)
+    with pytest.raises(DataError, match=rf"x\.jsonl{suffix}: cannot be read after \d+ bytes"):
+        _read(path)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x", "x.gz", "x.jsonl.bz2"])
+def test_unknown_kind_of_file(tmp_path, name):
+    path = _compress(tmp_path / name, b"")
+    with pytest.raises(
+        DataError, match=rf"{name}: unknown kind of data file; supported are .jsonl"
+    ):
+        documents.check_suffix(path)

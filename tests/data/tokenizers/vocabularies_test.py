@@ -1,0 +1,247 @@
+"""Trained vocabularies: lossless, white space kept, reproducible, found again."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import sentencepiece
+
+from data import cpu_tensorflow
+from data.text import document_files, documents
+from data.text.documents import Document
+from data.text.sources import environment
+from data.tokenizers import vocabularies
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts in memory, as a corpus shows them."""
+
+    texts: dict[str, tuple[str, ...]]
+    hash: str = "0"
+
+    @property
+    def sources(self):
+        return tuple(self.texts)
+
+    def size(self, source):
+        return sum(len(text.encode()) for text in self.texts[source])
+
+    def sample(self, source, num_bytes):
+        texts = (Document(str(i), text) for i, text in enumerate(self.texts[source]))
+        return documents.take(texts, num_bytes)
+
+
+def _stdlib(*names):
+    root = environment.Environment.current().stdlib
+    return tuple((root / name).read_text(encoding="utf-8") for name in names)
+
+
+CODE = _stdlib("ast.py", "argparse.py", "dataclasses.py", "inspect.py", "json/decoder.py")
+PROSE = (
+    "Ein schöner Tag. Ein schöner Satz.\n",
+    "すべての人間は、生まれながらにして自由である。\n",
+) * 50
+SETTINGS = {
+    "size": 1000,
+    "algorithm": "bpe",
+    "sample_bytes": 1_000_000,
+    "balance": 0.7,
+    "character_coverage": 0.9995,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model_path(cache):
+    return vocabularies.train(
+        corpus=Texts({"code": CODE, "prose": PROSE}), cache_dir=cache, **SETTINGS
+    )
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+
+
+def test_special_ids_and_size(model):
+    assert [model.id_to_piece(i) for i in range(4)] == ["<pad>", "</s>", "<unk>", "<s>"]
+    assert model.get_piece_size() == 1000
+
+
+def test_code_comes_back_exactly(model):
+    for text in _stdlib("textwrap.py", "typing.py", "csv.py", "this.py"):
+        assert model.decode(model.encode(text)) == text
+
+
+def test_any_text_comes_back_exactly(model):
+    rng = random.Random(0)
+    alphabet = [" ", "  ", "\n", "\t", "\r\n", "a", "x", "0", "9", "<", ">", "/", "s", "pad", "unk"]
+    alphabet += [
+        "é",
+        "e\u0301",
+        "ß",
+        "日本",
+        "한",
+        "🙂",
+        "\u00a0",
+        "\u200b",
+        "ﬁ",
+        "\ufeff",
+        "\x00",
+        "\x7f",
+    ]
+    for _ in range(3000):
+        text = "".join(rng.choices(alphabet, k=rng.randint(0, 12)))
+        ids = model.encode(text)
+        assert model.decode(ids) == text, repr(text)
+        assert not set(ids) & {0, 1, 2, 3}, repr(text)
+
+
+def test_the_mark_of_a_space_is_the_one_exception(model):
+    assert model.decode(model.encode("a\u2581b")) == "a\u2582b"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 12, 16])
+def test_an_indentation_is_one_token(model, count):
+    pieces = [model.id_to_piece(i) for i in model.encode("\n" + " " * count + "return")]
+    assert pieces[:2] == ["\n", "\u2581" * count]
+    assert model.id_to_piece(model.encode("\n\n")) == ["\n\n"]
+    assert model.id_to_piece(model.encode("\t\t")) == ["\t\t"]
+
+
+def test_every_digit_is_a_token(model):
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    digits = [p for p in pieces if any(c.isdigit() for c in p) and not p.startswith("<0x")]
+    assert set(digits) >= set("0123456789") and all(len(p.strip("\u2581")) == 1 for p in digits)
+
+
+def test_characters_that_were_not_seen_become_bytes(model):
+    pieces = [model.id_to_piece(i) for i in model.encode("\u0e01")]
+    assert pieces == ["<0xE0>", "<0xB8>", "<0x81>"]
+
+
+def test_it_compresses_what_it_was_trained_on(model):
+    text = _stdlib("textwrap.py")[0]
+    assert len(text.encode()) / len(model.encode(text)) > 2
+
+
+def test_training_is_reproducible_and_kept(model_path, cache, tmp_path):
+    corpus = Texts({"code": CODE, "prose": PROSE})
+    again = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    assert again.read_bytes() == model_path.read_bytes()
+    assert again.parent.name == model_path.parent.name
+    stamp = model_path.stat().st_mtime_ns
+    found = vocabularies.train(corpus=corpus, cache_dir=cache, **SETTINGS)
+    assert found == model_path and found.stat().st_mtime_ns == stamp
+    record = json.loads((model_path.parent / "vocabulary.json").read_text())
+    assert record["corpus"] == "0" and record["size"] == 1000
+    assert str(tmp_path).encode() not in again.read_bytes()
+
+
+def test_a_directory_without_its_model_is_replaced(tmp_path):
+    corpus = Texts({"code": CODE})
+    path = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    model = path.read_bytes()
+    path.unlink()
+    again = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    assert again == path and path.read_bytes() == model
+    assert [entry.name for entry in path.parent.parent.iterdir()] == [path.parent.name]
+
+
+def test_corpus_and_settings_choose_the_vocabulary(model_path, cache):
+    corpus = Texts({"code": CODE, "prose": PROSE})
+    other = vocabularies.train(
+        corpus=dataclasses.replace(corpus, hash="1"), cache_dir=cache, **SETTINGS
+    )
+    assert other != model_path
+    smaller = vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": 900})
+    assert smaller not in (other, model_path)
+
+
+def test_sample_is_shared_among_sources_by_balance():
+    corpus = Texts({"big": ("x" * 99 + "\n",) * 1000, "small": ("y" * 99 + "\n",) * 10})
+
+    def sampled(sample_bytes, balance):
+        lines = list(vocabularies._lines(corpus, sample_bytes, balance))
+        return {letter: sum(letter in line for line in lines) for letter in "xy"}
+
+    assert sampled(10_000, 1.0) == {"x": 100, "y": 1}
+    assert sampled(10_000, 0.5) == {"x": 91, "y": 10}
+    assert sampled(10_000_000, 0.5) == {"x": 1000, "y": 10}
+
+
+def test_sample_of_a_source_whose_size_is_not_known():
+    class Unknown(Texts):
+        def size(self, source):
+            return None if source == "y" else super().size(source)
+
+    for texts, share in (({"y": 100}, {"y": 10}), ({"x": 100, "y": 100}, {"x": 10, "y": 10})):
+        corpus = Unknown({letter: (letter * 99 + "\n",) * n for letter, n in texts.items()})
+        lines = list(vocabularies._lines(corpus, 1000, 0.7))
+        assert {letter: sum(letter in line for line in lines) for letter in share} == share
+
+
+def test_sample_of_files_has_text_of_every_file(tmp_path):
+    for name in "abc":
+        lines = (json.dumps({"text": name * 50}) + "\n" for _ in range(100))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    corpus = document_files.find(
+        name="files",
+        files=f"{tmp_path}/*.jsonl",
+        validation_fraction=0,
+        cache_dir=tmp_path / "cache",
+    )
+    sampled = "".join(vocabularies._lines(corpus, 1500, 0.7))
+    assert {name: sampled.count(name) for name in "abc"} == {"a": 500, "b": 500, "c": 500}
+
+
+def test_long_lines_are_cut_and_not_lost():
+    lines = vocabularies._lines(Texts({"a": ("ab" * 5000,)}), 10**6, 1.0)
+    assert "".join(lines) == "ab" * 5000
+
+
+def test_size_that_does_not_fit_names_the_remedy(cache):
+    corpus = Texts({"prose": ("a b c\n",)})
+    for size in (100, 20_000):
+        with pytest.raises(
+            ValueError, match=rf"vocabulary of {size} pieces does not fit.*sample_bytes"
+        ):
+            vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": size})
+
+
+def test_unknown_algorithm(cache):
+    with pytest.raises(ValueError, match="algorithm 'wordpiece' is unknown; it is bpe or unigram"):
+        vocabularies.train(
+            corpus=Texts({}), cache_dir=cache, **{**SETTINGS, "algorithm": "wordpiece"}
+        )
+
+
+def test_missing_model_file():
+    with pytest.raises(
+        FileNotFoundError,
+        match="no SentencePiece model 'gone.model'.*launch.prepare vocabulary",
+    ):
+        vocabularies.from_file(path="gone.model")
+
+
+def test_seqio_encodes_alike_in_python_and_tensorflow(model_path):
+    vocabulary = vocabularies.from_file(path=model_path)
+    assert vocabulary.vocab_size == 1000 and vocabulary.eos_id == 1 and vocabulary.bos_id == 3
+    for text in (*_stdlib("csv.py"), "  é\n\n\t日本 🙂 \r\n1234 "):
+        ids = vocabulary.encode(text)
+        assert vocabulary.encode_tf(text).numpy().tolist() == list(ids)
+        assert vocabulary.decode(ids) == text
+    assert vocabularies.byte().encode("é") == [0xC3 + 3, 0xA9 + 3]
+
+
+def test_tensorflow_is_kept_off_accelerators_before_it_is_imported(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_tensorflow, "load", lambda: calls.append("load"))
+    vocabularies.byte()
+    assert calls == ["load"]

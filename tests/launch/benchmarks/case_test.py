@@ -1,0 +1,132 @@
+"""The benchmark's two sides start from the same numbers: weights, rows and optimiser settings."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from launch.benchmarks import case, decode_case, moe_case, online_dpo, pairs
+from launch.benchmarks.jax import decode_jax, llama_jax, online_dpo_jax
+from launch.config import gin_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("case")
+    case.write(str(path), steps=2)
+    return path
+
+
+def test_the_recipe_has_the_shapes_of_the_shared_weights(folder):
+    config = gin_config.load(
+        llama_jax.FILES,
+        case.bindings(case.CASE),
+        entry="launch.train:train",
+        unused={"TASKS": "()"},
+    )
+    recipe = config.arguments()["recipe"]
+    with np.load(folder / "weights.npz") as weights:
+        params = case.params_of({name: weights[name] for name in weights.files})
+    abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
+    sizes = json.loads((folder / "case.json").read_text())
+    assert (recipe.batch_size, recipe.length) == (sizes["batch_size"], sizes["length"])
+    assert float(recipe.learning_rate(0)) == np.float32(sizes["learning_rate"])
+
+
+@pytest.mark.parametrize("experts", sorted(moe_case.HIDDEN))
+def test_both_routings_of_a_mixture_are_one_model_and_differ_in_their_shares(experts, tmp_path):
+    small = {"vocab_size": 512, "num_layers": 1, "embed_dim": 32, "length": 128}
+    sizes = {**moe_case.SIZES, **small}
+    shares = {}
+    for routing in moe_case.ROUTINGS:
+        folder = tmp_path / routing
+        folder.mkdir()
+        moe_case.write(str(folder), experts=experts, routing=routing, steps=1, sizes=sizes)
+        recipe = llama_jax.recipe_of(json.loads((folder / "case.json").read_text()))
+        params = llama_jax.peer_params(str(folder))
+        abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
+        assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
+        tokens = np.load(folder / "tokens.npy")[0]
+        apply = jax.jit(functools.partial(recipe.model.apply, mutable=["metrics"]))
+        _, seen = apply({"params": params}, tokens)
+        shares[routing] = np.asarray(seen["metrics"]["layers"]["block_0"]["mlp"]["router_load"][0])
+    eighth = experts // 8
+    assert shares["balanced"].max() < 3 / experts
+    assert shares["skewed"][:eighth].sum() > 3 * shares["balanced"][:eighth].sum()
+
+
+def test_rows_predict_their_own_next_token(folder):
+    rows = np.load(folder / "tokens.npy")[0]
+    batch = llama_jax.batch_of(rows)
+    np.testing.assert_array_equal(batch["decoder_target_tokens"][:, :-1], rows[:, 1:])
+    assert batch["decoder_loss_weights"][:, :-1].all()
+    assert not batch["decoder_loss_weights"][:, -1].any()
+
+
+def test_ratio_is_of_pairs():
+    found = pairs.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
+    assert found["median"] == 3.0
+    assert found["interval_95"] == [2.0, 5.0]
+
+
+def test_parts_of_online_dpo_are_those_of_whole_steps_after_the_first():
+    begin, spans = 0.0, {name: [] for name in ("rollout", "sampling", "rewards", "reference")}
+    for step in range(online_dpo.WARM_UP + 4):
+        slow = 100 if step < online_dpo.WARM_UP else 1
+        spans["rollout"].append((begin, begin + 4.0))
+        for i, name in enumerate(("sampling", "rewards", "reference")):
+            spans[name].append((begin + i, begin + i + 1.0))
+        begin += 4.0 + 6.0 * slow
+    seconds = online_dpo_jax.seconds(spans)
+    assert seconds == {
+        **dict.fromkeys(("sampling", "rewards", "reference", "arrangement"), [1.0] * 3),
+        "update": [6.0] * 3,
+    }
+    found = online_dpo.figures([seconds, seconds])
+    assert found["generation_of_time"]["median"] == pytest.approx(0.4)
+    assert found["sampling_of_time"]["median"] == pytest.approx(0.1)
+    assert found["sampling_of_time"]["pairs"] == 2
+    assert found["parts_of_time"]["update"] == 0.6 and found["seconds_per_step"] == [10.0, 10.0]
+
+
+def test_what_online_dpo_times_is_there():
+    parts = online_dpo_jax.watched()
+    assert set(parts) == {"rollout", "sampling", "rewards", "reference"}
+    assert all(callable(getattr(owner, name)) for owner, name in parts.values())
+
+
+def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.gin").write_text("include 't5x_configs/models/bench_llama.gin'\n")
+    (tmp_path / "case.json").write_text(json.dumps(online_dpo.CASE))
+    argv = online_dpo_jax.arguments(str(tmp_path), tmp_path / "online", 3)
+    files = [flag.partition("=")[2] for flag in argv if flag.startswith("--gin_file=")]
+    bound = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
+    assert len(files) + len(bound) == len(argv)
+    config = gin_config.load(files, bound, entry="launch.train:train")
+    assert f"MAX_NEW_TOKENS = {online_dpo.CASE['completion']}" in config.text
+
+
+def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):
+    sizes = {
+        **decode_case.SMALL,
+        "num_layers": 2,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_dim": 32,
+        "vocab_size": 64,
+    }
+    decode_case.write(str(tmp_path), sizes)
+    ours = decode_jax.Ours(str(tmp_path))
+    snapkv = {"policy": "snapkv", "settings": {"capacity": 16, "window": 4}}
+    answer = ours.generate(batch=1, length=48, new=3, tokens=True, **snapkv)
+    assert [len(row) for row in answer["tokens"]] == [3]
+    # What is calculated from shapes is what a run holds; the peak has one whole layer.
+    calculated = ours.peak_bytes(length=48, new=3, **snapkv)
+    assert calculated["decode_bytes"] == answer["cache_bytes"]
+    whole_layer = 48 * 2 * 2 * 8 * 4
+    assert calculated["bytes"] == whole_layer + calculated["decode_bytes"] // 2

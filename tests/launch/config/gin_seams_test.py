@@ -1,0 +1,204 @@
+"""Bindings of what the caller passes anyway are found, and the table of what is passed is true."""
+
+import functools
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from launch.config import gin_config, gin_seams
+from launch.config.gin_config import ConfigError
+from model import config as model_config
+from model import transformer
+
+FILES = ["t5x_configs/models/tiny.gin", "t5x_configs/runs/pretrain.gin"]
+UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+def problems(*bindings, files=(), entry="launch.train:train") -> str:
+    with pytest.raises(ConfigError) as caught:
+        gin_config.load([*FILES, *files], bindings, entry=entry, unused=UNUSED)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("binding", "owner"),
+    [
+        ("optimizers.adamw.learning_rate=1.0", "trainers.recipe.Recipe.optimizer"),
+        ("lm.language_modelling.num_sources=3", "trainers.recipe.Recipe.objective"),
+        ("lm.language_modelling.model=None", "trainers.recipe.Recipe.objective"),
+        ("stream.make_eval_stream.task='x'", "launch.train.train.eval_stream"),
+        ("attention.Attention.config=None", "model.transformer.Block.attention"),
+        ("attention.Attention.kind=None", "model.transformer.Block.attention"),
+        ("mlp.GatedMlp.name='x'", "model.transformer.Block.mlp"),
+        ("transformer.Block.config=None", "model.transformer.Transformer.block"),
+    ],
+)
+def test_a_binding_of_what_the_caller_passes_is_refused(binding, owner):
+    argument = binding.partition("=")[0].rpartition(".")[2]
+    text = problems(binding)
+    assert text.startswith("1 problem")
+    assert f"what is bound to '{owner}' is called with {argument}=" in text
+
+
+def test_the_same_in_files(gin_file):
+    path = gin_file(
+        """
+        from __gin__ import dynamic_registration
+        from launch import train
+        from model import linear
+        from model import mlp
+        from trainers.checkpoints import checkpoint
+        train.train.checkpointer = @checkpoint.Checkpointer
+        checkpoint.Checkpointer.directory = '/x'
+        mlp.GatedMlp.dense = @linear.Dense
+        linear.Dense.use_bias = True
+        """
+    )
+    text = problems(files=[path])
+    assert (
+        f"{path}:8: 'trainers.checkpoints.checkpoint.Checkpointer.directory' has no effect" in text
+    )
+    assert f"{path}:10: 'model.linear.Dense.use_bias' has no effect" in text
+
+
+def test_flags_win_over_the_entry_functions_bindings(gin_file):
+    own = "t5x_configs/runs/evaluate.gin"
+    text = problems(
+        "loss.evaluate.max_batches=3", files=[own], entry="launch.evaluation.loss:evaluate"
+    )
+    assert (
+        "'launch.evaluation.loss.evaluate.max_batches' has no effect: the command passes it" in text
+    )
+
+
+def test_gin_may_bind_it_where_gin_makes_the_call(gin_file, toy_gin, monkeypatch):
+    monkeypatch.setitem(gin_seams.PASSED, "toy_net.Block", {"dense": ("width", "name")})
+    width = "toy_net.Dense.width = 3\n"
+    with pytest.raises(ConfigError, match="'toy_net.Block.dense' is called with width="):
+        gin_config.load([gin_file(toy_gin + width)], ["MODEL_DIR=/x"], entry="toy_run:train")
+    called = width + "toy_run.train.optimizer = @toy_net.Dense()\n"
+    gin_config.load([gin_file(toy_gin + called)], ["MODEL_DIR=/x"], entry="toy_run:train")
+    scoped = "a/toy_net.Dense.width = 3\ntoy_run.train.optimizer = @a/toy_net.Dense()\n"
+    config = gin_config.load([gin_file(toy_gin + scoped)], ["MODEL_DIR=/x"], entry="toy_run:train")
+    assert config.entry()["optimizer"].width == 3
+
+
+def recorder(factory, seen: set):
+    def call(*args, **kwargs):
+        seen.add(frozenset(kwargs))
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def test_models_pass_what_the_table_says():
+    """Every factory of every module with a row, replaced by one that records its arguments."""
+    from model.attention import Attention
+    from model.bam.moa import MixtureOfAttention
+    from model.embed import Positions
+    from model.heads.actor_critic import ActorCritic
+    from model.heads.reward_model import RewardModel
+    from model.linear import Dense
+    from model.mlp import GatedMlp, Mlp
+    from model.moe.moe import ExpertDense, MoeMlp
+    from model.nexus.domain_router import DomainRouter
+    from model.nexus.mlp_router import MlpRouter
+    from model.norm import RMSNorm
+    from model.vision import resnet
+    from model.vision.convolution import Conv
+
+    seen: dict[tuple[str, str], set] = {}
+
+    def watched(owner, **factories):
+        name = f"{owner.__module__}.{owner.__qualname__}"
+        assert set(factories) == set(gin_seams.PASSED[name])
+        watching = {
+            argument: recorder(factory, seen.setdefault((name, argument), set()))
+            for argument, factory in factories.items()
+        }
+        return lambda **kwargs: owner(**watching, **kwargs)
+
+    sizes = {"vocab_size": 8, "num_layers": 1, "embed_dim": 4, "num_heads": 1, "mlp_dim": 4}
+    mlps = (
+        watched(GatedMlp, dense=Dense),
+        watched(Mlp, dense=Dense),
+        *(
+            watched(MoeMlp, router=router, expert_dense=ExpertDense, shared=GatedMlp)
+            for router in (watched(DomainRouter, dense=Dense), watched(MlpRouter, dense=Dense))
+        ),
+    )
+    for mlp in mlps:
+        block = watched(
+            transformer.Block,
+            attention=watched(Attention, dense=Dense, qk_norm=RMSNorm),
+            mlp=mlp,
+            norm=RMSNorm,
+            post_norm=RMSNorm,
+        )
+        model = watched(
+            transformer.Transformer,
+            block=block,
+            embed=transformer.Embed,
+            position_embed=lambda **kwargs: Positions(num_positions=4, **kwargs),
+        )(config=model_config.TransformerConfig(**sizes))
+        for headed in (ActorCritic, RewardModel):
+            model = watched(headed, head=Dense)(backbone=model)
+            jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+            model = model.backbone
+    attention = watched(MixtureOfAttention, dense=Dense, qk_norm=RMSNorm, router=Dense)
+    block = functools.partial(transformer.Block, attention=attention)
+    model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    sizes = resnet.ResNetConfig(num_classes=2, stages=(1,), widths=(8,), stem_width=4)
+    for kind in (resnet.Bottleneck, resnet.WideBlock):
+        factories = {"stem": resnet.Stem3x3, "block": kind, "conv": Conv, "dense": Dense}
+        model = watched(resnet.ResNet, **factories)(config=sizes)
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    for (name, argument), calls in seen.items():
+        assert calls == {frozenset(gin_seams.PASSED[name][argument])}, (name, argument)
+    rows = {name for name in gin_seams.PASSED if name.startswith("model.")}
+    assert rows == {name for name, _ in seen}
+
+
+def test_trainers_pass_what_the_table_says():
+    from data.stream import stream
+    from data.vision import image_sets, images
+    from trainers.objectives import lm
+    from trainers.recipe import Recipe
+
+    blank = image_sets.Arrays("x", 1, np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, int))
+    config = gin_config.load(FILES, entry="launch.train:train", unused=UNUSED)
+    recipe = config.arguments()["recipe"]
+    calls: dict[str, set] = {"optimizer": set(), "objective": set()}
+    Recipe(
+        model=recipe.model,
+        batch_size=8,
+        feature_lengths={"targets": 8},
+        optimizer=recorder(lambda learning_rate: optax.sgd(0.1), calls["optimizer"]),
+        learning_rate=recipe.learning_rate,
+        objective=recorder(lm.language_modelling, calls["objective"]),
+    ).program().steps(1)
+    passed = gin_seams.PASSED["trainers.recipe.Recipe"]
+    assert calls == {name: {frozenset(names)} for name, names in passed.items()}
+
+    split: set = set()
+    given = {"images": recorder(lambda split: blank, split), "batch_size": 2, "image_size": 2}
+    images.make_stream(**given)
+    images.make_eval_stream(**given, task="x")
+    for owner in ("make_stream", "make_eval_stream"):
+        assert split == {frozenset(gin_seams.PASSED[f"data.vision.images.{owner}"]["images"])}
+
+    held_out: set = set()
+    stream.held_out(recorder(lambda task: task, held_out), ["a"])
+    for owner, argument in (("train.train", "eval_stream"), ("evaluation.loss.evaluate", "stream")):
+        assert held_out == {frozenset(gin_seams.PASSED[f"launch.{owner}"][argument])}

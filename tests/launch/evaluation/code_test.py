@@ -1,0 +1,160 @@
+"""pass@k of a model and of given completions, from flags to files."""
+
+import json
+
+import pytest
+
+PROBLEMS = [
+    {
+        "task_id": i,
+        "text": f"Add {i} to a number.",
+        "code": f"def f(x):\n    return x + {i}",
+        "test_list": [f"assert f(1) == {1 + i}"],
+        "test_setup_code": "",
+    }
+    for i in range(3)
+]
+
+
+@pytest.fixture
+def evaluate(command, tmp_path):
+    """Runs the command; returns the rows and the scores, or the exit status."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+
+    def run(*flags):
+        files = [f"--{name}={tmp_path / name}" for name in ("output", "json")]
+        status = command("evaluate code", f"--problems={problems}", *files, "--workers=1", *flags)
+        if status:
+            return status
+        rows = [json.loads(line) for line in (tmp_path / "output").read_text().splitlines()]
+        return rows, json.loads((tmp_path / "json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def solutions(tmp_path):
+    def write(rows):
+        path = tmp_path / "solutions.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"--solutions={path}"
+
+    return write
+
+
+RIGHT = [{"task_id": row["task_id"], "completion": row["code"]} for row in PROBLEMS]
+WRONG = [{"task_id": i, "completion": "def f(x): return -1"} for i in range(3)]
+
+
+def test_given_completions_are_run_and_scored(evaluate, solutions, capsys):
+    rows, scores = evaluate(solutions([*RIGHT, *WRONG[:2], RIGHT[2]]), "--k", "1", "2")
+    assert [(row["task_id"], row["sample"], row["status"]) for row in rows] == [
+        ("0", 0, "passed"),
+        ("1", 0, "passed"),
+        ("2", 0, "passed"),
+        ("0", 1, "failed"),
+        ("1", 1, "failed"),
+        ("2", 1, "passed"),
+    ]
+    assert rows[3]["detail"] == "AssertionError"
+    assert scores["problems"] == "mbpp" and scores["num_problems"] == 3
+    assert scores["pass_at_k"] == {"1": pytest.approx(2 / 3), "2": 1.0}
+    assert scores["statuses"] == {"passed": 4, "failed": 2}
+    assert "pass@1     0.6667" in capsys.readouterr().out
+
+
+def test_rows_that_are_there_are_not_run_again(evaluate, solutions, tmp_path, monkeypatch):
+    from data.sandbox import code_sandbox
+
+    flag = solutions(RIGHT)
+    rows, scores = evaluate(flag)
+    lines = (tmp_path / "output").read_text().splitlines(keepends=True)
+    (tmp_path / "output").write_text(lines[0] + lines[1][:20])  # cut off within a row
+    original, programs = code_sandbox.Sandbox.run_one, []
+
+    def run_one(self, program):
+        programs.append(program)
+        return original(self, program)
+
+    monkeypatch.setattr(code_sandbox.Sandbox, "run_one", run_one)
+    again, same = evaluate(flag)
+    assert len(programs) == 2
+    seconds = {"seconds": 0}
+    assert [row | seconds for row in again] == [row | seconds for row in rows]
+    assert same == scores
+
+
+def test_rows_of_other_settings_are_refused(evaluate, solutions, capsys):
+    evaluate(solutions(RIGHT))
+    assert evaluate(solutions(RIGHT), "--wall_seconds=9") == 2
+    assert "output, line 1: made with another checkpoint" in capsys.readouterr().err
+
+
+def test_a_model_is_evaluated_and_resumed_with_the_same_draws(
+    evaluate, trained_run, tmp_path, capsys
+):
+    flags = [
+        f"--checkpoint={trained_run.path}",
+        "--samples=2",
+        "--max_new_tokens=8",
+        "--k",
+        "1",
+        "2",
+    ]
+    rows, scores = evaluate(*flags)
+    assert [(row["task_id"], row["sample"]) for row in rows] == [
+        (str(i), sample) for i in range(3) for sample in range(2)
+    ]
+    assert scores["settings"]["temperature"] == 0.8 and scores["settings"]["top_p"] == 0.95
+    assert len({row["completion"] for row in rows}) > 3
+    lines = (tmp_path / "output").read_text().splitlines(keepends=True)
+    (tmp_path / "output").write_text("".join(lines[:3]))
+    again, _ = evaluate(*flags)
+    assert [row["completion"] for row in again] == [row["completion"] for row in rows]
+    assert "3 of 6 rows are there already" in capsys.readouterr().err
+
+
+def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, monkeypatch):
+    from launch import generate
+
+    def generated(config, rows, *, stops, settings, **_):
+        assert stops == ("\nclass", "\nassert", '\n"""', "\nprint", "\nif")
+        assert settings.sampling.temperature == 0 and settings.num_samples == 1
+        for row, (_, given) in zip(PROBLEMS, rows, strict=True):
+            assert given["text"].startswith('"""\nAdd')
+            yield {"task_id": str(row["task_id"]), "sample": 0, "text": row["code"]}
+
+    monkeypatch.setattr(generate, "generate", generated)
+    _, scores = evaluate(f"--checkpoint={trained_run.path}")
+    assert scores["pass_at_k"] == {"1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        (RIGHT[:2], [], "has none for 1 problems, the first '2'"),
+        ([*RIGHT, {"task_id": 7, "completion": ""}], [], "line 4: there is no problem '7'"),
+        ([*RIGHT, {"task_id": 1}], [], "line 4: no 'completion'"),
+        (RIGHT, ["--k", "2"], "--k=2: there are 1 samples"),
+        (RIGHT, ["--cpu_seconds=0"], "Limits.cpu_seconds = 0 must be above 0"),
+        (RIGHT, ["--output=/none/x.jsonl"], "there is no folder /none"),
+        (RIGHT, ["--problems=/none.jsonl"], "--problems=/none.jsonl: there is no such file"),
+    ],
+)
+def test_bad_input_is_one_error(evaluate, solutions, capsys, rows, flags, message):
+    assert evaluate(solutions(rows), *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples=2", "--temperature=0"], "--temperature=0 makes all"),
+        (["--samples=0"], "--samples=0 must be at least 1"),
+        (["--samples=2", "--k", "3"], "--k=3: there are 2 samples"),
+    ],
+)
+def test_flags_that_contradict_each_other(evaluate, trained_run, capsys, flags, message):
+    assert evaluate(f"--checkpoint={trained_run.path}", *flags) == 2
+    assert message in capsys.readouterr().err

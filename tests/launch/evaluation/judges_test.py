@@ -1,0 +1,267 @@
+"""Parts of win rates against independent definitions: verdicts, orders, intervals, what is kept."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from launch.evaluation.judges import asking, journal, shares
+from launch.evaluation.judges.base import JudgeError, Outcome, Pair
+from launch.evaluation.judges.pairwise import PairwiseJudge, Silence
+from launch.evaluation.judges.reward import RewardJudge
+from launch.evaluation.judges.template import Template
+
+
+@pytest.mark.parametrize(
+    ("reply", "label"),
+    [
+        ("Comparison: x.\nPreferred: Answer (A)", "A"),
+        ("Preferred: Answer (B)\n\n", "B"),
+        ("**Preferred:** Answer (B).", "B"),
+        ("Answer (A)", "A"),
+        ("PREFERRED: ANSWER (A)", "A"),
+        ("Preferred: Answer (A)\nOn second thought:\nPreferred: Answer (B)", "B"),
+        ("It quotes:\nAnswer (A)\nPreferred: Answer (B)", "B"),
+        ("Answer (A) says Answer (B)", None),
+        ("I prefer Answer (A)", None),
+        ("Preferred: Answer (A) or Answer (B)", None),
+        ("Preferred: Answer (C)", None),
+        ("Preferred: Answer (a)", None),
+        ("Preferred: A", None),
+        ("Preferred: Tie", None),
+        ("", None),
+    ],
+)
+def test_the_last_line_that_is_a_verdict_counts(reply, label):
+    assert Template().read(reply) == label
+
+
+def test_a_tie_is_a_verdict_only_where_it_is_offered():
+    free = Template(allow_ties=True)
+    assert free.read("Preferred: Tie") == "tie" and free.read("Preferred: Answer (A)") == "A"
+    assert "Tie" in free.render("p", "x", "y") and "Tie" not in Template().render("p", "x", "y")
+
+
+def test_the_request_holds_what_is_judged_and_a_reminder_only_when_asked_again():
+    wording = Template()
+    text = wording.render("Say one.", "uno", "")
+    assert "<instruction>\nSay one.\n</instruction>" in text
+    assert "<answer_a>\nuno\n</answer_a>" in text
+    assert "<answer_b>\n(This answer is empty.)\n</answer_b>" in text
+    assert wording.render("Say one.", "uno", "", reminder=True).startswith(text + "\n\n")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert "\nsystem: Be brief.\n\nuser: Hi\n" in wording.render(turns, "x", "y")
+    assert "\nHi\n" in wording.render(turns[1:], "x", "y")
+
+
+class Scripted:
+    """Writes what a function of (first answer, second answer, times asked) gives."""
+
+    name, identity = "scripted", {"judge": "scripted"}
+
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
+
+    def write(self, prompts, *, temperature, seed):
+        for i, prompt in enumerate(prompts):
+            shown = [prompt.split(f"<answer_{x}>\n")[1].split("\n</")[0] for x in "ab"]
+            self.asked.append((*shown, seed))
+            yield i, self.reply(*shown, seed)
+
+
+def pair(a, b, id="0"):
+    return Pair(id=id, prompt=f"p{id}", a=a, b=b, systems=("left", "right"))
+
+
+@pytest.mark.parametrize("forth, back", itertools.product(("A", "B", "Tie"), repeat=2))
+def test_orders_that_disagree_are_a_tie_and_sides_are_antisymmetric(forth, back, tmp_path):
+    def line(label):
+        return "Preferred: Tie" if label == "Tie" else f"Preferred: Answer ({label})"
+
+    def outcome(a, b, name):
+        writer = Scripted(lambda first, *_: line(forth if first == "x" else back))
+        judge = PairwiseJudge(writer, wording=Template(allow_ties=True))
+        with journal.opened(tmp_path / name) as kept:
+            (found,), _ = asking.judge_pairs(judge, [pair(a, b)], kept)
+        return found
+
+    # By hand: whom each order prefers.
+    liked = {("A", "forth"): "x", ("B", "forth"): "y", ("A", "back"): "y", ("B", "back"): "x"}
+    one, two = liked.get((forth, "forth")), liked.get((back, "back"))
+    want = one if one == two else None
+    found, turned = outcome("x", "y", "1"), outcome("y", "x", "2")
+    assert found.verdict == {"x": "a", "y": "b", None: "tie"}[want]
+    assert turned.verdict == {"x": "b", "y": "a", None: "tie"}[want]
+    assert found.consistent == turned.consistent == (one == two)
+    assert (
+        found.bias
+        == turned.bias
+        == ((forth == "A") - (forth == "B") + (back == "A") - (back == "B")) / 2
+    )
+
+
+class Kill(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("at", range(1, 14))
+def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
+    pairs = [pair(f"x{i}", f"y{i}", str(i)) for i in range(5)] + [pair("same", "same", "5")]
+
+    def reply(first, second, seed):
+        if "0" in first and seed == 0 or first == "y1":
+            return "no verdict"  # once for one pair; always for one order of another
+        return f"Preferred: Answer ({'A' if first < second else 'B'})"
+
+    whole = Scripted(reply)
+    with journal.opened(tmp_path / "whole") as kept:
+        want, _ = asking.judge_pairs(PairwiseJudge(whole, wording=Template()), pairs, kept)
+    assert [o.verdict for o in want] == ["a", None, "a", "a", "a", "tie"]
+    assert len(whole.asked) == 10 + 3 + 1  # 2 + 1 asked again, and 1 once more
+
+    def until(first, second, seed):
+        if len(parts.asked) > at:
+            raise Kill
+        return reply(first, second, seed)
+
+    path = tmp_path / "parts"
+    parts = Scripted(until)
+    with pytest.raises(Kill), journal.opened(path) as kept:
+        asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
+    lost = parts.asked.pop()  # was not answered
+    # The last line may be cut short, which then was not kept.
+    with open(path, "ab") as file:
+        file.write(b'{"key": "' + b"x" * 999 if at % 2 else b'{"key": "0", "value": "A"}')
+    parts.reply = reply
+    with journal.opened(path) as kept:
+        found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
+    assert found == want and sorted(parts.asked) == sorted(whole.asked) and lost in parts.asked
+    assert tally.asked == 14 - at
+    with journal.opened(path) as kept:
+        found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
+    assert found == want and tally.asked == 0 and len(parts.asked) == 14
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 14
+
+
+def test_replies_that_do_not_come_are_asked_for_again_in_every_run(tmp_path):
+    writer = Scripted(lambda first, *_: Silence(reason="slow") if first == "x" else "Answer (A)")
+    judge = PairwiseJudge(writer, wording=Template(), attempts=2)
+    for run in (1, 2):
+        with journal.opened(tmp_path / "kept") as kept:
+            (found,), tally = asking.judge_pairs(judge, [pair("x", "y")], kept)
+        assert found.verdict is None and tally.no_reply == {"slow": 2}
+        assert len(writer.asked) == 1 + 2 * run
+
+
+def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
+    writer = Scripted(lambda *_: Silence(reason="slow"))
+    judge = PairwiseJudge(writer, wording=Template())
+    for count, asked in ((3, 6), (1000, 32)):
+        writer.asked.clear()
+        pairs = [pair("x", "y", str(i)) for i in range(count)]
+        with (
+            journal.opened(tmp_path / "kept") as kept,
+            pytest.raises(JudgeError, match=f"has not replied to {asked} questions in a row: slow"),
+        ):
+            asking.judge_pairs(judge, pairs, kept)
+        assert len(writer.asked) == asked
+
+
+def test_a_journal_is_one_processs_and_damage_in_it_is_named(tmp_path):
+    path = tmp_path / "kept"
+    with (
+        journal.opened(path),
+        pytest.raises(JudgeError, match="Another process"),
+        journal.opened(path),
+    ):
+        pass
+    path.write_text('{"key": "0", "value": "A"}\nnonsense\n{"key": "1", "value": "B"}\n')
+    with pytest.raises(JudgeError, match="kept, line 2: not a kept"), journal.opened(path):
+        pass
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_replies_of_another_judge_or_template_are_not_taken():
+    question, _ = PairwiseJudge(Scripted(None), wording=Template()).questions(pair("x", "y"))
+    identities = [
+        PairwiseJudge(Scripted(None), wording=Template(allow_ties=ties)).identity
+        for ties in (False, True)
+    ]
+    assert len({question.key(identity) for identity in (*identities, {"judge": "other"})}) == 3
+
+
+class Lengths:
+    name, identity = "lengths", {"judge": "lengths"}
+
+    def scores(self, asked):
+        for i, question in enumerate(asked):
+            yield i, float(len(question.answers[0])) if question.answers[0] else math.nan
+
+
+def test_scores_decide_beyond_the_margin(tmp_path):
+    pairs = [pair("xxx", "x"), pair("xx", "xxx"), pair("x", "y"), pair("", "y"), pair("", "")]
+    for margin, want in (
+        (0, ["a", "b", "tie", None, "tie"]),
+        (1, ["a", "tie", "tie", None, "tie"]),
+    ):
+        with journal.opened(tmp_path / "kept") as kept:
+            found, tally = asking.judge_pairs(RewardJudge(Lengths(), margin=margin), pairs, kept)
+        assert [outcome.verdict for outcome in found] == want
+    # An answer of one prompt is scored once, and what has no score is not asked for again.
+    assert tally.questions == tally.kept == 5 and tally.asked == 0
+    with pytest.raises(JudgeError, match="margin=-1"):
+        RewardJudge(Lengths(), margin=-1)
+
+
+def summary_of(wins, losses, ties, invalid=0):
+    outcomes = {"a": wins, "b": losses, "tie": ties, None: invalid}
+    found = [Outcome(verdict=v) for v, count in outcomes.items() for _ in range(count)]
+    return shares.pair_summary([pair("x", "yy", str(i)) for i in range(len(found))], found)
+
+
+def test_shares_add_up_and_sides_are_antisymmetric():
+    found, turned = summary_of(19, 9, 12, 3), summary_of(9, 19, 12, 3)
+    assert found["counts"] == dict(win=19, loss=9, tie=12, identical=0, invalid=3)
+    assert [found[name]["value"] for name in ("win", "loss", "tie")] == [19 / 40, 9 / 40, 12 / 40]
+    assert found["win"] == turned["loss"] and found["tie"] == turned["tie"]
+    assert found["difference"] == {
+        key: -turned["difference"][other]
+        for key, other in (("value", "value"), ("low", "high"), ("high", "low"))
+    }
+
+
+@pytest.mark.parametrize(
+    "values", [(1, 1, 0, -1, 0), (1, 1, 1, 1, 1), (0.5, -1, 0, 0.5, 1), (True, False, False, True)]
+)
+def test_intervals_are_those_of_every_resample(values):
+    means = np.array(
+        [sum(drawn) / len(drawn) for drawn in itertools.product(values, repeat=len(values))]
+    )
+    found = shares.mean(values)
+    assert found["value"] == pytest.approx(sum(values) / len(values), abs=1e-15)
+    # The least mean with 2.5 % of resamples at it or below, and the greatest with as many at it or above.
+    different = np.unique(means.round(9))
+    low = min(m for m in different if (means <= m + 1e-8).mean() >= 0.025)
+    high = max(m for m in different if (means >= m - 1e-8).mean() >= 0.025)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-8)
+
+
+def test_intervals_are_normal_for_many_prompts():
+    n, wins, losses = 20_000, 9_000, 6_000
+    found = shares.mean(np.repeat([1, -1, 0], [wins, losses, n - wins - losses]))
+    deviation = math.sqrt((0.75 - 0.15**2) / n)
+    for side, sign in (("low", -1), ("high", 1)):
+        assert found[side] == pytest.approx(0.15 + sign * 1.959964 * deviation, abs=1.01 / n)
+
+
+def test_only_identical_answers_are_all_ties(tmp_path):
+    pairs = [pair(text, text, str(i)) for i, text in enumerate(("x", "", "y"))]
+    writer = Scripted(None)
+    with journal.opened(tmp_path / "kept") as kept:
+        found, _ = asking.judge_pairs(PairwiseJudge(writer, wording=Template()), pairs, kept)
+    summary = shares.pair_summary(pairs, found)
+    assert writer.asked == [] and summary["tie"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert summary["counts"]["identical"] == 3 and summary["consistency"] is None
+    assert json.loads(json.dumps(summary)) == summary

@@ -1,0 +1,118 @@
+"""Routing and cosines of runs, against numpy on the same rows and weights."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.tokenizers import vocabularies
+from launch.evaluation import routing, routing_figure
+from launch.run import load_run
+from model.nexus.domain_router import expert_vectors
+from trainers.checkpoints import step_dir
+from trainers.checkpoints.array_files import StoredArray
+from trainers.checkpoints.checkpoint import Checkpointer
+
+BLOCK = "params/layers/block_0"
+
+
+def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, capsys):
+    mixture = tmp_path / "bam"
+    made = ("--method=bam", "--router_std=0.03", f"--to={mixture}")
+    experts = [f"{name}={trained_run.path}" for name in ("seed", "code")]
+    assert command("upcycle", *made, "--experts", *experts) == 0
+    files = {name: tmp_path / name for name in ("r.json", "r.png")}
+    flags = (f"--json={files['r.json']}", f"--figure={files['r.png']}")
+    assert command("evaluate routing", f"--checkpoint={mixture}", "--tasks", "files", *flags) == 0
+    found = json.loads(files["r.json"].read_text())
+    assert files["r.png"].read_bytes()[1:4] == b"PNG"
+    shown = capsys.readouterr().out
+    assert "router of attention" in shown and " code\n" in shown and "files" in shown
+
+    # The first layer's attention router reads normed embeddings of what the model is fed.
+    step = step_dir.resolve(mixture)
+
+    def stored(path):
+        return StoredArray(step, path).read().astype(np.float64)
+
+    lines = pathlib.Path(trained_run.path, "held_out.jsonl").read_text().splitlines()
+    texts = [vocabularies.byte().encode(json.loads(line)["text"]) for line in lines]
+    inputs = np.concatenate([np.array([0, *text]) for text in texts])
+    x = stored("params/token_embed/embedding")[inputs]
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * stored(f"{BLOCK}/norm/scale")[0]
+    logits = x @ stored(f"{BLOCK}/attention/router/kernel")[0]
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    assert found["tokens"] == {"files": len(inputs)} and found["experts"] == ["seed", "code"]
+    np.testing.assert_allclose(found["domains"]["files"]["attention"][0], probs.mean(0), atol=2e-5)
+    chosen = np.bincount(probs.argmax(-1), minlength=2) / len(inputs)
+    np.testing.assert_allclose(found["chosen"]["files"]["attention"][0], chosen, atol=2e-5)
+    assert np.sum(found["domains"]["files"]["mlp"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_dense_run_is_refused(trained_run):
+    with pytest.raises(load_run.LoadError, match="has no router"):
+        routing.routing(str(trained_run.path), rows=1)
+    with pytest.raises(load_run.LoadError, match="no projection router"):
+        routing.structure(str(trained_run.path))
+    with pytest.raises(load_run.LoadError, match="--rows=0 must be at least 1"):
+        routing.routing(str(trained_run.path), rows=0)
+
+
+def test_structure_is_of_domains_and_of_what_each_layer_projects(tmp_path):
+    rng = np.random.default_rng(0)
+    layers, experts, dim, width = 2, 3, 5, 4
+    domains = rng.normal(size=(experts, dim))
+    domains[2] = -2 * domains[1]
+    shapes = {"gate": (dim, width), "up": (dim, width), "down": (width, width)}
+    router = {name: {"kernel": rng.normal(size=(layers, *s))} for name, s in shapes.items()}
+    tree = {"domains": np.broadcast_to(domains, (layers, experts, dim)), **router}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    params = {"layers": {"block_0": {"mlp": {"router": params}}}}
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": params}, meta={"upcycled": {"experts": ["x", "y", "z"]}})
+    found = routing.structure(str(tmp_path), names=["a", "b", "c"])
+    assert found["domains"] == ["a", "b", "c"]
+    assert routing.structure(str(tmp_path))["domains"] == ["x", "y", "z"]
+    assert found["vectors"][1][2] == pytest.approx(-1, abs=1e-5)
+    assert np.diag(found["vectors"]) == pytest.approx(np.ones(3), abs=1e-5)
+    for layer in range(layers):
+        e = expert_vectors({k: {"kernel": v["kernel"][layer]} for k, v in router.items()}, domains)
+        e /= np.linalg.norm(e, axis=-1, keepdims=True)
+        np.testing.assert_allclose(found["projected"][str(layer)], e @ e.T, atol=2e-5)
+    with pytest.raises(load_run.LoadError, match="has 3 experts, and 2 names"):
+        routing.structure(str(tmp_path), names=["a", "b"])
+
+
+def test_routers_of_alternating_layers_stand_in_the_models_order():
+    """Two blocks a period, stacked: layers 0 and 2 lie in one array, 1 and 3 in the other."""
+
+    class Config:
+        scan_layers = True
+        layer_pattern = ("x", "y")
+
+    sums = {
+        f"layers/block_{b}/mlp/router_probs/0": np.array([[b, 10.0], [b + 2.0, 10.0]])
+        for b in (0, 1)
+    }
+    found = routing._by_layer(sums, Config, 10.0)
+    assert [layer[0] for layer in found["mlp"]] == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_the_figure_has_a_matrix_for_each_router_and_layer_and_their_mean():
+    two = [[0.5, 0.5], [0.2, 0.8]]
+    domains = {task: {"mlp": two, "attention": two} for task in ("a", "b")}
+    drawn = routing_figure.figure(domains, ["seed", "code"])
+    titles = [axes.get_title() for axes in drawn.axes]
+    assert titles[:3] == [
+        "FFN router, mean of layers",
+        "FFN router, layer 0",
+        "FFN router, layer 1",
+    ]
+    assert len(titles) == 6 and titles[3].startswith("attention router")
+    labels = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
+    assert labels == ["seed", "code"]

@@ -1,0 +1,165 @@
+"""The arms of 'Exploring Low Rank Training' (arXiv 2209.13569), small and full size, as gin has them."""
+
+import dataclasses
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from launch.config import gin_config
+from launch.papers.low_rank import sweep as lm
+from launch.sweeping import check, file
+from launch.sweeping.folder import SweepFolder
+from model.low_rank import factors
+from trainers.optim.schedules import Span
+
+FULL = "t5x_configs/experiments/low_rank/full/"
+RUNS = {run.arm: run for run in file.read("launch/papers/low_rank/sweep.py:1")}
+SIDES = [(64, 64)] * 4 + [(64, 256), (256, 64)]  # of the projections of a block
+TABLES = (99 + 32) * 64 + 5 * 64  # tokens and positions, and five norms
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+def load(files, *bindings):
+    config = gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="launch.train:train")
+    return config.arguments()
+
+
+def of_arm(arm):
+    run = RUNS[arm]
+    parent = ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
+    return load(run.gin_files, *run.bindings, *parent)
+
+
+def parameters(arguments):
+    """All, and those of the factorised matrices."""
+    params = arguments["recipe"].program().abstract_state.params
+    found = factors.find_factors(params)
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), found
+
+
+@pytest.mark.parametrize("rank", lm.RANKS)
+def test_an_arm_and_its_narrow_control_have_the_same_parameters(rank):
+    total, found = parameters(of_arm(lm.arm("spectral", rank)))
+    blocks = 2 * sum(round(rank * min(sides)) * sum(sides) for sides in SIDES)
+    assert total == TABLES + blocks
+    assert len(found) == len(SIDES) and all(one.count == 2 for one in found)
+    gin.clear_config(clear_constants=True)
+    narrow, none = parameters(of_arm(lm.narrow(rank)))
+    assert not none
+    # Of the smallest even the width must give, and heads must divide it.
+    assert narrow == total if rank > 0.2 else narrow == pytest.approx(total, rel=0.0025)
+
+
+def test_the_dense_arm_has_the_pilots_size_and_three_ids_more():
+    total, found = parameters(of_arm("dense"))
+    assert total == TABLES + 2 * sum(a * b for a, b in SIDES) == 106_816 + 3 * 64
+    assert not found
+
+
+@pytest.mark.parametrize("kind", lm.DECAYS)
+@pytest.mark.parametrize("rate", lm.RATES)
+def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
+    def said(arm):
+        run = RUNS[arm]
+        load(run.gin_files, *run.bindings)
+        names = ("FACTOR_DECAY", "FACTOR_DECAY_WEIGHT", "LEARNING_RATE", "RANK", "FACTOR_INIT")
+        values = {name: gin.query_parameter(f"{name}/gin.macro.value") for name in names}
+        gin.clear_config(clear_constants=True)
+        return values
+
+    plain = said("spectral")
+    assert plain["FACTOR_DECAY"] == "none" and plain["LEARNING_RATE"] == 3e-3
+    for weight in lm.WEIGHTS:
+        assert said(lm.decayed(kind, rate, weight)) == plain | {
+            "FACTOR_DECAY": kind,
+            "FACTOR_DECAY_WEIGHT": float(weight),
+            "LEARNING_RATE": lm.RATES[rate],
+        }
+
+
+def rates(arguments, steps, first=0):
+    """Of a run that begins at step `first`."""
+    recipe = arguments["recipe"].over(Span(arguments["total_steps"], None, first))
+    return np.array([float(recipe.learning_rate(step)) for step in steps])
+
+
+def cosine(step, peak, warmup, total):
+    """Half a cosine from the peak to a tenth of it, after a line up, in float64."""
+    step = np.asarray(step, float)
+    fall = peak * (0.1 + 0.9 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup))) / 2)
+    return np.where(step < warmup, peak * step / warmup, fall)
+
+
+SMALL_STEPS = (0, 50, 100, 249, 250, 255, 270, 800, 1499)
+FULL_STEPS = (0, 2000, 4000, 39_999, 40_000, 41_000, 42_000, 140_000, 239_999)
+
+
+@pytest.mark.parametrize("size", ["cpu", "full"])
+def test_a_dense_start_has_the_schedule_of_the_whole_run(size):
+    if size == "cpu":
+        arguments, steps, shape = of_arm("dense_start"), SMALL_STEPS, (3e-3, 100, 1500)
+    else:
+        arguments = load([f"{FULL}gpt2_lm1b_dense_start.gin"])
+        steps, shape = FULL_STEPS, (1e-3, 4000, 240_000)
+    assert arguments["total_steps"] == {"cpu": 250, "full": 40_000}[size]
+    np.testing.assert_allclose(rates(arguments, steps), cosine(steps, *shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["cpu", "full"])
+def test_a_warm_start_goes_on_at_half_the_rate_after_a_line_up(size):
+    if size == "cpu":
+        arguments, steps = of_arm("warm_start"), SMALL_STEPS
+        shape, first, warmup = (3e-3, 100, 1500), 250, 20
+    else:
+        arguments = load([f"{FULL}gpt2_lm1b_warm_start.gin"], "INITIAL_CHECKPOINT_PATH='/before'")
+        steps, shape, first, warmup = FULL_STEPS, (1e-3, 4000, 240_000), 40_000, 2000
+    assert arguments["initial_scope"] == "state" and arguments["total_steps"] == shape[2]
+    steps = np.array([step for step in steps if step >= first])
+    rise = np.clip((steps - first) / warmup, 0, 1)
+    wanted = cosine(steps, *shape) * 0.5 * rise
+    np.testing.assert_allclose(rates(arguments, steps, first), wanted, rtol=1e-5, atol=1e-12)
+
+
+def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
+    dense = load([f"{FULL}gpt2_lm1b.gin"])
+    total, _ = parameters(dense)
+    # GPT-2 small, of which the vocabulary and the number of positions are others.
+    assert total == 124_439_808 + 768 * (32_000 - 50_257 + 1152 - 1024)
+    assert (dense["recipe"].batch_size, dense["recipe"].length) == (512, 256)
+    assert gin.query_parameter("data.stream.stream.make_eval_stream.task_feature_lengths") == {
+        "targets": 1152
+    }
+    gin.clear_config(clear_constants=True)
+    _, found = parameters(load([f"{FULL}gpt2_lm1b_low_rank.gin"]))
+    assert {one.rank for one in found} == {476} and len(found) == 6
+    ratio = sum(one.factors for one in found) / sum(one.dense for one in found)
+    assert ratio == pytest.approx(0.93, abs=0.005)
+    gin.clear_config(clear_constants=True)
+    ratio_rule = load([f"{FULL}gpt2_lm1b_low_rank.gin"], "RANK_RULE='param_ratio'")
+    assert sorted({one.rank for one in parameters(ratio_rule)[1]}) == [238, 381]
+
+
+def test_a_sweep_knows_what_a_warm_start_takes_of_its_parent(tmp_path):
+    chosen = [RUNS[arm] for arm in ("dense_start", "warm_start", "warm_start_ratio")]
+    plan = check.plan("low_rank_lm.py", chosen, SweepFolder(tmp_path))
+    assert [(entry.first_step, entry.total_steps) for entry in plan] == [
+        (0, 250),
+        (250, 1500),
+        (250, 1500),
+    ]
+    assert plan[1].start["initial_transform"] == "Decompose()"
+    from_factors = dataclasses.replace(RUNS["warm_start"], parent=RUNS["spectral"].name)
+    with pytest.raises(file.SweepError, match="is factorised already"):
+        check.plan("x.py", [RUNS["spectral"], from_factors], SweepFolder(tmp_path))
+    narrower = dataclasses.replace(RUNS["warm_start"], parent=RUNS["dense_narrow30"].name)
+    with pytest.raises(
+        file.SweepError, match=r"mlp/down/kernel is \[2, 43, 64\] there and \[2, 256"
+    ):
+        check.plan("x.py", [RUNS["dense_narrow30"], narrower], SweepFolder(tmp_path))

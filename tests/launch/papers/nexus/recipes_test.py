@@ -1,0 +1,225 @@
+"""The sweeps of BAM (arXiv 2408.08274) and Nexus (arXiv 2408.15901), small and at full size, as gin has their arms."""
+
+import ast
+import functools
+import math
+import pathlib
+
+import gin
+import pytest
+
+from data.nexus import lag_domains
+from launch.config import gin_config
+from launch.papers.bam import arms as bam_arms
+from launch.papers.bam import full_sweep as bam_full
+from launch.papers.bam import sweep as bam
+from launch.papers.nexus import arms as nexus_arms
+from launch.papers.nexus import full_sweep as nexus_full
+from launch.papers.nexus import sweep as nexus
+from launch.sweeping import file
+from trainers.telemetry import model_flops
+
+SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
+FULL = [("bam_full", "/data"), ("nexus_full", "/data")]
+# Flag of launch.upcycle -> the macro that says the same to training.
+SAID_TWICE = {"top_k": "TOP_K", "attention_top_k": "ATTENTION_TOP_K", "shared_kv": "SHARED_KV"}
+METHODS = {"projection": "nexus", "linear": "nexus_linear", "mlp": "nexus_mlp"}
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@functools.cache
+def every_run(sweep, text):
+    paper, _, full = sweep.partition("_")
+    name = "full_sweep" if full else "sweep"
+    return file.read(f"launch/papers/{paper}/{name}.py:{text}")
+
+
+def runs_of(sweep, text):
+    """Those of the first seed, by arm."""
+    return {run.arm: run for run in every_run(sweep, text) if run.seed == 0}
+
+
+def domains_of(sweep, kind):
+    """The general one first, and Nexus' new one last."""
+    if sweep == "bam":
+        return bam.DOMAINS[kind]
+    general, experts, new = nexus.DOMAINS[kind]
+    return (general, *experts, new)
+
+
+def bound(run):
+    return dict(binding.split("=", 1) for binding in run.bindings)
+
+
+def shares(sweep, text):
+    """Arm -> domain -> share of what it is trained on."""
+    found = {arm: bound(run) for arm, run in runs_of(sweep, text).items() if not run.made}
+    if sweep == "nexus_full":
+        return {arm: ast.literal_eval(values["SHARES"]) for arm, values in found.items()}
+    if sweep != "bam_full":
+        phases = {arm: values["stream.make_stream.phases"] for arm, values in found.items()}
+        return {arm: dict(ast.literal_eval(value))[0] for arm, value in phases.items()}
+    runs = runs_of(sweep, text)  # files say it, one of several arms once
+    firsts = {runs[arm].gin_files: arm for arm in reversed(found)}
+    return {arm: load(runs[arm]).macros["SHARES"] for arm in firsts.values()}
+
+
+def flags_of(run):
+    """Flag -> value, of a run that is made."""
+    pairs = (word[2:].partition("=") for word in run.made if word.startswith("--"))
+    return {name: value if equals else "True" for name, equals, value in pairs}
+
+
+def load(run):
+    parent = ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
+    bindings = [*run.bindings, "MODEL_DIR='/run'", *parent]
+    return gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+
+
+@pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
+def test_runs_stand_after_those_they_start_from_and_their_files_are_there(sweep, text):
+    done = set()
+    for arm, run in runs_of(sweep, text).items():
+        assert run.name == f"{arm}/seed0" and done.issuperset(run.above)
+        done.add(run.name)
+        read = [word.partition("=")[2] for word in run.made if word.startswith("--gin_file=")]
+        assert all(pathlib.Path(path).is_file() for path in (*run.gin_files, *read))
+        if run.parent is None and not run.made and sweep != "nexus_full":
+            assert arm == "seed"
+
+
+@pytest.mark.parametrize(("sweep", "kind"), SMALL)
+def test_small_sweeps_have_the_arms_that_reports_name_for_every_seed(sweep, kind):
+    names = [run.name for run in every_run(sweep, kind)]
+    arms = set(runs_of(sweep, kind))
+    assert sorted(names) == sorted(f"{arm}/seed{seed}" for arm in arms for seed in range(3))
+    named = {
+        "bam": [*bam_arms.BTX, *bam_arms.BAM, *bam_arms.CONTROLS],
+        "nexus": [
+            *nexus_arms.ROUTERS,
+            *nexus_arms.LOW,
+            *nexus_arms.Z_LOSS,
+            *nexus_arms.EXTENSIONS,
+        ],
+    }[sweep]
+    if sweep == "bam":
+        named += [bam_arms.SEED, *map(bam_arms.specialist, domains_of(sweep, kind)[1:])]
+        named += map(bam_arms.matched, bam_arms.COSTLY)
+    else:
+        named += [nexus_arms.SEED, nexus_arms.MERGED, nexus_arms.CONTINUED]
+        named += map(nexus_arms.expert, domains_of(sweep, kind)[1:])
+    # Other arms are made on the way.
+    made = ("_start", "_domains", "_extended")
+    assert set(named) == {arm for arm in arms if not arm.endswith(made)}
+
+
+@pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
+def test_shares_sum_to_1_and_are_of_the_sweeps_domains(sweep, text):
+    full = {
+        "bam_full": {"general", "web", *bam_full.DOMAINS},
+        "nexus_full": {"pretraining", *nexus_full.TOKENS, nexus_full.NEW},
+    }
+    known = full.get(sweep) or set(domains_of(sweep, text))
+    for arm, of in shares(sweep, text).items():
+        assert math.fsum(of.values()) == pytest.approx(1, abs=1e-9), arm
+        assert known.issuperset(of) and min(of.values()) >= 0
+
+
+def test_shares_at_full_size_are_those_of_the_phases():
+    found = shares("bam_full", "/data")
+    assert found["btx"] == found["bam"] == dict.fromkeys(("general", *bam_full.DOMAINS), 0.25)
+    for domain in bam_full.DOMAINS:
+        assert (found[domain][domain], found[domain]["web"]) == (0.9, 0.1)
+    found = shares("nexus_full", "/data")
+    for size in nexus_full.SIZES:
+        assert found[f"nexus_mixed_{size}"] == found[f"linear_mixed_{size}"]
+        mixed, annealed = found[f"nexus_mixed_{size}"], found[f"nexus_{size}"]
+        assert (mixed["pretraining"], annealed["pretraining"]) == (0.25, 0.7)  # 0.25 is ours
+        # The rest as SlimPajama has it: C4 to Wikipedia as 26.7 to 3.8.
+        assert mixed["c4"] / mixed["wikipedia"] == pytest.approx(26.7 / 3.8)
+    added = found["nexus_with_code_2p8b"]
+    assert (added["code"], added["pretraining"]) == (0.5, pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
+def test_a_mixture_is_trained_as_it_was_made(sweep, text):
+    """What the flags of the command that makes it say, its bindings say again."""
+    runs, experts = runs_of(sweep, text), {}
+    for arm, run in runs.items():
+        above = run
+        while above.parent:  # an anneal goes on from a mixture that was trained
+            above = runs[above.parent.partition("/")[0]]
+        if run.made or not above.made:
+            continue
+        flags, values = flags_of(above), bound(run)
+        if "launch.upcycle" in above.made:
+            at = above.made.index("--experts") + 1
+            experts[arm] = sum(not word.startswith("--") for word in above.made[at:])
+        else:
+            experts[arm] = experts[flags["moe"].strip("{}")] + 1
+        assert int(values.get("EXPERTS", 4)) == experts[arm], arm
+        said = {SAID_TWICE[flag]: value for flag, value in flags.items() if flag in SAID_TWICE}
+        assert said == {name: values[name] for name in SAID_TWICE.values() if name in values}
+        method = pathlib.Path(run.gin_files[-1]).stem
+        if sweep.startswith("bam"):
+            assert method == flags["method"]
+        elif "launch.upcycle" in above.made:
+            assert method == METHODS[flags["router"]]
+    assert len(experts) == {"bam": 14, "nexus": 12, "bam_full": 10, "nexus_full": 10}[sweep]
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "real"])
+def test_arms_at_equal_compute_make_as_many_updates_as_btx_had_flops_for(kind):
+    def flops(run):
+        recipe = load(run).arguments()["recipe"]
+        return model_flops.train_flops_per_token(recipe.model, recipe.length)
+
+    runs = runs_of("bam", kind)
+    steps = {arm: int(bound(run)["TRAIN_STEPS"]) for arm, run in runs.items() if not run.made}
+    budget = steps["btx"] * flops(runs["btx"])
+    twins = [arm for arm in steps if arm.endswith("_cm")]
+    assert sorted(twins) == sorted(map(bam_arms.matched, bam_arms.COSTLY))
+    for arm in twins:
+        one = flops(runs[arm])
+        assert abs(steps[arm] * one - budget) <= one / 2
+        whole = runs[arm.removesuffix("_cm")]
+        assert steps[whole.arm] == steps["btx"] > steps[arm] and whole.parent == runs[arm].parent
+        assert bound(whole) | {"TRAIN_STEPS": str(steps[arm])} == bound(runs[arm])
+
+
+@pytest.mark.parametrize(("sweep", "kind"), SMALL)
+def test_small_files_read_and_evaluate_the_domains_of_their_sweep(sweep, kind):
+    domains, runs = domains_of(sweep, kind), runs_of(sweep, kind)
+    config = load(runs["seed"])
+    assert config.arguments()["eval_tasks"] == domains
+    if kind == "real":
+        assert tuple(config.macros["SOURCES"]) == domains
+    else:
+        assert set(domains) <= set(lag_domains.DOMAINS)
+        assert config.macros["MIXTURE_OR_TASK_NAME"] == "lag_domains"
+    evaluations = {}
+    for run in runs.values():
+        evaluations |= run.evaluations
+    assert f"--tasks={','.join(domains)}" in evaluations["held_out"]["command"]
+    assert tuple(evaluations["routing"]["arguments"]["tasks"]) == domains
+
+
+@pytest.mark.parametrize(("sweep", "text"), FULL)
+def test_full_arms_resolve(sweep, text):
+    """Arms until every gin file has been in one."""
+    seen, step = set(), 512 * 2048
+    for arm, run in runs_of(sweep, text).items():
+        if run.made or seen.issuperset(run.gin_files):
+            continue
+        seen.update(run.gin_files)
+        config = load(run)
+        recipe = config.arguments()["recipe"]
+        assert recipe.batch_size * recipe.length == step, arm
+        assert config.macros["WARMUP_STEPS"] < config.macros["TRAIN_TOKENS"] / step
+    folder = pathlib.Path(f"t5x_configs/experiments/{sweep.removesuffix('_full')}/full")
+    assert {str(path) for path in folder.glob("*.gin")} <= seen

@@ -1,0 +1,78 @@
+"""A run that samples, from gin to checkpoint: what it logs, and that it goes on as if it had not been cut short."""
+
+import json
+import shutil
+
+import numpy as np
+from etils import epath
+
+from trainers.checkpoints import step_dir
+from trainers.telemetry.metric_writers import read_jsonl
+
+
+def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i} x", "answer": "ab"} for i in range(9)]
+    rows.insert(4, {"prompt": "much too long", "answer": "ab"})
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "run"
+    files = ("models/tiny", "data/prompts_base", "runs/online", "methods/preference/grpo")
+    bindings = {
+        "VOCABULARY": "@vocabularies.byte()",
+        "PROMPT_FILES": f"'{prompts}'",
+        "INITIAL_CHECKPOINT_PATH": f"'{trained_run.path}'",
+        "MODEL_DIR": f"'{path}'",
+        "MAX_PROMPT_LENGTH": 8,
+        "MAX_NEW_TOKENS": 4,
+        "PROMPTS": 8,
+        "SAMPLES": 2,
+        "BATCH_SIZE": 16,
+        "UPDATES": 2,
+        "TRAIN_STEPS": 4,
+        "CHECKPOINT_PERIOD": 3,
+        "LOG_PERIOD": 1,
+        "LEARNING_RATE": 1e-3,
+        # Any text is better the longer it is.
+        "VERIFIERS": "[@verifiers.matches, @verifiers.too_long]",
+        "VERIFIER_WEIGHTS": "[1.0, -1.0]",
+        "verifiers.matches.pattern": "'.*e.*'",
+        "verifiers.too_long.free": 0,
+        "verifiers.too_long.span": 4,
+    }
+    sizes = trained_run.model.config
+    for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+        bindings[f"config.TransformerConfig.{name}"] = getattr(sizes, name)
+    imports = tmp_path / "vocabulary.gin"
+    imports.write_text(
+        "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\nfrom model import config\n"
+    )
+    flags = [
+        f"--gin_file={imports}",
+        *(f"--gin_file=t5x_configs/{name}.gin" for name in files),
+        *(f"--gin.{name}={value}" for name, value in bindings.items()),
+    ]
+    result = train(*flags)
+    assert result.status == 0, result.err
+    assert (
+        "\nWARNING    prompts: of 10 prompts, at MAX_PROMPT_LENGTH 8, 1 (10.0%) dropped (first: prompts.jsonl:5)"
+        in result.out
+    )
+    whole = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl")}
+    assert set(whole) == {1, 2, 3, 4}
+    # Sampled once, used twice: the second update is off the policy that sampled.
+    for first in (1, 3):
+        assert whole[first]["reward"] == whole[first + 1]["reward"]
+        assert abs(whole[first]["ratio"] - 1) < 1e-4
+    assert whole[2]["reward"] != whole[3]["reward"] and whole[4]["ratio"] != 1
+    assert whole[4]["time/generation"] > 0 and 0 <= whole[4]["reward"] <= 2
+    assert {file.name for file in (path / "rollouts").iterdir()} == {"0.npz", "1.npz"}
+
+    steps = epath.Path(path) / "checkpoints"
+    ended = step_dir.read_manifest(steps / "4").arrays
+    shutil.rmtree(steps / "4")
+    result = train(*flags)
+    assert result.status == 0, result.err
+    assert step_dir.read_manifest(steps / "4").arrays == ended
+    again = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl")}
+    for name in ("reward", "loss", "ratio", "grad_norm"):
+        np.testing.assert_array_equal(again[4][name], whole[4][name])

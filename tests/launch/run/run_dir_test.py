@@ -1,0 +1,225 @@
+"""What a run directory says about its run, and whose it is."""
+
+import json
+import os
+import subprocess
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from launch.config import config_diff
+from launch.run import run_dir
+from launch.run.parameter_table import parameter_table
+from launch.run.run_dir import RunDirectoryError
+
+CONFIG = """\
+from __gin__ import dynamic_registration
+from model import transformer
+import toy_run
+
+BATCH_SIZE = 8
+MODEL_DIR = '/x'
+TRAIN_STEPS = 10
+
+toy_run.train.model = @a/transformer.Transformer()
+toy_run.train.steps = %TRAIN_STEPS
+toy_run.train.mesh = {'data': 1, 'tensor': 2}
+"""
+
+
+def begin(path):
+    """A start that got as far as training."""
+    run = run_dir.prepare(str(path), CONFIG)
+    (path / "metrics.jsonl").touch()
+    return run
+
+
+def test_first_start_describes_the_run(tmp_path):
+    path = tmp_path / "run"
+    run = run_dir.prepare(str(path), CONFIG)
+    run.record(mesh={"axes": {"data": 8}}, data_fingerprint="abc")
+    run.write_operative_config("toy_run.train.steps = 10\n")
+    facts = json.loads((path / "run.json").read_text())
+    head = subprocess.run(
+        ["git", "-C", run_dir.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert facts["commit"] == (head or None)
+    assert facts["dirty"] in (True, False, None)
+    assert facts["versions"]["jax"] == jax.__version__
+    assert facts["command"]
+    assert facts["host"]["name"]
+    assert facts["data_fingerprint"] == "abc"
+    assert (path / "config.gin").read_text() == CONFIG
+    assert (path / "operative_config.gin").read_text()
+    assert not list(path.glob(".*.tmp"))
+
+
+def test_a_directory_in_use_is_refused_until_it_is_free(tmp_path):
+    run = run_dir.prepare(str(tmp_path), CONFIG)
+    with pytest.raises(RunDirectoryError, match=rf"in use: process {os.getpid()} on .* MODEL_DIR"):
+        run_dir.prepare(str(tmp_path), CONFIG)
+    run_dir.prepare(str(tmp_path), CONFIG, writer=False)  # the other processes of the run
+    run.close()
+    run_dir.prepare(str(tmp_path), CONFIG).close()
+    with pytest.raises(RunDirectoryError, match="another configuration"):
+        begin(tmp_path).close()
+        run_dir.prepare(str(tmp_path), CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 4"))
+    begin(tmp_path).close()  # a start that was refused holds nothing
+
+
+def test_secrets_of_the_environment_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret-value")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something=1")
+    run_dir.prepare(str(tmp_path), CONFIG)
+    text = (tmp_path / "run.json").read_text()
+    assert "s3cret-value" not in text
+    assert "--xla_something=1" in text
+
+
+def test_a_continued_run_may_change_how_long_it_runs_and_keeps_its_history(tmp_path):
+    begin(tmp_path).record(data_fingerprint="abc")
+    longer = CONFIG.replace("TRAIN_STEPS = 10", "TRAIN_STEPS = 20")
+    run_dir.prepare(str(tmp_path), longer).record(data_fingerprint="abc")
+    facts = run_dir.read_run(str(tmp_path))
+    assert len(facts["earlier"]) == 1
+    assert facts["earlier"][0]["data_fingerprint"] == "abc"
+    assert "earlier" not in facts["earlier"][0]
+    assert (tmp_path / "config.gin").read_text() == longer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("BATCH_SIZE = 8", "BATCH_SIZE = 16", "BATCH_SIZE was 8 there and is 16 now"),
+        ("BATCH_SIZE = 8", "", "BATCH_SIZE was 8 there and is not set now"),
+        ("TRAIN_STEPS = 10", "TRAIN_STEPS = 10\nNEW = 1", "NEW is 1 now and was not set there"),
+        ("@a/", "@b/", "toy_run.train.model was @a/model.transformer.Transformer() there"),
+        ("'tensor': 2", "'tensor': 4", "toy_run.train.mesh was {'data': 1, 'tensor': 2} there"),
+    ],
+)
+def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old, new, named):
+    begin(tmp_path)
+    with pytest.raises(RunDirectoryError) as caught:
+        run_dir.prepare(str(tmp_path), CONFIG.replace(old, new))
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert named in message
+    assert "another MODEL_DIR" in message
+    assert (tmp_path / "config.gin").read_text() == CONFIG
+
+
+def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
+    run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    corrected = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16")
+    run_dir.prepare(str(tmp_path), corrected).record(data_fingerprint="xyz")
+    assert (tmp_path / "config.gin").read_text() == corrected
+
+
+def test_names_that_may_change_are_the_callers_choice(tmp_path):
+    begin(tmp_path)
+    changed = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16").replace(
+        "'tensor': 2", "'tensor': 4"
+    )
+    run_dir.prepare(str(tmp_path), changed, may_change=("BATCH_SIZE", "train.mesh"))
+
+
+def test_whole_classes_may_change_and_meshes_may_but_similar_names_may_not():
+    old = CONFIG + "MESH = {'data': 8}\n"
+    new = CONFIG + "MESH = {'data': 2}\nfrom trainers.telemetry import profiler\n"
+    new += "profiler.ProfilerWindow.num_steps = 3\na/profiler.ProfilerWindow.first_step = 1\n"
+    assert config_diff.first_difference(old, new, run_dir.MAY_CHANGE) is None
+    assert config_diff.first_difference(old, new, ("MESH", "Profiler")) is not None
+    other = CONFIG.replace("train.steps", "train.more_steps")
+    assert config_diff.first_difference(CONFIG, other, ("train.steps",)) is not None
+
+
+def test_the_same_configuration_written_otherwise_is_the_same():
+    other = """\
+# Another order, another alias, a block, other quotes.
+from __gin__ import dynamic_registration
+from model import transformer as t
+import toy_run as r
+r.train:
+    steps = %TRAIN_STEPS
+    mesh = {"tensor": 2, "data": 1}
+r.train.model = @a/t.Transformer()
+TRAIN_STEPS = 10
+BATCH_SIZE = 8
+MODEL_DIR = "/x"
+"""
+    assert config_diff.first_difference(CONFIG, other) is None
+
+
+def test_changed_data_is_refused(tmp_path):
+    begin(tmp_path).record(data_fingerprint="abc")
+    run = run_dir.prepare(str(tmp_path), CONFIG)
+    with pytest.raises(RunDirectoryError, match="was abc and is now xyz"):
+        run.record(data_fingerprint="xyz")
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match="no config.gin"):
+        run_dir.prepare(str(tmp_path), CONFIG)
+
+
+def test_damaged_files_are_named(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "run.json").write_text('{"commit": ')
+    with pytest.raises(RunDirectoryError, match="run.json is damaged"):
+        run_dir.prepare(str(tmp_path), CONFIG)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "config.gin").write_text("BATCH_SIZE = = 8")
+    with pytest.raises(RunDirectoryError, match="config.gin"):
+        run_dir.prepare(str(tmp_path), CONFIG)
+
+
+def test_an_address_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'gs://bucket/run'.*mount"):
+        run_dir.prepare("gs://bucket/run", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_writer_writes(tmp_path):
+    run = run_dir.prepare(str(tmp_path / "run"), CONFIG, writer=False)
+    run.record(mesh=1)
+    run.write_operative_config("x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameter_table():
+    spec = jax.ShapeDtypeStruct
+    boxed = {
+        "layers": {
+            "kernel": nn.LogicallyPartitioned(
+                spec((4, 16, 32), jnp.float32), names=("layers", "embed", "mlp")
+            )
+        },
+        "scale": spec((16,), jnp.bfloat16),
+    }
+    shardings = {
+        "layers": {"kernel": PartitionSpec(None, ("data", "fsdp"), "tensor")},
+        "scale": PartitionSpec(),
+    }
+    table = parameter_table(boxed, shardings)
+    placed = jax.tree.map(
+        lambda spec: SimpleNamespace(sharding=SimpleNamespace(spec=spec)), shardings
+    )
+    assert parameter_table(boxed, placed) == table
+    lines = table.splitlines()
+    assert [cell.strip() for cell in lines[2].split("  ") if cell] == [
+        "layers/kernel",
+        "4x16x32",
+        "float32",
+        "(layers, embed, mlp)",
+        "(-, data+fsdp, tensor)",
+        "2,048",
+    ]
+    assert lines[3].split() == ["scale", "16", "bfloat16", "-", "replicated", "16"]
+    assert lines[-1] == "total 2,064 parameters in 2 arrays, 0.0 MiB"
+    assert len({len(line) for line in lines[:-1]}) == 1

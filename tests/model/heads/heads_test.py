@@ -1,0 +1,43 @@
+"""Heads of one number on a language model: what they leave as it is, and how they are split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import axes
+from model.config import TransformerConfig
+from model.heads.actor_critic import ActorCritic, language_model, language_model_params
+from model.heads.reward_model import RewardModel
+from model.transformer import Transformer
+
+CONFIG = TransformerConfig(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
+TOKENS = jnp.array([[3, 5, 7, 2]])
+
+
+def initialised(model):
+    boxed = jax.jit(lambda: model.init(jax.random.key(0), TOKENS)["params"])()
+    return boxed, jax.tree.map(axes.unboxed, boxed, is_leaf=lambda x: hasattr(x, "unbox"))
+
+
+def test_an_actor_is_its_language_model_and_its_critic_expects_nothing_yet():
+    lm = Transformer(config=CONFIG, tie_embeddings=False)
+    model = ActorCritic(backbone=lm)
+    _, params = initialised(model)
+    assert "lm_head" in params["backbone"]
+    logits, values = model.apply({"params": params}, TOKENS)
+    np.testing.assert_array_equal(values, np.zeros((1, 4)))
+    policy, own = language_model(model), language_model_params(model, params)
+    np.testing.assert_array_equal(policy.apply({"params": own}, TOKENS), logits)
+    assert language_model(lm) is lm and language_model_params(lm, own) is own
+
+
+def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary():
+    lm = Transformer(config=CONFIG, tie_embeddings=False)
+    model = RewardModel(backbone=lm)
+    boxed, params = initialised(model)
+    assert "lm_head" not in params["backbone"]
+    assert boxed["reward_head"]["kernel"].names == (axes.EMBED, axes.UNMODELED)
+    kernel = jax.random.normal(jax.random.key(1), (8, 1))
+    rewards = model.apply({"params": {**params, "reward_head": {"kernel": kernel}}}, TOKENS)
+    hidden = lm.apply({"params": params["backbone"]}, TOKENS, method="hidden").hidden_BTD
+    np.testing.assert_allclose(rewards, (hidden @ kernel)[..., 0], rtol=1e-6)

@@ -1,0 +1,237 @@
+"""Prompts read at once, in chunks and into every cache policy, and what generation makes of them.
+
+Numbers in docstrings are those of the invariants of SnapKV that the project holds itself to: 1 a
+capacity of the whole prompt changes nothing; 2 the first token is the full cache's; 11 a padded batch
+equals its rows alone.
+
+Shapes: B batch, T prompt length, M new tokens, S slots, K key/value heads, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import TransformerConfig
+from model.kv_cache.policies import POLICIES, policy_named
+from model.transformer import Transformer
+from trainers.decoding.decode import Settings, decode
+from trainers.decoding.decoder import Decoder
+from trainers.decoding.prefill import prefill
+from trainers.partitioning import RULE_SETS, make_mesh, use_mesh
+
+V, T, M = 31, 24, 5
+LENGTHS = jnp.array([24, 17])
+SMALL = {
+    "full": {},
+    "sliding": {"window": 7},
+    "snapkv": {"capacity": 9, "window": 3, "kernel": 3},
+    "pyramidkv": {"capacity": 9, "window": 3, "kernel": 3},
+    "adakv": {"capacity": 9, "window": 3, "kernel": 3},
+    "h2o": {"capacity": 9},
+    "tova": {"capacity": 9},
+    "streaming_llm": {"capacity": 9, "sinks": 2},
+    "random": {"capacity": 9, "window": 3},
+    "oracle": {"capacity": 9, "future": 2},
+}
+
+
+def make(pattern=("full", "sliding"), window=6, heads=4, **changes):
+    config = TransformerConfig(
+        vocab_size=V,
+        num_layers=len(pattern),
+        embed_dim=16,
+        num_heads=heads,
+        num_kv_heads=2,
+        mlp_dim=16,
+        layer_pattern=pattern,
+        sliding_window=window,
+        scan_layers=False,
+        **changes,
+    )
+    return Transformer(config=config)
+
+
+def init(model):
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(0))
+    # Larger than initialised, so that the choices are far from ties.
+    return jax.tree.map(lambda x: x * (4.0 if x.ndim > 1 else 1.0), nn.meta.unbox(params)["params"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return init(model)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return jax.random.randint(jax.random.key(1), (2, T), 0, V)
+
+
+def generate(model, params, policy, ids, lengths, **how):
+    """(logits after the prompts, caches after them, caches in the end, tokens [B, M])."""
+
+    @jax.jit
+    def run(params, ids, lengths):
+        logits_BV, caches = prefill(model, params, policy, ids, lengths, room=M - 1, **how)
+        active_B, keys_B = jnp.ones(len(ids), bool), jax.random.split(jax.random.key(0), len(ids))
+        start_B = lengths - policy.future
+        settings = Settings(max_new_tokens=M)
+        decoded, after = decode(
+            model, params, policy, logits_BV, caches, start_B, active_B, keys_B, settings
+        )
+        return logits_BV, caches, after, decoded.tokens_BM
+
+    return run(params, ids, lengths)
+
+
+@pytest.fixture(scope="module")
+def full(model, params, ids):
+    return generate(model, params, policy_named("full"), ids, LENGTHS)
+
+
+def test_every_policy_has_small_settings_here():
+    assert set(SMALL) == set(POLICIES)
+
+
+# As int8, one of each kind of state: slots, those of a head's own choice, a stream, a shared store.
+AS_INT8 = ("full", "snapkv", "streaming_llm", "adakv")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, None) for name in sorted(SMALL)), *((name, "int8") for name in AS_INT8)],
+)
+def test_every_policy_generates(name, dtype, model, params, ids, full):
+    """2: the first token's logits are the full cache's, exactly, whatever is dropped after it."""
+    policy = policy_named(name, **SMALL[name])
+    logits, caches, after, tokens = generate(model, params, policy, ids, LENGTHS, cache_dtype=dtype)
+    if policy.future == 0:
+        np.testing.assert_array_equal(logits, full[0])
+        np.testing.assert_array_equal(tokens[:, 0], full[3][:, 0])
+    assert jax.tree.structure(caches) == jax.tree.structure(after)
+    for leaf in jax.tree.leaves(caches):
+        assert leaf.ndim == 0 or leaf.shape[0] == 2
+    for cache in caches:
+        held = cache if hasattr(cache, "k_BKSH") else cache.slots
+        assert held.k_BKSH.dtype == (jnp.int8 if dtype else jnp.float32)
+        assert policy.view(cache).k_BSKH.shape[1] <= (T + M if name == "full" else 2 * 9 + 2 * M)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"full"}))
+def test_a_capacity_of_the_whole_prompt_changes_nothing(name, model, params, ids, full):
+    """1: same greedy tokens as the full cache's."""
+    at_most = {"window": T + M} if name == "sliding" else {"capacity": T + M}
+    policy = policy_named(name, **{**SMALL[name], **at_most})
+    lengths = LENGTHS
+    if policy.future:  # the continuation that is known is the true one
+        ids = jnp.concatenate([ids, ids[:, :2]], axis=1)
+        for row, length in enumerate(LENGTHS):
+            ids = ids.at[row, length : length + 2].set(full[3][row, :2])
+        lengths = LENGTHS + policy.future
+    logits, _, _, tokens = generate(model, params, policy, ids, lengths)
+    np.testing.assert_allclose(logits, full[0], atol=1e-5)
+    np.testing.assert_array_equal(tokens, full[3])
+
+
+def read(model, params, policy, ids, **how):
+    """(logits, caches) of the prompts."""
+    run = lambda *arrays: prefill(model, arrays[0], policy, *arrays[1:], **how)  # noqa: E731
+    return jax.jit(run)(params, ids, LENGTHS)
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("snapkv", 6), ("h2o", 30), ("oracle", 7)])
+def test_a_prompt_read_in_chunks_is_compressed_after_the_last(name, chunk, model, params, ids):
+    """Same logits and same kept tokens, whether chunks divide the prompt, or exceed it."""
+    policy = policy_named(name, **SMALL[name])
+
+    def run(chunk):
+        return read(model, params, policy, ids, room=2, chunk=chunk)
+
+    (want, whole), (got, parts) = run(None), run(chunk)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one.positions_BXS, other.positions_BXS)
+        np.testing.assert_allclose(one.k_BKSH, other.k_BKSH, atol=1e-5)
+
+
+def test_a_chunk_without_tokens_is_refused(model, params, ids):
+    with pytest.raises(ValueError, match="chunk = 0 must be at least 1"):
+        prefill(model, params, policy_named("full"), ids, LENGTHS, room=1, chunk=0)
+
+
+def memory(policy, layers, length):
+    """Bytes of temporaries and outputs that reading a prompt takes."""
+    model = make(("full",) * layers)
+    params = jax.eval_shape(lambda: init(model))
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, length), (1,)))
+    run = jax.jit(lambda *arrays: prefill(model, arrays[0], policy, *arrays[1:], room=1))
+    used = run.lower(params, ids, lengths).compile().memory_analysis()
+    return used.temp_size_in_bytes + used.output_size_in_bytes
+
+
+def test_one_layers_keys_are_in_memory_whole():
+    """A layer more takes its compressed cache more, where a full cache takes all of its keys."""
+    length = 1024
+    layer_bytes = 2 * length * 2 * 4 * 4  # keys and values of 2 heads of 4 floats
+    grown = {
+        name: (memory(policy, 3, length) - memory(policy, 2, length)) / layer_bytes
+        for name, policy in (
+            ("snapkv", policy_named("snapkv", capacity=32, window=8)),
+            ("full", policy_named("full")),
+        )
+    }
+    assert grown["full"] > 0.99
+    assert grown["snapkv"] < 0.05
+
+
+def test_int8_takes_a_quarter_of_the_bytes_and_its_scales(model, params, ids):
+    policy = policy_named("snapkv", **SMALL["snapkv"])
+
+    floats, integers = (
+        read(model, params, policy, ids, room=2, cache_dtype=dtype)[1] for dtype in (None, "int8")
+    )
+    for wide, small in zip(floats, integers, strict=True):
+        rows = wide.k_BKSH.size // 4  # vectors of head dim 4
+        scales = small.k_scale_BKS.nbytes + small.v_scale_BKS.nbytes
+        assert small.k_BKSH.nbytes + small.v_BKSH.nbytes == 2 * 4 * rows
+        assert wide.k_BKSH.nbytes + wide.v_BKSH.nbytes == 4 * 2 * 4 * rows
+        assert scales == 2 * 4 * rows
+
+
+@pytest.mark.parametrize("name", ["snapkv", "adakv"])
+def test_a_mesh_splits_key_value_heads(name, model, params, ids):
+    """Same tokens; each device holds its own heads (Ada-KV's one store is whole on all)."""
+    policy = policy_named(name, **SMALL[name])
+    alone = generate(model, params, policy, ids, LENGTHS)
+    mesh = make_mesh(shape={"tensor": 2}, devices=jax.devices()[:2])
+    with use_mesh(mesh, RULE_SETS["tp"]()):
+        _, caches, after, tokens = generate(model, params, policy, ids, LENGTHS)
+    np.testing.assert_array_equal(tokens, alone[3])
+    for states in (caches, after):
+        held = getattr(states[0], "slots", states[0]).k_BKSH
+        heads = held.sharding.shard_shape(held.shape)[1]
+        assert heads == 1 and held.shape[1] == (1 if name == "adakv" else 2)
+
+
+def test_an_oracles_prompts_end_before_their_continuation(model, params, ids, full):
+    """The decoder starts where the known continuation does, and needs a prompt before it."""
+    decoder = Decoder(
+        model,
+        params,
+        Settings(max_new_tokens=M),
+        policy=policy_named("oracle", capacity=T, future=3),
+        batch_size=2,
+    )
+    known = [ids[row, :length].tolist() + [1, 2, 3] for row, length in enumerate(LENGTHS.tolist())]
+    found = decoder(known)
+    assert [row.tokens for row in found] == full[3].tolist()
+    with pytest.raises(ValueError, match="Prompt 1 has 3 tokens.*last 3"):
+        decoder([[1, 2, 3, 4], [1, 2, 3]])

@@ -1,0 +1,153 @@
+"""The language-modelling loss against numpy: weights, sources, z-loss."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import TransformerConfig
+from model.mlp import GatedMlp
+from model.transformer import Block, Transformer
+from model.transforms import layer_stack
+from trainers.objectives.lm import language_modelling
+
+
+@pytest.fixture(scope="module")
+def setup():
+    config = TransformerConfig(vocab_size=31, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
+    model = Transformer(config=config, logit_scale=3.0)
+    key = jax.random.key(0)
+    params = nn.meta.unbox(model.init(key, jnp.zeros((1, 4), jnp.int32)))["params"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 31, (4, 7)).astype(np.int32)
+    batch = {
+        "decoder_input_tokens": np.roll(ids, 1, axis=1),
+        "decoder_target_tokens": ids,
+        "decoder_loss_weights": rng.integers(0, 3, (4, 7)).astype(np.float32),
+        "decoder_segment_ids": np.ones((4, 7), np.int32),
+        "decoder_positions": np.broadcast_to(np.arange(7, dtype=np.int32), (4, 7)),
+        "source_ids": np.array([0, 2, 2, 0], np.int32),
+    }
+    logits = np.asarray(model.apply({"params": params}, batch["decoder_input_tokens"]), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    nll = log_z - np.take_along_axis(logits, ids[..., None].astype(int), -1)[..., 0]
+    return model, params, batch, nll, log_z
+
+
+def test_sum_weight_and_sources(setup):
+    model, params, batch, nll, _ = setup
+    out = language_modelling(model=model, num_sources=3)(params, batch, jax.random.key(0))
+    weights = batch["decoder_loss_weights"]
+    assert float(out.sum) == pytest.approx((weights * nll).sum(), rel=1e-5)
+    assert float(out.weight) == weights.sum()
+    sums, counts = out.metrics["source_loss"]
+    rows = (weights * nll).sum(-1)
+    np.testing.assert_allclose(sums, [rows[0] + rows[3], 0.0, rows[1] + rows[2]], rtol=1e-5)
+    np.testing.assert_allclose(counts, [weights[[0, 3]].sum(), 0, weights[[1, 2]].sum()])
+
+
+def test_z_loss_is_added_and_reported_apart(setup):
+    model, params, batch, nll, log_z = setup
+    out = language_modelling(model=model, z_loss=0.1)(params, batch, jax.random.key(0))
+    weights = batch["decoder_loss_weights"]
+    assert float(out.sum) == pytest.approx((weights * (nll + 0.1 * log_z**2)).sum(), rel=1e-5)
+    assert float(out.metrics["loss"][0]) == pytest.approx((weights * nll).sum(), rel=1e-5)
+    assert float(out.metrics["z_loss"][0]) == pytest.approx(
+        (weights * 0.1 * log_z**2).sum(), rel=1e-5
+    )
+
+
+class _Sowing(Block):
+    """A block with an auxiliary loss, and dropout where there is an rng for it."""
+
+    @nn.compact
+    def __call__(self, x_BTD, **context):
+        y_BTD, cache = super().__call__(x_BTD, **context)
+        self.sow("losses", "constant", jnp.float32(0.25))
+        self.sow("losses", "size", (y_BTD**2).mean())
+        return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(y_BTD), cache
+
+
+def test_sown_losses_are_added_per_token(setup):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
+    model, plain = Transformer(config=config, block=_Sowing), Transformer(config=config)
+    params = nn.meta.unbox(plain.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    losses = [language_modelling(model=m) for m in (model, plain)]
+    out, want = (loss(params, batch, None) for loss in losses)
+    weight = batch["decoder_loss_weights"].sum()
+    _, kept = plain.apply(
+        {"params": params},
+        batch["decoder_input_tokens"],
+        capture_intermediates=lambda module, method: type(module) is Block,
+    )
+    out_LBTD = jax.tree.leaves(kept["intermediates"])[0]
+    added = weight * (2 * 0.25 + (np.asarray(out_LBTD) ** 2).mean((1, 2, 3)).sum())
+    assert float(out.sum - want.sum) == pytest.approx(added, rel=1e-4)
+    assert float(out.metrics["auxiliary_loss"][0]) == pytest.approx(added, rel=1e-4)
+    assert "auxiliary_loss" not in want.metrics
+    gradient = jax.grad(lambda p: losses[0](p, batch, None).sum)(params)
+    plain_gradient = jax.grad(lambda p: losses[1](p, batch, None).sum)(params)
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), gradient, plain_gradient)
+    assert max(jax.tree.leaves(difference["layers"])) > 1e-3
+
+
+def test_dropout_draws_from_the_rng_of_the_step(setup):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
+    model = Transformer(config=config, block=_Sowing)
+    params = nn.meta.unbox(model.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    loss = language_modelling(model=model)
+    keys = (None, None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
+    sums = [float(loss(params, batch, key).sum) for key in keys]
+    assert sums[0] == sums[1] and sums[2] == sums[3]
+    assert len(set(sums)) == 3
+
+
+class _Watched(GatedMlp):
+    """Sows what it computes as metrics: a number and a vector."""
+
+    @nn.compact
+    def __call__(self, x_BTD, **context):
+        y_BTD = super().__call__(x_BTD, **context)
+        self.sow("metrics", "size", (y_BTD**2).mean())
+        self.sow("metrics", "by_width", y_BTD.mean((0, 1)))
+        return y_BTD
+
+
+@pytest.mark.parametrize("pattern", [("full",), ("full", "full_nope")])
+def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
+    _, _, batch, _, _ = setup
+    config = TransformerConfig(
+        **{"vocab_size": 31, "num_layers": 4, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8},
+        layer_pattern=pattern,
+    )
+    model = Transformer(config=config, block=functools.partial(Block, mlp=_Watched))
+    ids = batch["decoder_input_tokens"]
+    params = nn.meta.unbox(model.init(jax.random.key(0), ids))["params"]
+    plain = layer_stack.unrolled(model)
+    loss = language_modelling(model=model)
+    out = loss(params, batch, jax.random.key(0))
+    unrolled = language_modelling(model=plain)(
+        layer_stack.unroll(params, config), batch, jax.random.key(0)
+    )
+    _, kept = plain.apply(
+        {"params": layer_stack.unroll(params, config)},
+        ids,
+        positions_BT=batch["decoder_positions"],
+        segments_BT=batch["decoder_segment_ids"],
+        capture_intermediates=lambda module, method: isinstance(module, _Watched),
+        mutable=["intermediates"],
+    )
+    outs_LBTD = np.stack(jax.tree.leaves(kept["intermediates"]))
+    assert len(outs_LBTD) == 2 * 4  # what a call returns, and that of its parent within: the same
+    for metrics in (out.metrics, unrolled.metrics):
+        size, weight = metrics["mlp/size"]
+        assert float(size / weight) == pytest.approx((outs_LBTD**2).mean(), rel=1e-4)
+        by_width, weight_D = metrics["mlp/by_width"]
+        np.testing.assert_allclose(by_width / weight_D, outs_LBTD.mean((0, 1, 2)), atol=1e-5)
+        assert float(weight) == float(weight_D[0]) == batch["decoder_loss_weights"].sum()
+    assert set(loss(params, batch, None).metrics) == {"loss"}

@@ -1,0 +1,122 @@
+"""The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from trainers.checkpoints import agreement, manifest, state_tree, step_dir
+from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """How arrays are stored: uncompressed (weights hardly compress), each element by one process."""
+    handler = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+
+
+def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+    """The sharding of an abstract or concrete array; this process's first device if it has none."""
+    given = getattr(leaf, "sharding", None)
+    return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
+    """Reads arrays by name, as they are on disk. Shapes and dtypes must be the recorded ones."""
+    arguments = {
+        name: ocp.ArrayRestoreArgs(
+            sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype
+        )
+        for name, leaf in wanted.items()
+    }
+    with ocp.Checkpointer(handler()) as reader:
+        tree = reader.restore(
+            path / step_dir.STATE,
+            args=ocp.args.PyTreeRestore(
+                item=state_tree.nest(wanted),
+                restore_args=state_tree.nest(arguments),
+                partial_restore=True,
+            ),
+        )
+    return state_tree.flatten(tree)
+
+
+def open_array(path: epath.Path, name: str) -> Any:
+    """One array of a step as a TensorStore, of which regions can be read, without Orbax."""
+    base = os.fspath((path / step_dir.STATE).resolve())
+    kvstore = {
+        "driver": "ocdbt",
+        "base": base if "://" in base else f"file://{base}",
+        "path": name.replace("/", ".") + "/",
+    }
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+
+
+def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
+    """Names of the arrays that cannot be read or differ from what was saved."""
+
+    def is_good(name: str) -> bool:
+        entry = recorded.arrays[name]
+        try:
+            values = open_array(path, name).read().result()
+        except Exception:  # Whatever TensorStore raises, the array is not readable.
+            return False
+        return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
+
+    share = sorted(recorded.arrays)[jax.process_index() :: jax.process_count()]
+    found = agreement.gather([name for name in share if not is_good(name)])
+    return sorted(name for names in found for name in names)
+
+
+def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
+    """Checks every file of the step, reads arrays by name, and checks each against its digest.
+
+    Raises:
+      DamagedCheckpointError: with the names of the files and arrays concerned.
+    """
+    # The processes share the files and agree on them before any of them reads: one that failed while
+    # reading would leave the others waiting.
+    names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
+    found = agreement.gather(
+        manifest.check_files(path, {name: recorded.files[name] for name in names})
+    )
+    problems = {name: text for part in found for name, text in part.items()}
+    if problems:
+        raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
+    try:
+        arrays = read_arrays(path, wanted)
+    except Exception as error:
+        if jax.process_count() > 1 or not (damaged := _damaged_arrays(path, recorded)):
+            raise
+        raise DamagedCheckpointError(path, {}, damaged) from error
+    blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
+    digests = manifest.add_digests(agreement.gather(manifest.digests(blocks)))
+    damaged = [name for name in sorted(arrays) if digests[name] != recorded.arrays[name].digest]
+    if damaged:
+        raise DamagedCheckpointError(path, {}, damaged)
+    return arrays
+
+
+class StoredArray:
+    """An array on disk of which regions are read, one that is stored in one piece being kept."""
+
+    def __init__(self, path: epath.Path, name: str):
+        self._store = open_array(path, name)
+        self._whole: np.ndarray | None = None
+        chunk = self._store.chunk_layout.read_chunk.shape
+        if all(a >= b for a, b in zip(chunk, self._store.shape, strict=True)):
+            self._whole = self._store.read().result()
+
+    def read(self, at: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The region at leading indices `at`, or rows [start, stop) of it."""
+        where: Any = (*at, slice(*rows)) if rows else (*at, ...)
+        if self._whole is not None:
+            return self._whole[where]
+        return self._store[where].read().result()

@@ -1,0 +1,288 @@
+"""Saving the state of a run: in the background, atomically, checksummed, the last and the best kept.
+
+What blocks the loop is taking host copies of the arrays; digests, writing, the checksums of the files
+and the deletion of old steps happen in a thread. The state may be donated as soon as `save` returns.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import multihost
+
+from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
+from trainers.checkpoints.commit import CheckpointSaveError, Pending, commit, save_error
+from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
+from trainers.checkpoints.restore import Restored, restore_or_initialise, restore_state
+from trainers.checkpoints.restore_params import restore_params
+from trainers.checkpoints.retention import Retention
+from trainers.checkpoints.step_dir import read_meta
+
+# One name for all that the loop and the entry points need.
+__all__ = [
+    "CheckpointSaveError",
+    "Checkpointer",
+    "DamagedCheckpointError",
+    "Restored",
+    "read_meta",
+    "restore_or_initialise",
+    "restore_params",
+    "restore_state",
+]
+
+_log = logging.getLogger(__name__)
+
+# How long a process waits for the others to finish writing.
+_TIMEOUT_SECONDS = 1200
+
+
+class Checkpointer:
+    """The checkpoints of one run. Only its training processes open one; others read (see restore)."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int | None = 3,
+        keep_best: int = 0,
+        best_metric: str = "loss",
+        best_mode: Literal["min", "max"] = "min",
+        asynchronous: bool = True,
+    ):
+        """Opens or creates a directory and removes what an interrupted save left in it.
+
+        Args:
+          directory: holds one directory per step; shared by all processes.
+          keep_last, keep_best, best_metric, best_mode: see `Retention`.
+          asynchronous: finish saves in a thread; otherwise `save` returns when all is written.
+        """
+        self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
+        self._directory = step_dir.absolute(directory)
+        self._asynchronous = asynchronous
+        self._saves = 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._wait_at_barrier = multihost.get_barrier_sync_fn()
+        self._orbax = ocp.AsyncCheckpointer(
+            array_files.handler(),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_TIMEOUT_SECONDS, barrier_sync_fn=self._numbered_barrier
+            ),
+        )
+        if agreement.is_primary():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in step_dir.steps_on_disk(self._directory).values():
+                if step_dir.is_incomplete(path):
+                    _log.warning("removing %s: its save was cut short.", path)
+                    step_dir.remove(path)
+        found = list(self._read_metrics().items()) if agreement.is_primary() else []
+        self._metrics = {int(step): values for step, values in agreement.gather(found)[0]}
+
+    def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
+        # Orbax names its barriers after the directory written, which is `state` in every step.
+        self._wait_at_barrier(key=f"{key}.{self._saves}", timeout_ms=timeout_ms)
+
+    def _read_metrics(self) -> dict[int, Mapping[str, float]]:
+        metrics: dict[int, Mapping[str, float]] = {}
+        for step, path in step_dir.complete_steps(self._directory).items():
+            metrics[step] = {}
+            with contextlib.suppress(DamagedCheckpointError):  # Reported if it is restored.
+                metrics[step] = step_dir.read_record(path, step_dir.read_manifest(path))["metrics"]
+        return metrics
+
+    def step_path(self, step: int) -> epath.Path:
+        """The directory of a step."""
+        return self._directory / str(step)
+
+    def all_steps(self) -> list[int]:
+        """The steps that are saved in full, ascending."""
+        return sorted(self._metrics)
+
+    def best_step(self) -> int | None:
+        """The best saved step by the metric, if any has it."""
+        return next(iter(self._retention.best(self._metrics)), None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        meta: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Saves a state, after waiting for the save before it. Every process calls it.
+
+        Args:
+          step: the number of steps taken; names the directory.
+          state: any pytree of jax.Array; may be donated when this returns.
+          meta: JSON that tells what the state belongs to (see `restore_latest`).
+          metrics: numbers of this step, among them the one that decides what is best.
+          force: replace the step if it is already saved.
+
+        Returns:
+          False if the step was already saved, else True.
+
+        Raises:
+          CheckpointSaveError: this save could not begin, or the one before it failed.
+        """
+        self.wait()
+        step = int(step)
+        if step in self._metrics:
+            if not force:
+                return False
+            self._delete([step])
+        arrays = state_tree.flatten_arrays(state)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        record = {"step": step, "metrics": numbers, "meta": dict(meta or {})}
+        json.dumps(record)  # Fails here rather than in the thread.
+        path = self.step_path(step)
+        self._saves += 1
+        try:
+            if agreement.is_primary():
+                path.mkdir(parents=True, exist_ok=True)
+                (path / step_dir.INCOMPLETE).touch()
+            self._orbax.save(
+                path / step_dir.STATE, args=ocp.args.PyTreeSave(item=state_tree.nest(arrays))
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(path, error) from error
+        pending = Pending(
+            path=path,
+            record=record,
+            entries={name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()},
+            blocks={name: manifest.owned_blocks(array) for name, array in arrays.items()},
+            barrier=lambda name: self._numbered_barrier(
+                key=f"checkpoint.{name}", timeout_ms=_TIMEOUT_SECONDS * 1000
+            ),
+        )
+        self._thread = threading.Thread(target=self._finish, args=(pending,), name="checkpoint")
+        self._thread.start()
+        if not self._asynchronous:
+            self.wait()
+        return True
+
+    def _finish(self, pending: Pending) -> None:
+        try:
+            commit(pending, self._orbax.wait_until_finished)
+            self._metrics[pending.record["step"]] = pending.record["metrics"]
+            self._make_room()
+        except BaseException as error:  # Raised by the next call of the loop.
+            self._error = self._failed(pending.path, error)
+            self._error.__cause__ = error
+
+    def _make_room(self) -> None:
+        try:
+            self._delete(self._retention.superfluous(self._metrics))
+        except (OSError, ValueError) as error:  # The new step is good all the same.
+            _log.warning(
+                "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
+                self._directory,
+                type(error).__name__,
+                error,
+            )
+
+    def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
+        if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
+            # Makes room; what cannot be removed now is when the run starts again.
+            with contextlib.suppress(OSError, ValueError):
+                step_dir.remove(path)
+        return save_error(path, error, self.all_steps())
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            self._metrics.pop(step)
+            if agreement.is_primary():
+                step_dir.remove(self.step_path(step))
+
+    def wait(self) -> None:
+        """Returns when the last save is committed.
+
+        Raises:
+          CheckpointSaveError: it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def check(self) -> None:
+        """Raises the error of a save in the background as soon as it has failed; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def restore_latest(
+        self, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
+    ) -> Restored | None:
+        """Restores the latest good step onto the shardings of `abstract_state`, verified.
+
+        Damaged steps newer than it are set aside as `<step>.aside`, with one warning.
+
+        Returns:
+          None if no step is saved.
+
+        Raises:
+          DamagedCheckpointError: steps are saved, but none is good.
+          RunMismatchError: the step does not have the values of `expected_meta`.
+          CheckpointMismatchError: the step holds another model or optimiser.
+        """
+        self.wait()
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in reversed(self.all_steps()):
+            try:
+                restored = restore_state(
+                    self.step_path(step), abstract_state, expected_meta=expected_meta
+                )
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+                continue
+            if damaged:
+                self._set_aside(
+                    list(damaged), f"{damaged[max(damaged)]} Continuing from step {step}"
+                )
+            skipped = [(step, str(error)) for step, error in damaged.items()]
+            return dataclasses.replace(restored, skipped=skipped)
+        if damaged:
+            raise damaged[max(damaged)]
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Sets aside the steps after `step`, as when a run goes back to it and takes another way."""
+        self.wait()
+        if later := [saved for saved in self.all_steps() if saved > step]:
+            self._set_aside(later, f"going back to step {step}")
+
+    def _set_aside(self, steps: list[int], reason: str) -> None:
+        for step in steps:
+            self._metrics.pop(step)
+        names = ""
+        if agreement.is_primary():
+            names = ", ".join(step_dir.set_aside(self.step_path(step)).name for step in steps)
+            _log.warning("%s; set aside in %s: %s.", reason, self._directory, names)
+        agreement.gather(names)  # None goes on before they are out of the way.
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads."""
+        try:
+            self.wait()
+        finally:
+            try:
+                self._orbax.close()
+            except Exception as error:
+                # No step that counts waits for Orbax: this is of a save whose failure has been raised.
+                _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,103 @@
+"""The end of a save: checksums of all that was written, then the manifest that makes the step count."""
+
+import concurrent.futures
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from trainers.checkpoints import agreement, manifest, step_dir
+from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE_TEXTS = ("No space left", "File too large", "quota exceeded")
+
+
+class CheckpointSaveError(OSError):
+    """A step could not be saved; the steps before it are untouched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A save under way, as this process sees it.
+
+    Attributes:
+      path: the step directory.
+      record: the contents of meta.json.
+      entries: shape and dtype of each array.
+      blocks: the host copies of the blocks that this process writes.
+      barrier: returns when all processes have called it with the same name.
+    """
+
+    path: epath.Path
+    record: Mapping[str, Any]
+    entries: Mapping[str, ArrayEntry]
+    blocks: Mapping[str, Sequence[Block]]
+    barrier: Callable[[str], None]
+
+
+def commit(pending: Pending, written: Callable[[], None]) -> None:
+    """Finishes a save; every process calls it.
+
+    Args:
+      pending: what is being saved.
+      written: returns when Orbax has written the arrays of all processes.
+
+    Raises:
+      OSError, ValueError, RuntimeError: something could not be written; the step does not count.
+    """
+    path = pending.path
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests") as pool:
+        digests = pool.submit(manifest.digests, pending.blocks)  # While Orbax writes.
+        written()
+        if agreement.is_primary():
+            record = json.dumps(pending.record, sort_keys=True, indent=1).encode() + b"\n"
+            step_dir.write_file(path / step_dir.META, record)
+        pending.barrier("written")
+        names = step_dir.file_names(path)[jax.process_index() :: jax.process_count()]
+        part: dict[str, Any] = {
+            "digests": digests.result(),
+            "files": manifest.checksum_files(path, names),
+        }
+    parts = [part]
+    if jax.process_count() > 1:
+        part_paths = [path / f"part.{process}.json" for process in range(jax.process_count())]
+        step_dir.write_file(part_paths[jax.process_index()], json.dumps(part).encode())
+        pending.barrier("checksummed")
+        if agreement.is_primary():
+            parts = [json.loads(part_path.read_bytes()) for part_path in part_paths]
+            for part_path in part_paths:
+                part_path.unlink()
+    if agreement.is_primary():
+        total = manifest.add_digests(p["digests"] for p in parts)
+        arrays = {
+            name: dataclasses.replace(entry, digest=total[name])
+            for name, entry in pending.entries.items()
+        }
+        files = {name: (size, crc) for p in parts for name, (size, crc) in p["files"].items()}
+        step_dir.write_file(path / step_dir.MANIFEST, Manifest(arrays, files).to_bytes())
+        (path / step_dir.INCOMPLETE).unlink()
+    pending.barrier("committed")
+
+
+def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> CheckpointSaveError:
+    """The one error that tells why a step was not saved and what is still good."""
+    text = str(error)
+    full = getattr(error, "errno", None) in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS)
+    if full and "://" not in os.fspath(path):
+        free = shutil.disk_usage(path.parent).free / 1e6
+        reason = f"the disk is full or a quota is reached ({free:.0f} MB free)"
+        remedy = "Free some space or keep fewer steps, then start again"
+    else:
+        reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
+        remedy = "Start again once the cause is removed"
+    kept = (
+        f"step {good[-1]} is good and the run continues from it" if good else "no step is saved yet"
+    )
+    return CheckpointSaveError(f"could not save {path}: {reason}. {remedy}; {kept}.")

@@ -1,0 +1,219 @@
+"""Reading the parameters of a checkpoint into a model, whole or by path pattern."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from trainers.anomaly import STATISTICS
+from trainers.checkpoints import state_tree, step_dir
+from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
+from trainers.checkpoints.manifest import Manifest
+
+_log = logging.getLogger(__name__)
+
+# (pattern that a whole model path matches, path in the checkpoint or None for a fresh start). The
+# second may refer to groups of the first, as in (r"layers/block_0/(.*)", r"layers/block_3/\1").
+Assignment = Sequence[tuple[str, str | None]]
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint holds other arrays than the model needs."""
+
+
+def list_differences(differences: Sequence[str]) -> str:
+    """The first difference and the number of others."""
+    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+    return f"{differences[0]}{more}"
+
+
+def describe(leaf: Any) -> str:
+    """As manifests print arrays: `float32[8, 16]`."""
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _assign(
+    path: epath.Path,
+    wanted: state_tree.Flat,
+    saved: Mapping[str, Any],
+    assignment: Assignment,
+    strict: bool,
+) -> dict[str, str | None]:
+    """For each parameter of the model the name in the checkpoint; None keeps the given value."""
+    sources: dict[str, str | None] = {}
+    unused = {pattern for pattern, _ in assignment}
+    missing = []
+    for name in wanted:
+        for pattern, target in assignment:
+            if match := re.fullmatch(pattern, name):
+                unused.discard(pattern)
+                sources[name] = None if target is None else match.expand(target)
+                if sources[name] is not None and sources[name] not in saved:
+                    missing.append(f"{sources[name]} (assigned to {name})")
+                break
+        else:
+            sources[name] = name if name in saved else None
+            if strict and name not in saved:
+                missing.append(name)
+    if unused:
+        first = sorted(unused)[0]
+        raise ValueError(
+            f"assignment pattern {first!r} matches no parameter of the model"
+            f"{_nearest(first, list(wanted))}."
+        )
+    if missing:
+        raise CheckpointMismatchError(
+            f"checkpoint {path} lacks {list_differences(missing)}"
+            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign these parameters to others or "
+            "to None, or pass strict=False, to start them from their initial values."
+        )
+    extra = sorted(set(saved) - set(wanted) - set(sources.values()))
+    if strict and extra:
+        raise CheckpointMismatchError(
+            f"checkpoint {path} has parameters that the model does not: {list_differences(extra)}. "
+            "Assign them to parameters of the model, or pass strict=False to leave them out."
+        )
+    return sources
+
+
+def restore_params(
+    path: str | os.PathLike,
+    abstract_params: Any,
+    *,
+    assignment: Assignment = (),
+    strict: bool = True,
+    verify: bool = True,
+    use_ema: bool = False,
+) -> Any:
+    """Restores parameters onto the shardings and dtypes of `abstract_params`.
+
+    Args:
+      path: a step directory, or a run directory for its newest good step.
+      abstract_params: jax.ShapeDtypeStruct with shardings; arrays where a parameter may keep its
+        value because the assignment says None, or because it is missing and `strict` is off.
+      assignment: pairs (pattern, checkpoint path or None); the first whose pattern matches the whole
+        path of a parameter decides. Parameters that none matches are read under their own name.
+      strict: every parameter must be found or assigned, and every saved one be known to the model.
+      verify: check all files of the step and the restored arrays.
+      use_ema: read the moving average instead of the parameters.
+
+    Raises:
+      DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
+      ValueError: an assignment pattern matches nothing.
+    """
+
+    def read(step: epath.Path) -> Any:
+        return _restore(step, abstract_params, assignment, strict, verify, use_ema)
+
+    return step_dir.newest_good(path, read)
+
+
+def _restore(
+    path: epath.Path,
+    abstract_params: Any,
+    assignment: Assignment,
+    strict: bool,
+    verify: bool,
+    use_ema: bool,
+) -> Any:
+    recorded = step_dir.read_manifest(path)
+    root = "ema_params/" if use_ema else "params/"
+    saved = {k.removeprefix(root): x for k, x in recorded.arrays.items() if k.startswith(root)}
+    if not saved:
+        raise CheckpointMismatchError(f"checkpoint {path} holds no {root.rstrip('/')}.")
+    params = state_tree.flatten(abstract_params)
+    sources = _assign(path, params, saved, assignment, strict)
+
+    differences = []
+    wanted = {}
+    for name, source in sources.items():
+        leaf = params[name]
+        if source is None:
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(
+                    f"{name} is to keep its initial value, but none was given: pass initialised "
+                    "parameters where the checkpoint has no values."
+                )
+            continue
+        entry = saved[source]
+        castable = all(jnp.issubdtype(jnp.dtype(x.dtype), jnp.floating) for x in (entry, leaf))
+        if entry.shape != leaf.shape or (str(entry) != describe(leaf) and not castable):
+            as_source = "" if source == name else f" (as {source})"
+            differences.append(
+                f"{name}: the checkpoint has {entry}{as_source}, the model {describe(leaf)}"
+            )
+        wanted[root + source] = jax.ShapeDtypeStruct(
+            entry.shape, jnp.dtype(entry.dtype), sharding=sharding_of(leaf)
+        )
+    if differences:
+        raise CheckpointMismatchError(
+            f"checkpoint {path} is of another model: {list_differences(differences)}. Use the model "
+            "configuration it was saved with, or assign these parameters to None."
+        )
+    fresh = sorted(name for name, source in sources.items() if source is None)
+    if fresh:
+        _log.warning(
+            "%s: %d parameters keep their initial values: %s", path, len(fresh), ", ".join(fresh)
+        )
+    arrays: state_tree.Flat = {}
+    if wanted:
+        arrays = read_verified(path, recorded, wanted) if verify else read_arrays(path, wanted)
+
+    flat = {}
+    for name, source in sources.items():
+        if source is None:
+            flat[name] = params[name]
+            continue
+        value = arrays[root + source].astype(params[name].dtype)
+        if list(sources.values()).count(source) > 1:  # A buffer is donated once only.
+            value = jnp.copy(value)
+        flat[name] = jax.device_put(value, sharding_of(params[name]))
+    return state_tree.unflatten(flat, abstract_params)
+
+
+def kept_variables(step: epath.Path, variables: Any) -> Any:
+    """A model's other collections, such as batch statistics, as saved; those that are new as they are.
+
+    Statistics of losses stay as they are: of other data or another model they would be others.
+
+    Args:
+      step: a step directory.
+      variables: of a fresh state.
+
+    Raises:
+      DamagedCheckpointError.
+    """
+    recorded = step_dir.read_manifest(step)
+    given = state_tree.flatten({"variables": variables})
+    wanted = {
+        name: as_saved(recorded, name, leaf)
+        for name, leaf in given.items()
+        if name in recorded.arrays
+        and recorded.arrays[name].shape == leaf.shape
+        and not name.startswith(f"variables/{STATISTICS}/")
+    }
+    found = read_verified(step, recorded, wanted) if wanted else {}
+    return state_tree.unflatten({**given, **found}, {"variables": variables})["variables"]
+
+
+def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
+    """An array of a checkpoint in its own dtype, on the sharding of `like`.
+
+    Raises:
+      CheckpointMismatchError: there is no such array.
+    """
+    if name not in recorded.arrays:
+        raise CheckpointMismatchError(f"the checkpoint has no array {name}.")
+    dtype = jnp.dtype(recorded.arrays[name].dtype)
+    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding_of(like))

@@ -1,0 +1,154 @@
+"""Writing a step whose arrays arrive block by block, so that none need be in memory whole.
+
+What is on disk is what `Checkpointer` writes: Orbax's layout and metadata, the record, and a manifest
+with a digest of each array, which is summed over the blocks as they go by.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from trainers.checkpoints import commit, manifest, state_tree, step_dir
+from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
+
+_BYTES_IN_FLIGHT = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedArray:
+    """An array that is made while it is written.
+
+    Attributes:
+      shape, dtype: of the array.
+      chunk: shape of the pieces in which it is stored. Blocks begin and end where chunks do.
+      blocks: returns the blocks, which cover the array once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    blocks: Callable[[], Iterator[Block]]
+
+
+class _Handler(ocp.type_handlers.TypeHandler):
+    """Writes `StreamedArray` leaves for Orbax, which does the rest of the layout."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, int] = {}
+
+    def typestr(self) -> str:
+        return "jax.Array"  # What reads the step sees arrays like any other.
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise TypeError("streamed arrays are only written")
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        raise TypeError("streamed arrays are only written")
+
+    async def serialize(
+        self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None
+    ) -> Sequence[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            base = os.path.join(os.fspath(info.parent_dir), "ocdbt.process_0")
+            self.digests[info.name] = _write(base, info.name, value)
+        return []
+
+
+def _write(base: str, name: str, array: StreamedArray) -> int:
+    """Writes an array and returns its digest."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{base}", "path": f"{name}/"},
+        "metadata": {
+            "shape": array.shape,
+            "chunks": [max(1, size) for size in array.chunk],
+            "dtype": array.dtype.name if array.dtype.name == "bfloat16" else array.dtype.str,
+            "compressor": None,
+        },
+        "store_data_equal_to_fill_value": True,
+        "create": True,
+    }
+    store = tensorstore.open(spec).result()
+    digest, waiting, size = 0, [], 0
+    try:
+        for start, values in array.blocks():
+            where = tuple(slice(a, a + b) for a, b in zip(start, values.shape, strict=True))
+            waiting.append(store[where].write(values, can_reference_source_data_indefinitely=True))
+            digest += manifest.block_digest(values, start)
+            size += values.nbytes
+            if size >= _BYTES_IN_FLIGHT:
+                for write in waiting:
+                    write.result()
+                waiting, size = [], 0
+            del values
+    except BaseException:
+        # What is under way would make files where the caller has cleaned up.
+        for write in waiting:
+            with contextlib.suppress(Exception):
+                write.result()
+        raise
+    for write in waiting:
+        write.result()
+    return digest
+
+
+def save(
+    directory: str | os.PathLike,
+    arrays: Mapping[str, StreamedArray],
+    *,
+    step: int = 0,
+    meta: Mapping[str, Any] | None = None,
+) -> epath.Path:
+    """Writes a step in one process.
+
+    Args:
+      directory: `checkpoints` of a run.
+      arrays: by path, as in 'params/final_norm/scale'.
+      step: its number.
+      meta: JSON that tells what the arrays belong to.
+
+    Returns:
+      The step's directory.
+
+    Raises:
+      CheckpointSaveError: the disk is full or cannot be written.
+    """
+    path = step_dir.absolute(directory) / str(step)
+    writer = _Handler()
+    plain = ocp.type_handlers.ArrayHandler(
+        array_metadata_store=None
+    )  # Orbax warns if there is none.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, writer), (jax.Array, plain)
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    try:
+        path.mkdir(parents=True)
+        (path / step_dir.INCOMPLETE).touch()
+        with ocp.Checkpointer(handler) as orbax:
+            orbax.save(
+                path / step_dir.STATE, args=ocp.args.PyTreeSave(item=state_tree.nest(arrays))
+            )
+        entries = {
+            name: ArrayEntry(x.shape, x.dtype.name, writer.digests[name.replace("/", ".")] % 2**64)
+            for name, x in arrays.items()
+        }
+        record = {"step": step, "metrics": {}, "meta": dict(meta or {})}
+        text = json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
+        step_dir.write_file(path / step_dir.META, text)
+        files = manifest.checksum_files(path, step_dir.file_names(path))
+        step_dir.write_file(path / step_dir.MANIFEST, Manifest(entries, files).to_bytes())
+        (path / step_dir.INCOMPLETE).unlink()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise commit.save_error(path, error, []) from error
+    return path

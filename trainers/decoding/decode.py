@@ -1,0 +1,253 @@
+"""Generation: one compiled loop over new tokens, after the prompts have been read (trainers/decoding/prefill.py).
+
+Pure functions of static shapes, which trainers/decoding/decoder.py compiles: `begin` chooses the first token,
+`advance` continues to a step that is an argument, so that the host can look at what there is by then
+without another program.
+
+Shapes: B rows, M new tokens at most, D width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.slots import carried, restored
+from trainers.decoding.beam import Beams
+from trainers.decoding.prefill import read
+from trainers.decoding.sampling import Sampling, penalised, sample
+
+NO_EOS = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a generation program is compiled for.
+
+    Attributes:
+      max_new_tokens: M.
+      sampling: choice of the next token.
+      eos_ids: tokens that end a row; the one that does counts as its last.
+      eos_id: one more of them; NO_EOS for none.
+      num_ids: size of the vocabulary; ids from there on are padding of the model's table and are
+        never chosen. None for all rows of the table.
+      num_samples: continuations of each prompt: independent draws, or the best of the beams.
+      beams: search in place of choosing token by token; None for none.
+
+    Raises:
+      ValueError: settings out of range, or that contradict each other.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = Sampling(temperature=0.0)
+    eos_ids: Sequence[int] = ()
+    eos_id: int = NO_EOS
+    num_ids: int | None = None
+    num_samples: int = 1
+    beams: Beams | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at least 1.")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples = {self.num_samples} must be at least 1.")
+        if self.beams is None:
+            if self.num_samples > 1 and self.sampling.temperature == 0:
+                raise ValueError(
+                    f"num_samples = {self.num_samples} greedy continuations would all be the same: set "
+                    "a temperature above 0, or num_beams."
+                )
+        elif self.num_samples > self.beams.num_beams:
+            raise ValueError(
+                f"num_samples = {self.num_samples} exceeds num_beams = {self.beams.num_beams}, of which "
+                "they are the best."
+            )
+        elif self.sampling.temperature or self.sampling.restricted:
+            raise ValueError(
+                "Beams are searched, not drawn: temperature, top_k, top_p and min_p do not go with "
+                "num_beams."
+            )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a row."""
+        ids = dict.fromkeys((*self.eos_ids, self.eos_id))
+        return tuple(id for id in ids if id != NO_EOS)
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Rows of the caches while decoding."""
+        return self.num_samples if self.beams is None else self.beams.num_beams
+
+    def allowed(self, logits_BV: jax.Array) -> jax.Array:
+        """Logits with those of padding ids at -inf."""
+        if self.num_ids is None or self.num_ids >= logits_BV.shape[-1]:
+            return logits_BV
+        known_V = jnp.arange(logits_BV.shape[-1]) < self.num_ids
+        return jnp.where(known_V[None], logits_BV, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Decoded:
+    """New tokens, and the model's log-probability of each (before temperature and restrictions).
+
+    Row b holds lengths_B[b] of them, EOS included; zeros follow.
+    """
+
+    tokens_BM: jax.Array
+    log_probs_BM: jax.Array
+    lengths_B: jax.Array
+
+
+@flax.struct.dataclass
+class Loop:
+    """Between steps: `step` tokens are chosen, of which the last is not in the caches yet.
+
+    Attributes:
+      step: number of tokens chosen.
+      done_B: rows that have ended.
+      decoded: what there is by now.
+      caches: of the tokens before the last.
+      lengths_B: of the prompts.
+      keys_B: a random key for each row.
+      seen_BV: tokens of prompts and continuations; None without a repetition penalty.
+    """
+
+    step: jax.Array
+    done_B: jax.Array
+    decoded: Decoded
+    caches: Any
+    lengths_B: jax.Array
+    keys_B: jax.Array
+    seen_BV: jax.Array | None
+
+
+def decode(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    logits_BV: jax.Array,
+    caches: Any,
+    lengths_B: jax.Array,
+    active_B: jax.Array,
+    keys_B: jax.Array,
+    settings: Settings,
+) -> tuple[Decoded, Any]:
+    """`begin` and all of `advance`; no repetition penalty. Returns new tokens, and the caches."""
+    loop = begin(logits_BV, caches, lengths_B, active_B, keys_B, None, settings)
+    until = jnp.int32(settings.max_new_tokens)
+    loop = advance(model, params, policy, loop, until, jnp.zeros_like(active_B), settings)
+    return loop.decoded, loop.caches
+
+
+def begin(
+    logits_BV: jax.Array,
+    caches: Any,
+    lengths_B: jax.Array,
+    active_B: jax.Array,
+    keys_B: jax.Array,
+    seen_BV: jax.Array | None,
+    settings: Settings,
+) -> Loop:
+    """Chooses the first token of prefilled prompts.
+
+    Args:
+      logits_BV: after the prompts.
+      caches: with room for M - 1 more tokens, for the last new one is never read.
+      lengths_B: of the prompts.
+      active_B: False for rows that only fill up the batch.
+      keys_B: a random key for each row.
+      seen_BV: of sampling.seen_in; None without a repetition penalty.
+      settings: static.
+    """
+    B, M = logits_BV.shape[0], settings.max_new_tokens
+    loop = Loop(
+        step=jnp.zeros((), jnp.int32),
+        done_B=~active_B,
+        decoded=Decoded(
+            tokens_BM=jnp.zeros((B, M), jnp.int32),
+            log_probs_BM=jnp.zeros((B, M), jnp.float32),
+            lengths_B=jnp.zeros(B, jnp.int32),
+        ),
+        caches=caches,
+        lengths_B=lengths_B,
+        keys_B=keys_B,
+        seen_BV=seen_BV,
+    )
+    return _choose(loop, logits_BV, settings)
+
+
+def advance(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    loop: Loop,
+    until: jax.Array,
+    ended_B: jax.Array,
+    settings: Settings,
+) -> Loop:
+    """Continues until every row has ended or has `until` new tokens.
+
+    Args:
+      model: with unrolled layers.
+      params: its parameters.
+      policy: of the caches.
+      loop: to continue; its memory can be the result's.
+      until: tokens to stop at, at most M.
+      ended_B: rows that have ended for reasons of the host, such as a stop string.
+      settings: static.
+    """
+
+    def body(loop: Loop) -> Loop:
+        last = loop.step - 1
+        token_B1 = jax.lax.dynamic_slice_in_dim(loop.decoded.tokens_BM, last, 1, axis=1)
+        # What an ended row would still add is marked as padding.
+        position_B1 = jnp.where(loop.done_B, -1, loop.lengths_B + last)[:, None]
+        caches = restored(loop.caches, whole)
+        out = read(model, params, policy, token_B1, position_B1, caches)
+        logits_BV = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
+        return _choose(dataclasses.replace(loop, caches=carried(out.caches)), logits_BV, settings)
+
+    def more(loop: Loop) -> jax.Array:
+        return (loop.step < until) & ~jnp.all(loop.done_B)
+
+    whole = loop.caches
+    loop = dataclasses.replace(loop, done_B=loop.done_B | ended_B, caches=carried(whole))
+    loop = jax.lax.while_loop(more, body, loop)
+    return dataclasses.replace(loop, caches=restored(loop.caches, whole))
+
+
+def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
+    """Adds token number `loop.step` to the rows that have not ended."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    choice_BV, seen_BV = settings.allowed(logits_BV), loop.seen_BV
+    if seen_BV is not None:
+        choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)
+    token_B = sample(choice_BV, step_keys_B, settings.sampling)
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    ends_B = jnp.isin(token_B, jnp.asarray(settings.ends, jnp.int32))
+    old, done_B = loop.decoded, loop.done_B
+
+    def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:
+        value_B1 = jnp.where(done_B, 0, value_B).astype(array_BM.dtype)[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(array_BM, value_B1, loop.step, axis=1)
+
+    return dataclasses.replace(
+        loop,
+        step=loop.step + 1,
+        done_B=done_B | ends_B,
+        decoded=Decoded(
+            tokens_BM=put(old.tokens_BM, token_B),
+            log_probs_BM=put(old.log_probs_BM, logp_B),
+            lengths_B=old.lengths_B + (~done_B).astype(jnp.int32),
+        ),
+        seen_BV=seen_BV,
+    )

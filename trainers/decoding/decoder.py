@@ -1,0 +1,307 @@
+"""Prompts in, continuations out: batches, compiled programs and what they cost.
+
+Shapes: B prompts, R rows (B times the samples or beams of each), T prompt length, M new tokens at most.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.full import FullCache
+from model.transforms import layer_stack
+from trainers.decoding import beam
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.decode import Settings, advance, begin
+from trainers.decoding.prefill import prefill
+from trainers.decoding.sampling import seen_in
+from trainers.decoding.watch import Watch, Watched
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What followed one prompt.
+
+    Attributes:
+      tokens: EOS included.
+      log_probs: the model's log-probability of each.
+      score: of a beam: the sum of what it was ranked by, over length^length_penalty.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    score: float | None = None
+
+
+@dataclasses.dataclass
+class Stats:
+    """What generating took.
+
+    Attributes:
+      prompt_tokens, new_tokens: read and generated.
+      prefill_seconds, decode_seconds: reading prompts and generating, compilation apart.
+      compile_seconds: of all programs.
+      cache_bytes: of keys and values of the largest batch while decoding.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    cache_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of prefill and decoding."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.new_tokens / seconds if seconds else 0.0
+
+
+class Decoder:
+    """Continues prompts in batches of similar length; compiles once for each of a few lengths.
+
+    A prompt's continuation depends on the seed, on its index among the prompts and on its number among
+    their samples, not on the batch it happens to be in.
+
+    Args:
+      model: a decoder-only module, layers scanned or unrolled.
+      params: its parameters.
+      settings: what to generate.
+      policy: of the key/value caches.
+      batch_size: prompts at a time.
+      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+      cache_dtype: in which caches are kept while decoding, see prefill; None for the model's.
+      prefill_chunk: tokens of the prompts that are read at a time; None for all.
+      watch: sees every row's tokens as they come and can end it; None lets rows run. Not with beams,
+        whose tokens are not final before the end.
+      watch_every: new tokens between two looks.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        settings: Settings,
+        *,
+        policy: CachePolicy | None = None,
+        batch_size: int = 8,
+        sharding: NamedSharding | None = None,
+        cache_dtype: Any = None,
+        prefill_chunk: int | None = None,
+        watch: Watch | None = None,
+        watch_every: int = 16,
+    ):
+        if watch is not None and settings.beams is not None:
+            raise ValueError("Beams have no tokens to watch before the end of the search.")
+        config = model.config
+        # Slices of stacked weights inside the loop would copy them for every token.
+        self._model = layer_stack.unrolled(model)
+        self._params = jax.jit(lambda params: layer_stack.unroll(params, config))(params)
+        self._settings = settings
+        self._policy = FullCache() if policy is None else policy
+        self._batch_size = batch_size
+        self._sharding = sharding
+        self._prefill_options = {"cache_dtype": cache_dtype, "chunk": prefill_chunk}
+        self._watch = watch
+        self._watch_every = watch_every
+        self._programs: dict[tuple[str, int], Callable] = {}
+        self._indices: Sequence[int] = ()
+        self.stats = Stats()
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
+        """Continuations in the order of the prompts; errors as of `stream`."""
+        return list(self.stream(prompts, seed=seed))
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Continuation]:
+        """What calling it returns, one by one as they are done; those of one prompt side by side.
+
+        Args:
+          prompts: to continue.
+          seed: of the draws.
+          indices: of the prompts among all that there are, where these are not all.
+
+        Raises:
+          ValueError: an empty prompt, one without a token before what the cache policy takes for its
+            continuation, or one that leaves no room within learned positions.
+        """
+        limit = longest_row(self._params)
+        room = self._settings.max_new_tokens - 1  # the last new token is not read
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
+            if len(prompt) <= self._policy.future:
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens, of which the cache policy takes the last "
+                    f"{self._policy.future} for the continuation: nothing is left to continue."
+                )
+            if limit is not None and len(prompt) + room > limit:
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens; with {room + 1} new ones it is longer than "
+                    f"the {limit} positions that the model has learned. Lower max_new_tokens."
+                )
+        self._indices = range(len(prompts)) if indices is None else indices
+        batches = self._batches(prompts, seed, limit)
+        return (found for samples in in_order(batches) for found in samples)
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
+    ) -> Iterator[tuple[int, list[Continuation]]]:
+        """(index, continuations) of each prompt, batch by batch."""
+        lengths = [len(prompt) for prompt in prompts]
+        batches = batches_by_length(lengths, self._batch_size)
+        quiet = True if len(batches) == 1 else None
+        with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
+            for batch in progress:
+                length = bucket_length(lengths[batch[0]], limit=limit)
+                found = self._batch(prompts, batch, length, seed)
+                progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
+                yield from zip(batch, found, strict=True)
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
+    ) -> list[list[Continuation]]:
+        """The continuations of each prompt of a batch."""
+        tokens_BT = np.zeros((self._batch_size, length), np.int32)
+        lengths_B = np.ones(self._batch_size, np.int32)
+        active_B = np.zeros(self._batch_size, bool)
+        index_B = np.zeros(self._batch_size, np.uint32)
+        for b, i in enumerate(batch):
+            tokens_BT[b, : len(prompts[i])] = prompts[i]
+            lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
+        rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
+        state = self._read(length, *rows, np.uint32(seed))
+        continued = self._choose if self._settings.beams is None else self._search
+        found = continued(length, state, batch)
+        self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
+        self.stats.new_tokens += sum(len(row.tokens) for rows in found for row in rows)
+        return found
+
+    def _read(self, length: int, *arrays: Any) -> Any:
+        """Prompts read once and their caches repeated: decode.Loop, or what beam.search takes."""
+        model, policy, settings = self._model, self._policy, self._settings
+        room = max(settings.max_new_tokens - 1, 1)
+        copies, penalty = settings.rows_per_prompt, settings.sampling.repetition_penalty
+
+        def run(params, tokens_BT, lengths_B, active_B, index_B, seed):
+            logits_BV, caches = prefill(
+                model, params, policy, tokens_BT, lengths_B, room=room, **self._prefill_options
+            )
+            lengths_B = lengths_B - policy.future  # where decoding starts
+            seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
+            caches = repeated(caches, copies)
+            if settings.beams is not None:
+                return logits_BV, caches, lengths_B, active_B, seen_BV
+            sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
+            rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
+            logits_RV, lengths_R, active_R, index_R, seen_RV = rows
+            keys_R = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_R)
+            keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R)
+            return begin(logits_RV, caches, lengths_R, active_R, keys_R, seen_RV, settings)
+
+        program = self._compiled("prefill", length, jax.jit(run), *arrays)
+        began = time.perf_counter()
+        state = jax.block_until_ready(program(self._params, *arrays))
+        self.stats.prefill_seconds += time.perf_counter() - began
+        caches = state.caches if settings.beams is None else state[1]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+        self.stats.cache_bytes = max(self.stats.cache_bytes, size)
+        return state
+
+    def _choose(self, length: int, loop: Any, batch: Sequence[int]) -> list[list[Continuation]]:
+        """Token by token."""
+        model, policy, settings = self._model, self._policy, self._settings
+
+        def run(params, loop, until, ended_R):
+            loop = advance(model, params, policy, loop, until, ended_R, settings)
+            return loop, (loop.step, loop.done_B, loop.decoded)
+
+        samples = settings.num_samples
+        watched = Watched(self._watch, batch, samples)
+        ended_R = np.zeros(self._batch_size * samples, bool)
+        until = settings.max_new_tokens if self._watch is None else 1
+        while True:
+            arguments = (loop, np.int32(until), jax.device_put(ended_R, self._sharding))
+            loop, seen = self._timed("decode", length, run, *arguments)
+            _, done_R, decoded = seen
+            counts_R = decoded.lengths_B
+            ended_R = watched.look(decoded.tokens_BM, counts_R)
+            if until == settings.max_new_tokens or np.all(done_R | ended_R):
+                break
+            until = min(until + self._watch_every, settings.max_new_tokens)
+        tokens_RM, logp_RM = decoded.tokens_BM, decoded.log_probs_BM
+        kept = [watched.kept.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
+        rows = [
+            Continuation(tokens=tokens_RM[r, :n].tolist(), log_probs=logp_RM[r, :n].tolist())
+            for r, n in enumerate(kept)
+        ]
+        return [rows[b * samples : (b + 1) * samples] for b in range(len(batch))]
+
+    def _search(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:
+        """By beams."""
+        model, policy, settings = self._model, self._policy, self._settings
+
+        def run(params, state):
+            logits_BV, caches, lengths_B, active_B, seen_BV = state
+            found, caches = beam.search(
+                model, params, policy, logits_BV, caches, lengths_B, active_B, seen_BV, settings
+            )
+            return (logits_BV, caches, lengths_B, active_B, seen_BV), found
+
+        _, found = self._timed("decode", length, run, state)
+        return [
+            [
+                Continuation(
+                    tokens=found.tokens_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
+                    log_probs=found.log_probs_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
+                    score=float(found.scores_BK[b, k]),
+                )
+                for k in range(settings.num_samples)
+            ]
+            for b in range(len(batch))
+        ]
+
+    def _timed(self, name: str, length: int, run: Callable, state: Any, *arrays: Any) -> Any:
+        """run(params, state, *arrays) -> (state, found), with `found` on the host.
+
+        The state's memory is reused. It stays as it is sharded; every process gets all that is found.
+        """
+        shardings = None
+        if self._sharding is not None:
+            kept = jax.tree.map(lambda x: x.sharding, state)
+            shardings = (kept, NamedSharding(self._sharding.mesh, PartitionSpec()))
+        jitted = jax.jit(run, donate_argnums=1, out_shardings=shardings)
+        program = self._compiled(name, length, jitted, state, *arrays)
+        began = time.perf_counter()
+        state, found = program(self._params, state, *arrays)
+        found = jax.device_get(found)
+        self.stats.decode_seconds += time.perf_counter() - began
+        return state, found
+
+    def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
+        """The program for prompts of a length, compiled apart so that it can be timed apart."""
+        if (name, length) not in self._programs:
+            began = time.perf_counter()
+            self._programs[name, length] = function.lower(self._params, *arrays).compile()
+            self.stats.compile_seconds += time.perf_counter() - began
+        return self._programs[name, length]
+
+
+def repeated(tree: Any, copies: int) -> Any:
+    """Every row `copies` times, side by side; what has no rows is the same for all of them."""
+    if copies == 1:
+        return tree
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)

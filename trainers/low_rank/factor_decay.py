@@ -1,0 +1,85 @@
+"""Decay of factorised matrices: of the factors (L2), or of their product (Frobenius decay).
+
+L2 on both factors bounds the nuclear norm of the product from above, and so takes rank from it; Frobenius
+decay, (1/2) |U V^T|^2, does not (Khodak et al., arXiv 2105.01029; Kamalakara et al., arXiv 2209.13569).
+Neither forms the product.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import optax
+
+from model.low_rank import factors
+from trainers.optim.optimizers import NO_DECAY, Rate, adamw
+
+Kind = Literal["none", "l2", "frobenius"]
+KINDS = get_args(Kind)
+FACTORS = r"(.*/)?(u|v)"
+
+
+def factor_decay(
+    *,
+    learning_rate: Rate,
+    optimizer: Callable[..., optax.GradientTransformation] = adamw,
+    kind: Kind = "frobenius",
+    weight: float = 1e-4,
+    coupled: bool = True,
+) -> optax.GradientTransformation:
+    """`optimizer` with a decay of its own for factorised matrices, which it then does not decay.
+
+    Args:
+      learning_rate: schedule or constant.
+      optimizer: of trainers/optim/optimizers.py, called with (learning_rate=, no_decay=).
+      kind: of the decay; 'none' leaves factors without any.
+      weight: lambda, of (lambda / 2) |U V^T|^2 or (lambda / 2) (|U|^2 + |V|^2).
+      coupled: the decay's gradient is part of the loss's, as in the reference; else it is subtracted
+        after the update, times the learning rate, as AdamW does.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"factor_decay.kind = {kind!r} is none of {', '.join(map(repr, KINDS))}.")
+    base = optimizer(learning_rate=learning_rate, no_decay=(*NO_DECAY, FACTORS))
+    if kind == "none" or not weight:
+        return base
+    if coupled:
+        return optax.chain(add_decay(kind, weight), base)
+    return optax.chain(base, _subtract_decay(kind, weight, learning_rate))
+
+
+def add_decay(kind: Kind, weight: float) -> optax.GradientTransformation:
+    """Adds `weight` times the decay's gradient to the updates of `u` and `v`."""
+
+    def update(updates, state, params=None):
+        return _added(updates, params, kind, weight), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _subtract_decay(kind: Kind, weight: float, rate: Rate) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        now = rate(state.count) if callable(rate) else rate
+        count = optax.safe_increment(state.count)
+        return _added(updates, params, kind, -weight * now), optax.ScaleByScheduleState(count)
+
+    def init(params):
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _added(updates: Any, params: Any, kind: Kind, weight: Any) -> Any:
+    """Updates with the decay of those matrices of which both factors are trained."""
+    if not isinstance(updates, Mapping):
+        return updates
+    out = {name: _added(updates[name], params[name], kind, weight) for name in updates}
+    if factors.is_factorised(params) and factors.is_factorised(updates):
+        u, v = params["u"], params["v"]
+        for name, grad in zip(
+            ("u", "v"), (u, v) if kind == "l2" else factors.frobenius_decay(u, v), strict=True
+        ):
+            out[name] = (updates[name] + weight * grad).astype(updates[name].dtype)
+    return out

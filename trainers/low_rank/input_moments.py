@@ -1,0 +1,55 @@
+"""Second moments of what projections read, over data: what a decomposition that minds the data weighs by."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from model.linear import Dense
+from trainers.checkpoints import state_tree
+
+_NAME = "input_moments"
+
+
+def input_moments(
+    model: Any, params: Any, batches: Iterable[jax.Array], *, total: int | None = None
+) -> dict[str, jax.Array]:
+    """Sums of x^T x over all tokens, by the path of each `Dense`.
+
+    Args:
+      model: a decoder-only module.
+      params: its parameters.
+      batches: tokens_BT without padding, all of one shape.
+      total: of batches, for the bar.
+
+    Returns:
+      [..., X, X] float32, stacked as the layer's kernel is. Experts are left out: they are no `Dense`.
+    """
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, Dense) and context.method_name == "__call__":
+            rows = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
+            exact = jax.lax.Precision.HIGHEST
+            context.module.sow("intermediates", _NAME, jnp.matmul(rows.T, rows, precision=exact))
+        return call(*args, **kwargs)
+
+    @jax.jit
+    def moments(params: Any, tokens_BT: jax.Array) -> Any:
+        with nn.intercept_methods(note):
+            _, written = model.apply(
+                {"params": params}, tokens_BT, method="hidden", mutable=["intermediates"]
+            )
+        return {
+            name.partition(f"/{_NAME}/")[0]: leaf
+            for name, leaf in state_tree.flatten(written["intermediates"]).items()
+            if f"/{_NAME}/" in name
+        }
+
+    found: dict[str, jax.Array] | None = None
+    for tokens_BT in tqdm(batches, total=total, desc="calibrate", unit="batch", leave=False):
+        more = moments(params, tokens_BT)
+        found = more if found is None else jax.tree.map(jnp.add, found, more)
+    return found or {}

@@ -1,0 +1,132 @@
+"""Singular values of factorised matrices over a run: what low rank and its decay do to them.
+
+The effective step size is the learning rate over |W|_F^2, to which a layer before a normalisation is
+sensitive; the effective rank is |W|_* / |W|_2 (Kamalakara et al., arXiv 2209.13569).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.low_rank import factors, lowrank_conv
+from trainers.checkpoints import state_tree
+from trainers.hooks import RunContext
+from trainers.telemetry import metric_writers
+from trainers.train_state import TrainState
+
+FILE = "spectra.jsonl"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Spectrum:
+    """A hook that appends singular values to `spectra.jsonl` in the run's directory.
+
+    Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means
+    over all matrices, those of a stack counted one by one.
+
+    Attributes:
+      run: given by `launch.train`.
+      every: updates between readings; there is one before the first and one after the last.
+      kernels: path patterns of dense kernels to be read too, whose SVD is of the whole matrix; of
+        convolutions of the matrix [h I, w O], as model/low_rank/lowrank_conv.py has it.
+
+    Raises:
+      ValueError: there is nothing to read, or a pattern matches no kernel.
+    """
+
+    run: RunContext
+    every: int = 100
+    kernels: Sequence[str] = ()
+    at_start: bool = dataclasses.field(default=True, init=False)
+    prefix: str = dataclasses.field(default="spectrum/", init=False)
+
+    def __post_init__(self):
+        flat = state_tree.flatten(self.run.program.abstract_state.params)
+        dense = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
+        for pattern in self.kernels:
+            if not any(re.fullmatch(pattern, name) for name in dense):
+                raise ValueError(f"spectrum.Spectrum.kernels: {pattern!r} matches no kernel.")
+        dense = [name for name in dense if any(re.fullmatch(p, name) for p in self.kernels)]
+        if not dense and not factors.find_factors(self.run.program.abstract_state.params):
+            raise ValueError(
+                "spectrum.Spectrum: the model has no factorised matrices. Give its `kernels` patterns "
+                "of dense ones, such as '.*/(query|up)/kernel', or leave it out of train.hooks."
+            )
+
+        convolutions = self.run.recipe.reads.unit == "images"
+
+        def read(params: Any) -> dict[str, jax.Array]:
+            flat = state_tree.flatten(params)
+            found = {
+                one.path: factors.singular_values(flat[f"{one.path}/u"], flat[f"{one.path}/v"])
+                for one in factors.find_factors(params)
+            }
+            for name in dense:
+                kernel = flat[name]
+                if convolutions and kernel.ndim == 4:
+                    kernel = lowrank_conv.matrix_of(kernel, "spatial")
+                found[name.removesuffix("/kernel")] = factors.singular_values_of(kernel)
+            return found
+
+        everywhere = NamedSharding(self.run.program.mesh, PartitionSpec())
+        self._read = jax.jit(read, out_shardings=everywhere)
+        self._begun = False
+
+    def __call__(
+        self, step: int, state: TrainState, metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        del metrics
+        values = jax.device_get(self._read(state.params))
+        rate = self.run.learning_rate(step)
+        layers = {name: array.reshape(-1, array.shape[-1]) for name, array in values.items()}
+        if self.run.writer:
+            self._write(step, rate, layers)
+        each = [row for rows in layers.values() for row in rows]
+        return {f"spectrum/{name}": value for name, value in summary(each, rate).items()}
+
+    def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
+        path = pathlib.Path(self.run.path, FILE)
+        if not self._begun and path.exists():  # of a run that went on past its last checkpoint
+            kept = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._begun = True
+        values = {name: rows.tolist() for name, rows in layers.items()}
+        line = {"step": step, "learning_rate": rate, "layers": values}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(run: str | os.PathLike) -> list[dict[str, Any]]:
+    """The readings of a run: 'step', 'learning_rate' and 'layers', path -> singular values of each matrix.
+
+    Raises:
+      FileNotFoundError: the run had no such hook.
+    """
+    return metric_writers.read_jsonl(os.path.join(run, FILE))
+
+
+def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:
+    """Means over matrices of what their singular values say.
+
+    The effective step is that of the mean squared norm: decay brings some matrices to nothing, and theirs alone
+    would be without bound.
+    """
+    squares = np.array([np.square(row).sum() for row in spectra])
+    return {
+        "effective_rank": float(
+            np.mean([factors.effective_rank(jnp.asarray(row)) for row in spectra])
+        ),
+        "effective_step": float(rate / max(squares.mean(), 1e-30)),
+        "frobenius": float(np.sqrt(squares).mean()),
+        "operator": float(np.mean([row.max() for row in spectra])),
+        "nuclear": float(np.mean([row.sum() for row in spectra])),
+    }

@@ -1,0 +1,220 @@
+"""Policy gradients over sampled completions: advantages, and the losses that use them.
+
+A loss is a function of `PolicyTokens` -> (sum, weight), whose quotient over all microbatches is the loss. Formulas are
+TRL's (GRPOTrainer and RLOOTrainer, 1.16) where a docstring does not say otherwise.
+
+Shapes: P prompts, G completions of a prompt, R completions, T tokens.
+"""
+
+from collections.abc import Callable, Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from trainers.preference.losses.settings import check_choice, check_not_negative, check_positive
+
+_EPS = 1e-4  # of TRL, beside the deviation of a group
+
+Sum = tuple[jax.Array, jax.Array]  # numerator and weight
+# (loss_RT, mask_RT, max_length) -> (sum, weight).
+Reduction = Callable[[jax.Array, jax.Array, int | None], Sum]
+
+
+@flax.struct.dataclass
+class PolicyTokens:
+    """Sampled tokens as the policy and others see them; float32.
+
+    Attributes:
+      log_probs: [R, T], of the policy that is trained.
+      old_log_probs: [R, T], of the policy that sampled; no gradient.
+      advantages: [R, T], the same at all tokens of a completion where only its reward is known.
+      mask: [R, T], 1 at tokens of completions, the one that ends them among these.
+      reference_log_probs: [R, T], of the reference; None where there is none.
+    """
+
+    log_probs: jax.Array
+    old_log_probs: jax.Array
+    advantages: jax.Array
+    mask: jax.Array
+    reference_log_probs: jax.Array | None = None
+
+
+PolicyLoss = Callable[[PolicyTokens], Sum]
+
+
+def leave_one_out(rewards_PG: jax.Array) -> jax.Array:
+    """Each reward less the mean of the others of its prompt: RLOO (arXiv 2402.14740, eq. 8)."""
+    others = rewards_PG.shape[1] - 1
+    return rewards_PG - (rewards_PG.sum(1, keepdims=True) - rewards_PG) / others
+
+
+def group_normalised(rewards_PG: jax.Array) -> jax.Array:
+    """(R - mean) / (deviation + 1e-4) within each prompt: GRPO (arXiv 2402.03300, section 4.1.2)."""
+    return group_centred(rewards_PG) / (jnp.std(rewards_PG, axis=1, keepdims=True, ddof=1) + _EPS)
+
+
+def group_centred(rewards_PG: jax.Array) -> jax.Array:
+    """R - mean within each prompt: Dr. GRPO (arXiv 2503.20783), which finds that the deviation biases."""
+    return rewards_PG - rewards_PG.mean(1, keepdims=True)
+
+
+def rloo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
+    """-min(w A, clip(w, 1 - clip, 1 + clip) A), w the ratio of whole completions: the mean over completions."""
+    check_positive(clip=clip)
+    # At tokens that are not counted all is 0, and the advantage is that of the completion.
+    log_ratio_R = ((tokens.log_probs - tokens.old_log_probs) * tokens.mask).sum(-1)
+    count_R = tokens.mask.sum(-1)
+    advantage_R = (tokens.advantages * tokens.mask).sum(-1) / jnp.maximum(count_R, 1.0)
+    loss_R = clipped(log_ratio_R, advantage_R, clip, clip)
+    present_R = (count_R > 0).astype(jnp.float32)
+    return (loss_R * present_R).sum(), present_R.sum()
+
+
+def grpo(
+    tokens: PolicyTokens,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    beta: float = 0.0,
+    reduction: str = "grpo",
+    max_length: int | None = None,
+) -> Sum:
+    """-min(w A, clip(w) A) + beta k3, w the ratio of single tokens.
+
+    Args:
+      tokens: of the batch.
+      clip: how far below 1 the ratio counts.
+      clip_high: how far above 1; None for as far (DAPO, arXiv 2503.14476, has 0.28).
+      beta: weight of `k3`, the divergence from the reference.
+      reduction: of token losses to one; see REDUCTIONS.
+      max_length: tokens of the longest completion there could be, which 'dr_grpo' divides by.
+
+    Raises:
+      ValueError: a setting that cannot be, or no reference where beta asks for one.
+    """
+    check_positive(clip=clip, **({} if clip_high is None else {"clip_high": clip_high}))
+    check_not_negative(beta=beta)
+    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    log_ratio_RT = tokens.log_probs - tokens.old_log_probs
+    high = clip if clip_high is None else clip_high
+    loss_RT = clipped(log_ratio_RT, tokens.advantages, clip, high)
+    if beta:
+        if tokens.reference_log_probs is None:
+            raise ValueError(
+                f"beta = {beta} weighs the divergence from a reference, and there is none: bind REFERENCE, or beta = 0."
+            )
+        loss_RT += beta * k3(tokens.log_probs, tokens.reference_log_probs)
+    return REDUCTIONS[reduction](loss_RT, tokens.mask, max_length)
+
+
+def ppo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
+    """-min(w A, clip(w) A) by tokens, with advantages of their own: PPO (arXiv 1707.06347, eq. 7)."""
+    return grpo(tokens, clip=clip, reduction="dapo")
+
+
+def clipped(
+    log_ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+) -> jax.Array:
+    """-min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), w = exp(log_ratio)."""
+    ratio = jnp.exp(log_ratio)
+    limited = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return -jnp.minimum(ratio * advantages, limited * advantages)
+
+
+def k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
+    """q / p - log(q / p) - 1, p the policy and q the reference: an unbiased estimate of KL(p, q), never negative.
+
+    Schulman, http://joschu.net/blog/kl-approx.html.
+    """
+    difference = reference_log_probs - log_probs
+    return jnp.expm1(difference) - difference
+
+
+def reduced_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
+    """The mean over completions of the mean over their tokens."""
+    del max_length
+    count_R = mask_RT.sum(-1)
+    mean_R = (loss_RT * mask_RT).sum(-1) / jnp.maximum(count_R, 1.0)
+    return mean_R.sum(), (count_R > 0).astype(jnp.float32).sum()
+
+
+def reduced_dapo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
+    """The mean over all tokens of the batch."""
+    del max_length
+    return (loss_RT * mask_RT).sum(), mask_RT.sum()
+
+
+def reduced_bnpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
+    """The mean over the tokens of a microbatch, averaged over microbatches by their completions."""
+    total, tokens = reduced_dapo(loss_RT, mask_RT, max_length)
+    present = (mask_RT.sum(-1) > 0).astype(jnp.float32).sum()
+    return total / jnp.maximum(tokens, 1.0) * present, present
+
+
+def reduced_dr_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
+    """The sum over tokens divided by the same length for all completions, averaged over these."""
+    if max_length is None or max_length < 1:
+        raise ValueError(
+            f"max_length = {max_length}: reduction = 'dr_grpo' divides by the tokens that a completion could have."
+        )
+    present = (mask_RT.sum(-1) > 0).astype(jnp.float32).sum()
+    return (loss_RT * mask_RT).sum() / max_length, present
+
+
+REDUCTIONS: Mapping[str, Reduction] = {
+    "grpo": reduced_grpo,
+    "bnpo": reduced_bnpo,
+    "dapo": reduced_dapo,
+    "dr_grpo": reduced_dr_grpo,
+}
+
+
+def generalised_advantages(
+    rewards_RT: jax.Array,
+    values_RT: jax.Array,
+    mask_RT: jax.Array,
+    *,
+    gamma: float = 1.0,
+    decay: float = 0.95,
+) -> jax.Array:
+    """Generalised advantage estimates [R, T] (arXiv 1506.02438, eq. 16), 0 where nothing is counted.
+
+    A_t = delta_t + gamma decay A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token of a
+    completion there is no value and no advantage.
+
+    Args:
+      rewards_RT: of each token.
+      values_RT: expected before each token is chosen.
+      mask_RT: 1 at the tokens of completions, which are side by side.
+      gamma: discount.
+      decay: lambda; 1 for the return less the value, 0 for one step.
+    """
+    values_RT = values_RT * mask_RT
+    after_RT = jnp.concatenate([values_RT[:, 1:], jnp.zeros_like(values_RT[:, :1])], axis=1)
+    delta_RT = (rewards_RT + gamma * after_RT - values_RT) * mask_RT
+
+    def back(later_R: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        delta_R, mask_R = now
+        advantage_R = (delta_R + gamma * decay * later_R) * mask_R
+        return advantage_R, advantage_R
+
+    start = jnp.zeros_like(delta_RT[:, 0])
+    _, advantages_TR = jax.lax.scan(back, start, (delta_RT.T, mask_RT.T), reverse=True)
+    return advantages_TR.T
+
+
+def whitened(values_RT: jax.Array, mask_RT: jax.Array) -> jax.Array:
+    """Values of mean 0 and variance 1 over all that is counted, 0 elsewhere."""
+    count = jnp.maximum(mask_RT.sum(), 1.0)
+    mean = (values_RT * mask_RT).sum() / count
+    variance = ((values_RT - mean) ** 2 * mask_RT).sum() / count
+    return (values_RT - mean) * jax.lax.rsqrt(variance + 1e-8) * mask_RT
+
+
+def value_loss(
+    values_RT: jax.Array, old_values_RT: jax.Array, returns_RT: jax.Array, *, clip: float = 0.2
+) -> jax.Array:
+    """max((V - R)^2, (V' - R)^2) / 2 [R, T], V' being V no further than clip from the old value."""
+    near_RT = old_values_RT + jnp.clip(values_RT - old_values_RT, -clip, clip)
+    return 0.5 * jnp.maximum((values_RT - returns_RT) ** 2, (near_RT - returns_RT) ** 2)

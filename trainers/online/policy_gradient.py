@@ -1,0 +1,162 @@
+"""Policy-gradient objectives over completions that the policy has sampled itself. Shapes: B rows, T length.
+
+Batches are those of `trainers.online.groups` and `trainers.online.critic`, one completion in a row.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.cross_entropy import Implementation
+from trainers.objectives import sown
+from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
+from trainers.preference.losses.settings import check_not_negative, check_positive
+from trainers.scoring.target_log_probs import TargetsRead, read_targets
+
+_Pairs = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def policy_gradient(
+    *,
+    model: Any,
+    loss: PolicyLoss,
+    num_sources: int = 0,
+    implementation: Implementation = "auto",
+) -> Objective:
+    """A loss of the sampled tokens, given the advantages that came with them.
+
+    Where a batch has no 'old_log_probs', it is used once, by the policy that sampled it: the ratio is 1, and its
+    gradient that of log p.
+
+    Metrics: 'loss'; of completions 'reward' (less what missing ends cost), 'reward/ended', the share that ended by
+    itself, and 'reward/tokens'; of tokens 'ratio', and with a reference 'kl', its estimate k3.
+
+    Args:
+      model: a decoder-only module.
+      loss: of trainers/online/losses.py.
+      num_sources: ignored: rewards are not losses.
+      implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
+    """
+    del num_sources
+
+    def of_read(
+        params: Any, batch: Batch, read: TargetsRead
+    ) -> tuple[jax.Array, jax.Array, _Pairs]:
+        del params
+        tokens = _tokens(batch, read.log_probs_BT)
+        total, weight = loss(tokens)
+        return total, weight, {"loss": (total, weight), **_metrics(batch, tokens)}
+
+    return _objective(model, of_read, implementation)
+
+
+def actor_critic(
+    *,
+    model: Any,
+    num_sources: int = 0,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_weight: float = 0.1,
+    implementation: Implementation = "auto",
+) -> Objective:
+    """PPO: the clipped loss of the policy, and the clipped squared error of the values, by tokens.
+
+    Metrics beside those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
+
+    Args:
+      model: a `model.heads.actor_critic.ActorCritic`.
+      num_sources: ignored, as there.
+      clip: of the ratio.
+      value_clip: how far a value may move from what it was when the tokens were sampled.
+      value_weight: of the error of the values.
+      implementation: as there.
+
+    Raises:
+      ValueError: a setting that cannot be.
+    """
+    del num_sources
+    check_positive(clip=clip, value_clip=value_clip)
+    check_not_negative(value_weight=value_weight)
+
+    def of_read(
+        params: Any, batch: Batch, read: TargetsRead
+    ) -> tuple[jax.Array, jax.Array, _Pairs]:
+        tokens = _tokens(batch, read.log_probs_BT)
+        values_BT = model.apply({"params": params}, read.hidden_BTD, method="values")
+        policy, weight = ppo(tokens, clip=clip)
+        errors_BT = value_loss(values_BT, batch["old_values"], batch["returns"], clip=value_clip)
+        error = (errors_BT * tokens.mask).sum()
+        metrics = {
+            "loss": (policy, weight),
+            "value_loss": (error, weight),
+            "value": ((values_BT * tokens.mask).sum(), weight),
+            **_metrics(batch, tokens),
+        }
+        return policy + value_weight * error, weight, metrics
+
+    return _objective(model, of_read, implementation)
+
+
+def _objective(model: Any, of_read: Any, implementation: Implementation) -> Objective:
+    """One forward pass, and `of_read` of what it gave: (sum, weight, metrics)."""
+
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        del extras
+        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
+        read = read_targets(
+            model,
+            {"params": params, **variables},
+            batch,
+            implementation=implementation,
+            rngs=None if rng is None else {"dropout": rng},
+            mutable=["losses", *watched, *kept],
+        )
+        total, weight, metrics = of_read(params, batch, read)
+        added, reported = sown.added(read.written, weight, scanned=model.config.scan_layers)
+        updates = {name: read.written[name] for name in kept}
+        return LossOut(
+            sum=total + added, weight=weight, metrics=metrics | reported, variables=updates
+        )
+
+    return Objective(loss_fn=loss_fn)
+
+
+def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
+    mask_BT = batch["decoder_loss_weights"].astype(jnp.float32)
+    advantages = batch["advantages"]
+    if advantages.ndim == 1:
+        advantages = advantages[:, None] * mask_BT
+    own_BT = jax.lax.stop_gradient(log_probs_BT)
+    return PolicyTokens(
+        log_probs=log_probs_BT,
+        old_log_probs=batch.get("old_log_probs", own_BT),
+        advantages=advantages,
+        mask=mask_BT,
+        reference_log_probs=batch.get("reference_log_probs"),
+    )
+
+
+def _metrics(batch: Batch, tokens: PolicyTokens) -> _Pairs:
+    rows = jnp.ones_like(batch["rewards"])
+    count_B, weight = tokens.mask.sum(-1), tokens.mask.sum()
+    found = {
+        "reward": (batch["rewards"].sum(), rows.sum()),
+        "reward/ended": (batch["ended"].sum(), rows.sum()),
+        "reward/tokens": (count_B.sum(), rows.sum()),
+    }
+    ratio_BT = jnp.exp(tokens.log_probs - tokens.old_log_probs)
+    found["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
+    if tokens.reference_log_probs is not None:
+        estimate_BT = k3(tokens.log_probs, tokens.reference_log_probs)
+        found["kl"] = ((estimate_BT * tokens.mask).sum(), weight)
+    return jax.tree.map(jax.lax.stop_gradient, found)

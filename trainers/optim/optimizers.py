@@ -1,0 +1,256 @@
+"""Optimisers, each with a decay mask and clipping by global norm around optax's own update.
+
+Every function is keyword-only and returns an `optax.GradientTransformation`. They share
+  learning_rate: a schedule (trainers/optim/schedules.py) or a constant;
+  weight_decay: decoupled decay, multiplied by the learning rate;
+  no_decay: path patterns of parameters that are not decayed;
+  max_grad_norm: global norm above which gradients are scaled down; None for no clipping;
+  moment_dtype: storage dtype of the first moment; the parameter's own when None.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from trainers import trainable
+from trainers.optim.schedules import Schedule
+
+# Gains and biases are not decayed: shrinking them changes a layer's scale, not its complexity.
+NO_DECAY = (r"(.*/)?(scale|bias)",)
+
+# Scanned and unrolled layers have the same paths, so a stack of layers or experts is told by rank:
+# `Dense` has two-dimensional kernels (model/linear.py), and gains and biases are vectors.
+Ranks = Sequence[tuple[str, int]]
+MATRICES: Ranks = (
+    (r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)", 2),
+    (r"(.*/)?layers/(.*/)?(scale|bias)", 1),
+)
+
+Rate = Schedule | float
+
+
+def _decay_mask(no_decay: Sequence[str]) -> Callable[[Any], Any]:
+    def mask(params):
+        names = [trainable.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        # A pattern for biases matches nothing in a model without them, which is no mistake here.
+        used = [p for p in no_decay if any(re.fullmatch(p, name) for name in names)]
+        exempt = trainable.match(used, params, what="no_decay pattern")
+        return jax.tree.map(lambda leaf: not leaf, exempt)
+
+    return mask
+
+
+def _clipped(
+    optimizer: optax.GradientTransformation, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    if max_grad_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def adamw(
+    *,
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    no_decay: Sequence[str] = NO_DECAY,
+    max_grad_norm: float | None = 1.0,
+    moment_dtype: str | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    optimizer = optax.adamw(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        mu_dtype=moment_dtype,
+        weight_decay=weight_decay,
+        mask=_decay_mask(no_decay),
+    )
+    return _clipped(optimizer, max_grad_norm)
+
+
+def lion(
+    *,
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float = 0.1,
+    no_decay: Sequence[str] = NO_DECAY,
+    max_grad_norm: float | None = 1.0,
+    moment_dtype: str | None = None,
+) -> optax.GradientTransformation:
+    """Lion (Chen et al., arXiv 2302.06675)."""
+    optimizer = optax.lion(
+        learning_rate,
+        b1,
+        b2,
+        mu_dtype=moment_dtype,
+        weight_decay=weight_decay,
+        mask=_decay_mask(no_decay),
+    )
+    return _clipped(optimizer, max_grad_norm)
+
+
+def _stack_axes(matrices: Ranks, path: tuple[Any, ...], leaf: Any) -> int:
+    name = trainable.path_name(path)
+    ranks = (rank for pattern, rank in matrices if re.fullmatch(pattern, name))
+    return max(leaf.ndim - next(ranks, leaf.ndim), 0)
+
+
+def _stackwise(
+    factored: optax.GradientTransformation, after: optax.GradientTransformation, matrices: Ranks
+) -> optax.GradientTransformation:
+    """`factored`, then the stateless `after`, of each parameter of a stack by itself.
+
+    Only the leading axes that stack parameters are mapped over; the state stays a FactoredState, so
+    that its moments are known to belong to parameters.
+    """
+
+    def over_stack(function: Callable, path: tuple[Any, ...], leaf: Any) -> Callable:
+        for _ in range(_stack_axes(matrices, path, leaf)):
+            function = jax.vmap(function)
+        return function
+
+    def field(tree: Any, params: Any, index: int) -> Any:
+        return jax.tree.map(lambda _, leaves: leaves[index], params, tree)
+
+    def init(params):
+        def one(param):
+            _, *statistics = factored.init(param)
+            return statistics
+
+        tree = jax.tree_util.tree_map_with_path(lambda p, x: over_stack(one, p, x)(x), params)
+        statistics = (field(tree, params, i) for i in range(3))
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *statistics)
+
+    def update(updates, state, params):
+        count, *statistics = state
+
+        def one(param, grad, *old):
+            grad, (_, *new) = factored.update(grad, optax.FactoredState(count, *old), param)
+            grad, _ = after.update(grad, after.init(param), param)
+            return *new, grad
+
+        tree = jax.tree_util.tree_map_with_path(
+            lambda path, param, *rest: over_stack(one, path, param)(param, *rest),
+            params,
+            updates,
+            *statistics,
+        )
+        *new, updates = (field(tree, params, i) for i in range(4))
+        return updates, optax.FactoredState(optax.safe_increment(count), *new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adafactor(
+    *,
+    learning_rate: Rate,
+    decay_rate: float = 0.8,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = NO_DECAY,
+    matrices: Ranks = MATRICES,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser.
+
+    Its statistics are those of one parameter: layers under a scan, or experts, are stacked in one
+    array, but each is clipped, scaled and factored by itself, as if it were an array of its own.
+
+    Args:
+      matrices: pairs (path pattern, rank of one parameter), the first match decides: any axes before
+        those stack parameters. What none matches is one parameter.
+    """
+    scale = optax.scale_by_factored_rms(decay_rate=decay_rate)
+    steps = [optax.identity()]
+    if clipping_threshold is not None:
+        steps.append(optax.clip_by_block_rms(clipping_threshold))
+    if multiply_by_parameter_scale:
+        steps.append(optax.scale_by_param_block_rms())
+    optimizer = optax.chain(
+        _stackwise(scale, optax.chain(*steps), matrices),
+        optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return _clipped(optimizer, max_grad_norm)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Kernels and factors are orthogonalised layer by layer; tables, gains and biases fall back to AdamW."""
+
+    def dimensions(path, leaf):
+        if trainable.path_name(path).rpartition("/")[2] not in ("kernel", "u", "v"):
+            return None
+        return contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def muon(
+    *,
+    learning_rate: Rate,
+    beta: float = 0.95,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    weight_decay: float = 0.1,
+    no_decay: Sequence[str] = NO_DECAY,
+    max_grad_norm: float | None = 1.0,
+    moment_dtype: str | None = None,
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) on kernels and factors, AdamW with Nesterov momentum on everything else.
+
+    Updates are rescaled to AdamW's typical root mean square of 0.2 (arXiv 2502.16982), so that one
+    learning rate serves both groups.
+    """
+    optimizer = optax.chain(
+        contrib.muon(
+            1.0,
+            beta=beta,
+            mu_dtype=moment_dtype,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+            consistent_rms=0.2,
+        ),
+        # Decay and learning rate are outside, one mask for both groups: contrib.muon has none for
+        # AdamW's. It has already turned the sign, so decay joins with the same sign.
+        optax.add_decayed_weights(-weight_decay, _decay_mask(no_decay)),
+        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+    )
+    return _clipped(optimizer, max_grad_norm)
+
+
+def sgd(
+    *,
+    learning_rate: Rate,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    coupled: bool = False,
+    no_decay: Sequence[str] = NO_DECAY,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent, with heavy-ball momentum if given.
+
+    Args:
+      nesterov: looks a step ahead along the momentum (Sutskever et al., 2013).
+      coupled: decay is part of the gradient and so of its average, as in recipes for vision; else it
+        comes after the momentum, as in AdamW.
+    """
+    steps = [
+        optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
+        optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
+    ]
+    ordered = reversed(steps) if coupled else steps
+    optimizer = optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate))
+    return _clipped(optimizer, max_grad_norm)

@@ -1,0 +1,84 @@
+"""Outputs of a policy in training: the same prompts at every evaluation. Shapes: B rows, T prompt length."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from trainers.decoding import decode
+from trainers.decoding.buckets import bucket_length, longest_row
+from trainers.decoding.policy_sampler import PolicySampler
+
+
+class Generator:
+    """Continues its prompts with the weights of any step.
+
+    All batches have one shape, so that nothing is compiled after the first. A continuation is a function of the
+    weights, the seed, the step and the index of its prompt.
+
+    Args:
+      model: a decoder-only module.
+      prompts: as the model reads them, each with a token at least.
+      settings: what to generate, one sample each.
+      batch_size: rows at a time, of which the mesh has equal parts.
+      sharding: of the rows of a batch.
+      seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        settings: decode.Settings,
+        *,
+        batch_size: int,
+        sharding: NamedSharding,
+        seed: int,
+    ):
+        self._prompts = prompts
+        self._settings = settings
+        self._batch_size = batch_size
+        self._sampler = PolicySampler(model, settings, sharding=sharding, seed=seed)
+
+    @property
+    def batches(self) -> int:
+        """Batches of one evaluation."""
+        return -(-len(self._prompts) // self._batch_size)
+
+    def __call__(
+        self, params: Any, step: int, *, done: Callable[[], None] = lambda: None
+    ) -> list[list[int]]:
+        """The tokens that follow each prompt, with the one that ended them.
+
+        Args:
+          params: of the model.
+          step: updates made.
+          done: called after each batch.
+
+        Raises:
+          ValueError: a prompt leaves too little room within the positions that the model has learned.
+        """
+        limit = longest_row(params)
+        longest = max(map(len, self._prompts))
+        if limit is not None and longest + self._settings.max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"A held-out prompt has {longest} tokens; with {self._settings.max_new_tokens} new ones it is longer "
+                f"than the {limit} positions that the model has learned. Lower max_new_tokens."
+            )
+        length = bucket_length(longest, limit=limit)
+        found: list[list[int]] = []
+        for first in range(0, len(self._prompts), self._batch_size):
+            batch = self._prompts[first : first + self._batch_size]
+            tokens_BT = np.zeros((self._batch_size, length), np.int32)
+            lengths_B = np.ones(self._batch_size, np.int32)
+            for b, prompt in enumerate(batch):
+                tokens_BT[b, : len(prompt)] = prompt
+                lengths_B[b] = len(prompt)
+            active_B = np.arange(self._batch_size) < len(batch)
+            written = self._sampler(
+                params, tokens_BT, lengths_B, active_P=active_B, number=step, first=first
+            )
+            found += written[: len(batch)]
+            done()
+        return found

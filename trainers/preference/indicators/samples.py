@@ -1,0 +1,130 @@
+"""Outputs of evaluations as files, and those of a competitor, which is the step-0 policy or another model.
+
+    indicators/samples/<step>.jsonl
+
+has a row for each prompt: "prompt" (ids), "prompt_text", "text", "tokens", "ended" ('eos' or 'length') and numbers. A
+competitor's file has such rows too, or those of `python -m launch.generate`: "prompt" is then a text, or ids of
+this run's vocabulary, and "text" what followed.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from trainers.rewards.base import Completion
+from trainers.telemetry import metric_writers
+
+FOLDER = "indicators/samples"
+
+
+class CompetitorError(ValueError):
+    """The competitor's outputs are missing, or not what they should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Ids and texts.
+
+    Attributes:
+      vocabulary: a SeqIO vocabulary.
+      ends: ids that end a completion.
+    """
+
+    vocabulary: Any
+    ends: Collection[int]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of all ids; SeqIO's `decode` stops at EOS, which a prompt of several turns has within it."""
+        parts: list[list[int]] = [[]]
+        for id in ids:
+            if id == self.vocabulary.eos_id:
+                parts.append([])
+            else:
+                parts[-1].append(id)
+        return "".join(self.vocabulary.decode(part) for part in parts)
+
+    def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
+        """What a reward judges of generated tokens."""
+        ended = bool(tokens) and tokens[-1] in self.ends
+        kept = tokens[:-1] if ended else tokens
+        return Completion(prompt=tuple(prompt), tokens=tuple(kept), ended=ended)
+
+    def row(self, completion: Completion, **numbers: float) -> dict[str, Any]:
+        """A row of a file."""
+        return {
+            "prompt": list(completion.prompt),
+            "prompt_text": self.text(completion.prompt),
+            "text": self.text(completion.tokens),
+            "tokens": list(completion.tokens),
+            "ended": "eos" if completion.ended else "length",
+            **{name: metric_writers.jsonable(value) for name, value in numbers.items()},
+        }
+
+    def read_row(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...] | str, Completion]:
+        """(the prompt as the row has it, what followed); KeyError, TypeError for a row that is not one."""
+        prompt, ended = row["prompt"], row.get("ended", "eos") != "length"
+        if isinstance(prompt, str):
+            # Its ids may be of another vocabulary.
+            return prompt, Completion(prompt=(), tokens=self._encode(row["text"]), ended=ended)
+        ids = tuple(int(id) for id in prompt)
+        tokens = [int(id) for id in row["tokens"]] if "tokens" in row else self._encode(row["text"])
+        if tokens and tokens[-1] in self.ends:
+            tokens = tokens[:-1]
+        return ids, Completion(prompt=ids, tokens=tuple(tokens), ended=ended)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(int(id) for id in self.vocabulary.encode(text))
+
+
+def path_of(run: str | os.PathLike, step: int) -> pathlib.Path:
+    """Where the outputs of a step are."""
+    return pathlib.Path(run, FOLDER, f"{step}.jsonl")
+
+
+def write(run: str | os.PathLike, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the outputs of a step whole, in place of those that are there."""
+    path = path_of(run, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def competitor(
+    path: str | os.PathLike, prompts: Sequence[Sequence[int]], texts: Texts
+) -> list[Completion]:
+    """The competitor's output for each prompt, the first where a file has several.
+
+    Raises:
+      CompetitorError: the file is not there, a row cannot be read, or a prompt has none.
+    """
+    if not os.path.exists(path):
+        raise CompetitorError(
+            f"The competitor's outputs, {path}, do not exist. Those of the policy at step 0 are written when a run "
+            "begins: start in another MODEL_DIR, or name a file by INDICATORS_COMPETITOR."
+        )
+    found: dict[tuple[int, ...] | str, Completion] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                key, completion = texts.read_row(json.loads(line))
+            except (KeyError, TypeError, ValueError) as error:
+                raise CompetitorError(
+                    f"{path}, line {number}: {type(error).__name__}: {error}. A row has 'prompt' (text or ids) and "
+                    "'text' (or 'tokens', with a prompt of ids)."
+                ) from None
+            found.setdefault(key, completion)
+    outputs = []
+    for number, prompt in enumerate(prompts):
+        output = found.get(tuple(prompt)) or found.get(texts.text(prompt))
+        if output is None:
+            raise CompetitorError(
+                f"{path} has no output for prompt {number}, {texts.text(prompt)!r}: a competitor answers all "
+                f"{len(prompts)} prompts, which are in {FOLDER}/0.jsonl of any run over these pairs."
+            )
+        outputs.append(dataclasses.replace(output, prompt=tuple(prompt)))
+    return outputs

@@ -1,0 +1,172 @@
+"""Direct alignment: losses of the difference of two log-ratios to a reference. Shape: P pairs.
+
+c = log pi_theta(y_w) / pi_ref(y_w) and r, the same of y_l, are sums over a completion's tokens, n_w and n_l their
+numbers, Delta = c - r, z = beta Delta and sigma the logistic function. Losses are float32 [P], one value per pair,
+not weighted. They have TRL's names and, unless said otherwise, its formulas (DPOTrainer, 1.16); `dpo` is its
+`sigmoid`. Settings that make no sense raise ValueError, pairs without a reference MissingReferenceError.
+
+Where `divergence` is a setting, its scores (trainers/preference/losses/divergence.py) stand for c and r. Losses that read c and r
+otherwise than by their difference are in absolute.py and transport.py.
+"""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, relu, sigmoid
+
+from trainers.preference.losses.divergence import Divergence, reverse_kl
+from trainers.preference.losses.logistic import logistic
+from trainers.preference.losses.pairs import PairLogProbs
+from trainers.preference.losses.settings import check_choice, check_positive, check_smoothing
+
+Reduction = Literal["sum", "mean"]
+Scale = Literal["paper", "trl"]
+
+
+def dpo(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    divergence: Divergence = reverse_kl,
+) -> jax.Array:
+    """-log sigma(z): DPO (arXiv 2305.18290, eq. 7); cDPO with `label_smoothing`, which TRL no longer has.
+
+    Args:
+      pairs: log-probabilities by policy and reference.
+      beta: how strongly the policy is held near the reference.
+      label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
+      divergence: what holds it there (arXiv 2309.16240).
+    """
+    check_positive(beta=beta)
+    return logistic(beta * _margin(pairs, divergence), label_smoothing)
+
+
+def robust(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+    divergence: Divergence = reverse_kl,
+) -> jax.Array:
+    """[-(1 - eps) log sigma(z) + eps log sigma(-z)] / (1 - 2 eps): robust DPO (arXiv 2403.00409).
+
+    Its mean over labels swapped with probability eps is DPO's loss of the true ones. It has no lower bound: it falls
+    for ever as z grows. TRL's default is eps = 0, which is DPO.
+    """
+    check_positive(beta=beta)
+    check_smoothing(label_smoothing)
+    logits = beta * _margin(pairs, divergence)
+    clean = -(1 - label_smoothing) * log_sigmoid(logits)
+    return (clean + label_smoothing * log_sigmoid(-logits)) / (1 - 2 * label_smoothing)
+
+
+def ipo(
+    pairs: PairLogProbs,
+    *,
+    tau: float = 0.1,
+    reduction: Reduction = "sum",
+    scale: Scale = "paper",
+    divergence: Divergence = reverse_kl,
+) -> jax.Array:
+    """(tau Delta - 1/2)^2: IPO (arXiv 2310.12036, eq. 17; this form arXiv 2410.11677), least at Delta = 1 / (2 tau).
+
+    Args:
+      pairs: log-probabilities by policy and reference.
+      tau: how strongly the policy is held near the reference; TRL's beta.
+      reduction: 'sum' as the papers write it; with 'mean', c and r are divided by n_w and n_l, as TRL does on the
+        word of IPO's authors. The same tau then holds about n times as strongly.
+      scale: 'trl' is (Delta - 1 / (2 tau))^2, which is the paper's over tau^2. TRL's loss is 'mean' and 'trl'.
+      divergence: what holds it there.
+    """
+    check_positive(tau=tau)
+    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("scale", scale, get_args(Scale))
+    margin = (_margin if reduction == "sum" else _margin_of_means)(pairs, divergence)
+    if scale == "paper":
+        return jnp.square(tau * margin - 0.5)
+    return jnp.square(margin - 0.5 / tau)
+
+
+def hinge(
+    pairs: PairLogProbs, *, beta: float = 0.1, divergence: Divergence = reverse_kl
+) -> jax.Array:
+    """max(0, 1 - z): RSO's hinge (arXiv 2309.06657).
+
+    It is of sums over tokens and a reference: another loss than SLiC's, which is `reference_free.slic_hinge`.
+    """
+    check_positive(beta=beta)
+    return relu(1 - beta * _margin(pairs, divergence))
+
+
+def exo_pair(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+    divergence: Divergence = reverse_kl,
+) -> jax.Array:
+    """KL of (sigma(z), sigma(-z)) from (1 - eps, eps): EXO (arXiv 2402.00856, eq. 16).
+
+    `label_smoothing`, eps, must be positive: with 0 the divergence is infinite. 1e-3 is the paper's.
+    """
+    check_positive(beta=beta)
+    check_smoothing(label_smoothing, may_be_zero=False)
+    logits = beta * _margin(pairs, divergence)
+    chosen = sigmoid(logits) * (log_sigmoid(logits) - math.log1p(-label_smoothing))
+    return chosen + sigmoid(-logits) * (log_sigmoid(-logits) - math.log(label_smoothing))
+
+
+def discopop(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    tau: float = 0.05,
+    divergence: Divergence = reverse_kl,
+) -> jax.Array:
+    """(1 - g) (-log sigma(z)) + g exp(-z) with g = sigma(z / tau): DiscoPOP (arXiv 2406.08414, eq. 5)."""
+    check_positive(beta=beta, tau=tau)
+    logits = beta * _margin(pairs, divergence)
+    # As one exponential: where z is very negative, g is 0 and exp(-z) infinite.
+    exponential = jnp.exp(log_sigmoid(logits / tau) - logits)
+    return exponential - sigmoid(-logits / tau) * log_sigmoid(logits)
+
+
+def sigmoid_norm(
+    pairs: PairLogProbs, *, beta: float = 0.1, divergence: Divergence = reverse_kl
+) -> jax.Array:
+    """-log sigma(beta (c / n_w - r / n_l)): DPO normalised by length (Tulu 3, arXiv 2411.15124)."""
+    check_positive(beta=beta)
+    return -log_sigmoid(beta * _margin_of_means(pairs, divergence))
+
+
+def dpop(pairs: PairLogProbs, *, beta: float = 0.1, penalty: float = 50.0) -> jax.Array:
+    """-log sigma(z - beta lambda max(0, -c)): DPO-Positive (arXiv 2402.13228); not in TRL.
+
+    `penalty`, lambda, is what a chosen completion pays for falling below the reference. That is the original's: the
+    formula in arXiv 2410.11677 has the rejected completion in the ratio.
+    """
+    check_positive(beta=beta, penalty=penalty)
+    fallen = relu(-pairs.chosen_log_ratio)
+    return -log_sigmoid(beta * (pairs.margin - penalty * fallen))
+
+
+def _scores(pairs: PairLogProbs, divergence: Divergence) -> tuple[jax.Array, jax.Array]:
+    if not callable(divergence):
+        raise ValueError(
+            f"divergence = {divergence!r} must be a function of a log-ratio: bind one of "
+            "trainers/preference/losses/divergence.py, such as @divergence.js."
+        )
+    return divergence(pairs.chosen_log_ratio), divergence(pairs.rejected_log_ratio)
+
+
+def _margin(pairs: PairLogProbs, divergence: Divergence) -> jax.Array:
+    chosen, rejected = _scores(pairs, divergence)
+    return chosen - rejected
+
+
+def _margin_of_means(pairs: PairLogProbs, divergence: Divergence) -> jax.Array:
+    chosen, rejected = _scores(pairs, divergence)
+    return chosen / pairs.chosen_length - rejected / pairs.rejected_length

@@ -1,0 +1,20 @@
+"""The logistic loss that most preference losses are, with labels that may be wrong."""
+
+import jax
+from jax.nn import log_sigmoid
+
+from trainers.preference.losses.settings import check_smoothing
+
+
+def logistic(logits: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """-(1 - eps) log sigma(z) - eps log sigma(-z), of the shape of z.
+
+    Args:
+      logits: z, the log-odds that the chosen completion is preferred.
+      label_smoothing: eps, the share of labels that are taken to be swapped, in [0, 0.5); cDPO's where z is DPO's
+        (https://ericmitchell.ai/cdpo.pdf).
+    """
+    check_smoothing(label_smoothing)
+    if not label_smoothing:
+        return -log_sigmoid(logits)
+    return -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)

@@ -1,0 +1,31 @@
+"""What is added to a preference loss so that chosen completions stay likely. Shape: P pairs; float32 [P], unweighted."""
+
+from typing import Literal, get_args
+
+import jax
+from jax.nn import softplus
+
+from trainers.preference.losses.pairs import PairLogProbs
+from trainers.preference.losses.settings import check_choice
+
+NllReduction = Literal["mean", "sum", "tokens"]
+
+
+def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
+    """Negative log-likelihood of the chosen completion.
+
+    Args:
+      pairs: log-probabilities by the policy.
+      reduction: 'mean' over the tokens of each completion, every pair counting alike; 'sum' over them; 'tokens', such
+        that the mean over all pairs is the mean over all their tokens (TRL's `sft`).
+    """
+    check_choice("reduction", reduction, get_args(NllReduction))
+    if reduction == "mean":
+        return -pairs.chosen_mean
+    return -pairs.chosen if reduction == "sum" else -pairs.chosen / pairs.mean_chosen_length
+
+
+def slic_regulariser(pairs: PairLogProbs) -> jax.Array:
+    """softplus(1 - c), c the log-ratio of the chosen completion: beside SLiC's hinge in arXiv
+    2410.11677, which does not say whether of sums, as here, or of means per token."""
+    return softplus(1 - pairs.chosen_log_ratio)

@@ -1,0 +1,63 @@
+"""Losses of single completions that are desirable or not. Shape: P examples; float32 [P], unweighted.
+
+PairLogProbs tells in `labels` which are, and has the completion in `chosen` whatever its label. c is its log-ratio,
+beta and sigma are those of trainers/preference/losses/direct.py; formulas are TRL's (KTOTrainer, 1.16).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.nn import sigmoid
+
+from trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
+from trainers.preference.losses.settings import check_not_negative, check_positive
+
+
+def kto(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> jax.Array:
+    """w_D (1 - sigma(beta (c - z_0))) or w_U (1 - sigma(beta (z_0 - c))): KTO (arXiv 2402.01306, eq. 7).
+
+    z_0 estimates how far the policy is from its reference: the mean log-ratio of completions of other prompts, which are
+    in `pairs.rejected`, over the examples of a microbatch, at least 0 and without gradient. Microbatches of few
+    examples estimate it badly.
+
+    Args:
+      pairs: log-probabilities by policy and reference, with labels.
+      beta: how strongly the policy is held near the reference.
+      desirable_weight: w_D; TRL advises w_D times their number over w_U times the others' between 1 and 4/3.
+      undesirable_weight: w_U; one of the two may be 0, which leaves its examples out of all but z_0.
+    """
+    check_positive(beta=beta)
+    check_not_negative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    if not (desirable_weight or undesirable_weight):
+        raise ValueError(
+            "desirable_weight and undesirable_weight are both 0, which trains nothing: give one of them weight."
+        )
+    desirable = _desirable(pairs)
+    total = (pairs.rejected_log_ratio * pairs.weights).sum()
+    estimate = total / jnp.maximum(pairs.weights.sum(), 1.0)
+    distance = jax.lax.stop_gradient(jnp.maximum(estimate, 0.0))
+    gain = beta * (pairs.chosen_log_ratio - distance)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    return weight * sigmoid(jnp.where(desirable, -gain, gain))
+
+
+def apo_zero_unpaired(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
+    """1 - sigma(beta c) or sigma(beta c): `absolute.apo_zero` of single completions, with no estimate to make."""
+    check_positive(beta=beta)
+    desirable = _desirable(pairs)
+    reward = beta * pairs.chosen_log_ratio
+    return sigmoid(jnp.where(desirable, -reward, reward))
+
+
+def _desirable(pairs: PairLogProbs) -> jax.Array:
+    if pairs.labels is None:
+        raise MissingLabelsError(
+            "This loss reads labels of single completions, and was given pairs: train on unpaired examples, or choose "
+            "a loss of pairs (direct.dpo, absolute.apo_zero)."
+        )
+    return pairs.labels > 0

@@ -1,0 +1,87 @@
+"""Log-probabilities of the completions in rows of packed pairs, chosen and rejected in one forward pass.
+
+Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.cross_entropy import Implementation
+from trainers.objectives.base import Batch
+from trainers.preference.losses.pairs import PairLogProbs
+from trainers.scoring.target_log_probs import read_targets
+
+_EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
+
+
+def log_probs(
+    model: Any,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    *,
+    implementation: Implementation = "auto",
+    **applied: Any,
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
+
+    Arguments as for `read_targets`, the batch being of pairs.
+    """
+    read = read_targets(model, variables, batch, implementation=implementation, **applied)
+    return by_completion(batch, read.log_probs_BT), read.written
+
+
+def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
+    """The pairs of a batch with their log-probabilities [B, 2K], in the order of its rows."""
+    weights_P = batch["pair_weights"].reshape(-1)
+    lengths_BS = jax.lax.stop_gradient(by_completion(batch, jnp.ones_like(sums_BS[:, :1])))
+
+    def sides(values_BS: jax.Array, empty: float) -> tuple[jax.Array, jax.Array]:
+        chosen_rejected_P2 = values_BS.astype(jnp.float32).reshape(-1, 2)
+        kept_P2 = jnp.where(weights_P[:, None] > 0, chosen_rejected_P2, empty)
+        return kept_P2[:, 0], kept_P2[:, 1]
+
+    chosen_P, rejected_P = sides(sums_BS, _EMPTY)
+    chosen_length_P, rejected_length_P = sides(lengths_BS, 1.0)
+    ref_chosen_P, ref_rejected_P = None, None
+    if reference_BS is not None:
+        ref_chosen_P, ref_rejected_P = sides(jax.lax.stop_gradient(reference_BS), _EMPTY)
+    labels_BK = batch.get("pair_labels")
+    return PairLogProbs(
+        chosen=chosen_P,
+        rejected=rejected_P,
+        chosen_length=chosen_length_P,
+        rejected_length=rejected_length_P,
+        weights=weights_P,
+        mean_chosen_length=batch["chosen_tokens_per_pair"][0],
+        ref_chosen=ref_chosen_P,
+        ref_rejected=ref_rejected_P,
+        labels=None if labels_BK is None else labels_BK.reshape(-1),
+    )
+
+
+def tails_weighted(batch: Batch, weight: float) -> Batch:
+    """The batch with tokens of a completion past the length of the shorter one of its pair weighted, all others at 1.
+
+    Log-probabilities of what it returns are those of LD-DPO (arXiv 2409.06411, whose alpha is `weight`): of the shared
+    length in full, of the rest in part.
+    """
+    counted_BT = batch["decoder_loss_weights"]
+    segments = 2 * batch["pair_weights"].shape[-1]
+    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments) * counted_BT[..., None]
+    lengths_BK2 = mine_BTS.sum(1).reshape(len(counted_BT), -1, 2)
+    shared_BS = jnp.repeat(lengths_BK2.min(-1), 2, axis=1)
+    past_BTS = jnp.cumsum(mine_BTS, axis=1) > shared_BS[:, None]
+    tail_BT = (past_BTS * mine_BTS).sum(-1) > 0
+    return {**batch, "decoder_loss_weights": jnp.where(tail_BT, weight * counted_BT, counted_BT)}
+
+
+def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
+    """Sums over the tokens of each completion: [B, 2K]."""
+    segments = 2 * batch["pair_weights"].shape[-1]
+    # Weights are 0 at prompts and padding, and segment 0, which is padding, has no place of its own.
+    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
+    counted_BT = values_BT * batch["decoder_loss_weights"].astype(jnp.float32)
+    return jnp.einsum("bt,bts->bs", counted_BT, mine_BTS)

@@ -1,0 +1,100 @@
+"""Reward modelling: rewards of whole texts, learned from which of two is preferred.
+
+Shapes: B rows, T length, K pairs of a row, S = 2 K texts of a row, P = B K pairs of a batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+
+from trainers.objectives import sown
+from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.preference.losses.settings import check_not_negative
+
+ENDS = "decoder_ends"
+
+
+def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> Objective:
+    """-log sigma(r_w - r_l - margin) + center (r_w + r_l)^2, averaged over pairs.
+
+    r is the reward of prompt and completion, read at its last token (EOS). The first term is that of Bradley and
+    Terry, with the margin of Llama 2 (arXiv 2307.09288, eq. 2) where data have one; the second (arXiv 2312.09244)
+    puts rewards around 0, where the first knows only differences. Both are TRL's (RewardTrainer, 1.16).
+
+    Metrics, means over pairs: 'loss' with both terms, 'accuracy', 'margin' (r_w - r_l), 'reward/chosen' and
+    'reward/rejected'.
+
+    Args:
+      model: a `model.heads.reward_model.RewardModel`.
+      num_sources: with some, metric 'source_loss' is a vector over batch["source_ids"].
+      center: weight of the second term; 0.01 is usual, 0 leaves it out.
+
+    Raises:
+      ValueError: a negative weight, or batches that do not say where texts end.
+    """
+    check_not_negative(center=center)
+
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        del extras
+        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
+        rewards_BT, written = model.apply(
+            {"params": params, **variables},
+            batch["decoder_input_tokens"],
+            positions_BT=batch["decoder_positions"],
+            segments_BT=batch["decoder_segment_ids"],
+            rngs=None if rng is None else {"dropout": rng},
+            mutable=["losses", *watched, *kept],
+        )
+        chosen_P, rejected_P = rewards_of_pairs(batch, rewards_BT)
+        weights_P = batch["pair_weights"].reshape(-1)
+        margin_P = chosen_P - rejected_P
+        asked_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
+        loss_P = -log_sigmoid(margin_P - asked_P) + center * (chosen_P + rejected_P) ** 2
+        loss_P = jnp.where(weights_P > 0, loss_P, 0.0)
+        weight = weights_P.sum()
+        means = {
+            "loss": loss_P,
+            "accuracy": (margin_P > 0).astype(jnp.float32),
+            "margin": margin_P,
+            "reward/chosen": chosen_P,
+            "reward/rejected": rejected_P,
+        }
+        metrics = {name: ((value * weights_P).sum(), weight) for name, value in means.items()}
+        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
+        metrics |= reported
+        if num_sources:
+            source_P = jnp.repeat(batch["source_ids"], loss_P.size // batch["source_ids"].size)
+            one_hot_PS = jax.nn.one_hot(source_P, num_sources, dtype=jnp.float32)
+            metrics["source_loss"] = (loss_P @ one_hot_PS, weights_P @ one_hot_PS)
+        updates = {name: written[name] for name in kept}
+        return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
+
+    return Objective(loss_fn=loss_fn)
+
+
+def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
+
+    Raises:
+      ValueError: the batch does not say where texts end.
+    """
+    if ENDS not in batch:
+        raise ValueError(
+            f"The batches have no column {ENDS!r}, so that the last token of a completion is not read: bind "
+            "read_last = True of data.preference.stream.make_stream, as methods/preference/reward_model.gin does."
+        )
+    segments = 2 * batch["pair_weights"].shape[-1]
+    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
+    rewards_BS = jnp.einsum("bt,bts->bs", rewards_BT * batch[ENDS], mine_BTS)
+    chosen_rejected_P2 = rewards_BS.reshape(-1, 2)
+    return chosen_rejected_P2[:, 0], chosen_rejected_P2[:, 1]

@@ -1,0 +1,130 @@
+"""A reward model as a `Reward`. Shapes: B batch, T length, N completions."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainers import initialise, partitioning
+from trainers.checkpoints import restore_params
+from trainers.decoding.buckets import batches_by_length, bucket_length, longest_row
+from trainers.partitioning import Rules
+from trainers.rewards.base import Completion
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CheckpointReward:
+    """A reward model in a checkpoint, for a run whose policy reads the same tokens: a `StoredReward`.
+
+    Attributes:
+      model: a `model.heads.reward_model.RewardModel`.
+      checkpoint: step or run directory of its parameters.
+      vocabulary: whose EOS ends completions.
+      start_token: what is read before each prompt; None for nothing.
+      batch_size: texts at a time, a multiple of the mesh's parts of a batch.
+    """
+
+    model: Any
+    checkpoint: str | os.PathLike
+    vocabulary: Any
+    start_token: int | None = 0
+    batch_size: int = 32
+
+    def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
+        """The reward; raises what `restore_params` raises, and ValueError for a batch that the mesh does not divide."""
+        sharding = partitioning.batch_sharding(mesh, rules)
+        partitioning.validate(
+            mesh=mesh,
+            rules=rules,
+            config=self.model.config,
+            batch_size=self.batch_size,
+            length=1,
+            boxed_params=initialise.abstract_variables(self.model)["params"],
+        )
+        abstract = initialise.abstract_params(self.model, mesh, rules)
+        end = self.vocabulary.eos_id
+        return ModelReward(
+            self.model,
+            restore_params.restore_params(self.checkpoint, abstract),
+            start_token=self.start_token,
+            end_token=None if end in (None, -1) else end,
+            batch_size=self.batch_size,
+            sharding=sharding,
+        )
+
+
+class ModelReward:
+    """The reward of prompt and completion at their last token, in batches of similar length.
+
+    Args:
+      model: a `model.heads.reward_model.RewardModel`.
+      params: its parameters.
+      start_token: what is read before each prompt; None for nothing.
+      end_token: what ends a completion that has ended; None for nothing.
+      batch_size: texts at a time.
+      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        *,
+        start_token: int | None = 0,
+        end_token: int | None = 1,
+        batch_size: int = 8,
+        sharding: NamedSharding | None = None,
+    ):
+        self._params = params
+        self._before = [] if start_token is None else [start_token]
+        self._after = [] if end_token is None else [end_token]
+        self._batch_size = batch_size
+        self._sharding = sharding
+
+        def score(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+            real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+            segments_BT = real_BT.astype(jnp.int32)
+            rewards_BT = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT)
+            return jnp.take_along_axis(rewards_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
+
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._score = jax.jit(score, out_shardings=whole)
+
+    def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
+        """float32 [N].
+
+        Raises:
+          ValueError: a text without a token, or longer than the model's learned positions.
+        """
+        texts = [self._text(completion) for completion in completions]
+        lengths = [len(text) for text in texts]
+        limit = longest_row(self._params.get("backbone", {}))
+        for i, length in enumerate(lengths):
+            if not length:
+                raise ValueError(
+                    f"Completion {i} and its prompt are empty: there is no last token."
+                )
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"Completion {i} and its prompt have {length} tokens, but the reward model learned only "
+                    f"{limit} positions."
+                )
+        rewards_N = np.zeros(len(texts), np.float32)
+        for batch in batches_by_length(lengths, self._batch_size):
+            size = bucket_length(lengths[batch[0]], limit=limit)
+            tokens_BT = np.zeros((self._batch_size, size), np.int32)
+            lengths_B = np.ones(self._batch_size, np.int32)
+            for b, i in enumerate(batch):
+                tokens_BT[b, : lengths[i]], lengths_B[b] = texts[i], lengths[i]
+            arrays = jax.device_put((tokens_BT, lengths_B), self._sharding)
+            rewards_N[batch] = np.asarray(self._score(self._params, *arrays))[: len(batch)]
+        return rewards_N
+
+    def _text(self, completion: Completion) -> list[int]:
+        end = self._after if completion.ended else []
+        return [*self._before, *completion.prompt, *completion.tokens, *end]

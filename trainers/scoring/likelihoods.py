@@ -1,0 +1,321 @@
+"""Log-likelihoods of continuations, and whether greedy decoding would give them.
+
+What evaluation by ranking needs, of many short continuations of long contexts: the vocabulary's logits
+are computed where a token is predicted that counts, and nowhere else; what several continuations follow
+is read once, and its keys and values serve them all.
+
+Shapes: B rows, T length, K continuations of a row, C their length, R = B K, Q predicted tokens of a batch,
+D width, V vocabulary.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from model.kv_cache.full import FullCache
+from trainers.decoding.buckets import bucket_length, longest_row
+from trainers.decoding.prefill import empty_caches, read
+from trainers.scoring.scoring import Row
+
+_CHUNK_LOGITS = 2**26  # float32 logits at a time: 256 MiB
+_FEWEST = 16  # predicted tokens of a program
+_SHORTEST_TAIL = 16
+_WORTH_SHARING = 16  # tokens of a context; a shorter one is as soon read again
+
+
+class Likelihood(NamedTuple):
+    """Of one continuation.
+
+    Attributes:
+      log_prob: sum over its tokens.
+      greedy: whether each is the most probable one at its place (the first of equals).
+    """
+
+    log_prob: float
+    greedy: bool
+
+
+def hidden_states(
+    model: Any,
+    params: Any,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    tails_RC: jax.Array | None = None,
+    tail_lengths_R: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states [B T (+ R C), D] of rows, and of K tails of each, which do not see each other.
+
+    Args:
+      model: a decoder-only module, layers unrolled.
+      params: its parameters.
+      tokens_BT: rows, padded at the end.
+      lengths_B: of the rows.
+      tails_RC: what follows row r // K, padded at the end; None for nothing.
+      tail_lengths_R: of the tails.
+    """
+    B, T = tokens_BT.shape
+    at_T = jnp.arange(T, dtype=jnp.int32)[None]
+    real_BT = at_T < lengths_B[:, None]
+    segments_BT = real_BT.astype(jnp.int32)
+    if tails_RC is None:
+        out = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden")
+        return out.hidden_BTD.reshape(B * T, -1)
+    assert tail_lengths_R is not None
+    R, C = tails_RC.shape
+    policy = FullCache()
+    caches = empty_caches(model, policy, batch=B, length=T + C)
+    positions_BT = jnp.where(real_BT, at_T, -1)
+    out = read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, R // B, axis=0) if x.ndim else x, out.caches)
+    at_C = jnp.arange(C, dtype=jnp.int32)[None]
+    after_RC = jnp.repeat(lengths_B, R // B)[:, None] + at_C
+    positions_RC = jnp.where(at_C < tail_lengths_R[:, None], after_RC, -1)
+    tail = read(model, params, policy, tails_RC, positions_RC, repeated)
+    parts = (out.hidden_BTD.reshape(B * T, -1), tail.hidden_BTD.reshape(R * C, -1))
+    return jnp.concatenate(parts)
+
+
+def log_probs_at(
+    model: Any, params: Any, hidden_XD: jax.Array, places_Q: jax.Array, targets_Q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target) [Q], whether target is the most probable token [Q]) after hidden states.
+
+    Args:
+      model: of the hidden states.
+      params: its parameters.
+      hidden_XD: hidden states.
+      places_Q: which of them predicts each target.
+      targets_Q: tokens; their number is a power of two.
+    """
+    hidden_QD = hidden_XD[places_Q]
+
+    def chunk(hidden_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_CV = model.apply({"params": params}, hidden_CD[None], method="logits")[0]
+        logits_CV = logits_CV.astype(jnp.float32)
+        target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        greedy_C = jnp.argmax(logits_CV, axis=-1) == targets_C
+        return target_C - jax.nn.logsumexp(logits_CV, axis=-1), greedy_C
+
+    # A power of two, as the number of targets is.
+    size = 1 << max(1, _CHUNK_LOGITS // model.config.vocab_size).bit_length() - 1
+    if len(targets_Q) <= size:
+        return chunk(hidden_QD, targets_Q)
+    split = (hidden_QD.reshape(-1, size, hidden_QD.shape[-1]), targets_Q.reshape(-1, size))
+    logp_JC, greedy_JC = jax.lax.map(lambda part: chunk(*part), split)
+    return logp_JC.reshape(-1), greedy_JC.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Tokens that are read once, and the rows whose targets are predicted from them.
+
+    Attributes:
+      tokens: of a row without its last target, or the context of several rows.
+      tails: what of the targets is read after the context, each apart; () for a row read whole.
+      rows: (index, number of the tail; None where nothing is read after `tokens`).
+    """
+
+    tokens: tuple[int, ...]
+    tails: tuple[tuple[int, ...], ...]
+    rows: list[tuple[int, int | None]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, C, T), each in few sizes; T may be more than the model has learned positions."""
+        if not self.tails:
+            return 0, 0, bucket_length(len(self.tokens))
+        longest = max(_SHORTEST_TAIL, *map(len, self.tails))
+        return (
+            _power_of_two(len(self.tails)),
+            _power_of_four(longest),
+            bucket_length(len(self.tokens)),
+        )
+
+
+class LikelihoodScorer:
+    """Scores continuations in batches of similar length; compiles once for each of a few shapes.
+
+    Args:
+      model: a decoder-only module, layers unrolled.
+      params: its parameters.
+      batch_tokens: tokens of a batch, padding included; the number of its rows follows.
+      batch_size: rows at most; None for as many as batch_tokens allows.
+      row_shards: a batch has a multiple of so many rows.
+      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        *,
+        batch_tokens: int,
+        batch_size: int | None = None,
+        row_shards: int = 1,
+        sharding: NamedSharding | None = None,
+    ):
+        self._params = params
+        self._batch_tokens = batch_tokens
+        self._batch_size = batch_size
+        self._row_shards = row_shards
+        self._sharding = sharding
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+
+        def log_probs(params: Any, places_Q: Any, targets_Q: Any, *rows: Any) -> Any:
+            hidden_XD = hidden_states(model, params, *rows)
+            return log_probs_at(model, params, hidden_XD, places_Q, targets_Q)
+
+        self._log_probs = jax.jit(log_probs, out_shardings=whole)
+
+    def stream(
+        self, rows: Sequence[Row], *, quiet: bool = False
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """(index, likelihood) of every row, batch by batch, the longest first.
+
+        Args:
+          rows: contexts and targets.
+          quiet: show no progress.
+
+        Raises:
+          ValueError: a row without context or targets, or longer than the model's learned positions.
+        """
+        limit = longest_row(self._params)
+        for i, row in enumerate(rows):
+            if not len(row.context) or not len(row.targets):
+                raise ValueError(f"Row {i} has no context or no targets: nothing can be predicted.")
+            length = len(row.context) + len(row.targets) - 1
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"Row {i} has {length} tokens, but the model learned only {limit} positions."
+                )
+        return self._stream(rows, limit, quiet)
+
+    def _stream(
+        self, rows: Sequence[Row], limit: int | None, quiet: bool
+    ) -> Iterator[tuple[int, Likelihood]]:
+        with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
+            for shape, batch, size in self.batches(readings(rows)):
+                for i, found in self._score(rows, shape, batch, size, limit):
+                    progress.update()
+                    yield i, found
+
+    def batches(
+        self, found: Sequence[Reading]
+    ) -> Iterator[tuple[tuple[int, int, int], Sequence[Reading], int]]:
+        """(shape, readings that fit it, rows of the batch) in the order of the readings.
+
+        What a shape leaves of a batch is filled with readings of smaller ones: compiling one more program
+        takes longer than a batch does.
+        """
+        first = 0
+        while first < len(found):
+            shape = count, tail_length, length = found[first].shape
+            most = max(1, self._batch_tokens // (length + count * tail_length))
+            most = self._sharded(min(most, self._batch_size or most))
+            last = first + 1
+            while last < len(found) and last - first < most and _fits(found[last].shape, shape):
+                last += 1
+            # What remains at the end is not filled up to a whole batch.
+            yield shape, found[first:last], min(most, self._sharded(_power_of_two(last - first)))
+            first = last
+
+    def _sharded(self, count: int) -> int:
+        """Rows that all shards have alike, not fewer than `count`."""
+        return -(-count // self._row_shards) * self._row_shards
+
+    def _score(
+        self,
+        rows: Sequence[Row],
+        shape: tuple[int, int, int],
+        batch: Sequence[Reading],
+        size: int,
+        limit: int | None,
+    ) -> Iterator[tuple[int, Likelihood]]:
+        count, tail_length, length = shape
+        length = length if limit is None else min(length, limit)
+        tokens_BT, lengths_B = _padded([reading.tokens for reading in batch], size, length)
+        arrays = [tokens_BT, lengths_B]
+        if count:
+            tails = [r.tails[k] if k < len(r.tails) else () for r in batch for k in range(count)]
+            arrays += _padded(tails, size * count, tail_length)
+        places: list[int] = []
+        targets: list[int] = []
+        ends: list[tuple[int, int]] = []  # (row, where its targets end)
+        for b, reading in enumerate(batch):
+            after = b * length + len(reading.tokens)
+            for i, tail in reading.rows:
+                given = rows[i].targets
+                if count:  # the context predicts the first target, the tail the others
+                    begin = size * length + (b * count + (tail or 0)) * tail_length
+                    places += [after - 1, *range(begin, begin + len(given) - 1)]
+                else:
+                    places += range(after - len(given), after)
+                targets += given
+                ends.append((i, len(targets)))
+        extra = _power_of_four(max(_FEWEST, len(targets))) - len(targets)
+        places_Q, targets_Q = (np.pad(x, (0, extra)).astype(np.int32) for x in (places, targets))
+        arrays = jax.device_put(arrays, self._sharding)
+        logp_Q, greedy_Q = map(
+            np.asarray, self._log_probs(self._params, places_Q, targets_Q, *arrays)
+        )
+        begin = 0
+        for i, end in ends:
+            # float64, so that the sum does not depend on what else is in the batch.
+            total = float(logp_Q[begin:end].sum(dtype=np.float64))
+            yield i, Likelihood(total, bool(greedy_Q[begin:end].all()))
+            begin = end
+
+
+def readings(rows: Sequence[Row]) -> list[Reading]:
+    """What must be read, by shape, the largest first.
+
+    The last target of a row is predicted, never read.
+    """
+    contexts: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        contexts.setdefault(tuple(row.context), []).append(i)
+    whole: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
+    found: list[Reading] = []
+    for context, members in contexts.items():
+        read_after = [tuple(rows[i].targets[:-1]) for i in members]
+        if len(context) < _WORTH_SHARING or len(set(read_after)) == 1:
+            for i, tail in zip(members, read_after, strict=True):
+                whole.setdefault((*context, *tail), []).append((i, None))
+            continue
+        numbers = {tail: n for n, tail in enumerate(dict.fromkeys(filter(None, read_after)))}
+        served = [(i, numbers.get(tail)) for i, tail in zip(members, read_after, strict=True)]
+        found.append(Reading(context, tuple(numbers), served))
+    found += [Reading(tokens, (), members) for tokens, members in whole.items()]
+    return sorted(found, key=lambda reading: reading.shape, reverse=True)
+
+
+def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.ndarray]:
+    """Tokens [size, length] and lengths [size]."""
+    tokens = np.zeros((size, length), np.int32)
+    lengths = np.ones(size, np.int32)  # of rows that only fill up
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+        lengths[b] = len(row)
+    return [tokens, lengths]
+
+
+def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
+    """Whether a batch of one shape can hold a reading of another; without tails it has no place for any."""
+    return (shape[0] > 0) == (into[0] > 0) and all(map(operator.le, shape, into))
+
+
+def _power_of_four(count: int) -> int:
+    """The smallest that is not less than `count`."""
+    return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is not less than `count`."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,96 @@
+"""Log-probabilities of given tokens. Shapes: B batch, T length."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.scoring.target_log_probs import read_targets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Tokens to be scored, and those they follow, of which there is at least one."""
+
+    context: Sequence[int]
+    targets: Sequence[int]
+
+
+class Scorer:
+    """Scores rows in batches of similar length; compiles once for each of a few lengths.
+
+    Args:
+      model: a decoder-only module.
+      params: its parameters.
+      batch_size: rows at a time.
+      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+    """
+
+    def __init__(
+        self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
+    ):
+        self._params = params
+        self._batch_size = batch_size
+        self._sharding = sharding
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._log_probs = jax.jit(
+            lambda params, batch: read_targets(model, {"params": params}, batch).log_probs_BT,
+            out_shardings=whole,
+        )
+
+    def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The log-probability of every target of each row, float32; errors as of `stream`."""
+        return list(self.stream(rows))
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+        """What calling it returns, row by row as they are done.
+
+        Raises:
+          ValueError: a row without context, or longer than the model's learned positions.
+        """
+        limit = longest_row(self._params)
+        for i, row in enumerate(rows):
+            # The last target is predicted, but never read.
+            length = len(row.context) + len(row.targets) - 1
+            if not len(row.context):
+                raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"Row {i} has {length} tokens, but the model learned only {limit} positions."
+                )
+        return in_order(self._batches(rows, limit))
+
+    def _batches(self, rows: Sequence[Row], limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, log-probabilities) of each row, batch by batch."""
+        lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
+        batches = batches_by_length(lengths, self._batch_size)
+        for batch in tqdm(
+            batches, desc="score", unit="batch", disable=True if len(batches) == 1 else None
+        ):
+            length = bucket_length(lengths[batch[0]], limit=limit)
+            logp_BT = self._score([rows[i] for i in batch], length)
+            for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may be filled up
+                first = len(rows[i].context) - 1
+                yield i, logp_T[first : first + len(rows[i].targets)]
+
+    def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
+        tokens_BT = np.zeros((self._batch_size, length), np.int32)
+        targets_BT = np.zeros_like(tokens_BT)
+        segments_BT = np.zeros_like(tokens_BT)
+        for b, row in enumerate(rows):
+            text = [*row.context, *row.targets]
+            tokens_BT[b, : len(text) - 1] = text[:-1]
+            targets_BT[b, : len(text) - 1] = text[1:]
+            segments_BT[b, : len(text) - 1] = 1
+        batch = {
+            "decoder_input_tokens": tokens_BT,
+            "decoder_target_tokens": targets_BT,
+            "decoder_segment_ids": segments_BT,
+        }
+        placed = jax.device_put(batch, self._sharding)
+        return np.asarray(self._log_probs(self._params, placed))

@@ -1,0 +1,192 @@
+"""One reading of prompts, many cache policies: queries, keys and values are recorded and replayed.
+
+Reading a long prompt costs far more than compressing its cache and generating an answer. What a policy
+is shown while the prompt is read does not depend on the policy, so it is computed once.
+
+Shapes: B batch, T prompt length, X tokens of a suffix, N query heads, K key/value heads, H head dim, V
+vocabulary.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from model.kv_cache.full import FullCache
+from model.kv_cache.pyramidkv import PyramidKV
+from model.kv_cache.random import Random
+from trainers.decoding.decode import Decoded, Settings, decode
+from trainers.decoding.prefill import empty_cache, prefill, read
+
+
+@flax.struct.dataclass
+class LayerRecord:
+    """What one layer showed its policy: queries and keys, rotated, values, and how it attends.
+
+    Positions are those of the tokens, -1 for padding.
+    """
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    positions_BT: jax.Array
+    form: AttentionForm = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Recording:
+    """Prompts as they were read.
+
+    Attributes:
+      layers: one record each.
+      lengths_B: tokens of each prompt.
+      logits_BV: after the last token of each.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    lengths_B: jax.Array
+    logits_BV: jax.Array
+
+
+class _Recorder:
+    """A cache policy that keeps what it is shown, so that what follows can be read too."""
+
+    future = 0
+
+    def init(self, **sizes: Any) -> Any:
+        del sizes
+        return ()
+
+    def append(self, state: Any, *, form: AttentionForm, **shown: jax.Array) -> LayerRecord:
+        if isinstance(state, LayerRecord):
+            shown = {
+                name: jnp.concatenate([getattr(state, name), new], axis=1)
+                for name, new in shown.items()
+            }
+        return LayerRecord(form=form, **shown)
+
+    def view(self, state: LayerRecord) -> KeyValues:
+        return KeyValues(k_BSKH=state.k_BTKH, v_BSKH=state.v_BTKH, positions_BS=state.positions_BT)
+
+    def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
+        del length, dtype
+        return state
+
+
+def record(model: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> Recording:
+    """Reads prompts of lengths_B >= 1 tokens, padded on the right; the model has unrolled layers."""
+    logits_BV, layers = prefill(model, params, _Recorder(), tokens_BT, lengths_B, room=0)
+    return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
+
+
+def record_more(
+    model: Any, params: Any, recording: Recording, tokens_BX: jax.Array, counts_B: jax.Array
+) -> Recording:
+    """Reads counts_B >= 1 further tokens of each prompt, padded on the right."""
+    logits_BV, layers = read_on(
+        model, params, _Recorder(), list(recording.layers), recording.lengths_B, tokens_BX, counts_B
+    )
+    return Recording(
+        layers=tuple(layers),
+        lengths_B=recording.lengths_B + counts_B,
+        logits_BV=logits_BV,
+    )
+
+
+def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
+    """The policy's states after the whole prompt, one a layer, before anything is compressed."""
+    return [_read(model, policy, shown, layer) for layer, shown in enumerate(recording.layers)]
+
+
+def compressed(
+    model: Any, policy: CachePolicy, recording: Recording, *, room: int, cache_dtype: Any = None
+) -> list[Any]:
+    """The caches that `prefill` would have made with this policy, with room for more tokens."""
+
+    def one(shown: LayerRecord, layer: int) -> Any:
+        state = _read(model, policy, shown, layer)
+        return policy.compress(state, length=room, dtype=cache_dtype)
+
+    layers = recording.layers
+    differs = isinstance(policy, (PyramidKV, Random))  # from layer to layer
+    if differs or len({shown.form for shown in layers}) > 1:
+        return [one(shown, layer) for layer, shown in enumerate(layers)]
+    # Layers that are treated alike are one loop, which compiles in a small part of the time.
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    states = jax.lax.map(lambda shown: one(shown, 0), stacked)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
+
+
+def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
+    """A layer's state after the prompt that it was shown."""
+    B, T = shown.k_BTKH.shape[:2]
+    state = empty_cache(model, policy, layer, batch=B, length=T)
+    return policy.append(
+        state,
+        k_BTKH=shown.k_BTKH,
+        v_BTKH=shown.v_BTKH,
+        positions_BT=shown.positions_BT,
+        q_BTNH=shown.q_BTNH,
+        form=shown.form,
+    )
+
+
+def decoding_policy(policy: CachePolicy) -> CachePolicy:
+    """The simplest policy that goes on from caches of this one, so that programs can be shared.
+
+    What distinguishes the policies that select tokens of a prompt is over once it is compressed.
+    """
+    kind: Any = type(policy)
+    alike = isinstance(policy, FullCache) and (kind.extend, kind.view) == (
+        FullCache.extend,
+        FullCache.view,
+    )
+    return FullCache() if alike else policy
+
+
+def answer(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    caches: Any,
+    lengths_B: jax.Array,
+    logits_BV: jax.Array,
+    settings: Settings,
+) -> Decoded:
+    """Continues prompts of lengths_B tokens from `compressed` caches and the logits after them."""
+    B = len(lengths_B)
+    decoded, _ = decode(
+        model,
+        params,
+        policy,
+        logits_BV,
+        caches,
+        lengths_B,
+        jnp.ones(B, bool),
+        jax.random.split(jax.random.key(0), B),
+        settings,
+    )
+    return decoded
+
+
+def read_on(
+    model: Any,
+    params: Any,
+    policy: CachePolicy,
+    caches: Any,
+    lengths_B: jax.Array,
+    tokens_BX: jax.Array,
+    counts_B: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Reads counts_B >= 1 tokens after prompts of lengths_B tokens, padded on the right.
+
+    Returns:
+      Logits [B, V] after the last of each, and caches that hold them uncompressed.
+    """
+    at_X = jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)[None]
+    positions_BX = jnp.where(at_X < counts_B[:, None], lengths_B[:, None] + at_X, -1)
+    out = read(model, params, policy, tokens_BX, positions_BX, caches)
+    last_B1D = jnp.take_along_axis(out.hidden_BTD, (counts_B - 1)[:, None, None], axis=1)
+    return model.apply({"params": params}, last_B1D, method="logits")[:, 0], out.caches
