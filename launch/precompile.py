@@ -57,11 +57,11 @@ import jax
 from launch.aot import compile_report, tpu_topology
 from launch.aot.compile_report import Memory, Report
 from launch.aot.tpu_topology import Topology
-from launch.run.host_metrics import flops_per_unit
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops
+from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def run(start: Any) -> None:
@@ -75,14 +75,14 @@ def run(start: Any) -> None:
     devices = tpu_topology.devices(topology)
     # How long a schedule is changes a constant of the program, not what it needs.
     span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
-    recipe: Recipe = start.arguments()["recipe"].over(span)
-    program = recipe.program(devices=devices)
+    recipe: Recipe = start.arguments()["recipe"]
+    program = recipe.with_span(span).program(devices=devices)
     print("".join(line + "\n" for line in program.reports), end="")
     print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", flush=True)
     began = time.perf_counter()
-    report, text = compile_step(recipe, program, hbm_bytes=topology.chip.hbm_bytes)
+    report, text = compile_step(program, hbm_bytes=topology.chip.hbm_bytes)
     seconds = time.perf_counter() - began
-    header = _header(topology, recipe, program)
+    header = _header(topology, program)
     print(compile_report.table(report, _facts(header, report, topology, seconds)))
     if start.flags.json:
         document = {**header, "compile_seconds": round(seconds, 1), **report.as_json()}
@@ -93,19 +93,17 @@ def run(start: Any) -> None:
         raise SystemExit(1)
 
 
-def compile_step(
-    recipe: Recipe, program: Program, *, hbm_bytes: float
-) -> tuple[Report, str | None]:
+def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
     """Compiles the train step of a program, whose devices may be absent, and measures it.
 
     Args:
-      recipe: what the program was made from.
-      program: the recipe on a mesh.
+      program: a recipe on a mesh.
       hbm_bytes: memory of one device.
 
     Returns:
       The report, and the program's text; None when it does not fit.
     """
+    recipe = program.recipe
     batch = recipe.abstract_batch(program.batch_sharding)
     # Losses by data source would need the data; they cost next to nothing.
     step = program.steps(0).train
@@ -118,8 +116,7 @@ def compile_step(
             if sizes is None:
                 raise
             return _too_large(program, batch, needed=sizes[0]), None
-    units = recipe.batch_size * recipe.length
-    model_flops = flops_per_unit(recipe, program) * units / program.mesh.devices.size
+    model_flops = train_flops_per_unit(program) * recipe.units_per_batch / program.mesh.devices.size
     report = compile_report.measure(
         compiled, model_flops=model_flops, mean_keys=_mean_keys(recipe), hbm_bytes=hbm_bytes
     )
@@ -146,15 +143,16 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 def _mean_keys(recipe: Recipe) -> float:
     """Keys a query attends to, on average over a row and over the layers; 0 without attention."""
-    if recipe.reads.length is None:
+    if recipe.inputs_spec.length is None:
         return 0.0
     config = recipe.model.config
     kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
     return sum(flops.mean_keys(recipe.length, kind.window) for kind in kinds) / len(kinds)
 
 
-def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, Any]:
-    """What the figures are of."""
+def _header(topology: Topology, program: Program) -> dict[str, Any]:
+    """Facts about what was compiled."""
+    recipe = program.recipe
     return {
         "topology": str(topology),
         "chips": topology.num_chips,
@@ -165,7 +163,7 @@ def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, A
         "parameters": program.num_params(),
         "batch_size": recipe.batch_size,
         "length": recipe.length,
-        "unit": recipe.reads.unit,
+        "unit": recipe.inputs_spec.unit,
         "versions": tpu_topology.versions(),
     }
 

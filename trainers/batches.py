@@ -92,7 +92,7 @@ class Feed(Protocol):
         ...
 
 
-# Called with (stream=, recipe=, program=, folder=): what trains on its own samples.
+# Called with (stream=, program=, folder=), for a run that trains on its own samples.
 FeedFactory = Callable[..., Feed]
 
 

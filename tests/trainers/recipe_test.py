@@ -15,6 +15,7 @@ from model.transformer import Block, Transformer
 from trainers import partitioning
 from trainers.anomaly import STATISTICS
 from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.restore import restore_or_initialise
 from trainers.checkpoints.restore_params import restore_params
 from trainers.objectives.base import Objective
@@ -103,7 +104,7 @@ def test_averages_of_bfloat16_parameters_are_wide_and_serve_as_parameters(tmp_pa
         served = restore_params(tmp_path / "a", abstract.params, use_ema=True)
         with Checkpointer(tmp_path / "b") as other:
             begun = restore_or_initialise(
-                other, abstract, program.init, initial_checkpoint_path=tmp_path / "a"
+                other, abstract, program.init, initial=InitialCheckpoint(path=tmp_path / "a")
             ).state
     rounded = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema_params, state.params)
     jax.tree.map(np.testing.assert_array_equal, served, rounded)

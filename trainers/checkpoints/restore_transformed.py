@@ -8,7 +8,7 @@ keeps them at other paths of its state.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from etils import epath
 from model.transforms.base import MomentTransform, Power, TreeTransform
 from trainers.checkpoints import phase_state, state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified
+from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import Manifest
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -25,48 +26,41 @@ from trainers.checkpoints.restore_params import (
     restore_params,
 )
 
-Moments = Literal["reset", "carry"]
-MOMENTS = get_args(Moments)
 # Of optax's states: what a leaf below this name is of a gradient.
 _POWERS: Mapping[str, Power] = {"mu": "first", "trace": "first", "nu": "second"}
 
 
-def restore_transformed(
-    path: Any,
-    state: Any,
-    transform: TreeTransform,
-    *,
-    moments: Moments = "reset",
-    **options: Any,
-) -> tuple[Any, epath.Path]:
-    """A state with transformed parameters, at the step of the checkpoint, and that step's directory.
+def restore_transformed(initial: InitialCheckpoint, state: Any) -> tuple[Any, epath.Path]:
+    """Returns a state with transformed parameters, at the checkpoint's step, and that step's directory.
 
     A moving average begins with the new parameters.
 
     Args:
-      path: a step directory, or a run directory for its newest good step.
-      state: a fresh TrainState of the model to be made.
-      transform: see model/transforms/base.py.
-      moments: 'reset' leaves the optimiser's moments fresh, with the counts that correct their bias;
-        'carry' makes them of the checkpoint's.
-      options: assignment, strict and use_ema of `restore_params`, for the source's parameters.
+      initial: with a path and a transform.
+      state: a fresh TrainState of the new model.
 
     Raises:
-      ValueError: what the transform refuses, or moments that cannot be carried.
+      ValueError: the transform refuses the parameters, or moments cannot be carried.
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
     """
-    if moments not in MOMENTS:
-        raise ValueError(f"INITIAL_MOMENTS = {moments!r}: use {', '.join(map(repr, MOMENTS))}.")
+    path, transform = initial.path, initial.transform
+    assert path is not None and transform is not None
 
     def read(step: epath.Path) -> tuple[Any, epath.Path]:
         recorded = step_dir.read_manifest(step)
-        root = "ema_params/" if options.get("use_ema") else "params/"
+        root = "ema_params/" if initial.use_ema else "params/"
         saved = {
             name.removeprefix(root): tuple(entry.shape)
             for name, entry in recorded.arrays.items()
             if name.startswith(root)
         }
-        source = restore_params(step, transform.source(state.params, saved), **options)
+        source = restore_params(
+            step,
+            transform.source(state.params, saved),
+            assignment=initial.assignment,
+            strict=initial.strict,
+            use_ema=initial.use_ema,
+        )
         params = transform(source, state.params)
         made = state.replace(params=params, variables=kept_variables(step, state.variables))
         if state.ema_params is not None:
@@ -75,7 +69,7 @@ def restore_transformed(
                     lambda p, e: jnp.array(p, e.dtype, copy=True), params, state.ema_params
                 )
             )
-        if moments == "carry":
+        if initial.moments == "carry":
             carried = _carried(step, recorded, state.opt_state, transform, source, params)
             made = made.replace(opt_state=carried)
         return phase_state.at_step(made, step_dir.read_record(step, recorded)["step"]), step

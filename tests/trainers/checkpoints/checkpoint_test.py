@@ -31,6 +31,7 @@ from trainers.checkpoints.checkpoint import (
     restore_params,
     restore_state,
 )
+from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.restore import RunMismatchError
 from trainers.checkpoints.restore_params import CheckpointMismatchError
 from trainers.train_state import TrainState
@@ -464,22 +465,23 @@ def test_bad_options_are_refused(tmp_path, options):
 def test_the_order_is_own_run_then_initial_checkpoint_then_scratch(two_steps, tmp_path):
     fresh = make_state(1)
     arguments = (abstract(fresh), lambda: fresh)
-    initial = {"initial_checkpoint_path": two_steps}
+    initial = InitialCheckpoint(path=two_steps)
     with Checkpointer(tmp_path) as checkpointer:
         scratch = restore_or_initialise(checkpointer, *arguments)
         assert scratch.source == "scratch" and scratch.state is fresh
 
-        params = restore_or_initialise(checkpointer, *arguments, **initial)
+        params = restore_or_initialise(checkpointer, *arguments, initial=initial)
         assert (params.source, params.step) == ("initial", 0)
         there = make_state(20)
         assert_same(params.state, fresh.replace(params=there.params, variables=there.variables))
 
-        state = restore_or_initialise(checkpointer, *arguments, **initial, initial_scope="state")
+        whole = InitialCheckpoint(path=two_steps, scope="state")
+        state = restore_or_initialise(checkpointer, *arguments, initial=whole)
         assert (state.source, state.step) == ("initial", 20)
         assert_same(state.state, make_state(20))
 
         checkpointer.save(7, make_state(7))
-        own = restore_or_initialise(checkpointer, *arguments, **initial)
+        own = restore_or_initialise(checkpointer, *arguments, initial=initial)
         assert (own.source, own.step) == ("run", 7)
         assert_same(own.state, make_state(7))
 
@@ -489,7 +491,7 @@ def test_a_moving_average_starts_from_the_initial_parameters(two_steps, tmp_path
     fresh = fresh.replace(ema_params=fresh.params)
     with Checkpointer(tmp_path) as checkpointer:
         state = restore_or_initialise(
-            checkpointer, abstract(fresh), lambda: fresh, initial_checkpoint_path=two_steps
+            checkpointer, abstract(fresh), lambda: fresh, initial=InitialCheckpoint(path=two_steps)
         ).state
     assert_same(state.ema_params, make_state(20).params)
     jax.jit(lambda s: s, donate_argnums=0)(state)  # No buffer is there twice.
@@ -503,7 +505,7 @@ def test_a_damaged_run_is_not_silently_started_anew(two_steps, copied):
             checkpointer,
             abstract(make_state(0)),
             lambda: make_state(0),
-            initial_checkpoint_path=two_steps,
+            initial=InitialCheckpoint(path=two_steps),
         )
 
 
