@@ -1,4 +1,4 @@
-"""Compiles a training run for TPUs that are not here and says what it needs and costs per chip.
+"""Compiles a training run for absent TPUs and reports memory, FLOPs and communication per chip.
 
 Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs the extra `tpu`):
 
@@ -6,9 +6,9 @@ Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs 
     --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
     --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
 
-Takes the gin arguments of `train`; data and directories are not looked at. Nothing is allocated
-and nothing runs: memory is the compiler's account, FLOPs and collectives are read from its program.
-Exit status: 0 the step fits, 1 it does not, 2 something is wrong with the configuration.
+Takes the gin arguments of `train`; data and directories are not read. Nothing is allocated and nothing
+runs: the compiler reports memory; FLOPs and collectives are counted in its program.
+Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong.
 """
 
 if __name__ == "__main__":
@@ -65,7 +65,7 @@ from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def run(start: Any) -> None:
-    """Compiles the run that gin describes, prints the report, and writes it where flags say.
+    """Compiles the run that gin configures, prints the report, and writes it to the flags' files.
 
     Raises:
       SystemExit: with status 1 when the step does not fit.
@@ -73,7 +73,7 @@ def run(start: Any) -> None:
     """
     topology = tpu_topology.parse(start.flags.topology)
     devices = tpu_topology.devices(topology)
-    # How long a schedule is changes a constant of the program, not what it needs.
+    # The length of a schedule changes a constant of the program, not its cost.
     span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
     recipe: Recipe = start.arguments()["recipe"]
     program = recipe.with_span(span).program(devices=devices)
@@ -124,7 +124,7 @@ def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | N
 
 
 def _too_large(program: Program, batch: Any, *, needed: int) -> Report:
-    """What can be said of a program the compiler gave up on: it counts arguments as temporaries."""
+    """Returns the memory of a program that the compiler refused; it counts arguments as temporaries."""
     state = sum(map(_shard_bytes, jax.tree.leaves(program.abstract_state)))
     arguments = state + sum(map(_shard_bytes, jax.tree.leaves(batch)))
     memory = Memory(
@@ -142,7 +142,7 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _mean_keys(recipe: Recipe) -> float:
-    """Keys a query attends to, on average over a row and over the layers; 0 without attention."""
+    """Returns the keys per query, on average over rows and layers; 0 without attention."""
     if recipe.inputs_spec.length is None:
         return 0.0
     config = recipe.model.config
@@ -169,7 +169,7 @@ def _header(topology: Topology, program: Program) -> dict[str, Any]:
 
 
 def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: float):
-    """Lines above the table."""
+    """Returns the lines above the table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     facts = [
@@ -203,7 +203,7 @@ def _rows(header: dict[str, Any]) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")

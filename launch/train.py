@@ -1,4 +1,4 @@
-"""Trains a model as gin says, and goes on where it stopped when it is started again.
+"""Trains a model as gin configures it; started again, it continues where it stopped.
 
 Example: a tiny model on the Python standard library's own sources, one minute on a laptop:
 
@@ -7,8 +7,8 @@ Example: a tiny model on the Python standard library's own sources, one minute o
     --gin_file=t5x_configs/runs/pretrain.gin \\
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
 
-SIGTERM saves and ends the run with status 75 (EX_TEMPFAIL): the same command goes on from there. The
-status is 0 when the run is done and 2 for an error in the configuration or the data.
+SIGTERM saves and ends the run with status 75 (EX_TEMPFAIL): the same command continues it. The status
+is 0 when the run is done and 2 for an error in the configuration or the data.
 """
 
 if __name__ == "__main__":
@@ -31,11 +31,11 @@ from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
 from trainers import partitioning, signals
 from trainers.batches import Feed, FeedFactory, Prefetcher, TrainStream
-from trainers.checkpoints.checkpoint import Checkpointer, Restored
+from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.evaluate import EvalStream, Evaluation
-from trainers.hooks import Hook, HookFactory, RunContext
-from trainers.loop import Loop, Outputs, Schedule, Start, skipped_hooks, start_hooks
+from trainers.hooks import HookFactory, RunContext
+from trainers.loop import Loop, Outputs, Schedule
 from trainers.optim.schedules import Span
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
@@ -118,7 +118,7 @@ def train(
         stack.enter_context(contextlib.closing(run))
         parent = phase.find_parent(run.checkpoints, initial)
         data = open_data(
-            recipe,
+            program,
             stream=stream,
             positions=parent.positions,
             tasks=tasks,
@@ -144,13 +144,13 @@ def train(
             goodput.measure("init"),
         ):
             start, meta = phase.restore_start(
-                saver, program, initial, parent, data.identity(program.recipe)
+                saver, program, initial, parent, data.identity(program)
             )
         writer = stack.enter_context(contextlib.closing(_open_writers(run, start.step, writers)))
         if primary:
             run_messages.announce(program, data, start)
 
-        rates = _learning_rates(program.recipe, data.total_steps)
+        rates = _learning_rates(program, data.total_steps)
         context = RunContext(
             path=run.path,
             writer=primary,
@@ -169,11 +169,10 @@ def train(
             unit=program.recipe.inputs_spec.loss_per,
         )
         evaluations = [evaluation] if data.eval_streams else []
-        all_hooks = (*evaluations, *(make(run=context) for make in hooks))
         if profile is not None and profile.directory is None:
             profile.directory = run.file("profile")
         loop = Loop(
-            start=Start.of(start),
+            start=start,
             train_step=steps.train,
             abstract_state=program.abstract_state,
             stream=data.stream,
@@ -193,8 +192,8 @@ def train(
                 checkpoint_meta=_checkpoint_meta(meta, data, rates),
                 unit=program.recipe.inputs_spec.unit,
             ),
-            hooks=all_hooks,
-            first_hooks=_first_hooks(all_hooks, run, start, data.total_steps),
+            hooks=(*evaluations, *(make(run=context) for make in hooks)),
+            written=_written_metrics(run, start.step),
             anomaly=program.recipe.anomaly,
             stop=stop,
         )
@@ -256,23 +255,16 @@ def _open_writers(
     )
 
 
-def _first_hooks(
-    hooks: Sequence[Hook], run: run_dir.RunDir, start: Restored, total_steps: int
-) -> Sequence[Hook]:
-    """Returns the hooks to run before the first update of this process."""
-    if start.source != "run":
-        return start_hooks(hooks)
-    if not start.meta.get("hooks_left_out"):
-        return ()
+def _written_metrics(run: run_dir.RunDir, step: int) -> set[str]:
+    """Returns the names of the metrics that earlier starts of this run wrote for a step."""
     rows = metric_writers.read_jsonl(run.metrics) if os.path.exists(run.metrics) else []
-    written = {name for row in rows if row["step"] == start.step for name in row}
-    return skipped_hooks(hooks, start.step, total_steps, written)
+    return {name for row in rows if row["step"] == step for name in row}
 
 
-def _learning_rates(recipe: Recipe, total_steps: int) -> np.ndarray:
+def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
     """Returns the learning rate of each update, and of the one that would follow the last."""
     # Tabulated: evaluated one by one they would wait behind the step that is running.
-    rate = jax.vmap(lambda step: jnp.asarray(recipe.learning_rate(step), jnp.float32))
+    rate = jax.vmap(lambda step: jnp.asarray(program.recipe.learning_rate(step), jnp.float32))
     return np.asarray(rate(jnp.arange(total_steps + 1)))
 
 
@@ -300,7 +292,7 @@ def _row_metrics(
 def _checkpoint_meta(
     meta: Mapping[str, Any], data: RunData, rates: np.ndarray
 ) -> Callable[[int, int], Mapping[str, Any]]:
-    """Returns what computes the facts recorded with a checkpoint: `meta`, and where the run stands."""
+    """Returns what computes the facts in a checkpoint: `meta`, learning rate and places in the data."""
     before = meta.get("initial", {}).get("positions", {})
     return lambda updates, batches: {
         **meta,

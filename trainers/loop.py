@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly, AnomalyRecords
 from trainers.batches import Feed, Stream
-from trainers.checkpoints.checkpoint import Checkpointer, Restored
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.restore import Restored
 from trainers.hooks import GivenUpError, Hook
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
@@ -32,35 +33,6 @@ _log = logging.getLogger(__name__)
 
 class AnomalousStepError(RuntimeError):
     """A non-finite or spiking loss ended the run; its batch and step are saved."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-    """The state to continue from, and how far its run is.
-
-    Attributes:
-      state: consumed by the first step.
-      step: updates attempted so far.
-      data_step: batches drawn so far.
-      skipped: updates dropped so far.
-    """
-
-    state: Any
-    step: int = 0
-    data_step: int = 0
-    skipped: int = 0
-
-    @classmethod
-    def of(cls, restored: Restored) -> "Start":
-        """The start from a checkpoint; a state of step 0 has seen no batch of this run's data."""
-        if not restored.step:
-            return cls(state=restored.state)
-        return cls(
-            state=restored.state,
-            step=restored.step,
-            data_step=restored.meta.get("data_step", restored.step),
-            skipped=restored.meta.get("skipped", 0),
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,47 +75,25 @@ class Outputs:
     unit: str = "tokens"
 
 
-def is_due(hook: Hook, step: int, total_steps: int) -> bool:
-    """Whether a hook runs after `step` updates."""
-    return step == total_steps or step % hook.every == 0
-
-
-def skipped_hooks(
-    hooks: Sequence[Hook], step: int, total_steps: int, written: Collection[str]
-) -> list[Hook]:
-    """The hooks due at `step` that a stop has skipped, except those whose metrics are `written`."""
-
-    def has_written(hook: Hook) -> bool:
-        prefix = getattr(hook, "prefix", "")
-        return bool(prefix) and any(name.startswith(prefix) for name in written)
-
-    return [h for h in hooks if is_due(h, step, total_steps) and not has_written(h)]
-
-
-def start_hooks(hooks: Sequence[Hook]) -> list[Hook]:
-    """The hooks that also run before the first update of a run."""
-    return [hook for hook in hooks if getattr(hook, "at_start", False)]
-
-
 @dataclasses.dataclass(kw_only=True)
 class Loop:
     """Trains from (step, data_step) to `schedule.total_steps`.
 
     Attributes:
-      start: the state to continue from, and its counts.
+      start: the state to continue from, and its counts; consumed.
       train_step: compiled (state, batch) -> (state, metrics).
       abstract_state: shapes and shardings, for a rollback.
       stream: where batches come from.
       feed: prepares batches of the stream, or makes them from the state.
       schedule: when to stop, log and save.
       outputs: writer, checkpointer and the like.
-      hooks: see trainers/hooks.py; a stop skips those due at its step.
-      first_hooks: hooks to run before the first update.
+      hooks: see trainers/hooks.py; a stop skips those due at its step, which the next start runs first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
+      written: names of metrics already written for the first step: their hooks do not run again.
     """
 
-    start: dataclasses.InitVar[Start]
+    start: dataclasses.InitVar[Restored]
     train_step: TrainStep
     abstract_state: TrainState
     stream: Stream
@@ -153,12 +103,17 @@ class Loop:
     hooks: Sequence[Hook]
     anomaly: Anomaly | None
     stop: StopRequest
-    first_hooks: Sequence[Hook] = ()
+    written: Collection[str] = ()
 
-    def __post_init__(self, start: Start):
+    def __post_init__(self, start: Restored):
         self.state, self.step = start.state, start.step
-        self.data_step, self.skipped = start.data_step, start.skipped
+        # A state of step 0 has seen no batch of this run's data, whatever its checkpoint says.
+        counts = start.meta if start.step else {}
+        self.data_step = counts.get("data_step", start.step)
+        self.skipped = counts.get("skipped", 0)
         self.interrupted = False
+        self._is_new = start.source != "run"
+        self._hooks_skipped = not self._is_new and bool(start.meta.get("hooks_left_out"))
         self._anomalies = AnomalyRecords(self.outputs.folder, self.stream)
         self._late = LateFetch()
         self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
@@ -177,7 +132,7 @@ class Loop:
 
         Raises:
           AnomalousStepError: the policy ended the run.
-          CheckpointSaveError: a save failed, found at the first step after that.
+          CheckpointSaveError: a save failed, raised at the first step after that.
         """
         bar = tqdm(
             total=self.schedule.total_steps,
@@ -190,7 +145,7 @@ class Loop:
         if self._rolls_back and checkpointer and not checkpointer.all_steps():
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
-            self._run_hooks(self.first_hooks)
+            self._run_hooks(self._first_hooks())
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
@@ -241,7 +196,19 @@ class Loop:
         return any(getattr(hook, "ended", False) for hook in self.hooks)
 
     def _due(self) -> list[Hook]:
-        return [hook for hook in self.hooks if is_due(hook, self.step, self.schedule.total_steps)]
+        last = self.step == self.schedule.total_steps
+        return [hook for hook in self.hooks if last or self.step % hook.every == 0]
+
+    def _first_hooks(self) -> list[Hook]:
+        """Returns the hooks to run before the first update."""
+        if self._is_new:
+            return [hook for hook in self.hooks if getattr(hook, "at_start", False)]
+
+        def has_written(hook: Hook) -> bool:
+            prefix = getattr(hook, "prefix", "")
+            return bool(prefix) and any(name.startswith(prefix) for name in self.written)
+
+        return [h for h in self._due() if not has_written(h)] if self._hooks_skipped else []
 
     def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
         """Runs hooks at this step and writes their metrics; a stop may cut them short."""

@@ -130,7 +130,7 @@ class RunConfig:
                 + (
                     "train a reward model with methods/preference/reward_model.gin."
                     if rewards
-                    else "it says rewards, and this command reads language models (launch.prepare best_of_n reads it)."
+                    else "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
                 )
             )
         if not isinstance(self.model.config, TransformerConfig):

@@ -84,8 +84,8 @@ class LoadedRun:
         if trained is not None and trained != rows.vocabulary_digest(vocabulary):
             raise LoadError(
                 f"The checkpoint was trained with another vocabulary than this {name}: its tokens "
-                "would mean other texts. Use the vocabulary of the run (a trained one is kept in its "
-                "directory, or found again from the same corpus and settings), or give tokens in place "
+                "would mean other texts. Use the vocabulary of the run (a trained one is in its "
+                "directory, or can be trained again from the same corpus and settings), or give tokens in place "
                 "of texts."
             )
         size = self.model.config.vocab_size

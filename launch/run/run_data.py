@@ -1,4 +1,4 @@
-"""The data of a run: opened, checked against its recipe, and described for its records."""
+"""The data of a run: opened, checked against its program, and described for its records."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from data import tasks as task_registry
 from data.stream import stream as streams
 from trainers.batches import Stream, TrainStream
 from trainers.evaluate import EvalStream
-from trainers.recipe import Recipe
+from trainers.recipe import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,9 @@ class RunData:
             **self.tasks,
         }
 
-    def identity(self, recipe: Recipe) -> dict[str, Any]:
-        """Returns what a checkpoint must agree on with the run that continues from it."""
+    def identity(self, program: Program) -> dict[str, Any]:
+        """Returns the facts that a checkpoint and the run that continues from it must agree on."""
+        recipe = program.recipe
         identity = {
             "data_fingerprint": self.stream.fingerprint,
             "model": dataclasses.asdict(recipe.model.config),
@@ -64,7 +65,7 @@ class RunData:
 
 
 def open_data(
-    recipe: Recipe,
+    program: Program,
     *,
     stream: Callable[..., TrainStream],
     positions: Mapping[str, Any],
@@ -78,13 +79,13 @@ def open_data(
     """Registers the tasks and opens the streams.
 
     Args:
-      recipe: what the data must fit.
+      program: what the data must fit.
       stream, tasks, eval_stream, eval_tasks, total_steps, total_tokens: as of `launch.train.train`.
       positions: how far another run has read the sources; empty to read from their beginnings.
       of_prompts: whether the stream is of prompts, whose rows are not those of the recipe.
 
     Raises:
-      ValueError: data that does not fit the recipe, or would repeat more often than its cap allows.
+      ValueError: data that does not fit the program, or would repeat more often than its cap allows.
     """
     if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
         cpu_tensorflow.load()
@@ -92,11 +93,11 @@ def open_data(
         register()
     opened = stream(positions=positions) if positions else stream()
     if not of_prompts:
-        _check_rows(recipe, opened)
-    if recipe.inputs_spec.unit == "tokens":
-        _check_vocabulary(recipe, opened)
+        _check_rows(program, opened)
+    if program.recipe.inputs_spec.unit == "tokens":
+        _check_vocabulary(program, opened)
     else:
-        _check_images(recipe, opened)
+        _check_images(program, opened)
     if total_steps is None:
         assert total_tokens is not None  # checked by `train`
         total_steps = opened.steps_for_tokens(total_tokens)
@@ -111,7 +112,8 @@ def open_data(
     )
 
 
-def _check_rows(recipe: Recipe, stream: Stream) -> None:
+def _check_rows(program: Program, stream: Stream) -> None:
+    recipe = program.recipe
     for name, ours, theirs in (
         ("batch_size", recipe.batch_size, stream.batch_size),
         ("length", recipe.length, stream.length),
@@ -123,9 +125,9 @@ def _check_rows(recipe: Recipe, stream: Stream) -> None:
             )
 
 
-def _check_vocabulary(recipe: Recipe, stream: Stream) -> None:
+def _check_vocabulary(program: Program, stream: Stream) -> None:
     """Checks that the embedding has a row for every id: a larger id would be clipped silently."""
-    rows, size = recipe.model.config.vocab_size, stream.summary()["vocabulary"]["size"]
+    rows, size = program.recipe.model.config.vocab_size, stream.summary()["vocabulary"]["size"]
     if size > rows:
         raise ValueError(
             f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
@@ -134,7 +136,8 @@ def _check_vocabulary(recipe: Recipe, stream: Stream) -> None:
         )
 
 
-def _check_images(recipe: Recipe, stream: Stream) -> None:
+def _check_images(program: Program, stream: Stream) -> None:
+    recipe = program.recipe
     wanted = recipe.inputs_spec.arrays(1)["images"].shape[1:]
     shape, classes = stream.batch(0, 0, 1)["images"].shape[1:], stream.summary()["num_classes"]
     if shape != wanted:

@@ -20,16 +20,9 @@ from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
 from trainers.checkpoints import checkpoint, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.restore import Restored
 from trainers.evaluate import Evaluation
-from trainers.loop import (
-    AnomalousStepError,
-    Loop,
-    Outputs,
-    Schedule,
-    Start,
-    skipped_hooks,
-    start_hooks,
-)
+from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
@@ -156,7 +149,13 @@ def make_loop(
         names = [field.name for field in dataclasses.fields(kind) if field.name in settings]
         return kind(**{name: settings.pop(name) for name in names})
 
-    start = Start(state=state, step=first, data_step=data_step, skipped=skipped)
+    meta = {
+        "data_step": data_step,
+        "skipped": skipped,
+        "hooks_left_out": settings.pop("hooks_left_out", False),
+    }
+    source = settings.pop("source", "run")
+    start = Restored(state=state, step=first, meta=meta, source=source)
     return Loop(start=start, schedule=group(Schedule), outputs=group(Outputs), **settings)
 
 
@@ -223,7 +222,7 @@ def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp
             return {"hook/step": step}
 
     hook = AtStart()
-    loop = make_loop(tmp_path, hooks=(hook,), total=5, first_hooks=start_hooks((hook,)))
+    loop = make_loop(tmp_path, hooks=(hook,), total=5, source="scratch")
     loop.run()
     assert hook.seen == [(0, 0), (4, 4), (5, 5)]
     assert loop.outputs.writer.having("hook/step") == [(0, 0), (4, 4), (5, 5)]
@@ -524,9 +523,7 @@ def test_hooks_skipped_by_a_stop_at_the_end_run_when_the_run_goes_on(tmp_path, s
     assert not first.outputs.writer.having("eval/held_out/loss")
     assert step_dir.read_meta(saver.step_path(10))["hooks_left_out"]
     hooks = (evaluation(Later()),)
-    again = make_loop(
-        tmp_path, checkpointer=saver, hooks=hooks, first_hooks=skipped_hooks(hooks, 10, 10, ())
-    )
+    again = make_loop(tmp_path, checkpointer=saver, hooks=hooks, hooks_left_out=True)
     again.run()
     assert not again.interrupted
     assert [step for step, _ in again.outputs.writer.having("eval/held_out/loss")] == [10]
@@ -542,8 +539,8 @@ def test_skipped_hooks_that_have_written_their_metrics_are_not_run_again(tmp_pat
 
     first, second = Counted("eval/"), Counted("other/")
     hooks = (first, second)
-    skipped = skipped_hooks(hooks, 5, 10, {"loss", "eval/a/loss"})
-    loop = make_loop(tmp_path, hooks=hooks, first_hooks=skipped)
+    written = {"loss", "eval/a/loss"}
+    loop = make_loop(tmp_path, hooks=hooks, hooks_left_out=True, written=written)
     loop.step = 5
     loop.run()
     assert first.steps == [10] and second.steps == [5, 10]

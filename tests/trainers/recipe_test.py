@@ -215,3 +215,15 @@ def test_extras_of_an_objective_are_an_argument_of_the_step():
         for _ in range(2):  # the extras are not donated
             state, metrics = steps.train(state, batch)
         assert 0 < float(metrics["distance"][0]) < want
+
+
+def test_a_number_is_a_constant_schedule_and_a_span_changes_no_shape():
+    recipe = make_recipe(learning_rate=0.25)
+    assert float(recipe.learning_rate(0)) == float(recipe.learning_rate(10**6)) == 0.25
+    waits = make_recipe(learning_rate=schedules.linear(peak=0.5, total_steps=None))
+    program = waits.program(devices=jax.devices()[:4])
+    spanned = program.with_span(schedules.Span(total_steps=4))
+    assert spanned.abstract_state is program.abstract_state
+    assert float(spanned.recipe.learning_rate(0)) == 0.5
+    with pytest.raises(ValueError, match="no value before the run knows"):
+        program.recipe.learning_rate(0)

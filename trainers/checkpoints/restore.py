@@ -21,6 +21,7 @@ from etils import epath
 
 from trainers.checkpoints import phase_state, state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified
+from trainers.checkpoints.carried_moments import carried
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -29,7 +30,6 @@ from trainers.checkpoints.restore_params import (
     list_differences,
     restore_params,
 )
-from trainers.checkpoints.restore_transformed import restore_transformed
 
 
 class RunMismatchError(ValueError):
@@ -42,12 +42,12 @@ class Restored:
 
     Attributes:
       step: the number of steps taken.
-      state: as the abstract state that was asked for.
-      meta: what the run recorded with it.
+      state: of the structure of the abstract state.
+      meta: the run's facts recorded with it.
       metrics: the metrics recorded with it.
       path: its step directory; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
-      skipped: newer steps that were damaged, each with the reason.
+      skipped: newer damaged steps, each with the reason.
     """
 
     step: int
@@ -107,7 +107,7 @@ def restore_state(
     Args:
       path: a step directory, or a run directory for its newest good step.
       abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, or of arrays.
-      expected_meta: keys that must have these values in what was recorded.
+      expected_meta: keys that must have these values in the recorded meta.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
@@ -162,42 +162,55 @@ def restore_or_initialise(
         return restored
     if not initial.path:
         return Restored(step=0, state=initialise(), source="scratch")
-    if initial.transform is not None:
-        state, path = restore_transformed(initial, initialise())
-        restored = Restored(
-            step=int(state.step), state=state, meta=step_dir.read_meta(path), path=path
-        )
-    elif initial.scope == "params":
+    if initial.transform is not None or initial.scope == "params":
         return _restore_variables(initial, initialise())
-    else:
-        restored = restore_state(initial.path, abstract_state)
-    if initial.scope != "state":
-        restored = dataclasses.replace(
-            restored, step=0, state=phase_state.at_step_0(restored.state)
-        )
+    restored = restore_state(initial.path, abstract_state)
+    if initial.scope == "phase":
+        state = phase_state.at_step_0(restored.state)
+        restored = dataclasses.replace(restored, step=0, state=state)
     return dataclasses.replace(restored, source="initial")
 
 
 def _restore_variables(initial: InitialCheckpoint, state: Any) -> Restored:
-    """Returns a fresh state with the checkpoint's parameters and collections."""
+    """Returns a fresh state with the checkpoint's parameters, possibly transformed, and collections.
+
+    With a transform and the scope 'state', the step and the place in schedules are the checkpoint's. A
+    moving average begins with the new parameters.
+    """
+    transform = initial.transform
 
     def read(step: epath.Path) -> Restored:
-        params = restore_params(
+        recorded = step_dir.read_manifest(step)
+        record = step_dir.read_record(step, recorded)
+        root = "ema_params/" if initial.use_ema else "params/"
+        shapes = {
+            name.removeprefix(root): tuple(entry.shape)
+            for name, entry in recorded.arrays.items()
+            if name.startswith(root)
+        }
+        source = restore_params(
             step,
-            state.params,
+            state.params if transform is None else transform.source(state.params, shapes),
             assignment=initial.assignment,
             strict=initial.strict,
             use_ema=initial.use_ema,
         )
-        ema = state.ema_params
-        if ema is not None:
+        params = source if transform is None else transform(source, state.params)
+        made = state.replace(params=params, variables=kept_variables(step, state.variables))
+        if state.ema_params is not None:
             # Averages have their own dtype, and a buffer is donated once only.
-            ema = jax.tree.map(lambda p, e: jnp.array(p, e.dtype, copy=True), params, ema)
-        variables = kept_variables(step, state.variables)
+            ema = jax.tree.map(
+                lambda p, e: jnp.array(p, e.dtype, copy=True), params, state.ema_params
+            )
+            made = made.replace(ema_params=ema)
+        if initial.moments == "carry":
+            moments = carried(step, recorded, state.opt_state, transform, source, params)
+            made = made.replace(opt_state=moments)
+        first = record["step"] if initial.scope == "state" else 0
         return Restored(
-            step=0,
-            state=state.replace(params=params, ema_params=ema, variables=variables),
-            meta=step_dir.read_meta(step),
+            step=first,
+            state=phase_state.at_step(made, first) if first else made,
+            meta=record["meta"],
             path=step,
             source="initial",
         )

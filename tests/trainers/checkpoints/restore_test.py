@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.checkpoints.checkpoint import (
-    Checkpointer,
-    DamagedCheckpointError,
-    restore_or_initialise,
-    restore_params,
-    restore_state,
-)
+from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import InitialCheckpoint
+from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.restore import restore_or_initialise, restore_state
+from trainers.checkpoints.restore_params import restore_params
 from trainers.train_state import TrainState
 
 
