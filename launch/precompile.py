@@ -1,4 +1,4 @@
-"""Compiles a training run for TPUs that are not here and says what it needs and costs per chip.
+"""Compiles a training run for absent TPUs and reports memory, FLOPs and communication per chip.
 
 Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs the extra `tpu`):
 
@@ -6,9 +6,9 @@ Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs 
     --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
     --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
 
-Takes the gin arguments of `train`; data and directories are not looked at. Nothing is allocated
-and nothing runs: memory is the compiler's account, FLOPs and collectives are read from its program.
-Exit status: 0 the step fits, 1 it does not, 2 something is wrong with the configuration.
+Takes the gin arguments of `train`; data and directories are not read. Nothing is allocated and nothing
+runs: the compiler reports memory; FLOPs and collectives are counted in its program.
+Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong.
 """
 
 if __name__ == "__main__":
@@ -57,15 +57,15 @@ import jax
 from launch.aot import compile_report, tpu_topology
 from launch.aot.compile_report import Memory, Report
 from launch.aot.tpu_topology import Topology
-from launch.run.host_metrics import flops_per_unit
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops
+from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def run(start: Any) -> None:
-    """Compiles the run that gin describes, prints the report, and writes it where flags say.
+    """Compiles the run that gin configures, prints the report, and writes it to the flags' files.
 
     Raises:
       SystemExit: with status 1 when the step does not fit.
@@ -73,16 +73,16 @@ def run(start: Any) -> None:
     """
     topology = tpu_topology.parse(start.flags.topology)
     devices = tpu_topology.devices(topology)
-    # How long a schedule is changes a constant of the program, not what it needs.
+    # The length of a schedule changes a constant of the program, not its cost.
     span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
-    recipe: Recipe = start.arguments()["recipe"].over(span)
-    program = recipe.program(devices=devices)
+    recipe: Recipe = start.arguments()["recipe"]
+    program = recipe.with_span(span).program(devices=devices)
     print("".join(line + "\n" for line in program.reports), end="")
     print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", flush=True)
     began = time.perf_counter()
-    report, text = compile_step(recipe, program, hbm_bytes=topology.chip.hbm_bytes)
+    report, text = compile_step(program, hbm_bytes=topology.chip.hbm_bytes)
     seconds = time.perf_counter() - began
-    header = _header(topology, recipe, program)
+    header = _header(topology, program)
     print(compile_report.table(report, _facts(header, report, topology, seconds)))
     if start.flags.json:
         document = {**header, "compile_seconds": round(seconds, 1), **report.as_json()}
@@ -93,19 +93,17 @@ def run(start: Any) -> None:
         raise SystemExit(1)
 
 
-def compile_step(
-    recipe: Recipe, program: Program, *, hbm_bytes: float
-) -> tuple[Report, str | None]:
+def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
     """Compiles the train step of a program, whose devices may be absent, and measures it.
 
     Args:
-      recipe: what the program was made from.
-      program: the recipe on a mesh.
+      program: a recipe on a mesh.
       hbm_bytes: memory of one device.
 
     Returns:
       The report, and the program's text; None when it does not fit.
     """
+    recipe = program.recipe
     batch = recipe.abstract_batch(program.batch_sharding)
     # Losses by data source would need the data; they cost next to nothing.
     step = program.steps(0).train
@@ -118,8 +116,7 @@ def compile_step(
             if sizes is None:
                 raise
             return _too_large(program, batch, needed=sizes[0]), None
-    units = recipe.batch_size * recipe.length
-    model_flops = flops_per_unit(recipe, program) * units / program.mesh.devices.size
+    model_flops = train_flops_per_unit(program) * recipe.units_per_batch / program.mesh.devices.size
     report = compile_report.measure(
         compiled, model_flops=model_flops, mean_keys=_mean_keys(recipe), hbm_bytes=hbm_bytes
     )
@@ -127,7 +124,7 @@ def compile_step(
 
 
 def _too_large(program: Program, batch: Any, *, needed: int) -> Report:
-    """What can be said of a program the compiler gave up on: it counts arguments as temporaries."""
+    """Returns the memory of a program that the compiler refused; it counts arguments as temporaries."""
     state = sum(map(_shard_bytes, jax.tree.leaves(program.abstract_state)))
     arguments = state + sum(map(_shard_bytes, jax.tree.leaves(batch)))
     memory = Memory(
@@ -145,16 +142,17 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _mean_keys(recipe: Recipe) -> float:
-    """Keys a query attends to, on average over a row and over the layers; 0 without attention."""
-    if recipe.reads.length is None:
+    """Returns the keys per query, on average over rows and layers; 0 without attention."""
+    if recipe.inputs_spec.length is None:
         return 0.0
     config = recipe.model.config
     kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
     return sum(flops.mean_keys(recipe.length, kind.window) for kind in kinds) / len(kinds)
 
 
-def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, Any]:
-    """What the figures are of."""
+def _header(topology: Topology, program: Program) -> dict[str, Any]:
+    """Facts about what was compiled."""
+    recipe = program.recipe
     return {
         "topology": str(topology),
         "chips": topology.num_chips,
@@ -165,13 +163,13 @@ def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, A
         "parameters": program.num_params(),
         "batch_size": recipe.batch_size,
         "length": recipe.length,
-        "unit": recipe.reads.unit,
+        "unit": recipe.inputs_spec.unit,
         "versions": tpu_topology.versions(),
     }
 
 
 def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: float):
-    """Lines above the table."""
+    """Returns the lines above the table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     facts = [
@@ -205,7 +203,7 @@ def _rows(header: dict[str, Any]) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Trains a model as gin says, and goes on where it stopped when it is started again.
+"""Trains a model as gin configures it; started again, it continues where it stopped.
 
 Example: a tiny model on the Python standard library's own sources, one minute on a laptop:
 
@@ -7,8 +7,8 @@ Example: a tiny model on the Python standard library's own sources, one minute o
     --gin_file=t5x_configs/runs/pretrain.gin \\
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
 
-SIGTERM saves and ends the run with status 75 (EX_TEMPFAIL): the same command goes on from there. The
-status is 0 when the run is done and 2 for an error in the configuration or the data.
+SIGTERM saves and ends the run with status 75 (EX_TEMPFAIL): the same command continues it. The status
+is 0 when the run is done and 2 for an error in the configuration or the data.
 """
 
 if __name__ == "__main__":
@@ -17,40 +17,30 @@ if __name__ == "__main__":
     raise SystemExit(cli.main(__doc__, entry="launch.train:train"))
 
 import contextlib
-import dataclasses
 import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from data import cpu_tensorflow
-from data import tasks as task_registry
-from data.stream import stream as streams
 from launch.config import gin_config
-from launch.run import (
-    host_metrics,
-    left_out,
-    phase,
-    run_checks,
-    run_dir,
-    run_messages,
-    run_vocabulary,
-)
+from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
-from model.transforms.base import TreeTransform
+from launch.run.run_data import RunData, open_data
 from trainers import partitioning, signals
-from trainers.batches import Feed, FeedFactory, Prefetcher, Stream, TrainStream
-from trainers.checkpoints import checkpoint, restore
-from trainers.compile_ahead import compiling
+from trainers.batches import Feed, FeedFactory, Prefetcher, TrainStream
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.hooks import HookFactory, RunContext
-from trainers.loop import Loop
-from trainers.optim import schedules
-from trainers.recipe import Recipe
-from trainers.telemetry import metric_writers, profiler
+from trainers.loop import Loop, Outputs, Schedule
+from trainers.optim.schedules import Span
+from trainers.recipe import Program, Recipe
+from trainers.telemetry import flops, metric_writers, profiler
 from trainers.telemetry.goodput import Goodput, process_start
+from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def train(
@@ -66,15 +56,8 @@ def train(
     eval_period: int = 1000,
     eval_steps: int | None = None,
     checkpoint_period: int = 1000,
-    checkpointer: Callable[..., checkpoint.Checkpointer] = checkpoint.Checkpointer,
-    initial_checkpoint_path: str | None = None,
-    initial_scope: restore.Scope = "params",
-    initial_data: phase.Data = "restart",
-    initial_assignment: Sequence[tuple[str, str | None]] = (),
-    initial_strict: bool = True,
-    initial_use_ema: bool = False,
-    initial_transform: TreeTransform | None = None,
-    initial_moments: restore.Moments = "reset",
+    checkpointer: Callable[..., Checkpointer] = Checkpointer,
+    initial: InitialCheckpoint = NEW_PARAMETERS,
     log_period: int = 10,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
@@ -86,37 +69,25 @@ def train(
 
     Args:
       recipe: model, objective, optimiser, mesh.
-      model_dir: the run's directory; an interrupted run goes on from its newest good checkpoint.
-      stream: opens the training data; to read on where another run stopped, called with (positions=).
-      total_steps: updates in all, those of earlier starts of this run included.
-      total_tokens: in its place, loss-bearing tokens (or images) in all: as many updates as reach them.
+      model_dir: the run's directory; an interrupted run continues from its newest good checkpoint.
+      stream: opens the training data; called with (positions=) to read on where another run stopped.
+      total_steps: updates in all, including those of earlier starts of this run.
+      total_tokens: instead of total_steps: loss-bearing tokens (or images) in all.
       tasks: functions that register SeqIO tasks.
       eval_stream: opens the held-out split of a task, called with (task=).
       eval_tasks: tasks to evaluate; the sources of the training stream when None.
-      eval_period: updates between evaluations; there is always one after the last update.
+      eval_period: updates between evaluations; the last update is always followed by one.
       eval_steps: batches per task; None for whole splits.
       checkpoint_period: updates between checkpoints; the last update is always saved.
       checkpointer: factory, called with the directory.
-      initial_checkpoint_path: what a run without checkpoints of its own starts from: a step directory, or
-        a run directory for its newest good step.
-      initial_scope: 'params' takes its parameters; 'phase' also averages and moments, at step 0 of a
-        schedule of its own; 'state' also the step, as if this were the same run.
-      initial_data: 'restart' reads every source from its beginning, 'continue' from where that run
-        stopped, whatever the mixture ('state' goes on at that run's next batch).
-      initial_assignment: with 'params', (pattern, checkpoint path or None) for parameters under other names.
-      initial_strict: with 'params', each of this model's parameters must be found there, and none more.
-      initial_use_ema: with 'params', starts from the averaged parameters.
-      initial_transform: makes that checkpoint's parameters into this model's (model/transforms/base.py);
-        with the scopes 'phase' and 'state' step and schedule are as these say.
-      initial_moments: with a transform, whether the optimiser's moments begin anew ('reset') or go
-        through it ('carry').
+      initial: what a run without checkpoints of its own starts from.
       log_period: updates per row of metrics.
-      writers: factories of more metric writers, beside metrics.jsonl and TensorBoard in the run's
-        directory; called once all is checked, by the one process that writes.
+      writers: factories of further metric writers, beside metrics.jsonl and TensorBoard; called by the
+        one process that writes, once everything has been checked.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
-      rollouts: where the run trains on its own samples, what makes batches of them, the stream being of prompts;
-        called with (stream=, recipe=, program=, folder=), see trainers/online/rollouts.py.
+      rollouts: for a run that trains on its own samples: makes batches from a stream of prompts; called
+        with (stream=, program=, folder=), see trainers/online/rollouts.py.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 
@@ -129,227 +100,202 @@ def train(
       AnomalousStepError: the loss policy ended the run.
     """
     goodput = Goodput(started=process_start() if started is None else started)
-    primary = jax.process_index() == 0
-    if (total_steps is None) == (total_tokens is None):
-        raise ValueError(
-            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: give one of them, and None "
-            "for the other."
-        )
-    run_checks.numbers(
-        TRAIN_STEPS=1 if total_steps is None else total_steps,
-        TRAIN_TOKENS=1 if total_tokens is None else total_tokens,
+    # Everything that can be wrong without data is checked before any data is touched.
+    _check_lengths(
+        TRAIN_STEPS=total_steps,
+        TRAIN_TOKENS=total_tokens,
         BATCH_SIZE=recipe.batch_size,
         EVAL_PERIOD=eval_period,
-        EVAL_STEPS=1 if eval_steps is None else eval_steps,
+        EVAL_STEPS=eval_steps,
         CHECKPOINT_PERIOD=checkpoint_period,
         LOG_PERIOD=log_period,
     )
+    initial.check()
+    program = recipe.program()
     with contextlib.ExitStack() as stack:
-        # Everything that can be wrong without data is checked before any data is touched.
-        program = recipe.program()
-        run = stack.enter_context(
-            contextlib.closing(run_dir.prepare(model_dir, gin_config.config_str(), writer=primary))
+        primary = jax.process_index() == 0
+        run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
+        stack.enter_context(contextlib.closing(run))
+        parent = phase.find_parent(run.checkpoints, initial)
+        data = open_data(
+            program,
+            stream=stream,
+            positions=parent.positions,
+            tasks=tasks,
+            eval_stream=eval_stream,
+            eval_tasks=eval_tasks,
+            total_steps=total_steps,
+            total_tokens=total_tokens,
+            of_prompts=rollouts is not None,
         )
-        if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
-            cpu_tensorflow.load()
-        for register in tasks:
-            register()
-        begun = phase.initial(
-            run.checkpoints, initial_checkpoint_path, scope=initial_scope, data=initial_data
-        )
-        data = stream(positions=begun["positions"]) if begun.get("positions") else stream()
-        if rollouts is None:
-            run_checks.stream(recipe, data)
-        else:
-            run_checks.vocabulary(recipe, data)
-        if total_steps is None:
-            total_steps = data.steps_for_tokens(total_tokens)
-        if isinstance(recipe.learning_rate, schedules.Unspanned):
-            since, rate = begun.get("step", 0), begun.get("learning_rate")
-            recipe = recipe.over(schedules.Span(total_steps, rate, since))
-            program = recipe.program()
-        registered = task_registry.summary() if tasks else {}
-        told = [("caps", line) for line in data.check_repeats(total_steps)]
-        if primary and tasks:
-            run_vocabulary.save(run.path, task_registry.vocabulary(data.source_names[0]))
-        eval_tasks = data.source_names if eval_tasks is None else tuple(eval_tasks)
-        held_out = streams.held_out(eval_stream, eval_tasks) if eval_stream else ()
-        told += left_out.lines(registered, data, held_out)
-        run.record(
-            mesh=run_dir.mesh_facts(program.mesh),
-            data_fingerprint=data.fingerprint,
-            data=data.summary(),
-            epochs=data.epochs(total_steps),
-            initial=begun,
-            parameters=program.num_params(),
-            **registered,
-        )
-        run.write(
-            "parameters.txt", parameter_table(program.boxed_params, program.abstract_state.params)
-        )
-        if profile is not None and profile.directory is None:
-            profile.directory = run.file("profile")
-        steps = program.steps(len(data.source_names))
-        meta = _meta(recipe, data)
+        program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
+        _describe(run, program, data, parent)
+
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
-        evaluation = Evaluation(
-            every=eval_period,
-            eval_step=steps.evaluate,
-            streams=held_out,
-            sharding=program.batch_sharding,
-            max_steps=eval_steps,
-            stop=stop.asked,
-            unit=recipe.reads.loss_per,
-        )
+        steps = program.steps(len(data.stream.source_names))
         saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
-        feed: Feed = Prefetcher(data, program.batch_sharding)
+        feed: Feed = Prefetcher(data.stream, program.batch_sharding)
         if rollouts is not None:
-            folder = run.file("rollouts")
-            feed = rollouts(stream=data, recipe=recipe, program=program, folder=folder)
-        # What is left to compile when the state is there counts as compilation.
+            feed = rollouts(stream=data.stream, program=program, folder=run.file("rollouts"))
         with (
-            goodput.measure("compile"),
-            compiling(program, steps.train, feed.abstract()),
+            goodput.measure("compile"),  # what is left of it once the state is restored
+            program.compiling(steps.train, feed.abstract()),
             goodput.measure("init"),
         ):
-            start = restore.restore_or_initialise(
-                saver,
-                program.abstract_state,
-                program.init,
-                expected_meta=meta,
-                initial_checkpoint_path=initial_checkpoint_path,
-                initial_scope=initial_scope,
-                assignment=tuple(initial_assignment),
-                strict=initial_strict,
-                use_ema=initial_use_ema,
-                transform=initial_transform,
-                moments=initial_moments,
+            start, meta = phase.restore_start(
+                saver, program, initial, parent, data.identity(program)
             )
-            run_checks.same_vocabulary(start, meta)
-            run_checks.same_beginnings(recipe, start, meta)
-            begun = phase.begun(start, begun)
-            meta |= _origin(start) | ({"initial": begun} if begun else {})
-        writer = stack.enter_context(
-            contextlib.closing(metric_writers.MultiWriter(_writers(run, start.step, writers)))
-        )
+        writer = stack.enter_context(contextlib.closing(_open_writers(run, start.step, writers)))
         if primary:
-            run_messages.announce(recipe, program, data, start, total_steps, told)
-        rates = host_metrics.rates_of(recipe, total_steps)
+            run_messages.announce(program, data, start)
+
+        rates = _learning_rates(program, data.total_steps)
         context = RunContext(
             path=run.path,
             writer=primary,
             step=start.step,
-            recipe=recipe,
             program=program,
             learning_rate=lambda updates: float(rates[updates]),
             give_up=stop.asked,
         )
-        loop = Loop(
-            state=start.state,
-            step=start.step,
-            data_step=_first_batch(start),
-            skipped=start.meta.get("skipped", 0) if start.step else 0,
-            total_steps=total_steps,
-            train_step=steps.train,
-            stream=data,
-            feed=feed,
-            run_dir=pathlib.Path(run.path),
-            writer=writer,
-            goodput=goodput,
-            checkpointer=saver,
-            checkpoint_period=checkpoint_period,
-            meta=meta,
-            log_period=log_period,
-            unit=recipe.reads.unit,
-            host_metrics=host_metrics.host_metrics(recipe, program, rates),
-            data_metrics=lambda batches: {
-                f"epochs/{name}": epochs for name, epochs in data.epochs(batches).items()
-            },
-            position=lambda updates, batches: {
-                "learning_rate": float(rates[updates]),
-                "positions": {**begun.get("positions", {}), **data.positions(batches)},
-            },
-            hooks=(*([evaluation] if held_out else []), *(make(run=context) for make in hooks)),
-            hooks_left_out=start.source == "run" and bool(start.meta.get("hooks_left_out")),
-            written=_written(run, start.step),
-            begins=start.source != "run",
-            anomaly=recipe.anomaly,
-            stop=stop,
-            abstract_state=program.abstract_state,
-            profiler=profile,
+        evaluation = Evaluation(
+            every=eval_period,
+            eval_step=steps.evaluate,
+            streams=data.eval_streams,
+            sharding=program.batch_sharding,
+            max_steps=eval_steps,
+            stop=stop.asked,
+            unit=program.recipe.inputs_spec.loss_per,
         )
-        # All that gin configures has been called; again at the end for what hooks call.
+        evaluations = [evaluation] if data.eval_streams else []
+        if profile is not None and profile.directory is None:
+            profile.directory = run.file("profile")
+        loop = Loop(
+            start=start,
+            train_step=steps.train,
+            abstract_state=program.abstract_state,
+            stream=data.stream,
+            feed=feed,
+            schedule=Schedule(
+                total_steps=data.total_steps,
+                log_period=log_period,
+                checkpoint_period=checkpoint_period,
+            ),
+            outputs=Outputs(
+                folder=run.path,
+                writer=writer,
+                checkpointer=saver,
+                goodput=goodput,
+                profiler=profile,
+                row_metrics=_row_metrics(program, data, rates),
+                checkpoint_meta=_checkpoint_meta(meta, data, rates),
+                unit=program.recipe.inputs_spec.unit,
+            ),
+            hooks=(*evaluations, *(make(run=context) for make in hooks)),
+            written=_written_metrics(run, start.step),
+            anomaly=program.recipe.anomaly,
+            stop=stop,
+        )
+        # Everything that gin configures has been called, except what hooks call.
         run.write_operative_config(gin_config.operative_config_str())
         loop.run()
         run.write_operative_config(gin_config.operative_config_str())
-    last = evaluation.results.get(loop.step, {})
     if primary:
-        how = "stopped by a signal" if loop.interrupted else "done"
-        if loop.ended and loop.step < total_steps:
-            how = "ended by a hook"
-        print(
-            f"{how} at step {loop.step}; the run is in {run.path}\n{run_messages.time_split(goodput)}"
-        )
-        print(f"read: {run_messages.epochs_line(data, loop.data_step)}", flush=True)
-    return {**last, "interrupted": float(loop.interrupted)}
+        run_messages.summarise(run.path, loop, data)
+    return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
 
 
-def _meta(recipe: Recipe, data: Stream) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that continues from it."""
-    return {
-        "data_fingerprint": data.fingerprint,
-        **(_text_meta(data) if recipe.reads.unit == "tokens" else {}),
-        "model": dataclasses.asdict(recipe.model.config),
-        "seed": recipe.seed,
-    }
+def _check_lengths(**numbers: float | None) -> None:
+    """Checks the numbers that must be positive, by macro; None is no number.
 
-
-def _text_meta(data: Stream) -> dict[str, Any]:
-    return {
-        "vocabulary": data.summary()["vocabulary"]["digest"],
-        "add_bos": _adds_bos(data),
-        "start_token": data.summary()["start_token"],
-    }
-
-
-def _origin(start: restore.Restored) -> dict[str, Any]:
-    """What is known of the start that its parameters do not say.
-
-    Of an imported model what its files said, for export after training; of a mixture what it was made of,
-    for its extension.
+    Raises:
+      ValueError: a number below 1, or not exactly one of TRAIN_STEPS and TRAIN_TOKENS.
     """
-    said = start.meta.get("hf", {})
-    kept = {key: said[key] for key in ("family", "config", "generation_config") if key in said}
-    made = {"upcycled": start.meta["upcycled"]} if "upcycled" in start.meta else {}
-    return {**({"hf": kept} if kept else {}), **made}
+    steps, tokens = numbers["TRAIN_STEPS"], numbers["TRAIN_TOKENS"]
+    if (steps is None) == (tokens is None):
+        raise ValueError(
+            f"TRAIN_STEPS = {steps} and TRAIN_TOKENS = {tokens}: set one of them, and the other to None."
+        )
+    bad = [f"{name} = {n}" for name, n in numbers.items() if n is not None and n < 1]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
 
 
-def _adds_bos(data: Stream) -> bool:
-    """Whether all documents begin with BOS, as prompts then must too."""
-    tasks = task_registry.summary()["tasks"]
-    return all(tasks.get(name, {}).get("add_bos", False) for name in data.source_names)
+def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:
+    """Writes the files about mesh, data and parameters that do not change during the run.
+
+    Raises:
+      RunDirectoryError: the data has changed since an earlier start of this run.
+    """
+    run.record(
+        mesh=run_dir.mesh_facts(program.mesh),
+        initial=parent.record(),
+        parameters=program.num_params(),
+        **data.record(),
+    )
+    table = parameter_table(program.boxed_params, program.abstract_state.params)
+    run.write("parameters.txt", table)
+    if run.writer and data.tasks:
+        run_vocabulary.save(run.path, data.vocabulary())
 
 
-def _written(run: run_dir.RunDir, step: int) -> set[str]:
-    """Names of the metrics that are written for a step, those of earlier starts of this run."""
+def _open_writers(
+    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metric_writers.MetricWriter]]
+) -> metric_writers.MultiWriter:
+    if not run.writer:
+        return metric_writers.MultiWriter([])
+    after = first_step + 1 if first_step else 0  # step 0 has a row where hooks ran before it
+    return metric_writers.MultiWriter(
+        [
+            metric_writers.JsonlWriter(run.metrics, first_step=after),
+            metric_writers.TensorBoardWriter(run.tensorboard, first_step=after),
+            *(make() for make in more),
+        ]
+    )
+
+
+def _written_metrics(run: run_dir.RunDir, step: int) -> set[str]:
+    """Returns the names of the metrics that earlier starts of this run wrote for a step."""
     rows = metric_writers.read_jsonl(run.metrics) if os.path.exists(run.metrics) else []
     return {name for row in rows if row["step"] == step for name in row}
 
 
-def _first_batch(start: restore.Restored) -> int:
-    """The first batch that the state has not seen; a state of step 0 has seen none."""
-    return start.meta.get("data_step", start.step) if start.step else 0
+def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
+    """Returns the learning rate of each update, and of the one that would follow the last."""
+    # Tabulated: evaluated one by one they would wait behind the step that is running.
+    rate = jax.vmap(lambda step: jnp.asarray(program.recipe.learning_rate(step), jnp.float32))
+    return np.asarray(rate(jnp.arange(total_steps + 1)))
 
 
-def _writers(
-    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metric_writers.MetricWriter]]
-) -> list[metric_writers.MetricWriter]:
-    if not run.writer:
-        return []
-    after = first_step + 1 if first_step else 0  # step 0 has a row where hooks ran before it
-    return [
-        metric_writers.JsonlWriter(run.metrics, first_step=after),
-        metric_writers.TensorBoardWriter(run.tensorboard, first_step=after),
-        *(make() for make in more),
-    ]
+def _row_metrics(
+    program: Program, data: RunData, rates: np.ndarray
+) -> Callable[[int, int, float], Mapping[str, float]]:
+    """Returns what computes a row's learning rate, throughput, utilisation and epochs on the host."""
+    per_unit, unit = train_flops_per_unit(program), program.recipe.inputs_spec.unit
+    devices = list(program.mesh.devices.flat)
+
+    def metrics(updates: int, batches: int, units_per_second: float) -> Iterator[tuple[str, float]]:
+        # An update uses the rate at the number of updates before it.
+        yield "learning_rate", float(rates[max(updates - 1, 0)])
+        if units_per_second:
+            yield f"{unit}_per_second", units_per_second
+            yield "model_flops_per_second", units_per_second * per_unit
+            if (mfu := flops.utilisation(units_per_second, per_unit, devices)) is not None:
+                yield "mfu", mfu
+        for name, epochs in data.stream.epochs(batches).items():
+            yield f"epochs/{name}", epochs
+
+    return lambda *counts: dict(metrics(*counts))
+
+
+def _checkpoint_meta(
+    meta: Mapping[str, Any], data: RunData, rates: np.ndarray
+) -> Callable[[int, int], Mapping[str, Any]]:
+    """Returns what computes the facts in a checkpoint: `meta`, learning rate and places in the data."""
+    before = meta.get("initial", {}).get("positions", {})
+    return lambda updates, batches: {
+        **meta,
+        "learning_rate": float(rates[updates]),
+        "positions": {**before, **data.stream.positions(batches)},
+    }

@@ -47,5 +47,5 @@ def clean_gin():
 def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings):
     unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
     config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
-    recipe = config.arguments()["recipe"].over(Span(total_steps=100_000, stopped_at=1e-4))
+    recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))
     assert float(recipe.learning_rate(1)) > 0

@@ -133,7 +133,7 @@ def load_recipe(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_model_initialises_abstractly_with_its_size(name):
     recipe = load_recipe(name)
-    params = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
+    params = initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
 
@@ -290,9 +290,9 @@ def test_a_file_of_images_makes_a_run_with_nothing_left_to_set_or_unused(name):
     arguments = config.arguments()
     recipe = arguments["recipe"]
     assert callable(arguments["stream"]) and callable(arguments["eval_stream"])
-    assert recipe.reads.arrays(2)["images"].shape == (
+    assert recipe.inputs_spec.arrays(2)["images"].shape == (
         2,
-        *recipe.reads.init_arguments()[0].shape[1:],
+        *recipe.inputs_spec.init_arguments()[0].shape[1:],
     )
 
 
@@ -336,7 +336,7 @@ def test_an_experiment_makes_a_program(file):
     assert program.num_params() > 0
     assert program.mesh.devices.size == jax.device_count()
     assert arguments["total_steps"] > 0
-    assert arguments.get("tasks") or arguments["recipe"].reads.unit == "images"
+    assert arguments.get("tasks") or arguments["recipe"].inputs_spec.unit == "images"
 
 
 @pytest.mark.parametrize("name", sorted(ONLINE))
@@ -357,10 +357,10 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
     config = gin_config.load(paths, bindings, entry="launch.train:train")
     assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
-    assert recipe.batch_size == 32 * recipe.reads.rows_per_prompt
-    batch = recipe.reads.arrays(recipe.batch_size)
+    assert recipe.batch_size == 32 * recipe.inputs_spec.rows_per_prompt
+    batch = recipe.inputs_spec.arrays(recipe.batch_size)
     assert batch["decoder_input_tokens"].shape == (recipe.batch_size, recipe.length)
-    boxed = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
+    boxed = initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"]
     assert ("value_head" in boxed) == (name == "ppo")
 
 
@@ -407,7 +407,7 @@ def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(
         "orpo",
         "reward_model",
     } & {*methods}
-    assert ("reference_log_probs" in recipe.reads.arrays(32)) == (not free)
+    assert ("reference_log_probs" in recipe.inputs_spec.arrays(32)) == (not free)
 
 
 def test_every_method_of_preferences_is_known():

@@ -1,14 +1,21 @@
-"""What counts as a bad step, decided inside the compiled step so that no bad update is ever applied.
+"""Bad steps: how the compiled step detects them, so that no bad update is applied, and their records.
 
-The verdict costs no synchronisation: a bad step leaves parameters, moments and averages as they were
-and reports `anomaly` = 1; the loop reads that one step late and stops, counts or rolls back.
+Detection costs no synchronisation: a bad step leaves parameters, moments and averages unchanged and
+reports `anomaly` = 1; the loop reads that one step late and stops, counts or rolls back.
 """
 
 import dataclasses
-from typing import Literal, get_args
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from trainers.batches import Stream
 
 Action = Literal["stop", "skip", "rollback"]
 ACTIONS = get_args(Action)
@@ -70,3 +77,58 @@ class Anomaly:
             "count": count + 1,
         }
         return good, jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, statistics)
+
+
+class AnomalyRecords:
+    """Files in a run's directory that tell which batches and documents had a bad step."""
+
+    def __init__(self, folder: str | os.PathLike, stream: Stream):
+        self._folder, self._stream = pathlib.Path(folder, "anomalies"), stream
+
+    def record(
+        self,
+        step: int,
+        data_step: int,
+        fetched: Mapping[str, tuple[Any, Any]],
+        action: Action,
+    ) -> dict[str, Any]:
+        """Writes a batch (npz) and its documents (JSON), so that the step can be replayed.
+
+        Args:
+          step: the bad step.
+          data_step: its batch.
+          fetched: its metrics as (sum, weight).
+          action: what the policy does about it.
+
+        Returns:
+          The record, with 'loss', 'grad_norm' and the 'path' of the JSON file.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        size = self._stream.batch_size
+        path = self._folder / f"batch_{data_step}.json"  # steps come twice after a rollback
+        values = {
+            name: np.asarray(total / weight).tolist() for name, (total, weight) in fetched.items()
+        }
+        record = {
+            "step": step,
+            "data_step": data_step,
+            "loss": values.get("loss"),
+            "grad_norm": values.get("grad_norm"),
+            "action": action,
+            "documents": self._stream.documents(data_step, 0, size),
+        }
+        if jax.process_index() == 0:
+            batch: dict[str, Any] = self._stream.batch(data_step, 0, size)
+            np.savez(path.with_suffix(".npz"), **batch)
+            path.write_text(json.dumps(record, indent=1, default=str))
+        return {**record, "path": str(path)}
+
+    def record_skipped(self, first: int, last: int) -> None:
+        """Writes the documents of the skipped batches `first` to `last`, a line for each batch."""
+        if jax.process_index() == 0:
+            path = self._folder / f"batch_{last}_skipped.jsonl"
+            with open(path, "w", encoding="utf-8") as file:
+                for batch in range(first, last + 1):
+                    documents = self._stream.documents(batch, 0, self._stream.batch_size)
+                    line = {"data_step": batch, "documents": documents}
+                    file.write(json.dumps(line, default=str) + "\n")

@@ -1,7 +1,7 @@
-"""From a stream of rows to sharded global arrays, prepared ahead by one thread.
+"""Turns a stream of rows into sharded global arrays, which a thread prepares ahead.
 
-The stream is a pure function of (step, row range); every device asks for the rows it needs, so the
-mesh and the number of hosts never change what a batch holds.
+The stream is a pure function of (step, row range) and every device asks for its own rows, so that the
+contents of a batch do not depend on the mesh or the number of hosts.
 """
 
 import queue
@@ -17,13 +17,13 @@ Index = tuple[slice, ...]
 
 
 class Stream(Protocol):
-    """What trainers need of a data stream; data/stream/train_stream.py is one.
+    """A data stream, as trainers use it; data/stream/train_stream.py is one.
 
     Attributes:
       batch_size: rows of a global batch.
-      length: units in a row, as `Recipe.length` has it.
-      source_names: what `source_ids` index.
-      fingerprint: of all that decides what batches hold.
+      length: units in a row, as `Recipe.length`.
+      source_names: the names that `source_ids` index.
+      fingerprint: a digest of everything that determines the contents of batches.
     """
 
     batch_size: int
@@ -32,45 +32,45 @@ class Stream(Protocol):
     fingerprint: str
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of the global batch of `step`."""
+        """Returns rows [lo, hi) of the global batch of `step`."""
         ...
 
     def documents(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
-        """Source, documents and epoch of the same rows."""
+        """Returns source, documents and epoch of these rows."""
         ...
 
     def summary(self) -> dict[str, Any]:
-        """What to record with a run."""
+        """Returns facts to record with a run."""
         ...
 
 
 class TrainStream(Stream, Protocol):
-    """What a training run needs beyond that: how its data go on, run out and repeat."""
+    """A stream to train on, which also knows how its data continue, run out and repeat."""
 
     def steps_for_tokens(self, tokens: float) -> int:
-        """Steps that train on so many loss-bearing tokens, rounded up."""
+        """Returns the steps that train on this many loss-bearing tokens, rounded up."""
         ...
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been read before `step`."""
+        """Returns how often each source has been read before `step`."""
         ...
 
     def positions(self, step: int) -> dict[str, dict[str, Any]]:
-        """How far each source has been read before `step`, for a phase that reads on from there."""
+        """Returns how far each source has been read before `step`, for a phase that reads on there."""
         ...
 
     def check_repeats(self, steps: int) -> list[str]:
-        """What a run of so many steps must be told of repeats; raises ValueError if it may not run."""
+        """Returns warnings about repeats in a run of `steps`; raises ValueError beyond a strict cap."""
         ...
 
 
 class Feed(Protocol):
-    """Where the loop takes its batches from: a `Prefetcher`, or what makes them of the state.
+    """The loop's source of batches: a `Prefetcher`, or one that makes them with the current state.
 
     Attributes:
-      part: of the run's time that waiting for a batch is, see trainers/telemetry/goodput.py.
-      of_state: whether batches are made of the state, so that the update before it has to be over.
-      units: tokens or images of a batch, as rates count them.
+      part: the part of the run's time that waiting for a batch counts as, see telemetry/goodput.py.
+      of_state: whether batches depend on the state, so that the update before must have finished.
+      units: tokens or images in a batch, as rates count them.
     """
 
     part: str
@@ -80,24 +80,24 @@ class Feed(Protocol):
     def units(self) -> int: ...
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of batches."""
+        """Returns shapes, dtypes and shardings of batches."""
         ...
 
     def get(self, step: int, state: Any) -> dict[str, jax.Array]:
-        """The batch of a data step, of which `state` is the train state before it: a function of both."""
+        """Returns the batch of a data step, a function of the step and the train state before it."""
         ...
 
     def close(self) -> None:
-        """Ends what runs beside the loop; a later `get` may begin it again."""
+        """Stops background work; a later `get` may start it again."""
         ...
 
 
-# Called with (stream=, recipe=, program=, folder=): what trains on its own samples.
+# Called with (stream=, program=, folder=), for a run that trains on its own samples.
 FeedFactory = Callable[..., Feed]
 
 
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The batch of one step as global arrays; each process reads only its own rows."""
+    """Returns the batch of one step as global arrays; each process reads only its own rows."""
     ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def rows(lo: int, hi: int) -> dict[str, np.ndarray]:
@@ -121,10 +121,10 @@ def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str
 
 
 def abstract_batch(stream: Stream, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the stream's global batches."""
+    """Returns shapes, dtypes and shardings of the stream's global batches."""
 
     def whole(row: np.ndarray) -> jax.ShapeDtypeStruct:
-        dtype = jax.dtypes.canonicalize_dtype(row.dtype)  # as arrays are given to devices
+        dtype = jax.dtypes.canonicalize_dtype(row.dtype)  # the dtype on devices
         shape = (stream.batch_size, *row.shape[1:])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -134,7 +134,7 @@ def abstract_batch(stream: Stream, sharding: NamedSharding) -> dict[str, jax.Sha
 class Prefetcher:
     """Global batches of consecutive steps, `ahead` of them prepared by a thread.
 
-    A `get` out of order restarts the thread there: a rollback needs no other notice.
+    A `get` out of order, as after a rollback, restarts the thread there.
     """
 
     part = "data_wait"
@@ -154,7 +154,7 @@ class Prefetcher:
         return abstract_batch(self._stream, self._sharding)
 
     def get(self, step: int, state: Any = None) -> dict[str, jax.Array]:
-        """The batch of `step`, whatever the state; raises whatever reading it raised."""
+        """Returns the batch of `step`; raises the error of reading it."""
         if step != self._next or self._thread is None:
             self._start(step)
         self._next = step + 1
@@ -183,7 +183,7 @@ class Prefetcher:
         while not stop.is_set():
             try:
                 item: Any = global_batch(self._stream, step, self._sharding)
-            except BaseException as error:  # handed to the caller, whose thread it concerns
+            except BaseException as error:  # raised in the caller's thread
                 item = error
             while not stop.is_set():
                 try:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from trainers.recipe import Program, Recipe
+from trainers.recipe import Program
 from trainers.train_state import TrainState
 
 
@@ -21,7 +21,7 @@ class RunContext:
       path: the run's directory.
       writer: whether this process writes there, as one of them does.
       step: updates made when this process began.
-      recipe, program: model, objective, mesh and shardings.
+      program: model, objective, mesh and shardings.
       learning_rate: of the update after so many.
       give_up: asked between two parts of long work, with the number of those done, whether to raise GivenUpError;
         every process asks alike.
@@ -30,7 +30,6 @@ class RunContext:
     path: str | os.PathLike
     writer: bool
     step: int
-    recipe: Recipe
     program: Program
     learning_rate: Callable[[int], float]
     give_up: Callable[[int], bool] = lambda done: False

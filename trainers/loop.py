@@ -1,25 +1,24 @@
-"""The one training loop: batch, step, metrics one step late, hooks, checkpoints, and what goes wrong.
+"""The one training loop: batch, step, metrics one step late, hooks, checkpoints, and bad steps.
 
-The loop counts three things: `step`, updates attempted, `skipped`, those of them that were dropped, and
-`data_step`, batches drawn from the stream. Step and data step differ only after a rollback has skipped a
-window of data; a checkpoint records all.
+The loop counts three things: `step`, updates attempted, `skipped`, attempted updates that were dropped,
+and `data_step`, batches drawn from the stream. Step and data step differ only after a rollback has
+skipped a window of data; a checkpoint records all three.
 """
 
 import contextlib
 import dataclasses
-import json
 import logging
-import pathlib
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
-from trainers.anomaly import Anomaly
+from trainers.anomaly import Anomaly, AnomalyRecords
 from trainers.batches import Feed, Stream
 from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.restore import Restored
 from trainers.hooks import GivenUpError, Hook
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
@@ -36,81 +35,96 @@ class AnomalousStepError(RuntimeError):
     """A non-finite or spiking loss ended the run; its batch and step are saved."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class Loop:
-    """Trains from (step, data_step) to `total_steps`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When the loop stops, logs and saves.
 
     Attributes:
-      state: the state to continue from; consumed, and None while another one is read.
-      step: updates made so far.
-      data_step: batches drawn so far.
       total_steps: updates at which to stop.
-      train_step: compiled (state, batch) -> (state, metrics).
-      stream: where batches come from.
-      feed: prepares them, or makes them of the state.
-      run_dir: where an anomaly is recorded.
-      writer: receives metrics by step.
-      goodput: splits the time.
-      checkpointer: saves and restores; None trains without checkpoints.
+      log_period: updates between written metrics, which are averages over the period.
       checkpoint_period: updates between saves; the last update is always saved.
-      meta: recorded with each checkpoint.
-      log_period: updates between written metrics, which average over the period.
-      unit: what rates count, 'tokens' or 'images'.
-      host_metrics: (updates applied, units per second) -> values known on the host, such as the
-        learning rate, which the optimiser reads at its own count.
-      data_metrics: batches drawn -> values known of the data, such as how often they were repeated.
-      position: (updates applied, batches drawn) -> more to record with a checkpoint.
-      hooks: see trainers/hooks.py; a stop leaves out those due at its step.
-      hooks_left_out: a stop has left out hooks due at the step to continue from: they run first.
-      written: names of metrics that are written for that step, by those that it has not left out.
-      begins: no update of this run was made before, so that hooks with `at_start` run first.
-      anomaly: the policy the compiled step was built with.
-      stop: polled after each update; a signal saves and returns.
-      abstract_state: shapes and shardings, for a rollback.
-      skipped: updates dropped so far.
-      profiler: a window of steps to trace, or None.
     """
 
-    state: Any
-    step: int
-    data_step: int
     total_steps: int
+    log_period: int
+    checkpoint_period: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the loop writes to, and what it adds to its own metrics and records there.
+
+    Attributes:
+      folder: the run's directory, where anomalies are recorded.
+      writer: receives metrics by step.
+      checkpointer: saves and restores; None trains without checkpoints.
+      goodput: splits the time.
+      profiler: a window of steps to trace, or None.
+      row_metrics: (updates applied, batches drawn, units per second) -> metrics known on the host.
+      checkpoint_meta: (updates applied, batches drawn) -> facts to record with a checkpoint.
+      unit: what rates count, 'tokens' or 'images'.
+    """
+
+    folder: str | os.PathLike
+    writer: MetricWriter
+    checkpointer: Checkpointer | None
+    goodput: Goodput
+    profiler: ProfilerWindow | None = None
+    row_metrics: Callable[[int, int, float], Mapping[str, float]] = lambda *counts: {}
+    checkpoint_meta: Callable[[int, int], Mapping[str, Any]] = lambda *counts: {}
+    unit: str = "tokens"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """Trains from (step, data_step) to `schedule.total_steps`.
+
+    Attributes:
+      start: the state to continue from, and its counts; consumed.
+      train_step: compiled (state, batch) -> (state, metrics).
+      abstract_state: shapes and shardings, for a rollback.
+      stream: where batches come from.
+      feed: prepares batches of the stream, or makes them from the state.
+      schedule: when to stop, log and save.
+      outputs: writer, checkpointer and the like.
+      hooks: see trainers/hooks.py; a stop skips those due at its step, which the next start runs first.
+      anomaly: the policy the compiled step was built with.
+      stop: polled after each update; a signal saves and returns.
+      written: names of metrics already written for the first step: their hooks do not run again.
+    """
+
+    start: dataclasses.InitVar[Restored]
     train_step: TrainStep
+    abstract_state: TrainState
     stream: Stream
     feed: Feed
-    run_dir: pathlib.Path
-    writer: MetricWriter
-    goodput: Goodput
-    checkpointer: Checkpointer | None
-    checkpoint_period: int
-    meta: Mapping[str, Any]
-    log_period: int
-    host_metrics: Callable[[int, float], Mapping[str, float]]
+    schedule: Schedule
+    outputs: Outputs
     hooks: Sequence[Hook]
     anomaly: Anomaly | None
     stop: StopRequest
-    abstract_state: TrainState
-    unit: str = "tokens"
-    data_metrics: Callable[[int], Mapping[str, float]] = lambda batches: {}
-    position: Callable[[int, int], Mapping[str, Any]] = lambda updates, batches: {}
-    skipped: int = 0
-    hooks_left_out: bool = False
     written: Collection[str] = ()
-    begins: bool = False
-    profiler: ProfilerWindow | None = None
 
-    def __post_init__(self):
+    def __post_init__(self, start: Restored):
+        self.state, self.step = start.state, start.step
+        # A state of step 0 has seen no batch of this run's data, whatever its checkpoint says.
+        counts = start.meta if start.step else {}
+        self.data_step = counts.get("data_step", start.step)
+        self.skipped = counts.get("skipped", 0)
+        self.interrupted = False
+        self._is_new = start.source != "run"
+        self._hooks_skipped = not self._is_new and bool(start.meta.get("hooks_left_out"))
+        self._anomalies = AnomalyRecords(self.outputs.folder, self.stream)
         self._late = LateFetch()
         self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
         self._warm = False
         self._window: Any = None  # metrics summed since the last written row
         self._window_start = (self.step, 0.0)
-        self._seen: dict[str, float] = {}
+        self._newest: dict[str, float] = {}  # the last written averages
         self._rate = 0.0
         self._bad_in_a_row = 0
         self._rollbacks = 0
-        self.interrupted = False
-        if self._rolls_back and self.checkpointer is None:
+        if self._rolls_back and self.outputs.checkpointer is None:
             raise ValueError("Anomaly.action = 'rollback' needs a checkpointer to go back with.")
 
     def run(self) -> TrainState:
@@ -118,44 +132,43 @@ class Loop:
 
         Raises:
           AnomalousStepError: the policy ended the run.
-          CheckpointSaveError: a save failed, found at the first step after that.
+          CheckpointSaveError: a save failed, raised at the first step after that.
         """
         bar = tqdm(
-            total=self.total_steps,
+            total=self.schedule.total_steps,
             initial=self.step,
             desc="train",
             unit="step",
             disable=jax.process_index() != 0,
         )
-        if self._rolls_back and self.checkpointer and not self.checkpointer.all_steps():
+        checkpointer, profiler = self.outputs.checkpointer, self.outputs.profiler
+        if self._rolls_back and checkpointer and not checkpointer.all_steps():
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
-            if self.hooks_left_out:
-                self._run_hooks([hook for hook in self._due() if not self._wrote(hook)])
-            elif self.begins:
-                self._run_hooks([hook for hook in self.hooks if getattr(hook, "at_start", False)])
-            while self.step < self.total_steps and not (self.interrupted or self.ended):
+            self._run_hooks(self._first_hooks())
+            while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update(self.step - bar.n)
         finally:
             bar.close()
             self.feed.close()
-            if self.profiler is not None:
-                self.profiler.close()
-        if self.checkpointer is not None:
-            with self.goodput.measure("checkpoint"):
-                self.checkpointer.wait()
+            if profiler is not None:
+                profiler.close()
+        if checkpointer is not None:
+            with self.outputs.goodput.measure("checkpoint"):
+                checkpointer.wait()
         return self.state
 
     def _advance(self) -> None:
-        """One update and everything due after it."""
-        if self.checkpointer is not None:
-            self.checkpointer.check()
-        if self.feed.of_state:  # what the update under way still takes is not the feed's time
-            with self.goodput.measure("step"):
+        """Makes one update and everything due after it."""
+        checkpointer, goodput = self.outputs.checkpointer, self.outputs.goodput
+        if checkpointer is not None:
+            checkpointer.check()
+        if self.feed.of_state:  # the rest of the update under way is not the feed's time
+            with goodput.measure("step"):
                 jax.block_until_ready(self.state)
-        with self.goodput.measure(self.feed.part):
+        with goodput.measure(self.feed.part):
             batch = self.feed.get(self.data_step, self.state)
         if not self._step(batch):
             return  # rolled back: nothing is due any more
@@ -163,65 +176,67 @@ class Loop:
         self.data_step += 1
         self.interrupted = self.stop.reached(self.step)
         due = [] if self.interrupted else self._due()  # the time left to stop in is for the save
-        save = self.checkpointer is not None and (
-            self._last or self.interrupted or self.step % self.checkpoint_period == 0
-        )
-        if due or save or self._last:
-            with self.goodput.measure("step"):  # it waits for the update
+        last = self.step == self.schedule.total_steps
+        save = last or self.interrupted or self.step % self.schedule.checkpoint_period == 0
+        save = save and checkpointer is not None
+        if due or save or last:
+            with goodput.measure("step"):  # it waits for the update
                 late = self._late.flush()
             if not self._observe(late):
                 return
-        found = self._run_hooks(due)
+        values = self._run_hooks(due)
         if self.ended and not self.interrupted:
-            found |= self._run_hooks([hook for hook in self.hooks if hook not in due])
-        if self.checkpointer is not None and (save or self.interrupted or self.ended):
-            self._save(found)
+            values |= self._run_hooks([hook for hook in self.hooks if hook not in due])
+        if checkpointer is not None and (save or self.interrupted or self.ended):
+            self._save(values)
 
     @property
     def ended(self) -> bool:
         """Whether a hook has ended the run."""
         return any(getattr(hook, "ended", False) for hook in self.hooks)
 
-    @property
-    def _last(self) -> bool:
-        return self.step == self.total_steps
-
     def _due(self) -> list[Hook]:
-        return [hook for hook in self.hooks if self._last or self.step % hook.every == 0]
+        last = self.step == self.schedule.total_steps
+        return [hook for hook in self.hooks if last or self.step % hook.every == 0]
 
-    def _wrote(self, hook: Hook) -> bool:
-        prefix = getattr(hook, "prefix", "")
-        return bool(prefix) and any(name.startswith(prefix) for name in self.written)
+    def _first_hooks(self) -> list[Hook]:
+        """Returns the hooks to run before the first update."""
+        if self._is_new:
+            return [hook for hook in self.hooks if getattr(hook, "at_start", False)]
+
+        def has_written(hook: Hook) -> bool:
+            prefix = getattr(hook, "prefix", "")
+            return bool(prefix) and any(name.startswith(prefix) for name in self.written)
+
+        return [h for h in self._due() if not has_written(h)] if self._hooks_skipped else []
 
     def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
-        """Runs hooks at this step and writes what they found; a stop may cut them short."""
-        found: dict[str, float] = {}
+        """Runs hooks at this step and writes their metrics; a stop may cut them short."""
+        metrics: dict[str, float] = {}
         for hook in due:
             try:
-                with self.goodput.measure("evaluation"):
-                    values = hook(self.step, self.state, self._seen) or {}
+                with self.outputs.goodput.measure("evaluation"):
+                    values = hook(self.step, self.state, self._newest) or {}
             except GivenUpError:
                 self.interrupted = True
                 break
             if values:
-                self.writer.write(self.step, values)
-                found.update(values)
-        return found
+                self.outputs.writer.write(self.step, values)
+                metrics.update(values)
+        return metrics
 
     def _step(self, batch: Any) -> bool:
         """Dispatches an update and observes the one before it; False if that led to a rollback."""
-        with self.goodput.measure("step"):
-            mark = (
-                contextlib.nullcontext() if self.profiler is None else self.profiler.step(self.step)
-            )
-            with mark:
+        profiler = self.outputs.profiler
+        with self.outputs.goodput.measure("step"):
+            with profiler.step(self.step) if profiler else contextlib.nullcontext():
                 self.state, metrics = self.train_step(self.state, batch)
             if not self._warm:  # what is slow the first time is not counted in the rate
                 jax.block_until_ready(metrics)
             self._data_steps[self.step + 1] = self.data_step
             previous = self._late.push(self.step + 1, metrics)
-            if self.profiler is not None:
-                self.profiler.finished(metrics)
+            if profiler is not None:
+                profiler.finished(metrics)
         if not self._warm:
             self._warm = True
             self._window_start = (self.step + 1, self._busy())
@@ -240,32 +255,31 @@ class Loop:
         else:
             self._bad_in_a_row = 0
             self._window = add(self._window, fetched)
-        # Not the first step of a continued run: its rows are those of a run never interrupted.
+        # Not the first step of a continued run: its rows equal those of an uninterrupted run.
         stopping = self.interrupted and step == self.step
-        if step % self.log_period == 0 or step in (1, self.total_steps) or stopping:
+        last = self.schedule.total_steps
+        if step % self.schedule.log_period == 0 or step in (1, last) or stopping:
             self._write_row(step, data_step + 1)
         return True
 
     def _write_row(self, step: int, batches: int) -> None:
         """Writes the averages of the window that ends with `step`, and begins the next."""
-        self._seen = divide(self._window or {}, {"source_loss": self.stream.source_names})
+        self._newest = divide(self._window or {}, {"source_loss": self.stream.source_names})
         self._window = None
         (since, before), now = self._window_start, self._busy()
         if step > since and now > before:
             self._rate = (step - since) * self.feed.units / (now - before)
         self._window_start = (step, now)
-        known = {
-            **self.host_metrics(step - self.skipped, self._rate),
-            **self.data_metrics(batches),
-        }
+        known = dict(self.outputs.row_metrics(step - self.skipped, batches, self._rate))
         if self.skipped:
             known["skipped_updates"] = self.skipped
-        self.writer.write(step, {**self._seen, **known, **self.goodput.metrics()})
+        self.outputs.writer.write(step, {**self._newest, **known, **self.outputs.goodput.metrics()})
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps, and waiting for batches or making them."""
-        self.goodput.metrics()  # counts up to now
-        return self.goodput.seconds["step"] + self.goodput.seconds[self.feed.part]
+        goodput = self.outputs.goodput
+        goodput.metrics()  # counts up to now
+        return goodput.seconds["step"] + goodput.seconds[self.feed.part]
 
     @property
     def _rolls_back(self) -> bool:
@@ -274,7 +288,8 @@ class Loop:
     def _handle_anomaly(self, step: int, data_step: int, fetched: Any) -> bool:
         """Applies the policy; False if the loop was rolled back."""
         assert self.anomaly is not None
-        record = self._record_anomaly(step, data_step, fetched)
+        record = self._anomalies.record(step, data_step, fetched, self.anomaly.action)
+        self.outputs.writer.write(step, {"anomaly": 1.0})
         self._bad_in_a_row += 1
         if self.anomaly.action == "skip" and self._bad_in_a_row <= self.anomaly.max_skips:
             _log.warning("step %d: loss %s; its update was dropped.", step, record["loss"])
@@ -293,14 +308,14 @@ class Loop:
 
     def _roll_back(self, step: int, data_step: int, loss: Any) -> None:
         """Returns to the last good checkpoint, and on to the batch after the bad one."""
-        assert self.checkpointer is not None
-        self._late.flush()  # the step already under way is given up too
+        assert self.outputs.checkpointer is not None
+        self._late.flush()  # the step already under way is dropped too
         self._data_steps.clear()
-        self.state = None  # makes room for the other
-        restored = self.checkpointer.restore_latest(self.abstract_state)
+        self.state = None  # makes room for the restored one
+        restored = self.outputs.checkpointer.restore_latest(self.abstract_state)
         assert restored is not None  # `run` saved one
         first = restored.meta["data_step"]
-        self._record_skipped(first, data_step)
+        self._anomalies.record_skipped(first, data_step)
         _log.warning(
             "step %d: loss %s; back to step %d, skipping batches %d to %d.",
             step,
@@ -309,7 +324,7 @@ class Loop:
             first,
             data_step,
         )
-        self.writer.write(
+        self.outputs.writer.write(
             step, {"rollback_to": restored.step, "skipped_batches": data_step + 1 - first}
         )
         self._rollbacks += 1
@@ -318,61 +333,26 @@ class Loop:
         self._window = None
         self._window_start = (self.step, self._busy())
 
-    def _record_skipped(self, first: int, last: int) -> None:
-        """Writes which documents are left out, a line for each batch from `first` to `last`."""
-        if jax.process_index() == 0:
-            path = self.run_dir / "anomalies" / f"batch_{last}_skipped.jsonl"
-            with open(path, "w", encoding="utf-8") as file:
-                for batch in range(first, last + 1):
-                    documents = self.stream.documents(batch, 0, self.stream.batch_size)
-                    line = {"data_step": batch, "documents": documents}
-                    file.write(json.dumps(line, default=str) + "\n")
-
-    def _record_anomaly(self, step: int, data_step: int, fetched: Any) -> dict[str, Any]:
-        """Writes the batch (npz) and its documents (JSON), so that the step can be replayed."""
-        folder = self.run_dir / "anomalies"
-        folder.mkdir(parents=True, exist_ok=True)
-        size = self.stream.batch_size
-        path = folder / f"batch_{data_step}.json"  # steps come twice after a rollback
-        values = {
-            name: np.asarray(total / weight).tolist() for name, (total, weight) in fetched.items()
-        }
-        record = {
-            "step": step,
-            "data_step": data_step,
-            "loss": values.get("loss"),
-            "grad_norm": values.get("grad_norm"),
-            "action": self.anomaly.action if self.anomaly else None,
-            "documents": self.stream.documents(data_step, 0, size),
-        }
-        if jax.process_index() == 0:
-            batch: dict[str, Any] = self.stream.batch(data_step, 0, size)
-            np.savez(folder / f"batch_{data_step}.npz", **batch)
-            path.write_text(json.dumps(record, indent=1, default=str))
-        self.writer.write(step, {"anomaly": 1.0})
-        return {**record, "path": str(path)}
-
-    def _save(self, found: Mapping[str, float]) -> None:
-        """Saves with the newest metrics, and what hooks found at this very step."""
-        assert self.checkpointer is not None
-        with self.goodput.measure("checkpoint"):
-            self.checkpointer.save(
+    def _save(self, hook_metrics: Mapping[str, float]) -> None:
+        """Saves the state with the newest metrics and those of the hooks that ran at this step."""
+        assert self.outputs.checkpointer is not None
+        with self.outputs.goodput.measure("checkpoint"):
+            self.outputs.checkpointer.save(
                 self.step,
                 self.state,
                 meta={
-                    **self.meta,
-                    **self.position(self.step - self.skipped, self.data_step),
+                    **self.outputs.checkpoint_meta(self.step - self.skipped, self.data_step),
                     "data_step": self.data_step,
                     "skipped": self.skipped,
                     "hooks_left_out": self.interrupted and bool(self._due()),
                 },
-                metrics={**self._seen, **found},
+                metrics={**self._newest, **hook_metrics},
             )
 
     def _postfix(self) -> dict[str, str]:
         shown = {}
-        if "loss" in self._seen:
-            shown["loss"] = f"{self._seen['loss']:.3f}"
+        if "loss" in self._newest:
+            shown["loss"] = f"{self._newest['loss']:.3f}"
         if self._rate:
-            shown[f"{self.unit}/s"] = f"{self._rate:,.0f}"
+            shown[f"{self.outputs.unit}/s"] = f"{self._rate:,.0f}"
         return shown

@@ -1,12 +1,14 @@
-"""A recipe: everything that determines the compiled step, and the program it turns into on a mesh.
+"""The recipe of a run, which determines the compiled step, and the program it becomes on a mesh.
 
-Training, evaluation and ahead-of-time compilation all start here, so what `precompile` measures is
-what `train` runs.
+Training, evaluation and ahead-of-time compilation all start here, so that `precompile` measures the
+program that `train` runs.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,22 +30,22 @@ from trainers.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What gin binds of a run besides its data and its directory.
+    """The model, the objective and how they are trained: all of a run but its data and its directory.
 
     Attributes:
       model: the linen module.
       batch_size: rows of a global batch.
       feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
-      inputs: what a row is, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
+      inputs: the arrays of a batch, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
       optimizer: factory, called with (learning_rate=).
-      learning_rate: a schedule over update steps.
+      learning_rate: a schedule over update steps, or a number for a constant one.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
-      reports: called with the parameters' shapes before anything is allocated; each returns lines to be
-        shown at the start of a run, or raises ValueError for a model that is not as it was meant.
-      microbatches: parts a batch is processed in, in evaluation too.
-      gradient_dtype: dtype of gradients, taken of a copy of the parameters in it; None for their own.
-      ema_decay: decay of averaged parameters kept beside the trained ones; None for none.
+      reports: called with the parameters' shapes before anything is allocated; each returns lines to
+        print at the start of a run, or raises ValueError for a model it does not accept.
+      microbatches: parts in which a batch is processed, in evaluation too.
+      gradient_dtype: dtype in which a copy of the parameters is differentiated; None for their own.
+      ema_decay: decay of a moving average of the parameters; None for no average.
       anomaly: policy for non-finite and spiking losses; None applies every update.
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
@@ -82,10 +84,13 @@ class Recipe:
             raise ValueError(
                 "Recipe.inputs and Recipe.feature_lengths both say what a row is: bind one of them."
             )
+        if not callable(self.learning_rate):
+            constant = schedules.constant(peak=self.learning_rate)
+            object.__setattr__(self, "learning_rate", constant)
 
     @property
-    def reads(self) -> Inputs:
-        """What a row is."""
+    def inputs_spec(self) -> Inputs:
+        """Names, shapes and units of a batch."""
         if self.inputs is not None:
             return self.inputs
         assert self.feature_lengths is not None  # see __post_init__
@@ -94,14 +99,19 @@ class Recipe:
     @property
     def length(self) -> int:
         """Units in a row: its tokens; 1 for an image."""
-        return self.reads.length or 1
+        return self.inputs_spec.length or 1
 
-    def over(self, span: schedules.Span) -> "Recipe":
-        """This recipe with its schedule made for a run's span, which only some schedules wait for."""
+    @property
+    def units_per_batch(self) -> int:
+        """Tokens or images in a global batch, padding included."""
+        return self.batch_size * self.length
+
+    def with_span(self, span: schedules.Span) -> "Recipe":
+        """Returns this recipe with its schedule made for a run's span, if the schedule needs one."""
         return dataclasses.replace(self, learning_rate=schedules.span(self.learning_rate, span))
 
     def program(self, *, devices: Sequence[jax.Device] | None = None) -> "Program":
-        """Resolves mesh, shardings and functions; validates, allocates and compiles nothing.
+        """Resolves mesh, shapes and shardings, and validates them; allocates and compiles nothing.
 
         Args:
           devices: devices to use, possibly of an absent topology; all present ones by default.
@@ -111,55 +121,29 @@ class Recipe:
         """
         mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
         rules = partitioning.rules_named(self.rules)
-        variables = initialise.abstract_variables(self.model, self.reads)
+        variables = initialise.abstract_variables(self.model, self.inputs_spec)
         boxed = variables["params"]
         partitioning.validate(
             mesh=mesh,
             rules=rules,
             config=self.model.config,
             batch_size=self.batch_size // self.microbatches,
-            length=self.reads.length,
+            length=self.inputs_spec.length,
             boxed_params=boxed,
         )
-        params = initialise.param_shardings(boxed, mesh, rules)
         mask = trainable.mask_of(self.trainable, boxed)
         shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
         reports = [line for report in self.reports for line in report(shapes)]
-        optimizer = self.optimizer(learning_rate=self.learning_rate)
-        make_state = functools.partial(
-            initialise.make_state,
-            optimizer=optimizer,
+        abstract = jax.eval_shape(functools.partial(self._make_state, mask=mask), variables)
+        shardings = initialise.state_shardings(
+            abstract,
+            self._make_optimizer(),
+            initialise.param_shardings(boxed, mesh, rules),
+            mesh=mesh,
             mask=mask,
-            ema=self.ema_decay is not None,
-            anomaly=self.anomaly,
         )
-        abstract = jax.eval_shape(make_state, variables)
-        shardings = initialise.state_shardings(abstract, optimizer, params, mesh=mesh, mask=mask)
-
-        def steps(num_sources: int) -> Steps:
-            objective = Objective.of(self.objective(model=self.model, num_sources=num_sources))
-            train_step = make_train_step(
-                loss_fn=objective,
-                optimizer=optimizer,
-                seed=self.seed,
-                mask=mask,
-                microbatches=self.microbatches,
-                gradient_dtype=self.gradient_dtype,
-                ema_decay=self.ema_decay,
-                anomaly=self.anomaly,
-            )
-
-            evaluate = make_eval_step(loss_fn=objective, microbatches=self.microbatches)
-            # Metrics of any shape are read by every process.
-            replicated = NamedSharding(mesh, PartitionSpec())
-            train = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
-            given = _given_extras(objective, mesh, rules)
-            return Steps(
-                train=_with_extras(train, given),
-                evaluate=_with_extras(jax.jit(evaluate, out_shardings=replicated), given),
-            )
-
         return Program(
+            recipe=self,
             mesh=mesh,
             rules=rules,
             boxed_params=boxed,
@@ -172,26 +156,27 @@ class Recipe:
                 abstract,
                 shardings,
             ),
-            init=jax.jit(
-                lambda: make_state(
-                    initialise.variables(self.model, jax.random.key(self.seed), self.reads)
-                ),
-                out_shardings=shardings,
-            ),
-            steps=steps,
             batch_sharding=partitioning.batch_sharding(mesh, rules),
         )
 
     def abstract_batch(self, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch."""
+        """Shapes, dtypes and shardings of a batch."""
         return {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-            for name, array in self.reads.arrays(self.batch_size).items()
+            for name, array in self.inputs_spec.arrays(self.batch_size).items()
         }
 
+    def _make_optimizer(self) -> optax.GradientTransformation:
+        return self.optimizer(learning_rate=self.learning_rate)
 
-def _is_boxed(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
+    def _make_state(self, variables: Any, mask: Any) -> TrainState:
+        return initialise.make_state(
+            variables,
+            self._make_optimizer(),
+            mask=mask,
+            ema=self.ema_decay is not None,
+            anomaly=self.anomaly,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,52 +185,12 @@ class Steps:
 
     Attributes:
       train: (state, batch) -> (state, metrics); consumes the state.
-      evaluate: (params, batch, variables=None) -> metrics as (sum, weight); `variables` are those of
-        a state, for a model that has some.
+      evaluate: (params, batch, variables=None) -> metrics as (sum, weight); `variables` are the
+        other collections of a state, for a model that has some.
     """
 
     train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[..., Metrics]
-
-
-class _Extras:
-    """Extras of an objective: arrays at the first call, what they will be like before that."""
-
-    def __init__(self, abstract: Any, read: Callable[[], Any]):
-        self.abstract, self._read = abstract, read
-
-    @functools.cached_property
-    def arrays(self) -> Any:
-        return self._read()
-
-
-def _given_extras(objective: Objective, mesh: Mesh, rules: Rules) -> _Extras | None:
-    if (stored := objective.stored_extras) is not None:
-        return _Extras(stored.abstract(mesh, rules), lambda: stored.read(mesh, rules))
-    if objective.extras is None:
-        return None
-    return _Extras(objective.extras, lambda: objective.extras)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithExtras:
-    """A jitted function with its keyword `extras` given, in the forms in which it is used."""
-
-    jitted: Any
-    extras: _Extras
-
-    def __call__(self, *args: Any) -> Any:
-        return self.jitted(*args, extras=self.extras.arrays)
-
-    def lower(self, *args: Any) -> Any:
-        return self.jitted.lower(*args, extras=self.extras.abstract)
-
-    def trace(self, *args: Any) -> Any:
-        return self.jitted.trace(*args, extras=self.extras.abstract)
-
-
-def _with_extras(jitted: Any, extras: _Extras | None) -> Any:
-    return jitted if extras is None else _WithExtras(jitted, extras)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,29 +198,105 @@ class Program:
     """A recipe on a mesh. Call its functions inside `partitioning.use_mesh(mesh, rules)`.
 
     Attributes:
+      recipe: the recipe.
       mesh: the resolved mesh.
       rules: logical to mesh axes.
       boxed_params: abstract parameters with their logical names.
-      reports: lines that say how the model is meant.
+      reports: lines about the model to print at the start of a run.
       mask: tree of bools, True where trained; None when everything is.
       abstract_state: shapes, dtypes and shardings of the state.
-      init: () -> state of step 0, created sharded.
-      steps: number of data sources whose loss is reported separately -> the jitted functions.
       batch_sharding: sharding of every input array.
     """
 
+    recipe: Recipe
     mesh: Mesh
     rules: Rules
     boxed_params: Any
     reports: Sequence[str]
     mask: Any
     abstract_state: TrainState
-    init: Callable[[], TrainState]
-    steps: Callable[[int], Steps]
     batch_sharding: NamedSharding
 
+    def with_span(self, span: schedules.Span) -> "Program":
+        """See `Recipe.with_span`; a schedule changes neither shapes nor shardings."""
+        return dataclasses.replace(self, recipe=self.recipe.with_span(span))
+
+    @functools.cached_property
+    def init(self) -> Callable[[], TrainState]:
+        """A jitted function () -> state of step 0, created sharded."""
+        recipe, mask = self.recipe, self.mask
+
+        def init() -> TrainState:
+            key = jax.random.key(recipe.seed)
+            variables = initialise.variables(recipe.model, key, recipe.inputs_spec)
+            return recipe._make_state(variables, mask)
+
+        return jax.jit(init, out_shardings=self._state_shardings)
+
+    @property
+    def _state_shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def steps(self, num_sources: int) -> Steps:
+        """The jitted functions, which report the loss of `num_sources` data sources separately."""
+        recipe = self.recipe
+        objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
+        train_step = make_train_step(
+            loss_fn=objective,
+            optimizer=recipe._make_optimizer(),
+            seed=recipe.seed,
+            mask=self.mask,
+            microbatches=recipe.microbatches,
+            gradient_dtype=recipe.gradient_dtype,
+            ema_decay=recipe.ema_decay,
+            anomaly=recipe.anomaly,
+        )
+        evaluate = make_eval_step(loss_fn=objective, microbatches=recipe.microbatches)
+        # Metrics of any shape are read by every process.
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        train = jax.jit(
+            train_step, donate_argnums=0, out_shardings=(self._state_shardings, replicated)
+        )
+        with_extras = _extras_binder(objective, self.mesh, self.rules)
+        return Steps(
+            train=with_extras(train),
+            evaluate=with_extras(jax.jit(evaluate, out_shardings=replicated)),
+        )
+
+    @contextlib.contextmanager
+    def compiling(self, train_step: Any, batch: Any) -> Iterator[None]:
+        """Compiles the train step in a thread while the body runs, and waits for it at the end.
+
+        jax keeps the program, so that the first call of `train_step` neither traces nor compiles.
+
+        Args:
+          train_step: the jitted step.
+          batch: shapes, dtypes and shardings of a batch.
+
+        Raises:
+          Exception: any error of the compilation, once the body is done.
+        """
+        errors: list[BaseException] = []
+
+        def compile_step() -> None:
+            try:
+                # The mesh in use is local to a thread.
+                with partitioning.use_mesh(self.mesh, self.rules):
+                    train_step.lower(self.abstract_state, batch).compile()
+            except BaseException as error:  # raised in the caller's thread
+                errors.append(error)
+
+        thread = threading.Thread(target=compile_step, name="compile")
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+        if errors:
+            raise errors[0]
+
     def num_params(self, *, trained_only: bool = False) -> int:
-        """Numbers that are learned or, with `trained_only`, that this run learns; data is neither."""
+        """The number of learnable parameters; with `trained_only`, of those this run trains."""
         params = self.abstract_state.params
         counted = trainable.mask_of((), self.boxed_params)
         if trained_only and self.mask is not None:
@@ -283,3 +304,36 @@ class Program:
         if counted is not None:
             params = trainable.split(params, counted)[0]
         return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WithExtras:
+    """A jitted function with its keyword `extras` bound: arrays in calls, shapes ahead of time."""
+
+    jitted: Any
+    abstract: Any
+    read: Callable[[], Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.jitted(*args, extras=self.read())
+
+    def lower(self, *args: Any) -> Any:
+        return self.jitted.lower(*args, extras=self.abstract)
+
+    def trace(self, *args: Any) -> Any:
+        return self.jitted.trace(*args, extras=self.abstract)
+
+
+def _extras_binder(objective: Objective, mesh: Mesh, rules: Rules) -> Callable[[Any], Any]:
+    """Returns what binds the objective's extras to jitted functions; all of them share one copy."""
+    if (stored := objective.stored_extras) is not None:
+        read = functools.cache(lambda: stored.read(mesh, rules))  # at the first call
+        return functools.partial(_WithExtras, abstract=stored.abstract(mesh, rules), read=read)
+    if objective.extras is not None:
+        extras = objective.extras
+        return functools.partial(_WithExtras, abstract=extras, read=lambda: extras)
+    return lambda jitted: jitted

@@ -1,8 +1,8 @@
-"""Stopping on request: a signal sets a flag, the loop polls it, saves and returns.
+"""Stopping on request: a signal sets a flag; the loop polls it, saves and returns.
 
-With several processes all must stop after the same step although the signal reaches them at different
-moments, or only one of them. JAX's preemption service agrees on that step in the background, without
-work for the devices; where it is off, the processes compare their flags every few steps.
+All processes must stop after the same step, although the signal reaches them at different moments, or
+only one of them. JAX's preemption service agrees on that step in the background, without work for the
+devices; without the service, the processes compare their flags every few steps.
 """
 
 import logging
@@ -23,16 +23,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """A context in which a signal asks the loop to stop after the current step.
 
-    The first SIGTERM or SIGINT (Ctrl-C) sets the flag; a second one acts as it would without this class,
-    so that a run that hangs can still be ended. Use it as `with StopRequest() as stop: ... stop.reached(step)`.
+    The first SIGTERM or SIGINT (Ctrl-C) sets the flag; a second one has its usual effect, so that a run
+    that hangs can still be ended. Use: `with StopRequest() as stop: ... stop.reached(step)`.
     """
 
     def __init__(self, *, compare_every: int = 20):
-        """Makes a request that nobody has made yet.
+        """Starts without a request.
 
         Args:
-          compare_every: steps between comparisons of the flags of several processes, where JAX's
-            preemption service is off.
+          compare_every: steps between comparisons of the processes' flags, without JAX's preemption
+            service.
         """
         if compare_every < 1:
             raise ValueError(f"compare_every = {compare_every}: give 1 or more.")
@@ -40,7 +40,7 @@ class StopRequest:
         self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
         several = jax.process_count() > 1
-        # The service listens to the signal itself; a handler of ours would take it away.
+        # The service listens to the signal itself; our handler would replace its own.
         self._service = several and bool(
             getattr(jax.config, "jax_enable_preemption_service", False)
         )
@@ -52,7 +52,7 @@ class StopRequest:
         self._requested = True
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now. Every process calls it after every step and gets the same answer."""
+        """Whether to stop now. Every process calls it after every step; all get the same answer."""
         if self._service:
             return multihost_utils.reached_preemption_sync_point(step)
         if jax.process_count() > 1:
@@ -60,10 +60,10 @@ class StopRequest:
         return self._requested
 
     def asked(self, count: int) -> bool:
-        """Whether to give up work between two updates, such as an evaluation, which may be long.
+        """Whether to abandon long work between two updates, such as an evaluation.
 
-        Every process calls it with the same count of its work and gets the same answer. The preemption
-        service agrees on updates alone: with it such work is finished.
+        Every process calls it with the same count of its work; all get the same answer. The preemption
+        service agrees on updates only: with it, such work is finished.
         """
         return not self._service and self.reached(count)
 
@@ -75,7 +75,7 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not set from Python and cannot be set again.
+            # None: the handler was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def __enter__(self) -> "StopRequest":

@@ -1,8 +1,8 @@
-"""What a compiled train step needs and costs on one chip: memory, FLOPs, communication.
+"""The cost of a compiled train step on one chip: memory, FLOPs, communication.
 
-All figures are per chip and per step. Memory is the compiler's own account; FLOPs, collectives and
-traffic are read from the program's text with loop trip counts applied (launch/aot/hlo), since XLA's cost
-analysis counts a loop body once and hand-written kernels as nothing.
+All figures are per chip and per step. The compiler reports memory; FLOPs, collectives and traffic are
+counted in the program's text with loop trip counts applied (launch/aot/hlo), since XLA's cost analysis
+counts a loop body once and hand-written kernels as nothing.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Memory:
 
     Attributes:
       arguments: state and batch.
-      temporaries: everything else the program needs while it runs, packing slack included.
+      temporaries: all other memory of the running program, packing slack included.
       outputs: the new state and metrics.
-      aliased: outputs that take the place of donated arguments.
-      peak: the most that is alive at one time, arguments included: what has to fit.
+      aliased: outputs that reuse the memory of donated arguments.
+      peak: the most that is in use at one time, arguments included: this must fit.
     """
 
     arguments: int
@@ -59,7 +59,7 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Costs of a program. `memory` is the only part known of one that does not fit."""
+    """Costs of a program; only `memory` is known if the program does not fit."""
 
     memory: Memory
     fits: bool
@@ -69,7 +69,7 @@ class Report:
     unknown_kernels: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; the keys are a contract (docs/precompile.md)."""
+        """Returns plain values; the keys are a contract (docs/precompile.md)."""
         return {
             "hbm_bytes": dataclasses.asdict(self.memory),
             "fits": self.fits,
@@ -83,7 +83,7 @@ class Report:
 
 
 def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: float) -> Report:
-    """Reads a compiled program.
+    """Measures a compiled program.
 
     Args:
       compiled: from `jax.jit(step).lower(...).compile()`.
@@ -102,26 +102,26 @@ def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: f
         aliased=stats.alias_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
     )
-    found = analysis.analyse(compiled.as_text())
-    known = {kernel: kernel_flops(kernel, mean_keys) for kernel in found.kernels}
-    in_kernels = float(sum(kernel.count * each for kernel, each in known.items() if each))
+    program = analysis.analyse(compiled.as_text())
+    per_call = {kernel: kernel_flops(kernel, mean_keys) for kernel in program.kernels}
+    in_kernels = float(sum(kernel.count * each for kernel, each in per_call.items() if each))
     return Report(
         memory=memory,
         fits=memory.peak <= hbm_bytes,
         flops=Flops(
-            compiled=found.flops + in_kernels,
-            products=float(found.flops),
+            compiled=program.flops + in_kernels,
+            products=float(program.flops),
             kernels=in_kernels,
             analytic=model_flops,
         ),
-        collectives=found.collectives,
-        traffic=found.hbm_bytes,
-        unknown_kernels=tuple(kernel.name for kernel, each in known.items() if each is None),
+        collectives=program.collectives,
+        traffic=program.hbm_bytes,
+        unknown_kernels=tuple(kernel.name for kernel, each in per_call.items() if each is None),
     )
 
 
 def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
-    """FLOPs of one call of an attention kernel; None for kernels of another kind."""
+    """Returns the FLOPs of one call of an attention kernel; None for kernels of another kind."""
     products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
     # The mask's tables come first, in integers, then queries [..., T, H] and keys.
     queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
@@ -136,14 +136,14 @@ def _is_float(array: Array) -> bool:
 
 _SIZE = r"([\d.]+)([KMGT]?)"
 _OUT_OF_MEMORY = (
-    # All that is alive at once, then what one chip has.
+    # The memory in use at once, then the memory of a chip.
     rf"Used {_SIZE} of {_SIZE} hbm",
     rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(bytes needed, bytes available) of the compiler's RESOURCE_EXHAUSTED; None for other errors."""
+    """Returns (bytes needed, bytes available) of a RESOURCE_EXHAUSTED; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in _OUT_OF_MEMORY:
@@ -159,7 +159,7 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
-    """The report as text: `facts` first, one line each."""
+    """Returns the report as text: `facts` first, one line each."""
     lines = [f"{name:<16}{value}" for name, value in facts]
     lines += ["", "memory of a chip"]
     lines += [
@@ -188,7 +188,7 @@ def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """`value` with a decimal prefix."""
+    """Returns `value` with a decimal prefix."""
     thousands = 0
     while abs(value) >= 1000 and thousands < 4:
         value, thousands = value / 1000, thousands + 1

@@ -24,7 +24,7 @@ class Chip:
 
     Attributes:
       dimensions: of the torus.
-      hbm_bytes: what the compiler lets one program use; the rest is the runtime's.
+      hbm_bytes: memory that the compiler gives a program; the runtime uses the rest.
       peak_flops: dense bfloat16 FLOP/s of a chip, from data sheets.
       hbm_rate: bytes/s to and from main memory, from data sheets.
       wire_rate: bytes/s a chip sends over the two links of one dimension (a bidirectional ring).
@@ -81,7 +81,7 @@ def parse(name: str) -> Topology:
     examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4 or v5e:1x1"
     if generation not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise TopologyError(
-            f"--topology={name} is no TPU topology: one of {', '.join(CHIPS)}, a colon and the chips "
+            f"--topology={name} is no TPU topology: use one of {', '.join(CHIPS)}, a colon and the chips "
             f"along each dimension, {examples}."
         )
     sizes = tuple(int(size) for size in shape.split("x"))
@@ -95,9 +95,9 @@ def parse(name: str) -> Topology:
 
 
 def prepare_environment() -> None:
-    """Sets what libtpu reads to do without chips; call it before jax is imported."""
+    """Sets the variables with which libtpu works without chips; call it before importing jax."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # The cache cannot read programs back for devices that are absent.
+    # The cache cannot read back programs for absent devices.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     defaults = {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud metadata server to wait for
@@ -112,19 +112,19 @@ def prepare_environment() -> None:
 
 
 def missing() -> str:
-    """Why this host cannot compile for TPUs, with the remedy; '' when it can."""
+    """Returns why this host cannot compile for TPUs, with the remedy; '' if it can."""
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed: pip install 'jax[tpu]' (the extra 'tpu': pip install -e .[tpu])"
     return ""
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide what the compiler makes of a program."""
+    """Returns the versions that determine the compiled program."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def devices(topology: Topology) -> Sequence["jax.Device"]:
-    """Devices of an absent slice, one per chip: programs compile for them but do not run.
+    """Returns devices of an absent slice, one per chip: programs compile for them but do not run.
 
     Raises:
       TopologyError: libtpu is missing, or knows no such slice.
@@ -137,17 +137,17 @@ def devices(topology: Topology) -> Sequence["jax.Device"]:
 
     options: dict[str, object] = dict(topology.chip.options)
     if topology.num_chips == 1:
-        # Hosts hold 2 x 2 chips unless told otherwise.
+        # By default hosts hold 2 x 2 chips.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
+        devices = topologies.get_topology_desc(
             platform="tpu", topology_name=str(topology), **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(f"--topology={topology}: {error}") from error
-    if len(found) != topology.num_chips:
+    if len(devices) != topology.num_chips:
         raise TopologyError(
             f"--topology={topology} has {topology.num_chips} chips, but libtpu "
-            f"{versions()['libtpu']} describes {len(found)} devices."
+            f"{versions()['libtpu']} describes {len(devices)} devices."
         )
-    return found
+    return devices

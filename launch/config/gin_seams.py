@@ -25,7 +25,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "launch.train.train": {
         "checkpointer": ("directory",),
         "eval_stream": ("task",),
-        "rollouts": ("stream", "recipe", "program", "folder"),
+        "rollouts": ("stream", "program", "folder"),
         "stream": ("positions",),
     },
     "model.heads.actor_critic.ActorCritic": {"head": _HEAD},

@@ -8,12 +8,12 @@ _HEADER = ("path", "shape", "dtype", "axes", "sharding", "count")
 
 
 def parameter_table(params: Any, shardings: Any = None) -> str:
-    """A row per parameter, and the totals.
+    """Returns a table with a row per parameter, and the totals.
 
     Args:
-      params: nested dict of arrays or of their shapes and dtypes; flax's boxes around them tell
-        the logical axes.
-      shardings: the same tree of NamedSharding, PartitionSpec, or of what has a `sharding`; or None.
+      params: nested dict of arrays or of their shapes and dtypes; flax's boxes around them hold the
+        logical axes.
+      shardings: the same tree of NamedSharding, PartitionSpec, or leaves with a `sharding`; or None.
     """
     specs = dict(_leaves(shardings)) if shardings is not None else {}
     rows, total, size = [], 0, 0

@@ -1,6 +1,6 @@
-"""Streams of preference pairs with a reference model's log-probabilities, from the store or computed before training.
+"""Streams of preference pairs with a reference model's log-probabilities, stored or computed before training.
 
-In a run these stand where the streams of pairs would: `train.train.stream = @reference.make_stream`.
+A run uses them in place of the streams of pairs: `train.train.stream = @reference.make_stream`.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from trainers.checkpoints import agreement
 from trainers.preference.reference_checkpoint import ReferenceCheckpoint
 from trainers.scoring.scoring import Row, Scorer
 
-_VERSION = 1  # raise it when the same model and tokens begin to give other values
-_PAIRS_AT_ONCE = 4096  # after which what is known is written
+_VERSION = 1  # raise it when the same model and tokens give other values
+_PAIRS_AT_ONCE = 4096  # pairs after which values are written
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,10 +28,10 @@ class Reference:
 
     Attributes:
       model: the linen module.
-      checkpoint: that its parameters are read from.
+      checkpoint: holds its parameters.
       batch_size: sequences at a time.
-      mesh, rules: to run it on.
-      store: directory of known values; None for the one in the cache directory.
+      mesh, rules: where it runs.
+      store: directory of stored values; None for the one in the cache directory.
     """
 
     model: Any
@@ -42,37 +42,37 @@ class Reference:
     store: str | os.PathLike | None = None
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
-        """The stream with the reference's values, those computed first that nobody has asked for yet.
+        """Returns the stream with the reference's values, after computing those that are not stored.
 
         Args:
           stream: of pairs.
-          steps: whose batches will be read, of the first ones; None for all pairs.
+          steps: the number of steps whose batches will be read; None for all pairs.
 
         Raises:
-          ValueError: another reference than the run began with, or one of another vocabulary.
+          ValueError: another reference than at the start of the run, or another vocabulary.
           ReferenceStoreError: a damaged store.
           DamagedCheckpointError, FileNotFoundError: of the checkpoint.
         """
-        found = self.checkpoint.find()
+        reference = self.checkpoint.find()
         ours = stream.summary()["vocabulary"]["digest"]
-        theirs = found.meta.get("vocabulary", ours)
+        theirs = reference.meta.get("vocabulary", ours)
         if theirs != ours:
             raise ValueError(
-                f"REFERENCE: {found.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
+                f"REFERENCE: {reference.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
                 f"run's data has ({ours[:12]}): use the vocabulary of the reference."
             )
         config = dataclasses.asdict(self.model.config)
-        model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
-        about = {"checkpoint": found.step, "vocabulary": ours}
+        model = cache.digest([_VERSION, reference.arrays, repr(self.model), config])
+        about = {"checkpoint": reference.step, "vocabulary": ours}
         store = ReferenceStore.shared(model, about, root=self.store)
         if wanted := _wanted(stream, store, steps):
-            self._compute(stream, store, wanted, found.step)
-        return ReferencedStream(stream, store, found.arrays)
+            self._compute(stream, store, wanted, reference.step)
+        return ReferencedStream(stream, store, reference.arrays)
 
     def _compute(
         self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
     ) -> None:
-        """Adds to the store what the model says of these pairs."""
+        """Adds the model's log-probabilities of these pairs to the store."""
         config = RunConfig(
             model=self.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
         )
@@ -97,9 +97,9 @@ def _values(
     before: Sequence[int],
     pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> np.ndarray:
-    """Log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
+    """Returns log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
 
-    What several pairs have in common is scored once: the best of many answers, or in unpaired data the completion of
+    A completion in several pairs is scored once: the best of many answers, or in unpaired data the completion of
     another prompt, which all examples of one prompt share.
     """
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
@@ -114,9 +114,9 @@ def _values(
 
 
 def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
-    """Digests that a process lacks, the same for all processes, in the stream's order.
+    """Returns the digests that any process lacks, in the stream's order; all processes get the same list.
 
-    Each process knows what its own disk holds; what one lacks all compute together.
+    Each process knows its own disk only; all compute together what one of them lacks.
     """
     digests = list(stream.pairs().digests)
     if steps is not None and steps * stream.batch_size < len(digests):
@@ -136,11 +136,11 @@ def make_stream(
     steps: int | None = None,
     positions: Mapping[str, Any] | None = None,
 ) -> ReferencedStream:
-    """The training stream of pairs that `stream` opens, called with (positions=) to read on where a run stopped.
+    """Returns the training stream of pairs with reference values.
 
     Args:
       reference: the model that the policy is compared with.
-      stream: opens the pairs.
+      stream: opens the pairs; called with (positions=) to read on where another run stopped.
       steps: of the run.
       positions: see data/stream/stream.py.
     """
@@ -151,6 +151,13 @@ def make_stream(
 def make_eval_stream(
     *, task: str, reference: Reference, stream: Callable[..., Any], steps: int | None = None
 ) -> ReferencedStream:
-    """The held-out stream of a task, which `stream` opens, called with (task=); `steps` are what is read of it."""
+    """Returns the held-out stream of a task with reference values.
+
+    Args:
+      task: the task.
+      reference: the model that the policy is compared with.
+      stream: opens the pairs, called with (task=).
+      steps: the number of steps that are read; None for the whole split.
+    """
     opened = stream(task=task)
     return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))

@@ -1,9 +1,9 @@
-"""A run's directory: what was run, with what, where, and whether it may go on there.
+"""A run's directory: its files, and the check that only the same run continues in it.
 
 config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
 run.json                           commit, command, versions, environment, host, mesh, data
 vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
-tokenizer/                         in its place, the files of an imported tokenizer
+tokenizer/                         or the files of an imported tokenizer
 parameters.txt                     every parameter with shape, axes and sharding
 metrics.jsonl, tensorboard/, checkpoints/<step>/
 """
@@ -25,48 +25,20 @@ from launch import environment
 from launch.config import config_diff
 from launch.config.gin_source import ROOT
 
-# What a run may change when it goes on: how long it runs, what it writes, and on which devices.
-# Names as in config_diff.first_difference.
+# What a run may change when it continues: how long it runs, what it writes, and on which devices.
+# Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
 MAY_CHANGE = (
-    "MODEL_DIR",
-    "TRAIN_STEPS",
-    "TRAIN_TOKENS",
-    "EVAL_PERIOD",
-    "EVAL_STEPS",
-    "CHECKPOINT_PERIOD",
-    "LOG_PERIOD",
-    "INITIAL_CHECKPOINT_PATH",
-    "INITIAL_SCOPE",
-    "INITIAL_DATA",
-    "INITIAL_TRANSFORM",
-    "INITIAL_MOMENTS",
-    "INDICATORS_STOP",
-    "MESH",
-    "train.model_dir",
-    "train.total_steps",
-    "train.total_tokens",
-    "train.eval_period",
-    "train.eval_steps",
-    "train.eval_tasks",
-    "train.checkpoint_period",
-    "train.checkpointer",
-    "train.log_period",
-    "train.initial_checkpoint_path",
-    "train.initial_scope",
-    "train.initial_data",
-    "train.initial_transform",
-    "train.initial_moments",
-    "train.writers",
-    "train.hooks",
-    "train.profile",
-    "ProfilerWindow",
-    "Anomaly",
-    "Checkpointer",
-    "PreferenceIndicators.stop",
-    "WandbWriter",
-    "Recipe.mesh",
-    "Recipe.rules",
-)
+    "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
+    "LOG_PERIOD", "INITIAL_CHECKPOINT_PATH", "INITIAL_SCOPE", "INITIAL_DATA", "INITIAL_TRANSFORM",
+    "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH",
+    "train.model_dir", "train.total_steps", "train.total_tokens", "train.eval_period",
+    "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
+    "train.log_period", "train.initial", "train.writers", "train.hooks", "train.profile",
+    "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",
+    "InitialCheckpoint.transform", "InitialCheckpoint.moments",
+    "Anomaly", "Checkpointer", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
+    "Recipe.rules", "WandbWriter",
+)  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
              "seqio", "tensorflow", "espalier-lm")  # fmt: skip
 _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TF_",
@@ -81,8 +53,8 @@ class RunDirectoryError(ValueError):
 class RunDir:
     """Paths in a run's directory and the files that describe the run.
 
-    Only the process that is the `writer` writes; all may read. Until it is closed a
-    writer's directory is locked: another run that is started in it ends with an error.
+    Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
+    another run started in the directory ends with an error.
     """
 
     path: str
@@ -90,7 +62,7 @@ class RunDir:
     lock: IO[str] | None = None
 
     def close(self) -> None:
-        """Gives the directory free for another process."""
+        """Releases the lock."""
         if self.lock is not None:
             self.lock.close()
 
@@ -108,15 +80,19 @@ class RunDir:
 
     @property
     def started(self) -> bool:
-        """Whether training has begun here; a start that failed before leaves nothing to protect."""
-        saved = os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints)
-        return bool(saved) or os.path.exists(self.metrics)
+        """Whether there is a checkpoint or a row of metrics: before that, nothing needs protection."""
+        has_rows = os.path.exists(self.metrics) and os.path.getsize(self.metrics) > 0
+        return has_rows or self.has_checkpoints
+
+    @property
+    def has_checkpoints(self) -> bool:
+        return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
 
     def write(self, name: str, text: str) -> None:
-        """Writes a small text file, whole or not at all."""
+        """Writes a small text file atomically."""
         if self.writer:
             temporary = self.file(f".{name}.tmp")
             with open(temporary, "w", encoding="utf-8") as file:
@@ -124,10 +100,10 @@ class RunDir:
             os.replace(temporary, self.file(name))
 
     def record(self, **facts: Any) -> None:
-        """Adds facts known only later (mesh, data fingerprint, parameter count) to run.json.
+        """Adds facts to run.json that are known only after the start (mesh, data, parameter count).
 
         Raises:
-          RunDirectoryError: `data_fingerprint` is not that of an earlier start of this run.
+          RunDirectoryError: `data_fingerprint` differs from that of an earlier start of this run.
         """
         run = read_run(self.path)
         earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
@@ -136,14 +112,14 @@ class RunDir:
         if new is not None and earlier and earlier[-1] != new:
             raise RunDirectoryError(
                 f"The data of the run in {self.path} has changed: its fingerprint was "
-                f"{earlier[-1]} and is now {new}. Going on would repeat or lose examples. Bring "
-                f"the data, vocabulary and preprocessing back, or start in another MODEL_DIR (from "
+                f"{earlier[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
+                f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
                 f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
             )
         self.write("run.json", _json({**run, **facts}))
 
     def write_operative_config(self, text: str) -> None:
-        """The bindings and defaults actually used; call it when all has been configured."""
+        """Writes the bindings and defaults that were used; call it once everything is configured."""
         self.write("operative_config.gin", text)
 
 
@@ -154,17 +130,17 @@ def prepare(
     may_change: Iterable[str] = MAY_CHANGE,
     writer: bool = True,
 ) -> RunDir:
-    """Creates the directory, or makes sure that the run in it is the one to be continued.
+    """Creates the directory, or checks that the run in it is the one to continue.
 
     Args:
       path: the directory (MODEL_DIR).
       config: gin_config.config_str().
-      may_change: macros and bindings that a continued run may set anew.
+      may_change: macros and bindings that a continued run may change.
       writer: whether this process writes; one per run.
 
     Raises:
-      RunDirectoryError: the directory holds a run of another configuration, or is no run's; or the
-        path is an address of an object store; or another process is training in it.
+      RunDirectoryError: the directory holds a run of another configuration, or checkpoints of an
+        unknown one; the path is an address of an object store; another process is training in it.
     """
     if "://" in path:
         raise RunDirectoryError(
@@ -182,7 +158,7 @@ def prepare(
 
 
 def _lock(path: str) -> IO[str] | None:
-    """Locks a run's directory for this process, which the system undoes when the process ends."""
+    """Locks a run's directory until this process ends."""
     os.makedirs(path, exist_ok=True)
     lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
     try:
@@ -204,13 +180,13 @@ def _lock(path: str) -> IO[str] | None:
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
-    """Makes sure that the directory is this run's, and describes the new start."""
+    """Checks that the directory belongs to this run, and describes the new start."""
     path = run.path
     old = _read(run.file("config.gin")) if run.started else None
-    if old is None and os.path.isdir(run.checkpoints) and os.listdir(run.checkpoints):
+    if old is None and run.has_checkpoints:
         raise RunDirectoryError(
-            f"{path} holds checkpoints but no config.gin, so that nothing tells which run they are "
-            "of. Use another MODEL_DIR, or put the run's config.gin back."
+            f"{path} holds checkpoints but no config.gin, so that their run is unknown. Use another "
+            "MODEL_DIR, or put the run's config.gin back."
         )
     difference = None
     try:
@@ -218,13 +194,13 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             difference = config_diff.first_difference(old, config, may_change)
     except config_diff.UnreadableConfigError as error:
         raise RunDirectoryError(
-            f"{path}/config.gin cannot be read, so that nothing tells which run the directory "
-            f"holds: {error}. Use another MODEL_DIR, or put the run's config.gin back."
+            f"{path}/config.gin cannot be read, so that the run in the directory is unknown: {error}. "
+            f"Use another MODEL_DIR, or put the run's config.gin back."
         ) from None
     if difference:
         raise RunDirectoryError(
             f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "
-            f"set the value back, or delete the directory. (A run that goes on may change "
+            f"set the value back, or delete the directory. (A continued run may change "
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if run.writer:
@@ -238,7 +214,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
 
 
 def read_run(path: str) -> dict[str, Any]:
-    """The contents of run.json, or nothing."""
+    """Returns the contents of run.json; empty if there is none."""
     text = _read(os.path.join(path, "run.json"))
     if text is None:
         return {}
@@ -251,7 +227,7 @@ def read_run(path: str) -> dict[str, Any]:
 
 
 def describe_process() -> dict[str, Any]:
-    """Code, command, versions and machine of this process."""
+    """Returns code, command, versions and machine of this process."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_commit(),
@@ -270,7 +246,7 @@ def describe_process() -> dict[str, Any]:
 
 
 def mesh_facts(mesh: Any) -> dict[str, Any]:
-    """The mesh as run.json records it."""
+    """Returns the mesh as run.json records it."""
     return {
         "axes": dict(zip(mesh.axis_names, mesh.devices.shape, strict=True)),
         "devices": mesh.devices.size,
@@ -280,7 +256,7 @@ def mesh_facts(mesh: Any) -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the repository and whether files differ from it; None outside of git."""
+    """Returns the repository's commit and whether files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}

@@ -1,51 +1,67 @@
-"""What a training run says on the terminal before its first step and after its last."""
+"""What a training run prints before its first step and after its last."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from launch.run.host_metrics import flops_per_unit
-from trainers.batches import TrainStream
-from trainers.checkpoints import restore
-from trainers.recipe import Program, Recipe
+from data.preference import tally
+from launch.run.run_data import RunData
+from trainers.batches import Stream, TrainStream
+from trainers.checkpoints.restore import Restored
+from trainers.loop import Loop
+from trainers.recipe import Program
 from trainers.telemetry import flops
 from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.model_flops import train_flops_per_unit
+
+Line = tuple[str, str]  # name and text
+MANY = 0.05  # the share of dropped pairs or prompts above which a notice is a warning
+_DROPPED = {
+    "prompt_too_long": "dropped, whose prompts leave no room",
+    "same_when_truncated": "dropped, whose completions are the same once they are cut",
+    "truncated": "cut at their ends",
+}
 
 
-def announce(
-    recipe: Recipe,
-    program: Program,
-    data: TrainStream,
-    start: restore.Restored,
-    total_steps: int,
-    told: Sequence[tuple[str, str]],
-) -> None:
-    """What is about to run, in a few lines."""
-    units, unit = recipe.batch_size * recipe.length, recipe.reads.unit
+def announce(program: Program, data: RunData, start: Restored) -> None:
+    """Prints what is about to run, in a few lines."""
+    recipe, stream = program.recipe, data.stream
+    units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    device = program.mesh.devices.flat[0].device_kind
+    devices = list(program.mesh.devices.flat)
     trained = program.num_params(trained_only=True)
+    remaining = (data.total_steps - start.step) * units * train_flops_per_unit(program)
+    seconds = flops.estimate_seconds(remaining, devices)
     lines = [
-        ("mesh", f"{mesh} ({program.mesh.devices.size} x {device}), rules {recipe.rules}"),
+        ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
-        ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
-        (unit, f"{units:,} a step, {units * total_steps:,} in {total_steps:,} steps"),
-        ("epochs", epochs_line(data, total_steps)),
-        *told,
+        ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
+        (unit, f"{units:,} a step, {units * data.total_steps:,} in {data.total_steps:,} steps"),
+        ("epochs", epochs_line(stream, data.total_steps)),
+        *(("caps", line) for line in data.repeats),
+        *data_notices(data.tasks, stream, data.eval_streams),
         ("start", _start_line(start)),
+        ("estimate", f"about {_duration(seconds)} of training steps"),
     ]
-    remaining = (total_steps - start.step) * units * flops_per_unit(recipe, program)
-    seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
-    lines.append(("estimate", f"about {_duration(seconds)} of training steps"))
     print(
         "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
     )
 
 
-def epochs_line(data: TrainStream, step: int) -> str:
-    """How often each source has been read by then; above 1 its documents repeat."""
-    return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data.epochs(step).items())
+def summarise(path: str, loop: Loop, data: RunData) -> None:
+    """Prints how a run ended."""
+    how = "stopped by a signal" if loop.interrupted else "done"
+    if loop.ended and loop.step < data.total_steps:
+        how = "ended by a hook"
+    print(f"{how} at step {loop.step}; the run is in {path}\n{time_split(loop.outputs.goodput)}")
+    print(f"read: {epochs_line(data.stream, loop.data_step)}", flush=True)
 
 
-def _start_line(start: restore.Restored) -> str:
+def epochs_line(stream: TrainStream, step: int) -> str:
+    """How often each source has been read before `step`; above 1 its documents repeat."""
+    return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in stream.epochs(step).items())
+
+
+def _start_line(start: Restored) -> str:
     if start.source == "scratch":
         return "new parameters, step 0"
     skipped = "".join(f"; step {step} is damaged: {why}" for step, why in start.skipped)
@@ -59,7 +75,78 @@ def _duration(seconds: float) -> str:
 
 
 def time_split(goodput: Goodput) -> str:
+    """One line with the seconds of each part of the run's time."""
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
     text = ", ".join(f"{name} {_duration(v)}" for name, v in parts.items() if v >= 0.5)
     return f"time: {text}; {share:.0%} in steps"
+
+
+def data_notices(
+    tasks: Mapping[str, Any], stream: Stream, eval_streams: Sequence[Stream] = ()
+) -> list[Line]:
+    """Reports dropped and truncated data; above one pair or prompt in twenty as WARNING.
+
+    Args:
+      tasks: `data.tasks.summary()`: rows dropped and noted while files were read.
+      stream: the training stream.
+      eval_streams: the held-out splits.
+    """
+    notices = [
+        line for task, facts in tasks.get("tasks", {}).items() for line in _of_files(task, facts)
+    ]
+    for which, each in [("", stream), *((", held out", each) for each in eval_streams)]:
+        summary = each.summary()
+        for source, facts in summary["sources"].items():
+            if "pairs" in facts and any(facts[reason] for reason in _DROPPED):
+                notices.append(_of_pairs(f"{source}{which}", facts, summary["max_length"]))
+            elif "prompts" in facts and facts["prompt_too_long"]:
+                limit = summary["lengths"]["targets"]
+                notices.append(_of_prompts(f"{source}{which}", facts, limit))
+    return notices
+
+
+def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
+    """Documents that filters dropped, or rows of preference data dropped and noted."""
+    dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
+    documents = [
+        f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
+        for name, count in dropped.items()
+        if "documents" in count
+    ]
+    if documents:
+        yield "dropped", f"{task}: {', '.join(documents)}"
+    elif dropped:
+        rows = sum(count["rows"] for count in dropped.values())
+        share = rows / (rows + sum(facts["documents"].values()))
+        yield _name("dropped", share), f"{task}: {tally.listed(dropped)}, {share:.1%} of all rows"
+    if noted:
+        yield "noted", f"{task}: {tally.listed(noted)}"
+
+
+def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+    count, records = facts["prompt_too_long"], facts["records"]
+    return (
+        _name("too long", count / records),
+        f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
+        f"(first: {facts['first']['prompt_too_long']}); a larger one keeps more",
+    )
+
+
+def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+    records = facts["records"]
+    parts = [
+        f"{facts[reason]:,} ({facts[reason] / records:.1%}) {text} (first: {facts['first'][reason]})"
+        for reason, text in _DROPPED.items()
+        if facts[reason]
+    ]
+    dropped = (facts["prompt_too_long"] + facts["same_when_truncated"]) / records
+    return (
+        _name("too long", dropped),
+        f"{source}: of {records:,} pairs, at max_length {max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
+        "rows of twice that in TASK_FEATURE_LENGTHS, keeps more",
+    )
+
+
+def _name(name: str, dropped: float) -> str:
+    return "WARNING" if dropped > MANY else name

@@ -1,16 +1,16 @@
-"""The vocabulary kept with a run, so that its texts stay readable without the data it is made from.
+"""The copy of the vocabulary in a run's directory, which keeps texts readable without the data.
 
-A trained vocabulary is found by what it was trained from, which changes with packages and files. The
+A trained vocabulary is identified by its training text, which changes with packages and files. The
 run's directory therefore holds the SentencePiece model itself, or the tokenizer files of the Hugging
-Face checkpoint, and what else makes the vocabulary:
+Face checkpoint, with the remaining settings:
 
-    vocabulary.model   the SentencePiece model, as its file was, or
-    tokenizer/         the checkpoint's files, as they were
+    vocabulary.model   a copy of the SentencePiece model, or
+    tokenizer/         copies of the checkpoint's files
     vocabulary.json    number of extra ids, digest of the vocabulary, checksums of the files
 
-`save` keeps the vocabulary of a run's data. `save_files` keeps the tokenizer of a checkpoint that is
-imported and returns the digest that belongs into the checkpoint's meta as `vocabulary`. `export_files`
-writes what transformers loads with the same ids.
+`save` copies the vocabulary of a run's data. `save_files` copies the tokenizer of an imported checkpoint
+and returns the digest that belongs into the checkpoint's meta as `vocabulary`. `export_files` writes
+files that transformers loads with the same ids.
 """
 
 import atexit
@@ -43,32 +43,27 @@ run_vocabulary.load.folder = {folder!r}
 
 
 def save(folder: str | os.PathLike, vocabulary: Any) -> None:
-    """Keeps a SeqIO vocabulary in a run's directory.
+    """Copies a SeqIO vocabulary into a run's directory.
 
-    Does nothing for one without files, such as bytes, and for one that its files and its number of extra
-    ids alone do not make, such as an object of another class.
+    Does nothing for a vocabulary without files, such as bytes, and for one that cannot be made again from
+    its files and its number of extra ids, such as an object of another class.
     """
     digest, extra_ids = rows.vocabulary_digest(vocabulary), vocabulary.extra_ids
     if (files := getattr(vocabulary, "files", None)) is not None:
-        again = {"extra_ids": extra_ids, "special_in_text": vocabulary.special_in_text}
-        kept = os.path.realpath(files.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
-        if (
-            not kept
-            and rows.vocabulary_digest(vocabularies.huggingface(path=files.path, **again)) == digest
-        ):
-            save_files(folder, files.path, **again)
+        options = {"extra_ids": extra_ids, "special_in_text": vocabulary.special_in_text}
+        own = os.path.realpath(files.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
+        again = vocabularies.huggingface(path=files.path, **options)
+        if not own and rows.vocabulary_digest(again) == digest:
+            save_files(folder, files.path, **options)
         return
     source = getattr(vocabulary, "sentencepiece_model_file", None)
     if source is None:
         return
     if rows.vocabulary_digest(vocabularies.from_file(path=source, extra_ids=extra_ids)) != digest:
         return
-    model = pathlib.Path(source).read_bytes()
     partial = pathlib.Path(folder, f".{MODEL}.tmp")
-    partial.write_bytes(model)
-    partial.replace(pathlib.Path(folder, MODEL))
-    record = {"extra_ids": extra_ids, "digest": digest, "sha256": hashlib.sha256(model).hexdigest()}
-    cache_dir.write_json(pathlib.Path(folder, RECORD), record)  # last: without it nothing is kept
+    partial.write_bytes(pathlib.Path(source).read_bytes())
+    _replace(partial, pathlib.Path(folder, MODEL), {"extra_ids": extra_ids, "digest": digest})
 
 
 def save_files(
@@ -78,13 +73,12 @@ def save_files(
     extra_ids: int = 0,
     special_in_text: bool = True,
 ) -> str:
-    """Keeps the tokenizer of a Hugging Face checkpoint in a run's directory.
+    """Copies the tokenizer of a Hugging Face checkpoint into a run's directory.
 
     Args:
       folder: the run's directory.
-      hf_dir: the checkpoint's, or another with its tokenizer files.
-      extra_ids: as for `vocabularies.huggingface`.
-      special_in_text: likewise.
+      hf_dir: the checkpoint, or another directory with its tokenizer files.
+      extra_ids, special_in_text: as of `vocabularies.huggingface`.
 
     Returns:
       The vocabulary's digest.
@@ -93,67 +87,64 @@ def save_files(
       FileNotFoundError: there is no tokenizer.
       TokenizerError: its files are damaged or do not fit together.
     """
-    found = vocabularies.huggingface(
-        path=hf_dir, extra_ids=extra_ids, special_in_text=special_in_text
-    )
-    digest = rows.vocabulary_digest(found)
-    if not hasattr(found, "files"):  # a SentencePiece model alone
-        save(folder, found)
+    options = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    vocabulary = vocabularies.huggingface(path=hf_dir, **options)
+    digest = rows.vocabulary_digest(vocabulary)
+    if not hasattr(vocabulary, "files"):  # a SentencePiece model alone
+        save(folder, vocabulary)
         return digest
-    if _digest_kept(folder) == digest:
+    if _intact_digest(folder) == digest:
         return digest
     partial = pathlib.Path(folder, f".{TOKENIZER}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in hf_tokenizer.FILES:
-        source = pathlib.Path(hf_dir, name)
-        if source.is_dir():
-            shutil.copytree(source, partial / name)
-        elif source.exists():
-            shutil.copyfile(source, partial / name)
-    if found.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
+        _copy(pathlib.Path(hf_dir, name), partial / name)
+    if vocabulary.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
         # They may be from the model's config.json, which does not belong to the tokenizer.
-        ends = {"eos_token_id": list(found.eos_ids)}
+        ends = {"eos_token_id": list(vocabulary.eos_ids)}
         cache_dir.write_json(partial / hf_tokenizer.GENERATION, ends)
-    final = pathlib.Path(folder, TOKENIZER)
-    pathlib.Path(folder, RECORD).unlink(missing_ok=True)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.replace(final)
-    record = {
-        "extra_ids": extra_ids,
-        "special_in_text": special_in_text,
-        "digest": digest,
-        "files": _checksums(final),
-    }
-    cache_dir.write_json(pathlib.Path(folder, RECORD), record)  # last: without it nothing is kept
+    _replace(partial, pathlib.Path(folder, TOKENIZER), {**options, "digest": digest})
     return digest
 
 
+def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any]) -> None:
+    """Moves a vocabulary into its place; the record comes last, since nothing counts without it."""
+    record_path = final.parent / RECORD
+    record_path.unlink(missing_ok=True)
+    if final.is_dir():
+        shutil.rmtree(final)
+    partial.replace(final)
+    cache_dir.write_json(record_path, {**record, "path": final.name, "files": _checksums(final)})
+
+
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Keeps what one run's directory holds of its vocabulary, if anything, in another's."""
-    for name in (MODEL, TOKENIZER, RECORD):  # the record last: without it nothing is kept
-        path = pathlib.Path(source, name)
-        if path.is_dir():
-            shutil.copytree(path, pathlib.Path(target, name))
-        elif path.exists():
-            shutil.copyfile(path, pathlib.Path(target, name))
+    """Copies the vocabulary of one run's directory, if there is one, into another."""
+    for name in (MODEL, TOKENIZER, RECORD):  # the record last: nothing counts without it
+        _copy(pathlib.Path(source, name), pathlib.Path(target, name))
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file or a folder, if it exists."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.exists():
+        shutil.copyfile(source, target)
 
 
 def load(*, folder: str):
-    """The vocabulary that `save` has kept in a run's directory.
+    """Returns the vocabulary that `save` has put into a run's directory.
 
     Raises:
       FileNotFoundError: there is none.
     """
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
-    if "files" in record:
-        return vocabularies.huggingface(
-            path=os.path.join(folder, TOKENIZER),
-            extra_ids=record["extra_ids"],
-            special_in_text=record["special_in_text"],
-        )
-    return vocabularies.from_file(path=os.path.join(folder, MODEL), extra_ids=record["extra_ids"])
+    path = os.path.join(folder, record["path"])
+    if record["path"] == MODEL:
+        return vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
+    return vocabularies.huggingface(
+        path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
+    )
 
 
 def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str | None:
@@ -167,7 +158,7 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
       to_dir: an existing directory.
 
     Returns:
-      What is missing there, or differs, and why; None where nothing does.
+      A sentence about missing or different files and the reason; None if nothing is missing.
     """
     run_dir, to_dir = pathlib.Path(run_dir), pathlib.Path(to_dir)
     try:
@@ -179,7 +170,7 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
         )
     if not _is_intact(run_dir, record):
         return (
-            f"the vocabulary in {run_dir} is not as it was written (checksums differ from {RECORD}): no "
+            f"the vocabulary in {run_dir} was changed (checksums differ from {RECORD}): no "
             "tokenizer files were written"
         )
     missing = None
@@ -187,7 +178,7 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
         missing = (
             f"the {record['extra_ids']} extra ids of {run_dir} are not in the tokenizer's files"
         )
-    if "files" in record:
+    if record["path"] == TOKENIZER:
         shutil.copytree(run_dir / TOKENIZER, to_dir, dirs_exist_ok=True)
         return missing
     model = (run_dir / MODEL).read_bytes()
@@ -202,22 +193,23 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
 def gin_files(
     folder: str | os.PathLike, checkpoint: str | os.PathLike, *, before: Sequence[str]
 ) -> list[str]:
-    """A gin file that makes the kept vocabulary VOCABULARY, if it is intact and the checkpoint's.
+    """Returns a gin file that sets VOCABULARY to the one in a run's directory, or nothing.
 
-    A file, so that all that reads VOCABULARY gets it, and what is given after it wins. It is gone when
-    the process ends.
+    It is a file so that everything that reads VOCABULARY gets it, and later bindings replace it. It is
+    deleted when the process ends. Nothing is returned if the vocabulary is not intact or not the one the
+    checkpoint was trained with.
 
     Args:
       folder: a run's directory.
       checkpoint: the run or one of its step directories.
-      before: the gin files read before this one. There is none if they do not read VOCABULARY, for gin
+      before: the gin files read before this one. If none reads VOCABULARY, nothing is returned, for gin
         refuses macros that nothing reads.
     """
     texts = (pathlib.Path(gin_source.find(path, ()) or path).read_text("utf-8") for path in before)
     if not any("%VOCABULARY" in text for text in texts):
         return []
-    kept = _digest_kept(folder)
-    if kept is None or kept != _trained(checkpoint):
+    digest = _intact_digest(folder)
+    if digest is None or digest != _trained_digest(checkpoint):
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -226,8 +218,8 @@ def gin_files(
     return [path]
 
 
-def _digest_kept(folder: str | os.PathLike) -> str | None:
-    """Digest of the vocabulary that is kept there, intact."""
+def _intact_digest(folder: str | os.PathLike) -> str | None:
+    """Returns the digest of the vocabulary in a run's directory; None unless its files are intact."""
     try:
         record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
     except (OSError, ValueError):
@@ -236,26 +228,23 @@ def _digest_kept(folder: str | os.PathLike) -> str | None:
 
 
 def _is_intact(folder: str | os.PathLike, record: dict[str, Any]) -> bool:
-    """Whether the kept files are as they were written."""
-    if "files" in record:
-        return _checksums(pathlib.Path(folder, TOKENIZER)) == record["files"]
-    path = pathlib.Path(folder, MODEL)
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+    return _checksums(pathlib.Path(folder, record["path"])) == record["files"]
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    """Checksums of all files in a directory, by name."""
+def _checksums(path: pathlib.Path) -> dict[str, str]:
+    """Returns the checksum of a file, or of all files in a directory, by name."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        file.relative_to(path.parent).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
     }
 
 
-def _trained(checkpoint: str | os.PathLike) -> str | None:
-    """Digest of the vocabulary that a checkpoint was trained with."""
+def _trained_digest(checkpoint: str | os.PathLike) -> str | None:
+    """Returns the digest of the vocabulary that a checkpoint was trained with."""
     for step in step_dir.candidates(checkpoint):
-        # Whether a step is good is found out, and said, when it is restored.
+        # A damaged step is reported when it is restored.
         with contextlib.suppress(step_dir.DamagedCheckpointError):
             return step_dir.read_meta(step).get("vocabulary")
     return None

@@ -119,7 +119,7 @@ def _abstract_params(recipe: Any) -> Any:
 
     from trainers import initialise
 
-    return nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.reads)["params"])
+    return nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"])
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -132,14 +132,7 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 def _planned(run: Run, found: _Loaded, planned: Mapping[str, Planned]) -> Planned:
     recipe = found.arguments["recipe"]
     parent = None if run.parent is None else planned[run.parent]
-    start = {}
-    if found.arguments.get("initial_checkpoint_path"):
-        start = {
-            key: value
-            for key, value in found.arguments.items()
-            if key.startswith("initial_") and (parent is None or key != "initial_checkpoint_path")
-        }
-        start.setdefault("initial_scope", "params")
+    start = _start(found.arguments.get("initial"), parent)
     whole = parent is not None and start["initial_scope"] == "state"
     return Planned(
         run=run,
@@ -150,6 +143,19 @@ def _planned(run: Run, found: _Loaded, planned: Mapping[str, Planned]) -> Planne
         start=json.loads(json.dumps(start, default=repr)),  # a transform as it is written
         evaluation_digests=_evaluation_digests(run),
     )
+
+
+def _start(initial: Any, parent: Planned | None) -> dict[str, Any]:
+    """The scope of an initial checkpoint, and its other settings that are not their defaults."""
+    if initial is None or not initial.path:
+        return {}
+    start = {
+        f"initial_{field.name}": getattr(initial, field.name)
+        for field in dataclasses.fields(initial)
+        if field.name == "scope" or getattr(initial, field.name) != field.default
+    }
+    path = start.pop("initial_path")
+    return {**start, **({} if parent is not None else {"initial_checkpoint_path": path})}
 
 
 def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
@@ -227,7 +233,8 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return found  # which parameters are taken is said there
     there, wanted = _shapes(theirs.params), mine.params
-    if (transform := mine.arguments.get("initial_transform")) is not None:
+    initial = mine.arguments.get("initial")
+    if initial is not None and (transform := initial.transform) is not None:
         try:
             wanted = transform.source(wanted, there)
         except ValueError as error:
@@ -241,7 +248,7 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         found.append(
             f"{kind}: its parent {parent_kind} is another model: {name} is "
             f"{shown[0]} there and {shown[1]} here{more}. "
-            "Give both the same model, or say with initial_assignment what is taken."
+            "Give both the same model, or say with InitialCheckpoint.assignment what is taken."
         )
     return found
 

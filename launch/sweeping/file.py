@@ -15,7 +15,7 @@ that returns an ml_collections.ConfigDict:
 A ConfigDict sorts its keys; `arms=ConfigDict({...}, sort_keys=False)` keeps the order of the file. Later
 wins: the sweep's files, the arm's, the size's, then bindings in the same order. An arm with a
 `parent` starts from that arm's final checkpoint, of the same seed and size; what it takes of it is said by
-its bindings (initial_scope and others of launch/train.py). An arm that is `made` is not trained: its words are a
+its bindings (INITIAL_SCOPE and others, see trainers/checkpoints/initial.py). An arm that is `made` is not trained: its words are a
 command that makes a run directory of other arms' runs. In them {arm} stands for the run directory of the arm of
 that name, of the same seed and size, {run} for the directory to be made, {SEED} for the seed's number and {python}
 for this Python. The sweep's evaluations are of trained arms; one that is made names those it has.

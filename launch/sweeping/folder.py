@@ -42,8 +42,8 @@ class Planned:
         that is made has no steps, nor tokens.
       first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
       tokens_per_step: positions of a batch, padding included.
-      start: what it takes of the checkpoint it starts from: the `initial_*` arguments of
-        launch/train.py; empty for a run that starts with new parameters.
+      start: what it takes of the checkpoint it starts from: fields of `InitialCheckpoint`, each with
+        the prefix `initial_`; empty for a run that starts with new parameters.
       evaluation_digests: SHA-256 of each evaluation's settings.
     """
 

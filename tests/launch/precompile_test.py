@@ -76,7 +76,7 @@ def recipe(model, *, mesh, rules, rows, length, implementation="auto"):
 def compiled(run, devices, hbm_bytes=1e12):
     # As started from the command line, without the tests' exact products.
     with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
-        return precompile.compile_step(run, run.program(devices=devices), hbm_bytes=hbm_bytes)[0]
+        return precompile.compile_step(run.program(devices=devices), hbm_bytes=hbm_bytes)[0]
 
 
 @pytest.fixture(scope="module", params=BUDGETS)

@@ -276,7 +276,7 @@ def test_a_cooldown_goes_on_with_state_step_data_and_a_straight_line_to_its_end(
 ):
     bindings = (
         f"INITIAL_CHECKPOINT_PATH={str(whole)!r}",
-        "train.train.initial_scope='state'",
+        "initial.InitialCheckpoint.scope='state'",
         "recipe.Recipe.learning_rate=@schedules.cooldown()",
         "schedules.cooldown.before=@schedules.cosine()",
         "schedules.cooldown.start_step=24",

@@ -494,7 +494,7 @@ SWEEP = """dict(
     arms=dict(
         base=dict(seeds=(3,)),
         longer=dict(seeds=(3,), parent='base', bindings=(
-            'TRAIN_STEPS=16', "train.train.initial_scope='state'")),
+            'TRAIN_STEPS=16', "initial.InitialCheckpoint.scope='state'")),
     ),
     evaluations=dict(step=dict(
         command=('sh', '-c', 'ls $0/checkpoints | sort -n | tail -1 > $1', '{{run}}', '{{json}}'))),
@@ -533,7 +533,7 @@ def test_all_configurations_are_checked_before_the_first_run(tiny, command, tmp_
         arms = """bad_gin=dict(gin_files=('nowhere.gin',)),
         bad_name=dict(bindings=('TRAIN_STEP=3',)),
         bad_value=dict(bindings=("TRAIN_STEPS='x'",)),
-        too_short=dict(seeds=(3,), parent='base', bindings=("train.train.initial_scope='state'",)),
+        too_short=dict(seeds=(3,), parent='base', bindings=("initial.InitialCheckpoint.scope='state'",)),
         bad_batch=dict(bindings=('recipe.Recipe.microbatches=3',)),
         wider=dict(seeds=(3,), parent='base', bindings=(
             'config.TransformerConfig.mlp_dim=64', 'TRAIN_STEPS=3')),
@@ -594,7 +594,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
     hand = {}
     for name, bindings in (
         ("base", ["TRAIN_STEPS=12"]),
-        ("longer", ["TRAIN_STEPS=16", "train.train.initial_scope='state'"]),
+        ("longer", ["TRAIN_STEPS=16", "initial.InitialCheckpoint.scope='state'"]),
     ):
         if name == "longer":
             bindings.append(f"INITIAL_CHECKPOINT_PATH={str(hand['base'])!r}")

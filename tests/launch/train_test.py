@@ -10,13 +10,14 @@ import types
 
 import pytest
 
-from launch.run.host_metrics import flops_per_token
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
+from trainers.inputs import PackedTokens
 from trainers.telemetry.metric_writers import read_jsonl
+from trainers.telemetry.model_flops import train_flops_per_unit
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = ("models/tiny", "data/files", "runs/pretrain")
@@ -177,8 +178,9 @@ def test_what_was_used_is_written_before_training_and_writers_are_made_after_the
 
 
 def test_another_architecture_counts_six_flops_a_parameter():
-    program = types.SimpleNamespace(boxed_params={"cells": {}}, num_params=lambda: 7)
-    assert flops_per_token(None, program) == 42.0
+    recipe = types.SimpleNamespace(inputs_spec=PackedTokens(8))
+    program = types.SimpleNamespace(recipe=recipe, boxed_params={"cells": {}}, num_params=lambda: 7)
+    assert train_flops_per_unit(program) == 42.0
 
 
 def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
@@ -188,8 +190,9 @@ def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
         mlp = functools.partial(MoeMlp, num_experts=4, top_k=top_k, shared=shared)
         model = Transformer(config=config, block=functools.partial(Block, mlp=mlp))
         boxed = abstract_variables(model)["params"]
-        recipe = types.SimpleNamespace(model=model, length=1)
-        counts[top_k, shared] = flops_per_token(recipe, types.SimpleNamespace(boxed_params=boxed))
+        recipe = types.SimpleNamespace(model=model, length=1, inputs_spec=PackedTokens(1))
+        program = types.SimpleNamespace(recipe=recipe, boxed_params=boxed)
+        counts[top_k, shared] = train_flops_per_unit(program)
     # Six for each weight that a token meets: 8 x 8 projections, 8 x 4 router, 8 x 5 per matrix of an
     # expert; a query's scores and weighted sum over the one key it sees.
     weights = 3 * (4 * 8 * 8 + 8 * 4 + 3 * 8 * 5) + 11 * 8
@@ -255,7 +258,7 @@ def error(result):
                 "anomaly.Anomaly.action='halt'",
                 "config.TransformerConfig.remat='ful'",
                 "transformer.Block.layout='paralel'",
-                "train.train.initial_scope='all'",
+                "initial.InitialCheckpoint.scope='all'",
             ],
             ["6 problems", "'best_fit'", "'rollback'", "Nearest: 'full'", "Nearest: 'parallel'"],
         ),

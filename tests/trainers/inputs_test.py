@@ -25,16 +25,20 @@ def recipe(**given):
 
 def test_packed_tokens_are_what_lengths_say():
     made = recipe(feature_lengths={"targets": 16})
-    assert made.reads == PackedTokens(16) and made.length == 16 and made.reads.unit == "tokens"
-    assert made.reads.arrays(4)["decoder_loss_weights"].shape == (4, 16)
+    assert (
+        made.inputs_spec == PackedTokens(16)
+        and made.length == 16
+        and made.inputs_spec.unit == "tokens"
+    )
+    assert made.inputs_spec.arrays(4)["decoder_loss_weights"].shape == (4, 16)
 
 
 def test_an_image_is_a_row_of_length_one():
     made = recipe(inputs=Images(8, channels=1))
-    assert made.length == 1 and made.reads.length is None
-    arrays = made.reads.arrays(4)
+    assert made.length == 1 and made.inputs_spec.length is None
+    arrays = made.inputs_spec.arrays(4)
     assert arrays["images"].shape == (4, 8, 8, 1) and arrays["labels"].dtype == jnp.int32
-    assert made.reads.init_arguments()[0].shape == (1, 8, 8, 1)
+    assert made.inputs_spec.init_arguments()[0].shape == (1, 8, 8, 1)
 
 
 def test_rows_are_said_once():

@@ -15,6 +15,7 @@ from model.transformer import Block, Transformer
 from trainers import partitioning
 from trainers.anomaly import STATISTICS
 from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.restore import restore_or_initialise
 from trainers.checkpoints.restore_params import restore_params
 from trainers.objectives.base import Objective
@@ -103,7 +104,7 @@ def test_averages_of_bfloat16_parameters_are_wide_and_serve_as_parameters(tmp_pa
         served = restore_params(tmp_path / "a", abstract.params, use_ema=True)
         with Checkpointer(tmp_path / "b") as other:
             begun = restore_or_initialise(
-                other, abstract, program.init, initial_checkpoint_path=tmp_path / "a"
+                other, abstract, program.init, initial=InitialCheckpoint(path=tmp_path / "a")
             ).state
     rounded = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema_params, state.params)
     jax.tree.map(np.testing.assert_array_equal, served, rounded)
@@ -214,3 +215,15 @@ def test_extras_of_an_objective_are_an_argument_of_the_step():
         for _ in range(2):  # the extras are not donated
             state, metrics = steps.train(state, batch)
         assert 0 < float(metrics["distance"][0]) < want
+
+
+def test_a_number_is_a_constant_schedule_and_a_span_changes_no_shape():
+    recipe = make_recipe(learning_rate=0.25)
+    assert float(recipe.learning_rate(0)) == float(recipe.learning_rate(10**6)) == 0.25
+    waits = make_recipe(learning_rate=schedules.linear(peak=0.5, total_steps=None))
+    program = waits.program(devices=jax.devices()[:4])
+    spanned = program.with_span(schedules.Span(total_steps=4))
+    assert spanned.abstract_state is program.abstract_state
+    assert float(spanned.recipe.learning_rate(0)) == 0.5
+    with pytest.raises(ValueError, match="no value before the run knows"):
+        program.recipe.learning_rate(0)

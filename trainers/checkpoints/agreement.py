@@ -1,4 +1,4 @@
-"""Small agreements between the processes of one run. With a single process everything is free."""
+"""Exchanges small values between the processes of one run; free with a single process."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON values of all processes, in process order. Every process must call this."""
+    """Returns the JSON values of all processes, in process order. Every process must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -21,5 +21,5 @@ def gather(value: Any) -> list[Any]:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes what only one may write."""
+    """Whether this process writes the files that only one process may write."""
     return jax.process_index() == 0

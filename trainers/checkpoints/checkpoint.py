@@ -1,13 +1,14 @@
-"""Saving the state of a run: in the background, atomically, checksummed, the last and the best kept.
+"""Saves the state of a run in the background: atomic, checksummed, keeping the last and best steps.
 
-What blocks the loop is taking host copies of the arrays; digests, writing, the checksums of the files
-and the deletion of old steps happen in a thread. The state may be donated as soon as `save` returns.
+Only the host copies of the arrays block the loop; a thread computes digests and checksums, writes, and
+deletes old steps. The state may be donated as soon as `save` returns.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -20,22 +21,7 @@ from orbax.checkpoint import multihost
 from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
 from trainers.checkpoints.commit import CheckpointSaveError, Pending, commit, save_error
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
-from trainers.checkpoints.restore import Restored, restore_or_initialise, restore_state
-from trainers.checkpoints.restore_params import restore_params
-from trainers.checkpoints.retention import Retention
-from trainers.checkpoints.step_dir import read_meta
-
-# One name for all that the loop and the entry points need.
-__all__ = [
-    "CheckpointSaveError",
-    "Checkpointer",
-    "DamagedCheckpointError",
-    "Restored",
-    "read_meta",
-    "restore_or_initialise",
-    "restore_params",
-    "restore_state",
-]
+from trainers.checkpoints.restore import Restored, restore_state
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +29,50 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 1200
 
 
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Keeps the latest steps and, beyond them, the best by a metric.
+
+    Attributes:
+      keep_last: the number of latest steps to keep; None keeps all.
+      keep_best: the number of best steps to keep, among those saved with `metric`.
+      metric: a key of the metrics saved with a step.
+      mode: whether 'min' or 'max' is best; NaN never is.
+    """
+
+    keep_last: int | None = 3
+    keep_best: int = 0
+    metric: str = "loss"
+    mode: str = "min"
+
+    def __post_init__(self):
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"keep_last = {self.keep_last}: give 1 or more, or None to keep all.")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best = {self.keep_best}: give 0 or more.")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"best_mode = {self.mode!r}: use 'min' or 'max'.")
+
+    def best(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """Returns the steps that have the metric, best first; the later of two equal ones first."""
+        sign = 1 if self.mode == "min" else -1
+        values = {
+            step: sign * of_step[self.metric]
+            for step, of_step in metrics.items()
+            if not math.isnan(of_step.get(self.metric, math.nan))
+        }
+        return sorted(values, key=lambda step: (values[step], -step))
+
+    def superfluous(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """Returns the steps to delete, given the metrics of all saved steps."""
+        if self.keep_last is None:
+            return []
+        keep = {*sorted(metrics)[-self.keep_last :], *self.best(metrics)[: self.keep_best]}
+        return sorted(set(metrics) - keep)
+
+
 class Checkpointer:
-    """The checkpoints of one run. Only its training processes open one; others read (see restore)."""
+    """The checkpoints of one run, opened by its training processes alone; others use restore.py."""
 
     def __init__(
         self,
@@ -56,12 +84,12 @@ class Checkpointer:
         best_mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
     ):
-        """Opens or creates a directory and removes what an interrupted save left in it.
+        """Opens or creates a directory and removes the remains of interrupted saves.
 
         Args:
           directory: holds one directory per step; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
-          asynchronous: finish saves in a thread; otherwise `save` returns when all is written.
+          asynchronous: finish saves in a thread; otherwise `save` returns when everything is written.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)
@@ -82,8 +110,8 @@ class Checkpointer:
                 if step_dir.is_incomplete(path):
                     _log.warning("removing %s: its save was cut short.", path)
                     step_dir.remove(path)
-        found = list(self._read_metrics().items()) if agreement.is_primary() else []
-        self._metrics = {int(step): values for step, values in agreement.gather(found)[0]}
+        metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
+        self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
 
     def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
         # Orbax names its barriers after the directory written, which is `state` in every step.
@@ -98,16 +126,12 @@ class Checkpointer:
         return metrics
 
     def step_path(self, step: int) -> epath.Path:
-        """The directory of a step."""
+        """Returns the directory of a step."""
         return self._directory / str(step)
 
     def all_steps(self) -> list[int]:
-        """The steps that are saved in full, ascending."""
+        """Returns the completely saved steps, ascending."""
         return sorted(self._metrics)
-
-    def best_step(self) -> int | None:
-        """The best saved step by the metric, if any has it."""
-        return next(iter(self._retention.best(self._metrics)), None)
 
     def save(
         self,
@@ -116,16 +140,14 @@ class Checkpointer:
         *,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
-        force: bool = False,
     ) -> bool:
         """Saves a state, after waiting for the save before it. Every process calls it.
 
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
-          meta: JSON that tells what the state belongs to (see `restore_latest`).
-          metrics: numbers of this step, among them the one that decides what is best.
-          force: replace the step if it is already saved.
+          meta: JSON facts about the run (see `restore_latest`).
+          metrics: numbers of this step, including the one that ranks steps.
 
         Returns:
           False if the step was already saved, else True.
@@ -134,11 +156,8 @@ class Checkpointer:
           CheckpointSaveError: this save could not begin, or the one before it failed.
         """
         self.wait()
-        step = int(step)
         if step in self._metrics:
-            if not force:
-                return False
-            self._delete([step])
+            return False
         arrays = state_tree.flatten_arrays(state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"step": step, "metrics": numbers, "meta": dict(meta or {})}
@@ -181,7 +200,7 @@ class Checkpointer:
     def _make_room(self) -> None:
         try:
             self._delete(self._retention.superfluous(self._metrics))
-        except (OSError, ValueError) as error:  # The new step is good all the same.
+        except (OSError, ValueError) as error:  # the new step is good nevertheless
             _log.warning(
                 "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
                 self._directory,
@@ -191,7 +210,7 @@ class Checkpointer:
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
-            # Makes room; what cannot be removed now is when the run starts again.
+            # Makes room; what cannot be removed now is removed when the run starts again.
             with contextlib.suppress(OSError, ValueError):
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
@@ -203,7 +222,7 @@ class Checkpointer:
                 step_dir.remove(self.step_path(step))
 
     def wait(self) -> None:
-        """Returns when the last save is committed.
+        """Waits until the last save is committed.
 
         Raises:
           CheckpointSaveError: it failed.
@@ -216,7 +235,7 @@ class Checkpointer:
             raise error
 
     def check(self) -> None:
-        """Raises the error of a save in the background as soon as it has failed; never waits."""
+        """Raises the error of a failed save in the background; never waits."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -255,12 +274,6 @@ class Checkpointer:
             raise damaged[max(damaged)]
         return None
 
-    def discard_after(self, step: int) -> None:
-        """Sets aside the steps after `step`, as when a run goes back to it and takes another way."""
-        self.wait()
-        if later := [saved for saved in self.all_steps() if saved > step]:
-            self._set_aside(later, f"going back to step {step}")
-
     def _set_aside(self, steps: list[int], reason: str) -> None:
         for step in steps:
             self._metrics.pop(step)
@@ -268,7 +281,7 @@ class Checkpointer:
         if agreement.is_primary():
             names = ", ".join(step_dir.set_aside(self.step_path(step)).name for step in steps)
             _log.warning("%s; set aside in %s: %s.", reason, self._directory, names)
-        agreement.gather(names)  # None goes on before they are out of the way.
+        agreement.gather(names)  # no process continues before they are renamed
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
@@ -278,7 +291,7 @@ class Checkpointer:
             try:
                 self._orbax.close()
             except Exception as error:
-                # No step that counts waits for Orbax: this is of a save whose failure has been raised.
+                # No complete step waits for Orbax: this save's failure has been raised already.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
 
     def __enter__(self) -> "Checkpointer":

@@ -1,4 +1,4 @@
-"""The end of a save: checksums of all that was written, then the manifest that makes the step count."""
+"""The end of a save: checksums of everything written, then the manifest that completes the step."""
 
 import concurrent.futures
 import dataclasses
@@ -25,14 +25,14 @@ class CheckpointSaveError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A save under way, as this process sees it.
+    """A save in progress, from the view of this process.
 
     Attributes:
       path: the step directory.
       record: the contents of meta.json.
       entries: shape and dtype of each array.
-      blocks: the host copies of the blocks that this process writes.
-      barrier: returns when all processes have called it with the same name.
+      blocks: host copies of the blocks that this process writes.
+      barrier: waits until all processes have called it with the same name.
     """
 
     path: epath.Path
@@ -46,11 +46,11 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
     """Finishes a save; every process calls it.
 
     Args:
-      pending: what is being saved.
-      written: returns when Orbax has written the arrays of all processes.
+      pending: the save.
+      written: waits until Orbax has written the arrays of all processes.
 
     Raises:
-      OSError, ValueError, RuntimeError: something could not be written; the step does not count.
+      OSError, ValueError, RuntimeError: something could not be written; the step is incomplete.
     """
     path = pending.path
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests") as pool:
@@ -87,7 +87,7 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
 
 
 def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> CheckpointSaveError:
-    """The one error that tells why a step was not saved and what is still good."""
+    """Returns the error that says why a step was not saved and which step is still good."""
     text = str(error)
     full = getattr(error, "errno", None) in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS)
     if full and "://" not in os.fspath(path):
@@ -97,7 +97,7 @@ def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> C
     else:
         reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
         remedy = "Start again once the cause is removed"
-    kept = (
+    remains = (
         f"step {good[-1]} is good and the run continues from it" if good else "no step is saved yet"
     )
-    return CheckpointSaveError(f"could not save {path}: {reason}. {remedy}; {kept}.")
+    return CheckpointSaveError(f"could not save {path}: {reason}. {remedy}; {remains}.")

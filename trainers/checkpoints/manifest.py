@@ -36,11 +36,11 @@ Block = tuple[tuple[int, ...], np.ndarray]
 
 
 class DamagedCheckpointError(ValueError):
-    """Files or arrays of a checkpoint are not what was saved.
+    """Files or arrays of a checkpoint differ from what was saved.
 
     Attributes:
-      files: paths below the step directory, each with what is wrong with it.
-      arrays: names of the damaged arrays, as far as they could be told.
+      files: paths below the step directory, each with its problem.
+      arrays: names of the arrays known to be damaged.
     """
 
     def __init__(self, path: Any, files: Mapping[str, str], arrays: Iterable[str] = ()):
@@ -69,7 +69,7 @@ def _keys(axis: int, start: int, stop: int) -> np.ndarray:
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    """The bit patterns as unsigned integers of at most 32 bits."""
+    """Returns bit patterns as unsigned integers of at most 32 bits."""
     values = np.ascontiguousarray(values)
     if values.itemsize in (1, 2, 4):
         return values.view(f"u{values.itemsize}")
@@ -77,7 +77,7 @@ def _words(values: np.ndarray) -> np.ndarray:
 
 
 def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
-    """What the block that begins at index `start` adds to the digest of the whole array."""
+    """Returns what the block at index `start` adds to the digest of the whole array."""
     if values.size == 0:
         return 0
     sums = _words(values)
@@ -95,10 +95,10 @@ def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
 
 
 def owned_blocks(array: jax.Array) -> list[Block]:
-    """The blocks of which this process holds the first replica, as host arrays.
+    """Returns the blocks of which this process holds the first replica, as host arrays.
 
-    Over all processes they cover the array exactly once. On CPU they are views that the runtime keeps
-    alive and unchanged, even where the array is donated to a later step.
+    All processes together cover the array exactly once. On CPU the blocks are views, which the runtime
+    keeps alive and unchanged even if the array is donated to a later step.
     """
     return [
         (tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
@@ -108,7 +108,7 @@ def owned_blocks(array: jax.Array) -> list[Block]:
 
 
 def digests(blocks: Mapping[str, Sequence[Block]]) -> dict[str, int]:
-    """This process's share of the digest of each array."""
+    """Returns this process's share of the digest of each array."""
 
     def share(parts: Sequence[Block]) -> int:
         return sum(block_digest(values, start) for start, values in parts) % _MODULUS
@@ -118,7 +118,7 @@ def digests(blocks: Mapping[str, Sequence[Block]]) -> dict[str, int]:
 
 
 def add_digests(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The digests of whole arrays from the shares of all processes."""
+    """Returns the digests of whole arrays from the shares of all processes."""
     total: dict[str, int] = {}
     for share in shares:
         for name, value in share.items():
@@ -127,7 +127,7 @@ def add_digests(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def file_checksum(path: epath.Path) -> tuple[int, str]:
-    """Size in bytes and CRC-32 of a file."""
+    """Returns size in bytes and CRC-32 of a file."""
     size = crc = 0
     with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
@@ -137,33 +137,33 @@ def file_checksum(path: epath.Path) -> tuple[int, str]:
 
 
 def checksum_files(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Sizes and checksums of files below `directory`."""
+    """Returns sizes and checksums of files below `directory`."""
     return {name: file_checksum(directory / name) for name in names}
 
 
 def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
-    """What is wrong with each file that is not as recorded; empty when all are."""
+    """Returns the problem of each file that differs from its record; empty if none does."""
 
     def problem(name: str) -> str | None:
         size, crc = files[name]
         try:
-            found_size, found_crc = file_checksum(directory / name)
+            size_on_disk, crc_on_disk = file_checksum(directory / name)
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
             return f"cannot be read ({error})"
-        if found_size != size:
-            return f"has {found_size} bytes instead of {size}"
-        return None if found_crc == crc else "does not match its checksum"
+        if size_on_disk != size:
+            return f"has {size_on_disk} bytes instead of {size}"
+        return None if crc_on_disk == crc else "does not match its checksum"
 
     with concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="checksum") as pool:
-        found = dict(zip(files, pool.map(problem, files), strict=True))
-    return {name: text for name, text in found.items() if text}
+        problems = zip(files, pool.map(problem, files), strict=True)
+        return {name: text for name, text in problems if text}
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:
-    """What is recorded of one array."""
+    """The record of one array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -175,7 +175,7 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The arrays and files of one step; writing it is what commits the step."""
+    """The arrays and files of one step; writing it commits the step."""
 
     arrays: Mapping[str, ArrayEntry]
     files: Mapping[str, tuple[int, str]]
@@ -197,7 +197,7 @@ class Manifest:
         """Parses a manifest.
 
         Raises:
-          ValueError: a single byte differs from what `to_bytes` gave.
+          ValueError: the bytes differ from the result of `to_bytes`.
         """
         try:
             body = json.loads(data)

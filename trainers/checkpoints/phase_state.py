@@ -1,4 +1,4 @@
-"""A state as the beginning of another phase of training, or at another step of its schedule."""
+"""Moves a state to step 0 of a new phase of training, or to another step of its schedule."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from trainers.anomaly import STATISTICS
 
 
 def at_step_0(state: Any) -> Any:
-    """The state as the beginning of another phase: steps and schedules count from 0 again.
+    """Returns the state at the start of a phase: steps and schedules count from 0 again.
 
-    Moments stay, and so do the counts that their bias is corrected by; statistics of losses do not, for
+    Moments stay, with the counts for their bias correction; statistics of losses are reset, because
     other data have other losses.
     """
     variables = dict(state.variables)
@@ -22,20 +22,17 @@ def at_step_0(state: Any) -> Any:
 
 
 def at_step(state: Any, step: int) -> Any:
-    """The state with its step and the place in its schedules set; moments and their counts stay."""
+    """Returns the state with its step and the counts of its schedules set; moments stay."""
 
-    def is_place(node: Any) -> bool:
+    def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
+
+    def moved(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: _filled(leaf, step), node) if is_schedule(node) else node
 
     return state.replace(
         step=_filled(state.step, step),
-        opt_state=jax.tree.map(
-            lambda node: (
-                jax.tree.map(lambda leaf: _filled(leaf, step), node) if is_place(node) else node
-            ),
-            state.opt_state,
-            is_leaf=is_place,
-        ),
+        opt_state=jax.tree.map(moved, state.opt_state, is_leaf=is_schedule),
     )
 
 

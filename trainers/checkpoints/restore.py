@@ -1,40 +1,35 @@
-"""Reading whole states back onto any mesh, verified, in one order for every entry point.
+"""Restores whole states onto any mesh, verified, in one order for every entry point.
 
 `restore_or_initialise` looks for the state of a run in
 
   1. the latest good step of its own run directory;
-  2. INITIAL_CHECKPOINT_PATH (its parameters, also its moments, or all of its state), the latest good step
-     if it is a run;
+  2. INITIAL_CHECKPOINT_PATH (see initial.py), the latest good step if it is a run;
   3. a fresh initialisation.
 
-Nothing here unpickles anything: checkpoints are JSON and raw arrays.
+Nothing is unpickled: checkpoints are JSON and raw arrays.
 """
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from model.transforms.base import TreeTransform
 from trainers.checkpoints import phase_state, state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified
+from trainers.checkpoints.carried_moments import carried
+from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.restore_params import (
-    Assignment,
     CheckpointMismatchError,
     describe,
     kept_variables,
     list_differences,
     restore_params,
 )
-from trainers.checkpoints.restore_transformed import Moments, restore_transformed
-
-Scope = Literal["params", "phase", "state"]
-SCOPES = get_args(Scope)
 
 
 class RunMismatchError(ValueError):
@@ -47,12 +42,12 @@ class Restored:
 
     Attributes:
       step: the number of steps taken.
-      state: as the abstract state that was asked for.
-      meta: what the run recorded with it.
+      state: of the structure of the abstract state.
+      meta: the run's facts recorded with it.
       metrics: the metrics recorded with it.
       path: its step directory; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
-      skipped: newer steps that were damaged, each with the reason.
+      skipped: newer damaged steps, each with the reason.
     """
 
     step: int
@@ -112,7 +107,7 @@ def restore_state(
     Args:
       path: a step directory, or a run directory for its newest good step.
       abstract_state: a pytree of jax.ShapeDtypeStruct with shardings, or of arrays.
-      expected_meta: keys that must have these values in what was recorded.
+      expected_meta: keys that must have these values in the recorded meta.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
@@ -146,99 +141,79 @@ def restore_or_initialise(
     initialise: Callable[[], Any],
     *,
     expected_meta: Mapping[str, Any] | None = None,
-    initial_checkpoint_path: str | os.PathLike | None = None,
-    initial_scope: Scope = "params",
-    assignment: Assignment = (),
-    strict: bool = True,
-    use_ema: bool = False,
-    transform: TreeTransform | None = None,
-    moments: Moments = "reset",
+    initial: InitialCheckpoint = NEW_PARAMETERS,
 ) -> Restored:
-    """The state a run starts from, in the documented order: own run, initial checkpoint, scratch.
+    """Returns the state a run starts from: of its own checkpoint, the initial one, or a fresh one.
 
     Args:
       checkpointer: the `Checkpointer` of the run.
       abstract_state: the TrainState as jax.ShapeDtypeStruct with shardings.
       initialise: makes a fresh TrainState with these shardings.
       expected_meta: see `restore_state`; concerns the run's own checkpoints only.
-      initial_checkpoint_path: where to start from if the run has no checkpoint yet: a step directory,
-        or a run directory for its newest good step.
-      initial_scope: 'params' takes the model's variables (step 0, fresh optimiser); 'phase' also averages
-        and the optimiser's moments, at step 0 of a new schedule; 'state' takes everything, the step
-        and the place in the schedule too.
-      assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
-      transform: what makes the initial checkpoint's parameters into those of this model.
-      moments: with `transform`, see `restore_transformed`.
+      initial: what to start from if the run has no checkpoint yet.
 
     Raises:
-      ValueError: an unknown scope, or options that it does not have.
+      ValueError: options of `initial` that exclude each other.
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
-    if initial_scope not in SCOPES:
-        raise ValueError(f"initial_scope = {initial_scope!r}: use {', '.join(map(repr, SCOPES))}.")
-    options = {
-        "initial_assignment": bool(assignment),
-        "initial_strict = False": not strict,
-        "initial_use_ema": use_ema,
-    }
-    if initial_scope != "params" and any(options.values()):
-        raise ValueError(
-            f"initial_scope = {initial_scope!r} takes a state as it was saved, so that "
-            f"{', '.join(name for name, given in options.items() if given)} would have no effect: "
-            "leave out what is named, or use initial_scope = 'params'."
-        )
-    if transform is not None and not initial_checkpoint_path:
-        raise ValueError(
-            "INITIAL_TRANSFORM changes the parameters of a checkpoint: set INITIAL_CHECKPOINT_PATH."
-        )
-    if moments == "carry" and (transform is None or initial_scope == "params"):
-        raise ValueError(
-            "INITIAL_MOMENTS = 'carry' needs an INITIAL_TRANSFORM, and INITIAL_SCOPE = 'phase' or "
-            "'state': the scope 'params' takes no moments."
-        )
+    initial.check()
     restored = checkpointer.restore_latest(abstract_state, expected_meta=expected_meta)
     if restored is not None:
         return restored
-    if transform is not None:
-        given = {"assignment": assignment, "strict": strict, "use_ema": use_ema}
-        state, path = restore_transformed(
-            initial_checkpoint_path, initialise(), transform, moments=moments, **given
-        )
-        if initial_scope != "state":
-            state = phase_state.at_step_0(state)
-        step = int(state.step)
-        return Restored(
-            step=step, state=state, meta=step_dir.read_meta(path), path=path, source="initial"
-        )
-    if initial_checkpoint_path and initial_scope != "params":
-        restored = restore_state(initial_checkpoint_path, abstract_state)
-        if initial_scope == "phase":
-            restored = dataclasses.replace(
-                restored, step=0, state=phase_state.at_step_0(restored.state)
-            )
-        return dataclasses.replace(restored, source="initial")
-    state = initialise()
-    if not initial_checkpoint_path:
-        return Restored(step=0, state=state, source="scratch")
+    if not initial.path:
+        return Restored(step=0, state=initialise(), source="scratch")
+    if initial.transform is not None or initial.scope == "params":
+        return _restore_variables(initial, initialise())
+    restored = restore_state(initial.path, abstract_state)
+    if initial.scope == "phase":
+        state = phase_state.at_step_0(restored.state)
+        restored = dataclasses.replace(restored, step=0, state=state)
+    return dataclasses.replace(restored, source="initial")
+
+
+def _restore_variables(initial: InitialCheckpoint, state: Any) -> Restored:
+    """Returns a fresh state with the checkpoint's parameters, possibly transformed, and collections.
+
+    With a transform and the scope 'state', the step and the place in schedules are the checkpoint's. A
+    moving average begins with the new parameters.
+    """
+    transform = initial.transform
 
     def read(step: epath.Path) -> Restored:
-        params = restore_params(
-            step, state.params, assignment=assignment, strict=strict, use_ema=use_ema
+        recorded = step_dir.read_manifest(step)
+        record = step_dir.read_record(step, recorded)
+        root = "ema_params/" if initial.use_ema else "params/"
+        shapes = {
+            name.removeprefix(root): tuple(entry.shape)
+            for name, entry in recorded.arrays.items()
+            if name.startswith(root)
+        }
+        source = restore_params(
+            step,
+            state.params if transform is None else transform.source(state.params, shapes),
+            assignment=initial.assignment,
+            strict=initial.strict,
+            use_ema=initial.use_ema,
         )
-        ema = state.ema_params
-        if ema is not None:
+        params = source if transform is None else transform(source, state.params)
+        made = state.replace(params=params, variables=kept_variables(step, state.variables))
+        if state.ema_params is not None:
             # Averages have their own dtype, and a buffer is donated once only.
-            ema = jax.tree.map(lambda p, e: jnp.array(p, e.dtype, copy=True), params, ema)
+            ema = jax.tree.map(
+                lambda p, e: jnp.array(p, e.dtype, copy=True), params, state.ema_params
+            )
+            made = made.replace(ema_params=ema)
+        if initial.moments == "carry":
+            moments = carried(step, recorded, state.opt_state, transform, source, params)
+            made = made.replace(opt_state=moments)
+        first = record["step"] if initial.scope == "state" else 0
         return Restored(
-            step=0,
-            state=state.replace(
-                params=params,
-                ema_params=ema,
-                variables=kept_variables(step, state.variables),
-            ),
-            meta=step_dir.read_meta(step),
+            step=first,
+            state=phase_state.at_step(made, first) if first else made,
+            meta=record["meta"],
             path=step,
             source="initial",
         )
 
-    return step_dir.newest_good(initial_checkpoint_path, read)
+    assert initial.path is not None
+    return step_dir.newest_good(initial.path, read)

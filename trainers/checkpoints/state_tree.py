@@ -1,4 +1,4 @@
-"""States as flat dicts of named arrays, and as the plain nested dicts that checkpoints hold."""
+"""Converts states to flat dicts of named arrays, and to the nested dicts of checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +16,9 @@ def _key_name(key: Any) -> str:
 
 
 def flatten(tree: Any) -> Flat:
-    """The leaves of any pytree by path, as in `opt_state/0/mu/final_norm/scale`.
+    """Returns the leaves of any pytree by path, such as `opt_state/0/mu/final_norm/scale`.
 
-    Nodes without leaves (None, empty optimiser states) leave no trace.
+    Nodes without leaves (None, empty optimiser states) do not appear.
 
     Raises:
       ValueError: two leaves have the same path, or a key holds a slash.
@@ -37,7 +37,7 @@ def flatten(tree: Any) -> Flat:
 
 
 def flatten_arrays(tree: Any) -> Flat:
-    """As `flatten`, for a state that is to be saved.
+    """Returns the leaves by path of a state to be saved.
 
     Raises:
       TypeError: a leaf is not a numeric jax.Array.
@@ -50,19 +50,19 @@ def flatten_arrays(tree: Any) -> Flat:
         if not numeric:
             kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
             raise TypeError(
-                f"{name} is {kind}: a state that is saved holds numeric jax.Arrays only (random keys "
-                "as jax.random.key_data)."
+                f"{name} is {kind}: a saved state may hold only numeric jax.Arrays (random keys as "
+                "jax.random.key_data)."
             )
     return flat
 
 
 def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
-    """A tree with the structure of `like` and the leaves of `flat`."""
+    """Returns a tree with the structure of `like` and the leaves of `flat`."""
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain nested dicts, one level for each part of a path."""
+    """Returns nested dicts with one level for each part of a path."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")

@@ -1,14 +1,14 @@
-"""The layout of saved steps on disk, and what may be on disk after a process was killed.
+"""The layout of saved steps on disk, also after a process was killed.
 
     <run>/checkpoints/<step>/
       state/          the arrays as plain nested dicts, written by Orbax (readable with Orbax alone)
-      meta.json       step, metrics and what the run recorded about itself
-      manifest.json   checksums of every array and file; written last: a step counts once it is there
+      meta.json       step, metrics and the run's facts about itself
+      manifest.json   checksums of every array and file; written last, which completes the step
       incomplete      a mark, present while the step is being written or deleted
 
-Committing is writing one file, so it is atomic on local disks and on object stores alike. A step with
-the mark and without a manifest was cut short and is cleaned up; one with neither has lost its manifest
-and is treated as damaged.
+A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but
+without a manifest was interrupted and is cleaned up; a step with neither has lost its manifest and is
+treated as damaged.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """The path made absolute, as the libraries below ask for; object store addresses already are."""
+    """Returns the absolute path, as Orbax requires; object store addresses already are absolute."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
 def write_file(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that it is there in full or not at all, also after a power cut."""
+    """Writes a file atomically, also with respect to a power cut."""
     if "://" in os.fspath(path):  # Object stores put whole objects.
         path.write_bytes(data)
         return
@@ -58,30 +58,30 @@ def write_file(path: epath.Path, data: bytes) -> None:
 
 
 def is_incomplete(path: epath.Path) -> bool:
-    """Whether a step was cut short while it was written or deleted."""
+    """Whether writing or deleting a step was interrupted."""
     if (path / MANIFEST).exists():
         return False
     try:
         return (path / INCOMPLETE).exists() or not any(path.iterdir())
-    except FileNotFoundError:  # Deleted by the run while another process reads.
+    except FileNotFoundError:  # deleted by the run while another process reads
         return True
 
 
 def steps_on_disk(directory: epath.Path) -> dict[int, epath.Path]:
-    """All step directories by ascending step, whatever their condition."""
+    """Returns all step directories by ascending step, in any condition."""
     if not directory.exists():
         return {}
-    found = {int(p.name): p for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()}
-    return dict(sorted(found.items()))
+    steps = {int(p.name): p for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()}
+    return dict(sorted(steps.items()))
 
 
 def complete_steps(directory: epath.Path) -> dict[int, epath.Path]:
-    """The steps that were not cut short, by ascending step; they may still be damaged."""
+    """Returns the complete steps by ascending step; they may still be damaged."""
     return {step: p for step, p in steps_on_disk(directory).items() if not is_incomplete(p)}
 
 
 def file_names(path: epath.Path) -> list[str]:
-    """The files of a step that its manifest covers, as paths below it."""
+    """Returns the files of a step that its manifest covers, as paths below it."""
     names = []
     folders = [path]
     while folders:
@@ -94,7 +94,7 @@ def file_names(path: epath.Path) -> list[str]:
 
 
 def remove(path: epath.Path) -> None:
-    """Deletes a step; cut short, it is left marked as incomplete."""
+    """Deletes a step; an interrupted deletion leaves it marked as incomplete."""
     (path / INCOMPLETE).touch()
     (path / MANIFEST).unlink(missing_ok=True)
     for entry in path.iterdir():
@@ -103,16 +103,13 @@ def remove(path: epath.Path) -> None:
     (path / INCOMPLETE).unlink()
     try:
         path.rmdir()
-    except (
-        OSError,
-        ValueError,
-    ):  # A writer that was still at work: the next start removes the rest.
+    except (OSError, ValueError):  # a writer is still at work: the next start removes the rest
         (path / INCOMPLETE).touch()
         raise
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-    """Renames a step so that it can still be looked at while its number is used again."""
+    """Renames a step, so that its number can be used again while its files stay for inspection."""
     taken = {entry.name for entry in path.parent.iterdir()}
     names = (f"{path.name}.aside{i or ''}" for i in itertools.count())
     target = path.parent / next(name for name in names if name not in taken)
@@ -121,7 +118,7 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 
 def candidates(path: str | os.PathLike) -> list[epath.Path]:
-    """The step directories that `path` can mean: itself alone, or those of a run, newest first.
+    """Returns the step directories that `path` can mean: itself, or those of a run, newest first.
 
     Args:
       path: a step directory, a run directory or its `checkpoints` directory.
@@ -129,24 +126,24 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
     Raises:
       FileNotFoundError: there is no checkpoint there.
     """
-    found = absolute(path)
-    if not found.is_dir():
-        raise FileNotFoundError(f"checkpoint {found}: there is no such directory.")
-    if any((found / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
-        if is_incomplete(found):
-            raise FileNotFoundError(f"checkpoint {found} is incomplete: its save was cut short.")
-        return [found]
-    for directory in (found / CHECKPOINTS, found):
+    folder = absolute(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder}: there is no such directory.")
+    if any((folder / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
+        if is_incomplete(folder):
+            raise FileNotFoundError(f"checkpoint {folder} is incomplete: its save was cut short.")
+        return [folder]
+    for directory in (folder / CHECKPOINTS, folder):
         if steps := complete_steps(directory):
             return list(reversed(steps.values()))
     raise FileNotFoundError(
-        f"{found} holds no checkpoint: expected a step directory (with {MANIFEST}), or a run directory "
+        f"{folder} holds no checkpoint: expected a step directory (with {MANIFEST}), or a run directory "
         f"with {CHECKPOINTS}/<step>."
     )
 
 
 def resolve(path: str | os.PathLike) -> epath.Path:
-    """The step directory that `path` means: itself, or the latest step of a run, good or not.
+    """Returns the step directory that `path` means: itself, or the latest step of a run, damaged or not.
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
@@ -155,7 +152,7 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 
 def run_folder(path: str | os.PathLike) -> epath.Path:
-    """The directory of the run that a checkpoint is of, which holds its configuration.
+    """Returns the directory of a checkpoint's run, which holds its configuration.
 
     Args:
       path: as for `resolve`.
@@ -168,39 +165,44 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
 
 
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
-    """What `read` returns of the step directory that `path` means, or of the newest good step of a run.
+    """Reads the step directory that `path` means, or the newest good step of a run.
 
-    Damaged steps are passed over with a warning. Nothing on disk is changed: the run may be another's,
-    and under way.
+    Damaged steps are skipped with a warning. Nothing on disk is changed: the run may belong to someone
+    else and be in progress.
 
     Args:
       path: as for `candidates`.
-      read: reads one step directory, and raises DamagedCheckpointError if it is not as it was saved.
+      read: reads one step directory, and raises DamagedCheckpointError if it is damaged.
+
+    Returns:
+      The result of `read`.
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
       DamagedCheckpointError: of the newest step, if none is good.
     """
-    # The processes must go through the same steps, though a run may be adding to them.
+    # All processes must try the same steps, while a run may be adding new ones.
     steps = agreement.gather([os.fspath(step) for step in candidates(path)])[0]
     damaged: list[DamagedCheckpointError] = []
     for step in map(epath.Path, steps):
         try:
-            found = read(step)
+            result = read(step)
         except DamagedCheckpointError as error:
-            damaged.append(error.with_traceback(None))  # which would keep what has been read
+            damaged.append(
+                error.with_traceback(None)
+            )  # a traceback would hold the arrays in memory
             continue
         if damaged:
             _log.warning("%s Reading step %s.", " ".join(map(str, damaged)), step.name)
-        return found
+        return result
     raise damaged[0]
 
 
 def read_manifest(path: epath.Path) -> Manifest:
-    """The manifest of a step.
+    """Returns the manifest of a step.
 
     Raises:
-      DamagedCheckpointError: it is missing or not as it was written.
+      DamagedCheckpointError: it is missing or damaged.
     """
     problem = "is missing"
     with contextlib.suppress(FileNotFoundError):
@@ -212,10 +214,10 @@ def read_manifest(path: epath.Path) -> Manifest:
 
 
 def read_record(path: epath.Path, manifest: Manifest) -> dict[str, Any]:
-    """The verified contents of a step's meta.json: `step`, `metrics` and `meta`.
+    """Returns the verified contents of a step's meta.json: `step`, `metrics` and `meta`.
 
     Raises:
-      DamagedCheckpointError: it is missing or not as it was written.
+      DamagedCheckpointError: it is missing or damaged.
     """
     recorded = {name: entry for name, entry in manifest.files.items() if name == META}
     if problems := check_files(path, recorded):
@@ -224,11 +226,11 @@ def read_record(path: epath.Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
-    """What a run recorded about itself with a checkpoint (a step or run directory).
+    """Returns the run's facts about itself recorded with a checkpoint (a step or run directory).
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
-      DamagedCheckpointError: the record is not as it was written.
+      DamagedCheckpointError: the record is damaged.
     """
-    found = resolve(path)
-    return read_record(found, read_manifest(found))["meta"]
+    step = resolve(path)
+    return read_record(step, read_manifest(step))["meta"]

@@ -62,7 +62,7 @@ class Spectrum:
                 "of dense ones, such as '.*/(query|up)/kernel', or leave it out of train.hooks."
             )
 
-        convolutions = self.run.recipe.reads.unit == "images"
+        convolutions = self.run.program.recipe.inputs_spec.unit == "images"
 
         def read(params: Any) -> dict[str, jax.Array]:
             flat = state_tree.flatten(params)

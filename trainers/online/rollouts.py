@@ -50,8 +50,7 @@ class Rollouts:
 
     Args:
       stream: of prompts.
-      recipe: of the run, whose inputs are a `trainers.online.method.Method`.
-      program: of the recipe.
+      program: whose recipe's inputs are a `trainers.online.method.Method`.
       folder: where rollouts are kept that are used for several updates.
       reward: judges completions, on the host; every process judges all of them.
       vocabulary: whose EOS ends completions, and whose ids are sampled.
@@ -71,7 +70,6 @@ class Rollouts:
         self,
         *,
         stream: Prompts,
-        recipe: Recipe,
         program: Program,
         folder: str | os.PathLike,
         reward: Reward | StoredReward,
@@ -83,6 +81,7 @@ class Rollouts:
         missing_end_penalty: float = 0.0,
         seed: int = 0,
     ):
+        recipe = program.recipe
         method = _method(recipe, stream, reference)
         ends = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
         settings = decode.Settings(
@@ -109,7 +108,7 @@ class Rollouts:
     @property
     def units(self) -> int:
         """Tokens of a batch, as rates count them."""
-        return self._recipe.batch_size * self._recipe.length
+        return self._recipe.units_per_batch
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of batches."""
@@ -245,12 +244,12 @@ class Rollouts:
 
 def _method(recipe: Recipe, stream: Prompts, reference: LiveReference | None) -> Method:
     """The recipe's method, checked against all that must agree with it."""
-    if not hasattr(recipe.reads, "asks"):
+    if not hasattr(recipe.inputs_spec, "asks"):
         raise RolloutError(
             "The run samples, and Recipe.inputs is no method of trainers/online/: give a file of methods/ such as "
             "online_dpo.gin or grpo.gin."
         )
-    method = cast(Method, recipe.reads)
+    method = cast(Method, recipe.inputs_spec)
     rows = stream.batch_size * method.rows_per_prompt
     if recipe.batch_size != rows:
         raise RolloutError(

@@ -18,7 +18,8 @@ import jax
 
 from model.transformer import Transformer, attention_of, block_of
 from trainers import initialise
-from trainers.telemetry.flops import mean_keys
+from trainers.recipe import Program
+from trainers.telemetry.flops import mean_keys, traced_flops
 
 _MATRICES = ("kernel", "u", "v")  # u and v are factors of one
 
@@ -48,6 +49,22 @@ def forward_flops_per_token(model: Transformer, length: int, params: Any = None)
 def train_flops_per_token(model: Transformer, length: int, params: Any = None) -> float:
     """Forward and backward: three times `forward_flops_per_token`."""
     return 3.0 * forward_flops_per_token(model, length, params)
+
+
+def train_flops_per_unit(program: Program) -> float:
+    """Model FLOPs of training on one token, or on one image.
+
+    Six for each parameter of a language model of another architecture, whose products are unknown.
+    """
+    recipe = program.recipe
+    if recipe.inputs_spec.unit == "tokens":
+        if "mlp" not in program.boxed_params.get("layers", {}).get("block_0", {}):
+            return 6.0 * program.num_params()
+        return train_flops_per_token(recipe.model, recipe.length, program.boxed_params)
+    state = program.abstract_state
+    variables = {"params": state.params, **state.variables}
+    arguments = recipe.inputs_spec.init_arguments()
+    return 3.0 * traced_flops(recipe.model.apply, variables, *arguments)
 
 
 def _met_of_mlp(model: Transformer, layer: int, mlp: Mapping[str, Any]) -> float:

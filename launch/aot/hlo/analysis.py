@@ -1,4 +1,4 @@
-"""What a compiled program costs per execution and chip, from its text."""
+"""Analyses the cost of a compiled program per execution and chip, from its text."""
 
 import collections
 import dataclasses

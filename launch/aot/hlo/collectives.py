@@ -41,10 +41,10 @@ def totals(module: Module, executions: dict[str, int]) -> dict[str, Total]:
     Raises:
       HloError: a collective whose group of chips cannot be read.
     """
-    found: dict[str, Total] = {}
+    sums: dict[str, Total] = {}
     for kind, count, each in _distinct(module, executions):
-        found[kind] = found.get(kind, Total()).plus(count, each)
-    return dict(sorted(found.items()))
+        sums[kind] = sums.get(kind, Total()).plus(count, each)
+    return dict(sorted(sums.items()))
 
 
 def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -1,7 +1,7 @@
-"""How often each computation of a program runs: loop trip counts, multiplied through nesting.
+"""Counts how often each computation of a program runs: loop trip counts, multiplied through nesting.
 
-XLA's own cost analysis counts a loop body once. TPU programs carry no trip count either: it is
-solved here from the loop's condition, its initial value and its step.
+XLA's own cost analysis counts a loop body once. TPU programs contain no trip counts either: they are
+solved from the loop's condition, its initial value and its step.
 """
 
 import json
@@ -22,13 +22,13 @@ _HOLDS = {
 
 
 def executions(module: Module) -> dict[str, int]:
-    """Times each computation runs in one execution of the program.
+    """Returns how often each computation runs in one execution of the program.
 
     Both branches of a conditional count as taken. Scalar functions of reductions, sorts and scatters
-    are left out.
+    are not counted.
 
     Raises:
-      HloError: a loop whose trip count cannot be found.
+      HloError: a loop whose trip count cannot be determined.
     """
     loops = _Loops(module)
     edges = {name: list(loops.calls(c)) for name, c in module.computations.items()}
@@ -56,7 +56,7 @@ def _callers_first(entry: str, edges: dict[str, list[tuple[str, int]]]) -> list[
 
 
 class _Loops:
-    """Solves trip counts; values are followed through tuples, fusions and outer loops."""
+    """Solves trip counts by following values through tuples, fusions and outer loops."""
 
     def __init__(self, module: Module):
         self._module = module
@@ -67,7 +67,7 @@ class _Loops:
                     self._callers.setdefault(callee, []).append(instruction)
 
     def calls(self, computation: Computation):
-        """(callee, executions per run of `computation`) of its instructions."""
+        """Yields (callee, executions per run of `computation`) of its instructions."""
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 trips = self.trips(instruction)
@@ -123,7 +123,7 @@ class _Loops:
         return self._module.computations[name]
 
     def _through(self, instruction: Instruction) -> Instruction:
-        """The instruction that makes this value, seen through copies and one-result fusions."""
+        """Returns the instruction that computes this value, through copies and one-result fusions."""
         while True:
             if instruction.opcode in _TRANSPARENT:
                 instruction = self._module.operand(instruction, 0)
@@ -147,7 +147,7 @@ class _Loops:
         return self._module.operand(callers[0], int(parameter.argument))
 
     def _linear(self, instruction: Instruction) -> tuple[int | None, int | None]:
-        """(i, c) when the value is element i of its loop's tuple plus c; (None, c) for a constant."""
+        """Returns (i, c) for element i of the loop's tuple plus c; (None, c) for a constant."""
         instruction = self._through(instruction)
         if instruction.opcode == "constant":
             return None, _integer(instruction)
@@ -168,12 +168,12 @@ class _Loops:
         return None, None
 
     def _element(self, loop: Instruction, index: int) -> Instruction | None:
-        """What the loop's body leaves in element `index` of its tuple."""
+        """Returns the value of element `index` of the loop's tuple after a trip."""
         root = self._through(self._computation(loop.callees("body")[0]).result)
         return self._module.operand(root, index) if root.opcode == "tuple" else None
 
     def _step(self, loop: Instruction, index: int) -> int:
-        """What one trip adds to element `index`; 0 when it stays or is no counter."""
+        """Returns what one trip adds to element `index`; 0 if it is constant or no counter."""
         element = self._element(loop, index)
         if element is None:
             return 0
@@ -181,7 +181,7 @@ class _Loops:
         return step if source == index and step is not None else 0
 
     def _initial(self, loop: Instruction, index: int) -> int | None:
-        """Constant that element `index` of the loop's tuple starts from."""
+        """Returns the constant initial value of element `index` of the loop's tuple."""
         source = self._through(self._module.operand(loop, 0))
         if source.opcode == "tuple":
             return self._constant(self._module.operand(source, index))
@@ -190,7 +190,7 @@ class _Loops:
         return None
 
     def _unchanged(self, loop: Instruction, index: int) -> int | None:
-        """Initial value of an element that no trip of `loop` changes."""
+        """Returns the initial value of an element that no trip of `loop` changes."""
         element = self._element(loop, index)
         if element is None or self._linear(element) != (index, 0):
             return None
@@ -208,7 +208,7 @@ class _Loops:
 
 
 def _callees(instruction: Instruction) -> list[str]:
-    """Computations this instruction executes, but for scalar functions."""
+    """Returns the computations this instruction executes, except scalar functions."""
     match instruction.opcode:
         case "while":
             return instruction.callees("body", "condition")

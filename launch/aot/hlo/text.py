@@ -1,6 +1,6 @@
-"""Reads the text of a compiled XLA program into computations and instructions.
+"""Parses the text of a compiled XLA program into computations and instructions.
 
-Only what the analyses need is kept: names, shapes with their memory space, operands and attributes.
+Only names, shapes with their memory space, operands and attributes are parsed.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _SPACE = re.compile(r"S\((\d+)\)")
 
 
 class HloError(ValueError):
-    """The program's text has something in it that would make a number wrong if it were ignored."""
+    """The program's text contains something that would make a number wrong if it were ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def leaves(shape: Shape) -> Iterator[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One operation. `argument` is the text in its parentheses, `attributes` what follows them."""
+    """One operation. `argument` is the text in its parentheses, `attributes` the text after them."""
 
     name: str
     opcode: str
@@ -83,7 +83,7 @@ class Instruction:
         return tuple(part.split()[-1].lstrip("%") for part in parts if part.strip())
 
     def attribute(self, name: str) -> str | None:
-        """Text of attribute `name`, brackets included; None when absent."""
+        """Returns the text of attribute `name`, brackets included; None if it is absent."""
         match = re.search(rf"(?:^|[\s,]){name}=", self.attributes)
         if match is None:
             return None
@@ -92,12 +92,8 @@ class Instruction:
 
     def callees(self, *names: str) -> list[str]:
         """Computations named by the attributes `names`."""
-        found = []
-        for name in names:
-            text = self.attribute(name)
-            if text is not None:
-                found += [part.strip().lstrip("%") for part in text.strip("{}").split(",")]
-        return found
+        texts = [text for name in names if (text := self.attribute(name)) is not None]
+        return [part.strip().lstrip("%") for text in texts for part in text.strip("{}").split(",")]
 
     @property
     def array(self) -> Array:
@@ -117,8 +113,8 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.argument))
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.argument))
 
     @functools.cached_property
     def result(self) -> Instruction:

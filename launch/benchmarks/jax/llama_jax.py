@@ -25,7 +25,6 @@ def main(folder: str, steps: int) -> None:
     import numpy as np
 
     from trainers import partitioning
-    from trainers.compile_ahead import compiling
 
     with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
         recipe = recipe_of(json.load(file))
@@ -38,7 +37,7 @@ def main(folder: str, steps: int) -> None:
     with partitioning.use_mesh(program.mesh, program.rules):
         train = program.steps(1).train
         batch = recipe.abstract_batch(program.batch_sharding)
-        with compiling(program, train, batch):
+        with program.compiling(train, batch):
             state = initial_state(program, params)
         for step in range(steps):
             begin, cpu = time.perf_counter(), time.process_time()

@@ -26,7 +26,7 @@ def _cooldown(**shares: float) -> dict:
             # The place in the data is taken too: what was read before must be said as well.
             f"stream.make_stream.phases=((0, {_THEN_TEXT!r}), ({_STEPS}, {shares!r}))",
             f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
-            "train.train.initial_scope='state'",
+            "initial.InitialCheckpoint.scope='state'",
             "recipe.Recipe.learning_rate=@schedules.cooldown()",
             "schedules.cooldown.before=@schedules.cosine()",
             f"schedules.cooldown.start_step={_STEPS}",

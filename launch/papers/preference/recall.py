@@ -39,7 +39,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            language_model(self.run.recipe.model),
+            language_model(self.run.program.recipe.model),
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -58,7 +58,7 @@ class FactRecall:
         del metrics
         # Averaged parameters where there are some, as indicators read them.
         params = state.params if state.ema_params is None else state.ema_params
-        params = language_model_params(self.run.recipe.model, params)
+        params = language_model_params(self.run.program.recipe.model, params)
         outputs = self._generator(params, step)
         right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

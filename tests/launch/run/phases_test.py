@@ -15,8 +15,8 @@ FIRST = "((0, {'licence': 0.5, 'code': 0.5}),)"
 SECOND = "((0, {'licence': 0.25, 'code': 0.75}),)"
 LAST = 8
 PHASE = (
-    "train.train.initial_scope='phase'",
-    "train.train.initial_data='continue'",
+    "initial.InitialCheckpoint.scope='phase'",
+    "initial.InitialCheckpoint.data='continue'",
     f"local_text.open_stream.phases={SECOND}",
     "TRAIN_STEPS=6",
     "schedules.cosine.total_steps=6",
@@ -157,8 +157,8 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
 @pytest.mark.parametrize(
     ("bindings", "parts"),
     [
-        (["train.train.initial_scope='phase'"], ["set INITIAL_CHECKPOINT_PATH"]),
-        (["train.train.initial_data='continue'"], ["set INITIAL_CHECKPOINT_PATH"]),
+        (["initial.InitialCheckpoint.scope='phase'"], ["set INITIAL_CHECKPOINT_PATH"]),
+        (["initial.InitialCheckpoint.data='continue'"], ["set INITIAL_CHECKPOINT_PATH"]),
         (["train.train.total_tokens=100"], ["TRAIN_STEPS = 24 and TRAIN_TOKENS = 100"]),
         (["TRAIN_STEPS=None"], ["TRAIN_STEPS = None and TRAIN_TOKENS = None"]),
         (["TRAIN_STEPS=None", "train.train.total_tokens=0.0"], ["TRAIN_TOKENS = 0.0"]),
@@ -193,7 +193,10 @@ def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bind
 @pytest.mark.parametrize(
     ("bindings", "parts"),
     [
-        (["train.train.initial_scope='state'"], ["goes on at the next batch of the same stream"]),
+        (
+            ["initial.InitialCheckpoint.scope='state'"],
+            ["goes on at the next batch of the same stream"],
+        ),
         (["local_text.open_stream.seed=1"], ["cannot be read on", "INITIAL_DATA = 'restart'"]),
         (["LENGTH=32"], ["cannot be read on", "row length"]),
         (["config.TransformerConfig.mlp_dim=128"], ["of another model", "mlp"]),

@@ -34,7 +34,7 @@ toy_run.train.mesh = {'data': 1, 'tensor': 2}
 def begin(path):
     """A start that got as far as training."""
     run = run_dir.prepare(str(path), CONFIG)
-    (path / "metrics.jsonl").touch()
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
     return run
 
 
@@ -114,6 +114,9 @@ def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old,
 
 def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
     run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    # A start that fails between opening the writers and the first row leaves these.
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
     corrected = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16")
     run_dir.prepare(str(tmp_path), corrected).record(data_fingerprint="xyz")
     assert (tmp_path / "config.gin").read_text() == corrected

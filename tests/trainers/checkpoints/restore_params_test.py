@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainers.checkpoints import state_tree
-from trainers.checkpoints.checkpoint import Checkpointer, DamagedCheckpointError, restore_params
-from trainers.checkpoints.restore_params import CheckpointMismatchError
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 from trainers.train_state import TrainState
 
 

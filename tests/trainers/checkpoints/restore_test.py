@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.checkpoints.checkpoint import (
-    Checkpointer,
-    DamagedCheckpointError,
-    restore_or_initialise,
-    restore_params,
-    restore_state,
-)
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.initial import InitialCheckpoint
+from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.restore import restore_or_initialise, restore_state
+from trainers.checkpoints.restore_params import restore_params
 from trainers.train_state import TrainState
 
 
@@ -56,8 +54,7 @@ def start(tmp_path):
                 checkpointer,
                 shapes(fresh),
                 lambda: fresh,
-                initial_checkpoint_path=path,
-                **options,
+                initial=InitialCheckpoint(path=path, **options),
             )
 
     return call
@@ -80,7 +77,7 @@ READERS = {
     "parameters": lambda path, start: restore_params(path, shapes(make_state(0).params)),
     "state": lambda path, start: restore_state(path, shapes(make_state(0))).state.params,
     "initial parameters": lambda path, start: start(path).state.params,
-    "initial state": lambda path, start: start(path, initial_scope="state").state.params,
+    "initial state": lambda path, start: start(path, scope="state").state.params,
 }
 
 
@@ -143,12 +140,15 @@ def test_averaged_parameters_may_be_taken(other_run, start):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"assignment": [("w", None)]}, "that initial_assignment would"),
-        ({"strict": False}, "that initial_strict = False would"),
-        ({"use_ema": True}, "that initial_use_ema would"),
-        ({"strict": False, "use_ema": True}, "initial_strict = False, initial_use_ema would"),
+        ({"assignment": [("w", None)]}, "that InitialCheckpoint.assignment would"),
+        ({"strict": False}, "that InitialCheckpoint.strict = False would"),
+        ({"use_ema": True}, "that InitialCheckpoint.use_ema would"),
+        (
+            {"strict": False, "use_ema": True},
+            "InitialCheckpoint.strict = False, InitialCheckpoint.use_ema would",
+        ),
     ],
 )
 def test_options_for_parameters_are_refused_with_a_whole_state(other_run, start, options, named):
-    with pytest.raises(ValueError, match=f"initial_scope = 'state'.*{named}"):
-        start(other_run, initial_scope="state", **options)
+    with pytest.raises(ValueError, match=f"INITIAL_SCOPE = 'state'.*{named}"):
+        start(other_run, scope="state", **options)

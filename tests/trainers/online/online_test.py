@@ -153,7 +153,6 @@ class Run:
         self.params = lambda: jax.device_put(params, shardings)
         self.feed = Rollouts(
             stream=Prompts(method.updates),
-            recipe=self.recipe,
             program=self.program,
             folder=folder,
             reward=reward,
@@ -353,7 +352,6 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     run = runs("grpo")
     known = dict(
         stream=Prompts(),
-        recipe=run.recipe,
         program=run.program,
         folder="",
         reward=largest,
@@ -369,14 +367,10 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
         asks = dataclasses.replace(
             run.recipe, inputs=dataclasses.replace(METHODS["grpo"][0], kl=0.1)
         )
-        Rollouts(**{**known, "recipe": asks})
+        Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=asks)})
     with pytest.raises(RolloutError, match="no method of trainers/online"):
-        Rollouts(
-            **{
-                **known,
-                "recipe": dataclasses.replace(run.recipe, inputs=PackedPairs({"targets": 8})),
-            }
-        )
+        pairs = dataclasses.replace(run.recipe, inputs=PackedPairs({"targets": 8}))
+        Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=pairs)})
     with pytest.raises(ValueError, match="SAMPLES = 1"):
         Groups(**SIZES, samples=1, advantages=policy_gradient.leave_one_out)
     with pytest.raises(ValueError, match="completion_length = 0"):

@@ -103,7 +103,7 @@ class PreferenceIndicators:
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
-        self._model = model = language_model(self.run.recipe.model)
+        self._model = model = language_model(self.run.program.recipe.model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -145,7 +145,7 @@ class PreferenceIndicators:
         del metrics
         # Averaged parameters are what would be released, so they are what is judged.
         params = state.params if state.ema_params is None else state.ema_params
-        params = language_model_params(self.run.recipe.model, params)
+        params = language_model_params(self.run.program.recipe.model, params)
         with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
             outputs = self._generator(params, step, done=done)

@@ -106,11 +106,11 @@ def test_an_arm_resolves_to_the_papers_budget_and_model(arm, size):
     assert trained == pytest.approx(ARMS[arm], abs=1e-9)
     assert {"text", "web_code"} <= shares.keys()  # of which all arms report the held-out loss
     follows = arm in PHASES
-    assert arguments["initial_scope"] == ("phase" if follows else "params")
-    assert arguments["initial_data"] == ("continue" if follows else "restart")
+    assert arguments["initial"].scope == ("phase" if follows else "params")
+    assert arguments["initial"].data == ("continue" if follows else "restart")
     assert (recipe.batch_size, recipe.length) == (512, 8192)
     parameters, peak = SIZES[size]
-    recipe = recipe.over(schedules.Span(steps_of(total), 0.1 * peak))
+    recipe = recipe.with_span(schedules.Span(steps_of(total), 0.1 * peak))
     program = recipe.program()
     assert program.num_params() == parameters
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(program.abstract_state.params)}
@@ -126,7 +126,7 @@ def test_budgets_in_steps(tokens, steps):
 def test_rates_of_a_pre_training_phase(arm, size):
     arguments = load(arm, size).arguments()
     steps, peak = steps_of(arguments["total_tokens"]), SIZES[size][1]
-    rate = arguments["recipe"].over(schedules.Span(steps)).learning_rate
+    rate = arguments["recipe"].with_span(schedules.Span(steps)).learning_rate
     values = np.asarray(jax.vmap(rate)(jnp.arange(steps + 1)))
     assert values[0] == 0 and values[1325] == pytest.approx(peak, abs=1e-7)
     np.testing.assert_allclose(values[:1326], peak * np.arange(1326) / 1325, atol=1e-9)
@@ -142,7 +142,7 @@ def test_rates_of_a_pre_training_phase(arm, size):
 def test_rates_of_a_cooldown(size):
     arguments = load("cooldown", size).arguments()
     steps, start = steps_of(40 * B), 0.1 * SIZES[size][1]
-    rate = arguments["recipe"].over(schedules.Span(steps, start)).learning_rate
+    rate = arguments["recipe"].with_span(schedules.Span(steps, start)).learning_rate
     values = np.asarray(jax.vmap(rate)(jnp.arange(steps)))
     wanted = start + (1e-6 - start) * np.arange(steps) / steps
     np.testing.assert_allclose(values, wanted, atol=1e-9, rtol=0)
@@ -267,10 +267,10 @@ def test_both_sizes_fit_the_papers_chips(size, peak, monkeypatch):
         monkeypatch.setenv(name, os.environ[name])  # so that it is put back
     tpu_topology.prepare_environment()
     topology = tpu_topology.parse("v5e:16x16")
-    recipe = load("text_only", size).arguments()["recipe"].over(schedules.Span(95_368))
+    recipe = load("text_only", size).arguments()["recipe"].with_span(schedules.Span(95_368))
     program = recipe.program(devices=tpu_topology.devices(topology))
     hbm = topology.chip.hbm_bytes
     # As started from the command line, without the tests' exact products.
     with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
-        report = precompile.compile_step(recipe, program, hbm_bytes=hbm)[0]
+        report = precompile.compile_step(program, hbm_bytes=hbm)[0]
     assert report.fits and report.memory.peak <= peak

@@ -33,9 +33,9 @@ def run(train, path, *bindings, files=(), status=0):
 def decomposed(train, path, parent, *bindings, status=0):
     given = (
         f"INITIAL_CHECKPOINT_PATH={str(parent)!r}",
-        "train.train.initial_transform=%INITIAL_TRANSFORM",
-        "train.train.initial_scope=%INITIAL_SCOPE",
-        "train.train.initial_moments=%INITIAL_MOMENTS",
+        "initial.InitialCheckpoint.transform=%INITIAL_TRANSFORM",
+        "initial.InitialCheckpoint.scope=%INITIAL_SCOPE",
+        "initial.InitialCheckpoint.moments=%INITIAL_MOMENTS",
         "TRAIN_STEPS=9",
         # Rolling back saves the state that a run starts with.
         "anomaly.Anomaly.action='rollback'",

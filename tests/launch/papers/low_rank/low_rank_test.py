@@ -10,7 +10,6 @@ import pytest
 
 from launch.benchmarks.random_rows import RandomRows
 from launch.config import gin_config
-from launch.run.host_metrics import flops_per_token
 from model.low_rank import factors
 from trainers import initialise, partitioning
 from trainers.batches import global_batch
@@ -19,6 +18,7 @@ from trainers.checkpoints.array_files import StoredArray
 from trainers.hooks import RunContext
 from trainers.low_rank import spectrum
 from trainers.telemetry.metric_writers import read_jsonl
+from trainers.telemetry.model_flops import train_flops_per_unit
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 
@@ -165,7 +165,7 @@ def test_settings_of_adamw_reach_it():
 def test_a_tokens_flops_are_those_of_the_factors(name):
     def flops(rank):
         made = recipe(f"models/{name}", "runs/pretrain", bindings=(f"RANK={rank}", "MESH=None"))
-        found = flops_per_token(made, made.program())
+        found = train_flops_per_unit(made.program())
         gin.clear_config(clear_constants=True)
         return found
 
@@ -232,7 +232,7 @@ def test_spectra_of_dense_kernels_and_of_none():
     files = ("models/tiny", "runs/pretrain")
 
     def hook(made, **settings):
-        run = RunContext(path="", writer=False, step=0, recipe=made, program=made.program(),
+        run = RunContext(path="", writer=False, step=0, program=made.program(),
                          learning_rate=lambda step: 0.5)  # fmt: skip
         return spectrum.Spectrum(run=run, **settings)
 

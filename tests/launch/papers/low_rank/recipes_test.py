@@ -86,7 +86,7 @@ def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
 
 def rates(arguments, steps, first=0):
     """Of a run that begins at step `first`."""
-    recipe = arguments["recipe"].over(Span(arguments["total_steps"], None, first))
+    recipe = arguments["recipe"].with_span(Span(arguments["total_steps"], None, first))
     return np.array([float(recipe.learning_rate(step)) for step in steps])
 
 
@@ -120,7 +120,7 @@ def test_a_warm_start_goes_on_at_half_the_rate_after_a_line_up(size):
     else:
         arguments = load([f"{FULL}gpt2_lm1b_warm_start.gin"], "INITIAL_CHECKPOINT_PATH='/before'")
         steps, shape, first, warmup = FULL_STEPS, (1e-3, 4000, 240_000), 40_000, 2000
-    assert arguments["initial_scope"] == "state" and arguments["total_steps"] == shape[2]
+    assert arguments["initial"].scope == "state" and arguments["total_steps"] == shape[2]
     steps = np.array([step for step in steps if step >= first])
     rise = np.clip((steps - first) / warmup, 0, 1)
     wanted = cosine(steps, *shape) * 0.5 * rise

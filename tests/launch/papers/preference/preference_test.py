@@ -12,7 +12,7 @@ import pytest
 from data import tasks
 from data.preference.reference_store import ReferenceStore
 from launch.config import gin_config
-from launch.run import reference, run_checks
+from launch.run import phase, reference
 from trainers import initialise
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
@@ -230,12 +230,12 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
 
 
 def test_prompts_begin_as_the_models_documents_did():
-    recipe = types.SimpleNamespace(reads=types.SimpleNamespace(loss_per="pairs"))
+    recipe = types.SimpleNamespace(inputs_spec=types.SimpleNamespace(loss_per="pairs"))
     ours = {"start_token": 0, "add_bos": False}
 
     def check(source="initial", **theirs):
         start = types.SimpleNamespace(source=source, meta=theirs, path="there")
-        run_checks.same_beginnings(recipe, start, ours)
+        phase.check_prompts(types.SimpleNamespace(recipe=recipe), start, ours)
 
     check()
     check(start_token=0, add_bos=False)
@@ -244,7 +244,9 @@ def test_prompts_begin_as_the_models_documents_did():
         check(start_token=None)
     with pytest.raises(ValueError, match="set PROMPT_BOS = True"):
         check(add_bos=True)
-    recipe.reads.loss_per = "tokens"  # another stage of a model may bring documents of another form
+    recipe.inputs_spec.loss_per = (
+        "tokens"  # another stage of a model may bring documents of another form
+    )
     check(start_token=None)
 
 

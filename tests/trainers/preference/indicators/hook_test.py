@@ -107,8 +107,9 @@ def vowels(completions):
 
 def hook(path, *, step=0, give_up=lambda done: False, model=MODEL, **settings):
     run = RunContext(
-        path=path, writer=True, step=step, recipe=types.SimpleNamespace(model=model),
-        program=PROGRAM, learning_rate=lambda step: 0.0, give_up=give_up,
+        path=path, writer=True, step=step,
+        program=types.SimpleNamespace(**vars(PROGRAM), recipe=types.SimpleNamespace(model=model)),
+        learning_rate=lambda step: 0.0, give_up=give_up,
     )  # fmt: skip
     given = {"pairs": lambda task: Pairs(task), "tasks": ["a"], "vocabulary": Letters()}
     settings = {"max_new_tokens": 5, "batch_size": 4, "num_prompts": 3, **settings}

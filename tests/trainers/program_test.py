@@ -9,7 +9,6 @@ import pytest
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import partitioning
-from trainers.compile_ahead import compiling
 from trainers.objectives.lm import language_modelling
 from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
@@ -51,7 +50,7 @@ def run():
 
 def test_the_first_call_finds_the_program(run):
     program, step, like = run
-    with compiling(program, step, like):
+    with program.compiling(step, like):
         state = program.init()
     assert TRACES == ["objective"]
     batch = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), like)
@@ -67,8 +66,8 @@ def test_what_fails_is_raised_when_the_body_is_done(run):
     program, step, like = run
     done = []
     with pytest.raises(KeyError, match="decoder_input_tokens"):  # noqa: SIM117
-        with compiling(program, step, {}):
+        with program.compiling(step, {}):
             done.append("body")
     assert done == ["body"]
-    with pytest.raises(OSError, match="the body's own"), compiling(program, step, {}):
+    with pytest.raises(OSError, match="the body's own"), program.compiling(step, {}):
         raise OSError("the body's own")

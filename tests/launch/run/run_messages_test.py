@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.run import left_out
+from launch.run import run_messages
 
 
 class Stream:
@@ -26,13 +26,15 @@ CUT = {
 
 
 def lines(registered=None, data=None, held_out=()):
-    return left_out.lines({"tasks": registered or {}}, data or Stream(tokens=1), held_out)
+    return run_messages.data_notices(
+        {"tasks": registered or {}}, data or Stream(tokens=1), held_out
+    )
 
 
 def test_nothing_is_told_of_data_that_are_read_whole():
     facts = {"documents": {"train": 3}}
     assert lines({"a": facts}, Stream(**CUT), [Stream(**CUT)]) == []
-    assert left_out.lines({}, Stream(images=3)) == []
+    assert run_messages.data_notices({}, Stream(images=3)) == []
 
 
 def test_documents_are_told_by_filter_and_rows_by_reason():

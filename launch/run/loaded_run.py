@@ -1,0 +1,244 @@
+"""A model loaded from a checkpoint, with the vocabulary and chat template that turn rows into tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+EXAMPLE = '{"text": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"tokens": [...]}'
+_KEYS = ("tokens", "text", "messages")
+
+
+class LoadError(ValueError):
+    """A checkpoint that cannot be used as asked, or rows that the model cannot read."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoadedRun:
+    """A model with its parameters.
+
+    Attributes:
+      config: a `launch.run.load_run.RunConfig`.
+      params: restored, on the mesh.
+      meta: the run's record with the checkpoint.
+      row_sharding: sharding of the rows of a batch; None on one device.
+      row_shards: the number of rows in a batch must be a multiple of this.
+    """
+
+    config: Any
+    params: Any
+    meta: Mapping[str, Any]
+    row_sharding: Any
+    row_shards: int
+
+    @property
+    def model(self) -> Any:
+        return self.config.model
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether texts begin with BOS."""
+        chosen = self.config.add_bos
+        return bool(self.meta.get("add_bos", False) if chosen is None else chosen)
+
+    @functools.cached_property
+    def vocabulary_or_none(self) -> Any:
+        """The vocabulary of the run's data, None where its configuration names none.
+
+        Raises:
+          LoadError: it is not the one the model was trained with.
+        """
+        vocabulary = self.config.vocabulary()
+        if vocabulary is not None:
+            self._check(vocabulary)
+        return vocabulary
+
+    @property
+    def vocabulary(self) -> Any:
+        """The vocabulary of the run's data.
+
+        Raises:
+          LoadError: it is not the one the model was trained with, or the run names none.
+        """
+        if self.vocabulary_or_none is None:
+            raise LoadError(
+                "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
+                "--gin.VOCABULARY='@vocabularies.byte()' or another in data/tokenizers/vocabularies.py."
+            )
+        return self.vocabulary_or_none
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a continuation; none without a vocabulary or without an EOS in it."""
+        vocabulary = self.vocabulary_or_none
+        if vocabulary is None:
+            return ()
+        ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
+        return tuple(id for id in ids if id not in (None, -1))
+
+    def _check(self, vocabulary: Any) -> None:
+        from data.stream import rows
+
+        name = f"{type(vocabulary).__name__} of {vocabulary.vocab_size} entries"
+        trained = self.meta.get("vocabulary")
+        if trained is not None and trained != rows.vocabulary_digest(vocabulary):
+            raise LoadError(
+                f"The checkpoint was trained with another vocabulary than this {name}: its tokens "
+                "would mean other texts. Use the vocabulary of the run (a trained one is in its "
+                "directory, or can be trained again from the same corpus and settings), or give tokens in place "
+                "of texts."
+            )
+        size = self.model.config.vocab_size
+        if vocabulary.vocab_size > size:
+            raise LoadError(
+                f"The vocabulary, {name}, does not fit the model's table of {size} rows."
+            )
+
+    @functools.cached_property
+    def chat_template(self) -> Any:
+        """The `data.tokenizers.chat_template.ChatTemplate` that renders "messages".
+
+        Raises:
+          LoadError: there is none.
+        """
+        from data.tokenizers import chat_template
+
+        if (chosen := self.config.chat_template) is not None:
+            files = getattr(self.vocabulary, "files", None)
+            try:
+                return chat_template.named(chosen, files.tokens if files else None)
+            except chat_template.ChatTemplateError as error:
+                raise LoadError(f"CHAT_TEMPLATE: {error}.") from None
+        own = getattr(self.vocabulary, "chat_template", None)
+        if own is None:
+            raise LoadError(
+                'The run\'s vocabulary has no chat template for "messages": name a jinja file or one of '
+                f'{", ".join(chat_template.BUILT_IN)} with --gin.CHAT_TEMPLATE=\'"..."\', or give "text" '
+                "as the model was trained on it."
+            )
+        return own
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
+        """Returns the tokens of a row's "tokens", "text" or "messages", to be continued.
+
+        A text begins with BOS where the run's texts did, and never with two. "messages" are rendered,
+        with the row's "tools" and "documents", up to where the assistant's next turn begins; the template
+        writes BOS itself where the model expects one.
+
+        Raises:
+          LoadError: none or several of these keys, a malformed value, or messages that the chat
+            template refuses.
+        """
+        key = self._key(row, where)
+        if key == "messages":
+            text = self._render(row, where, row["messages"], add_generation_prompt=True)
+            return self._encode_rendered(text, len(text))[0]
+        ids = self.encode(row[key], f"{where}: {key!r}")
+        return self.after_bos(ids) if key == "text" else ids
+
+    def scored(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int] | None]:
+        """Returns the tokens of a row, and the targets after them that are scored; None for all tokens.
+
+        Targets are the row's "targets", or the assistant's turn that ends its "messages", up to and
+        including its end token.
+
+        Raises:
+          LoadError: as `tokens` and `encode`, or the template renders that turn differently after a
+            generation prompt.
+        """
+        if "targets" in row:
+            return self.tokens(row, where), self.encode(row["targets"], f"{where}: 'targets'")
+        if self._key(row, where) != "messages":
+            return self.tokens(row, where), None
+        messages = row["messages"]
+        text = self._render(row, where, messages)
+        if messages[-1]["role"] != "assistant" or len(messages) == 1:
+            return self._encode_rendered(text, len(text))[0], None
+        before = self._render(row, where, messages[:-1], add_generation_prompt=True)
+        if not text.startswith(before):
+            raise LoadError(
+                f"{where}: the chat template renders the assistant's last turn otherwise than after a "
+                'generation prompt, so that it cannot be told apart. Give "text" and "targets".'
+            )
+        context, targets = self._encode_rendered(text, len(before))
+        ends = [place for place, id in enumerate(targets, 1) if id in self.eos_ids]
+        return context, targets[: ends[-1]] if ends else targets
+
+    def _render(
+        self,
+        row: Mapping[str, Any],
+        where: str,
+        messages: Any,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        from data.tokenizers.chat_template import ChatTemplateError
+
+        try:
+            return self.chat_template.render(
+                messages,
+                tools=row.get("tools"),
+                documents=row.get("documents"),
+                add_generation_prompt=add_generation_prompt,
+            )
+        except ChatTemplateError as error:
+            raise LoadError(f"{where}: {error}.") from None
+
+    def _encode_rendered(self, text: str, start: int) -> tuple[list[int], list[int]]:
+        """Returns the ids of a rendered conversation before and after the character `start`."""
+        if hasattr(self.vocabulary, "encode_parts"):
+            return self.vocabulary.encode_parts(text, start)
+        # A vocabulary whose texts cannot spell its special tokens.
+        before, after = (self.encode(part, "messages") for part in (text[:start], text[start:]))
+        return self.after_bos(before), after
+
+    def _key(self, row: Mapping[str, Any], where: str) -> str:
+        keys = [key for key in _KEYS if key in row]
+        if len(keys) != 1:
+            raise LoadError(
+                f'{where}: expected either "tokens", "text" or "messages", as in {EXAMPLE}.'
+            )
+        return keys[0]
+
+    def after_bos(self, ids: list[int]) -> list[int]:
+        """Returns the ids of a text after BOS, if texts begin with it and this one does not yet."""
+        if not self.add_bos:
+            return ids
+        if (bos := self.vocabulary.bos_id) in (None, -1):
+            raise LoadError("ADD_BOS is set, but the run's vocabulary has no BOS: set it to False.")
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def encode(self, value: Any, where: str) -> list[int]:
+        """Returns the ids of a text, or checks that a list holds ids of the model.
+
+        Raises:
+          LoadError: neither a text nor ids, or not valid.
+        """
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise LoadError(
+                    f"{where} is not valid Unicode at character {error.start} (half of a surrogate "
+                    "pair). Repair or drop it."
+                ) from None
+            return list(self.vocabulary.encode(value))
+        if not isinstance(value, list) or not all(type(id) is int for id in value):
+            raise LoadError(f"{where} is neither a text nor a list of token ids.")
+        size = self.model.config.vocab_size
+        if wrong := [id for id in value if not 0 <= id < size]:
+            raise LoadError(f"{where} holds the id {wrong[0]}, outside the model's {size} rows.")
+        return value
+
+    def context(self, tokens: Sequence[int]) -> list[int]:
+        """Returns tokens as the model reads them: after the start token of a document."""
+        start = self.config.start_token
+        if start == "auto":
+            start = self.meta.get("start_token", 0)
+        return list(tokens) if start is None else [start, *tokens]
+
+    def batch_size(self, wanted: int, rows: int) -> int:
+        """Returns `wanted` or the number of rows, if smaller, rounded up to a multiple for the mesh."""
+        if wanted < 1:
+            raise LoadError(f"--batch_size={wanted} must be at least 1.")
+        return -(-max(1, min(wanted, rows)) // self.row_shards) * self.row_shards

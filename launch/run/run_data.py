@@ -1,0 +1,152 @@
+"""The data of a run: opened, checked against its program, and described for its records."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from data import cpu_tensorflow
+from data import tasks as task_registry
+from data.stream import stream as streams
+from trainers.batches import Stream, TrainStream
+from trainers.evaluate import EvalStream
+from trainers.recipe import Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The opened data of a run.
+
+    Attributes:
+      stream: the training stream.
+      eval_streams: held-out splits.
+      total_steps: updates of the run.
+      tasks: `data.tasks.summary()`; empty for a run without SeqIO tasks.
+      repeats: warnings about sources that reach their cap of epochs.
+    """
+
+    stream: TrainStream
+    eval_streams: Sequence[EvalStream]
+    total_steps: int
+    tasks: Mapping[str, Any]
+    repeats: Sequence[str]
+
+    def vocabulary(self) -> Any:
+        """Returns the SeqIO vocabulary, which all sources share."""
+        return task_registry.vocabulary(self.stream.source_names[0])
+
+    def record(self) -> dict[str, Any]:
+        """Returns the description of the data in run.json."""
+        return {
+            "data_fingerprint": self.stream.fingerprint,
+            "data": self.stream.summary(),
+            "epochs": self.stream.epochs(self.total_steps),
+            **self.tasks,
+        }
+
+    def identity(self, program: Program) -> dict[str, Any]:
+        """Returns the facts that a checkpoint and the run that continues from it must agree on."""
+        recipe = program.recipe
+        identity = {
+            "data_fingerprint": self.stream.fingerprint,
+            "model": dataclasses.asdict(recipe.model.config),
+            "seed": recipe.seed,
+        }
+        if recipe.inputs_spec.unit != "tokens":
+            return identity
+        summary, tasks = self.stream.summary(), self.tasks.get("tasks", {})
+        return identity | {
+            "vocabulary": summary["vocabulary"]["digest"],
+            # Whether all documents begin with BOS, as prompts then must too.
+            "add_bos": all(
+                tasks.get(name, {}).get("add_bos", False) for name in self.stream.source_names
+            ),
+            "start_token": summary["start_token"],
+        }
+
+
+def open_data(
+    program: Program,
+    *,
+    stream: Callable[..., TrainStream],
+    positions: Mapping[str, Any],
+    tasks: Sequence[Callable[[], Any]],
+    eval_stream: Callable[..., EvalStream] | None,
+    eval_tasks: Sequence[str] | None,
+    total_steps: int | None,
+    total_tokens: float | None,
+    of_prompts: bool,
+) -> RunData:
+    """Registers the tasks and opens the streams.
+
+    Args:
+      program: what the data must fit.
+      stream, tasks, eval_stream, eval_tasks, total_steps, total_tokens: as of `launch.train.train`.
+      positions: how far another run has read the sources; empty to read from their beginnings.
+      of_prompts: whether the stream is of prompts, whose rows are not those of the recipe.
+
+    Raises:
+      ValueError: data that does not fit the program, or would repeat more often than its cap allows.
+    """
+    if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
+        cpu_tensorflow.load()
+    for register in tasks:
+        register()
+    opened = stream(positions=positions) if positions else stream()
+    if not of_prompts:
+        _check_rows(program, opened)
+    if program.recipe.inputs_spec.unit == "tokens":
+        _check_vocabulary(program, opened)
+    else:
+        _check_images(program, opened)
+    if total_steps is None:
+        assert total_tokens is not None  # checked by `train`
+        total_steps = opened.steps_for_tokens(total_tokens)
+    repeats = opened.check_repeats(total_steps)
+    names = opened.source_names if eval_tasks is None else tuple(eval_tasks)
+    return RunData(
+        stream=opened,
+        eval_streams=streams.held_out(eval_stream, names) if eval_stream else (),
+        total_steps=total_steps,
+        tasks=task_registry.summary() if tasks else {},
+        repeats=repeats,
+    )
+
+
+def _check_rows(program: Program, stream: Stream) -> None:
+    recipe = program.recipe
+    for name, ours, theirs in (
+        ("batch_size", recipe.batch_size, stream.batch_size),
+        ("length", recipe.length, stream.length),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"The recipe's {name} is {ours}, but the training stream's is {theirs}: bind both to one "
+                "macro (BATCH_SIZE, TASK_FEATURE_LENGTHS), as the files in t5x_configs/runs do."
+            )
+
+
+def _check_vocabulary(program: Program, stream: Stream) -> None:
+    """Checks that the embedding has a row for every id: a larger id would be clipped silently."""
+    rows, size = program.recipe.model.config.vocab_size, stream.summary()["vocabulary"]["size"]
+    if size > rows:
+        raise ValueError(
+            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
+            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
+            "use the vocabulary the model was made for."
+        )
+
+
+def _check_images(program: Program, stream: Stream) -> None:
+    recipe = program.recipe
+    wanted = recipe.inputs_spec.arrays(1)["images"].shape[1:]
+    shape, classes = stream.batch(0, 0, 1)["images"].shape[1:], stream.summary()["num_classes"]
+    if shape != wanted:
+        raise ValueError(
+            f"The recipe's images are {list(wanted)}, but the training stream's are {list(shape)}: bind "
+            "both to IMAGE_SIZE and CHANNELS, as runs/classify.gin does."
+        )
+    if classes != recipe.model.config.num_classes:
+        raise ValueError(
+            f"The data have {classes} classes, but the model {recipe.model.config.num_classes}: set "
+            "NUM_CLASSES to that of the data."
+        )

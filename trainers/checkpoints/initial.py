@@ -1,0 +1,88 @@
+"""The checkpoint that a new run starts from, and how much of it the run takes."""
+
+import dataclasses
+import os
+from typing import Literal, get_args
+
+from model.transforms.base import TreeTransform
+from trainers.checkpoints.restore_params import Assignment
+
+Scope = Literal["params", "phase", "state"]
+Data = Literal["restart", "continue"]
+Moments = Literal["reset", "carry"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialCheckpoint:
+    """What a run starts from while it has no checkpoint of its own.
+
+    Attributes:
+      path: a step directory, or a run directory for its newest good step; None for new parameters.
+      scope: 'params' takes the model's variables (step 0, fresh optimiser); 'phase' also averages and
+        the optimiser's moments, at step 0 of a new schedule; 'state' also the step and the place in
+        the schedule, as if both were the same run.
+      data: 'restart' reads every source from its beginning, 'continue' from where that run stopped,
+        whatever the mixture. ('state' continues with that run's next batch.)
+      assignment: with 'params', (pattern, checkpoint path or None) for parameters of other names.
+      strict: with 'params', requires exactly this model's parameters in the checkpoint.
+      use_ema: with 'params', takes the averaged parameters.
+      transform: makes that checkpoint's parameters into this model's (model/transforms/base.py).
+      moments: with `transform`, 'reset' leaves the optimiser's moments fresh, 'carry' transforms them.
+    """
+
+    path: str | os.PathLike | None = None
+    scope: Scope = "params"
+    data: Data = "restart"
+    assignment: Assignment = ()
+    strict: bool = True
+    use_ema: bool = False
+    transform: TreeTransform | None = None
+    moments: Moments = "reset"
+
+    def check(self) -> None:
+        """Checks everything that can be checked without reading the checkpoint.
+
+        Raises:
+          ValueError: unknown values, or options that exclude each other.
+        """
+        for name, value, kind in (
+            ("INITIAL_SCOPE", self.scope, Scope),
+            ("INITIAL_DATA", self.data, Data),
+            ("INITIAL_MOMENTS", self.moments, Moments),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} = {value!r}: use {', '.join(map(repr, get_args(kind)))}.")
+        if not self.path and (self.scope == "phase" or self.data == "continue"):
+            raise ValueError(
+                f"INITIAL_SCOPE = {self.scope!r} and INITIAL_DATA = {self.data!r} continue another "
+                "run: set INITIAL_CHECKPOINT_PATH to its directory."
+            )
+        if self.data == "continue" and self.scope == "state":
+            raise ValueError(
+                "INITIAL_SCOPE = 'state' goes on at the next batch of the same stream: leave "
+                "INITIAL_DATA = 'restart', or use INITIAL_SCOPE = 'phase' for another mixture."
+            )
+        options = {
+            "InitialCheckpoint.assignment": bool(self.assignment),
+            "InitialCheckpoint.strict = False": not self.strict,
+            "InitialCheckpoint.use_ema": self.use_ema,
+        }
+        if self.scope != "params" and any(options.values()):
+            raise ValueError(
+                f"INITIAL_SCOPE = {self.scope!r} takes a state as it was saved, so that "
+                f"{', '.join(name for name, is_set in options.items() if is_set)} would have no "
+                "effect: remove what is named, or use INITIAL_SCOPE = 'params'."
+            )
+        if self.transform is not None and not self.path:
+            raise ValueError(
+                "INITIAL_TRANSFORM changes the parameters of a checkpoint: set "
+                "INITIAL_CHECKPOINT_PATH."
+            )
+        if self.moments == "carry" and (self.transform is None or self.scope == "params"):
+            raise ValueError(
+                "INITIAL_MOMENTS = 'carry' needs an INITIAL_TRANSFORM, and INITIAL_SCOPE = 'phase' or "
+                "'state': the scope 'params' takes no moments."
+            )
+
+
+NEW_PARAMETERS = InitialCheckpoint()
