@@ -58,10 +58,10 @@ from launch.aot import compile_report, tpu_topology
 from launch.aot.compile_report import Memory, Report
 from launch.aot.tpu_topology import Topology
 from launch.run.host_metrics import flops_per_unit
+from model.flops import mean_keys
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
-from trainers.telemetry import flops
 
 
 def run(start: Any) -> None:
@@ -148,9 +148,8 @@ def _mean_keys(recipe: Recipe) -> float:
     """Keys a query attends to, on average over a row and over the layers; 0 without attention."""
     if recipe.reads.length is None:
         return 0.0
-    config = recipe.model.config
-    kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
-    return sum(flops.mean_keys(recipe.length, kind.window) for kind in kinds) / len(kinds)
+    windows = [layer.kind.window for layer in recipe.model.layer_settings()]
+    return sum(mean_keys(recipe.length, window) for window in windows) / len(windows)
 
 
 def _header(topology: Topology, recipe: Recipe, program: Program) -> dict[str, Any]:

@@ -94,6 +94,11 @@ def constant(
     return jax.lax.stop_gradient(parameter(module, name, init, names, shape, dtype))
 
 
+def is_boxed(leaf: Any) -> bool:
+    """Whether a leaf of a tree is flax's box around an array, with logical names."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
 def unboxed(value: Any) -> jax.Array:
     """The array in flax's box, constrained to its sharding; with a rank, which need not divide, it is not."""
     if isinstance(value, nn.LogicallyPartitioned):

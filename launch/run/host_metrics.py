@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainers.recipe import Program, Recipe
-from trainers.telemetry import flops, model_flops
+from trainers.telemetry import flops
 
 
 def rates_of(recipe: Recipe, total_steps: int) -> np.ndarray:
@@ -38,19 +38,7 @@ def host_metrics(
 
 
 def flops_per_unit(recipe: Recipe, program: Program) -> float:
-    """Model FLOPs of training on one token, or on one image."""
-    if recipe.reads.unit == "tokens":
-        return flops_per_token(recipe, program)
+    """Returns the model FLOPs of training on one token, or on one image: three forward passes."""
     state = program.abstract_state
     variables = {"params": state.params, **state.variables}
-    return 3.0 * flops.traced_flops(recipe.model.apply, variables, *recipe.reads.init_arguments())
-
-
-def flops_per_token(recipe: Recipe, program: Program) -> float:
-    """Model FLOPs of training on one token.
-
-    Six for each parameter where the model is of another architecture, whose products are not known.
-    """
-    if "mlp" not in program.boxed_params.get("layers", {}).get("block_0", {}):
-        return 6.0 * program.num_params()
-    return model_flops.train_flops_per_token(recipe.model, recipe.length, program.boxed_params)
+    return 3.0 * recipe.model.forward_flops(recipe.reads.arrays(1), variables)

@@ -9,7 +9,7 @@ the order [E, K, G] where experts have keys and values of their own, and [K, E, 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from model import axes
 from model.attention import Attention
 from model.linear import Dense
 from model.moe import routing
+from model.protocol import AttentionSettings
 
 
 class MixtureOfAttention(Attention):
@@ -61,10 +62,26 @@ class MixtureOfAttention(Attention):
     def cache_heads(self) -> int:
         return self.config.kv_heads * (1 if self.shared_kv else self.num_experts)
 
-    def weighed(
+    @property
+    def settings(self) -> AttentionSettings:
+        return dataclasses.replace(
+            super().settings,
+            experts=self.num_experts,
+            top_k=self.top_k,
+            shared_kv=self.shared_kv,
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts all experts, whatever a token mixes: all queries, keys and values are computed."""
+        own = {name: shapes[name] for name in shapes if name != "router"}
+        router = self._router().flops_per_token(shapes["router"], length=length)
+        return router + super().flops_per_token(own, length=length)
+
+    def gate_heads(
         self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """Heads times the gates of their expert."""
+        """Multiplies heads with the gate of their expert."""
         gates_BTE = self._gates(x_BTD, segments_BT).astype(heads_BTNH.dtype)
         inner = self.config.num_heads // self.config.kv_heads  # heads that lie together
         outer = self.config.kv_heads
@@ -75,13 +92,7 @@ class MixtureOfAttention(Attention):
 
     def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """The weight of each expert, 0 for those that a token does not mix, float32."""
-        logits_BTE = self.router(
-            features=self.num_experts,
-            axes=(axes.EMBED, axes.UNMODELED),
-            dtype=jnp.float32,
-            param_dtype=self.config.storage_dtype,
-            name="router",
-        )(x_BTD)
+        logits_BTE = self._router()(x_BTD)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         self.sow("intermediates", "router_probs", probs_BTE)
         routes = routing.route(probs_BTE, top_k=self.top_k or self.num_experts, renormalise=False)
@@ -98,6 +109,16 @@ class MixtureOfAttention(Attention):
             return probs_BTE
         chosen_BTE = jax.nn.one_hot(routes.experts_MK, self.num_experts).sum(-2)
         return probs_BTE * chosen_BTE
+
+    @nn.nowrap
+    def _router(self) -> Any:
+        return self.router(
+            features=self.num_experts,
+            axes=(axes.EMBED, axes.UNMODELED),
+            dtype=jnp.float32,
+            param_dtype=self.config.storage_dtype,
+            name="router",
+        )
 
 
 def experts_of(

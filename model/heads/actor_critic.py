@@ -3,16 +3,18 @@
 Shapes: B batch, T length, D width, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.heads.reward_model import scalar_head
+from model.kv_cache.base import CacheSizes
 from model.linear import Dense
-from model.transformer import Output
+from model.protocol import Arrays, LayerSettings, Output, Row
+from model.transformer import Hidden
 
 
 class ActorCritic(nn.Module):
@@ -25,7 +27,10 @@ class ActorCritic(nn.Module):
       head: factory of the value head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    backbone: nn.Module
+    row: ClassVar[Row] = "tokens"
+    output: ClassVar[Output] = "logits"
+
+    backbone: Any
     head: Callable[..., nn.Module] = Dense
 
     def setup(self):
@@ -37,6 +42,31 @@ class ActorCritic(nn.Module):
         return self.backbone.config
 
     @property
+    def max_length(self) -> int | None:
+        return self.backbone.max_length
+
+    @property
+    def inference_model(self) -> Any:
+        return self.backbone
+
+    @nn.nowrap
+    def inference_params(self, params: Any) -> Any:
+        return params["backbone"]
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return self.backbone.layer_settings()
+
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        return self.backbone.cache_sizes(layer)
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        variables = variables and {"params": variables["params"]["backbone"]}
+        return self.backbone.forward_flops(row, variables) + 2.0 * self.config.embed_dim
+
+    @property
     def logit_scale(self) -> float:
         return self.backbone.logit_scale
 
@@ -44,7 +74,7 @@ class ActorCritic(nn.Module):
     def logit_softcap(self) -> float | None:
         return self.backbone.logit_softcap
 
-    def hidden(self, tokens_BT: jax.Array, **context: Any) -> Output:
+    def hidden(self, tokens_BT: jax.Array, **context: Any) -> Hidden:
         """As of the language model."""
         return self.backbone.hidden(tokens_BT, **context)
 
@@ -60,13 +90,3 @@ class ActorCritic(nn.Module):
         """Logits [B, T, V] and values [B, T]."""
         hidden_BTD = self.backbone.hidden(tokens_BT, **context).hidden_BTD
         return self.backbone.logits(hidden_BTD), self.values(hidden_BTD)
-
-
-def language_model(model: Any) -> Any:
-    """The language model in a model, which is the model itself where there is no critic."""
-    return model.backbone if isinstance(model, ActorCritic) else model
-
-
-def language_model_params(model: Any, params: Any) -> Any:
-    """Of a model's parameters those of its language model."""
-    return params["backbone"] if isinstance(model, ActorCritic) else params

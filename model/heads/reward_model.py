@@ -6,15 +6,17 @@ classification with one label have it; of a text the reward is that of its last 
 Shapes: B batch, T length, D width.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.kv_cache.base import CacheSizes
 from model.linear import Dense
+from model.protocol import Arrays, LayerSettings, Output, Row
 
 
 class RewardModel(nn.Module):
@@ -28,13 +30,41 @@ class RewardModel(nn.Module):
       head: factory of the head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    backbone: nn.Module
+    row: ClassVar[Row] = "tokens"
+    output: ClassVar[Output] = "rewards"
+
+    backbone: Any
     head: Callable[..., nn.Module] = Dense
 
     @property
     def config(self) -> Any:
         """Sizes of the language model."""
         return self.backbone.config
+
+    @property
+    def max_length(self) -> int | None:
+        return self.backbone.max_length
+
+    @property
+    def inference_model(self) -> "RewardModel":
+        return self
+
+    @nn.nowrap
+    def inference_params(self, params: Any) -> Any:
+        return params
+
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        return self.backbone.cache_sizes(layer)
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return self.backbone.layer_settings()
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        variables = variables and {"params": variables["params"]["backbone"]}
+        return self.backbone.hidden_flops(row, variables) + 2.0 * self.config.embed_dim
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:

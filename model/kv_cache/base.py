@@ -13,7 +13,7 @@ own, H head dim.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import flax.struct
 import jax
@@ -57,6 +57,21 @@ class KeyValues:
     positions_BS: jax.Array
     k_scale_BSK: jax.Array | None = None
     v_scale_BSK: jax.Array | None = None
+
+
+class CacheSizes(TypedDict):
+    """Sizes of one layer's cache, keywords of `CachePolicy.init`.
+
+    `num_heads` are query heads N, `num_kv_heads` key/value heads K; `layer` counts from 0 to `num_layers` - 1.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    layer: int
+    num_layers: int
+    kind: LayerKind
 
 
 class CachePolicy(Protocol):

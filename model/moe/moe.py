@@ -9,7 +9,7 @@ X in and Y out of a product.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.config import TransformerConfig
+from model.config import LayerKind, TransformerConfig
+from model.flops import Counted, weights
 from model.kernels.grouped_matmul import grouped_matmul
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
 from model.moe import dispatch, parallel, routing
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
+from model.protocol import MlpSettings
 
 # As linear.fan_in_normal; the experts' axis is no fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
@@ -63,7 +65,7 @@ class ExpertDense(nn.Module):
         return grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(Counted):
     """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
 
     The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
@@ -72,6 +74,7 @@ class MoeMlp(nn.Module):
 
     Attributes:
       config: shared sizes; mlp_dim is the hidden width of one expert.
+      kind: depth of this layer, which `shared` gets too.
       num_experts: E, without the shared one.
       top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
       activation: name in mlp.ACTIVATIONS.
@@ -86,13 +89,14 @@ class MoeMlp(nn.Module):
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
       shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
-        (config=, name=), or None.
+        (config=, kind=, name=), or None.
 
     Raises:
       ValueError: more experts per token than there are, or a factor that is not positive.
     """
 
     config: TransformerConfig
+    kind: LayerKind = LayerKind()
     num_experts: int = 8
     top_k: int = 2
     activation: str = "silu"
@@ -108,13 +112,7 @@ class MoeMlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         self._check()
-        logits_BTE = self.router(
-            features=self.num_experts,
-            axes=(axes.EMBED, axes.UNMODELED),
-            dtype=jnp.float32,
-            param_dtype=self.config.storage_dtype,
-            name="router",
-        )(x_BTD)
+        logits_BTE = self._router()(x_BTD)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         self.sow("intermediates", "router_probs", probs_BTE)
         real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
@@ -127,9 +125,38 @@ class MoeMlp(nn.Module):
         self._report(logits_BTE, probs_BTE, routes.experts_MK, kept_BTK, real_BT)
         out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
         if self.shared is not None:
-            shared = self.shared(config=self.config, name="shared")
-            out_BTD = out_BTD + shared(x_BTD, segments_BT=segments_BT)
+            out_BTD = out_BTD + self._shared()(x_BTD, segments_BT=segments_BT)
         return out_BTD
+
+    @property
+    def settings(self) -> MlpSettings:
+        return MlpSettings(
+            kind=type(self).__name__, gated=True, experts=self.num_experts, top_k=self.top_k
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts the router, the shared expert and `top_k` experts, also where capacity drops some of them."""
+        total = self._router().flops_per_token(shapes["router"], length=length)
+        if self.shared is not None:
+            total += self._shared().flops_per_token(shapes["shared"], length=length)
+        experts = {name: shapes[name] for name in ("gate", "up", "down")}
+        return total + 2.0 * weights(experts) * self.top_k / self.num_experts
+
+    @nn.nowrap
+    def _router(self) -> Any:
+        return self.router(
+            features=self.num_experts,
+            axes=(axes.EMBED, axes.UNMODELED),
+            dtype=jnp.float32,
+            param_dtype=self.config.storage_dtype,
+            name="router",
+        )
+
+    @nn.nowrap
+    def _shared(self) -> Any:
+        assert self.shared is not None
+        return self.shared(config=self.config, kind=self.kind, name="shared")
 
     def _choose(
         self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None

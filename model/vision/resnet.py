@@ -8,15 +8,17 @@ Shapes: B batch, H height, W width, C channels, N classes.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from model import axes, flops
 from model.linear import Dense
+from model.protocol import Arrays, LayerSettings, Output, Row
 from model.vision.convolution import Conv, he_normal
 
 
@@ -182,6 +184,9 @@ class ResNet(nn.Module):
       final_norm: normalises and rectifies what the last block gives, after blocks that do not.
     """
 
+    row: ClassVar[Row] = "images"
+    output: ClassVar[Output] = "classes"
+
     config: ResNetConfig
     stem: Callable[..., nn.Module] = Stem7x7
     block: Callable[..., nn.Module] = Bottleneck
@@ -209,6 +214,17 @@ class ResNet(nn.Module):
             name="head",
         )
         return head(pooled_BC)
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return ()
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the FLOPs of a forward pass for one image, counted in its trace."""
+        if variables is None:
+            variables = flops.variable_shapes(self, row["images"])
+        return flops.traced_flops(self.apply, variables, row["images"])
 
 
 class _Stage(nn.Module):

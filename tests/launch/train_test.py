@@ -8,14 +8,16 @@ import re
 import runpy
 import types
 
+import flax.linen as nn
 import pytest
 
-from launch.run.host_metrics import flops_per_token
+from launch.run.host_metrics import flops_per_unit
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
+from trainers.inputs import PackedTokens
 from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -176,20 +178,17 @@ def test_what_was_used_is_written_before_training_and_writers_are_made_after_the
     assert made == "" and "cosine.peak = " in written and "vocab_size" in written
 
 
-def test_another_architecture_counts_six_flops_a_parameter():
-    program = types.SimpleNamespace(boxed_params={"cells": {}}, num_params=lambda: 7)
-    assert flops_per_token(None, program) == 42.0
-
-
 def test_a_mixture_counts_its_router_and_the_experts_a_token_uses():
     config = TransformerConfig(vocab_size=11, num_layers=3, embed_dim=8, num_heads=2, mlp_dim=5)
     counts = {}
     for top_k, shared in ((1, None), (2, None), (1, GatedMlp)):
         mlp = functools.partial(MoeMlp, num_experts=4, top_k=top_k, shared=shared)
         model = Transformer(config=config, block=functools.partial(Block, mlp=mlp))
-        boxed = abstract_variables(model)["params"]
-        recipe = types.SimpleNamespace(model=model, length=1)
-        counts[top_k, shared] = flops_per_token(recipe, types.SimpleNamespace(boxed_params=boxed))
+        params = nn.meta.unbox(abstract_variables(model)["params"])
+        state = types.SimpleNamespace(params=params, variables={})
+        recipe = types.SimpleNamespace(model=model, reads=PackedTokens(1))
+        program = types.SimpleNamespace(abstract_state=state)
+        counts[top_k, shared] = flops_per_unit(recipe, program)
     # Six for each weight that a token meets: 8 x 8 projections, 8 x 4 router, 8 x 5 per matrix of an
     # expert; a query's scores and weighted sum over the one key it sees.
     weights = 3 * (4 * 8 * 8 + 8 * 4 + 3 * 8 * 5) + 11 * 8

@@ -1,7 +1,7 @@
 """Rows of unequal length in few shapes, so that little is computed in vain and seldom compiled."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 SMALLEST = 16
 # Enough rows of any length for batches of similar length, and few to be lost with a process.
@@ -46,9 +46,3 @@ def in_order(found: Iterable[tuple[int, _T]]) -> Iterator[_T]:
         while after in waiting:
             yield waiting.pop(after)
             after += 1
-
-
-def longest_row(params: Mapping[str, Any]) -> int | None:
-    """Positions a model has learned; None where positions are computed and any length will do."""
-    table = params.get("positions")
-    return None if table is None else table["embedding"].shape[0]

@@ -18,11 +18,13 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import beam
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import seen_in
-from trainers.decoding.watch import Watch, Watched
+
+# (prompt, sample, its tokens since the last look) -> how many of these to keep, if the row ends there.
+Watch = Callable[[int, int, Sequence[int]], int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class Decoder:
           ValueError: an empty prompt, one without a token before what the cache policy takes for its
             continuation, or one that leaves no room within learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._model.max_length
         room = self._settings.max_new_tokens - 1  # the last new token is not read
         for i, prompt in enumerate(prompts):
             if not len(prompt):
@@ -230,7 +232,7 @@ class Decoder:
             return loop, (loop.step, loop.done_B, loop.decoded)
 
         samples = settings.num_samples
-        watched = Watched(self._watch, batch, samples)
+        watched = _Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
         until = settings.max_new_tokens if self._watch is None else 1
         while True:
@@ -243,10 +245,10 @@ class Decoder:
                 break
             until = min(until + self._watch_every, settings.max_new_tokens)
         tokens_RM, logp_RM = decoded.tokens_BM, decoded.log_probs_BM
-        kept = [watched.kept.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
+        lengths = [watched.lengths.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
         rows = [
             Continuation(tokens=tokens_RM[r, :n].tolist(), log_probs=logp_RM[r, :n].tolist())
-            for r, n in enumerate(kept)
+            for r, n in enumerate(lengths)
         ]
         return [rows[b * samples : (b + 1) * samples] for b in range(len(batch))]
 
@@ -298,6 +300,38 @@ class Decoder:
             self._programs[name, length] = function.lower(self._params, *arrays).compile()
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]
+
+
+class _Watched:
+    """Shows the rows of one batch to a watch, and remembers which of them it has ended.
+
+    Args:
+      watch: called for every row that has new tokens; None to let all run.
+      batch: the index of each prompt; its `samples` rows lie together, and rows that fill the batch come last.
+      samples: rows of each prompt.
+
+    Attributes:
+      lengths: tokens of the rows that the watch has ended, by row.
+    """
+
+    def __init__(self, watch: Watch | None, batch: Sequence[int], samples: int):
+        self._watch = watch
+        self._rows = [(i, sample) for i in batch for sample in range(samples)]
+        self._shown = [0] * len(self._rows)
+        self.lengths: dict[int, int] = {}
+
+    def look(self, tokens_RM: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
+        """Shows new tokens; returns which rows have ended by now, [R]."""
+        if self._watch is not None:
+            for r, (i, sample) in enumerate(self._rows):
+                shown, count = self._shown[r], int(counts_R[r])
+                if r in self.lengths or shown == count:
+                    continue
+                keep = self._watch(i, sample, tokens_RM[r, shown:count].tolist())
+                self._shown[r] = count
+                if keep is not None:
+                    self.lengths[r] = shown + keep
+        return np.isin(np.arange(len(counts_R)), list(self.lengths))
 
 
 def repeated(tree: Any, copies: int) -> Any:

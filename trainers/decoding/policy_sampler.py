@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.heads.actor_critic import language_model, language_model_params
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import decode
@@ -35,11 +34,11 @@ class PolicySampler:
         self, model: Any, settings: decode.Settings, *, sharding: NamedSharding, seed: int
     ):
         policy, copies = FullCache(), settings.num_samples
-        written_by = language_model(model)
+        written_by = model.inference_model
         room = max(settings.max_new_tokens - 1, 1)
 
         def sample(params, tokens_PT, lengths_P, active_P, number, first):
-            params = language_model_params(model, params)
+            params = model.inference_params(params)
             # Slices of stacked weights inside the loop would copy them for every token.
             unrolled = layer_stack.unrolled(written_by)
             params = layer_stack.unroll(params, written_by.config)

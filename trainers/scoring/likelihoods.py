@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from model.kv_cache.full import FullCache
-from trainers.decoding.buckets import bucket_length, longest_row
+from trainers.decoding.buckets import bucket_length
 from trainers.decoding.prefill import empty_caches, read
 from trainers.scoring.scoring import Row
 
@@ -162,6 +162,7 @@ class LikelihoodScorer:
         sharding: NamedSharding | None = None,
     ):
         self._params = params
+        self._max_length = model.max_length
         self._batch_tokens = batch_tokens
         self._batch_size = batch_size
         self._row_shards = row_shards
@@ -186,7 +187,7 @@ class LikelihoodScorer:
         Raises:
           ValueError: a row without context or targets, or longer than the model's learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._max_length
         for i, row in enumerate(rows):
             if not len(row.context) or not len(row.targets):
                 raise ValueError(f"Row {i} has no context or no targets: nothing can be predicted.")

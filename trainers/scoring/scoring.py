@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 from trainers.scoring.target_log_probs import read_targets
 
 
@@ -35,6 +35,7 @@ class Scorer:
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
     ):
         self._params = params
+        self._max_length = model.max_length
         self._batch_size = batch_size
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
@@ -53,7 +54,7 @@ class Scorer:
         Raises:
           ValueError: a row without context, or longer than the model's learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._max_length
         for i, row in enumerate(rows):
             # The last target is predicted, but never read.
             length = len(row.context) + len(row.targets) - 1

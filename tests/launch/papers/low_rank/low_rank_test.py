@@ -10,7 +10,7 @@ import pytest
 
 from launch.benchmarks.random_rows import RandomRows
 from launch.config import gin_config
-from launch.run.host_metrics import flops_per_token
+from launch.run.host_metrics import flops_per_unit
 from model.low_rank import factors
 from trainers import initialise, partitioning
 from trainers.batches import global_batch
@@ -165,7 +165,7 @@ def test_settings_of_adamw_reach_it():
 def test_a_tokens_flops_are_those_of_the_factors(name):
     def flops(rank):
         made = recipe(f"models/{name}", "runs/pretrain", bindings=(f"RANK={rank}", "MESH=None"))
-        found = flops_per_token(made, made.program())
+        found = flops_per_unit(made, made.program())
         gin.clear_config(clear_constants=True)
         return found
 
