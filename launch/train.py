@@ -225,6 +225,7 @@ def train(
                 use_ema=initial_use_ema,
                 transform=initial_transform,
                 moments=initial_moments,
+                restart=program.restart,
             )
             run_checks.same_vocabulary(start, meta)
             run_checks.same_beginnings(recipe, start, meta)

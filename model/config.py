@@ -116,7 +116,7 @@ class TransformerConfig:
         return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
-        """What a mesh may have to split: logical axis, size, and the setting that gives it."""
+        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
         return (
             (axes.HEADS, self.num_heads, "num_heads"),
             (axes.KV_HEADS, self.kv_heads, "num_kv_heads"),

@@ -2,7 +2,7 @@
 
 Recomputation (remat) does not count, and attention counts the keys that a query sees, not those that are masked.
 Every layer counts its own: a token meets each weight of a matrix once, which `Counted` does, and other layers say
-what differs. Layers read the shapes of their parameters, because the rank of a factorised matrix is found there.
+what differs. Layers read the shapes of their parameters, because only they have the rank of a factorised matrix.
 """
 
 import math

@@ -48,7 +48,7 @@ class Dense(Counted):
         return y
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x @ kernel; what a factorised or adapted projection computes otherwise."""
+        """x @ kernel; factorised and adapted projections override it."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         return matmul.matmul(x, kernel.astype(self.dtype))

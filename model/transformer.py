@@ -128,7 +128,7 @@ class Layers(nn.Module):
         first: int | jax.Array = 0,
         **context: Any,
     ) -> tuple[jax.Array, Any]:
-        """Applies the blocks, the first of which has the depth `first`."""
+        """Applies the blocks; the first has the depth `first`."""
         new_caches = []
         for i in range(self.count):
             kind = dataclasses.replace(self.config.layer_kind(i), depth=first + i)
@@ -141,7 +141,7 @@ class Layers(nn.Module):
 
 
 def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:
-    """A function (block, x) -> (x, cache) that keeps what `config.remat` says for the backward."""
+    """Returns a function (block, x) -> (x, cache) that saves for the backward pass what `config.remat` names."""
 
     def apply(block: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         return block(x_BTD, cache=cache, **context)
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
           tokens_BT: token ids.
           positions_BT: position of each token within its document; 0, 1, 2, ... when None.
           segments_BT: attention stays within equal segments; None for one document a row. With caches,
-            which must be empty then, it says that the tokens see each other alone: a prompt is read.
+            which must be empty then, tokens see only each other: a prompt is read.
           caches: one state per layer (unrolled layers only), with `policy`.
           policy: cache policy; None while training.
         """
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
         repeats = self.config.num_layers // period
         scan = nn.scan(
             lambda layers, x_BTD, first: layers(x_BTD, None, first=first, **context),
-            # Whatever a block keeps, sows or perturbs is stacked, and every layer draws for itself.
+            # Whatever a block stores, sows or perturbs is stacked, and every layer draws for itself.
             variable_axes={True: 0},
             split_rngs={True: True},
             length=repeats,

@@ -51,16 +51,16 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
-            "its sizes must equal their number (-1 stands for what remains)."
+            "its sizes must equal their number (-1 means what remains)."
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
 
 
 def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rules:
-    """Every known name gets a rule; those not given are replicated."""
-    given = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
-    return tuple((name, given.get(name)) for name in axes.ALL_AXES)
+    """Returns a rule for every known name; names without a target are replicated."""
+    targets = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
+    return tuple((name, targets.get(name)) for name in axes.ALL_AXES)
 
 
 # A factor whose other side is not split is split along its rank.
@@ -110,7 +110,7 @@ def ep() -> Rules:
 
 
 def fsdp_ep() -> Rules:
-    """Both: parameters split over fsdp, those of experts over fsdp x expert."""
+    """Both: parameters split over fsdp, experts over fsdp x expert."""
     return _rules({**_FSDP_PARAMETERS, axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
 
 
@@ -246,9 +246,7 @@ def _parameter_problems(
     mesh: Mesh, targets: Mapping[str, Any], boxed_params: Any, replicated_limit: int
 ) -> list[str]:
     problems, replicated, experts = [], 0, set()
-    for path, box in jax.tree_util.tree_leaves_with_path(
-        boxed_params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    ):
+    for path, box in jax.tree_util.tree_leaves_with_path(boxed_params, is_leaf=axes.is_boxed):
         where = "/".join(str(key.key) for key in path)
         if not isinstance(box, nn.LogicallyPartitioned):
             problems.append(f"parameter {where} carries no logical axis names")

@@ -22,7 +22,7 @@ from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
-from trainers.step import Metrics, make_eval_step, make_train_step
+from trainers.step import Averaged, Metrics, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -43,7 +43,10 @@ class Recipe:
         shown at the start of a run, or raises ValueError for a model that is not as it was meant.
       microbatches: parts a batch is processed in, in evaluation too.
       gradient_dtype: dtype of gradients, taken of a copy of the parameters in it; None for their own.
-      ema_decay: decay of averaged parameters kept beside the trained ones; None for none.
+      ema_decay: decay of a moving average of the parameters, which is evaluated, saved for use beside the trained ones
+        and exported; None for none.
+      averaged: in its place, (optimiser's state, trained parameters) -> the parameters to evaluate and to release, of an
+        optimiser that defines an average of its own, such as optax.contrib.schedule_free_eval_params; called every step.
       anomaly: policy for non-finite and spiking losses; None applies every update.
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
@@ -62,6 +65,7 @@ class Recipe:
     microbatches: int = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
+    averaged: Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
     rules: str = "fsdp"
     mesh: Mapping[str, int] | None = None
@@ -72,6 +76,10 @@ class Recipe:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
                 f"{self.microbatches} microbatches."
+            )
+        if self.ema_decay is not None and self.averaged is not None:
+            raise ValueError(
+                "Recipe.ema_decay and Recipe.averaged both say what is evaluated and released: bind one of them."
             )
         if self.inputs is None and "targets" not in (self.feature_lengths or {}):
             raise ValueError(
@@ -130,7 +138,7 @@ class Recipe:
             initialise.make_state,
             optimizer=optimizer,
             mask=mask,
-            ema=self.ema_decay is not None,
+            ema=self.ema_decay is not None or self.averaged is not None,
             anomaly=self.anomaly,
         )
         abstract = jax.eval_shape(make_state, variables)
@@ -146,6 +154,7 @@ class Recipe:
                 microbatches=self.microbatches,
                 gradient_dtype=self.gradient_dtype,
                 ema_decay=self.ema_decay,
+                averaged=self.averaged,
                 anomaly=self.anomaly,
             )
 
@@ -178,6 +187,7 @@ class Recipe:
                 ),
                 out_shardings=shardings,
             ),
+            restart=initialise.restart(optimizer, abstract, shardings, mask),
             steps=steps,
             batch_sharding=partitioning.batch_sharding(mesh, rules),
         )
@@ -260,6 +270,8 @@ class Program:
       mask: tree of bools, True where trained; None when everything is.
       abstract_state: shapes, dtypes and shardings of the state.
       init: () -> state of step 0, created sharded.
+      restart: state -> the state with a fresh optimiser for its parameters; None where a fresh optimiser's state does
+        not depend on their values.
       steps: number of data sources whose loss is reported separately -> the jitted functions.
       batch_sharding: sharding of every input array.
     """
@@ -271,6 +283,7 @@ class Program:
     mask: Any
     abstract_state: TrainState
     init: Callable[[], TrainState]
+    restart: Callable[[TrainState], TrainState] | None
     steps: Callable[[int], Steps]
     batch_sharding: NamedSharding
 

@@ -347,9 +347,7 @@ def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mappin
 
     def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
         recorded = step_dir.read_manifest(step)
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        use_ema = averaged if params == "auto" else params == "ema"
-        values = restore_params(step, abstract, use_ema=use_ema)
+        values = restore_params(step, abstract, use_ema=recorded.use_ema(params))
         return values, step_dir.read_record(step, recorded)["meta"]
 
     return step_dir.newest_good(checkpoint, read)

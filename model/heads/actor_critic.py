@@ -1,4 +1,4 @@
-"""A language model with a second head that says what reward to expect: the policy and critic of PPO in one body.
+"""A language model with a second head that predicts the reward: PPO's policy and critic in one body.
 
 Shapes: B batch, T length, D width, V vocabulary.
 """
@@ -18,9 +18,9 @@ from model.transformer import Hidden
 
 
 class ActorCritic(nn.Module):
-    """Parameters are `backbone/...`, which are those of the language model, and `value_head/kernel` [D, 1], zeros at first.
+    """A language model, for losses of tokens, whose `__call__` also returns values.
 
-    To losses of tokens it is the language model; `critic` says both.
+    Parameters are `backbone/...`, the language model's, and `value_head/kernel` [D, 1], zeros at first.
 
     Attributes:
       backbone: a decoder-only module.
@@ -75,7 +75,7 @@ class ActorCritic(nn.Module):
         return self.backbone.logit_softcap
 
     def hidden(self, tokens_BT: jax.Array, **context: Any) -> Hidden:
-        """As of the language model."""
+        """Returns the language model's hidden states and caches."""
         return self.backbone.hidden(tokens_BT, **context)
 
     def head_VD(self) -> jax.Array:
@@ -83,7 +83,7 @@ class ActorCritic(nn.Module):
         return self.backbone.head_VD()
 
     def values(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Rewards [B, T] to expect once each token has been read, float32; of final hidden states."""
+        """Returns the expected rewards [B, T] after each token, float32, from final hidden states."""
         return self.value_head(hidden_BTD.astype(jnp.float32))[..., 0]
 
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> tuple[jax.Array, jax.Array]:

@@ -39,7 +39,7 @@ class Reading:
 
     @property
     def known_form(self) -> AttentionForm:
-        """`form`, which the first token has told."""
+        """Returns the attention form, recorded with the first token."""
         if self.form is None:
             raise ValueError("A cache is compressed after tokens have been appended to it.")
         return self.form
@@ -107,7 +107,7 @@ class FullCache:
     # What policies override.
 
     def most(self, state: Reading) -> int | None:
-        """Tokens that are kept of a prompt; None for all."""
+        """Number of tokens of a prompt that stay; None for all."""
         del state
         return None
 

@@ -1,4 +1,4 @@
-"""What a key is worth, as the attention of some queries tells it: pure functions in float32.
+"""Scores of keys by the attention of some queries: pure functions in float32.
 
 Shapes: B batch, T queries, W observed queries, S slots, C slots chosen, N query heads, K key/value
 heads, G = N / K, X heads that choose for themselves, H head dim.

@@ -89,7 +89,7 @@ class Selecting(FullCache):
         return 0
 
     def scores(self, state: Reading) -> jax.Array:
-        """[B, X, S]: the highest are kept; -inf for empty slots."""
+        """Returns scores [B, X, S], -inf for empty slots; the slots of the highest stay."""
         raise TypeError(f"{type(self).__name__} must say how it scores tokens.")
 
 

@@ -3,12 +3,16 @@
 Everything is float32, and tokens that are not `real` (padding) count nowhere.
 
 Shapes: M tokens, of any leading dimensions; B rows of T tokens; E experts; K experts per token. A choice is
-one of a token's K experts; E, one more than the last, stands for none.
+one of a token's K experts; E, one more than the last, means none.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from model import axes
 
 
 @flax.struct.dataclass
@@ -17,6 +21,17 @@ class Routes:
 
     experts_MK: jax.Array
     weights_MK: jax.Array
+
+
+def router_of(mixture: Any) -> Any:
+    """Returns the router, a float32 projection to the experts, of a mixture with `router`, `num_experts` and `config`."""
+    return mixture.router(
+        features=mixture.num_experts,
+        axes=(axes.EMBED, axes.UNMODELED),
+        dtype=jnp.float32,
+        param_dtype=mixture.config.storage_dtype,
+        name="router",
+    )
 
 
 def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:

@@ -35,7 +35,7 @@ class DomainRouter(Counted):
 
     Attributes:
       features: E.
-      axes: of a kernel [D, E], which this router does not have; its own are those of a gated MLP.
+      axes: of a linear router's kernel [D, E]; this router has a gated MLP's kernels instead.
       domain_dim: M.
       logit_std: deviation of the logits of states of unit variance at the start.
       dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).

@@ -20,7 +20,7 @@ class MlpRouter(Counted):
     """Logits down(silu(gate(x)) * up(x)), as the `router` factory of MoeMlp and MixtureOfAttention.
 
     Its hidden width is F = M + D / 2, so that `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
-    domain_router.DomainRouter; `down` [F, E] stands where a linear router has its kernel.
+    domain_router.DomainRouter; `down` [F, E] takes the place of a linear router's kernel.
 
     Attributes:
       features: E.

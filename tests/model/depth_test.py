@@ -125,13 +125,16 @@ def test_decoding_with_caches_has_the_depths_of_training(name):
         lengths_B = jnp.full(len(prompts_BT), prompts_BT.shape[1])
         return prefill.prefill(model, params, policy, prompts_BT, lengths_B, room=10)
 
+    @jax.jit
+    def step(params, token_B1, at_B1, caches):
+        out = prefill.read(model, params, policy, token_B1, at_B1, caches)
+        return model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0], out.caches
+
     last_BV, caches = read(params, TOKENS[:, :6])
     np.testing.assert_allclose(last_BV, want[:, 5], atol=1e-4)
     for t in range(6, 10):
         at_B1 = jnp.full((len(TOKENS), 1), t)
-        out = prefill.read(model, params, policy, TOKENS[:, t : t + 1], at_B1, caches)
-        caches = out.caches
-        found = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
+        found, caches = step(params, TOKENS[:, t : t + 1], at_B1, caches)
         np.testing.assert_allclose(found, want[:, t], atol=1e-4)
 
 

@@ -153,6 +153,7 @@ def restore_or_initialise(
     use_ema: bool = False,
     transform: TreeTransform | None = None,
     moments: Moments = "reset",
+    restart: Callable[[Any], Any] | None = None,
 ) -> Restored:
     """The state a run starts from, in the documented order: own run, initial checkpoint, scratch.
 
@@ -169,6 +170,8 @@ def restore_or_initialise(
       assignment, strict, use_ema: see `restore_params`; for the scope 'params' alone.
       transform: what makes the initial checkpoint's parameters into those of this model.
       moments: with `transform`, see `restore_transformed`.
+      restart: gives a state a fresh optimiser for its parameters, which a checkpoint's have replaced; None where the
+        fresh optimiser of `initialise` fits any parameters.
 
     Raises:
       ValueError: an unknown scope, or options that it does not have.
@@ -204,6 +207,8 @@ def restore_or_initialise(
         state, path = restore_transformed(
             initial_checkpoint_path, initialise(), transform, moments=moments, **given
         )
+        if restart is not None and moments == "reset":
+            state = restart(state)
         if initial_scope != "state":
             state = phase_state.at_step_0(state)
         step = int(state.step)
@@ -241,4 +246,7 @@ def restore_or_initialise(
             source="initial",
         )
 
-    return step_dir.newest_good(initial_checkpoint_path, read)
+    restored = step_dir.newest_good(initial_checkpoint_path, read)
+    if restart is not None:
+        restored = dataclasses.replace(restored, state=restart(restored.state))
+    return restored

@@ -37,11 +37,11 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return batches
 
 
-def in_order(found: Iterable[tuple[int, _T]]) -> Iterator[_T]:
-    """Values by index from 0, each as soon as it and all before it have been found."""
+def in_order(pairs: Iterable[tuple[int, _T]]) -> Iterator[_T]:
+    """Values by index from 0, each as soon as it and all before it have come."""
     waiting: dict[int, _T] = {}
     after = 0
-    for index, value in found:
+    for index, value in pairs:
         waiting[index] = value
         while after in waiting:
             yield waiting.pop(after)

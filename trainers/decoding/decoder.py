@@ -80,7 +80,7 @@ class Decoder:
       policy: of the key/value caches.
       batch_size: prompts at a time.
       sharding: of the rows of a batch, to be used within its mesh; None on one device.
-      cache_dtype: in which caches are kept while decoding, see prefill; None for the model's.
+      cache_dtype: of the caches while decoding, see prefill; None for the model's.
       prefill_chunk: tokens of the prompts that are read at a time; None for all.
       watch: sees every row's tokens as they come and can end it; None lets rows run. Not with beams,
         whose tokens are not final before the end.
@@ -129,7 +129,7 @@ class Decoder:
         seed: int = 0,
         indices: Sequence[int] | None = None,
     ) -> Iterator[Continuation]:
-        """What calling it returns, one by one as they are done; those of one prompt side by side.
+        """Yields continuations one by one as they are done, in the order of the prompts and of their samples.
 
         Args:
           prompts: to continue.
@@ -157,7 +157,7 @@ class Decoder:
                 )
         self._indices = range(len(prompts)) if indices is None else indices
         batches = self._batches(prompts, seed, limit)
-        return (found for samples in in_order(batches) for found in samples)
+        return (one for samples in in_order(batches) for one in samples)
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
@@ -169,9 +169,9 @@ class Decoder:
         with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
             for batch in progress:
                 length = bucket_length(lengths[batch[0]], limit=limit)
-                found = self._batch(prompts, batch, length, seed)
+                continued = self._batch(prompts, batch, length, seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
-                yield from zip(batch, found, strict=True)
+                yield from zip(batch, continued, strict=True)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
@@ -186,11 +186,11 @@ class Decoder:
             lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
         rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
-        continued = self._choose if self._settings.beams is None else self._search
-        found = continued(length, state, batch)
+        decode = self._choose if self._settings.beams is None else self._search
+        continued = decode(length, state, batch)
         self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
-        self.stats.new_tokens += sum(len(row.tokens) for rows in found for row in rows)
-        return found
+        self.stats.new_tokens += sum(len(row.tokens) for rows in continued for row in rows)
+        return continued
 
     def _read(self, length: int, *arrays: Any) -> Any:
         """Prompts read once and their caches repeated: decode.Loop, or what beam.search takes."""
@@ -258,18 +258,18 @@ class Decoder:
 
         def run(params, state):
             logits_BV, caches, lengths_B, active_B, seen_BV = state
-            found, caches = beam.search(
+            beams, caches = beam.search(
                 model, params, policy, logits_BV, caches, lengths_B, active_B, seen_BV, settings
             )
-            return (logits_BV, caches, lengths_B, active_B, seen_BV), found
+            return (logits_BV, caches, lengths_B, active_B, seen_BV), beams
 
-        _, found = self._timed("decode", length, run, state)
+        _, beams = self._timed("decode", length, run, state)
         return [
             [
                 Continuation(
-                    tokens=found.tokens_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
-                    log_probs=found.log_probs_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
-                    score=float(found.scores_BK[b, k]),
+                    tokens=beams.tokens_BKM[b, k, : beams.lengths_BK[b, k]].tolist(),
+                    log_probs=beams.log_probs_BKM[b, k, : beams.lengths_BK[b, k]].tolist(),
+                    score=float(beams.scores_BK[b, k]),
                 )
                 for k in range(settings.num_samples)
             ]
@@ -277,21 +277,21 @@ class Decoder:
         ]
 
     def _timed(self, name: str, length: int, run: Callable, state: Any, *arrays: Any) -> Any:
-        """run(params, state, *arrays) -> (state, found), with `found` on the host.
+        """Runs (params, state, *arrays) -> (state, result), and fetches the result to every process.
 
-        The state's memory is reused. It stays as it is sharded; every process gets all that is found.
+        The state's memory is reused, and its sharding does not change.
         """
         shardings = None
         if self._sharding is not None:
-            kept = jax.tree.map(lambda x: x.sharding, state)
-            shardings = (kept, NamedSharding(self._sharding.mesh, PartitionSpec()))
+            unchanged = jax.tree.map(lambda x: x.sharding, state)
+            shardings = (unchanged, NamedSharding(self._sharding.mesh, PartitionSpec()))
         jitted = jax.jit(run, donate_argnums=1, out_shardings=shardings)
         program = self._compiled(name, length, jitted, state, *arrays)
         began = time.perf_counter()
-        state, found = program(self._params, state, *arrays)
-        found = jax.device_get(found)
+        state, result = program(self._params, state, *arrays)
+        result = jax.device_get(result)
         self.stats.decode_seconds += time.perf_counter() - began
-        return state, found
+        return state, result
 
     def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
         """The program for prompts of a length, compiled apart so that it can be timed apart."""

@@ -34,9 +34,9 @@ def prefill(
       policy: of the caches.
       tokens_BT: prompts, padded on the right.
       lengths_B: of the prompts; policy.future of their last tokens are dropped again, and the prompt
-        is what stands before them.
+        is what precedes them.
       room: tokens that the caches will have room for.
-      cache_dtype: in which caches are kept, see CachePolicy.compress.
+      cache_dtype: of the caches, see CachePolicy.compress.
       chunk: None reads all tokens at once, and every layer's cache is compressed as soon as its keys
         exist, so that one layer's are in memory whole. C reads C tokens at a time: activations of so
         many are in memory, with the keys of all layers, which are compressed after the last chunk.

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens. Shapes: B batch, T length."""
+"""Log-probabilities of tokens after a context. Shapes: B batch, T length."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from trainers.scoring.target_log_probs import read_targets
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tokens to be scored, and those they follow, of which there is at least one."""
+    """Tokens to be scored, and the tokens before them, at least one."""
 
     context: Sequence[int]
     targets: Sequence[int]
@@ -49,7 +49,7 @@ class Scorer:
         return list(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """What calling it returns, row by row as they are done.
+        """Yields the log-probabilities row by row, in their order.
 
         Raises:
           ValueError: a row without context, or longer than the model's learned positions.

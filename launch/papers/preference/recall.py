@@ -55,8 +55,7 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        # Averaged parameters where there are some, as indicators read them.
-        params = state.params if state.ema_params is None else state.ema_params
+        params = state.released_params
         params = self.run.recipe.model.inference_params(params)
         outputs = self._generator(params, step)
         right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]

@@ -142,8 +142,7 @@ class PreferenceIndicators:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        # Averaged parameters are what would be released, so they are what is judged.
-        params = state.params if state.ema_params is None else state.ema_params
+        params = state.released_params
         params = self.run.recipe.model.inference_params(params)
         with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
