@@ -57,7 +57,7 @@ def trained(averaged=True, trainable=()):
     with partitioning.use_mesh(program.mesh, program.rules):
         state, step, states = program.init(), program.steps(1).train, []
         for i in range(STEPS + 1):
-            states.append(jax.device_get(state))
+            states.append(jax.tree.map(lambda x: x.copy(), state))  # the step consumes its own
             if i < STEPS:
                 state, _ = step(state, make_batch(recipe, program.batch_sharding, i))
     return program, states
