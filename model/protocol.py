@@ -7,7 +7,7 @@ answers for itself by `settings` and `flops_per_token` (model/flops.py), and wha
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
@@ -74,6 +74,7 @@ class Sizes(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Protocol):
     """Any model.
 
@@ -107,6 +108,7 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
 class LanguageModel(Model, Protocol):
     """A model of tokens.
 

@@ -14,6 +14,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.protocol import Model
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
@@ -31,7 +32,7 @@ class Recipe:
     """What gin binds of a run besides its data and its directory.
 
     Attributes:
-      model: the linen module.
+      model: a linen module that answers model/protocol.py.
       batch_size: rows of a global batch.
       feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
       inputs: what a row is, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
@@ -53,7 +54,7 @@ class Recipe:
       seed: of initial parameters and of any randomness in steps.
     """
 
-    model: Any
+    model: Model
     batch_size: int
     optimizer: Callable[..., optax.GradientTransformation]
     learning_rate: Schedule

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from model.protocol import LanguageModel
 
 
 def prefill(
@@ -69,7 +70,9 @@ def prefill(
     return model.apply({"params": params}, last_BD[:, None], method="logits")[:, 0], caches
 
 
-def empty_caches(model: Any, policy: CachePolicy, *, batch: int, length: int) -> list[Any]:
+def empty_caches(
+    model: LanguageModel, policy: CachePolicy, *, batch: int, length: int
+) -> list[Any]:
     """Returns an empty cache for every layer, with room for `length` tokens."""
     return [
         policy.init(batch=batch, length=length, **model.cache_sizes(layer))
