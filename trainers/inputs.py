@@ -35,7 +35,7 @@ class Inputs(Protocol):
         ...
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
-        """What the model's `init` takes after its rng; parameters do not depend on the values."""
+        """Returns the arguments of the model's `init` after its rng; parameters do not depend on the values."""
         ...
 
 

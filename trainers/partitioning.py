@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
 from model.kernels.platform import use_platform
+from model.protocol import Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; tensor: heads and widths split.
@@ -168,14 +169,6 @@ def shards_of(mesh: Mesh, target: Any) -> int:
     """Number of shards a rule's target makes; `target` is what a rule maps a name to."""
     names = () if target is None else (target,) if isinstance(target, str) else target
     return math.prod(mesh.shape[name] for name in names)
-
-
-class Sizes(Protocol):
-    """What a model's configuration says of what may be split."""
-
-    def axis_sizes(self) -> Sequence[tuple[str, int, str]]:
-        """Logical axis, size, and the setting that gives it."""
-        ...
 
 
 def validate(

@@ -24,7 +24,7 @@ from model.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """How a layer attends.
+    """The form of a layer's attention.
 
     Attributes:
       scale: factor on the logits.

@@ -112,7 +112,7 @@ class FullCache:
         return None
 
     def no_evidence(self, held: Slots, num_heads: int) -> Any:
-        """What `observe` starts from."""
+        """Returns the state that `observe` starts from."""
         del held, num_heads
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> Any:

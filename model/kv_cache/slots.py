@@ -167,7 +167,7 @@ class Slots:
         )
 
     def view(self) -> KeyValues:
-        """What attention looks at: a change of axes that the compiler folds into its products."""
+        """Returns the keys and values for attention: a change of axes that the compiler folds into its products."""
 
         def by_token(x: jax.Array) -> jax.Array:
             return x.swapaxes(1, 2)

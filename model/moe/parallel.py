@@ -95,7 +95,7 @@ def first_to_one(
 
 @flax.struct.dataclass
 class Exchange:
-    """How a device's choices became its experts' rows.
+    """The way of a device's choices to the rows of its experts.
 
     Attributes:
       own: the device's choices, sorted by expert and so by device.

@@ -272,7 +272,7 @@ def _pointwise(
 
 
 def _strided(x_BHWC: jax.Array, stride: int) -> jax.Array:
-    """What a 1x1 convolution with this stride reads."""
+    """Returns the pixels that a 1x1 convolution with this stride reads."""
     return x_BHWC[:, ::stride, ::stride]
 
 

@@ -26,7 +26,7 @@ NO_EOS = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a generation program is compiled for.
+    """Static settings of a generation program.
 
     Attributes:
       max_new_tokens: M.

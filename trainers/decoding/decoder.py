@@ -29,7 +29,7 @@ Watch = Callable[[int, int, Sequence[int]], int | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What followed one prompt.
+    """One continuation of a prompt.
 
     Attributes:
       tokens: EOS included.
@@ -44,7 +44,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """What generating took.
+    """Cost of generating.
 
     Attributes:
       prompt_tokens, new_tokens: read and generated.
@@ -119,7 +119,7 @@ class Decoder:
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
-        """Continuations in the order of the prompts; errors as of `stream`."""
+        """Returns continuations in the order of the prompts; errors as of `stream`."""
         return list(self.stream(prompts, seed=seed))
 
     def stream(

@@ -31,7 +31,7 @@ _WORTH_SHARING = 16  # tokens of a context; a shorter one is as soon read again
 
 
 class Likelihood(NamedTuple):
-    """Of one continuation.
+    """The log-probability of one continuation.
 
     Attributes:
       log_prob: sum over its tokens.
@@ -277,7 +277,7 @@ class LikelihoodScorer:
 
 
 def readings(rows: Sequence[Row]) -> list[Reading]:
-    """What must be read, by shape, the largest first.
+    """Returns the rows to read, by shape, the largest first.
 
     The last target of a row is predicted, never read.
     """

@@ -65,7 +65,7 @@ class LateFetch:
         return self._fetch(previous)
 
     def flush(self) -> tuple[int, Any] | None:
-        """What is still held, now."""
+        """Returns the step still held, without waiting for another."""
         previous, self._waiting = self._waiting, None
         return self._fetch(previous)
 
