@@ -285,7 +285,7 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
     for i, row in enumerate(rows):
         contexts.setdefault(tuple(row.context), []).append(i)
     whole: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
-    readings: list[Reading] = []
+    each: list[Reading] = []
     for context, members in contexts.items():
         read_after = [tuple(rows[i].targets[:-1]) for i in members]
         if len(context) < _WORTH_SHARING or len(set(read_after)) == 1:
@@ -294,9 +294,9 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
             continue
         numbers = {tail: n for n, tail in enumerate(dict.fromkeys(filter(None, read_after)))}
         served = [(i, numbers.get(tail)) for i, tail in zip(members, read_after, strict=True)]
-        readings.append(Reading(context, tuple(numbers), served))
-    readings += [Reading(tokens, (), members) for tokens, members in whole.items()]
-    return sorted(readings, key=lambda reading: reading.shape, reverse=True)
+        each.append(Reading(context, tuple(numbers), served))
+    each += [Reading(tokens, (), members) for tokens, members in whole.items()]
+    return sorted(each, key=lambda reading: reading.shape, reverse=True)
 
 
 def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.ndarray]:
