@@ -57,11 +57,10 @@ import jax
 from launch.aot import compile_report, tpu_topology
 from launch.aot.compile_report import Memory, Report
 from launch.aot.tpu_topology import Topology
+from model.flops import mean_keys
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
-from trainers.telemetry import flops
-from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def run(start: Any) -> None:
@@ -116,7 +115,7 @@ def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | N
             if sizes is None:
                 raise
             return _too_large(program, batch, needed=sizes[0]), None
-    model_flops = train_flops_per_unit(program) * recipe.units_per_batch / program.mesh.devices.size
+    model_flops = program.train_flops_per_unit * recipe.units_per_batch / program.mesh.devices.size
     report = compile_report.measure(
         compiled, model_flops=model_flops, mean_keys=_mean_keys(recipe), hbm_bytes=hbm_bytes
     )
@@ -145,9 +144,8 @@ def _mean_keys(recipe: Recipe) -> float:
     """Returns the keys per query, on average over rows and layers; 0 without attention."""
     if recipe.inputs_spec.length is None:
         return 0.0
-    config = recipe.model.config
-    kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
-    return sum(flops.mean_keys(recipe.length, kind.window) for kind in kinds) / len(kinds)
+    windows = [layer.kind.window for layer in recipe.model.layer_settings()]
+    return sum(mean_keys(recipe.length, window) for window in windows) / len(windows)
 
 
 def _header(topology: Topology, program: Program) -> dict[str, Any]:

@@ -40,7 +40,6 @@ from trainers.optim.schedules import Span
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
 from trainers.telemetry.goodput import Goodput, process_start
-from trainers.telemetry.model_flops import train_flops_per_unit
 
 
 def train(
@@ -272,7 +271,7 @@ def _row_metrics(
     program: Program, data: RunData, rates: np.ndarray
 ) -> Callable[[int, int, float], Mapping[str, float]]:
     """Returns what computes a row's learning rate, throughput, utilisation and epochs on the host."""
-    per_unit, unit = train_flops_per_unit(program), program.recipe.inputs_spec.unit
+    per_unit, unit = program.train_flops_per_unit, program.recipe.inputs_spec.unit
     devices = list(program.mesh.devices.flat)
 
     def metrics(updates: int, batches: int, units_per_second: float) -> Iterator[tuple[str, float]]:

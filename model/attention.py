@@ -3,7 +3,7 @@
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,18 +11,20 @@ import jax
 
 from model import axes
 from model.config import LayerKind, TransformerConfig
+from model.flops import Counted, mean_keys
 from model.kernels.attention_ops import Implementation, dot_product_attention
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
+from model.protocol import AttentionSettings
 from model.rope import Rope
 
 
-class Attention(nn.Module):
+class Attention(Counted):
     """Multi-head, grouped-query or multi-query causal attention.
 
     Attributes:
       config: shared sizes; num_kv_heads selects the variant.
-      kind: window and rotation of this layer.
+      kind: window, rotation and depth of this layer.
       dense: factory of the four projections.
       rope: rotary embedding; None for models with a learned position table.
       qk_norm: factory of norms over the heads of queries and keys, or None.
@@ -52,13 +54,28 @@ class Attention(nn.Module):
 
     @property
     def cache_heads(self) -> int:
-        """K, key/value heads that a cache holds."""
+        """K, key/value heads that a cache stores."""
         return self.config.kv_heads
 
-    def weighed(
+    @property
+    def settings(self) -> AttentionSettings:
+        return AttentionSettings(
+            query_heads=self.query_heads,
+            cache_heads=self.cache_heads,
+            head_dim=self.config.per_head_dim,
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts the projections, scores and weighted sums."""
+        keys = mean_keys(length, self.kind.window)
+        products = 4.0 * keys * self.query_heads * self.config.per_head_dim
+        return super().flops_per_token(shapes, length=length) + products
+
+    def gate_heads(
         self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """What heads return, before their output projection; what mixes heads weighs them here."""
+        """Returns the heads as the output projection reads them; mixtures multiply them with gates here."""
         del x_BTD, segments_BT
         return heads_BTNH
 
@@ -131,7 +148,7 @@ class Attention(nn.Module):
                 v_scale_BSK=held.v_scale_BSK,
                 **form.arguments(),
             )
-        out_BTNH = self.weighed(out_BTNH, x_BTD, segments_BT)
+        out_BTNH = self.gate_heads(out_BTNH, x_BTD, segments_BT)
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
         out_BTD = self.dense(

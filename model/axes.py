@@ -22,11 +22,11 @@ NORM = "norm"  # gains and biases of norms: small, replicated
 POSITION = "position"  # rows of a learned position table
 LAYERS = "layers"  # the axis nn.scan adds
 EXPERT = "expert"  # stacked experts
-CHANNELS = "channels"  # what convolutions give
-CHANNELS_IN = "channels_in"  # what they read, whole: a name may stand once in an array
+CHANNELS = "channels"  # output channels of convolutions
+CHANNELS_IN = "channels_in"  # their input channels, never split: a name may occur once in an array
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
-CONSTANT = "constant"  # the rows of what lies among the parameters and is data: see `constant`
+CONSTANT = "constant"  # rows of data stored among the parameters: see `constant`
 
 PARAMETER_AXES = (
     *(VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS),
@@ -92,6 +92,11 @@ def constant(
     """
     names = (CONSTANT, *(UNMODELED,) * (len(shape) - 1))
     return jax.lax.stop_gradient(parameter(module, name, init, names, shape, dtype))
+
+
+def is_boxed(leaf: Any) -> bool:
+    """Whether a leaf of a tree is flax's box around an array, with logical names."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def unboxed(value: Any) -> jax.Array:

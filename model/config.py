@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 
 from model import axes
@@ -14,15 +15,20 @@ LAYER_KINDS = ("full", "sliding", "full_nope")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What differs between the layers of a pattern: attention window and rotary embedding.
+    """What differs between layers: attention window, rotary embedding, and depth.
+
+    Kinds are equal if window and rotation are: depth is the layer's place, an array while tracing.
 
     Attributes:
       window: keys each query sees, itself included; None for all earlier keys.
       rope: whether queries and keys are rotated (Cohere2's full layers are not).
+      depth: number of the layer from 0: an int where layers are unrolled, an int32 scalar under `nn.scan`, where
+        one trace serves all repeats of the pattern; None for a module outside of a model.
     """
 
     window: int | None = None
     rope: bool = True
+    depth: int | jax.Array | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,7 @@ class TransformerConfig:
         return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
-        """What a mesh may have to split: logical axis, size, and the setting that gives it."""
+        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
         return (
             (axes.HEADS, self.num_heads, "num_heads"),
             (axes.KV_HEADS, self.kv_heads, "num_kv_heads"),
@@ -125,7 +131,7 @@ class TransformerConfig:
         )
 
     def layer_kind(self, layer: int) -> LayerKind:
-        """The kind of layer `layer` (from 0)."""
+        """Returns the kind of layer `layer` (from 0)."""
         name = self.layer_pattern[layer % len(self.layer_pattern)]
         window = self.sliding_window if name == "sliding" else None
-        return LayerKind(window=window, rope=name != "full_nope")
+        return LayerKind(window=window, rope=name != "full_nope", depth=layer)

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from model.axes import parameter
+from model.flops import Counted
 from model.kernels import matmul
 
 # Variance 1/fan_in keeps activations at unit scale; the tails are cut at two deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-class Dense(nn.Module):
+class Dense(Counted):
     """y = x @ kernel (+ bias), with a two-dimensional kernel [in, out].
 
     Attributes:
@@ -47,7 +48,7 @@ class Dense(nn.Module):
         return y
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x @ kernel; what a factorised or adapted projection computes otherwise."""
+        """x @ kernel; factorised and adapted projections override it."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         return matmul.matmul(x, kernel.astype(self.dtype))

@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 
 from model import axes
-from model.config import TransformerConfig
+from model.config import LayerKind, TransformerConfig
+from model.flops import Counted
 from model.linear import Dense
+from model.protocol import MlpSettings
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -23,20 +25,26 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(Counted):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU.
 
     Attributes:
       config: shared sizes.
+      kind: depth of this layer, for MLPs that read it.
       activation: name in ACTIVATIONS.
       use_bias: biases on all three projections.
       dense: factory of the projections.
     """
 
     config: TransformerConfig
+    kind: LayerKind = LayerKind()
     activation: str = "silu"
     use_bias: bool = False
     dense: Callable[..., nn.Module] = Dense
+
+    @property
+    def settings(self) -> MlpSettings:
+        return MlpSettings(kind=type(self).__name__, gated=True)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
@@ -48,13 +56,18 @@ class GatedMlp(nn.Module):
         return _project(self, "down", self.config.embed_dim, (axes.MLP, axes.EMBED))(h_BTF)
 
 
-class Mlp(nn.Module):
+class Mlp(Counted):
     """down(act(up(x))) (GPT-2, T5 v1.0). Attributes as in GatedMlp."""
 
     config: TransformerConfig
+    kind: LayerKind = LayerKind()
     activation: str = "gelu"
     use_bias: bool = False
     dense: Callable[..., nn.Module] = Dense
+
+    @property
+    def settings(self) -> MlpSettings:
+        return MlpSettings(kind=type(self).__name__, gated=False)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:

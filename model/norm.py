@@ -62,7 +62,7 @@ class LayerNorm(nn.Module):
 def _gain(module, name: str, init, x: jax.Array) -> jax.Array:
     """A parameter over the last `scale_dims` dimensions, shaped to broadcast against x."""
     dims = module.scale_dims
-    # A name may stand once in an array.
+    # A name may occur once in an array.
     names, shape = (axes.UNMODELED, axes.NORM)[-dims:], x.shape[-dims:]
     value = axes.parameter(module, name, init, names, shape, module.param_dtype)
     return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + shape)

@@ -24,7 +24,7 @@ class Rope:
       factor: how many times longer the context becomes.
       original_length: context length before scaling ('llama3').
       low_freq_factor: wavelengths above original_length / low_freq_factor are fully stretched.
-      high_freq_factor: wavelengths below original_length / high_freq_factor are kept.
+      high_freq_factor: wavelengths below original_length / high_freq_factor stay as they are.
 
     Raises:
       ValueError: an unknown layout or scaling, or 'llama3' bounds in the wrong order.
@@ -62,7 +62,7 @@ class Rope:
             # order moves the frequency by several units in the last place.
             wavelength_P = np.float32(1) / freq_P * np.float32(2 * math.pi)
             turns_P = np.float32(1) / wavelength_P * np.float32(self.original_length)
-            # 0 where stretched fully, 1 where kept, linear in the turns between the two bounds.
+            # 0 where stretched fully, 1 where unchanged, linear in the turns between the two bounds.
             keep_P = (turns_P - np.float32(self.low_freq_factor)) / np.float32(
                 self.high_freq_factor - self.low_freq_factor
             )

@@ -6,43 +6,46 @@ method swaps one class by a gin binding and leaves this file alone.
 Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the layer pattern.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from model import axes, flops
 from model.attention import Attention
 from model.config import LayerKind, TransformerConfig
 from model.embed import Embed
-from model.kv_cache.base import CachePolicy
+from model.flops import Counted
+from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
+from model.protocol import Arrays, LayerSettings, Output, Row
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)
 
 
 @flax.struct.dataclass
-class Output:
+class Hidden:
     """hidden_BTD after the final norm, and the caches of all layers (None while training)."""
 
     hidden_BTD: jax.Array
     caches: Any = None
 
 
-class Block(nn.Module):
+class Block(Counted):
     """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
 
     Attributes:
       config: shared sizes.
-      kind: window and rotation of this layer.
+      kind: window, rotation and depth of this layer.
       layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
       attention: factory, called with (config=, kind=, name=).
-      mlp: factory, called with (config=, name=), of a module called with (x_BTD, segments_BT=).
+      mlp: factory, called with (config=, kind=, name=), of a module called with (x_BTD, segments_BT=).
       norm: factory, called with (name=).
       post_norm: factory of norms on what attention and MLP return (Gemma 2), or None; as `norm`.
     """
@@ -67,8 +70,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         if self.layout not in LAYOUTS:
             raise ValueError(f"Block.layout = {self.layout!r}: choose from {LAYOUTS}.")
-        attention = self.attention(config=self.config, kind=self.kind, name="attention")
-        mlp = self.mlp(config=self.config, name="mlp")
+        attention, mlp = self._attention(), self._mlp()
         normed_BTD = self.norm(name="norm")(x_BTD)
         attended_BTD, cache = attention(
             normed_BTD,
@@ -87,6 +89,25 @@ class Block(nn.Module):
             y_BTD = x_BTD + self._normed("mlp_post_norm", out_BTD)
         return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
 
+    @property
+    def settings(self) -> LayerSettings:
+        return LayerSettings(
+            kind=self.kind, attention=self._attention().settings, mlp=self._mlp().settings
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        attention = self._attention().flops_per_token(shapes["attention"], length=length)
+        return attention + self._mlp().flops_per_token(shapes["mlp"], length=length)
+
+    @nn.nowrap
+    def _attention(self) -> Any:
+        return self.attention(config=self.config, kind=self.kind, name="attention")
+
+    @nn.nowrap
+    def _mlp(self) -> Any:
+        return self.mlp(config=self.config, kind=self.kind, name="mlp")
+
     def _normed(self, name: str, out_BTD: jax.Array) -> jax.Array:
         return out_BTD if self.post_norm is None else self.post_norm(name=name)(out_BTD)
 
@@ -100,13 +121,18 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, caches: Sequence[Any] | None, **context: Any
+        self,
+        x_BTD: jax.Array,
+        caches: Sequence[Any] | None,
+        *,
+        first: int | jax.Array = 0,
+        **context: Any,
     ) -> tuple[jax.Array, Any]:
+        """Applies the blocks; the first has the depth `first`."""
         new_caches = []
         for i in range(self.count):
-            block = self.block(
-                config=self.config, kind=self.config.layer_kind(i), name=f"block_{i}"
-            )
+            kind = dataclasses.replace(self.config.layer_kind(i), depth=first + i)
+            block = self.block(config=self.config, kind=kind, name=f"block_{i}")
             cache = None if caches is None else caches[i]
             apply = _rematerialised(self.config, cache, context)
             x_BTD, cache = apply(block, x_BTD)
@@ -115,7 +141,7 @@ class Layers(nn.Module):
 
 
 def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:
-    """A function (block, x) -> (x, cache) that keeps what `config.remat` says for the backward."""
+    """Returns a function (block, x) -> (x, cache) that saves for the backward pass what `config.remat` names."""
 
     def apply(block: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         return block(x_BTD, cache=cache, **context)
@@ -137,12 +163,15 @@ class Transformer(nn.Module):
       block: factory of a layer, called with (config=, kind=, name=).
       norm: factory of the final norm.
       embed: factory of the token table.
-      position_embed: factory of a learned position table (GPT-2), or None.
+      position_embed: factory of a learned position table (GPT-2) of `num_positions` rows, or None.
       tie_embeddings: the head is the token table; else its own rows [V, D], lm_head/embedding.
       embed_scale: factor on the looked-up embeddings, rounded to the compute dtype (Gemma: sqrt(D)).
       logit_scale: factor on the logits (Cohere).
       logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
     """
+
+    row: ClassVar[Row] = "tokens"
+    output: ClassVar[Output] = "logits"
 
     config: TransformerConfig
     block: Callable[..., nn.Module] = Block
@@ -179,14 +208,14 @@ class Transformer(nn.Module):
         segments_BT: jax.Array | None = None,
         caches: Sequence[Any] | None = None,
         policy: CachePolicy | None = None,
-    ) -> Output:
+    ) -> Hidden:
         """Final hidden states.
 
         Args:
           tokens_BT: token ids.
           positions_BT: position of each token within its document; 0, 1, 2, ... when None.
           segments_BT: attention stays within equal segments; None for one document a row. With caches,
-            which must be empty then, it says that the tokens see each other alone: a prompt is read.
+            which must be empty then, tokens see only each other: a prompt is read.
           caches: one state per layer (unrolled layers only), with `policy`.
           policy: cache policy; None while training.
         """
@@ -200,7 +229,11 @@ class Transformer(nn.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
         x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
-        context = {"positions_BT": positions_BT, "segments_BT": segments_BT, "policy": policy}
+        context: dict[str, Any] = {
+            "positions_BT": positions_BT,
+            "segments_BT": segments_BT,
+            "policy": policy,
+        }
         if self.config.scan_layers:
             if caches is not None:
                 raise ValueError(
@@ -210,19 +243,22 @@ class Transformer(nn.Module):
             x_BTD = self._scan(x_BTD, context)
         else:
             x_BTD, caches = self.layers(x_BTD, caches, **context)
-        return Output(hidden_BTD=self.final_norm(x_BTD), caches=caches)
+        return Hidden(hidden_BTD=self.final_norm(x_BTD), caches=caches)
 
     def _scan(self, x_BTD: jax.Array, context: dict[str, Any]) -> jax.Array:
-        repeats = self.config.num_layers // len(self.config.layer_pattern)
+        period = len(self.config.layer_pattern)
+        repeats = self.config.num_layers // period
         scan = nn.scan(
-            lambda layers, x_BTD, _: layers(x_BTD, None, **context),
-            # Whatever a block keeps, sows or perturbs is stacked, and every layer draws for itself.
+            lambda layers, x_BTD, first: layers(x_BTD, None, first=first, **context),
+            # Whatever a block stores, sows or perturbs is stacked, and every layer draws for itself.
             variable_axes={True: 0},
             split_rngs={True: True},
             length=repeats,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
         )
-        x_BTD, _ = scan(self.layers, x_BTD, None)
+        # A layer that reads its depth reads this; otherwise it is not in the compiled program.
+        first_depths = jnp.arange(repeats, dtype=jnp.int32) * period
+        x_BTD, _ = scan(self.layers, x_BTD, first_depths)
         return x_BTD
 
     def head_VD(self) -> jax.Array:
@@ -245,14 +281,64 @@ class Transformer(nn.Module):
         """Logits [B, T, V]; arguments as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
 
+    # What follows answers model/protocol.py; it is asked outside of `apply`.
 
-def block_of(model: Transformer, layer: int) -> Any:
-    """A layer's block with its settings, outside of the model: a record of fields, which holds no parameters."""
-    config = model.config
-    return model.block(config=config, kind=config.layer_kind(layer), name=f"block_{layer}")
+    @property
+    def max_length(self) -> int | None:
+        if self.position_embed is None:
+            return None
+        return self.position_embed(features=self.config.embed_dim).num_positions
 
+    @property
+    def inference_model(self) -> "Transformer":
+        return self
 
-def attention_of(model: Transformer, layer: int) -> Any:
-    """The same of a layer's attention."""
-    block = block_of(model, layer)
-    return block.attention(config=block.config, kind=block.kind, name="attention")
+    @nn.nowrap
+    def inference_params(self, params: Any) -> Any:
+        return params
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return [self._block(layer).settings for layer in range(self.config.num_layers)]
+
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        settings = self._block(layer).settings
+        return {
+            "num_heads": settings.attention.query_heads,
+            "num_kv_heads": settings.attention.cache_heads,
+            "head_dim": settings.attention.head_dim,
+            "dtype": self.config.compute_dtype,
+            "layer": layer,
+            "num_layers": self.config.num_layers,
+            "kind": settings.kind,
+        }
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the FLOPs of a forward pass for one token, logits included."""
+        return (
+            self.hidden_flops(row, variables) + 2.0 * self.config.vocab_size * self.config.embed_dim
+        )
+
+    @nn.nowrap
+    def hidden_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the same without logits."""
+        tokens = row["decoder_input_tokens"]
+        if variables is None:
+            variables = flops.variable_shapes(self, jax.ShapeDtypeStruct((1, 1), tokens.dtype))
+        config, total = self.config, 0.0
+        count = len(config.layer_pattern) if config.scan_layers else config.num_layers
+        for layer in range(count):
+            shapes = variables["params"]["layers"][f"block_{layer}"]
+            if config.scan_layers:  # the first axis is that of the scan
+                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+            total += self._block(layer).flops_per_token(shapes, length=tokens.shape[-1])
+        return total * (config.num_layers // count)
+
+    @nn.nowrap
+    def _block(self, layer: int) -> Any:
+        """Returns a layer's block as a record of its settings, without parameters."""
+        return self.block(
+            config=self.config, kind=self.config.layer_kind(layer), name=f"block_{layer}"
+        )

@@ -8,9 +8,8 @@ import pytest
 
 from launch.config import gin_config
 from model import axes
-from model.transformer import attention_of
 from trainers import initialise, partitioning
-from trainers.telemetry import model_flops
+from trainers.inputs import PackedTokens
 from trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -169,8 +168,13 @@ def test_parameters_of_the_mixtures_papers(name, bindings, total, active):
         return
     # A token meets those of the products, norms, and where it is not the head, the table of tokens.
     config = model.config
-    of_one_key = 2 * config.num_layers * attention_of(model, 0).query_heads * config.per_head_dim
-    met = model_flops.forward_flops_per_token(model, 1, params) / 2 - of_one_key
+    of_one_key = (
+        2
+        * config.num_layers
+        * model.layer_settings()[0].attention.query_heads
+        * config.per_head_dim
+    )
+    met = model.forward_flops(PackedTokens(1).arrays(1)) / 2 - of_one_key
     met += (config.num_layers + 1) * config.embed_dim
     met += 0 if model.tie_embeddings else config.vocab_size * config.embed_dim
     assert met == active

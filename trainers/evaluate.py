@@ -55,7 +55,7 @@ def evaluate(
       so with `max_steps` an estimate).
 
     Raises:
-      GivenUpError: `stop` said so.
+      GivenUpError: `stop` returned True.
     """
     steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
     late: list[Metrics] = []
@@ -75,9 +75,9 @@ def evaluate(
             collect(late.pop(0))
     for metrics in late:
         collect(metrics)
-    # Some metrics are of one kind of example, of which a split may have none.
-    kept = {name: pair for name, pair in totals.items() if name == "loss" or pair[1]}
-    result = {name: float(total / weight) for name, (total, weight) in kept.items()}
+    # Some metrics are of one kind of example, and a split may have none of that kind.
+    weighted = {name: pair for name, pair in totals.items() if name == "loss" or pair[1]}
+    result = {name: float(total / weight) for name, (total, weight) in weighted.items()}
     if "loss" in totals:
         result[unit] = float(totals["loss"][1])
     if "loss" in totals and unit == "tokens":
@@ -97,7 +97,7 @@ class Evaluation:
       streams: one per task.
       sharding: of input arrays.
       max_steps: batches per task; None for whole splits.
-      stop: see `evaluate`; of an evaluation that was given up nothing is kept.
+      stop: see `evaluate`; an abandoned evaluation leaves no result.
       unit: what the loss is per, 'tokens', 'images' or 'pairs'.
       results: step -> metrics, filled as the run goes on.
     """
@@ -116,13 +116,11 @@ class Evaluation:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        # Averaged parameters are what would be released, so they are what is judged.
-        params = state.params if state.ema_params is None else state.ema_params
-        found = {}
+        results = {}
         for stream in self.streams:
             values = evaluate(
                 self.eval_step,
-                params,
+                state.released_params,
                 stream,
                 self.sharding,
                 variables=state.variables,
@@ -130,6 +128,6 @@ class Evaluation:
                 stop=self.stop,
                 unit=self.unit,
             )
-            found.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
-        self.results[step] = found
-        return found
+            results.update({f"eval/{stream.name}/{name}": v for name, v in values.items()})
+        self.results[step] = results
+        return results

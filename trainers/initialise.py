@@ -1,8 +1,8 @@
 """From a model and an optimiser to a sharded train state, without ever holding it on one device."""
 
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +15,7 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
-# Collections that last for one call: what modules sow and perturb. All others are kept in the state.
+# Collections that last for one call: what modules sow and perturb. The state stores all others.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
 _TEXT = PackedTokens(8)
@@ -27,7 +27,7 @@ def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
 
 
 def average_of(params: Any, mask: Any = None) -> Any:
-    """Copies of parameters to begin a moving average with: float32 where they are trained.
+    """Returns copies of parameters to begin an average with: float32 where they are trained.
 
     In bfloat16 an average stops short of its target: the step (1 - decay) * (p - e) is rounded away.
     """
@@ -54,14 +54,14 @@ def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
         ),
         boxed,
         param_shardings(boxed, mesh, rules),
-        is_leaf=_is_boxed,
+        is_leaf=axes.is_boxed,
     )
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedShardings of boxed abstract parameters, as a plain tree.
 
-    A rank that the devices do not divide is whole on each: ranks are many, and few of them round.
+    A rank that the devices do not divide is not split: layers have many ranks, and few are round numbers.
     """
 
     def sharding(box: Any) -> NamedSharding:
@@ -71,11 +71,7 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
                 spec[axis] = None
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(sharding, boxed, is_leaf=_is_boxed)
-
-
-def _is_boxed(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
+    return jax.tree.map(sharding, boxed, is_leaf=axes.is_boxed)
 
 
 def make_state(
@@ -86,8 +82,8 @@ def make_state(
     ema: bool = False,
     anomaly: Anomaly | None = None,
 ) -> TrainState:
-    """The state of step 0 with these `variables`; jit it with `out_shardings` to create it sharded."""
-    unboxed = jax.tree.map(axes.unboxed, boxed, is_leaf=_is_boxed)
+    """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
+    unboxed = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
     params = unboxed["params"]
     extra = {k: v for k, v in unboxed.items() if k not in ("params", *TRANSIENT)}
     if anomaly is not None:
@@ -99,6 +95,35 @@ def make_state(
         opt_state=optimizer.init(trained),
         ema_params=average_of(params, mask) if ema else None,
         variables=extra,
+    )
+
+
+def restart(
+    optimizer: optax.GradientTransformation, abstract: TrainState, shardings: Any, mask: Any = None
+) -> Callable[[TrainState], TrainState] | None:
+    """Returns a function that gives a state, which it consumes, a fresh optimiser for its parameters.
+
+    Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
+    Schedule-free methods begin with a copy of the parameters.
+
+    Args:
+      optimizer: the optimiser.
+      abstract: the state's shapes.
+      shardings: of the state.
+      mask: trainable mask, as passed to make_state.
+    """
+
+    def fresh(params: Any) -> Any:
+        return optimizer.init(params if mask is None else trainable.split(params, mask)[0])
+
+    jaxpr = jax.make_jaxpr(fresh)(abstract.params).jaxpr
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | set(map(id, jaxpr.outvars))
+    if not any(id(variable) in read for variable in jaxpr.invars):
+        return None
+    return jax.jit(
+        lambda state: state.replace(opt_state=fresh(state.params)),
+        donate_argnums=0,
+        out_shardings=shardings,
     )
 
 
@@ -117,7 +142,7 @@ def state_shardings(
       optimizer: the optimiser that made the state.
       shardings: of the parameters.
       mesh: the mesh.
-      mask: trainable mask, as given to make_state.
+      mask: trainable mask, as passed to make_state.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     trained, trained_shardings = abstract.params, shardings

@@ -1,7 +1,7 @@
-"""What a model reads: the arrays of a batch, and what its rates count.
+"""The arrays of a batch, and the unit that its rates count.
 
-A run need not be of a language model: `Recipe.inputs` says what the rows of its batches are.
-Each kind knows nothing of where they come from; a stream (trainers/batches.py) gives arrays of these shapes.
+`Recipe.inputs` describes the rows of a batch, which need not be text. It is independent of where they come from: a
+stream (trainers/batches.py) makes arrays of these shapes.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Inputs(Protocol):
         ...
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
-        """What the model's `init` takes after its rng; parameters do not depend on the values."""
+        """Returns the arguments of the model's `init` after its rng; parameters do not depend on the values."""
         ...
 
 

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
 from model.kernels.platform import use_platform
+from model.protocol import Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; tensor: heads and widths split.
@@ -51,16 +52,16 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
-            "its sizes must equal their number (-1 stands for what remains)."
+            "its sizes must equal their number (-1 means what remains)."
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
 
 
 def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rules:
-    """Every known name gets a rule; those not given are replicated."""
-    given = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
-    return tuple((name, given.get(name)) for name in axes.ALL_AXES)
+    """Returns a rule for every known name; names without a target are replicated."""
+    targets = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
+    return tuple((name, targets.get(name)) for name in axes.ALL_AXES)
 
 
 # A factor whose other side is not split is split along its rank.
@@ -110,7 +111,7 @@ def ep() -> Rules:
 
 
 def fsdp_ep() -> Rules:
-    """Both: parameters split over fsdp, those of experts over fsdp x expert."""
+    """Both: parameters split over fsdp, experts over fsdp x expert."""
     return _rules({**_FSDP_PARAMETERS, axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
 
 
@@ -168,14 +169,6 @@ def shards_of(mesh: Mesh, target: Any) -> int:
     """Number of shards a rule's target makes; `target` is what a rule maps a name to."""
     names = () if target is None else (target,) if isinstance(target, str) else target
     return math.prod(mesh.shape[name] for name in names)
-
-
-class Sizes(Protocol):
-    """What a model's configuration says of what may be split."""
-
-    def axis_sizes(self) -> Sequence[tuple[str, int, str]]:
-        """Logical axis, size, and the setting that gives it."""
-        ...
 
 
 def validate(
@@ -246,9 +239,7 @@ def _parameter_problems(
     mesh: Mesh, targets: Mapping[str, Any], boxed_params: Any, replicated_limit: int
 ) -> list[str]:
     problems, replicated, experts = [], 0, set()
-    for path, box in jax.tree_util.tree_leaves_with_path(
-        boxed_params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    ):
+    for path, box in jax.tree_util.tree_leaves_with_path(boxed_params, is_leaf=axes.is_boxed):
         where = "/".join(str(key.key) for key in path)
         if not isinstance(box, nn.LogicallyPartitioned):
             problems.append(f"parameter {where} carries no logical axis names")

@@ -16,6 +16,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.protocol import Model
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
@@ -24,7 +25,7 @@ from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
-from trainers.step import Metrics, make_eval_step, make_train_step
+from trainers.step import Averaged, Metrics, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -33,7 +34,7 @@ class Recipe:
     """The model, the objective and how they are trained: all of a run but its data and its directory.
 
     Attributes:
-      model: the linen module.
+      model: a linen module that answers model/protocol.py.
       batch_size: rows of a global batch.
       feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
       inputs: the arrays of a batch, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
@@ -45,14 +46,17 @@ class Recipe:
         print at the start of a run, or raises ValueError for a model it does not accept.
       microbatches: parts in which a batch is processed, in evaluation too.
       gradient_dtype: dtype in which a copy of the parameters is differentiated; None for their own.
-      ema_decay: decay of a moving average of the parameters; None for no average.
+      ema_decay: decay of a moving average of the parameters, which is evaluated, saved for use beside the trained ones
+        and exported; None for none.
+      averaged: in its place, (optimiser's state, trained parameters) -> the parameters to evaluate and to release, of an
+        optimiser that defines an average of its own, such as optax.contrib.schedule_free_eval_params; called every step.
       anomaly: policy for non-finite and spiking losses; None applies every update.
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
       seed: of initial parameters and of any randomness in steps.
     """
 
-    model: Any
+    model: Model
     batch_size: int
     optimizer: Callable[..., optax.GradientTransformation]
     learning_rate: Schedule
@@ -64,6 +68,7 @@ class Recipe:
     microbatches: int = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
+    averaged: Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
     rules: str = "fsdp"
     mesh: Mapping[str, int] | None = None
@@ -74,6 +79,10 @@ class Recipe:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
                 f"{self.microbatches} microbatches."
+            )
+        if self.ema_decay is not None and self.averaged is not None:
+            raise ValueError(
+                "Recipe.ema_decay and Recipe.averaged both say what is evaluated and released: bind one of them."
             )
         if self.inputs is None and "targets" not in (self.feature_lengths or {}):
             raise ValueError(
@@ -174,7 +183,7 @@ class Recipe:
             variables,
             self._make_optimizer(),
             mask=mask,
-            ema=self.ema_decay is not None,
+            ema=self.ema_decay is not None or self.averaged is not None,
             anomaly=self.anomaly,
         )
 
@@ -233,6 +242,22 @@ class Program:
 
         return jax.jit(init, out_shardings=self._state_shardings)
 
+    @functools.cached_property
+    def restart(self) -> Callable[[TrainState], TrainState] | None:
+        """State -> the state with a fresh optimiser for its parameters.
+
+        None where a fresh optimiser's state does not depend on their values.
+        """
+        optimizer = self.recipe._make_optimizer()
+        return initialise.restart(optimizer, self.abstract_state, self._state_shardings, self.mask)
+
+    @property
+    def train_flops_per_unit(self) -> float:
+        """Model FLOPs of training on one token, or on one image: three forward passes."""
+        state, recipe = self.abstract_state, self.recipe
+        variables = {"params": state.params, **state.variables}
+        return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1), variables)
+
     @property
     def _state_shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -249,6 +274,7 @@ class Program:
             microbatches=recipe.microbatches,
             gradient_dtype=recipe.gradient_dtype,
             ema_decay=recipe.ema_decay,
+            averaged=recipe.averaged,
             anomaly=recipe.anomaly,
         )
         evaluate = make_eval_step(loss_fn=objective, microbatches=recipe.microbatches)

@@ -22,6 +22,8 @@ from trainers.train_state import TrainState
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 # (state, batch, extras of the objective) -> (state, metrics); the extras may be left out.
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
+# (optimiser's state, trained parameters) -> the parameters to evaluate and to release
+Averaged = Callable[[Any, Any], Any]
 
 
 def make_train_step(
@@ -33,6 +35,7 @@ def make_train_step(
     microbatches: int = 1,
     gradient_dtype: str | None = None,
     ema_decay: float | None = None,
+    averaged: Averaged | None = None,
     anomaly: anomaly_lib.Anomaly | None = None,
 ) -> TrainStep:
     """A pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
@@ -47,6 +50,7 @@ def make_train_step(
       gradient_dtype: differentiate a copy of the parameters in this dtype, which also stores the
         gradients in it (half the memory in bfloat16); None differentiates the parameters.
       ema_decay: decay of an exponential average of the parameters in state.ema_params.
+      averaged: in its place, what makes state.ema_params of the optimiser's state and the trained parameters.
       anomaly: bad updates are not applied; its statistics live in state.variables.
 
     Returns:
@@ -122,6 +126,11 @@ def make_train_step(
                 ema_params,
                 params,
             )
+        elif averaged is not None:
+            average = averaged(opt_state, new_trained)
+            if mask is not None:
+                average = trainable.join(average, trainable.split(params, mask)[1])
+            ema_params = jax.tree.map(lambda e, a: a.astype(e.dtype), ema_params, average)
         variables = {**state.variables, **kept}
         metrics: Metrics = dict(out.metrics)
 

@@ -14,8 +14,8 @@ class TrainState:
       step: how many steps were taken; int32 scalar.
       params: the parameters as nested dicts of arrays.
       opt_state: the optimiser's state, an optax pytree.
-      ema_params: a moving average of `params`, in float32 where they are trained, or None where
-        none is kept; frozen parameters are in it too, so that it can stand in for `params`.
+      ema_params: an average of `params`, in float32 where they are trained, frozen parameters included; None without
+        one (Recipe.ema_decay, Recipe.averaged).
       variables: the model's other lasting collections, such as batch statistics, by name.
     """
 
@@ -24,3 +24,8 @@ class TrainState:
     opt_state: Any
     ema_params: Any = None
     variables: Any = struct.field(default_factory=dict)
+
+    @property
+    def released_params(self) -> Any:
+        """Returns what is evaluated, used and exported: averaged parameters if there are any."""
+        return self.params if self.ema_params is None else self.ema_params

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from model import axes
@@ -57,17 +56,13 @@ def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
     Raises:
       ValueError: a pattern that matches no parameter.
     """
-    data = jax.tree.map(lambda box: axes.CONSTANT in box.names, boxed, is_leaf=_is_boxed)
+    data = jax.tree.map(lambda box: axes.CONSTANT in box.names, boxed, is_leaf=axes.is_boxed)
     if not patterns:
         return (
             jax.tree.map(lambda is_data: not is_data, data) if any(jax.tree.leaves(data)) else None
         )
     chosen = match(patterns, data, what="trainable pattern")
     return jax.tree.map(lambda keep, is_data: keep and not is_data, chosen, data)
-
-
-def _is_boxed(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.moe.moe.MoeMlp": {
         "router": _ROUTER,
         "expert_dense": ("num_experts", "features", "axes", "dtype", "param_dtype", "name"),
-        "shared": ("config", "name"),
+        "shared": ("config", "kind", "name"),
     },
     "model.vision.resnet.ResNet": {
         "block": ("config", "width", "stride", "conv", "dense", "name"),
@@ -53,7 +53,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "model.heads.reward_model.RewardModel": {"head": _HEAD},
     "model.transformer.Block": {
         "attention": ("config", "kind", "name"),
-        "mlp": ("config", "name"),
+        "mlp": ("config", "kind", "name"),
         "norm": ("name",),
         "post_norm": ("name",),
     },

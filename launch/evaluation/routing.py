@@ -27,7 +27,6 @@ from launch.run import load_run
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
 
-_SOWN = re.compile(r"layers/block_(\d+)/(mlp|attention)/router_probs/\d+")
 _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
 
 
@@ -102,6 +101,10 @@ def routing(
     files = load_run.default_files(flags, own="t5x_configs/runs/evaluate.gin")
     found = gin_config.load(entry="launch.evaluation.loss:evaluate", untrusted=files).arguments()
     recipe = found["recipe"]
+    if not _routers(recipe.model):
+        raise load_run.LoadError(
+            f"{run_dir} has no router: give a mixture of experts, as of methods/bam/btx.gin."
+        )
     program = recipe.program()
     values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
     cpu_tensorflow.load()
@@ -122,12 +125,8 @@ def routing(
                     count(values, global_batch(stream, step, program.batch_sharding))
                 )
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
-            if not total[0]:
-                raise load_run.LoadError(
-                    f"{run_dir} has no router: give a mixture of experts, as of methods/bam/btx.gin."
-                )
             probable[stream.name], chosen[stream.name] = (
-                _by_layer(part, recipe.model.config, float(total[2])) for part in total[:2]
+                _shares(part, float(total[2])) for part in total[:2]
             )
             tokens[stream.name] = int(total[2])
     return {"domains": probable, "chosen": chosen, "tokens": tokens, "experts": _experts(meta)}
@@ -139,11 +138,9 @@ def _experts(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
-    """Sums over tokens of the probabilities, and of the first choices, by what sowed them; and the tokens."""
+    """Sums over tokens of probabilities and of first choices, each [E] by router and layer; and the tokens."""
     import jax
     import jax.numpy as jnp
-
-    from trainers.checkpoints import state_tree
 
     segments_BT = batch["decoder_segment_ids"]
     _, written = model.apply(
@@ -156,27 +153,39 @@ def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict
     )
     real_BT = (segments_BT != 0).astype(jnp.float32)
     probable, chosen = {}, {}
-    for path, probs in state_tree.flatten(written.get("intermediates", {})).items():
-        if _SOWN.fullmatch(path):  # [B, T, E], or [L, B, T, E] of stacked layers
-            first = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
-            probable[path], chosen[path] = (
-                jnp.einsum("...bte,bt->...e", x, real_BT) for x in (probs, first)
-            )
+    for router, layers in _routers(model).items():
+        probs = [_sown(model.config, written["intermediates"], layer, router) for layer in layers]
+        firsts = [jax.nn.one_hot(x.argmax(-1), x.shape[-1]) for x in probs]
+        probable[router], chosen[router] = (
+            [jnp.einsum("bte,bt->e", x_BTE, real_BT) for x_BTE in each] for each in (probs, firsts)
+        )
     return probable, chosen, real_BT.sum()
 
 
-def _by_layer(sums: Mapping[str, np.ndarray], config: Any, tokens: float) -> Tables:
-    """Shares, in the order of layers: a stack holds every so many of them as a period has blocks."""
-    layers: dict[str, dict[int, list[float]]] = {}
-    for path, sum_E in sums.items():
-        match = _SOWN.fullmatch(path)
-        assert match is not None
-        stacked = config.scan_layers
-        for i, layer_E in enumerate(sum_E if stacked else sum_E[None]):
-            place = i * len(config.layer_pattern) + int(match[1])
-            shares = [round(float(x) / tokens, 5) for x in layer_E]
-            layers.setdefault(match[2], {})[place] = shares
-    return {router: [found[i] for i in sorted(found)] for router, found in layers.items()}
+def _routers(model: Any) -> dict[str, list[int]]:
+    """Returns the layers that have a router, by what it routes to: 'attention' or 'mlp'."""
+    settings = model.layer_settings()
+    routers = {
+        "attention": [i for i, layer in enumerate(settings) if layer.attention.experts],
+        "mlp": [i for i, layer in enumerate(settings) if layer.mlp.experts],
+    }
+    return {router: layers for router, layers in routers.items() if layers}
+
+
+def _sown(config: Any, intermediates: Mapping[str, Any], layer: int, router: str) -> Any:
+    """Returns the probabilities [B, T, E] that a layer's router sowed."""
+    period = len(config.layer_pattern)
+    block = layer % period if config.scan_layers else layer
+    (probs,) = intermediates["layers"][f"block_{block}"][router]["router_probs"]
+    return probs[layer // period] if config.scan_layers else probs
+
+
+def _shares(sums: Mapping[str, Sequence[np.ndarray]], tokens: float) -> Tables:
+    """Returns shares of the tokens by router, layer and expert."""
+    return {
+        router: [[round(float(x) / tokens, 5) for x in sum_E] for sum_E in layers]
+        for router, layers in sums.items()
+    }
 
 
 def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Texts:
         return bool(self._stops) or self._show is not None
 
     def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """See trainers/decoding/watch.py."""
+        """See `Watch` in trainers/decoding/decoder.py."""
         text = self._growing.get((prompt, sample))
         if text is None:
             text = self._growing[prompt, sample] = GrowingText(self._decode, self._stops)

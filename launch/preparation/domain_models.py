@@ -36,7 +36,6 @@ class ModelStates:
           EmbeddingsError: no document has a token.
           LoadError: the run has no vocabulary.
         """
-        from trainers.decoding.buckets import longest_row
         from trainers.scoring.mean_states import MeanStates
         from trainers.scoring.scoring import Row
 
@@ -44,7 +43,7 @@ class ModelStates:
         before = run.context([])
         for text in texts:
             tokens = run.after_bos(run.encode(text, "a document"))[: self.settings["tokens"]]
-            if (limit := longest_row(run.params)) is not None:
+            if (limit := run.model.max_length) is not None:
                 tokens = tokens[: limit - len(before)]
             if tokens:
                 rows.append(Row(context=before, targets=tokens))

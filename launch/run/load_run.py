@@ -119,12 +119,9 @@ class RunConfig:
           LoadError: a model of another kind.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-        from model.config import TransformerConfig
-        from model.heads.actor_critic import language_model, language_model_params
-        from model.heads.reward_model import RewardModel
         from trainers import initialise, partitioning
 
-        if isinstance(self.model, RewardModel) != rewards:
+        if (self.model.output == "rewards") != rewards:
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}: "
                 + (
@@ -133,7 +130,7 @@ class RunConfig:
                     else "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
                 )
             )
-        if not isinstance(self.model.config, TransformerConfig):
+        if self.model.row != "tokens":
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
                 "models: a classifier is evaluated by its own run (launch.train)."
@@ -153,8 +150,8 @@ class RunConfig:
         )
         abstract = initialise.abstract_params(self.model, mesh, rules)
         values, meta = restore(checkpoint, abstract, params=params)
-        values = language_model_params(self.model, values)
-        model = language_model(self.model)
+        values = self.model.inference_params(values)
+        model = self.model.inference_model
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
                 config=dataclasses.replace(self, model=model),
@@ -172,9 +169,7 @@ def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mappin
 
     def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
         recorded = step_dir.read_manifest(step)
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        use_ema = averaged if params == "auto" else params == "ema"
-        values = restore_params(step, abstract, use_ema=use_ema)
+        values = restore_params(step, abstract, use_ema=recorded.use_ema(params))
         return values, step_dir.read_record(step, recorded)["meta"]
 
     return step_dir.newest_good(checkpoint, read)

@@ -106,6 +106,7 @@ def restore_start(
         program.init,
         expected_meta=identity,
         initial=initial,
+        restart=program.restart,
     )
     check_prompts(program, start, identity)
     if start.source == "initial":

@@ -11,7 +11,6 @@ from trainers.loop import Loop
 from trainers.recipe import Program
 from trainers.telemetry import flops
 from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.model_flops import train_flops_per_unit
 
 Line = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped pairs or prompts above which a notice is a warning
@@ -29,7 +28,7 @@ def announce(program: Program, data: RunData, start: Restored) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     devices = list(program.mesh.devices.flat)
     trained = program.num_params(trained_only=True)
-    remaining = (data.total_steps - start.step) * units * train_flops_per_unit(program)
+    remaining = (data.total_steps - start.step) * units * program.train_flops_per_unit
     seconds = flops.estimate_seconds(remaining, devices)
     lines = [
         ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),

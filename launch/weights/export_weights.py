@@ -128,10 +128,9 @@ def _family(model: Any, name: str | None, *, asked: bool) -> Family:
 
 
 def _root(step: Any, recorded: Manifest, params: str) -> str:
-    averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-    if params == "ema" and not averaged:
+    if params == "ema" and not recorded.use_ema("auto"):
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
-    return "ema_params/" if params == "ema" or (params == "auto" and averaged) else "params/"
+    return "ema_params/" if recorded.use_ema(params) else "params/"
 
 
 def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,11 +45,8 @@ from launch.run.load_run import RunConfig
 from launch.weights import mixture_records, source_models, upcycle_flags
 from launch.weights.import_weights import new_directory
 from launch.weights.source_models import SourceModel
-from model.bam.moa import MixtureOfAttention
-from model.moe.moe import MoeMlp
 from model.nexus import extend as surgery
 from model.nexus.extend import Addition
-from model.transformer import attention_of, block_of
 from model.transforms import upcycle
 from model.transforms.experts import Mixture
 from model.transforms.upcycle import UpcycleError
@@ -74,21 +71,19 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 def _mixture(model: Any, moe: SourceModel, made: dict[str, Any]) -> Mixture:
     """What the mixture is."""
-    mlp = block_of(model, 0).mlp(config=model.config, name="mlp")
-    attention = attention_of(model, 0)
-    if not isinstance(mlp, MoeMlp) or mlp.num_experts != len(made["experts"]):
+    first = model.layer_settings()[0]
+    if first.mlp.experts != len(made["experts"]):
         raise UpcycleError(
             f"{moe.path} was made of the experts {', '.join(made['experts'])}, and its configuration says "
-            f"{mlp.num_experts if isinstance(mlp, MoeMlp) else 'none'}: give the one it was trained with."
+            f"{first.mlp.experts or 'none'}: give the one it was trained with."
         )
     routers = {path.rpartition("/router/")[2] for path in moe.shapes if "/mlp/router/" in path}
     domains = next((x for x in moe.shapes if x.endswith("mlp/router/domains")), None)
-    mixed = isinstance(attention, MixtureOfAttention)
     return Mixture(
-        experts=mlp.num_experts,
+        experts=first.mlp.experts,
         kv_heads=model.config.kv_heads,
-        attention=mixed,
-        shared_kv=mixed and attention.shared_kv,
+        attention=first.attention.experts > 0,
+        shared_kv=first.attention.shared_kv,
         router="projection" if domains else "linear" if "kernel" in routers else "mlp",
         domains=_vectors(moe, domains) if domains else None,
         **{name: made[name] for name in mixture_records.KEPT},
@@ -154,11 +149,10 @@ def _removal(
             f"{moe.path} has no expert {flags.remove}: there are {', '.join(made['experts'])}."
         )
     left = was.experts - 1
-    mlp = block_of(model, 0).mlp(config=model.config, name="mlp")
-    attention = attention_of(model, 0)
-    chosen = [("MoeMlp", mlp.top_k)]
-    if was.attention and attention.top_k is not None:
-        chosen.append(("MixtureOfAttention", attention.top_k))
+    first = model.layer_settings()[0]
+    chosen = [("MoeMlp", first.mlp.top_k)]
+    if was.attention and first.attention.top_k is not None:
+        chosen.append(("MixtureOfAttention", first.attention.top_k))
     for owner, top_k in chosen:
         if top_k > left:
             raise UpcycleError(

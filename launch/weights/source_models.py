@@ -34,9 +34,7 @@ class SourceModel:
         if problems := manifest.check_files(self._step, recorded.files):
             raise DamagedCheckpointError(self._step, problems)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        use_ema = averaged if params == "auto" else params == "ema"
-        self._root = "ema_params/" if use_ema else "params/"
+        self._root = "ema_params/" if recorded.use_ema(params) else "params/"
         self.shapes = {
             name.removeprefix(self._root): tuple(entry.shape)
             for name, entry in recorded.arrays.items()

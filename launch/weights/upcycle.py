@@ -48,8 +48,6 @@ from launch.run.load_run import RunConfig
 from launch.weights import mixture_records, source_models, upcycle_flags
 from launch.weights.import_weights import new_directory
 from launch.weights.source_models import SourceModel
-from model.mlp import GatedMlp
-from model.transformer import block_of
 from model.transforms import upcycle as surgery
 from model.transforms.experts import Mixture
 from model.transforms.upcycle import UpcycleError
@@ -73,9 +71,9 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     every = [*sources, *([shared] if shared else [])]
     source_models.check_related(every, unrelated=flags.unrelated)
     dense = config.model
-    mlp = block_of(dense, 0).mlp(config=dense.config, name="mlp")
-    if not isinstance(mlp, GatedMlp):
-        raise UpcycleError(f"experts are gated MLPs, and the dense model has {type(mlp).__name__}.")
+    mlp = dense.layer_settings()[0].mlp
+    if not mlp.gated or mlp.experts:
+        raise UpcycleError(f"experts are gated MLPs, and the dense model has {mlp.kind}.")
     domains = domain_embeddings.read(flags.domains) if flags.domains else None
     vectors = None
     if domains is not None and router == "projection":

@@ -1,32 +1,31 @@
-"""A mixture of attention experts, of which every token mixes what all or its `top_k` return (BAM, arXiv 2408.08274).
+"""A mixture of attention experts: a token mixes the outputs of all, or of its `top_k` (BAM, arXiv 2408.08274).
 
 MoA(x)_t = sum_j g_j(x_t) A_j(x)_t: the gates are the query's, and every expert attends over all tokens before it
-with keys and values of its own, or with those that all share. Experts are heads: N experts of h heads are N h heads
-whose outputs are weighed before one output projection, so that caches, kernels and shardings are those of attention.
+with its own keys and values, or with keys and values that all share. Experts are heads: E experts of h heads are E h
+heads, multiplied with gates before one output projection, so that caches, kernels and shardings work as for attention.
 
 Shapes: B batch, T length, D width, E experts, K key/value heads, G query heads for each, H head dim. Heads are in
 the order [E, K, G] where experts have keys and values of their own, and [K, E, G] where they share them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model import axes
 from model.attention import Attention
 from model.linear import Dense
 from model.moe import routing
+from model.protocol import AttentionSettings
 
 
 class MixtureOfAttention(Attention):
     """Attention experts behind a router of their own.
 
-    What each expert is, the fields of `Attention` say; `config` counts the heads of one. The gates of all
-    experts are sown as `router_probs` [B, T, E] into the collection 'intermediates', statistics into 'metrics'.
+    The fields of `Attention` describe each expert; `config` counts the heads of one. The gates of all experts are sown as `router_probs` [B, T, E] into the collection 'intermediates', statistics into 'metrics'.
 
     Attributes:
       num_experts: E.
@@ -61,10 +60,26 @@ class MixtureOfAttention(Attention):
     def cache_heads(self) -> int:
         return self.config.kv_heads * (1 if self.shared_kv else self.num_experts)
 
-    def weighed(
+    @property
+    def settings(self) -> AttentionSettings:
+        return dataclasses.replace(
+            super().settings,
+            experts=self.num_experts,
+            top_k=self.top_k,
+            shared_kv=self.shared_kv,
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts all experts, whatever a token mixes: all queries, keys and values are computed."""
+        own = {name: shapes[name] for name in shapes if name != "router"}
+        router = routing.router_of(self).flops_per_token(shapes["router"], length=length)
+        return router + super().flops_per_token(own, length=length)
+
+    def gate_heads(
         self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """Heads times the gates of their expert."""
+        """Multiplies heads with the gate of their expert."""
         gates_BTE = self._gates(x_BTD, segments_BT).astype(heads_BTNH.dtype)
         inner = self.config.num_heads // self.config.kv_heads  # heads that lie together
         outer = self.config.kv_heads
@@ -75,13 +90,7 @@ class MixtureOfAttention(Attention):
 
     def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """The weight of each expert, 0 for those that a token does not mix, float32."""
-        logits_BTE = self.router(
-            features=self.num_experts,
-            axes=(axes.EMBED, axes.UNMODELED),
-            dtype=jnp.float32,
-            param_dtype=self.config.storage_dtype,
-            name="router",
-        )(x_BTD)
+        logits_BTE = routing.router_of(self)(x_BTD)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         self.sow("intermediates", "router_probs", probs_BTE)
         routes = routing.route(probs_BTE, top_k=self.top_k or self.num_experts, renormalise=False)
@@ -90,10 +99,10 @@ class MixtureOfAttention(Attention):
             balance = routing.balance_loss(probs_BTE, routes.experts_MK, real_BT)
             self.sow("losses", "balance", self.balance_loss * balance)
         if self.is_mutable_collection("metrics"):
-            kept = jnp.ones(routes.experts_MK.shape, bool)
-            found = routing.statistics(probs_BTE, routes.experts_MK, kept, real_BT)
+            all_MK = jnp.ones(routes.experts_MK.shape, bool)
+            statistics = routing.statistics(probs_BTE, routes.experts_MK, all_MK, real_BT)
             for name in ("load", "load_max", "entropy", "top_probability"):
-                self.sow("metrics", f"router_{name}", found[name])
+                self.sow("metrics", f"router_{name}", statistics[name])
         if self.top_k is None:
             return probs_BTE
         chosen_BTE = jax.nn.one_hot(routes.experts_MK, self.num_experts).sum(-2)
@@ -105,21 +114,21 @@ def experts_of(
     attention: Callable[..., Any] = Attention,
     moa: Callable[..., MixtureOfAttention] = MixtureOfAttention,
 ) -> Callable[..., MixtureOfAttention]:
-    """The `attention` factory of a model whose attentions become experts.
+    """Returns the `attention` factory of a model whose attentions become experts.
 
     Args:
-      attention: the factory of one expert, whose settings hold.
-      moa: of the mixture, called with these.
+      attention: factory of one expert; the mixture takes its settings.
+      moa: factory of the mixture, called with them.
     """
 
-    def make(**given: Any) -> MixtureOfAttention:
-        one = attention(**{**given, "name": None, "parent": None})
-        return moa(**{name: getattr(one, name) for name in _FIELDS}, **given)
+    def make(**passed: Any) -> MixtureOfAttention:
+        one = attention(**{**passed, "name": None, "parent": None})
+        return moa(**{name: getattr(one, name) for name in _FIELDS}, **passed)
 
     return make
 
 
-# What `Attention` is made with beside what its owner passes.
+# Settings of `Attention`, without the fields that its owner passes.
 _FIELDS = tuple(
     field.name
     for field in dataclasses.fields(Attention)

@@ -1,31 +1,36 @@
-"""A language model with a second head that says what reward to expect: the policy and critic of PPO in one body.
+"""A language model with a second head that predicts the reward: PPO's policy and critic in one body.
 
 Shapes: B batch, T length, D width, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.heads.reward_model import scalar_head
+from model.kv_cache.base import CacheSizes
 from model.linear import Dense
-from model.transformer import Output
+from model.protocol import Arrays, LayerSettings, Output, Row
+from model.transformer import Hidden
 
 
 class ActorCritic(nn.Module):
-    """Parameters are `backbone/...`, which are those of the language model, and `value_head/kernel` [D, 1], zeros at first.
+    """A language model, for losses of tokens, whose `__call__` also returns values.
 
-    To losses of tokens it is the language model; `critic` says both.
+    Parameters are `backbone/...`, the language model's, and `value_head/kernel` [D, 1], zeros at first.
 
     Attributes:
       backbone: a decoder-only module.
       head: factory of the value head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    backbone: nn.Module
+    row: ClassVar[Row] = "tokens"
+    output: ClassVar[Output] = "logits"
+
+    backbone: Any
     head: Callable[..., nn.Module] = Dense
 
     def setup(self):
@@ -37,6 +42,31 @@ class ActorCritic(nn.Module):
         return self.backbone.config
 
     @property
+    def max_length(self) -> int | None:
+        return self.backbone.max_length
+
+    @property
+    def inference_model(self) -> Any:
+        return self.backbone
+
+    @nn.nowrap
+    def inference_params(self, params: Any) -> Any:
+        return params["backbone"]
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return self.backbone.layer_settings()
+
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        return self.backbone.cache_sizes(layer)
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        variables = variables and {"params": variables["params"]["backbone"]}
+        return self.backbone.forward_flops(row, variables) + 2.0 * self.config.embed_dim
+
+    @property
     def logit_scale(self) -> float:
         return self.backbone.logit_scale
 
@@ -44,8 +74,8 @@ class ActorCritic(nn.Module):
     def logit_softcap(self) -> float | None:
         return self.backbone.logit_softcap
 
-    def hidden(self, tokens_BT: jax.Array, **context: Any) -> Output:
-        """As of the language model."""
+    def hidden(self, tokens_BT: jax.Array, **context: Any) -> Hidden:
+        """Returns the language model's hidden states and caches."""
         return self.backbone.hidden(tokens_BT, **context)
 
     def head_VD(self) -> jax.Array:
@@ -53,20 +83,10 @@ class ActorCritic(nn.Module):
         return self.backbone.head_VD()
 
     def values(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Rewards [B, T] to expect once each token has been read, float32; of final hidden states."""
+        """Returns the expected rewards [B, T] after each token, float32, from final hidden states."""
         return self.value_head(hidden_BTD.astype(jnp.float32))[..., 0]
 
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> tuple[jax.Array, jax.Array]:
         """Logits [B, T, V] and values [B, T]."""
         hidden_BTD = self.backbone.hidden(tokens_BT, **context).hidden_BTD
         return self.backbone.logits(hidden_BTD), self.values(hidden_BTD)
-
-
-def language_model(model: Any) -> Any:
-    """The language model in a model, which is the model itself where there is no critic."""
-    return model.backbone if isinstance(model, ActorCritic) else model
-
-
-def language_model_params(model: Any, params: Any) -> Any:
-    """Of a model's parameters those of its language model."""
-    return params["backbone"] if isinstance(model, ActorCritic) else params

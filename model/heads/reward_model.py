@@ -1,40 +1,70 @@
-"""A language model's body with one number for each token in place of logits: reward models.
+"""Reward models: a language model's body with one number for each token in place of logits.
 
 The number at a token is a linear function of its final hidden state, as transformers' models for sequence
-classification with one label have it; of a text the reward is that of its last token.
+classification with one label have it; the reward of a text is the number at its last token.
 
 Shapes: B batch, T length, D width.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.kv_cache.base import CacheSizes
 from model.linear import Dense
+from model.protocol import Arrays, LayerSettings, Output, Row
 
 
 class RewardModel(nn.Module):
-    """Parameters are `backbone/...`, which are those of the language model, and `reward_head/kernel` [D, 1].
+    """Parameters are `backbone/...`, the language model's, and `reward_head/kernel` [D, 1].
 
-    A language model's own head, where it is not its token table, is not among them. The head begins with zeros,
-    so that no text is better than another until something has been learned, and reads and says float32.
+    The language model's own head, if it is not its token table, is not among them. The reward head is computed in
+    float32 and begins with zeros, so that untrained rewards are equal.
 
     Attributes:
       backbone: a decoder-only module.
       head: factory of the head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    backbone: nn.Module
+    row: ClassVar[Row] = "tokens"
+    output: ClassVar[Output] = "rewards"
+
+    backbone: Any
     head: Callable[..., nn.Module] = Dense
 
     @property
     def config(self) -> Any:
         """Sizes of the language model."""
         return self.backbone.config
+
+    @property
+    def max_length(self) -> int | None:
+        return self.backbone.max_length
+
+    @property
+    def inference_model(self) -> "RewardModel":
+        return self
+
+    @nn.nowrap
+    def inference_params(self, params: Any) -> Any:
+        return params
+
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        return self.backbone.cache_sizes(layer)
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return self.backbone.layer_settings()
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        variables = variables and {"params": variables["params"]["backbone"]}
+        return self.backbone.hidden_flops(row, variables) + 2.0 * self.config.embed_dim
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
@@ -44,7 +74,7 @@ class RewardModel(nn.Module):
 
 
 def scalar_head(head: Callable[..., nn.Module], name: str | None) -> nn.Module:
-    """A module of D numbers, zeros at first, that gives one; without a name that of the attribute it is given to."""
+    """Returns a projection [D, 1], zeros at first; without a name, `setup` names it after its attribute."""
     return head(
         features=1,
         axes=(axes.EMBED, axes.UNMODELED),

@@ -131,7 +131,7 @@ def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
 
 
 def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array, axes):
-    """The scores with those a mask excludes at _MASKED; `axes` are those of rows and of keys."""
+    """Returns the scores, _MASKED where a mask excludes them; `axes` are the axes of rows and of keys."""
     row_axis, key_axis = axes
 
     def along(x: jax.Array, axis: int) -> jax.Array:

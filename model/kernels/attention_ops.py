@@ -54,7 +54,7 @@ def dot_product_attention(
       kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, X, S] where
         heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
-      kv_segments_BS: segments of the keys; those of the queries when None.
+      kv_segments_BS: segments of the keys; None for the queries' segments.
       bias: added to the logits, broadcastable to [B, N, T, S].
       causal: query i sees keys j <= i.
       window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.

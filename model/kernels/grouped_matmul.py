@@ -25,7 +25,7 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     not defined.
 
     Args:
-      rows_RX: the rows, those of expert 0 first.
+      rows_RX: the rows, sorted by expert.
       kernel_EXY: the kernels.
       sizes_E: rows of each expert, R together at most; or [G, E / devices of an expert axis] where rows
         lie on G devices (see model/moe/parallel.py).
@@ -92,7 +92,7 @@ class _Block:
 def _over_blocks(step: Callable[..., Any], sizes_E: jax.Array, rows: int, state: Any) -> Any:
     """Folds `state = step(expert, block, own, state)` over blocks that cover every expert's rows.
 
-    `own` [length, 1] says which rows of the block are the expert's and were in no earlier block: less than
+    `own` [length, 1] marks the rows of the block that are the expert's and were in no earlier block: less than
     the smallest length of it are not.
     """
     lengths = [length for length in _LENGTHS if length <= rows] or [rows]

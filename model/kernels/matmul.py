@@ -9,7 +9,7 @@ def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """x[..., I] @ kernel[I, O] -> [..., O], in the operands' common dtype.
 
     On CPU the backward pass is written out, because the form of a product decides its speed there
-    (see `_direct`). The values are those of the plain product.
+    (see `_direct`). The values equal the plain product's.
     """
     dtype = jax.numpy.result_type(x, kernel_IO)
     x, kernel_IO = x.astype(dtype), kernel_IO.astype(dtype)

@@ -1,4 +1,4 @@
-"""Which device programs are traced for, and whether the fast forms may be used.
+"""The platform that programs are traced for, and whether the fast forms may be used.
 
 Fast formulations (custom backward products, blocked and splash attention, chunked losses) are chosen
 by `target_platform()`, never by `jax.default_backend()`: ahead-of-time compilation traces for TPUs
@@ -19,7 +19,7 @@ _reference = jax.make_user_context(False)
 
 
 def target_platform() -> str:
-    """The platform being traced for: 'cpu', 'gpu' or 'tpu'; the default backend's unless set."""
+    """Returns the platform being traced for: 'cpu', 'gpu' or 'tpu'; the default backend's unless set."""
     name = _target.value or jax.default_backend()
     return _ALIASES.get(name, name)
 

@@ -27,7 +27,7 @@ class LogitForm(NamedTuple):
         return logits_TV
 
     def product_gradient(self, d_TV: jax.Array, logits_TV: jax.Array) -> jax.Array:
-        """Gradient of the products h head^T, given that of the logits."""
+        """Returns the gradient of the products h head^T from the gradient of the logits."""
         d_TV = d_TV * self.scale
         if self.softcap is not None:
             d_TV = d_TV * (1 - jnp.square(logits_TV / self.softcap))

@@ -29,7 +29,7 @@ class Flat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV whose budget is of a layer: the best votes of all its heads are kept.
+    """SnapKV whose budget is of a layer: the tokens with the best votes of all its heads stay.
 
     K * capacity slots in one store, however they are spread over heads, so a head that needs few
     leaves memory to others. Every query head is multiplied with the whole store and masked to its own

@@ -13,7 +13,7 @@ own, H head dim.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import flax.struct
 import jax
@@ -24,7 +24,7 @@ from model.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """How a layer attends.
+    """The form of a layer's attention.
 
     Attributes:
       scale: factor on the logits.
@@ -39,17 +39,17 @@ class AttentionForm:
     rope: Rope | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Those of attention_ops.dot_product_attention, by name."""
+        """Returns keywords of attention_ops.dot_product_attention."""
         return {"scale": self.scale, "softcap": self.softcap, "window": self.window}
 
 
 @flax.struct.dataclass
 class KeyValues:
-    """What attention may look at: slots with position -1 are empty.
+    """Keys and values that attention reads: slots with position -1 are empty.
 
     Positions are [B, S], or [B, X, S] where heads hold tokens of their own choice: X is a multiple of
     the heads of k and v and divides N, so that one store may serve heads that see different slots.
-    Scales, if given, are those of int8 keys and values, which stand for k * k_scale and v * v_scale.
+    With scales, keys and values are int8 and mean k * k_scale and v * v_scale.
     """
 
     k_BSKH: jax.Array
@@ -57,6 +57,21 @@ class KeyValues:
     positions_BS: jax.Array
     k_scale_BSK: jax.Array | None = None
     v_scale_BSK: jax.Array | None = None
+
+
+class CacheSizes(TypedDict):
+    """Sizes of one layer's cache, keywords of `CachePolicy.init`.
+
+    `num_heads` are query heads N, `num_kv_heads` key/value heads K; `layer` counts from 0 to `num_layers` - 1.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    layer: int
+    num_layers: int
+    kind: LayerKind
 
 
 class CachePolicy(Protocol):
@@ -116,7 +131,7 @@ class CachePolicy(Protocol):
         Args:
           state: of `append`.
           length: tokens that there will be room for.
-          dtype: in which keys and values are kept: None for the state's own; int8 for integers with
+          dtype: of the stored keys and values: None for the state's own; int8 for integers with
             a float32 scale per token and head.
         """
         ...

@@ -39,7 +39,7 @@ class Reading:
 
     @property
     def known_form(self) -> AttentionForm:
-        """`form`, which the first token has told."""
+        """Returns the attention form, recorded with the first token."""
         if self.form is None:
             raise ValueError("A cache is compressed after tokens have been appended to it.")
         return self.form
@@ -107,12 +107,12 @@ class FullCache:
     # What policies override.
 
     def most(self, state: Reading) -> int | None:
-        """Tokens that are kept of a prompt; None for all."""
+        """Number of tokens of a prompt that stay; None for all."""
         del state
         return None
 
     def no_evidence(self, held: Slots, num_heads: int) -> Any:
-        """What `observe` starts from."""
+        """Returns the state that `observe` starts from."""
         del held, num_heads
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> Any:

@@ -21,11 +21,11 @@ class H2O(Selecting):
     """Recent tokens, and those that all queries of the prompt have attended to most, summed.
 
     The paper evicts one token for every new one; here, as where SnapKV is compared with it, what is
-    generated is kept. Attention is recomputed a block of queries at a time.
+    generated stays. Attention is recomputed a block of queries at a time.
 
     Attributes:
       capacity: slots for the prompt, recent tokens included, of each key/value head.
-      window: recent tokens, always kept; None for half the capacity, the paper's split.
+      window: recent tokens, which always stay; None for half the capacity, the paper's split.
       group_vote: 'mean' or 'max' over the query heads of a key/value head.
     """
 

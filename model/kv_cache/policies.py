@@ -34,7 +34,7 @@ POLICIES: dict[str, type] = {
 
 
 def policy_named(name: str, **settings: Any) -> CachePolicy:
-    """A policy with the given settings, the others as its class has them.
+    """Returns a policy with these settings; other settings have their defaults.
 
     Raises:
       ValueError: there is none of this name, or it has no such setting or value.
@@ -51,7 +51,7 @@ def policy_named(name: str, **settings: Any) -> CachePolicy:
 
 
 def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
-    """A policy whose settings are given as texts, which are read as the types of its fields.
+    """Returns a policy from settings as texts, which are parsed as the types of its fields.
 
     Raises:
       ValueError: as policy_named, or a text that is no value of the field's type.

@@ -22,7 +22,7 @@ class PyramidKV(SnapKV):
     """Budgets fall linearly with depth; on average a layer keeps `capacity` tokens of a row.
 
     No layer is promised more than a row has: the pyramid of a short row is flatter, and one that fits
-    into the capacity is kept whole. Budgets are thus of each row, whatever it is padded to. Deep layers
+    into the capacity stays whole. Budgets are thus of each row, whatever it is padded to. Deep layers
     have `capacity` slots all the same, for there may be such a short row: up to 5/4 of SnapKV's slots.
 
     Attributes:

@@ -21,7 +21,7 @@ class Random(Selecting):
 
     Attributes:
       capacity: slots for the prompt, window included, of each key/value head.
-      window: last tokens, always kept.
+      window: last tokens, which always stay.
       seed: of the draws.
     """
 

@@ -1,4 +1,4 @@
-"""What a key is worth, as the attention of some queries tells it: pure functions in float32.
+"""Scores of keys by the attention of some queries: pure functions in float32.
 
 Shapes: B batch, T queries, W observed queries, S slots, C slots chosen, N query heads, K key/value
 heads, G = N / K, X heads that choose for themselves, H head dim.
@@ -95,19 +95,19 @@ def recent(positions_BS: jax.Array, window: int) -> jax.Array:
 
 
 def ranked(scores_BXS: jax.Array, positions_BS: jax.Array, window: int) -> jax.Array:
-    """Scores by which the last `window` tokens of a row come first and empty slots last."""
-    kept_BS, real_BS = recent(positions_BS, window), positions_BS >= 0
-    scores_BXS = jnp.where(kept_BS[:, None], jnp.inf, scores_BXS)
+    """Returns scores by which the last `window` tokens of a row come first and empty slots last."""
+    recent_BS, real_BS = recent(positions_BS, window), positions_BS >= 0
+    scores_BXS = jnp.where(recent_BS[:, None], jnp.inf, scores_BXS)
     return jnp.where(real_BS[:, None], scores_BXS, -jnp.inf)
 
 
 def best(scores_BXS: jax.Array, count: int) -> jax.Array:
-    """Indices [B, X, C] of the `count` highest scores, in ascending order; of equals, the first."""
+    """Returns the indices [B, X, C] of the `count` highest scores, in ascending order; of equals, the first."""
     return jnp.sort(jax.lax.top_k(scores_BXS, count)[1], axis=-1)
 
 
 def hit_rate(weights_XS: jax.Array, chosen_XS: jax.Array, threshold: float) -> jax.Array:
-    """The part of the attention weights above `threshold` that lies on chosen slots.
+    """Returns the share of the attention weights above `threshold` that lies on chosen slots.
 
     Equations 4 to 6 of arXiv 2404.14469; 1 where no weight is above the threshold.
     """

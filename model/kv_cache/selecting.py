@@ -1,4 +1,4 @@
-"""What policies share that keep the best tokens of a prompt, and all that is generated after it.
+"""The common part of policies that keep the best tokens of a prompt and all generated ones.
 
 Selection happens once, after the whole prompt. Kept keys stay rotated by their true positions, and
 what follows has its true positions too, so nothing is renumbered. Rows of fewer tokens than the
@@ -89,7 +89,7 @@ class Selecting(FullCache):
         return 0
 
     def scores(self, state: Reading) -> jax.Array:
-        """[B, X, S]: the highest are kept; -inf for empty slots."""
+        """Returns scores [B, X, S], -inf for empty slots; the slots of the highest stay."""
         raise TypeError(f"{type(self).__name__} must say how it scores tokens.")
 
 

@@ -1,4 +1,4 @@
-"""A window over all layers while generating, kept in a ring."""
+"""A window over all layers while generating, stored in a ring."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ class Sliding(FullCache):
     is shorter. Tokens of the prompt see each other as in training.
 
     Attributes:
-      window: tokens that are kept.
+      window: tokens that stay.
     """
 
     window: int = 4096

@@ -102,7 +102,7 @@ class Slots:
         return x_BKTH.astype(self.k_BKSH.dtype), None
 
     def take(self, index_BXC: jax.Array) -> "Slots":
-        """The slots of the given indices: of one choice for all heads (X = 1) or of one for each."""
+        """Returns the slots at these indices: of one choice for all heads (X = 1) or of one for each."""
         return dataclasses.replace(
             self,
             k_BKSH=jnp.take_along_axis(self.k_BKSH, index_BXC[..., None], axis=2),
@@ -167,7 +167,7 @@ class Slots:
         )
 
     def view(self) -> KeyValues:
-        """What attention looks at: a change of axes that the compiler folds into its products."""
+        """Returns the keys and values for attention: a change of axes that the compiler folds into its products."""
 
         def by_token(x: jax.Array) -> jax.Array:
             return x.swapaxes(1, 2)
@@ -196,14 +196,14 @@ def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: A
 def _put(held: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
     """`held` [B, K or X, S, ...] with `new` from slot `at` on, updated as a loop carries it."""
     ones = _ones(held)
-    found = jax.lax.dynamic_update_slice_in_dim(
+    written = jax.lax.dynamic_update_slice_in_dim(
         held.squeeze(ones), new.squeeze(ones), at, axis=2 - len(ones)
     )
-    return found.reshape(held.shape)
+    return written.reshape(held.shape)
 
 
 def carried(caches: Any) -> Any:
-    """Caches as a loop over tokens carries them: without rows or heads of which there is only one.
+    """Returns caches as a loop over tokens carries them: without axes of a single row or head.
 
     Products with such dimensions drop them, and on CPUs the change of shape is then merged into the
     update of the cache, which makes two of it, one of them a copy.

@@ -1,4 +1,4 @@
-"""SnapKV (Li et al., arXiv 2404.14469): the end of a prompt tells which of its tokens matter.
+"""SnapKV (Li et al., arXiv 2404.14469): the end of a prompt votes for the tokens that stay.
 
 Shapes: B batch, S slots, K key/value heads, G query heads of each.
 """
@@ -24,7 +24,7 @@ class SnapKV(Selecting):
 
     Attributes:
       capacity: slots for the prompt, window included, of each key/value head.
-      window: last tokens, which vote and are always kept; wider than what a chat template puts after
+      window: last tokens, which vote and always stay; wider than what a chat template puts after
         the question, which otherwise has no vote.
       kernel: odd width of the pooling; 1 for none.
       pooling: 'max' or 'average'.

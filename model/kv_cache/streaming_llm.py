@@ -18,7 +18,7 @@ from model.kv_cache.slots import Slots
 
 @flax.struct.dataclass
 class Stream:
-    """Slots of which the first are sinks, and the sinks' keys as rotated by their true positions."""
+    """Slots, the first of them sinks, and the sinks' keys as rotated by their true positions."""
 
     slots: Slots
     sinks_BKPH: jax.Array
@@ -35,7 +35,7 @@ class StreamingLLM(FullCache):
 
     Attributes:
       capacity: slots, sinks included; of a prompt and what follows together.
-      sinks: first tokens, always kept; a shorter prompt has fewer, and their slots stay empty.
+      sinks: first tokens, which always stay; a shorter prompt has fewer, and their slots stay empty.
       renumber: whether dropped tokens leave no gap in the positions.
     """
 

@@ -1,7 +1,7 @@
 """Tokens to the rows that experts multiply, sorted by expert, and back.
 
 Shapes: B batch, T length, D width; M = B * T tokens, K experts per token, C = M * K choices, R rows of
-which as many as `sizes_E` says are used, E experts; expert E stands for none.
+which `sizes_E` counts the used ones, E experts; expert E means none.
 """
 
 import flax.struct
@@ -20,7 +20,7 @@ class Dispatch:
 
 
 def dispatch(experts_C: jax.Array, num_experts: int, *, rows: int | None = None) -> Dispatch:
-    """Sorts choices by expert; those of one expert stay in order, those of none come last.
+    """Sorts choices by expert, in order within an expert; choices of no expert come last.
 
     Args:
       experts_C: the choices.

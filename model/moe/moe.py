@@ -1,6 +1,6 @@
-"""A mixture of gated MLPs, of which every token uses its `top_k` (Shazeer et al., arXiv 1701.06538).
+"""A mixture of gated MLPs: every token uses its `top_k` (Shazeer et al., arXiv 1701.06538).
 
-As it stands it is that of Mixtral (arXiv 2401.04088); other forms of routing are in model/moe/routing.py, how
+The defaults are Mixtral's (arXiv 2401.04088); other forms of routing are in model/moe/routing.py, how
 tokens reach their experts in model/moe/dispatch.py and, on a mesh, model/moe/parallel.py.
 
 Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
@@ -9,7 +9,7 @@ X in and Y out of a product.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.config import TransformerConfig
+from model.config import LayerKind, TransformerConfig
+from model.flops import Counted, weights
 from model.kernels.grouped_matmul import grouped_matmul
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
 from model.moe import dispatch, parallel, routing
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
+from model.protocol import MlpSettings
 
 # As linear.fan_in_normal; the experts' axis is no fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
@@ -55,7 +57,7 @@ class ExpertDense(nn.Module):
         return self.product(rows_RX.astype(self.dtype), sizes_E)
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """rows @ kernel[e]; what factorised or adapted experts compute otherwise."""
+        """rows @ kernel[e]; factorised and adapted experts override it."""
         shape = (self.num_experts, rows_RX.shape[-1], self.features)
         kernel = axes.parameter(
             self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
@@ -63,7 +65,7 @@ class ExpertDense(nn.Module):
         return grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(Counted):
     """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
 
     The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
@@ -72,27 +74,29 @@ class MoeMlp(nn.Module):
 
     Attributes:
       config: shared sizes; mlp_dim is the hidden width of one expert.
+      kind: depth of this layer, which `shared` gets too.
       num_experts: E, without the shared one.
       top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
       activation: name in mlp.ACTIVATIONS.
       renormalise: the weights of the chosen experts sum to 1, else they are their probabilities.
       balance_loss: weight of routing.balance_loss.
       router_z_loss: weight of routing.z_loss.
-      capacity_factor: an expert takes the first so many times its even share of each row's tokens, and
+      capacity_factor: an expert takes this many times its even share of each row's tokens, the first ones, and
         adds nothing to others; None for all (dropless). See routing.place_in_line.
-      exchange_factor: a device sends to another at most so many times an even share of its choices, the
-        first ones; None for as many as there can be, in buffers that are as many times larger than an even
-        share as there are devices with experts. Without an effect where experts are not split.
+      exchange_factor: a device sends to another at most this many times an even share of its choices, the
+        first ones; None for no limit, in buffers larger than an even share by the number of devices with
+        experts. Without effect where experts are not split.
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
       shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
-        (config=, name=), or None.
+        (config=, kind=, name=), or None.
 
     Raises:
       ValueError: more experts per token than there are, or a factor that is not positive.
     """
 
     config: TransformerConfig
+    kind: LayerKind = LayerKind()
     num_experts: int = 8
     top_k: int = 2
     activation: str = "silu"
@@ -108,13 +112,7 @@ class MoeMlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         self._check()
-        logits_BTE = self.router(
-            features=self.num_experts,
-            axes=(axes.EMBED, axes.UNMODELED),
-            dtype=jnp.float32,
-            param_dtype=self.config.storage_dtype,
-            name="router",
-        )(x_BTD)
+        logits_BTE = routing.router_of(self)(x_BTD)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         self.sow("intermediates", "router_probs", probs_BTE)
         real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
@@ -127,14 +125,33 @@ class MoeMlp(nn.Module):
         self._report(logits_BTE, probs_BTE, routes.experts_MK, kept_BTK, real_BT)
         out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
         if self.shared is not None:
-            shared = self.shared(config=self.config, name="shared")
-            out_BTD = out_BTD + shared(x_BTD, segments_BT=segments_BT)
+            out_BTD = out_BTD + self._shared()(x_BTD, segments_BT=segments_BT)
         return out_BTD
+
+    @property
+    def settings(self) -> MlpSettings:
+        return MlpSettings(
+            kind=type(self).__name__, gated=True, experts=self.num_experts, top_k=self.top_k
+        )
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts the router, the shared expert and `top_k` experts, also where capacity drops some of them."""
+        total = routing.router_of(self).flops_per_token(shapes["router"], length=length)
+        if self.shared is not None:
+            total += self._shared().flops_per_token(shapes["shared"], length=length)
+        experts = {name: shapes[name] for name in ("gate", "up", "down")}
+        return total + 2.0 * weights(experts) * self.top_k / self.num_experts
+
+    @nn.nowrap
+    def _shared(self) -> Any:
+        assert self.shared is not None
+        return self.shared(config=self.config, kind=self.kind, name="shared")
 
     def _choose(
         self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None
     ) -> tuple[Routes, jax.Array]:
-        """The tokens' routes, and of their experts those that take them, E for the others."""
+        """Returns the tokens' routes and experts; E where an expert has no room for the token."""
         routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
         experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
         if self.capacity_factor is not None:
@@ -167,13 +184,13 @@ class MoeMlp(nn.Module):
         return parallel.collect(out_RD, weights_BTK, exchange, place)
 
     def _capacity(self, length: int) -> int:
-        """Tokens of a row that an expert takes."""
+        """Returns the tokens of a row that an expert takes at most."""
         if self.capacity_factor is None:
             return length
         return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
 
     def _exchanged(self, choices: int, place: Placement) -> int:
-        """Of so many choices of a device, those that it may send to one other."""
+        """Returns how many of a device's choices it may send to one other device."""
         if self.exchange_factor is None:
             return choices
         return math.ceil(self.exchange_factor * choices / place.expert_shards)
@@ -211,8 +228,8 @@ class MoeMlp(nn.Module):
             z_loss = routing.z_loss(logits_BTE, real_BT)
             self.sow("losses", "router_z", self.router_z_loss * z_loss)
         if self.is_mutable_collection("metrics"):
-            found = routing.statistics(probs_BTE, experts_BTK, kept_BTK, real_BT)
-            for name, value in found.items():
+            statistics = routing.statistics(probs_BTE, experts_BTK, kept_BTK, real_BT)
+            for name, value in statistics.items():
                 self.sow("metrics", f"router_{name}", value)
 
     def _check(self) -> None:
@@ -230,15 +247,15 @@ class MoeMlp(nn.Module):
 def experts_of(
     *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
 ) -> Callable[..., MoeMlp]:
-    """The `mlp` factory of a model whose gated MLPs become experts of their own width.
+    """Returns the `mlp` factory of a model whose gated MLPs become experts of their own width.
 
     Args:
-      mlp: the factory of one expert, a GatedMlp, whose activation holds.
-      moe: of the mixture, called with it.
+      mlp: factory of one expert, a GatedMlp; the mixture takes its activation.
+      moe: factory of the mixture, called with it.
     """
 
-    def make(**given: Any) -> MoeMlp:
-        one = mlp(**{**given, "name": None, "parent": None})
-        return moe(activation=one.activation, **given)
+    def make(**passed: Any) -> MoeMlp:
+        one = mlp(**{**passed, "name": None, "parent": None})
+        return moe(activation=one.activation, **passed)
 
     return make

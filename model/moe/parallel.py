@@ -53,10 +53,10 @@ class Placement:
 def placement(rows: int, num_experts: int) -> Placement | None:
     """Where `rows` of tokens and the experts lie; None if tokens are not split, or not evenly."""
     rules = nn.get_logical_axis_rules()
-    found = _active(rules) if rules else None
-    if found is None or rows % found.token_shards or num_experts % found.expert_shards:
+    active = _active(rules) if rules else None
+    if active is None or rows % active.token_shards or num_experts % active.expert_shards:
         return None
-    return found
+    return active
 
 
 def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
@@ -89,13 +89,13 @@ def first_to_one(
     """The first `count` choices that this device has of each device's experts; E for the others."""
     devices_btk = experts_btk // (num_experts // place.expert_shards)
     line = devices_btk.reshape(1, -1, experts_btk.shape[-1])
-    kept = routing.first_in_line(line, count, none=place.expert_shards) < place.expert_shards
-    return jnp.where(kept.reshape(experts_btk.shape), experts_btk, num_experts)
+    sent = routing.first_in_line(line, count, none=place.expert_shards) < place.expert_shards
+    return jnp.where(sent.reshape(experts_btk.shape), experts_btk, num_experts)
 
 
 @flax.struct.dataclass
 class Exchange:
-    """How a device's choices became its experts' rows.
+    """The way of a device's choices to the rows of its experts.
 
     Attributes:
       own: the device's choices, sorted by expert and so by device.

@@ -1,4 +1,4 @@
-"""How large the last kernel of a router with a gated hidden layer is drawn, for logits of a given deviation.
+"""Deviation of the last kernel of a router with a gated hidden layer, for logits of a wanted deviation.
 
 Shapes: D width, M width of an embedding of a domain, F hidden width.
 """

@@ -1,14 +1,18 @@
-"""Which experts a token uses and how much each counts, what keeps their load even, and how even it is.
+"""The choice and the weights of a token's experts, losses that even their load, and statistics of it.
 
 Everything is float32, and tokens that are not `real` (padding) count nowhere.
 
 Shapes: M tokens, of any leading dimensions; B rows of T tokens; E experts; K experts per token. A choice is
-one of a token's K experts; E, one more than the last, stands for none.
+one of a token's K experts; E, one more than the last, means none.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from model import axes
 
 
 @flax.struct.dataclass
@@ -19,8 +23,19 @@ class Routes:
     weights_MK: jax.Array
 
 
+def router_of(mixture: Any) -> Any:
+    """Returns the router, a float32 projection to the experts, of a mixture with `router`, `num_experts` and `config`."""
+    return mixture.router(
+        features=mixture.num_experts,
+        axes=(axes.EMBED, axes.UNMODELED),
+        dtype=jnp.float32,
+        param_dtype=mixture.config.storage_dtype,
+        name="router",
+    )
+
+
 def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:
-    """The `top_k` most probable experts of each token, the first of equals.
+    """Returns the `top_k` most probable experts of each token, the first of equals.
 
     Without renormalisation weights are probabilities (Switch, arXiv 2101.03961; BAM, arXiv 2408.08274;
     Nexus, arXiv 2408.15901). With it they sum to 1, which is the softmax over the chosen experts' logits
@@ -61,7 +76,7 @@ def z_loss(logits_ME: jax.Array, real_M: jax.Array) -> jax.Array:
 def statistics(
     probs_ME: jax.Array, experts_MK: jax.Array, kept_MK: jax.Array, real_M: jax.Array
 ) -> dict[str, jax.Array]:
-    """How a router spreads its tokens.
+    """Returns statistics of how a router spreads its tokens.
 
     Returns:
       load: each expert's share of the choices, [E].
@@ -92,7 +107,7 @@ def mean_of(values: jax.Array, real_M: jax.Array) -> jax.Array:
 
 
 def place_in_line(experts_BX: jax.Array) -> jax.Array:
-    """How many earlier choices of a row are of the same expert, [B, X].
+    """Returns how many earlier choices of a row are of the same expert, [B, X].
 
     A row's choices are in the order of its tokens, so whether a choice is among an expert's first so many
     does not depend on later tokens, nor on other rows.

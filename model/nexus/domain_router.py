@@ -12,7 +12,8 @@ Shapes: E experts, D width, M width of an embedding of a domain, '...' any leadi
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import axes
+from model.flops import Counted
 from model.kernels import matmul
 from model.linear import Dense, fan_in_normal
 from model.moe.router_scale import down_std
 
 
-class DomainRouter(nn.Module):
+class DomainRouter(Counted):
     """The `router` factory of MoeMlp and MixtureOfAttention, in the place of Dense.
 
     `domains` [E, M] lies with the parameters and is no parameter (axes.constant). `launch.upcycle` puts
@@ -33,7 +35,7 @@ class DomainRouter(nn.Module):
 
     Attributes:
       features: E.
-      axes: of a kernel [D, E], which this router does not have; its own are those of a gated MLP.
+      axes: of a linear router's kernel [D, E]; this router has a gated MLP's kernels instead.
       domain_dim: M.
       logit_std: deviation of the logits of states of unit variance at the start.
       dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
@@ -67,6 +69,15 @@ class DomainRouter(nn.Module):
         down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
         experts_ED = project(kernel_init=down_init, name="down")(jax.nn.silu(gate_ED) * up_ED)
         return matmul.matmul(x.astype(self.dtype), experts_ED.T)
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Counts the product with the experts' vectors.
+
+        These are projected once a step for all tokens together: a share that falls with the batch, and is nothing in
+        inference.
+        """
+        return 2.0 * self.features * shapes["down"]["kernel"].shape[-1]
 
 
 def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

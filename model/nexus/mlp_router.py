@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.flops import Counted
 from model.linear import Dense, fan_in_normal
 from model.moe.router_scale import token_down_std
 
 
-class MlpRouter(nn.Module):
+class MlpRouter(Counted):
     """Logits down(silu(gate(x)) * up(x)), as the `router` factory of MoeMlp and MixtureOfAttention.
 
     Its hidden width is F = M + D / 2, so that `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
-    domain_router.DomainRouter; `down` [F, E] stands where a linear router has its kernel.
+    domain_router.DomainRouter; `down` [F, E] takes the place of a linear router's kernel.
 
     Attributes:
       features: E.

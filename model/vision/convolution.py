@@ -55,7 +55,7 @@ class Conv(nn.Module):
         return y_BHWO
 
     def product(self, x_BHWI: jax.Array) -> jax.Array:
-        """The convolution itself; what a factorised one computes otherwise."""
+        """The convolution itself; factorised convolutions override it."""
         shape = (self.side, self.side, x_BHWI.shape[-1], self.features)
         names = (None, None, CHANNELS_IN, CHANNELS)
         kernel = parameter(self, "kernel", self.kernel_init, names, shape, self.param_dtype)

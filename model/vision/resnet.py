@@ -8,15 +8,17 @@ Shapes: B batch, H height, W width, C channels, N classes.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from model import axes, flops
 from model.linear import Dense
+from model.protocol import Arrays, LayerSettings, Output, Row
 from model.vision.convolution import Conv, he_normal
 
 
@@ -27,8 +29,8 @@ class ResNetConfig:
     Attributes:
       num_classes: N.
       stages: blocks of each stage; all but the first begin with stride 2.
-      widths: channels that the blocks of each stage give.
-      stem_width: channels that the first convolution gives.
+      widths: output channels of the blocks of each stage.
+      stem_width: output channels of the first convolution.
       dtype: compute dtype of convolutions and activations; statistics, pooling and loss stay in float32.
       param_dtype: dtype in which parameters are stored.
 
@@ -64,7 +66,7 @@ class ResNetConfig:
         return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
-        """What a mesh may have to split: logical axis, size, and the setting that gives it."""
+        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
         return (
             (axes.CHANNELS, self.stem_width, "stem_width"),
             *((axes.CHANNELS, width, "a stage's width") for width in self.widths),
@@ -74,7 +76,7 @@ class ResNetConfig:
 def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
     """Batch normalisation (arXiv 1502.03167) over the whole global batch, statistics in float32.
 
-    Its running averages are the collection 'batch_stats', of which evaluation makes use.
+    Its running averages are the collection 'batch_stats', which evaluation reads.
     """
     named = partial(nn.with_logical_partitioning, names=(axes.NORM,))
     return nn.BatchNorm(
@@ -175,12 +177,15 @@ class ResNet(nn.Module):
 
     Attributes:
       config: sizes.
-      stem: factory of what reads the images.
+      stem: factory of the module that reads the images.
       block: factory of blocks.
       conv: factory of the 3x3 convolutions of blocks.
       dense: factory of their 1x1 convolutions.
-      final_norm: normalises and rectifies what the last block gives, after blocks that do not.
+      final_norm: normalises and rectifies the output of the last block, for blocks that do not.
     """
+
+    row: ClassVar[Row] = "images"
+    output: ClassVar[Output] = "classes"
 
     config: ResNetConfig
     stem: Callable[..., nn.Module] = Stem7x7
@@ -210,9 +215,20 @@ class ResNet(nn.Module):
         )
         return head(pooled_BC)
 
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return ()
+
+    @nn.nowrap
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the FLOPs of a forward pass for one image, counted in its trace."""
+        if variables is None:
+            variables = flops.variable_shapes(self, row["images"])
+        return flops.traced_flops(self.apply, variables, row["images"])
+
 
 class _Stage(nn.Module):
-    """Blocks of one width, of which the first has the stride; a scope of its own in paths."""
+    """Blocks of one width; the first has the stride. Paths have a scope for each stage."""
 
     blocks: int
     width: int
@@ -256,7 +272,7 @@ def _pointwise(
 
 
 def _strided(x_BHWC: jax.Array, stride: int) -> jax.Array:
-    """What a 1x1 convolution with this stride reads."""
+    """Returns the pixels that a 1x1 convolution with this stride reads."""
     return x_BHWC[:, ::stride, ::stride]
 
 

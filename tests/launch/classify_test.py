@@ -11,7 +11,6 @@ from launch.sweeping import file
 from model.low_rank import factors
 from trainers.checkpoints import step_dir
 from trainers.telemetry.metric_writers import read_jsonl
-from trainers.telemetry.model_flops import train_flops_per_unit
 
 EXPERIMENTS = "t5x_configs/experiments/low_rank"
 SMALL = (
@@ -129,16 +128,14 @@ def test_at_full_size_all_of_the_blocks_is_factorised(name, layers, rank, scheme
 @pytest.mark.parametrize(("name", "macs"), [("wrn28_10_dense", 5.24e9), ("resnet50_dense", 4.09e9)])
 def test_an_images_flops_are_those_of_its_convolutions(name, macs):
     recipe = load(f"full/{name}").arguments()["recipe"]
-    assert train_flops_per_unit(recipe.program()) == pytest.approx(6 * macs, rel=0.002)
+    assert recipe.program().train_flops_per_unit == pytest.approx(6 * macs, rel=0.002)
 
 
 def test_a_step_is_compiled_ahead_and_its_flops_are_found():
     recipe = load("cpu/textures_low_rank", *SMALL).arguments()["recipe"]
     program = recipe.program(devices=jax.devices()[:1])
     report, _ = precompile.compile_step(program, hbm_bytes=1e9)
-    assert report.fits and report.flops.analytic == pytest.approx(
-        16 * train_flops_per_unit(program)
-    )
+    assert report.fits and report.flops.analytic == pytest.approx(16 * program.train_flops_per_unit)
 
 
 def test_the_sweep_has_every_arm_at_two_rates():

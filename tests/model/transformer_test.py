@@ -10,9 +10,12 @@ import pytest
 
 from model import mlp, norm
 from model.attention import Attention
+from model.bam.moa import MixtureOfAttention
 from model.config import TransformerConfig
 from model.embed import Positions
 from model.kv_cache.full import FullCache
+from model.moe.moe import MoeMlp
+from model.protocol import AttentionSettings, MlpSettings
 from model.rope import Rope
 from model.transformer import Block, Transformer
 from model.transforms import layer_stack
@@ -341,3 +344,33 @@ def test_scanned_layers_drop_different_units(remat):
 
 def _is_dropout(module, method):
     return isinstance(module, nn.Dropout)
+
+
+def test_a_model_with_learned_positions_reads_no_longer_rows():
+    learned = make(position_embed=functools.partial(Positions, num_positions=20))
+    assert init(learned)["positions"]["embedding"].shape[0] == learned.max_length == 20
+    assert make().max_length is None
+
+
+def test_layers_declare_their_settings():
+    """In the order of depth, also where one traced layer stands for several."""
+    mixture = functools.partial(MoeMlp, num_experts=5, top_k=2, shared=mlp.GatedMlp)
+    attentions = functools.partial(MixtureOfAttention, num_experts=3, shared_kv=True)
+    pattern = {"layer_pattern": ("sliding", "full"), "sliding_window": 3, "num_layers": 4}
+    for scan in (True, False):
+        block = functools.partial(Block, attention=attentions, mlp=mixture)
+        model = make(block=block, scan_layers=scan, **pattern)
+        layers = model.layer_settings()
+        assert [layer.kind.depth for layer in layers] == [0, 1, 2, 3]
+        assert [layer.kind.window for layer in layers] == [3, None, 3, None]
+        assert {layer.attention for layer in layers} == {
+            AttentionSettings(
+                query_heads=12, cache_heads=2, head_dim=4, experts=3, top_k=None, shared_kv=True
+            )
+        }
+        assert {layer.mlp for layer in layers} == {
+            MlpSettings(kind="MoeMlp", gated=True, experts=5, top_k=2)
+        }
+        assert model.cache_sizes(3)["num_kv_heads"] == 2 and model.cache_sizes(3)["layer"] == 3
+    plain = make(block=functools.partial(Block, mlp=mlp.Mlp)).layer_settings()[1]
+    assert plain.mlp == MlpSettings(kind="Mlp", gated=False) and plain.attention.experts == 0

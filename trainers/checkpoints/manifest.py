@@ -180,6 +180,11 @@ class Manifest:
     arrays: Mapping[str, ArrayEntry]
     files: Mapping[str, tuple[int, str]]
 
+    def use_ema(self, params: str) -> bool:
+        """Whether averaged parameters are to be read: `params` is 'raw', 'ema', or 'auto' for them if they are saved."""
+        saved = any(name.startswith("ema_params/") for name in self.arrays)
+        return params == "ema" or (params == "auto" and saved)
+
     def to_bytes(self) -> bytes:
         """JSON with a checksum of itself."""
         arrays = {

@@ -142,6 +142,7 @@ def restore_or_initialise(
     *,
     expected_meta: Mapping[str, Any] | None = None,
     initial: InitialCheckpoint = NEW_PARAMETERS,
+    restart: Callable[[Any], Any] | None = None,
 ) -> Restored:
     """Returns the state a run starts from: of its own checkpoint, the initial one, or a fresh one.
 
@@ -151,6 +152,8 @@ def restore_or_initialise(
       initialise: makes a fresh TrainState with these shardings.
       expected_meta: see `restore_state`; concerns the run's own checkpoints only.
       initial: what to start from if the run has no checkpoint yet.
+      restart: gives a state a fresh optimiser for its parameters, which a checkpoint's have replaced; None where the
+        fresh optimiser of `initialise` fits any parameters.
 
     Raises:
       ValueError: options of `initial` that exclude each other.
@@ -163,7 +166,7 @@ def restore_or_initialise(
     if not initial.path:
         return Restored(step=0, state=initialise(), source="scratch")
     if initial.transform is not None or initial.scope == "params":
-        return _restore_variables(initial, initialise())
+        return _restore_variables(initial, initialise(), restart)
     restored = restore_state(initial.path, abstract_state)
     if initial.scope == "phase":
         state = phase_state.at_step_0(restored.state)
@@ -171,7 +174,9 @@ def restore_or_initialise(
     return dataclasses.replace(restored, source="initial")
 
 
-def _restore_variables(initial: InitialCheckpoint, state: Any) -> Restored:
+def _restore_variables(
+    initial: InitialCheckpoint, state: Any, restart: Callable[[Any], Any] | None
+) -> Restored:
     """Returns a fresh state with the checkpoint's parameters, possibly transformed, and collections.
 
     With a transform and the scope 'state', the step and the place in schedules are the checkpoint's. A
@@ -206,6 +211,8 @@ def _restore_variables(initial: InitialCheckpoint, state: Any) -> Restored:
         if initial.moments == "carry":
             moments = carried(step, recorded, state.opt_state, transform, source, params)
             made = made.replace(opt_state=moments)
+        elif restart is not None:
+            made = restart(made)
         first = record["step"] if initial.scope == "state" else 0
         return Restored(
             step=first,

@@ -27,7 +27,7 @@ _NEVER = -1.0e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beams:
-    """How beams are searched; names and meaning are those of transformers' GenerationConfig.
+    """How beams are searched, with the names of transformers' GenerationConfig.
 
     Attributes:
       num_beams: K.
@@ -101,14 +101,14 @@ def search(
       params: its parameters.
       policy: of the caches.
       logits_BV: after the prompts.
-      caches: of B * K rows, those of a prompt equal and side by side.
+      caches: of B * K rows; rows of one prompt are equal and adjacent.
       lengths_B: of the prompts.
       active_B: False for rows that only fill up the batch.
       seen_BV: of sampling.seen_in; None without a repetition penalty.
       settings: decode.Settings with `beams`, static.
 
     Returns:
-      The finished sequences, and the caches, so that their memory can be the given ones'.
+      The finished sequences, and the caches, so that their memory can be reused.
     """
     B, K, M = len(lengths_B), settings.beams.num_beams, settings.max_new_tokens
     # Of equal beams only the first counts at the first step.

@@ -1,7 +1,7 @@
 """Rows of unequal length in few shapes, so that little is computed in vain and seldom compiled."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 SMALLEST = 16
 # Enough rows of any length for batches of similar length, and few to be lost with a process.
@@ -37,18 +37,12 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return batches
 
 
-def in_order(found: Iterable[tuple[int, _T]]) -> Iterator[_T]:
-    """Values by index from 0, each as soon as it and all before it have been found."""
+def in_order(pairs: Iterable[tuple[int, _T]]) -> Iterator[_T]:
+    """Values by index from 0, each as soon as it and all before it have come."""
     waiting: dict[int, _T] = {}
     after = 0
-    for index, value in found:
+    for index, value in pairs:
         waiting[index] = value
         while after in waiting:
             yield waiting.pop(after)
             after += 1
-
-
-def longest_row(params: Mapping[str, Any]) -> int | None:
-    """Positions a model has learned; None where positions are computed and any length will do."""
-    table = params.get("positions")
-    return None if table is None else table["embedding"].shape[0]

@@ -26,7 +26,7 @@ NO_EOS = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a generation program is compiled for.
+    """Static settings of a generation program.
 
     Attributes:
       max_new_tokens: M.
@@ -84,7 +84,7 @@ class Settings:
         return self.num_samples if self.beams is None else self.beams.num_beams
 
     def allowed(self, logits_BV: jax.Array) -> jax.Array:
-        """Logits with those of padding ids at -inf."""
+        """Returns the logits, -inf at padding ids."""
         if self.num_ids is None or self.num_ids >= logits_BV.shape[-1]:
             return logits_BV
         known_V = jnp.arange(logits_BV.shape[-1]) < self.num_ids
@@ -105,12 +105,12 @@ class Decoded:
 
 @flax.struct.dataclass
 class Loop:
-    """Between steps: `step` tokens are chosen, of which the last is not in the caches yet.
+    """The state between steps: `step` tokens are chosen, and the last is not in the caches yet.
 
     Attributes:
       step: number of tokens chosen.
       done_B: rows that have ended.
-      decoded: what there is by now.
+      decoded: the tokens chosen so far.
       caches: of the tokens before the last.
       lengths_B: of the prompts.
       keys_B: a random key for each row.

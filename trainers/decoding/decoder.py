@@ -18,16 +18,18 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import beam
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import seen_in
-from trainers.decoding.watch import Watch, Watched
+
+# (prompt, sample, its tokens since the last look) -> how many of these to keep, if the row ends there.
+Watch = Callable[[int, int, Sequence[int]], int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What followed one prompt.
+    """One continuation of a prompt.
 
     Attributes:
       tokens: EOS included.
@@ -42,7 +44,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """What generating took.
+    """Cost of generating.
 
     Attributes:
       prompt_tokens, new_tokens: read and generated.
@@ -78,7 +80,7 @@ class Decoder:
       policy: of the key/value caches.
       batch_size: prompts at a time.
       sharding: of the rows of a batch, to be used within its mesh; None on one device.
-      cache_dtype: in which caches are kept while decoding, see prefill; None for the model's.
+      cache_dtype: of the caches while decoding, see prefill; None for the model's.
       prefill_chunk: tokens of the prompts that are read at a time; None for all.
       watch: sees every row's tokens as they come and can end it; None lets rows run. Not with beams,
         whose tokens are not final before the end.
@@ -117,7 +119,7 @@ class Decoder:
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
-        """Continuations in the order of the prompts; errors as of `stream`."""
+        """Returns continuations in the order of the prompts; errors as of `stream`."""
         return list(self.stream(prompts, seed=seed))
 
     def stream(
@@ -127,7 +129,7 @@ class Decoder:
         seed: int = 0,
         indices: Sequence[int] | None = None,
     ) -> Iterator[Continuation]:
-        """What calling it returns, one by one as they are done; those of one prompt side by side.
+        """Yields continuations one by one as they are done, in the order of the prompts and of their samples.
 
         Args:
           prompts: to continue.
@@ -138,7 +140,7 @@ class Decoder:
           ValueError: an empty prompt, one without a token before what the cache policy takes for its
             continuation, or one that leaves no room within learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._model.max_length
         room = self._settings.max_new_tokens - 1  # the last new token is not read
         for i, prompt in enumerate(prompts):
             if not len(prompt):
@@ -155,7 +157,7 @@ class Decoder:
                 )
         self._indices = range(len(prompts)) if indices is None else indices
         batches = self._batches(prompts, seed, limit)
-        return (found for samples in in_order(batches) for found in samples)
+        return (one for samples in in_order(batches) for one in samples)
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
@@ -167,9 +169,9 @@ class Decoder:
         with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
             for batch in progress:
                 length = bucket_length(lengths[batch[0]], limit=limit)
-                found = self._batch(prompts, batch, length, seed)
+                continued = self._batch(prompts, batch, length, seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
-                yield from zip(batch, found, strict=True)
+                yield from zip(batch, continued, strict=True)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
@@ -184,11 +186,11 @@ class Decoder:
             lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
         rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
-        continued = self._choose if self._settings.beams is None else self._search
-        found = continued(length, state, batch)
+        decode = self._choose if self._settings.beams is None else self._search
+        continued = decode(length, state, batch)
         self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
-        self.stats.new_tokens += sum(len(row.tokens) for rows in found for row in rows)
-        return found
+        self.stats.new_tokens += sum(len(row.tokens) for rows in continued for row in rows)
+        return continued
 
     def _read(self, length: int, *arrays: Any) -> Any:
         """Prompts read once and their caches repeated: decode.Loop, or what beam.search takes."""
@@ -230,7 +232,7 @@ class Decoder:
             return loop, (loop.step, loop.done_B, loop.decoded)
 
         samples = settings.num_samples
-        watched = Watched(self._watch, batch, samples)
+        watched = _Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
         until = settings.max_new_tokens if self._watch is None else 1
         while True:
@@ -243,10 +245,10 @@ class Decoder:
                 break
             until = min(until + self._watch_every, settings.max_new_tokens)
         tokens_RM, logp_RM = decoded.tokens_BM, decoded.log_probs_BM
-        kept = [watched.kept.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
+        lengths = [watched.lengths.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
         rows = [
             Continuation(tokens=tokens_RM[r, :n].tolist(), log_probs=logp_RM[r, :n].tolist())
-            for r, n in enumerate(kept)
+            for r, n in enumerate(lengths)
         ]
         return [rows[b * samples : (b + 1) * samples] for b in range(len(batch))]
 
@@ -256,18 +258,18 @@ class Decoder:
 
         def run(params, state):
             logits_BV, caches, lengths_B, active_B, seen_BV = state
-            found, caches = beam.search(
+            beams, caches = beam.search(
                 model, params, policy, logits_BV, caches, lengths_B, active_B, seen_BV, settings
             )
-            return (logits_BV, caches, lengths_B, active_B, seen_BV), found
+            return (logits_BV, caches, lengths_B, active_B, seen_BV), beams
 
-        _, found = self._timed("decode", length, run, state)
+        _, beams = self._timed("decode", length, run, state)
         return [
             [
                 Continuation(
-                    tokens=found.tokens_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
-                    log_probs=found.log_probs_BKM[b, k, : found.lengths_BK[b, k]].tolist(),
-                    score=float(found.scores_BK[b, k]),
+                    tokens=beams.tokens_BKM[b, k, : beams.lengths_BK[b, k]].tolist(),
+                    log_probs=beams.log_probs_BKM[b, k, : beams.lengths_BK[b, k]].tolist(),
+                    score=float(beams.scores_BK[b, k]),
                 )
                 for k in range(settings.num_samples)
             ]
@@ -275,21 +277,21 @@ class Decoder:
         ]
 
     def _timed(self, name: str, length: int, run: Callable, state: Any, *arrays: Any) -> Any:
-        """run(params, state, *arrays) -> (state, found), with `found` on the host.
+        """Runs (params, state, *arrays) -> (state, result), and fetches the result to every process.
 
-        The state's memory is reused. It stays as it is sharded; every process gets all that is found.
+        The state's memory is reused, and its sharding does not change.
         """
         shardings = None
         if self._sharding is not None:
-            kept = jax.tree.map(lambda x: x.sharding, state)
-            shardings = (kept, NamedSharding(self._sharding.mesh, PartitionSpec()))
+            unchanged = jax.tree.map(lambda x: x.sharding, state)
+            shardings = (unchanged, NamedSharding(self._sharding.mesh, PartitionSpec()))
         jitted = jax.jit(run, donate_argnums=1, out_shardings=shardings)
         program = self._compiled(name, length, jitted, state, *arrays)
         began = time.perf_counter()
-        state, found = program(self._params, state, *arrays)
-        found = jax.device_get(found)
+        state, result = program(self._params, state, *arrays)
+        result = jax.device_get(result)
         self.stats.decode_seconds += time.perf_counter() - began
-        return state, found
+        return state, result
 
     def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
         """The program for prompts of a length, compiled apart so that it can be timed apart."""
@@ -298,6 +300,38 @@ class Decoder:
             self._programs[name, length] = function.lower(self._params, *arrays).compile()
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]
+
+
+class _Watched:
+    """Shows the rows of one batch to a watch, and remembers which of them it has ended.
+
+    Args:
+      watch: called for every row that has new tokens; None to let all run.
+      batch: the index of each prompt; its `samples` rows lie together, and rows that fill the batch come last.
+      samples: rows of each prompt.
+
+    Attributes:
+      lengths: tokens of the rows that the watch has ended, by row.
+    """
+
+    def __init__(self, watch: Watch | None, batch: Sequence[int], samples: int):
+        self._watch = watch
+        self._rows = [(i, sample) for i in batch for sample in range(samples)]
+        self._shown = [0] * len(self._rows)
+        self.lengths: dict[int, int] = {}
+
+    def look(self, tokens_RM: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
+        """Shows new tokens; returns which rows have ended by now, [R]."""
+        if self._watch is not None:
+            for r, (i, sample) in enumerate(self._rows):
+                shown, count = self._shown[r], int(counts_R[r])
+                if r in self.lengths or shown == count:
+                    continue
+                keep = self._watch(i, sample, tokens_RM[r, shown:count].tolist())
+                self._shown[r] = count
+                if keep is not None:
+                    self.lengths[r] = shown + keep
+        return np.isin(np.arange(len(counts_R)), list(self.lengths))
 
 
 def repeated(tree: Any, copies: int) -> Any:

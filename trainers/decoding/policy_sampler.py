@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.heads.actor_critic import language_model, language_model_params
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import decode
@@ -27,7 +26,7 @@ class PolicySampler:
     Args:
       model: a decoder-only module, or an actor and critic.
       settings: what to generate, with samples of each prompt.
-      sharding: of prompts, of which its mesh has equal parts.
+      sharding: of prompts, split evenly over its mesh.
       seed: of the draws.
     """
 
@@ -35,11 +34,11 @@ class PolicySampler:
         self, model: Any, settings: decode.Settings, *, sharding: NamedSharding, seed: int
     ):
         policy, copies = FullCache(), settings.num_samples
-        written_by = language_model(model)
+        written_by = model.inference_model
         room = max(settings.max_new_tokens - 1, 1)
 
         def sample(params, tokens_PT, lengths_P, active_P, number, first):
-            params = language_model_params(model, params)
+            params = model.inference_params(params)
             # Slices of stacked weights inside the loop would copy them for every token.
             unrolled = layer_stack.unrolled(written_by)
             params = layer_stack.unroll(params, written_by.config)
@@ -69,14 +68,14 @@ class PolicySampler:
         first: int = 0,
         active_P: np.ndarray | None = None,
     ) -> list[list[int]]:
-        """The tokens of R continuations, with the one that ended each; those of a prompt side by side.
+        """Returns the tokens of R continuations, EOS included; continuations of one prompt are adjacent.
 
         Args:
           params: of the model.
           tokens_PT: prompts, padded at their ends; every process has all of them.
           lengths_P: their tokens.
           number: of the round, such as the step.
-          first: place of the first of these prompts among those of the round.
+          first: index of the first of these prompts in the round.
           active_P: which are prompts, and not there to fill the batch; None for all.
         """
         active_P = np.ones_like(lengths_P, bool) if active_P is None else active_P

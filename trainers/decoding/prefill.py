@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
-from model.transformer import attention_of
+from model.protocol import LanguageModel
 
 
 def prefill(
@@ -35,9 +35,9 @@ def prefill(
       policy: of the caches.
       tokens_BT: prompts, padded on the right.
       lengths_B: of the prompts; policy.future of their last tokens are dropped again, and the prompt
-        is what stands before them.
+        is what precedes them.
       room: tokens that the caches will have room for.
-      cache_dtype: in which caches are kept, see CachePolicy.compress.
+      cache_dtype: of the caches, see CachePolicy.compress.
       chunk: None reads all tokens at once, and every layer's cache is compressed as soon as its keys
         exist, so that one layer's are in memory whole. C reads C tokens at a time: activations of so
         many are in memory, with the keys of all layers, which are compressed after the last chunk.
@@ -70,29 +70,14 @@ def prefill(
     return model.apply({"params": params}, last_BD[:, None], method="logits")[:, 0], caches
 
 
-def empty_caches(model: Any, policy: CachePolicy, *, batch: int, length: int) -> list[Any]:
-    """A cache for each layer that `length` tokens can be read into."""
+def empty_caches(
+    model: LanguageModel, policy: CachePolicy, *, batch: int, length: int
+) -> list[Any]:
+    """Returns an empty cache for every layer, with room for `length` tokens."""
     return [
-        empty_cache(model, policy, layer, batch=batch, length=length)
+        policy.init(batch=batch, length=length, **model.cache_sizes(layer))
         for layer in range(model.config.num_layers)
     ]
-
-
-def empty_cache(model: Any, policy: CachePolicy, layer: int, *, batch: int, length: int) -> Any:
-    """A layer's cache that `length` tokens can be read into."""
-    config = model.config
-    attention = attention_of(model, layer)
-    return policy.init(
-        batch=batch,
-        length=length,
-        num_heads=attention.query_heads,
-        num_kv_heads=attention.cache_heads,
-        head_dim=config.per_head_dim,
-        dtype=config.compute_dtype,
-        layer=layer,
-        num_layers=config.num_layers,
-        kind=config.layer_kind(layer),
-    )
 
 
 def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
@@ -151,8 +136,7 @@ def _read_chunks(
     carry = (jnp.zeros((B, model.config.embed_dim), model.config.compute_dtype), empty)
     chunks, rest = divmod(T, chunk)
     if chunks:
-        # The first token tells the states the form of their attention; what a loop carries knows it
-        # before.
+        # States record the form of their attention at the first token; a loop's carry needs it before.
         known = jax.tree.structure(jax.eval_shape(lambda carry: one(carry, 0, chunk), carry))
         carry = jax.tree.unflatten(known, jax.tree.leaves(carry))
         carry = jax.lax.fori_loop(0, chunks, lambda i, carry: one(carry, i * chunk, chunk), carry)

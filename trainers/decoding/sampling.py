@@ -1,6 +1,6 @@
 """The choice of the next token.
 
-The restrictions are those of transformers' `generate`, in its order: repetition penalty, temperature,
+Restrictions are as in transformers' `generate`, in its order: repetition penalty, temperature,
 top-k, top-p, min-p.
 
 Shapes: B batch, T prompt length, V vocabulary, C candidates.
@@ -68,7 +68,7 @@ def seen_in(tokens_BT: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Logits (or log-probabilities) with those of seen tokens made smaller."""
+    """Returns logits (or log-probabilities), lowered at seen tokens."""
     scaled_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return jnp.where(seen_BV, scaled_BV, logits_BV)
 

@@ -11,7 +11,7 @@ class GrowingText:
 
     Tokens may hold parts of characters, and a tokenizer may write a token differently after another one
     (spaces between words). So a few earlier tokens are decoded along with the new ones, and text is
-    given out only when it ends with a whole character. The decoding functions of this project's
+    returned only when it ends with a whole character. The decoding functions of this project's
     vocabularies write broken characters as U+FFFD or leave them out; both are waited for.
 
     Args:
@@ -20,7 +20,7 @@ class GrowingText:
 
     Attributes:
       tokens: so far.
-      stopped: whether a stop string has been found; what is added after that is ignored.
+      stopped: whether a stop string has occurred; later tokens are ignored.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
@@ -29,7 +29,7 @@ class GrowingText:
         self._decode = decode
         self._stops = tuple(stops)
         self._context = 0  # tokens from here on are decoded
-        self._read = 0  # tokens before this have had their text given out or held
+        self._read = 0  # tokens before this have had their text returned or held
         self._held = ""  # text that may be the beginning of a stop string
         self.tokens: list[int] = []
         self.stopped = False
@@ -57,17 +57,17 @@ class GrowingText:
 
     def _give(self, piece: str) -> str:
         text = self._held + piece
-        found = cut(text, self._stops)
-        if found is not None:
+        before = cut(text, self._stops)
+        if before is not None:
             self.stopped, self._held = True, ""
-            return found
+            return before
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:
-    """What stands before the first stop string; None where the text has none."""
+    """Returns the text before the first stop string; None without one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else None
 

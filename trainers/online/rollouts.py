@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers import batches
 from trainers.decoding import decode
-from trainers.decoding.buckets import longest_row
 from trainers.decoding.policy_sampler import PolicySampler
 from trainers.decoding.sampling import Sampling
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Method, Samples
@@ -134,7 +133,7 @@ class Rollouts:
         size = self._stream.batch_size
         prompts = self._stream.batch(step, 0, size)
         tokens_PT, lengths_P = prompts["prompt_tokens"], prompts["prompt_lengths"]
-        self._check_room(params)
+        self._check_room()
         found = self._sampler(params, tokens_PT, lengths_P, number=number)
         texts = [row[:n].tolist() for row, n in zip(tokens_PT, lengths_P, strict=True)]
         shape = (size, self._method.samples)
@@ -207,8 +206,8 @@ class Rollouts:
         """On the mesh, by rows; every process has the whole."""
         return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
 
-    def _check_room(self, params: Any) -> None:
-        limit = longest_row(params.get("backbone", params))
+    def _check_room(self) -> None:
+        limit = self._recipe.model.max_length
         longest = self._method.prompt_length + self._method.completion_length - 1
         if limit is not None and longest > limit:
             raise RolloutError(

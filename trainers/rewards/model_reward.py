@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
-from trainers.decoding.buckets import batches_by_length, bucket_length, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length
 from trainers.partitioning import Rules
 from trainers.rewards.base import Completion
 
@@ -81,6 +81,7 @@ class ModelReward:
         sharding: NamedSharding | None = None,
     ):
         self._params = params
+        self._max_length = model.max_length
         self._before = [] if start_token is None else [start_token]
         self._after = [] if end_token is None else [end_token]
         self._batch_size = batch_size
@@ -103,7 +104,7 @@ class ModelReward:
         """
         texts = [self._text(completion) for completion in completions]
         lengths = [len(text) for text in texts]
-        limit = longest_row(self._params.get("backbone", {}))
+        limit = self._max_length
         for i, length in enumerate(lengths):
             if not length:
                 raise ValueError(

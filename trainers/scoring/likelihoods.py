@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from model.kv_cache.full import FullCache
-from trainers.decoding.buckets import bucket_length, longest_row
+from trainers.decoding.buckets import bucket_length
 from trainers.decoding.prefill import empty_caches, read
 from trainers.scoring.scoring import Row
 
@@ -31,7 +31,7 @@ _WORTH_SHARING = 16  # tokens of a context; a shorter one is as soon read again
 
 
 class Likelihood(NamedTuple):
-    """Of one continuation.
+    """The log-probability of one continuation.
 
     Attributes:
       log_prob: sum over its tokens.
@@ -162,6 +162,7 @@ class LikelihoodScorer:
         sharding: NamedSharding | None = None,
     ):
         self._params = params
+        self._max_length = model.max_length
         self._batch_tokens = batch_tokens
         self._batch_size = batch_size
         self._row_shards = row_shards
@@ -186,7 +187,7 @@ class LikelihoodScorer:
         Raises:
           ValueError: a row without context or targets, or longer than the model's learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._max_length
         for i, row in enumerate(rows):
             if not len(row.context) or not len(row.targets):
                 raise ValueError(f"Row {i} has no context or no targets: nothing can be predicted.")
@@ -202,12 +203,12 @@ class LikelihoodScorer:
     ) -> Iterator[tuple[int, Likelihood]]:
         with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
             for shape, batch, size in self.batches(readings(rows)):
-                for i, found in self._score(rows, shape, batch, size, limit):
+                for i, likelihood in self._score(rows, shape, batch, size, limit):
                     progress.update()
-                    yield i, found
+                    yield i, likelihood
 
     def batches(
-        self, found: Sequence[Reading]
+        self, readings: Sequence[Reading]
     ) -> Iterator[tuple[tuple[int, int, int], Sequence[Reading], int]]:
         """(shape, readings that fit it, rows of the batch) in the order of the readings.
 
@@ -215,15 +216,17 @@ class LikelihoodScorer:
         takes longer than a batch does.
         """
         first = 0
-        while first < len(found):
-            shape = count, tail_length, length = found[first].shape
+        while first < len(readings):
+            shape = count, tail_length, length = readings[first].shape
             most = max(1, self._batch_tokens // (length + count * tail_length))
             most = self._sharded(min(most, self._batch_size or most))
             last = first + 1
-            while last < len(found) and last - first < most and _fits(found[last].shape, shape):
+            while (
+                last < len(readings) and last - first < most and _fits(readings[last].shape, shape)
+            ):
                 last += 1
             # What remains at the end is not filled up to a whole batch.
-            yield shape, found[first:last], min(most, self._sharded(_power_of_two(last - first)))
+            yield shape, readings[first:last], min(most, self._sharded(_power_of_two(last - first)))
             first = last
 
     def _sharded(self, count: int) -> int:
@@ -251,13 +254,13 @@ class LikelihoodScorer:
         for b, reading in enumerate(batch):
             after = b * length + len(reading.tokens)
             for i, tail in reading.rows:
-                given = rows[i].targets
+                row_targets = rows[i].targets
                 if count:  # the context predicts the first target, the tail the others
                     begin = size * length + (b * count + (tail or 0)) * tail_length
-                    places += [after - 1, *range(begin, begin + len(given) - 1)]
+                    places += [after - 1, *range(begin, begin + len(row_targets) - 1)]
                 else:
-                    places += range(after - len(given), after)
-                targets += given
+                    places += range(after - len(row_targets), after)
+                targets += row_targets
                 ends.append((i, len(targets)))
         extra = _power_of_four(max(_FEWEST, len(targets))) - len(targets)
         places_Q, targets_Q = (np.pad(x, (0, extra)).astype(np.int32) for x in (places, targets))
@@ -274,7 +277,7 @@ class LikelihoodScorer:
 
 
 def readings(rows: Sequence[Row]) -> list[Reading]:
-    """What must be read, by shape, the largest first.
+    """Returns the rows to read, by shape, the largest first.
 
     The last target of a row is predicted, never read.
     """
@@ -282,7 +285,7 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
     for i, row in enumerate(rows):
         contexts.setdefault(tuple(row.context), []).append(i)
     whole: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
-    found: list[Reading] = []
+    each: list[Reading] = []
     for context, members in contexts.items():
         read_after = [tuple(rows[i].targets[:-1]) for i in members]
         if len(context) < _WORTH_SHARING or len(set(read_after)) == 1:
@@ -291,9 +294,9 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
             continue
         numbers = {tail: n for n, tail in enumerate(dict.fromkeys(filter(None, read_after)))}
         served = [(i, numbers.get(tail)) for i, tail in zip(members, read_after, strict=True)]
-        found.append(Reading(context, tuple(numbers), served))
-    found += [Reading(tokens, (), members) for tokens, members in whole.items()]
-    return sorted(found, key=lambda reading: reading.shape, reverse=True)
+        each.append(Reading(context, tuple(numbers), served))
+    each += [Reading(tokens, (), members) for tokens, members in whole.items()]
+    return sorted(each, key=lambda reading: reading.shape, reverse=True)
 
 
 def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 from trainers.scoring.scoring import Row
 
 
@@ -38,6 +38,7 @@ class MeanStates:
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
     ):
         self._params = params
+        self._max_length = model.max_length
         self._batch_size = batch_size
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
@@ -51,7 +52,7 @@ class MeanStates:
         Raises:
           ValueError: a row longer than the model's learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._max_length
         for i, row in enumerate(rows):
             length = len(row.context) + len(row.targets)
             if limit is not None and length > limit:

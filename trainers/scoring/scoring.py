@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens. Shapes: B batch, T length."""
+"""Log-probabilities of tokens after a context. Shapes: B batch, T length."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 from trainers.scoring.target_log_probs import read_targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tokens to be scored, and those they follow, of which there is at least one."""
+    """Tokens to be scored, and the tokens before them, at least one."""
 
     context: Sequence[int]
     targets: Sequence[int]
@@ -35,6 +35,7 @@ class Scorer:
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
     ):
         self._params = params
+        self._max_length = model.max_length
         self._batch_size = batch_size
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
@@ -48,12 +49,12 @@ class Scorer:
         return list(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """What calling it returns, row by row as they are done.
+        """Yields the log-probabilities row by row, in their order.
 
         Raises:
           ValueError: a row without context, or longer than the model's learned positions.
         """
-        limit = longest_row(self._params)
+        limit = self._max_length
         for i, row in enumerate(rows):
             # The last target is predicted, but never read.
             length = len(row.context) + len(row.targets) - 1

@@ -11,10 +11,10 @@ from model.kernels.cross_entropy import Implementation, token_log_probs
 
 @dataclasses.dataclass(frozen=True)
 class TargetsRead:
-    """What a model says of a batch.
+    """A model's predictions for a batch.
 
     Attributes:
-      log_probs_BT: of all targets, those of prompts and padding too; float32.
+      log_probs_BT: of all targets, of prompts and padding too; float32.
       hidden_BTD: final states.
       written: collections that the model has written.
     """

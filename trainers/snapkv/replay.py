@@ -18,7 +18,7 @@ from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
 from model.kv_cache.random import Random
 from trainers.decoding.decode import Decoded, Settings, decode
-from trainers.decoding.prefill import empty_cache, prefill, read
+from trainers.decoding.prefill import prefill, read
 
 
 @flax.struct.dataclass
@@ -122,7 +122,7 @@ def compressed(
 def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
     """A layer's state after the prompt that it was shown."""
     B, T = shown.k_BTKH.shape[:2]
-    state = empty_cache(model, policy, layer, batch=B, length=T)
+    state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
     return policy.append(
         state,
         k_BTKH=shown.k_BTKH,

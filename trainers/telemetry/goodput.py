@@ -61,7 +61,7 @@ class Goodput:
 
 
 def process_start() -> float:
-    """Reading of `time.monotonic` when this process began; now where the system does not tell."""
+    """Reading of `time.monotonic` when this process began; the present one where the system does not record it."""
     try:
         import os
 

@@ -51,9 +51,9 @@ class JsonlWriter:
         if first_step is not None and os.path.exists(path):
             lines = [(json.loads(line), line) for line in _whole_lines(path)]
             # A rollback's mark may be among what is dropped, but not what it has made void.
-            kept = [line for row, line in _in_force(lines) if row["step"] < first_step]
+            earlier = [line for row, line in _in_force(lines) if row["step"] < first_step]
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in kept)
+                file.writelines(line + "\n" for line in earlier)
             os.replace(f"{path}.tmp", path)
         self._path = path
         # Unbuffered: nothing that could not be written is left over for `close` to fail on again.
@@ -86,16 +86,16 @@ def rows_in_force(path: str) -> list[dict[str, Any]]:
 
 
 def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, Any]]:
-    kept: list[tuple[Any, Any]] = []
+    in_force: list[tuple[Any, Any]] = []
     for row, line in rows:
         if "rollback_to" in row:
-            kept = [(r, x) for r, x in kept if r["step"] <= row["rollback_to"]]
-        kept.append((row, line))
-    return kept
+            in_force = [(r, x) for r, x in in_force if r["step"] <= row["rollback_to"]]
+        in_force.append((row, line))
+    return in_force
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short is left out."""
+    """The rows of a metrics file; without a last line that was cut short."""
     special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
     rows = [json.loads(line) for line in _whole_lines(path)]
     return [

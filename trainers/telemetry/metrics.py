@@ -25,7 +25,7 @@ def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
 
 
 def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """The quotients as floats; what has no weight (a domain without tokens) is left out.
+    """The quotients as floats; without metrics of no weight (a domain without tokens).
 
     Args:
       pairs: metrics on the host.
@@ -39,8 +39,8 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
         if total.ndim == 0:
             labels = [name]
         else:
-            given = (names or {}).get(name) or range(total.size)
-            labels = [f"{name}/{label}" for label in given]
+            parts = (names or {}).get(name) or range(total.size)
+            labels = [f"{name}/{part}" for part in parts]
         for label, t, w in zip(labels, total.ravel(), weight.ravel(), strict=True):
             if w:
                 values[label] = float(t / w)
@@ -48,7 +48,7 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
 
 
 class LateFetch:
-    """Holds the newest step's device metrics and hands out those of the step before.
+    """Holds the newest step's device metrics and returns the previous step's.
 
     Copies to the host start at once and are awaited only when the next step is already running.
     """
@@ -65,7 +65,7 @@ class LateFetch:
         return self._fetch(previous)
 
     def flush(self) -> tuple[int, Any] | None:
-        """What is still held, now."""
+        """Returns the step still held, without waiting for another."""
         previous, self._waiting = self._waiting, None
         return self._fetch(previous)
 

@@ -11,7 +11,6 @@ from launch.run import load_run
 from launch.run.load_run import LoadedRun, LoadError, RunConfig
 from model.kernels.platform import target_platform
 from model.transforms import layer_stack
-from trainers.decoding.buckets import longest_row
 
 _LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
 _MAX_LENGTH = 2048  # where nothing says how long texts may be, as in the harness
@@ -67,7 +66,7 @@ def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[
 
 
 def max_length(run: LoadedRun, asked: int | None) -> int:
-    learned = longest_row(run.params)
+    learned = run.model.max_length
     if asked is not None:
         if asked < 1 or (learned is not None and asked > learned):
             limit = f", and the model has learned {learned} positions" if learned else ""

@@ -175,7 +175,7 @@ class _Texts:
         self._growing.clear()
 
     def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """See trainers/decoding/watch.py."""
+        """See `Watch` in trainers/decoding/decoder.py."""
         del sample  # one for each prompt
         if not self._until:
             return None

@@ -83,9 +83,8 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
 
 @functools.cache
 def train_flops_per_token(arm: str, kind: str) -> float:
-    """FLOPs of training a dense model or a mixture on one token of a row (trainers/telemetry/model_flops.py)."""
+    """Returns the model FLOPs of training a dense model or a mixture on one token of a row."""
     from launch.config import gin_config
-    from trainers.telemetry import model_flops
 
     files, bindings = [f"{CPU}{kind}.gin"], ["MODEL_DIR=''"]
     arm = arm.removesuffix("_cm")
@@ -95,7 +94,7 @@ def train_flops_per_token(arm: str, kind: str) -> float:
         bindings += own
     config = gin_config.load(files, bindings, entry="launch.train:train")
     recipe = config.arguments()["recipe"]
-    return model_flops.train_flops_per_token(recipe.model, recipe.length)
+    return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
 
 
 def _trained(shares: dict, steps: int, parent: str | None = None, *bindings: str) -> dict:

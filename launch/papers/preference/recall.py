@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.preference import topic_language
-from model.heads.actor_critic import language_model, language_model_params
 from trainers.decoding.decode import Settings
 from trainers.decoding.sampling import Sampling
 from trainers.hooks import RunContext
@@ -39,7 +38,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            language_model(self.run.program.recipe.model),
+            self.run.program.recipe.model.inference_model,
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -56,9 +55,8 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        # Averaged parameters where there are some, as indicators read them.
-        params = state.params if state.ema_params is None else state.ema_params
-        params = language_model_params(self.run.program.recipe.model, params)
+        params = state.released_params
+        params = self.run.program.recipe.model.inference_params(params)
         outputs = self._generator(params, step)
         right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

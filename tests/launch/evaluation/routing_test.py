@@ -95,12 +95,13 @@ def test_routers_of_alternating_layers_stand_in_the_models_order():
         scan_layers = True
         layer_pattern = ("x", "y")
 
-    sums = {
-        f"layers/block_{b}/mlp/router_probs/0": np.array([[b, 10.0], [b + 2.0, 10.0]])
+    stacks = {
+        f"block_{b}": {"mlp": {"router_probs": (np.array([[b, 10.0], [b + 2.0, 10.0]]),)}}
         for b in (0, 1)
     }
-    found = routing._by_layer(sums, Config, 10.0)
-    assert [layer[0] for layer in found["mlp"]] == [0.0, 0.1, 0.2, 0.3]
+    sums = [routing._sown(Config, {"layers": stacks}, layer, "mlp") for layer in range(4)]
+    shares = routing._shares({"mlp": sums}, 10.0)
+    assert [layer[0] for layer in shares["mlp"]] == [0.0, 0.1, 0.2, 0.3]
 
 
 def test_the_figure_has_a_matrix_for_each_router_and_layer_and_their_mean():

@@ -15,7 +15,7 @@ from model.hf.families import family_of_model
 from model.hf.family import UnsupportedModel
 from model.kv_cache import policies
 from model.mlp import GatedMlp
-from model.transformer import Block, Transformer, attention_of
+from model.transformer import Block, Transformer
 from trainers import initialise
 from trainers.decoding import prefill
 
@@ -149,7 +149,7 @@ def test_a_cache_has_every_experts_keys_and_values_or_those_of_a_dense_model():
 
     dense = held(model_of())
     assert held(mixed(None, True)) == dense and held(mixed()) == held(mixed(1)) == E * dense
-    assert attention_of(mixed(), 0).query_heads == E * N
+    assert mixed().layer_settings()[0].attention.query_heads == E * N
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "streaming_llm", "h2o"])

@@ -6,9 +6,10 @@ import numpy as np
 
 from model import axes
 from model.config import TransformerConfig
-from model.heads.actor_critic import ActorCritic, language_model, language_model_params
+from model.heads.actor_critic import ActorCritic
 from model.heads.reward_model import RewardModel
 from model.transformer import Transformer
+from trainers.inputs import PackedTokens
 
 CONFIG = TransformerConfig(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
 TOKENS = jnp.array([[3, 5, 7, 2]])
@@ -26,9 +27,13 @@ def test_an_actor_is_its_language_model_and_its_critic_expects_nothing_yet():
     assert "lm_head" in params["backbone"]
     logits, values = model.apply({"params": params}, TOKENS)
     np.testing.assert_array_equal(values, np.zeros((1, 4)))
-    policy, own = language_model(model), language_model_params(model, params)
+    policy, own = model.inference_model, model.inference_params(params)
     np.testing.assert_array_equal(policy.apply({"params": own}, TOKENS), logits)
-    assert language_model(lm) is lm and language_model_params(lm, own) is own
+    assert lm.inference_model is lm and lm.inference_params(own) is own
+    assert model.max_length is lm.max_length is None
+    assert model.layer_settings() == lm.layer_settings()
+    row = PackedTokens(5).arrays(1)
+    assert model.forward_flops(row) == lm.forward_flops(row) + 2 * 8
 
 
 def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary():
@@ -41,3 +46,7 @@ def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary()
     rewards = model.apply({"params": {**params, "reward_head": {"kernel": kernel}}}, TOKENS)
     hidden = lm.apply({"params": params["backbone"]}, TOKENS, method="hidden").hidden_BTD
     np.testing.assert_allclose(rewards, (hidden @ kernel)[..., 0], rtol=1e-6)
+    row = PackedTokens(5).arrays(1)
+    logits = 2 * 16 * 8
+    assert model.forward_flops(row, {"params": params}) == lm.forward_flops(row) - logits + 2 * 8
+    assert model.inference_model is model and (model.output, lm.output) == ("rewards", "logits")

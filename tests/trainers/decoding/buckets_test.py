@@ -1,9 +1,7 @@
 """Few shapes for many lengths."""
 
-import numpy as np
-
 from trainers.decoding import buckets
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 
 
 def test_buckets_hold_their_rows_with_bounded_padding_and_few_shapes():
@@ -17,8 +15,6 @@ def test_buckets_hold_their_rows_with_bounded_padding_and_few_shapes():
 
 def test_buckets_stop_at_the_learned_positions():
     assert bucket_length(17, limit=20) == 20
-    assert longest_row({"positions": {"embedding": np.zeros((20, 4))}}) == 20
-    assert longest_row({"token_embed": {}}) is None
 
 
 def test_batches_cover_every_row_once_longest_first():

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from trainers.decoding import decode
-from trainers.decoding.buckets import bucket_length, longest_row
+from trainers.decoding.buckets import bucket_length
 from trainers.decoding.policy_sampler import PolicySampler
 
 
@@ -36,6 +36,7 @@ class Generator:
         sharding: NamedSharding,
         seed: int,
     ):
+        self._max_length = model.max_length
         self._prompts = prompts
         self._settings = settings
         self._batch_size = batch_size
@@ -59,7 +60,7 @@ class Generator:
         Raises:
           ValueError: a prompt leaves too little room within the positions that the model has learned.
         """
-        limit = longest_row(params)
+        limit = self._max_length
         longest = max(map(len, self._prompts))
         if limit is not None and longest + self._settings.max_new_tokens - 1 > limit:
             raise ValueError(

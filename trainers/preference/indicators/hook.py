@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from model.heads.actor_critic import language_model, language_model_params
 from trainers.decoding.decode import Settings
 from trainers.decoding.sampling import Sampling
 from trainers.hooks import RunContext
@@ -103,7 +102,7 @@ class PreferenceIndicators:
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
-        self._model = model = language_model(self.run.program.recipe.model)
+        self._model = model = self.run.program.recipe.model.inference_model
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -143,9 +142,8 @@ class PreferenceIndicators:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        # Averaged parameters are what would be released, so they are what is judged.
-        params = state.params if state.ema_params is None else state.ema_params
-        params = language_model_params(self.run.program.recipe.model, params)
+        params = state.released_params
+        params = self.run.program.recipe.model.inference_params(params)
         with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
             outputs = self._generator(params, step, done=done)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainers.decoding.buckets import batches_by_length, longest_row
+from trainers.decoding.buckets import batches_by_length
 from trainers.preference.indicators.token_readings import TOP_K, TokenReadings, read_tokens
 from trainers.scoring.scoring import Row
 
@@ -51,6 +51,7 @@ class Reader:
     """
 
     def __init__(self, model: Any, *, batch_size: int, sharding: NamedSharding, k: int = TOP_K):
+        self._max_length = model.max_length
         self._batch_size = batch_size
         self._sharding = sharding
 
@@ -97,7 +98,7 @@ class Reader:
         Raises:
           ValueError: a sequence longer than the positions that the model has learned.
         """
-        limit = longest_row(params)
+        limit = self._max_length
         # The last target is predicted, but never read.
         lengths = [len(one.context) + len(one.targets) - 1 for one in sequences]
         if limit is not None and max(lengths, default=0) > limit:

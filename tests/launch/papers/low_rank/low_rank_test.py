@@ -18,7 +18,6 @@ from trainers.checkpoints.array_files import StoredArray
 from trainers.hooks import RunContext
 from trainers.low_rank import spectrum
 from trainers.telemetry.metric_writers import read_jsonl
-from trainers.telemetry.model_flops import train_flops_per_unit
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 
@@ -165,7 +164,7 @@ def test_settings_of_adamw_reach_it():
 def test_a_tokens_flops_are_those_of_the_factors(name):
     def flops(rank):
         made = recipe(f"models/{name}", "runs/pretrain", bindings=(f"RANK={rank}", "MESH=None"))
-        found = train_flops_per_unit(made.program())
+        found = made.program().train_flops_per_unit
         gin.clear_config(clear_constants=True)
         return found
 

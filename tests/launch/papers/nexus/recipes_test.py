@@ -17,7 +17,6 @@ from launch.papers.nexus import arms as nexus_arms
 from launch.papers.nexus import full_sweep as nexus_full
 from launch.papers.nexus import sweep as nexus
 from launch.sweeping import file
-from trainers.telemetry import model_flops
 
 SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
 FULL = [("bam_full", "/data"), ("nexus_full", "/data")]
@@ -177,7 +176,7 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
 def test_arms_at_equal_compute_make_as_many_updates_as_btx_had_flops_for(kind):
     def flops(run):
         recipe = load(run).arguments()["recipe"]
-        return model_flops.train_flops_per_token(recipe.model, recipe.length)
+        return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
 
     runs = runs_of("bam", kind)
     steps = {arm: int(bound(run)["TRAIN_STEPS"]) for arm, run in runs.items() if not run.made}

@@ -1,0 +1,94 @@
+"""Model FLOPs: two for each multiply-add of a product, as in PaLM (arXiv 2204.02311, appendix B).
+
+Recomputation (remat) does not count, and attention counts the keys that a query sees, not those that are masked.
+Every layer counts its own: a token meets each weight of a matrix once, which `Counted` does, and other layers say
+what differs. Layers read the shapes of their parameters, because only they have the rank of a factorised matrix.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.extend.core import jaxprs_in_params
+
+from model import axes
+
+_MATRICES = ("kernel", "u", "v")  # u and v are factors of one
+
+
+class Counted(nn.Module):
+    """A module in which a token meets every weight of every matrix once."""
+
+    @nn.nowrap
+    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
+        """Returns the FLOPs of a forward pass for one token.
+
+        Args:
+          shapes: the module's own parameters or their shapes, of one layer, unboxed.
+          length: tokens per row; documents packed into a row see fewer keys and do less.
+        """
+        return 2.0 * weights(shapes)
+
+
+def weights(shapes: Mapping[str, Any]) -> int:
+    """Returns the number of weights in all matrices of a tree of shapes."""
+    total = 0
+    for name, child in shapes.items():
+        if isinstance(child, Mapping):
+            total += weights(child)
+        elif name in _MATRICES:
+            total += math.prod(child.shape)
+    return total
+
+
+def mean_keys(length: int, window: int | None = None) -> float:
+    """Returns the keys a query sees under the causal mask, itself included, on average over a row."""
+    window = min(window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def variable_shapes(model: Any, *arguments: Any) -> Any:
+    """Returns shapes and dtypes of the variables that `model.init` makes for arguments of these shapes."""
+
+    def init(*arguments: Any) -> Any:
+        boxed = model.init(jax.random.key(0), *arguments)
+        return jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
+
+    return jax.eval_shape(init, *arguments)
+
+
+def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Returns the FLOPs of the products and convolutions in a function's trace.
+
+    In grouped products (jax.lax.ragged_dot) every row belongs to one group.
+
+    Args:
+      function: of arrays.
+      arguments: trees of arrays, or of their shapes and dtypes.
+    """
+    return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops_of(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        operands, name = [variable.aval for variable in equation.invars], equation.primitive.name
+        each = 0.0  # multiply-adds for each number of the result
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            each = math.prod(operands[0].shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            filters = equation.params["dimension_numbers"].rhs_spec[0]
+            each = operands[1].size / operands[1].shape[filters]
+        elif name == "ragged_dot_general":
+            dims = equation.params["ragged_dot_dimension_numbers"]
+            (contracted, _), _ = dims.dot_dimension_numbers
+            each = math.prod(operands[0].shape[axis] for axis in contracted)
+            if set(dims.lhs_ragged_dimensions) & set(contracted):  # each group has its rows only
+                each /= operands[2].size
+        total += 2.0 * each * equation.outvars[0].aval.size if each else 0.0
+        times = equation.params["length"] if name == "scan" else 1
+        total += times * sum(map(_flops_of, jaxprs_in_params(equation.params)))
+    return total

@@ -1,0 +1,131 @@
+"""What trainers and commands ask a model, beside flax's `init`, `apply` and `clone`.
+
+`Model` is answered by every model (model/transformer.py, model/heads/, model/vision/resnet.py), `LanguageModel` by
+those that read tokens. Nobody probes a module for attributes or builds its factories to read their fields: a layer
+answers for itself by `settings` and `flops_per_token` (model/flops.py), and what wraps a layer passes the question on.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+
+from model.config import LayerKind
+from model.kv_cache.base import CacheSizes
+
+Row = Literal["tokens", "images"]
+Output = Literal["logits", "rewards", "classes"]
+Arrays = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """Settings of one layer's attention.
+
+    Attributes:
+      query_heads: N, of all experts together.
+      cache_heads: K, the key/value heads that a cache stores.
+      head_dim: H.
+      experts: E attentions behind a router; 0 without a router.
+      top_k: experts whose heads a token mixes; None for all.
+      shared_kv: whether all experts read the same keys and values.
+    """
+
+    query_heads: int
+    cache_heads: int
+    head_dim: int
+    experts: int = 0
+    top_k: int | None = None
+    shared_kv: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpSettings:
+    """Settings of one layer's MLP.
+
+    Attributes:
+      kind: name of the class, for messages.
+      gated: whether it is down(act(gate) * up), or experts of that form.
+      experts: E MLPs behind a router; 0 without a router.
+      top_k: experts that a token uses; 1 without a router.
+    """
+
+    kind: str
+    gated: bool
+    experts: int = 0
+    top_k: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """Settings of one layer: its kind (with its depth), attention and MLP."""
+
+    kind: LayerKind
+    attention: AttentionSettings
+    mlp: MlpSettings
+
+
+class Sizes(Protocol):
+    """A model's sizes: a dataclass that is recorded with every checkpoint."""
+
+    def axis_sizes(self) -> Sequence[tuple[str, int, str]]:
+        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Any model.
+
+    Attributes:
+      config: its sizes.
+      row: what a row of a batch holds.
+      output: what it returns for a row: logits or rewards for each token, or logits of classes.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def row(self) -> Row: ...
+    @property
+    def output(self) -> Output: ...
+
+    def init(self, *args: Any, **kwargs: Any) -> Any: ...
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        """Returns the settings of every layer by depth; none for models that are no transformer."""
+        ...
+
+    def forward_flops(self, row: Arrays, variables: Any = None) -> float:
+        """Returns the FLOPs of a forward pass for one token, or for one image.
+
+        Args:
+          row: shapes of a batch of one row by name, as `Inputs.arrays(1)` of trainers/inputs.py.
+          variables: the model's variables or their shapes, unboxed; traced if None.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Model, Protocol):
+    """A model of tokens.
+
+    Attributes:
+      max_length: tokens of the longest row it can read; None for any.
+      inference_model: what is loaded for inference: itself, or itself without a head that only training reads.
+    """
+
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def inference_model(self) -> Any: ...
+
+    def inference_params(self, params: Any) -> Any:
+        """Returns the parameters of `inference_model` among those of this model."""
+        ...
+
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        """Returns the sizes of the key/value cache of layer `layer` (from 0), of a model that continues texts."""
+        ...
