@@ -3,20 +3,16 @@
 Batches are those of `trainers.online.groups` and `trainers.online.critic`, one completion in a row.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.forward import Forward, Metrics, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 from trainers.preference.losses.settings import check_not_negative, check_positive
-from trainers.scoring.target_log_probs import TargetsRead, read_targets
-
-_Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def policy_gradient(
@@ -42,15 +38,14 @@ def policy_gradient(
     """
     del num_sources
 
-    def of_read(
-        params: Any, batch: Batch, read: TargetsRead
-    ) -> tuple[jax.Array, jax.Array, _Pairs]:
-        del params
-        tokens = _tokens(batch, read.log_probs_BT)
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        del extras
+        batch = out.batch
+        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
         total, weight = loss(tokens)
-        return total, weight, {"loss": (total, weight), **_metrics(batch, tokens)}
+        return out.loss_out(total, weight, {"loss": (total, weight), **_metrics(batch, tokens)})
 
-    return _objective(model, of_read, implementation)
+    return forward_objective(model, loss_fn)
 
 
 def actor_critic(
@@ -81,11 +76,11 @@ def actor_critic(
     check_positive(clip=clip, value_clip=value_clip)
     check_not_negative(value_weight=value_weight)
 
-    def of_read(
-        params: Any, batch: Batch, read: TargetsRead
-    ) -> tuple[jax.Array, jax.Array, _Pairs]:
-        tokens = _tokens(batch, read.log_probs_BT)
-        values_BT = model.apply({"params": params}, read.hidden_BTD, method="values")
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        del extras
+        batch = out.batch
+        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
+        values_BT = out.apply("values", out.output.hidden_BTD)
         policy, weight = ppo(tokens, clip=clip)
         errors_BT = value_loss(values_BT, batch["old_values"], batch["returns"], clip=value_clip)
         error = (errors_BT * tokens.mask).sum()
@@ -95,40 +90,9 @@ def actor_critic(
             "value": ((values_BT * tokens.mask).sum(), weight),
             **_metrics(batch, tokens),
         }
-        return policy + value_weight * error, weight, metrics
+        return out.loss_out(policy + value_weight * error, weight, metrics)
 
-    return _objective(model, of_read, implementation)
-
-
-def _objective(model: Any, of_read: Any, implementation: Implementation) -> Objective:
-    """One forward pass, and `of_read` of what it gave: (sum, weight, metrics)."""
-
-    def loss_fn(
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut:
-        del extras
-        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        read = read_targets(
-            model,
-            {"params": params, **variables},
-            batch,
-            implementation=implementation,
-            rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *watched, *kept],
-        )
-        total, weight, metrics = of_read(params, batch, read)
-        added, reported = sown.added(read.written, weight, scanned=model.config.scan_layers)
-        updates = {name: read.written[name] for name in kept}
-        return LossOut(
-            sum=total + added, weight=weight, metrics=metrics | reported, variables=updates
-        )
-
-    return Objective(loss_fn=loss_fn)
+    return forward_objective(model, loss_fn)
 
 
 def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
@@ -146,7 +110,7 @@ def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
     )
 
 
-def _metrics(batch: Batch, tokens: PolicyTokens) -> _Pairs:
+def _metrics(batch: Batch, tokens: PolicyTokens) -> Metrics:
     rows = jnp.ones_like(batch["rewards"])
     count_B, weight = tokens.mask.sum(-1), tokens.mask.sum()
     found = {

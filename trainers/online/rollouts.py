@@ -20,12 +20,12 @@ from trainers.decoding import decode
 from trainers.decoding.buckets import longest_row
 from trainers.decoding.policy_sampler import PolicySampler
 from trainers.decoding.sampling import Sampling
+from trainers.objectives.forward import frozen_forward
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Method, Samples
 from trainers.online.rows import Arrays
 from trainers.preference.objectives.reference import LiveReference
 from trainers.recipe import Program, Recipe
 from trainers.rewards.base import Completion, Reward, StoredReward
-from trainers.scoring.target_log_probs import read_targets
 from trainers.train_state import TrainState
 
 _KEPT = 64  # rollouts, of which a checkpoint may need one again
@@ -192,16 +192,14 @@ class Rollouts:
     def _tell(self, params: Any, reference_params: Any, batch: Any) -> dict[str, jax.Array]:
         asks, told = self._method.asks, {}
         if asks & {LOG_PROBS, VALUES}:
-            read = read_targets(self._recipe.model, {"params": params}, batch)
-            told[LOG_PROBS] = read.log_probs_BT
+            out = frozen_forward(self._recipe.model, params, batch)
+            told[LOG_PROBS] = out.log_probs_BT()
             if VALUES in asks:
-                told[VALUES] = self._recipe.model.apply(
-                    {"params": params}, read.hidden_BTD, method="values"
-                )
+                told[VALUES] = out.apply("values", out.output.hidden_BTD)
         if REFERENCE in asks:
             assert self._reference is not None
-            read = read_targets(self._reference.model, {"params": reference_params}, batch)
-            told[REFERENCE] = read.log_probs_BT
+            out = frozen_forward(self._reference.model, reference_params, batch)
+            told[REFERENCE] = out.log_probs_BT()
         return told
 
     def _placed(self, array: np.ndarray) -> jax.Array:

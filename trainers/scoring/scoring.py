@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, longest_row
-from trainers.scoring.target_log_probs import read_targets
+from trainers.objectives.forward import frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Scorer:
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
         self._log_probs = jax.jit(
-            lambda params, batch: read_targets(model, {"params": params}, batch).log_probs_BT,
+            lambda params, batch: frozen_forward(model, params, batch).log_probs_BT(),
             out_shardings=whole,
         )
 

@@ -3,14 +3,14 @@
 Over-optimisation of preferences shows in the k likeliest next tokens (arXiv 2410.11677, section 5): their entropy first
 rises and then falls, or their mass falls.
 
-Shapes: T tokens (batch and length joined), C tokens of a chunk, J chunks, D width, V vocabulary, K likeliest tokens.
+Shapes: T tokens (batch and length joined), C tokens of a chunk, D width, V vocabulary, K likeliest tokens.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kernels.cross_entropy import CHUNK_LOGITS
+from model.kernels.cross_entropy import map_tokens
 from model.kernels.vocab_logits import LogitForm
 
 TOP_K = 10  # of the paper: entropies of at most log2(10) = 3.32 bits
@@ -56,7 +56,7 @@ def read_tokens(
     softcap: float | None = None,
     chunk: int = 512,
 ) -> TokenReadings:
-    """Readings after hidden states, a chunk of tokens at a time: logits of all of them are never in memory.
+    """Readings after hidden states, computed a chunk of tokens at a time (see `map_tokens`).
 
     Args:
       h_TD: hidden states.
@@ -64,30 +64,20 @@ def read_tokens(
       targets_T: ids in [0, V).
       k: tokens that count as the likeliest.
       logit_scale, softcap: see `weighted_cross_entropy`.
-      chunk: tokens at a time, fewer where their logits would pass CHUNK_LOGITS.
+      chunk: tokens at a time, see `chunk_size`.
 
     Raises:
       ValueError: k or chunk below 1.
     """
-    if k < 1 or chunk < 1:
-        raise ValueError(f"k = {k} and chunk = {chunk} must be at least 1.")
+    if k < 1:
+        raise ValueError(f"k = {k} must be at least 1.")
     form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
     head_VD = head_VD.astype(h_TD.dtype)
-    T = len(targets_T)
-    J = -(-T // min(chunk, max(1, CHUNK_LOGITS // head_VD.shape[0])))
-    C = -(-T // J)
 
-    def split(x: jax.Array) -> jax.Array:
-        """[T, ...] -> [J, C, ...]: every J-th token, so that devices that share a batch share each chunk."""
-        x = jnp.pad(x, ((0, J * C - T),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(C, J, *x.shape[1:]).swapaxes(0, 1)
-
-    def read(part: tuple[jax.Array, jax.Array]) -> TokenReadings:
-        h_CD, targets_C = part
+    def read(h_CD: jax.Array, targets_C: jax.Array) -> TokenReadings:
         logits_CV = form.logits(h_CD, head_VD)
         target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         log_p_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
         return TokenReadings(log_p_C, *top_k_entropy_and_mass(logits_CV, k=k))
 
-    found = jax.lax.map(read, (split(h_TD), split(targets_T)))
-    return jax.tree.map(lambda x_JC: x_JC.swapaxes(0, 1).reshape(-1)[:T], found)
+    return map_tokens(read, h_TD, targets_T, vocab=head_VD.shape[0], chunk=chunk)

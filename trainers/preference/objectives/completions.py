@@ -3,34 +3,13 @@
 Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from model.kernels.cross_entropy import Implementation
 from trainers.objectives.base import Batch
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.scoring.target_log_probs import read_targets
 
 _EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
-
-
-def log_probs(
-    model: Any,
-    variables: Mapping[str, Any],
-    batch: Batch,
-    *,
-    implementation: Implementation = "auto",
-    **applied: Any,
-) -> tuple[jax.Array, Mapping[str, Any]]:
-    """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
-
-    Arguments as for `read_targets`, the batch being of pairs.
-    """
-    read = read_targets(model, variables, batch, implementation=implementation, **applied)
-    return by_completion(batch, read.log_probs_BT), read.written
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:

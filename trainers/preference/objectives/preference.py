@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.forward import Metrics, forward, source_losses
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
 from trainers.preference.objectives.reference import LiveReference
@@ -75,15 +75,9 @@ def preference(
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/preference/losses/unpaired.py."
             )
         scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
-        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        sums_BS, written = completions.log_probs(
-            model,
-            {"params": params, **variables},
-            scored,
-            implementation=implementation,
-            rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *watched, *kept],
-        )
+        out = forward(model, params, scored, rng, variables)
+        log_probs_BT = out.log_probs_BT(implementation=implementation)
+        sums_BS = completions.by_completion(scored, log_probs_BT)
         if reference is None:  # stored ones are of whole completions
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
@@ -101,19 +95,13 @@ def preference(
         metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs)}
         if len(losses) > 1:
             metrics |= {f"loss/{name}": (value.sum(), weight) for name, value in values.items()}
-        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
-        metrics |= reported
-        if num_sources:
-            source_P = jnp.repeat(batch["source_ids"], loss_P.size // batch["source_ids"].size)
-            one_hot_PS = jax.nn.one_hot(source_P, num_sources, dtype=jnp.float32)
-            metrics["source_loss"] = (loss_P @ one_hot_PS, pairs.weights @ one_hot_PS)
-        updates = {name: written[name] for name in kept}
-        return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
+        metrics |= source_losses(batch, loss_P, pairs.weights, num_sources)
+        return out.loss_out(loss_P.sum(), weight, metrics)
 
     return Objective(loss_fn=loss_fn, stored_extras=reference)
 
 
-def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _metrics(pairs: PairLogProbs) -> Metrics:
     if pairs.labels is not None:
         return _unpaired_metrics(pairs, pairs.labels)
     means = {
@@ -134,9 +122,7 @@ def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:
     return {name: ((value * pairs.weights).sum(), weight) for name, value in means.items()}
 
 
-def _unpaired_metrics(
-    pairs: PairLogProbs, labels: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _unpaired_metrics(pairs: PairLogProbs, labels: jax.Array) -> Metrics:
     means = {"logps": pairs.chosen, "llh": pairs.chosen_mean}
     if pairs.ref_chosen is not None:
         means["log_ratio"] = pairs.chosen_log_ratio

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from trainers import initialise
 from trainers.checkpoints import restore_params
 from trainers.objectives.base import Batch
+from trainers.objectives.forward import frozen_forward
 from trainers.partitioning import Rules
 from trainers.preference.objectives import completions
 from trainers.preference.reference_checkpoint import ReferenceCheckpoint
@@ -40,8 +41,5 @@ class LiveReference:
 
     def log_probs(self, params: Any, batch: Batch, *, implementation: Any = "auto") -> jax.Array:
         """Log-probabilities of the completions of a batch, [B, 2K], through which no gradient flows."""
-        frozen = jax.lax.stop_gradient(params)
-        sums_BS, _ = completions.log_probs(
-            self.model, {"params": frozen}, batch, implementation=implementation
-        )
-        return jax.lax.stop_gradient(sums_BS)
+        out = frozen_forward(self.model, params, batch)
+        return completions.by_completion(batch, out.log_probs_BT(implementation=implementation))
