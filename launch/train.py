@@ -115,8 +115,8 @@ def train(
         directory; called once all is checked, by the one process that writes.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
-      rollouts: where the run trains on its own samples, what makes batches of them, the stream being of prompts;
-        called with (stream=, recipe=, program=, folder=), see trainers/online/rollouts.py.
+      rollouts: makes the batches of a run that trains on its own samples, from a stream of prompts; see
+        trainers/online/rollouts.py.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 
@@ -147,6 +147,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # Everything that can be wrong without data is checked before any data is touched.
         program = recipe.program()
+        run_checks.extras(recipe, program, {})
         run = stack.enter_context(
             contextlib.closing(run_dir.prepare(model_dir, gin_config.config_str(), writer=primary))
         )
@@ -191,6 +192,7 @@ def train(
             profile.directory = run.file("profile")
         steps = program.steps(len(data.source_names))
         meta = _meta(recipe, data)
+        run_checks.extras(recipe, program, meta)
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
         evaluation = Evaluation(

@@ -4,14 +4,16 @@ The stream is a pure function of (step, row range); every device asks for the ro
 mesh and the number of hosts never change what a batch holds.
 """
 
+import os
 import queue
 import threading
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+
+from trainers.recipe import Program, Recipe
 
 Index = tuple[slice, ...]
 
@@ -92,8 +94,26 @@ class Feed(Protocol):
         ...
 
 
-# Called with (stream=, recipe=, program=, folder=): what trains on its own samples.
-FeedFactory = Callable[..., Feed]
+class FeedFactory(Protocol):
+    """Makes the feed of a run that trains on its own samples, such as `trainers.online.rollouts.Rollouts`.
+
+    A run calls it once, after its data are open and before its state exists.
+    """
+
+    def __call__(
+        self, *, stream: TrainStream, recipe: Recipe, program: Program, folder: str | os.PathLike
+    ) -> Feed:
+        """The feed, whose batches have the columns of `recipe.abstract_batch`.
+
+        Args:
+          stream: the run's training stream, of prompts.
+          recipe, program: model, objective, mesh and shardings of the run.
+          folder: directory below the run's that the feed may write to.
+
+        Raises:
+          ValueError: stream, recipe and settings that do not fit each other.
+        """
+        ...
 
 
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:

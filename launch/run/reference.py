@@ -15,7 +15,7 @@ from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
 from launch.run.load_run import RunConfig
 from trainers.checkpoints import agreement
-from trainers.preference.reference_checkpoint import ReferenceCheckpoint
+from trainers.objectives.frozen_model import FrozenCheckpoint
 from trainers.scoring.scoring import Row, Scorer
 
 _VERSION = 1  # raise it when the same model and tokens begin to give other values
@@ -35,7 +35,7 @@ class Reference:
     """
 
     model: Any
-    checkpoint: ReferenceCheckpoint
+    checkpoint: FrozenCheckpoint
     batch_size: int = 8
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
@@ -53,21 +53,16 @@ class Reference:
           ReferenceStoreError: a damaged store.
           DamagedCheckpointError, FileNotFoundError: of the checkpoint.
         """
-        found = self.checkpoint.find()
+        frozen = self.checkpoint.resolve()
         ours = stream.summary()["vocabulary"]["digest"]
-        theirs = found.meta.get("vocabulary", ours)
-        if theirs != ours:
-            raise ValueError(
-                f"REFERENCE: {found.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
-                f"run's data has ({ours[:12]}): use the vocabulary of the reference."
-            )
+        self.checkpoint.check_vocabulary(frozen, ours)
         config = dataclasses.asdict(self.model.config)
-        model = cache.digest([_VERSION, found.arrays, repr(self.model), config])
-        about = {"checkpoint": found.step, "vocabulary": ours}
+        model = cache.digest([_VERSION, frozen.arrays, repr(self.model), config])
+        about = {"checkpoint": frozen.step, "vocabulary": ours}
         store = ReferenceStore.shared(model, about, root=self.store)
         if wanted := _wanted(stream, store, steps):
-            self._compute(stream, store, wanted, found.step)
-        return ReferencedStream(stream, store, found.arrays)
+            self._compute(stream, store, wanted, frozen.step)
+        return ReferencedStream(stream, store, frozen.arrays)
 
     def _compute(
         self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str

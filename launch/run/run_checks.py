@@ -8,7 +8,8 @@ from typing import Any
 
 from trainers.batches import Stream
 from trainers.checkpoints import restore
-from trainers.recipe import Recipe
+from trainers.objectives.base import Objective
+from trainers.recipe import Program, Recipe
 
 
 def numbers(**numbers: float) -> None:
@@ -16,6 +17,13 @@ def numbers(**numbers: float) -> None:
     bad = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
     if bad:
         raise ValueError(f"{', '.join(bad)}: give 1 or more.")
+
+
+def extras(recipe: Recipe, program: Program, meta: Mapping[str, Any]) -> None:
+    """A reference or teacher is there and fits, as `StoredExtras.check` says."""
+    objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
+    if objective.stored_extras is not None:
+        objective.stored_extras.check(program.mesh, program.rules, meta)
 
 
 def stream(recipe: Recipe, data: Stream) -> None:

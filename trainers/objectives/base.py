@@ -56,6 +56,18 @@ class StatefulLossFn(Protocol):
 class StoredExtras(Protocol):
     """Extras that lie on disk: a step can be compiled without reading them, for devices that are absent too."""
 
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        """Checks what lies on disk without reading its arrays; called before and after data are opened.
+
+        Args:
+          mesh, rules: of the run.
+          meta: facts of the run so far; with the data open, 'vocabulary' is the digest of theirs.
+
+        Raises:
+          ValueError: extras that are missing, or do not fit; it names the setting and the remedy.
+        """
+        ...
+
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Shapes, dtypes and shardings of what `read` returns."""
         ...

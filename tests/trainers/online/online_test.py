@@ -20,12 +20,12 @@ from model.heads.actor_critic import ActorCritic
 from model.transformer import Transformer
 from trainers import initialise, partitioning
 from trainers.inputs import PackedPairs
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.objectives.lm import language_modelling
 from trainers.online import losses as policy_gradient
-from trainers.online import rows
 from trainers.online.critic import Valued
 from trainers.online.groups import Groups
-from trainers.online.method import Samples
+from trainers.online.method import Samples, pack
 from trainers.online.pairs import BestOfTwo
 from trainers.online.policy_gradient import actor_critic
 from trainers.online.policy_gradient import policy_gradient as objective_of
@@ -80,7 +80,7 @@ class Prompts:
         return [{"digits": row.tolist()} for row in self.digits(step)[lo:hi]]
 
     def summary(self):
-        return {"start_token": START}
+        return {"start_token": START, "vocabulary": {"digest": "words"}}
 
 
 def largest(completions):
@@ -107,7 +107,7 @@ def trained():
     for i in range(100):
         digits = stream.digits(1000 + i) + FIRST
         texts = [[([START, *row], [row[rng.integers(3)], EOS])] for row in digits.tolist()]
-        state, _ = step(state, rows.packed(texts, np.zeros(PROMPTS), length=7))
+        state, _ = step(state, pack(texts, np.zeros(PROMPTS), length=7))
     return jax.device_get(state.params)
 
 
@@ -158,7 +158,7 @@ class Run:
             folder=folder,
             reward=reward,
             vocabulary=VOCABULARY,
-            reference=Reference(),
+            reference=Reference(model=LM, checkpoint=None),
             seed=seed,
             **settings,
         )
@@ -177,10 +177,11 @@ class Run:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-class Reference:
+class Reference(FrozenModel):
     """A live reference whose parameters are at hand."""
 
-    model = LM
+    def check(self, mesh, rules, meta):
+        assert meta == {"vocabulary": "words"}
 
     def read(self, mesh, rules):
         return trained()
@@ -361,7 +362,7 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     )
     stream = Prompts()
     stream.batch_size = 3
-    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows are not those of 3 prompts"):
+    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows do not fit 3 prompts"):
         Rollouts(**{**known, "stream": stream})
     with pytest.raises(RolloutError, match="UPDATES is 1 for the method, but 2"):
         Rollouts(**{**known, "stream": Prompts(updates=2)})

@@ -22,7 +22,7 @@ class PairStream(Protocol):
         ...
 
     def summary(self) -> Mapping[str, Any]:
-        """'kind' of the pairs, and 'start_token', which the model reads before each prompt."""
+        """'kind' of the pairs, 'start_token', which the model reads before each prompt, and the 'vocabulary'."""
         ...
 
 
@@ -33,11 +33,13 @@ class HeldOut(NamedTuple):
       pairs: in the order of their digests.
       asked: for each prompt that is to be continued, its first pair.
       start: what is read before a prompt, one token or none.
+      vocabulary: digest of the data's vocabulary.
     """
 
     pairs: list[Pair]
     asked: list[Pair]
     start: tuple[int, ...]
+    vocabulary: str
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -92,6 +94,7 @@ def read(
         pairs[:num_pairs],
         list(first.values())[:num_prompts],
         () if start is None else (int(start),),
+        facts["vocabulary"]["digest"],
     )
 
 

@@ -17,6 +17,7 @@ from model.heads.actor_critic import language_model, language_model_params
 from trainers.decoding.decode import Settings
 from trainers.decoding.sampling import Sampling
 from trainers.hooks import RunContext
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import Alarm, StoppingRule
 from trainers.preference.indicators.generator import Generator
@@ -25,7 +26,6 @@ from trainers.preference.indicators.monitor import PREFIX, recovered
 from trainers.preference.indicators.progress import progress
 from trainers.preference.indicators.reader import Reader
 from trainers.preference.indicators.token_readings import TOP_K
-from trainers.preference.objectives.reference import LiveReference
 from trainers.rewards.base import Completion, Reward, StoredReward
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
@@ -80,7 +80,7 @@ class PreferenceIndicators:
     eos_ids: Sequence[int] | None = None
     batch_size: int = 16
     top_k: int = TOP_K
-    reference: LiveReference | None = None
+    reference: FrozenModel | None = None
     reward: Reward | StoredReward | None = None
     competitor: str | None = None
     rule: StoppingRule = StoppingRule()
@@ -103,6 +103,9 @@ class PreferenceIndicators:
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
+        if self.reference is not None:
+            meta = {"vocabulary": data.vocabulary}
+            self.reference.check(program.mesh, program.rules, meta)
         self._model = model = language_model(self.run.recipe.model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from model.kernels.cross_entropy import Implementation
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Metrics, forward, source_losses
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
-from trainers.preference.objectives.reference import LiveReference
 
 # Log-probabilities of P pairs -> a value for each; trainers/preference/losses/ has them.
 PairLoss = Callable[[PairLogProbs], jax.Array]
@@ -28,7 +28,7 @@ def preference(
     losses: Sequence[PairLoss],
     weights: Sequence[float] | None = None,
     num_sources: int = 0,
-    reference: LiveReference | None = None,
+    reference: FrozenModel | None = None,
     ld_alpha: float = 1.0,
     implementation: Implementation = "auto",
 ) -> Objective:
@@ -81,7 +81,9 @@ def preference(
         if reference is None:  # stored ones are of whole completions
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
-            reference_BS = reference.log_probs(extras, scored, implementation=implementation)
+            frozen = reference.forward(extras, scored)
+            log_probs_BT = frozen.log_probs_BT(implementation=implementation)
+            reference_BS = completions.by_completion(scored, log_probs_BT)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)
         present_P = pairs.weights > 0
         values = {

@@ -248,10 +248,33 @@ def test_prompts_begin_as_the_models_documents_did():
     check(start_token=None)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path):
+@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, methods):
     other = ["VOCABULARY=@vocabularies.byte()", "vocabularies.byte.extra_ids=3"]
-    result = train(*flags(tmp_path / "run", *other))
+    result = train(*flags(tmp_path / "run", *other, methods=methods))
     assert result.status == 2 and "another vocabulary" in result.err
+    assert "REFERENCE: " in result.err
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("REFERENCE='/absent'", "REFERENCE = /absent cannot be read"),
+        ("REFERENCE_MODEL=@wide/transformer.Transformer()", "Set REFERENCE_MODEL"),
+    ],
+)
+def test_a_live_reference_that_does_not_fit_is_refused_before_data_are_read(
+    train, flags, tmp_path, binding, said
+):
+    wide = [
+        "wide/transformer.Transformer.config=@wide/config.TransformerConfig()",
+        "wide/config.TransformerConfig.mlp_dim=24",
+    ]
+    unread = f"PAIRS={str(tmp_path / 'unread.jsonl')!r}"
+    settings = [binding, unread, *(wide if "wide" in binding else ())]
+    result = train(*flags(tmp_path / "run", *settings, methods=["reference_live"]))
+    assert result.status == 2 and said in result.err
+    assert "unread" not in result.err and not (tmp_path / "run").exists()
 
 
 @pytest.fixture

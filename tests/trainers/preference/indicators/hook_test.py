@@ -89,11 +89,18 @@ class Pairs:
         return self.found
 
     def summary(self):
-        return {"kind": self.kind, "start_token": self.start}
+        return {
+            "kind": self.kind,
+            "start_token": self.start,
+            "vocabulary": {"digest": "words"},
+        }
 
 
 class Reference:
     model = MODEL
+
+    def check(self, mesh, rules, meta):
+        assert meta == {"vocabulary": "words"}
 
     def read(self, mesh, rules):
         return parameters(0)
