@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
-from trainers.objectives.base import Batch, LossFn, Objective
+from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
-from trainers.step import Metrics, make_eval_step, make_train_step
+from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 

@@ -225,11 +225,10 @@ class LoadedRun:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a continuation; none where the run names no vocabulary, or it no EOS."""
-        found = self.vocabulary_or_none
-        if found is None:
-            return ()
-        ids = getattr(found, "eos_ids", None) or (found.eos_id,)
-        return tuple(id for id in ids if id not in (None, -1))
+        from trainers.decoding import decode
+
+        vocabulary = self.vocabulary_or_none
+        return () if vocabulary is None else decode.eos_ids(vocabulary)
 
     def _check(self, found: Any) -> None:
         from data.stream import rows

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation, token_log_probs
-from trainers.objectives.base import Batch, LossOut, Objective, StoredExtras
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 # (batch, whether it is trained on) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 _LAYER = re.compile(r"layers/block_\d+/")
@@ -58,7 +57,7 @@ class Forward:
         return self.model.apply(self.variables, *arguments, method=method)
 
     def log_probs_BT(self, *, implementation: Implementation = "auto") -> jax.Array:
-        """Log-probabilities of all targets, float32; those of prompts and padding too."""
+        """Log-probabilities of all targets, float32, prompts and padding included."""
         targets_BT = self.batch["decoder_target_tokens"]
         log_probs_X = token_log_probs(
             self.hidden_XD,
@@ -264,7 +263,7 @@ def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Arr
 
     Args:
       sown: values of any shape, the same in every layer.
-      scanned: whether those of the layers are stacked, [L, ...].
+      scanned: whether the values of layers are stacked, [L, ...].
     """
     by_name: dict[str, list[jax.Array]] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):

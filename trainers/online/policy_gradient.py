@@ -1,6 +1,6 @@
 """Policy-gradient objectives over completions that the policy has sampled itself. Shapes: B rows, T length.
 
-Batches are those of `trainers.online.groups` and `trainers.online.critic`, one completion in a row.
+Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion in a row.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.forward import Forward, Metrics, forward_objective
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from trainers.objectives.forward import Forward, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 from trainers.preference.losses.settings import check_not_negative, check_positive
 
@@ -22,7 +22,7 @@ def policy_gradient(
     num_sources: int = 0,
     implementation: Implementation = "auto",
 ) -> Objective:
-    """A loss of the sampled tokens, given the advantages that came with them.
+    """A loss of sampled tokens with the batch's advantages.
 
     Where a batch has no 'old_log_probs', it is used once, by the policy that sampled it: the ratio is 1, and its
     gradient that of log p.
@@ -59,18 +59,18 @@ def actor_critic(
 ) -> Objective:
     """PPO: the clipped loss of the policy, and the clipped squared error of the values, by tokens.
 
-    Metrics beside those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
+    Metrics besides those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
 
     Args:
       model: a `model.heads.actor_critic.ActorCritic`.
       num_sources: ignored, as there.
       clip: of the ratio.
-      value_clip: how far a value may move from what it was when the tokens were sampled.
+      value_clip: greatest change of a value since its tokens were sampled.
       value_weight: of the error of the values.
       implementation: as there.
 
     Raises:
-      ValueError: a setting that cannot be.
+      ValueError: an invalid setting.
     """
     del num_sources
     check_positive(clip=clip, value_clip=value_clip)
@@ -113,14 +113,14 @@ def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
 def _metrics(batch: Batch, tokens: PolicyTokens) -> Metrics:
     rows = jnp.ones_like(batch["rewards"])
     count_B, weight = tokens.mask.sum(-1), tokens.mask.sum()
-    found = {
+    metrics = {
         "reward": (batch["rewards"].sum(), rows.sum()),
         "reward/ended": (batch["ended"].sum(), rows.sum()),
         "reward/tokens": (count_B.sum(), rows.sum()),
     }
     ratio_BT = jnp.exp(tokens.log_probs - tokens.old_log_probs)
-    found["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
+    metrics["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
     if tokens.reference_log_probs is not None:
         estimate_BT = k3(tokens.log_probs, tokens.reference_log_probs)
-        found["kl"] = ((estimate_BT * tokens.mask).sum(), weight)
-    return jax.tree.map(jax.lax.stop_gradient, found)
+        metrics["kl"] = ((estimate_BT * tokens.mask).sum(), weight)
+    return jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -24,14 +24,14 @@ from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
 from trainers.recipe import Program, Recipe
-from trainers.rewards.base import Completion, Reward, StoredReward
+from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards
 from trainers.train_state import TrainState
 
 _STORED = 64  # newest rollouts in the run's directory; a checkpoint may need one of them
 
 
 class RolloutError(ValueError):
-    """Settings that do not fit each other, rewards that are not numbers, or a stored rollout that cannot be read."""
+    """Settings that do not fit each other, or a stored rollout that cannot be read."""
 
 
 class Prompts(batches.Stream, Protocol):
@@ -88,11 +88,10 @@ class Rollouts:
             assert reference is not None  # see _method
             meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
             reference.check(program.mesh, program.rules, meta)
-        ends = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
         settings = decode.Settings(
             max_new_tokens=method.completion_length,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
-            eos_ids=tuple(id for id in ends if id not in (None, -1)),
+            eos_ids=decode.eos_ids(vocabulary),
             num_ids=vocabulary.vocab_size,
             num_samples=method.samples,
         )
@@ -125,7 +124,8 @@ class Rollouts:
         """The batch of a step; `state` is the train state before the step.
 
         Raises:
-          RolloutError: rewards that are not finite numbers, or a stored rollout that cannot be read.
+          RolloutError: a stored rollout that cannot be read.
+          ValueError: rewards that are not finite numbers.
         """
         number, updates_before = divmod(step, self._method.updates)
         if self._current is None or self._current[0] != number:
@@ -182,12 +182,7 @@ class Rollouts:
             )
             for r, (tokens, ended) in enumerate(zip(completions, ended_R, strict=True))
         ]
-        rewards_R = np.asarray(self._reward(judged), np.float32)
-        if rewards_R.shape != (len(judged),) or not np.isfinite(rewards_R).all():
-            raise RolloutError(
-                f"REWARD returned values of shape {rewards_R.shape} for {len(judged)} completions, or some that are not "
-                "finite: it must return one finite number for each."
-            )
+        rewards_R = finite_rewards(self._reward, judged)
         return rewards_R - np.float32(self._penalty) * ~ended_R
 
     def _score(self, params: Any, columns: Any) -> Arrays:

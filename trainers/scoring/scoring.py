@@ -79,18 +79,18 @@ class Scorer:
                 yield i, logp_T[first : first + len(rows[i].targets)]
 
     def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
-        tokens_BT = np.zeros((self._batch_size, length), np.int32)
-        targets_BT = np.zeros_like(tokens_BT)
-        segments_BT = np.zeros_like(tokens_BT)
-        for b, row in enumerate(rows):
-            text = [*row.context, *row.targets]
-            tokens_BT[b, : len(text) - 1] = text[:-1]
-            targets_BT[b, : len(text) - 1] = text[1:]
-            segments_BT[b, : len(text) - 1] = 1
-        batch = {
-            "decoder_input_tokens": tokens_BT,
-            "decoder_target_tokens": targets_BT,
-            "decoder_segment_ids": segments_BT,
-        }
+        batch = padded(rows, self._batch_size, length)
         placed = jax.device_put(batch, self._sharding)
         return np.asarray(self._log_probs(self._params, placed))
+
+
+def padded(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    """Columns of a batch [batch_size, length] of rows, int32, filled up by zeros; segment 1 is a row's text."""
+    names = ("input_tokens", "target_tokens", "segment_ids")
+    columns = {f"decoder_{name}": np.zeros((batch_size, length), np.int32) for name in names}
+    for b, row in enumerate(rows):
+        text = [*row.context, *row.targets]
+        columns["decoder_input_tokens"][b, : len(text) - 1] = text[:-1]
+        columns["decoder_target_tokens"][b, : len(text) - 1] = text[1:]
+        columns["decoder_segment_ids"][b, : len(text) - 1] = 1
+    return columns

@@ -31,7 +31,7 @@ from trainers.online.policy_gradient import actor_critic
 from trainers.online.policy_gradient import policy_gradient as objective_of
 from trainers.online.rollouts import RolloutError, Rollouts
 from trainers.preference.losses import direct
-from trainers.preference.objectives.online_preference import online_preference
+from trainers.preference.objectives.preference import preference
 from trainers.recipe import Recipe
 from trainers.step import make_train_step
 from trainers.train_state import TrainState
@@ -114,7 +114,7 @@ def trained():
 METHODS = {
     "online_dpo": (
         BestOfTwo(**SIZES),
-        functools.partial(online_preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
+        functools.partial(preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
     ),
     "rloo": (
         Groups(**SIZES, samples=4, advantages=policy_gradient.leave_one_out, kl=0.05),
@@ -385,5 +385,5 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     with pytest.raises(ValueError, match="decay"):
         Valued(**SIZES, decay=2.0)
     monkeypatch.setattr(run.feed, "_reward", lambda completions: [np.nan] * len(completions))
-    with run.mesh, pytest.raises(RolloutError, match="one finite number for each"):
+    with run.mesh, pytest.raises(ValueError, match="REWARD returned .* one finite number for each"):
         run.feed.get(1000, run.state())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from trainers.objectives.base import Batch
 from trainers.preference.losses.pairs import PairLogProbs
 
-_EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
+_EMPTY = -1.0  # log-probability of a slot without a pair, where losses are finite
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
@@ -42,10 +42,10 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
 
 
 def tails_weighted(batch: Batch, weight: float) -> Batch:
-    """The batch with tokens of a completion past the length of the shorter one of its pair weighted, all others at 1.
+    """The batch with loss weight `weight` for the tokens of a completion past the length of the pair's shorter one.
 
-    Log-probabilities of what it returns are those of LD-DPO (arXiv 2409.06411, whose alpha is `weight`): of the shared
-    length in full, of the rest in part.
+    Its log-probabilities are LD-DPO's (arXiv 2409.06411, with alpha = `weight`): in full for the shared length, in part
+    for the rest.
     """
     counted_BT = batch["decoder_loss_weights"]
     segments = 2 * batch["pair_weights"].shape[-1]

@@ -36,7 +36,7 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
       center: weight of the second term; 0.01 is usual, 0 leaves it out.
 
     Raises:
-      ValueError: a negative weight, or batches that do not say where texts end.
+      ValueError: a negative weight, or batches without the ends of texts.
     """
     check_not_negative(center=center)
 
@@ -68,7 +68,7 @@ def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, ja
     """Rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
 
     Raises:
-      ValueError: the batch does not say where texts end.
+      ValueError: the batch has no ends of texts.
     """
     if ENDS not in batch:
         raise ValueError(
