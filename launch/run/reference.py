@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
 from launch.run.load_run import RunConfig
+from trainers import partitioning
 from trainers.checkpoints import agreement
-from trainers.objectives.frozen_model import FrozenCheckpoint
+from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.scoring.scoring import Row, Scorer
 
 _VERSION = 1  # raise it when the same model and tokens begin to give other values
@@ -40,6 +41,12 @@ class Reference:
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
+
+    def check(self) -> None:
+        """Checks the checkpoint before data are opened, as `FrozenModel.check` does; raises ValueError."""
+        frozen = FrozenModel(model=self.model, checkpoint=self.checkpoint)
+        mesh = partitioning.make_mesh(shape=self.mesh)
+        frozen.check(mesh, partitioning.rules_named(self.rules), {})
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
         """The stream with the reference's values, those computed first that nobody has asked for yet.
@@ -139,6 +146,7 @@ def make_stream(
       steps: of the run.
       positions: see data/stream/stream.py.
     """
+    reference.check()
     opened = stream() if positions is None else stream(positions=positions)
     return reference.read(opened, steps=steps)
 

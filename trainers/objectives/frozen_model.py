@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from trainers import initialise
@@ -167,7 +166,7 @@ class FrozenModel:
             f"{name}: the checkpoint has {saved.get(name, 'none')}, the model "
             f"{restore_params.describe(wanted[name]) if name in wanted else 'none'}"
             for name in sorted({*saved, *wanted})
-            if np.shape(wanted.get(name)) != getattr(saved.get(name), "shape", None)
+            if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape
         ]
         if differences:
             raise ValueError(

@@ -256,6 +256,7 @@ def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, me
     assert "REFERENCE: " in result.err
 
 
+@pytest.mark.parametrize("methods", [(), ("reference_live",)])
 @pytest.mark.parametrize(
     ("binding", "said"),
     [
@@ -263,18 +264,21 @@ def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, me
         ("REFERENCE_MODEL=@wide/transformer.Transformer()", "Set REFERENCE_MODEL"),
     ],
 )
-def test_a_live_reference_that_does_not_fit_is_refused_before_data_are_read(
-    train, flags, tmp_path, binding, said
+def test_a_reference_that_does_not_fit_is_refused_before_data_are_read(
+    train, flags, tmp_path, binding, said, methods
 ):
     wide = [
         "wide/transformer.Transformer.config=@wide/config.TransformerConfig()",
         "wide/config.TransformerConfig.mlp_dim=24",
     ]
-    unread = f"PAIRS={str(tmp_path / 'unread.jsonl')!r}"
-    settings = [binding, unread, *(wide if "wide" in binding else ())]
-    result = train(*flags(tmp_path / "run", *settings, methods=["reference_live"]))
+    (tmp_path / "malformed.jsonl").write_text("{")  # an error, were it read
+    pairs = f"PAIRS={str(tmp_path / 'malformed.jsonl')!r}"
+    settings = [binding, pairs, *(wide if "wide" in binding else ())]
+    result = train(*flags(tmp_path / "run", *settings, methods=methods))
     assert result.status == 2 and said in result.err
-    assert "unread" not in result.err and not (tmp_path / "run").exists()
+    assert "malformed.jsonl" not in result.err
+    if methods:  # a live one is checked before the directory is claimed
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
