@@ -107,9 +107,8 @@ class Rollouts:
         everywhere = NamedSharding(program.mesh, PartitionSpec())
         self._score_fn = jax.jit(self._score_rows, out_shardings=everywhere)
         self._reference_params: Any = None
-        self._current: tuple[int, dict[str, jax.Array]] | None = (
-            None  # number of the rollout, batch
-        )
+        # The number of the rollout in use, and its batch.
+        self._current: tuple[int, dict[str, jax.Array]] | None = None
 
     @property
     def units(self) -> int:

@@ -214,8 +214,8 @@ class Falling:
 
     def __init__(self, made, entropies):
         self.made, self.entropies = made, entropies
-        made._of_pairs = lambda params, done: {"llh_chosen": -1.0 - self.step}
-        made._of_outputs = lambda *_: {"entropy": self.entropies[self.step], "mass": 0.9}
+        made._pair_indicators = lambda params, done: {"llh_chosen": -1.0 - self.step}
+        made._output_indicators = lambda *_: {"entropy": self.entropies[self.step], "mass": 0.9}
         made._generator = lambda *_, **__: []
         made._generator.batches = 1
 
