@@ -85,8 +85,8 @@ def train(
         one process that writes, once everything has been checked.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
-      rollouts: for a run that trains on its own samples: makes batches from a stream of prompts; called
-        with (stream=, program=, folder=), see trainers/online/rollouts.py.
+      rollouts: makes the batches of a run that trains on its own samples, from a stream of prompts;
+        called with (stream=, program=, folder=), see trainers.batches.FeedFactory.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 
@@ -111,6 +111,7 @@ def train(
     )
     initial.check()
     program = recipe.program()
+    program.check_extras({})
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
@@ -127,6 +128,7 @@ def train(
             total_tokens=total_tokens,
             of_prompts=rollouts is not None,
         )
+        program.check_extras(data.identity(program))
         program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
         _describe(run, program, data, parent)
 

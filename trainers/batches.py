@@ -4,14 +4,16 @@ The stream is a pure function of (step, row range) and every device asks for its
 contents of a batch do not depend on the mesh or the number of hosts.
 """
 
+import os
 import queue
 import threading
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+
+from trainers.recipe import Program
 
 Index = tuple[slice, ...]
 
@@ -92,8 +94,24 @@ class Feed(Protocol):
         ...
 
 
-# Called with (stream=, program=, folder=), for a run that trains on its own samples.
-FeedFactory = Callable[..., Feed]
+class FeedFactory(Protocol):
+    """Makes the feed of a run that trains on its own samples, such as `trainers.online.rollouts.Rollouts`.
+
+    A run calls it once, after its data are open and before its state exists.
+    """
+
+    def __call__(self, *, stream: TrainStream, program: Program, folder: str | os.PathLike) -> Feed:
+        """Returns the feed, whose batches have the columns of the recipe's `abstract_batch`.
+
+        Args:
+          stream: the run's training stream, of prompts.
+          program: the run's recipe on its mesh.
+          folder: directory below the run's that the feed may write to.
+
+        Raises:
+          ValueError: stream, program and settings that do not fit each other.
+        """
+        ...
 
 
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -16,16 +16,16 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.protocol import Model
+from model.protocol import LanguageModel, Model
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
-from trainers.objectives.base import Batch, LossFn, Objective
+from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
-from trainers.step import Averaged, Metrics, make_eval_step, make_train_step
+from trainers.step import Averaged, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -104,6 +104,17 @@ class Recipe:
             return self.inputs
         assert self.feature_lengths is not None  # see __post_init__
         return PackedTokens(self.feature_lengths["targets"])
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model of a run that continues texts.
+
+        Raises:
+          ValueError: the model does not.
+        """
+        if not isinstance(self.model, LanguageModel):
+            raise ValueError(f"Recipe.model, a {type(self.model).__name__}, is not a language model.")
+        return self.model
 
     @property
     def length(self) -> int:
@@ -229,6 +240,13 @@ class Program:
     def with_span(self, span: schedules.Span) -> "Program":
         """See `Recipe.with_span`; a schedule changes neither shapes nor shardings."""
         return dataclasses.replace(self, recipe=self.recipe.with_span(span))
+
+    def check_extras(self, meta: Mapping[str, Any]) -> None:
+        """Checks what the objective reads from disk, such as a reference; see `StoredExtras.check`."""
+        recipe = self.recipe
+        objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
+        if objective.stored_extras is not None:
+            objective.stored_extras.check(self.mesh, self.rules, meta)
 
     @functools.cached_property
     def init(self) -> Callable[[], TrainState]:

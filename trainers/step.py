@@ -15,12 +15,10 @@ import optax
 
 from trainers import anomaly as anomaly_lib
 from trainers import trainable
-from trainers.objectives.base import Batch, LossFn, LossOut, Objective
+from trainers.objectives.base import Batch, LossFn, LossOut, Metrics, Objective
 from trainers.train_state import TrainState
 
-# name -> (sum, weight); divide after summing over steps or hosts.
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-# (state, batch, extras of the objective) -> (state, metrics); the extras may be left out.
+# (state, batch, extras of the objective) -> (state, metrics); extras are optional.
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 # (optimiser's state, trained parameters) -> the parameters to evaluate and to release
 Averaged = Callable[[Any, Any], Any]
@@ -42,7 +40,7 @@ def make_train_step(
 
     Args:
       loss_fn: the objective, a plain function or an `Objective`. The step takes the latter's extras
-        as the keyword `extras`; left out, they become constants of the compiled step.
+        as the keyword `extras`; without it they become constants of the compiled step.
       optimizer: over the trainable parameters only.
       seed: base of the randomness; step s uses fold_in(key(seed), s).
       mask: tree of bools over params, True where trained; None trains everything.
@@ -54,7 +52,7 @@ def make_train_step(
       anomaly: bad updates are not applied; its statistics live in state.variables.
 
     Returns:
-      The step. Metrics hold those of the objective, summed, and 'grad_norm' before clipping,
+      The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping,
       'param_norm', 'update_norm' and, with `anomaly`, 'anomaly' (1 for a dropped update).
     """
 
@@ -104,7 +102,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, extras: Any = None) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, out, kept = accumulated(
+        grads, out, written = accumulated(
             state.params, batch, rng, _of_the_model(state.variables), extras
         )
         # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
@@ -121,7 +119,7 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = jax.tree.map(
-                # In this form what no longer moves, or never did, is met exactly.
+                # In this form the average of constant parameters equals them exactly.
                 lambda e, p: (e + (1 - ema_decay) * (p.astype(e.dtype) - e)).astype(e.dtype),
                 ema_params,
                 params,
@@ -131,7 +129,7 @@ def make_train_step(
             if mask is not None:
                 average = trainable.join(average, trainable.split(params, mask)[1])
             ema_params = jax.tree.map(lambda e, a: a.astype(e.dtype), ema_params, average)
-        variables = {**state.variables, **kept}
+        variables = {**state.variables, **written}
         metrics: Metrics = dict(out.metrics)
 
         if anomaly is not None:
@@ -167,7 +165,7 @@ def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., M
     Args:
       loss_fn: the objective, which gets no rng.
       microbatches: parts as in training, so that evaluation needs no more memory than that does;
-        of a batch with other rows, as many parts of them as divide both.
+        for a batch of another size, the greatest common divisor of both.
     """
     objective = Objective.of(loss_fn)
 
@@ -175,8 +173,8 @@ def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., M
         params: Any, batch: Batch, variables: Mapping[str, Any] | None = None, extras: Any = None
     ) -> Metrics:
         def metrics(part: Batch) -> Metrics:
-            kept = _of_the_model(variables or {})
-            return objective(params, part, None, variables=kept, extras=extras).metrics
+            collections = _of_the_model(variables or {})
+            return objective(params, part, None, variables=collections, extras=extras).metrics
 
         count = math.gcd(jax.tree.leaves(batch)[0].shape[0], microbatches)
         if count == 1:
@@ -206,7 +204,7 @@ def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) ->
     if unknown:
         raise ValueError(
             f"The objective writes the collections {unknown}, but the state holds "
-            f"{sorted(variables)}: only what the model's init creates is kept."
+            f"{sorted(variables)}: a collection must be created by the model's init."
         )
     return {**variables, **(written or {})}
 

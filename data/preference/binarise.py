@@ -84,10 +84,8 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]
         ("ratings", (list,), "a list of numbers"),
     ):
         if not isinstance(row.get(key), kinds):
-            found = type(row[key]).__name__ if key in row else "nothing"
-            raise DataError(
-                f"{where}: {key!r} holds {found}; it must be {what}. A row is {EXAMPLE}"
-            )
+            kind = type(row[key]).__name__ if key in row else "nothing"
+            raise DataError(f"{where}: {key!r} holds {kind}; it must be {what}. A row is {EXAMPLE}")
     responses, ratings = row["responses"], row["ratings"]
     if len(responses) != len(ratings) or len(responses) < 2:
         raise DataError(

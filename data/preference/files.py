@@ -1,4 +1,4 @@
-"""Files of preference data as a SeqIO source of tokens: what is read, dropped, counted and held out."""
+"""Files of preference data as a SeqIO source of tokens."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from data.text.documents import DataError
 Invalid = Literal["drop", "error"]
 INVALID = get_args(Invalid)
 
-# Features of an example beside `document_id`: ids, and one float32 number each.
+# Features of an example besides `document_id`: ids, and one float32 number each.
 TOKENS = ("prompt", "chosen", "rejected")
 NUMBER = {"paired": "margin", "unpaired": "labels"}
 
@@ -52,12 +52,12 @@ class PreferenceFiles(PromptedFiles):
 
     @property
     def dropped(self) -> Mapping[str, Any]:
-        """Reason -> rows that were dropped for it, and where the first one is."""
+        """Reason -> number of rows dropped for it, and the place of the first."""
         return self._counted["dropped"]
 
     @property
     def noted(self) -> Mapping[str, Any]:
-        """What was met and kept: rows with invisible characters, and where the first one is."""
+        """Reason -> number of rows used all the same, such as those with invisible characters, and the place of the first."""
         return self._counted["noted"]
 
     def num_input_examples(self, split: str) -> int:
@@ -65,9 +65,9 @@ class PreferenceFiles(PromptedFiles):
 
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         """The examples of one file that are in a split, as features."""
-        found = self._examples(path, split)
+        examples = self._examples(path, split)
         if self.kind == "paired":
-            for example in found:
+            for example in examples:
                 yield self._encoded(example, example.completions[1], example.record.margin)
             return
         paths = self.files[split]
@@ -76,7 +76,7 @@ class PreferenceFiles(PromptedFiles):
         def others() -> Iterator[_Example]:
             return itertools.chain.from_iterable(self._examples(path, split) for path in after)
 
-        for example, other in _mismatched(found, others):
+        for example, other in _mismatched(examples, others):
             yield self._encoded(example, other.completions[0], float(example.record.label or 0))
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
@@ -106,9 +106,9 @@ class PreferenceFiles(PromptedFiles):
         dropped: Tally | None = None,
         noted: Tally | None = None,
     ) -> Iterator[_Example]:
-        """Examples of a file, of one split or of all; counts what is dropped and noted where asked to.
+        """Examples of a file, of one split or of all; adds to the tallies of dropped and noted rows.
 
-        Only those of the split are tokenised, which takes most of the time.
+        Only rows of the split are tokenised, which takes most of the time.
         """
         name = os.path.relpath(path, self.root)
         for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
@@ -147,7 +147,7 @@ class PreferenceFiles(PromptedFiles):
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, Any]]:
-        """Examples of each split, and what was dropped and noted; remembered under the digest.
+        """Numbers of examples of each split, and of dropped and noted rows; stored under the digest.
 
         Raises:
           DataError: for a malformed file, or a split without an example.
@@ -155,7 +155,7 @@ class PreferenceFiles(PromptedFiles):
         remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
         if remembered.is_file():
             counted = json.loads(remembered.read_text(encoding="utf-8"))
-            if self.invalid == "drop" or not counted["dropped"]:  # else it is read to its error
+            if self.invalid == "drop" or not counted["dropped"]:  # else read on, to raise the error
                 return counted
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
@@ -194,11 +194,11 @@ class PreferenceFiles(PromptedFiles):
 
 
 def _mismatched(
-    found: Iterable[_Example], others: Callable[[], Iterator[_Example]]
+    examples: Iterable[_Example], others: Callable[[], Iterator[_Example]]
 ) -> Iterator[tuple[_Example, _Example]]:
-    """Each example with the next one that has another prompt; `others` come after the last."""
+    """Each example with the next one that has another prompt; `others` follow the last example."""
     waiting: list[_Example] = []
-    for example in found:
+    for example in examples:
         if waiting and example.prompt != waiting[0].prompt:
             yield from ((one, example) for one in waiting)
             waiting = []

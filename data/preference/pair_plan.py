@@ -1,4 +1,4 @@
-"""Row plans of preference pairs: which pairs make up each row, and how much of each is kept.
+"""Row plans of preference pairs: the pairs of each row, and how far each is truncated.
 
 Shape suffixes: N records, P pairs in row order, R rows.
 """
@@ -45,19 +45,19 @@ class PairPlan(Plan):
         return int(np.diff(self.row_starts).max())
 
     def tokens(self, feature: str = "targets") -> int:
-        """Those of a feature; by default those with a weight in the loss: of both completions."""
+        """Tokens of a feature; by default those with a weight in the loss, of both completions."""
         if feature != "targets":
             return super().tokens(feature)
         return self.tokens("chosen") + self.tokens("rejected")
 
     def positions(self) -> int:
-        """How many places of rows are filled."""
+        """The number of filled places of rows."""
         pairs = len(self.records)
         return 2 * (self.tokens("prompt") + self._more * pairs) + self.tokens()
 
     @property
     def _more(self) -> int:
-        """Places that a segment has beyond its tokens."""
+        """Places of a segment besides its tokens."""
         return self.read_last - self.read_only
 
 

@@ -1,4 +1,4 @@
-"""From rows of pairs to arrays: two segments for each pair, and what losses need of pairs.
+"""From rows of pairs to arrays: two segments for each pair, and columns of pairs for losses.
 
 Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all rows, S = 2P segments.
 """
@@ -84,7 +84,7 @@ class PairSource(rows.Source):
 def digest(
     prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, start_token: int | None
 ) -> str:
-    """What log-probabilities of a pair are stored under: a hash of all that a model reads of it."""
+    """The key of a pair in a reference store: a hash of all that a model reads of it."""
     parts = (prompt, chosen, rejected)
     head = f"{start_token} {' '.join(str(len(part)) for part in parts)}:".encode()
     ids = np.concatenate(parts).astype("<u4").tobytes()
@@ -100,7 +100,7 @@ def read_rows(
     start_token: int | None,
     margins: bool,
 ) -> dict[str, np.ndarray]:
-    """The batch of given rows of given sources, but for what its other rows decide.
+    """The columns of given rows of given sources that do not depend on other rows of the batch.
 
     Segment 2k + 1 of a row is prompt and chosen completion of its pair k, segment 2k + 2 the same prompt with
     the rejected one; 0 is padding, and positions restart with each segment. Weights are 1 at the tokens of
@@ -111,7 +111,7 @@ def read_rows(
     Args:
         slots: K, of the columns `pair_weights` (1 where there is a pair), `pair_labels` (unpaired data) and
             `pair_margins`, float32 [B, K].
-        start_token: what is read before each prompt; None for nothing.
+        start_token: read before each prompt; None for none.
         margins: whether there is to be a column of them.
     """
     shape = (len(row_B), sources[0].plan.row_lengths["targets"])
@@ -145,11 +145,11 @@ def read_rows(
         id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
         of_segments = [id_S, place_S, place_S + prompt_S, place_S + told_S]
         spread = rows.spread(of_segments, size_S, first_B, shape[1])
-        ids, origins, completions, told = spread
+        ids, origins, completions, targets_end = spread
         segment_ids[here_B] = ids
         positions[here_B] = (place_L - origins) * (ids > 0)
-        weights[here_B] = (place_L >= completions) & (place_L < told)
-        ends[here_B] = (place_L == told) & (ids > 0)
+        weights[here_B] = (place_L >= completions) & (place_L < targets_end)
+        ends[here_B] = (place_L == targets_end) & (ids > 0)
         if start_token is None:
             once_S = np.ones_like(begin_S)
             columns["prompt"].gather(begin_S, once_S, inputs.reshape(-1), at_S)

@@ -1,4 +1,4 @@
-"""What files of JSON lines with a prompt in each row have in common as SeqIO sources of tokens.
+"""Files of JSON lines with a prompt in each row, as SeqIO sources of tokens: the base of pairs and prompts.
 
 They satisfy `seqio.DataSourceInterface` without deriving from it, so that this module imports no TensorFlow, and
 declare a `digest` of everything that decides their examples.
@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
+from data import tasks
 from data.cache import fingerprint
 from data.preference import tokens
 from data.preference.records import Record
-from data.text import splits
+from data.text import document_files, document_source, splits
 
 _SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
 
@@ -29,7 +30,7 @@ class PromptedFiles(abc.ABC):
     Attributes:
       name: of the task.
       files: split -> its files, in order. Where a fraction is held out, both splits name the same.
-      tokeniser: what makes ids of records.
+      tokeniser: makes ids of records.
       validation_fraction: share held out, by the hash of the prompt.
       root: directory that ids of rows are relative to.
       cache: directory where checksums and counts are remembered.
@@ -45,6 +46,60 @@ class PromptedFiles(abc.ABC):
     caching_permitted = True
     supports_arbitrary_sharding = False
     performs_internal_shuffling = False
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        name: str,
+        files: str | Sequence[str],
+        vocabulary: Any,
+        validation_files: str | Sequence[str] | None,
+        validation_fraction: float,
+        chat_template: str | None,
+        add_bos: bool,
+        add_eos: bool,
+        data_root: str | None,
+        cache_dir: str | os.PathLike | None,
+        **fields: Any,
+    ) -> Self:
+        """The source of a task; arguments and errors as of `data.preference.tasks.register_pairs`.
+
+        `fields` are those of the class besides the ones above.
+        """
+        tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
+        by_split, validation_fraction = document_files.split_files(
+            name=name,
+            files=files,
+            validation_files=validation_files,
+            validation_fraction=validation_fraction,
+            data_root=data_root,
+        )
+        return cls(
+            name=name,
+            files=by_split,
+            tokeniser=tokens.Tokeniser(
+                vocabulary=vocabulary,
+                template=tokens.find_template(chat_template, vocabulary),
+                add_bos=add_bos,
+                add_eos=add_eos,
+            ),
+            validation_fraction=validation_fraction,
+            root=document_files.common_root(by_split),
+            cache=document_source.source_cache(cache_dir),
+            **fields,
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts for the record of a run."""
+        template = self.tokeniser.template
+        return {
+            "vocabulary": str(self.tokeniser.vocabulary),
+            "chat_template": template and template.origin,
+            "add_bos": self.tokeniser.add_bos,
+            "add_eos": self.tokeniser.add_eos,
+        }
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -76,8 +131,7 @@ class PromptedFiles(abc.ABC):
         """The examples of a split as a `tf.data.Dataset`; problems with files are raised here."""
         import tensorflow as tf
 
-        # Reads every file once, unless that was done before. An error raised later, inside of
-        # TensorFlow, would reach people as a C++ stack trace.
+        # Reads every file once, unless that was done before: inside TensorFlow an error would be a C++ stack trace.
         self.num_input_examples(split)
         paths = self.list_shards(split)
         if shard_info is not None:
@@ -96,7 +150,7 @@ class PromptedFiles(abc.ABC):
 
     @abc.abstractmethod
     def num_input_examples(self, split: str) -> int:
-        """Examples of a split, for which all files are read once; raises DataError for what is wrong with them."""
+        """The number of examples of a split; reads all files once, and raises DataError for a bad one."""
 
     @abc.abstractmethod
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
@@ -108,7 +162,7 @@ class PromptedFiles(abc.ABC):
 
     @abc.abstractmethod
     def _decides(self) -> dict[str, Any]:
-        """What of this kind of files decides the examples, by names of its own."""
+        """Everything else that decides the examples of this kind of files, for the digest."""
 
     def _split_of(self, record: Record, path: str) -> str:
         if self.validation_fraction:

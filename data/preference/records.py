@@ -5,8 +5,8 @@
     {"prompt": ..., "completion": ..., "label": true}        one completion, desirable or not
 
 Each of prompt and completions is a text, or a list of messages {"role", "content"}; then "tools" and
-"chat_template_kwargs" go to the chat template. A pair may have a "margin", a number by which the chosen
-completion is better. Other keys are passed over.
+"chat_template_kwargs" go to the chat template. A pair may have a "margin", the number by which the chosen
+completion is better. Other keys are ignored.
 """
 
 import dataclasses
@@ -16,8 +16,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from data.preference import characters
-from data.preference.texts import Text, as_seen, check_unicode, is_empty, strings, text_of
+from data.preference.texts import (
+    INVISIBLE,
+    Text,
+    as_seen,
+    check_unicode,
+    is_empty,
+    shared_words,
+    strings,
+    text_of,
+)
 from data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
@@ -31,7 +39,7 @@ _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
 class DegenerateError(ValueError):
-    """A row that is well formed and teaches nothing; `reason` is what it is counted under."""
+    """A well-formed row that teaches nothing; it is counted under `reason`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -44,12 +52,12 @@ class Record:
 
     Attributes:
       where: file and line, for errors.
-      id: what the record is called in caches and reports.
+      id: name of the record in caches and reports.
       prompt: text, or messages.
       completions: chosen and rejected, or the one completion; of the type of the prompt.
       label: of one completion, whether it is desirable; None for a pair.
       margin: of a pair; 0 where the row has none.
-      template: variables of the chat template beside the messages.
+      template: variables of the chat template besides the messages.
     """
 
     where: str
@@ -73,12 +81,12 @@ class Record:
 
     @property
     def has_invisible(self) -> bool:
-        """Whether a text of it holds characters without a glyph."""
+        """Whether a text of the record has characters without a glyph."""
         texts = itertools.chain(strings(self.prompt), *map(strings, self.completions))
-        return any(not characters.INVISIBLE.isdisjoint(text) for text in texts)
+        return any(not INVISIBLE.isdisjoint(text) for text in texts)
 
     def unpaired(self) -> tuple["Record", ...]:
-        """A pair as two labelled completions; itself where it is one already."""
+        """The two labelled completions of a pair; the record itself if it has a label."""
         if self.label is not None:
             return (self,)
         return tuple(
@@ -166,8 +174,8 @@ def _margin(value: Any, where: str) -> float:
 
 
 def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a chat template is given beside the messages."""
-    tools, found = row.get("tools"), row.get("chat_template_kwargs")
+    """Variables of the chat template besides the messages."""
+    tools, variables = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # columns of sets that have one type hold them as JSON
         try:
             tools = json.loads(tools)
@@ -175,18 +183,18 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise DataError(f"{where}: 'tools' is a text that is not JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where}: 'tools' holds a {type(tools).__name__}; give a list of schemas")
-    if found is not None and not isinstance(found, dict):
+    if variables is not None and not isinstance(variables, dict):
         raise DataError(
-            f"{where}: 'chat_template_kwargs' holds a {type(found).__name__}; give an object"
+            f"{where}: 'chat_template_kwargs' holds a {type(variables).__name__}; give an object"
         )
-    if taken := sorted(set(found or {}) & set(_NOT_FOR_KWARGS)):
+    if taken := sorted(set(variables or {}) & set(_NOT_FOR_KWARGS)):
         raise DataError(
             f"{where}: 'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which the row itself "
             "decides; leave it out"
         )
     # A column without a value in this row is null.
-    given = {key: value for key, value in (found or {}).items() if value is not None}
-    return {**given, **({"tools": tools} if tools else {})}
+    present = {key: value for key, value in (variables or {}).items() if value is not None}
+    return {**present, **({"tools": tools} if tools else {})}
 
 
 def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
@@ -196,7 +204,7 @@ def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        size = characters.shared_words(chosen, rejected)
+        size = shared_words(chosen, rejected)
     else:
         both = zip(chosen, rejected, strict=False)
         size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))

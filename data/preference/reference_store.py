@@ -1,11 +1,11 @@
-"""Reference log-probabilities of preference pairs, computed once for all runs that ask for the same.
+"""Reference log-probabilities of preference pairs, computed once and shared between runs.
 
-  <store>/<model>/about.json        what the values are of
+  <store>/<model>/about.json        the reference model
   <store>/<model>/<sha256>.npz       parts: digests of pairs [N, 16] uint8, values [N, 2] float32
 
-A model is known by a digest of its parameters and configuration, a pair by one of its tokens as they are read (after
-tokenizer, template and truncation): what differs in any of these is simply not there. Parts are named by a hash of
-their bytes and never change, so that runs may add to a store at the same time.
+A model's key is a digest of its parameters and configuration, a pair's key a digest of its tokens as they are read (after
+tokenizer, template and truncation), so a stored value is never of another model or text. Parts are named by a hash of
+their bytes and never change, so runs may add to a store at the same time.
 
 Shapes: N pairs, B rows, K pairs of a row, D bytes of a digest.
 """
@@ -30,15 +30,15 @@ _DIGEST = 16  # bytes, as data/preference/pair_rows.py makes them
 
 
 class ReferenceStoreError(ValueError):
-    """A store that is damaged, or of another reference than is asked for."""
+    """A store that is damaged, or belongs to another reference model."""
 
 
 class ReferenceStore:
-    """What is known of one reference model.
+    """Stored log-probabilities of one reference model.
 
     Args:
       model: digest of its parameters and configuration.
-      about: what to tell people of it.
+      about: facts for people who read about.json.
       root: the store; `data.cache.cache_dir` with FOLDER if None.
 
     Raises:
@@ -54,9 +54,7 @@ class ReferenceStore:
         self._model, self._about = model, dict(about)
         self._values: dict[bytes, tuple[float, float]] = {}
         parts = sorted(self.directory.glob("*.npz"))
-        if (
-            parts
-        ):  # before the first a store is as good as absent, whatever another process has begun
+        if parts:  # without a part, another process may still be creating the store
             self._check()
         for part in parts:
             self._read(part)
@@ -65,9 +63,9 @@ class ReferenceStore:
     def shared(
         cls, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
     ) -> "ReferenceStore":
-        """The store that a stream of this process has open already, or one that is read now; arguments as above.
+        """The store that a stream of this process has open already, or a new one; arguments as above.
 
-        A run has a stream for training and one for each task that is held out, and all ask the same store.
+        The training stream and the held-out streams of a run share one store.
         """
         key = (str(directories.cache_dir(FOLDER) if root is None else os.path.abspath(root)), model)
         store = _OPEN.get(key)
@@ -79,30 +77,30 @@ class ReferenceStore:
         return len(self._values)
 
     def missing(self, digests: Iterable[str]) -> list[str]:
-        """Those of the digests (hexadecimal) that nothing is known of."""
+        """The digests (hexadecimal) without a stored value."""
         return [digest for digest in digests if bytes.fromhex(digest) not in self._values]
 
     def get(self, digests: Sequence[str]) -> np.ndarray:
         """Log-probabilities of chosen and rejected completions, float32 [N, 2]; 0 for the digest ''.
 
         Raises:
-          ReferenceStoreError: a pair is not there.
+          ReferenceStoreError: a pair has no stored value.
         """
-        found = np.zeros((len(digests), 2), np.float32)
+        values_N2 = np.zeros((len(digests), 2), np.float32)
         for n, digest in enumerate(digests):
             if digest:
                 try:
-                    found[n] = self._values[bytes.fromhex(digest)]
+                    values_N2[n] = self._values[bytes.fromhex(digest)]
                 except KeyError:
                     raise ReferenceStoreError(
-                        f"{self.directory} holds nothing of the pair {digest[:16]}: its tokens have changed since "
+                        f"{self.directory} has no value of the pair {digest[:16]}: its tokens have changed since "
                         "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again, "
                         "which computes what is missing."
                     ) from None
-        return found
+        return values_N2
 
     def add(self, digests: Sequence[str], values_N2: np.ndarray) -> None:
-        """Keeps values of pairs, on disk too.
+        """Adds values of pairs, in memory and on disk.
 
         All processes of a run write: their disks may be their own, and on a shared one the files are the same.
         """
@@ -125,15 +123,15 @@ class ReferenceStore:
     def _check(self) -> None:
         path = self.directory / ABOUT
         try:
-            found = json.loads(path.read_text())["model"]
+            model = json.loads(path.read_text())["model"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ReferenceStoreError(
                 f"{path} cannot be read: the store is damaged. Delete {self.directory}, and its values are "
                 "computed again."
             ) from None
-        if found != self._model:
+        if model != self._model:
             raise ReferenceStoreError(
-                f"{self.directory} is of another reference model ({found[:16]}, not {self._model[:16]}): it is "
+                f"{self.directory} is of another reference model ({model[:16]}, not {self._model[:16]}): it is "
                 "stale. Give another REFERENCE_STORE, or delete it."
             )
 
@@ -159,7 +157,7 @@ class ReferenceStore:
             self._values[raw.tobytes()] = tuple(values)
 
 
-# By root and model, each for as long as somebody uses it.
+# Open stores by root and model, while they are in use.
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
@@ -171,7 +169,7 @@ class ReferencedStream:
         self._model = model
 
     def summary(self) -> dict[str, Any]:
-        """That of the stream, and which parameters it is compared with."""
+        """The stream's summary, with the digest of the reference's parameters."""
         return {**self._stream.summary(), "reference": self._model}
 
     def __getattr__(self, name: str) -> Any:
@@ -179,7 +177,7 @@ class ReferencedStream:
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Rows [lo, hi) of the batch of `step`."""
-        found = self._stream.batch(step, lo, hi)
+        batch = self._stream.batch(step, lo, hi)
         digests_BK = self._stream.row_ids(step, lo, hi)
         values = self._store.get([digest for row in digests_BK for digest in row])
-        return {**found, "reference_log_probs": values.reshape(hi - lo, -1)}
+        return {**batch, "reference_log_probs": values.reshape(hi - lo, -1)}

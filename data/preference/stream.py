@@ -1,6 +1,6 @@
 """The training and evaluation streams of preference pairs: batches as a pure function of (seed, step).
 
-All is as in data/stream/stream.py, but that a row holds pairs: see `pair_rows.read_rows` for the columns.
+As data/stream/stream.py, with pairs in rows: see `pair_rows.read_rows` for the columns.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from data.stream.train_stream import Phases, Positions, Stream
 class DistinctPairs:
     """The pairs of some sources, each once: (digest, prompt, chosen, rejected), ids as int32 arrays.
 
-    Digests are kept in memory, tokens are read when they are asked for.
+    Digests are in memory; tokens are read from disk on demand.
     """
 
     sources: Sequence[PairSource]
@@ -32,12 +32,12 @@ class DistinctPairs:
     @functools.cached_property
     def _places(self) -> dict[str, tuple[PairSource, int]]:
         """Where each pair is, by its digest; reads all tokens once."""
-        found: dict[str, tuple[PairSource, int]] = {}
+        places: dict[str, tuple[PairSource, int]] = {}
         for source in self.sources:
             for pair in range(len(source.plan.records)):
                 name = pair_rows.digest(*source.ids(pair), self.start_token)
-                found.setdefault(name, (source, pair))
-        return found
+                places.setdefault(name, (source, pair))
+        return places
 
     def __len__(self) -> int:
         return len(self._places)
@@ -58,7 +58,7 @@ class DistinctPairs:
 
 
 class _PairRows(RowStream):
-    """What both streams of pairs share."""
+    """Base of the training and evaluation streams of pairs."""
 
     _sources: tuple[PairSource, ...]
 
@@ -101,15 +101,15 @@ class _PairRows(RowStream):
     def row_ids(self, step: int, lo: int, hi: int) -> list[list[str]]:
         """Digests of the pairs in rows [lo, hi) of the batch of `step`, K for each row; '' for no pair."""
         source_B, _, row_B = self._locate(step, lo, hi)
-        found = []
+        digests = []
         for index, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
             source = self._sources[index]
             names = [
                 pair_rows.digest(*source.ids(pair), self._start_token)
                 for pair in source.pairs_of(row)
             ]
-            found.append(names + [""] * (self.slots - len(names)))
-        return found
+            digests.append(names + [""] * (self.slots - len(names)))
+        return digests
 
     @functools.cached_property
     def _pairs(self) -> DistinctPairs:

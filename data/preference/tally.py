@@ -1,4 +1,4 @@
-"""How often something was met while reading, and where first."""
+"""Counts of events while reading, with the place of the first."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ class Tally:
 
 
 def listed(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a tally found, in words."""
+    """Counts as text."""
     return ", ".join(
         f"{count['rows']:,} {reason} (first: {count['first']})" for reason, count in found.items()
     )

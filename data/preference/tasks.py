@@ -7,8 +7,7 @@ from typing import Any
 
 from data import tasks
 from data.preference import files as preference_files
-from data.preference import records, tokens
-from data.text import document_files, document_source
+from data.preference import records
 from data.text.documents import DataError
 
 
@@ -34,9 +33,9 @@ def register_pairs(
     desirable, and `rejected` is the completion of the next example, in the order of the files, that has
     another prompt: KTO estimates from those how far the policy has moved (arXiv 2402.01306).
 
-    Rows that are malformed are an error. Pairs that say nothing are dropped and counted by reason (or an
-    error): completions that are the same, but for invisible characters of no effect too, or as tokens; empty
-    completions; and where there is no prompt, completions that do not begin alike.
+    Malformed rows are an error. Degenerate pairs are dropped and counted by reason (or an error): completions
+    that are equal as texts, without invisible characters or as tokens; empty completions; and, in a row without
+    a prompt, completions that do not begin alike.
 
     Args:
       name: of the task.
@@ -50,7 +49,7 @@ def register_pairs(
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
       add_eos: end completions that are texts with EOS.
-      invalid: 'drop' pairs that say nothing, or make the first an 'error'.
+      invalid: 'drop' degenerate pairs, or make the first one an 'error'.
       data_root: directory that relative patterns start at; None for the working directory.
       cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
 
@@ -58,7 +57,7 @@ def register_pairs(
       FileNotFoundError: a pattern matches no file.
       DataError: a matching file is of another kind.
       ChatTemplateError: there is no such chat template.
-      ValueError: an argument is none of those it may be.
+      ValueError: an unknown kind or value of `invalid`, or BOS or EOS of a vocabulary without it.
     """
     for argument, value, known in (
         ("kind", kind, records.KINDS),
@@ -68,35 +67,26 @@ def register_pairs(
             raise ValueError(
                 f"{name}: {argument} is {value!r}; it must be one of {', '.join(map(repr, known))}"
             )
-    tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
-    found, validation_fraction = document_files.split_files(
+    source = preference_files.PreferenceFiles.open(
         name=name,
         files=files,
+        vocabulary=vocabulary,
         validation_files=validation_files,
         validation_fraction=validation_fraction,
+        chat_template=chat_template,
+        add_bos=add_bos,
+        add_eos=add_eos,
         data_root=data_root,
+        cache_dir=cache_dir,
+        kind=kind,
+        invalid=invalid,
     )
-    for path in sorted({path for paths in found.values() for path in paths}):
+    for path in sorted({path for paths in source.files.values() for path in paths}):
         if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
             raise DataError(
                 f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
                 ".zst); write the file's rows as such, one object a line"
             )
-    source = preference_files.PreferenceFiles(
-        name=name,
-        files=found,
-        kind=kind,
-        tokeniser=tokens.Tokeniser(
-            vocabulary=vocabulary,
-            template=tokens.find_template(chat_template, vocabulary),
-            add_bos=add_bos,
-            add_eos=add_eos,
-        ),
-        validation_fraction=validation_fraction,
-        invalid=invalid,
-        root=document_files.common_root(found),
-        cache=document_source.source_cache(cache_dir),
-    )
     tasks.register_features(
         name,
         source,
@@ -105,11 +95,5 @@ def register_pairs(
             **dict.fromkeys(preference_files.TOKENS, vocabulary),
             preference_files.NUMBER[kind]: None,
         },
-        facts={
-            "kind": kind,
-            "vocabulary": str(vocabulary),
-            "chat_template": source.tokeniser.template and source.tokeniser.template.origin,
-            "add_bos": add_bos,
-            "add_eos": add_eos,
-        },
+        facts={"kind": kind, **source.facts},
     )

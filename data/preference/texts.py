@@ -1,13 +1,34 @@
-"""Texts and messages of preference data: what they hold, what is seen of them, and whether they say anything."""
+"""Texts and messages of preference data: their strings, invisible characters, and where words end."""
 
+import itertools
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.preference import characters
 from data.text.documents import DataError
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
+
+# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags. They can hide
+# text that models read and people do not see.
+_INVISIBLE_RANGES = (
+    *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
+    *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
+)
+INVISIBLE = frozenset(
+    chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
+)
+_WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
+# Invisible characters that do not change how others look: line breaks (soft hyphen, zero-width space, word joiner, byte
+# order mark) and invisible operators. Joiners choose letter forms and emoji, marks of direction the order of letters,
+# and tags flags: texts that differ in those look different.
+_WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
+# First words of the Unicode names of characters in scripts without spaces between words.
+_UNSPACED = {
+    *("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+}
 
 
 def text_of(value: Any, key: str, where: str) -> Text:
@@ -29,9 +50,9 @@ def text_of(value: Any, key: str, where: str) -> Text:
 
 
 def as_seen(value: Any) -> Any:
-    """The value with its texts as they are seen, without invisible characters of no effect."""
+    """The value with invisible characters of no effect removed from its texts: equal for texts that look equal."""
     if isinstance(value, str):
-        return characters.as_seen(value)
+        return value.translate(_WITHOUT_EFFECT)
     if isinstance(value, Mapping):
         return {key: as_seen(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -40,13 +61,15 @@ def as_seen(value: Any) -> Any:
 
 
 def is_empty(completion: Text) -> bool:
-    """Whether nothing is said: white space, invisible characters, messages with a role and empty parts alone."""
-    said = [completion] if isinstance(completion, str) else strings(list(map(_content, completion)))
-    return all(map(characters.is_blank, said))
+    """Whether a completion holds only white space, invisible characters, and messages with empty parts."""
+    texts = (
+        [completion] if isinstance(completion, str) else strings(list(map(_content, completion)))
+    )
+    return all(map(is_blank, texts))
 
 
 def _content(message: Message) -> list[Any]:
-    """What a message holds beside its role; of a part {"type": "text", "text": ...} the text alone."""
+    """The values of a message besides its role; for a part {"type": "text", "text": ...} only the text."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Mapping) and value.get("type") == "text":
@@ -78,3 +101,33 @@ def check_unicode(value: Any, key: str, where: str) -> None:
                 f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
                 "surrogate pair). Repair or drop the line"
             ) from None
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text is only white space and invisible characters, whatever their effect on others."""
+    return not text.translate(_WITHOUT_INVISIBLE).strip()
+
+
+def shared_words(one: str, other: str) -> int:
+    """The length in characters of the words that both texts begin with.
+
+    Both texts are longer, and the space after the last shared word belongs to the rest, as for tokenizers.
+    """
+    both = zip(one, other, strict=False)
+    size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
+    size = min(size, *(len(text.rstrip()) - 1 for text in (one, other)))
+    while size > 0 and any(_divides_word(one[size - 1], text[size]) for text in (one, other)):
+        size -= 1
+    if size > 0 and one[size - 1] == " ":
+        size -= 1
+    return max(size, 0)
+
+
+def _divides_word(before: str, after: str) -> bool:
+    """Whether no word can end between two characters of a text."""
+    if before.isspace() or after.isspace():
+        return False
+    if unicodedata.category(after).startswith("M"):  # a mark, which belongs to the letter before it
+        return True
+    names = (unicodedata.name(one, "").replace("-", " ") for one in (before, after))
+    return _UNSPACED.isdisjoint(name.partition(" ")[0] for name in names)

@@ -1,4 +1,4 @@
-"""Files of prompts as a SeqIO source of tokens, each with what its row says for those who judge completions.
+"""Files of prompts as a SeqIO source of tokens; each example has its row, for rewards.
 
 {"prompt": "3 + 4 = ", "answer": "7"}
 {"prompt": [{"role": "user", "content": "3 + 4?"}], "answer": "7"}
@@ -46,10 +46,10 @@ class PromptFiles(PromptedFiles):
             if self._split_of(record, path) != split:
                 continue
             prompt, _ = self.tokeniser(record)
-            said = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            row_json = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
             yield {
                 "prompt": np.array(prompt, np.int32),
-                INFO: np.frombuffer(said, np.uint8).astype(np.int32),
+                INFO: np.frombuffer(row_json, np.uint8).astype(np.int32),
                 "document_id": record.id,
             }
 

@@ -1,12 +1,13 @@
 """The stream of prompts that a policy continues in training: prompts as a pure function of (seed, step).
 
-All is as in data/stream/stream.py, but that a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
+As data/stream/stream.py, but a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
 """
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from data.stream.train_stream import Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class PromptPlan(plan.Plan):
-    """One prompt a row; tokens, which budgets and shares count, are those of prompts.
+    """One prompt in each row; budgets and shares count the tokens of prompts.
 
     Attributes:
         first: what `counts` counts -> id of the first record it happened to.
@@ -38,15 +39,15 @@ class PromptSource(rows.Source):
 
     @property
     def bytes_per_token(self) -> float:
-        """0: what is trained on is not there yet."""
+        """0: the completions do not exist yet."""
         return 0.0
 
     def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Ids of a row's prompt, int32, and what its row in the file says."""
+        """Ids of a row's prompt, int32, and its row in the file."""
         record = int(self.plan.records[row])
         ids = self.cache.columns["prompt"].values(record).astype(np.int32)
-        said = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
-        return ids, json.loads(said.decode("utf-8", "surrogatepass"))
+        row_json = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
+        return ids, json.loads(row_json.decode("utf-8", "surrogatepass"))
 
     def summary(self) -> dict:
         """Sizes, how many prompts were dropped as too long, and the first of these."""
@@ -84,8 +85,7 @@ class PromptStream(Stream):
         return super().check_repeats(-(-steps // self.updates))
 
     def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
-        found = super().steps_for_tokens(tokens, first_step // self.updates)
-        return found * self.updates
+        return super().steps_for_tokens(tokens, first_step // self.updates) * self.updates
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Rows [lo, hi) of `step`: `prompt_tokens` int32 [B, T] with the start token, padded on the right,
@@ -105,7 +105,7 @@ class PromptStream(Stream):
         }
 
     def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
-        """What the files say in the rows of the same prompts."""
+        """The rows of the same prompts in their files."""
         source_B, _, row_B = self._locate(step, lo, hi)
         return [info for _, info in self._prompts(source_B, row_B)]
 
@@ -159,7 +159,7 @@ def make_stream(
     """
     mixture = stream.open_mixture(
         mixture_or_task_name,
-        _planned(max_prompt_length, start_token),
+        functools.partial(_open_source, max_length=max_prompt_length, start_token=start_token),
         split=split,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
@@ -178,6 +178,13 @@ def make_stream(
         on_cap=on_cap,
         positions=positions,
     )
+
+
+def _open_source(
+    name: str, opened: store.Cache, *, max_length: int, start_token: int | None
+) -> PromptSource:
+    planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
+    return PromptSource(name, opened, planned)
 
 
 def plan_prompts(
@@ -220,13 +227,3 @@ def plan_prompts(
         counts={"records": len(fits), "prompt_too_long": int(long.sum())},
         first={"prompt_too_long": opened.name_of(int(long.argmax()))} if long.any() else {},
     )
-
-
-def _planned(
-    max_length: int, start_token: int | None
-) -> Callable[[str, store.Cache], PromptSource]:
-    def plan_source(name: str, opened: store.Cache) -> PromptSource:
-        planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
-        return PromptSource(name, opened, planned)
-
-    return plan_source

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import tasks
-from data.preference import tokens
 from data.prompts.files import INFO, PromptFiles
-from data.text import document_files, document_source
 
 
 def register_prompts(
@@ -24,8 +22,7 @@ def register_prompts(
 ) -> None:
     """Registers a task over files of JSON lines with a "prompt", a text or messages; see `data.prompts.files`.
 
-    Files of preference pairs are such files too: a pair's prompt is the prompt, and its completions are known to
-    those who judge. Features are the ids of `prompt`, and `info`, the row as bytes.
+    Files of preference pairs will do: a pair's prompt is the prompt, and rewards can read its completions. Features are the ids of `prompt`, and `info`, the row as bytes.
 
     Args:
       name: of the task.
@@ -42,41 +39,26 @@ def register_prompts(
     Raises:
       FileNotFoundError: a pattern matches no file.
       ChatTemplateError: there is no such chat template.
-      ValueError: BOS is asked of a vocabulary without it.
+      ValueError: `add_bos` with a vocabulary without BOS.
     """
     import seqio
 
-    tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=False)
-    found, validation_fraction = document_files.split_files(
+    source = PromptFiles.open(
         name=name,
         files=files,
+        vocabulary=vocabulary,
         validation_files=validation_files,
         validation_fraction=validation_fraction,
+        chat_template=chat_template,
+        add_bos=add_bos,
+        add_eos=False,
         data_root=data_root,
+        cache_dir=cache_dir,
     )
-    source = PromptFiles(
-        name=name,
-        files=found,
-        tokeniser=tokens.Tokeniser(
-            vocabulary=vocabulary,
-            template=tokens.find_template(chat_template, vocabulary),
-            add_bos=add_bos,
-            add_eos=False,
-        ),
-        validation_fraction=validation_fraction,
-        root=document_files.common_root(found),
-        cache=document_source.source_cache(cache_dir),
-    )
-    template = source.tokeniser.template
     tasks.register_features(
         name,
         source,
         origin="register_prompts",
         features={"prompt": vocabulary, INFO: seqio.PassThroughVocabulary(256)},
-        facts={
-            "vocabulary": str(vocabulary),
-            "chat_template": template and template.origin,
-            "add_bos": add_bos,
-            "add_eos": False,
-        },
+        facts=source.facts,
     )

@@ -70,11 +70,10 @@ class LoadedRun:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a continuation; none without a vocabulary or without an EOS in it."""
+        from trainers.decoding import decode
+
         vocabulary = self.vocabulary_or_none
-        if vocabulary is None:
-            return ()
-        ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
-        return tuple(id for id in ids if id not in (None, -1))
+        return () if vocabulary is None else decode.eos_ids(vocabulary)
 
     def _check(self, vocabulary: Any) -> None:
         from data.stream import rows

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
 from launch.run.load_run import RunConfig
+from trainers import partitioning
 from trainers.checkpoints import agreement
-from trainers.preference.reference_checkpoint import ReferenceCheckpoint
+from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.scoring.scoring import Row, Scorer
 
 _VERSION = 1  # raise it when the same model and tokens give other values
@@ -35,11 +36,17 @@ class Reference:
     """
 
     model: Any
-    checkpoint: ReferenceCheckpoint
+    checkpoint: FrozenCheckpoint
     batch_size: int = 8
     mesh: Mapping[str, int] | None = None
     rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
+
+    def check(self) -> None:
+        """Checks the checkpoint before data are opened, as `FrozenModel.check` does; raises ValueError."""
+        frozen = FrozenModel(model=self.model, checkpoint=self.checkpoint)
+        mesh = partitioning.make_mesh(shape=self.mesh)
+        frozen.check(mesh, partitioning.rules_named(self.rules), {})
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
         """Returns the stream with the reference's values, after computing those that are not stored.
@@ -53,21 +60,16 @@ class Reference:
           ReferenceStoreError: a damaged store.
           DamagedCheckpointError, FileNotFoundError: of the checkpoint.
         """
-        reference = self.checkpoint.find()
+        frozen = self.checkpoint.resolve()
         ours = stream.summary()["vocabulary"]["digest"]
-        theirs = reference.meta.get("vocabulary", ours)
-        if theirs != ours:
-            raise ValueError(
-                f"REFERENCE: {reference.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
-                f"run's data has ({ours[:12]}): use the vocabulary of the reference."
-            )
+        self.checkpoint.check_vocabulary(frozen, ours)
         config = dataclasses.asdict(self.model.config)
-        model = cache.digest([_VERSION, reference.arrays, repr(self.model), config])
-        about = {"checkpoint": reference.step, "vocabulary": ours}
+        model = cache.digest([_VERSION, frozen.arrays, repr(self.model), config])
+        about = {"checkpoint": frozen.step, "vocabulary": ours}
         store = ReferenceStore.shared(model, about, root=self.store)
         if wanted := _wanted(stream, store, steps):
-            self._compute(stream, store, wanted, reference.step)
-        return ReferencedStream(stream, store, reference.arrays)
+            self._compute(stream, store, wanted, frozen.step)
+        return ReferencedStream(stream, store, frozen.arrays)
 
     def _compute(
         self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
@@ -144,6 +146,7 @@ def make_stream(
       steps: of the run.
       positions: see data/stream/stream.py.
     """
+    reference.check()
     opened = stream() if positions is None else stream(positions=positions)
     return reference.read(opened, steps=steps)
 

@@ -13,7 +13,8 @@ Shapes: T tokens (batch and length joined), C tokens of a chunk, J chunks, D wid
 """
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -101,13 +102,62 @@ def token_log_probs(
     return -_nll(form, implementation, h_TD, head_VD, targets_T)[0]
 
 
+def chunk_size(vocab: int, chunk: int = 512) -> int:
+    """Tokens of a chunk: `chunk`, or fewer where their logits would pass CHUNK_LOGITS."""
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk} must be positive.")
+    return min(chunk, max(1, CHUNK_LOGITS // vocab))
+
+
+def split_tokens(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [T, ...] -> [J, C, ...], C <= chunk, padded by zeros; chunk j holds the tokens j, j + J, j + 2J, ...
+
+    Strided chunks keep a batch that is split over devices split evenly within every chunk.
+    """
+    T = arrays[0].shape[0]
+    J = -(-T // chunk)
+    C = -(-T // J)
+
+    def split(x):
+        x = jnp.pad(x, ((0, J * C - T),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(C, J, *x.shape[1:]).swapaxes(0, 1)
+
+    return tuple(map(split, arrays))
+
+
+def join_tokens(T: int, x: jax.Array) -> jax.Array:
+    """[J, C, ...] -> [T, ...], the inverse of `split_tokens`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:T]
+
+
+def map_tokens(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int = 512) -> Any:
+    """`fn` of all tokens, a chunk at a time, so that logits of all tokens are never in memory.
+
+    Gradients flow through it, to what `fn` closes over too (an output matrix); the backward pass computes each chunk
+    again instead of storing its logits.
+
+    Args:
+      fn: called with the arrays of a chunk, [C, ...] each; returns a pytree of [C, ...]. It must treat tokens
+        independently, and be finite for padding, which is zeros.
+      *arrays: [T, ...], such as hidden states of a model, or of two.
+      vocab: V of the logits that `fn` makes.
+      chunk: see `chunk_size`.
+
+    Returns:
+      The pytree, of [T, ...].
+    """
+    T = arrays[0].shape[0]
+    parts = split_tokens(chunk_size(vocab, chunk), *arrays)
+    outs = jax.lax.map(lambda part: jax.checkpoint(fn)(*part), parts)
+    return jax.tree.map(functools.partial(join_tokens, T), outs)
+
+
 def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tuple[_Form, str]:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown cross-entropy implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
         )
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk} must be positive.")
+    chunk = chunk_size(head_VD.shape[0], chunk)
     if reference_forms():
         implementation = "reference"
     elif implementation == "auto":
@@ -116,7 +166,7 @@ def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tu
         else:
             implementation = "blocked" if head_VD.shape[0] > LARGE_VOCABULARY else "onehot"
     logit_form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
-    form = _Form(logit_form, z_loss, min(chunk, max(1, CHUNK_LOGITS // head_VD.shape[0])))
+    form = _Form(logit_form, z_loss, chunk)
     return form, implementation
 
 
@@ -154,27 +204,6 @@ def _nll(form: _Form, implementation: str, h_TD, head_VD, targets_T):
     else:
         target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
     return log_z_T - target_T, log_z_T
-
-
-def _split(form: _Form, *arrays):
-    """Each [T, ...] -> [J, C, ...], padded by zeros; chunk j holds the tokens j, j + J, j + 2J, ...
-
-    Strided chunks keep a batch that is split over devices split evenly within every chunk.
-    """
-    T = arrays[0].shape[0]
-    J = -(-T // form.chunk)
-    C = -(-T // J)
-
-    def split(x):
-        x = jnp.pad(x, ((0, J * C - T),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(C, J, *x.shape[1:]).swapaxes(0, 1)
-
-    return tuple(map(split, arrays))
-
-
-def _join(T: int, x: jax.Array) -> jax.Array:
-    """[J, C, ...] -> [T, ...], the inverse of `_split`."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:T]
 
 
 def _chunk_losses(logits_CV: jax.Array, targets_C: jax.Array):
@@ -239,9 +268,9 @@ def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
 
     T = h_TD.shape[0]
     dhead, outs = jax.lax.scan(
-        body, _zero_head_gradient(head_VD), _split(form, h_TD, targets_T, weights_T)
+        body, _zero_head_gradient(head_VD), split_tokens(form.chunk, h_TD, targets_T, weights_T)
     )
-    dh_TD, nll_T, log_z_T = (_join(T, x) for x in outs)
+    dh_TD, nll_T, log_z_T = (join_tokens(T, x) for x in outs)
     loss_T = nll_T + form.z_loss * log_z_T * log_z_T
     residuals = (dh_TD, _as_rows(dhead, head_VD), loss_T)
     return (jnp.sum(weights_T * loss_T), nll_T, log_z_T), residuals
@@ -264,8 +293,8 @@ def _chunked_nll(form: _Form, h_TD, head_VD, targets_T):
         h_CD, targets_C = xs
         return None, _chunk_losses(form.logits.logits(h_CD, head_VD), targets_C)[:2]
 
-    _, outs = jax.lax.scan(body, None, _split(form, h_TD, targets_T))
-    nll_T, log_z_T = (_join(h_TD.shape[0], x) for x in outs)
+    _, outs = jax.lax.scan(body, None, split_tokens(form.chunk, h_TD, targets_T))
+    nll_T, log_z_T = (join_tokens(h_TD.shape[0], x) for x in outs)
     return nll_T, log_z_T
 
 
@@ -291,9 +320,9 @@ def _chunked_nll_bwd(form: _Form, residuals, cotangents):
     dhead, dh_JCD = jax.lax.scan(
         body,
         _zero_head_gradient(head_VD),
-        _split(form, h_TD, targets_T, log_z_T, dnll_T, dlog_z_T),
+        split_tokens(form.chunk, h_TD, targets_T, log_z_T, dnll_T, dlog_z_T),
     )
-    return _join(h_TD.shape[0], dh_JCD), _as_rows(dhead, head_VD), None
+    return join_tokens(h_TD.shape[0], dh_JCD), _as_rows(dhead, head_VD), None
 
 
 _chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd)

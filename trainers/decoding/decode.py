@@ -24,6 +24,12 @@ from trainers.decoding.sampling import Sampling, penalised, sample
 NO_EOS = -1
 
 
+def eos_ids(vocabulary: Any) -> tuple[int, ...]:
+    """The tokens that end a text, by a SeqIO vocabulary that may have several; empty without EOS."""
+    ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
+    return tuple(id for id in ids if id not in (None, NO_EOS))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Static settings of a generation program.

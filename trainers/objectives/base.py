@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from trainers.partitioning import Rules
 
 Batch = Mapping[str, jax.Array]
+# name -> (sum, weight); divided after both are summed over microbatches, steps or hosts.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
@@ -26,7 +28,7 @@ class LossOut:
 
     sum: jax.Array
     weight: jax.Array
-    metrics: dict[str, tuple[jax.Array, jax.Array]]
+    metrics: Metrics
     variables: Any = None
 
 
@@ -37,9 +39,8 @@ LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]
 class StatefulLossFn(Protocol):
     """A loss that reads more than parameters and batch.
 
-    `variables` are the lasting collections of the state, of which it may return new ones: the next
-    microbatch reads what this one wrote, and evaluation (no rng) keeps nothing of it. They are empty
-    where a model has none, or where only its parameters were read. `extras` are those of `Objective`.
+    `variables` are the train state's collections; empty for a model without them. The loss may return new ones, which the
+    next microbatch reads; evaluation (no rng) discards them. `extras` are the extras of the `Objective`.
     """
 
     def __call__(
@@ -55,6 +56,18 @@ class StatefulLossFn(Protocol):
 
 class StoredExtras(Protocol):
     """Extras that lie on disk: a step can be compiled without reading them, for devices that are absent too."""
+
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        """Checks what lies on disk without reading its arrays; called before and after data are opened.
+
+        Args:
+          mesh, rules: of the run.
+          meta: facts of the run so far; with the data open, 'vocabulary' is the digest of theirs.
+
+        Raises:
+          ValueError: extras that are missing, or do not fit; it names the setting and the remedy.
+        """
+        ...
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Shapes, dtypes and shardings of what `read` returns."""
@@ -73,7 +86,7 @@ class Objective:
       loss_fn: the loss.
       extras: a pytree of arrays that do not change, such as reference parameters, or None. They are
         an argument of the compiled step: one that closes over arrays cannot span hosts.
-      stored_extras: in place of these, where they are to be read from.
+      stored_extras: reads the extras from disk, in place of `extras`.
     """
 
     loss_fn: StatefulLossFn
@@ -89,13 +102,13 @@ class Objective:
         variables: Mapping[str, Any] | None = None,
         extras: Any = None,
     ) -> LossOut:
-        """The loss, with the objective's own extras unless others stand for them."""
-        given = self.extras if extras is None else extras
-        return self.loss_fn(params, batch, rng, variables=variables or {}, extras=given)
+        """The loss; without `extras`, of the objective's own."""
+        extras = self.extras if extras is None else extras
+        return self.loss_fn(params, batch, rng, variables=variables or {}, extras=extras)
 
     @classmethod
     def of(cls, loss_fn: LossFn) -> "Objective":
-        """`loss_fn` if it is an objective, else one that shows it neither variables nor extras."""
+        """`loss_fn` itself if it is an objective, else an objective that passes it neither variables nor extras."""
         if isinstance(loss_fn, cls):
             return loss_fn
         return cls(loss_fn=lambda params, batch, rng, **_: loss_fn(params, batch, rng))

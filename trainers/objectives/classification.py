@@ -1,12 +1,12 @@
 """Classification of images. Shapes: B batch, N classes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.forward import Forward, forward_objective
 
 
 def classification(*, model: Any, num_sources: int = 0, label_smoothing: float = 0.0) -> Objective:
@@ -32,36 +32,23 @@ def classification(*, model: Any, num_sources: int = 0, label_smoothing: float =
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"classification: label_smoothing = {label_smoothing} must lie in [0, 1).")
 
-    def loss_fn(
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut:
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
-        train = rng is not None
-        logits_BN, written = model.apply(
-            {"params": params, **variables},
-            batch["images"],
-            train=train,
-            mutable=list(variables) if train else [],
-        )
-        log_p_BN = jax.nn.log_softmax(logits_BN.astype(jnp.float32))
+        batch = out.batch
+        log_p_BN = jax.nn.log_softmax(out.output.astype(jnp.float32))
         labels_B, weights_B = batch["labels"], batch["weights"].astype(jnp.float32)
         nll_B = -jnp.take_along_axis(log_p_BN, labels_B[:, None], axis=-1)[:, 0]
         smoothed_B = (1 - label_smoothing) * nll_B - label_smoothing * log_p_BN.mean(-1)
         right_B = (log_p_BN.argmax(-1) == labels_B).astype(jnp.float32)
-        weight = weights_B.sum()
-        return LossOut(
-            sum=(smoothed_B * weights_B).sum(),
-            weight=weight,
-            metrics={
-                "loss": ((nll_B * weights_B).sum(), weight),
-                "accuracy": ((right_B * weights_B).sum(), weight),
-            },
-            variables=dict(written) if train else None,
-        )
+        weight, total = weights_B.sum(), (smoothed_B * weights_B).sum()
+        metrics = {
+            "loss": ((nll_B * weights_B).sum(), weight),
+            "accuracy": ((right_B * weights_B).sum(), weight),
+        }
+        return LossOut(sum=total, weight=weight, metrics=metrics, variables=out.updates)
 
-    return Objective(loss_fn=loss_fn)
+    return forward_objective(model, loss_fn, method=None, arguments=_images)
+
+
+def _images(batch: Batch, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (batch["images"],), {"train": training}

@@ -10,102 +10,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainers.inputs import Arrays as Abstract
-from trainers.inputs import PackedTokens
-from trainers.online import rows
-from trainers.online.method import LOG_PROBS, REFERENCE, Samples, Score, check_sizes, row_length
-from trainers.online.rows import Arrays
+from trainers import inputs
+from trainers.online.method import (
+    LOG_PROBS,
+    REFERENCE,
+    Arrays,
+    Method,
+    Samples,
+    Score,
+    float_columns,
+)
 from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Groups:
+class Groups(Method):
     """Rows for `trainers.online.policy_gradient.policy_gradient`, one completion in each.
 
-    Columns beside tokens: 'advantages', 'rewards' and 'ended' [R]; 'old_log_probs' [R, L] where rows are used more
-    than once; 'reference_log_probs' [R, L] where `reference` asks for them.
+    Columns besides tokens: 'advantages', 'rewards' and 'ended' [R]; 'old_log_probs' [R, L] where rows are used more
+    than once; 'reference_log_probs' [R, L] with `reference`.
 
     Attributes:
-      prompt_length, completion_length, samples, updates: see trainers/online/method.py.
+      prompt_length, completion_length, samples, updates: see `Method`.
       advantages: function of rewards [P, G], of trainers/online/losses.py.
-      kl: how much log p - log q of a whole completion, q the reference's, is taken off its reward.
+      kl: weight of log p - log q of a whole completion, q the reference's, which is subtracted from its reward.
       reference: whether the loss reads the reference's log-probabilities.
     """
 
-    prompt_length: int
-    completion_length: int
     advantages: Callable[[jax.Array], jax.Array]
     samples: int = 8
-    updates: int = 1
     kl: float = 0.0
     reference: bool = False
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
 
     def __post_init__(self):
-        check_sizes(
-            prompt_length=self.prompt_length,
-            completion_length=self.completion_length,
-            updates=self.updates,
-        )
-        check_not_negative(kl=self.kl)
         if self.samples < 2:
             raise ValueError(
                 f"SAMPLES = {self.samples}: a completion is compared with others of its prompt; give 2 or more."
             )
+        super().__post_init__()
+        check_not_negative(kl=self.kl)
 
     @property
-    def rows_per_prompt(self) -> int:
-        return self.samples
-
-    @property
-    def length(self) -> int:
-        return row_length(self.prompt_length, self.completion_length)
-
-    @property
-    def asks(self) -> frozenset[str]:
+    def scores(self) -> frozenset[str]:
         own = {LOG_PROBS} if self.updates > 1 or self.kl else set()
         return frozenset(own | ({REFERENCE} if self.reference or self.kl else set()))
 
-    def arrays(self, rows_: int) -> Abstract:
-        columns = {"advantages": False, "rewards": False, "ended": False}
-        columns |= {"old_log_probs": True} if self.updates > 1 else {}
-        columns |= {"reference_log_probs": True} if self.reference else {}
+    def columns(self, rows: int) -> inputs.Arrays:
+        old = ["old_log_probs"] if self.updates > 1 else []
+        reference = ["reference_log_probs"] if self.reference else []
         return {
-            **PackedTokens(self.length).arrays(rows_),
-            **rows.shapes(rows_, self.length, **columns),
+            **float_columns((rows,), "advantages", "rewards", "ended"),
+            **float_columns((rows, self.length), *old, *reference),
         }
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        return PackedTokens(self.length).init_arguments()
-
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        found = one_in_a_row(samples, self.length)
-        told = score(found) if self.asks else {}
+        columns = self.one_in_a_row(samples)
+        scores = score(columns) if self.scores else {}
         rewards_PG = samples.rewards_PG
         if self.kl:
-            log_ratio_RL = told[LOG_PROBS] - told[REFERENCE]
-            away_R = (log_ratio_RL * found["decoder_loss_weights"]).sum(1)
-            rewards_PG = rewards_PG - self.kl * away_R.reshape(rewards_PG.shape)
-        found["advantages"] = np.asarray(
-            self.advantages(jnp.asarray(rewards_PG)), np.float32
-        ).reshape(-1)
+            log_ratio_RL = scores[LOG_PROBS] - scores[REFERENCE]
+            divergence_R = (log_ratio_RL * columns["decoder_loss_weights"]).sum(1)
+            rewards_PG = rewards_PG - self.kl * divergence_R.reshape(rewards_PG.shape)
+        advantages_PG = self.advantages(jnp.asarray(rewards_PG))
+        columns["advantages"] = np.asarray(advantages_PG, np.float32).reshape(-1)
         if self.updates > 1:
-            found["old_log_probs"] = told[LOG_PROBS]
+            columns["old_log_probs"] = scores[LOG_PROBS]
         if self.reference:
-            found["reference_log_probs"] = told[REFERENCE]
-        return found
-
-
-def one_in_a_row(samples: Samples, length: int) -> Arrays:
-    """Tokens of all completions, with their rewards and whether they ended."""
-    copies = samples.rewards_PG.shape[1]
-    texts = [
-        [(samples.prompts[r // copies], completion)]
-        for r, completion in enumerate(samples.completions)
-    ]
-    return {
-        **rows.packed(texts, np.repeat(samples.sources_P, copies), length=length),
-        "rewards": samples.rewards_PG.reshape(-1),
-        "ended": samples.ended_PG.reshape(-1).astype(np.float32),
-    }
+            columns["reference_log_probs"] = scores[REFERENCE]
+        return columns

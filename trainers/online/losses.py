@@ -1,7 +1,7 @@
 """Policy gradients over sampled completions: advantages, and the losses that use them.
 
 A loss is a function of `PolicyTokens` -> (sum, weight), whose quotient over all microbatches is the loss. Formulas are
-TRL's (GRPOTrainer and RLOOTrainer, 1.16) where a docstring does not say otherwise.
+TRL's (GRPOTrainer and RLOOTrainer, 1.16) unless noted otherwise.
 
 Shapes: P prompts, G completions of a prompt, R completions, T tokens.
 """
@@ -23,7 +23,7 @@ Reduction = Callable[[jax.Array, jax.Array, int | None], Sum]
 
 @flax.struct.dataclass
 class PolicyTokens:
-    """Sampled tokens as the policy and others see them; float32.
+    """Sampled tokens with their log-probabilities and advantages; float32.
 
     Attributes:
       log_probs: [R, T], of the policy that is trained.
@@ -91,7 +91,7 @@ def grpo(
       max_length: tokens of the longest completion there could be, which 'dr_grpo' divides by.
 
     Raises:
-      ValueError: a setting that cannot be, or no reference where beta asks for one.
+      ValueError: an invalid setting, or no reference with a positive beta.
     """
     check_positive(clip=clip, **({} if clip_high is None else {"clip_high": clip_high}))
     check_not_negative(beta=beta)
@@ -102,7 +102,7 @@ def grpo(
     if beta:
         if tokens.reference_log_probs is None:
             raise ValueError(
-                f"beta = {beta} weighs the divergence from a reference, and there is none: bind REFERENCE, or beta = 0."
+                f"beta = {beta} weighs the divergence from a reference, but there is none: bind REFERENCE, or beta = 0."
             )
         loss_RT += beta * k3(tokens.log_probs, tokens.reference_log_probs)
     return REDUCTIONS[reduction](loss_RT, tokens.mask, max_length)

@@ -1,28 +1,35 @@
-"""What methods that learn from their own samples make of them. Shapes: P prompts, G samples of each, R = P G."""
+"""Methods that learn from their own samples: what a row of a batch is, and how rows are made of samples.
+
+Shapes: P prompts, G samples of each, R = P G completions, B rows, L length.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from trainers.inputs import Inputs
-from trainers.online.rows import Arrays
+from trainers import inputs
 
-# What a forward pass over sampled rows can tell, float32 [B, L] each.
+# What a forward pass over rows can compute, float32 [B, L] each.
 LOG_PROBS, REFERENCE, VALUES = "log_probs", "reference_log_probs", "values"
+Arrays = dict[str, np.ndarray]
 Score = Callable[[Mapping[str, np.ndarray]], Arrays]
+# Prompt, with the start token before it, and completion, with the token that ended it.
+Text = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What a policy wrote, and what that is worth.
+    """One rollout: completions of prompts, with their rewards.
 
     Attributes:
-      prompts: P, with what is read before each.
-      completions: R, with the token that ended each, those of a prompt side by side.
+      prompts: P, each with the start token.
+      completions: R, each with the token that ended it; those of a prompt are side by side.
       rewards_PG: float32.
-      ended_PG: which ended by themselves.
+      ended_PG: whether a completion ended by itself.
       sources_P: index of each prompt's source.
     """
 
@@ -33,47 +40,105 @@ class Samples:
     sources_P: np.ndarray
 
 
-class Method(Inputs, Protocol):
-    """The inputs of a run that samples, and how they are made of samples.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """The `trainers.inputs.Inputs` of a run that samples.
+
+    A method defines `scores`, `columns` and `batch`.
 
     Attributes:
-      prompt_length: tokens of a prompt at most, with what is read before it.
-      completion_length: tokens of a completion at most, with the one that ends it.
+      prompt_length: most tokens of a prompt, with the start token.
+      completion_length: most tokens of a completion, with the token that ends it.
       samples: G.
-      rows_per_prompt: rows of a batch.
-      updates: that each rollout is used for, all of it in each.
-      asks: which of LOG_PROBS, REFERENCE and VALUES the score must tell.
+      updates: each rollout is used, whole, for so many updates.
     """
 
     prompt_length: int
     completion_length: int
+    samples: int = 1
+    updates: int = 1
+    unit: str = dataclasses.field(default="tokens", init=False)
+    loss_per: str = dataclasses.field(default="tokens", init=False)
+    texts_per_row: ClassVar[int] = 1
+
+    def __post_init__(self):
+        names = ("prompt_length", "completion_length", "samples", "updates")
+        bad = [f"{name} = {getattr(self, name)}" for name in names if getattr(self, name) < 1]
+        if bad:
+            raise ValueError(f"{', '.join(bad)}: give 1 or more.")
 
     @property
-    def samples(self) -> int: ...
+    def rows_per_prompt(self) -> int:
+        """Rows of a batch."""
+        return self.samples // self.texts_per_row
+
     @property
-    def rows_per_prompt(self) -> int: ...
+    def length(self) -> int:
+        """Places of a row; the last token of a completion is predicted and not read."""
+        return self.texts_per_row * (self.prompt_length + self.completion_length - 1)
+
     @property
-    def updates(self) -> int: ...
-    @property
-    def asks(self) -> frozenset[str]: ...
+    def scores(self) -> frozenset[str]:
+        """Which of LOG_PROBS, REFERENCE and VALUES `batch` reads of `score`."""
+        raise NotImplementedError
+
+    def columns(self, rows: int) -> inputs.Arrays:
+        """Shapes of the columns of a batch besides those of `PackedTokens`."""
+        raise NotImplementedError
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        """The arrays that `Inputs.arrays` says.
+        """The batch of a rollout, with the arrays that `arrays` names.
 
         Args:
-          samples: of one rollout.
-          score: what models say of the tokens of rows, which are given by their columns.
+          samples: the rollout.
+          score: computes `scores` of rows, from their token columns.
         """
-        ...
+        raise NotImplementedError
+
+    def arrays(self, rows: int) -> inputs.Arrays:
+        """Shapes of all columns of a batch."""
+        return {**inputs.PackedTokens(self.length).arrays(rows), **self.columns(rows)}
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        """As of `PackedTokens`."""
+        return inputs.PackedTokens(self.length).init_arguments()
+
+    def one_in_a_row(self, samples: Samples) -> Arrays:
+        """Token columns of all completions, one in each row, with 'rewards' and 'ended' [R]."""
+        texts = [
+            [(samples.prompts[r // self.samples], completion)]
+            for r, completion in enumerate(samples.completions)
+        ]
+        return {
+            **pack(texts, np.repeat(samples.sources_P, self.samples), length=self.length),
+            "rewards": samples.rewards_PG.reshape(-1),
+            "ended": samples.ended_PG.reshape(-1).astype(np.float32),
+        }
 
 
-def check_sizes(**sizes: int) -> None:
-    """ValueError for a size that is not positive."""
-    bad = [f"{name} = {size}" for name, size in sizes.items() if size < 1]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
+def float_columns(shape: tuple[int, ...], *names: str) -> inputs.Arrays:
+    """float32 columns of one shape, by name."""
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
 
 
-def row_length(prompt_length: int, completion_length: int) -> int:
-    """Places of a prompt with a completion, of which the last token is not read."""
-    return prompt_length + completion_length - 1
+def pack(rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, length: int) -> Arrays:
+    """The columns of `trainers.inputs.PackedTokens`: the texts of a row are segments 1, 2, ...
+
+    The first token of a prompt is read and not predicted, the last of a completion predicted and not read; weights are
+    1 at the tokens of completions.
+    """
+    names = ("input_tokens", "target_tokens", "segment_ids", "positions")
+    columns = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}
+    columns["decoder_loss_weights"] = np.zeros((len(rows), length), np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, (prompt, completion) in enumerate(row, 1):
+            text = [*prompt, *completion]
+            end = start + len(text) - 1
+            columns["decoder_input_tokens"][b, start:end] = text[:-1]
+            columns["decoder_target_tokens"][b, start:end] = text[1:]
+            columns["decoder_segment_ids"][b, start:end] = segment
+            columns["decoder_positions"][b, start:end] = np.arange(len(text) - 1)
+            columns["decoder_loss_weights"][b, start + len(prompt) - 1 : end] = 1
+            start = end
+    return {**columns, "source_ids": np.asarray(source_B, np.int32)}

@@ -1,22 +1,18 @@
 """Policy-gradient objectives over completions that the policy has sampled itself. Shapes: B rows, T length.
 
-Batches are those of `trainers.online.groups` and `trainers.online.critic`, one completion in a row.
+Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion in a row.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives import sown
-from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from trainers.objectives.forward import Forward, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 from trainers.preference.losses.settings import check_not_negative, check_positive
-from trainers.scoring.target_log_probs import TargetsRead, read_targets
-
-_Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def policy_gradient(
@@ -26,7 +22,7 @@ def policy_gradient(
     num_sources: int = 0,
     implementation: Implementation = "auto",
 ) -> Objective:
-    """A loss of the sampled tokens, given the advantages that came with them.
+    """A loss of sampled tokens with the batch's advantages.
 
     Where a batch has no 'old_log_probs', it is used once, by the policy that sampled it: the ratio is 1, and its
     gradient that of log p.
@@ -42,15 +38,14 @@ def policy_gradient(
     """
     del num_sources
 
-    def of_read(
-        params: Any, batch: Batch, read: TargetsRead
-    ) -> tuple[jax.Array, jax.Array, _Pairs]:
-        del params
-        tokens = _tokens(batch, read.log_probs_BT)
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        del extras
+        batch = out.batch
+        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
         total, weight = loss(tokens)
-        return total, weight, {"loss": (total, weight), **_metrics(batch, tokens)}
+        return out.loss_out(total, weight, {"loss": (total, weight), **_metrics(batch, tokens)})
 
-    return _objective(model, of_read, implementation)
+    return forward_objective(model, loss_fn)
 
 
 def actor_critic(
@@ -64,28 +59,28 @@ def actor_critic(
 ) -> Objective:
     """PPO: the clipped loss of the policy, and the clipped squared error of the values, by tokens.
 
-    Metrics beside those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
+    Metrics besides those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
 
     Args:
       model: a `model.heads.actor_critic.ActorCritic`.
       num_sources: ignored, as there.
       clip: of the ratio.
-      value_clip: how far a value may move from what it was when the tokens were sampled.
+      value_clip: greatest change of a value since its tokens were sampled.
       value_weight: of the error of the values.
       implementation: as there.
 
     Raises:
-      ValueError: a setting that cannot be.
+      ValueError: an invalid setting.
     """
     del num_sources
     check_positive(clip=clip, value_clip=value_clip)
     check_not_negative(value_weight=value_weight)
 
-    def of_read(
-        params: Any, batch: Batch, read: TargetsRead
-    ) -> tuple[jax.Array, jax.Array, _Pairs]:
-        tokens = _tokens(batch, read.log_probs_BT)
-        values_BT = model.apply({"params": params}, read.hidden_BTD, method="values")
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        del extras
+        batch = out.batch
+        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
+        values_BT = out.apply("values", out.output.hidden_BTD)
         policy, weight = ppo(tokens, clip=clip)
         errors_BT = value_loss(values_BT, batch["old_values"], batch["returns"], clip=value_clip)
         error = (errors_BT * tokens.mask).sum()
@@ -95,40 +90,9 @@ def actor_critic(
             "value": ((values_BT * tokens.mask).sum(), weight),
             **_metrics(batch, tokens),
         }
-        return policy + value_weight * error, weight, metrics
+        return out.loss_out(policy + value_weight * error, weight, metrics)
 
-    return _objective(model, of_read, implementation)
-
-
-def _objective(model: Any, of_read: Any, implementation: Implementation) -> Objective:
-    """One forward pass, and `of_read` of what it gave: (sum, weight, metrics)."""
-
-    def loss_fn(
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut:
-        del extras
-        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        read = read_targets(
-            model,
-            {"params": params, **variables},
-            batch,
-            implementation=implementation,
-            rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *watched, *kept],
-        )
-        total, weight, metrics = of_read(params, batch, read)
-        added, reported = sown.added(read.written, weight, scanned=model.config.scan_layers)
-        updates = {name: read.written[name] for name in kept}
-        return LossOut(
-            sum=total + added, weight=weight, metrics=metrics | reported, variables=updates
-        )
-
-    return Objective(loss_fn=loss_fn)
+    return forward_objective(model, loss_fn)
 
 
 def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
@@ -146,17 +110,17 @@ def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
     )
 
 
-def _metrics(batch: Batch, tokens: PolicyTokens) -> _Pairs:
+def _metrics(batch: Batch, tokens: PolicyTokens) -> Metrics:
     rows = jnp.ones_like(batch["rewards"])
     count_B, weight = tokens.mask.sum(-1), tokens.mask.sum()
-    found = {
+    metrics = {
         "reward": (batch["rewards"].sum(), rows.sum()),
         "reward/ended": (batch["ended"].sum(), rows.sum()),
         "reward/tokens": (count_B.sum(), rows.sum()),
     }
     ratio_BT = jnp.exp(tokens.log_probs - tokens.old_log_probs)
-    found["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
+    metrics["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
     if tokens.reference_log_probs is not None:
         estimate_BT = k3(tokens.log_probs, tokens.reference_log_probs)
-        found["kl"] = ((estimate_BT * tokens.mask).sum(), weight)
-    return jax.tree.map(jax.lax.stop_gradient, found)
+        metrics["kl"] = ((estimate_BT * tokens.mask).sum(), weight)
+    return jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -1,4 +1,4 @@
-"""The reward seam: what judges completions while a run goes on, as best-of-n, indicators and online methods need."""
+"""The reward seam: rewards of completions, for best-of-n, indicators and online methods."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from trainers.partitioning import Rules
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """A completion of a prompt, as a reward reads it.
 
     Attributes:
       prompt: token ids.
-      tokens: those of the completion, without the one that ended it.
-      ended: whether a token that ends completions came; otherwise it was cut at the longest length.
-      info: what the prompt's row says beside its text, for verifiers; None for nothing.
+      tokens: ids of the completion, without the one that ended it.
+      ended: whether it ended by itself; otherwise it was cut at the greatest length.
+      info: the row of the prompt besides its text, for verifiers; None for nothing.
     """
 
     prompt: Sequence[int]
@@ -28,10 +28,7 @@ class Completion:
 
 
 class Reward(Protocol):
-    """Judges completions by themselves: one number each, larger is better.
-
-    Rewards of the same completions are the same whenever they are asked for.
-    """
+    """Returns one number for each completion, larger is better; equal completions have equal rewards in every call."""
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """float32 [N], finite."""
@@ -40,8 +37,25 @@ class Reward(Protocol):
 
 @runtime_checkable
 class StoredReward(Protocol):
-    """A reward whose parameters lie on disk, for runs that have a mesh to put them on."""
+    """A reward whose parameters lie on disk until a run has a mesh for them."""
 
     def on(self, mesh: Mesh, rules: Rules) -> Reward:
-        """The reward, to be asked within the mesh; raises what reading a checkpoint does."""
+        """The reward, to be called within the mesh; raises the errors of reading a checkpoint."""
         ...
+
+
+def finite_rewards(
+    reward: Reward, completions: Sequence[Completion], *, macro: str = "REWARD"
+) -> np.ndarray:
+    """The rewards of completions, float32 [N].
+
+    Raises:
+      ValueError: the reward does not return one finite number for each; names the macro.
+    """
+    rewards_N = np.asarray(reward(completions), np.float32)
+    if rewards_N.shape != (len(completions),) or not np.isfinite(rewards_N).all():
+        raise ValueError(
+            f"{macro} returned values of shape {rewards_N.shape} for {len(completions)} completions, or some that are not "
+            "finite: a reward must return one finite number for each."
+        )
+    return rewards_N

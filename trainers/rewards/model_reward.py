@@ -25,7 +25,7 @@ class CheckpointReward:
       model: a `model.heads.reward_model.RewardModel`.
       checkpoint: step or run directory of its parameters.
       vocabulary: whose EOS ends completions.
-      start_token: what is read before each prompt; None for nothing.
+      start_token: read before each prompt; None for none.
       batch_size: texts at a time, a multiple of the mesh's parts of a batch.
     """
 
@@ -64,8 +64,8 @@ class ModelReward:
     Args:
       model: a `model.heads.reward_model.RewardModel`.
       params: its parameters.
-      start_token: what is read before each prompt; None for nothing.
-      end_token: what ends a completion that has ended; None for nothing.
+      start_token: read before each prompt; None for none.
+      end_token: appended to a completion that ended by itself; None for none.
       batch_size: texts at a time.
       sharding: of the rows of a batch, to be used within its mesh; None on one device.
     """

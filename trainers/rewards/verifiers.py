@@ -1,7 +1,7 @@
-"""Rewards from texts: whether an answer is right, has the form that was asked for, or is too long.
+"""Rewards from texts: whether an answer is right, has a required form, or is too long.
 
-A verifier is a function (text of a completion, info of its prompt's row) -> number; the functions below are some, and
-`TextReward` makes a `Reward` of any of them, weighted.
+A verifier is a function (text of a completion, info of its prompt's row) -> number; `TextReward`
+makes a `Reward` of the weighted sum of verifiers.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Verifier = Callable[[str, Any], float]
 
 
 class VerifierError(ValueError):
-    """A row says nothing that a verifier could hold an answer against, or a package is missing."""
+    """A row lacks the key that a verifier compares an answer with, or a package is missing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class TextReward:
             )
         if self.weights is not None and len(self.weights) != len(self.verifiers):
             raise ValueError(
-                f"TextReward.weights = {list(self.weights)} are not those of {len(self.verifiers)} verifiers."
+                f"TextReward.weights = {list(self.weights)} do not fit the {len(self.verifiers)} verifiers."
             )
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
@@ -68,8 +68,8 @@ def exact_answer(text: str, info: Any, *, key: str = "answer", pattern: str | No
       pattern: regular expression whose last match is the answer, or its first group if it has one; None for the
         whole text.
     """
-    found = extracted(text, pattern)
-    return float(found is not None and found.strip() == str(_said(info, key)).strip())
+    answer = extracted(text, pattern)
+    return float(answer is not None and answer.strip() == str(_value(info, key)).strip())
 
 
 def matches(text: str, info: Any, *, pattern: str) -> float:
@@ -103,7 +103,7 @@ def reasoning_gym(text: str, info: Any, *, pattern: str | None = None) -> float:
         raise VerifierError(
             "The verifier 'reasoning_gym' needs the package of this name: pip install reasoning-gym."
         ) from None
-    metadata = _said(info, "metadata")
+    metadata = _value(info, "metadata")
     dataset = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if dataset is None:
         raise VerifierError(
@@ -118,17 +118,17 @@ def extracted(text: str, pattern: str | None) -> str | None:
     """The last match of `pattern`, or its first group; the text without one; None where nothing matches."""
     if pattern is None:
         return text
-    found = list(re.finditer(pattern, text, re.DOTALL))
-    if not found:
+    matched = list(re.finditer(pattern, text, re.DOTALL))
+    if not matched:
         return None
-    return found[-1][1] if found[-1].re.groups else found[-1][0]
+    return matched[-1][1] if matched[-1].re.groups else matched[-1][0]
 
 
-def _said(info: Any, key: str) -> Any:
+def _value(info: Any, key: str) -> Any:
     if not isinstance(info, Mapping) or key not in info:
         known = ", ".join(map(repr, info)) if isinstance(info, Mapping) else "nothing"
         raise VerifierError(
-            f"A row has no {key!r} to hold its answers against, only {known or 'nothing'}: add it to the rows of the "
+            f"A row has no {key!r} to compare its answers with, only {known or 'nothing'}: add it to the rows of the "
             "prompts, or bind the verifier's key."
         )
     return info[key]

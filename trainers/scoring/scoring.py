@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
-from trainers.scoring.target_log_probs import read_targets
+from trainers.objectives.forward import frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Scorer:
         self._sharding = sharding
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
         self._log_probs = jax.jit(
-            lambda params, batch: read_targets(model, {"params": params}, batch).log_probs_BT,
+            lambda params, batch: frozen_forward(model, params, batch).log_probs_BT(),
             out_shardings=whole,
         )
 
@@ -80,18 +80,18 @@ class Scorer:
                 yield i, logp_T[first : first + len(rows[i].targets)]
 
     def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
-        tokens_BT = np.zeros((self._batch_size, length), np.int32)
-        targets_BT = np.zeros_like(tokens_BT)
-        segments_BT = np.zeros_like(tokens_BT)
-        for b, row in enumerate(rows):
-            text = [*row.context, *row.targets]
-            tokens_BT[b, : len(text) - 1] = text[:-1]
-            targets_BT[b, : len(text) - 1] = text[1:]
-            segments_BT[b, : len(text) - 1] = 1
-        batch = {
-            "decoder_input_tokens": tokens_BT,
-            "decoder_target_tokens": targets_BT,
-            "decoder_segment_ids": segments_BT,
-        }
+        batch = padded(rows, self._batch_size, length)
         placed = jax.device_put(batch, self._sharding)
         return np.asarray(self._log_probs(self._params, placed))
+
+
+def padded(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    """Columns of a batch [batch_size, length] of rows, int32, filled up by zeros; segment 1 is a row's text."""
+    names = ("input_tokens", "target_tokens", "segment_ids")
+    columns = {f"decoder_{name}": np.zeros((batch_size, length), np.int32) for name in names}
+    for b, row in enumerate(rows):
+        text = [*row.context, *row.targets]
+        columns["decoder_input_tokens"][b, : len(text) - 1] = text[:-1]
+        columns["decoder_target_tokens"][b, : len(text) - 1] = text[1:]
+        columns["decoder_segment_ids"][b, : len(text) - 1] = 1
+    return columns

@@ -63,7 +63,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     that of symbols outside language A in its samples. What is not a number was not there.
     """
     from trainers.preference.indicators import samples
-    from trainers.preference.indicators.monitor import PREFIX
+    from trainers.preference.indicators.alarm import PREFIX
     from trainers.telemetry.metric_writers import rows_in_force
 
     path = directory / "metrics.jsonl"

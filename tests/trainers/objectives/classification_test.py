@@ -22,9 +22,10 @@ MODEL = ResNet(config=CONFIG, stem=Stem3x3, block=WideBlock, final_norm=True)
 class Logits:
     """A model whose images are its logits."""
 
-    def apply(self, variables, images, train, mutable):
-        del train
-        return images, {name: variables[name] for name in mutable}
+    def apply(self, variables, images, *, train, mutable, rngs, method):
+        del train, rngs
+        assert method is None
+        return images, {name: variables[name] for name in mutable if name in variables}
 
 
 def batch_of(logits, labels, weights):

@@ -20,18 +20,18 @@ from model.heads.actor_critic import ActorCritic
 from model.transformer import Transformer
 from trainers import initialise, partitioning
 from trainers.inputs import PackedPairs
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.objectives.lm import language_modelling
 from trainers.online import losses as policy_gradient
-from trainers.online import rows
 from trainers.online.critic import Valued
 from trainers.online.groups import Groups
-from trainers.online.method import Samples
+from trainers.online.method import Samples, pack
 from trainers.online.pairs import BestOfTwo
 from trainers.online.policy_gradient import actor_critic
 from trainers.online.policy_gradient import policy_gradient as objective_of
 from trainers.online.rollouts import RolloutError, Rollouts
 from trainers.preference.losses import direct
-from trainers.preference.objectives.online_preference import online_preference
+from trainers.preference.objectives.preference import preference
 from trainers.recipe import Recipe
 from trainers.step import make_train_step
 from trainers.train_state import TrainState
@@ -80,7 +80,7 @@ class Prompts:
         return [{"digits": row.tolist()} for row in self.digits(step)[lo:hi]]
 
     def summary(self):
-        return {"start_token": START}
+        return {"start_token": START, "vocabulary": {"digest": "words"}}
 
 
 def largest(completions):
@@ -107,14 +107,14 @@ def trained():
     for i in range(100):
         digits = stream.digits(1000 + i) + FIRST
         texts = [[([START, *row], [row[rng.integers(3)], EOS])] for row in digits.tolist()]
-        state, _ = step(state, rows.packed(texts, np.zeros(PROMPTS), length=7))
+        state, _ = step(state, pack(texts, np.zeros(PROMPTS), length=7))
     return jax.device_get(state.params)
 
 
 METHODS = {
     "online_dpo": (
         BestOfTwo(**SIZES),
-        functools.partial(online_preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
+        functools.partial(preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
     ),
     "rloo": (
         Groups(**SIZES, samples=4, advantages=policy_gradient.leave_one_out, kl=0.05),
@@ -157,7 +157,7 @@ class Run:
             folder=folder,
             reward=reward,
             vocabulary=VOCABULARY,
-            reference=Reference(),
+            reference=Reference(model=LM, checkpoint=None),
             seed=seed,
             **settings,
         )
@@ -176,10 +176,11 @@ class Run:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-class Reference:
+class Reference(FrozenModel):
     """A live reference whose parameters are at hand."""
 
-    model = LM
+    def check(self, mesh, rules, meta):
+        assert meta == {"vocabulary": "words"}
 
     def read(self, mesh, rules):
         return trained()
@@ -359,7 +360,7 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     )
     stream = Prompts()
     stream.batch_size = 3
-    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows are not those of 3 prompts"):
+    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows do not fit 3 prompts"):
         Rollouts(**{**known, "stream": stream})
     with pytest.raises(RolloutError, match="UPDATES is 1 for the method, but 2"):
         Rollouts(**{**known, "stream": Prompts(updates=2)})
@@ -378,5 +379,5 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     with pytest.raises(ValueError, match="decay"):
         Valued(**SIZES, decay=2.0)
     monkeypatch.setattr(run.feed, "_reward", lambda completions: [np.nan] * len(completions))
-    with run.mesh, pytest.raises(RolloutError, match="one finite number for each"):
+    with run.mesh, pytest.raises(ValueError, match="REWARD returned .* one finite number for each"):
         run.feed.get(1000, run.state())

@@ -15,9 +15,9 @@ import pytest
 
 from model.hf import families
 from model.hf.files import arrays
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses import absolute, direct, terms
 from trainers.preference.objectives.preference import preference
-from trainers.preference.objectives.reference import LiveReference
 from trainers.scoring.scoring import Row, Scorer
 
 HERE = pathlib.Path(__file__).parents[1] / "goldens"
@@ -105,7 +105,7 @@ def test_losses_and_gradients_are_trls(name):
 
 @pytest.mark.parametrize("name", ["sigmoid", "ipo"])
 def test_tails_weigh_as_trls_ld_alpha_has_it(name):
-    live = LiveReference(model=models()[0], checkpoint=None)  # which is never read
+    live = FrozenModel(model=models()[0], checkpoint=None)  # which is never read
     check(f"ld_{name}", losses=CASES[name][0], reference=live, ld_alpha=0.4)
 
 

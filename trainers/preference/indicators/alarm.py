@@ -1,15 +1,20 @@
-"""When to stop: signals of over-optimisation that need no reward (arXiv 2410.11677, section 5).
+"""When to stop: signs of over-optimisation that need no reward (arXiv 2410.11677, section 5).
 
-The paper names the signals, falling entropy or mass of the likeliest tokens, and no thresholds; those here are a choice.
+The paper names the signs, falling entropy or mass of the likeliest tokens, but no thresholds; those here are a choice.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from trainers.telemetry import metric_writers
+
+PREFIX = "indicators/"  # of the metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one evaluation says.
+    """What one evaluation measured.
 
     Attributes:
       step: updates made.
@@ -25,12 +30,12 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """The first evaluation at which the rule speaks.
+    """The first evaluation at which the rule raises an alarm.
 
     Attributes:
-      step: of it.
+      step: of that evaluation.
       before: step of the evaluation before it.
-      reason: what is wrong, as part of a sentence.
+      reason: a clause for messages.
     """
 
     step: int
@@ -40,14 +45,14 @@ class Alarm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoppingRule:
-    """A pure function of the readings of a run, on exponential moving averages of them.
+    """A pure function of the readings of a run, computed on their exponential moving averages.
 
     An alarm is raised where entropy has dropped `drops` evaluations in a row, is more than `entropy_drop` of its
     running maximum below it, and the likelihood of chosen completions still falls; or where the mass is more
     than `mass_drop` below that of the first reading.
 
     Attributes:
-      smoothing: weight of the average before in each average; 0 takes the readings as they are.
+      smoothing: weight of the previous average in each average; 0 uses the readings themselves.
       drops: evaluations in a row.
       entropy_drop: share of the maximum.
       mass_drop: in probability.
@@ -68,7 +73,7 @@ class StoppingRule:
                 raise ValueError(f"StoppingRule.{name} = {getattr(self, name)} must be in [0, 1).")
 
     def __call__(self, readings: Sequence[Reading]) -> Alarm | None:
-        """The alarm of a run, if there is one: more readings never change one that was raised.
+        """The alarm of a run, or None; more readings never change an alarm.
 
         Args:
           readings: in the order of their steps, that of step 0 first.
@@ -109,3 +114,48 @@ class StoppingRule:
                 "completions still falls"
             )
         return None
+
+
+Rule = Callable[[Sequence[Reading]], Alarm | None]
+
+
+class Monitor:
+    """The readings of a run so far, and its alarm.
+
+    Attributes:
+      alarm: the rule's for the readings so far, or None.
+    """
+
+    def __init__(self, rule: Rule, readings: Sequence[Reading] = ()):
+        self._rule, self._readings = rule, list(readings)
+        self.alarm = rule(self._readings)
+
+    @property
+    def first_step(self) -> int | None:
+        """Step of the first reading, or None."""
+        return self._readings[0].step if self._readings else None
+
+    def add(self, step: int, indicators: Mapping[str, float]) -> Alarm | None:
+        """Adds a reading and returns the alarm if this reading raises it; drops readings of later steps, after a rollback."""
+        before = [reading for reading in self._readings if reading.step < step]
+        self._readings = [*before, _reading(step, indicators)]
+        known, self.alarm = self.alarm, self._rule(self._readings)
+        return self.alarm if known is None else None
+
+    @classmethod
+    def recovered(cls, rule: Rule, metrics: str | os.PathLike, step: int) -> "Monitor":
+        """A monitor with the readings in a run's metrics.jsonl up to `step`, from which the run resumes; none at step 0."""
+        path = os.fspath(metrics)
+        if not step or not os.path.exists(path):
+            return cls(rule)
+        by_step = {
+            row["step"]: {name.removeprefix(PREFIX): value for name, value in row.items()}
+            for row in metric_writers.rows_in_force(path)
+            if f"{PREFIX}entropy" in row and row["step"] <= step
+        }
+        return cls(rule, [_reading(step, by_step[step]) for step in sorted(by_step)])
+
+
+def _reading(step: int, indicators: Mapping[str, float]) -> Reading:
+    names = ("entropy", "mass", "llh_chosen")
+    return Reading(step=step, **{name: indicators[name] for name in names})

@@ -1,4 +1,4 @@
-"""Outputs of a policy in training: the same prompts at every evaluation. Shapes: B rows, T prompt length."""
+"""Outputs of a policy for the same prompts at every evaluation. Shapes: B rows, T prompt length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from trainers.decoding.policy_sampler import PolicySampler
 class Generator:
     """Continues its prompts with the weights of any step.
 
-    All batches have one shape, so that nothing is compiled after the first. A continuation is a function of the
-    weights, the seed, the step and the index of its prompt.
+    All batches have one shape, so only the first compiles. A continuation is a function of the weights, the seed, the
+    step and the index of its prompt.
 
     Args:
       model: a decoder-only module.
       prompts: as the model reads them, each with a token at least.
       settings: what to generate, one sample each.
-      batch_size: rows at a time, of which the mesh has equal parts.
+      batch_size: rows at a time, a multiple of the mesh's parts of a batch.
       sharding: of the rows of a batch.
       seed: of the draws.
     """
@@ -68,7 +68,7 @@ class Generator:
                 f"than the {limit} positions that the model has learned. Lower max_new_tokens."
             )
         length = bucket_length(longest, limit=limit)
-        found: list[list[int]] = []
+        outputs: list[list[int]] = []
         for first in range(0, len(self._prompts), self._batch_size):
             batch = self._prompts[first : first + self._batch_size]
             tokens_BT = np.zeros((self._batch_size, length), np.int32)
@@ -80,6 +80,6 @@ class Generator:
             written = self._sampler(
                 params, tokens_BT, lengths_B, active_P=active_B, number=step, first=first
             )
-            found += written[: len(batch)]
+            outputs += written[: len(batch)]
             done()
-        return found
+        return outputs

@@ -1,4 +1,4 @@
-"""The held-out pairs and prompts on which indicators are read: the same ones at every evaluation."""
+"""The held-out pairs and prompts for indicators: the same ones at every evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,7 +7,7 @@ Ids = Sequence[int]
 
 
 class Pair(NamedTuple):
-    """Token ids of a pair; those of completions with the token that ends them."""
+    """Token ids of a pair; completions include the token that ends them."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -15,33 +15,35 @@ class Pair(NamedTuple):
 
 
 class PairStream(Protocol):
-    """What is read of a held-out stream; data/preference/stream.py makes one."""
+    """A held-out stream of pairs; data/preference/stream.py makes one."""
 
     def pairs(self) -> Iterable[tuple[str, Ids, Ids, Ids]]:
         """Digest, prompt, chosen and rejected of each pair, every pair once."""
         ...
 
     def summary(self) -> Mapping[str, Any]:
-        """'kind' of the pairs, and 'start_token', which the model reads before each prompt."""
+        """'kind' of the pairs, 'start_token', which the model reads before each prompt, and the 'vocabulary'."""
         ...
 
 
 class HeldOut(NamedTuple):
-    """What evaluations read.
+    """Held-out data of all evaluations.
 
     Attributes:
       pairs: in the order of their digests.
-      asked: for each prompt that is to be continued, its first pair.
-      start: what is read before a prompt, one token or none.
+      prompted: the first pair of each prompt that is continued.
+      start: tokens read before a prompt, one or none.
+      vocabulary: digest of the data's vocabulary.
     """
 
     pairs: list[Pair]
-    asked: list[Pair]
+    prompted: list[Pair]
     start: tuple[int, ...]
+    vocabulary: str
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
-        return [pair.prompt for pair in self.asked]
+        return [pair.prompt for pair in self.prompted]
 
 
 def read(
@@ -51,7 +53,7 @@ def read(
     num_pairs: int | None,
     num_prompts: int,
 ) -> HeldOut:
-    """Held-out pairs of some tasks; those with the first digests where there are more, whatever their order in files.
+    """Held-out pairs of some tasks; of more than `num_pairs`, those with the first digests, whatever the order of files.
 
     Args:
       open_stream: called with (task=).
@@ -62,7 +64,7 @@ def read(
     Raises:
       ValueError: no pairs, or examples that are not pairs.
     """
-    found: dict[str, Pair] = {}
+    by_digest: dict[str, Pair] = {}
     starts = set()
     for task in tasks:
         stream = open_stream(task=task)
@@ -73,17 +75,17 @@ def read(
                 "that are held out, registered with kind = 'paired'."
             )
         starts.add(facts["start_token"])
-        found.update((digest, Pair(*map(_ids, ids))) for digest, *ids in stream.pairs())
-    if not found:
+        by_digest.update((digest, Pair(*map(_ids, ids))) for digest, *ids in stream.pairs())
+    if not by_digest:
         raise ValueError(
             f"PreferenceIndicators.tasks = {list(tasks)}: no pairs are held out. Give the tasks validation_files, or "
             "a validation_fraction above 0."
         )
     if len(starts) > 1:
         raise ValueError(
-            "PreferenceIndicators.tasks differ in their start_token: name tasks that are read alike."
+            "PreferenceIndicators.tasks differ in their start_token: name tasks with the same one."
         )
-    pairs = [found[digest] for digest in sorted(found)]
+    pairs = [by_digest[digest] for digest in sorted(by_digest)]
     first: dict[tuple[int, ...], Pair] = {}
     for pair in pairs:
         first.setdefault(pair.prompt, pair)
@@ -92,6 +94,7 @@ def read(
         pairs[:num_pairs],
         list(first.values())[:num_prompts],
         () if start is None else (int(start),),
+        facts["vocabulary"]["digest"],
     )
 
 

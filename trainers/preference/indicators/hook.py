@@ -1,68 +1,69 @@
 """The evaluation that watches preference optimisation for over-optimisation (arXiv 2410.11677).
 
-docs/preference_indicators.md says what each number is. Readings of held-out pairs and of outputs that the policy
-writes in the training loop, on its mesh and with its weights, go into metrics as 'indicators/<name>'.
+docs/preference_indicators.md explains each number. The policy's readings of held-out pairs, and of outputs that it writes
+on the run's mesh with its current weights, are metrics 'indicators/<name>'.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
+from tqdm.auto import tqdm
 
-from trainers.decoding.decode import Settings
+from trainers.decoding.decode import Settings, eos_ids
 from trainers.decoding.sampling import Sampling
-from trainers.hooks import RunContext
+from trainers.hooks import GivenUpError, RunContext
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
-from trainers.preference.indicators.alarm import Alarm, StoppingRule
+from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
 from trainers.preference.indicators.generator import Generator
-from trainers.preference.indicators.judge import Judge
-from trainers.preference.indicators.monitor import PREFIX, recovered
-from trainers.preference.indicators.progress import progress
-from trainers.preference.indicators.reader import Reader
-from trainers.preference.indicators.token_readings import TOP_K
-from trainers.preference.objectives.reference import LiveReference
+from trainers.preference.indicators.measures import Judge
+from trainers.preference.indicators.reader import TOP_K, Reader
 from trainers.rewards.base import Completion, Reward, StoredReward
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
 
+_QUIET_SECONDS = 10  # before a bar is shown
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PreferenceIndicators:
-    """A hook that reads the indicators, keeps samples, and raises an alarm once.
+    """A hook that computes the indicators, writes samples, and raises an alarm once.
 
-    Of one seed, step and weights all numbers are the same, so that a run that was interrupted writes those of one
-    that was not.
+    All numbers are a function of seed, step and weights, so an interrupted run writes the same ones.
 
     Attributes:
-      run: given by `launch.train`.
+      run: of the run; `launch.train` passes it.
       pairs: opens the held-out pairs of a task, called with (task=).
-      tasks: whose pairs and prompts are read, together.
-      vocabulary: of the data; what generation ends with is its EOS.
+      tasks: the tasks whose pairs and prompts are read, together.
+      vocabulary: of the data; its EOS ends outputs.
       every: updates between evaluations; there is one before the first and one after the last.
       num_pairs: held-out pairs at most; None for all.
-      num_prompts: prompts of these pairs to write outputs for, at most.
-      max_new_tokens: of an output.
-      temperature, top_p: of its tokens.
+      num_prompts: prompts of these pairs to continue, at most.
+      max_new_tokens: most tokens of an output.
+      temperature, top_p: of sampling.
       eos_ids: tokens that end an output, in place of the vocabulary's.
-      batch_size: sequences at a time, rounded up to what the mesh divides.
-      top_k: tokens that count as the likeliest.
-      reference: its log-ratio and L2 distance are measured; None for neither, and no second model in memory.
-      reward: judges outputs, read from its checkpoint if it lies in one; None for none. It is told the texts
-        'chosen' and 'rejected' of the prompt's pair.
-      competitor: a file of outputs that compete with the policy's (see samples.py); None for those of the first
-        evaluation, which is before the first update.
+      batch_size: sequences at a time, rounded up to a multiple of the mesh's parts of a batch.
+      top_k: number of likeliest tokens.
+      reference: measures the log-ratio and L2 distance to it; None for neither, and no second model in memory.
+      reward: judges outputs; None for none. A completion's info has the texts 'chosen' and 'rejected' of the prompt's
+        pair.
+      competitor: a file of outputs that compete with the policy's (see samples.py); None for the policy's own of the
+        first evaluation, before the first update.
       rule: when to raise the alarm.
-      stop: 'alarm' ends the run there; 'never' goes on.
-      seed: of the draws.
+      stop: 'alarm' ends the run at the alarm; 'never' goes on.
+      seed: of sampling.
 
     Raises:
-      ValueError: settings that do not fit, no pairs, or a vocabulary without EOS.
+      ValueError: settings that do not fit, no pairs, a vocabulary without EOS, or a reference that does not fit.
       CompetitorError: there are no outputs to compete with.
     """
 
@@ -79,7 +80,7 @@ class PreferenceIndicators:
     eos_ids: Sequence[int] | None = None
     batch_size: int = 16
     top_k: int = TOP_K
-    reference: LiveReference | None = None
+    reference: FrozenModel | None = None
     reward: Reward | StoredReward | None = None
     competitor: str | None = None
     rule: StoppingRule = StoppingRule()
@@ -96,13 +97,16 @@ class PreferenceIndicators:
         self._prompts, self._start = data.prompts, data.start
         if not self._start and not all(self._prompts):
             raise ValueError(
-                "PreferenceIndicators: a held-out prompt is empty and nothing is read before it. Set DOCUMENT_START."
+                "PreferenceIndicators: a held-out prompt is empty and has no start token. Set DOCUMENT_START."
             )
         self._chosen = [self._row(pair.prompt, pair.chosen) for pair in data.pairs]
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
-        self._model = model = self.run.program.recipe.model.inference_model
+        if self.reference is not None:
+            meta = {"vocabulary": data.vocabulary}
+            self.reference.check(program.mesh, program.rules, meta)
+        self._model = model = program.recipe.language_model.inference_model
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -123,9 +127,9 @@ class PreferenceIndicators:
         )
         self._infos = [
             {"chosen": self._texts.text(pair.chosen), "rejected": self._texts.text(pair.rejected)}
-            for pair in data.asked
+            for pair in data.prompted
         ]
-        self._monitor = recovered(
+        self._monitor = Monitor.recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
         reward = self.reward
@@ -135,7 +139,7 @@ class PreferenceIndicators:
 
     @property
     def ended(self) -> bool:
-        """Whether the run is to end where it is."""
+        """Whether the run should end at this step."""
         return self.stop == "alarm" and self._monitor.alarm is not None
 
     def __call__(
@@ -143,20 +147,20 @@ class PreferenceIndicators:
     ) -> Mapping[str, float]:
         del metrics
         params = state.released_params
-        params = self.run.program.recipe.model.inference_params(params)
-        with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
-            found = self._of_pairs(params, done)
+        params = self.run.program.recipe.language_model.inference_params(params)
+        with _progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
+            indicators = self._pair_indicators(params, done)
             outputs = self._generator(params, step, done=done)
-            found |= self._of_outputs(params, step, outputs, done)
-        found |= self._judged(step, found)
-        return {PREFIX + name: value for name, value in found.items() if not np.isnan(value)}
+            indicators |= self._output_indicators(params, step, outputs, done)
+        indicators |= self._alarm_indicators(step, indicators)
+        return {PREFIX + name: value for name, value in indicators.items() if not np.isnan(value)}
 
-    def _of_pairs(self, params: Any, done: Callable[[], None]) -> dict[str, float]:
-        """What the policy says of held-out completions."""
+    def _pair_indicators(self, params: Any, done: Callable[[], None]) -> dict[str, float]:
+        """Indicators of the policy's readings of held-out completions."""
         readings = self._reader(params, [*self._chosen, *self._rejected], done=done)
         chosen, rejected = readings[: len(self._chosen)], readings[len(self._chosen) :]
         likely, unlikely = (_mean(one.mean_log_prob for one in side) for side in (chosen, rejected))
-        found = {
+        indicators = {
             "llh_chosen": likely,
             "llh_rejected": unlikely,
             "llh_gap": likely - unlikely,
@@ -164,15 +168,15 @@ class PreferenceIndicators:
             "mass_chosen": _mean(one.mass for one in chosen),
         }
         if self.reference is not None:
-            found["llh_distance"] = measures.likelihood_distance(
+            indicators["llh_distance"] = measures.likelihood_distance(
                 np.array([one.mean_log_prob for one in chosen]), self._reference_of_chosen
             )
-        return found
+        return indicators
 
-    def _of_outputs(
+    def _output_indicators(
         self, params: Any, step: int, outputs: Sequence[list[int]], done: Callable[[], None]
     ) -> dict[str, float]:
-        """What the policy writes, and what it, the reference and the reward say of that."""
+        """Indicators of the policy's outputs, read by policy, reference and reward; writes them to a file."""
         rows = [self._row(*pair) for pair in zip(self._prompts, outputs, strict=True)]
         readings = self._reader(params, rows, done=done)
         pairs = zip(self._prompts, outputs, strict=True)
@@ -180,7 +184,7 @@ class PreferenceIndicators:
         numbers: list[dict[str, float]] = [
             {"entropy": one.entropy, "mass": one.mass} for one in readings
         ]
-        found = {
+        indicators = {
             "entropy": _mean(one.entropy for one in readings),
             "mass": _mean(one.mass for one in readings),
             "ead": measures.diversity(
@@ -194,56 +198,56 @@ class PreferenceIndicators:
             ours_N, theirs_N = (
                 np.array([one.log_prob for one in side]) for side in (readings, theirs)
             )
-            found["kl"] = measures.sampled_divergence(ours_N, theirs_N)
+            indicators["kl"] = measures.sampled_divergence(ours_N, theirs_N)
             for row, ratio in zip(numbers, ours_N - theirs_N, strict=True):
                 row["log_ratio"] = float(ratio)
         if self._judge is not None:
-            rewards_N = self._judge.rewards(self._told(completions))
-            found["reward"] = float(np.mean(rewards_N, dtype=np.float64))
-            found["p_win"] = self._judge.win_probability(rewards_N)
+            rewards_N = self._judge.rewards(self._with_info(completions))
+            indicators["reward"] = float(np.mean(rewards_N, dtype=np.float64))
+            indicators["p_win"] = self._judge.win_probability(rewards_N)
             for row, reward in zip(numbers, rewards_N, strict=True):
                 row["reward"] = float(reward)
         if self.run.writer:
             written = zip(completions, numbers, strict=True)
             samples.write(self.run.path, step, [self._texts.row(c, **n) for c, n in written])
-        return found
+        return indicators
 
-    def _judged(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
-        """What the rule says, and by what the checkpoint of this step is kept or not."""
-        raised = self._monitor.add(step, found)
+    def _alarm_indicators(self, step: int, indicators: Mapping[str, float]) -> dict[str, float]:
+        """Whether the alarm is raised, and the number by which checkpoints are retained."""
+        raised = self._monitor.add(step, indicators)
         if raised is not None and self.run.writer:
             _log.warning(self._advice(raised))
-        judged = {"alarm": float(self._monitor.alarm is not None)}
+        result = {"alarm": float(self._monitor.alarm is not None)}
         if self.reward is not None:
-            judged["retain"] = found["reward"]
+            result["retain"] = indicators["reward"]
         elif self._monitor.alarm is None:
-            judged["retain"] = float(step)  # the last before the alarm
-        return judged
+            result["retain"] = float(step)  # the last before the alarm
+        return result
 
     def _advice(self, alarm: Alarm) -> str:
-        kept = "the best mean reward" if self.reward is not None else f"step {alarm.before}"
+        best = "the best mean reward" if self.reward is not None else f"step {alarm.before}"
         end = (
             "The run ends here."
             if self.stop == "alarm"
             else "The run goes on; INDICATORS_STOP = 'alarm' would end it here."
         )
         return (
-            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. {end} Release the checkpoint of {kept} (kept "
+            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. {end} Release the checkpoint of {best} (kept "
             "where checkpoints are as frequent as indicators), or train again with a larger BETA, an NLL term in "
             "LOSSES or a lower LEARNING_RATE."
         )
 
     def _competing(self) -> list[Completion] | None:
-        """The competitor's outputs; None where they are yet to be written, in the first evaluation."""
+        """The competitor's outputs; None before the first evaluation, which will write them."""
         path: str | os.PathLike | None = self.competitor
         if path is None and self._monitor.first_step is not None:
             path = samples.path_of(self.run.path, self._monitor.first_step)
         if path is None:
             return None
-        return self._told(samples.competitor(path, self._prompts, self._texts))
+        return self._with_info(samples.competitor(path, self._prompts, self._texts))
 
-    def _told(self, completions: Sequence[Completion]) -> list[Completion]:
-        """The completions of all prompts with the texts of their pairs, for verifiers."""
+    def _with_info(self, completions: Sequence[Completion]) -> list[Completion]:
+        """The completions of all prompts, with the texts of their pairs for verifiers."""
         pairs = zip(completions, self._infos, strict=True)
         return [dataclasses.replace(completion, info=info) for completion, info in pairs]
 
@@ -273,7 +277,7 @@ class PreferenceIndicators:
 
     @property
     def _batches(self) -> int:
-        """Of one evaluation; those of the reference's first are left out."""
+        """Batches of one evaluation, without the reference's readings of pairs, which only the first has."""
         models = 1 if self.reference is None else 2
         pairs = self._reader.batches(2 * len(self._chosen))
         return self._generator.batches + pairs + models * self._reader.batches(len(self._prompts))
@@ -281,8 +285,7 @@ class PreferenceIndicators:
     def _ends(self) -> tuple[int, ...]:
         if self.eos_ids is not None:
             return tuple(self.eos_ids)
-        ids = getattr(self.vocabulary, "eos_ids", None) or (self.vocabulary.eos_id,)
-        return tuple(id for id in ids if id not in (None, -1))
+        return eos_ids(self.vocabulary)
 
     def _check(self) -> None:
         for name in ("every", "num_pairs", "num_prompts", "batch_size", "top_k"):
@@ -310,3 +313,35 @@ class PreferenceIndicators:
 
 def _mean(values: Any) -> float:
     return float(np.mean(np.fromiter(values, np.float64)))
+
+
+@contextlib.contextmanager
+def _progress(
+    batches: int, name: str, give_up: Callable[[int], bool]
+) -> Iterator[Callable[[], None]]:
+    """Shows a bar over the batches of an evaluation that takes long; yields a function to call after each batch.
+
+    Args:
+      batches: number of batches.
+      name: of the work.
+      give_up: see `RunContext`; asked after each batch.
+
+    Raises:
+      GivenUpError: after a batch, where `give_up` returns True.
+    """
+    with tqdm(
+        total=batches,
+        desc=name,
+        unit="batch",
+        leave=False,
+        delay=_QUIET_SECONDS,
+        disable=jax.process_index() != 0,
+    ) as bar:
+        counted = itertools.count(1)  # a bar that is not shown does not count
+
+        def done() -> None:
+            bar.update()
+            if give_up(next(counted)):
+                raise GivenUpError(f"{name} given up")
+
+        yield done

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainers.rewards.base import Completion, Reward, finite_rewards
+
 
 def distinct_ngrams(outputs: Sequence[Sequence[int]], *, n: int, vocab_size: int) -> float:
     """Expectation-adjusted distinct n-grams (arXiv 2202.13587), of all outputs together.
@@ -23,9 +25,9 @@ def distinct_ngrams(outputs: Sequence[Sequence[int]], *, n: int, vocab_size: int
 def diversity(
     outputs: Sequence[Sequence[int]], *, vocab_size: int, sizes: Sequence[int] = (1, 2, 3, 4, 5)
 ) -> float:
-    """EAD of the paper: `distinct_ngrams` averaged over n, those apart of which there are none."""
-    found = [distinct_ngrams(outputs, n=n, vocab_size=vocab_size) for n in sizes]
-    there = [value for value in found if not math.isnan(value)]
+    """EAD of the paper: `distinct_ngrams` averaged over the n for which there are n-grams."""
+    values = [distinct_ngrams(outputs, n=n, vocab_size=vocab_size) for n in sizes]
+    there = [value for value in values if not math.isnan(value)]
     return float(np.mean(there)) if there else math.nan
 
 
@@ -58,3 +60,26 @@ def pearson(x_N: Sequence[float], y_N: Sequence[float]) -> float:
     x, y = (np.asarray(values, np.float64) - np.mean(values) for values in (x_N, y_N))
     norm = math.sqrt(float(np.dot(x, x) * np.dot(y, y)))
     return float(np.dot(x, y)) / norm if norm else math.nan
+
+
+class Judge:
+    """Compares a policy's outputs with a competitor's by a reward; both have one output for each prompt.
+
+    Args:
+      reward: judges outputs.
+      competing: the competitor's outputs; None for the policy's own of the first call.
+    """
+
+    def __init__(self, reward: Reward, competing: Sequence[Completion] | None):
+        self._reward = reward
+        self._competing_N = None if competing is None else self.rewards(competing)
+
+    def rewards(self, outputs: Sequence[Completion]) -> np.ndarray:
+        """float32 [N]; raises ValueError for rewards that are not finite numbers."""
+        return finite_rewards(self._reward, outputs, macro="INDICATORS_REWARD")
+
+    def win_probability(self, rewards_N: np.ndarray) -> float:
+        """P_win of outputs with these rewards; without a competitor, the first call's rewards compete."""
+        if self._competing_N is None:
+            self._competing_N = rewards_N
+        return win_probability(rewards_N, self._competing_N)

@@ -1,32 +1,106 @@
-"""Readings of completions after their prompts, with the weights of any step.
+"""Readings of completions after their prompts: log-probabilities, and the entropy and mass of the likeliest tokens.
 
-Shapes: B rows, T length, D width.
+Over-optimisation of preferences shows in the k likeliest next tokens (arXiv 2410.11677, section 5): their entropy first
+rises and then falls, or their mass falls.
+
+Shapes: B rows, T tokens (of a row, or of all rows joined), C tokens of a chunk, D width, V vocabulary, K likeliest tokens.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model.kernels.cross_entropy import map_tokens
+from model.kernels.vocab_logits import LogitForm
 from trainers.decoding.buckets import batches_by_length
-from trainers.preference.indicators.token_readings import TOP_K, TokenReadings, read_tokens
-from trainers.scoring.scoring import Row
+from trainers.objectives.forward import frozen_forward
+from trainers.scoring.scoring import Row, padded
 
 _SHORTEST = 64
+TOP_K = 10  # of the paper: entropies of at most log2(10) = 3.32 bits
+
+
+@flax.struct.dataclass
+class TokenReadings:
+    """Values of every token, float32.
+
+    Attributes:
+      log_probs: natural logarithm of the target's probability.
+      entropies: in bits, of the likeliest tokens with their probabilities renormalised.
+      masses: probability of the likeliest tokens together.
+    """
+
+    log_probs: jax.Array
+    entropies: jax.Array
+    masses: jax.Array
+
+
+def top_k_entropy_and_mass(logits_TV: jax.Array, *, k: int = TOP_K) -> tuple[jax.Array, jax.Array]:
+    """(entropy in bits [T] of the k likeliest tokens, renormalised; their total probability [T]).
+
+    With a vocabulary of fewer than k tokens, all are used.
+    """
+    logits_TV = logits_TV.astype(jnp.float32)
+    top_TK = jax.lax.top_k(logits_TV, min(k, logits_TV.shape[-1]))[0]
+    mass_T = jnp.exp(jax.nn.logsumexp(top_TK, axis=-1) - jax.nn.logsumexp(logits_TV, axis=-1))
+    log_q_TK = jax.nn.log_softmax(top_TK, axis=-1)
+    q_TK = jnp.exp(log_q_TK)
+    # An impossible token (logit -inf) adds nothing.
+    nats_T = -jnp.where(q_TK > 0, q_TK * log_q_TK, 0.0).sum(-1)
+    return jnp.maximum(nats_T, 0.0) / jnp.log(2.0), mass_T
+
+
+def read_tokens(
+    h_TD: jax.Array,
+    head_VD: jax.Array,
+    targets_T: jax.Array,
+    *,
+    k: int = TOP_K,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 512,
+) -> TokenReadings:
+    """Readings after hidden states, computed a chunk of tokens at a time (see `map_tokens`).
+
+    Args:
+      h_TD: hidden states.
+      head_VD: rows of the output matrix, cast to the dtype of h.
+      targets_T: ids in [0, V).
+      k: number of likeliest tokens.
+      logit_scale, softcap: see `weighted_cross_entropy`.
+      chunk: tokens at a time, see `chunk_size`.
+
+    Raises:
+      ValueError: k or chunk below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k = {k} must be at least 1.")
+    form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
+    head_VD = head_VD.astype(h_TD.dtype)
+
+    def read(h_CD: jax.Array, targets_C: jax.Array) -> TokenReadings:
+        logits_CV = form.logits(h_CD, head_VD)
+        target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        log_p_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
+        return TokenReadings(log_p_C, *top_k_entropy_and_mass(logits_CV, k=k))
+
+    return map_tokens(read, h_TD, targets_T, vocab=head_VD.shape[0], chunk=chunk)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Readings:
-    """Of one completion.
+    """Values of one completion.
 
     Attributes:
       log_prob: natural logarithm of its probability.
-      length: its tokens.
-      entropy, mass: of the likeliest tokens, means over its tokens (see token_readings.py).
+      length: number of its tokens.
+      entropy, mass: means over its tokens, see `TokenReadings`.
     """
 
     log_prob: float
@@ -36,18 +110,18 @@ class Readings:
 
     @property
     def mean_log_prob(self) -> float:
-        """Per token."""
+        """Log-probability per token."""
         return self.log_prob / self.length
 
 
 class Reader:
-    """Reads completions in batches of similar length; compiles once for each of a few lengths, powers of two.
+    """Reads completions in batches of similar length; compiles once for each length, a power of two.
 
     Args:
       model: a decoder-only module.
-      batch_size: rows at a time, of which the mesh has equal parts.
+      batch_size: rows at a time, a multiple of the mesh's parts of a batch.
       sharding: of the rows of a batch.
-      k: tokens that count as the likeliest.
+      k: number of likeliest tokens.
     """
 
     def __init__(self, model: Any, *, batch_size: int, sharding: NamedSharding, k: int = TOP_K):
@@ -55,30 +129,23 @@ class Reader:
         self._batch_size = batch_size
         self._sharding = sharding
 
-        def read(
-            params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, lengths_B: jax.Array
-        ) -> TokenReadings:
-            segments_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-            out = model.apply(
-                {"params": params},
-                tokens_BT,
-                segments_BT=segments_BT.astype(jnp.int32),
-                method="hidden",
-            )
-            found = read_tokens(
-                out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
-                model.apply({"params": params}, method="head_VD"),
-                targets_BT.reshape(-1),
+        def read(params: Any, batch: dict[str, jax.Array]) -> TokenReadings:
+            out = frozen_forward(model, params, batch)
+            readings = read_tokens(
+                out.hidden_XD,
+                out.head_VD(),
+                batch["decoder_target_tokens"].reshape(-1),
                 k=k,
                 logit_scale=model.logit_scale,
                 softcap=model.logit_softcap,
             )
-            return jax.tree.map(lambda x: x.reshape(tokens_BT.shape), found)
+            shape = batch["decoder_target_tokens"].shape
+            return jax.tree.map(lambda x: x.reshape(shape), readings)
 
         self._read = jax.jit(read, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
     def batches(self, count: int) -> int:
-        """Batches of so many sequences."""
+        """The number of batches of `count` sequences."""
         return -(-count // self._batch_size)
 
     def __call__(
@@ -106,25 +173,20 @@ class Reader:
                 f"A held-out pair or a prompt with what follows has {max(lengths)} tokens, but the model learned "
                 f"only {limit} positions. Lower max_new_tokens, or the max_length of the held-out pairs."
             )
-        found: dict[int, Readings] = {}
+        by_index: dict[int, Readings] = {}
         for batch in batches_by_length(lengths, self._batch_size):
             longest = max(_SHORTEST, 1 << (lengths[batch[0]] - 1).bit_length())
             longest = longest if limit is None else min(longest, limit)
-            tokens_BT, targets_BT = np.zeros((2, self._batch_size, longest), np.int32)
-            lengths_B = np.ones(self._batch_size, np.int32)
-            for b, i in enumerate(batch):
-                text = [*sequences[i].context, *sequences[i].targets]
-                tokens_BT[b, : lengths[i]], targets_BT[b, : lengths[i]] = text[:-1], text[1:]
-                lengths_B[b] = lengths[i]
-            arrays = jax.device_put((tokens_BT, targets_BT, lengths_B), self._sharding)
-            readings: TokenReadings = jax.device_get(self._read(params, *arrays))
+            columns = padded([sequences[i] for i in batch], self._batch_size, longest)
+            placed = jax.device_put(columns, self._sharding)
+            readings: TokenReadings = jax.device_get(self._read(params, placed))
             for b, i in enumerate(batch):
                 places = slice(len(sequences[i].context) - 1, lengths[i])
-                found[i] = Readings(
+                by_index[i] = Readings(
                     log_prob=float(readings.log_probs[b, places].sum(dtype=np.float64)),
                     length=len(sequences[i].targets),
                     entropy=float(readings.entropies[b, places].mean(dtype=np.float64)),
                     mass=float(readings.masses[b, places].mean(dtype=np.float64)),
                 )
             done()
-        return [found[i] for i in range(len(sequences))]
+        return [by_index[i] for i in range(len(sequences))]

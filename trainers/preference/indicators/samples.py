@@ -1,10 +1,10 @@
-"""Outputs of evaluations as files, and those of a competitor, which is the step-0 policy or another model.
+"""Files of a policy's outputs at each evaluation, and of a competitor's (the step-0 policy or another model).
 
     indicators/samples/<step>.jsonl
 
 has a row for each prompt: "prompt" (ids), "prompt_text", "text", "tokens", "ended" ('eos' or 'length') and numbers. A
-competitor's file has such rows too, or those of `python -m launch.generate`: "prompt" is then a text, or ids of
-this run's vocabulary, and "text" what followed.
+competitor's file has the same rows, or rows of `python -m launch.generate`: "prompt" is then a text, or ids of
+this run's vocabulary, and "text" the output.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ FOLDER = "indicators/samples"
 
 
 class CompetitorError(ValueError):
-    """The competitor's outputs are missing, or not what they should be."""
+    """The competitor's outputs are missing or malformed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Ids and texts.
+    """Conversion between ids and texts.
 
     Attributes:
       vocabulary: a SeqIO vocabulary.
@@ -47,10 +47,10 @@ class Texts:
         return "".join(self.vocabulary.decode(part) for part in parts)
 
     def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
-        """What a reward judges of generated tokens."""
+        """Generated tokens as a reward reads them."""
         ended = bool(tokens) and tokens[-1] in self.ends
-        kept = tokens[:-1] if ended else tokens
-        return Completion(prompt=tuple(prompt), tokens=tuple(kept), ended=ended)
+        text = tokens[:-1] if ended else tokens
+        return Completion(prompt=tuple(prompt), tokens=tuple(text), ended=ended)
 
     def row(self, completion: Completion, **numbers: float) -> dict[str, Any]:
         """A row of a file."""
@@ -64,7 +64,7 @@ class Texts:
         }
 
     def read_row(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...] | str, Completion]:
-        """(the prompt as the row has it, what followed); KeyError, TypeError for a row that is not one."""
+        """(prompt in the form of the row, completion); raises KeyError or TypeError for a malformed row."""
         prompt, ended = row["prompt"], row.get("ended", "eos") != "length"
         if isinstance(prompt, str):
             # Its ids may be of another vocabulary.
@@ -80,12 +80,12 @@ class Texts:
 
 
 def path_of(run: str | os.PathLike, step: int) -> pathlib.Path:
-    """Where the outputs of a step are."""
+    """The file of the outputs of a step."""
     return pathlib.Path(run, FOLDER, f"{step}.jsonl")
 
 
 def write(run: str | os.PathLike, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the outputs of a step whole, in place of those that are there."""
+    """Writes all outputs of a step, replacing earlier ones."""
     path = path_of(run, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -107,7 +107,7 @@ def competitor(
             f"The competitor's outputs, {path}, do not exist. Those of the policy at step 0 are written when a run "
             "begins: start in another MODEL_DIR, or name a file by INDICATORS_COMPETITOR."
         )
-    found: dict[tuple[int, ...] | str, Completion] = {}
+    by_prompt: dict[tuple[int, ...] | str, Completion] = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -117,10 +117,10 @@ def competitor(
                     f"{path}, line {number}: {type(error).__name__}: {error}. A row has 'prompt' (text or ids) and "
                     "'text' (or 'tokens', with a prompt of ids)."
                 ) from None
-            found.setdefault(key, completion)
+            by_prompt.setdefault(key, completion)
     outputs = []
     for number, prompt in enumerate(prompts):
-        output = found.get(tuple(prompt)) or found.get(texts.text(prompt))
+        output = by_prompt.get(tuple(prompt)) or by_prompt.get(texts.text(prompt))
         if output is None:
             raise CompetitorError(
                 f"{path} has no output for prompt {number}, {texts.text(prompt)!r}: a competitor answers all "

@@ -1,7 +1,7 @@
-"""Losses that say of each completion whether it should gain, not only by how much more. Shape: P pairs.
+"""Losses in which each completion should gain or lose by itself, not only relative to the other. Shape: P pairs.
 
-c, r and beta are those of trainers/preference/losses/direct.py, and so are the losses' form and errors: float32 [P], unweighted,
-by TRL's names and formulas. There is no `divergence`: its unknown term of the prompt does not cancel here.
+c, r, beta, form and errors are as in trainers/preference/losses/direct.py: float32 [P], unweighted, TRL's names and
+formulas. There is no `divergence`: its unknown term of the prompt does not cancel here.
 """
 
 import jax

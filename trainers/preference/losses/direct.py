@@ -2,7 +2,7 @@
 
 c = log pi_theta(y_w) / pi_ref(y_w) and r, the same of y_l, are sums over a completion's tokens, n_w and n_l their
 numbers, Delta = c - r, z = beta Delta and sigma the logistic function. Losses are float32 [P], one value per pair,
-not weighted. They have TRL's names and, unless said otherwise, its formulas (DPOTrainer, 1.16); `dpo` is its
+not weighted. They have TRL's names and, unless noted otherwise, its formulas (DPOTrainer, 1.16); `dpo` is its
 `sigmoid`. Settings that make no sense raise ValueError, pairs without a reference MissingReferenceError.
 
 Where `divergence` is a setting, its scores (trainers/preference/losses/divergence.py) stand for c and r. Losses that read c and r

@@ -1,4 +1,4 @@
-"""f-DPO (arXiv 2309.16240): how a policy is kept near its reference, as the score of a log-ratio.
+"""f-DPO (arXiv 2309.16240): divergences that hold a policy near its reference, as scores of a log-ratio.
 
 Where the penalty is the divergence of a convex f, the reward that a policy stands for is beta f'(t) plus a term of the
 prompt, with t = pi_theta / pi_ref. That term cancels in the difference of two completions' rewards and nowhere else,

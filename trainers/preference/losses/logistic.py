@@ -1,4 +1,4 @@
-"""The logistic loss that most preference losses are, with labels that may be wrong."""
+"""The logistic loss of most preference losses, with label smoothing."""
 
 import jax
 from jax.nn import log_sigmoid

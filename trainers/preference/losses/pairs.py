@@ -1,4 +1,4 @@
-"""What preference losses read: log-probabilities of two completions of one prompt. Shape: P pairs.
+"""The input of preference losses: log-probabilities of two completions of one prompt. Shape: P pairs.
 
 In the terms of arXiv 2410.11677: y_w is `chosen`, y_l `rejected`, pi_theta the policy, pi_ref the reference.
 """
@@ -25,8 +25,8 @@ class PairLogProbs:
       chosen, rejected: of the completions, by the policy.
       chosen_length, rejected_length: tokens of the completions, at least 1.
       weights: 1 for a pair, 0 for a slot without one.
-      mean_chosen_length: scalar, tokens of the chosen completions per pair of the whole batch, of which P may be
-        a part: what makes of a sum over tokens a mean over tokens that does not change with microbatches.
+      mean_chosen_length: scalar, tokens of the chosen completions per pair of the whole batch, of which the P pairs may
+        be a part; divides a sum over tokens into a mean that does not depend on microbatches.
       ref_chosen, ref_rejected: by the reference; None where there is none.
       labels: of unpaired examples (KTO): 1 for a desirable completion, 0 for an undesirable one. `chosen` is then
         the completion, and `rejected` that of another example after the same prompt, for the estimate of the
@@ -77,7 +77,7 @@ class PairLogProbs:
     def _reference(self) -> tuple[jax.Array, jax.Array]:
         if self.ref_chosen is None or self.ref_rejected is None:
             raise MissingReferenceError(
-                "This loss compares with a reference model, and there is none: bind REFERENCE, or choose a loss "
+                "This loss compares with a reference model, but there is none: bind REFERENCE, or choose a loss "
                 "without one (slic_hinge, simpo, cpo, alpha_po, orpo, nll)."
             )
         return self.ref_chosen, self.ref_rejected

@@ -14,7 +14,7 @@ from trainers.preference.losses.logistic import logistic
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_positive
 
-# In nats: what a log-softmax in float32 tells from certainty.
+# The smallest -log p in nats that a float32 log-softmax distinguishes from p = 1.
 _LEAST_SURPRISE = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -35,7 +35,7 @@ def simpo(
     Args:
       pairs: log-probabilities by the policy.
       beta: scale of the rewards; means per token need a larger one than sums.
-      gamma: the margin asked for, in units of the logit; half of beta is a usual value. TRL's is 0.5.
+      gamma: the margin required, in units of the logit; half of beta is a usual value. TRL's is 0.5.
       label_smoothing: see `direct.dpo`.
     """
     check_positive(beta=beta)

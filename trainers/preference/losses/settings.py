@@ -1,4 +1,4 @@
-"""Settings of losses, checked when a step is traced: what is wrong ends a run before its first update."""
+"""Checks of losses' settings when a step is traced: a wrong one ends a run before its first update."""
 
 import math
 from collections.abc import Sequence

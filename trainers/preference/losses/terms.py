@@ -1,4 +1,4 @@
-"""What is added to a preference loss so that chosen completions stay likely. Shape: P pairs; float32 [P], unweighted."""
+"""Terms added to a preference loss so that chosen completions stay likely. Shape: P pairs; float32 [P], unweighted."""
 
 from typing import Literal, get_args
 
@@ -27,5 +27,5 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
 
 def slic_regulariser(pairs: PairLogProbs) -> jax.Array:
     """softplus(1 - c), c the log-ratio of the chosen completion: beside SLiC's hinge in arXiv
-    2410.11677, which does not say whether of sums, as here, or of means per token."""
+    2410.11677, which leaves open whether c is of sums, as here, or of means per token."""
     return softplus(1 - pairs.chosen_log_ratio)

@@ -2,7 +2,7 @@
 
 Both losses compare two sorted samples rank by rank. The value of a pair therefore depends on the others that share its
 microbatch, and the loss of a batch on how it is split: large microbatches compare better. Slots of weight 0 sort behind
-all others, where they meet only each other. Form, names and errors are those of trainers/preference/losses/direct.py.
+all others, where they meet only each other. Form, names and errors are as in direct.py.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Losses of single completions that are desirable or not. Shape: P examples; float32 [P], unweighted.
 
-PairLogProbs tells in `labels` which are, and has the completion in `chosen` whatever its label. c is its log-ratio,
-beta and sigma are those of trainers/preference/losses/direct.py; formulas are TRL's (KTOTrainer, 1.16).
+`PairLogProbs.labels` has the labels, and `chosen` the completion whatever its label. c is its log-ratio, beta and sigma
+are as in trainers/preference/losses/direct.py; formulas are TRL's (KTOTrainer, 1.16).
 """
 
 import jax
@@ -57,7 +57,7 @@ def apo_zero_unpaired(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
 def _desirable(pairs: PairLogProbs) -> jax.Array:
     if pairs.labels is None:
         raise MissingLabelsError(
-            "This loss reads labels of single completions, and was given pairs: train on unpaired examples, or choose "
+            "This loss reads labels of single completions, but the data are pairs: train on unpaired examples, or choose "
             "a loss of pairs (direct.dpo, absolute.apo_zero)."
         )
     return pairs.labels > 0

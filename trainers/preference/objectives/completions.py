@@ -3,34 +3,13 @@
 Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from model.kernels.cross_entropy import Implementation
 from trainers.objectives.base import Batch
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.scoring.target_log_probs import read_targets
 
-_EMPTY = -1.0  # the log-probability that a slot without a pair has: losses are finite there
-
-
-def log_probs(
-    model: Any,
-    variables: Mapping[str, Any],
-    batch: Batch,
-    *,
-    implementation: Implementation = "auto",
-    **applied: Any,
-) -> tuple[jax.Array, Mapping[str, Any]]:
-    """(log-probabilities of completions [B, 2K], collections written): of chosen, rejected, chosen, rejected, ...
-
-    Arguments as for `read_targets`, the batch being of pairs.
-    """
-    read = read_targets(model, variables, batch, implementation=implementation, **applied)
-    return by_completion(batch, read.log_probs_BT), read.written
+_EMPTY = -1.0  # log-probability of a slot without a pair, where losses are finite
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
@@ -63,10 +42,10 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
 
 
 def tails_weighted(batch: Batch, weight: float) -> Batch:
-    """The batch with tokens of a completion past the length of the shorter one of its pair weighted, all others at 1.
+    """The batch with loss weight `weight` for the tokens of a completion past the length of the pair's shorter one.
 
-    Log-probabilities of what it returns are those of LD-DPO (arXiv 2409.06411, whose alpha is `weight`): of the shared
-    length in full, of the rest in part.
+    Its log-probabilities are LD-DPO's (arXiv 2409.06411, with alpha = `weight`): in full for the shared length, in part
+    for the rest.
     """
     counted_BT = batch["decoder_loss_weights"]
     segments = 2 * batch["pair_weights"].shape[-1]

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives import sown
-from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from trainers.objectives.forward import forward, source_losses
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
-from trainers.preference.objectives.reference import LiveReference
 
 # Log-probabilities of P pairs -> a value for each; trainers/preference/losses/ has them.
 PairLoss = Callable[[PairLogProbs], jax.Array]
@@ -28,20 +28,21 @@ def preference(
     losses: Sequence[PairLoss],
     weights: Sequence[float] | None = None,
     num_sources: int = 0,
-    reference: LiveReference | None = None,
+    reference: FrozenModel | None = None,
     ld_alpha: float = 1.0,
     implementation: Implementation = "auto",
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.
 
-    Batches are those of `trainers.inputs.PackedPairs`. Where a loss compares with a reference, its
-    log-probabilities are a column of the batch ('reference_log_probs', see launch/run/reference.py) or are computed in
-    the step by `reference`; the two are equal.
+    Batches have the columns of `trainers.inputs.PackedPairs`. The log-probabilities of a reference are a column of the
+    batch ('reference_log_probs', see launch/run/reference.py) or are computed in the step by `reference`; both are equal.
 
     Metrics, means over pairs: 'loss'; 'logps/chosen' and 'logps/rejected', sums over a completion's tokens;
     'llh/chosen', 'llh/rejected' and 'llh/gap', the same per token (arXiv 2410.11677, section 3); 'accuracy', the
     share of pairs whose chosen completion is preferred; with a reference 'log_ratio/chosen', 'log_ratio/rejected' and 'log_ratio/margin',
-    which times beta are the implicit rewards of DPO. With several losses 'loss/<name>' of each, before its weight.
+    which times beta are the implicit rewards of DPO. With several losses 'loss/<name>' of each, before its weight. Of
+    sampled pairs (online DPO) also 'reward', the mean over both samples, 'reward/margin' between them, and
+    'reward/ended', the share of samples that ended by themselves.
 
     Args:
       model: a decoder-only module, as for `lm.language_modelling`.
@@ -50,11 +51,11 @@ def preference(
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       reference: computes the reference's log-probabilities in each step; None where they come with the batch.
       ld_alpha: weight of the log-probabilities of tokens past the length of the shorter completion of a pair, policy's
-        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. So are those of the metrics, over all tokens.
+        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. Metrics use the same weights.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
 
     Raises:
-      ValueError: no losses, weights that are none of theirs or negative, a setting that cannot be.
+      ValueError: no losses, another number of weights, a negative weight, or an invalid setting.
     """
     names, of_single = _checked(losses, weights)
     if ld_alpha != 1:
@@ -75,19 +76,15 @@ def preference(
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/preference/losses/unpaired.py."
             )
         scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
-        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        sums_BS, written = completions.log_probs(
-            model,
-            {"params": params, **variables},
-            scored,
-            implementation=implementation,
-            rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *watched, *kept],
-        )
+        out = forward(model, params, scored, rng, variables)
+        log_probs_BT = out.log_probs_BT(implementation=implementation)
+        sums_BS = completions.by_completion(scored, log_probs_BT)
         if reference is None:  # stored ones are of whole completions
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
-            reference_BS = reference.log_probs(extras, scored, implementation=implementation)
+            frozen = reference.forward(extras, scored)
+            log_probs_BT = frozen.log_probs_BT(implementation=implementation)
+            reference_BS = completions.by_completion(scored, log_probs_BT)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)
         present_P = pairs.weights > 0
         values = {
@@ -99,21 +96,17 @@ def preference(
             loss_P += factor * value
         weight = pairs.weights.sum()
         metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs)}
+        if "rewards" in batch:
+            metrics |= _sample_metrics(batch, weight)
         if len(losses) > 1:
             metrics |= {f"loss/{name}": (value.sum(), weight) for name, value in values.items()}
-        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
-        metrics |= reported
-        if num_sources:
-            source_P = jnp.repeat(batch["source_ids"], loss_P.size // batch["source_ids"].size)
-            one_hot_PS = jax.nn.one_hot(source_P, num_sources, dtype=jnp.float32)
-            metrics["source_loss"] = (loss_P @ one_hot_PS, pairs.weights @ one_hot_PS)
-        updates = {name: written[name] for name in kept}
-        return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
+        metrics |= source_losses(batch, loss_P, pairs.weights, num_sources)
+        return out.loss_out(loss_P.sum(), weight, metrics)
 
     return Objective(loss_fn=loss_fn, stored_extras=reference)
 
 
-def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _metrics(pairs: PairLogProbs) -> Metrics:
     if pairs.labels is not None:
         return _unpaired_metrics(pairs, pairs.labels)
     means = {
@@ -134,9 +127,17 @@ def _metrics(pairs: PairLogProbs) -> dict[str, tuple[jax.Array, jax.Array]]:
     return {name: ((value * pairs.weights).sum(), weight) for name, value in means.items()}
 
 
-def _unpaired_metrics(
-    pairs: PairLogProbs, labels: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _sample_metrics(batch: Batch, weight: jax.Array) -> Metrics:
+    """Metrics of pairs that the policy has sampled (`trainers.online.pairs.BestOfTwo`)."""
+    rewards_B2, ended_B2 = batch["rewards"], batch["ended"]
+    return {
+        "reward": (rewards_B2.sum() / 2, weight),
+        "reward/margin": ((rewards_B2[:, 0] - rewards_B2[:, 1]).sum(), weight),
+        "reward/ended": (ended_B2.sum() / 2, weight),
+    }
+
+
+def _unpaired_metrics(pairs: PairLogProbs, labels: jax.Array) -> Metrics:
     means = {"logps": pairs.chosen, "llh": pairs.chosen_mean}
     if pairs.ref_chosen is not None:
         means["log_ratio"] = pairs.chosen_log_ratio
@@ -151,7 +152,7 @@ def _unpaired_metrics(
 def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tuple[list[str], bool]:
     """Names of the losses, and whether all are of single completions with labels.
 
-    Each is tried on a pair, so that what is set wrongly is found at once.
+    Each loss is traced on one pair, so a wrong setting raises at once.
     """
     if not losses:
         raise ValueError(
@@ -194,13 +195,13 @@ def _check_tails(
 
 
 def _pair() -> PairLogProbs:
-    """Shapes to try a loss on."""
+    """One pair to trace a loss on."""
     one = jnp.ones(1)
     return PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
 
 
 def _fails(loss: PairLoss, pair: PairLogProbs, error: type[ValueError]) -> bool:
-    """Whether a loss cannot do without what a pair lacks."""
+    """Whether a loss raises `error` for a pair that lacks something."""
     try:
         jax.eval_shape(loss, pair)
     except error:

@@ -3,15 +3,18 @@
 Shapes: B rows, T length, K pairs of a row, S = 2 K texts of a row, P = B K pairs of a batch.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from trainers.objectives import sown
 from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.forward import (
+    Forward,
+    forward_objective,
+    source_losses,
+)
 from trainers.preference.losses.settings import check_not_negative
 
 ENDS = "decoder_ends"
@@ -33,29 +36,14 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
       center: weight of the second term; 0.01 is usual, 0 leaves it out.
 
     Raises:
-      ValueError: a negative weight, or batches that do not say where texts end.
+      ValueError: a negative weight, or batches without the ends of texts.
     """
     check_not_negative(center=center)
 
-    def loss_fn(
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut:
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
-        kept, watched = ([], []) if rng is None else (list(variables), ["metrics"])
-        rewards_BT, written = model.apply(
-            {"params": params, **variables},
-            batch["decoder_input_tokens"],
-            positions_BT=batch["decoder_positions"],
-            segments_BT=batch["decoder_segment_ids"],
-            rngs=None if rng is None else {"dropout": rng},
-            mutable=["losses", *watched, *kept],
-        )
-        chosen_P, rejected_P = rewards_of_pairs(batch, rewards_BT)
+        batch = out.batch
+        chosen_P, rejected_P = rewards_of_pairs(batch, out.output)
         weights_P = batch["pair_weights"].reshape(-1)
         margin_P = chosen_P - rejected_P
         asked_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
@@ -70,23 +58,17 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
             "reward/rejected": rejected_P,
         }
         metrics = {name: ((value * weights_P).sum(), weight) for name, value in means.items()}
-        added, reported = sown.added(written, weight, scanned=model.config.scan_layers)
-        metrics |= reported
-        if num_sources:
-            source_P = jnp.repeat(batch["source_ids"], loss_P.size // batch["source_ids"].size)
-            one_hot_PS = jax.nn.one_hot(source_P, num_sources, dtype=jnp.float32)
-            metrics["source_loss"] = (loss_P @ one_hot_PS, weights_P @ one_hot_PS)
-        updates = {name: written[name] for name in kept}
-        return LossOut(sum=loss_P.sum() + added, weight=weight, metrics=metrics, variables=updates)
+        metrics |= source_losses(batch, loss_P, weights_P, num_sources)
+        return out.loss_out(loss_P.sum(), weight, metrics)
 
-    return Objective(loss_fn=loss_fn)
+    return forward_objective(model, loss_fn, method=None)
 
 
 def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
 
     Raises:
-      ValueError: the batch does not say where texts end.
+      ValueError: the batch has no ends of texts.
     """
     if ENDS not in batch:
         raise ValueError(

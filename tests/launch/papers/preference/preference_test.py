@@ -250,10 +250,37 @@ def test_prompts_begin_as_the_models_documents_did():
     check(start_token=None)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path):
+@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, methods):
     other = ["VOCABULARY=@vocabularies.byte()", "vocabularies.byte.extra_ids=3"]
-    result = train(*flags(tmp_path / "run", *other))
+    result = train(*flags(tmp_path / "run", *other, methods=methods))
     assert result.status == 2 and "another vocabulary" in result.err
+    assert "REFERENCE: " in result.err
+
+
+@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("REFERENCE='/absent'", "REFERENCE = /absent cannot be read"),
+        ("REFERENCE_MODEL=@wide/transformer.Transformer()", "Set REFERENCE_MODEL"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_refused_before_data_are_read(
+    train, flags, tmp_path, binding, said, methods
+):
+    wide = [
+        "wide/transformer.Transformer.config=@wide/config.TransformerConfig()",
+        "wide/config.TransformerConfig.mlp_dim=24",
+    ]
+    (tmp_path / "malformed.jsonl").write_text("{")  # an error, were it read
+    pairs = f"PAIRS={str(tmp_path / 'malformed.jsonl')!r}"
+    settings = [binding, pairs, *(wide if "wide" in binding else ())]
+    result = train(*flags(tmp_path / "run", *settings, methods=methods))
+    assert result.status == 2 and said in result.err
+    assert "malformed.jsonl" not in result.err
+    if methods:  # a live one is checked before the directory is claimed
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

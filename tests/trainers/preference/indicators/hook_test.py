@@ -89,11 +89,18 @@ class Pairs:
         return self.found
 
     def summary(self):
-        return {"kind": self.kind, "start_token": self.start}
+        return {
+            "kind": self.kind,
+            "start_token": self.start,
+            "vocabulary": {"digest": "words"},
+        }
 
 
 class Reference:
     model = MODEL
+
+    def check(self, mesh, rules, meta):
+        assert meta == {"vocabulary": "words"}
 
     def read(self, mesh, rules):
         return parameters(0)
@@ -208,8 +215,8 @@ class Falling:
 
     def __init__(self, made, entropies):
         self.made, self.entropies = made, entropies
-        made._of_pairs = lambda params, done: {"llh_chosen": -1.0 - self.step}
-        made._of_outputs = lambda *_: {"entropy": self.entropies[self.step], "mass": 0.9}
+        made._pair_indicators = lambda params, done: {"llh_chosen": -1.0 - self.step}
+        made._output_indicators = lambda *_: {"entropy": self.entropies[self.step], "mass": 0.9}
         made._generator = lambda *_, **__: []
         made._generator.batches = 1
 

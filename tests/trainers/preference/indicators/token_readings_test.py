@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.preference.indicators import token_readings
-from trainers.preference.indicators.token_readings import read_tokens
+from trainers.preference.indicators import reader
+from trainers.preference.indicators.reader import read_tokens
 
-top_k_entropy_and_mass = jax.jit(token_readings.top_k_entropy_and_mass, static_argnames="k")
+top_k_entropy_and_mass = jax.jit(reader.top_k_entropy_and_mass, static_argnames="k")
 
 
 @pytest.mark.parametrize("vocab", [10, 1000])

@@ -12,12 +12,12 @@ import pytest
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import initialise, inputs
+from trainers.objectives.forward import frozen_forward
+from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.preference.losses import direct, terms, transport, unpaired
 from trainers.preference.losses.pairs import MissingReferenceError
 from trainers.preference.objectives import completions
 from trainers.preference.objectives.preference import preference
-from trainers.preference.objectives.reference import LiveReference
-from trainers.preference.reference_checkpoint import ReferenceCheckpoint
 from trainers.scoring.scoring import Row, Scorer
 from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
@@ -165,7 +165,8 @@ def test_padding_order_and_splits_change_no_pair():
 
     @jax.jit
     def each(batch):
-        sums_BS, _ = completions.log_probs(MODEL, {"params": POLICY}, batch)
+        log_probs_BT = frozen_forward(MODEL, POLICY, batch).log_probs_BT()
+        sums_BS = completions.by_completion(batch, log_probs_BT)
         found = completions.of_batch(batch, sums_BS, batch["reference_log_probs"])
         return sigmoid_loss(found) + 0.3 * margin_of_means(found)
 
@@ -216,12 +217,8 @@ def test_prompt_targets_and_masked_positions_are_not_read():
     assert evaluated(batch, sigmoid_loss).sum == evaluated(other, sigmoid_loss).sum
 
 
-class Fixed:
+class Fixed(FrozenModel):
     """A live reference whose parameters are at hand."""
-
-    def __init__(self):
-        self._live = LiveReference(model=MODEL, checkpoint=None)  # which is never read
-        self.log_probs = self._live.log_probs
 
     def abstract(self, mesh, rules):
         return jax.eval_shape(lambda: REFERENCE)
@@ -234,7 +231,9 @@ def test_a_live_reference_is_the_stored_one_and_gets_no_gradient():
     rows = [[p] for p in pairs()]
     stored = batch_of(rows, slots=1, reference=scored(1))
     batch = {k: v for k, v in stored.items() if k != "reference_log_probs"}
-    objective = preference(model=MODEL, losses=[sigmoid_loss], reference=Fixed())
+    objective = preference(
+        model=MODEL, losses=[sigmoid_loss], reference=Fixed(model=MODEL, checkpoint=None)
+    )
     from_store = evaluated(stored, sigmoid_loss)
 
     def loss(params, extras):
@@ -268,7 +267,12 @@ def test_tails_count_in_part(alpha):
     policy_P2, reference_P2 = expected(POLICY), expected(REFERENCE)
     margins_P = (policy_P2 - reference_P2) @ [1, -1]
     batch = batch_of([given[:2], given[2:3], given[3:]], slots=2, length=40)
-    objective = preference(model=MODEL, losses=[sigmoid_loss], reference=Fixed(), ld_alpha=alpha)
+    objective = preference(
+        model=MODEL,
+        losses=[sigmoid_loss],
+        reference=Fixed(model=MODEL, checkpoint=None),
+        ld_alpha=alpha,
+    )
     out = jax.jit(lambda extras: objective(POLICY, batch, None, extras=extras))(REFERENCE)
     np.testing.assert_allclose(out.sum, np.log1p(np.exp(-0.5 * margins_P)).sum(), rtol=1e-5)
     total, weight = out.metrics["llh/chosen"]
@@ -341,9 +345,14 @@ def test_what_cannot_be_is_said_before_a_step():
     with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .*ld_dpo.gin"):
         preference(model=MODEL, losses=[sigmoid_loss], ld_alpha=0.5)
     with pytest.raises(ValueError, match="LD_ALPHA = 0.5 .* single completions"):
-        preference(model=MODEL, losses=[unpaired.kto], reference=Fixed(), ld_alpha=0.5)
+        preference(
+            model=MODEL,
+            losses=[unpaired.kto],
+            reference=Fixed(model=MODEL, checkpoint=None),
+            ld_alpha=0.5,
+        )
     with pytest.raises(ValueError, match="REFERENCE is None"):
-        ReferenceCheckpoint(path=None, model_dir="/unread")
+        FrozenCheckpoint(macro="REFERENCE", path=None, model_dir="/unread")
 
 
 def test_a_batch_has_the_arrays_that_inputs_say():

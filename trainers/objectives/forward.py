@@ -1,0 +1,275 @@
+"""One forward pass inside an objective, and the `LossOut` of what it predicts.
+
+`forward_objective` makes an objective of a function of a `Forward`, which computes a loss per token or per row and
+returns `Forward.mean_loss` or, where sum and weight are its own, `Forward.loss_out`. A reference or teacher is run by
+`frozen_forward`.
+
+Shapes: B rows, T length, X = B T tokens, D width, V vocabulary, S sources, L layers, N values, '...' of one value.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.cross_entropy import Implementation, token_log_probs
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
+
+# (batch, whether it is trained on) -> positional and keyword arguments of a model's method.
+Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
+_LAYER = re.compile(r"layers/block_\d+/")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a model returned for a batch, and what its modules wrote.
+
+    Attributes:
+      model: a linen module.
+      variables: parameters and other collections that the model read.
+      batch: columns of the batch.
+      output: what the model's method returned; of method 'hidden', an output with `hidden_BTD`.
+      written: collections that the modules wrote.
+      lasting: names of the collections in `written` that the train state holds.
+    """
+
+    model: Any
+    variables: Mapping[str, Any]
+    batch: Batch
+    output: Any
+    written: Mapping[str, Any]
+    lasting: Sequence[str] = ()
+
+    @property
+    def hidden_XD(self) -> jax.Array:
+        """Final hidden states of all tokens."""
+        return self.output.hidden_BTD.reshape(-1, self.output.hidden_BTD.shape[-1])
+
+    def head_VD(self) -> jax.Array:
+        """Rows of the model's output matrix."""
+        return self.apply("head_VD")
+
+    def apply(self, method: str, *arguments: Any) -> Any:
+        """Another method of the model, on the same variables."""
+        return self.model.apply(self.variables, *arguments, method=method)
+
+    def log_probs_BT(self, *, implementation: Implementation = "auto") -> jax.Array:
+        """Log-probabilities of all targets, float32, prompts and padding included."""
+        targets_BT = self.batch["decoder_target_tokens"]
+        log_probs_X = token_log_probs(
+            self.hidden_XD,
+            self.head_VD(),
+            targets_BT.reshape(-1),
+            logit_scale=self.model.logit_scale,
+            softcap=self.model.logit_softcap,
+            implementation=implementation,
+        )
+        return log_probs_X.reshape(targets_BT.shape)
+
+    def mean_loss(
+        self,
+        loss: jax.Array,
+        weights: jax.Array,
+        *,
+        total: jax.Array | None = None,
+        metrics: Metrics | None = None,
+        num_sources: int = 0,
+    ) -> LossOut:
+        """The weighted mean of a loss per token [B, T] or per row [B].
+
+        Args:
+          loss: in nats or any other unit, float32; reported as metric 'loss'.
+          weights: of the loss's shape; 0 for padding.
+          total: the weighted sum to differentiate, where it is not that of `loss`, for example because its gradient
+            is computed chunk by chunk.
+          metrics: further ones.
+          num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
+        """
+        weighted, weight = loss * weights, weights.sum()
+        reported = {"loss": (weighted.sum(), weight), **(metrics or {})}
+        reported |= source_losses(self.batch, weighted, weights, num_sources)
+        return self.loss_out(reported["loss"][0] if total is None else total, weight, reported)
+
+    def loss_out(self, total: jax.Array, weight: jax.Array, metrics: Metrics) -> LossOut:
+        """The loss, with the losses and metrics that modules sowed and the collections they wrote.
+
+        Each value in collection 'losses' is a mean over the batch: it is multiplied by `weight`, added to the loss, and
+        reported as metric 'auxiliary_loss'.
+        """
+        reported, added = dict(metrics), 0.0
+        if auxiliary := jax.tree.leaves(self.written.get("losses")):
+            added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
+            reported["auxiliary_loss"] = (added, weight)
+        if sown := self.written.get("metrics"):
+            means = _layer_means(sown, scanned=self.model.config.scan_layers)
+            reported |= {
+                name: (weight * value, jnp.full_like(value, weight))
+                for name, value in means.items()
+            }
+        return LossOut(sum=total + added, weight=weight, metrics=reported, variables=self.updates)
+
+    @property
+    def updates(self) -> dict[str, Any]:
+        """The train state's collections after this batch, in training; none in evaluation."""
+        return {name: self.written[name] for name in self.lasting}
+
+
+def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a decoder-only model is called with: tokens, positions (None for 0, 1, ...) and segments."""
+    del training
+    positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
+    return (batch["decoder_input_tokens"],), {
+        "positions_BT": positions_BT,
+        "segments_BT": segments_BT,
+    }
+
+
+def forward_objective(
+    model: Any,
+    loss: Callable[[Forward, Any], LossOut],
+    *,
+    stored_extras: StoredExtras | None = None,
+    method: str | None = "hidden",
+    arguments: Arguments = decoder_arguments,
+) -> Objective:
+    """The objective (forward pass, frozen extras) -> `LossOut`.
+
+    Args:
+      model: a linen module, run by `forward`.
+      loss: called with the model's forward pass and the extras (None without `stored_extras`).
+      stored_extras: frozen parameters or other arrays, see `Objective`.
+      method, arguments: of the model, see `forward`.
+    """
+
+    def loss_fn(
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None,
+        *,
+        variables: Mapping[str, Any],
+        extras: Any,
+    ) -> LossOut:
+        out = forward(model, params, batch, rng, variables, method=method, arguments=arguments)
+        return loss(out, extras)
+
+    return Objective(loss_fn=loss_fn, stored_extras=stored_extras)
+
+
+def forward(
+    model: Any,
+    params: Any,
+    batch: Batch,
+    rng: jax.Array | None,
+    variables: Mapping[str, Any],
+    *,
+    method: str | None = "hidden",
+    arguments: Arguments = decoder_arguments,
+) -> Forward:
+    """Runs a model on a batch, for a loss.
+
+    In training, modules draw from the rng 'dropout', write the state's collections, and report what they sow into
+    'metrics'; in evaluation (no rng) they do none of these. What they sow into 'losses' counts in both.
+
+    Args:
+      model: a linen module.
+      params: its parameters.
+      batch: columns of the batch.
+      rng: of this microbatch; None in evaluation.
+      variables: the collections of the train state.
+      method: of the model; None calls it.
+      arguments: what the method is called with.
+    """
+    training = rng is not None
+    return _run(
+        model,
+        {"params": params, **variables},
+        batch,
+        method,
+        arguments(batch, training),
+        lasting=tuple(variables) if training else (),
+        sown=("losses", "metrics") if training else ("losses",),
+        rngs={"dropout": rng} if training else None,
+    )
+
+
+def frozen_forward(
+    model: Any,
+    params: Any,
+    batch: Batch,
+    *,
+    method: str | None = "hidden",
+    arguments: Arguments = decoder_arguments,
+) -> Forward:
+    """Runs a model that is not trained: no gradient flows to its parameters, and it draws and collects nothing.
+
+    Arguments as of `forward`.
+    """
+    variables = {"params": jax.lax.stop_gradient(params)}
+    return _run(model, variables, batch, method, arguments(batch, False))
+
+
+def _run(
+    model: Any,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    method: str | None,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    lasting: Sequence[str] = (),
+    sown: Sequence[str] = (),
+    rngs: Any = None,
+) -> Forward:
+    args, keywords = arguments
+    output, written = model.apply(
+        variables, *args, **keywords, rngs=rngs, mutable=[*sown, *lasting], method=method
+    )
+    return Forward(
+        model=model,
+        variables=variables,
+        batch=batch,
+        output=output,
+        written=written,
+        lasting=lasting,
+    )
+
+
+def source_losses(
+    batch: Batch, weighted: jax.Array, weights: jax.Array, num_sources: int
+) -> Metrics:
+    """Metric 'source_loss', a vector over the sources [S]; no metric without sources.
+
+    Args:
+      batch: whose 'source_ids' are of its rows.
+      weighted: losses times weights, [B, T], or [N] with the same number of values for each row, side by side.
+      weights: of the same shape.
+      num_sources: S.
+    """
+    if not num_sources:
+        return {}
+    sources = batch["source_ids"]
+    if weighted.ndim == 2:
+        weighted, weights = weighted.sum(-1), weights.sum(-1)
+    else:
+        sources = jnp.repeat(sources, weighted.size // sources.size)
+    one_hot_NS = jax.nn.one_hot(sources, num_sources, dtype=jnp.float32)
+    return {"source_loss": (weighted @ one_hot_NS, weights @ one_hot_NS)}
+
+
+def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Array]:
+    """Means over layers, by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
+
+    Args:
+      sown: values of any shape, the same in every layer.
+      scanned: whether the values of layers are stacked, [L, ...].
+    """
+    by_name: dict[str, list[jax.Array]] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(sown):
+        # A module sows tuples: the last key is the place in the tuple.
+        where = "/".join(str(key.key) for key in path[:-1])
+        name = _LAYER.sub("", where)
+        stacked = scanned and name != where
+        by_name.setdefault(name, []).append(value if stacked else value[None])
+    return {name: jnp.concatenate(values).mean(0) for name, values in by_name.items()}

@@ -1,0 +1,189 @@
+"""A model beside the one that is trained: a reference or a teacher, read from a checkpoint and never updated."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from trainers import initialise
+from trainers.checkpoints import agreement, restore_params, state_tree, step_dir
+from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
+from trainers.objectives.base import Batch
+from trainers.objectives.forward import Forward, frozen_forward
+from trainers.partitioning import Rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenStep:
+    """A step directory.
+
+    Attributes:
+      step: its path.
+      arrays: digest of the parameters.
+      meta: recorded facts that must agree with this run: vocabulary, start_token, add_bos.
+    """
+
+    step: str
+    arrays: str
+    meta: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenCheckpoint:
+    """A checkpoint as gin names it, and the step of it that this run uses at every start.
+
+    The other run may add checkpoints between two starts of this one, so this run records the step it took in its
+    directory, in reference.json for the macro REFERENCE.
+
+    Attributes:
+      macro: gin macro that names the checkpoint, such as 'REFERENCE', for messages; <macro>_MODEL is its model.
+      path: step or run directory.
+      model_dir: directory of this run.
+      use_ema: read the moving average of the parameters.
+    """
+
+    macro: str
+    path: str | None
+    model_dir: str
+    use_ema: bool = False
+
+    def __post_init__(self):
+        if self.path is None:
+            raise ValueError(
+                f"{self.macro} is None: name the step or run directory of the model that this run compares with, often "
+                "what it starts from (INITIAL_CHECKPOINT_PATH)."
+            )
+
+    def resolve(self, *, record: bool = True) -> FrozenStep:
+        """The step that this run has used from its first start; the newest good one at the first.
+
+        Args:
+          record: write the step to this run's directory, if it is not there yet.
+
+        Raises:
+          ValueError: this run began with another checkpoint, or there is no moving average.
+          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+        """
+        assert self.path is not None  # see __post_init__
+        name = self.macro.lower()
+        file = pathlib.Path(self.model_dir, f"{name}.json")
+        # One process reads, so that all see the same.
+        recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
+        asked = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
+        if recorded is not None:
+            fields = json.loads(recorded)
+            began = {key: fields.pop(key) for key in asked}
+            if began != asked:
+                raise ValueError(
+                    f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
+                    f"{began[name]} (use_ema {began['use_ema']}): give that, or start in another MODEL_DIR."
+                )
+            return FrozenStep(**fields)
+        step = step_dir.newest_good(self.path, self._read)
+        if record and agreement.is_primary():
+            content = {**asked, **dataclasses.asdict(step)}
+            step_dir.write_file(file, json.dumps(content, indent=1).encode())
+        return step
+
+    def arrays(self, step: Any) -> dict[str, ArrayEntry]:
+        """The manifest's entries of a step's parameters, by path."""
+        root = "ema_params/" if self.use_ema else "params/"
+        arrays = {
+            name.removeprefix(root): entry
+            for name, entry in step_dir.read_manifest(step_dir.absolute(step)).arrays.items()
+            if name.startswith(root)
+        }
+        if not arrays:
+            raise ValueError(
+                f"{self.macro}: {step} holds no moving average; bind FrozenCheckpoint.use_ema = False."
+            )
+        return arrays
+
+    def check_vocabulary(self, step: FrozenStep, digest: str) -> None:
+        """Raises ValueError for a checkpoint of another vocabulary: equal ids would mean other tokens."""
+        theirs = step.meta.get("vocabulary", digest)
+        if theirs != digest:
+            raise ValueError(
+                f"{self.macro}: {step.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
+                f"run's data has ({digest[:12]}): use the vocabulary of that checkpoint, or name another {self.macro}."
+            )
+
+    def _read(self, step: Any) -> FrozenStep:
+        digests = {
+            name: [str(entry), f"{entry.digest:016x}"] for name, entry in self.arrays(step).items()
+        }
+        text = json.dumps(digests, sort_keys=True).encode()
+        meta = step_dir.read_record(step, step_dir.read_manifest(step))["meta"]
+        return FrozenStep(
+            step=os.fspath(step),
+            arrays=hashlib.blake2b(text, digest_size=16).hexdigest(),
+            meta={k: meta[k] for k in ("vocabulary", "start_token", "add_bos") if k in meta},
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FrozenModel:
+    """A model with the checkpoint of its parameters: the `StoredExtras` of an objective.
+
+    Attributes:
+      model: a linen module.
+      checkpoint: of its parameters.
+    """
+
+    model: Any
+    checkpoint: FrozenCheckpoint
+
+    def abstract(self, mesh: Mesh, rules: Rules) -> Any:
+        """Shapes, dtypes and shardings of the parameters."""
+        return initialise.abstract_params(self.model, mesh, rules)
+
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        """Checks the checkpoint without reading its arrays or writing anything.
+
+        Args:
+          mesh, rules: of the run.
+          meta: facts of the run; 'vocabulary', where it is there, is the digest of the data's.
+
+        Raises:
+          ValueError: no good checkpoint, one of another model, or one of another vocabulary.
+        """
+        macro = self.checkpoint.macro
+        try:
+            step = self.checkpoint.resolve(record=False)
+            saved = self.checkpoint.arrays(step.step)
+        except (DamagedCheckpointError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{macro} = {self.checkpoint.path} cannot be read: {error} Name a step directory, or a run directory "
+                "with checkpoints."
+            ) from None
+        wanted = state_tree.flatten(self.abstract(mesh, rules))
+        differences = [
+            f"{name}: the checkpoint has {saved.get(name, 'none')}, the model "
+            f"{restore_params.describe(wanted[name]) if name in wanted else 'none'}"
+            for name in sorted({*saved, *wanted})
+            if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape
+        ]
+        if differences:
+            raise ValueError(
+                f"{macro}: {step.step} is of another model: {restore_params.list_differences(differences)}. Set "
+                f"{macro}_MODEL to the model of that run, whose configuration is in its config.gin."
+            )
+        if "vocabulary" in meta:
+            self.checkpoint.check_vocabulary(step, meta["vocabulary"])
+
+    def read(self, mesh: Mesh, rules: Rules) -> Any:
+        """The parameters; raises what `FrozenCheckpoint.resolve` and `restore_params` raise."""
+        return restore_params.restore_params(
+            self.checkpoint.resolve().step,
+            self.abstract(mesh, rules),
+            use_ema=self.checkpoint.use_ema,
+        )
+
+    def forward(self, params: Any, batch: Batch) -> Forward:
+        """A forward pass on a batch, through which no gradient flows to the parameters."""
+        return frozen_forward(self.model, params, batch)
