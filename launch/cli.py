@@ -1,27 +1,29 @@
-"""What all entry points share: flags, environment, configuration, and errors meant for people.
+"""What all commands share: flags, environment, configuration, and errors that name a remedy.
 
-An entry point is a module `launch/<name>.py` whose docstring is its help text (with an example
-that can be run) and which begins, before its heavy imports, with
-
-    if __name__ == "__main__":
-        from launch import cli
-
-        raise SystemExit(cli.main(__doc__, entry="launch.<name>:<function>"))
-
-so that --help answers at once and jax starts in the environment set here.
+A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
+help text, with an example that can be run. Its function `main(argv=None)` adds flags, calls the work through `main` or
+`run_command` of this module, and returns the exit status. Modules that import jax are imported by the functions that
+need them: --help answers at once, and jax starts in the environment that is set here.
 """
 
 import argparse
+import ast
 import dataclasses
+import difflib
 import errno
+import inspect
 import linecache
 import os
+import re
+import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from launch import environment, root_check
+from launch import environment
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -29,6 +31,9 @@ if TYPE_CHECKING:  # gin is imported only once the flags have been read
 OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: start it again
+REQUIRED = inspect.Parameter.empty
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
+CONSOLE = "espalier"  # the script that runs every command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +84,10 @@ def main(
       part: takes the configuration of a training run, of which it uses a part.
       argv: arguments in place of the process's own; the process is not restarted then.
     """
-    module = entry.partition(":")[0]
-    parser = _parser(doc, f"python -m launch.{command}" if command else f"python -m {module}")
+    program = _program(f"launch.{command}" if command else entry.partition(":")[0])
+    usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
+    parser = make_parser(doc, program, usage=usage)
+    _add_gin_flags(parser)
     if extra_flags is not None:
         extra_flags(parser)
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
@@ -89,7 +96,7 @@ def main(
         if argv is None:
             environment.restart_with_huge_pages()
         environment.prepare()
-        root_check.check()
+        environment.check_packages()
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
         )
@@ -115,11 +122,47 @@ def main(
     return status_of(call)
 
 
+def run_command(
+    doc: str,
+    command: str,
+    work: Callable[[argparse.Namespace], Any],
+    *,
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    usage: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs a command that takes no gin configuration: flags, environment, then the work.
+
+    Args:
+      doc: help text, as of `main`.
+      command: such as 'sweep', or 'evaluate skills'.
+      work: called with the flags. What it returns decides the exit status, see `status_of`.
+      add_flags: adds the command's flags to the parser.
+      usage: in place of argparse's.
+      argv: arguments in place of the process's own; the process is not restarted then.
+
+    Returns:
+      The exit status.
+    """
+    parser = make_parser(doc, _program(f"launch.{command}"), usage=usage)
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+
+    def call() -> Any:
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        environment.check_packages()
+        return work(flags)
+
+    return status_of(call)
+
+
 def status_of(call: Callable[[], Any]) -> int:
     """Calls and returns the exit status, the same for all commands.
 
-    It is 0, 2 after an error in what people gave, which is printed, or 75 when the result is a
-    mapping with a true 'interrupted'. Any other error is a bug, and is raised.
+    It is the result where that is an integer, 75 where it is a mapping with a true 'interrupted', else 0. After an
+    error in the input, which is printed, it is 2. Any other error is a bug, and is raised.
     """
     try:
         result = call()
@@ -128,6 +171,8 @@ def status_of(call: Callable[[], Any]) -> int:
             raise
         _report(error)
         return USAGE_ERROR
+    if type(result) is int:
+        return result
     interrupted = isinstance(result, Mapping) and result.get("interrupted")
     return INTERRUPTED if interrupted else 0
 
@@ -143,96 +188,87 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
     Returns:
       The exit status: 2 for an unknown sub-command; a sub-command exits with its own.
     """
-    import runpy
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if default is not None and name is not None and name.startswith("-"):
+        runpy.run_module(default, run_name="__main__", alter_sys=True)
+        return 0
+    main = sys.modules["__main__"].__spec__
+    program = f"python -m {main.name}" if main is not None else os.path.basename(sys.argv[0])
+    program = sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else program
+    return _dispatch(program, commands, doc.strip())
 
-    program = sys.argv[0] if sys.argv[0].startswith("espalier ") else _program()
+
+def console() -> int:
+    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
+    # Packages of this name must be found here before any in the working directory.
+    sys.path.insert(0, environment.ROOT)
+    help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
+    return _dispatch(CONSOLE, {name: f"launch.{name}" for name in command_names()}, help_text)
+
+
+def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
+    """Runs the module of the command that the first argument names, or lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in commands:
         sys.argv[:2] = [f"{program} {name}"]
         runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
         return 0
-    if default is not None and name is not None and name.startswith("-"):
-        runpy.run_module(default, run_name="__main__", alter_sys=True)
-        return 0
-    known = {key: _summary(module) for key, module in commands.items()}
     if name in (None, "-h", "--help"):
-        print(doc.strip() + "\n")
-        for key, summary in known.items():
-            print(f"  {key:<16} {summary}")
+        width = max(map(len, commands))
+        lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
+        print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
-    _print_unknown(program, name, known)
+    known = ", ".join(commands)
+    print(
+        f"{program}: no command '{name}'.{nearest(name, commands)} Known: {known}", file=sys.stderr
+    )
     return USAGE_ERROR
 
 
-def _program() -> str:
-    main = sys.modules["__main__"].__spec__
-    return f"python -m {main.name}" if main is not None else os.path.basename(sys.argv[0])
-
-
-def _print_unknown(program: str, name: str, known: Mapping[str, str]) -> None:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Nearest: {near[0]}." if near else ""
-    print(f"{program}: no command '{name}'.{hint} Known: {', '.join(known)}", file=sys.stderr)
-
-
-def console() -> int:
-    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
-    commands = _commands()
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in (None, "-h", "--help"):
-        print("usage: espalier COMMAND [flags]     (espalier COMMAND --help for its flags)\n")
-        for command, summary in commands.items():
-            print(f"  {command:<12} {summary}")
-        return 0 if name else USAGE_ERROR
-    if name not in commands:
-        _print_unknown("espalier", name, commands)
-        return USAGE_ERROR
-    import runpy
-
-    # Packages of this name must be found here before any in the working directory.
-    sys.path.insert(0, root_check.ROOT)
-    sys.argv[:2] = [f"espalier {name}"]
-    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
-    return 0
-
-
-def _commands() -> dict[str, str]:
-    """Modules beside this one that are entry points, with the first line of their docstrings."""
-    import ast
-
+def command_names() -> list[str]:
+    """Modules beside this one that are commands."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    commands = {}
+    commands = []
     for file in sorted(os.listdir(folder)):
         if file.endswith(".py"):
             with open(os.path.join(folder, file), encoding="utf-8") as source:
-                text = source.read()
-            if "\nif __name__ == " in text:
-                doc = ast.get_docstring(ast.parse(text)) or ""
-                commands[file.removesuffix(".py")] = doc.partition("\n")[0]
+                if "\nif __name__ == " in source.read():
+                    commands.append(file.removesuffix(".py"))
     return commands
 
 
-def _summary(module: str) -> str:
-    """The first line of a module's docstring, which is not imported."""
-    import ast
-
-    path = os.path.join(root_check.ROOT, *module.split(".")) + ".py"
+def summary(module: str) -> str:
+    """The first line of a module's docstring; the module is not imported."""
+    path = os.path.join(environment.ROOT, *module.split(".")) + ".py"
     with open(path, encoding="utf-8") as source:
         return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
 
 
-def _parser(doc: str, program: str) -> argparse.ArgumentParser:
-    summary, _, rest = doc.strip().partition("\n")
-    parser = argparse.ArgumentParser(
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence, after a space, that names the known name most like a misspelt one; empty where none is like it."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Nearest: {near[0]}." if near else ""
+
+
+def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help text is a module's docstring: the first line describes, the rest follows the flags."""
+    description, _, rest = doc.strip().partition("\n")
+    return argparse.ArgumentParser(
         prog=program,
-        usage=f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
-        description=summary,
+        usage=usage,
+        description=description,
         epilog=rest.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _program(module: str) -> str:
+    """The program's name in its help text: as it was started, `espalier NAME` or `python -m launch.NAME`."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else f"python -m {module}"
+
+
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     config = parser.add_argument_group("configuration")
     config.add_argument(
         "--gin_file",
@@ -264,7 +300,6 @@ def _parser(doc: str, program: str) -> argparse.ArgumentParser:
     )
     processes.add_argument("--process_count", type=int, metavar="N", help="number of processes")
     processes.add_argument("--process_index", type=int, metavar="I", help="this one, from 0")
-    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:
@@ -282,6 +317,97 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
             "(or --coordinator_address=auto alone)"
         )
     return flags, bindings
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A parameter of a dataclass or function, as flags need it.
+
+    Attributes:
+      kind: its type, without None.
+      default: its value where it is not given; REQUIRED for none.
+      text: what the docstring says of it, under "Attributes:" or "Args:".
+    """
+
+    kind: Any
+    default: Any
+    text: str
+
+
+def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, Setting]:
+    """The settings of a dataclass or function by name.
+
+    Args:
+      target: its parameters are of type int, float, str, bool, Literal, or one of these or None. An instance of a
+        dataclass stands for its class with the instance's values as defaults.
+      names: of the parameters to return, in their order; None for all.
+
+    Raises:
+      TypeError: a parameter of another type, or without a text in the docstring.
+    """
+    defaults: Mapping[str, Any] = {}
+    if dataclasses.is_dataclass(target) and not inspect.isclass(target):
+        defaults, target = vars(target), type(target)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters, texts = inspect.signature(target).parameters, _texts(target)
+    found = {}
+    for name in names or parameters:
+        kind = hints[name]
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        if name not in texts or (kind not in _METAVARS and typing.get_origin(kind) is not Literal):
+            raise TypeError(f"{target.__qualname__}.{name}: {kind} with text {texts.get(name)!r}")
+        found[name] = Setting(kind, defaults.get(name, parameters[name].default), texts[name])
+    return found
+
+
+def _texts(target: Any) -> dict[str, str]:
+    """The texts under "Args:" or "Attributes:" of a docstring, by parameter."""
+    doc = f"{inspect.getdoc(target)}\n"
+    section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)
+    entry = re.compile(r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", re.MULTILINE)
+    return {
+        name: " ".join(text.split()).removesuffix(".")
+        for names, text in entry.findall(section[1] if section else "")
+        for name in names.split(", ")
+    }
+
+
+def add_settings(
+    group: Any, target: Any, *, names: Collection[str] | None = None, optional: bool = False
+) -> None:
+    """Adds a flag for each setting of a dataclass or function; `given_settings` reads them.
+
+    A flag that is not given is absent from the parsed flags, so that defaults are those of `target` alone.
+
+    Args:
+      group: parser or group of flags.
+      target: see `settings_of`.
+      names: likewise.
+      optional: whether settings without a default need not be given.
+    """
+    for name, setting in settings_of(target, names).items():
+        text = setting.text.replace("%", "%%")
+        if setting.default not in (None, REQUIRED) and setting.default is not False:
+            text += f" (default {setting.default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
+        elif typing.get_origin(setting.kind) is Literal:
+            options["choices"] = typing.get_args(setting.kind)
+        else:
+            options |= {"type": setting.kind, "metavar": _METAVARS[setting.kind]}
+        if setting.default is REQUIRED:
+            options["required"] = not optional
+        group.add_argument(f"--{name}", **options)
+
+
+def given_settings(
+    flags: argparse.Namespace, target: Callable[..., Any], names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The arguments of a dataclass or function that flags give, by name."""
+    names = names or inspect.signature(target).parameters
+    return {name: getattr(flags, name) for name in names if hasattr(flags, name)}
 
 
 def _paths(values: Sequence[str]) -> list[str]:

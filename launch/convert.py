@@ -18,7 +18,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from launch import cli, environment
 from launch.run import load_run
@@ -96,20 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
-    from launch.config import gin_config
     from launch.weights import export_weights
 
-    defaults = load_run.default_files(flags)
-    config = gin_config.load(
-        flags.gin_file,
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=defaults,
-    )
-    run: Any = config.entry
     export_weights.export_hf(
         flags.checkpoint,
-        run().model,
+        load_run.config_of(flags.checkpoint, flags.gin_file).model,
         flags.to_hf,
         params=flags.params or "auto",
         family=flags.family,

@@ -1,13 +1,39 @@
-"""Process environment of an entry point: set before jax starts, and the same for all of them."""
+"""Process environment of a command: set before jax starts, and the same for all of them."""
 
+import importlib
 import os
 import platform
 import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKAGES = ("model", "trainers", "data")
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
 # On CPU, level 3 compiles a sixth longer than level 2, to programs that are no faster.
 _OPTIMISATION = "xla_backend_optimization_level"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+class RootError(ImportError):
+    """A package of this project is hidden by something else of the same name."""
+
+
+def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
+    """Raises RootError unless every package is loaded from the folder that holds `launch`.
+
+    A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
+    package; without this check the error comes much later, and does not name the folder.
+    """
+    for name in packages:
+        package = importlib.import_module(name)
+        path = package.__file__
+        if path is None or os.path.dirname(os.path.dirname(os.path.abspath(path))) != root:
+            where = path or ", ".join(getattr(package, "__path__", []))
+            raise RootError(
+                f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
+                f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
+                f"rename what hides it, or take its folder out of PYTHONPATH."
+            )
 
 
 def cache_dir() -> str:

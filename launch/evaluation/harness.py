@@ -16,21 +16,17 @@ and metrics are the tasks of launch/papers/code_mix/harness_tasks, which lm-eval
 import argparse
 from collections.abc import Sequence
 
-from launch import cli, environment, root_check
+from launch import cli
 from launch.evaluation.suites.scores import SUITES
 from launch.run import load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate harness",
-        description=summary,
-        epilog=rest.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return cli.run_command(__doc__, "evaluate harness", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -59,18 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument(
         "--samples", metavar="FILE", help="writes every example and answer here, JSONL"
     )
-    flags = parser.parse_args(argv)
 
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        root_check.check()
-        from launch.evaluation.suites import evaluation
 
-        evaluation.evaluate(flags)
+def _run(flags: argparse.Namespace) -> None:
+    from launch.evaluation.suites import evaluation
 
-    return cli.status_of(call)
+    evaluation.evaluate(flags)
 
 
 if __name__ == "__main__":

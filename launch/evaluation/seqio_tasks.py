@@ -1,16 +1,180 @@
-"""SeqIO tasks with metric functions, as launch/evaluation/seqio.py asks them."""
+"""Metrics of SeqIO tasks on a run's model: the work of `launch.evaluate seqio`."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from data.stream import rows
 from data.text.sources import names
-from launch.run.load_run import LoadError
+from launch.evaluation.lm_eval.arguments import default_batch_tokens, unroll
+from launch.evaluation.lm_eval.generation import Generation, Generator
+from launch.inference import row_files
+from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from model.kv_cache.full import FullCache
+from trainers.decoding.settings import Sampling
+from trainers.scoring.likelihoods import LikelihoodScorer
+from trainers.scoring.scoring import Row
 from trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"
+
+
+def evaluate(
+    config: RunConfig,
+    *,
+    checkpoint: str,
+    tasks: Sequence[str],
+    params: str = "auto",
+    split: str = "validation",
+    num_examples: int | None = None,
+    max_new_tokens: int = 128,
+    json_file: str | None = None,
+    output: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates registered tasks and prints their metrics.
+
+    Args:
+      config: of the run that made the checkpoint.
+      checkpoint: step or run directory.
+      tasks: names of SeqIO tasks.
+      params: see launch/run/load_run.py.
+      split: of every task.
+      num_examples: the first so many of each task; None for all.
+      max_new_tokens: of a prediction.
+      json_file: where to write the metrics too; NaN and infinities as in metrics.jsonl.
+      output: file for rows {"task", "example", "inputs", "targets", "prediction", "score"} of texts as
+        they are before the task's postprocessing.
+
+    Returns:
+      {task: {"examples": their number, "metrics": what the task's functions return}}.
+
+    Raises:
+      LoadError: a task that cannot be evaluated, or numbers out of range.
+    """
+    if output:
+        row_files.check_output(output)
+    for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
+        if number is not None and number < 1:
+            raise LoadError(f"--{flag}={number} must be at least 1.")
+    registered = [find(name, split) for name in dict.fromkeys(tasks)]
+    results: dict[str, dict[str, Any]] = {}
+    answers: list[dict[str, Any]] = []
+    with config.load(checkpoint, params=params) as run:
+        for task in registered:
+            check_vocabulary(task, run.vocabulary)
+        # All tasks are read before any is answered, so that errors come early.
+        opened = [evaluator(task, split, num_examples) for task in registered]
+        asked = [examples(*pair) for pair in zip(opened, registered, strict=True)]
+        model = Answers(run, max_new_tokens)
+        for task, its_evaluator, its_examples in zip(registered, opened, asked, strict=True):
+            wanted = outputs(task)
+            predictions = scores = None
+            if PREDICTION in wanted:
+                predictions = model.predictions(its_examples)
+            if SCORE in wanted:
+                scores = model.scores(its_examples)
+            metrics = compute(its_evaluator, task, predictions, scores)
+            results[task.name] = {"examples": len(its_examples), "metrics": metrics}
+            answers += _rows(task, its_examples, predictions, scores)
+    if jax.process_index() == 0:
+        shown = plain(results)
+        print(table(shown))
+        if json_file:
+            document = {
+                "checkpoint": os.path.abspath(checkpoint),
+                "params": params,
+                "split": split,
+                "max_new_tokens": max_new_tokens,
+                "tasks": shown,
+            }
+            with open(json_file, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    if output:
+        row_files.write(output, answers, writer=jax.process_index() == 0)
+    return results
+
+
+def _rows(
+    task: Any,
+    examples: Sequence[Mapping[str, Any]],
+    predictions: Sequence[str] | None,
+    scores: Sequence[float] | None,
+) -> Iterator[dict[str, Any]]:
+    for i, example in enumerate(examples):
+        row: dict[str, Any] = {"task": task.name, "example": i}
+        for feature in FEATURES:
+            row[feature] = task.output_features[feature].vocabulary.decode(example[feature])
+        if predictions is not None:
+            row["prediction"] = predictions[i]
+        if scores is not None:
+            row["score"] = scores[i]
+        yield row
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics as a reader sees them, a line for each."""
+    lines = []
+    for task, result in results.items():
+        lines.append(f"{task}, {result['examples']:,} examples")
+        for name, value in result["metrics"].items():
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            lines.append(f"  {name}: {shown}")
+    return "\n".join(lines)
+
+
+class Answers:
+    """What a run's model answers to examples of tasks.
+
+    Args:
+      run: the model; its layers are unrolled here, once for all that reads them.
+      max_new_tokens: of a prediction.
+    """
+
+    def __init__(self, run: LoadedRun, max_new_tokens: int):
+        unroll(run)
+        batch_tokens = default_batch_tokens()
+        self._run = run
+        self._greedy = Generation(
+            until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)
+        )
+        self._generator = Generator(
+            run,
+            ends=run.eos_ids,
+            batch_tokens=batch_tokens,
+            batch_size=None,
+            policy=FullCache(),
+            cache_dtype=None,
+            prefill_chunk=None,
+            seed=0,
+        )
+        self._scorer = LikelihoodScorer(
+            run.model,
+            run.params,
+            batch_tokens=batch_tokens,
+            row_shards=run.row_shards,
+            sharding=run.row_sharding,
+        )
+
+    def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Greedy continuations of the inputs, without the EOS that ends them."""
+        return list(self._generator.stream(self._contexts(examples), self._greedy))
+
+    def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Log-probabilities of the targets after the inputs, summed over tokens."""
+        asked = [
+            Row(context=context, targets=example["targets"])
+            for context, example in zip(self._contexts(examples), examples, strict=True)
+        ]
+        likelihoods = dict(self._scorer.stream(asked))
+        return [likelihoods[i].log_prob for i in range(len(asked))]
+
+    def _contexts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        run = self._run
+        return [run.context(run.after_bos(example["inputs"])) for example in examples]
 
 
 def find(name: str, split: str) -> Any:

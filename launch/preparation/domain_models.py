@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.nexus.domain_embeddings import EmbeddingsError
+from launch.run import load_run
 from launch.run.load_run import LoadedRun
 
 _CHUNK = 256  # documents that a sentence encoder is given at a time
@@ -67,18 +68,7 @@ def model_states(
       params: see launch/run/load_run.py.
       batch_size: rows at a time.
     """
-    import argparse
-
-    from launch.config import gin_config
-    from launch.run import load_run
-
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=[])
-    config = gin_config.load(
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=load_run.default_files(flags),
-    )
-    with config.entry().load(checkpoint, params=params) as run:
+    with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
         yield ModelStates(run, settings, batch_size)
 
 

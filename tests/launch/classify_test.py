@@ -5,7 +5,7 @@ import jax
 import pytest
 from etils import epath
 
-from launch import precompile
+from launch.aot import precompile
 from launch.config import gin_config
 from launch.run.host_metrics import flops_per_unit
 from launch.sweeping import file

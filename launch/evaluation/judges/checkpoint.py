@@ -59,7 +59,7 @@ class CheckpointWriter:
     def write(
         self, prompts: Sequence[str], *, temperature: float, seed: int
     ) -> Iterator[tuple[int, str | Silence]]:
-        from launch import generate
+        from launch.inference import generate
         from trainers.decoding.decode import Settings
         from trainers.decoding.sampling import Sampling
 

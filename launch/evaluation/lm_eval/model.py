@@ -108,7 +108,7 @@ class EspalierLM(TemplateLM):
             batch_tokens = arguments.default_batch_tokens()
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
-        config = arguments.config_of(checkpoint, gin_file)
+        config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
         changes: dict[str, Any] = {
             "mesh": mesh,
             "add_bos": add_bos_token,

@@ -40,8 +40,7 @@ from typing import Any
 import numpy as np
 
 from data.preference import topic_language
-from launch import generate
-from launch.inference import row_files
+from launch.inference import generate, row_files
 from trainers.decoding.decode import Settings
 from trainers.decoding.sampling import Sampling
 
