@@ -129,6 +129,7 @@ def run_command(
     *,
     add_flags: Callable[[argparse.ArgumentParser], None],
     usage: str | None = None,
+    huge_pages: bool = True,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs a command that takes no gin configuration: flags, environment, then the work.
@@ -139,6 +140,7 @@ def run_command(
       work: called with the flags. What it returns decides the exit status, see `status_of`.
       add_flags: adds the command's flags to the parser.
       usage: in place of argparse's.
+      huge_pages: whether the process restarts with malloc on huge pages, for work of XLA on CPU.
       argv: arguments in place of the process's own; the process is not restarted then.
 
     Returns:
@@ -149,7 +151,7 @@ def run_command(
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        if argv is None:
+        if argv is None and huge_pages:
             environment.restart_with_huge_pages()
         environment.prepare()
         environment.check_packages()
@@ -244,6 +246,12 @@ def summary(module: str) -> str:
         return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
 
 
+def papers_with(module: str) -> list[str]:
+    """Names of the papers, folders of launch/papers, that have a module of this name."""
+    folder = os.path.join(environment.ROOT, "launch", "papers")
+    return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence, after a space, that names the known name most like a misspelt one; empty where none is like it."""
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -325,11 +333,13 @@ class Setting:
 
     Attributes:
       kind: its type, without None.
+      optional: whether it may be None.
       default: its value where it is not given; REQUIRED for none.
       text: what the docstring says of it, under "Attributes:" or "Args:".
     """
 
     kind: Any
+    optional: bool
     default: Any
     text: str
 
@@ -350,15 +360,17 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
         defaults, target = vars(target), type(target)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     parameters, texts = inspect.signature(target).parameters, _texts(target)
-    found = {}
+    result = {}
     for name in names or parameters:
         kind = hints[name]
-        if isinstance(kind, types.UnionType):
+        optional = isinstance(kind, types.UnionType)
+        if optional:
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
         if name not in texts or (kind not in _METAVARS and typing.get_origin(kind) is not Literal):
             raise TypeError(f"{target.__qualname__}.{name}: {kind} with text {texts.get(name)!r}")
-        found[name] = Setting(kind, defaults.get(name, parameters[name].default), texts[name])
-    return found
+        default = defaults.get(name, parameters[name].default)
+        result[name] = Setting(kind, optional, default, texts[name])
+    return result
 
 
 def _texts(target: Any) -> dict[str, str]:

@@ -12,7 +12,6 @@ is left has failed, 2 for an error in the sweep, and 75 when it was stopped: the
 
 import argparse
 import contextlib
-import difflib
 import fnmatch
 import functools
 import os
@@ -23,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch import cli, environment, root_check
+from launch import cli
 
 if TYPE_CHECKING:
     from launch.sweeping.file import Run
@@ -43,13 +42,12 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return cli.run_command(
+        __doc__, "sweep", _run, add_flags=_add_flags, huge_pages=False, argv=argv
     )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", metavar="FILE.py[:TEXT]", help="the sweep; TEXT is given to its get_config"
     )
@@ -80,15 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="puts runs of another configuration aside and runs them anew",
     )
-    flags = parser.parse_args(argv)
-    if not flags.status and not flags.sweep:
-        parser.error("give --sweep FILE.py, or --status.")
-    statuses = [0]
 
-    def call() -> None:
-        statuses[0] = _status(flags) if flags.status else _sweep(flags)
 
-    return cli.status_of(call) or statuses[0]
+def _run(flags: argparse.Namespace) -> int:
+    if flags.status:
+        return _status(flags)
+    if not flags.sweep:
+        raise ValueError("give --sweep FILE.py, or --status.")
+    return _sweep(flags)
 
 
 def _status(flags: argparse.Namespace) -> int:
@@ -116,8 +113,6 @@ def _sweep(flags: argparse.Namespace) -> int:
     runs = file.read(flags.sweep)
     submitter = LocalSubmitter(workers=flags.workers, memory_gb=flags.memory_gb)
     _check_budgets(flags, runs)
-    environment.prepare()
-    root_check.check()
     plan = check.plan(flags.sweep, runs, folder)
     wanted = _wanted(plan, flags.only)
     if flags.dry_run:
@@ -167,8 +162,7 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" Nearest: {near[0]}." if near else f" They are called as {names[0]}."
+            hint = cli.nearest(pattern, names) or f" They are called as {names[0]}."
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
         chosen.update(matched)
     for planned in reversed(plan):  # each stands after those above it
@@ -201,20 +195,20 @@ def _make_room(
     from launch.sweeping import check
 
     changed = {planned.name: folder.changed(planned) for planned in wanted}
-    found = [planned for planned in wanted if changed[planned.name]]
-    if found and not rerun:
+    begun = [planned for planned in wanted if changed[planned.name]]
+    if begun and not rerun:
         by_name = {planned.name: planned for planned in plan}
         lines = [
             f"  {p.name}: {check.difference(p, by_name, folder, changed[p.name])}"
-            for p in found[:_LISTED]
+            for p in begun[:_LISTED]
         ]
-        more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        more = f"\n  and {len(begun) - _LISTED} more" if len(begun) > _LISTED else ""
         raise ValueError(
-            f"{len(found)} runs in {folder.path} are of another configuration:\n"
+            f"{len(begun)} runs in {folder.path} are of another configuration:\n"
             + "\n".join(lines)
             + f"{more}\nSet it back, use another --out, or let them run anew with --rerun_changed."
         )
-    for planned in found:
+    for planned in begun:
         folder.set_aside(planned)
 
 

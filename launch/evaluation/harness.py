@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from launch import cli
-from launch.evaluation.suites.scores import SUITES
+from launch.evaluation.suites import scores
 from launch.run import load_run
 
 
@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     group = parser.add_argument_group("evaluation")
+    suites = scores.names()
     group.add_argument(
-        "--suite", choices=sorted(SUITES), default="code_mix", help="default code_mix"
+        "--suite",
+        choices=suites,
+        default=suites[0],
+        required=len(suites) > 1,
+        help="a paper's, by its name",
     )
     group.add_argument(
         "--data_dir", metavar="DIR", help="of all evaluation sets (default: $ESPALIER_EVAL_DATA)"

@@ -39,7 +39,7 @@ class EndpointWriter:
       key_env: environment variable that holds the API key; None to send none.
       max_tokens: of a reply; None to leave it to the endpoint.
       temperature: of the first attempt; None to leave it to the endpoint always.
-      timeout_s: seconds to connect, and seconds without a byte of the reply.
+      timeout: seconds to connect, and seconds without a byte of the reply.
       retries: of a request that the endpoint is too busy for or cannot serve now.
       concurrency: requests at a time.
 
@@ -55,14 +55,14 @@ class EndpointWriter:
         key_env: str | None = None,
         max_tokens: int | None = 512,
         temperature: float | None = 0.0,
-        timeout_s: float = 120.0,
+        timeout: float = 120.0,
         retries: int = 6,
         concurrency: int = 8,
     ):
         _check_url(url)
         for name, value, least in (
             ("max_tokens", max_tokens, 1),
-            ("timeout", timeout_s, 0.001),
+            ("timeout", timeout, 0.001),
             ("retries", retries, 0),
             ("concurrency", concurrency, 1),
             ("temperature", temperature, 0),
@@ -74,7 +74,7 @@ class EndpointWriter:
         self._model = model
         self._max_tokens = max_tokens
         self._temperature = temperature
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout
         self._concurrency = concurrency
         self._session = requests.Session()
         # A request that times out is not repeated here: it is another attempt, and counted.

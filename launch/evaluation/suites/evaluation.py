@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import lm_eval
-from launch.evaluation.suites import scores
-from launch.evaluation.suites.scores import SUITES, Suite
+from launch.evaluation.suites import local_data, scores
+from launch.evaluation.suites.scores import Suite
 from trainers.checkpoints import step_dir
 
 
@@ -33,7 +33,7 @@ def evaluate(flags: argparse.Namespace) -> None:
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise SuiteError(f"{path}: there is no such folder. Create it first.")
     lm_eval.register()
-    suite = SUITES[flags.suite]
+    suite = scores.find(flags.suite)
     measured = code_results(flags.code_results, step_dir.resolve(flags.checkpoint))
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
@@ -99,18 +99,15 @@ def _data(
     suite: Suite, measured: Mapping[str, Any], data_dir: str | None
 ) -> tuple[list[str], dict[str, str]]:
     """(benchmarks whose sets are there and well-formed, why the others are not evaluated)."""
-    from launch.evaluation.suites import local_data
-    from launch.papers.code_mix.suite import BENCHMARKS, OF_CODE
-
     present, missing = [], {}
     for name in suite.benchmarks:
         if name in measured:
             continue
-        if name in OF_CODE:
-            missing[name] = OF_CODE[name]
+        if name in suite.programs:
+            missing[name] = suite.programs[name]
             continue
         try:
-            local_data.find(BENCHMARKS[name].source, data_dir)
+            local_data.find(suite.sources[name], data_dir)
             present.append(name)
         except local_data.MissingDataError as error:
             missing[name] = str(error)
@@ -124,13 +121,12 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
     from lm_eval.tasks import TaskManager
 
     from launch.evaluation.lm_eval.model import EspalierLM
-    from launch.papers.code_mix import harness_tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     # Sets are checked before the model is read: they are what is more often wrong.
     manager = TaskManager(
-        include_path=os.path.dirname(harness_tasks.__file__),
+        include_path=suite.tasks,
         include_defaults=False,
         metadata={"data_dir": flags.data_dir},
     )

@@ -12,6 +12,7 @@ from launch.evaluation.judges.base import JudgeError, Outcome, Pair
 from launch.evaluation.judges.pairwise import PairwiseJudge, Silence
 from launch.evaluation.judges.reward import RewardJudge
 from launch.evaluation.judges.template import Template
+from launch.inference.row_files import RowFileError
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from launch.evaluation import win_rate as win_rate_command
 from launch.evaluation.judges import spec, template
 
 GARBAGE = "Both have merits."
@@ -409,11 +410,14 @@ def test_flags_that_do_not_go_together(win_rate, capsys, tmp_path, monkeypatch, 
     assert message in capsys.readouterr().err
 
 
-def test_the_help_names_every_setting():
-    import launch.win_rate
-
-    for kind in spec.HELP.splitlines():
-        name, _, settings = kind.partition("[,")
-        assert name.partition(":")[0] in launch.win_rate.__doc__
-        for setting in settings.rstrip("]").split(","):
-            assert setting.partition("=")[0] in launch.win_rate.__doc__
+def test_the_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        win_rate_command.main(["--help"])
+    assert ended.value.code == 0
+    page = capsys.readouterr().out
+    for kind in ("checkpoint", "openai", "logprob"):
+        assert f"  {spec.usage(kind)}\n" in page
+    assert spec.usage("checkpoint") == "checkpoint:DIR[,params=auto,max_tokens=128,batch_size=8]"
+    assert spec.usage("logprob") == "logprob:DIR[,params=auto,batch_size=8,margin=0]"
+    assert "openai:URL,model=NAME[,key_env=" in spec.usage("openai")
+    assert "max_tokens=512,temperature=0,timeout=120,retries=6" in spec.usage("openai")
