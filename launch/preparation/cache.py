@@ -10,25 +10,7 @@ since its cache was built. This command then builds the new cache beside the old
 --replace in its place.
 """
 
-if __name__ == "__main__":
-    from launch import cli
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.preparation.cache:build_caches",
-            command="prepare cache",
-            extra_flags=lambda parser: parser.add_argument(
-                "--replace",
-                action="store_true",
-                help="delete caches of these tasks that are damaged or of something else",
-            ),
-            run=lambda start: start(replace=True) if start.flags.replace else start(),
-            default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
-            part=True,
-        )
-    )
-
+import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +18,29 @@ from typing import Any
 from data import cpu_tensorflow
 from data.cache import task_cache
 from data.stream import mixing
+from launch import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.preparation.cache:build_caches",
+        command="prepare cache",
+        extra_flags=_add_flags,
+        run=lambda start: start(replace=True) if start.flags.replace else start(),
+        default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
+        part=True,
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="delete caches of these tasks that are damaged or of something else",
+    )
 
 
 def build_caches(
@@ -85,3 +90,7 @@ def build_caches(
             f"{task.name:20s} {split:12s} {cache.num_records:10,d} {count:14,d}  {cache.directory}"
         )
     return tokens
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -38,7 +38,7 @@ def rows(texts, prompt="1 + 1 = ", answer="2", **more):
 def add_flags(parser):
     for name in ("inputs", "output", "pairs"):
         parser.add_argument(f"--{name}")
-    rewards.add(parser)
+    rewards.add_flags(parser)
 
 
 @pytest.fixture
