@@ -37,7 +37,7 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
 
 
 def cache_dir() -> str:
-    """Where everything that can be computed again is kept: $ESPALIER_CACHE or ~/.cache/espalier."""
+    """The folder of everything that can be computed again: $ESPALIER_CACHE or ~/.cache/espalier."""
     return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 

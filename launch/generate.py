@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 from launch.run.load_run import LoadError
 from trainers.decoding.settings import Beams, Sampling, Settings
@@ -84,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="print the continuation of --prompt as it is generated (default on a terminal)",
     )
-    cli.add_settings(group, Settings, names=_SIZES)
+    setting_flags.add(group, Settings, names=_SIZES)
     group.add_argument(
         "--eos_id",
         type=int,
@@ -100,10 +101,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="end before this text; repeatable. The tokens that make it stay in 'tokens'",
     )
     group = parser.add_argument_group("sampling")
-    cli.add_settings(group, Settings().sampling)
+    setting_flags.add(group, Settings().sampling)
     group.add_argument("--seed", type=int, default=0, metavar="N")
     group = parser.add_argument_group("beam search")
-    cli.add_settings(group, Beams, names=("num_beams", "length_penalty"), optional=True)
+    setting_flags.add(group, Beams, names=("num_beams", "length_penalty"), optional=True)
     group.add_argument(
         "--early_stopping",
         choices=tuple(_EARLY),
@@ -117,7 +118,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--cache_policy",
         default="full",
         metavar="NAME",
-        help="what is kept of the prompt's keys and values: a policy of those above (default full)",
+        help="the policy that selects which keys and values of the prompt stay cached (default full)",
     )
     group.add_argument(
         "--cache",
@@ -129,7 +130,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache_dtype",
         choices=("int8", "bfloat16", "float16", "float32"),
-        help="in which keys and values are kept (default: the model's)",
+        help="type of cached keys and values (default: the model's)",
     )
     group.add_argument(
         "--prefill_chunk",
@@ -148,13 +149,13 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     from model.kv_cache.policies import policy_from_text
 
     _check(flags)
-    beams = cli.given_settings(flags, Beams)
+    beams = setting_flags.given(flags, Beams)
     if "early_stopping" in beams:
         beams["early_stopping"] = _EARLY[beams["early_stopping"]]
     settings = Settings(
-        **cli.given_settings(flags, Settings, names=_SIZES),
+        **setting_flags.given(flags, Settings, names=_SIZES),
         beams=Beams(**beams) if beams else None,
-        sampling=dataclasses.replace(Settings().sampling, **cli.given_settings(flags, Sampling)),
+        sampling=dataclasses.replace(Settings().sampling, **setting_flags.given(flags, Sampling)),
     )
     policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
     if policy.future:
@@ -183,7 +184,7 @@ def _check(flags: argparse.Namespace) -> None:
         files == (None,) * 2
     ):
         raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
-    beams = cli.given_settings(flags, Beams)
+    beams = setting_flags.given(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams
     if flags.stream and (flags.prompt is None or several):
         raise LoadError(

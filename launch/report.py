@@ -53,7 +53,7 @@ def _run(flags: argparse.Namespace) -> None:
         report(metric_rows.named(flags.runs), flags.out)
         return
     module, directories = next(
-        (module, given) for module in _of_papers() if (given := getattr(flags, module.FLAG))
+        (module, folders) for module in _of_papers() if (folders := getattr(flags, module.FLAG))
     )
     print(module.report(directories, pathlib.Path(flags.out)))
 

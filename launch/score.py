@@ -7,15 +7,16 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
 Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
 {"messages": [...]}, of which an assistant's turn at the end is the targets. They come back in order
-with "logprobs", one natural logarithm per predicted token, and their "sum". Predicted are the targets,
-given what is before them; without targets every token of the row. What precedes the first token is the
-model's START_TOKEN; where that is None the first token of a row is only read. Rows that are done are in
+with "logprobs", one natural logarithm per predicted token, and their "sum". The targets are predicted
+from all tokens before them; without targets every token of the row is. The model's START_TOKEN comes before the
+first token; where it is None the first token of a row is only read. Rows that are done are in
 y.jsonl.partial until all are.
 """
 
 from collections.abc import Sequence
 
 from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(start: cli.Start) -> None:
     from launch.inference import score
 
-    score.score(start(), **cli.given_settings(start.flags, score.score))
+    score.score(start(), **setting_flags.given(start.flags, score.score))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ cooldowns, about four times the work of the quickstart:
 
   python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
-A second terminal shows how it stands with --out DIR --status. The status is 0 when all is done, 1 when what
-is left has failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
+`--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
+some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sweep", metavar="FILE.py[:TEXT]", help="the sweep; TEXT is given to its get_config"
+        "--sweep",
+        metavar="FILE.py[:TEXT]",
+        help="the sweep; TEXT is the argument of its get_config",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
     parser.add_argument(
@@ -72,7 +74,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="runs by name, such as 'text/*' or '*/seed0', and what they start from; repeatable",
     )
     parser.add_argument("--dry_run", action="store_true", help="checks, shows, and runs nothing")
-    parser.add_argument("--status", action="store_true", help="shows how the sweep in --out stands")
+    parser.add_argument(
+        "--status", action="store_true", help="shows the progress of the sweep in --out"
+    )
     parser.add_argument(
         "--rerun_changed",
         action="store_true",
@@ -165,7 +169,7 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
             hint = cli.nearest(pattern, names) or f" They are called as {names[0]}."
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
         chosen.update(matched)
-    for planned in reversed(plan):  # each stands after those above it
+    for planned in reversed(plan):  # children come after their parents
         if planned.name in chosen:
             chosen.update(planned.run.above)
     return tuple(planned for planned in plan if planned.name in chosen)
@@ -213,7 +217,7 @@ def _make_room(
 
 
 def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]") -> None:
-    """What would be run, and the command that each arm stands for."""
+    """Prints the runs that are planned, and a command for each kind of arm."""
     from rich.console import Console
 
     from launch.sweeping import check, driver, made, screen

@@ -23,6 +23,7 @@ from typing import Any
 
 from data.sandbox.code_sandbox import Limits
 from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 
 
@@ -115,7 +116,7 @@ def _add_problem_flags(group: Any) -> None:
 
 
 def _add_limit_flags(group: Any) -> None:
-    cli.add_settings(group, Limits, names=("cpu_seconds", "wall_seconds"))
+    setting_flags.add(group, Limits, names=("cpu_seconds", "wall_seconds"))
     group.add_argument(
         "--memory_mb", type=int, default=512, metavar="N", help="of memory (default 512)"
     )

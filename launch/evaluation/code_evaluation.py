@@ -14,7 +14,7 @@ import tqdm
 
 from data.code_mix import code_problems
 from data.sandbox import code_sandbox
-from launch import cli
+from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 
@@ -162,7 +162,7 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
     problems = code_problems.load(flags.problems)
     row_files.check_output(flags.output)
     limits = code_sandbox.Limits(
-        **cli.given_settings(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
+        **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )
     samples: Samples
     if flags.checkpoint is None:

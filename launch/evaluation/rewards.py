@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 
 OWN_CONFIG = "t5x_configs/runs/load_run.gin"
@@ -48,7 +48,7 @@ class RewardSettings:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    cli.add_settings(parser.add_argument_group("reward"), RewardSettings)
+    setting_flags.add(parser.add_argument_group("reward"), RewardSettings)
 
 
 def default_files(flags: argparse.Namespace) -> Sequence[str]:
@@ -72,7 +72,7 @@ def opened(start: Any) -> Iterator[RowReward]:
     Raises:
       LoadError, DamagedCheckpointError, CheckpointMismatchError: of the checkpoint.
     """
-    settings = RewardSettings(**cli.given_settings(start.flags, RewardSettings))
+    settings = RewardSettings(**setting_flags.given(start.flags, RewardSettings))
     checkpoint = _checkpoint(settings.reward)
     if checkpoint is None:
         yield _penalised(_of_verifier(settings), settings.missing_end_penalty)

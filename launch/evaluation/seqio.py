@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Sequence
 
 from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 
 
@@ -69,7 +70,7 @@ def _run(start: cli.Start) -> None:
         start(),
         tasks=flags.task,
         json_file=flags.json,
-        **cli.given_settings(flags, seqio_tasks.evaluate),
+        **setting_flags.given(flags, seqio_tasks.evaluate),
     )
 
 

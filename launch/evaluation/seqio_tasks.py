@@ -235,23 +235,23 @@ def outputs(task: Any) -> set[str]:
     except ValueError:  # SeqIO looks at the arguments of functions only now
         raise refused from None
     kinds = {metric.model_output_type for metric in metrics}
-    found = {seqio_metrics.ModelOutputType.to_str(kind) for kind in kinds}
+    output_names = {seqio_metrics.ModelOutputType.to_str(kind) for kind in kinds}
     # Metric objects of other kinds take tokens padded to one shape.
     ours = all(isinstance(metric, seqio_metrics.PassthroughLegacyMetric) for metric in metrics)
-    if not ours or found - {PREDICTION, SCORE}:
+    if not ours or output_names - {PREDICTION, SCORE}:
         raise refused
-    return found
+    return output_names
 
 
 def check_vocabulary(task: Any, vocabulary: Any) -> None:
     """Raises LoadError where a task's tokens are not those of a run's vocabulary."""
     own = rows.vocabulary_digest(vocabulary)
     for feature in FEATURES:
-        found = task.output_features[feature].vocabulary
-        if rows.vocabulary_digest(found) != own:
+        feature_vocabulary = task.output_features[feature].vocabulary
+        if rows.vocabulary_digest(feature_vocabulary) != own:
             raise LoadError(
                 f"The feature {feature!r} of the task {task.name!r} is encoded with another vocabulary "
-                f"({found}) than the run's ({vocabulary}): its tokens would mean other texts. Register "
+                f"({feature_vocabulary}) than the run's ({vocabulary}): its tokens would mean other texts. Register "
                 "the task with the run's own."
             )
 
@@ -293,7 +293,7 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
     import seqio
 
     try:
-        found = seqio.Evaluator(
+        result = seqio.Evaluator(
             task.name,
             _AsTheyAre(),
             eval_split=split,
@@ -309,12 +309,12 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
             f"A preprocessor of the task {task.name!r} needs a sequence length; evaluation has whole "
             "examples. Give it a default, or another task."
         ) from None
-    if not len(found.cached_task_datasets[task.name]):
+    if not len(result.cached_task_datasets[task.name]):
         raise LoadError(f"The split {split!r} of the task {task.name!r} holds no example.")
-    return found
+    return result
 
 
-def examples(found: Any, task: Any) -> list[Mapping[str, Any]]:
+def examples(its_evaluator: Any, task: Any) -> list[Mapping[str, Any]]:
     """What an evaluator compares with, its FEATURES as lists of ids.
 
     Raises:
@@ -322,7 +322,7 @@ def examples(found: Any, task: Any) -> list[Mapping[str, Any]]:
     """
     needed = FEATURES if SCORE in outputs(task) else FEATURES[:1]
     read: list[Mapping[str, Any]] = []
-    for i, example in enumerate(found.cached_task_datasets[task.name].as_numpy_iterator()):
+    for i, example in enumerate(its_evaluator.cached_task_datasets[task.name].as_numpy_iterator()):
         for feature in needed:
             if not len(example[feature]):
                 what = "the prompt is empty" if feature == "inputs" else "nothing is to be scored"
@@ -332,7 +332,7 @@ def examples(found: Any, task: Any) -> list[Mapping[str, Any]]:
 
 
 def compute(
-    found: Any,
+    its_evaluator: Any,
     task: Any,
     predictions: Sequence[str] | None,
     scores: Sequence[float] | None,
@@ -340,12 +340,12 @@ def compute(
     """What the metric functions say of the answers to all examples, in their order.
 
     Args:
-      found: of the task.
+      its_evaluator: of the task.
       task: whose functions to call.
       predictions: decoded, before the task's postprocessing; None where no function takes them.
       scores: of the targets; likewise.
     """
-    metrics, _ = found.evaluate(
+    metrics, _ = its_evaluator.evaluate(
         compute_metrics=True,
         predict_fn=lambda _: list(enumerate(predictions or ())),
         score_fn=lambda _: list(enumerate(scores or ())),

@@ -31,15 +31,15 @@ def score(
       batch_size: rows at a time.
     """
     row_files.check_output(output)
-    given = row_files.read(inputs, example=EXAMPLE)
+    placed_rows = row_files.read(inputs, example=EXAMPLE)
     with config.load(checkpoint, params=params) as run:
-        rows = [scored_row(run, row, where) for where, row in given]
+        rows = [scored_row(run, row, where) for where, row in placed_rows]
         size = run.batch_size(batch_size, len(rows))
         scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
         sums = []
 
         def scored() -> Iterator[dict[str, Any]]:
-            for (_, row), logp_T in zip(given, scorer.stream(rows), strict=True):
+            for (_, row), logp_T in zip(placed_rows, scorer.stream(rows), strict=True):
                 logprobs = logp_T.tolist()
                 sums.append(sum(logprobs))
                 yield {**row, "logprobs": logprobs, "sum": sums[-1]}

@@ -70,9 +70,9 @@ def build_caches(
     cpu_tensorflow.load()
     for register in tasks:
         register()
-    found, _ = mixing.find_tasks(mixture_or_task_name)
-    wanted = [(task, split) for task in found for split in splits if split in task.splits]
-    for task in found:
+    members, _ = mixing.find_tasks(mixture_or_task_name)
+    wanted = [(task, split) for task in members for split in splits if split in task.splits]
+    for task in members:
         if not set(splits) & set(task.splits):
             raise ValueError(
                 f"Task {task.name!r} has none of the splits {', '.join(splits)}; it has "

@@ -76,12 +76,12 @@ def _params_digest(params: Any) -> str:
     """SHA-256 of parameters, by name."""
     import jax
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         values = np.asarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
-        found.update(np.ascontiguousarray(values).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 class Sentences:
@@ -144,14 +144,14 @@ class Sentences:
 
 def _folder_digest(folder: str) -> str:
     """SHA-256 of a folder's files and their names, hidden ones left out."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     root = pathlib.Path(folder)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = path.relative_to(root)
         if any(part.startswith(".") for part in name.parts):
             continue
         with open(path, "rb") as file:
-            found.update(
+            digest.update(
                 f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
             )
-    return found.hexdigest()
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from data.code_mix import synthetic_code
 from launch import cli
+from launch.config import setting_flags
 
 _SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_fraction")
 
@@ -28,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    cli.add_settings(parser, synthetic_code.build, names=_SETTINGS)
+    setting_flags.add(parser, synthetic_code.build, names=_SETTINGS)
 
 
 def _run(flags: argparse.Namespace) -> None:
-    folder = synthetic_code.build(**cli.given_settings(flags, synthetic_code.build, _SETTINGS))
+    folder = synthetic_code.build(**setting_flags.given(flags, synthetic_code.build, _SETTINGS))
     out = pathlib.Path(flags.out)
     shutil.copytree(folder, out, dirs_exist_ok=True)
     manifest = json.loads((out / synthetic_code.MANIFEST).read_text(encoding="utf-8"))

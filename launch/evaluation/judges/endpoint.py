@@ -116,14 +116,14 @@ class EndpointWriter:
                 asked = {pool.submit(ask, prompt): i for i, prompt in enumerate(prompts)}
                 for done in as_completed(asked):
                     try:
-                        found = done.result()
+                        reply = done.result()
                     except JudgeError as error:
                         # What else is on its way has been paid for, and is waited for.
                         ended.set()
                         hopeless.append(error)
                         continue
-                    if found is not None:
-                        yield asked[done], found
+                    if reply is not None:
+                        yield asked[done], reply
             finally:
                 ended.set()
         if hopeless:
@@ -189,9 +189,9 @@ class EndpointWriter:
         )
 
     def _status(self, response: requests.Response) -> str:
-        said = " ".join(response.text.split())
+        text = " ".join(response.text.split())
         return self._clean(
-            f"HTTP {response.status_code} {response.reason}: {said[:_QUOTED]}".strip()
+            f"HTTP {response.status_code} {response.reason}: {text[:_QUOTED]}".strip()
         )
 
     def _clean(self, text: str) -> str:

@@ -50,11 +50,11 @@ def _judged(pair: Mapping[str, Any]) -> int:
     return sum(pair["counts"][name] for name in ("win", "loss", "tie"))
 
 
-def _cell(found: Mapping[str, float] | None, *, sign: str = "") -> str:
+def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
     """A share and its interval, in per cent."""
-    if found is None:
+    if share is None:
         return "-"
-    value, low, high = (f"{100 * found[name]:{sign}.1f}" for name in ("value", "low", "high"))
+    value, low, high = (f"{100 * share[name]:{sign}.1f}" for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from launch import cli
+from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.evaluation.judges.checkpoint import CheckpointWriter
 from launch.evaluation.judges.endpoint import EndpointWriter
@@ -24,12 +24,12 @@ _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
 
 
-def settings_of(kind: str) -> dict[str, cli.Setting]:
+def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
     """The settings of a kind of judge by name."""
-    result: dict[str, cli.Setting] = {}
+    result: dict[str, setting_flags.Setting] = {}
     for part in _KINDS[kind][1]:
         names = [name for name in inspect.signature(part).parameters if name not in _NO_SETTINGS]
-        result |= cli.settings_of(part, names)
+        result |= setting_flags.settings_of(part, names)
     return result
 
 
@@ -37,7 +37,7 @@ def usage(kind: str) -> str:
     """How --judge names a kind, with the defaults of its settings; those without one are in capitals."""
     text, optional = f"{kind}:{_KINDS[kind][0]}", []
     for name, setting in settings_of(kind).items():
-        if setting.default is cli.REQUIRED:
+        if setting.default is setting_flags.REQUIRED:
             text += f",{name}=NAME"
         elif setting.default is None:
             optional.append(f"{name}={name.upper()}")

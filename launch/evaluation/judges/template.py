@@ -1,4 +1,4 @@
-"""What a judge that compares is told, and how its reply is read.
+"""The prompt of a judge that compares, and how its reply is read.
 
 After the protocol of "To Code, or Not To Code?" (arXiv 2408.10914): four criteria, the instruction, both
 answers, and a reply of a short comparison and a line that names the preferred answer. Ours is the
@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.evaluation.judges.base import Prompt
 
-# To be raised with every change of the wording or of the reading: kept replies are of one version.
+# Raise it with every change of the wording or of the reading: replies in a journal are of one version.
 VERSION = 1
 
 FIRST, SECOND, TIE = "A", "B", "tie"
@@ -98,9 +98,9 @@ class Template:
         A verdict stands alone on its line, so that an answer which is quoted within a sentence is none.
         """
         for line in reversed(reply.splitlines()):
-            found = _VERDICT.fullmatch(line)
-            if found and (found["label"] or self.allow_ties):
-                return found["label"] or TIE
+            match = _VERDICT.fullmatch(line)
+            if match and (match["label"] or self.allow_ties):
+                return match["label"] or TIE
         return None
 
 

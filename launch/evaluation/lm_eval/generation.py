@@ -34,12 +34,12 @@ class Generation:
 
 
 def options(
-    given: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
+    gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
 ) -> Generation:
     """A request's `gen_kwargs`, read as the harness's own backends read them.
 
     Args:
-      given: of the task, or of --gen_kwargs.
+      gen_kwargs: of the task, or of the flag --gen_kwargs.
       max_gen_toks: where they do not say.
       model_defaults: the model's generation_config.json. What it says of repetition holds for all
         requests, what it says of sampling for those that sample.
@@ -49,7 +49,7 @@ def options(
     """
     from lm_eval.models import utils
 
-    values = utils.normalize_gen_kwargs(dict(given), max_gen_toks)
+    values = utils.normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks)
     if values.get("num_beams") == 1:
         del values["num_beams"]
     if unknown := sorted(set(values) - set(OPTIONS)):

@@ -26,7 +26,7 @@ def evaluate(flags: argparse.Namespace) -> None:
       LoadError, WrongDataError: a checkpoint or a set that is not what it should be.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[name] = "1"  # What is not here is said to be missing, not waited for.
+        os.environ[name] = "1"  # An absent set is reported at once, without the network.
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
     for path in filter(None, (flags.json, flags.samples)):
@@ -42,9 +42,10 @@ def evaluate(flags: argparse.Namespace) -> None:
         )
     results = _run(suite, present, flags) if present else {}
     results |= measured
-    found = {name: result["score"] for name, result in results.items()}
-    groups, total = scores.means(suite, found)
-    _print(suite, found, {**missing, **{k: f"n = {v['n']:,}" for k, v in results.items()}})
+    measured_scores = {name: result["score"] for name, result in results.items()}
+    groups, total = scores.means(suite, measured_scores)
+    details = {**missing, **{k: f"n = {v['n']:,}" for k, v in results.items()}}
+    _print(suite, measured_scores, details)
     if flags.json:
         document = {
             "checkpoint": os.path.abspath(flags.checkpoint),
@@ -72,7 +73,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
     Raises:
       SuiteError: a file that is none or of another checkpoint, or two of one benchmark.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for path in files:
         try:
             result = json.loads(pathlib.Path(path).read_bytes())
@@ -84,15 +85,15 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
                 f"--code_results={path} is not what launch.evaluate code --json writes with k=1 "
                 f"({type(error).__name__}: {error})."
             ) from None
-        if name in found:
+        if name in results:
             raise SuiteError(f"--code_results={path}: {name} is given twice.")
         if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
             raise SuiteError(
                 f"--code_results={path} is of {of}, and not of the checkpoint {step}: measure this one with "
                 "launch.evaluate code."
             )
-        found[name] = {"score": value, "n": count}
-    return found
+        results[name] = {"score": value, "n": count}
+    return results
 
 
 def _data(
@@ -136,7 +137,7 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
         flags.checkpoint, params=flags.params, **utils.simple_parse_args_string(flags.model_args)
     )
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model,
             tasks=list(loaded["tasks"].values()),
             task_manager=manager,
@@ -146,9 +147,9 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
     finally:
         model.close()
     if flags.samples:
-        _write_samples(flags.samples, found["samples"])
+        _write_samples(flags.samples, evaluated["samples"])
     return {
-        name: _result(found["results"][task], found["n-samples"][task]["effective"])
+        name: _result(evaluated["results"][task], evaluated["n-samples"][task]["effective"])
         for name, task in zip(present, names, strict=True)
     }
 
@@ -157,8 +158,8 @@ def _result(values: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The harness's figures under plain names."""
     named = {key.partition(",")[0]: value for key, value in values.items() if "," in key}
     stderr = named.pop("score_stderr", None)
-    kept = {name: value for name, value in named.items() if not name.endswith("_stderr")}
-    return {**kept, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
+    metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}
+    return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 
 def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -173,7 +174,7 @@ def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]
                 )
 
 
-def _print(suite: Suite, found: Mapping[str, float], details: Mapping[str, str]) -> None:
+def _print(suite: Suite, by_benchmark: Mapping[str, float], details: Mapping[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -182,7 +183,7 @@ def _print(suite: Suite, found: Mapping[str, float], details: Mapping[str, str])
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("examples, or how to get them", overflow="fold")
     last = ""
-    for group, benchmark, score, detail in scores.table(suite, found, details):
+    for group, benchmark, score, detail in scores.table(suite, by_benchmark, details):
         if group != last and last:
             table.add_section()
         style = "bold" if benchmark.startswith("mean") else None
