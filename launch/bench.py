@@ -25,7 +25,7 @@ BENCHMARKS = {
     "moe_step": "a step of a small Mixtral, 8 and 64 experts, against transformers",
     "moe_dense": "a layer of experts against a dense MLP of equal active FLOPs",
     "dpo": "a step of DPO against TRL with a cached reference, its memory, and how soon a second run begins",
-    "online_dpo": "the part of online DPO's time in which the policy generates what it learns from",
+    "online_dpo": "the share of online DPO's time that the policy spends generating samples",
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",

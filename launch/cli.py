@@ -32,7 +32,7 @@ CONSOLE = "espalier"  # the script that runs every command
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What an entry point starts from: the flags and the loaded configuration.
+    """The flags and the loaded configuration of a command.
 
     Calling it calls the entry function with its arguments from gin; keywords win over gin.
     """
@@ -44,7 +44,7 @@ class Start:
         return self.config.entry(**overrides)
 
     def arguments(self) -> dict[str, Any]:
-        """What gin binds to the entry function, for runs that need parts of its configuration."""
+        """The arguments that gin binds to the entry function, for commands that need some of them."""
         return self.config.arguments()
 
 
@@ -71,11 +71,11 @@ def main(
       extra_flags: adds this entry point's own flags to the parser.
       run: called with the `Start` in place of the entry function.
       default_files: gin files read before those of --gin_file, from the flags; such as the
-        configuration in a checkpoint's run directory. They may be anyone's, and name only what is
-        harmless (launch/config/gin_trust.py).
+        configuration in a checkpoint's run directory. Their author is not trusted: they may name harmless
+        objects only (launch/config/gin_trust.py).
       command: name of this entry point where it is not the module of `entry`.
       unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
-      part: takes the configuration of a training run, of which it uses a part.
+      part: whether the command uses a part of the configuration of a training run.
       argv: arguments in place of the process's own; the process is not restarted then.
     """
     program = _program(f"launch.{command}" if command else entry.partition(":")[0])
@@ -131,7 +131,7 @@ def run_command(
     Args:
       doc: help text, as of `main`.
       command: such as 'sweep', or 'evaluate skills'.
-      work: called with the flags. What it returns decides the exit status, see `status_of`.
+      work: called with the flags. Its result decides the exit status, see `status_of`.
       add_flags: adds the command's flags to the parser.
       usage: in place of argparse's.
       huge_pages: whether the process restarts with malloc on huge pages, for work of XLA on CPU.
@@ -157,8 +157,8 @@ def run_command(
 def status_of(call: Callable[[], Any]) -> int:
     """Calls and returns the exit status, the same for all commands.
 
-    It is the result where that is an integer, 75 where it is a mapping with a true 'interrupted', else 0. After an
-    error in the input, which is printed, it is 2. Any other error is a bug, and is raised.
+    An integer result is the status. A mapping with a true 'interrupted' makes it 75, any other result 0. An error in the
+    input is printed, and makes it 2. Any other error is a bug, and is raised.
     """
     try:
         result = call()

@@ -42,11 +42,11 @@ def cache_dir() -> str:
 
 
 def prepare() -> None:
-    """Sets what jax and TensorFlow read when they are imported; what the user has set stays."""
+    """Sets the variables that jax and TensorFlow read on import, except those that the user has set."""
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
-        # Small programs are most of a start; keep those too.
+        # Most of the start-up time is compiling small programs: cache those too.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }

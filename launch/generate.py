@@ -8,7 +8,7 @@ With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [
 [...]} or {"prompt": ...}, a text or messages, as files of prompts and of preference pairs have it, come
 back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
 the continuation and "logprobs", the model's natural logarithms of the tokens' probabilities at
-temperature 1; "score" of a beam; "sample", from 0; and in "ended" what ended it: "eos", "stop" or
+temperature 1; "score" of a beam; "sample", from 0; and "ended", which is "eos", "stop" or
 "length". EOS is among its tokens but not in its text; text is cut before a --stop, whose tokens are
 kept. A run that names no VOCABULARY continues tokens alone, without "text", and --eos_id says which of
 them end. Rows that are done are in y.jsonl.partial until all are. A row's continuation depends on

@@ -1,4 +1,4 @@
-"""Compiles a training run for TPUs that are not here and says what it needs and costs per chip.
+"""Compiles a training run for absent TPUs, and reports its memory, FLOPs and traffic per chip.
 
 Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs the extra `tpu`):
 
@@ -8,7 +8,7 @@ Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs 
 
 Takes the gin arguments of `train`; data and directories are not looked at. Nothing is allocated
 and nothing runs: memory is the compiler's account, FLOPs and collectives are read from its program.
-Exit status: 0 the step fits, 1 it does not, 2 something is wrong with the configuration.
+Exit status: 0 if the step fits, 1 if it does not, 2 for an error in the configuration.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _of_papers() -> list[Any]:
     """The modules launch/papers/NAME/report.py. Each has FLAG, HELP and `report(directories, out)`.
 
-    The function writes the report of directories to a path, and returns what to print.
+    The function writes the report of directories to a path, and returns a text to print.
     """
     return [
         importlib.import_module(f"launch.papers.{paper}.report")

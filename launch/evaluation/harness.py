@@ -1,4 +1,4 @@
-"""A paper's evaluation suite on a checkpoint: every benchmark, means by group, and what is missing.
+"""A paper's evaluation suite on a checkpoint: every benchmark, means by group, and the missing data sets.
 
 Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), `pip install
 'espalier-lm[eval]'` and with evaluation sets in /data/eval:
@@ -45,7 +45,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="what launch.evaluate code --json wrote; repeatable",
+        help="a --json file of launch.evaluate code; repeatable",
     )
     group.add_argument(
         "--model_args",

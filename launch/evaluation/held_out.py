@@ -93,7 +93,7 @@ def _check_vocabulary(stream: EvalStream, meta: Mapping[str, Any], checkpoint: s
     if trained is not None and stream.summary()["vocabulary"]["digest"] != trained:
         raise load_run.LoadError(
             f"The task {stream.name!r} is tokenised with another vocabulary than the checkpoint "
-            f"{checkpoint} was trained with. Use the run's own: leave VOCABULARY as it was."
+            f"{checkpoint} was trained with. Use the run's own: do not set VOCABULARY."
         )
 
 

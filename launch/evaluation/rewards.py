@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """Gin files read before the user's: those of the reward model's run, if one judges.
+    """Returns the gin files read before the user's: those of the reward model's run, if --reward names one.
 
     Raises:
       RewardError: --reward names none.
@@ -121,7 +121,7 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
         if isinstance(prompt, list) and all(type(item) is int for item in prompt):
             key = "tokens"
         ended = row.get("ended") == "eos"
-        if "text" in row:  # the reward model may have another vocabulary than what wrote it
+        if "text" in row:  # the policy that wrote it may have another vocabulary
             tokens = run.encode(row["text"], f"{where}: 'text'")
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")

@@ -62,7 +62,7 @@ def _run(flags: argparse.Namespace) -> None:
 def routing(
     run_dir: str, *, tasks: Sequence[str] | None = None, rows: int = ROWS, params: str = "auto"
 ) -> dict[str, Any]:
-    """What a run's routers make of held-out rows; a sweep's evaluation too.
+    """Returns the shares of a run's experts on held-out rows; sweeps call it as an evaluation.
 
     Args:
       run_dir: run or step directory.
@@ -133,7 +133,7 @@ def _experts(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
-    """Sums over tokens of the probabilities, and of the first choices, by what sowed them; and the tokens."""
+    """Sums over tokens of the probabilities, and of the first choices, by the path that sowed them; and the number of tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -174,7 +174,7 @@ def _by_layer(sums: Mapping[str, np.ndarray], config: Any, tokens: float) -> Tab
 
 
 def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Cosines of the experts' domains, and of what the projection makes of them; a sweep's evaluation too.
+    """Cosines of the experts' domain vectors before and after the projection; sweeps call it as an evaluation.
 
     Args:
       run_dir: run or step directory of a model with projection routers (methods/nexus/nexus.gin).
@@ -193,7 +193,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
     step = step_dir.resolve(run_dir)
     stored = step_dir.read_manifest(step).arrays
     matches = [match for name in sorted(stored) if (match := _DOMAINS.fullmatch(name))]
-    # As everywhere, averaged parameters are what is looked at where a run has them.
+    # As everywhere, averaged parameters are read where a run has them.
     averaged = any(match[1] == "ema_params" for match in matches)
     root = "ema_params" if averaged else "params"
     matches = [match for match in matches if match[1] == root]

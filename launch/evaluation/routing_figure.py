@@ -15,7 +15,7 @@ def draw(shares: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Writes a PNG of the mean probabilities.
 
     Args:
-      shares: what routing.routing returns.
+      shares: the result of routing.routing.
       path: of the PNG.
     """
     figure(shares["domains"], shares["experts"]).savefig(path, dpi=130)

@@ -6,9 +6,9 @@ of the run, and with metric_fns:
   python -m launch.evaluate seqio --checkpoint=/tmp/espalier_tiny --module=my_tasks --task=sums
 
 Examples, preprocessors, postprocess_fn and metrics are the task's, and SeqIO's Evaluator calls them.
-Functions of (targets, predictions) are given greedy continuations of "inputs", those of (targets,
-scores) the log-probability of "targets" after "inputs", summed over tokens. What the run reads before
-every text (START_TOKEN, BOS) stands before "inputs"; an EOS that the task appends to them is read too,
+Functions of (targets, predictions) get greedy continuations of "inputs", functions of (targets,
+scores) the log-probability of "targets" after "inputs", summed over tokens. The tokens that the run reads
+before every text (START_TOKEN, BOS) come before "inputs"; an EOS that the task appends to them is read too,
 so that most tasks for such models say add_eos=False of that feature.
 """
 

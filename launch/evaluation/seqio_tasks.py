@@ -50,7 +50,7 @@ def evaluate(
         they are before the task's postprocessing.
 
     Returns:
-      {task: {"examples": their number, "metrics": what the task's functions return}}.
+      {task: {"examples": their number, "metrics": the results of the task's functions}}.
 
     Raises:
       LoadError: a task that cannot be evaluated, or numbers out of range.
@@ -127,7 +127,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class Answers:
-    """What a run's model answers to examples of tasks.
+    """A run's model as it answers examples of tasks.
 
     Args:
       run: the model; its layers are unrolled here, once for all that reads them.
@@ -219,7 +219,7 @@ def find(name: str, split: str) -> Any:
 
 
 def outputs(task: Any) -> set[str]:
-    """What the metrics of a task are functions of, beside targets: PREDICTION, SCORE or both.
+    """The model outputs that the metrics of a task take: PREDICTION, SCORE or both.
 
     Raises:
       LoadError: of something else.
@@ -257,9 +257,9 @@ def check_vocabulary(task: Any, vocabulary: Any) -> None:
 
 
 class _AsTheyAre:
-    """A feature converter that leaves examples as the task has them: batches are made elsewhere.
+    """A feature converter that returns examples unchanged: batches are made elsewhere.
 
-    SeqIO's own lacks what SeqIO's evaluator asks of one.
+    SeqIO's own passthrough converter lacks attributes that SeqIO's evaluator reads.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {}
@@ -315,7 +315,7 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
 
 
 def examples(its_evaluator: Any, task: Any) -> list[Mapping[str, Any]]:
-    """What an evaluator compares with, its FEATURES as lists of ids.
+    """The examples of an evaluator, with FEATURES as lists of ids.
 
     Raises:
       LoadError: the inputs of an example, or its targets where they are to be scored, are empty.
@@ -337,7 +337,7 @@ def compute(
     predictions: Sequence[str] | None,
     scores: Sequence[float] | None,
 ) -> Mapping[str, Any]:
-    """What the metric functions say of the answers to all examples, in their order.
+    """The values of the metric functions on the answers to all examples, in their order.
 
     Args:
       its_evaluator: of the task.
@@ -354,7 +354,7 @@ def compute(
 
 
 def plain(value: Any) -> Any:
-    """What a metric function returned as JSON has it, a picture or histogram as its kind alone."""
+    """The result of a metric function as JSON; a picture or histogram becomes the name of its class."""
     from seqio import metrics as seqio_metrics
 
     if isinstance(value, seqio_metrics.Scalar):

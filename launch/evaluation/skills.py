@@ -1,11 +1,11 @@
-"""What a model of generated text and code can do: reasoning, knowledge and code by exact match.
+"""Exact match of reasoning, knowledge and code, for models of generated text and code.
 
 Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
 
   python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
 Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; an answer counts
-if it is right to its end. Operands are those that no training document shows.
+if it is right to its end. The operands occur in no training document.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _mean(answers: Sequence[bool]) -> float:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """Exact match as a reader sees it."""
+    """Exact match as a table for people."""
     lines = []
     for name, skill in scores.items():
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in skill["by_kind"].items())

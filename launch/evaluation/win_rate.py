@@ -9,9 +9,9 @@ Rows belong together by "id" if all have one, else by prompt. A judge that compa
 orders of the answers; disagreement is a tie, identical answers are one without asking. A reply that
 cannot be read or does not come is asked for again, and in the end counted as invalid: in no share.
 
---out gets judgements.jsonl, summary.json and win_rates.png. Replies are kept in judgements.jsonl as they
-come: stopped at any time, the same command goes on from there, and another judge, pair or prompt asks
-only what is new. A checkpoint as judge is configured as in launch.generate.
+--out gets judgements.jsonl, summary.json and win_rates.png. Replies are written to judgements.jsonl as they
+come: after a stop the same command continues there, and with another judge, pair or prompt only
+new questions are asked. A checkpoint as judge is configured as in launch.generate.
 
 judges:
   checkpoint:DIR           a run or step directory: its model writes the comparison
@@ -104,7 +104,7 @@ def _files(flags: argparse.Namespace) -> dict[str, str]:
 
 
 def _default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """Gin files read before the user's: those of the checkpoint that judges, if one does.
+    """Returns the gin files read before the user's: those of the checkpoint that judges, if one does.
 
     Raises:
       JudgeError: --judge names none.
@@ -147,7 +147,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
 
     Returns:
       The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
-      what was asked.
+      counts of the questions.
 
     Raises:
       JudgeError: answers that do not belong together, or a judge that cannot be asked.

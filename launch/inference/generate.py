@@ -212,7 +212,7 @@ class Texts:
             self._show(piece)
 
     def text(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """(text before the end or stop, "eos", "stop" or "length" for what ended it) of all its tokens."""
+        """The text of all tokens of a continuation up to its end, and "eos", "stop" or "length" for that end."""
         ended = bool(tokens) and tokens[-1] in self._ends
         text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
         before_stop = cut(text, self._stops)

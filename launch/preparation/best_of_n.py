@@ -113,7 +113,7 @@ def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """The row with the largest reward, the first of equals, with what it was chosen by."""
+    """The row with the largest reward, the first of equals, with the rewards of all."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 

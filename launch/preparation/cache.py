@@ -1,11 +1,11 @@
-"""Builds the token caches of a mixture, so that runs find them; what is there already is checked.
+"""Builds the token caches of a mixture ahead of a run; caches that are there already are checked.
 
 Example: the English prose and docstrings of installed packages as bytes, under a minute:
 
   python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
-The gin files and bindings of a training command may be given as they are; what is not about its
-data is passed over. A run builds what it misses by itself, but refuses where a task has changed
+The gin files and bindings of a training command may be given as they are; settings that are not about its
+data are ignored. A run builds missing caches by itself, but refuses where a task has changed
 since its cache was built. This command then builds the new cache beside the old one, or with
 --replace in its place.
 """

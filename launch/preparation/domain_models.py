@@ -85,7 +85,7 @@ def _params_digest(params: Any) -> str:
 
 
 class Sentences:
-    """The mean over documents of what a model of the package sentence-transformers makes of each.
+    """The mean over documents of the vectors of a model of the package sentence-transformers.
 
     Args:
       folder: the model; nothing is downloaded.

@@ -122,7 +122,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--document_per",
         choices=("file", "paragraph", "line"),
         default="file",
-        help="what a document is in text files (default file)",
+        help="unit of documents in text files (default file)",
     )
     files.add_argument(
         "--limit",

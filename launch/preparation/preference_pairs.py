@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", required=True, choices=KINDS, help="what the pairs are of")
+    parser.add_argument("--kind", required=True, choices=KINDS, help="source of the pairs")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument(
         "--limit",

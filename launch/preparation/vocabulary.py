@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
-    """Shows a vocabulary on held-out text; that it is an argument is what has trained it.
+    """Shows a vocabulary on held-out text. Making the argument has trained it.
 
     Args:
       vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.

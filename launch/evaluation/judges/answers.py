@@ -141,7 +141,7 @@ def _by_key(system: System, by_id: bool) -> dict[str, Answer]:
         if key in answers:
             what = f"the id {answer.id}" if by_id else "the prompt"
             raise JudgeError(
-                f"{answer.place}: {what} is that of {answers[key].place} too. Each system gives one answer "
+                f"{answer.place}: {what} occurs in {answers[key].place} too. Each system gives one answer "
                 'to a prompt (--num_samples=1); prompts that occur twice need an "id" in every file.'
             )
         answers[key] = answer

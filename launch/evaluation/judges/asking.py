@@ -123,6 +123,6 @@ def _counts(tally: Tally) -> str:
 
 def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
     return JudgeError(
-        f"{judge.name} has not replied to {count} questions in a row: {reason}. What has been judged is "
-        "kept: see to the judge, and the same command goes on from there."
+        f"{judge.name} has not replied to {count} questions in a row: {reason}. Replies so far are "
+        "written: repair the judge, and the same command continues after them."
     )

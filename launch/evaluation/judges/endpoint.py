@@ -183,8 +183,8 @@ class EndpointWriter:
         reason = getattr(error.args[0] if error.args else None, "reason", None) or error
         return JudgeError(
             self._clean(
-                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; what has been "
-                "judged is kept, and the same command goes on from there."
+                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; replies so "
+                "far are written, and the same command continues after them."
             )
         )
 

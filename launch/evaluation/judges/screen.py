@@ -11,7 +11,7 @@ _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
-    """Win rates and what may be behind them, a row for every two systems; lengths by system."""
+    """Prints win rates and the judge's biases, a row for every two systems; and lengths by system."""
     from rich.console import Console
 
     rates = _table("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)

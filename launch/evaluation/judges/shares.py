@@ -1,4 +1,4 @@
-"""Win rates with their intervals, and what may be behind them.
+"""Win rates with their intervals, and measures of the judge's biases.
 
 All intervals are of 95 %, by resampling prompts.
 """

@@ -15,7 +15,7 @@ from launch.evaluation.judges.reward import RewardJudge
 from launch.evaluation.judges.template import Template
 from launch.run import load_run
 
-# What the text after the kind names, and the classes whose arguments are the settings.
+# By kind: the placeholder of its target, and the classes whose arguments are its settings.
 _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "checkpoint": ("DIR", (CheckpointWriter,)),
     "openai": ("URL", (EndpointWriter,)),

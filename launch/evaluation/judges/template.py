@@ -50,7 +50,7 @@ Mind the form: the last line of the reply must be exactly {exact}."""
 
 # A language model that goes on after its reply begins another comparison with this.
 OPENING = "<instruction>"
-# Case matters for the labels alone; what else may stand on the line is punctuation, such as bold type.
+# Case matters for the labels alone; beside them a line may have punctuation, such as bold type.
 _VERDICT = re.compile(
     r"[\W_]*(?:(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
 )
@@ -68,14 +68,14 @@ class Template:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What replies depend on."""
+        """Everything that replies depend on, as JSON."""
         return {"template": VERSION, "allow_ties": self.allow_ties}
 
     def render(self, prompt: Prompt, first: str, second: str, *, reminder: bool = False) -> str:
         """The text that asks for a comparison.
 
         Args:
-          prompt: what was answered.
+          prompt: to which the answers reply.
           first, second: shown as answers (A) and (B).
           reminder: ask for the form of the reply once more, after one that could not be read.
         """

@@ -22,7 +22,7 @@ def default_batch_tokens() -> int:
 
 
 def unroll(run: LoadedRun) -> None:
-    """Unrolls the layers, once for all that caches what it reads, and lets go of the stacked ones."""
+    """Replaces the stacked layers of a run by unrolled ones, once for everything that reads them."""
     import jax
 
     model, config = run.model, run.model.config

@@ -41,8 +41,8 @@ def options(
     Args:
       gen_kwargs: of the task, or of the flag --gen_kwargs.
       max_gen_toks: where they do not say.
-      model_defaults: the model's generation_config.json. What it says of repetition holds for all
-        requests, what it says of sampling for those that sample.
+      model_defaults: the model's generation_config.json. Its repetition penalty applies to all
+        requests, its sampling settings to requests that sample.
 
     Raises:
       LoadError: an option that is not in OPTIONS, or a value out of range.
@@ -54,7 +54,7 @@ def options(
         del values["num_beams"]
     if unknown := sorted(set(values) - set(OPTIONS)):
         raise LoadError(
-            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Leave out what is not among "
+            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Valid options: "
             f"{', '.join(OPTIONS)}."
         )
     asked = {**model_defaults, **values}

@@ -1,4 +1,4 @@
-"""Runs as a model of lm-evaluation-harness: what `--model espalier` is (launch/lm_eval.py).
+"""The model `--model espalier` of lm-evaluation-harness (launch/lm_eval.py): a run of this project.
 
 Requests are made of the same tokens as those of the harness's Hugging Face backend, so that a model and
 its export get the same scores: pairs are encoded jointly with spaces moved into the continuation, BOS
@@ -41,9 +41,9 @@ class EspalierLM(TemplateLM):
       gin_file: configuration of a step that has none beside it.
       dtype: in which the model computes; None for what its run or its checkpoint says.
       mesh: mesh shape, as {'fsdp': 8}; None for all devices.
-      start_token: what precedes every context; 'auto' for what the run was trained with.
-      add_bos_token: whether texts begin with BOS; None for what the run did.
-      prefix_token_id: what an empty context is; None for the start token, else BOS, else EOS.
+      start_token: precedes every context; 'auto' for the run's own.
+      add_bos_token: whether texts begin with BOS; None for as in the run.
+      prefix_token_id: the token of an empty context; None for the start token, else BOS, else EOS.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
       max_length: tokens the model reads at most; None for what it has learned or was published with,
         else 2048.
@@ -178,7 +178,7 @@ class EspalierLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after what precedes every text unless add_special_tokens is False."""
+        """Ids of a text, after the start token and BOS unless add_special_tokens is False."""
         vocabulary = self._run.vocabulary
         # Contexts may be rendered conversations, whose special tokens are meant.
         encode = getattr(vocabulary, "encode_special", vocabulary.encode)
@@ -265,7 +265,7 @@ class EspalierLM(TemplateLM):
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
-        """(index, likelihood) of each (context, continuation), what is too long cut at its beginning."""
+        """(index, likelihood) of each (context, continuation), after contexts that are too long are cut at their beginning."""
         cut = 0
         scored_rows = []
         for context, continuation in pairs:
@@ -336,7 +336,7 @@ class EspalierLM(TemplateLM):
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness keeps with its results."""
+        """Facts about the model that the harness stores with its results."""
         import jax
 
         leaves = jax.tree.leaves(self._run.params)

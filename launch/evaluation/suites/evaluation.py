@@ -23,7 +23,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
     Raises:
       SuiteError: no data at all, or files that cannot be read or written.
-      LoadError, WrongDataError: a checkpoint or a set that is not what it should be.
+      LoadError, WrongDataError: a checkpoint or a set that cannot be read.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"  # An absent set is reported at once, without the network.
@@ -125,7 +125,7 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    # Sets are checked before the model is read: they are what is more often wrong.
+    # Sets are checked before the model is read: errors in sets are more common.
     manager = TaskManager(
         include_path=suite.tasks,
         include_defaults=False,

@@ -2,7 +2,7 @@
 
     DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst
 
-or in a folder <split>, which is what a download of the repository makes of DATA_DIR/<set>. Nothing is
+or in a folder <split>, as a download of the repository to DATA_DIR/<set> has them. Nothing is
 downloaded here.
 """
 
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
       folder: below the data folder.
-      split: what the names of its files begin with.
+      split: prefix of the names of its files.
       columns: that are read.
       configuration: folder below, for repositories of several sets.
       repository: on the hub; None for a set that is not there.

@@ -66,7 +66,7 @@ def means(
     """(score by group, total); None where a benchmark has none.
 
     Args:
-      suite: what to average.
+      suite: whose benchmarks to average.
       scores: by benchmark, those that were measured.
     """
     groups = {

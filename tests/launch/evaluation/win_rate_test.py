@@ -341,7 +341,7 @@ def test_a_checkpoint_writes_as_generate_does(
         ([{"prompt": "Say one.", "text": " "}], "b.jsonl holds no answer"),
         ([{"prompt": "Say one."}], "b.jsonl, line 1: expected a prompt and the answer's text"),
         ([{"prompt": [1, 2], "text": "x"}], "Judges read no tokens"),
-        ([{"prompt": "Say one.", "text": "x"}] * 2, "line 2: the prompt is that of"),
+        ([{"prompt": "Say one.", "text": "x"}] * 2, "line 2: the prompt occurs in"),
         ([{"prompt": "Say six.", "text": "x"}], "b.jsonl has no answer to this prompt, nor to 4"),
         ([{"prompt": "x", "text": "x", "tools": []}], "judges are not shown tools"),
     ],
@@ -366,7 +366,7 @@ def test_ids_join_rows_and_must_have_one_prompt(win_rate, endpoint, tmp_path, ca
     assert "have one id, 2, and different prompts" in capsys.readouterr().err
     write("b", [(1, "x"), (1, "x")])
     assert win_rate(judge_of(endpoint)) == 2
-    assert "the id 1 is that of" in capsys.readouterr().err
+    assert "the id 1 occurs in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
