@@ -28,6 +28,7 @@ OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: start it again
 CONSOLE = "espalier"  # the script that runs every command
+_by_console = False  # whether it has started this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +190,14 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
         runpy.run_module(default, run_name="__main__", alter_sys=True)
         return 0
     main = sys.modules["__main__"].__spec__
-    program = f"python -m {main.name}" if main is not None else os.path.basename(sys.argv[0])
-    program = sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else program
+    program = _program(main.name) if main is not None else os.path.basename(sys.argv[0])
     return _dispatch(program, commands, doc.strip())
 
 
 def console() -> int:
     """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
+    global _by_console
+    _by_console = True
     # The project's packages come before folders of their names in the working directory.
     sys.path.insert(0, environment.ROOT)
     help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
@@ -206,7 +208,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
     """Runs the module of the command that the first argument names, or lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in commands:
-        sys.argv[:2] = [f"{program} {name}"]
+        del sys.argv[1]
         runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
         return 0
     if name in (None, "-h", "--help"):
@@ -267,7 +269,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 def _program(module: str) -> str:
     """The program's name in its help text: as it was started, `espalier NAME` or `python -m launch.NAME`."""
-    return sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else f"python -m {module}"
+    return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

@@ -27,8 +27,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     usage = (
-        "python -m launch.convert (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
-        "       python -m launch.convert --from=DIR --to_hf=DIR [flags]"
+        "%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
+        "       %(prog)s --from=DIR --to_hf=DIR [flags]"
     )
     return cli.run_command(
         __doc__, "convert", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv

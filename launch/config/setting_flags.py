@@ -53,7 +53,7 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
     result = {}
     for name in names or parameters:
         kind = hints[name]
-        optional = isinstance(kind, types.UnionType)
+        optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
         if optional:
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
         if name not in texts or (kind not in _METAVARS and typing.get_origin(kind) is not Literal):

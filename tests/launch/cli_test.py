@@ -262,6 +262,7 @@ def test_two_processes_find_each_other(toy_modules):
 
 def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "_by_console", False)
     monkeypatch.setattr(sys, "argv", ["espalier"])
     assert cli.console() == cli.USAGE_ERROR
     assert re.search(r"train +Trains ", capsys.readouterr().out)
@@ -292,17 +293,19 @@ def test_every_command_of_the_project_has_a_summary_and_an_example():
 
 # Prints, as JSON, the help text of every command and sub-command, and the slow packages that were imported for them.
 HELP = """
-import contextlib, importlib, io, json, runpy, sys, warnings
+import contextlib, importlib, io, json, sys, warnings
+from launch import cli
 warnings.simplefilter("ignore")
 
-def text(program, *words):
-    sys.argv[:] = [f"espalier {program}", *words, "--help"]
-    out = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out):
-            runpy.run_module(f"launch.{program}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        assert end.code == 0, (program, words, end.code)
+def text(*words):
+    sys.argv[:] = ["espalier", *words, "--help"]
+    out, status = io.StringIO(), None
+    with contextlib.redirect_stdout(out):
+        try:
+            status = cli.console()
+        except SystemExit as end:
+            status = end.code
+    assert status == 0, (words, status)
     return out.getvalue()
 
 pages = {}
@@ -310,20 +313,20 @@ for program in sys.argv[1].split():
     pages[program] = text(program)
     if program in ("evaluate", "prepare", "upcycle"):
         for name in importlib.import_module(f"launch.{program}").COMMANDS:
-            pages[f"{program} {name}"] = text(program, name)
+            if name != "factorise":  # the flags of which are made by the module that does the work
+                pages[f"{program} {name}"] = text(program, name)
 print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.modules))]))
 """
 
 
-def test_help_of_every_command_is_quick_and_says_how_the_command_is_called(tmp_path):
+def test_help_of_every_command_is_quick_and_says_how_the_command_is_called():
     named = " ".join(sorted(COMMANDS - {"lm_eval"}))  # whose help text is the harness's
-    done = run(ROOT, "-c", HELP, named)
-    pages, slow = json.loads(done)
+    pages, slow = json.loads(run(ROOT, "-c", HELP, named))
     assert slow == []
     assert {"evaluate loss", "prepare cache", "upcycle extend"} < pages.keys()
     for command, page in pages.items():
-        words = page.split()
-        assert f"espalier {command}" in " ".join(words[:9]) or command in GROUPS, command
+        if command not in (*GROUPS, "reproduce"):
+            assert page.startswith(f"usage: espalier {command} "), page[:200]
         assert f"python -m launch.{command.split()[0]}" in page, command
     for group in GROUPS:
         names = [command.split()[1] for command in pages if command.startswith(f"{group} ")]

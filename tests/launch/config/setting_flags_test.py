@@ -28,7 +28,7 @@ class Cut:
     width: int
     angle: float = 30.0
     depth: float | None = None
-    tool: Literal["saw", "knife"] = "saw"
+    tool: Literal["saw", "knife"] | None = "saw"
     dry: bool = False
     cooled: bool = True
 
