@@ -106,7 +106,7 @@ def test_texts_that_were_cut_are_penalised(command):
 
 HEADED = """
 from __gin__ import dynamic_registration
-from model import {module}
+from model.heads import {module}
 from model import transformer
 MODEL = @{module}.{kind}()
 {module}.{kind}.backbone = @transformer.Transformer()
