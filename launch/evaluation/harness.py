@@ -9,8 +9,8 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), 
 Sets are read from local files as their public repositories have them (launch/evaluation/suites/local_data.py) and
 are never downloaded: a benchmark without its set is a row that says how to get it, and so is a benchmark
 of code that no --code_results holds, which are the --json files of launch.evaluate code. Prompts, shots
-and metrics are the tasks of launch/papers/code_mix/harness_tasks, which lm-evaluation-harness runs; with
-`--include_path launch/papers/code_mix/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
+and metrics are the task files of the suite's paper, launch/papers/NAME/harness_tasks, which lm-evaluation-harness runs.
+With `--include_path launch/papers/NAME/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
 """
 
 import argparse

@@ -284,6 +284,17 @@ def test_the_top_of_launch_holds_the_commands_and_what_they_share():
     assert set(cli.command_names()) == COMMANDS
 
 
+def test_commands_import_no_paper():
+    launch = pathlib.Path(ROOT, "launch")
+    folders = ("evaluation", "preparation", "inference")
+    files = {*launch.glob("*.py")} - {launch / "reproduce.py"}
+    files |= {path for folder in folders for path in (launch / folder).rglob("*.py")}
+    imports = re.compile(
+        r"^\s*(?:from|import) launch\.papers\b|^\s*from launch import .*papers", re.M
+    )
+    assert [str(path) for path in files if imports.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_every_command_of_the_project_has_a_summary_and_an_example():
     for name in COMMANDS:
         assert cli.summary(f"launch.{name}").endswith("."), name
