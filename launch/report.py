@@ -55,7 +55,13 @@ def _run(flags: argparse.Namespace) -> None:
     module, directories = next(
         (module, folders) for module in _of_papers() if (folders := getattr(flags, module.FLAG))
     )
-    print(module.report(directories, pathlib.Path(flags.out)))
+    try:
+        print(module.report(directories, pathlib.Path(flags.out)))
+    except (
+        ValueError,
+        FileNotFoundError,
+    ) as error:  # a directory lacks a file, or has a damaged one
+        raise ValueError(str(error)) from error
 
 
 def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
