@@ -57,10 +57,8 @@ def _run(flags: argparse.Namespace) -> None:
     )
     try:
         print(module.report(directories, pathlib.Path(flags.out)))
-    except (
-        ValueError,
-        FileNotFoundError,
-    ) as error:  # a directory lacks a file, or has a damaged one
+    except (ValueError, FileNotFoundError) as error:
+        # A directory lacks a file, or has a damaged one: an error of the input.
         raise ValueError(str(error)) from error
 
 
