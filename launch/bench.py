@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from launch import cli, environment
+from launch import cli
 
 BENCHMARKS = {
     "train_step": "tokens/s of a training step against transformers, eager and compiled",
@@ -25,7 +25,7 @@ BENCHMARKS = {
     "moe_step": "a step of a small Mixtral, 8 and 64 experts, against transformers",
     "moe_dense": "a layer of experts against a dense MLP of equal active FLOPs",
     "dpo": "a step of DPO against TRL with a cached reference, its memory, and how soon a second run begins",
-    "online_dpo": "the part of online DPO's time in which the policy generates what it learns from",
+    "online_dpo": "the share of online DPO's time that the policy spends generating samples",
     "loss_memory": "peak memory of the loss with 256,000 tokens",
     "data_pipeline": "packed tokens/s on one core, and a batch at step 10^9",
     "checkpoints": "cost of a save every ten updates",
@@ -39,25 +39,14 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
     listing = "\n".join(f"  {name:<15}{text}" for name, text in BENCHMARKS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.bench",
-        description=summary,
-        epilog=f"{rest}\nbenchmarks:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    doc = f"{__doc__}\nbenchmarks:\n{listing}"
+    return cli.run_command(doc, "bench", _measure, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", choices=list(BENCHMARKS), metavar="BENCHMARK")
     parser.add_argument("--out", metavar="FILE", help="also writes the JSON here")
-    flags = parser.parse_args(argv)
-
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        _measure(flags)
-
-    return cli.status_of(call)
 
 
 def _measure(flags: argparse.Namespace) -> None:

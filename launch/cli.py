@@ -1,27 +1,25 @@
-"""What all entry points share: flags, environment, configuration, and errors meant for people.
+"""What all commands share: flags, environment, configuration, and errors that name a remedy.
 
-An entry point is a module `launch/<name>.py` whose docstring is its help text (with an example
-that can be run) and which begins, before its heavy imports, with
-
-    if __name__ == "__main__":
-        from launch import cli
-
-        raise SystemExit(cli.main(__doc__, entry="launch.<name>:<function>"))
-
-so that --help answers at once and jax starts in the environment set here.
+A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
+help text, with an example that can be run. Its function `main(argv=None)` adds flags, calls the work through `main` or
+`run_command` of this module, and returns the exit status. Modules that import jax are imported by the functions that
+need them: --help answers at once, and jax starts in the environment that is set here.
 """
 
 import argparse
+import ast
 import dataclasses
+import difflib
 import errno
 import linecache
 import os
+import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch import environment, root_check
+from launch import environment
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -29,11 +27,13 @@ if TYPE_CHECKING:  # gin is imported only once the flags have been read
 OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: start it again
+CONSOLE = "espalier"  # the script that runs every command
+_by_console = False  # whether it has started this process
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What an entry point starts from: the flags and the loaded configuration.
+    """The flags and the loaded configuration of a command.
 
     Calling it calls the entry function with its arguments from gin; keywords win over gin.
     """
@@ -45,7 +45,7 @@ class Start:
         return self.config.entry(**overrides)
 
     def arguments(self) -> dict[str, Any]:
-        """What gin binds to the entry function, for runs that need parts of its configuration."""
+        """The arguments that gin binds to the entry function, for commands that need some of them."""
         return self.config.arguments()
 
 
@@ -66,21 +66,23 @@ def main(
     The status is that of `status_of`.
 
     Args:
-      doc: help text; the first line is the description, the rest is printed as it stands.
+      doc: help text; the first line is the description, the rest follows the flags.
       entry: 'package.module:function', the keyword-only function gin configures. It is imported by
         this name, never as `__main__`, after the flags are read.
       extra_flags: adds this entry point's own flags to the parser.
       run: called with the `Start` in place of the entry function.
       default_files: gin files read before those of --gin_file, from the flags; such as the
-        configuration in a checkpoint's run directory. They may be anyone's, and name only what is
-        harmless (launch/config/gin_trust.py).
+        configuration in a checkpoint's run directory. Their author is not trusted: they may name harmless
+        objects only (launch/config/gin_trust.py).
       command: name of this entry point where it is not the module of `entry`.
       unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
-      part: takes the configuration of a training run, of which it uses a part.
+      part: whether the command uses a part of the configuration of a training run.
       argv: arguments in place of the process's own; the process is not restarted then.
     """
-    module = entry.partition(":")[0]
-    parser = _parser(doc, f"python -m launch.{command}" if command else f"python -m {module}")
+    program = _program(f"launch.{command}" if command else entry.partition(":")[0])
+    usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
+    parser = make_parser(doc, program, usage=usage)
+    _add_gin_flags(parser)
     if extra_flags is not None:
         extra_flags(parser)
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
@@ -89,7 +91,7 @@ def main(
         if argv is None:
             environment.restart_with_huge_pages()
         environment.prepare()
-        root_check.check()
+        environment.check_packages()
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
         )
@@ -115,11 +117,49 @@ def main(
     return status_of(call)
 
 
+def run_command(
+    doc: str,
+    command: str,
+    work: Callable[[argparse.Namespace], Any],
+    *,
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    usage: str | None = None,
+    huge_pages: bool = True,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs a command that takes no gin configuration: flags, environment, then the work.
+
+    Args:
+      doc: help text, as of `main`.
+      command: such as 'sweep', or 'evaluate skills'.
+      work: called with the flags. Its result decides the exit status, see `status_of`.
+      add_flags: adds the command's flags to the parser.
+      usage: in place of argparse's.
+      huge_pages: whether the process restarts with malloc on huge pages, for work of XLA on CPU.
+      argv: arguments in place of the process's own; the process is not restarted then.
+
+    Returns:
+      The exit status.
+    """
+    parser = make_parser(doc, _program(f"launch.{command}"), usage=usage)
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+
+    def call() -> Any:
+        if argv is None and huge_pages:
+            environment.restart_with_huge_pages()
+        environment.prepare()
+        environment.check_packages()
+        return work(flags)
+
+    return status_of(call)
+
+
 def status_of(call: Callable[[], Any]) -> int:
     """Calls and returns the exit status, the same for all commands.
 
-    It is 0, 2 after an error in what people gave, which is printed, or 75 when the result is a
-    mapping with a true 'interrupted'. Any other error is a bug, and is raised.
+    An integer result is the status. A mapping with a true 'interrupted' makes it 75, any other result 0. An error in the
+    input is printed, and makes it 2. Any other error is a bug, and is raised.
     """
     try:
         result = call()
@@ -128,6 +168,8 @@ def status_of(call: Callable[[], Any]) -> int:
             raise
         _report(error)
         return USAGE_ERROR
+    if type(result) is int:
+        return result
     interrupted = isinstance(result, Mapping) and result.get("interrupted")
     return INTERRUPTED if interrupted else 0
 
@@ -143,96 +185,94 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
     Returns:
       The exit status: 2 for an unknown sub-command; a sub-command exits with its own.
     """
-    import runpy
-
-    program = sys.argv[0] if sys.argv[0].startswith("espalier ") else _program()
     name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in commands:
-        sys.argv[:2] = [f"{program} {name}"]
-        runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
-        return 0
     if default is not None and name is not None and name.startswith("-"):
         runpy.run_module(default, run_name="__main__", alter_sys=True)
         return 0
-    known = {key: _summary(module) for key, module in commands.items()}
-    if name in (None, "-h", "--help"):
-        print(doc.strip() + "\n")
-        for key, summary in known.items():
-            print(f"  {key:<16} {summary}")
-        return 0 if name else USAGE_ERROR
-    _print_unknown(program, name, known)
-    return USAGE_ERROR
-
-
-def _program() -> str:
     main = sys.modules["__main__"].__spec__
-    return f"python -m {main.name}" if main is not None else os.path.basename(sys.argv[0])
-
-
-def _print_unknown(program: str, name: str, known: Mapping[str, str]) -> None:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Nearest: {near[0]}." if near else ""
-    print(f"{program}: no command '{name}'.{hint} Known: {', '.join(known)}", file=sys.stderr)
+    program = _program(main.name) if main is not None else os.path.basename(sys.argv[0])
+    return _dispatch(program, commands, doc.strip())
 
 
 def console() -> int:
     """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
-    commands = _commands()
+    global _by_console
+    _by_console = True
+    # The project's packages come before folders of their names in the working directory.
+    sys.path.insert(0, environment.ROOT)
+    help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
+    return _dispatch(CONSOLE, {name: f"launch.{name}" for name in command_names()}, help_text)
+
+
+def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
+    """Runs the module of the command that the first argument names, or lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in commands:
+        del sys.argv[1]
+        runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
+        return 0
     if name in (None, "-h", "--help"):
-        print("usage: espalier COMMAND [flags]     (espalier COMMAND --help for its flags)\n")
-        for command, summary in commands.items():
-            print(f"  {command:<12} {summary}")
+        width = max(map(len, commands))
+        lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
+        print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
-    if name not in commands:
-        _print_unknown("espalier", name, commands)
-        return USAGE_ERROR
-    import runpy
-
-    # Packages of this name must be found here before any in the working directory.
-    sys.path.insert(0, root_check.ROOT)
-    sys.argv[:2] = [f"espalier {name}"]
-    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
-    return 0
+    known = ", ".join(commands)
+    print(
+        f"{program}: no command '{name}'.{nearest(name, commands)} Known: {known}", file=sys.stderr
+    )
+    return USAGE_ERROR
 
 
-def _commands() -> dict[str, str]:
-    """Modules beside this one that are entry points, with the first line of their docstrings."""
-    import ast
-
+def command_names() -> list[str]:
+    """Modules beside this one that are commands."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    commands = {}
+    commands = []
     for file in sorted(os.listdir(folder)):
         if file.endswith(".py"):
             with open(os.path.join(folder, file), encoding="utf-8") as source:
-                text = source.read()
-            if "\nif __name__ == " in text:
-                doc = ast.get_docstring(ast.parse(text)) or ""
-                commands[file.removesuffix(".py")] = doc.partition("\n")[0]
+                if "\nif __name__ == " in source.read():
+                    commands.append(file.removesuffix(".py"))
     return commands
 
 
-def _summary(module: str) -> str:
-    """The first line of a module's docstring, which is not imported."""
-    import ast
-
-    path = os.path.join(root_check.ROOT, *module.split(".")) + ".py"
+def summary(module: str) -> str:
+    """The first line of a module's docstring; the module is not imported."""
+    path = os.path.join(environment.ROOT, *module.split(".")) + ".py"
     with open(path, encoding="utf-8") as source:
         return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
 
 
-def _parser(doc: str, program: str) -> argparse.ArgumentParser:
-    summary, _, rest = doc.strip().partition("\n")
-    parser = argparse.ArgumentParser(
+def papers_with(module: str) -> list[str]:
+    """Names of the papers, folders of launch/papers, that have a module of this name."""
+    folder = os.path.join(environment.ROOT, "launch", "papers")
+    return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence, after a space, that names the known name most like a misspelt one; empty where none is like it."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Nearest: {near[0]}." if near else ""
+
+
+def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help text is a module's docstring: the first line describes, the rest follows the flags."""
+    description, _, rest = doc.strip().partition("\n")
+    return argparse.ArgumentParser(
         prog=program,
-        usage=f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]",
-        description=summary,
+        usage=usage,
+        description=description,
         epilog=rest.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _program(module: str) -> str:
+    """The program's name in its help text: as it was started, `espalier NAME` or `python -m launch.NAME`."""
+    return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
+
+
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     config = parser.add_argument_group("configuration")
     config.add_argument(
         "--gin_file",
@@ -264,7 +304,6 @@ def _parser(doc: str, program: str) -> argparse.ArgumentParser:
     )
     processes.add_argument("--process_count", type=int, metavar="N", help="number of processes")
     processes.add_argument("--process_index", type=int, metavar="I", help="this one, from 0")
-    return parser
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:
@@ -274,8 +313,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
     for binding in bindings:
         if "=" not in binding:
             parser.error(f"--gin.{binding} needs a value: --gin.{binding}=VALUE")
-    given = [flags.coordinator_address, flags.process_count, flags.process_index]
-    complete = None not in given or given in ([None] * 3, ["auto", None, None])
+    processes = [flags.coordinator_address, flags.process_count, flags.process_index]
+    complete = None not in processes or processes in ([None] * 3, ["auto", None, None])
     if not complete:
         parser.error(
             "--coordinator_address, --process_count and --process_index go together "

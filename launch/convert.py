@@ -16,11 +16,9 @@ cut short leaves nothing at its target.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
-from typing import Any
 
-from launch import cli, environment
+from launch import cli
 from launch.run import load_run
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -28,16 +26,16 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.convert",
-        usage="python -m launch.convert (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
-        "       python -m launch.convert --from=DIR --to_hf=DIR [flags]",
-        description=summary,
-        epilog=rest.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = (
+        "%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
+        "       %(prog)s --from=DIR --to_hf=DIR [flags]"
     )
+    return cli.run_command(
+        __doc__, "convert", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
     source.add_argument("--from_gguf", metavar="FILE", help="GGUF of a Llama-like model")
@@ -72,44 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="configuration of a step that has none beside it; repeatable",
     )
-    flags = parser.parse_args(argv)
+
+
+def _run(flags: argparse.Namespace) -> None:
     if (flags.checkpoint is None) != (flags.to_hf is None):
-        parser.error("--from goes with --to_hf, --from_hf and --from_gguf with --to")
+        raise ValueError("--from goes with --to_hf, --from_hf and --from_gguf with --to.")
     for name in ("family", "shard_size", "params", "gin_file"):
         if flags.to_hf is None and getattr(flags, name):
-            parser.error(f"--{name} is of --to_hf: leave it out")
-    shard_bytes = _bytes(parser, flags.shard_size or "5GB")
+            raise ValueError(f"--{name} is of --to_hf: leave it out.")
+    if flags.to_hf is not None:
+        _export(flags, _bytes(flags.shard_size or "5GB"))
+        return
+    from launch.weights import import_weights
 
-    def call() -> None:
-        environment.prepare()
-        if flags.to_hf is not None:
-            _export(flags, shard_bytes)
-            return
-        from launch.weights import import_weights
-
-        convert, given = import_weights.import_hf, flags.from_hf
-        if flags.from_gguf is not None:
-            convert, given = import_weights.import_gguf, flags.from_gguf
-        convert(given, flags.to, dtype=flags.dtype)
-
-    return cli.status_of(call)
+    if flags.from_gguf is not None:
+        import_weights.import_gguf(flags.from_gguf, flags.to, dtype=flags.dtype)
+    else:
+        import_weights.import_hf(flags.from_hf, flags.to, dtype=flags.dtype)
 
 
 def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
-    from launch.config import gin_config
     from launch.weights import export_weights
 
-    defaults = load_run.default_files(flags)
-    config = gin_config.load(
-        flags.gin_file,
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=defaults,
-    )
-    run: Any = config.entry
     export_weights.export_hf(
         flags.checkpoint,
-        run().model,
+        load_run.config_of(flags.checkpoint, flags.gin_file).model,
         flags.to_hf,
         params=flags.params or "auto",
         family=flags.family,
@@ -118,12 +103,12 @@ def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
     )
 
 
-def _bytes(parser: argparse.ArgumentParser, text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
-    if not found or not int(found[1]):
-        parser.error(f"--shard_size={text} is no size: give one as 500MB or 5GB")
-    return int(found[1]) * _UNITS[found[2] or ""]
+def _bytes(text: str) -> int:
+    size = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not size or not int(size[1]):
+        raise ValueError(f"--shard_size={text} is no size: give one as 500MB or 5GB.")
+    return int(size[1]) * _UNITS[size[2] or ""]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -1,8 +1,12 @@
-"""Process environment of an entry point: set before jax starts, and the same for all of them."""
+"""Process environment of a command: set before jax starts, and the same for all of them."""
 
+import importlib
 import os
 import platform
 import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKAGES = ("model", "trainers", "data")
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
 # On CPU, level 3 compiles a sixth longer than level 2, to programs that are no faster.
@@ -10,17 +14,39 @@ _OPTIMISATION = "xla_backend_optimization_level"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
+class RootError(ImportError):
+    """A package of this project is hidden by something else of the same name."""
+
+
+def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
+    """Raises RootError unless every package is loaded from the folder that holds `launch`.
+
+    A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
+    package; without this check the error comes much later, and does not name the folder.
+    """
+    for name in packages:
+        package = importlib.import_module(name)
+        path = package.__file__
+        if path is None or os.path.dirname(os.path.dirname(os.path.abspath(path))) != root:
+            where = path or ", ".join(getattr(package, "__path__", []))
+            raise RootError(
+                f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
+                f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
+                f"rename what hides it, or take its folder out of PYTHONPATH."
+            )
+
+
 def cache_dir() -> str:
-    """Where everything that can be computed again is kept: $ESPALIER_CACHE or ~/.cache/espalier."""
+    """The folder of everything that can be computed again: $ESPALIER_CACHE or ~/.cache/espalier."""
     return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 
 def prepare() -> None:
-    """Sets what jax and TensorFlow read when they are imported; what the user has set stays."""
+    """Sets the variables that jax and TensorFlow read on import, except those that the user has set."""
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
-        # Small programs are most of a start; keep those too.
+        # Most of the start-up time is compiling small programs: cache those too.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }

@@ -6,20 +6,17 @@
 `python -m launch.evaluate NAME --help` shows the flags of one evaluation, with an example.
 """
 
-if __name__ == "__main__":
-    from launch import cli
+from launch import cli
 
-    raise SystemExit(
-        cli.subcommand(
-            __doc__,
-            {
-                "loss": "launch.evaluation.loss",
-                "seqio": "launch.evaluation.seqio",
-                "code": "launch.evaluation.code",
-                "skills": "launch.evaluation.skills",
-                "harness": "launch.evaluation.harness",
-                "win_rate": "launch.evaluation.win_rate",
-                "routing": "launch.evaluation.routing",
-            },
-        )
-    )
+COMMANDS = {
+    "loss": "launch.evaluation.loss",
+    "seqio": "launch.evaluation.seqio",
+    "code": "launch.evaluation.code",
+    "skills": "launch.evaluation.skills",
+    "harness": "launch.evaluation.harness",
+    "win_rate": "launch.evaluation.win_rate",
+    "routing": "launch.evaluation.routing",
+}
+
+if __name__ == "__main__":
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS))

@@ -8,184 +8,223 @@ With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [
 [...]} or {"prompt": ...}, a text or messages, as files of prompts and of preference pairs have it, come
 back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
 the continuation and "logprobs", the model's natural logarithms of the tokens' probabilities at
-temperature 1; "score" of a beam; "sample", from 0; and in "ended" what ended it: "eos", "stop" or
+temperature 1; "score" of a beam; "sample", from 0; and "ended", which is "eos", "stop" or
 "length". EOS is among its tokens but not in its text; text is cut before a --stop, whose tokens are
 kept. A run that names no VOCABULARY continues tokens alone, without "text", and --eos_id says which of
 them end. Rows that are done are in y.jsonl.partial until all are. A row's continuation depends on
 --seed and its index, not on the rows beside it.
 """
 
-if __name__ == "__main__":
-    from launch import cli, generate_flags
-    from launch.run import load_run
-
-    def start_run(start):
-        from launch import generate
-
-        generate.run(start)
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="generate",
-            extra_flags=generate_flags.add,
-            run=start_run,
-            default_files=load_run.default_files,
-            unused={"VOCABULARY": "None"},
-        )
-    )
-
+import argparse
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import jax
+from launch import cli
+from launch.config import setting_flags
+from launch.run import load_run
+from launch.run.load_run import LoadError
+from trainers.decoding.settings import Beams, Sampling, Settings
 
-from launch import generate_flags
-from launch.inference import generate_text, row_files
-from launch.run.load_run import EXAMPLE, LoadError, RunConfig
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.full import FullCache
-from trainers.decoding.decode import Settings
-from trainers.decoding.decoder import Decoder, Stats
+# As model/kv_cache/policies.py has them, without importing JAX to print a help text.
+CACHE_POLICIES = """\
+full           everything
+sliding        the last tokens: window=4096
+streaming_llm  the first and the last: capacity=1024 sinks=4 renumber=True
+snapkv         what the prompt's end attends to:
+               capacity=1024 window=32 kernel=7 pooling=max group_vote=mean
+pyramidkv      snapkv, more in shallow layers: those of snapkv, beta=20.0
+adakv          snapkv, shared among heads: those of snapkv, safeguard=0.2
+h2o            what all of the prompt attends to: capacity=1024 window=None group_vote=mean
+tova           what the last token attends to: capacity=1024
+random         a control: capacity=1024 window=32 seed=0"""
 
-# Between two looks at what has been generated: a look costs less than a tenth of a token.
-_LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
-_PROMPT_KEYS = frozenset(("text", "messages", "tokens"))
+
+_SIZES = ("max_new_tokens", "num_samples")
+_EARLY = {"true": True, "false": False, "never": "never"}
 
 
-def run(start: Any) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.run.load_run:RunConfig",
+        command="generate",
+        extra_flags=add_flags,
+        run=run,
+        default_files=load_run.default_files,
+        unused={"VOCABULARY": "None"},
+        argv=argv,
+    )
+
+
+def run(start: cli.Start) -> None:
     """Generates as the flags say.
 
     Raises:
       LoadError: flags that do not go together.
     """
     flags = start.flags
-    options = generate_flags.options(flags)
+    options = options_of(flags)
+    from launch.inference import generate
+
     if flags.prompt is not None:
-        _print(start(), flags, options)
-        return
-    row_files.check_output(flags.output)
-    given = row_files.read(flags.inputs, example=EXAMPLE)
-    rows = generate(start(), [(where, _to_continue(row)) for where, row in given], **options)
-    row_files.write(flags.output, rows, writer=jax.process_index() == 0)
+        generate.print_continuations(start(), flags.prompt, stream=flags.stream, **options)
+    else:
+        generate.generate_file(start(), inputs=flags.inputs, output=flags.output, **options)
 
 
-def _to_continue(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row that has a "prompt" alone, as data/prompts and data/preference read it, by the keys of this command."""
-    if "prompt" not in row or not _PROMPT_KEYS.isdisjoint(row):
-        return row
-    prompt = row["prompt"]
-    others = {key: value for key, value in row.items() if key != "prompt"}
-    return {**others, "text" if isinstance(prompt, str) else "messages": prompt}
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags in groups, after those of files of rows."""
+    load_run.add_row_flags(parser, required=False)
+    group = parser.add_argument_group("output")
+    group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the continuation of --prompt as it is generated (default on a terminal)",
+    )
+    setting_flags.add(group, Settings, names=_SIZES)
+    group.add_argument(
+        "--eos_id",
+        type=int,
+        action="append",
+        metavar="ID",
+        help="a token that ends a continuation, in place of the vocabulary's; repeatable; -1 for none",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable. The tokens that make it stay in 'tokens'",
+    )
+    group = parser.add_argument_group("sampling")
+    setting_flags.add(group, Settings().sampling)
+    group.add_argument("--seed", type=int, default=0, metavar="N")
+    group = parser.add_argument_group("beam search")
+    setting_flags.add(group, Beams, names=("num_beams", "length_penalty"), optional=True)
+    group.add_argument(
+        "--early_stopping",
+        choices=tuple(_EARLY),
+        default=argparse.SUPPRESS,
+        help="end when N beams are finished (true), when the others look worse (false, default), or "
+        "when they cannot become better (never)",
+    )
+    policies = f"Policies, the tokens they keep, and their settings by default:\n{CACHE_POLICIES}"
+    group = parser.add_argument_group("key/value cache", policies)
+    group.add_argument(
+        "--cache_policy",
+        default="full",
+        metavar="NAME",
+        help="the policy that selects which keys and values of the prompt stay cached (default full)",
+    )
+    group.add_argument(
+        "--cache",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the policy, such as capacity=1024; repeatable",
+    )
+    group.add_argument(
+        "--cache_dtype",
+        choices=("int8", "bfloat16", "float16", "float32"),
+        help="type of cached keys and values (default: the model's)",
+    )
+    group.add_argument(
+        "--prefill_chunk",
+        type=int,
+        metavar="N",
+        help="read N tokens of the prompts at a time, for those too long to be read at once",
+    )
 
 
-def _print(config: RunConfig, flags: Any, options: dict[str, Any]) -> None:
-    """Continues --prompt on standard output."""
-    settings = options["settings"]
-    single = settings.num_samples == 1 and settings.beams is None
-    stream = sys.stdout.isatty() and single if flags.stream is None else flags.stream
-    writes = jax.process_index() == 0
-    show = None
-    if stream:
-        show = generate_text.to_terminal if writes else lambda piece: None
-    rows = generate(config, [("--prompt", {"text": flags.prompt})], show=show, **options)
-    for row in rows:
-        if not writes:
-            continue
-        if row["sample"]:
-            print(f"--- sample {row['sample']}")
-        generate_text.to_terminal("\n" if stream else row["text"] + "\n")
-
-
-def generate(
-    config: RunConfig,
-    rows: Sequence[tuple[str, Mapping[str, Any]]],
-    *,
-    checkpoint: str,
-    params: str = "auto",
-    settings: Settings,
-    eos_ids: Sequence[int] | None = None,
-    stops: Sequence[str] = (),
-    seed: int = 0,
-    policy: CachePolicy | None = None,
-    policy_name: str = "full",
-    cache_dtype: str | None = None,
-    prefill_chunk: int | None = None,
-    batch_size: int = 8,
-    show: Callable[[str], None] | None = None,
-    indices: Sequence[int] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Continues rows.
-
-    Args:
-      config: of the run that made the checkpoint.
-      rows: (place, row) as in row_files.read.
-      checkpoint: step or run directory.
-      params: see launch/run/load_run.py.
-      settings: what to generate; its ends and the size of its vocabulary are those of the run.
-      eos_ids: tokens that end a continuation; None for the vocabulary's.
-      stops: texts that end one.
-      seed: of the draws; a row's depend on it, on the row's index and on the sample's alone.
-      policy: of the key/value caches; None to keep everything.
-      policy_name: of the policy, for the report.
-      cache_dtype: in which keys and values are kept; None for the model's.
-      prefill_chunk: tokens of prompts that are read at a time; None for all.
-      batch_size: rows at a time, each with all its samples.
-      show: called with the text of a single row as it grows.
-      indices: of the rows among all that there are, where these are not all; their draws are the same.
-
-    Yields:
-      The rows with their continuations, `settings.num_samples` for each, as they are done.
+def options_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of launch/inference/generate.py.
 
     Raises:
-      LoadError: rows that cannot be read, or stops without a vocabulary.
+      LoadError, ValueError: flags that do not go together, or values out of range.
     """
-    with config.load(checkpoint, params=params) as loaded:
-        prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
-        if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
-            raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
-        vocabulary = loaded.vocabulary_or_none
-        if vocabulary is None and stops:
-            raise LoadError("--stop needs texts, and the run's configuration sets no VOCABULARY.")
-        settings = dataclasses.replace(
-            settings,
-            eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
-            num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
-        )
-        texts = generate_text.Texts(
-            None if vocabulary is None else generate_text.decoder_of(vocabulary),
-            ends=settings.ends,
-            stops=stops,
-            show=show,
-        )
-        decoder = Decoder(
-            loaded.model,
-            loaded.params,
-            settings,
-            policy=FullCache() if policy is None else policy,
-            batch_size=loaded.batch_size(batch_size, len(rows)),
-            sharding=loaded.row_sharding,
-            cache_dtype=cache_dtype,
-            prefill_chunk=prefill_chunk,
-            watch=texts.watch if texts.watching else None,
-            watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
-        )
-        found = decoder.stream(prompts, seed=seed % 2**32, indices=indices)
-        for i, (_, row) in enumerate(rows):
-            for sample in range(settings.num_samples):
-                yield texts.answer(row, i, sample, next(found))
-        if jax.process_index() == 0:
-            print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+    from model.kv_cache.policies import policy_from_text
 
-
-def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:
-    kept = policy_name if cache_dtype is None else f"{policy_name}, {cache_dtype}"
-    return (
-        f"{stats.new_tokens:,} new tokens, {stats.tokens_per_second:,.1f} tokens/s (prefill of "
-        f"{stats.prompt_tokens:,} tokens {stats.prefill_seconds:.2f} s, decoding "
-        f"{stats.decode_seconds:.2f} s, compilation before {stats.compile_seconds:.1f} s); cache "
-        f"({kept}) {stats.cache_bytes:,} bytes a batch"
+    _check(flags)
+    beams = setting_flags.given(flags, Beams)
+    if "early_stopping" in beams:
+        beams["early_stopping"] = _EARLY[beams["early_stopping"]]
+    settings = Settings(
+        **setting_flags.given(flags, Settings, names=_SIZES),
+        beams=Beams(**beams) if beams else None,
+        sampling=dataclasses.replace(Settings().sampling, **setting_flags.given(flags, Sampling)),
     )
+    policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
+    if policy.future:
+        raise LoadError(
+            f"--cache_policy={flags.cache_policy} reads the answer that it is to generate: it is for "
+            "experiments. Choose another."
+        )
+    return {
+        "checkpoint": flags.checkpoint,
+        "params": flags.params,
+        "settings": settings,
+        "eos_ids": None if flags.eos_id is None else tuple(id for id in flags.eos_id if id >= 0),
+        "stops": tuple(flags.stop),
+        "seed": flags.seed,
+        "policy": policy,
+        "policy_name": " ".join([flags.cache_policy, *flags.cache]),
+        "cache_dtype": flags.cache_dtype,
+        "prefill_chunk": flags.prefill_chunk,
+        "batch_size": flags.batch_size,
+    }
+
+
+def _check(flags: argparse.Namespace) -> None:
+    files = (flags.inputs, flags.output)
+    if (flags.prompt is None) == (files == (None, None)) or (None in files) != (
+        files == (None,) * 2
+    ):
+        raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
+    beams = setting_flags.given(flags, Beams)
+    several = getattr(flags, "num_samples", 1) > 1 or beams
+    if flags.stream and (flags.prompt is None or several):
+        raise LoadError(
+            "--stream shows one continuation of --prompt as it grows: leave out --inputs, --num_samples "
+            "and --num_beams, or --stream."
+        )
+    if beams and "num_beams" not in beams:
+        raise LoadError(
+            f"--{next(iter(beams))} is of beam search: give --num_beams=N, or leave it out."
+        )
+    if beams and flags.stop:
+        raise LoadError(
+            "--stop ends a text as it grows, which beams do not: leave out --num_beams."
+        )
+    if not math.isfinite(beams.get("length_penalty", 0.0)):
+        raise LoadError(f"--length_penalty={beams['length_penalty']} must be finite.")
+    if "" in flags.stop:
+        raise LoadError("--stop='' would end every text at once: give a text.")
+    if flags.eos_id is not None and -1 in flags.eos_id and len(flags.eos_id) > 1:
+        raise LoadError(
+            "--eos_id=-1 is for none, and others are given: leave it out, or the others."
+        )
+    if flags.eos_id is not None and min(flags.eos_id) < -1:
+        raise LoadError(f"--eos_id={min(flags.eos_id)} is no token: give an id, or -1 for none.")
+    if flags.prefill_chunk is not None and flags.prefill_chunk < 1:
+        raise LoadError(f"--prefill_chunk={flags.prefill_chunk} must be at least 1.")
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping."""
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise LoadError(f"--cache={text}: expected NAME=VALUE, such as --cache=capacity=1024.")
+        if name in settings:
+            raise LoadError(f"--cache={name} is given twice.")
+        settings[name] = value
+    return settings
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

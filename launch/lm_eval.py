@@ -14,7 +14,7 @@ them.
 
 import sys
 
-from launch import cli, environment, root_check
+from launch import cli, environment
 
 MODEL = "espalier"
 
@@ -44,7 +44,7 @@ def main() -> int:
     def call() -> None:
         environment.restart_with_huge_pages()
         environment.prepare()
-        root_check.check()
+        environment.check_packages()
         register()
         from lm_eval.__main__ import cli_evaluate
 

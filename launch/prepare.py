@@ -6,19 +6,16 @@
 `python -m launch.prepare NAME --help` shows the flags of one preparation, with an example.
 """
 
-if __name__ == "__main__":
-    from launch import cli
+from launch import cli
 
-    raise SystemExit(
-        cli.subcommand(
-            __doc__,
-            {
-                "vocabulary": "launch.preparation.vocabulary",
-                "cache": "launch.preparation.cache",
-                "preference_pairs": "launch.preparation.preference_pairs",
-                "best_of_n": "launch.preparation.best_of_n",
-                "synthetic_code": "launch.preparation.synthetic_code",
-                "embed_domains": "launch.preparation.embed_domains",
-            },
-        )
-    )
+COMMANDS = {
+    "vocabulary": "launch.preparation.vocabulary",
+    "cache": "launch.preparation.cache",
+    "preference_pairs": "launch.preparation.preference_pairs",
+    "best_of_n": "launch.preparation.best_of_n",
+    "synthetic_code": "launch.preparation.synthetic_code",
+    "embed_domains": "launch.preparation.embed_domains",
+}
+
+if __name__ == "__main__":
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS))

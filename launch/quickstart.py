@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import cli, environment
+from launch import cli
 
 ARMS = ("text", "balanced", "code_then_text")
 PROMPT = "def "
@@ -21,26 +21,14 @@ PROMPT = "def "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.quickstart",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.run_command(__doc__, "quickstart", _compare, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/quickstart", help="parent of the run directories")
     parser.add_argument(
         "--gin_file", action="append", default=[], metavar="FILE", help="changes to all arms"
     )
-    flags = parser.parse_args(argv)
-
-    def call() -> Any:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        return _compare(flags)
-
-    return cli.status_of(call)
 
 
 def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
@@ -77,20 +65,13 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 
 def _sample(directory: str) -> str:
     """A sampled continuation of PROMPT by the newest checkpoint of a run."""
-    from launch import generate
-    from launch.config import gin_config
+    from launch.inference import generate
     from launch.run import load_run
-    from trainers.decoding.decode import Settings
     from trainers.decoding.sampling import Sampling
+    from trainers.decoding.settings import Settings
 
-    flags = argparse.Namespace(checkpoint=directory, gin_file=[])
-    config = gin_config.load(
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=load_run.default_files(flags),
-    )
     (row,) = generate.generate(
-        config.entry(),
+        load_run.config_of(directory),
         [("the quickstart's prompt", {"text": PROMPT})],
         checkpoint=directory,
         settings=Settings(max_new_tokens=60, sampling=Sampling(temperature=0.7, top_p=0.9)),

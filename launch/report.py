@@ -1,90 +1,65 @@
-"""Compares runs: held-out loss and bits per byte by domain, or a sweep's arms by the figures of code_mix.
+"""Compares runs: held-out loss and bits per byte by domain, or the report of a paper.
 
 Example, after `make quickstart`:
 
   python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
 
-writes report.json and report.png to --out and prints the table. With a sweep of the arms of
-launch/papers/code_mix/sweep.py or full_sweep.py,
+writes report.json and report.png to --out and prints the table. Every other flag is the report of a paper, as
+launch/papers/NAME/report.py describes it:
 
   python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
-
-draws the change against text-only by recipe, phases, the proportion of code, its quality, cooldowns and
-sizes, with intervals over seeds, as PNG and in report.html. With
-
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
-
-it draws the singular values of factorised matrices, of runs with t5x_configs/methods/low_rank/spectrum.gin.
+  python -m launch.report --board runs/dpo runs/dpo_nll --out board.html
 """
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.telemetry.metric_writers import rows_in_force
+from launch import cli
+from launch.run import metric_rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.report",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.run_command(__doc__, "report", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
-    which.add_argument("--sweep", nargs="+", metavar="DIR", help="folders (--out) of sweeps")
-    which.add_argument("--spectra", nargs="+", metavar="DIR", help="run directories with spectra")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where report.* goes")
-    flags = parser.parse_args(argv)
-    try:
-        if flags.sweep:
-            _report_sweeps(flags.sweep, pathlib.Path(flags.out))
-        elif flags.spectra:
-            _report_spectra(flags.spectra, pathlib.Path(flags.out))
-        else:
-            report(named(flags.runs), flags.out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for module in _of_papers():
+        which.add_argument(f"--{module.FLAG}", nargs="+", metavar="DIR", help=module.HELP)
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
 
 
-def _report_sweeps(folders: Sequence[str], out: pathlib.Path) -> None:
-    from launch.papers.code_mix import measure, page
-    from launch.sweeping.results import read_results
+def _of_papers() -> list[Any]:
+    """The modules launch/papers/NAME/report.py. Each has FLAG, HELP and `report(directories, out)`.
 
-    rows = [
-        measure.with_data(row, pathlib.Path(folder, row["directory"]))
-        for folder in folders
-        for row in read_results(folder)
+    The function writes the report of directories to a path, and returns a text to print.
+    """
+    return [
+        importlib.import_module(f"launch.papers.{paper}.report")
+        for paper in cli.papers_with("report")
     ]
-    drawn = page.write_sweeps(rows, out)
-    print(f"{', '.join(drawn)} and report.html are in {out}")
 
 
-def _report_spectra(directories: Sequence[str], out: pathlib.Path) -> None:
-    from launch.papers.low_rank import spectra_figure
-
-    out.mkdir(parents=True, exist_ok=True)
-    spectra_figure.draw(named(directories), out / "spectra.png")
-    print(f"spectra.png is in {out}")
-
-
-def named(directories: Sequence[str]) -> dict[str, str]:
-    """Directories by the shortest ends of their paths that tell them apart."""
-    parts = [pathlib.Path(directory).resolve().parts for directory in directories]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, directories, strict=True))
-    raise ValueError("the same directory is named twice.")
+def _run(flags: argparse.Namespace) -> None:
+    if flags.runs:
+        report(metric_rows.named(flags.runs), flags.out)
+        return
+    module, directories = next(
+        (module, folders) for module in _of_papers() if (folders := getattr(flags, module.FLAG))
+    )
+    try:
+        print(module.report(directories, pathlib.Path(flags.out)))
+    except (ValueError, FileNotFoundError) as error:
+        # A directory lacks a file, or has a damaged one: an error of the input.
+        raise ValueError(str(error)) from error
 
 
 def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
@@ -97,35 +72,14 @@ def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: a directory holds no metrics.
       ValueError: a run has not been evaluated.
     """
-    rows = {name: read_rows(directory) for name, directory in runs.items()}
-    results = {name: last_evaluation(name, found) for name, found in rows.items()}
+    rows = {name: metric_rows.read_rows(directory) for name, directory in runs.items()}
+    results = {name: metric_rows.last_evaluation(name, its_rows) for name, its_rows in rows.items()}
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
     plot(results, rows, folder / "report.png")
     return results
-
-
-def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without those of steps that a rollback gave up."""
-    path = os.path.join(directory, "metrics.jsonl")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
-    return rows_in_force(path)
-
-
-def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The newest held-out metrics by domain."""
-    evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
-    if not evaluated:
-        raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")
-    domains: dict[str, dict[str, float]] = {}
-    for key, value in evaluated[-1].items():
-        if key.startswith("eval/"):
-            _, domain, metric = key.split("/", 2)
-            domains.setdefault(domain, {})[metric] = value
-    return {"step": evaluated[-1]["step"], "domains": domains}
 
 
 def _domains(results: Mapping[str, Any]) -> list[str]:
@@ -142,9 +96,9 @@ def print_table(results: Mapping[str, Any]) -> None:
     for name in results:
         table.add_column(name.replace("_", " "), justify="right")
     for domain in _domains(results):
-        found = {name: result["domains"].get(domain) for name, result in results.items()}
-        best = min(values["loss"] for values in found.values() if values)
-        table.add_row(domain, *(_cell(values, best) for values in found.values()))
+        by_arm = {name: result["domains"].get(domain) for name, result in results.items()}
+        best = min(values["loss"] for values in by_arm.values() if values)
+        table.add_row(domain, *(_cell(values, best) for values in by_arm.values()))
     Console(width=max(80, 24 * (len(results) + 1))).print(table)
 
 

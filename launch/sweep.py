@@ -1,18 +1,17 @@
 """Runs a sweep: arms x sizes x seeds of one file, with shared parents, as a whole that can be resumed.
 
-What is done is not run again, what was stopped goes on, what failed is tried again. Results are in
+Started again, the command skips finished runs, continues stopped ones, and retries failed ones. Results are in
 DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
 cooldowns, about four times the work of the quickstart:
 
   python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
-A second terminal shows how it stands with --out DIR --status. The status is 0 when all is done, 1 when what
-is left has failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
+`--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
+some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
 """
 
 import argparse
 import contextlib
-import difflib
 import fnmatch
 import functools
 import os
@@ -23,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch import cli, environment, root_check
+from launch import cli
 
 if TYPE_CHECKING:
     from launch.sweeping.file import Run
@@ -43,15 +42,16 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return cli.run_command(
+        __doc__, "sweep", _run, add_flags=_add_flags, huge_pages=False, argv=argv
     )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sweep", metavar="FILE.py[:TEXT]", help="the sweep; TEXT is given to its get_config"
+        "--sweep",
+        metavar="FILE.py[:TEXT]",
+        help="the sweep; TEXT is the argument of its get_config",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
     parser.add_argument(
@@ -71,28 +71,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only",
         action="append",
         metavar="PATTERN",
-        help="runs by name, such as 'text/*' or '*/seed0', and what they start from; repeatable",
+        help="runs by name, such as 'text/*' or '*/seed0', with the runs they start from; repeatable",
     )
     parser.add_argument("--dry_run", action="store_true", help="checks, shows, and runs nothing")
-    parser.add_argument("--status", action="store_true", help="shows how the sweep in --out stands")
+    parser.add_argument(
+        "--status", action="store_true", help="shows the progress of the sweep in --out"
+    )
     parser.add_argument(
         "--rerun_changed",
         action="store_true",
         help="puts runs of another configuration aside and runs them anew",
     )
-    flags = parser.parse_args(argv)
-    if not flags.status and not flags.sweep:
-        parser.error("give --sweep FILE.py, or --status.")
-    statuses = [0]
 
-    def call() -> None:
-        statuses[0] = _status(flags) if flags.status else _sweep(flags)
 
-    return cli.status_of(call) or statuses[0]
+def _run(flags: argparse.Namespace) -> int:
+    if flags.status:
+        return _status(flags)
+    if not flags.sweep:
+        raise ValueError("give --sweep FILE.py, or --status.")
+    return _sweep(flags)
 
 
 def _status(flags: argparse.Namespace) -> int:
-    """Shows what is in the folder; a sweep that runs there is not disturbed."""
+    """Prints the states of the runs in the folder; a sweep that runs there is not disturbed."""
     from rich.console import Console
 
     from launch.sweeping import driver, screen
@@ -116,8 +117,6 @@ def _sweep(flags: argparse.Namespace) -> int:
     runs = file.read(flags.sweep)
     submitter = LocalSubmitter(workers=flags.workers, memory_gb=flags.memory_gb)
     _check_budgets(flags, runs)
-    environment.prepare()
-    root_check.check()
     plan = check.plan(flags.sweep, runs, folder)
     wanted = _wanted(plan, flags.only)
     if flags.dry_run:
@@ -167,11 +166,10 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" Nearest: {near[0]}." if near else f" They are called as {names[0]}."
+            hint = cli.nearest(pattern, names) or f" They are called as {names[0]}."
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
         chosen.update(matched)
-    for planned in reversed(plan):  # each stands after those above it
+    for planned in reversed(plan):  # children come after their parents
         if planned.name in chosen:
             chosen.update(planned.run.above)
     return tuple(planned for planned in plan if planned.name in chosen)
@@ -201,25 +199,25 @@ def _make_room(
     from launch.sweeping import check
 
     changed = {planned.name: folder.changed(planned) for planned in wanted}
-    found = [planned for planned in wanted if changed[planned.name]]
-    if found and not rerun:
+    begun = [planned for planned in wanted if changed[planned.name]]
+    if begun and not rerun:
         by_name = {planned.name: planned for planned in plan}
         lines = [
             f"  {p.name}: {check.difference(p, by_name, folder, changed[p.name])}"
-            for p in found[:_LISTED]
+            for p in begun[:_LISTED]
         ]
-        more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        more = f"\n  and {len(begun) - _LISTED} more" if len(begun) > _LISTED else ""
         raise ValueError(
-            f"{len(found)} runs in {folder.path} are of another configuration:\n"
+            f"{len(begun)} runs in {folder.path} are of another configuration:\n"
             + "\n".join(lines)
             + f"{more}\nSet it back, use another --out, or let them run anew with --rerun_changed."
         )
-    for planned in found:
+    for planned in begun:
         folder.set_aside(planned)
 
 
 def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]") -> None:
-    """What would be run, and the command that each arm stands for."""
+    """Prints the runs that are planned, and a command for each kind of arm."""
     from rich.console import Console
 
     from launch.sweeping import check, driver, made, screen

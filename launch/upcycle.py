@@ -8,13 +8,9 @@
 those of `extend` and `factorise`.
 """
 
-if __name__ == "__main__":
-    from launch import cli
+from launch import cli
 
-    raise SystemExit(
-        cli.subcommand(
-            __doc__,
-            {"extend": "launch.weights.extend", "factorise": "launch.weights.factorise"},
-            default="launch.weights.upcycle",
-        )
-    )
+COMMANDS = {"extend": "launch.weights.extend", "factorise": "launch.weights.factorise"}
+
+if __name__ == "__main__":
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.weights.upcycle"))

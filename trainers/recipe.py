@@ -113,7 +113,9 @@ class Recipe:
           ValueError: the model does not.
         """
         if not isinstance(self.model, LanguageModel):
-            raise ValueError(f"Recipe.model, a {type(self.model).__name__}, is not a language model.")
+            raise ValueError(
+                f"Recipe.model, a {type(self.model).__name__}, is not a language model."
+            )
         return self.model
 
     @property

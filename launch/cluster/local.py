@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from launch import root_check
+from launch import environment
 from launch.cluster.base import Handle, Job, State, Status
 from launch.cluster.worker import peak_bytes
 
@@ -207,8 +207,8 @@ class _Worker:
         self.environment = job.environment
         self.busy = False
         self.since = time.monotonic()
-        paths = [root_check.ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
+        paths = [environment.ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "ESPALIER_WORKER_CORES": ",".join(map(str, cores)),
@@ -220,7 +220,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=variables,
                 start_new_session=True,  # Ctrl-C in the terminal is for the driver
             )
 

@@ -19,7 +19,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.vision.images.make_eval_stream": {"images": ("split",)},
     "data.vision.images.make_stream": {"images": ("split",)},
     "data.text.user_data.register_sources": {"sources": ("name",)},
-    "launch.evaluation.loss.evaluate": {"stream": ("task",)},
+    "launch.evaluation.held_out.evaluate": {"stream": ("task",)},
     "launch.run.reference.make_eval_stream": {"stream": ("task",)},
     "launch.run.reference.make_stream": {"stream": ("positions",)},
     "launch.train.train": {
@@ -71,7 +71,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
 
 # Entry functions whose commands pass the values of flags, whether or not these are given.
 FLAGS: dict[str, tuple[str, ...]] = {
-    "launch.evaluation.loss.evaluate": (
+    "launch.evaluation.held_out.evaluate": (
         "checkpoint",
         "params",
         "tasks",

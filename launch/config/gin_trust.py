@@ -27,6 +27,9 @@ REFUSED = (
     "launch.config.gin_reader",
     "launch.cluster",
     "launch.evaluation.judges",
+    "launch.evaluation.suites",
+    "launch.report",
+    "launch.run.load_run.config_of",
     "launch.run.run_vocabulary.export_files",
     "launch.run.run_vocabulary.save",
     "launch.run.run_vocabulary.save_files",
@@ -70,7 +73,7 @@ class Trust:
         home = getattr(value, "__module__", None)
         known = isinstance(home, str) and _inside(home, (*PACKAGES, *self.modules))
         defined = f"{home}.{getattr(value, '__qualname__', '')}"
-        refused = _inside(defined, REFUSED) and not _inside(defined, self.modules)
+        refused = _refused(defined) and not _inside(defined, self.modules)
         if known and not refused and self._allowed(name):
             return None
         return self._error("use", name, module)
@@ -117,7 +120,12 @@ def trust(file: str, own_files: Iterable[str], search_paths: Sequence[str]) -> T
 
 def _harmless(name: str) -> bool:
     private = any(part.startswith("_") for part in name.split("."))
-    return _inside(name, PACKAGES) and not _inside(name, REFUSED) and not private
+    return _inside(name, PACKAGES) and not _refused(name) and not private
+
+
+def _refused(name: str) -> bool:
+    """Whether a name is in REFUSED, or is a command, which takes any gin file as the user's own."""
+    return _inside(name, REFUSED) or (name.startswith("launch.") and name.endswith(".main"))
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:

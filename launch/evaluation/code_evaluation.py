@@ -7,14 +7,14 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import tqdm
 
 from data.code_mix import code_problems
 from data.sandbox import code_sandbox
-from launch.evaluation.code_rows import CodeRows
+from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 
@@ -28,11 +28,11 @@ class EvaluationError(ValueError):
 
 
 class Samples(Protocol):
-    """Where completions come from.
+    """A source of completions.
 
     Attributes:
-      settings: everything that decides them, as JSON.
-      keys: of all.
+      settings: everything that the completions depend on, as JSON.
+      keys: of all completions.
     """
 
     settings: dict[str, Any]
@@ -50,7 +50,7 @@ class FileSamples:
     """
 
     def __init__(self, path: str, problems: code_problems.Problems):
-        self._found: dict[Key, str] = {}
+        self._completions: dict[Key, str] = {}
         counts: collections.Counter[str] = collections.Counter()
         example = '{"task_id": ..., "completion": "..."}'
         for where, row in row_files.read(path, example=example, flag="solutions"):
@@ -59,7 +59,7 @@ class FileSamples:
                 raise EvaluationError(f"{where}: there is no problem {id!r}.")
             if not isinstance(completion, str):
                 raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
-            self._found[id, counts[id]] = completion
+            self._completions[id, counts[id]] = completion
             counts[id] += 1
         without = [id for id in problems.problems if not counts[id]]
         if without:
@@ -67,12 +67,12 @@ class FileSamples:
                 f"--solutions={path} has none for {len(without)} problems, the first {without[0]!r}. "
                 "Give one for each; an empty one fails."
             )
-        content = json.dumps(list(self._found.items()))
+        content = json.dumps(list(self._completions.items()))
         self.settings = {"solutions": hashlib.sha256(content.encode()).hexdigest()}
-        self.keys = tuple(self._found)
+        self.keys = tuple(self._completions)
 
     def make(self, keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        return ((key, self._found[key]) for key in keys)
+        return ((key, self._completions[key]) for key in keys)
 
 
 class ModelSamples:
@@ -106,13 +106,12 @@ class ModelSamples:
         self.keys = [(id, n) for id in problems.problems for n in range(flags.samples)]
 
     def make(self, keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        from launch.generate import generate
-        from trainers.decoding.decode import Settings
-        from trainers.decoding.sampling import Sampling
+        from launch.inference.generate import generate
+        from trainers.decoding.settings import Sampling, Settings
 
         flags, wanted = self._flags, set(keys)
         ids = {id for id, _ in keys}
-        # All samples of a problem are drawn together, those that are there already again.
+        # All samples of a problem are drawn together, including those that the file has already.
         todo = [
             (index, problem)
             for index, problem in enumerate(self._problems.problems.values())
@@ -147,25 +146,23 @@ class ModelSamples:
 
 
 def run(flags: Any, start: Any) -> dict[str, Any] | None:
-    """Evaluates as the flags say; prints the scores and returns what --json holds.
+    """Evaluates as the flags say; prints the scores and returns the content of --json.
 
     Args:
-      flags: of launch/evaluation/code_flags.py.
-      start: makes the configuration of the checkpoint's run; not called with solutions.
+      flags: of launch/evaluation/code.py.
+      start: makes the configuration of the checkpoint's run; None with solutions.
 
     Returns:
       The scores; None on all processes but the first.
 
     Raises:
-      EvaluationError: flags or solutions that do not go with the problems.
-      ProblemsError, CodeRowsError, SandboxError, DataError, RowFileError.
+      EvaluationError: flags, solutions or rows that do not go with the problems.
+      ProblemsError, SandboxError, DataError, RowFileError.
     """
     problems = code_problems.load(flags.problems)
     row_files.check_output(flags.output)
     limits = code_sandbox.Limits(
-        cpu_seconds=flags.cpu_seconds,
-        wall_seconds=flags.wall_seconds,
-        memory_bytes=flags.memory_mb << 20,
+        **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )
     samples: Samples
     if flags.checkpoint is None:
@@ -180,22 +177,22 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
         "problems": problems.digest,
         "limits": dataclasses.asdict(limits),
     }
-    rows = CodeRows(flags.output, settings)
-    missing = [key for key in samples.keys if key not in rows.found]
-    if len(missing) < len(samples.keys):
-        there = len(samples.keys) - len(missing)
-        print(f"{there:,} of {len(samples.keys):,} rows are there already", file=sys.stderr)
-    with code_sandbox.Sandbox(limits, workers=flags.workers, require=flags.require) as sandbox:
-        protections = dataclasses.asdict(sandbox.protections)
-        made = samples.make(missing) if missing else ()
-        if not _writes(flags):
-            collections.deque(made, maxlen=0)  # generated by all processes together
-            return None
-        with rows:
+    writes = _writes(flags)
+    with row_files.resumed(flags.output, writer=writes) as file:
+        rows = CodeRows(file, settings)
+        missing = [key for key in samples.keys if key not in rows.by_key]
+        if len(missing) < len(samples.keys):
+            there = len(samples.keys) - len(missing)
+            print(f"{there:,} of {len(samples.keys):,} rows are there already", file=sys.stderr)
+        with code_sandbox.Sandbox(limits, workers=flags.workers, require=flags.require) as sandbox:
+            protections = dataclasses.asdict(sandbox.protections)
+            made = samples.make(missing) if missing else ()
+            if not writes:
+                collections.deque(made, maxlen=0)  # generated by all processes together
+                return None
             _try(made, problems, sandbox, rows, count=len(missing))
-    found = [rows.found[key] for key in samples.keys]
     document = {
-        **scores(found, flags.k, name=problems.name),
+        **scores([rows.by_key[key] for key in samples.keys], flags.k, name=problems.name),
         "settings": settings,
         "protections": protections,
     }
@@ -204,6 +201,42 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         pathlib.Path(flags.json).write_text(text, "utf-8")
     return document
+
+
+class CodeRows:
+    """Rows of samples and their verdicts, which a stopped command goes on with.
+
+    Each row has "made_with", a hash of the settings: rows of other settings are refused.
+
+    Args:
+      file: the rows that are there, and where more are added.
+      settings: everything that decides the rows, as JSON.
+
+    Attributes:
+      by_key: the row of each sample.
+
+    Raises:
+      EvaluationError: rows there were made with other settings.
+    """
+
+    def __init__(self, file: row_files.ResumedRows, settings: Mapping[str, Any]):
+        content = json.dumps(settings, sort_keys=True)
+        self._made_with = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self._file = file
+        self.by_key: dict[Key, dict[str, Any]] = {}
+        for place, row in file.rows:
+            if row.get("made_with") != self._made_with:
+                raise EvaluationError(
+                    f"--output={place}: made with another checkpoint, other problems or other settings. "
+                    "Choose another file, or delete this one."
+                )
+            self.by_key[row["task_id"], row["sample"]] = row
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds the row of a sample."""
+        whole = {**row, "made_with": self._made_with}
+        self._file.add(whole)
+        self.by_key[row["task_id"], row["sample"]] = whole
 
 
 def _writes(flags: Any) -> bool:
@@ -250,13 +283,13 @@ def _try(
                 pending.append(((id, sample), completion, sandbox.submit(program)))
                 while pending and pending[0][2].done():
                     write_first()
-        finally:  # what has been made is kept where making more fails
+        finally:  # completions are run and written even if generating more fails
             while pending:
                 write_first()
 
 
 def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """What the verdicts of a benchmark amount to.
+    """Pass@k with its interval, and counts of the verdicts.
 
     Args:
       rows: with "task_id" and "status".

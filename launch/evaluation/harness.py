@@ -1,4 +1,4 @@
-"""A paper's evaluation suite on a checkpoint: every benchmark, means by group, and what is missing.
+"""A paper's evaluation suite on a checkpoint: every benchmark, means by group, and the missing data sets.
 
 Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), `pip install
 'espalier-lm[eval]'` and with evaluation sets in /data/eval:
@@ -9,32 +9,33 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), 
 Sets are read from local files as their public repositories have them (launch/evaluation/suites/local_data.py) and
 are never downloaded: a benchmark without its set is a row that says how to get it, and so is a benchmark
 of code that no --code_results holds, which are the --json files of launch.evaluate code. Prompts, shots
-and metrics are the tasks of launch/papers/code_mix/harness_tasks, which lm-evaluation-harness runs; with
-`--include_path launch/papers/code_mix/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
+and metrics are the task files of the suite's paper, launch/papers/NAME/harness_tasks, which lm-evaluation-harness runs.
+With `--include_path launch/papers/NAME/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from launch import cli, environment, root_check
-from launch.evaluation.suites.scores import SUITES
+from launch import cli
+from launch.evaluation.suites import scores
 from launch.run import load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate harness",
-        description=summary,
-        epilog=rest.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return cli.run_command(__doc__, "evaluate harness", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     group = parser.add_argument_group("evaluation")
+    suites = scores.names()
     group.add_argument(
-        "--suite", choices=sorted(SUITES), default="code_mix", help="default code_mix"
+        "--suite",
+        choices=suites,
+        default=suites[0],
+        required=len(suites) > 1,
+        help="a paper's, by its name",
     )
     group.add_argument(
         "--data_dir", metavar="DIR", help="of all evaluation sets (default: $ESPALIER_EVAL_DATA)"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="FILE",
-        help="what launch.evaluate code --json wrote; repeatable",
+        help="a --json file of launch.evaluate code; repeatable",
     )
     group.add_argument(
         "--model_args",
@@ -59,18 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument(
         "--samples", metavar="FILE", help="writes every example and answer here, JSONL"
     )
-    flags = parser.parse_args(argv)
 
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        root_check.check()
-        from launch.evaluation.suites import evaluation
 
-        evaluation.evaluate(flags)
+def _run(flags: argparse.Namespace) -> None:
+    from launch.evaluation.suites import evaluation
 
-    return cli.status_of(call)
+    evaluation.evaluate(flags)
 
 
 if __name__ == "__main__":

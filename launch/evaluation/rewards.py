@@ -7,8 +7,12 @@ checkpoint:DIR    a reward model, trained with methods/preference/reward_model.g
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from launch.config import setting_flags
+from launch.run import load_run
 
 OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 VERIFIERS = ("exact_answer", "reasoning_gym")
@@ -22,42 +26,38 @@ class RewardError(ValueError):
     """A reward that is not known, or rows that it cannot judge."""
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """How texts are rewarded.
+
+    Attributes:
+      reward: exact_answer, reasoning_gym or checkpoint:DIR, see below.
+      answer_key: key of the row's right answer.
+      answer_pattern: regular expression; its last match in a text, or the first group of it, is the answer. Without it
+        all of the text is.
+      reward_batch_size: texts at a time.
+      missing_end_penalty: is taken off the reward of a text that was cut at the longest length.
+    """
+
+    reward: str
+    answer_key: str = "answer"
+    answer_pattern: str | None = None
+    reward_batch_size: int = 8
+    missing_end_penalty: float = 0.0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    group = parser.add_argument_group("reward")
-    group.add_argument("--reward", required=True, metavar="KIND", help="one of those below")
-    group.add_argument(
-        "--answer_key",
-        default="answer",
-        metavar="KEY",
-        help="of the row's right answer (default 'answer')",
-    )
-    group.add_argument(
-        "--answer_pattern",
-        metavar="REGEX",
-        help="its last match in a text, or the first group of it, is the answer; without it all of the text",
-    )
-    group.add_argument(
-        "--reward_batch_size", type=int, default=8, metavar="N", help="texts at a time (default 8)"
-    )
-    group.add_argument(
-        "--missing_end_penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="taken off the reward of a text that was cut at the longest length (default 0)",
-    )
+    setting_flags.add(parser.add_argument_group("reward"), RewardSettings)
 
 
 def default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """Gin files read before the user's: those of the reward model's run, if one judges.
+    """Returns the gin files read before the user's: those of the reward model's run, if --reward names one.
 
     Raises:
       RewardError: --reward names none.
       LoadError, FileNotFoundError: as load_run.default_files.
     """
-    from launch.run import load_run
-
     checkpoint = _checkpoint(flags.reward)
     if checkpoint is None:
         return [OWN_CONFIG]
@@ -72,13 +72,13 @@ def opened(start: Any) -> Iterator[RowReward]:
     Raises:
       LoadError, DamagedCheckpointError, CheckpointMismatchError: of the checkpoint.
     """
-    flags = start.flags
-    checkpoint = _checkpoint(flags.reward)
-    if checkpoint is not None:
-        with start().load(checkpoint, rewards=True) as run:
-            yield _penalised(_of_model(run, flags.reward_batch_size), flags.missing_end_penalty)
+    settings = RewardSettings(**setting_flags.given(start.flags, RewardSettings))
+    checkpoint = _checkpoint(settings.reward)
+    if checkpoint is None:
+        yield _penalised(_of_verifier(settings), settings.missing_end_penalty)
         return
-    yield _penalised(_of_verifier(flags), flags.missing_end_penalty)
+    with start().load(checkpoint, rewards=True) as run:
+        yield _penalised(_of_model(run, settings.reward_batch_size), settings.missing_end_penalty)
 
 
 def _checkpoint(text: str) -> str | None:
@@ -89,24 +89,24 @@ def _checkpoint(text: str) -> str | None:
     raise RewardError(f"--reward={text} is none of {', '.join(VERIFIERS)}, {_CHECKPOINT}DIR.")
 
 
-def _of_verifier(flags: argparse.Namespace) -> RowReward:
+def _of_verifier(settings: RewardSettings) -> RowReward:
     from trainers.rewards import verifiers
 
-    settings: dict[str, Any] = {"pattern": flags.answer_pattern}
-    if flags.reward == "exact_answer":
-        settings["key"] = flags.answer_key
-    verifier = getattr(verifiers, flags.reward)
+    options: dict[str, Any] = {"pattern": settings.answer_pattern}
+    if settings.reward == "exact_answer":
+        options["key"] = settings.answer_key
+    verifier = getattr(verifiers, settings.reward)
 
     def reward(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
-        found = []
+        values = []
         for where, row in rows:
             if "text" not in row:
-                raise RewardError(f"{where}: no 'text', which --reward={flags.reward} reads.")
+                raise RewardError(f"{where}: no 'text', which --reward={settings.reward} reads.")
             try:
-                found.append(verifier(row["text"], row, **settings))
+                values.append(verifier(row["text"], row, **options))
             except verifiers.VerifierError as error:
                 raise RewardError(f"{where}: {error}") from None
-        return found
+        return values
 
     return reward
 
@@ -121,7 +121,7 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
         if isinstance(prompt, list) and all(type(item) is int for item in prompt):
             key = "tokens"
         ended = row.get("ended") == "eos"
-        if "text" in row:  # the reward model may have another vocabulary than what wrote it
+        if "text" in row:  # the policy that wrote it may have another vocabulary
             tokens = run.encode(row["text"], f"{where}: 'text'")
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
@@ -145,7 +145,7 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
 
 def _penalised(reward: RowReward, penalty: float) -> RowReward:
     def penalised(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
-        found = zip(reward(rows), rows, strict=True)
-        return [value - penalty * (row.get("ended") == "length") for value, (_, row) in found]
+        pairs = zip(reward(rows), rows, strict=True)
+        return [value - penalty * (row.get("ended") == "length") for value, (_, row) in pairs]
 
     return penalised

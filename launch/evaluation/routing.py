@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli, environment
+from launch import cli
 from launch.run import load_run
 
 ROWS = 256
@@ -32,13 +32,10 @@ _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/doma
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate routing",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.run_command(__doc__, "evaluate routing", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME", help="in place of those of MIXTURE_OR_TASK_NAME"
@@ -48,28 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="also writes the shares by layer here")
     parser.add_argument("--figure", metavar="FILE", help="draws them: task by expert, a PNG")
-    flags = parser.parse_args(argv)
 
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        found = routing(flags.checkpoint, tasks=flags.tasks, rows=flags.rows, params=flags.params)
-        print(table(found))
-        if flags.json:
-            pathlib.Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
-        if flags.figure:
-            from launch.evaluation import routing_figure
 
-            routing_figure.draw(found, flags.figure)
+def _run(flags: argparse.Namespace) -> None:
+    shares = routing(flags.checkpoint, tasks=flags.tasks, rows=flags.rows, params=flags.params)
+    print(table(shares))
+    if flags.json:
+        pathlib.Path(flags.json).write_text(json.dumps(shares, indent=1) + "\n")
+    if flags.figure:
+        from launch.evaluation import routing_figure
 
-    return cli.status_of(call)
+        routing_figure.draw(shares, flags.figure)
 
 
 def routing(
     run_dir: str, *, tasks: Sequence[str] | None = None, rows: int = ROWS, params: str = "auto"
 ) -> dict[str, Any]:
-    """What a run's routers make of held-out rows; a sweep's evaluation too.
+    """Returns the shares of a run's experts on held-out rows; sweeps call it as an evaluation.
 
     Args:
       run_dir: run or step directory.
@@ -99,8 +91,10 @@ def routing(
         raise load_run.LoadError(f"--rows={rows} must be at least 1.")
     flags = argparse.Namespace(checkpoint=run_dir, gin_file=[])
     files = load_run.default_files(flags, own="t5x_configs/runs/evaluate.gin")
-    found = gin_config.load(entry="launch.evaluation.loss:evaluate", untrusted=files).arguments()
-    recipe = found["recipe"]
+    configured = gin_config.load(
+        entry="launch.evaluation.held_out:evaluate", untrusted=files
+    ).arguments()
+    recipe = configured["recipe"]
     if not _routers(recipe.model):
         raise load_run.LoadError(
             f"{run_dir} has no router: give a mixture of experts, as of methods/bam/btx.gin."
@@ -108,10 +102,10 @@ def routing(
     program = recipe.program()
     values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
     cpu_tensorflow.load()
-    for call in found["register"]:
+    for call in configured["register"]:
         call()
-    names = tasks or [t.name for t in mixing.find_tasks(found["mixture_or_task_name"])[0]]
-    streams = held_out(found["stream"], names)
+    names = tasks or [t.name for t in mixing.find_tasks(configured["mixture_or_task_name"])[0]]
+    streams = held_out(configured["stream"], names)
     if not streams:
         raise ValueError(f"None of the tasks {', '.join(names)} holds anything out to read.")
     count = jax.jit(functools.partial(_sums, recipe.model))
@@ -189,7 +183,7 @@ def _shares(sums: Mapping[str, Sequence[np.ndarray]], tokens: float) -> Tables:
 
 
 def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Cosines of the experts' domains, and of what the projection makes of them; a sweep's evaluation too.
+    """Cosines of the experts' domain vectors before and after the projection; sweeps call it as an evaluation.
 
     Args:
       run_dir: run or step directory of a model with projection routers (methods/nexus/nexus.gin).
@@ -208,7 +202,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
     step = step_dir.resolve(run_dir)
     stored = step_dir.read_manifest(step).arrays
     matches = [match for name in sorted(stored) if (match := _DOMAINS.fullmatch(name))]
-    # As everywhere, averaged parameters are what is looked at where a run has them.
+    # As everywhere, averaged parameters are read where a run has them.
     averaged = any(match[1] == "ema_params" for match in matches)
     root = "ema_params" if averaged else "params"
     matches = [match for match in matches if match[1] == root]
@@ -251,23 +245,23 @@ def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
     return np.round(unit_EM @ unit_EM.T, 5).tolist()
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(shares: Mapping[str, Any]) -> str:
     """Means over layers as a reader sees them."""
-    width = max(map(len, (*found["domains"], "task")))
+    width = max(map(len, (*shares["domains"], "task")))
     lines = []
-    for router in next(iter(found["domains"].values())):
+    for router in next(iter(shares["domains"].values())):
         means = {
-            key: {task: np.mean(found[key][task][router], axis=0) for task in found["domains"]}
+            key: {task: np.mean(shares[key][task][router], axis=0) for task in shares["domains"]}
             for key in ("domains", "chosen")
         }
         count = len(next(iter(means["domains"].values())))
-        names = found["experts"]
+        names = shares["experts"]
         if len(names) != count:
             names = [f"expert {e}" for e in range(count)]
         space = max(15, *(len(name) + 2 for name in names))
         heads = "".join(f"{name:>{space}}" for name in names)
         lines += ["", f"router of {router}", f"{'task':{width}}{heads}"]
-        for task in found["domains"]:
+        for task in shares["domains"]:
             pairs = zip(means["domains"][task], means["chosen"][task], strict=True)
             cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
             lines.append(f"{task:{width}}{cells}")

@@ -11,14 +11,14 @@ from launch.plots import heat_maps
 WORDS = {"mlp": "FFN", "attention": "attention"}
 
 
-def draw(found: Mapping[str, Any], path: str | os.PathLike) -> None:
+def draw(shares: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Writes a PNG of the mean probabilities.
 
     Args:
-      found: as router_analysis.routing returns it.
+      shares: the result of routing.routing.
       path: of the PNG.
     """
-    figure(found["domains"], found["experts"]).savefig(path, dpi=130)
+    figure(shares["domains"], shares["experts"]).savefig(path, dpi=130)
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:

@@ -1,11 +1,11 @@
-"""What a model of generated text and code can do: reasoning, knowledge and code by exact match.
+"""Exact match of reasoning, knowledge and code, for models of generated text and code.
 
 Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
 
   python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
 Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; an answer counts
-if it is right to its end. Operands are those that no training document shows.
+if it is right to its end. The operands occur in no training document.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch import cli, environment
+from launch import cli
 from launch.run import load_run
 
 if TYPE_CHECKING:
@@ -23,27 +23,19 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate skills",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return cli.run_command(__doc__, "evaluate skills", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     parser.add_argument("--json", metavar="FILE", help="also writes the results here")
-    flags = parser.parse_args(argv)
 
-    def call() -> None:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        found = evaluate(flags.checkpoint, params=flags.params)
-        print(table(found))
-        if flags.json:
-            pathlib.Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
 
-    return cli.status_of(call)
+def _run(flags: argparse.Namespace) -> None:
+    scores = evaluate(flags.checkpoint, params=flags.params)
+    print(table(scores))
+    if flags.json:
+        pathlib.Path(flags.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 
 def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
@@ -60,18 +52,11 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
       LoadError: the run was not trained on such documents.
     """
     from data.code_mix import skills
-    from launch.config import gin_config
-    from trainers.decoding.decode import Settings
     from trainers.decoding.decoder import Decoder
+    from trainers.decoding.settings import Settings
 
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=[])
-    config = gin_config.load(
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=load_run.default_files(flags),
-    )
     asked = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
-    with config.entry().load(checkpoint, params=params) as loaded:
+    with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
         encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode
         if getattr(loaded.vocabulary, "symbols", None) != skills.SYMBOLS:
             raise load_run.LoadError(
@@ -89,8 +74,8 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             batch_size=loaded.batch_size(len(asked), len(asked)),
             sharding=loaded.row_sharding,
         )
-        found = decoder([loaded.context(encode(problem.prompt)) for problem in asked])
-    return score(asked, [decode(continuation.tokens) for continuation in found])
+        continuations = decoder([loaded.context(encode(problem.prompt)) for problem in asked])
+    return score(asked, [decode(continuation.tokens) for continuation in continuations])
 
 
 def score(asked: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
@@ -116,10 +101,10 @@ def _mean(answers: Sequence[bool]) -> float:
     return round(sum(answers) / len(answers), 4)
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Exact match as a reader sees it."""
+def table(scores: Mapping[str, Any]) -> str:
+    """Exact match as a table for people."""
     lines = []
-    for name, skill in found.items():
+    for name, skill in scores.items():
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in skill["by_kind"].items())
         lines.append(f"{name:10}{skill['exact']:6.3f} of {skill['problems']} ({kinds})")
     return "\n".join(lines)

@@ -9,9 +9,9 @@ Rows belong together by "id" if all have one, else by prompt. A judge that compa
 orders of the answers; disagreement is a tie, identical answers are one without asking. A reply that
 cannot be read or does not come is asked for again, and in the end counted as invalid: in no share.
 
---out gets judgements.jsonl, summary.json and win_rates.png. Replies are kept in judgements.jsonl as they
-come: stopped at any time, the same command goes on from there, and another judge, pair or prompt asks
-only what is new. A checkpoint as judge is configured as in launch.generate.
+--out gets judgements.jsonl, summary.json and win_rates.png. Replies are written to judgements.jsonl as they
+come: after a stop the same command continues there, and with another judge, pair or prompt only
+new questions are asked. A checkpoint as judge is configured as in launch.generate.
 
 judges:
   checkpoint:DIR           a run or step directory: its model writes the comparison
@@ -19,64 +19,122 @@ judges:
   logprob:DIR              scores each answer by its mean log-probability under a model
 
 their settings, with defaults ("none" for max_tokens or temperature leaves them to the endpoint):
-  checkpoint:  params=auto,max_tokens=128,batch_size=8
-  openai:      max_tokens=512,temperature=0,timeout=120,retries=6,concurrency=8
-  logprob:     params=auto,batch_size=8,margin=0
 """
 
-if __name__ == "__main__":
-    from launch import cli
-    from launch.evaluation import flags as judge_flags
-
-    def start_run(start):
-        from launch.evaluation import win_rate
-
-        win_rate.run(start)
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="evaluate win_rate",
-            extra_flags=judge_flags.add,
-            run=start_run,
-            default_files=judge_flags.default_files,
-            unused={"MODEL": "None", "VOCABULARY": "None"},
-        )
-    )
-
+import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from data.cache import cache_dir
-from launch.evaluation import flags
+from launch import cli
 from launch.evaluation.judges import answers, asking, journal, screen, shares, spec
 from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
+from launch.run import load_run
 
+_OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 
 
-def run(start: Any) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    settings = "\n".join(f"  {line}" for line in spec.help_text().splitlines())
+    return cli.main(
+        f"{__doc__}{settings}\n",
+        entry="launch.run.load_run:RunConfig",
+        command="evaluate win_rate",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=_default_files,
+        unused={"MODEL": "None", "VOCABULARY": "None"},
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    group = parser.add_argument_group("answers, rows of launch.generate")
+    group.add_argument("--a", metavar="[NAME=]FILE", help="of one system")
+    group.add_argument("--b", metavar="[NAME=]FILE", help="of the other")
+    group.add_argument(
+        "--systems",
+        nargs="+",
+        metavar="[NAME=]FILE",
+        help="of two systems or more, each against each, in place of --a and --b",
+    )
+    group = parser.add_argument_group("judging")
+    group.add_argument("--judge", required=True, metavar="KIND:WHERE", help="one of those below")
+    group.add_argument("--out", required=True, metavar="DIR", help="where results go")
+    group.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="times that a question is asked until the reply can be read (default 3)",
+    )
+    group.add_argument(
+        "--allow_ties",
+        action="store_true",
+        help="let the judge call answers equally good; without it, ties are of disagreeing orders",
+    )
+
+
+def _files(flags: argparse.Namespace) -> dict[str, str]:
+    """Files of answers by the names of their systems.
+
+    Raises:
+      JudgeError: flags that do not go together, or two systems of one name.
+    """
+    pair = (flags.a, flags.b)
+    if flags.systems is not None and pair != (None, None) or flags.systems is None and None in pair:
+        raise JudgeError("Give either --a=FILE and --b=FILE, or --systems with two files or more.")
+    paths: dict[str, str] = {}
+    for text in flags.systems or pair:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = pathlib.Path(text).stem, text
+        if name in paths:
+            raise JudgeError(
+                f"{paths[name]} and {path} are both called {name!r}: name them, as in --a=NAME={path}."
+            )
+        paths[name] = path
+    return paths
+
+
+def _default_files(flags: argparse.Namespace) -> Sequence[str]:
+    """Returns the gin files read before the user's: those of the checkpoint that judges, if one does.
+
+    Raises:
+      JudgeError: --judge names none.
+      LoadError, FileNotFoundError: as load_run.default_files.
+    """
+    checkpoint = spec.parse(flags.judge).checkpoint
+    if checkpoint is None:
+        return [_OWN_CONFIG]
+    of_run = argparse.Namespace(checkpoint=checkpoint, gin_file=flags.gin_file)
+    return load_run.default_files(of_run, own=_OWN_CONFIG)
+
+
+def _run(start: cli.Start) -> None:
     """Judges as the flags say.
 
     Raises:
       JudgeError: flags, answers or a judge that cannot be used.
     """
-    given = start.flags
-    chosen = spec.parse(given.judge)
-    systems = answers.read(flags.files(given))
-    answers.pairs(systems)  # what is wrong with them is said before a model is made
+    flags = start.flags
+    chosen = spec.parse(flags.judge)
+    systems = answers.read(_files(flags))
+    answers.pairs(systems)  # errors in the answers come before a model is made
     judge = spec.build(
         chosen,
-        attempts=given.attempts,
-        allow_ties=given.allow_ties,
+        attempts=flags.attempts,
+        allow_ties=flags.allow_ties,
         config=None if chosen.checkpoint is None else start(),
         config_text=start.config.text,
     )
-    win_rates(systems, judge, out=given.out)
+    win_rates(systems, judge, out=flags.out)
 
 
 def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str, Any]:
@@ -89,7 +147,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
 
     Returns:
       The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
-      what was asked.
+      counts of the questions.
 
     Raises:
       JudgeError: answers that do not belong together, or a judge that cannot be asked.
@@ -100,8 +158,8 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JudgeError(f"--out={out} cannot be made: {error}. Choose another folder.") from None
-    with journal.opened(folder / JUDGEMENTS) as kept:
-        outcomes, tally = asking.judge_pairs(judge, pairs, kept)
+    with journal.opened(folder / JUDGEMENTS) as replies:
+        outcomes, tally = asking.judge_pairs(judge, pairs, replies)
     prompts = len(systems[0].answers)
     summary = {
         "judge": {"name": judge.name, **judge.identity},
@@ -118,3 +176,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     screen.print_tables(summary)
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)
     return summary
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,17 +1,19 @@
 """Files of rows that commands read and write: JSON lines, one object each."""
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data.text import documents
 
 
 class RowFileError(OSError):
-    """A file of rows that is not there or cannot be written."""
+    """A file of rows that is absent, cannot be written, or cannot be continued."""
 
 
 def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:
@@ -37,23 +39,84 @@ def check_output(path: str) -> None:
 
 
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
-    """Writes rows as they are made to `path`.partial, where they stay if the others are never made.
+    """Writes rows as they are made to `path`.partial, which is renamed to `path` after the last.
 
     Args:
-      path: the file, which is there once all rows are.
+      path: of the file.
       rows: made one by one, by all processes together.
       writer: whether this process writes; the others only make them.
     """
     made = iter(rows)
-    first = list(itertools.islice(made, 1))  # What fails at once leaves all files as they were.
+    first = list(itertools.islice(made, 1))  # An error in the first row changes no file.
     if not writer:
         for _ in made:
             pass
         return
     partial = f"{path}.partial"
-    # Half of a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it. Each line is
-    # on its way to the disk when it ends.
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+    with open(partial, "wb", buffering=0) as file:
         for row in itertools.chain(first, made):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
     os.replace(partial, path)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    # Half of a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class ResumedRows:
+    """A file of rows that a command adds to, and continues after a stop; `resumed` opens one.
+
+    Attributes:
+      rows: (place, row) of those that were there; the place is for errors.
+    """
+
+    def __init__(self, path: str, file: Any, *, writer: bool):
+        self._file = file
+        self.rows: list[tuple[str, dict[str, Any]]] = []
+        size = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # cut short by a stop
+                break
+            size += len(line)
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise RowFileError(f"{place} is no row: delete the line, and it is made again.")
+            self.rows.append((place, row))
+        if writer:
+            file.truncate(size)
+            file.seek(size)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds a row, which is handed to the system at once."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[ResumedRows]:
+    """Opens a file of rows to read those that are there, and to add more.
+
+    Args:
+      path: of the file, which is made where it is absent.
+      writer: whether this process adds rows; no second one can meanwhile. The others read.
+
+    Raises:
+      RowFileError: another process writes the file, or a line is damaged.
+    """
+    path = os.fspath(path)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        try:
+            if writer:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RowFileError(
+                f"{path}: another process writes it. Wait for that one, or give another path."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield ResumedRows(path, file, writer=writer)

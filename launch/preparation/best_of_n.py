@@ -26,36 +26,7 @@ rewards:
   checkpoint:DIR    a reward model, trained with t5x_configs/methods/preference/reward_model.gin
 """
 
-if __name__ == "__main__":
-    from launch import cli
-    from launch.evaluation import rewards as reward_flags
-
-    def add_flags(parser):
-        group = parser.add_argument_group("samples")
-        group.add_argument(
-            "--inputs", required=True, metavar="FILE", help="rows of launch.generate"
-        )
-        group.add_argument("--output", metavar="FILE", help="the best row of each prompt")
-        group.add_argument("--pairs", metavar="FILE", help="best and worst of each prompt")
-        reward_flags.add(parser)
-
-    def start_run(start):
-        from launch.preparation import best_of_n
-
-        best_of_n.run(start)
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="prepare best_of_n",
-            extra_flags=add_flags,
-            run=start_run,
-            default_files=reward_flags.default_files,
-            unused={"MODEL": "None", "VOCABULARY": "None"},
-        )
-    )
-
+import argparse
 import itertools
 import math
 import sys
@@ -64,7 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.evaluation import rewards as reward_flags
+from launch import cli
+from launch.evaluation import rewards
 from launch.evaluation.rewards import RewardError
 from launch.inference import row_files
 
@@ -74,7 +46,29 @@ _OF_SAMPLES = ("sample", "ended", "text", "tokens", "logprobs", "score")
 Row = Mapping[str, Any]
 
 
-def run(start: Any) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.run.load_run:RunConfig",
+        command="prepare best_of_n",
+        extra_flags=_add_flags,
+        run=run,
+        default_files=rewards.default_files,
+        unused={"MODEL": "None", "VOCABULARY": "None"},
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("samples")
+    group.add_argument("--inputs", required=True, metavar="FILE", help="rows of launch.generate")
+    group.add_argument("--output", metavar="FILE", help="the best row of each prompt")
+    group.add_argument("--pairs", metavar="FILE", help="best and worst of each prompt")
+    rewards.add_flags(parser)
+
+
+def run(start: cli.Start) -> None:
     """Ranks as the flags say.
 
     Raises:
@@ -87,14 +81,14 @@ def run(start: Any) -> None:
         row_files.check_output(path)
     rows = row_files.read(flags.inputs, example=EXAMPLE)
     groups = grouped(rows)
-    with reward_flags.opened(start) as reward:
-        rewards = iter(reward(rows))
-    ranked = [(group, [next(rewards) for _ in group]) for group in groups]
+    with rewards.opened(start) as reward:
+        values = iter(reward(rows))
+    ranked = [(group, [next(values) for _ in group]) for group in groups]
     if flags.output is not None:
         row_files.write(flags.output, (best(*group) for group in ranked))
     if flags.pairs is not None:
         row_files.write(flags.pairs, filter(None, itertools.starmap(pair, ranked)))
-    print(summary([found for _, found in ranked]), file=sys.stderr)
+    print(summary([its_rewards for _, its_rewards in ranked]), file=sys.stderr)
 
 
 def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
@@ -119,7 +113,7 @@ def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """The row with the largest reward, the first of equals, with what it was chosen by."""
+    """The row with the largest reward, the first of equals, with the rewards of all."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 
@@ -165,3 +159,7 @@ def summary(rewards: Sequence[Sequence[float]]) -> str:
         f"{len(rewards):,} prompts: mean reward {mean:.4g}, of the best {chosen:.4g}; {ties:,} prompts with equal "
         f"rewards; divergence: {bounds}"
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

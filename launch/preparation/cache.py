@@ -1,34 +1,16 @@
-"""Builds the token caches of a mixture, so that runs find them; what is there already is checked.
+"""Builds the token caches of a mixture ahead of a run; caches that are there already are checked.
 
 Example: the English prose and docstrings of installed packages as bytes, under a minute:
 
   python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
-The gin files and bindings of a training command may be given as they are; what is not about its
-data is passed over. A run builds what it misses by itself, but refuses where a task has changed
+The gin files and bindings of a training command may be given as they are; settings that are not about its
+data are ignored. A run builds missing caches by itself, but refuses where a task has changed
 since its cache was built. This command then builds the new cache beside the old one, or with
 --replace in its place.
 """
 
-if __name__ == "__main__":
-    from launch import cli
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.preparation.cache:build_caches",
-            command="prepare cache",
-            extra_flags=lambda parser: parser.add_argument(
-                "--replace",
-                action="store_true",
-                help="delete caches of these tasks that are damaged or of something else",
-            ),
-            run=lambda start: start(replace=True) if start.flags.replace else start(),
-            default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
-            part=True,
-        )
-    )
-
+import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +18,29 @@ from typing import Any
 from data import cpu_tensorflow
 from data.cache import task_cache
 from data.stream import mixing
+from launch import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.preparation.cache:build_caches",
+        command="prepare cache",
+        extra_flags=_add_flags,
+        run=lambda start: start(replace=True) if start.flags.replace else start(),
+        default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
+        part=True,
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="delete caches of these tasks that are damaged or of something else",
+    )
 
 
 def build_caches(
@@ -65,9 +70,9 @@ def build_caches(
     cpu_tensorflow.load()
     for register in tasks:
         register()
-    found, _ = mixing.find_tasks(mixture_or_task_name)
-    wanted = [(task, split) for task in found for split in splits if split in task.splits]
-    for task in found:
+    members, _ = mixing.find_tasks(mixture_or_task_name)
+    wanted = [(task, split) for task in members for split in splits if split in task.splits]
+    for task in members:
         if not set(splits) & set(task.splits):
             raise ValueError(
                 f"Task {task.name!r} has none of the splits {', '.join(splits)}; it has "
@@ -85,3 +90,7 @@ def build_caches(
             f"{task.name:20s} {split:12s} {cache.num_records:10,d} {count:14,d}  {cache.directory}"
         )
     return tokens
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

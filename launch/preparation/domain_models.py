@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.nexus.domain_embeddings import EmbeddingsError
+from launch.run import load_run
 from launch.run.load_run import LoadedRun
 
 _CHUNK = 256  # documents that a sentence encoder is given at a time
@@ -66,18 +67,7 @@ def model_states(
       params: see launch/run/load_run.py.
       batch_size: rows at a time.
     """
-    import argparse
-
-    from launch.config import gin_config
-    from launch.run import load_run
-
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=[])
-    config = gin_config.load(
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=load_run.default_files(flags),
-    )
-    with config.entry().load(checkpoint, params=params) as run:
+    with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
         yield ModelStates(run, settings, batch_size)
 
 
@@ -85,16 +75,16 @@ def _params_digest(params: Any) -> str:
     """SHA-256 of parameters, by name."""
     import jax
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         values = np.asarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
-        found.update(np.ascontiguousarray(values).view(np.uint8).data)
-    return found.hexdigest()
+        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 class Sentences:
-    """The mean over documents of what a model of the package sentence-transformers makes of each.
+    """The mean over documents of the vectors of a model of the package sentence-transformers.
 
     Args:
       folder: the model; nothing is downloaded.
@@ -153,14 +143,14 @@ class Sentences:
 
 def _folder_digest(folder: str) -> str:
     """SHA-256 of a folder's files and their names, hidden ones left out."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     root = pathlib.Path(folder)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = path.relative_to(root)
         if any(part.startswith(".") for part in name.parts):
             continue
         with open(path, "rb") as file:
-            found.update(
+            digest.update(
                 f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
             )
-    return found.hexdigest()
+    return digest.hexdigest()

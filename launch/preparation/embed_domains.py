@@ -12,49 +12,46 @@ drawn of it; of tasks it is the training split. A file that is extended keeps it
 old vectors, so that its encoder's flags are left out, or have to agree.
 """
 
-if __name__ == "__main__":
-    from launch import cli
-    from launch.preparation import embed_flags
-
-    def start_run(start):
-        from launch.preparation import embed_domains
-
-        embed_domains.embed(start, start.flags)
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.preparation.embed_domains:register",
-            command="prepare embed_domains",
-            extra_flags=embed_flags.add,
-            run=start_run,
-            default_files=lambda flags: ["t5x_configs/runs/embed_domains.gin"],
-            unused={"TASKS": "()"},
-            part=True,
-        )
-    )
-
 import argparse
-import contextlib
-import dataclasses
-import itertools
 import os
-import pathlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tqdm
-
-from data import cpu_tensorflow
-from data.nexus import domain_embeddings, domain_encoders
-from data.nexus.domain_embeddings import Embeddings, EmbeddingsError, Raw
+from launch import cli
 from launch.inference import row_files
-from launch.preparation import embed_flags
 
-TASK = "task:"
-_CHARACTERS = 64  # of a document are kept for each token that is to be read
+# Encoder -> its settings, with their defaults; None is for what has to be given.
+_DRAWN: dict[str, Any] = {"documents": 2000, "tokens": 512, "seed": 0}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "ngrams": {"order": 2, "dim": 1024, **_DRAWN},
+    "model": {"checkpoint": None, "params": "auto", **_DRAWN},
+    "sentences": {"sentence_model": None, **_DRAWN},
+    "random": {"dim": 1024, "seed": 0},
+    "one_hot": {"dim": 1024},
+}
+CONTROLS = ("random", "one_hot")  # they read no documents
+_HELP = """\
+ngrams     how often the n-grams of characters occur, projected at random: --order --dim
+model      mean final hidden states of a trained run: --checkpoint --params
+sentences  a model of the package sentence-transformers: --sentence_model
+random     a control, directions that say nothing: --dim
+one_hot    a control, an axis for each domain: --dim
+Of documents --documents and --tokens are read, drawn by --seed; controls read none, and take NAME alone."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.preparation.embed_domains:register",
+        command="prepare embed_domains",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=lambda flags: ["t5x_configs/runs/embed_domains.gin"],
+        unused={"TASKS": "()"},
+        part=True,
+        argv=argv,
+    )
 
 
 def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
@@ -63,191 +60,155 @@ def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
         call()
 
 
-def embed(register_tasks: Callable[[], None], flags: argparse.Namespace) -> Embeddings:
-    """The command.
-
-    Args:
-      register_tasks: registers what `task:NAME` may name.
-      flags: as embed_flags.add has them.
-
-    Returns:
-      What was written.
+def _run(start: cli.Start) -> None:
+    """Embeds as the flags say.
 
     Raises:
       EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
     """
+    from data.nexus import domain_embeddings
+    from data.nexus.domain_embeddings import EmbeddingsError
+    from launch.preparation import domain_vectors
+
+    flags = start.flags
     path = flags.output or flags.extend
     if not path:
         raise EmbeddingsError(
             "give --output=FILE for a new file, or --extend=FILE for one that is there"
         )
     row_files.check_output(path)
-    before = _content(path)
+    before = domain_vectors.content(path)
     if flags.output and os.path.exists(path):
         raise EmbeddingsError(
             f"--output={path} is there already, and routers may have learned from it: --extend={path} adds "
             "domains to it; to make it anew, remove it first"
         )
     old = domain_embeddings.read(flags.extend) if flags.extend else None
-    settings = embed_flags.settings(flags, old.encoder if old else None)
-    reads = settings["kind"] not in embed_flags.CONTROLS
-    domains = embed_flags.domains(flags, sources=reads)
-    if old:
-        domain_embeddings.check_new(old, domains)
-        domain_embeddings.check_encoder(old, settings)
-    texts: dict[str, list[str]] = {name: [] for name in domains}
-    if reads:
-        if any(source.startswith(TASK) for source in domains.values()):
-            cpu_tensorflow.load()
-            register_tasks()
-        texts = {name: draw(name, source, settings, flags) for name, source in domains.items()}
-    with _encoder(settings, flags) as encoder:
-        if old:
-            domain_embeddings.check_encoder(old, encoder.settings)
-        raws = {}
-        for index, name in enumerate(domains, len(old.names) if old else 0):
-            try:
-                raw_M = encoder.raw(_progress(texts[name], f"embed {name}"), index)
-            except EmbeddingsError as error:
-                raise EmbeddingsError(f"domain {name!r}: {error}") from None
-            raws[name] = Raw(raw_M, len(texts[name]), domains[name] or None)
-        if old:
-            found = dataclasses.replace(domain_embeddings.extend(old, raws), path=path)
-        else:
-            found = domain_embeddings.create(path, encoder.settings, raws, centred=encoder.centred)
-    if _content(path) != before:
-        raise EmbeddingsError(
-            f"{path} was written by another command meanwhile, whose domains would be lost: nothing is written; "
-            "give this command again"
-        )
-    domain_embeddings.write(found)
-    print(table(found))
-    return found
+    settings = _settings(flags, old.encoder if old else None)
+    reads = settings["kind"] not in CONTROLS
+    domain_vectors.embed(
+        path,
+        before,
+        _sources(flags, needed=reads),
+        settings,
+        old=old,
+        reads=reads,
+        flags=flags,
+        register_tasks=start,
+    )
 
 
-def _content(path: str) -> bytes | None:
-    file = pathlib.Path(path)
-    return file.read_bytes() if file.is_file() else None
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags in groups. Settings of encoders have no default here: an extended file has its own."""
+    files = parser.add_argument_group("domains")
+    files.add_argument("--output", metavar="FILE", help="a new file of embeddings, JSON")
+    files.add_argument(
+        "--extend",
+        metavar="FILE",
+        help="a file of embeddings to add domains to, in place or as another file with --output",
+    )
+    files.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="a domain and its documents, repeatable: a file or a pattern (JSON lines, text, Parquet; also "
+        ".gz and .zst), or task:NAME for a SeqIO task that --gin_file registers",
+    )
+    files.add_argument(
+        "--text_key", default="text", metavar="KEY", help="of texts in JSON and Parquet (text)"
+    )
+    files.add_argument(
+        "--document_per",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="unit of documents in text files (default file)",
+    )
+    files.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only the first N documents of each source are read, and drawn from (default all)",
+    )
+    encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
+    encoder.add_argument("--encoder", choices=tuple(ENCODERS), help="(default ngrams)")
+    encoder.add_argument("--order", type=int, metavar="N", help="of n-grams (default 2)")
+    encoder.add_argument("--dim", type=int, metavar="M", help="width of vectors (default 1024)")
+    encoder.add_argument("--checkpoint", metavar="DIR", help="run or step directory")
+    encoder.add_argument("--params", choices=("auto", "raw", "ema"), help="see launch.score")
+    encoder.add_argument(
+        "--sentence_model", metavar="DIR", help="a saved model; none is downloaded"
+    )
+    encoder.add_argument(
+        "--documents", type=int, metavar="N", help="of each domain at most (default 2000)"
+    )
+    encoder.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of each document, the first ones; of ngrams characters (default 512)",
+    )
+    encoder.add_argument(
+        "--seed", type=int, metavar="N", help="of draws and projections (default 0)"
+    )
+    encoder.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="documents at a time (default 32)"
+    )
 
 
-def draw(
-    name: str, source: str, settings: Mapping[str, Any], flags: argparse.Namespace
-) -> list[str]:
-    """Documents of a source, drawn from those read with equal probability, cut where nothing more is read.
-
-    Args:
-      name: of the domain.
-      source: files, or `task:` and a task's name.
-      settings: of the encoder: how many documents, how many tokens of each, and the seed.
-      flags: how documents lie in files, and how many of the first ones are drawn from.
+def _sources(flags: argparse.Namespace, *, needed: bool) -> dict[str, str]:
+    """Sources by name; empty where none is needed, given or not.
 
     Raises:
-      EmbeddingsError: there is no document.
+      EmbeddingsError: a name without a source, or given twice, or a limit that limits nothing.
     """
-    found = (
-        _of_task(source.removeprefix(TASK)) if source.startswith(TASK) else _of_files(source, flags)
-    )
-    rng = random.Random(settings["seed"])
-    kept: list[str] = []
-    limit = settings["tokens"] * _CHARACTERS
-    texts = itertools.islice((text for text in found if text), flags.limit)
-    for i, text in enumerate(_progress(texts, f"read {name}")):
-        if i < settings["documents"]:
-            kept.append(text[:limit])
-        # Of i + 1 documents each is kept with the same probability.
-        elif (at := rng.randrange(i + 1)) < settings["documents"]:
-            kept[at] = text[:limit]
-    if not kept:
-        raise EmbeddingsError(f"domain {name!r}: {source} holds no document that is not empty")
-    return kept
+    from data.nexus.domain_embeddings import EmbeddingsError
+
+    if flags.limit is not None and not needed:
+        raise EmbeddingsError("--limit is of encoders that read documents: leave it out")
+    if flags.limit is not None and flags.limit < 1:
+        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
+    by_name: dict[str, str] = {}
+    for text in flags.domain:
+        name, _, source = text.partition("=")
+        if not name or (needed and not source):
+            raise EmbeddingsError(f"--domain={text}: expected NAME=SOURCE, such as law=law.jsonl")
+        if name in by_name:
+            raise EmbeddingsError(
+                f"--domain={name} is given twice: give one pattern for all of its files"
+            )
+        by_name[name] = source if needed else ""
+    return by_name
 
 
-def _of_files(pattern: str, flags: argparse.Namespace) -> Iterator[str]:
-    """Texts in files."""
-    from data.text import document_files
-
-    files = document_files.find(
-        name="--domain",
-        files=pattern,
-        validation_fraction=0.0,
-        text_key=flags.text_key,
-        document_per=flags.document_per,
-    )
-    return (document.text for document in files.documents("--domain", "train"))
-
-
-def _of_task(name: str) -> Iterator[str]:
-    """Texts of a task's training split.
+def _settings(flags: argparse.Namespace, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Kind and settings of the encoder: those of flags, or of the file that is extended.
 
     Raises:
-      EmbeddingsError: there is no such task or split, or it has no texts.
+      EmbeddingsError: a setting of another encoder, out of range or missing, or not that of the file.
     """
-    import seqio
+    from data.nexus.domain_embeddings import PLACES, EmbeddingsError
 
-    from data import tasks
-    from data.text.sources import names
-
-    known = seqio.TaskRegistry.names()
-    if name not in known:
-        hint = f"; {names.nearest(name, sorted(known))}" if known else ": none is registered"
+    kind = flags.encoder or (frozen["kind"] if frozen else "ngrams")
+    names = dict.fromkeys(name for own in ENCODERS.values() for name in own)
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if wrong := [name for name in given if name not in ENCODERS[kind]]:
         raise EmbeddingsError(
-            f"{TASK}{name}: no such SeqIO task{hint} (--gin_file=FILE registers some)"
+            f"--{wrong[0]} is no setting of --encoder={kind}, which has "
+            f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: leave it out"
         )
-    task = seqio.TaskRegistry.get(name)
-    if "train" not in task.splits:
-        raise EmbeddingsError(
-            f"{TASK}{name} has no split 'train', only {', '.join(task.splits)}: give files"
-        )
-    if (own := tasks.sources().get(name)) is not None:  # ours need not be tokenised
-        key, dataset = "text", own.get_dataset("train", shuffle=False)
-    else:
-        key = "targets_pretokenized"
-        dataset = task.get_dataset(sequence_length=None, split="train", shuffle=False)
-    if key not in dataset.element_spec:
-        raise EmbeddingsError(
-            f"{TASK}{name} yields no text ({key!r}): give the files it is made of"
-        )
-    return (row[key].decode("utf-8") for row in dataset.as_numpy_iterator())
+    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
+    settings = {**begun, **given}
+    for name in PLACES:
+        if name in settings and settings[name] is None:
+            raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")
+    for name in ("order", "dim", "documents", "tokens"):
+        if settings.get(name, 1) < 1:
+            raise EmbeddingsError(f"--{name}={settings[name]} must be at least 1")
+    if settings.get("seed", 0) < 0:
+        raise EmbeddingsError(f"--seed={settings['seed']} must not be negative")
+    return settings
 
 
-@contextlib.contextmanager
-def _encoder(
-    settings: Mapping[str, Any], flags: argparse.Namespace
-) -> Iterator[domain_encoders.Encoder]:
-    """The encoder that has these settings."""
-    own = {key: value for key, value in settings.items() if key not in ("kind", "digest")}
-    kinds = {
-        "ngrams": domain_encoders.Ngrams,
-        "random": domain_encoders.Random,
-        "one_hot": domain_encoders.OneHot,
-    }
-    if settings["kind"] in kinds:
-        yield kinds[settings["kind"]](**own)
-        return
-    from launch.preparation import domain_models
-
-    own = {"kind": settings["kind"], **own}
-    if settings["kind"] == "sentences":
-        yield domain_models.Sentences(own["sentence_model"], own, batch_size=flags.batch_size)
-        return
-    with domain_models.model_states(
-        own["checkpoint"], own, params=own["params"], batch_size=flags.batch_size
-    ) as encoder:
-        yield encoder
-
-
-def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
-    return tqdm.tqdm(texts, desc=what, unit="doc", file=sys.stderr, disable=None)
-
-
-def table(found: Embeddings) -> str:
-    """The domains, and the cosine of each with the one most like it."""
-    lines = [
-        f"{found.path}: {len(found.names)} domains of {found.dim} numbers, {found.encoder['kind']}"
-    ]
-    cosines = found.vectors_NM @ found.vectors_NM.T
-    for i, (name, raw) in enumerate(found.domains.items()):
-        others = [(cosines[i, j], other) for j, other in enumerate(found.names) if j != i]
-        nearest = "" if not others else "  nearest {1} ({0:+.2f})".format(*max(others))
-        lines.append(f"  {name:16} {raw.documents:6,} documents{nearest}")
-    return os.linesep.join(lines)
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -31,15 +31,13 @@ _RATED = {"input": None, "rejected": "worst", "min_margin": 0.0}  # flags of one
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.prepare preference_pairs",
-        description=summary,
-        epilog=rest.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    return cli.run_command(
+        __doc__, "prepare preference_pairs", _run, add_flags=_add_flags, argv=argv
     )
-    parser.add_argument("--kind", required=True, choices=KINDS, help="what the pairs are of")
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", required=True, choices=KINDS, help="source of the pairs")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument(
         "--limit",
@@ -60,17 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help="rated: by how much the two ratings differ at least (default 0)",
     )
-    flags = parser.parse_args(argv)
-    given = {name: value for name in _RATED if (value := getattr(flags, name)) is not None}
-    if flags.kind != "rated" and given:
-        parser.error(f"--{next(iter(given))} is for --kind=rated")
+
+
+def _run(flags: argparse.Namespace) -> None:
+    rated = {name: value for name in _RATED if (value := getattr(flags, name)) is not None}
+    if flags.kind != "rated" and rated:
+        raise ValueError(f"--{next(iter(rated))} is for --kind=rated.")
     if flags.kind == "rated" and flags.input is None:
-        parser.error("--kind=rated needs --input")
+        raise ValueError("--kind=rated needs --input.")
     if flags.limit is not None and flags.limit < 1:
-        parser.error("--limit must be at least 1")
+        raise ValueError("--limit must be at least 1.")
     if flags.kind != "rated" and flags.limit is None:
         flags.limit = _CONSTRUCTED
-    return cli.status_of(lambda: _write(flags, {**_RATED, **given}))
+    _write(flags, {**_RATED, **rated})
 
 
 def _write(flags: argparse.Namespace, rated: dict) -> None:

@@ -15,61 +15,35 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
+from data.code_mix import synthetic_code
 from launch import cli
+from launch.config import setting_flags
+
+_SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_fraction")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.prepare synthetic_code",
-        description=summary,
-        epilog=rest.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return cli.run_command(__doc__, "prepare synthetic_code", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--num_documents", type=int, default=5000, metavar="N", help="of both splits (default 5000)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument(
-        "--variants",
-        type=int,
-        default=3,
-        metavar="N",
-        help="documents of one problem at most, other in names, layout and tests (default 3)",
-    )
-    parser.add_argument(
-        "--mutated_share",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="of what is drawn, solutions with a fault, to measure the filter; not written "
-        "(default 0.05)",
-    )
-    parser.add_argument(
-        "--validation_fraction", type=float, default=0.05, metavar="X", help="(default 0.05)"
-    )
-    flags = parser.parse_args(argv)
+    setting_flags.add(parser, synthetic_code.build, names=_SETTINGS)
 
-    def call() -> None:
-        from data.code_mix import synthetic_code
 
-        settings = {name: value for name, value in vars(flags).items() if name != "out"}
-        folder = synthetic_code.build(**settings)
-        out = pathlib.Path(flags.out)
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-        manifest = json.loads((out / synthetic_code.MANIFEST).read_text(encoding="utf-8"))
-        counts = ", ".join(f"{count:,} {split}" for split, count in manifest["documents"].items())
-        caught = manifest["mutated"] - manifest["mutated_passed"]
-        print(
-            f"{out}: {counts} documents of {manifest['problems']:,} problems in "
-            f"{len(manifest['families'])} families; {manifest['dropped']:,} did not pass; of "
-            f"{manifest['mutated']:,} with a fault {caught:,} were caught"
-        )
-
-    return cli.status_of(call)
+def _run(flags: argparse.Namespace) -> None:
+    folder = synthetic_code.build(**setting_flags.given(flags, synthetic_code.build, _SETTINGS))
+    out = pathlib.Path(flags.out)
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    manifest = json.loads((out / synthetic_code.MANIFEST).read_text(encoding="utf-8"))
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest["documents"].items())
+    caught = manifest["mutated"] - manifest["mutated_passed"]
+    print(
+        f"{out}: {counts} documents of {manifest['problems']:,} problems in "
+        f"{len(manifest['families'])} families; {manifest['dropped']:,} did not pass; of "
+        f"{manifest['mutated']:,} with a fault {caught:,} were caught"
+    )
 
 
 if __name__ == "__main__":

@@ -8,30 +8,30 @@ vocabulary:
 The gin files and bindings of a training command may be given as they are.
 """
 
-if __name__ == "__main__":
-    from launch import cli
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.preparation.vocabulary:make_vocabulary",
-            command="prepare vocabulary",
-            default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
-            part=True,
-        )
-    )
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data import cpu_tensorflow
 from data import tasks as registered
+from launch import cli
 
 SHOWN_BYTES = 300_000  # of each task
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.preparation.vocabulary:make_vocabulary",
+        command="prepare vocabulary",
+        default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
+        part=True,
+        argv=argv,
+    )
+
+
 def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
-    """Shows a vocabulary on held-out text; that it is an argument is what has trained it.
+    """Shows a vocabulary on held-out text. Making the argument has trained it.
 
     Args:
       vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
@@ -63,3 +63,7 @@ def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
         if size >= SHOWN_BYTES:
             break
     return size, tokens
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

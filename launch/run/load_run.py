@@ -76,6 +76,29 @@ def default_files(
     return [own]
 
 
+def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
+    """The configuration of the run that made a checkpoint, as commands on it read it.
+
+    Args:
+      checkpoint: step or run directory.
+      gin_file: files that change it.
+
+    Raises:
+      LoadError, FileNotFoundError: as `default_files`.
+    """
+    from launch.config import gin_config
+
+    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=list(gin_file))
+    config = gin_config.load(
+        flags.gin_file,
+        entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=list(default_files(flags)),
+    )
+    run: Any = config.entry
+    return run()
+
+
 def vocabulary(*, value: Any) -> Any:
     """Returns `value`, which gin makes only then: vocabularies load slowly, and tokens need none."""
     return value

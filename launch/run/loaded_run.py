@@ -70,10 +70,10 @@ class LoadedRun:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a continuation; none without a vocabulary or without an EOS in it."""
-        from trainers.decoding import decode
+        from trainers.decoding import settings
 
         vocabulary = self.vocabulary_or_none
-        return () if vocabulary is None else decode.eos_ids(vocabulary)
+        return () if vocabulary is None else settings.eos_ids(vocabulary)
 
     def _check(self, vocabulary: Any) -> None:
         from data.stream import rows

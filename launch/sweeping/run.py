@@ -141,7 +141,7 @@ def _own_registries() -> Iterator[None]:
 
 def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) -> dict[str, Any]:
     """What the results say of training."""
-    from launch import report
+    from launch.run import metric_rows
     from trainers.checkpoints import step_dir
 
     directory = folder.directory(entry.name)
@@ -156,12 +156,12 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
     positions = meta.get("initial", {}).get("positions")
     opened = stream(positions=positions) if positions else stream()
     before, after = opened.epochs(first_batch), opened.epochs(meta["data_step"])
-    rows = report.read_rows(directory)
+    rows = metric_rows.read_rows(directory)
     evaluated = any(key.startswith("eval/") for row in rows for key in row)
     return {
         "step": step,
         "checkpoint": str(checkpoint.relative_to(folder.path)),
-        "held_out": report.last_evaluation(entry.name, rows)["domains"] if evaluated else {},
+        "held_out": metric_rows.last_evaluation(entry.name, rows)["domains"] if evaluated else {},
         "tokens": (step - first_step) * entry.tokens_per_step,
         "epochs": {name: round(after[name] - before[name], 6) for name in after},
     }

@@ -5,7 +5,7 @@ import jax
 import pytest
 from etils import epath
 
-from launch import precompile
+from launch.aot import precompile
 from launch.config import gin_config
 from launch.sweeping import file
 from model.low_rank import factors

@@ -1,6 +1,9 @@
 """Entry points: flags, environment, errors, and that --help loads nothing heavy."""
 
+import importlib
+import json
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -258,18 +261,86 @@ def test_two_processes_find_each_other(toy_modules):
 
 
 def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
-    commands = {"train": "Trains.", "evaluate": "Evaluates."}
-    monkeypatch.setattr(cli, "_commands", lambda: commands)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "_by_console", False)
     monkeypatch.setattr(sys, "argv", ["espalier"])
     assert cli.console() == cli.USAGE_ERROR
-    assert re.search(r"train +Trains\.", capsys.readouterr().out)
+    assert re.search(r"train +Trains ", capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["espalier", "trian"])
     assert cli.console() == cli.USAGE_ERROR
-    assert "Nearest: train." in capsys.readouterr().err
+    assert "espalier: no command 'trian'. Nearest: train." in capsys.readouterr().err
+
+
+COMMANDS = {
+    *("train", "evaluate", "lm_eval", "score", "generate", "convert", "upcycle", "prepare"),
+    *("precompile", "sweep", "reproduce", "report", "bench", "quickstart"),
+}
+GROUPS = ("evaluate", "prepare")  # their first argument names a sub-command
+
+
+def test_the_top_of_launch_holds_the_commands_and_what_they_share():
+    files = {path.stem for path in pathlib.Path(ROOT, "launch").glob("*.py")}
+    assert files == {*COMMANDS, "cli", "environment", "__init__"}
+    assert set(cli.command_names()) == COMMANDS
+
+
+def test_commands_import_no_paper():
+    launch = pathlib.Path(ROOT, "launch")
+    folders = ("evaluation", "preparation", "inference")
+    files = {*launch.glob("*.py")} - {launch / "reproduce.py"}
+    files |= {path for folder in folders for path in (launch / folder).rglob("*.py")}
+    imports = re.compile(
+        r"^\s*(?:from|import) launch\.papers\b|^\s*from launch import .*papers", re.M
+    )
+    assert [str(path) for path in files if imports.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_command_of_the_project_has_a_summary_and_an_example():
-    for name, summary in cli._commands().items():
-        assert summary.endswith("."), name
+    for name in COMMANDS:
+        assert cli.summary(f"launch.{name}").endswith("."), name
         with open(os.path.join(ROOT, "launch", f"{name}.py"), encoding="utf-8") as file:
             assert f"python -m launch.{name}" in file.read().split('"""')[1], name
+
+
+# Prints, as JSON, the help text of every command and sub-command, and the slow packages that were imported for them.
+HELP = """
+import contextlib, importlib, io, json, sys, warnings
+from launch import cli
+warnings.simplefilter("ignore")
+
+def text(*words):
+    sys.argv[:] = ["espalier", *words, "--help"]
+    out, status = io.StringIO(), None
+    with contextlib.redirect_stdout(out):
+        try:
+            status = cli.console()
+        except SystemExit as end:
+            status = end.code
+    assert status == 0, (words, status)
+    return out.getvalue()
+
+pages = {}
+for program in sys.argv[1].split():
+    pages[program] = text(program)
+    if program in ("evaluate", "prepare", "upcycle"):
+        for name in importlib.import_module(f"launch.{program}").COMMANDS:
+            if name != "factorise":  # the flags of which are made by the module that does the work
+                pages[f"{program} {name}"] = text(program, name)
+print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.modules))]))
+"""
+
+
+def test_help_of_every_command_is_quick_and_says_how_the_command_is_called():
+    named = " ".join(sorted(COMMANDS - {"lm_eval"}))  # whose help text is the harness's
+    pages, slow = json.loads(run(ROOT, "-c", HELP, named))
+    assert slow == []
+    assert {"evaluate loss", "prepare cache", "upcycle extend"} < pages.keys()
+    for command, page in pages.items():
+        if command not in (*GROUPS, "reproduce"):
+            assert page.startswith(f"usage: espalier {command} "), page[:200]
+        assert f"python -m launch.{command.split()[0]}" in page, command
+    for group in GROUPS:
+        names = [command.split()[1] for command in pages if command.startswith(f"{group} ")]
+        for name in names:
+            summary = cli.summary(importlib.import_module(f"launch.{group}").COMMANDS[name])
+            assert re.search(rf"^  {name} +{re.escape(summary)}$", pages[group], re.MULTILINE)

@@ -159,7 +159,7 @@ def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypat
     assert command("generate", *flags, *sampling, "--no-stream") == 0
     whole = capsys.readouterr().out
     pieces = []
-    monkeypatch.setattr("launch.inference.generate_text.to_terminal", pieces.append)
+    monkeypatch.setattr("launch.inference.generate.to_terminal", pieces.append)
     assert command("generate", *flags, *sampling, "--stream") == 0
     assert "".join(pieces) == whole
     assert len(pieces) > 10

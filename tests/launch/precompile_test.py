@@ -12,8 +12,8 @@ import sys
 import jax
 import pytest
 
-from launch import precompile, root_check
-from launch.aot import compile_report, tpu_topology
+from launch import environment
+from launch.aot import compile_report, precompile, tpu_topology
 from launch.aot.hlo.analysis import Kernel
 from launch.aot.hlo.text import Array
 from launch.config import gin_config
@@ -385,7 +385,7 @@ def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "launch.precompile", *arguments],
         env=env,
-        cwd=root_check.ROOT,
+        cwd=environment.ROOT,
         capture_output=True,
         text=True,
         timeout=300,

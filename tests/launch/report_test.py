@@ -4,6 +4,7 @@ import json
 
 from launch import bench, report
 from launch.benchmarks import pairs
+from launch.run import metric_rows
 
 
 def write_run(folder, losses):
@@ -50,7 +51,7 @@ def test_what_a_rollback_gave_up_is_left_out(tmp_path):
     rows.append({"step": 7, "rollback_to": 4.0})
     rows.append({"step": 6, "loss": 5.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [(row["step"], row["loss"]) for row in report.read_rows(tmp_path) if "loss" in row]
+    found = [(row["step"], row["loss"]) for row in metric_rows.read_rows(tmp_path) if "loss" in row]
     assert found == [(2, 9.0), (4, 9.0), (6, 5.0)]
 
 

@@ -9,7 +9,7 @@ Shapes: B prompts, K beams, M new tokens at most, C candidates of a step, V voca
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,42 +17,10 @@ import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
 from trainers.decoding.prefill import read
-from trainers.decoding.sampling import penalised
-
-EarlyStopping = bool | Literal["never"]
+from trainers.decoding.sampling import penalised, without_padding_ids
 
 # Below any sum of log-probabilities, and finite, as in transformers: sums with it stay ordered.
 _NEVER = -1.0e9
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Beams:
-    """How beams are searched, with the names of transformers' GenerationConfig.
-
-    Attributes:
-      num_beams: K.
-      length_penalty: exponent of the length that a finished sequence's sum is divided by.
-      early_stopping: True ends a prompt as soon as K sequences are finished; False when its best
-        running beam, scored at its present length, is behind all of them; "never" when it would be at
-        the most favourable length.
-
-    Raises:
-      ValueError: fewer than two beams, or an unknown early_stopping.
-    """
-
-    num_beams: int
-    length_penalty: float = 1.0
-    early_stopping: EarlyStopping = False
-
-    def __post_init__(self):
-        if self.num_beams < 2:
-            raise ValueError(
-                f"num_beams = {self.num_beams} must be at least 2; leave it out for none."
-            )
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(
-                f"early_stopping = {self.early_stopping!r} must be True, False or 'never'."
-            )
 
 
 @flax.struct.dataclass
@@ -153,7 +121,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     V = logits_XV.shape[-1]
     length = state.step + 1
     logp_XV = jax.nn.log_softmax(logits_XV.astype(jnp.float32))
-    choice_BKV = settings.allowed(logp_XV).reshape(B, K, V)
+    choice_BKV = without_padding_ids(logp_XV, settings.num_ids).reshape(B, K, V)
     if state.seen_BKV is not None:
         penalty = settings.sampling.repetition_penalty
         choice_BKV = penalised(choice_BKV, state.seen_BKV, penalty)

@@ -8,7 +8,6 @@ Shapes: B rows, M new tokens at most, D width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -17,84 +16,9 @@ import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.slots import carried, restored
-from trainers.decoding.beam import Beams
 from trainers.decoding.prefill import read
-from trainers.decoding.sampling import Sampling, penalised, sample
-
-NO_EOS = -1
-
-
-def eos_ids(vocabulary: Any) -> tuple[int, ...]:
-    """The tokens that end a text, by a SeqIO vocabulary that may have several; empty without EOS."""
-    ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
-    return tuple(id for id in ids if id not in (None, NO_EOS))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Static settings of a generation program.
-
-    Attributes:
-      max_new_tokens: M.
-      sampling: choice of the next token.
-      eos_ids: tokens that end a row; the one that does counts as its last.
-      eos_id: one more of them; NO_EOS for none.
-      num_ids: size of the vocabulary; ids from there on are padding of the model's table and are
-        never chosen. None for all rows of the table.
-      num_samples: continuations of each prompt: independent draws, or the best of the beams.
-      beams: search in place of choosing token by token; None for none.
-
-    Raises:
-      ValueError: settings out of range, or that contradict each other.
-    """
-
-    max_new_tokens: int = 128
-    sampling: Sampling = Sampling(temperature=0.0)
-    eos_ids: Sequence[int] = ()
-    eos_id: int = NO_EOS
-    num_ids: int | None = None
-    num_samples: int = 1
-    beams: Beams | None = None
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at least 1.")
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples = {self.num_samples} must be at least 1.")
-        if self.beams is None:
-            if self.num_samples > 1 and self.sampling.temperature == 0:
-                raise ValueError(
-                    f"num_samples = {self.num_samples} greedy continuations would all be the same: set "
-                    "a temperature above 0, or num_beams."
-                )
-        elif self.num_samples > self.beams.num_beams:
-            raise ValueError(
-                f"num_samples = {self.num_samples} exceeds num_beams = {self.beams.num_beams}, of which "
-                "they are the best."
-            )
-        elif self.sampling.temperature or self.sampling.restricted:
-            raise ValueError(
-                "Beams are searched, not drawn: temperature, top_k, top_p and min_p do not go with "
-                "num_beams."
-            )
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """All tokens that end a row."""
-        ids = dict.fromkeys((*self.eos_ids, self.eos_id))
-        return tuple(id for id in ids if id != NO_EOS)
-
-    @property
-    def rows_per_prompt(self) -> int:
-        """Rows of the caches while decoding."""
-        return self.num_samples if self.beams is None else self.beams.num_beams
-
-    def allowed(self, logits_BV: jax.Array) -> jax.Array:
-        """Returns the logits, -inf at padding ids."""
-        if self.num_ids is None or self.num_ids >= logits_BV.shape[-1]:
-            return logits_BV
-        known_V = jnp.arange(logits_BV.shape[-1]) < self.num_ids
-        return jnp.where(known_V[None], logits_BV, -jnp.inf)
+from trainers.decoding.sampling import penalised, sample, without_padding_ids
+from trainers.decoding.settings import Settings
 
 
 @flax.struct.dataclass
@@ -230,7 +154,7 @@ def advance(
 def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
     """Adds token number `loop.step` to the rows that have not ended."""
     logits_BV = logits_BV.astype(jnp.float32)
-    choice_BV, seen_BV = settings.allowed(logits_BV), loop.seen_BV
+    choice_BV, seen_BV = without_padding_ids(logits_BV, settings.num_ids), loop.seen_BV
     if seen_BV is not None:
         choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)

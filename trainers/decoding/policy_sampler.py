@@ -15,6 +15,7 @@ from model.transforms import layer_stack
 from trainers.decoding import decode
 from trainers.decoding.decoder import repeated
 from trainers.decoding.prefill import prefill
+from trainers.decoding.settings import Settings
 
 
 class PolicySampler:
@@ -31,7 +32,7 @@ class PolicySampler:
     """
 
     def __init__(
-        self, model: Any, settings: decode.Settings, *, sharding: NamedSharding, seed: int
+        self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int
     ):
         policy, copies = FullCache(), settings.num_samples
         written_by = model.inference_model

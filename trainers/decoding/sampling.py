@@ -6,55 +6,18 @@ top-k, top-p, min-p.
 Shapes: B batch, T prompt length, V vocabulary, C candidates.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
+from trainers.decoding.settings import Sampling
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn; `repetition_penalty` comes first, then the attributes in order.
 
-    Attributes:
-      temperature: divides the logits; 0 takes the most probable token (the first of equals).
-      top_k: draw among the k most probable, the first of equals; None for all.
-      top_p: then among the fewest whose probabilities add up to at least p (nucleus sampling,
-        arXiv 1904.09751); None for all.
-      min_p: then among those at least p times as probable as the most probable one (arXiv
-        2407.01082); None for all.
-      repetition_penalty: r > 0 makes every token of the prompt and of what was generated less
-        probable: its logit is divided by r if positive, else multiplied (CTRL, arXiv 1909.05858,
-        section 4.1, with the sign minded as transformers does); 1 for none. Greedy choices heed it.
-
-    Raises:
-      ValueError: a value outside its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or positive.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k} must be at least 1; leave it out for all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} must be in (0, 1].")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p = {self.min_p} must be in [0, 1].")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty = {self.repetition_penalty} must be positive; 1 is for none."
-            )
-
-    @property
-    def restricted(self) -> bool:
-        """Whether only some of the tokens may be drawn."""
-        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+def without_padding_ids(logits_BV: jax.Array, num_ids: int | None) -> jax.Array:
+    """Logits with those of ids from `num_ids` on, padding of the model's table, at -inf; None keeps all."""
+    if num_ids is None or num_ids >= logits_BV.shape[-1]:
+        return logits_BV
+    known_V = jnp.arange(logits_BV.shape[-1]) < num_ids
+    return jnp.where(known_V[None], logits_BV, -jnp.inf)
 
 
 def seen_in(tokens_BT: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers import batches
-from trainers.decoding import decode
 from trainers.decoding.policy_sampler import PolicySampler
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Settings, eos_ids
 from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
@@ -86,10 +86,10 @@ class Rollouts:
             assert reference is not None  # see _method
             meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
             reference.check(program.mesh, program.rules, meta)
-        settings = decode.Settings(
+        settings = Settings(
             max_new_tokens=method.completion_length,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
-            eos_ids=decode.eos_ids(vocabulary),
+            eos_ids=eos_ids(vocabulary),
             num_ids=vocabulary.vocab_size,
             num_samples=method.samples,
         )

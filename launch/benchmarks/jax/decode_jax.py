@@ -48,8 +48,8 @@ class Ours:
         """Greedy tokens; seconds of the whole call, and of reading and generating within it."""
         from launch.benchmarks import decode_case
         from model.kv_cache.policies import policy_named
-        from trainers.decoding.decode import Settings
         from trainers.decoding.decoder import Decoder, Stats
+        from trainers.decoding.settings import Settings
 
         key = json.dumps([batch, length, new, policy, settings])
         if key not in self._decoders:

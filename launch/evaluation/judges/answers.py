@@ -67,16 +67,16 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
     if len(systems) < 2:
         raise JudgeError("One system has nothing to be compared with: give two files or more.")
     by_id = all(answer.id is not None for system in systems for answer in system.answers)
-    found = [_by_key(system, by_id) for system in systems]
-    first = found[0]
-    for system, answers in zip(systems[1:], found[1:], strict=True):
+    by_key = [_by_key(system, by_id) for system in systems]
+    first = by_key[0]
+    for system, answers in zip(systems[1:], by_key[1:], strict=True):
         _check_same(systems[0], first, system, answers)
     return [
         Pair(
             id=answer.id if by_id and answer.id is not None else str(number),
             prompt=answer.prompt,
-            a=found[i][key].text,
-            b=found[j][key].text,
+            a=by_key[i][key].text,
+            b=by_key[j][key].text,
             systems=(systems[i].name, systems[j].name),
         )
         for i, j in itertools.combinations(range(len(systems)), 2)
@@ -135,17 +135,17 @@ def _is_conversation(prompt: Any) -> bool:
 
 
 def _by_key(system: System, by_id: bool) -> dict[str, Answer]:
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     for answer in system.answers:
         key = json.dumps(answer.id if by_id else answer.prompt, sort_keys=True)
-        if key in found:
+        if key in answers:
             what = f"the id {answer.id}" if by_id else "the prompt"
             raise JudgeError(
-                f"{answer.place}: {what} is that of {found[key].place} too. Each system gives one answer "
+                f"{answer.place}: {what} occurs in {answers[key].place} too. Each system gives one answer "
                 'to a prompt (--num_samples=1); prompts that occur twice need an "id" in every file.'
             )
-        found[key] = answer
-    return found
+        answers[key] = answer
+    return answers
 
 
 def _check_same(

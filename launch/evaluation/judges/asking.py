@@ -1,4 +1,4 @@
-"""Asks a judge what has not been answered yet, and keeps each reply as it comes."""
+"""Asks a judge the questions without an answer, and writes each reply as it comes."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ _PATIENCE = 32
 
 @dataclasses.dataclass(kw_only=True)
 class Tally:
-    """What asking came to.
+    """Counts of questions and replies.
 
     Attributes:
       questions: different ones.
@@ -93,9 +93,9 @@ def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> T
             if not keys:
                 continue
             in_a_row = 0
-            found = judge.replies([questions[key] for key in keys], attempt)
-            with contextlib.closing(found):  # type: ignore[type-var]
-                for i, reply in found:
+            replies = judge.replies([questions[key] for key in keys], attempt)
+            with contextlib.closing(replies):  # type: ignore[type-var]
+                for i, reply in replies:
                     key = keys[i]
                     journal.add(key, questions[key], reply, judge=judge.name)
                     tally.asked += 1
@@ -108,14 +108,14 @@ def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> T
                     else:
                         heard, in_a_row = True, 0
                         tally.not_understood += reply.value is None
-                    progress.set_postfix_str(_said(tally), refresh=False)
+                    progress.set_postfix_str(_counts(tally), refresh=False)
                     progress.update(attempts(key) >= judge.attempts)
             if not heard:
                 raise _silence(judge, in_a_row, tally.no_reply.most_common(1)[0][0])
     return tally
 
 
-def _said(tally: Tally) -> str:
+def _counts(tally: Tally) -> str:
     silent = tally.no_reply.total()
     parts = [(tally.not_understood, "not understood"), (silent, "without reply")]
     return ", ".join(f"{count:,} {what}" for count, what in parts if count)
@@ -123,6 +123,6 @@ def _said(tally: Tally) -> str:
 
 def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
     return JudgeError(
-        f"{judge.name} has not replied to {count} questions in a row: {reason}. What has been judged is "
-        "kept: see to the judge, and the same command goes on from there."
+        f"{judge.name} has not replied to {count} questions in a row: {reason}. Replies so far are "
+        "written: repair the judge, and the same command continues after them."
     )

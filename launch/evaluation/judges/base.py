@@ -1,4 +1,4 @@
-"""What a judge is asked and what it says: the seam that every kind of judge fills.
+"""Questions, replies and outcomes: the interface of every kind of judge.
 
 A judge decides between two answers to one prompt by two questions, which are asked, kept and asked
 again on their own (launch/evaluation/judges/asking.py). One that compares is asked about both orders of the
@@ -29,9 +29,9 @@ class Pair:
 
     Attributes:
       id: of the prompt, as people know it.
-      prompt: what was answered.
+      prompt: to which the answers reply.
       a, b: the answers.
-      systems: names of what gave them.
+      systems: names of the systems that wrote them.
     """
 
     id: str
@@ -46,9 +46,9 @@ class Question:
     """One thing to ask a judge.
 
     Attributes:
-      prompt: what was answered.
+      prompt: to which the answers reply.
       answers: one or two, in the order in which they are shown.
-      about: what people want to know of the question; replies do not depend on it.
+      about: facts about the question for people; replies do not depend on them.
     """
 
     prompt: Prompt
@@ -68,12 +68,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back.
+    """The reply to a question.
 
     Attributes:
-      value: what the judge was understood to say: a label, or a finite score; None for nothing.
+      value: the judge's verdict: a label, or a finite score; None where its words could not be read.
       text: its words.
-      error: why no reply came at all, such as a timeout.
+      error: reason that no reply came, such as a timeout; empty otherwise.
     """
 
     value: str | float | None
@@ -83,7 +83,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the replies to both questions of a pair amount to.
+    """The outcome of a pair, from the replies to both questions.
 
     Attributes:
       verdict: which answer is preferred; None where a reply is missing or was not understood.
@@ -99,11 +99,11 @@ class Outcome:
 
 
 class Judge(Protocol):
-    """What decides.
+    """A judge.
 
     Attributes:
       name: for people.
-      identity: JSON of all that its replies depend on, beside the question.
+      identity: everything that its replies depend on beside the question, as JSON.
       attempts: times that a question is asked before it counts as not answered.
     """
 
@@ -112,7 +112,7 @@ class Judge(Protocol):
     attempts: int
 
     def questions(self, pair: Pair) -> tuple[Question, Question]:
-        """What to ask about a pair whose answers differ."""
+        """The two questions about a pair whose answers differ."""
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
         """(index, reply) of every question, as they are done.
@@ -126,4 +126,4 @@ class Judge(Protocol):
         """
 
     def outcome(self, first: Reply, second: Reply) -> Outcome:
-        """What the replies to both questions of a pair amount to."""
+        """The outcome of a pair, from the replies to both questions."""

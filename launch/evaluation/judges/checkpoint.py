@@ -59,12 +59,12 @@ class CheckpointWriter:
     def write(
         self, prompts: Sequence[str], *, temperature: float, seed: int
     ) -> Iterator[tuple[int, str | Silence]]:
-        from launch import generate
-        from trainers.decoding.decode import Settings
+        from launch.inference import generate
         from trainers.decoding.sampling import Sampling
+        from trainers.decoding.settings import Settings
 
-        # Rows of similar length are generated together, and what is done is kept at once where the
-        # next rows to come are those of the same batch.
+        # Rows of similar length are generated together. In this order the rows of a batch come one after the
+        # other, so that their replies are written as soon as the batch is done.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         written = generate.generate(
             self._config,
@@ -96,7 +96,7 @@ def pinned(checkpoint: str, *, batch_size: int) -> str:
     """The step that a run or step directory means now, so that all replies are of one step.
 
     Raises:
-      JudgeError: several processes, of which only one could keep replies.
+      JudgeError: several processes; only one could write replies.
       FileNotFoundError: there is no checkpoint.
     """
     import jax
@@ -111,10 +111,10 @@ def pinned(checkpoint: str, *, batch_size: int) -> str:
 
 
 def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]:
-    """What the outputs of a checkpoint depend on: its arrays, the configuration, which parameters.
+    """Digests of everything that the outputs of a checkpoint depend on: arrays, configuration, which parameters.
 
     Raises:
-      DamagedCheckpointError: the manifest of the step is not as it was written.
+      DamagedCheckpointError: the manifest of the step is damaged.
     """
     from etils import epath
 

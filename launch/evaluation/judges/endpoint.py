@@ -39,7 +39,7 @@ class EndpointWriter:
       key_env: environment variable that holds the API key; None to send none.
       max_tokens: of a reply; None to leave it to the endpoint.
       temperature: of the first attempt; None to leave it to the endpoint always.
-      timeout_s: seconds to connect, and seconds without a byte of the reply.
+      timeout: seconds to connect, and seconds without a byte of the reply.
       retries: of a request that the endpoint is too busy for or cannot serve now.
       concurrency: requests at a time.
 
@@ -55,14 +55,14 @@ class EndpointWriter:
         key_env: str | None = None,
         max_tokens: int | None = 512,
         temperature: float | None = 0.0,
-        timeout_s: float = 120.0,
+        timeout: float = 120.0,
         retries: int = 6,
         concurrency: int = 8,
     ):
         _check_url(url)
         for name, value, least in (
             ("max_tokens", max_tokens, 1),
-            ("timeout", timeout_s, 0.001),
+            ("timeout", timeout, 0.001),
             ("retries", retries, 0),
             ("concurrency", concurrency, 1),
             ("temperature", temperature, 0),
@@ -74,7 +74,7 @@ class EndpointWriter:
         self._model = model
         self._max_tokens = max_tokens
         self._temperature = temperature
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout
         self._concurrency = concurrency
         self._session = requests.Session()
         # A request that times out is not repeated here: it is another attempt, and counted.
@@ -116,14 +116,14 @@ class EndpointWriter:
                 asked = {pool.submit(ask, prompt): i for i, prompt in enumerate(prompts)}
                 for done in as_completed(asked):
                     try:
-                        found = done.result()
+                        reply = done.result()
                     except JudgeError as error:
                         # What else is on its way has been paid for, and is waited for.
                         ended.set()
                         hopeless.append(error)
                         continue
-                    if found is not None:
-                        yield asked[done], found
+                    if reply is not None:
+                        yield asked[done], reply
             finally:
                 ended.set()
         if hopeless:
@@ -183,15 +183,15 @@ class EndpointWriter:
         reason = getattr(error.args[0] if error.args else None, "reason", None) or error
         return JudgeError(
             self._clean(
-                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; what has been "
-                "judged is kept, and the same command goes on from there."
+                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; replies so "
+                "far are written, and the same command continues after them."
             )
         )
 
     def _status(self, response: requests.Response) -> str:
-        said = " ".join(response.text.split())
+        text = " ".join(response.text.split())
         return self._clean(
-            f"HTTP {response.status_code} {response.reason}: {said[:_QUOTED]}".strip()
+            f"HTTP {response.status_code} {response.reason}: {text[:_QUOTED]}".strip()
         )
 
     def _clean(self, text: str) -> str:

@@ -41,7 +41,7 @@ class LogProb:
 
     def scores(self, asked: Sequence[Question]) -> Iterator[tuple[int, float]]:
         """See launch/evaluation/judges/reward.py."""
-        from launch.score import scored_row
+        from launch.inference.score import scored_row
         from trainers.scoring.scoring import Scorer
 
         with self._config.load(self._step, params=self._params) as run:

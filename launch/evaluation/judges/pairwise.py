@@ -14,7 +14,7 @@ from launch.evaluation.judges.template import Template
 
 # Of a question that is asked again, so that the reply may differ.
 RETRY_TEMPERATURE = 0.5
-# How much what is shown first is preferred to what is shown second.
+# The preference for the answer that is shown first.
 _SIGNS: Mapping[Any, int] = {template.FIRST: 1, template.TIE: 0, template.SECOND: -1}
 _VERDICTS: Mapping[int, Verdict] = {1: A, 0: TIE, -1: B}
 
@@ -43,9 +43,9 @@ class Writer(Protocol):
         """(index, text) of the reply to every prompt, as they are done.
 
         Args:
-          prompts: what a user says.
+          prompts: the user's turns.
           temperature: added to the writer's own; 0 for the first attempt.
-          seed: of what is drawn.
+          seed: of the draws.
 
         Raises:
           JudgeError: it makes no sense to ask on.

@@ -11,7 +11,7 @@ _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
-    """Win rates and what may be behind them, a row for every two systems; lengths by system."""
+    """Prints win rates and the judge's biases, a row for every two systems; and lengths by system."""
     from rich.console import Console
 
     rates = _table("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)
@@ -50,11 +50,11 @@ def _judged(pair: Mapping[str, Any]) -> int:
     return sum(pair["counts"][name] for name in ("win", "loss", "tie"))
 
 
-def _cell(found: Mapping[str, float] | None, *, sign: str = "") -> str:
+def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
     """A share and its interval, in per cent."""
-    if found is None:
+    if share is None:
         return "-"
-    value, low, high = (f"{100 * found[name]:{sign}.1f}" for name in ("value", "low", "high"))
+    value, low, high = (f"{100 * share[name]:{sign}.1f}" for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 

@@ -1,4 +1,4 @@
-"""Win rates with their intervals, and what may be behind them.
+"""Win rates with their intervals, and measures of the judge's biases.
 
 All intervals are of 95 %, by resampling prompts.
 """
@@ -81,8 +81,8 @@ def mean(values: Sequence[float] | np.ndarray) -> dict[str, float] | None:
     # The same from both ends, so that the interval of a loss is that of a win, turned.
     low = int(np.argmax(np.cumsum(of_sum_S) >= _TAIL))
     high = size - 1 - int(np.argmax(np.cumsum(of_sum_S[::-1]) >= _TAIL))
-    found = {"value": int(steps_N.sum()), "low": low, "high": high}
-    return {name: (step - 2 * n) / (2 * n) for name, step in found.items()}
+    steps = {"value": int(steps_N.sum()), "low": low, "high": high}
+    return {name: (step - 2 * n) / (2 * n) for name, step in steps.items()}
 
 
 def system_summary(system: System) -> dict[str, Any]:

@@ -1,38 +1,55 @@
 """Judges by name: checkpoint:DIR, openai:URL,model=NAME and logprob:DIR, each with its settings."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
+from launch.evaluation.judges.checkpoint import CheckpointWriter
+from launch.evaluation.judges.endpoint import EndpointWriter
+from launch.evaluation.judges.log_prob import LogProb
+from launch.evaluation.judges.pairwise import PairwiseJudge
+from launch.evaluation.judges.reward import RewardJudge
 from launch.evaluation.judges.template import Template
+from launch.run import load_run
 
-_KINDS = {
-    "checkpoint": "checkpoint:DIR[,params=auto,max_tokens=128,batch_size=8]",
-    "openai": "openai:URL,model=NAME[,key_env=VARIABLE,max_tokens=512,temperature=0,timeout=120,"
-    "retries=6,concurrency=8]",
-    "logprob": "logprob:DIR[,params=auto,batch_size=8,margin=0]",
+# By kind: the placeholder of its target, and the classes whose arguments are its settings.
+_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "checkpoint": ("DIR", (CheckpointWriter,)),
+    "openai": ("URL", (EndpointWriter,)),
+    "logprob": ("DIR", (LogProb, RewardJudge)),
 }
-HELP = "\n".join(_KINDS.values())
+_NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
 
 
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "none" else kind(text)
+def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
+    """The settings of a kind of judge by name."""
+    result: dict[str, setting_flags.Setting] = {}
+    for part in _KINDS[kind][1]:
+        names = [name for name in inspect.signature(part).parameters if name not in _NO_SETTINGS]
+        result |= setting_flags.settings_of(part, names)
+    return result
 
 
-_SETTINGS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
-    "checkpoint": {"params": str, "max_tokens": int, "batch_size": int},
-    "openai": {
-        "model": str,
-        "key_env": str,
-        "max_tokens": _or_none(int),
-        "temperature": _or_none(float),
-        "timeout": float,
-        "retries": int,
-        "concurrency": int,
-    },
-    "logprob": {"params": str, "batch_size": int, "margin": float},
-}
+def usage(kind: str) -> str:
+    """How --judge names a kind, with the defaults of its settings; those without one are in capitals."""
+    text, optional = f"{kind}:{_KINDS[kind][0]}", []
+    for name, setting in settings_of(kind).items():
+        if setting.default is setting_flags.REQUIRED:
+            text += f",{name}=NAME"
+        elif setting.default is None:
+            optional.append(f"{name}={name.upper()}")
+        else:
+            shown = f"{setting.default:g}" if setting.kind is float else setting.default
+            optional.append(f"{name}={shown}")
+    return f"{text}[,{','.join(optional)}]"
+
+
+def help_text() -> str:
+    """The usage of every kind, a line each."""
+    return "\n".join(map(usage, _KINDS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,27 +76,31 @@ def parse(text: str) -> Spec:
     """A judge from the text of --judge.
 
     Raises:
-      JudgeError: it names no judge, or a setting that its kind has not.
+      JudgeError: it names no judge, or a setting that its kind lacks.
     """
     kind, _, rest = text.partition(":")
     target, *pairs = rest.split(",")
     if kind not in _KINDS or not target:
-        raise JudgeError(f"--judge={text} names no judge: expected one of\n{HELP}")
+        raise JudgeError(f"--judge={text} names no judge: expected one of\n{help_text()}")
+    known = settings_of(kind)
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or name not in _SETTINGS[kind]:
-            raise JudgeError(f"--judge: {pair!r} is no setting of this judge: {_KINDS[kind]}")
+        if not equals or name not in known:
+            raise JudgeError(f"--judge: {pair!r} is no setting of this judge: {usage(kind)}")
         if name in settings:
             raise JudgeError(f"--judge: {name} is given twice.")
         try:
-            settings[name] = _SETTINGS[kind][name](value)
+            is_none = known[name].optional and value == "none"
+            settings[name] = None if is_none else known[name].kind(value)
         except ValueError:
-            raise JudgeError(f"--judge: {pair!r} is not a number: {_KINDS[kind]}") from None
+            raise JudgeError(f"--judge: {pair!r} is not a number: {usage(kind)}") from None
     if kind == "openai" and not settings.get("model"):
-        raise JudgeError(f"--judge names no model of the endpoint: {_KINDS[kind]}")
-    if settings.get("params", "auto") not in ("auto", "raw", "ema"):
-        raise JudgeError(f"--judge: params={settings['params']} is none of auto, raw, ema.")
+        raise JudgeError(f"--judge names no model of the endpoint: {usage(kind)}")
+    if settings.get("params", "auto") not in load_run.PARAMS:
+        raise JudgeError(
+            f"--judge: params={settings['params']} is none of {', '.join(load_run.PARAMS)}."
+        )
     return Spec(kind=kind, target=target, settings=settings)
 
 
@@ -103,25 +124,14 @@ def build(
         raise JudgeError(f"--attempts={attempts} must be at least 1.")
     if allow_ties and spec.kind == "logprob":
         raise JudgeError("--allow_ties is of judges that compare: give margin=X to logprob.")
-    # Weights take long to import and endpoints need none.
-    from launch.evaluation.judges.pairwise import PairwiseJudge
-
     settings = dict(spec.settings)
+    writer: Any
     if spec.kind == "openai":
-        from launch.evaluation.judges.endpoint import EndpointWriter
-
-        if "timeout" in settings:
-            settings["timeout_s"] = settings.pop("timeout")
-        writer: Any = EndpointWriter(spec.target, **settings)
+        writer = EndpointWriter(spec.target, **settings)
+    elif spec.kind == "checkpoint":
+        writer = CheckpointWriter(config, settings=config_text, checkpoint=spec.target, **settings)
     else:
-        of_run: dict[str, Any] = {"settings": config_text, "checkpoint": spec.target}
-        if spec.kind == "logprob":
-            from launch.evaluation.judges.log_prob import LogProb
-            from launch.evaluation.judges.reward import RewardJudge
-
-            margin = settings.pop("margin", 0.0)
-            return RewardJudge(LogProb(config, **of_run, **settings), margin=margin)
-        from launch.evaluation.judges.checkpoint import CheckpointWriter
-
-        writer = CheckpointWriter(config, **of_run, **settings)
+        margin = settings.pop("margin", 0.0)
+        reward = LogProb(config, settings=config_text, checkpoint=spec.target, **settings)
+        return RewardJudge(reward, margin=margin)
     return PairwiseJudge(writer, wording=Template(allow_ties=allow_ties), attempts=attempts)

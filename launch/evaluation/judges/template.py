@@ -1,4 +1,4 @@
-"""What a judge that compares is told, and how its reply is read.
+"""The prompt of a judge that compares, and how its reply is read.
 
 After the protocol of "To Code, or Not To Code?" (arXiv 2408.10914): four criteria, the instruction, both
 answers, and a reply of a short comparison and a line that names the preferred answer. Ours is the
@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.evaluation.judges.base import Prompt
 
-# To be raised with every change of the wording or of the reading: kept replies are of one version.
+# Raise it with every change of the wording or of the reading: replies in a journal are of one version.
 VERSION = 1
 
 FIRST, SECOND, TIE = "A", "B", "tie"
@@ -50,7 +50,7 @@ Mind the form: the last line of the reply must be exactly {exact}."""
 
 # A language model that goes on after its reply begins another comparison with this.
 OPENING = "<instruction>"
-# Case matters for the labels alone; what else may stand on the line is punctuation, such as bold type.
+# Case matters for the labels alone; beside them a line may have punctuation, such as bold type.
 _VERDICT = re.compile(
     r"[\W_]*(?:(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
 )
@@ -68,14 +68,14 @@ class Template:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What replies depend on."""
+        """Everything that replies depend on, as JSON."""
         return {"template": VERSION, "allow_ties": self.allow_ties}
 
     def render(self, prompt: Prompt, first: str, second: str, *, reminder: bool = False) -> str:
         """The text that asks for a comparison.
 
         Args:
-          prompt: what was answered.
+          prompt: to which the answers reply.
           first, second: shown as answers (A) and (B).
           reminder: ask for the form of the reply once more, after one that could not be read.
         """
@@ -98,9 +98,9 @@ class Template:
         A verdict stands alone on its line, so that an answer which is quoted within a sentence is none.
         """
         for line in reversed(reply.splitlines()):
-            found = _VERDICT.fullmatch(line)
-            if found and (found["label"] or self.allow_ties):
-                return found["label"] or TIE
+            match = _VERDICT.fullmatch(line)
+            if match and (match["label"] or self.allow_ties):
+                return match["label"] or TIE
         return None
 
 

@@ -1,14 +1,11 @@
 """What --model_args say of a run that lm-evaluation-harness asks (launch/evaluation/lm_eval/model.py)."""
 
-import argparse
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch.config import gin_config
-from launch.run import load_run
-from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from launch import cli
+from launch.run.load_run import LoadedRun, LoadError
 from model.kernels.platform import target_platform
 from model.transforms import layer_stack
 
@@ -18,26 +15,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CACHE = "cache_"  # of the policy's settings among model_args
 
 
-def config_of(checkpoint: str, gin_file: str | None) -> RunConfig:
-    files = [gin_file] if gin_file else []
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=files)
-    config = gin_config.load(
-        files,
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=list(load_run.default_files(flags)),
-    )
-    run: Any = config.entry
-    return run()
-
-
 def default_batch_tokens() -> int:
     # CPUs are busy with few tokens, and padding is then a small part of a batch.
     return 2048 if target_platform() == "cpu" else 16384
 
 
 def unroll(run: LoadedRun) -> None:
-    """Unrolls the layers, once for all that caches what it reads, and lets go of the stacked ones."""
+    """Replaces the stacked layers of a run by unrolled ones, once for everything that reads them."""
     import jax
 
     model, config = run.model, run.model.config
@@ -56,8 +40,7 @@ def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[
     """Settings of the cache policy, as texts; the others must be among `known`, which have none."""
     if unknown := [name for name in others if not name.startswith(_CACHE)]:
         known = [name for name in known if name not in ("self", "others")]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Nearest: {near[0]}." if near else ""
+        hint = cli.nearest(unknown[0], known)
         raise LoadError(
             f"--model_args: there is no {', '.join(unknown)}.{hint} Valid: {', '.join(known)}, and "
             f"{_CACHE}NAME for the settings of the cache policy."

@@ -1,17 +1,16 @@
 """`generate_until` of launch/evaluation/lm_eval/model.py: generation options as the harness has them, and texts."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.inference.generate_text import decoder_of
+from launch.inference.generate import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.base import CachePolicy
 from trainers.decoding.buckets import bucket_length
-from trainers.decoding.decode import Settings
 from trainers.decoding.decoder import Decoder
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.stop_strings import GrowingText, cut
+from trainers.decoding.settings import Sampling, Settings
 
 OPTIONS = (
     *("until", "max_gen_toks", "do_sample", "temperature"),
@@ -35,27 +34,27 @@ class Generation:
 
 
 def options(
-    given: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
+    gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
 ) -> Generation:
     """A request's `gen_kwargs`, read as the harness's own backends read them.
 
     Args:
-      given: of the task, or of --gen_kwargs.
+      gen_kwargs: of the task, or of the flag --gen_kwargs.
       max_gen_toks: where they do not say.
-      model_defaults: the model's generation_config.json. What it says of repetition holds for all
-        requests, what it says of sampling for those that sample.
+      model_defaults: the model's generation_config.json. Its repetition penalty applies to all
+        requests, its sampling settings to requests that sample.
 
     Raises:
       LoadError: an option that is not in OPTIONS, or a value out of range.
     """
     from lm_eval.models import utils
 
-    values = utils.normalize_gen_kwargs(dict(given), max_gen_toks)
+    values = utils.normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks)
     if values.get("num_beams") == 1:
         del values["num_beams"]
     if unknown := sorted(set(values) - set(OPTIONS)):
         raise LoadError(
-            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Leave out what is not among "
+            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Valid options: "
             f"{', '.join(OPTIONS)}."
         )
     asked = {**model_defaults, **values}
@@ -117,7 +116,6 @@ class Generator:
             "prefill_chunk": prefill_chunk,
         }
         self._seed = seed
-        self._texts = _Texts(run.vocabulary, self._ends)
         self._decoder: tuple[Any, Decoder] | None = None
 
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
@@ -126,9 +124,19 @@ class Generator:
         rows = self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks)
         rows = min(max(1, rows), len(contexts), self._batch_size or len(contexts))
         decoder = self._decoder_for(chosen, self._run.batch_size(rows, len(contexts)))
-        self._texts.begin(chosen.until)
+        self._texts = self._texts_of(chosen.until)
         for new in decoder.stream(contexts, seed=self._seed % 2**32):
-            yield self._texts.answer(new.tokens)
+            yield self._texts.text(new.tokens)[0]
+
+    def _texts_of(self, until: Sequence[str]) -> Texts:
+        """Texts of answers; a text of `until` may be a special token, which no answer shows."""
+        vocabulary = self._run.vocabulary
+        if not hasattr(vocabulary, "decode_all"):
+            return Texts(decoder_of(vocabulary), ends=self._ends, stops=until)
+        without_special = functools.partial(vocabulary.decode_all, skip_special_tokens=True)
+        return Texts(
+            without_special, ends=self._ends, stops=until, decode_watched=vocabulary.decode_all
+        )
 
     def _decoder_for(self, chosen: Generation, rows: int) -> Decoder:
         settings = Settings(
@@ -146,53 +154,8 @@ class Generator:
                 settings,
                 batch_size=rows,
                 sharding=self._run.row_sharding,
-                watch=self._texts.watch,
+                watch=lambda *new: self._texts.watch(*new),
                 **self._options,
             )
             self._decoder = (key, decoder)
         return self._decoder[1]
-
-
-class _Texts:
-    """Answers as texts, and where they stop.
-
-    A stop text may be a special token, which is looked for while tokens come; none is in the answer.
-    """
-
-    def __init__(self, vocabulary: Any, ends: Sequence[int]):
-        if hasattr(vocabulary, "decode_all"):
-            self._shown: Callable[..., str] = vocabulary.decode_all
-            self._text = lambda ids: vocabulary.decode_all(ids, skip_special_tokens=True)
-        else:
-            self._shown = self._text = decoder_of(vocabulary)
-        self._ends = frozenset(ends)
-        self._until: tuple[str, ...] = ()
-        self._growing: dict[int, GrowingText] = {}
-
-    def begin(self, until: Sequence[str]) -> None:
-        """Forgets all texts."""
-        self._until = tuple(until)
-        self._growing.clear()
-
-    def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """See `Watch` in trainers/decoding/decoder.py."""
-        del sample  # one for each prompt
-        if not self._until:
-            return None
-        text = self._growing.get(prompt)
-        if text is None:
-            text = self._growing[prompt] = GrowingText(self._shown, self._until)
-        for count, token in enumerate(tokens, 1):
-            if token in self._ends:
-                return None
-            text.add(token)
-            if text.stopped:
-                return count
-        return None
-
-    def answer(self, tokens: Sequence[int]) -> str:
-        """The text of an answer's tokens, up to where it stops."""
-        ended = bool(tokens) and tokens[-1] in self._ends
-        text = self._text(tokens[:-1] if ended else tokens)
-        before = cut(text, self._until)
-        return text if before is None else before

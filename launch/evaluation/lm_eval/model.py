@@ -1,4 +1,4 @@
-"""Runs as a model of lm-evaluation-harness: what `--model espalier` is (launch/lm_eval.py).
+"""The model `--model espalier` of lm-evaluation-harness (launch/lm_eval.py): a run of this project.
 
 Requests are made of the same tokens as those of the harness's Hugging Face backend, so that a model and
 its export get the same scores: pairs are encoded jointly with spaces moved into the continuation, BOS
@@ -41,9 +41,9 @@ class EspalierLM(TemplateLM):
       gin_file: configuration of a step that has none beside it.
       dtype: in which the model computes; None for what its run or its checkpoint says.
       mesh: mesh shape, as {'fsdp': 8}; None for all devices.
-      start_token: what precedes every context; 'auto' for what the run was trained with.
-      add_bos_token: whether texts begin with BOS; None for what the run did.
-      prefix_token_id: what an empty context is; None for the start token, else BOS, else EOS.
+      start_token: precedes every context; 'auto' for the run's own.
+      add_bos_token: whether texts begin with BOS; None for as in the run.
+      prefix_token_id: the token of an empty context; None for the start token, else BOS, else EOS.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
       max_length: tokens the model reads at most; None for what it has learned or was published with,
         else 2048.
@@ -108,7 +108,7 @@ class EspalierLM(TemplateLM):
             batch_tokens = arguments.default_batch_tokens()
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
-        config = arguments.config_of(checkpoint, gin_file)
+        config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
         changes: dict[str, Any] = {
             "mesh": mesh,
             "add_bos": add_bos_token,
@@ -167,11 +167,10 @@ class EspalierLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before the first token of a text without a context."""
+        """The token before the first one of a text without a context."""
         vocabulary = self._run.vocabulary
         start = self._run.context([])
-        found = (self._prefix_token_id, *start, vocabulary.bos_id, vocabulary.eos_id)
-        for id in found:
+        for id in (self._prefix_token_id, *start, vocabulary.bos_id, vocabulary.eos_id):
             if id not in (None, -1):
                 return id
         raise LoadError("The vocabulary has neither BOS nor EOS: give prefix_token_id=ID.")
@@ -179,7 +178,7 @@ class EspalierLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after what precedes every text unless add_special_tokens is False."""
+        """Ids of a text, after the start token and BOS unless add_special_tokens is False."""
         vocabulary = self._run.vocabulary
         # Contexts may be rendered conversations, whose special tokens are meant.
         encode = getattr(vocabulary, "encode_special", vocabulary.encode)
@@ -201,14 +200,14 @@ class EspalierLM(TemplateLM):
         """
         if chat_template is False or chat_template is None:
             return None
-        found = self._run.chat_template
+        template = self._run.chat_template
         name = chat.DEFAULT if chat_template is True else chat_template
-        if name not in found.templates:
+        if name not in template.templates:
             raise LoadError(
-                f"--apply_chat_template={name}: the tokenizer has {', '.join(sorted(found.templates))}."
+                f"--apply_chat_template={name}: the tokenizer has {', '.join(sorted(template.templates))}."
             )
         self._template = name
-        return found.templates[name]
+        return template.templates[name]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -234,8 +233,8 @@ class EspalierLM(TemplateLM):
         if place < 0:
             raise LoadError(f"The chat template does not show the message {last[:60]!r} as it is.")
         # A template may strip its messages, or not.
-        kept = last if text.startswith(last, place) else last.strip()
-        return text[: place + len(kept)]
+        shown = last if text.startswith(last, place) else last.strip()
+        return text[: place + len(shown)]
 
     # Requests.
 
@@ -256,19 +255,19 @@ class EspalierLM(TemplateLM):
                 raise LoadError(
                     f"The continuation {text[1]!r} of ...{text[0][-60:]!r} has no token."
                 )
-        found: list[Any] = [None] * len(requests)
+        likelihoods: list[Any] = [None] * len(requests)
         pairs = [(context, continuation) for _, context, continuation in requests]
         for i, likelihood in self._likelihoods(pairs, quiet=disable_tqdm):
-            found[i] = tuple(likelihood)
-            self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-        return found
+            likelihoods[i] = tuple(likelihood)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], likelihoods[i])
+        return likelihoods
 
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
-        """(index, likelihood) of each (context, continuation), what is too long cut at its beginning."""
+        """(index, likelihood) of each (context, continuation), after contexts that are too long are cut at their beginning."""
         cut = 0
-        given = []
+        scored_rows = []
         for context, continuation in pairs:
             room = self.max_length + 1 - len(continuation)  # the last token is not read
             if room < 1:
@@ -277,14 +276,14 @@ class EspalierLM(TemplateLM):
                     f"{self.max_length}: it cannot be scored. Give another max_length=N, if it can."
                 )
             cut += len(context) > room
-            given.append(Row(context=context[-room:], targets=continuation))
+            scored_rows.append(Row(context=context[-room:], targets=continuation))
         if cut:
             _LOG.warning(
                 "%d of %d contexts are longer than the model's %d tokens with their continuation: "
                 "they are cut at their beginning.",
                 *(cut, len(pairs), self.max_length),
             )
-        return self._scorer.stream(given, quiet=quiet)
+        return self._scorer.stream(scored_rows, quiet=quiet)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -303,22 +302,24 @@ class EspalierLM(TemplateLM):
             for window in windows:
                 pairs.append(harness.make_disjoint_window(window))
                 owners.append(i)
-        found = dict(self._likelihoods(pairs, quiet=disable_tqdm))
+        likelihoods = dict(self._likelihoods(pairs, quiet=disable_tqdm))
         totals = [0.0] * len(requests)
         for k, owner in enumerate(owners):
-            totals[owner] += found[k].log_prob
+            totals[owner] += likelihoods[k].log_prob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers to contexts, up to where their `until` or EOS ends them."""
-        said = self._run.meta.get("hf", {}).get("generation_config", {})
+        defaults = self._run.meta.get("hf", {}).get("generation_config", {})
         groups: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
-            chosen = options(request.args[1], max_gen_toks=self.max_gen_toks, model_defaults=said)
+            chosen = options(
+                request.args[1], max_gen_toks=self.max_gen_toks, model_defaults=defaults
+            )
             groups.setdefault(chosen, []).append(i)
-        found: list[Any] = [None] * len(requests)
+        texts: list[Any] = [None] * len(requests)
         for chosen, members in groups.items():
             room = self.max_length - chosen.max_gen_toks
             if room < 1:
@@ -330,12 +331,12 @@ class EspalierLM(TemplateLM):
             contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
             contexts = [context or [self.prefix_token_id] for context in contexts]
             for i, text in zip(members, self._generator.stream(contexts, chosen), strict=True):
-                found[i] = text
+                texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return found
+        return texts
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness keeps with its results."""
+        """Facts about the model that the harness stores with its results."""
         import jax
 
         leaves = jax.tree.leaves(self._run.params)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import lm_eval
-from launch.evaluation.suites import scores
-from launch.evaluation.suites.scores import SUITES, Suite
+from launch.evaluation.suites import local_data, scores
+from launch.evaluation.suites.scores import Suite
 from trainers.checkpoints import step_dir
 
 
@@ -23,17 +23,17 @@ def evaluate(flags: argparse.Namespace) -> None:
 
     Raises:
       SuiteError: no data at all, or files that cannot be read or written.
-      LoadError, WrongDataError: a checkpoint or a set that is not what it should be.
+      LoadError, WrongDataError: a checkpoint or a set that cannot be read.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[name] = "1"  # What is not here is said to be missing, not waited for.
+        os.environ[name] = "1"  # An absent set is reported at once, without the network.
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
     for path in filter(None, (flags.json, flags.samples)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise SuiteError(f"{path}: there is no such folder. Create it first.")
     lm_eval.register()
-    suite = SUITES[flags.suite]
+    suite = scores.find(flags.suite)
     measured = code_results(flags.code_results, step_dir.resolve(flags.checkpoint))
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
@@ -42,9 +42,10 @@ def evaluate(flags: argparse.Namespace) -> None:
         )
     results = _run(suite, present, flags) if present else {}
     results |= measured
-    found = {name: result["score"] for name, result in results.items()}
-    groups, total = scores.means(suite, found)
-    _print(suite, found, {**missing, **{k: f"n = {v['n']:,}" for k, v in results.items()}})
+    measured_scores = {name: result["score"] for name, result in results.items()}
+    groups, total = scores.means(suite, measured_scores)
+    details = {**missing, **{k: f"n = {v['n']:,}" for k, v in results.items()}}
+    _print(suite, measured_scores, details)
     if flags.json:
         document = {
             "checkpoint": os.path.abspath(flags.checkpoint),
@@ -72,7 +73,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
     Raises:
       SuiteError: a file that is none or of another checkpoint, or two of one benchmark.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for path in files:
         try:
             result = json.loads(pathlib.Path(path).read_bytes())
@@ -84,33 +85,30 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
                 f"--code_results={path} is not what launch.evaluate code --json writes with k=1 "
                 f"({type(error).__name__}: {error})."
             ) from None
-        if name in found:
+        if name in results:
             raise SuiteError(f"--code_results={path}: {name} is given twice.")
         if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
             raise SuiteError(
                 f"--code_results={path} is of {of}, and not of the checkpoint {step}: measure this one with "
                 "launch.evaluate code."
             )
-        found[name] = {"score": value, "n": count}
-    return found
+        results[name] = {"score": value, "n": count}
+    return results
 
 
 def _data(
     suite: Suite, measured: Mapping[str, Any], data_dir: str | None
 ) -> tuple[list[str], dict[str, str]]:
     """(benchmarks whose sets are there and well-formed, why the others are not evaluated)."""
-    from launch.evaluation.suites import local_data
-    from launch.papers.code_mix.suite import BENCHMARKS, OF_CODE
-
     present, missing = [], {}
     for name in suite.benchmarks:
         if name in measured:
             continue
-        if name in OF_CODE:
-            missing[name] = OF_CODE[name]
+        if name in suite.programs:
+            missing[name] = suite.programs[name]
             continue
         try:
-            local_data.find(BENCHMARKS[name].source, data_dir)
+            local_data.find(suite.sources[name], data_dir)
             present.append(name)
         except local_data.MissingDataError as error:
             missing[name] = str(error)
@@ -124,13 +122,12 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
     from lm_eval.tasks import TaskManager
 
     from launch.evaluation.lm_eval.model import EspalierLM
-    from launch.papers.code_mix import harness_tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    # Sets are checked before the model is read: they are what is more often wrong.
+    # Sets are checked before the model is read: errors in sets are more common.
     manager = TaskManager(
-        include_path=os.path.dirname(harness_tasks.__file__),
+        include_path=suite.tasks,
         include_defaults=False,
         metadata={"data_dir": flags.data_dir},
     )
@@ -140,7 +137,7 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
         flags.checkpoint, params=flags.params, **utils.simple_parse_args_string(flags.model_args)
     )
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model,
             tasks=list(loaded["tasks"].values()),
             task_manager=manager,
@@ -150,9 +147,9 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
     finally:
         model.close()
     if flags.samples:
-        _write_samples(flags.samples, found["samples"])
+        _write_samples(flags.samples, evaluated["samples"])
     return {
-        name: _result(found["results"][task], found["n-samples"][task]["effective"])
+        name: _result(evaluated["results"][task], evaluated["n-samples"][task]["effective"])
         for name, task in zip(present, names, strict=True)
     }
 
@@ -161,8 +158,8 @@ def _result(values: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The harness's figures under plain names."""
     named = {key.partition(",")[0]: value for key, value in values.items() if "," in key}
     stderr = named.pop("score_stderr", None)
-    kept = {name: value for name, value in named.items() if not name.endswith("_stderr")}
-    return {**kept, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
+    metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}
+    return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 
 def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -177,7 +174,7 @@ def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]
                 )
 
 
-def _print(suite: Suite, found: Mapping[str, float], details: Mapping[str, str]) -> None:
+def _print(suite: Suite, by_benchmark: Mapping[str, float], details: Mapping[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -186,7 +183,7 @@ def _print(suite: Suite, found: Mapping[str, float], details: Mapping[str, str])
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("examples, or how to get them", overflow="fold")
     last = ""
-    for group, benchmark, score, detail in scores.table(suite, found, details):
+    for group, benchmark, score, detail in scores.table(suite, by_benchmark, details):
         if group != last and last:
             table.add_section()
         style = "bold" if benchmark.startswith("mean") else None

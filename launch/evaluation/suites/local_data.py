@@ -2,7 +2,7 @@
 
     DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst
 
-or in a folder <split>, which is what a download of the repository makes of DATA_DIR/<set>. Nothing is
+or in a folder <split>, as a download of the repository to DATA_DIR/<set> has them. Nothing is
 downloaded here.
 """
 
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
       folder: below the data folder.
-      split: what the names of its files begin with.
+      split: prefix of the names of its files.
       columns: that are read.
       configuration: folder below, for repositories of several sets.
       repository: on the hub; None for a set that is not there.
@@ -62,7 +62,7 @@ def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapp
       DataError: a malformed line.
     """
     files = find(source, data_dir)
-    found: list[Mapping[str, Any]] = []
+    result: list[Mapping[str, Any]] = []
     for path in files:
         for where, row in _read(path):
             missing = [column for column in source.columns if column not in row]
@@ -71,10 +71,10 @@ def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapp
                     f"{where}: there is no column {missing[0]!r}, but {', '.join(row)}. Use the set's "
                     f"public files: {_how(source, path.parent)}"
                 )
-            found.append(row)
-    if not found:
+            result.append(row)
+    if not result:
         raise MissingDataError(f"{files[0]} holds no rows: {_how(source, files[0].parent)}")
-    return found
+    return result
 
 
 def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[pathlib.Path]:
@@ -86,18 +86,18 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
         )
     root = pathlib.Path(folder, source.folder)
     configured = root / source.configuration if source.configuration else root
-    found = [
+    paths = [
         path
         for path in sorted(configured.rglob("*"))
         if path.name.endswith(_KINDS) and path.is_file() and _is_of(path, configured, source.split)
     ]
-    if not found:
+    if not paths:
         raise MissingDataError(
             f"no {source.split}*.parquet or .jsonl below {configured}: {_how(source, root)}"
         )
     # The same split in both formats is one set, not two.
-    kinds = {path.name.endswith(".parquet") for path in found}
-    return found if len(kinds) == 1 else [p for p in found if p.name.endswith(".parquet")]
+    kinds = {path.name.endswith(".parquet") for path in paths}
+    return paths if len(kinds) == 1 else [p for p in paths if p.name.endswith(".parquet")]
 
 
 def _is_of(path: pathlib.Path, root: pathlib.Path, split: str) -> bool:

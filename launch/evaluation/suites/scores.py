@@ -6,7 +6,12 @@ is missing is missing too: it would not compare with others.
 """
 
 import dataclasses
+import importlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+
+from launch import cli, environment
+from launch.evaluation.suites.local_data import Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,12 +27,22 @@ class Suite:
     """Groups of benchmarks.
 
     Attributes:
-      name: of the suite.
+      name: of the suite, a folder of launch/papers; lm-evaluation-harness runs a benchmark by the task NAME_BENCHMARK of
+        launch/papers/NAME/harness_tasks.
       groups: in the order of the table.
+      sources: data sets of the benchmarks that lm-evaluation-harness runs.
+      programs: how to measure the others, whose answers are programs.
     """
 
     name: str
     groups: Sequence[Group]
+    sources: Mapping[str, Source]
+    programs: Mapping[str, str]
+
+    @property
+    def tasks(self) -> str:
+        """The folder of the task files."""
+        return os.path.join(environment.ROOT, "launch", "papers", self.name, "harness_tasks")
 
     @property
     def benchmarks(self) -> list[str]:
@@ -35,22 +50,14 @@ class Suite:
         return [benchmark for group in self.groups for benchmark in group.benchmarks]
 
 
-# "To Code, or Not To Code?" (arXiv 2408.10914), section 2.3.
-CODE_MIX = Suite(
-    name="code_mix",
-    groups=(
-        Group(
-            name="reasoning",
-            benchmarks=(
-                *("boolq", "piqa", "sciq", "social_iqa", "quac", "cb", "copa", "story_cloze"),
-                *("hellaswag", "winogrande", "arc_easy"),
-            ),
-        ),
-        Group(name="knowledge", benchmarks=("trivia_qa", "nq_open")),
-        Group(name="code", benchmarks=("humaneval", "mbpp")),
-    ),
-)
-SUITES = {suite.name: suite for suite in (CODE_MIX,)}
+def names() -> list[str]:
+    """Names of the suites, which are those of the papers that have one."""
+    return cli.papers_with("suite")
+
+
+def find(name: str) -> Suite:
+    """The suite of a paper: SUITE in launch/papers/NAME/suite.py."""
+    return importlib.import_module(f"launch.papers.{name}.suite").SUITE
 
 
 def means(
@@ -59,7 +66,7 @@ def means(
     """(score by group, total); None where a benchmark has none.
 
     Args:
-      suite: what to average.
+      suite: whose benchmarks to average.
       scores: by benchmark, those that were measured.
     """
     groups = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launch.evaluation.suites.local_data import Source, WrongDataError
+from launch.evaluation.suites.scores import Group, Suite
 
 Row = Mapping[str, Any]
 Document = dict[str, Any]
@@ -257,3 +258,21 @@ OF_CODE = {
     "humaneval": _RUN.format("humaneval"),
     "mbpp": _RUN.format("MBPP.jsonl") + "; the set is google-research-datasets/mbpp, split test",
 }
+
+# "To Code, or Not To Code?" (arXiv 2408.10914), section 2.3.
+SUITE = Suite(
+    name="code_mix",
+    groups=(
+        Group(
+            name="reasoning",
+            benchmarks=(
+                *("boolq", "piqa", "sciq", "social_iqa", "quac", "cb", "copa", "story_cloze"),
+                *("hellaswag", "winogrande", "arc_easy"),
+            ),
+        ),
+        Group(name="knowledge", benchmarks=("trivia_qa", "nq_open")),
+        Group(name="code", benchmarks=("humaneval", "mbpp")),
+    ),
+    sources={name: benchmark.source for name, benchmark in BENCHMARKS.items()},
+    programs=OF_CODE,
+)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import report
+from launch.run import metric_rows
 
 Points = dict[int, float]  # step -> value
 
@@ -72,7 +72,7 @@ def read(name: str, directory: str | os.PathLike) -> Run:
       FileNotFoundError: the directory holds no metrics.
       ValueError: they are not of preferences.
     """
-    rows = report.read_rows(directory)
+    rows = metric_rows.read_rows(directory)
     series = {
         name: points for name, choices in METRICS.items() if (points := _points(rows, choices))
     }

@@ -40,10 +40,9 @@ from typing import Any
 import numpy as np
 
 from data.preference import topic_language
-from launch import generate
-from launch.inference import row_files
-from trainers.decoding.decode import Settings
+from launch.inference import generate, row_files
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Settings
 
 TRAIN_PAIRS = 2048
 FILES = {"train": "pairs.jsonl", "validation": "held_out.jsonl"}

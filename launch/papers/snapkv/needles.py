@@ -21,7 +21,7 @@ from data.text.sources import english, environment
 from launch.papers.snapkv.methods import FULL, Method
 from launch.run.load_run import LoadedRun
 from model.transforms import layer_stack
-from trainers.decoding.decode import Settings
+from trainers.decoding.settings import Settings
 from trainers.snapkv import cache_analysis, replay
 
 ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty", "velvet")

@@ -17,7 +17,7 @@ from data.snapkv import retrieval
 from launch.papers.snapkv.methods import FULL, Method, kernels, methods
 from launch.plots import intervals
 from model.transforms import layer_stack
-from trainers.decoding.decode import Settings
+from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
 
 WINDOW = 8

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from launch import root_check
 from launch.cluster import local
 from launch.cluster.base import Job, State
 from launch.cluster.local import LocalSubmitter
+from launch.environment import ROOT
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_what_runs_is_told_once_when_its_driver_dies(tmp_path):
     # Found as a module of the project, so that it runs in the worker itself.
     paths = [str(tmp_path), *launch.__path__]
     (tmp_path / "sitecustomize.py").write_text(f"import launch; launch.__path__[:] = {paths!r}\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root_check.ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     log = tmp_path / "log"
     with subprocess.Popen([sys.executable, str(tmp_path / "drive.py")], env=environment) as driver:
         await_text(log, "ready")

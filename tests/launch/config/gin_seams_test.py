@@ -74,10 +74,11 @@ def test_the_same_in_files(gin_file):
 def test_flags_win_over_the_entry_functions_bindings(gin_file):
     own = "t5x_configs/runs/evaluate.gin"
     text = problems(
-        "loss.evaluate.max_batches=3", files=[own], entry="launch.evaluation.loss:evaluate"
+        "held_out.evaluate.max_batches=3", files=[own], entry="launch.evaluation.held_out:evaluate"
     )
     assert (
-        "'launch.evaluation.loss.evaluate.max_batches' has no effect: the command passes it" in text
+        "'launch.evaluation.held_out.evaluate.max_batches' has no effect: the command passes it"
+        in text
     )
 
 
@@ -200,5 +201,8 @@ def test_trainers_pass_what_the_table_says():
 
     held_out: set = set()
     stream.held_out(recorder(lambda task: task, held_out), ["a"])
-    for owner, argument in (("train.train", "eval_stream"), ("evaluation.loss.evaluate", "stream")):
+    for owner, argument in (
+        ("train.train", "eval_stream"),
+        ("evaluation.held_out.evaluate", "stream"),
+    ):
         assert held_out == {frozenset(gin_seams.PASSED[f"launch.{owner}"][argument])}

@@ -71,6 +71,8 @@ def test_the_users_own_files_may_bring_it_in(gin_file, evil):
         ("from launch import benchmarks", "benchmarks.peers.run"),
         ("from data.text import user_data", "user_data.import_mixtures"),
         ("from data.text import user_data", "user_data.importlib.import_module"),
+        ("from launch import convert", "convert.main"),
+        ("from launch.run import load_run", "load_run.config_of"),
         ("import jax", "jax.experimental.serialize_executable.deserialize_and_load"),
         ("from jax._src import pickle_util", "pickle_util.loads"),
         ("from launch.run import load_run", "load_run.restore.__globals__.get"),

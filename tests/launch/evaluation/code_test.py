@@ -116,7 +116,7 @@ def test_a_model_is_evaluated_and_resumed_with_the_same_draws(
 
 
 def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, monkeypatch):
-    from launch import generate
+    from launch.inference import generate
 
     def generated(config, rows, *, stops, settings, **_):
         assert stops == ("\nclass", "\nassert", '\n"""', "\nprint", "\nif")

@@ -12,6 +12,7 @@ from launch.evaluation.judges.base import JudgeError, Outcome, Pair
 from launch.evaluation.judges.pairwise import PairwiseJudge, Silence
 from launch.evaluation.judges.reward import RewardJudge
 from launch.evaluation.judges.template import Template
+from launch.inference.row_files import RowFileError
 
 
 @pytest.mark.parametrize(
@@ -173,12 +174,16 @@ def test_a_journal_is_one_processs_and_damage_in_it_is_named(tmp_path):
     path = tmp_path / "kept"
     with (
         journal.opened(path),
-        pytest.raises(JudgeError, match="Another process"),
+        pytest.raises(RowFileError, match="another process"),
         journal.opened(path),
     ):
         pass
     path.write_text('{"key": "0", "value": "A"}\nnonsense\n{"key": "1", "value": "B"}\n')
-    with pytest.raises(JudgeError, match="kept, line 2: not a kept"), journal.opened(path):
+    with pytest.raises(RowFileError, match="kept, line 2 is no row"), journal.opened(path):
+        pass
+    assert len(path.read_text().splitlines()) == 3
+    path.write_text('{"key": "0", "value": "A"}\n{"nonsense": 1}\n{"key": "1", "value": "B"}\n')
+    with pytest.raises(JudgeError, match="kept, line 2: not a judge's"), journal.opened(path):
         pass
     assert len(path.read_text().splitlines()) == 3
 

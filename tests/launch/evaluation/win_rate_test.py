@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from launch.evaluation import win_rate as win_rate_command
 from launch.evaluation.judges import spec, template
 
 GARBAGE = "Both have merits."
@@ -340,7 +341,7 @@ def test_a_checkpoint_writes_as_generate_does(
         ([{"prompt": "Say one.", "text": " "}], "b.jsonl holds no answer"),
         ([{"prompt": "Say one."}], "b.jsonl, line 1: expected a prompt and the answer's text"),
         ([{"prompt": [1, 2], "text": "x"}], "Judges read no tokens"),
-        ([{"prompt": "Say one.", "text": "x"}] * 2, "line 2: the prompt is that of"),
+        ([{"prompt": "Say one.", "text": "x"}] * 2, "line 2: the prompt occurs in"),
         ([{"prompt": "Say six.", "text": "x"}], "b.jsonl has no answer to this prompt, nor to 4"),
         ([{"prompt": "x", "text": "x", "tools": []}], "judges are not shown tools"),
     ],
@@ -365,7 +366,7 @@ def test_ids_join_rows_and_must_have_one_prompt(win_rate, endpoint, tmp_path, ca
     assert "have one id, 2, and different prompts" in capsys.readouterr().err
     write("b", [(1, "x"), (1, "x")])
     assert win_rate(judge_of(endpoint)) == 2
-    assert "the id 1 is that of" in capsys.readouterr().err
+    assert "the id 1 occurs in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -409,11 +410,14 @@ def test_flags_that_do_not_go_together(win_rate, capsys, tmp_path, monkeypatch, 
     assert message in capsys.readouterr().err
 
 
-def test_the_help_names_every_setting():
-    import launch.win_rate
-
-    for kind in spec.HELP.splitlines():
-        name, _, settings = kind.partition("[,")
-        assert name.partition(":")[0] in launch.win_rate.__doc__
-        for setting in settings.rstrip("]").split(","):
-            assert setting.partition("=")[0] in launch.win_rate.__doc__
+def test_the_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        win_rate_command.main(["--help"])
+    assert ended.value.code == 0
+    page = capsys.readouterr().out
+    for kind in ("checkpoint", "openai", "logprob"):
+        assert f"  {spec.usage(kind)}\n" in page
+    assert spec.usage("checkpoint") == "checkpoint:DIR[,params=auto,max_tokens=128,batch_size=8]"
+    assert spec.usage("logprob") == "logprob:DIR[,params=auto,batch_size=8,margin=0]"
+    assert "openai:URL,model=NAME[,key_env=" in spec.usage("openai")
+    assert "max_tokens=512,temperature=0,timeout=120,retries=6" in spec.usage("openai")

@@ -20,8 +20,9 @@ from model.config import TransformerConfig
 from model.kernels.platform import use_platform
 from model.kv_cache.policies import policy_named
 from model.transformer import Transformer
-from trainers.decoding.decode import Settings, decode
+from trainers.decoding.decode import decode
 from trainers.decoding.prefill import prefill
+from trainers.decoding.settings import Settings
 from trainers.partitioning import RULE_SETS, make_mesh
 
 needs_libtpu = pytest.mark.skipif(

@@ -38,7 +38,7 @@ def rows(texts, prompt="1 + 1 = ", answer="2", **more):
 def add_flags(parser):
     for name in ("inputs", "output", "pairs"):
         parser.add_argument(f"--{name}")
-    rewards.add(parser)
+    rewards.add_flags(parser)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_texts_that_were_cut_are_penalised(command):
 
 HEADED = """
 from __gin__ import dynamic_registration
-from model import {module}
+from model.heads import {module}
 from model import transformer
 MODEL = @{module}.{kind}()
 {module}.{kind}.backbone = @transformer.Transformer()

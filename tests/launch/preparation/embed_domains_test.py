@@ -13,7 +13,7 @@ import pytest
 
 from data import tasks
 from data.nexus import domain_embeddings
-from launch.preparation import embed_domains
+from launch.preparation import domain_vectors
 
 LAG = "--gin_file=t5x_configs/data/lag_domains.gin"
 TEXTS = {"law": ["lex dura", "sed lex", "ius"], "code": ["import os", "x = 1"], "sea": ["waves"]}
@@ -109,7 +109,7 @@ def test_a_file_that_another_command_has_extended_meanwhile_is_left_as_it_is(
     embed, command, monkeypatch, capsys, tmp_path
 ):
     embed("--dim=32", names=("law", "code"))
-    draw = embed_domains.draw
+    draw = domain_vectors.draw
     more = tmp_path / "more.jsonl"
     more.write_text('{"text": "more"}\n')
 
@@ -119,7 +119,7 @@ def test_a_file_that_another_command_has_extended_meanwhile_is_left_as_it_is(
             assert command("prepare embed_domains", *flags) == 0
         return draw(name, *given)
 
-    monkeypatch.setattr(embed_domains, "draw", slowly)
+    monkeypatch.setattr(domain_vectors, "draw", slowly)
     flags = (f"--extend={embed.path}", f"--domain=sea={tmp_path}/sea.jsonl")
     assert command("prepare embed_domains", *flags) == 2
     assert "was written by another command meanwhile" in capsys.readouterr().err
@@ -167,13 +167,13 @@ def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(emb
     embed.path.unlink()
     embed(*sources, "--documents=40", "--document_per=line", names=())
     assert embed.path.read_bytes() == first
-    from launch.preparation import embed_domains
+    from launch.preparation import domain_vectors
 
     flags = types.SimpleNamespace(text_key="text", document_per="file", limit=None)
     counts = np.zeros(400)
     for seed in range(50):
         settings = {"documents": 40, "tokens": 10, "seed": seed}
-        drawn = embed_domains.draw("many", str(tmp_path / "*.gz"), settings, flags)
+        drawn = domain_vectors.draw("many", str(tmp_path / "*.gz"), settings, flags)
         assert {len(text) for text in drawn} == {640} and len(set(drawn)) == 40
         counts[[int(text[:4]) for text in drawn]] += 1
     quarters = counts.reshape(4, 100).sum(1)  # of 500 each, were they equally probable

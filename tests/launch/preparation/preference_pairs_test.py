@@ -64,8 +64,7 @@ def test_errors_are_for_people(tmp_path, capsys):
         (["--kind=reasoning", out, "--rejected=next"], "--rejected is for --kind=rated"),
         (["--kind=reasoning", out, "--limit=0"], "--limit must be at least 1"),
     ):
-        with pytest.raises(SystemExit):
-            preference_pairs.main(arguments)
+        assert preference_pairs.main(arguments) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "ties.jsonl").write_text("\n".join(map(json.dumps, (rated(1, 1), rated(1, 2)))))
     (tmp_path / "empty.jsonl").write_text("\n")

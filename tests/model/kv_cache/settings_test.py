@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from launch.generate_flags import CACHE_POLICIES
+from launch.generate import CACHE_POLICIES
 from model.kv_cache.policies import POLICIES, policy_from_text, policy_named
 
 

@@ -17,10 +17,9 @@ from model.embed import Positions
 from model.mlp import Mlp
 from model.norm import LayerNorm
 from model.transformer import Block, Transformer
-from trainers.decoding.beam import Beams
-from trainers.decoding.decode import Settings
 from trainers.decoding.decoder import Decoder
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Beams, Settings
 
 GOLDENS = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "generation.npz")
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21], [0, 5, 9, 2, 7], [0, 3]]

@@ -15,11 +15,10 @@ from model.embed import Positions
 from model.kv_cache.full import FullCache
 from model.kv_cache.policies import policy_named
 from model.transformer import Block, Transformer
-from trainers.decoding.beam import Beams
-from trainers.decoding.decode import Settings
 from trainers.decoding.decoder import Decoder
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Beams, Settings
 
 V, M = 29, 7
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2], [0, 5, 9, 2, 7], [0, 3], [0]]

@@ -16,9 +16,10 @@ import pytest
 from model.config import TransformerConfig
 from model.kv_cache.policies import POLICIES, policy_named
 from model.transformer import Transformer
-from trainers.decoding.decode import Settings, decode
+from trainers.decoding.decode import decode
 from trainers.decoding.decoder import Decoder
 from trainers.decoding.prefill import prefill
+from trainers.decoding.settings import Settings
 from trainers.partitioning import RULE_SETS, make_mesh, use_mesh
 
 V, T, M = 31, 24, 5

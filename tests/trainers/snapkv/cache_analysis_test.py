@@ -15,8 +15,9 @@ from model.kv_cache.pyramidkv import PyramidKV
 from model.kv_cache.random import Random
 from model.kv_cache.snapkv import SnapKV
 from model.transformer import Transformer
-from trainers.decoding.decode import Settings, decode
+from trainers.decoding.decode import decode
 from trainers.decoding.prefill import prefill
+from trainers.decoding.settings import Settings
 from trainers.snapkv import cache_analysis, replay
 
 CONFIG = TransformerConfig(

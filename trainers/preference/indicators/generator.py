@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainers.decoding import decode
 from trainers.decoding.buckets import bucket_length
 from trainers.decoding.policy_sampler import PolicySampler
+from trainers.decoding.settings import Settings
 
 
 class Generator:
@@ -30,7 +30,7 @@ class Generator:
         self,
         model: Any,
         prompts: Sequence[Sequence[int]],
-        settings: decode.Settings,
+        settings: Settings,
         *,
         batch_size: int,
         sharding: NamedSharding,

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from trainers.decoding.decode import Settings, eos_ids
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Settings, eos_ids
 from trainers.hooks import GivenUpError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples

@@ -3,6 +3,7 @@
 import pytest
 
 from launch.evaluation.suites import scores
+from launch.papers.code_mix.suite import SUITE
 
 # Reasoning, knowledge, code, and the average of all, in %: "To Code, or Not To Code?"
 # (arXiv 2408.10914), the 470M recipes, one line for each phase.
@@ -26,26 +27,31 @@ def test_totals_are_those_of_the_paper(recipe, reasoning, knowledge, code, total
     by_group = {"reasoning": reasoning, "knowledge": knowledge, "code": code}
     # Benchmarks that differ within a group, around the group's score.
     found = {}
-    for group in scores.CODE_MIX.groups:
+    for group in SUITE.groups:
         middle = (len(group.benchmarks) - 1) / 2
         for i, name in enumerate(group.benchmarks):
             found[name] = by_group[group.name] + i - middle
-    groups, average = scores.means(scores.CODE_MIX, found)
+    groups, average = scores.means(SUITE, found)
     assert groups == pytest.approx(by_group)
     assert average == pytest.approx(total, abs=0.06)
 
 
 def test_the_suite_has_the_papers_benchmarks():
-    assert [len(group.benchmarks) for group in scores.CODE_MIX.groups] == [11, 2, 2]
-    assert len(set(scores.CODE_MIX.benchmarks)) == 15
+    assert [len(group.benchmarks) for group in SUITE.groups] == [11, 2, 2]
+    assert len(set(SUITE.benchmarks)) == 15
+
+
+def test_a_suite_is_found_by_the_name_of_its_paper():
+    assert "code_mix" in scores.names()
+    assert scores.find("code_mix") is SUITE
 
 
 def test_what_lacks_a_part_has_no_mean():
-    found = dict.fromkeys(scores.CODE_MIX.benchmarks, 0.25)
+    found = dict.fromkeys(SUITE.benchmarks, 0.25)
     del found["mbpp"]
-    groups, total = scores.means(scores.CODE_MIX, found)
+    groups, total = scores.means(SUITE, found)
     assert groups == {"reasoning": 0.25, "knowledge": 0.25, "code": None} and total is None
-    rows = list(scores.table(scores.CODE_MIX, found, {"mbpp": "not there"}))
+    rows = list(scores.table(SUITE, found, {"mbpp": "not there"}))
     assert ("code", "mbpp", "-", "not there") in rows
     assert ("code", "mean", "-", "1 of 2 benchmarks") in rows
     assert rows[-1] == ("total", "mean of groups", "-", "")

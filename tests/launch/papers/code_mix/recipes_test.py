@@ -17,8 +17,7 @@ from pyarrow import parquet
 from tokenizers import models, pre_tokenizers
 
 from data import tasks
-from launch import precompile
-from launch.aot import tpu_topology
+from launch.aot import precompile, tpu_topology
 from launch.config import gin_config
 from trainers.objectives import lm
 from trainers.optim import schedules

@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from launch.evaluation.suites import scores
 from launch.evaluation.suites.local_data import WrongDataError
 from launch.papers.code_mix.harness_tasks import tasks
-from launch.papers.code_mix.suite import BENCHMARKS, OF_CODE
+from launch.papers.code_mix.suite import BENCHMARKS, OF_CODE, SUITE
 
 # (query, choices, gold) of the first document of each set.
 RANKED = {
@@ -103,11 +102,11 @@ def test_choices_are_ranked_by_sum_or_per_byte():
 
 
 def test_every_benchmark_but_code_has_a_data_set_and_a_task_file():
-    assert set(scores.CODE_MIX.benchmarks) == {*BENCHMARKS, *OF_CODE}
-    assert set(scores.CODE_MIX.groups[-1].benchmarks) == set(OF_CODE)
+    assert set(SUITE.benchmarks) == {*BENCHMARKS, *OF_CODE}
+    assert set(SUITE.groups[-1].benchmarks) == set(OF_CODE)
     folder = pathlib.Path(tasks.__file__).parent
     files = {path.stem for path in folder.glob("[!_]*.yaml")}
     assert files == set(BENCHMARKS)
-    for group in scores.CODE_MIX.groups[:-1]:
+    for group in SUITE.groups[:-1]:
         listed = (folder / f"_group_{group.name}.yaml").read_text()
         assert re.findall(r"- code_mix_(\w+)", listed) == list(group.benchmarks)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from launch.papers.preference import board, board_figure, board_series, board_words
+from launch import report
+from launch.papers.preference import board_figure, board_series, board_words
 
 
 def run(path, rows):
@@ -90,7 +91,7 @@ def test_the_table_has_the_columns_that_there_are(runs):
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_a_board_is_one_file(runs, tmp_path, capsys, ending):
     path = tmp_path / "out" / f"board.{ending}"
-    assert board.main([*runs, f"--output={path}"]) == 0
+    assert report.main(["--board", *runs, f"--out={path}"]) == 0
     assert "hot: signs of over-optimisation at step 30" in capsys.readouterr().out
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     if ending == "html":
@@ -105,9 +106,9 @@ def test_what_cannot_be_drawn_is_an_error(runs, tmp_path, capsys):
     for arguments, says in (
         ([str(tmp_path / "none")], "does not exist"),
         ([other], "runs/preference.gin"),
-        ([runs[0], "--output=board.pdf"], ".html or .png"),
+        ([runs[0], "--out=board.pdf"], ".html or .png"),
     ):
-        assert board.main(arguments) == 2
+        assert report.main([f"--out={tmp_path}/board.html", "--board", *arguments]) == 2
         assert says in capsys.readouterr().err
 
 
@@ -121,7 +122,7 @@ def test_runs_of_a_sweep_go_by_the_names_of_their_arms(tmp_path, capsys):
         (folders, ["dpo/seed0", "ipo/seed0", "ipo/seed1"]),
         (folders[:1], ["seed0"]),
     ):
-        assert board.main([*given, f"--output={tmp_path}/board.html"]) == 0
+        assert report.main(["--board", *given, f"--out={tmp_path}/board.html"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.partition(":")[0] for line in lines[: len(names)]] == names
 

@@ -8,7 +8,7 @@ import pytest
 
 from data.preference import topic_language
 from data.tokenizers import vocabularies
-from launch import generate
+from launch.inference import generate
 from launch.papers.preference import pairs, recall
 from launch.papers.preference.topic_reward import TopicReward
 from trainers.rewards.base import Completion

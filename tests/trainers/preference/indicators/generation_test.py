@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers import initialise, partitioning
-from trainers.decoding.decode import Settings
 from trainers.decoding.decoder import Decoder
 from trainers.decoding.policy_sampler import PolicySampler
 from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Settings
 from trainers.preference.indicators.generator import Generator
 from trainers.preference.indicators.reader import Reader
 from trainers.scoring.scoring import Row

@@ -1,55 +1,34 @@
-"""Draws what watches preference runs for over-optimisation: a board of plots, a table, and what the signals say.
+"""`launch.report --board`: what watches preference runs for over-optimisation, as plots, a table and sentences.
 
-Example, after runs with t5x_configs/methods/preference/indicators.gin:
-
-  python -m launch.papers.preference.board runs/dpo runs/dpo_nll --output=board.html
-
-The page has its plots inside, and can be sent; with --output=board.png all is one image. Runs without indicators show
-their losses and the likelihoods of held-out pairs. docs/preference_indicators.md says what each number is.
+The page has its plots inside, and can be sent; with --out=board.png all is one image. Runs without indicators show
+their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
 """
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
+from launch.run import metric_rows
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.papers.preference.board",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories (MODEL_DIR)")
-    parser.add_argument(
-        "--output", default="board.html", metavar="FILE", help=".html or .png (default board.html)"
-    )
-    flags = parser.parse_args(argv)
-    try:
-        print(write(flags.runs, pathlib.Path(flags.output)))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+FLAG = "board"
+HELP = (
+    "run directories of preference methods: draws their likelihoods and indicators (docs/preference_indicators.md) as "
+    "one page, or one image where --out ends with .png"
+)
 
 
-def write(directories: Sequence[str], path: pathlib.Path) -> str:
-    """Writes the board of runs to `path`; returns what was found in words.
+def report(directories: Sequence[str], path: pathlib.Path) -> str:
+    """Writes the board of runs to the file `path`; returns the signs of over-optimisation in words.
 
     Raises:
       FileNotFoundError: a directory holds no metrics.
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
-    from launch import report
     from launch.papers.preference import board_figure, board_series, board_words
     from launch.plots import html_page
 
     if path.suffix not in (".html", ".png"):
-        raise ValueError(f"--output={path}: name a file that ends with .html or .png.")
-    named = report.named(directories)
+        raise ValueError(f"--out={path}: name a file that ends with .html or .png.")
+    named = metric_rows.named(directories)
     runs = [
         board_series.read(name, folder)
         for name, folder in zip(_without_common_end(list(named)), named.values(), strict=True)
@@ -83,7 +62,3 @@ def _without_common_end(names: Sequence[str]) -> list[str]:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,21 +6,21 @@ import sys
 
 import pytest
 
-from launch import root_check
+from launch import environment
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def test_the_projects_own_packages_pass():
-    root_check.check()
+    environment.check_packages()
 
 
 def test_a_package_from_elsewhere_is_named(tmp_path, monkeypatch):
     (tmp_path / "hidden_pkg").mkdir()
     (tmp_path / "hidden_pkg" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(root_check.RootError, match="hidden_pkg") as caught:
-        root_check.check(("hidden_pkg",))
+    with pytest.raises(environment.RootError, match="hidden_pkg") as caught:
+        environment.check_packages(("hidden_pkg",))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -30,9 +30,9 @@ def test_a_plain_data_folder_before_the_project_is_found(tmp_path):
     (tmp_path / "data").mkdir()
     code = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('root_check', {ROOT!r} + '/launch/root_check.py')\n"
+        f"spec = importlib.util.spec_from_file_location('environment', {ROOT!r} + '/launch/environment.py')\n"
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        "module.check(('data',))"
+        "module.check_packages(('data',))"
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,

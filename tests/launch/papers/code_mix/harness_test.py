@@ -1,15 +1,13 @@
 """A suite on a tiny run: what is there is scored, what is missing is named, and the means follow."""
 
 import json
-import pathlib
 import shutil
 
 import gin
 import pytest
 
 from launch.evaluation.suites import evaluation
-from launch.evaluation.suites.scores import CODE_MIX
-from launch.papers.code_mix import harness_tasks
+from launch.papers.code_mix.suite import SUITE
 
 MISSING = ("story_cloze", "hellaswag")
 
@@ -79,10 +77,9 @@ def test_the_groups_of_the_harness_are_unweighted_means(data_dir, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("ESPALIER_EVAL_DATA", str(data_dir))
-    folder = pathlib.Path(harness_tasks.__file__).parent
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    manager = TaskManager(include_path=SUITE.tasks, include_defaults=False)
     found = simple_evaluate("dummy", tasks=["code_mix"], task_manager=manager, bootstrap_iters=0)
-    for group in CODE_MIX.groups[:-1]:
+    for group in SUITE.groups[:-1]:
         scores = [found["results"][f"code_mix_{name}"]["score,none"] for name in group.benchmarks]
         mean = found["groups"][f"code_mix_{group.name}"]["score,none"]
         assert mean == pytest.approx(sum(scores) / len(scores))

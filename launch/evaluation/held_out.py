@@ -1,0 +1,112 @@
+"""Held-out loss of a checkpoint by task: the work of `launch.evaluate loss`."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from data import cpu_tensorflow
+from data.stream import mixing
+from data.stream.stream import held_out
+from launch.run import load_run
+from trainers import evaluate as evaluation
+from trainers import partitioning
+from trainers.evaluate import EvalStream
+from trainers.recipe import Recipe
+from trainers.telemetry import metric_writers
+
+_COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
+
+
+def evaluate(
+    *,
+    recipe: Recipe,
+    register: Sequence[Callable[[], Any]],
+    stream: Callable[..., EvalStream],
+    mixture_or_task_name: str,
+    checkpoint: str = "",
+    params: str = "auto",
+    tasks: Sequence[str] | None = None,
+    max_batches: int | None = None,
+    json_file: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Evaluates a checkpoint on held-out splits and prints a table.
+
+    Args:
+      recipe: of the run that made it.
+      register: functions that register SeqIO tasks.
+      stream: opens the held-out split of a task, called with (task=).
+      mixture_or_task_name: whose tasks to evaluate.
+      checkpoint: step or run directory.
+      params: see launch/run/load_run.py.
+      tasks: names of tasks, in place of those of the mixture.
+      max_batches: per task; None for whole splits.
+      json_file: where to write the results as JSON too; NaN and infinities as in metrics.jsonl.
+
+    Returns:
+      Metrics by task.
+
+    Raises:
+      LoadError: the data's vocabulary is not the one of the checkpoint.
+    """
+    program = recipe.program()
+    values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)
+    cpu_tensorflow.load()
+    for call in register:
+        call()
+    if tasks is None:
+        tasks = [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
+    streams = held_out(stream, tasks)
+    if not streams:
+        raise ValueError(f"None of the tasks {', '.join(tasks)} holds anything out to evaluate on.")
+    for opened in streams:
+        _check_vocabulary(opened, meta, checkpoint)
+    step = program.steps(0).evaluate
+    with partitioning.use_mesh(program.mesh, program.rules):
+        results = {
+            opened.name: evaluation.evaluate(
+                step, values, opened, program.batch_sharding, max_steps=max_batches
+            )
+            for opened in streams
+        }
+    if jax.process_index() == 0:
+        print(_table(results))
+        if json_file:
+            document = {
+                "checkpoint": os.path.abspath(checkpoint),
+                "params": params,
+                "max_batches": max_batches,
+                "tasks": {
+                    task: {name: metric_writers.jsonable(value) for name, value in values.items()}
+                    for task, values in results.items()
+                },
+            }
+            with open(json_file, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def _check_vocabulary(stream: EvalStream, meta: Mapping[str, Any], checkpoint: str) -> None:
+    trained = meta.get("vocabulary")
+    if trained is not None and stream.summary()["vocabulary"]["digest"] != trained:
+        raise load_run.LoadError(
+            f"The task {stream.name!r} is tokenised with another vocabulary than the checkpoint "
+            f"{checkpoint} was trained with. Use the run's own: do not set VOCABULARY."
+        )
+
+
+def _table(results: Mapping[str, Mapping[str, float]]) -> str:
+    width = max(map(len, (*results, "task")))
+    lines = [f"{'task':{width}}" + "".join(f"{name:>15}" for name in _COLUMNS)]
+    for task, values in results.items():
+        cells = [_cell(name, values.get(name)) for name in _COLUMNS]
+        lines.append(f"{task:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if name == "tokens" else f"{value:.4f}"

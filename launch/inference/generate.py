@@ -1,0 +1,254 @@
+"""Continues rows with a run's model, and writes or shows their continuations."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from launch.inference import row_files
+from launch.run.load_run import EXAMPLE, LoadError, RunConfig
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.full import FullCache
+from trainers.decoding.decoder import Continuation, Decoder, Stats
+from trainers.decoding.settings import Settings
+from trainers.decoding.stop_strings import GrowingText, cut
+
+# New tokens between two looks at the texts: a look costs less than a tenth of a token.
+_LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
+_PROMPT_KEYS = ("text", "messages", "tokens")
+
+
+def generate_file(config: RunConfig, *, inputs: str, output: str, **options: Any) -> None:
+    """Continues the rows of a file; the options are those of `generate`."""
+    row_files.check_output(output)
+    rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
+    row_files.write(output, generate(config, rows, **options), writer=jax.process_index() == 0)
+
+
+def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row that only has a "prompt", as rows of preferences do, with the prompt as "text" or "messages"."""
+    if "prompt" not in row or not row.keys().isdisjoint(_PROMPT_KEYS):
+        return row
+    prompt = row["prompt"]
+    others = {key: value for key, value in row.items() if key != "prompt"}
+    return {**others, "text" if isinstance(prompt, str) else "messages": prompt}
+
+
+def print_continuations(
+    config: RunConfig, prompt: str, *, stream: bool | None, settings: Settings, **options: Any
+) -> None:
+    """Prints the continuations of a text.
+
+    Args:
+      config: of the run that made the checkpoint.
+      prompt: the text.
+      stream: whether text is shown as it grows; None to do so on a terminal.
+      settings: see `generate`.
+      **options: likewise.
+    """
+    single = settings.num_samples == 1 and settings.beams is None
+    stream = sys.stdout.isatty() and single if stream is None else stream
+    writes = jax.process_index() == 0
+    show = (to_terminal if writes else lambda piece: None) if stream else None
+    rows = [("--prompt", {"text": prompt})]
+    for row in generate(config, rows, settings=settings, show=show, **options):
+        if not writes:
+            continue
+        if row["sample"]:
+            print(f"--- sample {row['sample']}")
+        to_terminal("\n" if stream else row["text"] + "\n")
+
+
+def to_terminal(piece: str) -> None:
+    """Prints text at once; characters that the terminal's encoding lacks become escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def generate(
+    config: RunConfig,
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    checkpoint: str,
+    params: str = "auto",
+    settings: Settings,
+    eos_ids: Sequence[int] | None = None,
+    stops: Sequence[str] = (),
+    seed: int = 0,
+    policy: CachePolicy | None = None,
+    policy_name: str = "full",
+    cache_dtype: str | None = None,
+    prefill_chunk: int | None = None,
+    batch_size: int = 8,
+    show: Callable[[str], None] | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Continues rows.
+
+    Args:
+      config: of the run that made the checkpoint.
+      rows: (place, row) as in row_files.read.
+      checkpoint: step or run directory.
+      params: see launch/run/load_run.py.
+      settings: what to generate; the ids that end a row and the size of the vocabulary are set from the run.
+      eos_ids: tokens that end a continuation; None for the vocabulary's.
+      stops: texts that end one.
+      seed: of the draws; a row's depend on it, on the row's index and on the sample's alone.
+      policy: of the key/value caches; None to keep everything.
+      policy_name: of the policy, for the report.
+      cache_dtype: in which keys and values are kept; None for the model's.
+      prefill_chunk: tokens of prompts that are read at a time; None for all.
+      batch_size: rows at a time, each with all its samples.
+      show: called with the text of a single row as it grows.
+      indices: of the rows among all that there are, where these are not all; their draws are the same.
+
+    Yields:
+      The rows with their continuations, `settings.num_samples` for each, as they are done.
+
+    Raises:
+      LoadError: rows that cannot be read, or stops without a vocabulary.
+    """
+    with config.load(checkpoint, params=params) as loaded:
+        prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
+        if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
+            raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
+        vocabulary = loaded.vocabulary_or_none
+        if vocabulary is None and stops:
+            raise LoadError("--stop needs texts, and the run's configuration sets no VOCABULARY.")
+        settings = dataclasses.replace(
+            settings,
+            eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
+            num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
+        )
+        texts = Texts(
+            None if vocabulary is None else decoder_of(vocabulary),
+            ends=settings.ends,
+            stops=stops,
+            show=show,
+        )
+        decoder = Decoder(
+            loaded.model,
+            loaded.params,
+            settings,
+            policy=FullCache() if policy is None else policy,
+            batch_size=loaded.batch_size(batch_size, len(rows)),
+            sharding=loaded.row_sharding,
+            cache_dtype=cache_dtype,
+            prefill_chunk=prefill_chunk,
+            watch=texts.watch if texts.watching else None,
+            watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
+        )
+        continuations = decoder.stream(prompts, seed=seed % 2**32, indices=indices)
+        for i, (_, row) in enumerate(rows):
+            for sample in range(settings.num_samples):
+                yield texts.answer(row, i, sample, next(continuations))
+        if jax.process_index() == 0:
+            print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+
+
+def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:
+    cache = policy_name if cache_dtype is None else f"{policy_name}, {cache_dtype}"
+    return (
+        f"{stats.new_tokens:,} new tokens, {stats.tokens_per_second:,.1f} tokens/s (prefill of "
+        f"{stats.prompt_tokens:,} tokens {stats.prefill_seconds:.2f} s, decoding "
+        f"{stats.decode_seconds:.2f} s, compilation before {stats.compile_seconds:.1f} s); cache "
+        f"({cache}) {stats.cache_bytes:,} bytes a batch"
+    )
+
+
+class Texts:
+    """The texts of continuations: as they grow, where they stop, and as rows of a file.
+
+    Args:
+      decode: text of tokens; None for a run without a vocabulary, whose rows have no text.
+      ends: ids that end a continuation; they are among its tokens, not in its text.
+      stops: texts that end one; text is cut before them, tokens after the one that completes the stop.
+      show: called with text as soon as it is certain; None to wait for the end.
+      decode_watched: text of tokens in which stops are looked for; None for `decode`.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str] | None,
+        *,
+        ends: Collection[int],
+        stops: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+        decode_watched: Callable[..., str] | None = None,
+    ):
+        self._decode = decode
+        self._ends = frozenset(ends)
+        self._stops = tuple(stops)
+        self._show = show
+        self._decode_watched = decode_watched or decode
+        self._growing: dict[tuple[int, int], GrowingText] = {}
+
+    @property
+    def watching(self) -> bool:
+        """Whether tokens must be seen while there may be more."""
+        return bool(self._stops) or self._show is not None
+
+    def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
+        """The number of new tokens after which a row stops, or None; see trainers/decoding/decoder.py."""
+        if not self.watching:
+            return None
+        text = self._growing.get((prompt, sample))
+        if text is None:
+            text = GrowingText(self._decode_watched, self._stops)
+            self._growing[prompt, sample] = text
+        for count, token in enumerate(tokens, 1):
+            if token in self._ends:
+                return None
+            self._show_piece(text.add(token))
+            if text.stopped:
+                return count
+        return None
+
+    def _show_piece(self, piece: str) -> None:
+        if piece and self._show is not None:
+            self._show(piece)
+
+    def text(self, tokens: Sequence[int]) -> tuple[str, str]:
+        """The text of all tokens of a continuation up to its end, and "eos", "stop" or "length" for that end."""
+        ended = bool(tokens) and tokens[-1] in self._ends
+        text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
+        before_stop = cut(text, self._stops)
+        if before_stop is not None:
+            return before_stop, "stop"
+        return text, "eos" if ended else "length"
+
+    def answer(
+        self, row: Mapping[str, Any], prompt: int, sample: int, new: Continuation
+    ) -> dict[str, Any]:
+        """A row with one of its continuations."""
+        growing = self._growing.pop((prompt, sample), None)
+        if growing is not None:
+            self._show_piece(growing.finish())
+        answer = {key: value for key, value in row.items() if key not in _PROMPT_KEYS}
+        answer["prompt"] = next(row[key] for key in _PROMPT_KEYS if key in row)
+        answer["sample"] = sample
+        text, answer["ended"] = self.text(new.tokens)
+        if self._decode is not None:
+            answer["text"] = text
+        answer |= {"tokens": new.tokens, "logprobs": new.log_probs}
+        if new.score is not None:
+            answer["score"] = new.score
+        return answer
+
+
+def decoder_of(vocabulary: Any) -> Callable[[Sequence[int]], str]:
+    """A function that decodes all tokens; SeqIO's `decode` stops at EOS, which not every continuation ends with."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token == vocabulary.eos_id:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return "".join(vocabulary.decode(part) for part in parts)
+
+    return decode

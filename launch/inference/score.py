@@ -1,0 +1,70 @@
+"""Scores rows with a run's model: the log-probability of each token."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from launch.inference import row_files
+from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from trainers.scoring.scoring import Row, Scorer
+
+
+def score(
+    config: RunConfig,
+    *,
+    checkpoint: str,
+    inputs: str,
+    output: str,
+    params: str = "auto",
+    batch_size: int = 8,
+) -> None:
+    """Scores a file of rows.
+
+    Args:
+      config: of the run that made the checkpoint.
+      checkpoint: step or run directory.
+      inputs: file of rows.
+      output: file for the rows with their scores.
+      params: see launch/run/load_run.py.
+      batch_size: rows at a time.
+    """
+    row_files.check_output(output)
+    placed_rows = row_files.read(inputs, example=EXAMPLE)
+    with config.load(checkpoint, params=params) as run:
+        rows = [scored_row(run, row, where) for where, row in placed_rows]
+        size = run.batch_size(batch_size, len(rows))
+        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        sums = []
+
+        def scored() -> Iterator[dict[str, Any]]:
+            for (_, row), logp_T in zip(placed_rows, scorer.stream(rows), strict=True):
+                logprobs = logp_T.tolist()
+                sums.append(sum(logprobs))
+                yield {**row, "logprobs": logprobs, "sum": sums[-1]}
+
+        primary = jax.process_index() == 0
+        began = time.perf_counter()
+        row_files.write(output, scored(), writer=primary)
+        seconds = time.perf_counter() - began
+    if primary:
+        count = sum(len(row.targets) for row in rows)
+        mean = sum(sums) / max(count, 1)
+        print(f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {mean:.4f} nats a token")
+
+
+def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
+    """A row of a file as the scorer takes it.
+
+    Raises:
+      LoadError: one that the model cannot read.
+    """
+    tokens, targets = run.scored(row, where)
+    context = run.context(tokens)
+    if targets is not None:
+        if not context and targets:
+            raise LoadError(f"{where}: nothing precedes the targets, and START_TOKEN is None.")
+        return Row(context=context, targets=targets)
+    # An empty row has no token to predict, and one to stand before none.
+    return Row(context=context[:1] or [0], targets=context[1:])

@@ -1,0 +1,39 @@
+"""The rows of runs' metrics.jsonl, and the runs by name."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainers.telemetry.metric_writers import rows_in_force
+
+
+def named(directories: Sequence[str]) -> dict[str, str]:
+    """Directories by the shortest ends of their paths that tell them apart."""
+    parts = [pathlib.Path(directory).resolve().parts for directory in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, directories, strict=True))
+    raise ValueError("the same directory is named twice.")
+
+
+def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without those of steps that a rollback gave up."""
+    path = os.path.join(directory, "metrics.jsonl")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
+    return rows_in_force(path)
+
+
+def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest held-out metrics by domain."""
+    evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    if not evaluated:
+        raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")
+    domains: dict[str, dict[str, float]] = {}
+    for key, value in evaluated[-1].items():
+        if key.startswith("eval/"):
+            _, domain, metric = key.split("/", 2)
+            domains.setdefault(domain, {})[metric] = value
+    return {"step": evaluated[-1]["step"], "domains": domains}
