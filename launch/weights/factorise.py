@@ -256,9 +256,8 @@ def _save(folder: str, params: Any, meta: Mapping[str, Any]) -> None:
 def _bindings(*, dense: bool) -> list[str]:
     """What makes the layers of any model factorised, or dense again."""
     lines = ["# Of launch.upcycle factorise."]
-    lines += [
-        f"from model import {name}" for name in ("attention", "linear", "lowrank", "mlp", "moe")
-    ]
+    lines += [f"from model import {name}" for name in ("attention", "linear", "mlp")]
+    lines += ["from model.low_rank import lowrank", "from model.moe import moe"]
     for module, field, low_rank, plain in _OWNERS:
         lines.append(f"{module}.{field} = @{plain if dense else low_rank}")
     if not dense:

@@ -229,7 +229,7 @@ def _bindings(flags: argparse.Namespace, mixture: Mixture, domain_dim: int | Non
         owners.append("moa.MixtureOfAttention")
     if mixture.router in _ROUTERS:
         module, name = _ROUTERS[mixture.router]
-        lines += [f"from model import {module}"]
+        lines += [f"from model.nexus import {module}"]
         lines += [f"{module}.{name}.domain_dim = {domain_dim}"]
         lines += [f"{owner}.router = @{module}.{name}" for owner in owners]
     return lines
