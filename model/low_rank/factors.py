@@ -246,25 +246,24 @@ def is_factorised(node: Any) -> bool:
     return isinstance(node, Mapping) and node.get("u") is not None and node.get("v") is not None
 
 
-def table(found: Sequence[Factors], lost: Mapping[str, float] | None = None) -> list[str]:
+def table(found: Sequence[Factors]) -> list[str]:
     """Rank and size of every factorised matrix beside the dense one, and the total, as lines.
 
-    What is larger than the dense matrix is marked. With `lost`, the part of each that its factors leave
-    out, by path.
+    Factors larger than the dense matrix are marked.
     """
-    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio", "lost" if lost else "")]
+    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
     for one in found:
         count = f" x {one.count}" if one.count > 1 else ""
         shape = f"{one.shape[0]} x {one.shape[1]}{count}"
         larger = " LARGER" if one.factors > one.dense else ""
         ratio = f"{one.factors / one.dense:.3f}{larger}"
         sizes = (str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio)
-        rows.append((one.path, shape, *sizes, f"{lost[one.path]:.2%}" if lost else ""))
+        rows.append((one.path, shape, *sizes))
     dense, factors = sum(one.dense for one in found), sum(one.factors for one in found)
     if found:
-        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}", ""))
+        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.rjust]
+    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
     return [
         "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows

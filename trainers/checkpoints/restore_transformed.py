@@ -1,22 +1,23 @@
-"""Starting a run from the checkpoint of another model, by a tree transform of its parameters.
+"""Starts a run from the checkpoint of another model, by a tree transform of its parameters.
 
-The step, and with it the place in a schedule, is that of the checkpoint, and so are the collections that both
-models have, but for the statistics of losses: those of a model that has been transformed are others. Moments
-begin anew or go through the transform too, by name: an optimiser around another (clipping, decay of factors)
-keeps them at other paths of its state.
+Step and place in the schedule are the checkpoint's, and so are the collections that both models have, except the
+statistics of losses, which change with the model. Moments start at zero or go through the transform too, by name:
+an optimiser around another (clipping, decay of factors) keeps them at other paths of its state.
 """
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from model.transforms.base import MomentTransform, Power, TreeTransform
+from model.transforms import base
+from model.transforms.base import Power, Recipe, Source, TreeTransform
 from trainers.checkpoints import phase_state, state_tree, step_dir
-from trainers.checkpoints.array_files import read_verified
+from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.manifest import Manifest
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -25,9 +26,11 @@ from trainers.checkpoints.restore_params import (
     restore_params,
 )
 
+_log = logging.getLogger(__name__)
+
 Moments = Literal["reset", "carry"]
 MOMENTS = get_args(Moments)
-# Of optax's states: what a leaf below this name is of a gradient.
+# In optax's states: the power of the gradient that leaves below this name average.
 _POWERS: Mapping[str, Power] = {"mu": "first", "trace": "first", "nu": "second"}
 
 
@@ -45,14 +48,15 @@ def restore_transformed(
 
     Args:
       path: a step directory, or a run directory for its newest good step.
-      state: a fresh TrainState of the model to be made.
-      transform: see model/transforms/base.py.
+      state: a fresh TrainState of the new model.
+      transform: of one source, see model/transforms/base.py.
       moments: 'reset' leaves the optimiser's moments fresh, with the counts that correct their bias;
         'carry' makes them of the checkpoint's.
       options: assignment, strict and use_ema of `restore_params`, for the source's parameters.
 
     Raises:
-      ValueError: what the transform refuses, or moments that cannot be carried.
+      TransformError: the transform refuses the checkpoint.
+      ValueError: moments that cannot be carried.
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
     """
     if moments not in MOMENTS:
@@ -66,30 +70,78 @@ def restore_transformed(
             for name, entry in recorded.arrays.items()
             if name.startswith(root)
         }
-        source = restore_params(step, transform.source(state.params, saved), **options)
-        params = transform(source, state.params)
-        made = state.replace(params=params, variables=kept_variables(step, state.variables))
+        fresh = state_tree.flatten(state.params)
+        target = {name: tuple(leaf.shape) for name, leaf in fresh.items()}
+        recipes = transform.plan([Source("the checkpoint", saved)], target)
+        base.check_target(recipes, target)
+        # `restore_params` explains every parameter of the checkpoint, by its options.
+        source = state_tree.flatten(
+            restore_params(
+                step, state_tree.nest(_abstract_inputs(recipes, saved, fresh)), **options
+            )
+        )
+        made = base.apply(recipes, lambda _, name: source[name])
+        made = {
+            name: jax.device_put(jnp.asarray(made[name], leaf.dtype), sharding_of(leaf))
+            for name, leaf in fresh.items()
+        }
+        _log.info("initial parameters from %s:\n%s", step, "\n".join(base.table(recipes)))
+        params = state_tree.unflatten(made, state.params)
+        new = state.replace(params=params, variables=kept_variables(step, state.variables))
         if state.ema_params is not None:
-            made = made.replace(
+            new = new.replace(
                 ema_params=jax.tree.map(
                     lambda p, e: jnp.array(p, e.dtype, copy=True), params, state.ema_params
                 )
             )
         if moments == "carry":
-            carried = _carried(step, recorded, state.opt_state, transform, source, params)
-            made = made.replace(opt_state=carried)
-        return phase_state.at_step(made, step_dir.read_record(step, recorded)["step"]), step
+            opt_state = _carried(step, recorded, state.opt_state, recipes, source, made)
+            new = new.replace(opt_state=opt_state)
+        return phase_state.at_step(new, step_dir.read_record(step, recorded)["step"]), step
 
     return step_dir.newest_good(path, read)
+
+
+def _abstract_inputs(
+    recipes: Sequence[Recipe], saved: base.Shapes, target: state_tree.Flat
+) -> state_tree.Flat:
+    """The arrays that a plan reads of its one source, with shardings, by path.
+
+    Args:
+      recipes: of the plan.
+      saved: shapes of the checkpoint's parameters.
+      target: leaves of the new model's parameters, by path.
+    """
+    wanted: state_tree.Flat = {}
+    for recipe in recipes:
+        leaves = [target[name] for name in recipe.outputs]
+        names = [name for _, name in recipe.inputs]
+        if recipe.abstract_inputs:
+            wanted.update(zip(names, recipe.abstract_inputs(leaves), strict=True))
+            continue
+        like = leaves[0]
+        for name in names:
+            shape = saved.get(name, like.shape)
+            # An input of another shape than the output is replicated.
+            whole = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_replicated(like))
+            wanted[name] = like if shape == like.shape else whole
+    return wanted
+
+
+def _replicated(leaf: Any) -> jax.sharding.Sharding:
+    sharding = sharding_of(leaf)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
 
 
 def _carried(
     step: epath.Path,
     recorded: Manifest,
     opt_state: Any,
-    transform: TreeTransform,
-    source: Any,
-    params: Any,
+    recipes: Sequence[Recipe],
+    source: state_tree.Flat,
+    params: state_tree.Flat,
 ) -> Any:
     """The optimiser's state with the moments of the checkpoint's, transformed."""
     ours = state_tree.flatten({"opt_state": opt_state})
@@ -103,43 +155,45 @@ def _carried(
         for name, leaf in ours.items()
         if leaf.ndim and not any(name.startswith(f"{tree}/") for tree in trees)
     ]
-    if not trees or others or not isinstance(transform, MomentTransform):
+    if not trees or others or any(recipe.moments is None for recipe in recipes):
         raise ValueError(
             f"INITIAL_MOMENTS = 'carry': {others[0] if others else 'the state'} of this optimiser has no "
             "image under the transform; use 'reset'."
         )
     theirs = {tree: _tree_named(recorded, kind, step) for tree, kind in trees.items()}
-    like = state_tree.flatten(source)
     wanted, counts = {}, {}
     for tree in trees:
-        for name, leaf in like.items():
+        for name, leaf in source.items():
             stored = f"{theirs[tree]}/{name}"
             wanted[stored] = as_saved(recorded, stored, leaf)
         count, stored = (f"{x.rpartition('/')[0]}/count" for x in (tree, theirs[tree]))
         if count in ours and stored in recorded.arrays:
             counts[count] = stored
             wanted[stored] = as_saved(recorded, stored, ours[count])
-    found = read_verified(step, recorded, wanted)
-    new = {**ours, **{count: found[stored] for count, stored in counts.items()}}
+    arrays = read_verified(step, recorded, wanted)
+    new = {**ours, **{count: arrays[stored] for count, stored in counts.items()}}
     for tree, kind in trees.items():
-        moments = state_tree.nest({name: found[f"{theirs[tree]}/{name}"] for name in like})
-        made = transform.moments(moments, params, power=_POWERS[kind])
-        for name, value in state_tree.flatten(made).items():
-            leaf = ours[f"{tree}/{name}"]
-            new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+        for recipe in recipes:
+            assert recipe.moments is not None
+            parts = [arrays[f"{theirs[tree]}/{name}"] for _, name in recipe.inputs]
+            values = [params[name] for name in recipe.outputs]
+            made = recipe.moments(parts, values, _POWERS[kind])
+            for name, value in zip(recipe.outputs, made, strict=True):
+                leaf = ours[f"{tree}/{name}"]
+                new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
     return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]
 
 
 def _tree_named(recorded: Manifest, kind: str, step: epath.Path) -> str:
     """The path of the checkpoint's moments of this kind."""
-    found = {
+    trees = {
         match[1]
         for name in recorded.arrays
         if (match := re.fullmatch(rf"(opt_state/(?:.*/)?{kind})/.+", name))
     }
-    if len(found) != 1:
+    if len(trees) != 1:
         raise CheckpointMismatchError(
-            f"checkpoint {step} has {len(found)} sets of moments {kind!r} where this optimiser has one: "
+            f"checkpoint {step} has {len(trees)} sets of moments {kind!r} where this optimiser has one: "
             "INITIAL_MOMENTS = 'reset' begins with none."
         )
-    return found.pop()
+    return trees.pop()
