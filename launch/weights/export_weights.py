@@ -18,7 +18,7 @@ from model.hf.family import Family, UnsupportedModel
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.hf.mapping import Piece
 from model.hf.plan import FLOATS, copy_cast
-from trainers.checkpoints import array_files, manifest, step_dir
+from trainers.checkpoints import array_files, manifest, restore_params, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
@@ -77,7 +77,9 @@ def _export(
 ) -> None:
     source = meta.get("hf", {})
     family = _family(model, name or source.get("family"), asked=name is not None)
-    root = _root(step, recorded, params)
+    root = restore_params.params_root(recorded, params)
+    if params == "ema" and not restore_params.saved_params(recorded, root):
+        raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
     pieces = family.pieces(model)
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):
@@ -125,13 +127,6 @@ def _family(model: Any, name: str | None, *, asked: bool) -> Family:
             raise
         return family_of_model(model)  # Trained on as something else since it was imported.
     return family
-
-
-def _root(step: Any, recorded: Manifest, params: str) -> str:
-    averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-    if params == "ema" and not averaged:
-        raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
-    return "ema_params/" if params == "ema" or (params == "auto" and averaged) else "params/"
 
 
 def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,24 +14,11 @@ files of the mixture's run and EXPERTS one more, begins with a new optimiser.
 """
 
 if __name__ == "__main__":
-    from launch import cli
     from launch.weights import upcycle_flags
 
-    def start_run(start):
-        from launch.weights import extend
-
-        extend.run(start(), start.flags)
-
+    add_flags = upcycle_flags.add_extension
     raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="upcycle extend",
-            extra_flags=upcycle_flags.add_extension,
-            run=start_run,
-            default_files=upcycle_flags.mixture_files,
-            unused={"VOCABULARY": "None"},
-        )
+        upcycle_flags.main(__doc__, "upcycle extend", "launch.weights.extend", add_flags)
     )
 
 import argparse
@@ -70,7 +57,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
-    given = upcycle_flags.parsed_extension(flags)
+    given: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
     moe = SourceModel(given.moe, given.params)
     record = moe.meta.get("upcycled")
     if record is None or "sources" not in record:

@@ -13,32 +13,17 @@ in factors before launch.convert exports it.
 """
 
 if __name__ == "__main__":
-    from launch import cli
-    from launch.run import load_run
     from launch.weights import upcycle_flags
 
-    def start_run(start):
-        from launch.weights import factorise
-
-        factorise.run(start(), start.flags)
-
+    add_flags = upcycle_flags.add_factorisation
     raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="upcycle factorise",
-            extra_flags=upcycle_flags.add_factorisation,
-            run=start_run,
-            default_files=load_run.default_files,
-            unused={"VOCABULARY": "None"},
-        )
+        upcycle_flags.main(__doc__, "upcycle factorise", "launch.weights.factorise", add_flags)
     )
 
 import argparse
-import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,89 +48,49 @@ _OWNERS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which kernels are decomposed, and how far.
-
-    Attributes:
-      rank: see `factors.rank_of`; with the rule 'energy' the least fraction of the squared singular values to keep.
-      rule: of factors.RANK_RULES, or 'energy'.
-      layers: patterns of whole paths of modules; among their matches, projections of attention and MLPs are
-        decomposed.
-    """
-
-    rank: float
-    rule: str = "min_dim"
-    layers: Sequence[str] = lowrank.PROJECTIONS
-
-    def paths(self, shapes: Shapes) -> list[str]:
-        """The modules whose kernels are decomposed.
-
-        Raises:
-          TransformError: factors already, no module, or a pattern without a match.
-        """
-        if twice := decompose.factorised_modules(shapes):
-            raise TransformError(
-                f"{twice[0]} is factorised already: --recompose the checkpoint first."
-            )
-        owners = [path.removesuffix("/kernel") for path in shapes if path.endswith("/kernel")]
-        taken = [path for path in owners if _matches(path, self.layers)]
-        taken = [path for path in taken if _matches(path, lowrank.PROJECTIONS)]
-        if not taken:
-            raise TransformError(
-                "no layer was chosen to be decomposed, so that nothing would change."
-            )
-        for pattern in self.layers:
-            if not any(re.fullmatch(pattern, path) for path in taken):
-                raise TransformError(
-                    f"--layers={pattern} matches no projection; there are {', '.join(sorted(taken)[:3])}..."
-                )
-        return taken
-
-    def rank_of(self, path: str, shape: tuple[int, ...], values: Any) -> int:
-        """The rank of the kernels at `path`, of this shape and, for 'energy', with these singular values."""
-        rule: Any = self.rule
-        try:
-            if rule == "energy":
-                return factors.rank_for_energy(values, self.rank)
-            return factors.rank_of(self.rank, rule, *shape[-2:])
-        except ValueError as error:
-            raise TransformError(f"{path}: {error}") from None
-
-
-def _matches(path: str, patterns: Collection[str]) -> bool:
-    return any(re.fullmatch(pattern, path) for pattern in patterns)
-
-
 class Decomposition:
-    """Factors of kernels, weighted by moments of their inputs where there are any, and the loss of each.
+    """Ranks and factors of kernels, and the loss of each.
 
     Args:
+      given: which kernels, and how far.
       moments: second moments of inputs by path, for layers whose outputs are to be preserved.
 
     Attributes:
       lost: the fraction of the squared singular values that the factors lack, by path.
     """
 
-    def __init__(self, moments: Mapping[str, Any]):
+    def __init__(self, given: FactoriseFlags, moments: Mapping[str, Any]):
         self.moments = moments
         self.lost: dict[str, float] = {}
+        self._given = given
         self._made: dict[str, tuple[Any, Any]] = {}
 
-    def ranks(self, source: SourceModel, choice: Choice) -> dict[str, int]:
-        """The rank of each chosen kernel; 'energy' decomposes them all, and keeps the factors for `split`."""
-        shapes = source.abstract.shapes
-        paths, ranks = choice.paths(shapes), {}
+    def ranks(self, source: SourceModel) -> dict[str, int]:
+        """The rank of each chosen kernel, by path of its module.
+
+        The rule 'energy' decomposes all kernels, and keeps the factors for `split`.
+
+        Raises:
+          TransformError: no kernels, a kernel that is not finite, or a rank that a matrix cannot have.
+        """
+        shapes, rule = source.abstract.shapes, self._given.rank_rule
+        ranks: dict[str, int] = {}
+        paths = chosen(shapes, self._given.layers)
         for path in tqdm(paths, desc="ranks", unit="matrix", leave=False, delay=5):
-            shape, values = shapes[f"{path}/kernel"], None
-            if choice.rule == "energy":
-                kernel = source.open(f"{path}/kernel").read()
-                decompose.check_finite(path, kernel)
-                parts = factors.decomposition(kernel, self.moments.get(path))
-                values = parts[1]
-            ranks[path] = choice.rank_of(path, shape, values)
-            if choice.rule == "energy":
-                self._made[path] = self._truncated(path, parts, ranks[path])
+            try:
+                if rule == "energy":
+                    kernel = source.open(f"{path}/kernel").read()
+                    decompose.check_finite(path, kernel)
+                    parts = factors.decomposition(kernel, self.moments.get(path))
+                    ranks[path] = factors.rank_for_energy(parts[1], self._given.rank)
+                    self._made[path] = self._truncated(path, parts, ranks[path])
+                else:
+                    sides = shapes[f"{path}/kernel"][-2:]
+                    ranks[path] = factors.rank_of(self._given.rank, rule or "min_dim", *sides)
+            except TransformError:
+                raise
+            except ValueError as error:
+                raise TransformError(f"{path}: {error}") from None
         return ranks
 
     def split(self, path: str, kernel: Any, rank: int) -> tuple[Any, Any]:
@@ -161,13 +106,37 @@ class Decomposition:
         return factors.truncated(*parts, rank)
 
 
+def chosen(shapes: Shapes, layers: Sequence[str]) -> list[str]:
+    """The modules whose kernels are decomposed: projections of attention and MLPs that a pattern matches, or all.
+
+    Raises:
+      TransformError: there are factors already, no module, or a pattern without a match.
+    """
+    if twice := decompose.factorised_modules(shapes):
+        raise TransformError(f"{twice[0]} is factorised already: --recompose the checkpoint first.")
+
+    def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
+        return [path for path in paths if any(re.fullmatch(x, path) for x in patterns)]
+
+    owners = [path.removesuffix("/kernel") for path in shapes if path.endswith("/kernel")]
+    taken = matching(matching(owners, lowrank.PROJECTIONS), layers or (".*",))
+    if not taken:
+        raise TransformError("no layer was chosen to be decomposed, so that nothing would change.")
+    for pattern in layers:
+        if not matching(taken, [pattern]):
+            raise TransformError(
+                f"--layers={pattern} matches no projection; there are {', '.join(sorted(taken)[:3])}..."
+            )
+    return taken
+
+
 def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """The command.
 
     Raises:
       TransformError, ConvertError, LoadError, RowFileError, DamagedCheckpointError.
     """
-    given = upcycle_flags.parsed_factorisation(flags)
+    given: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
     if not isinstance(config.model.config, TransformerConfig):
         raise LoadError(
             f"The checkpoint is of a {type(config.model).__name__}, and this command reads language models."
@@ -176,11 +145,8 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     transform: base.TreeTransform = Recompose()
     bindings = _bindings(dense=True)
     if not given.recompose:
-        made = Decomposition(_input_moments(config, given) if given.calibrate else {})
-        layers = given.layers or lowrank.PROJECTIONS
-        assert given.rank is not None
-        choice = Choice(rank=given.rank, rule=given.rank_rule or "min_dim", layers=layers)
-        ranks = made.ranks(source, choice)
+        made = Decomposition(given, _input_moments(config, given) if given.calibrate else {})
+        ranks = made.ranks(source)
         transform = Decompose(made.split)
         bindings = [
             *_bindings(dense=False),

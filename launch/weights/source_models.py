@@ -11,7 +11,7 @@ from data.nexus import domain_embeddings
 from data.nexus.domain_embeddings import Embeddings
 from launch.run.load_run import CONFIG
 from model.transforms.base import Source, TransformError
-from trainers.checkpoints import manifest, step_dir
+from trainers.checkpoints import manifest, restore_params, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.checkpoints.manifest import DamagedCheckpointError
 
@@ -44,17 +44,11 @@ class SourceModel:
         self.path = path
         self._step, recorded = step_dir.newest_good(path, _checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        averaged = any(name.startswith("ema_params/") for name in recorded.arrays)
-        use_ema = averaged if params == "auto" else params == "ema"
-        self._root = "ema_params/" if use_ema else "params/"
-        shapes = {
-            name.removeprefix(self._root): tuple(entry.shape)
-            for name, entry in recorded.arrays.items()
-            if name.startswith(self._root)
-        }
-        if not shapes:
+        self._root = restore_params.params_root(recorded, params)
+        entries = restore_params.saved_params(recorded, self._root)
+        if not entries:
             raise TransformError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
-        self.abstract = Source(path, shapes)
+        self.abstract = Source(path, {name: tuple(x.shape) for name, x in entries.items()})
         self.folder = step_dir.run_folder(self._step)
 
     @property

@@ -19,25 +19,10 @@ means of large ones in blocks of rows.
 """
 
 if __name__ == "__main__":
-    from launch import cli
     from launch.weights import upcycle_flags
 
-    def start_run(start):
-        from launch.weights import upcycle
-
-        upcycle.run(start(), start.flags)
-
-    raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="upcycle",
-            extra_flags=upcycle_flags.add,
-            run=start_run,
-            default_files=upcycle_flags.default_files,
-            unused={"VOCABULARY": "None"},
-        )
-    )
+    add_flags = upcycle_flags.add
+    raise SystemExit(upcycle_flags.main(__doc__, "upcycle", "launch.weights.upcycle", add_flags))
 
 import argparse
 import collections
@@ -62,7 +47,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
-    given = upcycle_flags.parsed(flags)
+    given: UpcycleFlags = upcycle_flags.parsed(flags, UpcycleFlags)
     named = _experts(given)
     sources = [source for _, source in named]
     names = [name for name, _ in named]

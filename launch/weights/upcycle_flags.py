@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -223,7 +224,6 @@ def split(expert: str) -> tuple[str | None, str]:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `launch.upcycle`."""
-    names = [field.name for field in dataclasses.fields(UpcycleFlags) if field.name != "experts"]
     group = parser.add_argument_group("mixture")
     group.add_argument(
         "--experts",
@@ -233,20 +233,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="runs or steps in the order of the experts, with the seed among them but for nexus; DIR alone is "
         "called as the run's directory",
     )
-    cli.add_settings(group, UpcycleFlags, names=names)
-
-
-def parsed(flags: argparse.Namespace) -> UpcycleFlags:
-    """The flags of `add`, checked."""
-    given: dict[str, Any] = {**cli.settings(flags, UpcycleFlags), "experts": tuple(flags.experts)}
-    made = UpcycleFlags(**given)
-    made.check()
-    return made
-
-
-def default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """The configuration of the first model's run."""
-    return _files(flags, split(flags.experts[0])[1])
+    _add(group, UpcycleFlags, but=("experts",))
 
 
 def add_extension(parser: argparse.ArgumentParser) -> None:
@@ -254,44 +241,66 @@ def add_extension(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mixture")
     change = group.add_mutually_exclusive_group(required=True)
     cli.add_settings(change, ExtendFlags, names=("add", "remove"))
-    names = [x.name for x in dataclasses.fields(ExtendFlags) if x.name not in ("add", "remove")]
-    cli.add_settings(group, ExtendFlags, names=names)
-
-
-def parsed_extension(flags: argparse.Namespace) -> ExtendFlags:
-    """The flags of `add_extension`, checked."""
-    made = ExtendFlags(**cli.settings(flags, ExtendFlags))
-    made.check()
-    return made
+    _add(group, ExtendFlags, but=("add", "remove"))
 
 
 def add_factorisation(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `launch.upcycle factorise`."""
     load_run.add_flags(parser)
     group = parser.add_argument_group("factors")
-    cli.add_settings(group, FactoriseFlags, names=("to", "recompose", "rank", "rank_rule"))
+    _add(group, FactoriseFlags, but=("checkpoint", "params", "layers"))
     group.add_argument(
         "--layers",
         action="append",
         metavar="REGEX",
+        default=[],
         help="whole paths of modules, repeatable (default: attention's and MLPs' projections)",
     )
-    cli.add_settings(group, FactoriseFlags, names=("calibrate", "calibrate_length"))
 
 
-def parsed_factorisation(flags: argparse.Namespace) -> FactoriseFlags:
-    """The flags of `add_factorisation`, checked."""
-    given = {**cli.settings(flags, FactoriseFlags), "layers": tuple(flags.layers or ())}
-    made = FactoriseFlags(**given)
+def _add(group: Any, target: Any, *, but: Sequence[str]) -> None:
+    names = [field.name for field in dataclasses.fields(target) if field.name not in but]
+    cli.add_settings(group, target, names=names)
+
+
+def parsed(flags: argparse.Namespace, target: Any) -> Any:
+    """The flags as a dataclass of this module, checked.
+
+    Raises:
+      TransformError: see the dataclass's `check`.
+    """
+    given = cli.settings(flags, target)
+    made = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     made.check()
     return made
 
 
-def mixture_files(flags: argparse.Namespace) -> Sequence[str]:
-    """The configuration of the mixture's run."""
-    return _files(flags, flags.moe)
+def main(doc: str, command: str, module: str, add_flags: Any) -> int:
+    """Runs `launch.upcycle` or a sub-command: gives the source's configuration and the flags to `run` of a module.
 
+    Args:
+      doc: help text.
+      command: such as "upcycle extend".
+      module: imported once the flags are read.
+      add_flags: a function of this module.
 
-def _files(flags: argparse.Namespace, checkpoint: str) -> Sequence[str]:
-    given = argparse.Namespace(gin_file=flags.gin_file, checkpoint=checkpoint)
-    return load_run.default_files(given)
+    Returns:
+      The exit status.
+    """
+
+    def files(flags: argparse.Namespace) -> Sequence[str]:
+        """The configuration of the run that is changed: the first expert, the mixture or the model."""
+        first = flags.experts[0] if hasattr(flags, "experts") else getattr(flags, "moe", None)
+        checkpoint = flags.checkpoint if first is None else split(first)[1]
+        given = argparse.Namespace(gin_file=flags.gin_file, checkpoint=checkpoint)
+        return load_run.default_files(given)
+
+    return cli.main(
+        doc,
+        entry="launch.run.load_run:RunConfig",
+        command=command,
+        extra_flags=add_flags,
+        run=lambda start: importlib.import_module(module).run(start(), start.flags),
+        default_files=files,
+        unused={"VOCABULARY": "None"},
+    )

@@ -83,7 +83,7 @@ class Decompose:
             inputs=((source.name, f"{path}/kernel"),),
             origin=f"factor of the kernel, rank {rank}",
             compute=compute,
-            abstract_inputs=lambda leaves: [_abstract_kernel(*leaves, saved)],
+            abstract_inputs=lambda leaves: [_abstract_kernel(leaves[0], leaves[1], saved)],
             moments=moments,
         )
 

@@ -49,12 +49,12 @@ class Upcycle:
             return dataclasses.replace(one, outputs={path: seed.shape(source)})
         if path not in dense[0].shapes:
             return drawn(path, shape, self.mixture)
-        one = dense[0].shape(path)
+        before = dense[0].shape(path)
         inputs = tuple((source.name, path) for source in dense)
         where = experts.expert_axis(path, self.mixture)
         if where is None:
-            return single(path, one, f"mean of {len(dense)}", inputs, _mean, slices="rows")
-        return _side_by_side(path, one, inputs, where, self.mixture)
+            return single(path, before, f"mean of {len(dense)}", inputs, _mean, slices="rows")
+        return _side_by_side(path, before, inputs, where, self.mixture)
 
 
 def single(

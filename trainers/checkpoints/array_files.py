@@ -24,8 +24,8 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:
     """The sharding of an abstract or concrete array; this process's first device if it has none."""
-    given = getattr(leaf, "sharding", None)
-    return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None)
+    return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
@@ -105,7 +105,7 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
 
 
 class StoredArray:
-    """An array on disk of which regions are read, one that is stored in one piece being kept."""
+    """Reads regions of an array on disk. An array stored in one chunk is read once and stays in memory."""
 
     def __init__(self, path: epath.Path, name: str):
         self._store = open_array(path, name)

@@ -23,7 +23,9 @@ from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     as_saved,
     kept_variables,
+    params_root,
     restore_params,
+    saved_params,
 )
 
 _log = logging.getLogger(__name__)
@@ -64,12 +66,9 @@ def restore_transformed(
 
     def read(step: epath.Path) -> tuple[Any, epath.Path]:
         recorded = step_dir.read_manifest(step)
-        root = "ema_params/" if options.get("use_ema") else "params/"
-        saved = {
-            name.removeprefix(root): tuple(entry.shape)
-            for name, entry in recorded.arrays.items()
-            if name.startswith(root)
-        }
+        root = params_root(recorded, "ema" if options.get("use_ema") else "raw")
+        entries = saved_params(recorded, root)
+        saved = {name: tuple(entry.shape) for name, entry in entries.items()}
         fresh = state_tree.flatten(state.params)
         target = {name: tuple(leaf.shape) for name, leaf in fresh.items()}
         recipes = transform.plan([Source("the checkpoint", saved)], target)

@@ -9,6 +9,7 @@ import pytest
 
 from launch import convert
 from launch.weights.factorise import Decomposition
+from launch.weights.upcycle_flags import FactoriseFlags
 from model.hf import load
 from model.low_rank import factors
 from model.low_rank.decompose import Decompose
@@ -207,7 +208,7 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     assert "factorised already" in error("--rank=0.5", checkpoint=made, name="twice")
     kernel = jnp.ones((2, 4, 4)).at[1, 0, 0].set(jnp.inf)
     target = {"mlp/up/u": (2, 4, 2), "mlp/up/v": (2, 2, 4)}
-    transform = Decompose(Decomposition({}).split)
+    transform = Decompose(Decomposition(FactoriseFlags(checkpoint="", to=""), {}).split)
     recipes = base.plan(transform, [Source("dense", {"mlp/up/kernel": kernel.shape})], target)
     with pytest.raises(
         TransformError, match=r"mlp/up/kernel \(of its stack number 1\) holds NaN or inf"

@@ -53,9 +53,8 @@ def stored(run, path):
 def parsed(flags):
     parser = argparse.ArgumentParser()
     upcycle_flags.add(parser)
-    return upcycle_flags.parsed(
-        parser.parse_args([*f"--experts a b --to=x --method {flags}".split()])
-    )
+    words = f"--experts a b --to=x --method {flags}".split()
+    return upcycle_flags.parsed(parser.parse_args(words), upcycle_flags.UpcycleFlags)
 
 
 def manifest_of(run):
@@ -204,6 +203,25 @@ def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, said):
 def test_flags_of_draws_that_sweeps_give_to_all_methods_are_taken():
     for flags in ("soup --router_seed=1", "btx --router_std=0 --drop_ratio=0.5 --drop_seed=0"):
         parsed(flags)
+
+
+def test_a_mixtures_configuration_is_the_methods_file_with_the_flags_as_its_macros(make, branches):
+    flags = ("--shared_kv", "--attention_top_k=2", "--top_k=2", "--renormalise")
+    made = make(*flags, experts=branches.folders[:3])
+    lines = (made / "config.gin").read_text().splitlines()
+    want = {
+        "EXPERTS = 3",
+        "TOP_K = 2",
+        "RENORMALISE = True",
+        "SHARED_KV = True",
+        "ATTENTION_TOP_K = 2",
+        "moe.MoeMlp.num_experts = %EXPERTS",
+        "moa.MixtureOfAttention.shared_kv = %SHARED_KV",
+        "transformer.Block.attention = @moa.experts_of()",
+    }
+    assert want <= set(lines)
+    with pytest.raises(ValueError, match="bam.gin set no DOMAIN_DIM"):
+        transformed_run.method_lines(["t5x_configs/methods/bam/bam.gin"], {"DOMAIN_DIM": 4})
 
 
 @pytest.mark.parametrize("flags", [(), ("--shared_kv",)])
