@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return
         from launch.weights import import_weights
 
-        convert, given = import_weights.import_hf, flags.from_hf
+        convert, origin = import_weights.import_hf, flags.from_hf
         if flags.from_gguf is not None:
-            convert, given = import_weights.import_gguf, flags.from_gguf
-        convert(given, flags.to, dtype=flags.dtype)
+            convert, origin = import_weights.import_gguf, flags.from_gguf
+        convert(origin, flags.to, dtype=flags.dtype)
 
     return cli.status_of(call)
 
@@ -119,10 +119,10 @@ def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
 
 
 def _bytes(parser: argparse.ArgumentParser, text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
-    if not found or not int(found[1]):
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not match or not int(match[1]):
         parser.error(f"--shard_size={text} is no size: give one as 500MB or 5GB")
-    return int(found[1]) * _UNITS[found[2] or ""]
+    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from trainers.checkpoints import array_files, manifest, restore_params, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
-# What config.json says beside the maths; kept where a changed model is given back.
+# Fields of config.json beside the maths, which the export of a changed model takes over.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
@@ -131,20 +131,20 @@ def _family(model: Any, name: str | None, *, asked: bool) -> Family:
 
 def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json it came with, if it is still of this model; else one of the model."""
-    given = source.get("config", {})
+    original = source.get("config", {})
     if source.get("family") == family.name and not differences(
-        describe(model), describe(family.model(given))
+        describe(model), describe(family.model(original))
     ):
-        return dict(given)
-    return {**{key: given[key] for key in _KEPT if key in given}, **family.config(model)}
+        return dict(original)
+    return {**{key: original[key] for key in _KEPT if key in original}, **family.config(model)}
 
 
 def _generation(
     folder: str, config: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """generation_config.json: the one it came with, else that of the tokenizer's files."""
-    if given := source.get("generation_config"):
-        return given
+    if original := source.get("generation_config"):
+        return original
     known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
     return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}

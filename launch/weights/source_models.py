@@ -31,7 +31,7 @@ class SourceModel:
     """A model's checkpoint: shapes, and arrays that are read when they are needed.
 
     Raises:
-      DamagedCheckpointError: no step of the run, or not the one that is named, is as it was saved.
+      DamagedCheckpointError: the step, or every step of the run, is damaged.
       FileNotFoundError: there is no checkpoint.
       TransformError: it has no such parameters.
 

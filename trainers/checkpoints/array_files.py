@@ -49,7 +49,7 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
 
 
 def open_array(path: epath.Path, name: str) -> Any:
-    """One array of a step as a TensorStore, of which regions can be read, without Orbax."""
+    """Opens an array of a step as a TensorStore, without Orbax; regions can be read."""
     base = os.fspath((path / step_dir.STATE).resolve())
     kvstore = {
         "driver": "ocdbt",
@@ -71,8 +71,8 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
         return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
 
     share = sorted(recorded.arrays)[jax.process_index() :: jax.process_count()]
-    found = agreement.gather([name for name in share if not is_good(name)])
-    return sorted(name for names in found for name in names)
+    shares = agreement.gather([name for name in share if not is_good(name)])
+    return sorted(name for names in shares for name in names)
 
 
 def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
@@ -84,10 +84,10 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
     # The processes share the files and agree on them before any of them reads: one that failed while
     # reading would leave the others waiting.
     names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
-    found = agreement.gather(
+    shares = agreement.gather(
         manifest.check_files(path, {name: recorded.files[name] for name in names})
     )
-    problems = {name: text for part in found for name, text in part.items()}
+    problems = {name: text for part in shares for name, text in part.items()}
     if problems:
         raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
     try:
