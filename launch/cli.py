@@ -323,6 +323,76 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
     return flags, bindings
 
 
+def add_settings(
+    group: Any, target: Any, *, names: Collection[str] | None = None, optional: bool = False
+) -> None:
+    """Adds a flag for each parameter of a dataclass or function, with its type, default and help text.
+
+    The help text is the parameter's in the docstring, under "Attributes:" or "Args:". A flag that is not given is absent
+    from the parsed flags, so that defaults are those of `target` alone: see `settings`.
+
+    Args:
+      group: parser or group of flags.
+      target: its parameters are of type int, float, str, bool, Literal, or one of these or None. An instance of a
+        dataclass stands for its class with the instance's values as defaults.
+      names: of the parameters, in the order of the flags; None for all.
+      optional: whether parameters without a default need not be given.
+
+    Raises:
+      TypeError: a parameter of another type, or without a help text.
+    """
+    defaults = {}
+    if dataclasses.is_dataclass(target) and not inspect.isclass(target):
+        defaults, target = vars(target), type(target)
+    texts = _help_texts(target)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters = inspect.signature(target).parameters
+    for name in names or parameters:
+        hint, default = hints[name], defaults.get(name, parameters[name].default)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+            hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        if name not in texts or not (
+            hint in _METAVARS or typing.get_origin(hint) is typing.Literal
+        ):
+            raise TypeError(f"{target.__qualname__}.{name}: {hint} with help {texts.get(name)!r}")
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": texts[name]}
+        if default is inspect.Parameter.empty:
+            settings["required"] = not optional
+        elif default is not None and default is not False:
+            settings["help"] += (
+                f" (default {default:g})" if hint is float else f" (default {default})"
+            )
+        if typing.get_origin(hint) is typing.Literal:
+            settings["choices"] = typing.get_args(hint)
+        elif hint is bool:
+            settings["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            settings |= {"type": hint, "metavar": _METAVARS[hint]}
+        group.add_argument(f"--{name}", **settings)
+
+
+def settings(
+    flags: argparse.Namespace, target: Callable[..., Any], *, names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The arguments of a dataclass or function that flags give, by name; see `add_settings`."""
+    names = names or inspect.signature(target).parameters
+    return {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+
+
+def _help_texts(target: Any) -> dict[str, str]:
+    """The texts under "Args:" or "Attributes:" of a docstring, by name."""
+    doc = inspect.getdoc(target) or ""
+    section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", f"{doc}\n", re.MULTILINE)
+    entries = re.findall(
+        r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", section[1] if section else "", re.M
+    )
+    return {
+        name: " ".join(text.split()).removesuffix(".").replace("%", "%%")
+        for names, text in entries
+        for name in names.split(", ")
+    }
+
+
 def _paths(values: Sequence[str]) -> list[str]:
     return [path for value in values for path in value.split(",") if path]
 

@@ -83,10 +83,10 @@ def _run(flags: argparse.Namespace) -> None:
         return
     from launch.weights import import_weights
 
+    convert, origin = import_weights.import_hf, flags.from_hf
     if flags.from_gguf is not None:
-        import_weights.import_gguf(flags.from_gguf, flags.to, dtype=flags.dtype)
-    else:
-        import_weights.import_hf(flags.from_hf, flags.to, dtype=flags.dtype)
+        convert, origin = import_weights.import_gguf, flags.from_gguf
+    convert(origin, flags.to, dtype=flags.dtype)
 
 
 def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
@@ -104,10 +104,10 @@ def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
 
 
 def _bytes(text: str) -> int:
-    size = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
-    if not size or not int(size[1]):
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not match or not int(match[1]):
         raise ValueError(f"--shard_size={text} is no size: give one as 500MB or 5GB.")
-    return int(size[1]) * _UNITS[size[2] or ""]
+    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from model.hf.family import Family, UnsupportedModel
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.hf.mapping import Piece
 from model.hf.plan import FLOATS, copy_cast
-from trainers.checkpoints import array_files, manifest, step_dir
+from trainers.checkpoints import array_files, manifest, restore_params, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
-# What config.json says beside the maths; kept where a changed model is given back.
+# Fields of config.json beside the maths, which the export of a changed model takes over.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
@@ -77,7 +77,9 @@ def _export(
 ) -> None:
     source = meta.get("hf", {})
     family = _family(model, name or source.get("family"), asked=name is not None)
-    root = _root(step, recorded, params)
+    root = restore_params.params_root(recorded, params)
+    if params == "ema" and not restore_params.saved_params(recorded, root):
+        raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
     pieces = family.pieces(model)
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):
@@ -127,28 +129,22 @@ def _family(model: Any, name: str | None, *, asked: bool) -> Family:
     return family
 
 
-def _root(step: Any, recorded: Manifest, params: str) -> str:
-    if params == "ema" and not recorded.use_ema("auto"):
-        raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
-    return "ema_params/" if recorded.use_ema(params) else "params/"
-
-
 def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json it came with, if it is still of this model; else one of the model."""
-    given = source.get("config", {})
+    original = source.get("config", {})
     if source.get("family") == family.name and not differences(
-        describe(model), describe(family.model(given))
+        describe(model), describe(family.model(original))
     ):
-        return dict(given)
-    return {**{key: given[key] for key in _KEPT if key in given}, **family.config(model)}
+        return dict(original)
+    return {**{key: original[key] for key in _KEPT if key in original}, **family.config(model)}
 
 
 def _generation(
     folder: str, config: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """generation_config.json: the one it came with, else that of the tokenizer's files."""
-    if given := source.get("generation_config"):
-        return given
+    if original := source.get("generation_config"):
+        return original
     known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
     return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}

@@ -6,59 +6,40 @@ Examples, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   python -m launch.upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/f2 --rank=0.9 --rank_rule=energy
   python -m launch.upcycle factorise --checkpoint=/tmp/factors --to=/tmp/dense --recompose
 
-What it writes is a run directory that every command takes as --checkpoint and training as
-INITIAL_CHECKPOINT_PATH. With --calibrate, rows of text as of launch.score, factors change the layers' outputs on
-these texts least, instead of the kernels themselves. To train on in factors within one run, see
-t5x_configs/methods/low_rank/decompose.gin; a model in factors is recomposed before launch.convert exports it.
+The result is a run directory that every command takes as --checkpoint and training as INITIAL_CHECKPOINT_PATH. With
+--calibrate, rows of text as for launch.score, factors change the layers' outputs on these texts least, rather than the
+kernels themselves. To continue a dense run in factors, see t5x_configs/methods/low_rank/decompose.gin. Recompose a model
+in factors before launch.convert exports it.
 """
 
 if __name__ == "__main__":
-    from launch import cli
-    from launch.run import load_run
+    from launch.weights import upcycle_flags
 
-    def add_flags(parser):
-        from launch.weights import factorise
-
-        load_run.add_flags(parser)
-        factorise.add_flags(parser)
-
-    def start_run(start):
-        from launch.weights import factorise
-
-        factorise.run(start(), start.flags)
-
+    add_flags = upcycle_flags.add_factorisation
     raise SystemExit(
-        cli.main(
-            __doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="upcycle factorise",
-            extra_flags=add_flags,
-            run=start_run,
-            default_files=load_run.default_files,
-            unused={"VOCABULARY": "None"},
-        )
+        upcycle_flags.main(__doc__, "upcycle factorise", "launch.weights.factorise", add_flags)
     )
 
 import argparse
-import dataclasses
-import os
-import pathlib
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from launch.inference import row_files
-from launch.run import run_vocabulary
-from launch.run.load_run import CONFIG, EXAMPLE, LoadedRun, RunConfig
-from launch.weights.import_weights import new_directory
-from model.low_rank import decompose as surgery
-from model.low_rank import factors, lowrank
-from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
-from trainers.checkpoints.stream_checkpoint import StreamedArray
+from launch.run.load_run import EXAMPLE, LoadError, RunConfig
+from launch.weights import transformed_run, upcycle_flags
+from launch.weights.source_models import SourceModel
+from launch.weights.upcycle_flags import FactoriseFlags
+from model.config import TransformerConfig
+from model.low_rank import decompose, factors, lowrank
+from model.low_rank.decompose import Decompose, Recompose
+from model.transforms import base
+from model.transforms.base import Recipe, Shapes, TransformError
 
-RULES = (*factors.RANK_RULES, "energy")
 _OWNERS = (
     ("attention", "Attention.dense", "lowrank.LowRankDense", "linear.Dense"),
     ("mlp", "GatedMlp.dense", "lowrank.LowRankDense", "linear.Dense"),
@@ -67,198 +48,168 @@ _OWNERS = (
 )
 
 
-class FactoriseFlagError(ValueError):
-    """Flags that do not go together."""
+class Decomposition:
+    """Ranks and factors of kernels, and the loss of each.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How kernels are decomposed.
+    Args:
+      given: which kernels, and how far.
+      moments: second moments of inputs by path, for layers whose outputs are to be preserved.
 
     Attributes:
-      rank: see `factors.rank_of`; with the rule 'energy' the least part of the squared singular values
-        that is kept.
-      rule: of RULES.
-      layers: patterns of whole paths of modules; of what they match, projections of attention and MLPs
-        are decomposed.
+      lost: the fraction of the squared singular values that the factors lack, by path.
     """
 
-    rank: float
-    rule: str = "min_dim"
-    layers: Sequence[str] = lowrank.PROJECTIONS
+    def __init__(self, given: FactoriseFlags, moments: Mapping[str, Any]):
+        self.moments = moments
+        self.lost: dict[str, float] = {}
+        self._given = given
+        self._made: dict[str, tuple[Any, Any]] = {}
 
-    def takes(self, path: str) -> bool:
-        matched = any(re.fullmatch(pattern, path) for pattern in self.layers)
-        return matched and any(re.fullmatch(known, path) for known in lowrank.PROJECTIONS)
+    def ranks(self, source: SourceModel) -> dict[str, int]:
+        """The rank of each chosen kernel, by path of its module.
 
-    def check(self, taken: Collection[str]) -> None:
-        """Raises FactoriseError for a pattern that matched none of what was decomposed."""
-        for pattern in self.layers:
-            if not any(re.fullmatch(pattern, path) for path in taken):
-                raise surgery.FactoriseError(
-                    f"--layers={pattern} matches no projection; there are {', '.join(sorted(taken)[:3])}..."
-                )
+        The rule 'energy' decomposes all kernels, and keeps the factors for `split`.
 
-    def rank_of(self, path: str, values: Any, shape: tuple[int, int]) -> int:
-        """The rank of the kernels at `path`, of this shape and with these singular values."""
-        rule: Any = self.rule
-        try:
-            if rule == "energy":
-                return factors.rank_for_energy(values, self.rank)
-            return factors.rank_of(self.rank, rule, *shape)
-        except ValueError as error:
-            raise surgery.FactoriseError(f"{path}: {error}") from None
+        Raises:
+          TransformError: no kernels, a kernel that is not finite, or a rank that a matrix cannot have.
+        """
+        shapes, rule = source.abstract.shapes, self._given.rank_rule
+        ranks: dict[str, int] = {}
+        paths = chosen(shapes, self._given.layers)
+        for path in tqdm(paths, desc="ranks", unit="matrix", leave=False, delay=5):
+            try:
+                if rule == "energy":
+                    kernel = source.open(f"{path}/kernel").read()
+                    decompose.check_finite(path, kernel)
+                    parts = factors.decomposition(kernel, self.moments.get(path))
+                    ranks[path] = factors.rank_for_energy(parts[1], self._given.rank)
+                    self._made[path] = self._truncated(path, parts, ranks[path])
+                else:
+                    sides = shapes[f"{path}/kernel"][-2:]
+                    ranks[path] = factors.rank_of(self._given.rank, rule or "min_dim", *sides)
+            except TransformError:
+                raise
+            except ValueError as error:
+                raise TransformError(f"{path}: {error}") from None
+        return ranks
+
+    def split(self, path: str, kernel: Any, rank: int) -> tuple[Any, Any]:
+        """See decompose.Split."""
+        if path in self._made:
+            return self._made.pop(path)
+        parts = factors.decomposition(kernel, self.moments.get(path))
+        return self._truncated(path, parts, rank)
+
+    def _truncated(self, path: str, parts: tuple[Any, Any, Any], rank: int) -> tuple[Any, Any]:
+        squares = np.square(np.asarray(parts[1], np.float64))
+        self.lost[path] = float(squares[..., rank:].sum() / max(squares.sum(), 1e-300))
+        return factors.truncated(*parts, rank)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("factors")
-    group.add_argument("--to", required=True, metavar="DIR", help="run directory to be made")
-    group.add_argument(
-        "--recompose", action="store_true", help="multiply factors; no other flag goes with it"
-    )
-    group.add_argument(
-        "--rank", type=float, metavar="R", help="a fraction, or with 'absolute' the rank itself"
-    )
-    group.add_argument(
-        "--rank_rule",
-        choices=RULES,
-        help="of the smaller side (min_dim, the default), of the parameters (param_ratio), of the squared "
-        "singular values (energy)",
-    )
-    group.add_argument(
-        "--layers",
-        action="append",
-        metavar="REGEX",
-        help="whole paths of modules, repeatable (default: attention's and MLPs' projections)",
-    )
-    group.add_argument("--calibrate", metavar="FILE", help='JSON lines of {"text": "..."}')
-    group.add_argument(
-        "--calibrate_length", type=int, metavar="N", help="tokens of a row (default 512)"
-    )
+def chosen(shapes: Shapes, layers: Sequence[str]) -> list[str]:
+    """The modules whose kernels are decomposed: projections of attention and MLPs that a pattern matches, or all.
+
+    Raises:
+      TransformError: there are factors already, no module, or a pattern without a match.
+    """
+    if twice := decompose.factorised_modules(shapes):
+        raise TransformError(f"{twice[0]} is factorised already: --recompose the checkpoint first.")
+
+    def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
+        return [path for path in paths if any(re.fullmatch(x, path) for x in patterns)]
+
+    owners = [path.removesuffix("/kernel") for path in shapes if path.endswith("/kernel")]
+    taken = matching(matching(owners, lowrank.PROJECTIONS), layers or (".*",))
+    if not taken:
+        raise TransformError("no layer was chosen to be decomposed, so that nothing would change.")
+    for pattern in layers:
+        if not matching(taken, [pattern]):
+            raise TransformError(
+                f"--layers={pattern} matches no projection; there are {', '.join(sorted(taken)[:3])}..."
+            )
+    return taken
 
 
 def run(config: RunConfig, flags: argparse.Namespace) -> None:
     """The command.
 
     Raises:
-      FactoriseFlagError, FactoriseError, ConvertError, LoadError, RowFileError.
+      TransformError, ConvertError, LoadError, RowFileError, DamagedCheckpointError.
     """
-    given = ("rank", "rank_rule", "layers", "calibrate", "calibrate_length")
-    named = [f"--{name}" for name in given if getattr(flags, name) is not None]
-    if flags.recompose and named:
-        raise FactoriseFlagError(f"--recompose takes no {named[0]}: it multiplies what there is.")
-    if not flags.recompose and flags.rank is None:
-        raise FactoriseFlagError("give --rank, such as --rank=0.5, or --recompose.")
-    if flags.calibrate_length is not None and not flags.calibrate:
-        raise FactoriseFlagError("--calibrate_length is of --calibrate: give both or none.")
-    with (
-        config.load(flags.checkpoint, params=flags.params) as loaded,
-        new_directory(flags.to) as to,
-    ):
-        if flags.recompose:
-            params = surgery.recompose(loaded.params)
-            lines = [f"{len(factors.find_factors(loaded.params))} layers are dense again"]
-            bindings = _bindings(dense=True)
-        else:
-            choice = Choice(
-                rank=flags.rank,
-                rule=flags.rank_rule or "min_dim",
-                layers=tuple(flags.layers or lowrank.PROJECTIONS),
-            )
-            moments: Mapping[str, Any] = {}
-            if flags.calibrate:
-                moments = _input_moments(loaded, flags.calibrate, flags.calibrate_length or 512)
-            params, lines = decomposed(loaded.params, choice, moments)
-            found = factors.find_factors(params)
-            bindings = [
-                *_bindings(dense=False),
-                "lowrank.Factorisation.rank_rule = 'absolute'",
-                f"lowrank.Factorisation.layers = {tuple(re.escape(x.path) for x in found)!r}",
-                f"lowrank.Factorisation.ranks = {tuple((re.escape(x.path), x.rank) for x in found)!r}",
-            ]
-        _save(to, params, loaded.meta)
-        folder = step_dir.run_folder(flags.checkpoint)
-        run_vocabulary.copy(folder, to)
-        text = pathlib.Path(folder, CONFIG).read_text(encoding="utf-8")
-        pathlib.Path(to, CONFIG).write_text("\n".join([text, *bindings, ""]), encoding="utf-8")
-    print("\n".join([*lines, f"written to {flags.to}"]))
-
-
-def decomposed(
-    params: Any, choice: Choice, moments: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Parameters in factors, and lines that say what was lost.
-
-    Args:
-      params: of a dense model.
-      choice: which, and how far.
-      moments: second moments of inputs by path, of layers whose outputs are to be kept.
-
-    Raises:
-      FactoriseError: a kernel that is not finite, or nothing to decompose.
-      ValueError: a rank that a matrix cannot have.
-    """
-    if twice := factors.find_factors(params):
-        raise surgery.FactoriseError(
-            f"{twice[0].path} is factorised already: --recompose the checkpoint first."
+    given: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
+    if not isinstance(config.model.config, TransformerConfig):
+        raise LoadError(
+            f"The checkpoint is of a {type(config.model).__name__}, and this command reads language models."
         )
-    lost: dict[str, float] = {}
-
-    def split(path: str, kernel: Any) -> tuple[Any, Any] | None:
-        if not choice.takes(path):
-            return None
-        surgery.check_finite(path, kernel)
-        parts = factors.decomposition(kernel, moments.get(path))
-        squares = np.square(np.asarray(parts[1], np.float64))
-        rank = choice.rank_of(path, parts[1], kernel.shape[-2:])
-        lost[path] = float(squares[..., rank:].sum() / max(squares.sum(), 1e-300))
-        u, v = factors.truncated(*parts, rank)
-        return u.astype(kernel.dtype), v.astype(kernel.dtype)
-
-    made = surgery.decompose(params, split)
-    choice.check(lost)
-    lines = factors.table(factors.find_factors(made), lost)
-    lines.append("lost: the part of the squared singular values that factors leave out")
-    if weighed := [path for path in lost if path in moments]:
-        others = (
-            "" if len(weighed) == len(lost) else f"; {len(lost) - len(weighed)} others as they are"
-        )
-        lines.append(f"{len(weighed)} layers as their inputs weigh them{others}")
-    return made, lines
+    source = SourceModel(given.checkpoint, given.params)
+    transform: base.TreeTransform = Recompose()
+    bindings = _bindings(dense=True)
+    if not given.recompose:
+        made = Decomposition(given, _input_moments(config, given) if given.calibrate else {})
+        ranks = made.ranks(source)
+        transform = Decompose(made.split)
+        bindings = [
+            *_bindings(dense=False),
+            "lowrank.Factorisation.rank_rule = 'absolute'",
+            f"lowrank.Factorisation.layers = {tuple(map(re.escape, ranks))!r}",
+            f"lowrank.Factorisation.ranks = {tuple((re.escape(x), r) for x, r in ranks.items())!r}",
+        ]
+    meta = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
+    recipes = transformed_run.write(
+        given.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
+    )
+    notes, totals = ({}, []) if given.recompose else _sizes(recipes, made)
+    print("\n".join([*base.table(recipes, notes), *totals, f"written to {given.to}"]))
 
 
-def _input_moments(loaded: LoadedRun, path: str, length: int) -> Mapping[str, Any]:
+def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any]:
+    """Second moments of the layers' inputs on the texts of --calibrate, by path."""
     from trainers.low_rank.input_moments import input_moments
 
-    rows = row_files.read(path, example=EXAMPLE, flag="calibrate")
-    ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
-    if len(ids) < length:
-        raise FactoriseFlagError(
-            f"--calibrate={path} has {len(ids)} tokens, fewer than one row of {length}: give more text, or "
-            "a smaller --calibrate_length."
-        )
-    count = len(ids) // length
-    tokens = np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
-    return input_moments(loaded.model, loaded.params, tokens, total=count)
+    length = given.calibrate_length or 512
+    rows = row_files.read(given.calibrate, example=EXAMPLE, flag="calibrate")
+    with config.load(given.checkpoint, params=given.params) as loaded:
+        ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
+        if len(ids) < length:
+            raise TransformError(
+                f"--calibrate={given.calibrate} has {len(ids)} tokens, fewer than one row of {length}: give more text, "
+                "or a smaller --calibrate_length."
+            )
+        count = len(ids) // length
+        tokens = np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
+        return input_moments(loaded.model, loaded.params, tokens, total=count)
 
 
-def _save(folder: str, params: Any, meta: Mapping[str, Any]) -> None:
-    def streamed(values: Any) -> StreamedArray:
-        array = np.asarray(values)
-        start = (0,) * array.ndim
-        return StreamedArray(array.shape, array.dtype, array.shape, lambda: iter([(start, array)]))
-
-    arrays = {f"params/{name}": streamed(x) for name, x in state_tree.flatten(params).items()}
-    kept = {key: meta[key] for key in ("hf", "vocabulary", "add_bos", "start_token") if key in meta}
-    stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=kept)
+def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, str], list[str]]:
+    """What factors cost and lose: notes on them by path of U, and the totals as lines."""
+    notes, dense, small = {}, 0, 0
+    for recipe in recipes:
+        if len(recipe.outputs) == 1:
+            continue
+        (path, u_shape), (_, v_shape) = recipe.outputs.items()
+        kernel = math.prod(u_shape[:-1]) * v_shape[-1]
+        factors_size = math.prod(u_shape) + math.prod(v_shape)
+        dense, small = dense + kernel, small + factors_size
+        larger = " LARGER" if factors_size > kernel else ""
+        lost = made.lost[path.removesuffix("/u")]
+        notes[path] = f", {factors_size / kernel:.3f} of its size{larger}, lost {lost:.2%}"
+    lines = [
+        f"decomposed {len(notes)} kernels: {dense:,} parameters to {small:,} ({small / dense:.3f})"
+    ]
+    lines.append("lost: the fraction of the squared singular values that factors lack")
+    weighted = [path for path in made.lost if path in made.moments]
+    if weighted:
+        others = len(made.lost) - len(weighted)
+        unweighted = f"; {others} others are not" if others else ""
+        lines.append(f"{len(weighted)} kernels are weighted by their inputs{unweighted}")
+    return notes, lines
 
 
 def _bindings(*, dense: bool) -> list[str]:
     """What makes the layers of any model factorised, or dense again."""
     lines = ["# Of launch.upcycle factorise."]
-    lines += [
-        f"from model import {name}" for name in ("attention", "linear", "lowrank", "mlp", "moe")
-    ]
+    lines += [f"from model import {name}" for name in ("attention", "linear", "mlp")]
+    lines += ["from model.low_rank import lowrank", "from model.moe import moe"]
     for module, field, low_rank, plain in _OWNERS:
         lines.append(f"{module}.{field} = @{plain if dense else low_rank}")
     if not dense:

@@ -46,7 +46,7 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     record = {"generation_config": read_json(generation)} if generation.exists() else {}
-    family_of_config(config)  # What cannot be read is said before files are opened.
+    family_of_config(config)  # Raises before files are opened.
     with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
         _write(tensors, config, record, partial, dtype, tokenizer=folder)
 
@@ -108,10 +108,10 @@ def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
     files = getattr(run_vocabulary.load(folder=folder), "files", None)
     if files is not None:
         return {"vocabulary": digest, "add_bos": files.adds_bos}
-    # A SentencePiece model alone; transformers begins texts with BOS unless it is told otherwise.
+    # A SentencePiece model alone; transformers begins texts with BOS by default.
     path = source / hf_tokenizer.CONFIG
-    said = read_json(path) if path.exists() else {}
-    return {"vocabulary": digest, "add_bos": bool(said.get("add_bos_token", True))}
+    settings = read_json(path) if path.exists() else {}
+    return {"vocabulary": digest, "add_bos": bool(settings.get("add_bos_token", True))}
 
 
 def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:

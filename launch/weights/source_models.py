@@ -1,52 +1,55 @@
-"""The checkpoints that a mixture is made of, read array by array, and the one that is made of them."""
+"""Checkpoints that a tree transform reads array by array, and what a mixture records about its experts."""
 
-import math
-import os
+import hashlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from launch.config import gin_config
-from launch.run import run_vocabulary
+from data.nexus import domain_embeddings
+from data.nexus.domain_embeddings import Embeddings
 from launch.run.load_run import CONFIG
-from model.transforms.upcycle import Model, Piece, UpcycleError
-from trainers.checkpoints import manifest, state_tree, step_dir, stream_checkpoint
+from model.transforms.base import Source, TransformError
+from trainers.checkpoints import manifest, restore_params, step_dir
 from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.manifest import Block, DamagedCheckpointError, Manifest
-from trainers.checkpoints.stream_checkpoint import StreamedArray
+from trainers.checkpoints.manifest import DamagedCheckpointError
 
-_RELATED = 0.1  # least correlation of embeddings; those of other seeds have none
+_RELATED = 0.1  # least correlation of embeddings; models of other seeds have none
 _ROWS = 4096  # of them that are compared
 _EMBEDDING = "token_embed/embedding"
-_BLOCK_BYTES = 64 << 20  # of an array that is made in blocks of rows, in float32
+
+# Fields of experts.Mixture that a mixture records for later experts; also names of flags of launch.upcycle.
+RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
+_REMEDY = (
+    f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
+    "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
+)
 
 
 class SourceModel:
-    """A model's checkpoint: shapes, and arrays that are read when they are needed."""
+    """A model's checkpoint: shapes, and arrays that are read when they are needed.
+
+    Raises:
+      DamagedCheckpointError: the step, or every step of the run, is damaged.
+      FileNotFoundError: there is no checkpoint.
+      TransformError: it has no such parameters.
+
+    Args:
+      path: a step directory, or a run directory for its newest good step.
+      params: see launch/run/load_run.py.
+    """
 
     def __init__(self, path: str, params: str):
         self.path = path
-        self._step = epath.Path(step_dir.resolve(path))
-        recorded: Manifest = step_dir.read_manifest(self._step)
-        if problems := manifest.check_files(self._step, recorded.files):
-            raise DamagedCheckpointError(self._step, problems)
+        self._step, recorded = step_dir.newest_good(path, _checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        self._root = "ema_params/" if recorded.use_ema(params) else "params/"
-        self.shapes = {
-            name.removeprefix(self._root): tuple(entry.shape)
-            for name, entry in recorded.arrays.items()
-            if name.startswith(self._root)
-        }
-        if not self.shapes:
-            raise UpcycleError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
+        self._root = restore_params.params_root(recorded, params)
+        entries = restore_params.saved_params(recorded, self._root)
+        if not entries:
+            raise TransformError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
+        self.abstract = Source(path, {name: tuple(x.shape) for name, x in entries.items()})
         self.folder = step_dir.run_folder(self._step)
-
-    @property
-    def model(self) -> Model:
-        return self.path, self.shapes
 
     @property
     def config(self) -> str:
@@ -55,116 +58,89 @@ class SourceModel:
     def open(self, path: str) -> StoredArray:
         return StoredArray(self._step, self._root + path)
 
-    def kept_meta(self) -> dict[str, Any]:
+    def text_meta(self) -> dict[str, Any]:
+        """What the checkpoint records about texts: vocabulary and the tokens before them."""
         keys = ("vocabulary", "add_bos", "start_token")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
 
-def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
-    """Models that can be averaged: one vocabulary, and one seed.
+def _checked(step: Any) -> tuple[Any, manifest.Manifest]:
+    recorded = step_dir.read_manifest(step)
+    if problems := manifest.check_files(step, recorded.files):
+        raise DamagedCheckpointError(step, problems)
+    return step, recorded
 
-    Branches of one seed keep much of its embeddings; weights of others do not line up, whatever their shapes.
+
+def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
+    """Checks that models can be averaged: they share a vocabulary, and a seed.
+
+    Branches of one seed keep much of its embeddings. Weights of models of other seeds do not line up, whatever their
+    shapes.
 
     Args:
-      sources: all of them, the first being what the others are compared with.
-      unrelated: takes those of other seeds.
+      sources: all are compared with the first.
+      unrelated: accept models of other seeds.
 
     Raises:
-      UpcycleError: by name.
+      TransformError: a model that cannot, by name.
     """
     first = sources[0]
     for other in sources[1:]:
         if other.meta.get("vocabulary") != first.meta.get("vocabulary"):
-            raise UpcycleError(
+            raise TransformError(
                 f"{other.path} was trained with another vocabulary than {first.path}: the same ids would "
                 "stand for other words. Experts come from one seed and its vocabulary."
             )
-    if unrelated or _EMBEDDING not in first.shapes:
+    shape = first.abstract.shapes.get(_EMBEDDING)
+    if unrelated or shape is None:
         return
-    count = min(_ROWS, first.shapes[_EMBEDDING][0])
+    count = min(_ROWS, shape[0])
     rows = first.open(_EMBEDDING).read(rows=(0, count)).astype(np.float64).ravel()
     for other in {source.path: source for source in sources[1:]}.values():
-        if other.shapes.get(_EMBEDDING) != first.shapes[_EMBEDDING]:
+        if other.abstract.shapes.get(_EMBEDDING) != shape:
             continue  # the plan names it
         theirs = other.open(_EMBEDDING).read(rows=(0, count)).astype(np.float64).ravel()
-        found = float(np.corrcoef(rows, theirs)[0, 1])
-        if not found > _RELATED:
-            raise UpcycleError(
+        correlation = float(np.corrcoef(rows, theirs)[0, 1])
+        if not correlation > _RELATED:
+            raise TransformError(
                 f"{other.path} and {first.path} do not come from one seed: their embeddings correlate by "
-                f"{found:.2f}, so that averages of the two mean nothing. --unrelated takes them all the same."
+                f"{correlation:.2f}, so that averages of the two mean nothing. --unrelated takes them all the same."
             )
 
 
-def write_config(folder: str, source: SourceModel, bindings: Sequence[str]) -> None:
-    """The configuration of a model that is made of one like `source`, and its vocabulary."""
-    text = source.config + "\n".join(["", *bindings, ""])
-    pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-    run_vocabulary.copy(source.folder, folder)
-
-
-def parameters(folder: str, files: Sequence[str]) -> state_tree.Flat:
-    """Shapes and dtypes of the parameters of the model that a run's configuration says.
-
-    Args:
-      folder: with a configuration made of one that came with a checkpoint.
-      files: the user's own, which may import what that may not by itself.
-    """
-    import flax.linen as nn
-
-    from trainers import initialise
-
-    loaded: Any = gin_config.load(
-        files,
-        entry="launch.run.load_run:RunConfig",
-        unused={"VOCABULARY": "None"},
-        untrusted=["t5x_configs/runs/load_run.gin", os.path.join(folder, CONFIG)],
-    ).entry
-    variables = initialise.abstract_variables(loaded().model)
-    return state_tree.flatten(nn.meta.unbox(variables["params"]))
-
-
-def save(
-    folder: str,
-    pieces: Sequence[Piece],
-    target: state_tree.Flat,
-    sources: Sequence[SourceModel],
-    *,
-    scanned: bool,
-    meta: Mapping[str, Any],
-) -> None:
-    """Writes the parameters of `target` as the checkpoint of a run: stacked layers one by one, large means by rows."""
-    by_path = {source.path: source for source in sources}
-    arrays = {
-        f"params/{x.path}": _streamed(x, target[x.path].dtype, by_path, scanned=scanned)
-        for x in pieces
+def domains_record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any]:
+    """What a mixture records of its domains: encoder, subtracted mean, and a digest of the vectors."""
+    return {
+        "encoder": dict(domains.encoder),
+        "mean": domains.mean_M.tolist(),
+        "digest": digest(vectors_EM),
     }
-    stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
 
 
-def _streamed(
-    piece: Piece, dtype: Any, sources: Mapping[str, SourceModel], *, scanned: bool
-) -> StreamedArray:
-    count, size = _block_rows(piece, scanned=scanned), piece.shape[0] if piece.shape else 0
-
-    def blocks() -> Iterator[Block]:
-        stored = [sources[name].open(path) for name, path in piece.reads]
-        if not count:
-            parts = [array.read() for array in stored]
-            yield (0,) * len(piece.shape), piece.make(parts, 0).astype(dtype)
-            return
-        for first in range(0, size, count):
-            rows = (first, min(first + count, size))
-            parts = [array.read(rows=rows) for array in stored]
-            yield (first, *(0,) * (len(piece.shape) - 1)), piece.make(parts, first).astype(dtype)
-
-    chunk = (count, *piece.shape[1:]) if count else piece.shape
-    return StreamedArray(piece.shape, np.dtype(dtype), chunk, blocks)
+def digest(vectors_EM: np.ndarray) -> str:
+    """The hash of the vectors' bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(vectors_EM), digest_size=16).hexdigest()
 
 
-def _block_rows(piece: Piece, *, scanned: bool) -> int:
-    """How many rows of an array are made at a time: a layer of stacked ones; 0 where it is made whole."""
-    if scanned and piece.path.startswith("layers/") and piece.reads:
-        return 1
-    if not piece.by_rows or 4 * math.prod(piece.shape) <= _BLOCK_BYTES:
-        return 0
-    return max(1, _BLOCK_BYTES // (4 * math.prod(piece.shape[1:])))
+def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
+    """Raises TransformError where vectors are not comparable with the mixture's."""
+    if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
+        raise TransformError(
+            f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
+            f"embeddings by {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
+        )
+    if domains.mean_M.tolist() != recorded["mean"]:
+        raise TransformError(
+            f"{domains.path} takes another mean from its vectors than the embeddings of the mixture, which would "
+            f"move every expert: {_REMEDY}"
+        )
+
+
+def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
+    """Raises TransformError where the file has another vector of an expert than the mixture [E, M]."""
+    for name, vector_M in zip(names, vectors_EM, strict=True):
+        if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
+            raise TransformError(
+                f"{domains.path} has another vector of {name} than the mixture, whose router has learned from its "
+                f"own: {_REMEDY}"
+            )

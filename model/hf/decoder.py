@@ -54,7 +54,7 @@ def size_fields(here: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def window_field(here: Mapping[str, Any]) -> int | None:
-    """The window of the first layer that has one; another one in other layers is found to differ."""
+    """The window of the first layer that has one; the comparison of descriptions rejects several."""
     return next((window for window, _ in here["layers"] if window is not None), None)
 
 

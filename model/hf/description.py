@@ -57,12 +57,12 @@ def describe(model: Transformer) -> dict[str, Any]:
     """
     config = model.config
     sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim")
-    found: dict[str, Any] = {f"config.{name}": getattr(config, name) for name in sizes}
-    found["config.num_kv_heads"] = config.kv_heads
-    found["config.head_dim"] = config.per_head_dim
+    fields: dict[str, Any] = {f"config.{name}": getattr(config, name) for name in sizes}
+    fields["config.num_kv_heads"] = config.kv_heads
+    fields["config.head_dim"] = config.per_head_dim
     kinds = [config.layer_kind(i) for i in range(config.num_layers)]
-    found["layers"] = tuple((kind.window, kind.rope) for kind in kinds)
-    found |= dict(_fields(model, ""))
+    fields["layers"] = tuple((kind.window, kind.rope) for kind in kinds)
+    fields |= dict(_fields(model, ""))
     first: dict[str, Any] = {}
     for i in range(len(config.layer_pattern)):
         block = model.block(config=config, kind=kinds[i], name=f"block_{i}")
@@ -71,11 +71,11 @@ def describe(model: Transformer) -> dict[str, Any]:
             first = entries
         different = {name: value for name, value in entries.items() if first.get(name) != value}
         where, entries = ("block", entries) if i == 0 else (f"block_{i}", different)
-        found |= {where + name: value for name, value in entries.items()}
-    scale = found.get("block.attention.scale", 0)
+        fields |= {where + name: value for name, value in entries.items()}
+    scale = fields.get("block.attention.scale", 0)
     if scale is None:
-        found["block.attention.scale"] = config.per_head_dim**-0.5
-    return found
+        fields["block.attention.scale"] = config.per_head_dim**-0.5
+    return fields
 
 
 def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ class Family:
       ignored: patterns of tensors that carry nothing (whole names).
       tied: tensors that may lie beside the one they must be equal to, where the model has no array
         for them: a head that is the embedding.
-      prefix: start of names that checkpoints of the model without its head leave out.
+      prefix: start of names that checkpoints of the model without its head lack.
     """
 
     name: str
@@ -106,8 +106,8 @@ class Family:
         """Shapes of the Hugging Face tensors of the model, by name."""
         return hf_shapes(self.pieces(model), native_shapes(model))
 
-    def match(self, model: Transformer, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Names on disk by the names of the pieces, of tensors whose shapes are `found`.
+    def match(self, model: Transformer, on_disk: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Names on disk by the names of the pieces, of tensors whose shapes are `on_disk`.
 
         Tied tensors that are there have their entry too: the reader compares them by `tied`.
 
@@ -115,7 +115,7 @@ class Family:
           MismatchedTensors: tensors are missing, unexplained or of another shape.
         """
         expected = self.shapes(model)
-        names = {self._name(name, expected): name for name in found if not self._ignored(name)}
+        names = {self._name(name, expected): name for name in on_disk if not self._ignored(name)}
         copies = [name for name in names if name in self.tied and name not in expected]
         shapes = expected | {copy: expected[self.tied[copy]] for copy in copies}
         problems = [
@@ -124,15 +124,15 @@ class Family:
             *_listed(
                 "of another shape",
                 (
-                    f"{names[n]} {tuple(found[names[n]])} instead of {shape}"
+                    f"{names[n]} {tuple(on_disk[names[n]])} instead of {shape}"
                     for n, shape in shapes.items()
-                    if n in names and tuple(found[names[n]]) != shape
+                    if n in names and tuple(on_disk[names[n]]) != shape
                 ),
             ),
         ]
         if problems:
             raise MismatchedTensors(
-                f"The tensors are not those of the {self.name!r} model that config.json describes: "
+                f"The tensors do not fit the {self.name!r} model that config.json describes: "
                 + "; ".join(problems)
                 + "."
             )

@@ -114,12 +114,12 @@ def hf_shapes(
     pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that the pieces make up; `shapes` are of the native arrays."""
-    found: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         shape = shapes[piece.native][len(piece.native_at) :]
         shape = shape[::-1] if piece.transpose else shape
         if piece.hf_columns is not None:
-            stop = max(piece.hf_columns[1], found.get(piece.hf, (0,))[-1])
+            stop = max(piece.hf_columns[1], tensors.get(piece.hf, (0,))[-1])
             shape = (*shape[:-1], stop)
-        found[piece.hf] = shape
-    return found
+        tensors[piece.hf] = shape
+    return tensors

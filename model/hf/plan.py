@@ -64,7 +64,7 @@ class Target:
 
 
 def _is_table(piece: Piece) -> bool:
-    """Whether an array is a tensor as it stands, of which any rows may be taken alone."""
+    """Whether an array equals a tensor row by row, so that any rows may be copied alone."""
     return not piece.native_at and not piece.transpose and piece.hf_columns is None
 
 
@@ -158,8 +158,8 @@ def plan(family: Family, model: Transformer, source: Source, *, dtype: str | Non
       MismatchedTensors: tensors are missing, unexplained or of another shape, or a tied one differs.
       UnsuitableDtypeError: a tensor is not of floats, or `dtype` is not the name of floats.
     """
-    found = {name: info.shape for name, info in source.tensors.items()}
-    names = family.match(model, found)
+    on_disk = {name: info.shape for name, info in source.tensors.items()}
+    names = family.match(model, on_disk)
     pieces = family.pieces(model)
     if dtype is not None and dtype not in FLOATS:
         raise UnsuitableDtypeError(
@@ -207,7 +207,7 @@ def _check_tied(source: Source, copy: str, original: str) -> None:
 def narrow_names(plan: Plan) -> dict[str, Any]:
     """Dtypes, by name of the piece, of tensors narrower than the array they became a part of.
 
-    An array has one dtype; an export needs these to give each tensor back as it was.
+    An array has one dtype; an export needs these to restore each tensor's dtype.
     """
     return {
         piece.hf: plan.source.tensors[plan.names[piece.hf]].dtype.name

@@ -45,18 +45,18 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int, *, multiple: i
                 f"rank={rank} is not a whole number, as rank_rule='absolute' needs; a fraction goes with "
                 "'min_dim' or 'param_ratio'."
             )
-        found = int(rank)
+        chosen = int(rank)
     else:
         size = most if rule == "min_dim" else rows * columns / (rows + columns)
-        found = max(round(rank * size), 1) if rank > 0 else 0
-        if 1 <= found <= most and multiple <= most:
-            found = min(max(round(found / multiple), 1) * multiple, most)
-    if not 1 <= found <= most:
+        chosen = max(round(rank * size), 1) if rank > 0 else 0
+        if 1 <= chosen <= most and multiple <= most:
+            chosen = min(max(round(chosen / multiple), 1) * multiple, most)
+    if not 1 <= chosen <= most:
         raise ValueError(
-            f"rank={rank} with rank_rule={rule!r} gives a matrix [{rows}, {columns}] the rank {found}; it "
+            f"rank={rank} with rank_rule={rule!r} gives a matrix [{rows}, {columns}] the rank {chosen}; it "
             f"can have 1 to {most}."
         )
-    return found
+    return chosen
 
 
 def he_factors(
@@ -80,7 +80,7 @@ def spectral_factors(
     Args:
       kernel: finite values.
       rank: of the factors.
-      ones: replaces all kept singular values.
+      ones: replaces the singular values.
 
     Returns:
       U [..., X, rank] and V^T [..., rank, Y], float32.
@@ -110,8 +110,8 @@ def decomposition(
     """
     kernel = kernel.astype(jnp.float32)
     if gram is None:
-        found = jnp.linalg.svd(kernel, full_matrices=False)
-        return found[0], found[1], found[2]
+        left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
+        return left, values, right
     squares, basis = jnp.linalg.eigh(gram.astype(jnp.float32))
     mean = squares.mean(-1, keepdims=True)
     squares = jnp.where(mean > 0, jnp.maximum(squares, damping * mean), 1.0)
@@ -139,9 +139,9 @@ def balanced(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rank_for_energy(values: jax.Array, energy: float) -> int:
-    """The least rank that keeps this fraction of the squared singular values [..., R].
+    """The least rank that preserves this fraction of the squared singular values [..., R].
 
-    Of stacked matrices, which share a rank, the one that needs most decides.
+    Stacked matrices share a rank: the largest that one of them needs.
 
     Raises:
       ValueError: a fraction outside (0, 1].
@@ -149,9 +149,9 @@ def rank_for_energy(values: jax.Array, energy: float) -> int:
     if not 0 < energy <= 1:
         raise ValueError(f"rank={energy} with rank_rule='energy' must lie in (0, 1].")
     squares = np.square(np.asarray(values, np.float64))
-    kept = np.cumsum(squares, axis=-1)
-    # A zero matrix keeps all it has at rank 1.
-    enough = kept >= energy * kept[..., -1:] * (1 - 1e-12)
+    total = np.cumsum(squares, axis=-1)
+    # Rank 1 suffices for a zero matrix.
+    enough = total >= energy * total[..., -1:] * (1 - 1e-12)
     return int(enough.argmax(-1).max()) + 1
 
 
@@ -202,7 +202,7 @@ class Factors:
 
     Attributes:
       path: of the module that owns it.
-      shape: [rows, columns] of the matrix that it stands for.
+      shape: [rows, columns] of the product.
       rank: of the factors.
       count: matrices that are stacked, layers or experts.
     """
@@ -225,7 +225,7 @@ class Factors:
 
 def find_factors(params: Any) -> list[Factors]:
     """All factorised matrices of a tree of arrays or of their shapes, in the order of the tree."""
-    found = []
+    factorised = []
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
         if not isinstance(node, Mapping):
@@ -233,12 +233,12 @@ def find_factors(params: Any) -> list[Factors]:
         if is_factorised(node):
             *stack, rows, rank = node["u"].shape
             columns = node["v"].shape[-1]
-            found.append(Factors("/".join(path), (rows, columns), rank, math.prod(stack)))
+            factorised.append(Factors("/".join(path), (rows, columns), rank, math.prod(stack)))
         for name, child in node.items():
             visit(child, (*path, name))
 
     visit(params, ())
-    return found
+    return factorised
 
 
 def is_factorised(node: Any) -> bool:
@@ -246,25 +246,24 @@ def is_factorised(node: Any) -> bool:
     return isinstance(node, Mapping) and node.get("u") is not None and node.get("v") is not None
 
 
-def table(found: Sequence[Factors], lost: Mapping[str, float] | None = None) -> list[str]:
+def table(factorised: Sequence[Factors]) -> list[str]:
     """Rank and size of every factorised matrix beside the dense one, and the total, as lines.
 
-    What is larger than the dense matrix is marked. With `lost`, the part of each that its factors leave
-    out, by path.
+    Factors larger than the dense matrix are marked.
     """
-    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio", "lost" if lost else "")]
-    for one in found:
+    rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
+    for one in factorised:
         count = f" x {one.count}" if one.count > 1 else ""
         shape = f"{one.shape[0]} x {one.shape[1]}{count}"
         larger = " LARGER" if one.factors > one.dense else ""
         ratio = f"{one.factors / one.dense:.3f}{larger}"
         sizes = (str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio)
-        rows.append((one.path, shape, *sizes, f"{lost[one.path]:.2%}" if lost else ""))
-    dense, factors = sum(one.dense for one in found), sum(one.factors for one in found)
-    if found:
-        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}", ""))
+        rows.append((one.path, shape, *sizes))
+    dense, factors = sum(one.dense for one in factorised), sum(one.factors for one in factorised)
+    if factorised:
+        rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.rjust]
+    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
     return [
         "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
         for row in rows

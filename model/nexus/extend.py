@@ -1,8 +1,8 @@
-"""A mixture with an expert more or one less (Nexus, arXiv 2408.15901): parameter by parameter.
+"""A mixture with one expert more or one less (Nexus, arXiv 2408.15901).
 
 The new expert's FFN, and its attention where attentions are experts, come last. A projection router takes the embedding
-of its data and stays as it is; the columns of other routers are drawn. All that experts share moves to the new model
-by a weight, but the FFN that all tokens share. What is taken away again leaves what was there before.
+of the expert's data and stays as it is; other routers get a drawn column. Parameters that experts share move towards the
+new model by a weight, except the shared FFN. Removing the expert leaves the mixture that was there before.
 """
 
 import dataclasses
@@ -12,177 +12,146 @@ from typing import Literal
 
 import numpy as np
 
-from model.transforms import experts, upcycle
+from model.transforms import base, experts, upcycle
+from model.transforms.base import Recipe, Shapes, Source, TransformError
 from model.transforms.experts import ExpertAxis, Mixture
-from model.transforms.upcycle import Model, Piece, Shapes, UpcycleError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Addition:
-    """How an expert is added.
+    """The transform of a mixture and a dense model, the two sources, to a mixture with one more expert.
 
     Attributes:
-      merge: weight of the new model in what no expert has for itself; with 1 / (E + 1) a mean of E models becomes
-        that of E + 1, with 0 it stays.
-      router: of one that is no projection: 'append' draws the new expert's column, 'reset' draws all of it.
+      mixture: the larger one.
+      merge: weight of the new model in parameters that experts share; 1 / (E + 1) makes a mean of E models one of
+        E + 1, and 0 leaves them.
+      router: for routers that are no projection: 'append' draws the new expert's column, 'reset' draws all of it.
     """
 
+    mixture: Mixture
     merge: float
     router: Literal["append", "reset"] = "append"
 
+    def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
+        """See TreeTransform."""
+        old, new = sources
+        return [self._recipe(path, tuple(shape), old, new) for path, shape in target.items()]
 
-def plan_addition(
-    target: Shapes, old: Model, new: Model, mixture: Mixture, addition: Addition
-) -> list[Piece]:
-    """How each parameter of the larger mixture is made.
-
-    Args:
-      target: shape of each of its parameters, by path.
-      old: the mixture.
-      new: the dense model.
-      mixture: what the larger mixture is.
-      addition: how the one becomes the other.
-
-    Raises:
-      UpcycleError: parameters of other shapes, or that nothing explains.
-    """
-    pieces = [_added(path, tuple(x), old, new, mixture, addition) for path, x in target.items()]
-    unused = set(old[1]) - set(target)
-    if addition.merge:
-        unused |= set(new[1]) - {path for x in pieces for name, path in x.reads if name == new[0]}
-    if unused:
-        raise UpcycleError(f"the larger mixture has no place for {min(unused)}.")
-    return pieces
-
-
-def plan_removal(target: Shapes, old: Model, mixture: Mixture, expert: int) -> list[Piece]:
-    """How each parameter of the mixture without one of its experts is made.
-
-    Args:
-      target: shape of each of its parameters, by path.
-      old: the mixture.
-      mixture: what the mixture was.
-      expert: the index of the one to go.
-
-    Raises:
-      UpcycleError: parameters of other shapes.
-    """
-    pieces = []
-    for path, shape in target.items():
+    def _recipe(self, path: str, shape: tuple[int, ...], old: Source, new: Source) -> Recipe:
+        mixture = self.mixture
+        router = re.fullmatch(experts.ROUTER, path) is not None
         where = experts.expert_axis(path, mixture)
+        if router and self.router == "reset":
+            return upcycle.drawn(path, shape, mixture, mixture.experts)
         if where is None:
-            pieces.append(_kept(path, tuple(shape), old))
-            continue
-        was = _found(path, old)
-        _check(path, _resized(was, where, -_size(was, where, mixture.experts)), shape)
-
-        def make(parts: Sequence[np.ndarray], layer: int, where: ExpertAxis = where) -> np.ndarray:
-            del layer
-            return experts.without(parts[0], where, expert, mixture.experts)
-
-        pieces.append(Piece(path, tuple(shape), "without one", ((old[0], path),), make))
-    return pieces
+            if router or re.fullmatch(experts.SHARED, path) or not self.merge:
+                return base.copied(path, old.shape(path), old)
+            return _merged(path, old, new, self.merge)
+        before = old.shape(path)
+        size = before[where.axis] // (mixture.experts - 1)
+        one = _resized(before, where, size)
+        if router:
+            return _with_drawn(path, before, old, one, where, mixture)
+        return _with_copied(path, before, old, new, one, where, mixture)
 
 
-def _added(
-    path: str,
-    shape: tuple[int, ...],
-    old: Model,
-    new: Model,
-    mixture: Mixture,
-    addition: Addition,
-) -> Piece:
-    router = re.fullmatch(experts.ROUTER, path) is not None
-    where = experts.expert_axis(path, mixture)
-    if router and addition.router == "reset":
-        return upcycle.drawn(path, shape, mixture, mixture.experts)
-    if where is None:
-        if router or re.fullmatch(experts.SHARED, path) or not addition.merge:
-            return _kept(path, shape, old)
-        return _merged(path, shape, old, new, addition.merge)
-    was = _found(path, old)
-    size = _size(was, where, mixture.experts - 1)
-    _check(path, _resized(was, where, size), shape)
-    one = _resized(was, where, size - was[where.axis])  # of a single expert
-    if router:
-        return _with_drawn(path, shape, old, one, where, mixture)
-    dense = (*one[:-3], *one[-2:]) if where.axis == -3 else one
-    if (found := new[1].get(path)) != dense:
-        raise UpcycleError(
-            f"{new[0]} is no branch of the seed of {old[0]}: {path} is "
-            f"{list(found) if found else 'not there'}, where an expert has {list(dense)}."
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """The transform of a mixture, the one source, to the mixture without the expert of this index."""
+
+    mixture: Mixture
+    expert: int
+
+    def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
+        """See TreeTransform."""
+        (old,) = sources
+        return [self._recipe(path, old) for path in target]
+
+    def _recipe(self, path: str, old: Source) -> Recipe:
+        where = experts.expert_axis(path, self.mixture)
+        before, count = old.shape(path), self.mixture.experts
+        if where is None:
+            return base.copied(path, before, old)
+
+        def compute(parts: Sequence[np.ndarray], _: int) -> np.ndarray:
+            return experts.without(parts[0], where, self.expert, count)
+
+        after = _resized(before, where, before[where.axis] // count * (count - 1))
+        slices = self.mixture.slices(path)
+        return upcycle.single(
+            path, after, "without one", ((old.name, path),), compute, slices=slices
         )
 
-    def make(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
-        kept, kernel = parts
-        if where.axis == -3:
-            kernel = experts.routed(kernel, path, mixture, mixture.experts - 1, layer)
-        return experts.joined([kept, kernel.astype(kept.dtype)], where)
 
-    said = f"one more, copied{upcycle.changes(path, mixture)}"
-    return Piece(path, shape, said, ((old[0], path), (new[0], path)), make)
+def _with_copied(
+    path: str,
+    before: tuple[int, ...],
+    old: Source,
+    new: Source,
+    one: tuple[int, ...],
+    where: ExpertAxis,
+    mixture: Mixture,
+) -> Recipe:
+    """Experts' arrays and behind them that of the new model, whose shape with the expert axis is `one`."""
+    ffn = where.axis == -3
+    dense = (*one[:-3], *one[-2:]) if ffn else one
+    if (shape := new.shapes.get(path)) != dense:
+        raise TransformError(
+            f"{new.name} is no branch of the seed of {old.name}: {path} is "
+            f"{list(shape) if shape else 'not there'}, where an expert has {list(dense)}."
+        )
+
+    def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+        many, kernel = parts
+        if ffn:
+            kernel = experts.routed(kernel, path, mixture, mixture.experts - 1, layer)
+        return experts.joined([many, kernel.astype(many.dtype)], where)
+
+    origin = f"one more, copied{upcycle.changes(path, mixture)}"
+    after = _resized(before, where, before[where.axis] + one[where.axis])
+    inputs = ((old.name, path), (new.name, path))
+    return upcycle.single(path, after, origin, inputs, compute, slices=mixture.slices(path))
 
 
 def _with_drawn(
     path: str,
-    shape: tuple[int, ...],
-    old: Model,
+    before: tuple[int, ...],
+    old: Source,
     one: tuple[int, ...],
     where: ExpertAxis,
     mixture: Mixture,
-) -> Piece:
-    """A router's array with the column of one more expert, or the embedding of its data."""
+) -> Recipe:
+    """A router's array and behind it the column of one more expert, or the embedding of its data."""
     domains = None if mixture.domains is None else mixture.domains[-1:]
     last = dataclasses.replace(mixture, domains=domains)
     column = upcycle.drawn(path, one, last, mixture.experts)
 
-    def make(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
-        kept, drawn = parts[0], column.make([], 0)
-        if len(drawn) != len(kept):  # of all stacked layers
+    def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+        many, (drawn,) = parts[0], column.compute([], 0)
+        if len(drawn) != len(many):  # of all stacked layers
             drawn = drawn[layer : layer + 1]
-        return experts.joined([kept, drawn.astype(kept.dtype)], where)
+        return experts.joined([many, drawn.astype(many.dtype)], where)
 
-    return Piece(path, shape, f"one more, {column.origin}", ((old[0], path),), make)
+    after = _resized(before, where, before[where.axis] + one[where.axis])
+    origin, inputs = f"one more, {column.origin}", ((old.name, path),)
+    return upcycle.single(path, after, origin, inputs, compute, slices=mixture.slices(path))
 
 
-def _merged(path: str, shape: tuple[int, ...], old: Model, new: Model, merge: float) -> Piece:
-    _check(path, _found(path, old), shape)
-    _check(path, _found(path, new), shape)
+def _merged(path: str, old: Source, new: Source, merge: float) -> Recipe:
+    if (shape := new.shape(path)) != old.shape(path):
+        raise TransformError(
+            f"{path} is {list(shape)} in {new.name}, and {list(old.shape(path))} in {old.name}."
+        )
 
-    def make(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
-        del layer
+    def compute(parts: Sequence[np.ndarray], _: int) -> np.ndarray:
         there, here = (part.astype(np.float32) for part in parts)
         return np.float32(1 - merge) * there + np.float32(merge) * here
 
-    said = f"{1 - merge:.3g} of the mixture, {merge:.3g} of the new model"
-    return Piece(path, shape, said, ((old[0], path), (new[0], path)), make, by_rows=True)
+    origin = f"{1 - merge:.3g} of the mixture, {merge:.3g} of the new model"
+    inputs = ((old.name, path), (new.name, path))
+    return upcycle.single(path, old.shape(path), origin, inputs, compute, slices="rows")
 
 
-def _kept(path: str, shape: tuple[int, ...], old: Model) -> Piece:
-    _check(path, _found(path, old), shape)
-    return Piece(path, shape, "kept", ((old[0], path),), lambda parts, _: parts[0], by_rows=True)
-
-
-def _found(path: str, model: Model) -> tuple[int, ...]:
-    if path not in model[1]:
-        raise UpcycleError(f"{model[0]} has no {path}: is its configuration that of the mixture?")
-    return tuple(model[1][path])
-
-
-def _check(path: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if found != tuple(shape):
-        raise UpcycleError(
-            f"{path} would be {list(found)} and is {list(shape)} by the configuration: do the models have other "
-            "sizes?"
-        )
-
-
-def _size(shape: tuple[int, ...], where: ExpertAxis, count: int) -> int:
-    """What one of so many experts takes of the axis."""
-    return shape[where.axis] // count
-
-
-def _resized(shape: tuple[int, ...], where: ExpertAxis, more: int) -> tuple[int, ...]:
-    wider = list(shape)
-    wider[where.axis] += more
-    return tuple(wider)
+def _resized(shape: tuple[int, ...], where: ExpertAxis, size: int) -> tuple[int, ...]:
+    """The shape with the expert axis of another size."""
+    return (*shape[: where.axis], size, *shape[len(shape) + where.axis + 1 :])

@@ -1,4 +1,4 @@
-"""Experts side by side in the arrays of a mixture, and what is drawn for them: numpy, exact but where it averages.
+"""Experts side by side in the arrays of a mixture, and the values drawn for them: numpy, exact except for averages.
 
 Shapes: E experts, K key/value heads, G query heads for each, H head dim, D width, F hidden width, M width of an
 embedding of a domain, '...' stacked layers.
@@ -20,29 +20,31 @@ _HEADS = r"(.*/)?attention/(query|key|value|out)/(kernel|bias)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture:
-    """What must be known of a mixture.
+    """Settings of a mixture that its parameters depend on.
 
     Attributes:
       experts: E, of FFNs and of attention alike, without the shared one.
       kv_heads: K of one expert.
-      ffn: whether FFNs are experts; if they are not, nothing is, and the mixture is a dense model of means.
+      scanned: whether arrays below `layers/` stack layers on their leading axis.
+      ffn: whether FFNs are experts; if not, the mixture is a dense model of means.
       attention: whether attentions are experts too.
-      average_attention: whether each attention expert is the mean of all: as many parameters as with experts of
-        their own, and nothing that tells them apart.
+      average_attention: whether each attention expert is the mean of all: a control with as many parameters and
+        no specialisation.
       shared_kv: whether they share keys and values, the mean of all.
-      router: what routes: model/linear.py, model/nexus/domain_router.py or model/nexus/mlp_router.py.
-      domains: embeddings [E, M] of the experts' data, of a projection.
-      router_std: deviation of linear routers' draw.
-      logit_std: deviation of the logits of others at the start.
+      router: a linear one, or that of model/nexus/domain_router.py or model/nexus/mlp_router.py.
+      domains: embeddings [E, M] of the experts' data, for a projection router.
+      router_std: standard deviation of linear routers' kernels.
+      logit_std: standard deviation of the first logits of other routers.
       seed: of these draws.
       expert_scale: factor on the down-projections of routed experts. Behind raw probabilities N copies of one FFN
-        give about 1/N of it, and N times as much restores it (arXiv 2410.07524).
-      drop_ratio: share of the hidden units of each routed expert that is drawn anew, see `dropped`.
+        give about 1/N of its output; a factor of N restores it (arXiv 2410.07524).
+      drop_ratio: share of the hidden units of each routed expert that is redrawn, see `dropped`.
       drop_seed: of that draw.
     """
 
     experts: int
     kv_heads: int
+    scanned: bool = False
     ffn: bool = True
     attention: bool = False
     average_attention: bool = False
@@ -55,6 +57,10 @@ class Mixture:
     expert_scale: float = 1.0
     drop_ratio: float = 0.0
     drop_seed: int = 0
+
+    def slices(self, path: str) -> Literal["layers", "whole"]:
+        """How experts' arrays are made: layer by layer where layers are stacked, see base.Recipe."""
+        return "layers" if self.scanned and path.startswith("layers/") else "whole"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ class ExpertAxis:
 
 
 def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
-    """The axis of a parameter of the mixture; None for what experts share."""
+    """The expert axis of a parameter of the mixture; None for parameters that experts share."""
     if re.fullmatch(FFN, path):
         return ExpertAxis(-3) if mixture.ffn else None
     if match := re.fullmatch(ROUTER, path):
@@ -92,7 +98,7 @@ def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
 
 
 def joined(parts: Sequence[np.ndarray], where: ExpertAxis) -> np.ndarray:
-    """Arrays of one or several experts each as that of all of them."""
+    """Joins arrays of one or several experts each into one array."""
     split = [_last(part, where.axis) for part in parts]
     split = [part.reshape(*part.shape[:-1], where.groups, -1) for part in split]
     whole = np.concatenate(split, axis=-1)
@@ -100,7 +106,7 @@ def joined(parts: Sequence[np.ndarray], where: ExpertAxis) -> np.ndarray:
 
 
 def without(array: np.ndarray, where: ExpertAxis, expert: int, experts: int) -> np.ndarray:
-    """An array of so many experts without one of them."""
+    """Removes one of so many experts from an array."""
     split = _last(array, where.axis)
     split = split.reshape(*split.shape[:-1], where.groups, experts, -1)
     rest = np.delete(split, expert, axis=-2)
@@ -120,7 +126,7 @@ def mean(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def routed(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: int) -> np.ndarray:
-    """A kernel [..., X, Y] of one layer of a dense model as that of a routed expert [..., 1, X, Y]."""
+    """Returns a routed expert's kernel [..., 1, X, Y] from a dense model's [..., X, Y] of one layer."""
     kernel = dropped(kernel, path, mixture, expert, layer)
     if mixture.expert_scale != 1.0 and path.endswith("/down/kernel"):
         kernel = (kernel.astype(np.float32) * np.float32(mixture.expert_scale)).astype(kernel.dtype)
@@ -128,18 +134,18 @@ def routed(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: 
 
 
 def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: int) -> np.ndarray:
-    """A kernel of an expert of which some hidden units are drawn anew (Drop-Upcycling, arXiv 2502.19261, section 3).
+    """Returns an expert's kernel with some hidden units redrawn (Drop-Upcycling, arXiv 2502.19261, section 3).
 
     Of the F hidden units of an expert a random set S of floor(R F) is dropped, another one in each expert and layer
     and the same in its three matrices: columns of `gate` and `up`, rows of `down`. In each matrix the entries of S
     are drawn anew from a normal with the mean and the standard deviation of the entries of S; all others stay.
 
     Args:
-      kernel: [..., D, F], or [..., F, D] of `down`, of one layer.
-      path: of it in the mixture.
-      mixture: with drop_ratio R.
-      expert: its place among the experts.
-      layer: of those that are stacked under this path.
+      kernel: [..., D, F], or [..., F, D] for `down`, of one layer.
+      path: of the kernel in the mixture.
+      mixture: its drop_ratio is R.
+      expert: index of the expert.
+      layer: index in the stack of layers under this path.
     """
     axis = -2 if path.endswith("/down/kernel") else -1
     count = int(mixture.drop_ratio * kernel.shape[axis] + 1e-9)  # 0.3 * 10 is less than 3
@@ -156,6 +162,6 @@ def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer:
 
 
 def draw(path: str, shape: tuple[int, ...], std: float, *key: int) -> np.ndarray:
-    """Normal values, the same for a path and a key whatever else is drawn."""
+    """Normal values that depend on path and key alone, not on other draws."""
     rng = np.random.default_rng([*key, zlib.crc32(path.encode())])
     return (std * rng.normal(size=shape)).astype(np.float32)

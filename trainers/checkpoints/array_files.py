@@ -24,8 +24,8 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:
     """The sharding of an abstract or concrete array; this process's first device if it has none."""
-    given = getattr(leaf, "sharding", None)
-    return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None)
+    return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
@@ -49,7 +49,7 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
 
 
 def open_array(path: epath.Path, name: str) -> Any:
-    """One array of a step as a TensorStore, of which regions can be read, without Orbax."""
+    """Opens an array of a step as a TensorStore, without Orbax; regions can be read."""
     base = os.fspath((path / step_dir.STATE).resolve())
     kvstore = {
         "driver": "ocdbt",
@@ -71,8 +71,8 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
         return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
 
     share = sorted(recorded.arrays)[jax.process_index() :: jax.process_count()]
-    found = agreement.gather([name for name in share if not is_good(name)])
-    return sorted(name for names in found for name in names)
+    shares = agreement.gather([name for name in share if not is_good(name)])
+    return sorted(name for names in shares for name in names)
 
 
 def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
@@ -84,10 +84,10 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
     # The processes share the files and agree on them before any of them reads: one that failed while
     # reading would leave the others waiting.
     names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
-    found = agreement.gather(
+    shares = agreement.gather(
         manifest.check_files(path, {name: recorded.files[name] for name in names})
     )
-    problems = {name: text for part in found for name, text in part.items()}
+    problems = {name: text for part in shares for name, text in part.items()}
     if problems:
         raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
     try:
@@ -105,7 +105,7 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
 
 
 class StoredArray:
-    """An array on disk of which regions are read, one that is stored in one piece being kept."""
+    """Reads regions of an array on disk. An array stored in one chunk is read once and stays in memory."""
 
     def __init__(self, path: epath.Path, name: str):
         self._store = open_array(path, name)

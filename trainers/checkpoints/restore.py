@@ -21,7 +21,6 @@ from etils import epath
 
 from trainers.checkpoints import phase_state, state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified
-from trainers.checkpoints.carried_moments import carried
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -30,6 +29,7 @@ from trainers.checkpoints.restore_params import (
     list_differences,
     restore_params,
 )
+from trainers.checkpoints.transformed import transformed
 
 
 class RunMismatchError(ValueError):
@@ -187,31 +187,25 @@ def _restore_variables(
     def read(step: epath.Path) -> Restored:
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
-        root = "ema_params/" if initial.use_ema else "params/"
-        shapes = {
-            name.removeprefix(root): tuple(entry.shape)
-            for name, entry in recorded.arrays.items()
-            if name.startswith(root)
-        }
-        source = restore_params(
-            step,
-            state.params if transform is None else transform.source(state.params, shapes),
-            assignment=initial.assignment,
-            strict=initial.strict,
-            use_ema=initial.use_ema,
-        )
-        params = source if transform is None else transform(source, state.params)
-        made = state.replace(params=params, variables=kept_variables(step, state.variables))
+        if transform is not None:
+            made = transformed(step, recorded, state, transform, initial)
+        else:
+            restored = restore_params(
+                step,
+                state.params,
+                assignment=initial.assignment,
+                strict=initial.strict,
+                use_ema=initial.use_ema,
+            )
+            made = state.replace(params=restored)
+        made = made.replace(variables=kept_variables(step, state.variables))
         if state.ema_params is not None:
             # Averages have their own dtype, and a buffer is donated once only.
             ema = jax.tree.map(
-                lambda p, e: jnp.array(p, e.dtype, copy=True), params, state.ema_params
+                lambda p, e: jnp.array(p, e.dtype, copy=True), made.params, state.ema_params
             )
             made = made.replace(ema_params=ema)
-        if initial.moments == "carry":
-            moments = carried(step, recorded, state.opt_state, transform, source, params)
-            made = made.replace(opt_state=moments)
-        elif restart is not None:
+        if restart is not None and initial.moments == "reset":
             made = restart(made)
         first = record["step"] if initial.scope == "state" else 0
         return Restored(

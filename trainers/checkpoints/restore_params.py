@@ -14,7 +14,7 @@ from etils import epath
 from trainers.anomaly import STATISTICS
 from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
-from trainers.checkpoints.manifest import Manifest
+from trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,22 @@ Assignment = Sequence[tuple[str, str | None]]
 
 class CheckpointMismatchError(ValueError):
     """A checkpoint holds other arrays than the model needs."""
+
+
+def params_root(recorded: Manifest, params: str) -> str:
+    """Where a checkpoint has parameters, 'params/' or 'ema_params/'.
+
+    Args:
+      recorded: of the step.
+      params: 'raw', 'ema' or 'auto': the moving average where there is one.
+    """
+    return "ema_params/" if recorded.use_ema(params) else "params/"
+
+
+def saved_params(recorded: Manifest, root: str) -> dict[str, ArrayEntry]:
+    """What the manifest records of the parameters under a root, by path below it."""
+    arrays = recorded.arrays.items()
+    return {name.removeprefix(root): entry for name, entry in arrays if name.startswith(root)}
 
 
 def list_differences(differences: Sequence[str]) -> str:
@@ -50,7 +66,7 @@ def _assign(
     assignment: Assignment,
     strict: bool,
 ) -> dict[str, str | None]:
-    """For each parameter of the model the name in the checkpoint; None keeps the given value."""
+    """For each parameter of the model its name in the checkpoint, or None to keep its initial value."""
     sources: dict[str, str | None] = {}
     unused = {pattern for pattern, _ in assignment}
     missing = []
@@ -82,7 +98,7 @@ def _assign(
     if strict and extra:
         raise CheckpointMismatchError(
             f"checkpoint {path} has parameters that the model does not: {list_differences(extra)}. "
-            "Assign them to parameters of the model, or pass strict=False to leave them out."
+            "Assign them to parameters of the model, or pass strict=False to ignore them."
         )
     return sources
 
@@ -104,7 +120,7 @@ def restore_params(
         value because the assignment says None, or because it is missing and `strict` is off.
       assignment: pairs (pattern, checkpoint path or None); the first whose pattern matches the whole
         path of a parameter decides. Parameters that none matches are read under their own name.
-      strict: every parameter must be found or assigned, and every saved one be known to the model.
+      strict: every parameter of the model must be saved or assigned, and every saved one be in the model.
       verify: check all files of the step and the restored arrays.
       use_ema: read the moving average instead of the parameters.
 
@@ -128,8 +144,8 @@ def _restore(
     use_ema: bool,
 ) -> Any:
     recorded = step_dir.read_manifest(path)
-    root = "ema_params/" if use_ema else "params/"
-    saved = {k.removeprefix(root): x for k, x in recorded.arrays.items() if k.startswith(root)}
+    root = params_root(recorded, "ema" if use_ema else "raw")
+    saved = saved_params(recorded, root)
     if not saved:
         raise CheckpointMismatchError(f"checkpoint {path} holds no {root.rstrip('/')}.")
     params = state_tree.flatten(abstract_params)
@@ -183,9 +199,9 @@ def _restore(
 
 
 def kept_variables(step: epath.Path, variables: Any) -> Any:
-    """A model's other collections, such as batch statistics, as saved; those that are new as they are.
+    """Restores a model's other collections, such as batch statistics; new ones keep their values.
 
-    Statistics of losses stay as they are: of other data or another model they would be others.
+    Statistics of losses keep their values too: they change with the data and the model.
 
     Args:
       step: a step directory.
@@ -195,20 +211,20 @@ def kept_variables(step: epath.Path, variables: Any) -> Any:
       DamagedCheckpointError.
     """
     recorded = step_dir.read_manifest(step)
-    given = state_tree.flatten({"variables": variables})
+    fresh = state_tree.flatten({"variables": variables})
     wanted = {
         name: as_saved(recorded, name, leaf)
-        for name, leaf in given.items()
+        for name, leaf in fresh.items()
         if name in recorded.arrays
         and recorded.arrays[name].shape == leaf.shape
         and not name.startswith(f"variables/{STATISTICS}/")
     }
-    found = read_verified(step, recorded, wanted) if wanted else {}
-    return state_tree.unflatten({**given, **found}, {"variables": variables})["variables"]
+    saved = read_verified(step, recorded, wanted) if wanted else {}
+    return state_tree.unflatten({**fresh, **saved}, {"variables": variables})["variables"]
 
 
 def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
-    """An array of a checkpoint in its own dtype, on the sharding of `like`.
+    """The abstract array of a checkpoint in its own dtype, with the sharding of `like`.
 
     Raises:
       CheckpointMismatchError: there is no such array.

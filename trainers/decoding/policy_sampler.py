@@ -31,9 +31,7 @@ class PolicySampler:
       seed: of the draws.
     """
 
-    def __init__(
-        self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int
-    ):
+    def __init__(self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int):
         policy, copies = FullCache(), settings.num_samples
         written_by = model.inference_model
         room = max(settings.max_new_tokens - 1, 1)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from launch import convert
-from launch.weights.factorise import Choice, decomposed
+from launch.weights.factorise import Decomposition
+from launch.weights.upcycle_flags import FactoriseFlags
 from model.hf import load
 from model.low_rank import factors
-from model.low_rank.decompose import FactoriseError
+from model.low_rank.decompose import Decompose
+from model.transforms import base
+from model.transforms.base import Source, TransformError
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.low_rank.input_moments import input_moments
@@ -204,7 +207,10 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     made = factorise("--rank=0.5")
     assert "factorised already" in error("--rank=0.5", checkpoint=made, name="twice")
     kernel = jnp.ones((2, 4, 4)).at[1, 0, 0].set(jnp.inf)
+    target = {"mlp/up/u": (2, 4, 2), "mlp/up/v": (2, 2, 4)}
+    transform = Decompose(Decomposition(FactoriseFlags(checkpoint="", to=""), {}).split)
+    recipes = base.plan(transform, [Source("dense", {"mlp/up/kernel": kernel.shape})], target)
     with pytest.raises(
-        FactoriseError, match=r"mlp/up/kernel \(of its stack number 1\) holds NaN or inf"
+        TransformError, match=r"mlp/up/kernel \(of its stack number 1\) holds NaN or inf"
     ):
-        decomposed({"mlp": {"up": {"kernel": kernel}}}, Choice(rank=0.5, layers=(".*",)), {})
+        base.apply(recipes, lambda name, path: kernel)

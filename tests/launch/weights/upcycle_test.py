@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from launch import convert
-from launch.weights import import_weights, source_models, upcycle_flags
-from launch.weights import upcycle as launch_upcycle
+from launch.weights import import_weights, transformed_run, upcycle_flags
 from model.hf import families, load
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.nexus import extend
-from model.transforms import experts, upcycle
+from model.transforms import base, experts
+from model.transforms.base import Source, TransformError
 from model.transforms.experts import Mixture
-from model.transforms.upcycle import UpcycleError
+from model.transforms.upcycle import Upcycle
 from trainers.checkpoints import array_files, state_tree, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.telemetry.metric_writers import read_jsonl
@@ -53,7 +53,8 @@ def stored(run, path):
 def parsed(flags):
     parser = argparse.ArgumentParser()
     upcycle_flags.add(parser)
-    return parser.parse_args([*f"--experts a b --to=x --method {flags}".split()])
+    words = f"--experts a b --to=x --method {flags}".split()
+    return upcycle_flags.parsed(parser.parse_args(words), upcycle_flags.UpcycleFlags)
 
 
 def manifest_of(run):
@@ -117,7 +118,7 @@ def test_means_that_are_made_in_blocks_of_rows_are_those_of_whole_arrays(
 ):
     folders, rows = branches.folders[:3], 50  # of 264: the last block is a smaller one
     whole = make(experts=folders, method="btx", name="whole")
-    monkeypatch.setattr(source_models, "_BLOCK_BYTES", rows * 16 * 4)
+    monkeypatch.setattr(transformed_run, "_BLOCK_BYTES", rows * 16 * 4)
     parts = make(experts=folders, method="btx", name="parts")
     path = "token_embed/embedding"
     store = array_files.open_array(step_dir.resolve(parts), f"params/{path}")
@@ -126,7 +127,7 @@ def test_means_that_are_made_in_blocks_of_rows_are_those_of_whole_arrays(
     # And of those that are merged, of blocks or not.
     four = {}
     for run, size in ((parts, rows * 16 * 4), (whole, 1 << 20)):
-        monkeypatch.setattr(source_models, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(transformed_run, "_BLOCK_BYTES", size)
         four[run] = tmp_path / f"{run.name}4"
         given = ("--add", f"x={folders[0]}", f"--to={four[run]}")
         assert command("upcycle extend", f"--moe={run}", *given) == 0
@@ -194,14 +195,33 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
     ],
 )
 def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, said):
-    with pytest.raises(UpcycleError) as raised:
-        launch_upcycle.check_flags(parsed(flags))
+    with pytest.raises(TransformError) as raised:
+        parsed(flags)
     assert said in str(raised.value)
 
 
 def test_flags_of_draws_that_sweeps_give_to_all_methods_are_taken():
     for flags in ("soup --router_seed=1", "btx --router_std=0 --drop_ratio=0.5 --drop_seed=0"):
-        launch_upcycle.check_flags(parsed(flags))
+        parsed(flags)
+
+
+def test_a_mixtures_configuration_is_the_methods_file_with_the_flags_as_its_macros(make, branches):
+    flags = ("--shared_kv", "--attention_top_k=2", "--top_k=2", "--renormalise")
+    made = make(*flags, experts=branches.folders[:3])
+    lines = (made / "config.gin").read_text().splitlines()
+    want = {
+        "EXPERTS = 3",
+        "TOP_K = 2",
+        "RENORMALISE = True",
+        "SHARED_KV = True",
+        "ATTENTION_TOP_K = 2",
+        "moe.MoeMlp.num_experts = %EXPERTS",
+        "moa.MixtureOfAttention.shared_kv = %SHARED_KV",
+        "transformer.Block.attention = @moa.experts_of()",
+    }
+    assert want <= set(lines)
+    with pytest.raises(ValueError, match="bam.gin set no DOMAIN_DIM"):
+        transformed_run.method_lines(["t5x_configs/methods/bam/bam.gin"], {"DOMAIN_DIM": 4})
 
 
 @pytest.mark.parametrize("flags", [(), ("--shared_kv",)])
@@ -252,31 +272,34 @@ def test_layers_that_are_not_stacked_are_extended_too():
         wide = {k: (count, *x) if "/mlp/" in k else x for k, x in dense.items()}
         return wide | {f"layers/block_{i}/mlp/router/kernel": (4, count) for i in range(2)}
 
-    def made(pieces, sources):
-        return {x.path: x.make([sources[a][b] for a, b in x.reads], 0) for x in pieces}
+    def made(recipes, values):
+        return base.apply(recipes, lambda name, path: values[name][path])
 
     def mixture(count):
         return Mixture(experts=count, kv_heads=1, drop_ratio=0.5, expert_scale=2.0)
 
-    two = made(upcycle.plan(target(2), [(x, dense) for x in "ab"], mixture(2)), models)
-    want = made(upcycle.plan(target(3), [(x, dense) for x in "abc"], mixture(3)), models)
-    pieces = extend.plan_addition(
-        target(3), ("two", target(2)), ("c", dense), mixture(3), extend.Addition(merge=1 / 3)
-    )
-    found = made(pieces, {**models, "two": two})
-    for path, x in found.items():
+    def upcycled(names):
+        sources = [Source(name, dense) for name in names]
+        return made(base.plan(Upcycle(mixture(len(names))), sources, target(len(names))), models)
+
+    two, want = upcycled("ab"), upcycled("abc")
+    addition = extend.Addition(mixture(3), merge=1 / 3)
+    sources = [Source("two", target(2)), Source("c", dense)]
+    larger = made(base.plan(addition, sources, target(3)), {**models, "two": two})
+    for path, x in larger.items():
         if "router" in path:
             np.testing.assert_array_equal(x[:, :2], two[path])
         else:
             np.testing.assert_allclose(x, want[path], atol=1e-6)
-    back = extend.plan_removal(target(2), ("three", target(3)), mixture(3), 2)
-    for path, x in made(back, {"three": found}).items():
+    removal = extend.Removal(mixture(3), 2)
+    back = made(base.plan(removal, [Source("three", target(3))], target(2)), {"three": larger})
+    for path, x in back.items():
         if "norm" not in path:
             np.testing.assert_array_equal(x, two[path])
-    with pytest.raises(UpcycleError, match="no branch of the seed of two"):
+    with pytest.raises(TransformError, match="no branch of the seed of two"):
         other = {**dense, "layers/block_1/mlp/up/kernel": (4, 8)}
-        addition = extend.Addition(merge=0.0)
-        extend.plan_addition(target(3), ("two", target(2)), ("c", other), mixture(3), addition)
+        sources = [Source("two", target(2)), Source("c", other)]
+        base.plan(extend.Addition(mixture(3), merge=0.0), sources, target(3))
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +423,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         return capsys.readouterr().err
 
     other = branches.add
-    assert "one model is no mixture" in error(experts=folders[:1])
+    assert "at least two experts are needed" in error(experts=folders[:1])
     assert "--copies=0 must be" in error("--copies=0", experts=folders)
     other_words = other("words", params[1], vocabulary="other")
     assert f"{other_words} was trained with another vocabulary" in error(
@@ -416,8 +439,8 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
     assert f"{wider} is no branch" in text and f"{BLOCK}/mlp/up/kernel is [2, 16, 24]" in text
     with pytest.raises(FileNotFoundError):
         step_dir.resolve(tmp_path / "nothing")
-    with pytest.raises(UpcycleError, match="nothing explains new/scale"):
-        upcycle.plan({"new/scale": (3,)}, [("a", {}), ("b", {})], Mixture(experts=2, kv_heads=1))
-    with pytest.raises(UpcycleError, match="has no place for old/scale"):
-        sources = [(name, {"old/scale": (3,)}) for name in "ab"]
-        upcycle.plan({}, sources, Mixture(experts=2, kv_heads=1))
+    transform = Upcycle(Mixture(experts=2, kv_heads=1))
+    with pytest.raises(TransformError, match="nothing explains new/scale"):
+        base.plan(transform, [Source("a", {}), Source("b", {})], {"new/scale": (3,)})
+    with pytest.raises(TransformError, match="has no place for old/scale"):
+        base.plan(transform, [Source(name, {"old/scale": (3,)}) for name in "ab"], {})

@@ -18,8 +18,10 @@ from model.config import TransformerConfig
 from model.linear import Dense
 from model.moe import moe
 from model.transformer import Block, Transformer
-from model.transforms import upcycle
+from model.transforms import base
+from model.transforms.base import Source
 from model.transforms.experts import ROUTER, Mixture, expert_axis
+from model.transforms.upcycle import Upcycle
 from trainers.checkpoints import state_tree
 
 E, KV = 3, 2
@@ -77,10 +79,11 @@ def upcycled(model, sources, shared_kv=False, router_std=1.0):
     what = Mixture(
         experts=E, kv_heads=KV, attention=True, shared_kv=shared_kv, router_std=router_std
     )
-    named = [(str(i), {path: x.shape for path, x in one.items()}) for i, one in enumerate(sources)]
-    pieces = upcycle.plan(shapes, named, what)
-    made = {x.path: x.make([sources[int(i)][path] for i, path in x.reads], 0) for x in pieces}
-    return {**made, **biases}
+    named = [
+        Source(str(i), {path: x.shape for path, x in one.items()}) for i, one in enumerate(sources)
+    ]
+    recipes = base.plan(Upcycle(what), named, shapes)
+    return {**base.apply(recipes, lambda name, path: sources[int(name)][path]), **biases}
 
 
 def tree(flat) -> Any:

@@ -10,6 +10,8 @@ from model.low_rank import factors
 from model.low_rank.decompose import Decompose
 from model.low_rank.lowrank import Factorisation
 from model.low_rank.lowrank_conv import SCHEMES, LowRankConv, convolve_factors, kernel_of, matrix_of
+from model.transforms import base
+from model.transforms.base import Source
 from model.vision.convolution import Conv, convolve
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 6, 5))
@@ -130,14 +132,14 @@ def test_a_trained_convolution_decomposes_to_the_factors_that_the_model_has(sche
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 6))
     rows, columns = matrix_of(kernel, scheme).shape
     rank = min(rows, columns)
-    fresh = {"conv": {"u": jnp.zeros((rows, rank)), "v": jnp.zeros((rank, columns))}}
-    decompose = Decompose()
-    source = decompose.source(fresh, {"conv/kernel": kernel.shape})
-    assert source["conv"]["kernel"].shape == kernel.shape
-    made = decompose({"conv": {"kernel": kernel}}, fresh)["conv"]
+    target = {"conv/u": (rows, rank), "conv/v": (rank, columns)}
+    (recipe,) = base.plan(Decompose(), [Source("dense", {"conv/kernel": kernel.shape})], target)
+    leaves = [jnp.zeros(shape) for shape in target.values()]
+    assert recipe.abstract_inputs(leaves)[0].shape == kernel.shape
+    u, v = base.apply([recipe], lambda name, path: kernel).values()
     x = jax.random.normal(jax.random.key(1), (2, 7, 7, 4))
-    found = convolve_factors(x, made["u"], made["v"], scheme=scheme, side=3, stride=2)
+    found = convolve_factors(x, u, v, scheme=scheme, side=3, stride=2)
     np.testing.assert_allclose(found, convolve(x, kernel, (2, 2)), atol=1e-4)
-    moments = decompose.moments({"conv": {"kernel": kernel}}, {"conv": made}, power="first")
-    want = jax.grad(lambda u: (kernel_of(u @ made["v"], scheme, 3, 3) * kernel).sum())(made["u"])
-    np.testing.assert_allclose(moments["conv"]["u"], want, rtol=1e-4, atol=1e-4)
+    moments = recipe.moments([kernel], [u, v], "first")
+    want = jax.grad(lambda u: (kernel_of(u @ v, scheme, 3, 3) * kernel).sum())(u)
+    np.testing.assert_allclose(moments[0], want, rtol=1e-4, atol=1e-4)

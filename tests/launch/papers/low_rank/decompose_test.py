@@ -123,12 +123,15 @@ def test_decomposition_that_cannot_be(train, parent, tmp_path):
 
 
 def test_nan_is_named(tmp_path):
-    from model.low_rank.decompose import Decompose, FactoriseError
+    from model.low_rank.decompose import Decompose
+    from model.transforms import base
+    from model.transforms.base import Source, TransformError
 
     kernel = np.ones((3, 4, 4), np.float32)
     kernel[1, 2, 3] = np.nan
-    fresh = {"query": {"u": np.ones((3, 4, 2), np.float32), "v": np.ones((3, 2, 4), np.float32)}}
-    with pytest.raises(FactoriseError, match=r"query/kernel \(of its stack number 1\) holds NaN"):
-        Decompose()({"query": {"kernel": kernel}}, jax.tree.map(jax.numpy.asarray, fresh))
-    with pytest.raises(FactoriseError, match="has no factorised layers"):
-        Decompose().source({"query": {"kernel": kernel}}, {})
+    sources = [Source("dense", {"query/kernel": kernel.shape})]
+    recipes = base.plan(Decompose(), sources, {"query/u": (3, 4, 2), "query/v": (3, 2, 4)})
+    with pytest.raises(TransformError, match=r"query/kernel \(of its stack number 1\) holds NaN"):
+        base.apply(recipes, lambda name, path: kernel)
+    with pytest.raises(TransformError, match="has no factorised layers"):
+        base.plan(Decompose(), sources, {"query/kernel": kernel.shape})

@@ -13,14 +13,14 @@ import pytest
 from data.nexus import domain_embeddings
 from launch.config import gin_config
 from launch.run import load_run
-from launch.weights import mixture_records
+from launch.weights import source_models
 from model.kv_cache import policies
 from model.moe import moe
 from model.moe.routing import Routes
 from model.nexus.domain_router import DomainRouter
 from model.nexus.mlp_router import MlpRouter
 from model.transforms import layer_stack
-from model.transforms.upcycle import UpcycleError
+from model.transforms.base import TransformError
 from trainers import initialise
 from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import StoredArray
@@ -171,6 +171,7 @@ def test_routed_ffns_are_the_experts_the_shared_one_the_seeds_and_the_rest_the_m
         ("linear", (), "nexus_linear"),
         ("mlp", (), "nexus_mlp"),
         ("projection", ("--attention_experts", "--shared_kv"), "nexus_bam"),
+        ("mlp", ("--attention_experts", "--shared_kv"), "nexus_mlp_bam"),
     ],
 )
 def test_each_mixture_is_the_model_that_its_file_of_methods_trains(make, router, flags, file):
@@ -408,19 +409,19 @@ def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_pat
     content = json.loads(pathlib.Path(domains).read_text())
     embeddings = domain_embeddings.read(domains)
     names, vectors_EM = ["code", "law"], embeddings.vectors(["code", "law"])
-    recorded = mixture_records.record(embeddings, vectors_EM)
+    recorded = source_models.domains_record(embeddings, vectors_EM)
 
     def check(**change):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**content, **change}))
         found = domain_embeddings.read(other)
-        mixture_records.check_same_encoder(found, recorded)
-        mixture_records.check_same_vectors(found, names, vectors_EM)
+        source_models.check_same_encoder(found, recorded)
+        source_models.check_same_vectors(found, names, vectors_EM)
 
     check()
-    with pytest.raises(UpcycleError, match="was made by the encoder one_hot"):
+    with pytest.raises(TransformError, match="was made by the encoder one_hot"):
         check(encoder={"kind": "one_hot", "dim": M})
-    with pytest.raises(UpcycleError, match="takes another mean"):
+    with pytest.raises(TransformError, match="takes another mean"):
         check(mean=[0.0] * M)
-    with pytest.raises(UpcycleError, match="has another vector of law"):
+    with pytest.raises(TransformError, match="has another vector of law"):
         check(domains={**content["domains"], "law": content["domains"]["math"]})

@@ -1,0 +1,161 @@
+"""Writes a run directory whose parameters a tree transform computes from checkpoints, one slice of an array at a time.
+
+The executor of `launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise`.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from gin import config_parser
+
+from launch.config import gin_config, gin_source
+from launch.run import run_vocabulary
+from launch.run.load_run import CONFIG
+from launch.weights.import_weights import new_directory
+from launch.weights.source_models import SourceModel
+from model.transforms import base
+from model.transforms.base import Recipe, TreeTransform
+from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
+from trainers.checkpoints.manifest import Block
+from trainers.checkpoints.stream_checkpoint import StreamedArray
+
+_BLOCK_BYTES = 64 << 20  # in float32, of an array that is made in blocks of rows
+
+
+def write(
+    target: str,
+    transform: TreeTransform,
+    sources: Sequence[SourceModel],
+    *,
+    config: Sequence[str],
+    gin_files: Sequence[str],
+    meta: Mapping[str, Any],
+) -> list[Recipe]:
+    """Makes a run directory of transformed parameters.
+
+    Memory is that of the arrays of one recipe, of one layer or block of rows of them where the recipe allows it and the
+    sources are stored in parts.
+
+    Args:
+      target: run directory, which must not exist.
+      transform: of the sources, in their order.
+      sources: the first one's configuration, vocabulary and record of texts become the new run's.
+      config: lines of gin that make the first source's configuration that of the new model.
+      gin_files: the user's own, which may import modules that a configuration found beside a checkpoint may not.
+      meta: recorded with the new checkpoint.
+
+    Returns:
+      The plan that was executed.
+
+    Raises:
+      TransformError, ConfigError, ConvertError, CheckpointSaveError.
+    """
+    first = sources[0]
+    with new_directory(target) as folder:
+        text = "\n".join([first.config, *config, ""])
+        pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
+        run_vocabulary.copy(first.folder, folder)
+        leaves = _abstract_params(folder, gin_files)
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        recipes = base.plan(transform, [source.abstract for source in sources], shapes)
+        by_name = {source.path: source for source in sources}
+        with tqdm.tqdm(total=len(shapes), desc="arrays", leave=False, delay=5) as bar:
+            arrays = {
+                f"params/{path}": array
+                for recipe in recipes
+                for path, array in _streamed(recipe, leaves, by_name, bar).items()
+            }
+            recorded = {**first.text_meta(), **meta}
+            checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
+            stream_checkpoint.save(checkpoints, arrays, meta=recorded)
+    return recipes
+
+
+def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """What gin files of methods bind, includes resolved, as lines to put after a run's configuration.
+
+    Args:
+      files: relative to the root of the repository; later bindings win.
+      settings: values of macros of these files.
+
+    Raises:
+      ValueError: the files have no such macro.
+    """
+    imports: dict[str, None] = {}
+    bindings: dict[str, str] = {}
+
+    def read(file: str) -> None:
+        text = gin_source.read(os.path.join(gin_source.ROOT, file))
+        for statement in gin_source.parse(text, file):
+            if isinstance(statement, config_parser.IncludeStatement):
+                read(statement.filename)
+            elif isinstance(statement, config_parser.ImportStatement):
+                imports[statement.format()] = None
+            else:
+                scope = f"{statement.scope}/" if statement.scope else ""
+                argument = f".{statement.arg_name}" if statement.arg_name else ""
+                bindings[scope + statement.selector + argument] = repr(statement.value)
+
+    for file in files:
+        read(file)
+    if unknown := settings.keys() - bindings.keys():
+        raise ValueError(f"{', '.join(files)} set no {min(unknown)}.")
+    bindings |= {name: repr(value) for name, value in settings.items()}
+    names = [name for name in imports if "dynamic_registration" not in name]
+    return [*names, *(f"{name} = {value}" for name, value in bindings.items())]
+
+
+def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:
+    """Shapes and dtypes of the parameters of the model that the configuration in `folder` describes."""
+    import flax.linen as nn
+
+    from trainers import initialise
+
+    loaded: Any = gin_config.load(
+        gin_files,
+        entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        untrusted=["t5x_configs/runs/load_run.gin", os.path.join(folder, CONFIG)],
+    ).entry
+    variables = initialise.abstract_variables(loaded().model)
+    return state_tree.flatten(nn.meta.unbox(variables["params"]))
+
+
+def _streamed(
+    recipe: Recipe, leaves: state_tree.Flat, sources: Mapping[str, SourceModel], bar: Any
+) -> dict[str, StreamedArray]:
+    """The outputs of a recipe, computed while they are written; several at once when the first is written."""
+    ready: dict[str, Any] = {}
+
+    def streamed(path: str, shape: tuple[int, ...]) -> StreamedArray:
+        dtype, count = np.dtype(leaves[path].dtype), _block_rows(recipe, shape)
+        size = shape[0] if count else 1
+
+        def blocks() -> Iterator[Block]:
+            stored = [sources[name].open(source) for name, source in recipe.inputs]
+            for first in range(0, size, count or 1):
+                if path not in ready:
+                    rows = (first, min(first + count, size)) if count else None
+                    parts = [array.read(rows=rows) for array in stored]
+                    ready.update(zip(recipe.outputs, recipe.compute(parts, first), strict=True))
+                values = np.asarray(ready.pop(path)).astype(dtype)
+                yield (first, *(0,) * (len(shape) - 1)) if shape else (), values
+            bar.update()
+
+        return StreamedArray(shape, dtype, (count, *shape[1:]) if count else shape, blocks)
+
+    return {path: streamed(path, tuple(shape)) for path, shape in recipe.outputs.items()}
+
+
+def _block_rows(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    """Rows of an array that are made at a time; 0 where it is made whole."""
+    if recipe.slices == "layers":
+        return 1
+    if recipe.slices == "whole" or 4 * math.prod(shape) <= _BLOCK_BYTES:
+        return 0
+    return max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))

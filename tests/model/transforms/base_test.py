@@ -1,0 +1,109 @@
+"""The contract of tree transforms: a plan explains every parameter, and plans are executed in memory and chained."""
+
+import numpy as np
+import pytest
+
+from model.low_rank.decompose import Decompose, Recompose
+from model.transforms import base
+from model.transforms.base import Recipe, Source, TransformError
+from model.transforms.experts import Mixture
+from model.transforms.upcycle import Upcycle
+
+LAYERS, WIDTH, HIDDEN = 3, 4, 10
+DENSE = {
+    "layers/block_0/norm/scale": (LAYERS, WIDTH),
+    "layers/block_0/mlp/gate/kernel": (LAYERS, WIDTH, HIDDEN),
+    "layers/block_0/mlp/up/kernel": (LAYERS, WIDTH, HIDDEN),
+    "layers/block_0/mlp/down/kernel": (LAYERS, HIDDEN, WIDTH),
+}
+MIXED = {
+    path: (LAYERS, 2, *shape[1:]) if "/mlp/" in path else shape for path, shape in DENSE.items()
+} | {"layers/block_0/mlp/router/kernel": (LAYERS, WIDTH, 2)}
+
+
+def values(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+class Scaled:
+    """Halves one parameter, and copies no other."""
+
+    def plan(self, sources, target):
+        (source,) = sources
+        return [
+            Recipe(
+                outputs={"w": source.shape("w")},
+                inputs=((source.name, "w"),),
+                origin="halved",
+                compute=lambda parts, _: [parts[0] / 2],
+                slices="rows",
+            )
+        ]
+
+
+def test_what_is_not_explained_is_named():
+    one = Source("runs/a", {"w": (2, 3)})
+    with pytest.raises(TransformError, match=r"nothing explains b \[3\] of the new model"):
+        base.plan(Scaled(), [one], {"w": (2, 3), "b": (3,)})
+    with pytest.raises(TransformError, match="no place for b of runs/a"):
+        base.plan(Scaled(), [Source("runs/a", {"w": (2, 3), "b": (3,)})], {"w": (2, 3)})
+    with pytest.raises(TransformError, match=r"w would be \[2, 3\].*has \[2, 4\]"):
+        base.plan(Scaled(), [one], {"w": (2, 4)})
+    with pytest.raises(TransformError, match=r"w would be \[2, 3\].*has none"):
+        base.plan(Scaled(), [one], {})
+    with pytest.raises(TransformError, match="runs/b has no w"):
+        base.plan(Scaled(), [Source("runs/b", {})], {"w": (2, 3)})
+
+
+def test_the_table_has_a_row_for_every_parameter():
+    recipes = base.plan(Scaled(), [Source("a", {"w": (2, 3)})], {"w": (2, 3)})
+    lines = base.table(recipes, {"w": ", for a test"})
+    assert lines == ["path  shape  values  from", "w     2 x 3       6  halved, for a test"]
+
+
+def test_layers_that_are_stacked_are_made_one_by_one():
+    """Redrawn units differ between layers, as they do where layers are separate arrays."""
+    mixture = Mixture(experts=2, kv_heads=1, scanned=True, drop_ratio=0.5)
+    sources = [Source(name, DENSE) for name in "ab"]
+    recipes = base.plan(Upcycle(mixture), sources, MIXED)
+    arrays = {name: values(DENSE, seed) for seed, name in enumerate("ab")}
+    made = base.apply(recipes, lambda name, path: arrays[name][path])
+    path = "layers/block_0/mlp/up/kernel"
+    dense = np.stack([arrays[name][path] for name in "ab"], axis=1)
+    redrawn = (made[path] != dense).any(axis=-2)  # [layer, expert, unit]
+    assert (redrawn.sum(-1) == HIDDEN // 2).all()
+    assert len({row.tobytes() for row in redrawn.reshape(-1, HIDDEN)}) == 2 * LAYERS
+
+
+def test_a_chain_computes_the_second_plan_of_the_firsts_outputs():
+    mean, names = {"q/kernel": (6, 4), "scale": (6,)}, ("a", "b")
+    low = {"q/u": (6, 2), "q/v": (2, 4), "scale": (6,)}
+    soup = Upcycle(Mixture(experts=2, kv_heads=1, ffn=False))
+    first = base.plan(soup, [Source(name, mean) for name in names], mean)
+    second = base.plan(Decompose(), [Source("mean", mean)], low)
+    arrays = {name: values(mean, seed) for seed, name in enumerate(names)}
+    middle = base.apply(first, lambda name, path: arrays[name][path])
+    want = base.apply(second, lambda _, path: middle[path])
+    chained = base.chain(first, second)
+    base.check_target(chained, low)
+    made = base.apply(chained, lambda name, path: arrays[name][path])
+    for path in low:
+        np.testing.assert_array_equal(made[path], want[path])
+    origins = {path: recipe.origin for recipe in chained for path in recipe.outputs}
+    assert origins["q/v"] == "mean of 2, then factor of the kernel, rank 2"
+    assert origins["scale"] == "mean of 2, then copied"
+    assert {recipe.slices for recipe in chained} == {"whole", "rows"}
+
+
+def test_recomposing_is_the_inverse_of_decomposing_at_full_rank():
+    dense, low = {"q/kernel": (3, 6, 4)}, {"q/u": (3, 6, 4), "q/v": (3, 4, 4)}
+    kernel = values(dense)["q/kernel"]
+    there = base.plan(Decompose(), [Source("dense", dense)], low)
+    back = base.plan(Recompose(), [Source("low", low)], dense)
+    made = base.apply(base.chain(there, back), lambda *_: kernel)["q/kernel"]
+    np.testing.assert_allclose(made, kernel, atol=1e-5)
+    with pytest.raises(TransformError, match="factorised already"):
+        base.plan(Decompose(), [Source("low", low)], low)
+    with pytest.raises(TransformError, match="hold no factors"):
+        base.plan(Recompose(), [Source("dense", dense)], dense)

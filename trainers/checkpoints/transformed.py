@@ -1,0 +1,187 @@
+"""Starts a run from the checkpoint of another model, by a tree transform of its parameters and of its optimiser's moments.
+
+Moments are matched by name: an optimiser around another (clipping, decay of factors) has them at other
+paths of its state.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from model.transforms import base
+from model.transforms.base import Power, Recipe, Source, TreeTransform
+from trainers.checkpoints import state_tree
+from trainers.checkpoints.array_files import read_verified, sharding_of
+from trainers.checkpoints.initial import InitialCheckpoint
+from trainers.checkpoints.manifest import Manifest
+from trainers.checkpoints.restore_params import (
+    CheckpointMismatchError,
+    as_saved,
+    params_root,
+    restore_params,
+    saved_params,
+)
+
+_log = logging.getLogger(__name__)
+
+# Names in optax's states, and which moment of the gradient the leaves below them are.
+_POWERS: Mapping[str, Power] = {"mu": "first", "trace": "first", "nu": "second"}
+
+
+def transformed(
+    step: epath.Path,
+    recorded: Manifest,
+    state: Any,
+    transform: TreeTransform,
+    initial: InitialCheckpoint,
+) -> Any:
+    """Returns a fresh state with transformed parameters and, if `initial` says so, moments.
+
+    Args:
+      step: the step directory.
+      recorded: its manifest.
+      state: a fresh TrainState of the new model.
+      transform: of one source, see model/transforms/base.py.
+      initial: says which of the checkpoint's parameters are read, and whether moments are carried.
+
+    Raises:
+      TransformError: the transform refuses the checkpoint.
+      ValueError: moments that cannot be carried.
+      DamagedCheckpointError, CheckpointMismatchError.
+    """
+    root = params_root(recorded, "ema" if initial.use_ema else "raw")
+    entries = saved_params(recorded, root)
+    saved = {name: tuple(entry.shape) for name, entry in entries.items()}
+    fresh = state_tree.flatten(state.params)
+    target = {name: tuple(leaf.shape) for name, leaf in fresh.items()}
+    recipes = transform.plan([Source("the checkpoint", saved)], target)
+    base.check_target(recipes, target)
+    # `restore_params` explains every parameter of the checkpoint, by its options.
+    source = state_tree.flatten(
+        restore_params(
+            step,
+            state_tree.nest(_abstract_inputs(recipes, saved, fresh)),
+            assignment=initial.assignment,
+            strict=initial.strict,
+            use_ema=initial.use_ema,
+        )
+    )
+    made = base.apply(recipes, lambda _, name: source[name])
+    made = {
+        name: jax.device_put(jnp.asarray(made[name], leaf.dtype), sharding_of(leaf))
+        for name, leaf in fresh.items()
+    }
+    _log.info("initial parameters from %s:\n%s", step, "\n".join(base.table(recipes)))
+    new = state.replace(params=state_tree.unflatten(made, state.params))
+    if initial.moments == "carry":
+        new = new.replace(
+            opt_state=_carried(step, recorded, state.opt_state, recipes, source, made)
+        )
+    return new
+
+
+def _abstract_inputs(
+    recipes: Sequence[Recipe], saved: base.Shapes, target: state_tree.Flat
+) -> state_tree.Flat:
+    """The arrays that a plan reads of its one source, with shardings, by path.
+
+    Args:
+      recipes: of the plan.
+      saved: shapes of the checkpoint's parameters.
+      target: leaves of the new model's parameters, by path.
+    """
+    wanted: state_tree.Flat = {}
+    for recipe in recipes:
+        leaves = [target[name] for name in recipe.outputs]
+        names = [name for _, name in recipe.inputs]
+        if recipe.abstract_inputs:
+            wanted.update(zip(names, recipe.abstract_inputs(leaves), strict=True))
+            continue
+        like = leaves[0]
+        for name in names:
+            shape = saved.get(name, like.shape)
+            # An input of another shape than the output is replicated.
+            whole = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_replicated(like))
+            wanted[name] = like if shape == like.shape else whole
+    return wanted
+
+
+def _replicated(leaf: Any) -> jax.sharding.Sharding:
+    sharding = sharding_of(leaf)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def _carried(
+    step: epath.Path,
+    recorded: Manifest,
+    opt_state: Any,
+    recipes: Sequence[Recipe],
+    source: state_tree.Flat,
+    params: state_tree.Flat,
+) -> Any:
+    """Returns the optimiser's state with the checkpoint's moments, transformed.
+
+    Raises:
+      ValueError: the optimiser or the transform does not allow it.
+      CheckpointMismatchError: the checkpoint has no such moments.
+    """
+    ours = state_tree.flatten({"opt_state": opt_state})
+    trees = {
+        match[1]: match[2]
+        for name in ours
+        if (match := re.fullmatch(rf"(.*/({'|'.join(_POWERS)}))/.+", name))
+    }
+    others = [
+        name
+        for name, leaf in ours.items()
+        if leaf.ndim and not any(name.startswith(f"{tree}/") for tree in trees)
+    ]
+    if not trees or others or any(recipe.moments is None for recipe in recipes):
+        raise ValueError(
+            f"INITIAL_MOMENTS = 'carry': {others[0] if others else 'the state'} of this optimiser has no "
+            "image under the transform; use 'reset'."
+        )
+    theirs = {tree: _tree_named(recorded, kind, step) for tree, kind in trees.items()}
+    wanted, counts = {}, {}
+    for tree in trees:
+        for name, leaf in source.items():
+            stored = f"{theirs[tree]}/{name}"
+            wanted[stored] = as_saved(recorded, stored, leaf)
+        count, stored = (f"{x.rpartition('/')[0]}/count" for x in (tree, theirs[tree]))
+        if count in ours and stored in recorded.arrays:
+            counts[count] = stored
+            wanted[stored] = as_saved(recorded, stored, ours[count])
+    arrays = read_verified(step, recorded, wanted)
+    new = {**ours, **{count: arrays[stored] for count, stored in counts.items()}}
+    for tree, kind in trees.items():
+        for recipe in recipes:
+            assert recipe.moments is not None
+            parts = [arrays[f"{theirs[tree]}/{name}"] for _, name in recipe.inputs]
+            values = [params[name] for name in recipe.outputs]
+            made = recipe.moments(parts, values, _POWERS[kind])
+            for name, value in zip(recipe.outputs, made, strict=True):
+                leaf = ours[f"{tree}/{name}"]
+                new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]
+
+
+def _tree_named(recorded: Manifest, kind: str, step: epath.Path) -> str:
+    """Returns the path of the checkpoint's moments of this kind."""
+    paths = {
+        match[1]
+        for name in recorded.arrays
+        if (match := re.fullmatch(rf"(opt_state/(?:.*/)?{kind})/.+", name))
+    }
+    if len(paths) != 1:
+        raise CheckpointMismatchError(
+            f"checkpoint {step} has {len(paths)} sets of moments {kind!r} where this optimiser has one: "
+            "INITIAL_MOMENTS = 'reset' begins with none."
+        )
+    return paths.pop()
