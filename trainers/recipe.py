@@ -20,8 +20,10 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.objectives.base import Batch, LossFn, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
+from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
+from trainers.reports import Report
 from trainers.step import Metrics, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
@@ -35,8 +37,9 @@ class Recipe:
       batch_size: rows of a global batch.
       feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
       inputs: what a row is, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
-      optimizer: factory, called with (learning_rate=).
-      learning_rate: a schedule over update steps.
+      optimizer: factory, called with (learning_rate=) and, if it has that parameter, (param_axes=).
+      gradient_terms: added to the gradient of the loss (see trainers/optim/gradient_terms.py).
+      learning_rate: a schedule over update steps, or a number for a constant one.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
       reports: called with the parameters' shapes before anything is allocated; each returns lines to be
@@ -57,8 +60,9 @@ class Recipe:
     feature_lengths: Mapping[str, int] | None = None
     inputs: Inputs | None = None
     objective: Callable[..., LossFn] = language_modelling
+    gradient_terms: Sequence[GradientTerm] = ()
     trainable: Sequence[str] = ()
-    reports: Sequence[Callable[[Any], Sequence[str]]] = ()
+    reports: Sequence[Report] = ()
     microbatches: int = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
@@ -68,6 +72,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "learning_rate", schedules.as_schedule(self.learning_rate))
         if self.microbatches < 1 or self.batch_size % self.microbatches:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
@@ -125,7 +130,12 @@ class Recipe:
         mask = trainable.mask_of(self.trainable, boxed)
         shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
         reports = [line for report in self.reports for line in report(shapes)]
-        optimizer = self.optimizer(learning_rate=self.learning_rate)
+        optimizer = make_optimizer(
+            self.optimizer,
+            learning_rate=self.learning_rate,
+            boxed_params=boxed,
+            terms=self.gradient_terms,
+        )
         make_state = functools.partial(
             initialise.make_state,
             optimizer=optimizer,

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "train.initial_moments",
     "train.writers",
     "train.hooks",
+    "hooks.named",
     "train.profile",
     "ProfilerWindow",
     "Anomaly",

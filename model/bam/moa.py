@@ -105,15 +105,23 @@ def experts_of(
     attention: Callable[..., Any] = Attention,
     moa: Callable[..., MixtureOfAttention] = MixtureOfAttention,
 ) -> Callable[..., MixtureOfAttention]:
-    """The `attention` factory of a model whose attentions become experts.
+    """Returns the `attention` factory of a model whose attentions become experts.
 
     Args:
-      attention: the factory of one expert, whose settings hold.
-      moa: of the mixture, called with these.
+      attention: the factory of one expert; the mixture has its settings.
+      moa: the factory of the mixture, called with these settings.
+
+    Raises:
+      ValueError: (the returned factory) `attention` makes another class than `Attention`.
     """
 
     def make(**given: Any) -> MixtureOfAttention:
         one = attention(**{**given, "name": None, "parent": None})
+        if type(one) is not Attention:
+            raise ValueError(
+                f"moa.experts_of: the experts are plain attentions, not {type(one).__name__}, whose own "
+                "computation would be dropped. Use ATTENTION = @attention.Attention, or one method less."
+            )
         return moa(**{name: getattr(one, name) for name in _FIELDS}, **given)
 
     return make

@@ -230,15 +230,23 @@ class MoeMlp(nn.Module):
 def experts_of(
     *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
 ) -> Callable[..., MoeMlp]:
-    """The `mlp` factory of a model whose gated MLPs become experts of their own width.
+    """Returns the `mlp` factory of a model whose gated MLPs become experts of their own width.
 
     Args:
-      mlp: the factory of one expert, a GatedMlp, whose activation holds.
-      moe: of the mixture, called with it.
+      mlp: the factory of one expert, a GatedMlp; the mixture has its activation.
+      moe: the factory of the mixture, called with this activation.
+
+    Raises:
+      ValueError: (the returned factory) `mlp` makes another class than `GatedMlp`.
     """
 
     def make(**given: Any) -> MoeMlp:
         one = mlp(**{**given, "name": None, "parent": None})
+        if type(one) is not GatedMlp:
+            raise ValueError(
+                f"moe.experts_of: the experts are gated MLPs, not {type(one).__name__}, whose own computation "
+                "would be dropped. Use MLP = @mlp.GatedMlp, or one method less."
+            )
         return moe(activation=one.activation, **given)
 
     return make
