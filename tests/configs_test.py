@@ -1,6 +1,7 @@
 """Every gin file parses, binds only what exists, and the models it describes have the published size."""
 
 import pathlib
+import re
 
 import gin
 import jax
@@ -10,6 +11,7 @@ from launch.config import gin_config
 from model import axes
 from model.transformer import attention_of
 from trainers import initialise, partitioning
+from trainers.optim.param_axes import ParamAxes
 from trainers.telemetry import model_flops
 from trainers.trainable import path_name
 
@@ -117,16 +119,16 @@ def load(*files, data=("TASKS=()",), bindings=()):
     return gin_config.load(paths, given, entry="launch.train:train")
 
 
-def load_recipe(name):
+def load_recipe(name, methods=()):
     if name in CLASSIFIERS:
-        files = (f"models/{name}", f"data/{CLASSIFIERS[name]}", "runs/classify")
+        files = (f"models/{name}", f"data/{CLASSIFIERS[name]}", "runs/classify", *methods)
         config = gin_config.load(
             [f"t5x_configs/{file}.gin" for file in files],
             ["MODEL_DIR='/tmp/x'"],
             entry="launch.train:train",
         )
     else:
-        config = load(f"models/{name}", "runs/pretrain")
+        config = load(f"models/{name}", "runs/pretrain", *methods)
     return config.arguments()["recipe"]
 
 
@@ -136,6 +138,28 @@ def test_model_initialises_abstractly_with_its_size(name):
     params = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
+
+
+LOW_RANK = ["methods/low_rank/low_rank", "methods/low_rank/low_rank_conv"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gains_and_biases_are_what_weight_decay_spares(name):
+    """The rule over logical axes gives the masks of the rule over names, with factors and without."""
+    for methods in ((), [LOW_RANK[name in CLASSIFIERS]]):
+        recipe = load_recipe(name, methods)
+        boxed = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
+        param_axes = ParamAxes.of(boxed)
+        decayed = {path: param_axes.decayed(path) for path in param_axes.names}
+        by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias)", path) for path in decayed}
+        data = {path for path, names in param_axes.names.items() if axes.CONSTANT in names}
+        assert {path for path in decayed if decayed[path] != by_name[path]} <= data
+        # What adafactor treats as one parameter has two dimensions, or one.
+        for path, names in param_axes.names.items():
+            kernels = r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)"
+            rank = 2 if re.fullmatch(kernels, path) else 1 if "layers/" in path else len(names)
+            if path not in data:
+                assert len(names) - param_axes.stack_rank(path) == rank, (path, names)
 
 
 def test_every_model_has_a_count():

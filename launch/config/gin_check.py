@@ -60,9 +60,16 @@ def check(
     follow = entry is not None and not fragment
     if follow:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
-    so_far: list[tuple[str, Reach]] = []  # each file, with the reach of it and all before it
+    so_far: list[
+        tuple[str, Callable[[], Reach]]
+    ] = []  # files, with the reach of each and those before
     if follow and not part:
-        reader.after_file = lambda file: so_far.append((file, Reach(checked.copy(), entry_name)))
+
+        def after_file(file: str) -> None:
+            reach = functools.partial(Reach, checked.copy(), entry_name)
+            so_far.append((file, functools.cache(reach)))
+
+        reader.after_file = after_file
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
     reader.read_bindings(bindings)
@@ -187,7 +194,9 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
             )
 
 
-def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry_name: str) -> None:
+def _check_effect(
+    checked: Checked, reach: Reach, so_far: Sequence[Callable[[], Reach]], entry_name: str
+) -> None:
     """Bindings that the entry point cannot reach: an error on the command line, else a warning.
 
     There is no warning if a later file or the command line has replaced the reference to the target, which is
@@ -209,10 +218,13 @@ def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry
     for key, bound in checked.bindings.items():
         _, target, argument = key
         of_method = gin_methods.is_method(bound.file)
+        if target in reach.ways or of_method:
+            continue
         replaced = any(
-            target in before.ways and before.checked.bindings.get(key) is bound for before in so_far
+            target in before().ways and before().checked.bindings.get(key) is bound
+            for before in so_far
         )
-        if target not in reach.ways and not (of_method or replaced):
+        if not replaced:
             problem = Problem(
                 bound.place,
                 f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "

@@ -4,8 +4,7 @@ Two methods of one run must add to each other. A file may change the bindings of
 or that it names in its list REPLACES; the user's own files and the command line may change anything.
 """
 
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.config.gin_reach import Reach
@@ -15,7 +14,7 @@ from launch.config.gin_source import Place, Problem
 
 def is_method(file: str) -> bool:
     """Returns whether a file is a method's."""
-    return "methods" in pathlib.PurePath(file).parts
+    return "/methods/" in file
 
 
 def conflicts(checked: Checked) -> list[Problem]:
@@ -60,7 +59,7 @@ def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | N
 
 
 def without_effect(
-    checked: Checked, reach: Reach, so_far: Sequence[tuple[str, Reach]]
+    checked: Checked, reach: Reach, so_far: Sequence[tuple[str, Callable[[], Reach]]]
 ) -> list[Problem]:
     """Returns a problem for each method's file that changes nothing, unless the user has undone it.
 
@@ -79,7 +78,7 @@ def without_effect(
         if _effective(reach, bounds):
             continue
         first = next(index for index, (name, _) in enumerate(so_far) if name == file)
-        states = [(name, _effective(before, bounds)) for name, before in so_far[first:]]
+        states = [(name, _effective(before(), bounds)) for name, before in so_far[first:]]
         place = Place(bounds[0][1].place.source)
         if not any(state for _, state in states):
             text = "has no effect: this run uses nothing that the file binds"

@@ -6,6 +6,7 @@ changes nothing in gin and goes on after a problem.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -304,6 +305,7 @@ class Reader:
             self.problem(place, message, near or known)
 
 
+@functools.cache
 def parameter_names(target: Any) -> list[str] | None:
     """Names gin may bind; None where anything goes or nothing can be known."""
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -102,8 +103,13 @@ def parse_value(text: str) -> Any:
     return statements[0].value
 
 
-def parse(text: str, name: str) -> Iterator[Any]:
-    """Yields gin's statements and, for each that cannot be parsed, a `Problem`."""
+@functools.lru_cache(maxsize=512)
+def parse(text: str, name: str) -> tuple[Any, ...]:
+    """Returns gin's statements and, for each that cannot be parsed, a `Problem`."""
+    return tuple(_parse(text, name))
+
+
+def _parse(text: str, name: str) -> Iterator[Any]:
     lines = text.splitlines(keepends=True)
     first = 0  # Index of the line at which the parser (re)starts.
     while first < len(lines):

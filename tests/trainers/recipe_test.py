@@ -214,3 +214,10 @@ def test_extras_of_an_objective_are_an_argument_of_the_step():
         for _ in range(2):  # the extras are not donated
             state, metrics = steps.train(state, batch)
         assert 0 < float(metrics["distance"][0]) < want
+
+
+def test_a_number_is_a_learning_rate():
+    recipe = make_recipe(learning_rate=1e-3)
+    assert float(recipe.learning_rate(5)) == pytest.approx(1e-3)
+    same = one_step(make_recipe())[2]["loss"]
+    np.testing.assert_array_equal(one_step(recipe)[2]["loss"], same)

@@ -43,5 +43,6 @@ class ParamAxes:
 
         Shrinking a vector changes a layer's scale, not its complexity.
         """
-        is_matrix = len(self.names[path]) - self.stack_rank(path) >= 2
+        names = self.names[path]  # the gains of a norm per head have two dimensions
+        is_matrix = len(names) - self.stack_rank(path) >= 2 and axes.NORM not in names
         return is_matrix and not any(re.fullmatch(p, path) for p in self.not_decayed)
