@@ -138,28 +138,29 @@ def test_model_initialises_abstractly_with_its_size(name):
     params = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
+    check_decay(params)
 
 
-LOW_RANK = ["methods/low_rank/low_rank", "methods/low_rank/low_rank_conv"]
+def check_decay(boxed):
+    """The rule over logical axes gives the masks and stacks of a rule over names."""
+    param_axes = ParamAxes.of(boxed)
+    decayed = {path: param_axes.decayed(path) for path in param_axes.names}
+    by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias)", path) for path in decayed}
+    data = {path for path, names in param_axes.names.items() if axes.CONSTANT in names}
+    assert {path for path in decayed if decayed[path] != by_name[path]} <= data
+    # One layer's parameter has two dimensions, or one; adafactor maps over the others.
+    for path, names in param_axes.names.items():
+        kernels = r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)"
+        rank = 2 if re.fullmatch(kernels, path) else 1 if "layers/" in path else len(names)
+        if path not in data:
+            assert len(names) - param_axes.stack_rank(path) == rank, (path, names)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gains_and_biases_are_what_weight_decay_spares(name):
-    """The rule over logical axes gives the masks of the rule over names, with factors and without."""
-    for methods in ((), [LOW_RANK[name in CLASSIFIERS]]):
-        recipe = load_recipe(name, methods)
-        boxed = initialise.abstract_variables(recipe.model, recipe.reads)["params"]
-        param_axes = ParamAxes.of(boxed)
-        decayed = {path: param_axes.decayed(path) for path in param_axes.names}
-        by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias)", path) for path in decayed}
-        data = {path for path, names in param_axes.names.items() if axes.CONSTANT in names}
-        assert {path for path in decayed if decayed[path] != by_name[path]} <= data
-        # What adafactor treats as one parameter has two dimensions, or one.
-        for path, names in param_axes.names.items():
-            kernels = r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)"
-            rank = 2 if re.fullmatch(kernels, path) else 1 if "layers/" in path else len(names)
-            if path not in data:
-                assert len(names) - param_axes.stack_rank(path) == rank, (path, names)
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "nexus_6x470m", "cnn_tiny"])
+def test_factors_are_decayed_as_kernels_are(name):
+    method = "low_rank_conv" if name in CLASSIFIERS else "low_rank"
+    recipe = load_recipe(name, [f"methods/low_rank/{method}"])
+    check_decay(initialise.abstract_variables(recipe.model, recipe.reads)["params"])
 
 
 def test_every_model_has_a_count():

@@ -7,13 +7,22 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+import flax.linen as nn
 import gin
+import jax
+import numpy as np
 import pytest
 
 from launch.config import config_diff, gin_config
+from trainers import initialise as initialise_lib
+from trainers import partitioning
+from trainers.hooks import RunContext
 from trainers.optim import schedules
+from trainers.preference.objectives.reference import LiveReference
+from trainers.recipe import Recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "methods_together.md"
@@ -106,45 +115,102 @@ def refusal(first: str, second: str) -> str | None:
         return str(problems[0])
     config = load(run, (first, second))
     try:
-        return initialise(config)
+        recipe = config.arguments()["recipe"].over(schedules.Span(10))
+        recipe.reads.arrays(recipe.batch_size)
+        objective = recipe.objective(model=recipe.model, num_sources=1)
+        refused = initialise(recipe, config.text)
+        if refused is None and {METHODS[first][0], METHODS[second][0]} <= {*OF_LOSS}:
+            trace(recipe, objective)
+        return refused
+    except ValueError as error:
+        return str(error)
     finally:
         gin.clear_config()
 
 
+OF_LOSS = ("losses", "reference", "reward")
 _PROGRAMS: dict[frozenset, str | None] = {}
 # The parts of a configuration that determine parameters, their reports and the optimiser.
 _OF_PROGRAM = re.compile(
-    r"(\w+/)*(model\.|trainers\.(recipe|reports|inputs|optim|low_rank|online\.(groups|pairs|critic)))"
+    r"(\w+/)*(model|trainers\.(recipe|reports|optim|low_rank\.factor_decay))\."
 )
+_NOT_OF_PROGRAM = ("Recipe.objective", "Recipe.learning_rate", "Recipe.inputs")
 
 
-def initialise(config: gin_config.Config) -> str | None:
-    """Makes recipe, objective and, once for equal models, the program; returns the error."""
-    try:
-        recipe = config.arguments()["recipe"]
-        recipe.objective(model=recipe.model, num_sources=1)
-    except ValueError as error:
-        return str(error)
-    key = frozenset(_program_lines(config.text))
+def initialise(recipe: Recipe, text: str) -> str | None:
+    """Makes the program of a recipe, once for equal models, and returns its error."""
+    lines = config_diff.canonical(text)
+    names = [k for k in lines if _OF_PROGRAM.match(k) and not k.endswith(_NOT_OF_PROGRAM)]
+    for name in names:  # which grow by the macros that they read
+        names += [m for m in re.findall(r"%(\w+)", lines[name]) if m in lines and m not in names]
+    key = frozenset((name, lines[name]) for name in names if not name.startswith("schedules"))
     if key not in _PROGRAMS:
         try:
-            recipe.over(schedules.Span(10)).program()
+            recipe.program()
             _PROGRAMS[key] = None
         except ValueError as error:
             _PROGRAMS[key] = str(error)
     return _PROGRAMS[key]
 
 
-def _program_lines(text: str) -> Iterator[tuple[str, str]]:
-    lines = config_diff.canonical(text)
-    skipped = ("Recipe.objective", "Recipe.learning_rate")
-    names = [k for k in lines if _OF_PROGRAM.match(k) and not k.endswith(skipped)]
-    for name in names:
-        yield name, lines[name]
-        names += [m for m in re.findall(r"%(\w+)", lines[name]) if m in lines and m not in names]
+def trace(recipe: Recipe, objective: Any) -> None:
+    """Traces the loss, which reads the batch."""
+    params = nn.meta.unbox(initialise_lib.abstract_variables(recipe.model, recipe.reads))["params"]
+    stored = getattr(objective, "stored_extras", None)
+    extras = None if stored is None else params
+    batch = recipe.reads.arrays(2)
+    jax.eval_shape(functools.partial(objective, extras=extras), params, batch, jax.random.key(0))
 
 
 PAIRS = [pair for pair in itertools.combinations(METHODS, 2) if common_run(*pair)]
+
+
+def short(reason: str) -> str:
+    """Returns a reason in short, the same for both orders of a conflict where it can be."""
+    if match := re.search(r"replaces '(\S+)' of another method(?: \(and (.*?)\))?, which", reason):
+        return "both set " + ", ".join(
+            f"`{name}`" for name in [match[1], *(match[2] or "").split(", ")] if name
+        )
+    if match := re.match(r"t5x_configs/methods/(\S+)\.gin: has no effect", reason):
+        return f"`{match[1]}` would have no effect"
+    return reason.partition(". ")[0].splitlines()[0]
+
+
+def table() -> str:
+    """Returns the page of the pairs that do not go together."""
+    rows: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for pair in PAIRS:
+        reasons = [refusal(*pair), refusal(*pair[::-1])]
+        for index, (first, second) in enumerate((pair, pair[::-1])):
+            if reasons[index] is None:
+                continue
+            one_order = None in reasons
+            if one_order or index == 0:
+                why = f"{short(reasons[index])}{'; the other order works' if one_order else ''}"
+                rows.setdefault((second if one_order else first, why), []).append(
+                    first if one_order else second
+                )
+    lines = [HEAD]
+    for (one, why), others in sorted(rows.items()):
+        order = " after" if why.endswith("order works") else " with"
+        names = ", ".join(f"`{other}`" for other in others)
+        lines.append(f"| `{one}`{order} {names} | {why} |")
+    kinds = [f"| `{name}` | {kind} | {', '.join(runs)} |" for name, (kind, runs) in METHODS.items()]
+    return "\n".join([*lines, KINDS_HEAD, *kinds]) + "\n"
+
+
+HEAD = """# Methods together
+
+Files of `t5x_configs/methods/` given after each other add up, in any order. Those below are refused before a run starts: two
+methods that bind one thing to different values, or a method that would change nothing. Files of different runs
+(the last table) do not meet. `python -m tests.methods_test` writes this page, and `tests/methods_test.py` checks
+all ordered pairs.
+
+| methods | reason |
+|---|---|"""
+KINDS_HEAD = """
+| file | kind | runs (`t5x_configs/runs/`) |
+|---|---|---|"""
 
 
 def test_every_file_has_a_kind():
@@ -152,11 +218,111 @@ def test_every_file_has_a_kind():
     assert files == set(METHODS)
 
 
-if __name__ == "__main__":
-    import time
+def test_all_pairs_go_together_or_are_refused_as_the_table_says():
+    assert TABLE.read_text() == table(), "Run `python -m tests.methods_test`."
 
-    begun = time.process_time()
-    for pair in PAIRS:
-        reasons = [refusal(*pair), refusal(*pair[::-1])]
-        print(common_run(*pair), *pair, *["OK" if r is None else r.replace("\n", " | ")[:230] for r in reasons], sep=" ; ")
-    print(time.process_time() - begun, len(_PROGRAMS))
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("preference/simpo", "preference/ipo", ["LOSSES", "simpo.gin:11", "ipo.gin:11"]),
+        ("low_rank/low_rank", "bam/bam", None),
+        ("bam/bam", "low_rank/low_rank", None),
+        ("preference/ld_dpo", "preference/kto", ["LD_ALPHA"]),
+        ("preference/indicators", "preference/reward_model", ["hooks.named.indicators"]),
+        ("preference/reference_free", "preference/ipo", ["reference"]),
+    ],
+)
+def test_refusals_name_both_sides(first, second, names):
+    reason = refusal(first, second)
+    assert (reason is None) == (names is None), reason
+    assert all(name in reason for name in names or ())
+
+
+def test_one_order_is_as_good_as_the_other():
+    """Where both orders are accepted, they are one configuration."""
+    for pair in (("preference/simpo", "preference/indicators"), ("low_rank/low_rank", "bam/btx")):
+        texts = []
+        for order in (pair, pair[::-1]):
+            texts.append(config_diff.canonical(load(common_run(*pair), order).text))
+            gin.clear_config()
+        assert texts[0] == texts[1]
+
+
+STEPS = [
+    ("low_rank/low_rank", "bam/bam"),
+    ("low_rank/low_rank", "preference/simpo"),
+    ("low_rank/low_rank", "preference/reward_model"),
+    ("low_rank/low_rank", "preference/grpo"),
+    ("nexus/nexus_linear", "preference/reference_live"),
+    ("nexus/nexus_linear", "preference/kto"),
+    ("bam/btx", "preference/reward_model"),
+    ("bam/bam", "preference/ppo"),
+    ("preference/ld_dpo", "preference/dpo_nll"),
+    ("low_rank/low_rank_conv", "low_rank/spectrum"),
+]
+
+
+@pytest.fixture
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+@pytest.mark.usefixtures("clean_gin")
+@pytest.mark.parametrize("pair", STEPS)
+def test_two_methods_take_a_step(pair, monkeypatch, tmp_path):
+    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state."""
+    run = common_run(*pair)
+    files, bindings = arguments(run, pair)
+    small = {"pretrain": ["TASK_FEATURE_LENGTHS={'targets': 16}"], "classify": [], "preference": []}
+    small["online"] = ["MAX_PROMPT_LENGTH=8", "MAX_NEW_TOKENS=8"]
+    small["preference"] = small["pretrain"]
+    if run != "classify":
+        small[run].append("config.TransformerConfig.num_layers=1")
+    bindings = [b for b in bindings if "BATCH_SIZE" not in b]
+    bindings += ["BATCH_SIZE=8", "WARMUP_STEPS=0", *small[run]]
+    config = gin_config.load(files, [*bindings, "MESH={'data': 1}"], entry="launch.train:train")
+    given = config.arguments()
+    recipe = given["recipe"].over(schedules.Span(10))
+    program = recipe.program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = jax.device_get(state.params)
+        policy = state.params.get("backbone", state.params)
+        copies = jax.tree.map(jax.numpy.copy, policy)
+        monkeypatch.setattr(LiveReference, "read", lambda self, mesh, rules: copies)
+        state, metrics = program.steps(1).train(state, batch_of(recipe))
+        total, weight = metrics["loss"]
+        assert np.isfinite(total / weight)
+        after = jax.device_get(state.params)
+        assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, before, after))))
+        if "low_rank/spectrum" in pair:
+            context = RunContext(path=tmp_path, writer=True, step=0, recipe=recipe,
+                                 program=program, learning_rate=lambda step: 0.1)  # fmt: skip
+            (make,) = given["hooks"]
+            assert make(run=context)(1, state, {})["spectrum/nuclear"] > 0
+
+
+def batch_of(recipe: Recipe) -> dict[str, Any]:
+    """A batch of random tokens, each row one segment or one pair of two."""
+    rng = np.random.default_rng(0)
+    batch = {
+        k: np.ones(a.shape, a.dtype) for k, a in recipe.reads.arrays(recipe.batch_size).items()
+    }
+    for name in ("decoder_input_tokens", "decoder_target_tokens"):
+        if name in batch:
+            batch[name] = rng.integers(1, 250, batch[name].shape).astype(np.int32)
+            batch["decoder_positions"][:] = np.arange(batch[name].shape[1])
+    for name in ("source_ids", "labels"):
+        if name in batch:
+            batch[name][:] = 0
+    if "pair_weights" in batch:
+        batch["decoder_segment_ids"][:, recipe.length // 2 :] = 2
+    if "images" in batch:
+        batch["images"] = rng.normal(size=batch["images"].shape).astype(np.float32)
+    return batch
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

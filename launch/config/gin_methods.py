@@ -61,27 +61,21 @@ def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | N
 def without_effect(
     checked: Checked, reach: Reach, so_far: Sequence[tuple[str, Callable[[], Reach]]]
 ) -> list[Problem]:
-    """Returns a problem for each method's file that changes nothing, unless the user has undone it.
+    """Returns a problem for each method's file that adds nothing, unless the user has undone it.
 
     Args:
       checked: the whole configuration.
       reach: of the whole configuration.
       so_far: each file that was read, with the reach of it and all before it.
     """
-    own: dict[str, list[tuple[Any, Bound]]] = {}
-    for key, history in checked.history.items():
-        for bound in history:
-            if is_method(bound.file):
-                own.setdefault(bound.file, []).append((key, bound))
     problems = []
-    for file, bounds in own.items():
-        if _effective(reach, bounds):
+    for file, (place, own) in _bound_alone(checked).items():
+        if _effective(reach, own):
             continue
         first = next(index for index, (name, _) in enumerate(so_far) if name == file)
-        states = [(name, _effective(before(), bounds)) for name, before in so_far[first:]]
-        place = Place(bounds[0][1].place.source)
+        states = [(name, _effective(before(), own)) for name, before in so_far[first:]]
         if not any(state for _, state in states):
-            text = "has no effect: this run uses nothing that the file binds"
+            text = "has no effect: this run uses nothing that only this file binds"
             remedy = (
                 "It belongs to another kind of run or model, or another method takes its place."
             )
@@ -91,9 +85,28 @@ def without_effect(
         undone_by = states[last + 1][0] if last + 1 < len(states) else ""
         refined = file in checked.includes.get(undone_by, ()) or undone_by in checked.replaces
         if is_method(undone_by) and not refined:
-            text = f"has no effect: {undone_by} replaces everything that the file binds"
+            text = f"has no effect: {undone_by} takes the place of everything that it binds"
             problems.append(Problem(place, text, "Use one of the two."))
     return problems
+
+
+def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bound]]]]:
+    """Returns, for each method's file, its place and the bindings that no unrelated method shares."""
+    own: dict[str, tuple[Place, list[tuple[Any, Bound]]]] = {}
+    for key, history in checked.history.items():
+        bounds = [bound for bound in history if is_method(bound.file)]
+        for bound in bounds:
+            related = {bound.file, *checked.includes.get(bound.file, ())}
+            shared = any(
+                other.file not in related
+                and bound.file not in checked.includes.get(other.file, ())
+                and other.meaning() == bound.meaning()
+                for other in bounds
+            )
+            _, alone = own.setdefault(bound.file, (Place(bound.place.source), []))
+            if not shared:
+                alone.append((key, bound))
+    return own
 
 
 def _effective(reach: Reach, bounds: Sequence[tuple[Any, Bound]]) -> bool:

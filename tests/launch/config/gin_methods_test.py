@@ -109,9 +109,10 @@ def test_several_replaced_names_are_one_problem(base, method):
 
 
 def test_equal_values_and_own_files_and_the_command_line_are_free(base, method, gin_file):
-    a = method(HEAD + "RATE = 1.0\ntoy_net.named.x = @toy_net.Net\n", "a.gin")
+    a = HEAD + "RATE = 1.0\ntoy_net.named.x = @toy_net.Net\ntoy_run.train.steps = 3\n"
+    a = method(a, "a.gin")
     same = "import toy_net as other\ntoy_net.named.x = @other.Net\n"
-    same = method(HEAD + same + "RATE = 1.0\n", "same.gin")
+    same = method(HEAD + same + "RATE = 1.0\ntoy_net.Net.layers = 1\n", "same.gin")
     assert load([base, a, same]).macros["RATE"] == 1.0
     b = method(HEAD + "RATE = 2.0\n", "b.gin")
     assert load([base, a, b], "RATE=3.0").macros["RATE"] == 3.0
@@ -146,12 +147,16 @@ def test_a_file_may_name_what_it_replaces(base, method):
 def test_a_method_without_effect_is_refused(base, method, gin_file):
     idle = method(HEAD + "toy_net.Factored.rank = 3\n", "idle.gin")
     text = errors([base, idle])
-    assert f"{idle}: has no effect: this run uses nothing that the file binds" in text
+    assert f"{idle}: has no effect: this run uses nothing that only this file binds" in text
     dense = method(HEAD + "toy_net.Dense.bias = True\n", "dense.gin")
     other = method(HEAD + "toy_net.Block.dense = @toy_net.Factored\n", "other.gin")
-    assert "other.gin replaces everything that the file binds" in errors([base, dense, other])
+    assert "other.gin takes the place of everything that it binds" in errors([base, dense, other])
     assert f"{dense}: has no effect: this run uses nothing" in errors([base, other, dense])
     mine = gin_file(HEAD + "toy_net.Block.dense = @toy_net.Factored\n", "mine.gin")
     assert load([base, dense, mine]).warnings == ()
     slot = method(HEAD + "toy_net.named.a = @toy_net.Net\n", "slot.gin")
     load([base, slot], "toy_net.named.a=None")
+    twin = method(HEAD + "toy_net.named.a = @toy_net.Net\n", "twin.gin")
+    assert "nothing that only this file binds" in errors([base, slot, twin])
+    load([base, slot, slot])
+    load([base, slot, method(HEAD + f"include '{slot}'\ntoy_net.Net.layers = 1\n", "more.gin")])
