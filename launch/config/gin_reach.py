@@ -21,6 +21,7 @@ from launch.config.gin_source import Place
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
+_SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # by all projections
 _HEAD = ("features", "axes", "kernel_init", "name")
 _TABLE = ("features", "dtype", "param_dtype")
 
@@ -30,7 +31,16 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.text.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluation.loss.evaluate": {"stream": ("task",)},
     "launch.train.train": {"checkpointer": ("directory",), "eval_stream": ("task",)},
+    "model.bam.moa.experts_of": {
+        "attention": ("config", "kind", "name"),
+        "moa": ("config", "kind", "name"),
+    },
     "model.heads.actor_critic.ActorCritic": {"head": _HEAD},
+    "model.low_rank.lowrank.factorised": {"dense": _SHARED, "layer": _SHARED},
+    "model.moe.moe.experts_of": {
+        "mlp": ("config", "name"),
+        "moe": ("activation", "config", "name"),
+    },
     "model.nexus.domain_router.DomainRouter": {"dense": _POINTWISE},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},

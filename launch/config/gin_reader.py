@@ -94,17 +94,17 @@ class Checked:
         return dataclasses.replace(self, bindings=dict(self.bindings), macros=dict(self.macros))
 
     def modules_imported_as(self, name: str) -> list[str]:
-        """Modules the files import under `name`; several where files differ."""
+        """Returns the modules that the files import under `name`; several where files differ."""
         return list(dict.fromkeys(bound_module(s) for s in self.imports if s.bound_name() == name))
 
     def command_line_imports(self) -> list[config_parser.ImportStatement]:
-        """The imports of all files together, without names that mean several modules."""
+        """Returns the imports of all files, without names that mean several modules."""
         first = {statement.bound_name(): statement for statement in reversed(self.imports)}
         return [s for name, s in first.items() if len(self.modules_imported_as(name)) == 1]
 
 
 def bound_module(statement: config_parser.ImportStatement) -> str:
-    """The module that the name bound by an import stands for."""
+    """Returns the module that the name bound by an import means."""
     plain = not statement.is_from and not statement.alias
     return statement.module.split(".")[0] if plain else statement.module
 
@@ -131,7 +131,7 @@ class Reader:
             self.checked.problems.append(problem)
 
     def read_untrusted(self, path: str, own_files: Sequence[str]) -> None:
-        """Reads a file that may name only what is harmless, or what `own_files` import."""
+        """Reads a file that may use only harmless names, and modules that `own_files` import."""
         self._trust = gin_trust.trust(path, own_files, self.search_paths)
         self.read_file(path, Place("--gin_file"), ())
         self._trust = None
@@ -200,7 +200,7 @@ class Reader:
             symbols["gin"] = Symbol("gin", _GinNames)
             return
         if "gin" not in symbols:
-            symbols["gin"] = Symbol("gin", _GinNames)  # Say it once per file.
+            symbols["gin"] = Symbol("gin", _GinNames)  # reported once per file
             self.problem(
                 place,
                 "imports need gin's dynamic registration",
@@ -222,7 +222,7 @@ class Reader:
         symbols[statement.bound_name()] = Symbol(module, value)
 
     def _resolve(self, selector: str, place: Place, symbols) -> Target | None:
-        """The object `selector` names, or None after recording what is wrong with it."""
+        """Returns the object that `selector` names, or None after recording the problem."""
         head, *path = selector.split(".")
         symbol = symbols.get(head)
         if symbol is None:
@@ -266,7 +266,7 @@ class Reader:
                 self.checked.scopes_used.update(_prefixes(leaf.scope))
             elif isinstance(leaf, Macro) and not leaf.required:
                 macros.append(leaf)
-                # Gin evaluates what a macro stands for in a scope of the macro's name.
+                # Gin evaluates the value of a macro in a scope of the macro's name.
                 self.checked.scopes_used.update(_prefixes(leaf.name))
                 self.checked.macros_read.setdefault(leaf.name, place)
         bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
@@ -307,7 +307,7 @@ class Reader:
 
 @functools.cache
 def parameter_names(target: Any) -> list[str] | None:
-    """Names gin may bind; None where anything goes or nothing can be known."""
+    """Returns the names that gin may bind; None for any (**kwargs), or if the signature is unknown."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -323,7 +323,7 @@ def parameter_names(target: Any) -> list[str] | None:
 
 
 class _GinNames:
-    """What the name `gin` offers inside a gin file."""
+    """The attributes of the name `gin` inside a gin file."""
 
     macro = staticmethod(gin.config.macro)
     singleton = staticmethod(gin.config.singleton)
@@ -369,7 +369,7 @@ def _configurable_names(value: Any) -> list[str]:
 
 
 def leaves(value: Any) -> Iterable[Any]:
-    """The literals, references and macros that a value is made of."""
+    """Yields the literals, references and macros in a value."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(key)
@@ -382,7 +382,7 @@ def leaves(value: Any) -> Iterable[Any]:
 
 
 def is_required(value: Any) -> bool:
-    """Whether the user still has to give the value or a part of it."""
+    """Returns whether the user must still set the value or a part of it."""
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
 
 

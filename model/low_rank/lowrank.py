@@ -116,7 +116,7 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
       factorisation: what the model was built with.
 
     Raises:
-      ValueError: no layer is factorised, or a pattern of the factorisation matches none of them.
+      ValueError: a pattern of the factorisation matches no factorised layer.
     """
     found = factors.find_factors(params)
     for name, patterns in (
@@ -130,11 +130,6 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
                     f"Factorisation.{name}: {pattern!r} matches no layer that can be factorised; there "
                     + (f"are {known}." if found else "are none, as its `dense` is another class.")
                 )
-    if not found:
-        raise ValueError(
-            "Factorisation: this model has no factorised layer. methods/low_rank/low_rank.gin is for models of "
-            "text, low_rank_conv.gin for those of images."
-        )
     lines = factors.table(found)
     if larger := [one.path for one in found if one.factors > one.dense]:
         lines.append(

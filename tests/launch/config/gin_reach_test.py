@@ -1,6 +1,7 @@
 """Bindings of arguments that the caller passes itself are refused, and the derived arguments are right."""
 
 import functools
+import pathlib
 
 import gin
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from launch.config import gin_config, gin_reach
+from launch.config import gin_check, gin_config, gin_reach
 from launch.config.gin_config import ConfigError
 from model import config as model_config
 from model import transformer
@@ -166,7 +167,74 @@ def test_models_pass_what_the_table_says():
         assert calls == {frozenset(gin_reach.passed(owner, argument))}, (owner, argument)
     names = {(f"{owner.__module__}.{owner.__qualname__}", argument) for owner, argument in seen}
     rows = {(name, argument) for name, row in gin_reach.PASSED.items() for argument in row}
-    assert {row for row in rows if row[0].startswith("model.")} <= names
+    missing = {row for row in rows if row[0].startswith("model.")} - names
+    assert {name for name, _ in missing} == {
+        "model.bam.moa.experts_of",
+        "model.low_rank.lowrank.factorised",
+        "model.moe.moe.experts_of",
+    }  # below
+
+
+def test_wrappers_pass_at_least_what_the_table_says():
+    """A function that wraps a factory passes what it is called with, by layers of several kinds."""
+    from model.attention import Attention
+    from model.bam import moa
+    from model.linear import Dense
+    from model.low_rank import lowrank
+    from model.mlp import GatedMlp
+    from model.moe import moe
+
+    seen: dict[tuple, set] = {}
+
+    def watched(owner, **factories):
+        made = {
+            argument: recorder(factory, seen.setdefault((owner, argument), set()))
+            for argument, factory in factories.items()
+        }
+        return owner(**made, **({"factorisation": rank} if owner is lowrank.factorised else {}))
+
+    rank = lowrank.Factorisation(rank=0.5)
+    dense = watched(lowrank.factorised, dense=Dense, layer=lowrank.LowRankDense)
+    attention = functools.partial(Attention, dense=dense)
+    block = functools.partial(
+        transformer.Block,
+        attention=watched(moa.experts_of, attention=attention, moa=moa.MixtureOfAttention),
+        mlp=watched(moe.experts_of, mlp=GatedMlp, moe=moe.MoeMlp),
+    )
+    sizes = {"vocab_size": 8, "num_layers": 1, "embed_dim": 4, "num_heads": 1, "mlp_dim": 4}
+    model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    for (owner, argument), calls in seen.items():
+        passed = set(gin_reach.passed(owner, argument))
+        assert passed and calls and all(passed <= call for call in calls), (owner, argument)
+
+
+# Called without keywords: functions of arrays, of texts, and of nothing.
+POSITIONAL = {
+    "launch.run.load_run.RunConfig.vocabulary",
+    "launch.train.train.tasks",
+    "model.transformer.Transformer.norm",
+    "trainers.online.groups.Groups.advantages",
+    "trainers.online.policy_gradient.policy_gradient.loss",
+    "trainers.preference.objectives.online_preference.online_preference.losses",
+    "trainers.preference.objectives.preference.preference.losses",
+    "trainers.rewards.verifiers.TextReward.verifiers",
+}
+
+
+def test_every_factory_in_a_gin_file_has_known_arguments():
+    """A new seam whose owner hands the factory on needs a row in PASSED."""
+    unknown = set()
+    for file in sorted(pathlib.Path(gin_config.gin_source.ROOT, "t5x_configs").rglob("*.gin")):
+        checked = gin_check.check([str(file)], fragment=True)
+        for (_, target, argument), bound in checked.bindings.items():
+            macros = [checked.macros[m.name] for m in bound.macros if m.name in checked.macros]
+            references = [pair for one in (bound, *macros) for pair in one.references]
+            owner = checked.targets[target].value
+            is_factory = any(not reference.evaluate for reference, _ in references)
+            if is_factory and not gin_reach.passed(owner, argument):
+                unknown.add(f"{target}.{argument}")
+    assert unknown == POSITIONAL
 
 
 def test_trainers_pass_what_the_table_says():
