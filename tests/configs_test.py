@@ -1,6 +1,7 @@
 """Every gin file parses, binds only what exists, and the models it describes have the published size."""
 
 import pathlib
+import re
 
 import gin
 import jax
@@ -10,6 +11,7 @@ from launch.config import gin_config
 from model import axes
 from trainers import initialise, partitioning
 from trainers.inputs import PackedTokens
+from trainers.optim.param_axes import ParamAxes
 from trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -116,16 +118,16 @@ def load(*files, data=("TASKS=()",), bindings=()):
     return gin_config.load(paths, given, entry="launch.train:train")
 
 
-def load_recipe(name):
+def load_recipe(name, methods=()):
     if name in CLASSIFIERS:
-        files = (f"models/{name}", f"data/{CLASSIFIERS[name]}", "runs/classify")
+        files = (f"models/{name}", f"data/{CLASSIFIERS[name]}", "runs/classify", *methods)
         config = gin_config.load(
             [f"t5x_configs/{file}.gin" for file in files],
             ["MODEL_DIR='/tmp/x'"],
             entry="launch.train:train",
         )
     else:
-        config = load(f"models/{name}", "runs/pretrain")
+        config = load(f"models/{name}", "runs/pretrain", *methods)
     return config.arguments()["recipe"]
 
 
@@ -135,6 +137,29 @@ def test_model_initialises_abstractly_with_its_size(name):
     params = initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(COUNTS[name], abs=ROUNDED.get(name, 0), rel=0)
+    check_decay(params)
+
+
+def check_decay(boxed):
+    """The rule over logical axes gives the masks and stacks of a rule over names."""
+    param_axes = ParamAxes.of(boxed)
+    decayed = {path: param_axes.decayed(path) for path in param_axes.names}
+    by_name = {path: not re.fullmatch(r"(.*/)?(scale|bias)", path) for path in decayed}
+    data = {path for path, names in param_axes.names.items() if axes.CONSTANT in names}
+    assert {path for path in decayed if decayed[path] != by_name[path]} <= data
+    # One layer's parameter has two dimensions, or one; adafactor maps over the others.
+    for path, names in param_axes.names.items():
+        kernels = r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)"
+        rank = 2 if re.fullmatch(kernels, path) else 1 if "layers/" in path else len(names)
+        if path not in data:
+            assert len(names) - param_axes.stack_rank(path) == rank, (path, names)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "nexus_6x470m", "cnn_tiny"])
+def test_factors_are_decayed_as_kernels_are(name):
+    method = "low_rank_conv" if name in CLASSIFIERS else "low_rank"
+    recipe = load_recipe(name, [f"methods/low_rank/{method}"])
+    check_decay(initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"])
 
 
 def test_every_model_has_a_count():

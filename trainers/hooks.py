@@ -10,21 +10,21 @@ from trainers.train_state import TrainState
 
 
 class GivenUpError(Exception):
-    """Raised by a hook that has seen the request to stop: the loop saves and ends as requested."""
+    """Raised by a hook that was asked to stop: the loop saves and ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a hook may know of the run it is made for.
+    """The run that a hook is made for.
 
     Attributes:
       path: the run's directory.
-      writer: whether this process writes there, as one of them does.
+      writer: whether this process writes there; exactly one does.
       step: updates made when this process began.
       program: model, objective, mesh and shardings.
-      learning_rate: of the update after so many.
-      give_up: asked between two parts of long work, with the number of those done, whether to raise GivenUpError;
-        every process asks alike.
+      learning_rate: number of updates made -> the rate of the next.
+      give_up: called between the parts of long work with the number of finished parts; where it returns True the
+        hook raises GivenUpError. Every process must call it equally often.
     """
 
     path: str | os.PathLike
@@ -38,12 +38,16 @@ class RunContext:
 class Hook(Protocol):
     """Called with the number of updates made, the state after them, and the newest host metrics.
 
-    The metrics are those of the step before, since they are fetched one step late. What a hook
-    returns is written with the run's metrics. A hook runs when `step` is a multiple of `every`, and
-    after the last step. One that a stop has kept from running is run when the run goes on. With
-    `at_start` it also runs before a run's first update. Where `ended` is true, the loop runs the other hooks,
-    saves and is done, as after the last step; a run that goes on from there ends at once. A hook whose metrics
-    begin with `prefix` is not run again for a step that they are written for.
+    The metrics are of the step before, since they are fetched one step late. The returned metrics are
+    written with the run's. A hook runs when `step` is a multiple of `every`, and after the last step.
+    Hooks skipped by a preemption run on resume.
+
+    Attributes:
+      every: updates between calls.
+      at_start: also runs before a run's first update.
+      ended: ends the run: the loop runs the other hooks and saves, as after the last step. A resumed run ends
+        at once.
+      prefix: of the names of its metrics; a hook is not run again at a step for which they are written.
     """
 
     every: int
@@ -56,5 +60,14 @@ class Hook(Protocol):
     ) -> Mapping[str, float] | None: ...
 
 
-# What gin binds in train.hooks: called with (run=). No forward reference: gin_types could not evaluate it elsewhere.
+# Called with (run=). Without forward references, which the check of gin's types could not evaluate.
 HookFactory = Callable[..., Hook]
+
+
+def named(**slots: HookFactory | None) -> tuple[HookFactory, ...]:
+    """Returns the hook factories in the order of their slots' names, without those that are None.
+
+    Each method fills a slot of its own (`hooks.named.spectrum = @spectrum.Spectrum`), so that several
+    can be in one run.
+    """
+    return tuple(hook for _, hook in sorted(slots.items()) if hook is not None)

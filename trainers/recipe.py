@@ -23,8 +23,10 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
+from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
+from trainers.reports import Report
 from trainers.step import Averaged, make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
@@ -38,7 +40,8 @@ class Recipe:
       batch_size: rows of a global batch.
       feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
       inputs: the arrays of a batch, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
-      optimizer: factory, called with (learning_rate=).
+      optimizer: factory, called with (learning_rate=) and, if it has that parameter, (param_axes=).
+      gradient_terms: added to the gradient of the loss (see trainers/optim/gradient_terms.py).
       learning_rate: a schedule over update steps, or a number for a constant one.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
@@ -63,8 +66,9 @@ class Recipe:
     feature_lengths: Mapping[str, int] | None = None
     inputs: Inputs | None = None
     objective: Callable[..., LossFn] = language_modelling
+    gradient_terms: Sequence[GradientTerm] = ()
     trainable: Sequence[str] = ()
-    reports: Sequence[Callable[[Any], Sequence[str]]] = ()
+    reports: Sequence[Report] = ()
     microbatches: int = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: float | None = None
@@ -75,6 +79,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "learning_rate", schedules.as_schedule(self.learning_rate))
         if self.microbatches < 1 or self.batch_size % self.microbatches:
             raise ValueError(
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
@@ -156,10 +161,12 @@ class Recipe:
         mask = trainable.mask_of(self.trainable, boxed)
         shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
         reports = [line for report in self.reports for line in report(shapes)]
-        abstract = jax.eval_shape(functools.partial(self._make_state, mask=mask), variables)
+        optimizer = self._make_optimizer(boxed)
+        make_state = functools.partial(self._make_state, optimizer=optimizer, mask=mask)
+        abstract = jax.eval_shape(make_state, variables)
         shardings = initialise.state_shardings(
             abstract,
-            self._make_optimizer(),
+            optimizer,
             initialise.param_shardings(boxed, mesh, rules),
             mesh=mesh,
             mask=mask,
@@ -188,13 +195,20 @@ class Recipe:
             for name, array in self.inputs_spec.arrays(self.batch_size).items()
         }
 
-    def _make_optimizer(self) -> optax.GradientTransformation:
-        return self.optimizer(learning_rate=self.learning_rate)
+    def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
+        return make_optimizer(
+            self.optimizer,
+            learning_rate=self.learning_rate,
+            boxed_params=boxed_params,
+            terms=self.gradient_terms,
+        )
 
-    def _make_state(self, variables: Any, mask: Any) -> TrainState:
+    def _make_state(
+        self, variables: Any, *, optimizer: optax.GradientTransformation, mask: Any
+    ) -> TrainState:
         return initialise.make_state(
             variables,
-            self._make_optimizer(),
+            optimizer,
             mask=mask,
             ema=self.ema_decay is not None or self.averaged is not None,
             anomaly=self.anomaly,
@@ -253,12 +267,12 @@ class Program:
     @functools.cached_property
     def init(self) -> Callable[[], TrainState]:
         """A jitted function () -> state of step 0, created sharded."""
-        recipe, mask = self.recipe, self.mask
+        recipe = self.recipe
 
         def init() -> TrainState:
             key = jax.random.key(recipe.seed)
             variables = initialise.variables(recipe.model, key, recipe.inputs_spec)
-            return recipe._make_state(variables, mask)
+            return recipe._make_state(variables, optimizer=self._optimizer, mask=self.mask)
 
         return jax.jit(init, out_shardings=self._state_shardings)
 
@@ -268,8 +282,9 @@ class Program:
 
         None where a fresh optimiser's state does not depend on their values.
         """
-        optimizer = self.recipe._make_optimizer()
-        return initialise.restart(optimizer, self.abstract_state, self._state_shardings, self.mask)
+        return initialise.restart(
+            self._optimizer, self.abstract_state, self._state_shardings, self.mask
+        )
 
     @property
     def train_flops_per_unit(self) -> float:
@@ -277,6 +292,10 @@ class Program:
         state, recipe = self.abstract_state, self.recipe
         variables = {"params": state.params, **state.variables}
         return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1), variables)
+
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return self.recipe._make_optimizer(self.boxed_params)
 
     @property
     def _state_shardings(self) -> Any:
@@ -288,7 +307,7 @@ class Program:
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
         train_step = make_train_step(
             loss_fn=objective,
-            optimizer=recipe._make_optimizer(),
+            optimizer=self._optimizer,
             seed=recipe.seed,
             mask=self.mask,
             microbatches=recipe.microbatches,

@@ -1,4 +1,4 @@
-"""The trainable set seam: path patterns choose the parameters that are optimised.
+"""The trainable set seam: path patterns select the parameters that are optimised.
 
 Frozen parameters get no gradient, no moments and no weight decay.
 """
@@ -20,13 +20,13 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any:
-    """A tree of bools: whether a leaf's whole path matches one of the regular expressions.
+    """Returns a tree of bools: whether a leaf's whole path matches one of the regular expressions.
 
     Args:
-      patterns: regular expressions for whole paths. One that begins with '!' takes back what
-        earlier patterns matched; the last pattern that matches a path decides.
+      patterns: regular expressions for whole paths. One that begins with '!' excludes what it matches; the last
+        pattern that matches a path decides.
       params: any pytree.
-      what: how the error names a pattern.
+      what: the name of a pattern in the error.
 
     Raises:
       ValueError: a pattern that matches no parameter, with the nearest paths.
@@ -47,7 +47,7 @@ def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any
 
 
 def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
-    """Which of a model's parameters are trained: those that match and hold no data; None for all.
+    """Returns a tree of bools: the parameters that match and are not data; None for all.
 
     Args:
       patterns: as in `match`; none for all parameters.
@@ -66,7 +66,7 @@ def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """(trainable, frozen): the same tree twice, with None where the leaf is in the other."""
+    """Returns (trainable, frozen): the same tree twice, with None where the other has the leaf."""
     trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, mask)
     frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, mask)
     return trainable, frozen

@@ -10,13 +10,13 @@ from launch.config.gin_source import Macro, Problem, Reference
 
 
 class UnreadableConfigError(ValueError):
-    """Text that is no gin configuration."""
+    """Text that is not a gin configuration."""
 
 
 def canonical(text: str) -> dict[str, str]:
-    """Every binding and macro of one self-contained gin file: full name -> value."""
+    """Returns every binding and macro of a self-contained gin file: full name -> value."""
     modules: dict[str, str] = {}
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for statement in gin_source.parse(text, "config.gin"):
         if isinstance(statement, Problem):
             raise UnreadableConfigError(str(statement))
@@ -28,21 +28,21 @@ def canonical(text: str) -> dict[str, str]:
             scope = f"{statement.scope}/" if statement.scope else ""
             name = _full(statement.selector, modules)
             key = f"{name}.{statement.arg_name}" if statement.arg_name else statement.selector
-            found[scope + key] = _format(statement.value, modules)
-    return found
+            values[scope + key] = _format(statement.value, modules)
+    return values
 
 
 def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
-    """The first binding, by name, that differs; None if none does.
+    """Returns a sentence on the first binding, by name, that differs; None if none does.
 
     Args:
       old: text of the earlier configuration.
       new: text of the present one.
-      may_change: macros and bindings left out, by any dotted part of their names: 'TRAIN_STEPS',
+      may_change: macros and bindings not compared, by any dotted part of their names: 'TRAIN_STEPS',
         'train.eval_period', or 'ProfilerWindow' for all of its parameters.
     """
     before, after = canonical(old), canonical(new)
-    # Macros first: a changed macro is what the user sees; what it is bound to follows from it.
+    # Macros first: users set these, and the bindings follow from them.
     for key in sorted(before.keys() | after.keys(), key=lambda k: ("." in k, k)):
         if before.get(key) == after.get(key) or _matches(key, may_change):
             continue

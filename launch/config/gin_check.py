@@ -1,23 +1,29 @@
-"""Checks a gin configuration against the code it names and finds every problem at once.
+"""Checks a gin configuration against the code it names and reports every problem at once.
 
-Gin itself stops at the first error, lets unused macros and bindings without effect pass, and
+Gin itself stops at the first error, accepts unused macros and bindings without effect, and
 reports missing arguments only when a function is called, perhaps after hours of data work. This
 pass reads the same statements in the same order, imports the same modules, and looks at the same
 objects; it changes nothing in gin.
 """
 
+import collections.abc
+import dataclasses
 import difflib
+import functools
 import inspect
-import pathlib
+import types
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
 
-from launch.config import gin_reader, gin_types
+from launch.config import gin_methods, gin_reader
 from launch.config.gin_reach import Reach
 from launch.config.gin_reader import Bound, Checked, Target, is_required, nearest
-from launch.config.gin_source import Macro, Place, Problem
+from launch.config.gin_source import Macro, Place, Problem, Reference
+
+_SIMPLE = (int, float, str, bool, type(None))
 
 
 def check(
@@ -30,17 +36,17 @@ def check(
     untrusted: Sequence[str] = (),
     part: bool = False,
 ) -> Checked:
-    """Reads everything and returns it with the problems found.
+    """Reads a configuration and returns it with its problems.
 
     Args:
       files: gin files in order; later ones win.
       bindings: 'NAME=VALUE' strings in gin syntax, read after the files.
       search_paths: more folders in which relative files are looked for.
-      entry: the function to be called; bindings it cannot reach are found then.
+      entry: the function to be called; with it, bindings that it cannot reach are problems.
       entry_name: its full name, such as 'launch.train.train'.
       fragment: the files are only a part of a configuration, so that macros may be unused,
         undefined or still required, and scopes be entered elsewhere.
-      untrusted: files read before the others, which may name only what is harmless.
+      untrusted: files read before the others, which may use only harmless names.
       part: the configuration is another entry point's, of which this one uses a part; the rest may
         be left open.
     """
@@ -54,15 +60,22 @@ def check(
     follow = entry is not None and not fragment
     if follow:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
-    so_far: list[Reach] = []  # what each file reached with those before it
+    so_far: list[
+        tuple[str, Callable[[], Reach]]
+    ] = []  # files, with the reach of each and those before
     if follow and not part:
-        reader.after_file = lambda: so_far.append(Reach(checked.copy(), entry_name))
+
+        def after_file(file: str) -> None:
+            reach = functools.partial(Reach, checked.copy(), entry_name)
+            so_far.append((file, functools.cache(reach)))
+
+        reader.after_file = after_file
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
-    if len(set(checked.files)) < len(checked.files):
-        so_far = []  # what a file replaces that is read again was hardly meant to be
     reader.read_bindings(bindings)
     _check_types(checked)
+    conflicts = gin_methods.conflicts(checked)
+    checked.problems.extend(conflicts)
     if fragment:
         return checked
     reach = Reach(checked, entry_name) if follow else None
@@ -74,12 +87,16 @@ def check(
         _check_arguments(checked, reach)
         _check_passed(checked, reach)
         if not part:
-            _check_effect(checked, reach, so_far, entry_name)
+            if not conflicts:
+                checked.problems.extend(gin_methods.without_effect(checked, reach, so_far))
+            twice = len(set(checked.files)) < len(checked.files)
+            # A file that is read again replaces bindings, which was hardly intended.
+            _check_effect(checked, reach, [] if twice else [r for _, r in so_far], entry_name)
     return checked
 
 
 def _check_values(checked: Checked, used: Reach | None) -> None:
-    """Macros need a value, and so does what is required; given `used`, only what is reached there."""
+    """Finds macros without a value and required values; with `used`, only those that it reaches."""
     for name, place in checked.macros_read.items():
         if name not in checked.macros and (used is None or name in used.macros):
             near = nearest(difflib.get_close_matches(name, checked.macros))
@@ -131,28 +148,28 @@ def _check_scopes(checked: Checked, command_line_only: bool) -> None:
 def _check_types(checked: Checked) -> None:
     for (_, target, argument), bound in checked.bindings.items():
         value, place = bound.value, bound.place
-        for _ in range(len(checked.macros)):  # At most; a macro may stand for another.
+        for _ in range(len(checked.macros)):  # at most; the value of a macro may be another
             if isinstance(value, Macro) and value.name in checked.macros:
                 place = checked.macros[value.name].place
                 value = checked.macros[value.name].value
-        message = gin_types.mismatch(checked.targets[target].value, argument, value)
+        message = mismatch(checked.targets[target].value, argument, value)
         if message:
             checked.problems.append(Problem(place, f"'{target}.{argument}' {message}"))
 
 
 def _check_arguments(checked: Checked, reach: Reach) -> None:
-    """Whatever is called by gin alone must have its arguments bound, in the scope of the call."""
-    told = set()
+    """Functions that gin calls by itself must have their arguments bound, in the scope of the call."""
+    reported = set()
     for name, ways in reach.ways.items():
         for way in ways:
             if not way.evaluated:
                 continue
-            given = {*reach.bound(name, way.scope), *way.passed}
+            bound = {*reach.bound(name, way.scope), *way.passed}
             needed = required_parameters(checked.targets[name].value)
-            missing = [parameter for parameter in needed if parameter not in given]
+            missing = [parameter for parameter in needed if parameter not in bound]
             key = (id(checked.targets[name].value), way.scope)
-            if missing and key not in told:
-                told.add(key)
+            if missing and key not in reported:
+                reported.add(key)
                 short = ".".join(name.split(".")[-2:])
                 called = f"{way.scope}/{short}" if way.scope else short
                 where = f" in the scope '{way.scope}'" if way.scope else ""
@@ -168,21 +185,23 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
         if ways and all(argument in way.passed for way in ways):
             owners = sorted({way.owner for way in ways})
             by = (
-                f"what is bound to {', '.join(map(repr, owners))} is called with {argument}="
+                f"the value of {', '.join(map(repr, owners))} is called with {argument}="
                 if all(owners)
                 else "the command passes it, from its flags"
             )
             checked.problems.append(
-                Problem(bound.place, f"'{target}.{argument}' has no effect: {by}", "Leave it out.")
+                Problem(bound.place, f"'{target}.{argument}' has no effect: {by}", "Remove it.")
             )
 
 
-def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry_name: str) -> None:
+def _check_effect(
+    checked: Checked, reach: Reach, so_far: Sequence[Callable[[], Reach]], entry_name: str
+) -> None:
     """Bindings that the entry point cannot reach: an error on the command line, else a warning.
 
-    None is due where a later file, or the command line, has put something else in the place of what was reached:
-    that is what it was given for. The file of a method (t5x_configs/methods) binds all layers that it knows, of
-    which a model has some.
+    There is no warning if a later file or the command line has replaced the reference to the target, which is
+    the purpose of later files; nor for the file of a method (t5x_configs/methods), which binds all layers that
+    it knows, of which a model has some.
     """
     for name, bound in checked.macros.items():
         if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
@@ -195,14 +214,17 @@ def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry
                 f"only {', '.join(readers)} reads it" if readers else "its readers are replaced"
             )
             text = f"'{name}' has no effect: {used_by}, which this run does not use"
-            checked.problems.append(Problem(bound.place, text, "Leave it out."))
+            checked.problems.append(Problem(bound.place, text, "Remove it."))
     for key, bound in checked.bindings.items():
         _, target, argument = key
-        of_method = "methods" in pathlib.PurePath(bound.place.source).parts
+        of_method = gin_methods.is_method(bound.file)
+        if target in reach.ways or of_method:
+            continue
         replaced = any(
-            target in before.ways and before.checked.bindings.get(key) is bound for before in so_far
+            target in before().ways and before().checked.bindings.get(key) is bound
+            for before in so_far
         )
-        if target not in reach.ways and not (of_method or replaced):
+        if not replaced:
             problem = Problem(
                 bound.place,
                 f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "
@@ -212,7 +234,7 @@ def _check_effect(checked: Checked, reach: Reach, so_far: Sequence[Reach], entry
 
 
 def final_value(value: Any, macros: dict[str, Bound], depth: int = 20) -> Any:
-    """`value` with top-level macros replaced by what they stand for."""
+    """Returns `value`, or the value of the macro that it is."""
     while isinstance(value, Macro) and value.name in macros and depth:
         value, depth = macros[value.name].value, depth - 1
     return value
@@ -231,3 +253,91 @@ def required_parameters(target: Any) -> list[str]:
         for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """A list or tuple; `items` are the types and values of its elements, None where unknown."""
+
+    items: tuple[Any, ...] | None
+
+
+def mismatch(target: Any, argument: str, value: Any) -> str | None:
+    """Returns the type error of binding `value` to `argument` of `target`, or None.
+
+    Only certain errors are reported: of simple annotations, their unions with None, literals, and sequences of
+    these. References that gin calls, macros without a value and other annotations pass.
+    """
+    accepted = _accepted(_hints(target).get(argument))
+    if accepted is None:
+        return None
+    if any(_fits(value, option) for option in accepted):
+        return None
+    choices = [option for option in accepted if not isinstance(option, type | _Sequence)]
+    if choices and isinstance(value, str):
+        near = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
+        hint = f" Nearest: {near[0]!r}." if near else ""
+        return f"cannot be {value!r}: choose from {', '.join(map(repr, choices))}.{hint}"
+    wanted = " or ".join(_name(option) for option in accepted)
+    kind = "a function or class" if isinstance(value, Reference) else type(value).__name__
+    message = f"takes {wanted}, not {value!r} ({kind})"
+    # Python would accept a string as the sequence of its letters; a single item was probably meant.
+    for option in accepted:
+        if isinstance(option, _Sequence) and _fits([value], option):
+            return f"{message}: write [{value!r}]"
+    return message
+
+
+def _accepted(annotation: Any) -> list[Any] | None:
+    """Returns the types and literal values that an annotation allows; None if it is not a simple one."""
+    if annotation in _SIMPLE:
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return list(typing.get_args(annotation))
+    if origin is collections.abc.Sequence:
+        items = _accepted(typing.get_args(annotation)[0])
+        return [_Sequence(None if items is None else tuple(items))]
+    if origin in (typing.Union, types.UnionType):
+        parts = [_accepted(part) for part in typing.get_args(annotation)]
+        return None if None in parts else [option for part in parts for option in part]
+    return None
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if isinstance(value, Macro) or (isinstance(value, Reference) and value.evaluate):
+        return True
+    if isinstance(option, _Sequence):
+        return isinstance(value, list | tuple) and (
+            option.items is None
+            or all(any(_fits(item, wanted) for wanted in option.items) for item in value)
+        )
+    if not isinstance(option, type):
+        return type(value) is type(option) and value == option
+    if option is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
+def _name(option: Any) -> str:
+    if option is type(None):
+        return "None"
+    if isinstance(option, _Sequence):
+        items = " or ".join(map(_name, option.items or ()))
+        return f"a list of {items}" if items else "a list"
+    return option.__name__ if isinstance(option, type) else repr(option)
+
+
+@functools.cache
+def _hints(target: Any) -> dict[str, Any]:
+    """Returns the annotations by parameter; {} if they cannot be evaluated."""
+    holder = target
+    if inspect.isclass(target) and "__init__" in vars(target):
+        # A dataclass's __init__ carries its field annotations too.
+        holder = target.__init__
+    try:
+        return typing.get_type_hints(holder)
+    except Exception:  # noqa: BLE001 (annotations may name what exists only for type checkers)
+        return {}

@@ -19,9 +19,9 @@ from launch.config.gin_check import final_value
 from launch.config.gin_reader import Checked, is_required
 from launch.config.gin_source import Place, Problem
 
-# What a value without quotes may look like to be taken as a string: a path or a name.
+# A value without quotes that is taken as a string: a path or a name.
 _BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")
-# Words that other languages write for values, and what gin's literals have for them.
+# Words of other languages for values, and the literals of gin for them.
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on"), "True"),
     **dict.fromkeys(("false", "no", "off"), "False"),
@@ -31,7 +31,7 @@ _WORDS = {
 
 
 class ConfigError(ValueError):
-    """Everything found wrong with a configuration, in one message."""
+    """All problems of a configuration, in one message."""
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = tuple(problems)
@@ -46,10 +46,10 @@ class Config:
 
     Attributes:
       text: all bindings as one gin file that can be loaded again.
-      files: the files read, includes too, in order.
-      macros: final literal values of the macros by name; references are left out.
+      files: all read files in order, included ones too.
+      macros: final literal values of the macros by name, without references.
       entry: the function to be called, with its bindings applied by gin.
-      warnings: bindings in files that have no effect on this run, though no later file replaced what they reach.
+      warnings: bindings in files without effect on this run, unless a later file replaced the reference to their target.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Config:
     warnings: tuple[Problem, ...]
 
     def arguments(self) -> dict[str, Any]:
-        """What gin would pass to the entry function, references evaluated."""
+        """Returns the arguments that gin would pass to the entry function, references evaluated."""
         return gin.get_bindings(self.entry)
 
 
@@ -72,7 +72,7 @@ def load(
     untrusted: Sequence[str] = (),
     part: bool = False,
 ) -> Config:
-    """Replaces gin's configuration by the given one, checked completely, and locks it.
+    """Checks a configuration completely, loads it into gin in place of the last one, and locks it.
 
     Args:
       files: gin files, absolute or relative to the working directory, to a search path or to the
@@ -81,16 +81,16 @@ def load(
         name without quotes is taken as a string where no number or other literal is expected.
       search_paths: more folders to look in.
       entry: the function this configuration is for, itself or as 'package.module:name'. With it,
-        unbound arguments and bindings that cannot reach it are found too.
-      unused: macros whose values do not matter, with a value in gin syntax for each that nothing
-        sets.
-      untrusted: gin files read before `files` that were found, not given, such as the one beside a
-        checkpoint: they may import and name only what is harmless (launch/config/gin_trust.py).
-      part: the configuration is that of another entry point, and this one uses a part of it. The
-        rest may be left open, and what has no effect here is no problem.
+        unbound arguments and bindings that cannot reach it are problems too.
+      unused: macros whose values do not matter, with the value in gin syntax to be used where none
+        is set.
+      untrusted: gin files read before `files` that the user did not name, such as the one beside a
+        checkpoint: they may import and use only harmless names (launch/config/gin_trust.py).
+      part: the configuration belongs to another entry point, and this one uses a part of it. The
+        rest may lack values, and bindings without effect here are no problem.
 
     Raises:
-      ConfigError: with all problems found. Gin's own state is unchanged then.
+      ConfigError: with all problems; gin's own state is then unchanged.
     """
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
@@ -100,7 +100,7 @@ def load(
     )
     if checked.problems:
         raise ConfigError(checked.problems)
-    # Gin wants a value for every macro; what is open after the checks is not used.
+    # Gin needs a value for every macro; those without one after the checks are not used.
     names = dict.fromkeys([*checked.macros, *checked.macros_read])
     bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
     _load_into_gin([*untrusted, *files], bindings, search_paths, checked)
@@ -122,15 +122,15 @@ def load(
 
 
 def _placeholders(unused, bindings, read: Callable[..., Checked]) -> list[str]:
-    """Bindings for those of the `unused` macros that are read but not set."""
+    """Returns bindings for the `unused` macros that are read but not set."""
     if not unused:
         return []
     checked = read(fragment=True)
-    given = {binding.partition("=")[0].strip() for binding in bindings}
+    set_here = {binding.partition("=")[0].strip() for binding in bindings}
     return [
         f"{name}={value}"
         for name, value in unused.items()
-        if name not in given and name in checked.macros_read and _is_open(name, checked)
+        if name not in set_here and name in checked.macros_read and _is_open(name, checked)
     ]
 
 
@@ -145,7 +145,7 @@ def problems(
     entry: Callable | str | None = None,
     fragment: bool = False,
 ) -> list[Problem]:
-    """Everything `load` would complain of, without touching gin.
+    """Returns the problems for which `load` would raise, without changing gin.
 
     With `fragment` the files are only a part of a configuration (a model, a data mixture), whose
     macros may be defined or read elsewhere.
@@ -167,17 +167,17 @@ def operative_config_str() -> str:
 
 
 def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
-    """Reads the files alone first: whether a bare word is a string depends on what they say."""
+    """Reads the files alone first: whether a bare word is a string depends on their values."""
     from_files = read(fragment=True).macros if bindings else {}
-    found: list[Problem] = []
+    malformed: list[Problem] = []
     normal = []
     for binding in bindings:
         try:
             normal.append(_normalise(binding, from_files))
         except ValueError as error:
-            found.append(Problem(Place(f"--gin.{binding}"), str(error)))
+            malformed.append(Problem(Place(f"--gin.{binding}"), str(error)))
     checked = read(normal, **how)
-    checked.problems.extend(found)
+    checked.problems.extend(malformed)
     return checked, normal
 
 
@@ -220,7 +220,7 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
         gin.parse_config([*imports, *bindings])
         gin.finalize()
     except Exception as error:
-        # Gin found what the checks did not; it says where in its own words.
+        # A problem that the checks missed; gin's own message says where it is.
         raise ConfigError([Problem(Place("gin"), str(error))]) from error
 
 

@@ -1,28 +1,122 @@
 """Follows the references of a checked gin configuration from the entry point, as gin would.
 
-Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of what it is bound to; what a macro stands
-for is evaluated in a scope of the macro's name. Bindings of a scope and of those around it apply.
-Where code calls a factory without a scope of its own cannot be known; it is taken to be where the
-factory was bound.
+Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of the binding that holds it; the value of a
+macro is evaluated in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
+The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
+
+A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`), and these win over
+gin, so that a binding of one would be ignored. `passed` reads them from the caller's source.
 """
 
+import ast
 import dataclasses
+import functools
 import inspect
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from launch.config import gin_seams
 from launch.config.gin_reader import Bound, Checked
 from launch.config.gin_source import Place
+
+_PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
+_POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
+_SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # by all projections
+_HEAD = ("features", "axes", "kernel_init", "name")
+_TABLE = ("features", "dtype", "param_dtype")
+
+# Arguments passed to a factory that its owner hands on to other code, by owner and parameter. Calls in the
+# owner's own source need no row. tests/launch/config/gin_reach_test.py calls each and compares.
+PASSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "data.text.user_data.register_sources": {"sources": ("name",)},
+    "launch.evaluation.held_out.evaluate": {"stream": ("task",)},
+    "launch.train.train": {"checkpointer": ("directory",), "eval_stream": ("task",)},
+    "model.bam.moa.experts_of": {
+        "attention": ("config", "kind", "name"),
+        "moa": ("config", "kind", "name"),
+    },
+    "model.heads.actor_critic.ActorCritic": {"head": _HEAD},
+    "model.low_rank.lowrank.factorised": {"dense": _SHARED, "layer": _SHARED},
+    "model.moe.moe.experts_of": {
+        "mlp": ("config", "kind", "name"),
+        "moe": ("activation", "config", "kind", "name"),
+    },
+    "model.nexus.domain_router.DomainRouter": {"dense": _POINTWISE},
+    "model.mlp.GatedMlp": {"dense": _PROJECTION},
+    "model.mlp.Mlp": {"dense": _PROJECTION},
+    "model.nexus.mlp_router.MlpRouter": {"dense": _POINTWISE},
+    "model.vision.resnet.ResNet": {
+        "block": ("config", "width", "stride", "conv", "dense", "name"),
+        "conv": ("features", "side", "stride", "dtype", "param_dtype", "name"),
+        "dense": _POINTWISE,
+    },
+    "model.heads.reward_model.RewardModel": {"head": _HEAD},
+    "model.transformer.Transformer": {
+        "block": ("config", "kind", "name"),
+        "embed": ("num_embeddings", *_TABLE),
+        "position_embed": _TABLE,
+    },
+    "trainers.preference.indicators.hook.PreferenceIndicators": {"pairs": ("task",)},
+    "trainers.recipe.Recipe": {"optimizer": ("learning_rate", "param_axes")},
+}
+# Functions of named slots (**slots), with the arguments passed to what each slot holds.
+_SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}
+
+# Entry functions whose commands pass the values of flags, set on the command line or not.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "launch.evaluation.held_out.evaluate": (
+        "checkpoint",
+        "params",
+        "tasks",
+        "max_batches",
+        "json_file",
+    ),
+}
+
+
+def passed(owner: Any, parameter: str) -> tuple[str, ...]:
+    """Returns the arguments with which `owner` calls the factory in `parameter`, sorted by name.
+
+    A subclass calls as its base class does.
+    """
+    for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
+        name = f"{holder.__module__}.{holder.__qualname__}"
+        if name in _SLOTS:
+            return _SLOTS[name]
+        if names := PASSED.get(name, {}).get(parameter) or _calls(holder).get(parameter):
+            return tuple(sorted(names))
+    return ()
+
+
+@functools.cache
+def _calls(owner: Any) -> Mapping[str, set[str]]:
+    """Keywords of the calls of parameters (of a class: attributes of self) in the source of `owner`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):  # builtins, and what was made at run time
+        return {}
+    keywords: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            match node.func:
+                case ast.Attribute(value=ast.Name(id="self"), attr=name) if inspect.isclass(owner):
+                    pass
+                case ast.Name(id=name) if not inspect.isclass(owner):
+                    pass
+                case _:
+                    continue
+            keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
+    return keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way in which something comes to be called.
+    """One way in which a function or class is called.
 
     Attributes:
-      scope: that is active then.
+      scope: the scope that is active then.
       evaluated: gin calls it with its bindings alone; else code does, with arguments of its own.
-      passed: names of those arguments, as far as they are known.
+      passed: names of these arguments, as far as they are known.
       owner: the argument that holds the reference; '' for the entry point.
       place: of the reference.
     """
@@ -35,34 +129,36 @@ class Way:
 
 
 class Reach:
-    """What is reached: targets by name with the ways to them, and the macros that are read."""
+    """The reachable targets by name, with the ways to each, and the macros that are read."""
 
     def __init__(self, checked: Checked, entry_name: str):
         self.checked = checked
         self.ways: dict[str, list[Way]] = {}
         self.macros: set[str] = set()
         self._waiting: list[tuple[str, Way]] = []
-        flags = gin_seams.FLAGS.get(entry_name, ())
+        flags = FLAGS.get(entry_name, ())
         self._waiting.append((entry_name, Way("", True, flags, "", Place("the entry point"))))
         while self._waiting:
             self._visit(*self._waiting.pop())
 
     def ways_in(self, target: str, scope: str) -> list[Way]:
-        """The ways to `target` for which a binding in `scope` applies."""
+        """Returns the ways to `target` for which a binding in `scope` applies."""
         return [way for way in self.ways.get(target, ()) if _within(way.scope, scope)]
 
     def bound(self, name: str, scope: str) -> dict[str, Bound]:
-        """What gin binds to the arguments of `name`, called in `scope`; inner scopes win."""
+        """Returns the bindings of the arguments of `name`, called in `scope`; inner scopes win."""
         names = self._names(name)
-        found = [
+        bindings = [
             (key_scope.count("/") + bool(key_scope), argument, bound)
             for (key_scope, target, argument), bound in self.checked.bindings.items()
             if target in names and _within(scope, key_scope)
         ]
-        return {argument: bound for _, argument, bound in sorted(found, key=lambda item: item[0])}
+        return {
+            argument: bound for _, argument, bound in sorted(bindings, key=lambda item: item[0])
+        }
 
     def _names(self, name: str) -> Sequence[str]:
-        """All names under which the files know the object of this name."""
+        """Returns all names under which the files import the object of this name."""
         here = self.checked.targets[name].value
         return [other for other, target in self.checked.targets.items() if target.value is here]
 
@@ -74,7 +170,7 @@ class Reach:
             self.ways.setdefault(other, []).append(way)
         target = self.checked.targets[name].value
         if inspect.isclass(target):
-            # A class brings its methods, which are called with who knows what.
+            # A class brings its methods, which are called with unknown arguments.
             brought = Way(way.scope, False, (), name, way.place)
             for other in self.checked.targets:
                 if other.rpartition(".")[0] in names:
@@ -84,18 +180,18 @@ class Reach:
                 code = Way(
                     scope=way.scope,
                     evaluated=False,
-                    passed=gin_seams.passed(target, argument),
+                    passed=passed(target, argument),
                     owner=f"{name}.{argument}",
                     place=bound.place,
                 )
                 self._follow(bound, code, ())
 
     def _follow(self, bound: Bound, code: Way, inside: tuple[str, ...]) -> None:
-        """Follows what an argument holds: `code` is how it is called if gin does not call it.
+        """Follows the references in an argument's value.
 
         Args:
           bound: the argument's binding, or a macro in it.
-          code: the way to what is referenced without being called.
+          code: the way to references that gin does not call.
           inside: names of the macros around.
         """
         gin_scope = inside[-1] if inside else code.scope

@@ -1,4 +1,4 @@
-"""Reads a gin configuration against the code it names: imports, bindings, what each refers to.
+"""Reads a gin configuration against the code it names: imports, bindings, and their references.
 
 Follows gin's own order and rules (each file sees only its own imports; later bindings win) but
 changes nothing in gin and goes on after a problem.
@@ -6,8 +6,10 @@ changes nothing in gin and goes on after a problem.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +23,7 @@ from launch.config.gin_source import Macro, Place, Problem, Reference
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """What an imported name stands for. `value` is None after a failed import."""
+    """The module that an imported name means. `value` is None after a failed import."""
 
     name: str
     value: Any
@@ -37,17 +39,42 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One binding or macro definition as it stands in the end."""
+    """One binding or macro definition.
+
+    Attributes:
+      value: a literal, reference or macro, or a container of them.
+      place: of the statement.
+      references: in the value, each with its target; None for one that names nothing.
+      macros: in the value.
+      file: real path of the file; '' for the command line.
+    """
 
     value: Any
     place: Place
     references: tuple[tuple[Reference, Target | None], ...]
     macros: tuple[Macro, ...]
+    file: str = ""
+
+    def meaning(self) -> str:
+        """Returns the value as text with names in full, equal for equal values under any imports."""
+        text = repr(self.value)
+        for reference, target in self.references:
+            if target is not None:
+                full = dataclasses.replace(reference, name=f"{reference.scope}/{target.name}")
+                text = text.replace(repr(reference), repr(full))
+        return text
 
 
 @dataclasses.dataclass
 class Checked:
-    """What was read: final bindings and macros, files in order, imports, and the problems."""
+    """The final bindings and macros of a configuration, files in order, imports, and the problems.
+
+    Attributes:
+      history: all bindings and definitions of a key in reading order; the key of a macro is its name.
+      includes: file -> the files it includes, directly or not; real paths.
+      replaces: file -> the names that its list REPLACES contains.
+      macros_read: names read anywhere, overridden statements included: overriding must not orphan a macro.
+    """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
     bindings: dict[tuple[str, str, str], Bound] = dataclasses.field(default_factory=dict)
@@ -56,38 +83,47 @@ class Checked:
     files: list[str] = dataclasses.field(default_factory=list)
     imports: list[config_parser.ImportStatement] = dataclasses.field(default_factory=list)
     warnings: list[Problem] = dataclasses.field(default_factory=list)
-    # Names used anywhere, overridden statements included: overriding must not orphan a macro.
+    history: dict[Any, list[Bound]] = dataclasses.field(default_factory=dict)
+    includes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    replaces: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     macros_read: dict[str, Place] = dataclasses.field(default_factory=dict)
     scopes_used: set[str] = dataclasses.field(default_factory=set)
 
     def copy(self) -> "Checked":
-        """The bindings and macros as they stand, which more statements do not change."""
+        """Returns a copy whose bindings and macros later statements do not change."""
         return dataclasses.replace(self, bindings=dict(self.bindings), macros=dict(self.macros))
 
     def modules_imported_as(self, name: str) -> list[str]:
-        """Modules the files import under `name`; several where files differ."""
+        """Returns the modules that the files import under `name`; several where files differ."""
         return list(dict.fromkeys(bound_module(s) for s in self.imports if s.bound_name() == name))
 
     def command_line_imports(self) -> list[config_parser.ImportStatement]:
-        """The imports of all files together, without names that mean several modules."""
+        """Returns the imports of all files, without names that mean several modules."""
         first = {statement.bound_name(): statement for statement in reversed(self.imports)}
         return [s for name, s in first.items() if len(self.modules_imported_as(name)) == 1]
 
 
 def bound_module(statement: config_parser.ImportStatement) -> str:
-    """The module that the name bound by an import stands for."""
+    """Returns the module that the name bound by an import means."""
     plain = not statement.is_from and not statement.alias
     return statement.module.split(".")[0] if plain else statement.module
 
 
+# A file of a method may name here what it replaces of other methods' files; see gin_methods.py.
+REPLACES = "REPLACES"
+LONG_MACRO = ("gin.macro", "value")  # `NAME/gin.macro.value = 1` is `NAME = 1`
+
+
 class Reader:
+    """Reads files and bindings into `checked`."""
+
     def __init__(self, search_paths: Sequence[str]):
         self.checked = Checked()
         self.search_paths = search_paths
-        # Called after each file, those that are included among them.
-        self.after_file: Callable[[], None] = lambda: None
-        self.refused: list[Problem] = []  # what untrusted files may not name
+        self.after_file: Callable[[str], None] = lambda file: None  # called with each read file
+        self.refused: list[Problem] = []  # names that untrusted files may not use
         self._trust: gin_trust.Trust | None = None  # of the file that is being read
+        self._file = ""  # real path of the file that is being read
 
     def problem(self, place: Place, message: str, remedy: str = "") -> None:
         problem = Problem(place, message, remedy)
@@ -95,14 +131,14 @@ class Reader:
             self.checked.problems.append(problem)
 
     def read_untrusted(self, path: str, own_files: Sequence[str]) -> None:
-        """Reads a file that may name only what is harmless, or what `own_files` import."""
+        """Reads a file that may use only harmless names, and modules that `own_files` import."""
         self._trust = gin_trust.trust(path, own_files, self.search_paths)
         self.read_file(path, Place("--gin_file"), ())
         self._trust = None
 
     def read_file(self, path: str, place: Place, including: tuple[str, ...]) -> None:
-        found = gin_source.find(path, self.search_paths)
-        if found is None:
+        file = gin_source.find(path, self.search_paths)
+        if file is None:
             folders = [p or "." for p in gin_source.search_locations(self.search_paths)]
             near = gin_source.similar_files(path, self.search_paths)
             self.problem(
@@ -111,17 +147,21 @@ class Reader:
                 nearest(near) or "Give an absolute path or add a folder: --gin_search_paths.",
             )
             return
-        if found in including:
-            self.problem(place, f"'{path}' includes itself: {' -> '.join((*including, found))}")
+        if file in including:
+            self.problem(place, f"'{path}' includes itself: {' -> '.join((*including, file))}")
             return
-        self.checked.files.append(found)
+        self.checked.files.append(file)
         try:
-            text = gin_source.read(found)
+            text = gin_source.read(file)
         except (OSError, UnicodeDecodeError) as error:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return
-        self._read(text, path, {}, (*including, found))
-        self.after_file()
+        outer, self._file = self._file, os.path.realpath(file)
+        for one in including:
+            self.checked.includes.setdefault(os.path.realpath(one), set()).add(self._file)
+        self._read(text, path, {}, (*including, file))
+        self.after_file(self._file)
+        self._file = outer
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
         symbols = {"gin": Symbol("gin", _GinNames)}
@@ -160,7 +200,7 @@ class Reader:
             symbols["gin"] = Symbol("gin", _GinNames)
             return
         if "gin" not in symbols:
-            symbols["gin"] = Symbol("gin", _GinNames)  # Say it once per file.
+            symbols["gin"] = Symbol("gin", _GinNames)  # reported once per file
             self.problem(
                 place,
                 "imports need gin's dynamic registration",
@@ -182,7 +222,7 @@ class Reader:
         symbols[statement.bound_name()] = Symbol(module, value)
 
     def _resolve(self, selector: str, place: Place, symbols) -> Target | None:
-        """The object `selector` names, or None after recording what is wrong with it."""
+        """Returns the object that `selector` names, or None after recording the problem."""
         head, *path = selector.split(".")
         symbol = symbols.get(head)
         if symbol is None:
@@ -226,16 +266,18 @@ class Reader:
                 self.checked.scopes_used.update(_prefixes(leaf.scope))
             elif isinstance(leaf, Macro) and not leaf.required:
                 macros.append(leaf)
-                # Gin evaluates what a macro stands for in a scope of the macro's name.
+                # Gin evaluates the value of a macro in a scope of the macro's name.
                 self.checked.scopes_used.update(_prefixes(leaf.name))
                 self.checked.macros_read.setdefault(leaf.name, place)
-        bound = Bound(statement.value, place, tuple(references), tuple(macros))
-        if not statement.arg_name:
-            scope = f"{statement.scope}/" if statement.scope else ""
-            self.checked.macros[scope + statement.selector] = bound
+        bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
+        if (statement.selector, statement.arg_name) == (REPLACES, ""):
+            self.checked.replaces[self._file] = list(leaves(statement.value))
             return
-        if (statement.selector, statement.arg_name) == ("gin.macro", "value"):
-            self.checked.macros[statement.scope] = bound  # the long form of the same
+        if not statement.arg_name or (statement.selector, statement.arg_name) == LONG_MACRO:
+            scope = f"{statement.scope}/" if statement.scope else ""
+            name = statement.scope if statement.arg_name else scope + statement.selector
+            self.checked.macros[name] = bound
+            self.checked.history.setdefault(name, []).append(bound)
             return
         target = self._resolve(statement.selector, place, symbols)
         if target is None:
@@ -246,11 +288,26 @@ class Reader:
             known = nearest(near) or f"It has: {', '.join(names) or 'no parameters'}."
             self.problem(place, f"'{target.name}' has no parameter '{statement.arg_name}'", known)
             return
-        self.checked.bindings[statement.scope, target.name, statement.arg_name] = bound
+        key = (statement.scope, target.name, statement.arg_name)
+        if names is None and not self._file and bound.value is None:
+            self._check_slot(key, place)
+        self.checked.bindings[key] = bound
+        self.checked.history.setdefault(key, []).append(bound)
+
+    def _check_slot(self, key: tuple[str, str, str], place: Place) -> None:
+        """A slot that the command line empties must be one that a file fills."""
+        scope, target, argument = key
+        slots = [name for s, t, name in self.checked.bindings if (s, t) == (scope, target)]
+        if argument not in slots:
+            near = nearest(difflib.get_close_matches(argument, slots))
+            known = f"Filled are: {', '.join(slots)}." if slots else "No slot is filled."
+            message = f"'{target}.{argument}' has no effect: no file fills this slot"
+            self.problem(place, message, near or known)
 
 
+@functools.cache
 def parameter_names(target: Any) -> list[str] | None:
-    """Names gin may bind; None where anything goes or nothing can be known."""
+    """Returns the names that gin may bind; None for any (**kwargs), or if the signature is unknown."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -266,7 +323,7 @@ def parameter_names(target: Any) -> list[str] | None:
 
 
 class _GinNames:
-    """What the name `gin` offers inside a gin file."""
+    """The attributes of the name `gin` inside a gin file."""
 
     macro = staticmethod(gin.config.macro)
     singleton = staticmethod(gin.config.singleton)
@@ -312,7 +369,7 @@ def _configurable_names(value: Any) -> list[str]:
 
 
 def leaves(value: Any) -> Iterable[Any]:
-    """The literals, references and macros that a value is made of."""
+    """Yields the literals, references and macros in a value."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(key)
@@ -325,7 +382,7 @@ def leaves(value: Any) -> Iterable[Any]:
 
 
 def is_required(value: Any) -> bool:
-    """Whether the user still has to give the value or a part of it."""
+    """Returns whether the user must still set the value or a part of it."""
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
 
 

@@ -1,7 +1,8 @@
-"""Reads gin files statement by statement, keeping on after an error so that all can be reported."""
+"""Parses gin files statement by statement and goes on after an error, so that all are reported."""
 
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -20,7 +21,7 @@ _STATEMENT = re.compile(r"(from|import|include)\s|[A-Za-z_][\w./]*\s*[=:]")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a statement stands: a file and line, or a command-line flag (line 0)."""
+    """The place of a statement: a file and line, or a command-line flag (line 0)."""
 
     source: str
     line: int = 0
@@ -32,7 +33,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration: where, what, and what to do about it."""
+    """A problem of a configuration: its place, the message and the remedy."""
 
     place: Place
     message: str
@@ -95,15 +96,20 @@ class _NamedText(io.StringIO):
 
 
 def parse_value(text: str) -> Any:
-    """The value written in gin syntax; SyntaxError if it is none, or if something follows it."""
+    """Returns the value written in gin syntax; raises SyntaxError for anything else."""
     statements = list(parse(f"value = {text}\n", ""))
     if len(statements) != 1 or not isinstance(statements[0], config_parser.BindingStatement):
         raise SyntaxError(f"{text!r} is not a gin value")
     return statements[0].value
 
 
-def parse(text: str, name: str) -> Iterator[Any]:
-    """Yields gin's statements and, for each that cannot be parsed, a `Problem`."""
+@functools.lru_cache(maxsize=512)
+def parse(text: str, name: str) -> tuple[Any, ...]:
+    """Returns gin's statements and, for each that cannot be parsed, a `Problem`."""
+    return tuple(_parse(text, name))
+
+
+def _parse(text: str, name: str) -> Iterator[Any]:
     lines = text.splitlines(keepends=True)
     first = 0  # Index of the line at which the parser (re)starts.
     while first < len(lines):
@@ -133,7 +139,7 @@ def _next_statement(lines: Sequence[str], start: int) -> int:
 
 
 def _error_line(error: Exception, begin: int, count: int) -> int:
-    """Index of the line to blame; for brackets left open, where their statement begins."""
+    """Returns the index of the line with the error; for open brackets, of their statement's first line."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     return line - 1 if line and line <= count else min(begin, count - 1)
 
@@ -154,12 +160,12 @@ def _syntax_problem(error, name: str, lines: Sequence[str], begin: int, failed: 
 
 
 def search_locations(search_paths: Sequence[str]) -> list[str]:
-    """Folders in which relative gin files are looked for: here, those given, then the root."""
+    """Returns the folders searched for relative gin files: the working directory, `search_paths`, the root."""
     return list(dict.fromkeys(["", *search_paths, ROOT]))
 
 
 def find(path: str, search_paths: Sequence[str]) -> str | None:
-    """The first existing file that `path` can mean, or None."""
+    """Returns the first existing file that `path` can mean, or None."""
     if os.path.isabs(path):
         return path if os.path.isfile(path) else None
     for folder in search_locations(search_paths):
@@ -170,13 +176,13 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
 
 
 def same(one: str, other: str, search_paths: Sequence[str]) -> bool:
-    """Whether two paths mean the same file."""
-    found = [find(path, search_paths) for path in (one, other)]
-    return None not in found and os.path.samefile(*found)  # type: ignore[arg-type]
+    """Returns whether two paths mean the same file."""
+    files = [find(path, search_paths) for path in (one, other)]
+    return None not in files and os.path.samefile(*files)  # type: ignore[arg-type]
 
 
 def read(path: str) -> str:
-    """The text of a gin file."""
+    """Returns the text of a gin file."""
     with open(path, encoding="utf-8") as file:
         return file.read()
 
@@ -188,7 +194,7 @@ def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
 
 
 def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:
-    """Gin files in the folder `path` points to whose names are close to it."""
+    """Returns gin files with a name close to `path` in its folder."""
     folder, name = os.path.split(path)
     names: set[str] = set()
     for base in search_locations(search_paths):
@@ -199,10 +205,10 @@ def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:
 
 
 def modules_named(name: str) -> list[str]:
-    """Full names of the project's modules whose last part is `name`."""
-    found = []
+    """Returns the full names of the project's modules whose last part is `name`."""
+    names = []
     for package in ("model", "trainers", "data", "launch"):
         for folder, _, files in os.walk(os.path.join(ROOT, package)):
             if f"{name}.py" in files:
-                found.append(os.path.relpath(folder, ROOT).replace(os.sep, ".") + f".{name}")
-    return sorted(found)
+                names.append(os.path.relpath(folder, ROOT).replace(os.sep, ".") + f".{name}")
+    return sorted(names)

@@ -1,7 +1,7 @@
-"""What a gin file that came with a checkpoint may name: an import runs code, and `@f()` calls it.
+"""The names that a gin file beside a checkpoint may use: an import runs code, and `@f()` calls it.
 
-Such a file may come from anyone, and people only mean to use the model it describes. It may import
-and reference this project's packages and those its models are written with. Other modules are
+Such a file may come from anyone, and users only mean to use the model that it describes. It may import
+and reference this project's packages and the libraries of its models. Other modules are
 allowed when the user's own gin files import them.
 """
 
@@ -14,7 +14,7 @@ from gin import config_parser
 from launch.config import gin_source
 
 PACKAGES = ("model", "trainers", "data", "launch", "jax", "optax", "seqio")
-# Of these packages, what starts processes, unpickles, sends, or imports by a name it is given.
+# Parts of these packages that start processes, unpickle, send, or import by name.
 REFUSED = (
     "data.text.user_data.import_mixtures",
     "jax.experimental",
@@ -43,7 +43,7 @@ REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """What an untrusted file and all it includes may name.
+    """The names that an untrusted file and its includes may use.
 
     Attributes:
       file: the file.
@@ -54,18 +54,18 @@ class Trust:
     modules: frozenset[str]
 
     def module_error(self, module: str) -> tuple[str, str] | None:
-        """What is wrong with an import, and the remedy; to be asked before it is executed."""
+        """Returns the problem of an import and the remedy, before the import is executed; None for none."""
         return None if self._allowed(module) else self._error("import", module, module)
 
     def object_error(self, module: str, name: str, value: Any) -> tuple[str, str] | None:
-        """What is wrong with naming an object, and the remedy.
+        """Returns the problem of a reference to an object and the remedy; None for none.
 
-        A module holds what it has imported (`checkpoint.os.system`), so that an object is judged by
-        where it was defined too.
+        A module has its imports as attributes (`checkpoint.os.system`), so the module that defines the
+        object is checked too.
 
         Args:
           module: the module a file has imported.
-          name: full name of the object as the file has it, beginning with the module's.
+          name: full name of the object in the file, beginning with the module's.
           value: the object.
         """
         if name in ("gin.macro", "gin.singleton"):
@@ -92,19 +92,19 @@ class Trust:
 
 
 def trust(file: str, own_files: Iterable[str], search_paths: Sequence[str]) -> Trust | None:
-    """What `file` may name; None for anything, where it is one of the user's own files too."""
+    """Returns the names that `file` may use; None (any) if it is one of the user's own files too."""
     modules: set[str] = set()
     seen: set[str] = set()
 
     def scan(path: str) -> None:
-        found = gin_source.find(path, search_paths)
-        if found is None or found in seen:
+        source = gin_source.find(path, search_paths)
+        if source is None or source in seen:
             return
-        seen.add(found)
+        seen.add(source)
         try:
-            text = gin_source.read(found)
+            text = gin_source.read(source)
         except (OSError, UnicodeDecodeError):
-            return  # reported when it is its turn to be read
+            return  # reported when the file itself is read
         for statement in gin_source.parse(text, path):
             if isinstance(statement, config_parser.ImportStatement):
                 modules.add(statement.module)

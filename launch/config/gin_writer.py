@@ -1,4 +1,4 @@
-"""The gin text that builds a given model: a run's configuration for weights that come from elsewhere.
+"""Writes the gin text that builds a given model: the configuration of imported weights.
 
 A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
 dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with
@@ -11,12 +11,17 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from model.transformer import Block, Transformer
+
+# Settings that are macros, which files of methods wrap; written even where they are defaults.
+_MACROS = {"attention": "ATTENTION", "mlp": "MLP"}
+_WRITTEN = {Transformer: ("block",), Block: tuple(_MACROS)}
 _LITERALS = (str, int, float, bool, type(None))
 _OF_FLAX = ("parent", "name")
 
 
 class UnwritableModelError(ValueError):
-    """A setting that gin has no words for."""
+    """A setting that cannot be written in gin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,11 @@ def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
         if node.settings:
             lines.append("")
         for key, value in node.settings:
-            lines.append(f"{scopes[node]}{name(node)}.{key} = {text(value)}")
+            right = text(value)
+            if node.target is Block and not scopes[node] and key in _MACROS:
+                lines.append(f"{_MACROS[key]} = {right}")
+                right = f"%{_MACROS[key]}"
+            lines.append(f"{scopes[node]}{name(node)}.{key} = {right}")
     return "\n".join(lines) + "\n"
 
 
@@ -97,13 +106,14 @@ def _node(value: Any, where: str) -> _Node:
     if not _importable(target):
         raise UnwritableModelError(
             f"{where} is {target!r}, which cannot be imported by a name, so that no configuration can "
-            "say it. Use a class or function at the top of a module."
+            "name it. Use a class or function at the top of a module."
         )
     defaults = _defaults(target)
+    written = _WRITTEN.get(target, ())
     settings = tuple(
         (key, _value(item, f"{where}.{key}"))
-        for key, item in given.items()
-        if key not in defaults or not _same(item, defaults[key])
+        for key, item in ({key: defaults[key] for key in written} | given).items()
+        if key in written or key not in defaults or not _same(item, defaults[key])
     )
     return _Node(target, settings, called, where)
 
@@ -131,12 +141,12 @@ def _importable(target: Any) -> bool:
 
 def _defaults(target: Any) -> dict[str, Any]:
     parameters = inspect.signature(target).parameters.values()
-    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    values = {p.name: p.default for p in parameters if p.default is not p.empty}
     if dataclasses.is_dataclass(target):  # Whose signature hides what factories make.
         for field in dataclasses.fields(target):
             if field.default_factory is not dataclasses.MISSING:
-                found[field.name] = field.default_factory()
-    return found
+                values[field.name] = field.default_factory()
+    return values
 
 
 def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:

@@ -119,10 +119,18 @@ def experts_of(
     Args:
       attention: factory of one expert; the mixture takes its settings.
       moa: factory of the mixture, called with them.
+
+    Raises:
+      ValueError: (the returned factory) `attention` makes another class than `Attention`.
     """
 
     def make(**passed: Any) -> MixtureOfAttention:
         one = attention(**{**passed, "name": None, "parent": None})
+        if type(one) is not Attention:
+            raise ValueError(
+                f"moa.experts_of: the experts are plain attentions, not {type(one).__name__}, whose own "
+                "computation would be dropped. Use ATTENTION = @attention.Attention, or one method less."
+            )
         return moa(**{name: getattr(one, name) for name in _FIELDS}, **passed)
 
     return make

@@ -252,10 +252,18 @@ def experts_of(
     Args:
       mlp: factory of one expert, a GatedMlp; the mixture takes its activation.
       moe: factory of the mixture, called with it.
+
+    Raises:
+      ValueError: (the returned factory) `mlp` makes another class than `GatedMlp`.
     """
 
     def make(**passed: Any) -> MoeMlp:
         one = mlp(**{**passed, "name": None, "parent": None})
+        if type(one) is not GatedMlp:
+            raise ValueError(
+                f"moe.experts_of: the experts are gated MLPs, not {type(one).__name__}, whose own computation "
+                "would be dropped. Use MLP = @mlp.GatedMlp, or one method less."
+            )
         return moe(activation=one.activation, **passed)
 
     return make

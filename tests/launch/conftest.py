@@ -63,6 +63,10 @@ class Net(nn.Module):
         return stack(name="layers")(x, None)[0]
 
 
+def named(**slots):
+    return [slot for _, slot in sorted(slots.items()) if slot is not None]
+
+
 def optimizer(*, rate: float, kind: Literal["adam", "lion"] = "adam", decay: float | None = None):
     return (kind, rate, decay)
 '''
@@ -161,6 +165,13 @@ def gin_file(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def method(gin_file, tmp_path):
+    """Writes gin text to a file of a method, in a folder `methods`; returns its path."""
+    (tmp_path / "methods").mkdir()
+    return lambda text, name="extra.gin": gin_file(text, f"methods/{name}")
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ decay, (1/2) |U V^T|^2, does not (Khodak et al., arXiv 2105.01029; Kamalakara et
 Neither forms the product.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
 
 from model.low_rank import factors
-from trainers.optim.optimizers import NO_DECAY, Rate, adamw
+from trainers.optim.gradient_terms import GradientTerm
+from trainers.optim.optimizers import Rate
 
 Kind = Literal["none", "l2", "frobenius"]
 KINDS = get_args(Kind)
@@ -20,34 +21,32 @@ FACTORS = r"(.*/)?(u|v)"
 
 
 def factor_decay(
-    *,
-    learning_rate: Rate,
-    optimizer: Callable[..., optax.GradientTransformation] = adamw,
-    kind: Kind = "frobenius",
-    weight: float = 1e-4,
-    coupled: bool = True,
-) -> optax.GradientTransformation:
-    """`optimizer` with a decay of its own for factorised matrices, which it then does not decay.
+    *, kind: Kind = "frobenius", weight: float = 1e-4, coupled: bool = True
+) -> GradientTerm:
+    """Returns the decay of factorised matrices, which the optimiser's own weight decay then skips.
 
     Args:
-      learning_rate: schedule or constant.
-      optimizer: of trainers/optim/optimizers.py, called with (learning_rate=, no_decay=).
       kind: of the decay; 'none' leaves factors without any.
       weight: lambda, of (lambda / 2) |U V^T|^2 or (lambda / 2) (|U|^2 + |V|^2).
-      coupled: the decay's gradient is part of the loss's, as in the reference; else it is subtracted
-        after the update, times the learning rate, as AdamW does.
+      coupled: the decay's gradient is added to the loss's before the optimiser, as in the reference;
+        else it is subtracted after the update, times the learning rate, as AdamW does.
 
     Raises:
       ValueError: an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"factor_decay.kind = {kind!r} is none of {', '.join(map(repr, KINDS))}.")
-    base = optimizer(learning_rate=learning_rate, no_decay=(*NO_DECAY, FACTORS))
-    if kind == "none" or not weight:
-        return base
-    if coupled:
-        return optax.chain(add_decay(kind, weight), base)
-    return optax.chain(base, _subtract_decay(kind, weight, learning_rate))
+
+    def added_to(
+        optimizer: optax.GradientTransformation, learning_rate: Rate
+    ) -> optax.GradientTransformation:
+        if kind == "none" or not weight:
+            return optimizer
+        if coupled:
+            return optax.chain(add_decay(kind, weight), optimizer)
+        return optax.chain(optimizer, _subtract_decay(kind, weight, learning_rate))
+
+    return GradientTerm(added_to=added_to, no_decay=(FACTORS,))
 
 
 def add_decay(kind: Kind, weight: float) -> optax.GradientTransformation:
@@ -72,7 +71,7 @@ def _subtract_decay(kind: Kind, weight: float, rate: Rate) -> optax.GradientTran
 
 
 def _added(updates: Any, params: Any, kind: Kind, weight: Any) -> Any:
-    """Updates with the decay of those matrices of which both factors are trained."""
+    """Returns the updates with the decay of matrices whose factors are both trained."""
     if not isinstance(updates, Mapping):
         return updates
     out = {name: _added(updates[name], params[name], kind, weight) for name in updates}

@@ -1,4 +1,4 @@
-"""Singular values of factorised matrices over a run: what low rank and its decay do to them.
+"""Singular values of factorised matrices over a run, which show the effect of low rank and its decay.
 
 The effective step size is the learning rate over |W|_F^2, to which a layer before a normalisation is
 sensitive; the effective rank is |W|_* / |W|_2 (Kamalakara et al., arXiv 2209.13569).
@@ -34,13 +34,13 @@ class Spectrum:
     over all matrices, those of a stack counted one by one.
 
     Attributes:
-      run: given by `launch.train`.
+      run: passed by `launch.train`.
       every: updates between readings; there is one before the first and one after the last.
-      kernels: path patterns of dense kernels to be read too, whose SVD is of the whole matrix; of
-        convolutions of the matrix [h I, w O], as model/low_rank/lowrank_conv.py has it.
+      kernels: path patterns of dense kernels to be read too. A convolution is read as the matrix [h I, w O] of
+        model/low_rank/lowrank_conv.py.
 
     Raises:
-      ValueError: there is nothing to read, or a pattern matches no kernel.
+      ValueError: the model has no such matrices, or a pattern matches no kernel.
     """
 
     run: RunContext
@@ -59,14 +59,14 @@ class Spectrum:
         if not dense and not factors.find_factors(self.run.program.abstract_state.params):
             raise ValueError(
                 "spectrum.Spectrum: the model has no factorised matrices. Give its `kernels` patterns "
-                "of dense ones, such as '.*/(query|up)/kernel', or leave it out of train.hooks."
+                "of dense ones, such as '.*/(query|up)/kernel', or empty its slot: hooks.named.spectrum = None."
             )
 
         convolutions = self.run.program.recipe.inputs_spec.unit == "images"
 
         def read(params: Any) -> dict[str, jax.Array]:
             flat = state_tree.flatten(params)
-            found = {
+            values = {
                 one.path: factors.singular_values(flat[f"{one.path}/u"], flat[f"{one.path}/v"])
                 for one in factors.find_factors(params)
             }
@@ -74,8 +74,8 @@ class Spectrum:
                 kernel = flat[name]
                 if convolutions and kernel.ndim == 4:
                     kernel = lowrank_conv.matrix_of(kernel, "spatial")
-                found[name.removesuffix("/kernel")] = factors.singular_values_of(kernel)
-            return found
+                values[name.removesuffix("/kernel")] = factors.singular_values_of(kernel)
+            return values
 
         everywhere = NamedSharding(self.run.program.mesh, PartitionSpec())
         self._read = jax.jit(read, out_shardings=everywhere)
@@ -95,9 +95,11 @@ class Spectrum:
 
     def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
         path = pathlib.Path(self.run.path, FILE)
-        if not self._begun and path.exists():  # of a run that went on past its last checkpoint
-            kept = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if (
+            not self._begun and path.exists()
+        ):  # lines past the checkpoint from which the run resumed
+            lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._begun = True
         values = {name: rows.tolist() for name, rows in layers.items()}
         line = {"step": step, "learning_rate": rate, "layers": values}
@@ -106,7 +108,7 @@ class Spectrum:
 
 
 def read(run: str | os.PathLike) -> list[dict[str, Any]]:
-    """The readings of a run: 'step', 'learning_rate' and 'layers', path -> singular values of each matrix.
+    """Returns the readings of a run: 'step', 'learning_rate' and 'layers', path -> singular values of each matrix.
 
     Raises:
       FileNotFoundError: the run had no such hook.
@@ -115,10 +117,9 @@ def read(run: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:
-    """Means over matrices of what their singular values say.
+    """Returns means over matrices of statistics of their singular values.
 
-    The effective step is that of the mean squared norm: decay brings some matrices to nothing, and theirs alone
-    would be without bound.
+    The effective step uses the mean squared norm: a matrix that decay brings to zero has an unbounded one.
     """
     squares = np.array([np.square(row).sum() for row in spectra])
     return {

@@ -1,14 +1,14 @@
-"""Optimisers, each with a decay mask and clipping by global norm around optax's own update.
+"""Optimisers: optax's own update with a weight decay mask and clipping by global norm.
 
 Every function is keyword-only and returns an `optax.GradientTransformation`. They share
   learning_rate: a schedule (trainers/optim/schedules.py) or a constant;
+  param_axes: logical axes of the model's parameters, which say what is decayed and what is stacked;
   weight_decay: decoupled decay, multiplied by the learning rate;
-  no_decay: path patterns of parameters that are not decayed;
+  no_decay: path patterns of further parameters that are not decayed;
   max_grad_norm: global norm above which gradients are scaled down; None for no clipping;
   moment_dtype: storage dtype of the first moment; the parameter's own when None.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,29 +18,19 @@ import optax
 from optax import contrib
 
 from trainers import trainable
+from trainers.optim.param_axes import ParamAxes
 from trainers.optim.schedules import Schedule
-
-# Gains and biases are not decayed: shrinking them changes a layer's scale, not its complexity.
-NO_DECAY = (r"(.*/)?(scale|bias)",)
-
-# Scanned and unrolled layers have the same paths, so a stack of layers or experts is told by rank:
-# `Dense` has two-dimensional kernels (model/linear.py), and gains and biases are vectors.
-Ranks = Sequence[tuple[str, int]]
-MATRICES: Ranks = (
-    (r"(.*/)?layers/(.*/)?(kernel|embedding|u|v)", 2),
-    (r"(.*/)?layers/(.*/)?(scale|bias)", 1),
-)
 
 Rate = Schedule | float
 
 
-def _decay_mask(no_decay: Sequence[str]) -> Callable[[Any], Any]:
+def _decay_mask(param_axes: ParamAxes, no_decay: Sequence[str]) -> Callable[[Any], Any]:
     def mask(params):
-        names = [trainable.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-        # A pattern for biases matches nothing in a model without them, which is no mistake here.
-        used = [p for p in no_decay if any(re.fullmatch(p, name) for name in names)]
-        exempt = trainable.match(used, params, what="no_decay pattern")
-        return jax.tree.map(lambda leaf: not leaf, exempt)
+        exempt = trainable.match(no_decay, params, what="no_decay pattern")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, is_exempt: not is_exempt and param_axes.decayed(trainable.path_name(path)),
+            exempt,
+        )
 
     return mask
 
@@ -56,11 +46,12 @@ def _clipped(
 def adamw(
     *,
     learning_rate: Rate,
+    param_axes: ParamAxes,
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
-    no_decay: Sequence[str] = NO_DECAY,
+    no_decay: Sequence[str] = (),
     max_grad_norm: float | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
@@ -72,7 +63,7 @@ def adamw(
         eps,
         mu_dtype=moment_dtype,
         weight_decay=weight_decay,
-        mask=_decay_mask(no_decay),
+        mask=_decay_mask(param_axes, no_decay),
     )
     return _clipped(optimizer, max_grad_norm)
 
@@ -80,10 +71,11 @@ def adamw(
 def lion(
     *,
     learning_rate: Rate,
+    param_axes: ParamAxes,
     b1: float = 0.9,
     b2: float = 0.99,
     weight_decay: float = 0.1,
-    no_decay: Sequence[str] = NO_DECAY,
+    no_decay: Sequence[str] = (),
     max_grad_norm: float | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
@@ -94,19 +86,15 @@ def lion(
         b2,
         mu_dtype=moment_dtype,
         weight_decay=weight_decay,
-        mask=_decay_mask(no_decay),
+        mask=_decay_mask(param_axes, no_decay),
     )
     return _clipped(optimizer, max_grad_norm)
 
 
-def _stack_axes(matrices: Ranks, path: tuple[Any, ...], leaf: Any) -> int:
-    name = trainable.path_name(path)
-    ranks = (rank for pattern, rank in matrices if re.fullmatch(pattern, name))
-    return max(leaf.ndim - next(ranks, leaf.ndim), 0)
-
-
 def _stackwise(
-    factored: optax.GradientTransformation, after: optax.GradientTransformation, matrices: Ranks
+    factored: optax.GradientTransformation,
+    after: optax.GradientTransformation,
+    param_axes: ParamAxes,
 ) -> optax.GradientTransformation:
     """`factored`, then the stateless `after`, of each parameter of a stack by itself.
 
@@ -114,8 +102,8 @@ def _stackwise(
     that its moments are known to belong to parameters.
     """
 
-    def over_stack(function: Callable, path: tuple[Any, ...], leaf: Any) -> Callable:
-        for _ in range(_stack_axes(matrices, path, leaf)):
+    def over_stack(function: Callable, path: tuple[Any, ...]) -> Callable:
+        for _ in range(param_axes.stack_rank(trainable.path_name(path))):
             function = jax.vmap(function)
         return function
 
@@ -127,7 +115,7 @@ def _stackwise(
             _, *statistics = factored.init(param)
             return statistics
 
-        tree = jax.tree_util.tree_map_with_path(lambda p, x: over_stack(one, p, x)(x), params)
+        tree = jax.tree_util.tree_map_with_path(lambda p, x: over_stack(one, p)(x), params)
         statistics = (field(tree, params, i) for i in range(3))
         return optax.FactoredState(jnp.zeros((), jnp.int32), *statistics)
 
@@ -140,7 +128,7 @@ def _stackwise(
             return *new, grad
 
         tree = jax.tree_util.tree_map_with_path(
-            lambda path, param, *rest: over_stack(one, path, param)(param, *rest),
+            lambda path, param, *rest: over_stack(one, path)(param, *rest),
             params,
             updates,
             *statistics,
@@ -154,22 +142,18 @@ def _stackwise(
 def adafactor(
     *,
     learning_rate: Rate,
+    param_axes: ParamAxes,
     decay_rate: float = 0.8,
     clipping_threshold: float | None = 1.0,
     multiply_by_parameter_scale: bool = True,
     weight_decay: float = 0.0,
-    no_decay: Sequence[str] = NO_DECAY,
-    matrices: Ranks = MATRICES,
+    no_decay: Sequence[str] = (),
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser.
 
-    Its statistics are those of one parameter: layers under a scan, or experts, are stacked in one
-    array, but each is clipped, scaled and factored by itself, as if it were an array of its own.
-
-    Args:
-      matrices: pairs (path pattern, rank of one parameter), the first match decides: any axes before
-        those stack parameters. What none matches is one parameter.
+    Layers under a scan, and experts, are stacked in one array, but the statistics, clipping and
+    scale are of each parameter by itself, as if it were an array of its own.
     """
     scale = optax.scale_by_factored_rms(decay_rate=decay_rate)
     steps = [optax.identity()]
@@ -178,8 +162,8 @@ def adafactor(
     if multiply_by_parameter_scale:
         steps.append(optax.scale_by_param_block_rms())
     optimizer = optax.chain(
-        _stackwise(scale, optax.chain(*steps), matrices),
-        optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
+        _stackwise(scale, optax.chain(*steps), param_axes),
+        optax.add_decayed_weights(weight_decay, _decay_mask(param_axes, no_decay)),
         optax.scale_by_learning_rate(learning_rate),
     )
     return _clipped(optimizer, max_grad_norm)
@@ -199,11 +183,12 @@ def _muon_dimensions(params: Any) -> Any:
 def muon(
     *,
     learning_rate: Rate,
+    param_axes: ParamAxes,
     beta: float = 0.95,
     adam_b1: float = 0.9,
     adam_b2: float = 0.95,
     weight_decay: float = 0.1,
-    no_decay: Sequence[str] = NO_DECAY,
+    no_decay: Sequence[str] = (),
     max_grad_norm: float | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
@@ -224,7 +209,7 @@ def muon(
         ),
         # Decay and learning rate are outside, one mask for both groups: contrib.muon has none for
         # AdamW's. It has already turned the sign, so decay joins with the same sign.
-        optax.add_decayed_weights(-weight_decay, _decay_mask(no_decay)),
+        optax.add_decayed_weights(-weight_decay, _decay_mask(param_axes, no_decay)),
         optax.scale_by_learning_rate(learning_rate, flip_sign=False),
     )
     return _clipped(optimizer, max_grad_norm)
@@ -233,11 +218,12 @@ def muon(
 def sgd(
     *,
     learning_rate: Rate,
+    param_axes: ParamAxes,
     momentum: float | None = None,
     nesterov: bool = False,
     weight_decay: float = 0.0,
     coupled: bool = False,
-    no_decay: Sequence[str] = NO_DECAY,
+    no_decay: Sequence[str] = (),
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent, with heavy-ball momentum if given.
@@ -249,7 +235,7 @@ def sgd(
     """
     steps = [
         optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
-        optax.add_decayed_weights(weight_decay, _decay_mask(no_decay)),
+        optax.add_decayed_weights(weight_decay, _decay_mask(param_axes, no_decay)),
     ]
     ordered = reversed(steps) if coupled else steps
     optimizer = optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate))

@@ -43,6 +43,11 @@ class Unspanned:
         )
 
 
+def as_schedule(schedule: Schedule | float) -> Schedule:
+    """Returns a schedule: a number is a constant one."""
+    return constant(peak=schedule) if isinstance(schedule, int | float) else schedule
+
+
 def span(schedule: Schedule, over: Span) -> Schedule:
     """The schedule of a run: as it is, or made for its span."""
     return schedule.make(over) if isinstance(schedule, Unspanned) else schedule
@@ -190,6 +195,7 @@ def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e
     To cool down from a checkpoint at step s, keep the run's schedule as `before` and set
     `start_step` to s: the optimiser moments and the step continue, only the rate changes.
     """
+    before = as_schedule(before)
     if steps < 1:
         raise ValueError(f"cooldown: steps = {steps} must be positive.")
     decay = optax.linear_schedule(before(start_step), final, steps)
@@ -204,6 +210,7 @@ def continued(
     For a run whose parameters are transformed on the way, such as decomposed into factors: with start_step =
     None that is the step at which it began.
     """
+    before = as_schedule(before)
     if start_step is None or isinstance(before, Unspanned):
         return Unspanned(
             lambda run: continued(
@@ -232,4 +239,4 @@ def phases(*, schedules: Sequence[Schedule], starts: Sequence[int]) -> Schedule:
         raise ValueError("phases: give one start per schedule, the first of them 0.")
     if list(starts) != sorted(set(starts)):
         raise ValueError(f"phases: starts = {tuple(starts)} must increase.")
-    return optax.join_schedules(list(schedules), list(starts[1:]))
+    return optax.join_schedules([as_schedule(one) for one in schedules], list(starts[1:]))

@@ -1,5 +1,8 @@
 """Decay of factors and of their product, against closed forms, autodiff and float64."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +13,19 @@ from model import axes
 from model.low_rank import factors, lowrank
 from trainers.low_rank import factor_decay
 from trainers.optim import optimizers
+from trainers.optim.gradient_terms import make_optimizer
+from trainers.optim.param_axes import ParamAxes
 
 U = jax.random.normal(jax.random.key(0), (9, 4))
 V = jax.random.normal(jax.random.key(1), (4, 7))
 PARAMS = {"a": {"u": U, "v": V}, "b": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+BOXED = jax.tree.map(lambda leaf: nn.Partitioned(leaf, (axes.UNMODELED,) * leaf.ndim), PARAMS)
+
+
+def optimizer(term, *, learning_rate, factory=optimizers.adamw):
+    """`factory`'s optimiser with a gradient term, as a recipe makes it."""
+    return make_optimizer(factory, learning_rate=learning_rate, boxed_params=BOXED, terms=[term])
 
 
 def product_norm(u, v):
@@ -77,10 +88,12 @@ def test_a_step_of_sgd_on_a_layer_moves_its_product_as_written_out():
         axes=(axes.EMBED, axes.MLP),
         factorisation=lowrank.Factorisation(rank=4, rank_rule="absolute", layers=(".*",)),
     )
-    optimizer = optimizers.sgd(learning_rate=rate)
+    sgd = optimizers.sgd(
+        learning_rate=rate, param_axes=ParamAxes({"u": ("embed", "rank"), "v": ("rank", "mlp")})
+    )
     params = {"u": U, "v": V}
     grads = jax.grad(lambda p: 0.5 * ((layer.apply({"params": p}, x) - target) ** 2).sum())(params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = sgd.update(grads, sgd.init(params), params)
     moved = optax.apply_updates(params, updates)
     u, v, x, target = (np.asarray(a, np.float64) for a in (U, V, x, target))
     w = u @ v
@@ -92,11 +105,10 @@ def test_a_step_of_sgd_on_a_layer_moves_its_product_as_written_out():
 
 @pytest.mark.parametrize("kind", ["l2", "frobenius"])
 def test_coupled_decay_is_part_of_the_gradient_and_nothing_else_changes(kind):
-    made = factor_decay.factor_decay(
+    made = optimizer(
+        factor_decay.factor_decay(kind=kind, weight=0.01),
         learning_rate=0.5,
-        optimizer=lambda **given: optimizers.sgd(weight_decay=0.1, **given),
-        kind=kind,
-        weight=0.01,
+        factory=functools.partial(optimizers.sgd, weight_decay=0.1),
     )
     updates, _ = made.update(ZEROS, made.init(PARAMS), PARAMS)
     expected = (U, V) if kind == "l2" else factors.frobenius_decay(U, V)
@@ -108,12 +120,12 @@ def test_coupled_decay_is_part_of_the_gradient_and_nothing_else_changes(kind):
 
 def test_two_steps_of_sgd_with_frobenius_decay_are_those_written_out():
     rate, weight, momentum = 0.5, 0.01, 0.9
-    made = factor_decay.factor_decay(
+    made = optimizer(
+        factor_decay.factor_decay(weight=weight),
         learning_rate=rate,
-        optimizer=lambda **given: optimizers.sgd(
-            momentum=momentum, weight_decay=0.1, coupled=True, **given
+        factory=functools.partial(
+            optimizers.sgd, momentum=momentum, weight_decay=0.1, coupled=True
         ),
-        weight=weight,
     )
     params, state = PARAMS, made.init(PARAMS)
     u, v, kernel = (np.asarray(x, np.float64) for x in (U, V, PARAMS["b"]["kernel"]))
@@ -142,7 +154,7 @@ def test_two_steps_of_sgd_with_frobenius_decay_are_those_written_out():
 
 def test_decoupled_decay_follows_the_schedule_and_is_not_normalised_by_adam():
     rate = optax.linear_schedule(1.0, 0.0, 2)
-    made = factor_decay.factor_decay(learning_rate=rate, weight=0.01, coupled=False)
+    made = optimizer(factor_decay.factor_decay(weight=0.01, coupled=False), learning_rate=rate)
     state = made.init(PARAMS)
     for factor in (1.0, 0.5, 0.0):
         updates, state = made.update(ZEROS, state, PARAMS)
@@ -158,8 +170,16 @@ def test_frozen_factors_are_left_alone():
 
 
 def test_no_decay_is_no_decay_of_adamw_either():
-    made = factor_decay.factor_decay(learning_rate=0.5, kind="none")
+    made = optimizer(factor_decay.factor_decay(kind="none"), learning_rate=0.5)
     updates, _ = made.update(ZEROS, made.init(PARAMS), PARAMS)
     assert not updates["a"]["u"].any() and updates["b"]["kernel"].any()
     with pytest.raises(ValueError, match="kind = 'nuclear' is none of"):
-        factor_decay.factor_decay(learning_rate=0.5, kind="nuclear")
+        factor_decay.factor_decay(kind="nuclear")
+
+
+def test_an_optimiser_that_would_decay_factors_too_is_refused():
+    term = factor_decay.factor_decay()
+    with pytest.raises(ValueError, match=r"OPTIMIZER = adamw has no parameter `param_axes`.*named"):
+        optimizer(term, learning_rate=0.5, factory=optax.adamw)
+    made = make_optimizer(optax.adamw, learning_rate=0.5, boxed_params=BOXED)
+    assert jax.tree.leaves(made.init(PARAMS))

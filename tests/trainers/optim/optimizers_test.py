@@ -1,5 +1,7 @@
 """One update of every optimiser against its formula in numpy, the decay mask, and clipping."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from model.transformer import Transformer
 from model.transforms import layer_stack
 from trainers import initialise, trainable
 from trainers.optim import optimizers, schedules
+from trainers.optim.param_axes import ParamAxes
 
 pytestmark = pytest.mark.smoke
 
@@ -27,6 +30,15 @@ def tree(seed):
     }
 
 
+def plain_axes(params):
+    """Axes of parameters none of which is stacked."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return ParamAxes({trainable.path_name(path): ("x",) * leaf.ndim for path, leaf in leaves})
+
+
+PLAIN = plain_axes({**tree(0), "query": {"bias": np.ones(4)}})
+
+
 def update(optimizer, params, grads):
     @jax.jit
     def run(params, grads):
@@ -36,7 +48,7 @@ def update(optimizer, params, grads):
     return jax.device_get(run(params, grads))
 
 
-OPTIONS = {"learning_rate": LR, "weight_decay": DECAY, "max_grad_norm": None}
+OPTIONS = {"learning_rate": LR, "param_axes": PLAIN, "weight_decay": DECAY, "max_grad_norm": None}
 
 
 def test_adamw_first_step_is_the_sign_and_decays_matrices_only():
@@ -52,7 +64,7 @@ def test_adamw_first_step_is_the_sign_and_decays_matrices_only():
 
 def test_adamw_second_step_has_bias_corrected_moments():
     b1, b2, eps = 0.9, 0.95, 1e-8
-    optimizer = optimizers.adamw(learning_rate=LR, weight_decay=0.0, max_grad_norm=None)
+    optimizer = optimizers.adamw(**{**OPTIONS, "weight_decay": 0.0})
     params, first, second = tree(0), tree(1), tree(2)
     state = optimizer.init(params)
     _, state = optimizer.update(first, state, params)
@@ -73,7 +85,7 @@ def test_lion_is_a_sign():
 
 
 def test_sgd_with_momentum():
-    optimizer = optimizers.sgd(learning_rate=LR, momentum=0.5, weight_decay=DECAY)
+    optimizer = optimizers.sgd(**OPTIONS, momentum=0.5)
     params, first, second = tree(0), tree(1), tree(2)
     state = optimizer.init(params)
     _, state = optimizer.update(first, state, params)
@@ -85,8 +97,7 @@ def test_sgd_with_momentum():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_coupled_decay_is_averaged_by_the_momentum(nesterov):
-    given = {"momentum": 0.5, "nesterov": nesterov, "weight_decay": DECAY, "coupled": True}
-    optimizer = optimizers.sgd(learning_rate=LR, **given)
+    optimizer = optimizers.sgd(**OPTIONS, momentum=0.5, nesterov=nesterov, coupled=True)
     params, first, second = tree(0), tree(1), tree(2)
     state = optimizer.init(params)
     _, state = optimizer.update(first, state, params)
@@ -105,7 +116,7 @@ def test_adafactor_unfactored_first_step():
     # Below 128 rows the second moment is whole; its first decay is zero, so the update is a sign,
     # scaled by the parameter's own root mean square.
     params, grads = tree(0), tree(1)
-    optimizer = optimizers.adafactor(learning_rate=LR, weight_decay=DECAY)
+    optimizer = optimizers.adafactor(**OPTIONS)
     got = update(optimizer, params, grads)["mlp"]["kernel"]
     p, g = params["mlp"]["kernel"], grads["mlp"]["kernel"]
     want = -LR * (np.sign(g) * np.sqrt((p**2).mean()) + DECAY * p)
@@ -134,7 +145,7 @@ def test_schedule_clipping_and_mask(name):
     rate = schedules.linear(peak=1.0, total_steps=4)
     params, grads = tree(0), tree(1)
     # A gradient of norm 1e-6 is not clipped, and one of norm 1e6 is: sgd shows the size.
-    optimizer = make(learning_rate=rate, weight_decay=0.0, max_grad_norm=0.5)
+    optimizer = make(learning_rate=rate, param_axes=PLAIN, weight_decay=0.0, max_grad_norm=0.5)
     state = optimizer.init(params)
     norms = []
     for _ in range(5):
@@ -157,6 +168,16 @@ def test_gains_and_biases_are_not_decayed(name):
         np.testing.assert_array_equal(got[module][leaf], 0)
     for module, leaf in (("mlp", "kernel"), ("token_embed", "embedding")):
         np.testing.assert_allclose(got[module][leaf], -LR * DECAY * params[module][leaf], rtol=1e-5)
+
+
+def test_patterns_add_to_the_parameters_that_are_not_decayed():
+    params = tree(0)
+    zeros = jax.tree.map(np.zeros_like, params)
+    got = update(optimizers.adamw(**OPTIONS, no_decay=[".*/embedding"]), params, zeros)
+    assert not got["token_embed"]["embedding"].any() and not got["norm"]["scale"].any()
+    assert got["mlp"]["kernel"].any()
+    with pytest.raises(ValueError, match="no_decay pattern 'embeding' matches none"):
+        update(optimizers.adamw(**OPTIONS, no_decay=["embeding"]), params, zeros)
 
 
 # ---- Stacks of layers and experts.
@@ -188,15 +209,20 @@ def stack_of(seed, scales):
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
 def test_layers_under_a_scan_are_updated_as_those_without(name):
     def updates(unroll):
-        optimizer = getattr(optimizers, name)(learning_rate=LR)
+        config = dataclasses.replace(SCANNED, scan_layers=unroll is not unrolled)
+        boxed = initialise.abstract_variables(Transformer(config=config))["params"]
+        optimizer = getattr(optimizers, name)(learning_rate=LR, param_axes=ParamAxes.of(boxed))
         params = unroll(stack_of(0, (1.0, 0.01)))
         state, run = optimizer.init(params), jax.jit(optimizer.update)
         for seed in (1, 2):
             new, state = run(unroll(stack_of(seed, (1.0, 30.0))), state, params)
         return new
 
-    found = layer_stack.unroll(updates(lambda tree: tree), SCANNED)
-    want = updates(lambda tree: layer_stack.unroll(tree, SCANNED))
+    def unrolled(tree):
+        return layer_stack.unroll(tree, SCANNED)
+
+    found = unrolled(updates(lambda tree: tree))
+    want = updates(unrolled)
 
     def same(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
@@ -207,7 +233,12 @@ def test_layers_under_a_scan_are_updated_as_those_without(name):
 def test_adafactor_never_factors_a_stack():
     like = jax.ShapeDtypeStruct((3, 200, 160, 128), jnp.float32)  # layers, experts, in, out
     tree = {"layers": {"experts": {"kernel": like}}, "head": {"kernel": like}}
-    state = jax.eval_shape(optimizers.adafactor(learning_rate=LR).init, tree)[0]
+    names = {
+        "layers/experts/kernel": ("layers", "expert", "embed", "mlp"),
+        "head/kernel": ("x",) * 4,
+    }
+    adafactor = optimizers.adafactor(learning_rate=LR, param_axes=ParamAxes(names))
+    state = jax.eval_shape(adafactor.init, tree)[0]
     assert state.v_row["layers"]["experts"]["kernel"].shape == (3, 200, 128)
     assert state.v_col["layers"]["experts"]["kernel"].shape == (3, 200, 160)
     assert state.v_row["head"]["kernel"].shape == (3, 160, 128)
@@ -218,7 +249,10 @@ def test_adafactor_of_unstacked_parameters_is_that_of_optax(options):
     params, grads = tree(0), tree(1)
     given = {"multiply_by_parameter_scale": False, **options}
     decay = given.pop("weight_decay", 0.0)
-    got = update(optimizers.adafactor(learning_rate=LR, weight_decay=decay, **given), params, grads)
+    adafactor = optimizers.adafactor(
+        learning_rate=LR, param_axes=PLAIN, weight_decay=decay, **given
+    )
+    got = update(adafactor, params, grads)
     want = update(optax.adafactor(learning_rate=LR, **given), params, grads)
     decayed = jax.tree.map(lambda x: x.ndim > 1, params)
     for a, b, p, d in zip(*map(jax.tree.leaves, (got, want, params, decayed)), strict=True):
@@ -226,6 +260,6 @@ def test_adafactor_of_unstacked_parameters_is_that_of_optax(options):
 
 
 def test_moments_can_be_stored_in_bfloat16():
-    optimizer = optimizers.adamw(learning_rate=LR, moment_dtype="bfloat16")
+    optimizer = optimizers.adamw(learning_rate=LR, param_axes=PLAIN, moment_dtype="bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(optimizer.init(tree(0)))}
     assert jnp.dtype(jnp.bfloat16) in dtypes

@@ -115,3 +115,10 @@ def test_a_continued_schedule_is_scaled_from_its_start_after_a_rise():
     assert [known(step) for step in (39, 42, 90)] == [rate(step) for step in (39, 42, 90)]
     with pytest.raises(ValueError, match="must not be negative"):
         schedules.continued(before=before, start_step=-1)
+
+
+def test_a_number_is_a_constant_schedule():
+    assert schedules.as_schedule(3e-3)(7) == pytest.approx(3e-3)
+    assert schedules.cooldown(before=1.0, start_step=2, steps=2, final=0.0)(3) == pytest.approx(0.5)
+    assert schedules.continued(before=1.0, start_step=2, scale=0.5)(3) == pytest.approx(0.5)
+    assert schedules.phases(schedules=[1.0, 2.0], starts=[0, 3])(4) == pytest.approx(2.0)

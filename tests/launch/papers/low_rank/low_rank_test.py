@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.hooks import RunContext
 from trainers.low_rank import spectrum
+from trainers.optim.gradient_terms import make_optimizer
 from trainers.telemetry.metric_writers import read_jsonl
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
@@ -149,13 +151,16 @@ def test_a_rank_that_devices_do_not_divide_is_whole_on_each_unless_it_is_rounded
 def test_settings_of_adamw_reach_it():
     def update(*bindings):
         made = recipe("models/tiny", "runs/pretrain", bindings=("FACTOR_DECAY='none'", *bindings))
-        optimizer = made.optimizer(learning_rate=1.0)
-        params = {"kernel": jnp.ones(3), "u": jnp.ones(3)}
+        params = {"kernel": jnp.ones((3, 3)), "u": jnp.ones((3, 3))}
+        boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, ("embed", "rank")), params)
+        optimizer = make_optimizer(
+            made.optimizer, learning_rate=1.0, boxed_params=boxed, terms=made.gradient_terms
+        )
         updates, _ = optimizer.update(
             jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
         )
         gin.clear_config(clear_constants=True)
-        return {name: float(value[0]) for name, value in updates.items()}
+        return {name: float(value[0, 0]) for name, value in updates.items()}
 
     assert update("optimizers.adamw.weight_decay=0.25") == {"kernel": -0.25, "u": 0.0}
 

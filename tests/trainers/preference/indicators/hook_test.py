@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.config import gin_seams
+from launch.config import gin_reach
 from model.config import TransformerConfig
 from model.heads.actor_critic import ActorCritic
 from model.transformer import Transformer
@@ -386,8 +386,7 @@ def test_the_streams_are_opened_as_the_seam_says(tmp_path):
         return Pairs()
 
     hook(tmp_path, pairs=opened)
-    row = gin_seams.PASSED["trainers.preference.indicators.hook.PreferenceIndicators"]
-    assert calls == [row["pairs"]]
+    assert calls == [gin_reach.passed(PreferenceIndicators, "pairs")]
 
 
 def test_of_an_actor_and_critic_the_actor_is_read(tmp_path):

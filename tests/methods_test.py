@@ -1,0 +1,328 @@
+"""Every two files of t5x_configs/methods/ work together, in both orders, or are refused with a reason.
+
+`python -m tests.methods_test` writes the table of those that are refused, docs/methods_together.md.
+"""
+
+import functools
+import itertools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import numpy as np
+import pytest
+from trainers.preference.objectives.reference import LiveReference
+
+from launch.config import config_diff, gin_config
+from trainers import initialise as initialise_lib
+from trainers import partitioning
+from trainers.hooks import RunContext
+from trainers.optim import schedules
+from trainers.recipe import Recipe
+
+ROOT = pathlib.Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "methods_together.md"
+FOLDER = ROOT / "t5x_configs" / "methods"
+
+TEXT = ("pretrain", "preference", "online")
+# Files by kind, and the runs that they can be part of, the usual one first.
+METHODS = {
+    "bam/bam": ("architecture", TEXT),
+    "bam/btx": ("architecture", TEXT),
+    "low_rank/decompose": ("transform", ("pretrain", "classify", "preference")),
+    "low_rank/low_rank": ("low rank", TEXT),
+    "low_rank/low_rank_conv": ("low rank", ("classify",)),
+    "low_rank/spectrum": ("hook", ("pretrain", "classify", "preference", "online")),
+    "nexus/nexus": ("architecture", TEXT),
+    "nexus/nexus_bam": ("architecture", TEXT),
+    "nexus/nexus_linear": ("architecture", TEXT),
+    "nexus/nexus_mlp": ("architecture", TEXT),
+    "preference/cpo": ("losses", ("preference",)),
+    "preference/dpo_nll": ("losses", ("preference",)),
+    "preference/grpo": ("online", ("online",)),
+    "preference/indicators": ("hook", ("preference", "online")),
+    "preference/ipo": ("losses", ("preference",)),
+    "preference/kto": ("losses", ("preference",)),
+    "preference/ld_dpo": ("losses", ("preference",)),
+    "preference/online_dpo": ("online", ("online",)),
+    "preference/orpo": ("losses", ("preference",)),
+    "preference/ppo": ("online", ("online",)),
+    "preference/reference_free": ("reference", ("preference",)),
+    "preference/reference_live": ("reference", ("preference",)),
+    "preference/reward_checkpoint": ("reward", ("online",)),
+    "preference/reward_model": ("reward", ("preference",)),
+    "preference/rloo": ("online", ("online",)),
+    "preference/simpo": ("losses", ("preference",)),
+    "preference/slic": ("losses", ("preference",)),
+}
+FILES = {
+    "pretrain": ("models/tiny", "data/bytes", "runs/pretrain"),
+    "classify": ("models/cnn_tiny", "data/textures", "runs/classify"),
+    "preference": ("models/tiny", "data/preferences", "runs/preference"),
+    "online": ("models/tiny", "data/prompts", "runs/online"),
+}
+_TUNED = ("TOKENIZER='/x'", "INITIAL_CHECKPOINT_PATH='/x'", "TRAIN_STEPS=10")
+BINDINGS = {
+    "pretrain": ("MIXTURE_OR_TASK_NAME='python'",),
+    "classify": (),
+    "preference": (*_TUNED, "PAIRS='x.jsonl'"),
+    "online": (*_TUNED, "PROMPT_FILES='x.jsonl'", "BATCH_SIZE=32"),
+}
+# What is given before a pair that lacks it: factors to read or to make, and how an online run trains.
+FACTORS = {"classify": "low_rank/low_rank_conv"}
+
+
+def needed(run: str, methods: Sequence[str]) -> list[str]:
+    """Returns the methods without which `methods` make no run."""
+    more = []
+    kinds = {METHODS[name][0] for name in methods}
+    if {"low_rank/decompose", "low_rank/spectrum"} & {*methods} and "low rank" not in kinds:
+        more.append(FACTORS.get(run, "low_rank/low_rank"))
+    if run == "online" and "online" not in kinds:
+        more.append("preference/rloo")
+    return more
+
+
+def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns files and bindings of a run with these methods."""
+    names = [*FILES[run], *(f"methods/{name}" for name in (*needed(run, methods), *methods))]
+    bindings = ["MODEL_DIR='/tmp/x'", *BINDINGS[run]]
+    if "preference/reward_checkpoint" in methods:
+        bindings.append("REWARD_CHECKPOINT='/y'")
+    return [f"t5x_configs/{name}.gin" for name in names], bindings
+
+
+def load(run: str, methods: Sequence[str]) -> gin_config.Config:
+    return gin_config.load(*arguments(run, methods), entry="launch.train:train")
+
+
+def common_run(*methods: str) -> str | None:
+    """Returns the first run that all these methods can be part of."""
+    first, *others = (METHODS[name][1] for name in methods)
+    return next((run for run in first if all(run in runs for runs in others)), None)
+
+
+@functools.cache
+def refusal(first: str, second: str) -> str | None:
+    """Returns the reason for which two methods in this order are refused, or None."""
+    run = common_run(first, second)
+    problems = gin_config.problems(*arguments(run, (first, second)), entry="launch.train:train")
+    if problems:
+        return str(problems[0])
+    config = load(run, (first, second))
+    try:
+        recipe = config.arguments()["recipe"].over(schedules.Span(10))
+        recipe.inputs_spec.arrays(recipe.batch_size)
+        objective = recipe.objective(model=recipe.model, num_sources=1)
+        refused = initialise(recipe, config.text)
+        if refused is None and {METHODS[first][0], METHODS[second][0]} <= {*OF_LOSS}:
+            trace(recipe, objective)
+        return refused
+    except ValueError as error:
+        return str(error)
+    finally:
+        gin.clear_config()
+
+
+OF_LOSS = ("losses", "reference", "reward")
+_PROGRAMS: dict[frozenset, str | None] = {}
+# The parts of a configuration that determine parameters, their reports and the optimiser.
+_OF_PROGRAM = re.compile(
+    r"(\w+/)*(model|trainers\.(recipe|reports|optim|low_rank\.factor_decay))\."
+)
+_NOT_OF_PROGRAM = ("Recipe.objective", "Recipe.learning_rate", "Recipe.inputs")
+
+
+def initialise(recipe: Recipe, text: str) -> str | None:
+    """Makes the program of a recipe, once for equal models, and returns its error."""
+    lines = config_diff.canonical(text)
+    names = [k for k in lines if _OF_PROGRAM.match(k) and not k.endswith(_NOT_OF_PROGRAM)]
+    for name in names:  # which grow by the macros that they read
+        names += [m for m in re.findall(r"%(\w+)", lines[name]) if m in lines and m not in names]
+    key = frozenset((name, lines[name]) for name in names if not name.startswith("schedules"))
+    if key not in _PROGRAMS:
+        try:
+            recipe.program()
+            _PROGRAMS[key] = None
+        except ValueError as error:
+            _PROGRAMS[key] = str(error)
+    return _PROGRAMS[key]
+
+
+def trace(recipe: Recipe, objective: Any) -> None:
+    """Traces the loss, which reads the batch."""
+    params = nn.meta.unbox(initialise_lib.abstract_variables(recipe.model, recipe.inputs_spec))["params"]
+    stored = getattr(objective, "stored_extras", None)
+    extras = None if stored is None else params
+    batch = recipe.inputs_spec.arrays(2)
+    jax.eval_shape(functools.partial(objective, extras=extras), params, batch, jax.random.key(0))
+
+
+PAIRS = [pair for pair in itertools.combinations(METHODS, 2) if common_run(*pair)]
+
+
+def short(reason: str) -> str:
+    """Returns a reason in short, the same for both orders of a conflict where it can be."""
+    if match := re.search(r"replaces '(\S+)' of another method(?: \(and (.*?)\))?, which", reason):
+        return "both set " + ", ".join(
+            f"`{name}`" for name in [match[1], *(match[2] or "").split(", ")] if name
+        )
+    if match := re.match(r"t5x_configs/methods/(\S+)\.gin: has no effect", reason):
+        return f"`{match[1]}` would have no effect"
+    return reason.partition(". ")[0].splitlines()[0]
+
+
+def table() -> str:
+    """Returns the page of the pairs that do not go together."""
+    rows: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for pair in PAIRS:
+        reasons = [refusal(*pair), refusal(*pair[::-1])]
+        for index, (first, second) in enumerate((pair, pair[::-1])):
+            if reasons[index] is None:
+                continue
+            one_order = None in reasons
+            if one_order or index == 0:
+                why = f"{short(reasons[index])}{'; the other order works' if one_order else ''}"
+                rows.setdefault((second if one_order else first, why), []).append(
+                    first if one_order else second
+                )
+    lines = [HEAD]
+    for (one, why), others in sorted(rows.items()):
+        order = " after" if why.endswith("order works") else " with"
+        names = ", ".join(f"`{other}`" for other in others)
+        lines.append(f"| `{one}`{order} {names} | {why} |")
+    kinds = [f"| `{name}` | {kind} | {', '.join(runs)} |" for name, (kind, runs) in METHODS.items()]
+    return "\n".join([*lines, KINDS_HEAD, *kinds]) + "\n"
+
+
+HEAD = """# Methods together
+
+Files of `t5x_configs/methods/` given after each other add up, in any order. Those below are refused before a run starts: two
+methods that bind one thing to different values, or a method that would change nothing. Files of different runs
+(the last table) do not meet. `python -m tests.methods_test` writes this page, and `tests/methods_test.py` checks
+all ordered pairs.
+
+| methods | reason |
+|---|---|"""
+KINDS_HEAD = """
+| file | kind | runs (`t5x_configs/runs/`) |
+|---|---|---|"""
+
+
+def test_every_file_has_a_kind():
+    files = {str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.gin")}
+    assert files == set(METHODS)
+
+
+def test_all_pairs_go_together_or_are_refused_as_the_table_says():
+    assert TABLE.read_text() == table(), "Run `python -m tests.methods_test`."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("preference/simpo", "preference/ipo", ["LOSSES", "simpo.gin:11", "ipo.gin:11"]),
+        ("low_rank/low_rank", "bam/bam", None),
+        ("bam/bam", "low_rank/low_rank", None),
+        ("preference/ld_dpo", "preference/kto", ["LD_ALPHA"]),
+        ("preference/indicators", "preference/reward_model", ["hooks.named.indicators"]),
+        ("preference/reference_free", "preference/ipo", ["reference"]),
+    ],
+)
+def test_refusals_name_both_sides(first, second, names):
+    reason = refusal(first, second)
+    assert (reason is None) == (names is None), reason
+    assert all(name in reason for name in names or ())
+
+
+def test_one_order_is_as_good_as_the_other():
+    """Where both orders are accepted, they are one configuration."""
+    for pair in (("preference/simpo", "preference/indicators"), ("low_rank/low_rank", "bam/btx")):
+        texts = []
+        for order in (pair, pair[::-1]):
+            texts.append(config_diff.canonical(load(common_run(*pair), order).text))
+            gin.clear_config()
+        assert texts[0] == texts[1]
+
+
+STEPS = [
+    ("low_rank/low_rank", "bam/bam"),
+    ("low_rank/low_rank", "preference/simpo"),
+    ("low_rank/low_rank", "preference/reward_model"),
+    ("low_rank/low_rank", "preference/grpo"),
+    ("nexus/nexus_linear", "preference/reference_live"),
+    ("nexus/nexus_linear", "preference/kto"),
+    ("bam/btx", "preference/reward_model"),
+    ("bam/bam", "preference/ppo"),
+    ("preference/ld_dpo", "preference/dpo_nll"),
+    ("low_rank/low_rank_conv", "low_rank/spectrum"),
+]
+
+
+@pytest.fixture
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+@pytest.mark.usefixtures("clean_gin")
+@pytest.mark.parametrize("pair", STEPS)
+def test_two_methods_take_a_step(pair, monkeypatch, tmp_path):
+    """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state."""
+    run = common_run(*pair)
+    files, bindings = arguments(run, pair)
+    small = {"pretrain": ["TASK_FEATURE_LENGTHS={'targets': 16}"], "classify": [], "preference": []}
+    small["online"] = ["MAX_PROMPT_LENGTH=8", "MAX_NEW_TOKENS=8"]
+    small["preference"] = small["pretrain"]
+    if run != "classify":
+        small[run].append("config.TransformerConfig.num_layers=1")
+    bindings = [b for b in bindings if "BATCH_SIZE" not in b]
+    bindings += ["BATCH_SIZE=8", "WARMUP_STEPS=0", *small[run]]
+    config = gin_config.load(files, [*bindings, "MESH={'data': 1}"], entry="launch.train:train")
+    given = config.arguments()
+    recipe = given["recipe"].over(schedules.Span(10))
+    program = recipe.program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = jax.device_get(state.params)
+        policy = state.params.get("backbone", state.params)
+        copies = jax.tree.map(jax.numpy.copy, policy)
+        monkeypatch.setattr(LiveReference, "read", lambda self, mesh, rules: copies)
+        state, metrics = program.steps(1).train(state, batch_of(recipe))
+        total, weight = metrics["loss"]
+        assert np.isfinite(total / weight)
+        after = jax.device_get(state.params)
+        assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, before, after))))
+        if "low_rank/spectrum" in pair:
+            context = RunContext(path=tmp_path, writer=True, step=0, recipe=recipe,
+                                 program=program, learning_rate=lambda step: 0.1)  # fmt: skip
+            (make,) = given["hooks"]
+            assert make(run=context)(1, state, {})["spectrum/nuclear"] > 0
+
+
+def batch_of(recipe: Recipe) -> dict[str, Any]:
+    """A batch of random tokens, each row one segment or one pair of two."""
+    rng = np.random.default_rng(0)
+    batch = {
+        k: np.ones(a.shape, a.dtype) for k, a in recipe.inputs_spec.arrays(recipe.batch_size).items()
+    }
+    for name in ("decoder_input_tokens", "decoder_target_tokens"):
+        if name in batch:
+            batch[name] = rng.integers(1, 250, batch[name].shape).astype(np.int32)
+            batch["decoder_positions"][:] = np.arange(batch[name].shape[1])
+    for name in ("source_ids", "labels"):
+        if name in batch:
+            batch[name][:] = 0
+    if "pair_weights" in batch:
+        batch["decoder_segment_ids"][:, recipe.length // 2 :] = 2
+    if "images" in batch:
+        batch["images"] = rng.normal(size=batch["images"].shape).astype(np.float32)
+    return batch
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

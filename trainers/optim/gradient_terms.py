@@ -1,0 +1,77 @@
+"""The gradient term seam: what methods add to the gradient of the loss, beside the optimiser.
+
+Each method fills a slot of its own, so that several can be in one run:
+`gradient_terms.named.factor_decay = @factor_decay.factor_decay()`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+
+from trainers.optim.param_axes import ParamAxes
+from trainers.optim.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientTerm:
+    """A term of the gradient that depends on the parameters alone, such as a decay.
+
+    Attributes:
+      added_to: (optimiser, learning rate) -> the optimiser with the term.
+      no_decay: path patterns of parameters that the optimiser itself must then not decay.
+    """
+
+    added_to: Callable[[optax.GradientTransformation, Schedule], optax.GradientTransformation]
+    no_decay: Sequence[str] = ()
+
+
+def named(**slots: GradientTerm | None) -> tuple[GradientTerm, ...]:
+    """Returns the terms in the order of their slots' names, without those that are None."""
+    return tuple(term for _, term in sorted(slots.items()) if term is not None)
+
+
+def make_optimizer(
+    factory: Callable[..., optax.GradientTransformation],
+    *,
+    learning_rate: Schedule,
+    boxed_params: Any,
+    terms: Sequence[GradientTerm] = (),
+) -> optax.GradientTransformation:
+    """Returns the optimiser of a run: that of `factory`, with `terms`.
+
+    Args:
+      factory: called with (learning_rate=) and, if it has that parameter, (param_axes=).
+      learning_rate: the run's schedule.
+      boxed_params: abstract parameters in flax's boxes.
+      terms: added in this order.
+
+    Raises:
+      ValueError: a term replaces the weight decay of parameters, of which `factory` cannot be told.
+    """
+    no_decay = [pattern for term in terms for pattern in term.no_decay]
+    if _takes_param_axes(factory):
+        param_axes = ParamAxes.of(boxed_params, no_decay)
+        optimizer = factory(learning_rate=learning_rate, param_axes=param_axes)
+    elif no_decay:
+        raise ValueError(
+            f"OPTIMIZER = {getattr(factory, '__qualname__', factory)} has no parameter `param_axes`, so "
+            f"that it would decay parameters ({', '.join(no_decay)}) that a gradient term decays too. "
+            "Use one of trainers/optim/optimizers.py, or set the term's slot in "
+            "gradient_terms.named to None."
+        )
+    else:
+        optimizer = factory(learning_rate=learning_rate)
+    for term in terms:
+        optimizer = term.added_to(optimizer, learning_rate)
+    return optimizer
+
+
+def _takes_param_axes(factory: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # of a builtin
+        return False
+    return "param_axes" in parameters

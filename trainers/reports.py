@@ -1,0 +1,12 @@
+"""The report seam: lines about a model, shown at the start of a run before anything is allocated."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Called with the parameters' shapes; raises ValueError if the model is not what the method needs.
+Report = Callable[[Any], Sequence[str]]
+
+
+def named(**slots: Report | None) -> tuple[Report, ...]:
+    """Returns the reports in the order of their slots' names, without those that are None."""
+    return tuple(report for _, report in sorted(slots.items()) if report is not None)
