@@ -54,9 +54,7 @@ def mixtures(runs: Results, where: str) -> list[Evidence]:
     if not errors:
         return []
     worst = max(errors, key=lambda run: errors[run])
-    words = (
-        f"of {len(errors)} runs, the largest error of a share is {errors[worst]:.4f} ({worst})"
-    )
+    words = f"of {len(errors)} runs, the largest error of a share is {errors[worst]:.4f} ({worst})"
     return [Evidence(where, words, errors[worst] <= _SHARE_ERROR)]
 
 

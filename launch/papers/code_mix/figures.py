@@ -87,8 +87,7 @@ def _phases(results: Results) -> Any:
                 values = results.values(arm, group)
                 bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
         names = [
-            arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly")
-            for recipe in RECIPES
+            arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly") for recipe in RECIPES
         ]
         one.set_xticks(range(len(RECIPES)), names, fontsize=8)
         one.set_title(group, fontsize=10)

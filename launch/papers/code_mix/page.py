@@ -89,7 +89,9 @@ def _record(found: Mapping[str, Any]) -> dict[str, Any]:
     runs = [
         {
             **{key: row[key] for key in (*_KEYS, "seconds", "read")},
-            "bits_per_byte": {t: values.get("bits_per_byte") for t, values in row["held_out"].items()},
+            "bits_per_byte": {
+                t: values.get("bits_per_byte") for t, values in row["held_out"].items()
+            },
             **row["evaluations"],
         }
         for rows in found.values()

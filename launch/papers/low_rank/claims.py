@@ -43,9 +43,7 @@ def claims(found: Mapping[str, Any]) -> list[Claim]:
     return claim.judge(CLAIMS, {**runs, **timed}, PLACES)
 
 
-def better(
-    *pairs: tuple[str, str], score: str = _PERPLEXITY, no_worse: bool = False
-) -> Measure:
+def better(*pairs: tuple[str, str], score: str = _PERPLEXITY, no_worse: bool = False) -> Measure:
     """Returns a measure of whether the first arm of each pair has the better score."""
 
     def measure(runs: Results, where: str) -> list[Evidence]:
@@ -63,7 +61,9 @@ def same(runs: Results, where: str) -> list[Evidence]:
         ones, spectral = runs.paired(_PERPLEXITY, *arms)
         if len(ones):
             change = results.change(ones, spectral)
-            words = f"rank {rank}: spectral ones differs from spectral by {intervals.text(change, 1)} %"
+            words = (
+                f"rank {rank}: spectral ones differs from spectral by {intervals.text(change, 1)} %"
+            )
             out.append(Evidence(where, words, abs(change["value"]) <= 100 * SAME))
     return out
 

@@ -80,7 +80,9 @@ def _own_experts(runs: Runs, arm: str) -> tuple[str, bool] | None:
     if (chosen_NDE := runs.chosen(arm)) is None:
         return None
     experts = len(runs.initial)
-    own_NEE = chosen_NDE[:, 1 : 1 + experts]  # rows of the domains that have experts, in their order
+    own_NEE = chosen_NDE[
+        :, 1 : 1 + experts
+    ]  # rows of the domains that have experts, in their order
     right = int((own_NEE.mean(0).argmax(-1) == np.arange(experts)).sum())
     share = intervals.over_seeds(own_NEE.diagonal(axis1=1, axis2=2).mean(-1))
     words = (

@@ -219,9 +219,7 @@ def run(
     }
 
 
-def part(
-    paper: str, name: str, folder: pathlib.Path, seeds: int, **options: Any
-) -> dict[str, Any]:
+def part(paper: str, name: str, folder: pathlib.Path, seeds: int, **options: Any) -> dict[str, Any]:
     """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after running what is not done.
 
     The sweep's file is launch/papers/<paper>/sweep.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one

@@ -69,7 +69,13 @@ class Report:
         body = [measurements, figures] if self.figures_last else [figures, measurements]
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [
-            *(f"# {self.title}", "", f"{self.source}.", "This page and its plots are written by", ""),
+            *(
+                f"# {self.title}",
+                "",
+                f"{self.source}.",
+                "This page and its plots are written by",
+                "",
+            ),
             *("```", str(facts["command"]), "```", "", f"and never by hand. {self.intro}", ""),
             *(*claim.table(judged), ""),
             *("## How it was measured", "", *self.setup(found), ""),
