@@ -26,7 +26,7 @@ def announce(
     lines = [
         ("mesh", f"{mesh} ({program.mesh.devices.size} x {device}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
-        ("data", f"{', '.join(data.source_names)}; fingerprint {data.cache.fingerprint[:12]}"),
+        ("data", f"{', '.join(data.source_names)}; fingerprint {data.fingerprint[:12]}"),
         (unit, f"{units:,} a step, {units * total_steps:,} in {total_steps:,} steps"),
         ("epochs", epochs_line(data, total_steps)),
         *told,
