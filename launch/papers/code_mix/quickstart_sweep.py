@@ -5,6 +5,8 @@ python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out 
 
 from ml_collections import ConfigDict
 
+from launch.papers.shared import configs
+
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48
 _BALANCED = {"english": 0.25, "docstrings": 0.25, "python": 0.25, "cpp": 0.25}
@@ -40,4 +42,4 @@ def get_config() -> ConfigDict:
         "cooldown_with_code": _cooldown({**text, "python": 0.1, "cpp": 0.1}),
         "cooldown_without_code": _cooldown({"english": 0.5, "docstrings": 0.5}),
     }
-    return ConfigDict({"seeds": (0, 1, 2), "arms": ConfigDict(arms, sort_keys=False)})
+    return configs.config(arms, seeds=3)

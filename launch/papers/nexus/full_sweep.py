@@ -10,6 +10,8 @@ the runs and their commands:
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 FULL = "t5x_configs/experiments/nexus/full/"
 METHODS = "t5x_configs/methods/nexus/"
 # SlimPajama's shares of tokens, in per cent.
@@ -33,12 +35,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
     arms = {}
     for size, domains in SIZES.items():
         arms |= _of_size(data, size, domains)
-    return ml_collections.ConfigDict(
-        {
-            "bindings": (f"DATA_ROOT={data!r}", f"TOKENIZER={data + '/tokenizer'!r}"),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
+    return configs.config(arms, bindings=configs.data_root(data))
 
 
 def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:

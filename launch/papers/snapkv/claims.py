@@ -1,6 +1,6 @@
 """The eight claims of SnapKV and how each is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,39 +83,52 @@ def _compare(ones: np.ndarray, others: np.ndarray, names: tuple[str, str]) -> tu
     return f"{words} of {len(ones)} prompts", gap
 
 
+def _judge(
+    cases: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    names: tuple[str, str],
+    holds: Callable[[Mapping[str, float]], bool],
+) -> list[Evidence]:
+    """Returns the evidence of a condition on the differences of two methods."""
+    evidence = []
+    for where, ones, others in cases:
+        words, gap = _compare(ones, others, names)
+        evidence.append(Evidence(where, words, holds(gap)))
+    return evidence
+
+
 def small_caches(found: Found, _: str) -> list[Evidence]:
     """Compares SnapKV with the full cache."""
-    cases = [(*case, -0.05) for case in _at_a_fifth(found, "snapkv", "full")]
+    names = ("SnapKV", "full cache")
+    evidence = _judge(
+        _at_a_fifth(found, "snapkv", "full"), names, lambda gap: gap["value"] >= -0.05
+    )
     big = needles.GRIDS[-1]  # where 1,024 tokens are kept
     kept = big.others[-1]
     ones = needle_digits(found, "snapkv", kept, big.tokens).all(-1)
     if len(ones):
         others = needle_digits(found, "full", 0, big.tokens).all(-1)
-        cases.append((f"{CHAT}, {big.tokens} tokens, C = {kept}", ones, others, -0.01))
-    evidence = []
-    for where, ones, others, least in cases:
-        words, gap = _compare(ones, others, ("SnapKV", "full cache"))
-        evidence.append(Evidence(where, words, gap["value"] >= least))
+        case = (f"{CHAT}, {big.tokens} tokens, C = {kept}", ones, others)
+        evidence += _judge([case], names, lambda gap: gap["value"] >= -0.01)
     return evidence
 
 
 def pooling(found: Found, _: str) -> list[Evidence]:
     """Compares pooling of the votes with none."""
-    evidence = []
-    for where, ones, others in _at_a_fifth(found, "snapkv", "kernel_1"):
-        words, gap = _compare(ones, others, ("pooling over 7", "none"))
-        evidence.append(Evidence(where, words, gap["low"] > 0))
-    return evidence
+    cases = _at_a_fifth(found, "snapkv", "kernel_1")
+    return _judge(cases, ("pooling over 7", "none"), lambda gap: gap["low"] > 0)
 
 
 def baselines(found: Found, _: str) -> list[Evidence]:
     """Compares SnapKV with other policies."""
-    evidence = []
-    for baseline in BASELINES:
-        for where, ones, others in _at_a_fifth(found, "snapkv", baseline):
-            words, gap = _compare(ones, others, ("SnapKV", baseline))
-            evidence.append(Evidence(where, words, gap["value"] >= 0.3))
-    return evidence
+    return [
+        evidence
+        for baseline in BASELINES
+        for evidence in _judge(
+            _at_a_fifth(found, "snapkv", baseline),
+            ("SnapKV", baseline),
+            lambda gap: gap["value"] >= 0.3,
+        )
+    ]
 
 
 def window_rates(found: Found) -> np.ndarray | None:
@@ -211,7 +224,6 @@ def latency(found: Found, _: str) -> list[Evidence]:
 
 def agnostic(found: Found, _: str) -> list[Evidence]:
     """Compares compression before the question with compression after it."""
-    names = ("compressed before the question", "after it")
     cases = []
     if runs := runs_of(found):
         before, after = (
@@ -225,11 +237,8 @@ def agnostic(found: Found, _: str) -> list[Evidence]:
             for name in ("before the question", "snapkv")
         )
         cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", before, after))
-    evidence = []
-    for where, before, after in cases:
-        words, gap = _compare(before, after, names)
-        evidence.append(Evidence(where, words, gap["value"] <= -0.3))
-    return evidence
+    names = ("compressed before the question", "after it")
+    return _judge(cases, names, lambda gap: gap["value"] <= -0.3)
 
 
 CLAIMS = (
