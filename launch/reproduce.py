@@ -53,7 +53,7 @@ def slugs() -> list[str]:
 
     measure.py has TITLE, PARTS (name -> what it measures), `run(model_dir, parts, **other flags)` and perhaps
     `add_flags(parser)`. SEEDS, the usual number, means that its runs are sweeps' and take --seeds, --workers and
-    --minutes. page.py has `write(found, out, facts)`.
+    --minutes. page.py has `write(measured, out, facts)`.
     """
     folders = (pathlib.Path(path) for path in papers.__path__)
     return sorted(
@@ -101,7 +101,7 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
     try:
-        found = _module(slug, "measure").run(**settings)
+        measured = _module(slug, "measure").run(**settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
@@ -111,7 +111,7 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     }
     if isinstance(getattr(flags, "seeds", None), list):
         facts["seeds"] = flags.seeds
-    judged = _module(slug, "page").write(found, out, facts)
+    judged = _module(slug, "page").write(measured, out, facts)
     for one in judged:
         print(f"{one.name:4} {one.verdict:13} {one.statement}")
     print(f"report {out / slug}.md")

@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.plots import intervals
 
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
+# Okabe and Ito's colours, which people with colour blindness can distinguish.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#0072B2",
     "#E69F00",

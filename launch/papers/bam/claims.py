@@ -89,7 +89,7 @@ def gap_closed(runs: Runs, arm: str) -> dict[str, float] | None:
     return intervals.over_seeds((btx - arms) / gap)
 
 
-def caches(found: Mapping[str, Sequence[int]], where: str) -> list[Evidence]:
+def caches(measured: Mapping[str, Sequence[int]], where: str) -> list[Evidence]:
     """Compares the bytes of caches with a dense model's."""
     return [
         Evidence(
@@ -98,7 +98,9 @@ def caches(found: Mapping[str, Sequence[int]], where: str) -> list[Evidence]:
             size == (n if kind == "expert_kv" else 1) * dense,
         )
         for kind in ("shared_kv", "expert_kv")
-        for n, dense, size in zip(found["experts"], found["dense"], found[kind], strict=True)
+        for n, dense, size in zip(
+            measured["experts"], measured["dense"], measured[kind], strict=True
+        )
     ]
 
 

@@ -32,10 +32,10 @@ _CURVES = {
 }
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     out: dict[str, tuple[Any, str]] = {}
-    for name, runs in Runs.parts(found).items():
+    for name, runs in Runs.parts(measured).items():
         out |= {
             f"{name}_loss.png": (
                 excess_bars(runs, _bars(runs), label=partial(_label, runs)),
@@ -54,7 +54,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             ),
         }
     out["cache.png"] = (
-        _caches(found.get("caches", {})),
+        _caches(measured.get("caches", {})),
         f"Bytes of keys and values of {CACHE_LENGTH} tokens against the number of attention experts",
     )
     return out
@@ -128,8 +128,8 @@ def _gates(runs: Runs) -> Any:
     return routing_figure.figure(tables, measured[-1]["experts"])
 
 
-def _caches(found: Mapping[str, Sequence[int]]) -> Any:
-    if not found:
+def _caches(measured: Mapping[str, Sequence[int]]) -> Any:
+    if not measured:
         return None
     figure, (axes,) = panels.panels(1, (6.5, 4.2))
     styles = {
@@ -138,12 +138,12 @@ def _caches(found: Mapping[str, Sequence[int]]) -> Any:
         "dense": ("black", "", "dense, BTX"),
     }
     for kind, (colour, marker, label) in styles.items():
-        kilobytes = np.array(found[kind]) / 1024
+        kilobytes = np.array(measured[kind]) / 1024
         style = "--" if kind == "dense" else "-"
         axes.plot(
-            found["experts"], kilobytes, style, color=colour, marker=marker, lw=2, label=label
+            measured["experts"], kilobytes, style, color=colour, marker=marker, lw=2, label=label
         )
-    axes.set_xticks(found["experts"])
+    axes.set_xticks(measured["experts"])
     axes.set_ylim(0, None)
     axes.set_xlabel("attention experts")
     axes.set_ylabel("cache, KiB")

@@ -20,10 +20,10 @@ def run(*, parts: Sequence[str] = tuple(PARTS), **settings: Any) -> dict[str, An
       parts: of PARTS.
       **settings: the others of `domains.run`, which also says what is raised.
     """
-    found = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
-    for name, part in found.items():
+    measured = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
+    for name, part in measured.items():
         part["rows"] = with_flops(part["rows"], name)
-    return found | ({"caches": cache_bytes()} if "caches" in parts else {})
+    return measured | ({"caches": cache_bytes()} if "caches" in parts else {})
 
 
 def with_flops(rows: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ _OTHERS = ("text_only", *_STARTS)
 _COOLDOWN, _WITHOUT_CODE = (f"balanced_to_text_cooldown{x}" for x in ("", "_without_code"))
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
+def claims(measured: Mapping[str, Any]) -> list[Claim]:
     """Returns all claims, judged on what `measure.run` returns."""
-    return claim.judge(CLAIMS, {part: Results(rows) for part, rows in found.items()}, PLACES)
+    return claim.judge(CLAIMS, {part: Results(rows) for part, rows in measured.items()}, PLACES)
 
 
 def better(score: str, *pairs: tuple[str, str], **options: bool) -> Measure:

@@ -15,9 +15,9 @@ _SCORES = (0, 1.02)  # intervals of few seeds reach beyond what there can be
 _RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
+    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
     scored = {
         "recipes.png": (_recipes, "Change against text-only, by group and recipe"),
         "phases.png": (_phases, "Scores after each phase, by recipe; dots are seeds"),

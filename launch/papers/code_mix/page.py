@@ -51,16 +51,16 @@ def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[s
     return list(drawn)
 
 
-def _setup(found: Mapping[str, Any]) -> list[str]:
+def _setup(measured: Mapping[str, Any]) -> list[str]:
     return [
-        f"- *{PLACES[part]}*: {text}. {amount(found[part])}, one core each."
+        f"- *{PLACES[part]}*: {text}. {amount(measured[part])}, one core each."
         for part, text in _RUNS.items()
-        if found.get(part)
+        if measured.get(part)
     ]
 
 
-def _tables(found: Mapping[str, Any]) -> list[str]:
-    small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
+def _tables(measured: Mapping[str, Any]) -> list[str]:
+    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
     domains = claims.TEXT_DOMAINS + claims.CODE_DOMAINS
     return [
         *_table("Generated text and code: all arms", small, GROUPS),
@@ -85,7 +85,7 @@ def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
     return page.table(("arm", *scores, *last), rows, title)
 
 
-def _record(found: Mapping[str, Any]) -> dict[str, Any]:
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
     runs = [
         {
             **{key: row[key] for key in (*_KEYS, "seconds", "read")},
@@ -94,7 +94,7 @@ def _record(found: Mapping[str, Any]) -> dict[str, Any]:
             },
             **row["evaluations"],
         }
-        for rows in found.values()
+        for rows in measured.values()
         for row in rows
     ]
     return {"runs": runs}

@@ -24,7 +24,7 @@ _COOLDOWN_BINDINGS = (
 
 
 def _cooldown(shares: dict[str, float]) -> dict:
-    # All of the state is taken, the place in the data too: what was read before must be said as well.
+    # All of the state is taken, including the place in the data, so that earlier phases are listed too.
     phases = f"stream.make_stream.phases=((0, {_BALANCED!r}), ({_STEPS}, {shares!r}))"
     return {
         "parent": "balanced",

@@ -36,10 +36,10 @@ _IMAGE_DECAYS = [
 ]
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
+def claims(measured: Mapping[str, Any]) -> list[Claim]:
     """Returns all claims, judged on what `measure.run` returns."""
-    runs = {part: Results(found[part]) for part in ("lm", "vision") if part in found}
-    timed = {"timing": found["timing"]} if found.get("timing") else {}
+    runs = {part: Results(measured[part]) for part in ("lm", "vision") if part in measured}
+    timed = {"timing": measured["timing"]} if measured.get("timing") else {}
     return claim.judge(CLAIMS, {**runs, **timed}, PLACES)
 
 
@@ -114,11 +114,11 @@ def winners(cause: str, holds: Callable[[float], bool]) -> Measure:
     return measure
 
 
-def times(found: Mapping[str, Any], where: str) -> list[Evidence]:
+def times(measured: Mapping[str, Any], where: str) -> list[Evidence]:
     """Compares the time of a step with the dense model's at every rank."""
     out = []
     for rank in lm.RANKS:
-        ratios = timing.ratios(found, lm.arm("spectral", rank))
+        ratios = timing.ratios(measured, lm.arm("spectral", rank))
         ratio = intervals.over_seeds(ratios)
         words = (
             f"rank {rank}: a step takes {intervals.text(ratio)} of the dense step's time, "

@@ -34,9 +34,9 @@ _SHOWN = ("1e-3", "1e-2")  # lambdas whose spectra are drawn
 _FROM = 100  # updates before which a curve is too steep to compare
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    results, images = (Results(found.get(part, ())) for part in ("lm", "vision"))
+    results, images = (Results(measured.get(part, ())) for part in ("lm", "vision"))
     return {
         "ranks.png": (
             _ranks(results),
@@ -59,7 +59,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             "'param_ratio'",
         ),
         "sizes.png": (
-            _sizes(results, found.get("timing", {})),
+            _sizes(results, measured.get("timing", {})),
             "Perplexity against parameters and against the measured time of a step",
         ),
         **image_figures.figures(images),

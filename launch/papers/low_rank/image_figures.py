@@ -29,12 +29,12 @@ def figures(results: Results) -> dict[str, tuple[Any, str]]:
 
 def _cases(results: Results, init: str) -> dict[tuple[str, str], str]:
     """Returns (decay, rate) -> arm, of the arms that have runs."""
-    found = {
+    arms = {
         (kind, rate): vision.arm(init, kind, rate)
         for kind in vision.DECAYS
         for rate in vision.RATES
     }
-    return {case: name for case, name in found.items() if results.has(name)}
+    return {case: name for case, name in arms.items() if results.has(name)}
 
 
 def _bars(results: Results) -> Any:

@@ -27,15 +27,15 @@ def run(
       **options: workers and minutes.
     """
     folder = pathlib.Path(model_dir)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         part: sweeps.measured(folder / part, _SWEEPS[part], seeds, with_course, **options)
         for part in parts
         if part in _SWEEPS
     }
     if "timing" in parts:  # last, and by itself: it needs an idle machine
         stages = sweeps.Stages(folder / "measured")
-        found["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
-    return found
+        measured["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
+    return measured
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:

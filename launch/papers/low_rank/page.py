@@ -27,13 +27,13 @@ _RUNS = {
 }
 
 
-def _setup(found: Mapping[str, Any]) -> list[str]:
+def _setup(measured: Mapping[str, Any]) -> list[str]:
     out = [
-        f"- *{PLACES[part]}*: {text}. {amount(found[part])}."
+        f"- *{PLACES[part]}*: {text}. {amount(measured[part])}."
         for part, text in _RUNS.items()
-        if found.get(part)
+        if measured.get(part)
     ]
-    if times := found.get("timing"):
+    if times := measured.get("timing"):
         first = next(iter(times["seconds"].values()))
         out.append(
             f"- *steps*: the compiled training steps of the language models, in turns on one machine: {len(first)} "
@@ -43,17 +43,17 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
         "- *effective rank*: nuclear over operator norm at the end, mean over factorised matrices; *effective step*: the "
         "learning rate at the end over their mean squared Frobenius norm."
     )
-    language = Results(found.get("lm", ()))
+    language = Results(measured.get("lm", ()))
     seeds = sorted({row["seed"] for row in language.rows})
     missing = language.missing(list(lm.get_config().arms), seeds) if seeds else []
-    missing += [f"all of the part `{part}`" for part in PLACES if not found.get(part)]
+    missing += [f"all of the part `{part}`" for part in PLACES if not measured.get(part)]
     return [*out, *page.missing(missing)]
 
 
-def _tables(found: Mapping[str, Any]) -> list[str]:
+def _tables(measured: Mapping[str, Any]) -> list[str]:
     out = []
     for part, columns in _COLUMNS.items():
-        runs = Results(found.get(part, ()))
+        runs = Results(measured.get(part, ()))
         rows = [
             (arm_name(arm), *(_cell(runs, arm, column) for column in columns))
             for arm in dict.fromkeys(row["arm"] for row in runs.rows)
@@ -61,7 +61,7 @@ def _tables(found: Mapping[str, Any]) -> list[str]:
         if rows:
             header = ("arm", *map(arm_name, columns))
             out += page.table(header, rows, f"{PLACES[part].capitalize()}: all arms")
-    if times := found.get("timing"):
+    if times := measured.get("timing"):
         rows = [
             (
                 arm_name(arm),
@@ -84,14 +84,14 @@ def _cell(runs: Results, arm: str, column: str) -> str:
     return runs.mean(values, column)
 
 
-def _record(found: Mapping[str, Any]) -> dict[str, Any]:
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("run", "arm", "seed", "parents", "parameters", "step", "seconds", "held_out")
     runs = [
         {**{key: row[key] for key in keys}, "end": (row["spectrum"] or [{}])[-1]}
         for part in _COLUMNS
-        for row in found.get(part, ())
+        for row in measured.get(part, ())
     ]
-    return {"runs": runs, "timing": found.get("timing")}
+    return {"runs": runs, "timing": measured.get("timing")}
 
 
 REPORT = page.Report(

@@ -32,10 +32,10 @@ _STYLES = {
 _MAPPED = ("ext_nexus", "ext_linear_append", "ext_linear_reset")
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     out: dict[str, tuple[Any, str]] = {}
-    for name, results in Runs.parts(found).items():
+    for name, results in Runs.parts(measured).items():
         out |= {
             f"{name}_extension.png": (
                 _extension(results),

@@ -91,13 +91,13 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         projected = router == "projection"
         width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
         count = (f"EXPERTS={len(domains)}", *width)
-        given = [f"--router={router}", f"--seed_model={seed}"]
-        given += [f"--domains={{domains_{size}}}"] if projected else []
+        flags = [f"--router={router}", f"--seed_model={seed}"]
+        flags += [f"--domains={{domains_{size}}}"] if projected else []
         make(
             f"{arm}_start",
             "launch.upcycle",
             "--method=nexus",
-            *given,
+            *flags,
             "--experts",
             *experts,
             "--to={run}",
@@ -125,5 +125,5 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
 def _shares(domains: tuple[str, ...], pretraining: float) -> dict[str, float]:
     """Domains in proportion to their tokens beside pre-training data; they sum to 1."""
     total = sum(TOKENS[domain] for domain in domains)
-    found = {domain: (1 - pretraining) * TOKENS[domain] / total for domain in domains}
-    return {"pretraining": pretraining, **found}
+    shares = {domain: (1 - pretraining) * TOKENS[domain] / total for domain in domains}
+    return {"pretraining": pretraining, **shares}

@@ -78,11 +78,11 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     total = len(domains) * EXPERT_STEPS + MIXTURE_STEPS
     arms["dense_continued"] = on_shares(mixed, total, parent="seed")
     for arm, (encoder, router) in MIXTURES.items():
-        given = [f"--router={router}", "--seed_model={seed}"]
+        flags = [f"--router={router}", "--seed_model={seed}"]
         if router != "linear":
-            given.append(f"--domains={{{encoder}_domains}}")
+            flags.append(f"--domains={{{encoder}_domains}}")
         arms[f"{arm}_start"] = _made(
-            *_upcycle("--method=nexus", *given), *experts, "--to={run}", measured=True, routed=True
+            *_upcycle("--method=nexus", *flags), *experts, "--to={run}", measured=True, routed=True
         )
         arms[arm] = _mixture(mixed, MIXTURE_STEPS, f"{arm}_start", router)
         if arm in LOW:
@@ -136,8 +136,8 @@ def _upcycle(*flags: str) -> tuple[str, ...]:
 
 def _extended(mixture: str, new: str, *flags: str) -> dict:
     command = ("launch.upcycle", "extend", "--router_seed={SEED}")
-    given = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
-    return _made(*command, *given, "--to={run}", measured=True, routed=True)
+    words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
+    return _made(*command, *words, "--to={run}", measured=True, routed=True)
 
 
 def _made(*words: str, measured: bool = False, routed: bool = False) -> dict:

@@ -33,9 +33,9 @@ WEIGHTS = (0.0, 0.1, 1.0)  # of the NLL term; at the strong one the last against
 LLH_MOVES, P_WIN_MOVES = 0.02, 0.05  # at most, by an NLL term beside the strong one
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
+def claims(measured: Mapping[str, Any]) -> list[Claim]:
     """Returns all claims, judged on what `measure.run` returns."""
-    runs = {"language": results.direct(results.courses(found))}
+    runs = {"language": results.direct(results.courses(measured))}
     return claim.judge(CLAIMS, runs, {"language": WHERE})
 
 

@@ -15,9 +15,9 @@ _CELLS = 0.1  # nats, of the heat map
 _FEWEST = 3  # evaluations of a cell that is drawn
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    courses = results.courses(found)
+    courses = results.courses(measured)
     every = results.direct(courses)
     return {
         "likelihood.png": (

@@ -59,9 +59,9 @@ _RULE = [
 ]
 
 
-def _setup(found: Mapping[str, Any]) -> list[str]:
+def _setup(measured: Mapping[str, Any]) -> list[str]:
     """Returns how it was measured, how many runs there are, and which are missing."""
-    rows, every = found.get("language", ()), results.courses(found)
+    rows, every = measured.get("language", ()), results.courses(measured)
     if not rows:
         return [*_TEXT, *page.missing(["all of the part `language`"])]
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -79,8 +79,8 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
     return [*_TEXT, runs, *page.missing(missing)]
 
 
-def _tables(found: Mapping[str, Any]) -> list[str]:
-    every = results.courses(found)
+def _tables(measured: Mapping[str, Any]) -> list[str]:
+    every = results.courses(measured)
     if not every:
         return []
     direct = results.direct(every)
@@ -184,8 +184,8 @@ def _bins(every: Sequence[Course]) -> Iterator[tuple[str, ...]]:
                 yield name + of, *(f"{y:.3f} ({x:.2f})" for x, y in centres_means)
 
 
-def _record(found: Mapping[str, Any]) -> dict[str, Any]:
-    every = results.courses(found)
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
+    every = results.courses(measured)
     runs = [
         {
             "arm": one.arm.name,

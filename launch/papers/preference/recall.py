@@ -15,10 +15,10 @@ from trainers.train_state import TrainState
 
 @dataclasses.dataclass(kw_only=True)
 class FactRecall:
-    """A hook: 'facts/accuracy', the share of facts that the likeliest continuation of their prompts says.
+    """A hook: 'facts/accuracy', the share of facts that the likeliest continuations of their prompts state.
 
     Attributes:
-      run: given by `launch.train`.
+      run: set by `launch.train`.
       vocabulary: of the language's symbols.
       start_token: what is read before each prompt; None for nothing.
       every: updates between evaluations; there is one before the first and one after the last.
@@ -60,5 +60,5 @@ class FactRecall:
         params = state.params if state.ema_params is None else state.ema_params
         params = language_model_params(self.run.recipe.model, params)
         outputs = self._generator(params, step)
-        right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
+        right = [output == answer for output, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

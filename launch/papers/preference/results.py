@@ -104,9 +104,9 @@ class Course:
         return half + int(np.argmax(self.moving("p_win")[half:-half]))
 
 
-def courses(found: Mapping[str, Any]) -> list[Course]:
+def courses(measured: Mapping[str, Any]) -> list[Course]:
     """Returns the courses of all runs with enough evaluations, in the order of the sweep's arms."""
-    rows = [row for row in found.get("language", ()) if len(row["course"]) >= WINDOW]
+    rows = [row for row in measured.get("language", ()) if len(row["course"]) >= WINDOW]
     named = {(row["arm"], row["seed"]): row["course"] for row in rows}
     return [
         Course(

@@ -86,8 +86,8 @@ def outcomes(
     return [outcome(one, rule=rule, signal=signal) for one in every]
 
 
-def count(found: Sequence[Outcome]) -> dict[Kind, int]:
-    return {kind: sum(one.kind == kind for one in found) for kind in KINDS}
+def count(measured: Sequence[Outcome]) -> dict[Kind, int]:
+    return {kind: sum(one.kind == kind for one in measured) for kind in KINDS}
 
 
 def _readings(course: Course, signal: Signal) -> list[Reading]:

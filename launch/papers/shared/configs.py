@@ -17,8 +17,8 @@ def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDic
 
 def arm(*gin_files: str, **settings: Any) -> dict[str, Any]:
     """Returns a trained arm with those settings that are not None, such as `parent` or `bindings`."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    return {"gin_files": gin_files, **given}
+    options = {key: value for key, value in settings.items() if value is not None}
+    return {"gin_files": gin_files, **options}
 
 
 def on_shares(shares: Mapping[str, float], steps: int, *bindings: str, **settings: Any) -> dict:

@@ -44,20 +44,22 @@ class DomainRuns(results.Results):
     planned: Mapping[str, Mapping[int, Sequence[str]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Self:
+    def of(cls, measured: Mapping[str, Any]) -> Self:
         """Returns the runs of a part from what `part` returns."""
-        domains = tuple(found["domains"])
+        domains = tuple(measured["domains"])
         groups: dict[str, Sequence[str]] = {MEAN: domains}
         for domain in domains:
             groups[on(domain)] = (domain,)
             groups[off(domain)] = tuple(other for other in domains if other != domain)
         groups |= cls.more_groups(domains)
-        return cls(found["rows"], domains, groups, found["floors"], found["planned"])
+        return cls(measured["rows"], domains, groups, measured["floors"], measured["planned"])
 
     @classmethod
-    def parts(cls, found: Mapping[str, Any]) -> dict[str, Self]:
+    def parts(cls, measured: Mapping[str, Any]) -> dict[str, Self]:
         """Returns the runs of those PARTS that have any."""
-        return {name: cls.of(found[name]) for name in PARTS if found.get(name, {}).get("rows")}
+        return {
+            name: cls.of(measured[name]) for name in PARTS if measured.get(name, {}).get("rows")
+        }
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -299,16 +301,18 @@ def report(
     shown = {"parameters": ("10³ parameters", 1e3), "tokens": ("10⁶ tokens", 1e6), **columns}
     return page.Report(
         intro=INTRO,
-        claims=lambda found: judged(runs, claims, found, places),
-        setup=lambda found: [*_setup(runs.parts(found), parts, found), *text],
-        tables=lambda found: [
+        claims=lambda measured: judged(runs, claims, measured, places),
+        setup=lambda measured: [*_setup(runs.parts(measured), parts, measured), *text],
+        tables=lambda measured: [
             line
-            for name, one in runs.parts(found).items()
+            for name, one in runs.parts(measured).items()
             for line in _table(f"All arms, {name}", one, shown)
         ],
-        record=lambda found: {
-            "parts": {name: _record(found[name], tuple(columns)) for name in runs.parts(found)},
-            **{name: value for name, value in found.items() if name not in PARTS},
+        record=lambda measured: {
+            "parts": {
+                name: _record(measured[name], tuple(columns)) for name in runs.parts(measured)
+            },
+            **{name: value for name, value in measured.items() if name not in PARTS},
         },
         **settings,
     )
@@ -317,17 +321,17 @@ def report(
 def judged(
     runs: type[DomainRuns],
     claims: Sequence[Claim],
-    found: Mapping[str, Any],
+    measured: Mapping[str, Any],
     places: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Claim]:
     """Returns the claims judged on all parts that were measured; arguments as of `report`."""
-    others = {name: found[name] for name in places if name in found}
+    others = {name: measured[name] for name in places if name in measured}
     names = {**{name: name for name in PARTS}, **places}
-    return claim.judge(claims, {**runs.parts(found), **others}, names)
+    return claim.judge(claims, {**runs.parts(measured), **others}, names)
 
 
 def _setup(
-    runs: Mapping[str, DomainRuns], parts: Sequence[str], found: Mapping[str, Any]
+    runs: Mapping[str, DomainRuns], parts: Sequence[str], measured: Mapping[str, Any]
 ) -> list[str]:
     """Returns what was trained, and what is missing."""
     out, missing = [], []
@@ -345,7 +349,7 @@ def _setup(
             f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(trained)}"
         )
         missing += [f"{name} {what}" for what in one.lacking()]
-    missing += [f"all of the part `{part}`" for part in parts if not found.get(part)]
+    missing += [f"all of the part `{part}`" for part in parts if not measured.get(part)]
     return [*out, *page.missing(missing)]
 
 
@@ -378,7 +382,7 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
     return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
 
 
-def _record(found: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+def _record(measured: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     """Returns what the page is made of, from which its numbers can be computed again."""
     keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *columns)
     rows = [
@@ -392,6 +396,6 @@ def _record(found: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
                 if name != HELD_OUT
             },
         }
-        for row in found["rows"]
+        for row in measured["rows"]
     ]
-    return {"domains": list(found["domains"]), "floors": dict(found["floors"]), "runs": rows}
+    return {"domains": list(measured["domains"]), "floors": dict(measured["floors"]), "runs": rows}

@@ -10,7 +10,7 @@ from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim
 from launch.plots import intervals, panels
 
-Found = Mapping[str, Any]  # what a paper's `measure.run` returns, by part
+Measured = Mapping[str, Any]  # what a paper's `measure.run` returns, by part
 MEANS = (
     "Values are means over seeds with 95 % intervals (Student's t). Claims in bold must\n"
     "hold at this scale too; the others are reported as they come out.\n\n" + intervals.BETTER
@@ -39,26 +39,26 @@ class Report:
     title: str
     source: str
     intro: str
-    claims: Callable[[Found], list[Claim]]
-    figures: Callable[[Found], Mapping[str, tuple[Any, str]]]
-    setup: Callable[[Found], Iterable[str]]
-    tables: Callable[[Found], Iterable[str]]
-    record: Callable[[Found], Mapping[str, Any]]
+    claims: Callable[[Measured], list[Claim]]
+    figures: Callable[[Measured], Mapping[str, tuple[Any, str]]]
+    setup: Callable[[Measured], Iterable[str]]
+    tables: Callable[[Measured], Iterable[str]]
+    record: Callable[[Measured], Mapping[str, Any]]
     figures_last: bool = False
     run_lines: bool = False
 
-    def write(self, found: Found, out: pathlib.Path, facts: Mapping[str, Any]) -> list[Claim]:
+    def write(self, measured: Measured, out: pathlib.Path, facts: Mapping[str, Any]) -> list[Claim]:
         """Writes page, figures and results.json; returns the judged claims.
 
         Args:
-          found: by the paper's `measure.run`.
+          measured: by the paper's `measure.run`.
           out: the folder, such as docs/reproductions.
           facts: 'command', 'versions' and whatever else the numbers depend on.
         """
         folder = out / self.slug
-        captions = panels.save(self.figures(found), folder)
-        judged = self.claims(found)
-        record = {**facts, "claims": claim.record(judged), **self.record(found)}
+        captions = panels.save(self.figures(measured), folder)
+        judged = self.claims(measured)
+        record = {**facts, "claims": claim.record(judged), **self.record(measured)}
         (folder / "results.json").write_text(self._json(record))
         figures = [
             line
@@ -78,9 +78,9 @@ class Report:
             ),
             *("```", str(facts["command"]), "```", "", f"and never by hand. {self.intro}", ""),
             *(*claim.table(judged), ""),
-            *("## How it was measured", "", *self.setup(found), ""),
+            *("## How it was measured", "", *self.setup(measured), ""),
             *(line for section in body for line in section),
-            *self.tables(found),
+            *self.tables(measured),
             f"Versions: {versions}.",
         ]
         (out / f"{self.slug}.md").write_text("\n".join(lines) + "\n")

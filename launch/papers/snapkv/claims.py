@@ -13,62 +13,66 @@ from launch.plots import intervals
 BASELINES = ("h2o", "streaming_llm", "random")
 SMALL, CHAT = "retrieval model", "SmolLM2-135M"
 _QUESTIONS = ("last", "first")
-Found = Mapping[str, Any]
+Measured = Mapping[str, Any]
 
 
-def claims(found: Found) -> list[Claim]:
+def claims(measured: Measured) -> list[Claim]:
     """Returns all claims, judged on what `measure.run` returns."""
-    return claim.judge(CLAIMS, {"all": found}, {"all": ""})
+    return claim.judge(CLAIMS, {"all": measured}, {"all": ""})
 
 
-def runs_of(found: Found) -> list[Mapping[str, Any]]:
+def runs_of(measured: Measured) -> list[Mapping[str, Any]]:
     """Returns the measurements of the retrieval models, one per seed."""
-    return list(found.get("retrieval", {}).values())
+    return list(measured.get("retrieval", {}).values())
 
 
-def small_exact(found: Found, method: str, capacity: int, first: int = 0) -> np.ndarray:
+def small_exact(measured: Measured, method: str, capacity: int, first: int = 0) -> np.ndarray:
     """Returns whether each prompt of all seeds is answered, judged by its tokens from `first` on; [] if not measured."""
     rows = [
         np.asarray(one["accuracy"]["correct"][method][str(capacity)])[:, first:].all(-1)
-        for one in runs_of(found)
+        for one in runs_of(measured)
     ]
     return np.concatenate(rows) if rows else np.zeros(0)
 
 
-def small_full(found: Found, first: int = 0) -> np.ndarray:
+def small_full(measured: Measured, first: int = 0) -> np.ndarray:
     """Returns the same of the full cache."""
-    lengths = [one["accuracy"]["length"] for one in runs_of(found)]
-    return small_exact(found, "full", lengths[0], first) if lengths else np.zeros(0)
+    lengths = [one["accuracy"]["length"] for one in runs_of(measured)]
+    return small_exact(measured, "full", lengths[0], first) if lengths else np.zeros(0)
 
 
-def needle_digits(found: Found, method: str, capacity: int, tokens: int) -> np.ndarray:
+def needle_digits(measured: Measured, method: str, capacity: int, tokens: int) -> np.ndarray:
     """Returns the right digits [needles, 5] of the haystacks of a length."""
     rows = [
         np.asarray(one["digits"][method][str(capacity)])
-        for one in found.get("needles", [])
+        for one in measured.get("needles", [])
         if one["tokens"] == tokens
     ]
     return np.concatenate(rows) if rows else np.zeros((0, 5))
 
 
-def grids(found: Found) -> list[needles.Grid]:
+def grids(measured: Measured) -> list[needles.Grid]:
     """Returns the grids of needles that were measured."""
-    there = {one["tokens"] for one in found.get("needles", [])}
+    there = {one["tokens"] for one in measured.get("needles", [])}
     return [grid for grid in needles.GRIDS if grid.tokens in there]
 
 
-def _at_a_fifth(found: Found, one: str, other: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _at_a_fifth(
+    measured: Measured, one: str, other: str
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Returns (where, values, values) of two methods on the same prompts, at a fifth of the prompt."""
     cases = []
-    if found.get("retrieval"):
+    if measured.get("retrieval"):
         small = [
-            small_full(found) if name == "full" else small_exact(found, name, measure.CAPACITY)
+            small_full(measured)
+            if name == "full"
+            else small_exact(measured, name, measure.CAPACITY)
             for name in (one, other)
         ]
         cases.append((f"{SMALL}, C = {measure.CAPACITY}", *small))
-    for grid in grids(found):
+    for grid in grids(measured):
         chat = [
-            needle_digits(found, name, 0 if name == "full" else grid.fifth, grid.tokens).all(-1)
+            needle_digits(measured, name, 0 if name == "full" else grid.fifth, grid.tokens).all(-1)
             for name in (one, other)
         ]
         cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", *chat))
@@ -96,53 +100,53 @@ def _judge(
     return evidence
 
 
-def small_caches(found: Found, _: str) -> list[Evidence]:
+def small_caches(measured: Measured, _: str) -> list[Evidence]:
     """Compares SnapKV with the full cache."""
     names = ("SnapKV", "full cache")
     evidence = _judge(
-        _at_a_fifth(found, "snapkv", "full"), names, lambda gap: gap["value"] >= -0.05
+        _at_a_fifth(measured, "snapkv", "full"), names, lambda gap: gap["value"] >= -0.05
     )
     big = needles.GRIDS[-1]  # where 1,024 tokens are kept
     kept = big.others[-1]
-    ones = needle_digits(found, "snapkv", kept, big.tokens).all(-1)
+    ones = needle_digits(measured, "snapkv", kept, big.tokens).all(-1)
     if len(ones):
-        others = needle_digits(found, "full", 0, big.tokens).all(-1)
+        others = needle_digits(measured, "full", 0, big.tokens).all(-1)
         case = (f"{CHAT}, {big.tokens} tokens, C = {kept}", ones, others)
         evidence += _judge([case], names, lambda gap: gap["value"] >= -0.01)
     return evidence
 
 
-def pooling(found: Found, _: str) -> list[Evidence]:
+def pooling(measured: Measured, _: str) -> list[Evidence]:
     """Compares pooling of the votes with none."""
-    cases = _at_a_fifth(found, "snapkv", "kernel_1")
+    cases = _at_a_fifth(measured, "snapkv", "kernel_1")
     return _judge(cases, ("pooling over 7", "none"), lambda gap: gap["low"] > 0)
 
 
-def baselines(found: Found, _: str) -> list[Evidence]:
+def baselines(measured: Measured, _: str) -> list[Evidence]:
     """Compares SnapKV with other policies."""
     return [
         evidence
         for baseline in BASELINES
         for evidence in _judge(
-            _at_a_fifth(found, "snapkv", baseline),
+            _at_a_fifth(measured, "snapkv", baseline),
             ("SnapKV", baseline),
             lambda gap: gap["value"] >= 0.3,
         )
     ]
 
 
-def window_rates(found: Found) -> np.ndarray | None:
+def window_rates(measured: Measured) -> np.ndarray | None:
     """Returns the hit rates [layers, windows] over all seeds."""
-    hits = [np.asarray(one["hits"]["hits"]) for one in runs_of(found)]
+    hits = [np.asarray(one["hits"]["hits"]) for one in runs_of(measured)]
     if not hits:
         return None
     total_LW2 = np.concatenate(hits, axis=2).sum(2)
     return total_LW2[..., 0] / np.maximum(total_LW2[..., 1], 1)
 
 
-def last_window(found: Found, _: str) -> list[Evidence]:
+def last_window(measured: Measured, _: str) -> list[Evidence]:
     """Compares the hit rate of the prompt's last window with those of windows before it."""
-    rates_LW = window_rates(found)
+    rates_LW = window_rates(measured)
     if rates_LW is None:
         return []
     mean_W = rates_LW.mean(0)
@@ -154,16 +158,16 @@ def last_window(found: Found, _: str) -> list[Evidence]:
     return [Evidence(SMALL, words, bool(mean_W.argmax() == len(mean_W) - 1))]
 
 
-def questions(found: Found, _: str) -> list[Evidence]:
+def questions(measured: Measured, _: str) -> list[Evidence]:
     """Compares the positions kept for two questions with those kept for one question asked twice."""
     cases: list[tuple[str, Any, Any, float]] = []
-    if runs := runs_of(found):
+    if runs := runs_of(measured):
         same, different = (
             np.concatenate([np.mean(run["overlaps"][key], axis=0) for run in runs])
             for key in ("same", "different")
         )
         cases.append((SMALL, same, different, runs[0]["overlaps"]["chance"]))
-    if overlaps := [one["overlap"] for one in found.get("needles", [])]:
+    if overlaps := [one["overlap"] for one in measured.get("needles", [])]:
         same, different, chance = (
             [one[key] for one in overlaps] for key in ("same", "different", "chance")
         )
@@ -180,9 +184,9 @@ def questions(found: Found, _: str) -> list[Evidence]:
     return evidence
 
 
-def position(found: Found, _: str) -> list[Evidence]:
+def position(measured: Measured, _: str) -> list[Evidence]:
     """Compares questions after the context with questions before it."""
-    runs = runs_of(found)
+    runs = runs_of(measured)
     if not runs:
         return []
     rates, full, words = {}, {}, []
@@ -204,12 +208,12 @@ def position(found: Found, _: str) -> list[Evidence]:
     return [Evidence(f"{SMALL}, {where}", "; ".join(words), near)]
 
 
-def latency(found: Found, _: str) -> list[Evidence]:
+def latency(measured: Measured, _: str) -> list[Evidence]:
     """Compares how decoding time grows with the prompt."""
-    if not found.get("latency"):
+    if not measured.get("latency"):
         return []
     slopes = {}
-    for name, lengths in found["latency"]["result"].items():
+    for name, lengths in measured["latency"]["result"].items():
         medians = [float(np.median(one["ms"])) for one in lengths.values()]
         slopes[name] = intervals.slope([int(n) / 1024 for n in lengths], medians)
     words = ", ".join(f"{name} {s * 1e3:.0f}" for name, s in slopes.items())
@@ -222,18 +226,18 @@ def latency(found: Found, _: str) -> list[Evidence]:
     ]
 
 
-def agnostic(found: Found, _: str) -> list[Evidence]:
+def agnostic(measured: Measured, _: str) -> list[Evidence]:
     """Compares compression before the question with compression after it."""
     cases = []
-    if runs := runs_of(found):
+    if runs := runs_of(measured):
         before, after = (
             np.concatenate([run["agnostic"][f"{when} the question"] for run in runs])
             for when in ("before", "after")
         )
         cases.append((f"{SMALL}, C = {measure.CAPACITY}", before, after))
-    for grid in grids(found):
+    for grid in grids(measured):
         before, after = (
-            needle_digits(found, name, grid.fifth, grid.tokens).all(-1)
+            needle_digits(measured, name, grid.fifth, grid.tokens).all(-1)
             for name in ("before the question", "snapkv")
         )
         cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", before, after))

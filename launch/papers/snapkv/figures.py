@@ -11,7 +11,7 @@ from launch.papers.snapkv.methods import kernels, methods
 from launch.plots import intervals
 from launch.plots.panels import BLUE, RED, errors, legend_below, level, panels, with_errors
 
-# Okabe and Ito's colours, which people with colour blindness can tell apart; markers differ too.
+# Okabe and Ito's colours, which people with colour blindness can distinguish; markers differ too.
 _STYLE = {
     "full": ("black", "", "full cache"),
     "snapkv": ("#0072B2", "o", "SnapKV"),
@@ -27,7 +27,7 @@ _STYLE = {
 _KERNELS = {"kernel_1": "none", "kernel_3": "max 3", "kernel_5": "max 5", "snapkv": "max 7"}
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     plots = {
         "accuracy.png": (_accuracy, "Exact match of the retrieval model against the capacity"),
@@ -37,19 +37,19 @@ def figures(found: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "needle_grid.png": (_needle_grid, "Right digits by depth and length of the haystack"),
         "latency.png": (_latency, "Decoding time against the length of the prompt"),
     }
-    return {name: (plot(found), caption) for name, (plot, caption) in plots.items()}
+    return {name: (plot(measured), caption) for name, (plot, caption) in plots.items()}
 
 
-def _accuracy(found: Mapping[str, Any]) -> Any:
-    if not found.get("retrieval"):
+def _accuracy(measured: Mapping[str, Any]) -> Any:
+    if not measured.get("retrieval"):
         return None
     figure, (left, right) = panels(2, (12, 4.8))
     capacities = measure.CAPACITIES
-    length = next(iter(found["retrieval"].values()))["accuracy"]["length"]
-    full = intervals.share(claims.small_full(found))
+    length = next(iter(measured["retrieval"].values()))["accuracy"]["length"]
+    full = intervals.share(claims.small_full(measured))
     for name, (colour, marker, label) in _STYLE.items():
         if name != "full":
-            shares = [intervals.share(claims.small_exact(found, name, c)) for c in capacities]
+            shares = [intervals.share(claims.small_exact(measured, name, c)) for c in capacities]
             style = {"color": colour, "marker": marker, "label": label}
             with_errors(left, capacities, shares, capsize=2, lw=1.5, ms=5, **style)
     level(left, full, "full cache", width=1.2)
@@ -63,7 +63,7 @@ def _accuracy(found: Mapping[str, Any]) -> Any:
     colours = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2")
     width = 0.8 / len(_KERNELS)
     for i, (name, label) in enumerate(_KERNELS.items()):
-        shares = [intervals.share(claims.small_exact(found, name, c)) for c in capacities]
+        shares = [intervals.share(claims.small_exact(measured, name, c)) for c in capacities]
         at = np.arange(len(capacities)) + (i - 1.5) * width
         middle = [s["value"] for s in shares]
         style = {"yerr": errors(shares), "capsize": 2, "color": colours[i], "label": label}
@@ -77,8 +77,8 @@ def _accuracy(found: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _depth(found: Mapping[str, Any]) -> Any:
-    runs = list(found.get("retrieval", {}).values())
+def _depth(measured: Mapping[str, Any]) -> Any:
+    runs = list(measured.get("retrieval", {}).values())
     if not runs:
         return None
     names = ("full", "snapkv", "h2o", "streaming_llm")
@@ -124,8 +124,8 @@ def _map(axes: Any, table: np.ndarray, columns: list[str]) -> None:
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
 
 
-def _windows(found: Mapping[str, Any]) -> Any:
-    rates_LW = claims.window_rates(found)
+def _windows(measured: Mapping[str, Any]) -> Any:
+    rates_LW = claims.window_rates(measured)
     if rates_LW is None:
         return None
     figure, (axes,) = panels(1, (7, 4))
@@ -141,8 +141,8 @@ def _windows(found: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _needles(found: Mapping[str, Any]) -> Any:
-    grids = claims.grids(found)
+def _needles(measured: Mapping[str, Any]) -> Any:
+    grids = claims.grids(measured)
     if not grids:
         return None
     known = {
@@ -155,12 +155,12 @@ def _needles(found: Mapping[str, Any]) -> Any:
         cases = sorted(
             ((c, n) for n, _, c in needles.cases(grid)), key=lambda x: (x[0], order.index(x[1]))
         )
-        bars = [("full cache", needle_digits(found, "full", 0, grid.tokens))]
+        bars = [("full cache", needle_digits(measured, "full", 0, grid.tokens))]
         for capacity, name in cases:
             label = f"{known[name].label}, {capacity}"
             if name.startswith("kernel"):
                 label = f"SnapKV, {label}"
-            bars.append((label, needle_digits(found, name, capacity, grid.tokens)))
+            bars.append((label, needle_digits(measured, name, capacity, grid.tokens)))
         for i, (_, digits) in enumerate(bars):
             share = intervals.share(digits.all(-1))
             one.barh(i, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
@@ -180,8 +180,8 @@ def _needles(found: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _needle_grid(found: Mapping[str, Any]) -> Any:
-    grids = claims.grids(found)
+def _needle_grid(measured: Mapping[str, Any]) -> Any:
+    grids = claims.grids(measured)
     if not grids:
         return None
     names = ("full", "snapkv", "h2o", "streaming_llm")
@@ -189,7 +189,7 @@ def _needle_grid(found: Mapping[str, Any]) -> Any:
     for name, one in zip(names, axes, strict=True):
         table = np.stack(
             [
-                needle_digits(found, name, 0 if name == "full" else grid.fifth, grid.tokens)
+                needle_digits(measured, name, 0 if name == "full" else grid.fifth, grid.tokens)
                 .mean(-1)
                 .reshape(-1, len(needles.DEPTHS))
                 .mean(0)
@@ -204,13 +204,13 @@ def _needle_grid(found: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _latency(found: Mapping[str, Any]) -> Any:
-    if not found.get("latency"):
+def _latency(measured: Mapping[str, Any]) -> Any:
+    if not measured.get("latency"):
         return None
     figure, (axes,) = panels(1, (7, 4))
-    capacity = found["latency"]["settings"]["capacity"]
+    capacity = measured["latency"]["settings"]["capacity"]
     for name, label in (("full", "full cache"), ("snapkv", f"SnapKV, C = {capacity}")):
-        lengths = found["latency"]["result"][name]
+        lengths = measured["latency"]["result"][name]
         at = [int(n) for n in lengths]
         times = [one["ms"] for one in lengths.values()]
         middle, least = np.median(times, axis=1), np.min(times, axis=1)

@@ -8,16 +8,16 @@ from launch.papers.snapkv import claims, figures, measure, needles
 from launch.plots import intervals
 
 
-def _setup(found: Mapping[str, Any]) -> list[str]:
+def _setup(measured: Mapping[str, Any]) -> list[str]:
     out = []
-    if runs := found.get("retrieval"):
+    if runs := measured.get("retrieval"):
         one = next(iter(runs.values()))["accuracy"]
         out.append(
             f"- *{claims.SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
             f"{', '.join(runs)}. {len(one['line'])} prompts of {one['length']} tokens for each: 48 "
             "lines of a key and four values, one answered question, and the question. Window 8."
         )
-    if rows := found.get("needles"):
+    if rows := measured.get("needles"):
         counts = {n: sum(one["tokens"] == n for one in rows) for n in (1024, 2048)}
         grid = ", ".join(f"{c} of {n} tokens" for n, c in counts.items() if c)
         out.append(
@@ -26,7 +26,7 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
             f'the answer opened by "The magic number of ... is". Window {needles.WINDOW}, max '
             f"pooling over {needles.KERNEL}. The needles of a haystack are distractors of each other."
         )
-    if found.get("latency"):
+    if measured.get("latency"):
         out.append(
             "- *Latency*: 4 layers of width 256, random weights and random keys and values; the two "
             "caches are timed in turn, compilation apart."
@@ -38,28 +38,28 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _record(found: Mapping[str, Any]) -> dict[str, Any]:
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "needles": _needles(found),
-        "retrieval": _retrieval(found),
-        "latency": found.get("latency"),
+        "needles": _needles(measured),
+        "retrieval": _retrieval(measured),
+        "latency": measured.get("latency"),
     }
 
 
-def _retrieval(found: Mapping[str, Any]) -> dict[str, Any]:
+def _retrieval(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Returns exact match, and share of right tokens after the first, by method and capacity."""
-    runs = found.get("retrieval", {})
+    runs = measured.get("retrieval", {})
     if not runs:
         return {}
     shares = {
         name: {
             capacity: {
-                key: intervals.share(claims.small_exact(found, name, int(capacity), first))
+                key: intervals.share(claims.small_exact(measured, name, int(capacity), first))
                 for key, first in (("exact", 0), ("after the first", 1))
             }
             for capacity in capacities
         }
-        for name, capacities in claims.runs_of(found)[0]["accuracy"]["correct"].items()
+        for name, capacities in claims.runs_of(measured)[0]["accuracy"]["correct"].items()
     }
     by_seed = {
         seed: intervals.share(claims.small_full({"retrieval": {seed: run}}))
@@ -68,14 +68,14 @@ def _retrieval(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**shares, "full by seed": by_seed}
 
 
-def _needles(found: Mapping[str, Any]) -> dict[str, Any]:
+def _needles(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Returns exact match and share of right digits by length, method and capacity."""
     out: dict[str, Any] = {}
-    for tokens in sorted({one["tokens"] for one in found.get("needles", [])}):
-        first = next(one for one in found["needles"] if one["tokens"] == tokens)
+    for tokens in sorted({one["tokens"] for one in measured.get("needles", [])}):
+        first = next(one for one in measured["needles"] if one["tokens"] == tokens)
         for name, capacities in first["digits"].items():
             for capacity in capacities:
-                digits = claims.needle_digits(found, name, int(capacity), tokens)
+                digits = claims.needle_digits(measured, name, int(capacity), tokens)
                 out.setdefault(str(tokens), {}).setdefault(name, {})[capacity] = {
                     "exact": intervals.share(digits.all(-1)),
                     "digits": round(float(digits.mean()), 4),
@@ -84,9 +84,9 @@ def _needles(found: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _tables(found: Mapping[str, Any]) -> list[str]:
+def _tables(measured: Mapping[str, Any]) -> list[str]:
     out = []
-    if retrieval := _retrieval(found):
+    if retrieval := _retrieval(measured):
         rows = []
         for name, cells in retrieval.items():
             if not name.startswith("full"):
@@ -102,7 +102,7 @@ def _tables(found: Mapping[str, Any]) -> list[str]:
         by_seed = retrieval["full by seed"].items()
         seeds = ", ".join(f"{seed}: {intervals.text(share)}" for seed, share in by_seed)
         out += [f"Full cache {full}; by seed {seeds}.", ""]
-    for tokens, methods in _needles(found).items():
+    for tokens, methods in _needles(measured).items():
         rows = [
             (
                 name,
