@@ -220,7 +220,8 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     """Prints the runs that are planned, and a command for each kind of arm."""
     from rich.console import Console
 
-    from launch.sweeping import check, driver, made, screen
+    from launch.sweeping import check, driver, screen
+    from launch.sweeping import run as sweep_run
 
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]
@@ -230,7 +231,9 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     for planned in reversed(kinds.values()):
         run = planned.run
         if run.made:
-            print(f"\n{run.name}: made\n  {shlex.join(made.command(folder, run, by_name))}")
+            print(
+                f"\n{run.name}: made\n  {shlex.join(sweep_run.made_command(folder, run, by_name))}"
+            )
             continue
         start = folder.model_dir(by_name[run.parent].run) if run.parent else None
         bindings = check.bindings_of(run, folder, start, folder.sources(run, by_name))

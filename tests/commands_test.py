@@ -19,6 +19,7 @@ def commands():
         ROOT / "README.md",
         ROOT / "PAPERS.md",
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob("launch/papers/*/README.md"),
         *ROOT.glob("launch/*.py"),
     ]
     for path in sorted(str(file.relative_to(ROOT)) for file in found):

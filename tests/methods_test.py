@@ -155,7 +155,9 @@ def initialise(recipe: Recipe, text: str) -> str | None:
 
 def trace(recipe: Recipe, objective: Any) -> None:
     """Traces the loss, which reads the batch."""
-    params = nn.meta.unbox(initialise_lib.abstract_variables(recipe.model, recipe.inputs_spec))["params"]
+    params = nn.meta.unbox(initialise_lib.abstract_variables(recipe.model, recipe.inputs_spec))[
+        "params"
+    ]
     stored = getattr(objective, "stored_extras", None)
     extras = None if stored is None else params
     batch = recipe.inputs_spec.arrays(2)
@@ -308,7 +310,8 @@ def batch_of(recipe: Recipe) -> dict[str, Any]:
     """A batch of random tokens, each row one segment or one pair of two."""
     rng = np.random.default_rng(0)
     batch = {
-        k: np.ones(a.shape, a.dtype) for k, a in recipe.inputs_spec.arrays(recipe.batch_size).items()
+        k: np.ones(a.shape, a.dtype)
+        for k, a in recipe.inputs_spec.arrays(recipe.batch_size).items()
     }
     for name in ("decoder_input_tokens", "decoder_target_tokens"):
         if name in batch:

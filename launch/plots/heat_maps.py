@@ -18,7 +18,7 @@ def draw(
     signed: bool = False,
     row_names: bool = True,
 ) -> None:
-    """One matrix; shares from 0 to 1, or `signed` cosines from -1 to 1.
+    """Draws one matrix: shares from 0 to 1, or `signed` cosines from -1 to 1.
 
     Args:
       axes: to draw on.
@@ -28,10 +28,10 @@ def draw(
       signed: blue to red around 0.
       row_names: whether the rows' names are written, as only beside the first of several that share them.
     """
-    found = np.asarray(values, float)
+    values_RC = np.asarray(values, float)
     low = -1.0 if signed else 0.0
-    axes.imshow(found, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=1.0, aspect="auto")
-    for (i, j), value in np.ndenumerate(found):
+    axes.imshow(values_RC, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=1.0, aspect="auto")
+    for (i, j), value in np.ndenumerate(values_RC):
         dark = abs(value) > _DARK if signed else value > _DARK
         text = f"{value:.2f}".replace("0.", ".", 1)
         axes.text(
@@ -47,7 +47,7 @@ def draw(
 
 
 def grid(rows: int, columns: int, matrix: tuple[int, int]) -> tuple[Any, np.ndarray]:
-    """A figure and its axes [rows, columns] for matrices of so many rows and columns."""
+    """Returns a figure and its axes [rows, columns] for matrices of this shape."""
     from matplotlib.figure import Figure
 
     height, width = matrix

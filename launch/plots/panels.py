@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.plots import intervals
 
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
+# Okabe and Ito's colours, which people with colour blindness can distinguish.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#0072B2",
     "#E69F00",
@@ -17,10 +17,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#CC79A7",
     "#777777",
 )
+BESIDE = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
-def panels(columns: int, size: tuple[float, float], *, rows: int = 1, share_y: bool = False) -> Any:
-    """A figure and its axes, row by row."""
+def panels(
+    columns: int, size: tuple[float, float], *, rows: int = 1, share_y: bool | str = False
+) -> Any:
+    """Returns a figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -33,14 +36,14 @@ def panels(columns: int, size: tuple[float, float], *, rows: int = 1, share_y: b
 
 
 def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[str, str]:
-    """Writes those figures that are there into a folder.
+    """Writes figures into a folder.
 
     Args:
-      figures: file name -> (figure or None, what it shows).
-      folder: where to.
+      figures: file name -> (the figure, or None where there is nothing to draw; its caption).
+      folder: is created.
 
     Returns:
-      What each that was written shows.
+      The captions of those that were written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
@@ -50,16 +53,16 @@ def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[s
 
 
 def bar(
-    axes: Any, at: float, values: np.ndarray, width: float, colour: str, label: str = ""
+    axes: Any, at: float, values: np.ndarray, width: float, colour: Any, label: str = ""
 ) -> None:
-    """A bar with its interval over seeds, and a dot for each seed."""
+    """Draws a bar with its interval over seeds, and a dot for each seed."""
     value, error = _interval(values)
     axes.bar(at, value, width * 0.92, yerr=error, capsize=2, color=colour, label=label)
     _dots(axes, at, values, width)
 
 
 def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -> None:
-    """The same without the bar, where its foot would mean nothing."""
+    """Draws the same without the bar, for scores whose zero means nothing."""
     value, error = _interval(values)
     axes.errorbar(at, value, yerr=error, capsize=4, color=colour, marker="s", ms=7, lw=2)
     _dots(axes, at, values, width)
@@ -67,7 +70,23 @@ def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -
 
 def _interval(values: np.ndarray) -> tuple[float, list[list[float]]]:
     shown = intervals.over_seeds(values)
-    return shown["value"], [[shown["value"] - shown["low"]], [shown["high"] - shown["value"]]]
+    return shown["value"], errors([shown])
+
+
+def errors(shown: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Returns the distances of intervals' ends from their values, as matplotlib takes them."""
+    return [[s["value"] - s["low"] for s in shown], [s["high"] - s["value"] for s in shown]]
+
+
+def with_errors(axes: Any, at: Any, shown: Sequence[Mapping[str, float]], **style: Any) -> None:
+    """Draws values with their intervals as error bars."""
+    axes.errorbar(at, [s["value"] for s in shown], yerr=errors(shown), **style)
+
+
+def level(axes: Any, shown: Mapping[str, float], label: str, *, width: float = 1.5) -> None:
+    """Draws a value to compare with as a dashed line, and its interval as a band."""
+    axes.axhline(shown["value"], color="black", ls="--", lw=width, label=label)
+    axes.axhspan(shown["low"], shown["high"], color="black", alpha=0.08, lw=0)
 
 
 def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:
@@ -78,7 +97,7 @@ def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:
 def line(
     axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
 ) -> None:
-    """Means with their intervals over seeds, and the seeds as thin lines."""
+    """Draws means with their intervals over seeds, and the seeds as thin lines."""
     shown = [intervals.over_seeds(values) for values in curves]
     axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
     axes.fill_between(
@@ -89,14 +108,14 @@ def line(
 
 
 def legend_below(figure: Any, axes: Any, columns: int) -> None:
-    """The legend of some axes, below all of the figure's."""
+    """Draws the legend of some axes below all of the figure's."""
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
     )
 
 
 def plain_ticks(axis: Any) -> None:
-    """Numbers of a logarithmic axis as people write them."""
+    """Writes the numbers of a logarithmic axis without powers of ten."""
     from matplotlib import ticker
 
     axis.set_major_locator(ticker.MaxNLocator(6))

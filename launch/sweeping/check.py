@@ -5,16 +5,17 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from launch.sweeping import words
+from launch.sweeping import parts
 from launch.sweeping.file import Run, SweepError
 from launch.sweeping.folder import Planned, SweepFolder
 
 ENTRY = "launch.train:train"
-# Where a run is and what it starts from: told by its place in the sweep and its parent's digest.
+_GIN_FILE = "--gin_file="
+# Where a run is and starts from: already in its place in the sweep and its parent's digest.
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
 
 
@@ -24,22 +25,22 @@ def bindings_of(
     start: pathlib.Path | None = None,
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """All bindings of a run that is trained, those that the sweep adds included.
+    """Returns all bindings of a run that is trained, including those that the sweep adds.
 
     Args:
       run: of the sweep.
       folder: of the sweep.
       start: its parent's final checkpoint, or where that will be; any place serves a check.
-      sources: where the runs are that its bindings name; a check reads the names as they stand.
+      sources: directories of the runs that its bindings name; a check leaves the names unfilled.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
         added.append(f"INITIAL_CHECKPOINT_PATH={str(start or folder.directory(run.parent))!r}")
-    return [*words.filled(run.bindings, sources), *added]
+    return [*parts.filled(run.bindings, sources), *added]
 
 
 def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned, ...]:
-    """The runs with what their configurations say; nothing is trained, read or written.
+    """Checks the configurations of runs and returns the plan; nothing is trained or written.
 
     Args:
       where: the sweep file, for errors.
@@ -63,15 +64,17 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
             continue
         if run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
-        found = loaded[run.kind]
-        if found is None or any(name not in planned for name in run.above):
-            continue  # what is wrong has been said
+        config = loaded[run.kind]
+        if config is None or any(name not in planned for name in run.above):
+            continue  # the problem is already listed
         parent = None if run.parent is None else planned[run.parent]
-        planned[run.name] = entry = _planned(run, found, planned)
-        if parent is not None and not parent.run.made:  # what is made is known when it is there
+        planned[run.name] = entry = _planned(run, config, planned)
+        if (
+            parent is not None and not parent.run.made
+        ):  # a made model is known only when it is there
             theirs = loaded[parent.run.kind]
             assert theirs is not None
-            problems += _start_problems(entry, parent, found, theirs)
+            problems += _start_problems(entry, parent, config, theirs)
     if problems:
         raise SweepError(where, problems)
     return tuple(planned.values())
@@ -79,7 +82,7 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-    """What the runs of one arm and size have in common.
+    """The configuration that the runs of one arm and size share.
 
     Attributes:
       config: all bindings by name.
@@ -93,7 +96,7 @@ class _Loaded:
 
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
-    """Loads a run's configuration into gin; None after noting what is wrong with it."""
+    """Loads a run's configuration into gin; returns None after adding its problems."""
     from launch.config import config_diff, gin_config
 
     try:
@@ -107,14 +110,14 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         return None
     except (ValueError, TypeError) as error:
         # Gin appends the functions that it was calling.
-        said = str(error).partition("\n  In call to configurable ")[0].strip()
-        problems.append(f"{run.kind}: {said}")
+        problem = str(error).partition("\n  In call to configurable ")[0].strip()
+        problems.append(f"{run.kind}: {problem}")
         return None
     return _Loaded(config_diff.canonical(config.text), arguments, params)
 
 
 def _abstract_params(recipe: Any) -> Any:
-    """Shapes and types of a model's parameters; nothing is allocated."""
+    """Returns shapes and types of a model's parameters; nothing is allocated."""
     import flax.linen as nn
 
     from trainers import initialise
@@ -123,21 +126,21 @@ def _abstract_params(recipe: Any) -> Any:
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters by path."""
+    """Returns the shapes of parameters by path."""
     from trainers.checkpoints import state_tree
 
     return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
 
-def _planned(run: Run, found: _Loaded, planned: Mapping[str, Planned]) -> Planned:
-    recipe = found.arguments["recipe"]
+def _planned(run: Run, loaded: _Loaded, planned: Mapping[str, Planned]) -> Planned:
+    recipe = loaded.arguments["recipe"]
     parent = None if run.parent is None else planned[run.parent]
-    start = _start(found.arguments.get("initial"), parent)
+    start = _start(loaded.arguments.get("initial"), parent)
     whole = parent is not None and start["initial_scope"] == "state"
     return Planned(
         run=run,
-        digest=config_digest(found.config, run, planned),
-        total_steps=found.arguments.get("total_steps"),
+        digest=config_digest(loaded.config, run, planned),
+        total_steps=loaded.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
         start=json.loads(json.dumps(start, default=repr)),  # a transform as it is written
@@ -175,16 +178,51 @@ def _evaluation_digests(run: Run) -> dict[str, str]:
 
 
 def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
-    """SHA-256 of a command, of what the gin files say that it names, and of the runs it is made of.
+    """Returns the SHA-256 of a command, of the statements of its gin files, and of the runs it is made of.
 
     Raises:
       FileNotFoundError: there is no such gin file.
     """
-    from launch.sweeping import gin_words
+    files = gin_statements(run.made)
+    command = {"made": run.made, "of": _digests_of_named(run, planned)}
+    return _digest({**command, **({"gin_files": files} if files else {})})
 
-    files = gin_words.said(run.made)
-    said = {"made": run.made, "of": _digests_of_named(run, planned)}
-    return _digest({**said, **({"gin_files": files} if files else {})})
+
+def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
+    """Returns the statements of the files that --gin_file= names in a command, in their order, without comments.
+
+    Files in other arms' runs, with names in braces, are part of those runs' digests.
+
+    Raises:
+      FileNotFoundError: there is no such file, or one that it includes is missing.
+    """
+    return [
+        statement
+        for word in command
+        if word.startswith(_GIN_FILE) and not parts.places([word])
+        for statement in _statements(word.removeprefix(_GIN_FILE), ())
+    ]
+
+
+def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yields a file's statements, with those of an included file in the place of its include."""
+    from gin import config_parser
+
+    from launch.config import gin_source
+
+    file = gin_source.find(path, [])
+    if file is None:
+        raise FileNotFoundError(f"there is no gin file {path}")
+    if file in including:
+        return  # the command reports that it includes itself
+    for statement in gin_source.parse(gin_source.read(file), path):
+        if isinstance(statement, gin_source.Problem):
+            yield ("problem", str(statement))
+        elif isinstance(statement, config_parser.IncludeStatement):
+            yield from _statements(statement.filename, (*including, file))
+        else:
+            *content, _ = statement  # without its location
+            yield (type(statement).__name__, *map(repr, content))
 
 
 def config_digest(
@@ -193,13 +231,13 @@ def config_digest(
     planned: Mapping[str, Planned],
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """SHA-256 of a run's configuration wherever it is, and of the runs it starts from or names.
+    """Returns the SHA-256 of a run's configuration wherever it is, and of the runs it starts from or names.
 
     Args:
       config: all bindings by name; those of another seed serve too.
       run: whose.
       planned: those above it among them.
-      sources: what `bindings_of` was given.
+      sources: as of `bindings_of`.
     """
     parent = None if run.parent is None else planned[run.parent].digest
     places = _PLACES if parent is not None else _PLACES[:1]
@@ -220,43 +258,45 @@ def _digest(value: Any) -> str:
 
 
 def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
-    """What would only be found when the parent has been trained."""
+    """Returns the problems that would otherwise show only after the parent has been trained."""
     kind, parent_kind = entry.run.kind, parent.run.kind
-    found = []
+    problems = []
     # Steps are unknown where the data decide.
     if (entry.total_steps or math.inf) <= (entry.first_step or 0):
-        found.append(
+        problems.append(
             f"{kind}: it continues {parent_kind}, which ends at step {entry.first_step}, and ends at "
             f"step {entry.total_steps} itself: raise its TRAIN_STEPS, which counts from the parent's "
             "start."
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
-        return found  # which parameters are taken is said there
-    there, wanted = _shapes(theirs.params), mine.params
+        return problems  # these choose the parameters that are taken
+    there, here = _shapes(theirs.params), _shapes(mine.params)
     initial = mine.arguments.get("initial")
+    from trainers.checkpoints import state_tree, transformed
+
     if initial is not None and (transform := initial.transform) is not None:
         try:
-            wanted = transform.source(wanted, there)
+            _, inputs = transformed.plan(transform, there, state_tree.flatten(mine.params))
         except ValueError as error:
-            return [*found, f"{kind}: of its parent {parent_kind}: {error}"]
-    here = _shapes(wanted)
+            return [*problems, f"{kind}: of its parent {parent_kind}: {error}"]
+        here = {name: tuple(leaf.shape) for name, leaf in inputs.items()}
     different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         shown = [list(shapes[name]) if name in shapes else "not there" for shapes in (there, here)]
-        found.append(
+        problems.append(
             f"{kind}: its parent {parent_kind} is another model: {name} is "
             f"{shown[0]} there and {shown[1]} here{more}. "
             "Give both the same model, or say with InitialCheckpoint.assignment what is taken."
         )
-    return found
+    return problems
 
 
 def difference(
     planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
 ) -> str:
-    """What differs between a run that has begun and its present configuration, in words."""
+    """Returns the difference between a run that has begun and its present configuration, in words."""
     from launch.config import config_diff, gin_config
 
     if list(changed) != ["training"]:
@@ -268,7 +308,7 @@ def difference(
         run = planned.run
         bindings = bindings_of(run, folder, sources=folder.sources(run, plan))
         config = gin_config.load(run.gin_files, bindings, entry=ENTRY)
-        found = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
-        if found is not None:
-            return found
+        first = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
+        if first is not None:
+            return first
     return "a run above it has changed" if planned.run.above else "its configuration has changed"

@@ -1,4 +1,4 @@
-"""Drives a sweep: submits what is not done, watches it, keeps what came of it, stops in time."""
+"""Drives a sweep: submits the runs that are not done, watches them, records the outcome, stops in time."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _GRACE_SECONDS = 120.0
 
 
 class RunState(enum.Enum):
-    """Where a run of a sweep stands."""
+    """The state of a run of a sweep."""
 
     DONE = "done"
     RUNNING = "running"
@@ -62,7 +62,7 @@ Watcher = Callable[[Sequence[Progress]], Any]
 def progress(
     folder: SweepFolder, plan: Sequence[Planned], submitted: Mapping[str, Status] | None = None
 ) -> list[Progress]:
-    """How far each run is, from its files.
+    """Returns how far each run is, from its files.
 
     Args:
       folder: the sweep's.
@@ -71,12 +71,12 @@ def progress(
         trains is then known by its lock.
     """
     nothing = Status(state=State.ENDED)
-    found: dict[str, Progress] = {}
+    out: dict[str, Progress] = {}
     for planned in plan:
         name = planned.name
         attempts = folder.attempts(name)
         newest = folder.newest(name)
-        above = {found[other].state for other in planned.run.above if other in found}
+        above = {out[other].state for other in planned.run.above if other in out}
         job = nothing if submitted is None else submitted.get(name, nothing)
         if folder.done(planned):
             state = RunState.DONE
@@ -98,7 +98,7 @@ def progress(
         # A run that has just ended has no row of its attempt yet.
         if state is RunState.RUNNING or (state is RunState.DONE and job.state is State.RUNNING):
             now = job.seconds if submitted is not None else folder.in_use_for(name)
-        found[name] = Progress(
+        out[name] = Progress(
             planned=planned,
             state=state,
             step=int(newest.get("step", planned.first_step or 0)),
@@ -107,7 +107,7 @@ def progress(
             rate=made / now if made > 0 and now else None,
             error=attempts[-1]["error"] if state is RunState.FAILED else None,
         )
-    return list(found.values())
+    return list(out.values())
 
 
 def drive(
@@ -122,9 +122,9 @@ def drive(
 ) -> int:
     """Runs what is not done; returns the exit status.
 
-    It is 0 when all that is wanted is done, 75 when some was stopped (by a signal or the time) and
-    goes on when the sweep is started again, and 1 when what is left has failed. Failures stop nothing
-    but the runs that start from them; the next start of the sweep tries them again.
+    It is 0 when all wanted runs are done, 75 when some were stopped (by a signal or the time) and
+    continue when the sweep is started again, and 1 when the rest has failed. A failure stops only
+    the runs that start from it; the next start of the sweep tries it again.
 
     Args:
       folder: the sweep's.
@@ -133,7 +133,7 @@ def drive(
       wanted: names of the runs to bring to their end.
       command: words of the command that runs one, by name.
       watch: called with the progress of all runs, about twice a second.
-      minutes: after so many nothing is started, and what runs is asked to stop.
+      minutes: after which nothing is started, and running runs are asked to stop.
     """
     began = time.monotonic()
     open_jobs = _submit(folder, plan, submitter, wanted, command)
@@ -148,7 +148,7 @@ def drive(
                     if status.state in (State.ENDED, State.DROPPED):
                         del open_jobs[name]
                     if status.state is State.ENDED:
-                        _keep(folder, plan, name, status, bool(stopping))
+                        _record(folder, plan, name, status, bool(stopping))
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
                 watch(progress(folder, plan, submitted))
                 now = time.monotonic()
@@ -178,7 +178,7 @@ def _submit(
     wanted: Sequence[str],
     command: Callable[[str], tuple[str, ...]],
 ) -> dict[str, Handle]:
-    """Submits those that are not done, each after those above it; returns handles by name."""
+    """Submits the runs that are not done, each after those above it; returns handles by name."""
     jobs: dict[str, Handle] = {}
     for planned in plan:
         name, run = planned.name, planned.run
@@ -199,14 +199,14 @@ def _submit(
     return jobs
 
 
-def _keep(
+def _record(
     folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopping: bool
 ) -> None:
-    """Keeps how an attempt has ended."""
+    """Records how an attempt has ended."""
     planned = next(entry for entry in plan if entry.name == name)
     error = None
     if not folder.done(planned) and status.exit_status != INTERRUPTED:
-        # A signal that was asked for may find a run where it cannot save, as in its start.
+        # A requested signal may reach a run before it can save, as in its start.
         asked = stopping and (status.exit_status or 0) < 0
         error = None if asked else first_error(folder.log(name), status.exit_status or 0)
     folder.add_attempt(
@@ -226,7 +226,7 @@ def _keep(
 
 
 def first_error(log: pathlib.Path, status: int) -> str:
-    """Why a run failed, in one line: its own error, else the last line of its traceback."""
+    """Returns why a run failed, in one line: its own error, else the last line of its traceback."""
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
@@ -235,12 +235,12 @@ def first_error(log: pathlib.Path, status: int) -> str:
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
-    said = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-    return (said or lines or [f"ended with status {status}"])[-1]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (raised or lines or [f"ended with status {status}"])[-1]
 
 
 class _Stop:
-    """How often a signal has asked for an end."""
+    """The number of signals that asked for an end."""
 
     asked = 0
 

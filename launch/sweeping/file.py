@@ -1,12 +1,12 @@
-"""A sweep file, read: arms x sizes x seeds as runs, each after those that it starts from.
+"""Reads a sweep file: arms x sizes x seeds as runs, each after the runs it starts from.
 
 A sweep file is Python with a function `get_config()` (or `get_config(text)`, for `--sweep FILE.py:TEXT`)
 that returns an ml_collections.ConfigDict:
 
-    seeds        of all arms, such as (0, 1, 2); (0,) if left out
+    seeds        of all arms, such as (0, 1, 2); (0,) by default
     gin_files    read first by all runs
     bindings     'NAME=VALUE' as after --gin. on the command line
-    sizes        {name: {gin_files, bindings, memory_gb}}; may be left out
+    sizes        {name: {gin_files, bindings, memory_gb}}; optional
     arms         {name: {parent, gin_files, bindings, seeds, sizes, evaluations, memory_gb}}, or
                  {name: {made, seeds, sizes, evaluations, memory_gb}}
     evaluations  {name: {call, arguments} or {command}}, after each run's training
@@ -14,13 +14,13 @@ that returns an ml_collections.ConfigDict:
 
 A ConfigDict sorts its keys; `arms=ConfigDict({...}, sort_keys=False)` keeps the order of the file. Later
 wins: the sweep's files, the arm's, the size's, then bindings in the same order. An arm with a
-`parent` starts from that arm's final checkpoint, of the same seed and size; what it takes of it is said by
-its bindings (INITIAL_SCOPE and others, see trainers/checkpoints/initial.py). An arm that is `made` is not trained: its words are a
-command that makes a run directory of other arms' runs. In them {arm} stands for the run directory of the arm of
-that name, of the same seed and size, {run} for the directory to be made, {SEED} for the seed's number and {python}
-for this Python. The sweep's evaluations are of trained arms; one that is made names those it has.
+`parent` starts from that arm's final checkpoint, of the same seed and size; its bindings (INITIAL_SCOPE and others, see
+trainers/checkpoints/initial.py) choose what it takes from it. An arm that is `made` is not trained: a command makes its run
+directory from other arms' runs. In the command's words {arm} is the run directory of the arm of that name, of the same
+seed and size, {run} the directory to be made, {SEED} the seed and {python} this Python. The sweep's evaluations apply to
+trained arms; a made arm names its own.
 
-{arm} stands for that directory in an arm's own bindings too, for files that another arm made:
+{arm} is that directory in an arm's own bindings too, for files that another arm made:
 "PAIRS='{pairs}/pairs.jsonl'".
 """
 
@@ -32,13 +32,13 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.sweeping import parts, words
+from launch.sweeping import parts
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
 
 
 class SweepError(ValueError):
-    """Everything found wrong with a sweep, in one message."""
+    """All problems of a sweep in one message."""
 
     def __init__(self, where: str, problems: Sequence[str]):
         self.problems = tuple(dict.fromkeys(problems))
@@ -53,7 +53,7 @@ class Run:
 
     Attributes:
       name: 'arm/seed0', or 'arm/size/seed0' in a sweep over sizes; its place in the folder.
-      arm, size, seed: what it is of; size is None in a sweep without sizes.
+      arm, size, seed: its place in the sweep; size is None in a sweep without sizes.
       parent: name of the run whose final checkpoint it starts from.
       gin_files, bindings: of its configuration; the sweep sets MODEL_DIR and the parent's path.
       evaluations: what is measured afterwards, by name.
@@ -76,24 +76,24 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What runs that differ in their seed alone have in common."""
+        """The arm and size, which runs that differ in their seed alone share."""
         return self.arm if self.size is None else f"{self.arm}/{self.size}"
 
     @property
     def above(self) -> tuple[str, ...]:
-        """Names of the runs that must be done before: its parent, or what it is made of."""
+        """Names of the runs that must be done before: its parent, or the runs it is made of."""
         parent = () if self.parent is None else (self.parent,)
         return tuple(dict.fromkeys((*parent, *self.made_of.values())))
 
 
 def read(path: str) -> tuple[Run, ...]:
-    """The runs of a sweep file, each after those above it.
+    """Returns the runs of a sweep file, each after those above it.
 
     Args:
       path: the file, or 'FILE.py:TEXT' for a function that takes a text.
 
     Raises:
-      SweepError: with all that is wrong in the file.
+      SweepError: with all problems of the file.
     """
     file, _, text = path.partition(":")
     config = _load(file, text)
@@ -107,18 +107,18 @@ def read(path: str) -> tuple[Run, ...]:
 def _load(file: str, text: str) -> dict[str, Any]:
     import ml_collections
 
-    found = os.path.abspath(os.path.expanduser(file))
-    if not os.path.isfile(found):
-        raise SweepError(file, [f"there is no such file ({found}): give --sweep FILE.py."])
-    spec = importlib.util.spec_from_file_location(pathlib.Path(found).stem, found)
+    full = os.path.abspath(os.path.expanduser(file))
+    if not os.path.isfile(full):
+        raise SweepError(file, [f"there is no such file ({full}): give --sweep FILE.py."])
+    spec = importlib.util.spec_from_file_location(pathlib.Path(full).stem, full)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([text] if text else []))
     except Exception as error:  # whatever the file's own code raises is a problem of the file
-        said = f"{type(error).__name__}: {error}"
-        raise SweepError(file, [f"get_config() could not be called: {said}"]) from error
+        problem = f"get_config() could not be called: {type(error).__name__}: {error}"
+        raise SweepError(file, [problem]) from error
     if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
         raise SweepError(
@@ -128,7 +128,7 @@ def _load(file: str, text: str) -> dict[str, Any]:
 
 
 def _repeated_keys(file: str) -> Iterator[str]:
-    """Names given twice in one dict, of which Python silently takes the last."""
+    """Yields names that a dict has twice, of which Python silently takes the last."""
     tree = ast.parse(pathlib.Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         seen = set()
@@ -140,7 +140,7 @@ def _repeated_keys(file: str) -> Iterator[str]:
 
 
 class _Reader:
-    """The parts of a sweep's configuration, checked and multiplied out."""
+    """Checks the parts of a sweep's configuration, and multiplies them out."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
@@ -149,19 +149,19 @@ class _Reader:
         self._evaluations: Mapping[str, Any] = config.get("evaluations") or {}
 
     def problems(self) -> list[str]:
-        found = list(parts.unknown_keys("sweep", "", self._config))
+        problems = list(parts.unknown_keys("sweep", "", self._config))
         if not self._arms:
-            found.append("there are no arms: give arms = {name: {...}}.")
-        found += parts.part_problems("the sweep", self._config)
-        found += parts.seed_problems("the sweep", self._config)
+            problems.append("there are no arms: give arms = {name: {...}}.")
+        problems += parts.part_problems("the sweep", self._config)
+        problems += parts.seed_problems("the sweep", self._config)
         for what, entries in (("size", self._sizes), ("arm", self._arms)):
             for name, entry in entries.items():
-                found += parts.entry_problems(what, name, entry)
-        if not found:
+                problems += parts.entry_problems(what, name, entry)
+        if not problems:
             for name in self._arms:
-                found += self._arm_problems(name)
-        found += parts.evaluation_problems(self._evaluations)
-        return found
+                problems += self._arm_problems(name)
+        problems += parts.evaluation_problems(self._evaluations)
+        return problems
 
     def _arm_problems(self, name: str) -> Iterator[str]:
         arm, where = self._arms[name], f"arm {name!r}"
@@ -204,20 +204,20 @@ class _Reader:
             yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: leave out one."
 
     def _above(self, name: str) -> tuple[str, ...]:
-        """The arms that an arm starts from or is made of."""
+        """Returns the arms that an arm starts from or is made of."""
         parent = self._arms[name].get("parent")
         return tuple(
             dict.fromkeys((*([parent] if parent in self._arms else []), *self._named(name)))
         )
 
     def _named(self, name: str) -> tuple[str, ...]:
-        """The arms that the words of an arm's command name in braces, or its bindings."""
+        """Returns the arms that an arm's command, or its bindings, name in braces."""
         arm = self._arms[name]
-        named = words.places(arm.get("made") or arm.get("bindings") or ())
+        named = parts.places(arm.get("made") or arm.get("bindings") or ())
         return tuple(other for other in named if other in self._arms)
 
     def _circle(self, name: str) -> list[str]:
-        """The shortest way from an arm over those above it back to itself, if there is one."""
+        """Returns the shortest way from an arm over those above it back to itself; empty if there is none."""
         lines, seen = [[name]], {name}
         for line in lines:  # which grows
             for above in self._above(line[-1]):
@@ -235,7 +235,7 @@ class _Reader:
         return tuple(self._arms[arm].get("sizes") or self._sizes or (None,))
 
     def runs(self) -> tuple[Run, ...]:
-        """All runs, each after those above it; all arms with the first seed, then all with the second."""
+        """Returns all runs, each after those above it; all arms with the first seed, then all with the second."""
         order: list[str] = []
 
         def add(arm: str) -> None:
@@ -279,6 +279,6 @@ class _Reader:
             bindings=() if made else (*bindings, f"SEED={seed}"),
             evaluations={k: v for k, v in self._evaluations.items() if k in chosen},
             memory_gb=float(memory[-1]) if memory else None,
-            made=words.filled(made, {"SEED": str(seed)}),
+            made=parts.filled(made, {"SEED": str(seed)}),
             made_of={other: named(other) for other in self._named(name)},
         )

@@ -1,9 +1,9 @@
-"""A sweep's folder: what is to be run, how far each run is, and the results of those that are done.
+"""A sweep's folder: the planned runs, how far each is, and the results of those that are done.
 
 sweep.json             the runs as planned, each with the digest of its configuration
 results.jsonl          a row per finished run
 runs/<run>/            a run's own directory (launch/run/run_dir.py), and in it
-  sweep_run.json       what the run has come to: its digest, its last step, its evaluations
+  sweep_run.json       the outcome: its digest, its last step, its evaluations
   attempts.jsonl       a row per ended attempt: seconds, exit status, peak memory, error
   log.txt              the output of all attempts
   made/                of a run that is made: the run directory itself
@@ -42,7 +42,7 @@ class Planned:
         that is made has no steps, nor tokens.
       first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
       tokens_per_step: positions of a batch, padding included.
-      start: what it takes of the checkpoint it starts from: fields of `InitialCheckpoint`, each with
+      start: the parts it takes of the checkpoint it starts from: fields of `InitialCheckpoint`, each with
         the prefix `initial_`; empty for a run that starts with new parameters.
       evaluation_digests: SHA-256 of each evaluation's settings.
     """
@@ -71,7 +71,7 @@ class SweepFolder:
         return self.path / "runs" / name
 
     def model_dir(self, run: Run) -> pathlib.Path:
-        """Where a run's config.gin and checkpoints/ are.
+        """Returns the directory of a run's config.gin and checkpoints/.
 
         That of a run that is made lies inside its own directory: the commands that make one begin
         with none.
@@ -79,34 +79,34 @@ class SweepFolder:
         return self.directory(run.name) / "made" if run.made else self.directory(run.name)
 
     def sources(self, run: Run, plan: Mapping[str, "Planned"]) -> dict[str, str]:
-        """Where the runs are that a run's command or bindings name, by arm."""
+        """Returns the directories of the runs that a run's command or bindings name, by arm."""
         return {arm: str(self.model_dir(plan[name].run)) for arm, name in run.made_of.items()}
 
     def final_checkpoint(self, planned: Planned) -> pathlib.Path:
-        """A run's last step itself: of a run's directory a damaged one would be passed over.
+        """Returns the directory of a run's last step: given a run's directory, a damaged step would be skipped silently.
 
         Raises:
           SweepFolderError: the run is not there yet, or holds no checkpoint.
         """
-        found = self.final_outcome(planned)
-        if found["checkpoint"] is None:
+        outcome = self.final_outcome(planned)
+        if outcome["checkpoint"] is None:
             raise SweepFolderError(
                 f"{planned.name} is no parent: its command made no checkpoint in {self.model_dir(planned.run)}."
             )
-        return self.path / found["checkpoint"]
+        return self.path / outcome["checkpoint"]
 
     def final_outcome(self, planned: Planned) -> dict[str, Any]:
-        """What a run has come to.
+        """Returns the outcome of a run.
 
         Raises:
           SweepFolderError: the run is not there yet.
         """
-        found = self.outcome(planned)
-        if found is None:
+        outcome = self.outcome(planned)
+        if outcome is None:
             raise SweepFolderError(
                 f"{planned.name} has not been trained yet: run the sweep, not a run."
             )
-        return found
+        return outcome
 
     def log(self, name: str) -> pathlib.Path:
         return self.directory(name) / "log.txt"
@@ -168,7 +168,7 @@ class SweepFolder:
         return tuple(plan)
 
     def record(self, name: str) -> dict[str, Any]:
-        """What a run has come to; empty where it has not begun."""
+        """Returns the record of a run; empty where it has not begun."""
         path = self.directory(name) / "sweep_run.json"
         return json.loads(path.read_bytes()) if path.exists() else {}
 
@@ -177,7 +177,7 @@ class SweepFolder:
         cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
 
     def outcome(self, planned: Planned) -> dict[str, Any] | None:
-        """What training a run, or making it, has come to; None where that is not over, or of another configuration."""
+        """Returns the outcome of training or making a run; None where it is not over, or of another configuration."""
         record = self.record(planned.name)
         return record.get("trained") if record.get("digest") == planned.digest else None
 
@@ -190,7 +190,7 @@ class SweepFolder:
         )
 
     def changed(self, planned: Planned) -> list[str]:
-        """What of a run that has begun is of another configuration: 'training', evaluations."""
+        """Returns the parts of a run that are of another configuration: 'training', or names of evaluations."""
         record = self.record(planned.name)
         if record.get("digest", planned.digest) != planned.digest:
             return ["training"]
@@ -206,8 +206,8 @@ class SweepFolder:
         record = self.record(planned.name)
         changed = self.changed(planned)
         if changed != ["training"]:
-            kept = {k: v for k, v in record["evaluations"].items() if k not in changed}
-            self.write_record(planned.name, {**record, "evaluations": kept})
+            same = {k: v for k, v in record["evaluations"].items() if k not in changed}
+            self.write_record(planned.name, {**record, "evaluations": same})
             return
         number = 1
         while (target := self.path / "replaced" / f"{planned.name}.{number}").exists():
@@ -223,21 +223,21 @@ class SweepFolder:
         return list(rows_of(self.directory(name) / "attempts.jsonl"))
 
     def newest(self, name: str) -> dict[str, float]:
-        """The newest step and loss that a run has written; empty before the first."""
+        """Returns the newest step and loss that a run has written; empty before the first."""
         path = self.directory(name) / "metrics.jsonl"
-        found: dict[str, float] = {}
+        newest: dict[str, float] = {}
         for line in tail(path).splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # cut by the window, or still being written
             if "loss" in row:
-                found = {"step": row["step"], "loss": number(row["loss"])}
-        return found
+                newest = {"step": row["step"], "loss": number(row["loss"])}
+        return newest
 
 
 def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
-    """The end of a text file; nothing where there is none."""
+    """Returns the end of a text file; nothing where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(os.path.getsize(path) - size, 0))
@@ -247,19 +247,19 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
 
 
 def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last one cut short is left out."""
+    """Yields the rows of a JSONL file, without a last line that is cut short."""
     if path.exists():
         with open(path, encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def number(value: Any) -> Any:
-    """A number, also where JSON has none for it (metric_writers.jsonable)."""
+    """Returns a number, also where JSON writes it as a string (metric_writers.jsonable)."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _lock(directory: pathlib.Path, does: str) -> IO[str]:
-    """Locks a directory for this process; another that has done so is named with what it does there."""
+    """Locks a directory for this process; the error names another process that holds the lock."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
     if not _locked(lock):

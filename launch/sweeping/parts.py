@@ -1,16 +1,15 @@
-"""What may stand in the parts of a sweep file, and what is wrong with what does."""
+"""The parts of a sweep file: their keys and checks, and commands with names in braces."""
 
 import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from launch.sweeping import words
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_OWN = ("MODEL_DIR", "SEED")  # which the sweep sets itself
+_PLACE = re.compile(rf"\{{({_NAME.pattern})\}}")
+_OWN = ("MODEL_DIR", "SEED")  # bindings that the sweep sets itself
 _PART = ("gin_files", "bindings", "memory_gb")
 _KEYS = {
     "sweep": (*_PART, "seeds", "sizes", "arms", "evaluations"),
@@ -18,12 +17,24 @@ _KEYS = {
     "size": _PART,
     "evaluation": ("call", "arguments", "command"),
 }
-# In the words of a made arm; all other names there are of arms.
+# Names in the command of a made arm that are not of arms.
 _PLACES = ("run", "python", "SEED")
 
 
+def places(words: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names in braces, each once, in the order of the words."""
+    return tuple(dict.fromkeys(name for word in words for name in _PLACE.findall(word)))
+
+
+def filled(words: Iterable[Any], values: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the words with values for the names in braces; names without a value keep their braces."""
+    return tuple(
+        _PLACE.sub(lambda match: values.get(match[1], match[0]), str(word)) for word in words
+    )
+
+
 def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
-    """Of an arm or a size by itself."""
+    """Yields the problems of an arm or a size by itself."""
     where = f"{what} {name!r}"
     if not _NAME.fullmatch(str(name)):
         yield f"{where}: names have letters, digits, '_' and '-' only."
@@ -69,11 +80,11 @@ def seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
-    """Of an arm that is made, beside the others."""
+    """Yields the problems of an arm that is made, beside the others."""
     for key in ("parent", "gin_files", "bindings"):
         if arm.get(key):
             yield f"{where} is made, not trained: leave out its {key}, or made."
-    named = words.places(arm["made"])
+    named = places(arm["made"])
     if "run" not in named:
         yield f"{where}: its command has no word with {{run}}, the run directory that it makes."
     known = (*arms, *_PLACES)
@@ -86,8 +97,8 @@ def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -
 
 
 def binding_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
-    """Of an arm that is trained, beside the others."""
-    for name in words.places(arm.get("bindings") or ()):
+    """Yields the problems of an arm that is trained, beside the others."""
+    for name in places(arm.get("bindings") or ()):
         if name not in arms:
             yield f"{where}: a binding names {{{name}}}, which is no arm; {nearest(name, arms)}"
 
@@ -101,9 +112,7 @@ def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
         yield from unknown_keys("evaluation", f"{where}: ", entry)
         if "command" in entry:
             command = entry["command"]
-            if not isinstance(command, list | tuple) or "json" not in words.places(
-                map(str, command)
-            ):
+            if not isinstance(command, list | tuple) or "json" not in places(map(str, command)):
                 yield f"{where}: its command has no word with {{json}}, where it writes its result."
             if "arguments" in entry:
                 yield f"{where}: arguments are for a call; write them into the command."

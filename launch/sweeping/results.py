@@ -11,19 +11,19 @@ from trainers.telemetry.metric_writers import jsonable
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
-    """Writes the rows of all finished runs anew, so that a reader sees each once and whole.
+    """Rewrites the rows of all finished runs, so that a reader sees each once and whole.
 
-    One that has begun from a run that is to be made or trained again has its row when that is done.
+    A run whose parent is being repeated has its row when that is done.
     """
-    rows = [row(folder, planned, plan) for planned in plan if folder.done(planned)]
-    text = "".join(json.dumps(_jsonable(found), allow_nan=False) + "\n" for found in rows if found)
+    rows = [result_row(folder, planned, plan) for planned in plan if folder.done(planned)]
+    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows if row)
     temporary = folder.path / ".results.jsonl.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder.results)
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a sweep's results.jsonl, in the order of the sweep.
+    """Returns the rows of a sweep's results.jsonl, in the order of the sweep.
 
     Args:
       path: the sweep's folder (--out), or the file.
@@ -31,27 +31,27 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       FileNotFoundError: there is none.
     """
-    found = pathlib.Path(path)
-    if found.is_dir():
-        found = found / "results.jsonl"
-    if not found.exists():
-        raise FileNotFoundError(f"{found} does not exist: give the folder (--out) of a sweep.")
-    return [_restored(row) for row in rows_of(found)]
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / "results.jsonl"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: give the folder (--out) of a sweep.")
+    return [_restored(row) for row in rows_of(file)]
 
 
-def row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
-    """The row of a finished run in results.jsonl; empty where one that it descends from is not there.
+def result_row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
+    """Returns the row of a finished run in results.jsonl; empty where a run that it descends from is missing.
 
-    `tokens` and `epochs` (how often each source was read) are this run's own, and none of a run that is
-    `made`; those that end in `_total` count all `parents` too, which are the runs that it descends from,
-    nearest first: of a mixture its seed and all branches, each once. `made_of` are those that a made run
-    takes itself. `held_out` has the last evaluation's metrics by task.
+    `tokens` and `epochs` (how often each source was read) are this run's own, 0 for a run that is
+    `made`; with `_total` they include all `parents`, the runs that it descends from, nearest first:
+    a mixture's seed and all its branches, each once. `made_of` are the runs in a made run's command.
+    `held_out` has the last evaluation's metrics by task.
     """
     by_name = {other.name: other for other in plan}
     line = [planned.name]
     for name in line:  # which grows
         line += [above for above in by_name[name].run.above if above not in line]
-    outcomes = [found for name in line if (found := folder.outcome(by_name[name])) is not None]
+    outcomes = [one for name in line if (one := folder.outcome(by_name[name])) is not None]
     if len(outcomes) < len(line):
         return {}
     record = folder.record(planned.name)

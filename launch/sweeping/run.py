@@ -1,6 +1,6 @@
-"""One run of a sweep, as a job: trains or makes it, measures it, and keeps what it has come to.
+"""One run of a sweep, as a job: trains or makes it, evaluates it, and records the outcome.
 
-What has been done by an earlier start is not done again. Example (the sweep starts these itself):
+Steps done by an earlier start are not repeated. Example (the sweep starts these itself):
 
   python -m launch.sweeping.run --out=runs/sweep --run=text/seed0
 """
@@ -15,6 +15,8 @@ import contextlib
 import importlib
 import json
 import pathlib
+import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -23,7 +25,8 @@ from typing import Any
 
 from launch import cli, environment
 from launch.cluster import worker
-from launch.sweeping import check, made, words
+from launch.sweeping import check, parts
+from launch.sweeping.file import Run
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
 
 
@@ -54,7 +57,7 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
 
     Raises:
       SweepFolderError: no such run, one above it is not done, or it is of another configuration.
-      MadeError: what was made is no run directory.
+      MadeError: a command has made nothing.
       EvaluationError: an evaluation failed, or its result is no JSON.
     """
     planned = {entry.name: entry for entry in folder.read_plan()}
@@ -66,8 +69,8 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
     folder.write_record(name, record)
     if "trained" not in record:
-        come_to = _make if entry.run.made else _train
-        trained = come_to(folder, entry, planned)
+        execute = _make if entry.run.made else _train
+        trained = execute(folder, entry, planned)
         if trained is None:
             return {"interrupted": True}
         record["trained"] = trained
@@ -87,18 +90,72 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     return {}
 
 
+class MadeError(ValueError):
+    """A command has not made its run."""
+
+
+def made_command(folder: SweepFolder, run: Run, plan: Mapping[str, Planned]) -> tuple[str, ...]:
+    """Returns the words of the command that makes a run.
+
+    Args:
+      folder: of the sweep.
+      run: that is made.
+      plan: by name, including the runs that it is made of.
+    """
+    places = {**folder.sources(run, plan), "run": str(folder.model_dir(run))}
+    return parts.filled(run.made, {**places, "python": sys.executable})
+
+
+def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
+    """Makes a run, from the start after a stop; returns its outcome.
+
+    Raises:
+      SweepFolderError: a run that it is made of is missing, or another process makes it.
+      MadeError: nothing was made.
+      SystemExit: the command failed; the last error of the log is its own.
+    """
+    from trainers.checkpoints import step_dir
+
+    for name in entry.run.above:
+        folder.final_outcome(plan[name])
+    target = folder.model_dir(entry.run)
+    command = made_command(folder, entry.run, plan)
+    with contextlib.closing(folder.lock_run(entry.name)):
+        # The remains of an earlier attempt.
+        if target.is_file():
+            target.unlink()
+        shutil.rmtree(target, ignore_errors=True)
+        print(shlex.join(command), flush=True)
+        if (status := worker.run(command)) != 0:
+            raise SystemExit(status)
+    if not target.exists():
+        raise MadeError(
+            f"{entry.name}: its command ended well, but there is no {target}: let it make what {{run}} names."
+        )
+    # A result without a checkpoint, such as a file of embeddings, is for the commands of other made runs.
+    steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
+    checkpoint = target / step_dir.CHECKPOINTS / steps[max(steps)].name if steps else None
+    return {
+        "step": max(steps, default=0),
+        "checkpoint": str(checkpoint.relative_to(folder.path)) if checkpoint else None,
+        "held_out": {},
+        "tokens": 0,
+        "epochs": {},
+    }
+
+
 def _make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
-    """Makes the run by its command; returns what it came to."""
+    """Makes the run by its command if its gin files are unchanged; returns its outcome."""
     if check.made_digest(entry.run, plan) != entry.digest:
         raise _changed(entry)
     with _own_registries():
-        return made.make(folder, entry, plan)
+        return make(folder, entry, plan)
 
 
 def _train(
     folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
 ) -> dict[str, Any] | None:
-    """Trains as launch.train does; returns what the run came to, or None if it was interrupted."""
+    """Trains as launch.train does; returns the outcome, or None if it was interrupted."""
     from launch.config import config_diff, gin_config
 
     parent = None if entry.run.parent is None else plan[entry.run.parent]
@@ -109,9 +166,8 @@ def _train(
     with _own_registries():
         bindings = check.bindings_of(entry.run, folder, start, sources)
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
-        said = config_diff.canonical(config.text)
-        found = check.config_digest(said, entry.run, plan, sources)
-        if found != entry.digest:
+        canonical = config_diff.canonical(config.text)
+        if check.config_digest(canonical, entry.run, plan, sources) != entry.digest:
             raise _changed(entry)
         assert config.entry is not None
         if config.entry(started=time.monotonic())["interrupted"]:
@@ -127,7 +183,7 @@ def _changed(entry: Planned) -> SweepFolderError:
 
 @contextlib.contextmanager
 def _own_registries() -> Iterator[None]:
-    """What is configured and registered inside ends there: the process's next run has its own."""
+    """Clears gin and the tasks at the end, so that the process's next run has its own."""
     import gin
 
     from data import tasks
@@ -140,7 +196,7 @@ def _own_registries() -> Iterator[None]:
 
 
 def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) -> dict[str, Any]:
-    """What the results say of training."""
+    """Returns the outcome of training, for the results."""
     from launch.run import metric_rows
     from trainers.checkpoints import step_dir
 
@@ -152,7 +208,7 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
         above = folder.record(entry.run.parent)["trained"]
         first_step = above["step"]
         first_batch = step_dir.read_meta(folder.path / above["checkpoint"])["data_step"]
-    # Opened as the run opened it: one that reads on from where another stopped is told where that is.
+    # Opened as the run opened it: a run that continues another's data starts at its position.
     positions = meta.get("initial", {}).get("positions")
     opened = stream(positions=positions) if positions else stream()
     before, after = opened.epochs(first_batch), opened.epochs(meta["data_step"])
@@ -172,7 +228,7 @@ class EvaluationError(ValueError):
 
 
 def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) -> Any:
-    """The result of an evaluation of the run in a directory, as JSON has it.
+    """Returns the result of an evaluation of the run in a directory, as JSON has it.
 
     Args:
       name: of the evaluation, for errors.
@@ -194,7 +250,7 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
     with tempfile.TemporaryDirectory() as temporary:
         file = pathlib.Path(temporary) / "result.json"
         places = {"run": str(directory), "json": str(file), "python": sys.executable}
-        command = words.filled(settings["command"], places)
+        command = parts.filled(settings["command"], places)
         status = worker.run(command)
         if status != 0:
             raise EvaluationError(f"evaluation {name!r} ended with status {status}: {command}")

@@ -1,4 +1,4 @@
-"""How a sweep stands, on a terminal of 80 columns: arms as lines with seeds as cells, then details."""
+"""The progress of a sweep on a terminal of 80 columns: arms as lines with seeds as cells, then details."""
 
 import textwrap
 import time
@@ -29,22 +29,22 @@ _LINES = 60.0  # seconds between lines on what is no terminal
 
 
 def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
-    """All of the screen.
+    """Returns the whole screen.
 
     Args:
       sweep: its name.
       runs: of the sweep.
-      workers: runs at once, which the time left depends on.
+      workers: runs at once, for the time left.
     """
     parts: list[Any] = [_title(sweep, runs, workers), ""]
-    # What changes stands first: a terminal of few lines cuts the end.
+    # Changing lines come first: a terminal of few lines cuts the end.
     going = [run for run in runs if run.state is RunState.RUNNING]
     if going:
         parts += [_running(going), ""]
     failed = [run for run in runs if run.state is RunState.FAILED]
     for run in failed[:_FAILURES]:
-        said = textwrap.shorten(run.error or "", 2 * _WIDTH, placeholder=" …")
-        parts.append(Text.assemble(("✗ ", "bold red"), f"{run.planned.name}: {said}"))
+        error = textwrap.shorten(run.error or "", 2 * _WIDTH, placeholder=" …")
+        parts.append(Text.assemble(("✗ ", "bold red"), f"{run.planned.name}: {error}"))
     if len(failed) > _FAILURES:
         parts.append(Text(f"  and {len(failed) - _FAILURES} more failed", "red"))
     parts += [*([""] if failed else []), _grid(runs), _legend(runs)]
@@ -53,8 +53,8 @@ def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
 
 def _legend(runs: Sequence[Progress]) -> Text:
     states = {run.state for run in runs}
-    meant = [f"{mark} {said}" for state, (mark, _, said) in _MARKS.items() if state in states]
-    return Text("  ".join(meant), "bright_black")
+    meanings = [f"{mark} {text}" for state, (mark, _, text) in _MARKS.items() if state in states]
+    return Text("  ".join(meanings), "bright_black")
 
 
 def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
@@ -67,7 +67,7 @@ def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
 
 
 def counts(runs: Sequence[Progress]) -> str:
-    """Such as '3 of 6 runs done, 1 running, 2 waiting'."""
+    """Returns text such as '3 of 6 runs done, 1 running, 2 waiting'."""
     numbers = {state: sum(run.state is state for run in runs) for state in RunState}
     others = [
         f"{n} {state.value}" for state, n in numbers.items() if n and state is not RunState.DONE
@@ -107,13 +107,13 @@ def _grid(runs: Sequence[Progress]) -> Table:
 
 
 def _parent(by_place: Mapping[tuple[str, int], Progress], kind: str, seeds: Sequence[int]) -> str:
-    """The arms that an arm starts from or is made of, or nothing."""
+    """Returns the names of the arms that an arm starts from or is made of."""
     (first, *_) = (run for seed in seeds if (run := by_place.get((kind, seed))) is not None)
     return ", ".join(name.partition("/")[0] for name in first.planned.run.above)
 
 
 def _shortened(name: str, width: int) -> str:
-    """A long name without its middle: arms differ at their ends."""
+    """Returns a long name without its middle, since arms differ at their ends."""
     if len(name) <= width:
         return name
     head = (width - 1) // 2
@@ -138,40 +138,40 @@ def _cell(run: Progress | None, wordy: bool) -> Text:
 
 
 def _steps(run: Progress) -> int | None:
-    """Steps that a run makes itself; None where its data decide."""
+    """Returns the steps that a run makes itself; None where its data decide."""
     total = run.planned.total_steps
     return None if total is None else total - (run.planned.first_step or 0)
 
 
 def _running(runs: Sequence[Progress]) -> Table:
-    found = Table(box=None, pad_edge=False, header_style="bright_black", style="cyan")
-    found.add_column("running", no_wrap=True)
+    rows = Table(box=None, pad_edge=False, header_style="bright_black", style="cyan")
+    rows.add_column("running", no_wrap=True)
     for name in ("step", "loss", "min", "left"):
-        found.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         left = _left(run)
         made = run.planned.run.made
-        found.add_row(
+        rows.add_row(
             _shortened(run.planned.name, 38),
             "made" if made else f"{run.step}/{run.planned.total_steps or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
             "" if left is None else duration(left),
         )
-    return found
+    return rows
 
 
 def _left(run: Progress) -> float | None:
-    """Seconds that a running run still takes, by its rate so far."""
+    """Returns the seconds that a running run still takes, by its rate so far."""
     if not run.rate or run.planned.total_steps is None:
         return None
     return (run.planned.total_steps - run.step) / run.rate
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
-    """What the sweep still takes, from the time of those done; None where nothing is known yet."""
+    """Returns the seconds that the sweep still takes, from the time of finished runs; None where nothing is known yet."""
     open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
-    # How long making takes is not known, and little beside training.
+    # The time of making runs is unknown, and small beside training.
     left = [run for run in runs if run.state in open_states and not run.planned.run.made]
     by_kind: dict[str, list[float]] = {}  # seconds per step
     for run in runs:
@@ -193,7 +193,7 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Such as '40 s', '12 min', '3.5 h'."""
+    """Returns text such as '40 s', '12 min', '3.5 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -207,14 +207,14 @@ class Screen:
         self._console = Console(file=file)
         self._live: Live | None = None
         self._states: dict[str, RunState] = {}
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Callable[[Sequence[Progress]], None]:
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)
             self._live.__enter__()
             return self._draw
-        return self._say
+        return self._print_events
 
     def __exit__(self, *exc_info: Any) -> None:
         if self._live is not None:
@@ -224,8 +224,8 @@ class Screen:
         assert self._live is not None
         self._live.update(table(self._sweep, runs, workers=self._workers), refresh=True)
 
-    def _say(self, runs: Sequence[Progress]) -> None:
-        """Lines for what has changed, and one a minute."""
+    def _print_events(self, runs: Sequence[Progress]) -> None:
+        """Prints a line for each change, and one a minute."""
         clock = time.strftime("%H:%M:%S")
         first = not self._states
         for run in runs:
@@ -236,8 +236,8 @@ class Screen:
                 continue
             print(f"{clock} {name}: {_event(run)}", file=self._console.file, flush=True)
         now = time.monotonic()
-        if first or now - self._said > _LINES:
-            self._said = now
+        if first or now - self._last_line > _LINES:
+            self._last_line = now
             left = seconds_left(runs, self._workers)
             about = "" if left is None else f"; about {duration(left)} left"
             print(f"{clock} {counts(runs)}{about}", file=self._console.file, flush=True)

@@ -132,8 +132,16 @@ def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[st
 
 
 def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "copied") -> Recipe:
-    """The recipe of a parameter that is that of a source, under its own path."""
-    source.shape(path)
+    """The recipe of a parameter that equals a source's, under its own path.
+
+    Raises:
+      TransformError: the source has no such parameter, or one of another shape.
+    """
+    if source.shape(path) != tuple(shape):
+        raise TransformError(
+            f"{path} is {list(source.shape(path))} in {source.name}, and {list(shape)} in the new model: do "
+            "the models have other sizes?"
+        )
     return Recipe(
         outputs={path: tuple(shape)},
         inputs=((source.name, path),),

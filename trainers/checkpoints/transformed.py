@@ -58,14 +58,12 @@ def transformed(
     entries = saved_params(recorded, root)
     saved = {name: tuple(entry.shape) for name, entry in entries.items()}
     fresh = state_tree.flatten(state.params)
-    target = {name: tuple(leaf.shape) for name, leaf in fresh.items()}
-    recipes = transform.plan([Source("the checkpoint", saved)], target)
-    base.check_target(recipes, target)
+    recipes, inputs = plan(transform, saved, fresh)
     # `restore_params` explains every parameter of the checkpoint, by its options.
     source = state_tree.flatten(
         restore_params(
             step,
-            state_tree.nest(_abstract_inputs(recipes, saved, fresh)),
+            state_tree.nest(inputs),
             assignment=initial.assignment,
             strict=initial.strict,
             use_ema=initial.use_ema,
@@ -83,6 +81,28 @@ def transformed(
             opt_state=_carried(step, recorded, state.opt_state, recipes, source, made)
         )
     return new
+
+
+def plan(
+    transform: TreeTransform, saved: base.Shapes, target: state_tree.Flat
+) -> tuple[list[Recipe], state_tree.Flat]:
+    """Plans a transform of one checkpoint.
+
+    Args:
+      transform: of one source.
+      saved: shapes of the checkpoint's parameters, by path.
+      target: the new model's parameters or their shapes, by path.
+
+    Returns:
+      The recipes, and the abstract arrays that they read of the checkpoint, by path.
+
+    Raises:
+      TransformError: the transform refuses the checkpoint.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
+    recipes = transform.plan([Source("the checkpoint", saved)], shapes)
+    base.check_target(recipes, shapes)
+    return recipes, _abstract_inputs(recipes, saved, target)
 
 
 def _abstract_inputs(

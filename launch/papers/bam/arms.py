@@ -1,4 +1,4 @@
-"""Names of the arms of launch/papers/bam/sweep.py, as they are compared and as a reader sees them."""
+"""Names of the arms of launch/papers/bam/sweep.py, as claims compare them and as the report shows them."""
 
 from launch.papers.shared.domains import DomainRuns
 
@@ -18,18 +18,19 @@ CONTROLS = {
     "dense_continued": "dense, all tokens",
     "soup": "soup of weights",
 }
+CACHES = {"shared_kv": "shared keys and values", "expert_kv": "own keys and values"}
 SEED = "seed"
 # Arms that compute more than BTX, and have a twin that makes fewer updates.
 COSTLY = ("btx6_top3", *BAM, "bam_averaged")
 
 
 def matched(arm: str) -> str:
-    """The arm that computes as much as BTX: the same, or its twin that makes fewer updates."""
+    """Returns the arm with as much compute as BTX: the same, or its twin that makes fewer updates."""
     return f"{arm}_cm" if arm in COSTLY else arm
 
 
 class Runs(DomainRuns):
-    """Rows of a part with the arms' names."""
+    """Runs of a part with the arms' names."""
 
     def label(self, arm: str) -> str:
         if arm.startswith("spec_"):

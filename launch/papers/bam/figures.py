@@ -1,6 +1,5 @@
-"""Plots of what the sweep found, part by part; none where there is nothing to plot."""
+"""Plots of the parts' results; None where there is nothing to plot."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,9 +7,19 @@ from typing import Any
 import numpy as np
 
 from launch.evaluation import routing_figure
-from launch.papers.bam import caches
-from launch.papers.bam.arms import BAM, BTX, CONTROLS, COSTLY, SEED, Runs, matched, specialist
-from launch.papers.shared.domain_panels import curve, excess_bars, mean_tables
+from launch.papers.bam.arms import (
+    BAM,
+    BTX,
+    CACHES,
+    CONTROLS,
+    COSTLY,
+    SEED,
+    Runs,
+    matched,
+    specialist,
+)
+from launch.papers.bam.measure import CACHE_LENGTH
+from launch.papers.shared.domain_panels import curve, excess_bars
 from launch.papers.shared.domains import on
 from launch.plots import panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -23,40 +32,37 @@ _CURVES = {
 }
 
 
-def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes the figures into `folder`; returns file name -> what it shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    figures: dict[str, tuple[Any, str]] = {}
-    for name, results in Runs.parts(found).items():
-        figures |= {
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    out: dict[str, tuple[Any, str]] = {}
+    for name, runs in Runs.parts(measured).items():
+        out |= {
             f"{name}_loss.png": (
-                excess_bars(results, _bars(results), label=partial(_label, results)),
+                excess_bars(runs, _bars(runs), label=partial(_label, runs)),
                 f"Mean loss over the {name} domains at the end; dots are seeds. Light ones are the arms to the left of "
                 "them, ended when they have computed as much as BTX",
             ),
             f"{name}_curves.png": (
-                _curves(results),
+                _curves(runs),
                 f"Loss on each of the {name} domains over the training of the mixture: above, arms of equal data "
                 "against tokens; below, arms of equal compute against FLOPs",
             ),
             f"{name}_gates.png": (
-                _gates(results),
+                _gates(runs),
                 f"Mean probability of each expert of BAM on held-out rows of the {name} domains, by router and layer, "
                 "mean over seeds",
             ),
         }
-    figures["cache.png"] = (
-        _caches(found.get("caches", {})),
-        f"Bytes of keys and values of {caches.LENGTH} tokens against the number of attention experts",
+    out["cache.png"] = (
+        _caches(measured.get("caches", {})),
+        f"Bytes of keys and values of {CACHE_LENGTH} tokens against the number of attention experts",
     )
-    return panels.save(figures, folder)
+    return out
 
 
-def _bars(results: Runs) -> dict[str, str]:
-    """Arms by colour: of the dense ones, BTX, BAM and its choices, and controls; twins of less training are light."""
-    shown = dict.fromkeys([SEED, *map(specialist, results.domains[1:])], GREY)
+def _bars(runs: Runs) -> dict[str, str]:
+    """Returns arm -> colour: dense models, BTX, BAM and controls; compute-matched twins are light."""
+    shown = dict.fromkeys([SEED, *map(specialist, runs.domains[1:])], GREY)
     for arms, colour, light in (
         (BTX, ORANGE, "#F5D08A"),
         (BAM, BLUE, "#9CC9E3"),
@@ -69,85 +75,75 @@ def _bars(results: Runs) -> dict[str, str]:
     return shown
 
 
-def _label(results: Runs, arm: str) -> str:
-    return "equal compute" if arm.endswith("_cm") else results.label(arm)
+def _label(runs: Runs, arm: str) -> str:
+    return "equal compute" if arm.endswith("_cm") else runs.label(arm)
 
 
-def _curves(results: Runs) -> Any:
-    if not results.has("btx", "bam") or not results.steps("btx", "bam"):
+def _curves(runs: Runs) -> Any:
+    if not runs.has("btx", "bam") or not runs.steps("btx", "bam"):
         return None
-    from matplotlib.figure import Figure
-
-    columns = len(results.domains)
-    figure = Figure(figsize=(3.1 * columns, 6.2), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False, sharey="col")
-    for column, domain in enumerate(results.domains):
-        above, below = axes[:, column]
+    columns = len(runs.domains)
+    figure, every = panels.panels(columns, (3.1 * columns, 6.2), rows=2, share_y="col")
+    for domain, above, below in zip(runs.domains, every[:columns], every[columns:], strict=True):
         for arm, style in _CURVES.items():
-            for one, run, unit in ((above, arm, "tokens"), (below, matched(arm), "flops")):
-                label = results.label(arm)
-                curve(
-                    one,
-                    results,
-                    run,
-                    on(domain),
-                    style,
-                    scale=_scale(results, run, unit),
-                    label=label,
-                )
-        if (floor := results.floor(on(domain))) is not None:
-            for one in (above, below):
-                one.axhline(floor, color=RED, ls=":", lw=1.5, label="entropy")
+            for axes, name, unit in ((above, arm, "tokens"), (below, matched(arm), "flops")):
+                scale = _scale(runs, name, unit)
+                curve(axes, runs, name, on(domain), style, scale=scale, label=runs.label(arm))
+        if (floor := runs.floor(on(domain))) is not None:
+            for axes in (above, below):
+                axes.axhline(floor, color=RED, ls=":", lw=1.5, label="entropy")
         above.set_title(domain.replace("_", " "), fontsize=10)
         above.set_xlabel("tokens, millions")
         below.set_xlabel("training FLOPs, $10^{12}$")
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(axis="y", alpha=0.25)
-        one.set_yscale("log")
-        panels.plain_ticks(one.yaxis)
-    for one, words in zip(axes[:, 0], ("equal data", "equal compute"), strict=True):
-        one.set_ylabel(f"{words}: loss, nats per token")
-    panels.legend_below(figure, axes[0, 0], len(_CURVES) + 1)
+    for axes in every:
+        axes.set_yscale("log")
+        panels.plain_ticks(axes.yaxis)
+    for axes, words in zip(every[::columns], ("equal data", "equal compute"), strict=True):
+        axes.set_ylabel(f"{words}: loss, nats per token")
+    panels.legend_below(figure, every[0], len(_CURVES) + 1)
     return figure
 
 
-def _scale(results: Runs, arm: str, unit: str) -> float:
-    """What a step is, in millions of tokens or 1e12 FLOPs."""
-    rows = [row for row in results.find(arm).values() if row["tokens"]]
+def _scale(runs: Runs, arm: str, unit: str) -> float:
+    """Returns the millions of tokens or 1e12 FLOPs of a step."""
+    rows = [row for row in runs.find(arm).values() if row["tokens"]]
     if not rows:
         return 1.0
-    return (
-        float(np.mean([row[unit] / row["step"] for row in rows]))
-        / {"tokens": 1e6, "flops": 1e12}[unit]
-    )
+    per_step = float(np.mean([row[unit] / row["step"] for row in rows]))
+    return per_step / {"tokens": 1e6, "flops": 1e12}[unit]
 
 
-def _gates(results: Runs) -> Any:
-    measured = results.evaluation("bam", "routing")
-    tables = mean_tables([found["domains"] for found in measured])
-    if not tables:
+def _gates(runs: Runs) -> Any:
+    measured = runs.evaluation("bam", "routing")
+    if not measured:
         return None
-    order = {domain: tables[domain] for domain in results.domains if domain in tables}
-    return routing_figure.figure(order, measured[-1]["experts"])
+    tables = {
+        domain: {
+            router: np.mean([one["domains"][domain][router] for one in measured], axis=0)
+            for router in measured[0]["domains"][domain]
+        }
+        for domain in runs.domains
+        if domain in measured[0]["domains"]
+    }
+    return routing_figure.figure(tables, measured[-1]["experts"])
 
 
-def _caches(found: Mapping[str, Sequence[int]]) -> Any:
-    if not found:
+def _caches(measured: Mapping[str, Sequence[int]]) -> Any:
+    if not measured:
         return None
     figure, (axes,) = panels.panels(1, (6.5, 4.2))
     styles = {
-        "expert_kv": (BLUE, "s", f"BAM, {caches.NAMES['expert_kv']}"),
-        "shared_kv": (GREEN, "^", f"BAM, {caches.NAMES['shared_kv']}"),
+        "expert_kv": (BLUE, "s", f"BAM, {CACHES['expert_kv']}"),
+        "shared_kv": (GREEN, "^", f"BAM, {CACHES['shared_kv']}"),
         "dense": ("black", "", "dense, BTX"),
     }
     for kind, (colour, marker, label) in styles.items():
-        kilobytes = np.array(found[kind]) / 1024
+        kilobytes = np.array(measured[kind]) / 1024
         style = "--" if kind == "dense" else "-"
         axes.plot(
-            found["experts"], kilobytes, style, color=colour, marker=marker, lw=2, label=label
+            measured["experts"], kilobytes, style, color=colour, marker=marker, lw=2, label=label
         )
-    axes.set_xticks(found["experts"])
+    axes.set_xticks(measured["experts"])
     axes.set_ylim(0, None)
     axes.set_xlabel("attention experts")
     axes.set_ylabel("cache, KiB")

@@ -9,6 +9,8 @@ fewer TRAIN_TOKENS):
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 FULL = "t5x_configs/experiments/bam/full/"
 DOMAINS = ("code", "law", "math")
 
@@ -36,21 +38,14 @@ MIXTURES = {
 
 
 def get_config(data: str) -> ml_collections.ConfigDict:
-    arms = {"seed": _arm("seed")}
-    arms |= {domain: _arm(f"specialist_{domain}", "seed") for domain in DOMAINS}
+    arms = {"seed": configs.arm(f"{FULL}seed.gin")}
+    for domain in DOMAINS:
+        arms[domain] = configs.arm(f"{FULL}specialist_{domain}.gin", parent="seed")
     branches = [f"{domain}={{{domain}}}" for domain in DOMAINS]
     for arm, (flags, file, bindings, copies) in MIXTURES.items():
         seeds = [f"general{i}={{seed}}" for i in range(copies)]
         command = ("{python}", "-m", "launch.upcycle", *flags, "--experts", *seeds, *branches)
         arms[f"{arm}_start"] = {"made": (*command, "--to={run}")}
-        arms[arm] = {**_arm(file, f"{arm}_start"), "bindings": bindings}
-    return ml_collections.ConfigDict(
-        {
-            "bindings": (f"DATA_ROOT={data!r}", f"TOKENIZER={data + '/tokenizer'!r}"),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
-
-
-def _arm(file: str, parent: str | None = None) -> dict:
-    return {"gin_files": (f"{FULL}{file}.gin",), **({"parent": parent} if parent else {})}
+        start = f"{arm}_start"
+        arms[arm] = configs.arm(f"{FULL}{file}.gin", parent=start, bindings=bindings)
+    return configs.config(arms, bindings=configs.data_root(data))

@@ -1,31 +1,74 @@
-"""BAM at small scale: runs what is left of the sweep's parts, and reads what they found."""
+"""BAM at small scale: runs what is left of the sweep's parts, and measures the bytes of caches."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.papers.bam import caches
 from launch.papers.shared import domains
 
-PARTS = (*domains.PARTS, "caches")
+TITLE = "BAM, 2408.08274"
+SEEDS = 3
+PARTS = {**domains.PARTS, "caches": "the bytes of caches"}
+EXPERTS = (2, 3, 4, 6, 8)
+CACHE_LENGTH = 256  # tokens of one row
 
 
-def run(*, parts: Sequence[str] = PARTS, **settings: Any) -> dict[str, Any]:
-    """What `domain_runs.run` finds, its rows with FLOPs; and under 'caches' what caches.py measures.
+def run(*, parts: Sequence[str] = tuple(PARTS), **settings: Any) -> dict[str, Any]:
+    """Returns what `domains.run` returns, its rows with FLOPs, and under 'caches' what `cache_bytes` returns.
 
     Args:
       parts: of PARTS.
-      **settings: the others of `domain_runs.run`, which says what is raised too.
+      **settings: the others of `domains.run`, which also says what is raised.
     """
-    swept = [part for part in parts if part in domains.PARTS]
-    found = domains.run("bam", parts=swept, **settings)
-    for name, part in found.items():
+    measured = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
+    for name, part in measured.items():
         part["rows"] = with_flops(part["rows"], name)
-    return found | ({"caches": caches.measure()} if "caches" in parts else {})
+    return measured | ({"caches": cache_bytes()} if "caches" in parts else {})
 
 
 def with_flops(rows: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
-    """Rows with 'flops': of their own training, analytic; 0 where a run was made and not trained."""
+    """Returns rows with 'flops' of their own training, analytic; 0 where a run was made and not trained."""
     sweep = domains.sweep("bam")
     trained = dict.fromkeys(row["arm"] for row in rows if row["tokens"])
     per_token = {arm: sweep.train_flops_per_token(arm, part) for arm in trained}
     return [{**row, "flops": row["tokens"] * per_token.get(row["arm"], 0.0)} for row in rows]
+
+
+def cache_bytes() -> dict[str, list[int]]:
+    """Returns {"experts", "dense", "shared_kv", "expert_kv"}, in the order of EXPERTS.
+
+    The latter three are bytes of keys and values of all layers, as decoding allocates them; nothing is run.
+    """
+    from model.attention import Attention
+    from model.bam.moa import MixtureOfAttention
+
+    out: dict[str, list[int]] = {"experts": [], "dense": [], "shared_kv": [], "expert_kv": []}
+    for count in EXPERTS:
+        kinds: dict[str, Any] = {
+            "dense": Attention,
+            "shared_kv": functools.partial(MixtureOfAttention, num_experts=count, shared_kv=True),
+            "expert_kv": functools.partial(MixtureOfAttention, num_experts=count),
+        }
+        out["experts"].append(count)
+        for kind, attention in kinds.items():
+            out[kind].append(_bytes(attention))
+    return out
+
+
+def _bytes(attention: Any) -> int:
+    import jax
+
+    from model.config import TransformerConfig
+    from model.kv_cache.full import FullCache
+    from model.transformer import Block, Transformer
+    from trainers.decoding import prefill
+
+    config = TransformerConfig(
+        vocab_size=48, num_layers=3, embed_dim=64, num_heads=4, mlp_dim=128, scan_layers=False
+    )
+    model = Transformer(config=config, block=functools.partial(Block, attention=attention))
+    caches = jax.eval_shape(
+        lambda: prefill.empty_caches(model, FullCache(), batch=1, length=CACHE_LENGTH)
+    )
+    arrays = [array for cache in caches for array in (cache.slots.k_BKSH, cache.slots.v_BKSH)]
+    return sum(array.size * array.dtype.itemsize for array in arrays)

@@ -1,9 +1,8 @@
-"""The report: what holds and what does not, as a page that people read and as JSON."""
+"""The report of the reproduction."""
 
-from launch.papers.bam import claims, figures
+from launch.papers.bam import claims, figures, measure
 from launch.papers.bam.arms import Runs
-from launch.papers.bam.measure import PARTS
-from launch.papers.shared.page import Report
+from launch.papers.shared import domains
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
@@ -28,15 +27,17 @@ _SHORT = [
     "Benchmarks are not run: at this size they say nothing.",
 ]
 
-write = Report(
-    paper="bam",
+REPORT = domains.report(
+    slug="bam",
     title="BAM: the paper's claims on small models",
     source="[BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts, arXiv "
     "2408.08274](https://arxiv.org/abs/2408.08274)",
     text=[*_ARMS, *_SHORT],
-    parts=PARTS,
+    parts=tuple(measure.PARTS),
     runs=Runs,
-    claims=claims.claims,
-    draw=figures.draw,
+    claims=claims.CLAIMS,
+    figures=figures.figures,
+    places=claims.PLACES,
     columns={"flops": ("10¹² FLOPs", 1e12)},
-).write
+)
+write = REPORT.write

@@ -10,6 +10,9 @@ import functools
 
 import ml_collections
 
+from launch.papers.shared import configs
+from launch.papers.shared.configs import on_shares
+
 CPU = "t5x_configs/experiments/bam/cpu/"
 METHODS = "t5x_configs/methods/bam/"
 # The general domain, of which the seed's data are, and those of the specialists.
@@ -44,15 +47,17 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     kind, _, seeds = text.partition(",")
     general, *domains = DOMAINS[kind]
     even = {domain: 0.25 for domain in DOMAINS[kind]}
-    arms = {"seed": _trained({general: 0.85, **{x: 0.05 for x in domains}}, SEED_STEPS)}
+    arms = {"seed": on_shares({general: 0.85, **{x: 0.05 for x in domains}}, SEED_STEPS)}
     for domain in domains:
         shares = {domain: 0.9, general: 0.1}
-        arms[f"spec_{domain}"] = _trained(shares, SPECIALIST_STEPS, "seed", "LEARNING_RATE=1.5e-3")
+        arms[f"spec_{domain}"] = on_shares(
+            shares, SPECIALIST_STEPS, "LEARNING_RATE=1.5e-3", parent="seed"
+        )
     specialists = [f"{domain}={{spec_{domain}}}" for domain in domains]
     seed = f"{general}={{seed}}"
     arms["soup"] = _made(("--method=soup",), (seed, *specialists), evaluations=("held_out",))
     total = len(domains) * SPECIALIST_STEPS + MIXTURE_STEPS
-    arms["dense_continued"] = _trained(even, total, "seed")
+    arms["dense_continued"] = on_shares(even, total, parent="seed")
     for arm, (flags, method, bindings) in MIXTURES.items():
         copies = [f"{general}{i}={{seed}}" for i in (2, 3)] if arm.startswith("btx6") else []
         arms[f"{arm}_start"] = _made(flags, (seed, *copies, *specialists))
@@ -62,22 +67,13 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         cost = train_flops_per_token(arm, kind) / train_flops_per_token("btx", kind)
         steps = round(MIXTURE_STEPS / cost)
         arms[f"{arm}_cm"] = _mixture(even, steps, f"{arm}_start", method, bindings)
-    held_out = ["{python}", "-m", "launch.evaluate", "loss", "--checkpoint={run}"]
-    held_out += [f"--tasks={','.join(DOMAINS[kind])}"]
-    held_out += ["--max_batches=4"] if kind == "real" else []  # as in training
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds or 3))),
-            "gin_files": (f"{CPU}{kind}.gin",),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-            "evaluations": {
-                "held_out": {"command": (*held_out, "--json={json}")},
-                "routing": {
-                    "call": "launch.evaluation.routing:routing",
-                    "arguments": {"tasks": DOMAINS[kind]},
-                },
-            },
-        }
+    flags = (f"--tasks={','.join(DOMAINS[kind])}",)
+    flags += ("--max_batches=4",) if kind == "real" else ()  # as in training
+    return configs.config(
+        arms,
+        seeds=seeds or 3,
+        gin_files=(f"{CPU}{kind}.gin",),
+        evaluations=configs.domain_evaluations(DOMAINS[kind], *flags),
     )
 
 
@@ -97,26 +93,13 @@ def train_flops_per_token(arm: str, kind: str) -> float:
     return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
 
 
-def _trained(shares: dict, steps: int, parent: str | None = None, *bindings: str) -> dict:
-    return {
-        "bindings": (f"TRAIN_STEPS={steps}", _phases(shares), *bindings),
-        "evaluations": (),
-        **({"parent": parent} if parent else {}),
-    }
-
-
 def _mixture(shares: dict, steps: int, parent: str, method: str, bindings: tuple) -> dict:
-    return {
-        **_trained(shares, steps, parent, *bindings),
-        "gin_files": (f"{METHODS}{method}.gin",),
-        "evaluations": ("routing",),
-    }
+    files = (f"{METHODS}{method}.gin",)
+    return on_shares(
+        shares, steps, *bindings, parent=parent, gin_files=files, evaluations=("routing",)
+    )
 
 
 def _made(flags: tuple, experts: tuple, evaluations: tuple = ()) -> dict:
-    words = ("{python}", "-m", "launch.upcycle", *flags, "--router_seed={SEED}")
-    return {"made": (*words, "--experts", *experts, "--to={run}"), "evaluations": evaluations}
-
-
-def _phases(shares: dict) -> str:
-    return f"stream.make_stream.phases=((0, {shares!r}),)"
+    words = ("launch.upcycle", *flags, "--router_seed={SEED}", "--experts", *experts, "--to={run}")
+    return configs.made(*words, evaluations=evaluations)

@@ -1,4 +1,4 @@
-"""The claims of code_mix on small models, with what was measured for each.
+"""The claims of code_mix on small models and how each is measured.
 
 Arms of the same seed share their initialisation, their documents and their problems, so that they are
 compared in pairs.
@@ -9,283 +9,232 @@ from typing import Any
 
 import numpy as np
 
+from launch.papers.code_mix.arms import GROUPS, PLACES, Results, arm_name
 from launch.papers.code_mix.sweep import SHARES
-from launch.papers.shared.claim import Claim, Evidence
-from launch.papers.shared.code_mix_results import GROUPS, Results
-from launch.plots import intervals
+from launch.papers.shared import claim, results
+from launch.papers.shared.claim import Claim, Evidence, Measure
+from launch.papers.shared.results import sign_test
 from launch.plots.intervals import significant
 
-SMALL, PACKAGES = "generated text", "installed packages"
-_SMALL_ONLY = {"skills": SMALL}
-_BOTH = {**_SMALL_ONLY, "packages": PACKAGES}
 TEXT_DOMAINS, CODE_DOMAINS = ("english", "docstrings"), ("python", "cpp")
-_SHARE_ERROR = 0.005  # of tokens: what a batch cannot be divided into
+_SHARE_ERROR = 0.005  # of tokens: the remainder that a batch cannot be divided into
+_STARTS = ("balanced_to_text", "code_to_text")
+_OTHERS = ("text_only", *_STARTS)
+_COOLDOWN, _WITHOUT_CODE = (f"balanced_to_text_cooldown{x}" for x in ("", "_without_code"))
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
-    """All of them, of what `experiment.run` has found."""
-    small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
-    return [
-        _mixtures(small, packages),
-        *_recipes(small, packages),
-        *_proportions(small),
-        *_kinds_of_code(small),
-        *_cooldowns(small),
-        _widths(small),
-    ]
+def claims(measured: Mapping[str, Any]) -> list[Claim]:
+    """Returns all claims, judged on what `measure.run` returns."""
+    return claim.judge(CLAIMS, {part: Results(rows) for part, rows in measured.items()}, PLACES)
 
 
-def _better(
-    results: Results,
-    group: str,
-    one: str,
-    other: str,
-    *,
-    where: str = SMALL,
-    sizes: tuple[str, str] | None = None,
-    no_worse: bool = False,
-    lower: bool = False,
-) -> list[Evidence]:
-    """Whether an arm has a higher score than another; nothing where one of them is not there.
+def better(score: str, *pairs: tuple[str, str], **options: bool) -> Measure:
+    """Returns a measure of whether the first arm of each pair has the better score, the lower one of bits per byte."""
+    lower = score not in GROUPS
 
-    Args:
-      results: of a sweep.
-      group: what is scored.
-      one, other: the arms.
-      where: for the reader.
-      sizes: of the arms.
-      no_worse: whether it counts as well if the other is not significantly better.
-      lower: whether lower scores are better.
-    """
-    cases = [one, other] if sizes is None else [(one, sizes[0]), (other, sizes[1])]
-    ones, others = results.paired(group, *cases)
-    if not len(ones):
+    def measure(runs: Results, where: str) -> list[Evidence]:
+        judge = results.better
+        return [
+            evidence
+            for pair in pairs
+            for evidence in judge(
+                runs, where, score, *pair, lower=lower, difference=False, **options
+            )
+        ]
+
+    return measure
+
+
+def mixtures(runs: Results, where: str) -> list[Evidence]:
+    """Compares the shares of tokens that were read with those that were configured."""
+    errors = {
+        row["run"]: max(abs(row["asked"][s] - row["read"].get(s, 0.0)) for s in row["asked"])
+        for row in runs.rows
+    }
+    if not errors:
         return []
-    gaps = others - ones if lower else ones - others
-    holds = not significant(-gaps) if no_worse else significant(gaps)
-    words = (
-        f"{group}: {arm_name(one)} {_mean(ones)}, {arm_name(other)} {_mean(others)}; {_test(gaps)}"
-    )
-    return [Evidence(where, words, holds)]
+    worst = max(errors, key=lambda run: errors[run])
+    words = f"of {len(errors)} runs, the largest error of a share is {errors[worst]:.4f} ({worst})"
+    return [Evidence(where, words, errors[worst] <= _SHARE_ERROR)]
 
 
-def _test(gaps: np.ndarray) -> str:
-    wins, p = int((gaps > 0).sum()), intervals.sign_test(gaps)
-    return f"better in {wins} of {gaps.size} pairs (p = {p:.3g})"
+def _curve(runs: Results, group: str) -> np.ndarray:
+    """Returns scores by share of code: [share, seed]."""
+    return np.array(runs.paired(group, *(f"share_{share}" for share in SHARES)))
 
 
-def _mean(values: np.ndarray) -> str:
-    return intervals.text(intervals.over_seeds(values), 3)
+def _in_words(runs: Results, group: str) -> str:
+    shown = zip(SHARES, _curve(runs, group), strict=True)
+    means = [f"{share} % {runs.mean(row, group)}" for share, row in shown]
+    return f"{group} by share of code: {', '.join(means)}"
 
 
-def arm_name(name: str) -> str:
-    """As a reader sees it."""
-    return name.replace("_to_", " → ").replace("_", " ")
+def rises(runs: Results, where: str) -> list[Evidence]:
+    """Tests whether code improves with its share."""
+    curve = _curve(runs, "code")
+    if not curve.size:
+        return []
+    steps = np.diff(curve, axis=0).ravel()
+    means = curve.mean(axis=1)
+    falling = [f"{SHARES[i]} to {SHARES[i + 1]} %" for i in np.flatnonzero(np.diff(means) < 0)]
+    words = f"{_in_words(runs, 'code')}; neighbours: {sign_test(steps)}"
+    fall = f"the mean falls from {', '.join(falling)}" if falling else "no mean falls"
+    return [Evidence(where, words, significant(steps)), Evidence(where, fall, not falling)]
 
 
-def source_name(task: str) -> str:
-    """As a reader sees it."""
-    return task.removeprefix("skill_").replace("_", " ")
+def collapses(runs: Results, where: str) -> list[Evidence]:
+    """Measures how much knowledge is left without text."""
+    curve = _curve(runs, "knowledge")
+    if not curve.size:
+        return []
+    losses = curve[:-1] - curve[-1]
+    left = curve[-1].mean() / max(curve[0].mean(), 1e-9)
+    words = f"{_in_words(runs, 'knowledge')}; 100 % keeps {left:.1%} of what 0 % knows; {sign_test(losses)}"
+    return [Evidence(where, words, bool(left <= 0.2) and significant(losses))]
 
 
-def _mixtures(small: Results, packages: Results) -> Claim:
-    evidence = []
-    for where, results in ((SMALL, small), (PACKAGES, packages)):
-        errors = {
-            row["run"]: max(abs(row["asked"][s] - row["read"].get(s, 0.0)) for s in row["asked"])
-            for row in results.rows
-        }
-        if errors:
-            worst = max(errors, key=lambda run: errors[run])
-            words = f"of {len(errors)} runs, the largest error of a share is {errors[worst]:.4f} ({worst})"
-            evidence.append(Evidence(where, words, errors[worst] <= _SHARE_ERROR))
-    return Claim(
-        "C0",
-        "Sources get the shares of tokens that they were given",
-        f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
-        evidence,
-        required=True,
-        places=_BOTH,
-    )
+def interior(runs: Results, where: str) -> list[Evidence]:
+    """Tests whether a share of code in between is best for reasoning."""
+    curve = _curve(runs, "reasoning")
+    if not curve.size:
+        return []
+    best = int(curve.mean(axis=1).argmax())
+    gaps = [curve[best] - curve[end] for end in (0, -1)]
+    words = f"{_in_words(runs, 'reasoning')}; best at {SHARES[best]} %: {sign_test(gaps[0])} than at 0 %"
+    inside = 0 < best < len(SHARES) - 1 and all(significant(gap) for gap in gaps)
+    return [Evidence(where, words, inside)]
 
 
-def _recipes(small: Results, packages: Results) -> list[Claim]:
-    starts = ("balanced_to_text", "code_to_text")
-    others = ("text_only", *starts)
-    code = [e for other in others for e in _better(small, "code", "balanced_only", other)]
-    for domain in CODE_DOMAINS:
-        for other in others:
-            code += _better(packages, domain, "balanced_only", other, where=PACKAGES, lower=True)
-    text = [
-        evidence
-        for domain in TEXT_DOMAINS
-        for start in starts
-        for evidence in _better(packages, domain, start, "text_only", where=PACKAGES, lower=True)
-    ]
-    return [
-        Claim(
-            "C1a",
-            "Of all recipes, text and code in equal parts to the end is best at code",
-            "better than each other recipe: exact match of code, bits per byte of Python and C++",
-            code,
-            required=True,
-            places=_BOTH,
-        ),
-        Claim(
-            "C1b",
-            "Text after code or after both is better at reasoning than text alone",
-            "better exact match of problems in words",
-            [e for start in starts for e in _better(small, "reasoning", start, "text_only")],
-        ),
-        Claim(
-            "C1c",
-            "A balanced start costs no knowledge beside a start from code",
-            "code → text is not better",
-            _better(small, "knowledge", *starts, no_worse=True),
-        ),
-        Claim(
-            "C1d",
-            "Text after code or after both is better at text than text alone (not a claim of the paper)",
-            "better bits per byte of prose and docstrings",
-            text,
-        ),
-    ]
-
-
-def _proportions(small: Results) -> list[Claim]:
-    arms = [f"share_{share}" for share in SHARES]
-    curves = {group: np.array(small.paired(group, *arms)) for group in GROUPS}  # [share, seed]
-    if not curves["code"].size:
-        curves = {}
-
-    def curve(group: str) -> str:
-        means = [
-            f"{share} % {_mean(row)}" for share, row in zip(SHARES, curves[group], strict=True)
-        ]
-        return f"{group} by share of code: {', '.join(means)}"
-
-    rises, falls, interior = [], [], []
-    if curves:
-        steps = np.diff(curves["code"], axis=0).ravel()
-        means = curves["code"].mean(axis=1)
-        falling = [f"{SHARES[i]} to {SHARES[i + 1]} %" for i in np.flatnonzero(np.diff(means) < 0)]
-        rises = [
-            Evidence(SMALL, f"{curve('code')}; neighbours: {_test(steps)}", significant(steps)),
-            Evidence(
-                SMALL,
-                f"the mean falls from {', '.join(falling)}" if falling else "no mean falls",
-                not falling,
-            ),
-        ]
-        collapse = curves["knowledge"][:-1] - curves["knowledge"][-1]
-        left = curves["knowledge"][-1].mean() / max(curves["knowledge"][0].mean(), 1e-9)
-        words = f"{curve('knowledge')}; 100 % keeps {left:.1%} of what 0 % knows; {_test(collapse)}"
-        falls = [Evidence(SMALL, words, bool(left <= 0.2) and significant(collapse))]
-        best = int(curves["reasoning"].mean(axis=1).argmax())
-        gaps = [curves["reasoning"][best] - curves["reasoning"][end] for end in (0, -1)]
-        words = f"{curve('reasoning')}; best at {SHARES[best]} %: {_test(gaps[0])} than at 0 %"
-        inside = 0 < best < len(SHARES) - 1 and all(significant(gap) for gap in gaps)
-        interior = [Evidence(SMALL, words, inside)]
-    return [
-        Claim(
-            "C2a",
-            "The more code, the better at code",
-            "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
-            rises,
-            required=True,
-            places=_SMALL_ONLY,
-        ),
-        Claim(
-            "C2b",
-            "Without text there is no knowledge",
-            "100 % code keeps a fifth at most of what text alone knows, and less than any other share",
-            falls,
-            required=True,
-            places=_SMALL_ONLY,
-        ),
-        Claim(
-            "C2c",
-            "Some code beside text is better at reasoning than none and than code alone",
-            "the best share lies between, and is better than both ends",
-            interior,
-        ),
-    ]
-
-
-def _kinds_of_code(small: Results) -> list[Claim]:
-    return [
-        Claim(
-            "C3a",
-            "Verified code teaches more than noisy code, token by token",
-            "better exact match of code",
-            _better(small, "code", "synth", "share_100"),
-            required=True,
-            places=_SMALL_ONLY,
-        ),
-        Claim(
-            "C3b",
-            "A little verified code helps: a tenth of the code",
-            "better with it: code alone; code and reasoning of the mix, and of text after it",
-            [
-                *_better(small, "code", "code_synth", "share_100"),
-                *_better(small, "code", "balanced_synth", "share_50"),
-                *_better(small, "reasoning", "balanced_synth", "share_50"),
-                *_better(small, "code", "balanced_synth_to_text", "balanced_to_text"),
-                *_better(small, "reasoning", "balanced_synth_to_text", "balanced_to_text"),
-            ],
-        ),
-        Claim(
-            "C3c",
-            "Markup and code-adjacent text in place of code cost some code",
-            "web code alone is better at code",
-            [
-                evidence
-                for arm in ("code_markup", "code_adjacent")
-                for evidence in _better(small, "code", "share_100", arm)
-            ],
-        ),
-    ]
-
-
-def _cooldowns(small: Results) -> list[Claim]:
-    none, with_code = "balanced_to_text", "balanced_to_text_cooldown"
-    without = "balanced_to_text_cooldown_without_code"
-    return [
-        Claim(
-            "C4a",
-            "A cooldown with code is no worse than none",
-            "none is not better in any group",
-            [
-                evidence
-                for group in GROUPS
-                for evidence in _better(small, group, with_code, none, no_worse=True)
-            ],
-        ),
-        Claim(
-            "C4b",
-            "It takes code in the cooldown to gain code",
-            "better exact match of code than without code",
-            _better(small, "code", with_code, without),
-        ),
-    ]
-
-
-def _widths(small: Results) -> Claim:
-    evidence = []
+def widths(runs: Results, where: str) -> list[Evidence]:
+    """Compares the gains of knowledge and reasoning from a larger model."""
+    out = []
     for arm in ("balanced_only", "balanced_to_text"):
         gains = []
         for group in ("knowledge", "reasoning"):
-            wide, narrow = small.paired(group, (arm, "width96"), (arm, "width48"))
+            wide, narrow = runs.paired(group, (arm, "width96"), (arm, "width48"))
             gains.append(wide - narrow)
         if len(gains[0]):
+            knowledge, reasoning = (runs.mean(gain, "") for gain in gains)
             words = (
-                f"{arm_name(arm)}, from width 48 to 96: knowledge gains {_mean(gains[0])}, reasoning "
-                f"{_mean(gains[1])}; {_test(gains[0] - gains[1])}"
+                f"{arm_name(arm)}, from width 48 to 96: knowledge gains {knowledge}, reasoning "
+                f"{reasoning}; {sign_test(gains[0] - gains[1])}"
             )
-            evidence.append(Evidence(SMALL, words, significant(gains[0] - gains[1])))
-    return Claim(
+            out.append(Evidence(where, words, significant(gains[0] - gains[1])))
+    return out
+
+
+CLAIMS = (
+    Claim(
+        "C0",
+        "Sources get the shares of tokens that they were given",
+        f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
+        {"skills": [mixtures], "packages": [mixtures]},
+        required=True,
+    ),
+    Claim(
+        "C1a",
+        "Of all recipes, text and code in equal parts to the end is best at code",
+        "better than each other recipe: exact match of code, bits per byte of Python and C++",
+        {
+            "skills": [better("code", *(("balanced_only", other) for other in _OTHERS))],
+            "packages": [
+                better(domain, *(("balanced_only", other) for other in _OTHERS))
+                for domain in CODE_DOMAINS
+            ],
+        },
+        required=True,
+    ),
+    Claim(
+        "C1b",
+        "Text after code or after both is better at reasoning than text alone",
+        "better exact match of problems in words",
+        {"skills": [better("reasoning", *((start, "text_only") for start in _STARTS))]},
+    ),
+    Claim(
+        "C1c",
+        "A balanced start costs no knowledge beside a start from code",
+        "code → text is not better",
+        {"skills": [better("knowledge", _STARTS, no_worse=True)]},
+    ),
+    Claim(
+        "C1d",
+        "Text after code or after both is better at text than text alone (not a claim of the paper)",
+        "better bits per byte of prose and docstrings",
+        {
+            "packages": [
+                better(domain, *((start, "text_only") for start in _STARTS))
+                for domain in TEXT_DOMAINS
+            ]
+        },
+    ),
+    Claim(
+        "C2a",
+        "The more code, the better at code",
+        "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
+        {"skills": [rises]},
+        required=True,
+    ),
+    Claim(
+        "C2b",
+        "Without text there is no knowledge",
+        "100 % code keeps a fifth at most of what text alone knows, and less than any other share",
+        {"skills": [collapses]},
+        required=True,
+    ),
+    Claim(
+        "C2c",
+        "Some code beside text is better at reasoning than none and than code alone",
+        "the best share lies between, and is better than both ends",
+        {"skills": [interior]},
+    ),
+    Claim(
+        "C3a",
+        "Verified code teaches more than noisy code, token by token",
+        "better exact match of code",
+        {"skills": [better("code", ("synth", "share_100"))]},
+        required=True,
+    ),
+    Claim(
+        "C3b",
+        "A little verified code helps: a tenth of the code",
+        "better with it: code alone; code and reasoning of the mix, and of text after it",
+        {
+            "skills": [
+                better("code", ("code_synth", "share_100")),
+                *(better(group, ("balanced_synth", "share_50")) for group in ("code", "reasoning")),
+                *(
+                    better(group, ("balanced_synth_to_text", "balanced_to_text"))
+                    for group in ("code", "reasoning")
+                ),
+            ]
+        },
+    ),
+    Claim(
+        "C3c",
+        "Markup and code-adjacent text in place of code cost some code",
+        "web code alone is better at code",
+        {"skills": [better("code", ("share_100", "code_markup"), ("share_100", "code_adjacent"))]},
+    ),
+    Claim(
+        "C4a",
+        "A cooldown with code is no worse than none",
+        "none is not better in any group",
+        {
+            "skills": [
+                better(group, (_COOLDOWN, "balanced_to_text"), no_worse=True) for group in GROUPS
+            ]
+        },
+    ),
+    Claim(
+        "C4b",
+        "It takes code in the cooldown to gain code",
+        "better exact match of code than without code",
+        {"skills": [better("code", (_COOLDOWN, _WITHOUT_CODE))]},
+    ),
+    Claim(
         "C5",
         "A larger model gains more knowledge than reasoning",
         "the gain in exact match from width 48 to 96 is better",
-        evidence,
-    )
+        {"skills": [widths]},
+    ),
+)

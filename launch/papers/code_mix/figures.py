@@ -1,15 +1,13 @@
-"""Plots of what the sweeps found; none where there is nothing to plot."""
+"""Plots of the sweeps' results; None where there is nothing to plot."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from launch.papers.code_mix import claims
+from launch.papers.code_mix.arms import GROUPS, Results, arm_name, source_name
 from launch.papers.code_mix.sweep import RECIPES, SHARES
-from launch.papers.shared.code_mix_results import GROUPS, Results
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, RED, bar, line, panels
+from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, RED, bar, legend_below, line, panels
 
 _GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
 _RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
@@ -17,34 +15,28 @@ _SCORES = (0, 1.02)  # intervals of few seeds reach beyond what there can be
 _RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
 
 
-def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes the figures into `folder`; returns file name -> what it shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    small, packages = (Results(found.get(part, ())) for part in ("skills", "packages"))
-    figures = {
-        "recipes.png": (_recipes, small, "Change against text-only, by group and recipe"),
-        "phases.png": (_phases, small, "Scores after each phase, by recipe; dots are seeds"),
-        "proportion.png": (_proportion, small, "Scores against the share of code"),
-        "quality.png": (_quality, small, "Kinds of code, relative to web code alone"),
-        "cooldown.png": (_cooldown, small, "What a cooldown changes, and its learning rate"),
-        "scale.png": (_scale, small, "Scores against size"),
-        "packages.png": (_packages, packages, "Bits per byte by recipe"),
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
+    scored = {
+        "recipes.png": (_recipes, "Change against text-only, by group and recipe"),
+        "phases.png": (_phases, "Scores after each phase, by recipe; dots are seeds"),
+        "proportion.png": (_proportion, "Scores against the share of code"),
+        "quality.png": (_quality, "Kinds of code, relative to web code alone"),
+        "cooldown.png": (_cooldown, "What a cooldown changes, and its learning rate"),
+        "scale.png": (_scale, "Scores against size"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    for name, (plot, results, caption) in figures.items():
-        if plot is not _packages and not results.groups:
-            continue
-        if (figure := plot(results)) is not None:
-            figure.savefig(folder / name, dpi=130)
-            drawn[name] = caption
-    return drawn
+    return {
+        **{
+            name: (plot(small) if small.groups else None, caption)
+            for name, (plot, caption) in scored.items()
+        },
+        "packages.png": (_packages(packages), "Bits per byte by recipe"),
+    }
 
 
 def _changes(ones: np.ndarray, others: np.ndarray, relative: bool) -> np.ndarray:
-    """Differences of pairs in percent of the others' mean, or in points of exact match."""
+    """Returns differences of pairs in percent of the others' mean, or in points of exact match."""
     return 100 * (ones - others) / (others.mean() if relative else 1.0)
 
 
@@ -57,7 +49,7 @@ def _bars(
     *,
     rotation: int = 0,
 ) -> None:
-    """Changes of arms against a base: {label: arm}."""
+    """Draws the changes of arms, {label: arm}, against a base."""
     (level,) = results.paired(group, base)
     relative = bool(level.mean() >= _RELATIVE_FROM)
     for i, arm in enumerate(cases.values()):
@@ -65,16 +57,16 @@ def _bars(
         bar(axes, i, changes, 0.7, _RECIPE_COLOURS.get(arm, _GROUP_COLOURS[group]))
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=rotation)
-    axes.set_title(f"{group} ({claims.arm_name(base)}: {level.mean():.2f})", fontsize=10)
+    axes.set_title(f"{group} ({arm_name(base)}: {level.mean():.2f})", fontsize=10)
     unit = "% of its score" if relative else "points"
-    axes.set_ylabel(f"change against {claims.arm_name(base)},\n{unit}", fontsize=9)
+    axes.set_ylabel(f"change against {arm_name(base)},\n{unit}", fontsize=9)
 
 
 def _recipes(results: Results) -> Any:
     if not results.has(*RECIPES):
         return None
     figure, axes = panels(len(results.groups), (12, 4))
-    cases = {claims.arm_name(r).replace(" → ", "\n→ "): r for r in RECIPES if r != "text_only"}
+    cases = {arm_name(r).replace(" → ", "\n→ "): r for r in RECIPES if r != "text_only"}
     for group, one in zip(results.groups, axes, strict=True):
         _bars(one, results, group, cases, "text_only")
     return figure
@@ -92,19 +84,16 @@ def _phases(results: Results) -> Any:
         for i, recipe in enumerate(RECIPES):
             arms = (starts.get(recipe) or RECIPES[recipe], recipe, f"{recipe}_cooldown")
             for j, (arm, (label, colour)) in enumerate(zip(arms, phases, strict=True)):
-                values = np.array(list(results.scores(arm, group).values()))
+                values = results.values(arm, group)
                 bar(one, i + (j - 1) * width, values, width, colour, "" if i else label)
         names = [
-            claims.arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly")
-            for recipe in RECIPES
+            arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly") for recipe in RECIPES
         ]
         one.set_xticks(range(len(RECIPES)), names, fontsize=8)
         one.set_title(group, fontsize=10)
         one.set_ylim(*_SCORES)
     axes[0].set_ylabel("score")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
-    )
+    legend_below(figure, axes[0], 3)
     return figure
 
 
@@ -160,7 +149,7 @@ def _cooldown(results: Results) -> Any:
     width = 0.27
     for j, (label, (arm, colour)) in enumerate(arms.items()):
         for i, group in enumerate(results.groups):
-            values = np.array(list(results.scores(arm, group).values()))
+            values = results.values(arm, group)
             bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
     left.set_xticks(range(len(results.groups)), results.groups)
     left.set_ylabel("score")
@@ -200,11 +189,9 @@ def _scale(results: Results) -> Any:
             line(one, places, curves, _GROUP_COLOURS[group], group)
         one.set_xticks(places, sizes)
         one.set_ylim(*_SCORES)
-        one.set_title(claims.arm_name(arm), fontsize=10)
+        one.set_title(arm_name(arm), fontsize=10)
     axes[0].set_ylabel("score; band: 95 % over seeds")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
-    )
+    legend_below(figure, axes[0], 3)
     return figure
 
 
@@ -216,12 +203,10 @@ def _packages(results: Results) -> Any:
     width = 0.2
     for j, (recipe, colour) in enumerate(_RECIPE_COLOURS.items()):
         for i, domain in enumerate(domains):
-            values = np.array(list(results.scores(recipe, domain).values()))
+            values = results.values(recipe, domain)
             at = i + (j - 1.5) * width
-            bar(axes, at, values, width, colour, "" if i else claims.arm_name(recipe))
-    axes.set_xticks(range(len(domains)), [claims.source_name(domain) for domain in domains])
+            bar(axes, at, values, width, colour, "" if i else arm_name(recipe))
+    axes.set_xticks(range(len(domains)), [source_name(domain) for domain in domains])
     axes.set_ylabel("bits per byte, held out (lower is better)")
-    figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center"
-    )
+    legend_below(figure, axes, 4)
     return figure

@@ -8,6 +8,8 @@ its `eval`. To see the runs and their commands, which a cluster runs in the orde
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 ARMS = "t5x_configs/experiments/code_mix/full/"
 # Recipe -> (file, what it starts from).
 RECIPES = {
@@ -29,44 +31,27 @@ def get_config(data: str) -> ml_collections.ConfigDict:
     both = {"share_50", "code_markup", *RECIPES}
     for name, arm in arms.items():
         arm["sizes"] = ("470m", "2p8b") if name in both else ("470m",)
-    return ml_collections.ConfigDict(
-        {
-            "bindings": tuple(
-                f"{name}={data + place!r}"
-                for name, place in (
-                    ("DATA_ROOT", ""),
-                    ("TOKENIZER", "/tokenizer"),
-                    ("MBPP", "/eval/mbpp.jsonl"),
-                )
-            ),
-            "sizes": {"470m": {}, "2p8b": {"gin_files": (f"{ARMS}size_2p8b.gin",)}},
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-            "evaluations": {
-                "suite": _command("evaluate harness", f"--data_dir={data}/eval"),
-                "humaneval": _code("humaneval", "humaneval"),
-                "mbpp": _code("mbpp", f"{data}/eval/mbpp.jsonl"),
-            },
-        }
+    return configs.config(
+        arms,
+        bindings=configs.data_root(data, MBPP="/eval/mbpp.jsonl"),
+        sizes={"470m": {}, "2p8b": {"gin_files": (f"{ARMS}size_2p8b.gin",)}},
+        evaluations={
+            "suite": _evaluate("harness", f"--data_dir={data}/eval"),
+            "humaneval": _code("humaneval", "humaneval"),
+            "mbpp": _code("mbpp", f"{data}/eval/mbpp.jsonl"),
+        },
     )
 
 
 def _arm(file: str, parent: str | None = None) -> dict:
-    return {"gin_files": (f"{ARMS}{file}.gin",), **({"parent": parent} if parent else {})}
+    return configs.arm(f"{ARMS}{file}.gin", parent=parent)
 
 
 def _code(name: str, problems: str) -> dict:
-    return _command("code", f"--problems={problems}", f"--output={{run}}/{name}.jsonl")
+    return _evaluate("code", f"--problems={problems}", f"--output={{run}}/{name}.jsonl")
 
 
-def _command(name: str, *flags: str) -> dict:
-    return {
-        "command": (
-            "{python}",
-            "-m",
-            "launch.evaluate",
-            name,
-            "--checkpoint={run}",
-            "--json={json}",
-            *flags,
-        )
-    }
+def _evaluate(*words: str) -> dict:
+    command, *flags = words
+    shown = ("--checkpoint={run}", "--json={json}", *flags)
+    return {"command": ("{python}", "-m", "launch.evaluate", command, *shown)}

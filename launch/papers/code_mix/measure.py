@@ -1,4 +1,4 @@
-"""Code in pre-training at small scale: runs the sweeps that are not done, and reads what they found."""
+"""Code in pre-training at small scale: runs the sweeps that are not done, and reads their results."""
 
 import json
 import pathlib
@@ -7,8 +7,21 @@ from typing import Any
 
 from launch.papers.shared import sweeps
 
-PARTS = ("skills", "packages")
-_SWEEPS = {"skills": "sweep", "packages": "packages_sweep"}
+TITLE = "To Code, or Not To Code?, 2408.10914"
+SEEDS = 3
+PARTS = {"skills": "generated text and code", "packages": "installed packages"}
+_SWEEPS = {"skills": "code_mix/sweep", "packages": "code_mix/packages_sweep"}
+
+
+def add_flags(parser: Any) -> None:
+    """Adds the flags of this paper alone."""
+    parser.add_argument(
+        "--package_seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of the arms of packages, which --seeds leaves alone (default: 3)",
+    )
 
 
 def run(
@@ -16,47 +29,32 @@ def run(
     model_dir: str,
     seeds: int,
     package_seeds: int,
-    workers: int = 1,
-    minutes: float | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = tuple(PARTS),
+    **options: Any,
 ) -> dict[str, Any]:
-    """The rows of both sweeps, by part; what has been trained and measured before is read.
+    """Returns the rows of both sweeps, by part; other arguments as of `sweeps.rows`.
 
     Args:
       model_dir: parent of the sweeps' folders.
       seeds: of the generated text and code.
       package_seeds: of the installed packages.
-      workers: runs at once.
-      minutes: after which a sweep stops; the same command goes on.
       parts: of PARTS.
-
-    Raises:
-      ValueError: a sweep could not be run.
-      StoppedError: it was stopped, by a signal or the time.
+      **options: workers and minutes.
     """
     counts = {"skills": seeds, "packages": package_seeds}
     folder = pathlib.Path(model_dir)
-    found: dict[str, Any] = {}
-    for part in parts:
-        rows = sweeps.rows(
-            folder / part,
-            f"code_mix/{_SWEEPS[part]}",
-            counts[part],
-            workers=workers,
-            minutes=minutes,
-        )
-        found[part] = [with_data(row, folder / part / row["directory"]) for row in rows]
-    return found
+    return {
+        part: sweeps.measured(folder / part, _SWEEPS[part], counts[part], with_data, **options)
+        for part in parts
+    }
 
 
 def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """A row of results with what its run's directory says of its data and schedule.
+    """Returns a row of results with the data and the schedule of its run.
 
     Adds 'asked' and 'read', the shares of its tokens by source as configured and as read, and
     'learning_rates', [(step, rate)].
     """
-    from trainers.telemetry.metric_writers import rows_in_force
-
     data = json.loads((directory / "run.json").read_text())["data"]
     starts = [phase["first_step"] for phase in data["phases"]] + [row["step"]]
     asked: dict[str, float] = {}
@@ -70,7 +68,7 @@ def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]
     }
     rates = [
         (metrics["step"], metrics["learning_rate"])
-        for metrics in rows_in_force(str(directory / "metrics.jsonl"))
+        for metrics in sweeps.metrics(directory)
         if "learning_rate" in metrics
     ]
     return {**row, "asked": _shares(asked), "read": _shares(read), "learning_rates": rates}

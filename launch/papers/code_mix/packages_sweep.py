@@ -5,6 +5,8 @@ python -m launch.sweep --sweep launch/papers/code_mix/packages_sweep.py:3 --out 
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 ARMS = "t5x_configs/experiments/code_mix/"
 RECIPES = {
     "text_only": "quickstart_text",
@@ -15,9 +17,6 @@ RECIPES = {
 
 
 def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds))),
-            "arms": {arm: {"gin_files": (f"{ARMS}{file}.gin",)} for arm, file in RECIPES.items()},
-        }
-    )
+    files = sorted(RECIPES.items())
+    arms = {arm: configs.arm(f"{ARMS}{file}.gin") for arm, file in files}
+    return configs.config(arms, seeds=seeds)

@@ -1,59 +1,39 @@
-"""The report: what holds and what does not, as a page that people read and as JSON."""
+"""The report of the reproduction, and that of any sweep with the paper's arms."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from launch.papers.code_mix import claims, figures
-from launch.papers.shared import claim
-from launch.papers.shared.claim import Claim
-from launch.papers.shared.code_mix_results import GROUPS, Results
-from launch.plots import html_page, intervals
+from launch.papers.code_mix.arms import GROUPS, PLACES, Results, arm_name, source_name
+from launch.papers.shared import page
+from launch.papers.shared.results import amount
+from launch.plots import html_page, intervals, panels
 
-
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes code_mix.md, code_mix/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    folder = out / "code_mix"
-    drawn = figures.draw(found, folder)
-    judged = claims.claims(found)
-    record = {
-        **facts,
-        "claims": claim.record(judged),
-        "runs": [_kept(row) for rows in found.values() for row in rows],
-    }
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "code_mix.md").write_text("\n".join(_page(found, judged, drawn, facts)) + "\n")
-    return judged
+_RUNS = {
+    "skills": "models of 2 layers (width 64 where nothing else is said), trained on documents of five "
+    "generated sources (`data/code_mix/skill_sources.py`) and asked 1,392 problems (`data/code_mix/skills.py`): "
+    "*reasoning*, problems in words, and *code*, calls, with operands that no training document "
+    "shows; *knowledge*, facts that text states. 400 steps of 3,072 tokens a phase",
+    "packages": "the quickstart's models of 2.6M parameters on prose, docstrings, Python, C++ and markup of "
+    "installed packages, scored by held-out bits per byte",
+}
+_KEYS = ("run", "arm", "size", "seed", "parents", "tokens", "tokens_total", "epochs_total")
 
 
 def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[str]:
-    """Writes report.html and the paper's figures, as far as the sweeps have its arms, into `out`.
+    """Writes report.html and the paper's figures, as far as the sweeps have its arms; returns the figures' names.
 
     Args:
-      rows: as `experiment.with_data` returns them, of sweeps whose arms are named as in
+      rows: as `measure.with_data` returns them, of sweeps whose arms are named as in
         launch/papers/code_mix/sweep.py or full_sweep.py.
       out: the folder.
-
-    Returns:
-      The figures' names.
 
     Raises:
       ValueError: none of the figures can be drawn.
     """
     results = Results(rows)
-    drawn = figures.draw({"skills": rows, "packages": rows}, out)
+    drawn = panels.save(figures.figures({"skills": rows, "packages": rows}), out)
     if not drawn:
         arms = ", ".join(dict.fromkeys(row["arm"] for row in rows))
         raise ValueError(
@@ -71,117 +51,65 @@ def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[s
     return list(drawn)
 
 
-def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page is made of, for whoever wants to count again."""
-    keys = (
-        "run",
-        "arm",
-        "size",
-        "seed",
-        "parents",
-        "tokens",
-        "tokens_total",
-        "epochs_total",
-        "seconds",
-    )
-    bits = {task: values.get("bits_per_byte") for task, values in row["held_out"].items()}
-    return {
-        **{key: row[key] for key in keys},
-        "read": row["read"],
-        "bits_per_byte": bits,
-        **row["evaluations"],
-    }
-
-
-def _page(
-    found: Mapping[str, Any],
-    judged: Sequence[Claim],
-    drawn: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> list[str]:
-    lines = [
-        "# Code in pre-training: the paper's claims on small models",
-        "",
-        "[To Code, or Not To Code?, arXiv 2408.10914](https://arxiv.org/abs/2408.10914). This page and its",
-        "plots are written by",
-        "",
-        "```",
-        str(facts["command"]),
-        "```",
-        "",
-        "and never by hand. Values are means over seeds with 95 % intervals (Student's t). Claims in bold must",
-        "hold at this scale too; the others are reported as they come out.",
-        "",
-        intervals.BETTER,
-        "",
-        *claim.table(judged),
+def _setup(measured: Mapping[str, Any]) -> list[str]:
+    return [
+        f"- *{PLACES[part]}*: {text}. {amount(measured[part])}, one core each."
+        for part, text in _RUNS.items()
+        if measured.get(part)
     ]
-    lines += ["", "## How it was measured", "", *_setup(found), "", "## Measurements", ""]
-    lines += claim.measurements(judged)
-    for name, caption in drawn.items():
-        lines += [f"![{caption}](code_mix/{name})", "", f"*{caption}.*", ""]
-    for title, part, scores in (
-        ("Generated text and code: all arms", "skills", GROUPS),
-        (
-            "Installed packages: all arms, bits per byte",
-            "packages",
-            claims.TEXT_DOMAINS + claims.CODE_DOMAINS,
-        ),
-    ):
-        lines += _table(title, Results(found.get(part, ())), scores)
-    lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".")
-    return lines
 
 
-def _setup(found: Mapping[str, Any]) -> list[str]:
-    out = []
-    for part, what in (
-        (
-            "skills",
-            "models of 2 layers (width 64 where nothing else is said), trained on documents of five "
-            "generated sources (`data/code_mix/skill_sources.py`) and asked 1,392 problems (`data/code_mix/skills.py`): "
-            "*reasoning*, problems in words, and *code*, calls, with operands that no training document "
-            "shows; *knowledge*, facts that text states. 400 steps of 3,072 tokens a phase",
-        ),
-        (
-            "packages",
-            "the quickstart's models of 2.6M parameters on prose, docstrings, Python, C++ and markup of "
-            "installed packages, scored by held-out bits per byte",
-        ),
-    ):
-        if rows := found.get(part):
-            seeds = sorted({row["seed"] for row in rows})
-            minutes = sum(row["seconds"] for row in rows) / 60
-            out.append(
-                f"- *{claims.SMALL if part == 'skills' else claims.PACKAGES}*: {what}. {len(rows)} runs, "
-                f"seeds {', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs, one core each."
-            )
-    return out
+def _tables(measured: Mapping[str, Any]) -> list[str]:
+    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
+    domains = claims.TEXT_DOMAINS + claims.CODE_DOMAINS
+    return [
+        *_table("Generated text and code: all arms", small, GROUPS),
+        *_table("Installed packages: all arms, bits per byte", packages, domains),
+    ]
 
 
 def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
-    """Scores, shares of tokens as read, and how often each source was read, phases before included."""
-    if not results.rows:
-        return []
-    header = " | ".join(scores)
-    out = [
-        f"## {title}",
-        "",
-        f"| arm | {header} | tokens read in its own steps | times each source was read in all |",
-        "|---|" + "---|" * (len(scores) + 2),
-    ]
+    """Returns the table of scores, shares of tokens read, and times each source was read, earlier phases included."""
+    rows = []
     for arm, size in dict.fromkeys((row["arm"], row["size"]) for row in results.rows):
-        cells = []
-        for score in scores:
-            values = np.array(list(results.scores(arm, score, size).values()))
-            cells.append(intervals.text(intervals.over_seeds(values)))
+        means = [intervals.over_seeds(results.values(arm, score, size)) for score in scores]
         row = next(iter(results.find(arm, size).values()))
-        name = claims.arm_name(arm) + ("" if size in (None, results.main) else f", {size}")
-        shares = ", ".join(
-            f"{claims.source_name(s)} {share:.1%}" for s, share in row["read"].items() if share
-        )
-        epochs = ", ".join(
-            f"{claims.source_name(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n
-        )
-        out.append(f"| {name} | {' | '.join(cells)} | {shares} | {epochs} |")
-    return [*out, ""]
+        name = arm_name(arm) + ("" if size in (None, results.main) else f", {size}")
+        shares = [f"{source_name(s)} {share:.1%}" for s, share in row["read"].items() if share]
+        epochs = [f"{source_name(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n]
+        cells = map(intervals.text, means)
+        rows.append((name, *cells, ", ".join(shares), ", ".join(epochs)))
+    if not rows:
+        return []
+    last = ("tokens read in its own steps", "times each source was read in all")
+    return page.table(("arm", *scores, *last), rows, title)
+
+
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
+    runs = [
+        {
+            **{key: row[key] for key in (*_KEYS, "seconds", "read")},
+            "bits_per_byte": {
+                t: values.get("bits_per_byte") for t, values in row["held_out"].items()
+            },
+            **row["evaluations"],
+        }
+        for rows in measured.values()
+        for row in rows
+    ]
+    return {"runs": runs}
+
+
+REPORT = page.Report(
+    slug="code_mix",
+    title="Code in pre-training: the paper's claims on small models",
+    source="[To Code, or Not To Code?, arXiv 2408.10914](https://arxiv.org/abs/2408.10914)",
+    intro=page.MEANS,
+    claims=claims.claims,
+    figures=figures.figures,
+    setup=_setup,
+    tables=_tables,
+    record=_record,
+    figures_last=True,
+)
+write = REPORT.write

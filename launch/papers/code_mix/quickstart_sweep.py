@@ -5,6 +5,8 @@ python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out 
 
 from ml_collections import ConfigDict
 
+from launch.papers.shared import configs
+
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48
 _BALANCED = {"english": 0.25, "docstrings": 0.25, "python": 0.25, "cpp": 0.25}
@@ -22,7 +24,7 @@ _COOLDOWN_BINDINGS = (
 
 
 def _cooldown(shares: dict[str, float]) -> dict:
-    # All of the state is taken, the place in the data too: what was read before must be said as well.
+    # All of the state is taken, including the place in the data, so that earlier phases are listed too.
     phases = f"stream.make_stream.phases=((0, {_BALANCED!r}), ({_STEPS}, {shares!r}))"
     return {
         "parent": "balanced",
@@ -40,4 +42,4 @@ def get_config() -> ConfigDict:
         "cooldown_with_code": _cooldown({**text, "python": 0.1, "cpp": 0.1}),
         "cooldown_without_code": _cooldown({"english": 0.5, "docstrings": 0.5}),
     }
-    return ConfigDict({"seeds": (0, 1, 2), "arms": ConfigDict(arms, sort_keys=False)})
+    return configs.config(arms, seeds=3)

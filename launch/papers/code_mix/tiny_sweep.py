@@ -23,7 +23,7 @@ def _cooldown(**shares: float) -> dict:
     return {
         "parent": "balanced_then_text",
         "bindings": (
-            # The place in the data is taken too: what was read before must be said as well.
+            # The place in the data is taken too, so that earlier phases are listed too.
             f"stream.make_stream.phases=((0, {_THEN_TEXT!r}), ({_STEPS}, {shares!r}))",
             f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
             "initial.InitialCheckpoint.scope='state'",

@@ -1,6 +1,5 @@
-"""Plots of what the language sweep found; none where there is nothing to plot. Those of images: image_figures.py."""
+"""Plots of the language experiment; None where there is nothing to plot. Those of images: image_figures.py."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import numpy as np
 
 from launch.papers.low_rank import image_figures, timing
 from launch.papers.low_rank import sweep as lm
-from launch.papers.shared.low_rank_results import Results
+from launch.papers.low_rank.arms import Results
+from launch.papers.low_rank.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
 from launch.plots import intervals
 from launch.plots.panels import (
     BLUE,
@@ -18,12 +18,12 @@ from launch.plots.panels import (
     PURPLE,
     RED,
     legend_below,
+    level,
     line,
     panels,
     plain_ticks,
-    save,
+    with_errors,
 )
-from launch.plots.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
 
 _INIT_STYLE = {
     "he": (ORANGE, "He"),
@@ -34,13 +34,10 @@ _SHOWN = ("1e-3", "1e-2")  # lambdas whose spectra are drawn
 _FROM = 100  # updates before which a curve is too steep to compare
 
 
-def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes the figures into `folder`; returns file name -> what it shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    results, images = (Results(found.get(part, ())) for part in ("lm", "vision"))
-    figures = {
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    results, images = (Results(measured.get(part, ())) for part in ("lm", "vision"))
+    return {
         "ranks.png": (
             _ranks(results),
             "Perplexity against the rank, by start; dense models as they are and as small as the factors",
@@ -62,12 +59,11 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
             "'param_ratio'",
         ),
         "sizes.png": (
-            _sizes(results, found.get("timing", {})),
+            _sizes(results, measured.get("timing", {})),
             "Perplexity against parameters and against the measured time of a step",
         ),
         **image_figures.figures(images),
     }
-    return save(figures, folder)
 
 
 def _ranks(results: Results) -> Any:
@@ -85,9 +81,7 @@ def _ranks(results: Results) -> Any:
         curves["dense, as few parameters"] = (GREY, narrow)
     for label, (colour, names) in curves.items():
         line(axes, ranks, results.paired("perplexity", *names), colour, label)
-    dense = intervals.over_seeds(results.values("dense", "perplexity"))
-    axes.axhline(dense["value"], color="black", ls="--", lw=1.5, label="dense")
-    axes.axhspan(dense["low"], dense["high"], color="black", alpha=0.08, lw=0)
+    level(axes, intervals.over_seeds(results.values("dense", "perplexity")), "dense")
     axes.set_xticks(ranks)
     axes.set_xlabel("rank, share of the smaller side")
     axes.set_ylabel("perplexity; band: 95 % over seeds")
@@ -96,7 +90,7 @@ def _ranks(results: Results) -> Any:
 
 
 def _profile(results: Results, arm: str, when: str) -> np.ndarray:
-    """Singular values over the largest, mean over matrices and seeds; of a matrix that is zero, zeros."""
+    """Returns singular values over the largest, mean over matrices and seeds; zeros for a matrix that is zero."""
     rows = [
         np.array(values) / (values[0] or 1.0)
         for row in results.find(arm).values()
@@ -132,7 +126,7 @@ def _spectra(results: Results) -> Any:
 
 
 def _readings(results: Results, arm: str, name: str) -> tuple[list[int], list[np.ndarray]]:
-    """Steps, and at each of them the values over seeds."""
+    """Returns steps, and the values over seeds at each of them."""
     runs = [{r["step"]: r[name] for r in row["spectrum"]} for row in results.find(arm).values()]
     steps = sorted(set.intersection(*map(set, runs)))
     return steps, [np.array([run[step] for run in runs]) for step in steps]
@@ -222,23 +216,13 @@ def _sizes(results: Results, times: Mapping[str, Any]) -> Any:
         if not arms:
             continue
         scores = [intervals.over_seeds(results.values(arm, "perplexity")) for arm in arms]
-        places = [[{"value": results.values(arm, "parameters").mean() / 1e3} for arm in arms]]
+        places = [[results.values(arm, "parameters").mean() / 1e3 for arm in arms]]
         if times:
-            places.append([intervals.over_seeds(timing.ratios(times, arm)) for arm in arms])
+            ratios = [intervals.over_seeds(timing.ratios(times, arm)) for arm in arms]
+            places.append([ratio["value"] for ratio in ratios])
         for one, at in zip(axes, places, strict=True):
-            one.errorbar(
-                [place["value"] for place in at],
-                [score["value"] for score in scores],
-                yerr=[
-                    [score["value"] - score["low"] for score in scores],
-                    [score["high"] - score["value"] for score in scores],
-                ],
-                color=colour,
-                marker=marker,
-                ls="-" if len(arms) > 1 else "",
-                capsize=2,
-                label=label,
-            )
+            style = {"color": colour, "marker": marker, "capsize": 2, "label": label}
+            with_errors(one, at, scores, ls="-" if len(arms) > 1 else "", **style)
     axes[0].set_xlabel("parameters, thousands")
     axes[0].set_ylabel("perplexity; bars: 95 % over seeds")
     if times:

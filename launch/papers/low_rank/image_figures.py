@@ -1,19 +1,19 @@
-"""Plots of what the sweep on images found; none where there is nothing to plot."""
+"""Plots of the experiment on images; None where there is nothing to plot."""
 
 from typing import Any
 
 from launch.papers.low_rank import vision_sweep as vision
-from launch.papers.shared.low_rank_results import Results
+from launch.papers.low_rank.arms import Results
+from launch.papers.low_rank.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
 from launch.plots import intervals
-from launch.plots.panels import bar, panels
-from launch.plots.scatter import DECAY_NAMES, DECAY_STYLE, Point, scatter
+from launch.plots.panels import bar, legend_below, panels
 
 _WIDTH = 0.14
 _NAMES = {"he": "He", "spectral": "spectral", "spectral_ones": "spectral ones"}
 
 
 def figures(results: Results) -> dict[str, tuple[Any, str]]:
-    """File name -> (figure or None, what it shows)."""
+    """Returns file name -> (figure, caption)."""
     return {
         "images.png": (
             _bars(results),
@@ -28,13 +28,13 @@ def figures(results: Results) -> dict[str, tuple[Any, str]]:
 
 
 def _cases(results: Results, init: str) -> dict[tuple[str, str], str]:
-    """(decay, rate) -> arm, of those that are there."""
-    found = {
+    """Returns (decay, rate) -> arm, of the arms that have runs."""
+    arms = {
         (kind, rate): vision.arm(init, kind, rate)
         for kind in vision.DECAYS
         for rate in vision.RATES
     }
-    return {case: name for case, name in found.items() if results.has(name)}
+    return {case: name for case, name in arms.items() if results.has(name)}
 
 
 def _bars(results: Results) -> Any:
@@ -70,9 +70,7 @@ def _bars(results: Results) -> Any:
             highest = max(highest, dense["value"])
             one.set_ylim(max(lowest - 0.1, 0), min(highest + 0.05, 1.0))
             one.axhline(dense["value"], color="black", ls="--", lw=1.5, label="dense")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center"
-    )
+    legend_below(figure, axes[0], 4)
     return figure
 
 

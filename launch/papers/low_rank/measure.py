@@ -1,4 +1,4 @@
-"""Low-rank training at small scale: runs the sweeps that are not done, and reads what they found."""
+"""Low-rank training at small scale: runs the sweeps that are not done, and reads their results."""
 
 import json
 import pathlib
@@ -7,60 +7,47 @@ from typing import Any
 
 from launch.papers.low_rank import timing
 from launch.papers.shared import sweeps
-from launch.papers.shared.stages import Stages
 
-PARTS = ("lm", "vision", "timing")
-_SWEEPS = {"lm": "sweep", "vision": "vision_sweep"}
+TITLE = "low-rank training, 2209.13569"
+SEEDS = 3
+PARTS = {"lm": "characters", "vision": "textures", "timing": "the time of steps"}
+_SWEEPS = {"lm": "low_rank/sweep", "vision": "low_rank/vision_sweep"}
 _SPECTRUM = "spectrum/"
 
 
 def run(
-    *,
-    model_dir: str,
-    seeds: int,
-    workers: int = 1,
-    minutes: float | None = None,
-    parts: Sequence[str] = PARTS,
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """The rows of both sweeps and the times of steps, by part; what is there already is read.
+    """Returns the rows of both sweeps and the times of steps, by part; other arguments as of `sweeps.rows`.
 
     Args:
-      model_dir: parent of the sweeps' folders and of what is measured.
+      model_dir: parent of the sweeps' folders and of other measurements.
       seeds: of each sweep.
-      workers: runs at once.
-      minutes: after which a sweep stops; the same command goes on.
       parts: of PARTS.
-
-    Raises:
-      ValueError: a sweep could not be run.
-      sweeps.StoppedError: it was stopped, by a signal or the time.
+      **options: workers and minutes.
     """
     folder = pathlib.Path(model_dir)
-    found: dict[str, Any] = {}
-    for part in parts:
-        if part == "timing":  # last, and by itself: it wants the machine idle
-            continue
-        rows = sweeps.rows(
-            folder / part, f"low_rank/{_SWEEPS[part]}", seeds, workers=workers, minutes=minutes
-        )
-        found[part] = [with_course(row, folder / part / row["directory"]) for row in rows]
-    if "timing" in parts:
-        stages = Stages(folder / "measured")
-        found["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
-    return found
+    measured: dict[str, Any] = {
+        part: sweeps.measured(folder / part, _SWEEPS[part], seeds, with_course, **options)
+        for part in parts
+        if part in _SWEEPS
+    }
+    if "timing" in parts:  # last, and by itself: it needs an idle machine
+        stages = sweeps.Stages(folder / "measured")
+        measured["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
+    return measured
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """A row of results with what its run's directory says of its course.
+    """Returns a row of results with the course of its run; what a run does not have is empty.
 
-    Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', of each reading its
-    step and the means of trainers/low_rank/spectrum.py; and 'first_spectra' and 'last_spectra', by layer the
-    singular values of each stacked matrix. What a run does not have is empty.
+    Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', for each reading its step and the
+    means of trainers/low_rank/spectrum.py; and 'first_spectra' and 'last_spectra', by layer the singular values of
+    each stacked matrix.
     """
     from trainers.low_rank import spectrum
-    from trainers.telemetry.metric_writers import rows_in_force
 
-    metrics = rows_in_force(str(directory / "metrics.jsonl"))
+    metrics = sweeps.metrics(directory)
     curve = [
         (line["step"], value)
         for line in metrics
@@ -68,16 +55,15 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
         if name.startswith("eval/") and name.endswith("/perplexity")
     ]
     spectra = spectrum.read(directory) if (directory / spectrum.FILE).exists() else []
-    read = {line["step"] for line in spectra}
+    steps = {line["step"] for line in spectra}
     readings = [
-        {"step": line["step"]}
-        | {
+        {
             name.removeprefix(_SPECTRUM): value
             for name, value in line.items()
-            if name.startswith(_SPECTRUM)
+            if name == "step" or name.startswith(_SPECTRUM)
         }
         for line in metrics
-        if line["step"] in read and any(name.startswith(_SPECTRUM) for name in line)
+        if line["step"] in steps and any(name.startswith(_SPECTRUM) for name in line)
     ]
     return {
         **row,

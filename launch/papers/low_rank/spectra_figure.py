@@ -22,7 +22,7 @@ def draw(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> None
 
     Raises:
       FileNotFoundError: a run has no spectra.
-      ValueError: more runs than colours that can be told apart.
+      ValueError: more runs than colours that can be distinguished.
     """
     if len(runs) > len(_COLOURS):
         raise ValueError(f"--spectra draws {len(_COLOURS)} runs at most, not {len(runs)}.")
@@ -30,10 +30,12 @@ def draw(runs: Mapping[str, str | os.PathLike], path: str | os.PathLike) -> None
     for (name, directory), colour in zip(runs.items(), _COLOURS, strict=False):
         readings = _readings(directory)
         at = [line["step"] for line in readings]
-        found = [spectrum.summary(_matrices(line), line["learning_rate"]) for line in readings]
-        ranks.plot(at, [x["effective_rank"] for x in found], color=colour, marker=".", label=name)
+        summaries = [spectrum.summary(_matrices(line), line["learning_rate"]) for line in readings]
+        ranks.plot(
+            at, [x["effective_rank"] for x in summaries], color=colour, marker=".", label=name
+        )
         # A rate of 0, before the first update of a warm-up, has no place on a logarithmic axis.
-        steps.plot(at, [x["effective_step"] or np.nan for x in found], color=colour, marker=".")
+        steps.plot(at, [x["effective_step"] or np.nan for x in summaries], color=colour, marker=".")
         for line, style in ((readings[0], "--"), (readings[-1], "-")):
             profile = _profile(_matrices(line))
             values.plot(np.linspace(0, 1, len(profile)), profile, style, color=colour, lw=2)

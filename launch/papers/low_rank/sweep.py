@@ -9,6 +9,8 @@ minute on one core; the number of seeds after a colon:
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 ARMS = "t5x_configs/experiments/low_rank/cpu/"
 INITS = ("he", "spectral", "spectral_ones")
 # Share of the smaller side of each matrix -> (WIDTH, MLP_WIDTH) of a dense model of as many parameters. The first is
@@ -38,12 +40,7 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
     ratio = {"RANK_RULE": "param_ratio"}
     arms["spectral_ratio"] = _arm("low_rank", **ratio)
     arms["warm_start_ratio"] = _arm("warm_start", parent="dense_start", **ratio)
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds))),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
+    return configs.config(arms, seeds=seeds)
 
 
 def arm(init: str, rank: float = MAIN) -> str:
@@ -68,8 +65,5 @@ def _percent(rank: float) -> str:
 
 
 def _arm(file: str, *, parent: str | None = None, **macros: object) -> dict:
-    return {
-        "gin_files": (f"{ARMS}{file}.gin",),
-        "bindings": tuple(f"{name}={value!r}" for name, value in macros.items()),
-        **({"parent": parent} if parent else {}),
-    }
+    bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
+    return configs.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)

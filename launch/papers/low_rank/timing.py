@@ -40,9 +40,9 @@ def measure() -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def ratios(found: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
+def ratios(measured: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
     """An arm's time over another's, round by round."""
-    return np.array(found["seconds"][arm]) / np.array(found["seconds"][base])
+    return np.array(measured["seconds"][arm]) / np.array(measured["seconds"][base])
 
 
 @dataclasses.dataclass
@@ -61,8 +61,8 @@ class _Side:
         from launch.config import gin_config
         from trainers import partitioning
 
-        given = (*settings["bindings"], "MODEL_DIR=''")
-        config = gin_config.load(settings["gin_files"], given, entry="launch.train:train")
+        bindings = (*settings["bindings"], "MODEL_DIR=''")
+        config = gin_config.load(settings["gin_files"], bindings, entry="launch.train:train")
         try:  # modules ask gin for their arguments until the step has been traced
             recipe = config.arguments()["recipe"]
             program = recipe.program()

@@ -11,6 +11,8 @@ import itertools
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 ARMS = "t5x_configs/experiments/low_rank/cpu/"
 INITS = ("he", "spectral", "spectral_ones")
 DECAYS = ("none", "l2", "frobenius")
@@ -18,22 +20,14 @@ RATES = {"full": 0.1, "half": 0.05}
 
 
 def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
-    arms = {"dense": {"gin_files": (f"{ARMS}textures.gin",)}}
+    arms = {"dense": configs.arm(f"{ARMS}textures.gin")}
     for init, decay, rate in itertools.product(INITS, DECAYS, RATES):
-        arms[arm(init, decay, rate)] = {
-            "gin_files": (f"{ARMS}textures_low_rank.gin",),
-            "bindings": (
-                f"FACTOR_INIT={init!r}",
-                f"FACTOR_DECAY={decay!r}",
-                f"LEARNING_RATE={RATES[rate]}",
-            ),
-        }
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds))),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
+        macros = {"FACTOR_INIT": init, "FACTOR_DECAY": decay, "LEARNING_RATE": RATES[rate]}
+        bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
+        arms[arm(init, decay, rate)] = configs.arm(
+            f"{ARMS}textures_low_rank.gin", bindings=bindings
+        )
+    return configs.config(arms, seeds=seeds)
 
 
 def arm(init: str, decay: str = "none", rate: str = "full") -> str:

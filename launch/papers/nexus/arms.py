@@ -1,7 +1,7 @@
-"""Names of the arms of launch/papers/nexus/sweep.py, and what their runs' evaluations say.
+"""Names of the arms of launch/papers/nexus/sweep.py, and the evaluations of their runs.
 
-Domains of a part are the general one, those of the experts that a mixture is made of, in their order, and last the
-new one, whose expert is added.
+Domains of a part are the general one, those of a mixture's experts, in their order, and last the new one, whose
+expert is added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ BUDGETS = (50, 100, 200, 400)  # updates of an extension
 
 
 class Runs(DomainRuns):
-    """Rows of a part with the arms' names."""
+    """Runs of a part with the arms' names."""
 
     def label(self, arm: str) -> str:
         if arm in EXTENSIONS:
@@ -59,25 +59,25 @@ class Runs(DomainRuns):
         return self.domains[1:-1]
 
     def chosen(self, arm: str) -> np.ndarray | None:
-        """Share of each domain's tokens whose first choice is an expert, mean over layers: [seed, domain, expert].
+        """Returns the share of each domain's tokens whose first choice is an expert, mean over layers: [seed, domain, expert].
 
         None where no run of the arm has the evaluation 'routing' on all domains.
         """
         tables = [
-            [np.mean(found["chosen"][domain]["mlp"], axis=0) for domain in self.domains]
-            for found in self.evaluation(arm, "routing")
-            if all(domain in found["chosen"] for domain in self.domains)
+            [np.mean(routing["chosen"][domain]["mlp"], axis=0) for domain in self.domains]
+            for routing in self.evaluation(arm, "routing")
+            if all(domain in routing["chosen"] for domain in self.domains)
         ]
         return np.array(tables) if tables else None
 
     def cosines(self, arm: str) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-        """(names, of the domains' vectors [seed, i, j], of the experts' vectors, mean over layers), or None."""
-        found = self.evaluation(arm, "structure")
-        if not found:
+        """Returns (names, cosines of the domains' vectors [seed, i, j], of the experts', mean over layers), or None."""
+        runs = self.evaluation(arm, "structure")
+        if not runs:
             return None
-        vectors = np.array([one["vectors"] for one in found])
-        projected = np.array([np.mean(list(one["projected"].values()), axis=0) for one in found])
-        return list(found[0]["domains"]), vectors, projected
+        vectors = np.array([one["vectors"] for one in runs])
+        projected = np.array([np.mean(list(one["projected"].values()), axis=0) for one in runs])
+        return list(runs[0]["domains"]), vectors, projected
 
 
 def expert(domain: str) -> str:
@@ -85,5 +85,5 @@ def expert(domain: str) -> str:
 
 
 def start(arm: str) -> str:
-    """The arm that is what another one starts from, made and not trained."""
+    """Returns the arm that another one starts from, made and not trained."""
     return f"{arm}_start"

@@ -1,209 +1,313 @@
-"""The claims of Nexus on losses, with what was measured for each; those on routers are in router_claims.py.
+"""The claims of Nexus and how each is measured.
 
 Arms of the same seed share the seed model, the experts and the data with their order, so that they are compared in
 pairs. Before the extension losses are means over the general domain and those of the experts; after it the new domain
-stands by itself.
+is judged by itself. Shares are of tokens of held-out rows whose first choice an expert is, mean over layers.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from launch.papers.nexus import router_claims
-from launch.papers.nexus.arms import BUDGETS, CONTINUED, MERGED, NEW, OLD, SEED, Runs
-from launch.papers.shared import claim, domain_claims
+from launch.papers.nexus.arms import BUDGETS, CONTINUED, MERGED, NEW, OLD, SEED, Runs, start
+from launch.papers.shared import domains, results
 from launch.papers.shared.claim import Claim, Evidence
-from launch.papers.shared.domain_claims import Judge
-from launch.papers.shared.domains import PARTS
+from launch.papers.shared.domains import everywhere
 from launch.plots import intervals
 
 FLAT = 0.02  # of the loss on the old domains: what an extension may cost, on the mean over seeds
+ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
 RESET, APPENDED, EXTENDED = "ext_linear_reset", "ext_linear_append", "ext_nexus"
+_Z_LOSS = "ext_nexus_z_loss"
+_LEAST = 4  # experts: an order of the three pairs of three comes about by chance
+
+_pairs = functools.partial(domains.pairs, score=OLD)
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
-    """All of them, of what `experiment.run` has found."""
-    judge = domain_claims.judge(Runs.parts(found))
-    judged = [
-        *_upcycled(judge),
-        *_extended(judge),
-        *_old_domains(judge),
-        *router_claims.claims(judge),
-        *_balance(judge),
-        *_controls(judge),
-    ]
-    return claim.placed(judged, {part: part for part in PARTS})
+def _at_budgets(*pairs: tuple[str, str], steps: Sequence[int] = BUDGETS, no_worse: bool = False):
+    """Returns measures of whether the first arm of each pair has the lower loss on the new domain after so many updates."""
+    return [_pairs(*pairs, score=NEW, step=step, no_worse=no_worse) for step in steps]
 
 
-_pairs = functools.partial(domain_claims.pairs, score=OLD)
-
-
-def _upcycled(judge: Judge) -> list[Claim]:
-    return [
-        Claim(
-            "N1",
-            "A mixture with Nexus' router is no worse than one with a linear router",
-            "the linear router has not the lower loss on the old domains",
-            judge(_pairs(("nexus", "linear"), no_worse=True)),
-            required=True,
-        ),
-        Claim(
-            "N2",
-            "Both are better than the seed, and the seed is better than the merged experts",
-            "Nexus and linear have a lower loss on the old domains than the seed, and it a lower one than merged",
-            judge(_pairs(("nexus", SEED), ("linear", SEED), (SEED, MERGED))),
-            required=True,
-        ),
-        Claim(
-            "N3",
-            "Nexus' router is better",
-            "Nexus has the lower loss on the old domains",
-            judge(_pairs(("nexus", "linear"))),
-        ),
-    ]
-
-
-def _extended(judge: Judge) -> list[Claim]:
-    pair = (EXTENDED, RESET)
-    return [
-        Claim(
-            "N4",
-            "After an extension Nexus is no worse on the new domain than a linear router that is drawn anew",
-            "at no budget has the linear router the lower loss on the new domain",
-            judge(*(_pairs(pair, score=NEW, step=step, no_worse=True) for step in BUDGETS)),
-            required=True,
-        ),
-        Claim(
-            "N5",
-            "Nexus is better on the new domain before any further training",
-            "it has the lower loss on the new domain at step 0",
-            judge(_pairs(pair, score=NEW, step=0)),
-            required=True,
-        ),
-        Claim(
-            "N6",
-            "and at every budget",
-            "it has the lower loss on the new domain at each",
-            judge(*(_pairs(pair, score=NEW, step=step) for step in BUDGETS)),
-        ),
-        Claim(
-            "N7",
-            "The gap is largest at the smallest budget",
-            f"the gap in loss on the new domain is larger at {BUDGETS[0]} updates than at each other budget",
-            judge(_shrinking),
-        ),
-        Claim(
-            "N8",
-            "Nexus is no worse than a linear router that keeps its rows (a control, not a claim of the paper)",
-            "at no budget has the linear router with a row appended the lower loss on the new domain",
-            judge(
-                *(
-                    _pairs((EXTENDED, APPENDED), score=NEW, step=step, no_worse=True)
-                    for step in (0, *BUDGETS)
-                )
-            ),
-        ),
-    ]
-
-
-def _shrinking(results: Runs, where: str) -> list[Evidence]:
-    by_step = {}
-    for step in BUDGETS:
-        at = results.at(step)
-        nexus, linear = (at.scores(arm, NEW) for arm in (EXTENDED, RESET))
-        by_step[step] = {seed: linear[seed] - nexus[seed] for seed in nexus if seed in linear}
+def shrinking(runs: Runs, where: str) -> list[Evidence]:
+    """Compares the gap on the new domain at the smallest budget with that at each other budget."""
     first, *later = BUDGETS
+    gaps = {
+        step: at.scores(RESET, NEW) - at.scores(EXTENDED, NEW)
+        for step, at in ((step, runs.at(step)) for step in BUDGETS)
+    }
     out = []
     for step in later:
-        seeds = sorted(set(by_step[first]) & set(by_step[step]))
-        if not seeds:
+        shrunk = (gaps[first] - gaps[step]).dropna()
+        if shrunk.empty:
             continue
-        gaps = {s: [by_step[s][seed] for seed in seeds] for s in (first, step)}
-        shrunk = [a - b for a, b in zip(gaps[first], gaps[step], strict=True)]
         words = "; ".join(
-            f"gap at {s} updates {intervals.text(intervals.over_seeds(gaps[s]), 3)}" for s in gaps
+            f"gap at {s} updates {intervals.text(intervals.over_seeds(gaps[s][shrunk.index]), 3)}"
+            for s in (first, step)
         )
         out.append(Evidence(where, words, intervals.significant(shrunk)))
     return out
 
 
-def _old_domains(judge: Judge) -> list[Claim]:
-    first = BUDGETS[0]
-    return [
-        Claim(
-            "N9",
-            "An extension hardly changes the loss on the old domains",
-            f"at each budget the loss on them is at most {FLAT:.0%} above that before the extension, on the mean",
-            judge(*(functools.partial(_flat, step=step) for step in BUDGETS)),
-        ),
-        Claim(
-            "N10",
-            "A short extension keeps the old domains better with Nexus than with a linear router",
-            f"Nexus has the lower loss on the old domains at {first} updates than with rows drawn anew or appended",
-            judge(_pairs((EXTENDED, RESET), (EXTENDED, APPENDED), score=OLD, step=first)),
-        ),
-    ]
-
-
-def _flat(results: Runs, where: str, *, step: int) -> list[Evidence]:
-    ends, starts = results.at(step).scores(EXTENDED, OLD), results.scores("nexus", OLD)
-    seeds = sorted(set(ends) & set(starts))
+def flat(runs: Runs, where: str, *, step: int) -> list[Evidence]:
+    """Measures by how much an extension changes the loss on the old domains."""
+    ends, starts = runs.at(step).scores(EXTENDED, OLD), runs.scores("nexus", OLD)
+    seeds = sorted(set(ends.index) & set(starts.index))
     if not seeds:
         return []
-    after, before = (np.array([one[seed] for seed in seeds]) for one in (ends, starts))
-    change = intervals.over_seeds(100 * (after - before) / before)
+    after, before = ends[seeds].to_numpy(), starts[seeds].to_numpy()
+    change = results.change(after, before)
     words = (
-        f"{OLD}: before {results.mean(before, OLD)}, after {results.mean(after, OLD)}; change "
+        f"{OLD}: before {runs.mean(before, OLD)}, after {runs.mean(after, OLD)}; change "
         f"{intervals.text(change, 1)} %"
     )
     return [Evidence(f"{where}, {step} updates", words, change["value"] <= 100 * FLAT)]
 
 
-def _balance(judge: Judge) -> list[Claim]:
-    return [
-        Claim(
-            "N15",
-            "A weak balance loss hurts a linear router",
-            "it has a lower loss on the old domains with 0.05 than with 0.0005",
-            judge(_pairs(("linear", "linear_low"))),
-        ),
-        Claim(
-            "N16",
-            "and does not hurt Nexus",
-            "it has not a lower loss with 0.05 than with 0.0005",
-            judge(_pairs(("nexus_low", "nexus"), no_worse=True)),
-        ),
-    ]
+def diagonal(runs: Runs, where: str) -> list[Evidence]:
+    """Counts the domains that go to their own experts after upcycling."""
+    if (nexus := _own_experts(runs, "nexus")) is None:
+        return []
+    words, holds = nexus
+    if (linear := _own_experts(runs, "linear")) is not None:  # for comparison: not claimed
+        words += f"; {linear[0]}"
+    return [Evidence(where, words, holds)]
 
 
-def _controls(judge: Judge) -> list[Claim]:
-    return [
-        Claim(
-            "N17",
-            "What the embeddings say matters (a control, not a claim of the paper)",
-            "Nexus has a lower loss than with random or one-hot vectors on the old domains, and than with random ones "
-            "on the new domain at step 0 and at the smallest budget",
-            judge(
-                _pairs(("nexus", "nexus_random"), ("nexus", "nexus_one_hot")),
-                *(
-                    _pairs((EXTENDED, "ext_random"), score=NEW, step=step)
-                    for step in (0, BUDGETS[0])
-                ),
-            ),
-        ),
-        Claim(
-            "N18",
-            "Nexus is no worse than a router of as many parameters (a control, not a claim of the paper)",
-            "the MLP router has not the lower loss on the old domains",
-            judge(_pairs(("nexus", "mlp_router"), no_worse=True)),
-        ),
-        Claim(
-            "N19",
-            "It is better than the seed trained on as many tokens in all (a control, not a claim of the paper)",
-            "Nexus has a lower loss on the old domains than the dense model that was trained on the tokens of all "
-            "experts and of the mixture",
-            judge(_pairs(("nexus", CONTINUED))),
-        ),
+def _own_experts(runs: Runs, arm: str) -> tuple[str, bool] | None:
+    """Returns how many domains go to their own experts, in words, and whether all do; None without routing."""
+    if (chosen_NDE := runs.chosen(arm)) is None:
+        return None
+    experts = len(runs.initial)
+    own_NEE = chosen_NDE[
+        :, 1 : 1 + experts
+    ]  # rows of the domains that have experts, in their order
+    right = int((own_NEE.mean(0).argmax(-1) == np.arange(experts)).sum())
+    share = intervals.over_seeds(own_NEE.diagonal(axis1=1, axis2=2).mean(-1))
+    words = (
+        f"{runs.label(arm)}: {right} of {experts} domains; their experts' share of tokens {intervals.text(share)}, "
+        f"{1 / experts:.2f} by chance"
+    )
+    return words, right == experts
+
+
+def at_start(runs: Runs, where: str) -> list[Evidence]:
+    """Measures the new expert's share of the new domain before the extension is trained."""
+    chosen_NDE = runs.chosen(start(EXTENDED))
+    if chosen_NDE is None:
+        return []
+    new_NE = chosen_NDE[:, -1]
+    share = intervals.over_seeds(new_NE[:, -1])
+    largest = new_NE.argmax(-1) == new_NE.shape[-1] - 1
+    words = (
+        f"share of the new expert {intervals.text(share)}, the largest in {largest.sum()} of "
+        f"{len(largest)} seeds"
+    )
+    for arm in (APPENDED, RESET):
+        if (other := runs.chosen(start(arm))) is not None:
+            words += f"; {runs.label(arm)} {intervals.text(intervals.over_seeds(other[:, -1, -1]))}"
+    return [Evidence(where, words, bool(largest.all()))]
+
+
+def over_attraction(runs: Runs, where: str) -> list[Evidence]:
+    """Measures the new expert's share of the old domains before the extension is trained."""
+    if (shares := _attracted(runs, EXTENDED)) is None:
+        return []
+    old, new = shares
+    words = f"over-attraction: {intervals.text(old)} of the old domains' tokens, {intervals.text(new)} of the new one's"
+    if (with_z_loss := _attracted(runs, _Z_LOSS)) is not None:
+        both = " and ".join(map(intervals.text, with_z_loss))
+        words += f"; with a router z-loss of 0.001 before the extension {both}"
+    return [Evidence(where, words, old["value"] <= ATTRACTED and old["value"] < new["value"])]
+
+
+def _attracted(runs: Runs, arm: str) -> tuple[dict, dict] | None:
+    """Returns the new expert's shares of the old domains' tokens and of the new one's at step 0; None without routing."""
+    if (chosen_NDE := runs.chosen(start(arm))) is None:
+        return None
+    shares = (chosen_NDE[:, :-1, -1].mean(-1), chosen_NDE[:, -1, -1])
+    old, new = map(intervals.over_seeds, shares)
+    return old, new
+
+
+def _pairs_of(cosines_NEE: np.ndarray) -> np.ndarray:
+    """Returns the cosines of different experts, each pair once: [seed, pair]."""
+    upper = np.triu_indices(cosines_NEE.shape[-1], 1)
+    return cosines_NEE[:, upper[0], upper[1]]
+
+
+def similar(runs: Runs, where: str) -> list[Evidence]:
+    """Correlates the similarity of experts' vectors with that of their domains."""
+    from scipy import stats
+
+    if (cosines := runs.cosines("nexus")) is None or len(cosines[0]) < _LEAST:
+        return []
+    vectors_NP, projected_NP = map(_pairs_of, cosines[1:])
+    rhos_N = [
+        float(stats.spearmanr(one, other).statistic)
+        for one, other in zip(vectors_NP, projected_NP, strict=True)
     ]
+    words = f"rho over {vectors_NP.shape[1]} pairs {intervals.text(intervals.over_seeds(rhos_N))}"
+    return [Evidence(where, words, intervals.significant(rhos_N))]
+
+
+def related(runs: Runs, where: str) -> list[Evidence]:
+    """Checks that the two related domains have the most similar experts."""
+    cosines = runs.cosines("nexus")
+    pair = related_pair(cosines[0]) if cosines is not None else None
+    if cosines is None or pair is None:
+        return []
+    names, _, projected_NEE = cosines
+    i, j = pair
+    own_N = projected_NEE[:, i, j]
+    first_N = own_N >= _pairs_of(projected_NEE).max(-1)
+    words = (
+        f"{names[i]} and {names[j]}: cosine {intervals.text(intervals.over_seeds(own_N))}, the largest of all pairs in "
+        f"{first_N.sum()} of {len(first_N)} seeds"
+    )
+    return [Evidence(where, words, bool(first_N.all()))]
+
+
+def related_pair(names: Sequence[str]) -> tuple[int, int] | None:
+    """Returns the places of two generated domains of which one has rows of the other's table; None if there are none."""
+    from data.nexus import lag_domains
+
+    for j, name in enumerate(names):
+        made = lag_domains.DOMAINS.get(name)
+        for i, other in enumerate(names):
+            one = lag_domains.DOMAINS.get(other)
+            if made is not None and one is not None and made.related_to == one.table:
+                return i, j
+    return None
+
+
+CLAIMS = (
+    Claim(
+        "N1",
+        "A mixture with Nexus' router is no worse than one with a linear router",
+        "the linear router has not the lower loss on the old domains",
+        everywhere(_pairs(("nexus", "linear"), no_worse=True)),
+        required=True,
+    ),
+    Claim(
+        "N2",
+        "Both are better than the seed, and the seed is better than the merged experts",
+        "Nexus and linear have a lower loss on the old domains than the seed, and it a lower one than merged",
+        everywhere(_pairs(("nexus", SEED), ("linear", SEED), (SEED, MERGED))),
+        required=True,
+    ),
+    Claim(
+        "N3",
+        "Nexus' router is better",
+        "Nexus has the lower loss on the old domains",
+        everywhere(_pairs(("nexus", "linear"))),
+    ),
+    Claim(
+        "N4",
+        "After an extension Nexus is no worse on the new domain than a linear router that is drawn anew",
+        "at no budget has the linear router the lower loss on the new domain",
+        everywhere(*_at_budgets((EXTENDED, RESET), no_worse=True)),
+        required=True,
+    ),
+    Claim(
+        "N5",
+        "Nexus is better on the new domain before any further training",
+        "it has the lower loss on the new domain at step 0",
+        everywhere(*_at_budgets((EXTENDED, RESET), steps=[0])),
+        required=True,
+    ),
+    Claim(
+        "N6",
+        "and at every budget",
+        "it has the lower loss on the new domain at each",
+        everywhere(*_at_budgets((EXTENDED, RESET))),
+    ),
+    Claim(
+        "N7",
+        "The gap is largest at the smallest budget",
+        f"the gap in loss on the new domain is larger at {BUDGETS[0]} updates than at each other budget",
+        everywhere(shrinking),
+    ),
+    Claim(
+        "N8",
+        "Nexus is no worse than a linear router that keeps its rows (a control, not a claim of the paper)",
+        "at no budget has the linear router with a row appended the lower loss on the new domain",
+        everywhere(*_at_budgets((EXTENDED, APPENDED), steps=(0, *BUDGETS), no_worse=True)),
+    ),
+    Claim(
+        "N9",
+        "An extension hardly changes the loss on the old domains",
+        f"at each budget the loss on them is at most {FLAT:.0%} above that before the extension, on the mean",
+        everywhere(*(functools.partial(flat, step=step) for step in BUDGETS)),
+    ),
+    Claim(
+        "N10",
+        "A short extension keeps the old domains better with Nexus than with a linear router",
+        f"Nexus has the lower loss on the old domains at {BUDGETS[0]} updates than with rows drawn anew or appended",
+        everywhere(_pairs((EXTENDED, RESET), (EXTENDED, APPENDED), step=BUDGETS[0])),
+    ),
+    Claim(
+        "N11",
+        "Domains go to the experts that were trained on them",
+        "after upcycling, the largest share of each of their domains' tokens goes to its expert, mean over seeds",
+        everywhere(diagonal),
+    ),
+    Claim(
+        "N12",
+        "The new domain goes to the new expert before any further training",
+        "at step 0 of the extension, the new expert has the largest share of the new domain's tokens, in every seed",
+        everywhere(at_start),
+        required=True,
+    ),
+    Claim(
+        "N13",
+        "The new expert does not attract the old domains (a control, not a claim of the paper)",
+        f"at step 0, at most {ATTRACTED:.0%} of the old domains' tokens go to it, and fewer than of the new one's, on the "
+        "mean",
+        everywhere(over_attraction),
+    ),
+    Claim(
+        "N14",
+        "Similar domains keep similar experts' vectors",
+        "cosines of experts' vectors rise with those of their domains (Spearman's rho over pairs, mean over layers, "
+        "better than 0); the two related domains are the most similar experts in every seed",
+        everywhere(similar, related),
+        required=True,
+    ),
+    Claim(
+        "N15",
+        "A weak balance loss hurts a linear router",
+        "it has a lower loss on the old domains with 0.05 than with 0.0005",
+        everywhere(_pairs(("linear", "linear_low"))),
+    ),
+    Claim(
+        "N16",
+        "and does not hurt Nexus",
+        "it has not a lower loss with 0.05 than with 0.0005",
+        everywhere(_pairs(("nexus_low", "nexus"), no_worse=True)),
+    ),
+    Claim(
+        "N17",
+        "What the embeddings say matters (a control, not a claim of the paper)",
+        "Nexus has a lower loss than with random or one-hot vectors on the old domains, and than with random ones "
+        "on the new domain at step 0 and at the smallest budget",
+        everywhere(
+            _pairs(("nexus", "nexus_random"), ("nexus", "nexus_one_hot")),
+            *_at_budgets((EXTENDED, "ext_random"), steps=(0, BUDGETS[0])),
+        ),
+    ),
+    Claim(
+        "N18",
+        "Nexus is no worse than a router of as many parameters (a control, not a claim of the paper)",
+        "the MLP router has not the lower loss on the old domains",
+        everywhere(_pairs(("nexus", "mlp_router"), no_worse=True)),
+    ),
+    Claim(
+        "N19",
+        "It is better than the seed trained on as many tokens in all (a control, not a claim of the paper)",
+        "Nexus has a lower loss on the old domains than the dense model that was trained on the tokens of all "
+        "experts and of the mixture",
+        everywhere(_pairs(("nexus", CONTINUED))),
+    ),
+)

@@ -1,6 +1,5 @@
-"""Plots of what the sweep found, part by part; none where there is nothing to plot."""
+"""Plots of the parts' results; None where there is nothing to plot."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,14 +32,11 @@ _STYLES = {
 _MAPPED = ("ext_nexus", "ext_linear_append", "ext_linear_reset")
 
 
-def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes the figures into `folder`; returns file name -> what it shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    figures: dict[str, tuple[Any, str]] = {}
-    for name, results in Runs.parts(found).items():
-        figures |= {
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    out: dict[str, tuple[Any, str]] = {}
+    for name, results in Runs.parts(measured).items():
+        out |= {
             f"{name}_extension.png": (
                 _extension(results),
                 f"Loss on the new and on the old {name} domains against the tokens of the extension; dashed: the "
@@ -65,11 +61,11 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
                 f"Mean loss over the old {name} domains after upcycling; dots are seeds",
             ),
         }
-    return panels.save(figures, folder)
+    return out
 
 
 def _bars(results: Runs) -> dict[str, str]:
-    """Arms by colour: dense models, routers, and routers with a weak balance loss."""
+    """Returns arm -> colour: dense models, routers, and routers with a weak balance loss."""
     return {
         SEED: GREY,
         **{expert(domain): GREY for domain in results.initial},
@@ -90,7 +86,7 @@ def _extension(results: Runs) -> Any:
         if not rows or not [step for step in steps if step]:
             continue
         per_step = float(np.mean([row["tokens"] / row["step"] for row in rows])) / 1e3
-        # A logarithmic axis has no 0: what was before the first update stands at half of the first reading.
+        # A logarithmic axis has no 0: the start is drawn at half of the first reading.
         first = next(step for step in steps if step)
         at = [per_step * (step or first / 2) for step in steps]
         for one, score in zip(axes, (NEW, OLD), strict=True):
@@ -113,7 +109,7 @@ def _extension(results: Runs) -> Any:
 
 
 def _ticks(axes: Any, steps: Sequence[int], at: Sequence[float]) -> None:
-    """Of doubling budgets, with the start as 0."""
+    """Labels budgets that at least double, and the start as 0."""
     from matplotlib import ticker
 
     shown: list[tuple[float, str]] = []
@@ -147,9 +143,9 @@ def _routing(results: Runs) -> Any:
 
 
 def _cosines(results: Runs) -> Any:
-    if (found := results.cosines("nexus")) is None:
+    if (cosines := results.cosines("nexus")) is None:
         return None
-    names, vectors_NEE, projected_NEE = found
+    names, vectors_NEE, projected_NEE = cosines
     figure, axes = heat_maps.grid(1, 2, (len(names) + 1, len(names)))
     shown = {"domains' embeddings": vectors_NEE, "experts' vectors": projected_NEE}
     for one, (title, values) in zip(axes[0], shown.items(), strict=True):
@@ -167,20 +163,10 @@ def _balance(results: Runs) -> Any:
         names = [f"{arm}{suffix}" for suffix in BALANCE]
         if all(results.values(name, OLD).size for name in names):
             shown = [intervals.over_seeds(results.values(name, OLD)) for name in names]
-            axes.errorbar(
-                # Beside each other, where intervals would lie on each other.
-                [weight * (1.06 if drawn else 1 / 1.06) for weight in BALANCE.values()],
-                [s["value"] for s in shown],
-                yerr=[
-                    [s["value"] - s["low"] for s in shown],
-                    [s["high"] - s["value"] for s in shown],
-                ],
-                color=colour,
-                marker="o",
-                capsize=3,
-                lw=2,
-                label=label,
-            )
+            # Side by side, so that intervals do not cover each other.
+            at = [weight * (1.06 if drawn else 1 / 1.06) for weight in BALANCE.values()]
+            style = {"color": colour, "marker": "o", "capsize": 3, "lw": 2, "label": label}
+            panels.with_errors(axes, at, shown, **style)
             drawn += 1
     if not drawn:
         return None

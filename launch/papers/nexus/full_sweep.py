@@ -10,6 +10,8 @@ the runs and their commands:
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 FULL = "t5x_configs/experiments/nexus/full/"
 METHODS = "t5x_configs/methods/nexus/"
 # SlimPajama's shares of tokens, in per cent.
@@ -33,12 +35,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
     arms = {}
     for size, domains in SIZES.items():
         arms |= _of_size(data, size, domains)
-    return ml_collections.ConfigDict(
-        {
-            "bindings": (f"DATA_ROOT={data!r}", f"TOKENIZER={data + '/tokenizer'!r}"),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
+    return configs.config(arms, bindings=configs.data_root(data))
 
 
 def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
@@ -94,13 +91,13 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         projected = router == "projection"
         width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
         count = (f"EXPERTS={len(domains)}", *width)
-        given = [f"--router={router}", f"--seed_model={seed}"]
-        given += [f"--domains={{domains_{size}}}"] if projected else []
+        flags = [f"--router={router}", f"--seed_model={seed}"]
+        flags += [f"--domains={{domains_{size}}}"] if projected else []
         make(
             f"{arm}_start",
             "launch.upcycle",
             "--method=nexus",
-            *given,
+            *flags,
             "--experts",
             *experts,
             "--to={run}",
@@ -128,5 +125,5 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
 def _shares(domains: tuple[str, ...], pretraining: float) -> dict[str, float]:
     """Domains in proportion to their tokens beside pre-training data; they sum to 1."""
     total = sum(TOKENS[domain] for domain in domains)
-    found = {domain: (1 - pretraining) * TOKENS[domain] / total for domain in domains}
-    return {"pretraining": pretraining, **found}
+    shares = {domain: (1 - pretraining) * TOKENS[domain] / total for domain in domains}
+    return {"pretraining": pretraining, **shares}

@@ -1,8 +1,10 @@
-"""Nexus at small scale: runs what is left of the sweep's parts, and reads what they found."""
+"""Nexus at small scale: runs what is left of the sweep's parts, and reads their results."""
 
 import functools
 
 from launch.papers.shared import domains
 
+TITLE = "Nexus, 2408.15901"
+SEEDS = 5
 PARTS = domains.PARTS
 run = functools.partial(domains.run, "nexus")

@@ -1,9 +1,8 @@
-"""The report: what holds and what does not, as a page that people read and as JSON."""
+"""The report of the reproduction."""
 
-from launch.papers.nexus import claims, figures
+from launch.papers.nexus import claims, figures, measure
 from launch.papers.nexus.arms import Runs
-from launch.papers.shared.domains import PARTS
-from launch.papers.shared.page import Report
+from launch.papers.shared import domains
 
 _ARMS = [
     "- *arms*: a **seed** model is trained on mostly the general domain, and an **expert** of each other domain goes on "
@@ -30,14 +29,15 @@ _SHORT = [
     "the last anneal on data of higher quality is left out. Benchmarks are not run: at this size they say nothing.",
 ]
 
-write = Report(
-    paper="nexus",
+REPORT = domains.report(
+    slug="nexus",
     title="Nexus: the paper's claims on small models",
     source="[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv "
     "2408.15901](https://arxiv.org/abs/2408.15901)",
     text=[*_ARMS, *_SHORT],
-    parts=PARTS,
+    parts=tuple(measure.PARTS),
     runs=Runs,
-    claims=claims.claims,
-    draw=figures.draw,
-).write
+    claims=claims.CLAIMS,
+    figures=figures.figures,
+)
+write = REPORT.write

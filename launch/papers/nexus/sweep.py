@@ -9,6 +9,9 @@ each seed; the domains and the number of seeds after a colon:
 
 import ml_collections
 
+from launch.papers.shared import configs
+from launch.papers.shared.configs import on_shares
+
 CPU = "t5x_configs/experiments/nexus/cpu/"
 METHODS = "t5x_configs/methods/nexus/"
 # What the seed was trained on, the domains of the experts, and that of the one that is added.
@@ -52,20 +55,14 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     mixed = {general: 0.25, **{domain: 0.125 for domain in domains}}
     extended = {new: 0.5, **{domain: 0.5 / 7 for domain in (general, *domains)}}
     started = {general: 0.85, **{domain: 0.025 for domain in domains}}
-    arms = {"seed": _trained(started, SEED_STEPS)}
+    arms = {"seed": on_shares(started, SEED_STEPS)}
     for domain in (*domains, new):
-        arms[f"expert_{domain}"] = _trained(
-            {domain: 1.0}, EXPERT_STEPS, "seed", "LEARNING_RATE=1.5e-3"
+        arms[f"expert_{domain}"] = on_shares(
+            {domain: 1.0}, EXPERT_STEPS, "LEARNING_RATE=1.5e-3", parent="seed"
         )
     experts = [f"{domain}={{expert_{domain}}}" for domain in domains]
     for encoder in ("ngrams", "random", "one_hot"):
-        embed = (
-            "{python}",
-            "-m",
-            "launch.prepare",
-            "embed_domains",
-            f"--gin_file={CPU}{kind}.gin",
-        )
+        embed = ("launch.prepare", "embed_domains", f"--gin_file={CPU}{kind}.gin")
         settings = (f"--encoder={encoder}", f"--dim={DOMAIN_DIM}") + (
             ("--seed={SEED}",) if encoder != "one_hot" else ()
         )
@@ -79,13 +76,13 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         *_upcycle("--method=soup"), f"{general}={{seed}}", *experts, "--to={run}", measured=True
     )
     total = len(domains) * EXPERT_STEPS + MIXTURE_STEPS
-    arms["dense_continued"] = _trained(mixed, total, "seed")
+    arms["dense_continued"] = on_shares(mixed, total, parent="seed")
     for arm, (encoder, router) in MIXTURES.items():
-        given = [f"--router={router}", "--seed_model={seed}"]
+        flags = [f"--router={router}", "--seed_model={seed}"]
         if router != "linear":
-            given.append(f"--domains={{{encoder}_domains}}")
+            flags.append(f"--domains={{{encoder}_domains}}")
         arms[f"{arm}_start"] = _made(
-            *_upcycle("--method=nexus", *given), *experts, "--to={run}", measured=True, routed=True
+            *_upcycle("--method=nexus", *flags), *experts, "--to={run}", measured=True, routed=True
         )
         arms[arm] = _mixture(mixed, MIXTURE_STEPS, f"{arm}_start", router)
         if arm in LOW:
@@ -110,60 +107,39 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
     )
     arms[Z_START] = _extended(Z_LOSS, new, "--domains={ngrams_extended}")
     tasks = (general, *domains, new)
-    held_out = (
-        "{python}",
-        "-m",
-        "launch.evaluate",
-        "loss",
-        "--checkpoint={run}",
-        "--max_batches=4",
+    flags = ("--max_batches=4", f"--tasks={','.join(tasks)}")
+    structure = {"call": "launch.evaluation.routing:structure"}
+    return configs.config(
+        arms,
+        seeds=seeds or 3,
+        gin_files=(f"{CPU}{kind}.gin",),
+        evaluations={**configs.domain_evaluations(tasks, *flags), "structure": structure},
     )
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds or 3))),
-            "gin_files": (f"{CPU}{kind}.gin",),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-            "evaluations": {
-                "held_out": {"command": (*held_out, f"--tasks={','.join(tasks)}", "--json={json}")},
-                "routing": {
-                    "call": "launch.evaluation.routing:routing",
-                    "arguments": {"tasks": tasks},
-                },
-                "structure": {"call": "launch.evaluation.routing:structure"},
-            },
-        }
-    )
-
-
-def _trained(shares: dict, steps: int, parent: str | None = None, *bindings: str) -> dict:
-    phases = f"stream.make_stream.phases=((0, {shares!r}),)"
-    return {
-        "bindings": (f"TRAIN_STEPS={steps}", phases, *bindings),
-        "evaluations": (),
-        **({"parent": parent} if parent else {}),
-    }
 
 
 def _mixture(shares: dict, steps: int, parent: str, router: str, *bindings: str) -> dict:
     file = {"projection": "nexus", "linear": "nexus_linear", "mlp": "nexus_mlp"}[router]
     width = () if router == "linear" else (f"DOMAIN_DIM={DOMAIN_DIM}",)
-    return {
-        **_trained(shares, steps, parent, "EXPERTS=6", *width, *bindings),
-        "gin_files": (f"{METHODS}{file}.gin",),
-        "evaluations": ("routing", *(("structure",) if router == "projection" else ())),
-    }
+    return on_shares(
+        shares,
+        steps,
+        *("EXPERTS=6", *width, *bindings),
+        parent=parent,
+        gin_files=(f"{METHODS}{file}.gin",),
+        evaluations=("routing", *(("structure",) if router == "projection" else ())),
+    )
 
 
 def _upcycle(*flags: str) -> tuple[str, ...]:
-    return ("{python}", "-m", "launch.upcycle", *flags, "--router_seed={SEED}", "--experts")
+    return ("launch.upcycle", *flags, "--router_seed={SEED}", "--experts")
 
 
 def _extended(mixture: str, new: str, *flags: str) -> dict:
-    command = ("{python}", "-m", "launch.upcycle", "extend", "--router_seed={SEED}")
-    given = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
-    return _made(*command, *given, "--to={run}", measured=True, routed=True)
+    command = ("launch.upcycle", "extend", "--router_seed={SEED}")
+    words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
+    return _made(*command, *words, "--to={run}", measured=True, routed=True)
 
 
 def _made(*words: str, measured: bool = False, routed: bool = False) -> dict:
     evaluations = (("held_out",) if measured else ()) + (("routing",) if routed else ())
-    return {"made": words, "evaluations": evaluations}
+    return configs.made(*words, evaluations=evaluations)

@@ -1,30 +1,25 @@
 """Plots over all evaluations: quality, diversity and memory against likelihood. Those over training: course_figures.py."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import course_figures, fits, online_figure, results
-from launch.papers.preference.arms import METHODS
-from launch.papers.preference.online_figure import STYLE
-from launch.papers.preference.results import Course
-from launch.plots.panels import legend_below, panels, save
+from launch.papers.preference import course_figures, fits, results
+from launch.papers.preference.course_figures import STYLE
+from launch.papers.preference.results import METHODS, Course
+from launch.plots.panels import legend_below, panels
 
 _LLH = "better LLH (nats a token)"
 _CELLS = 0.1  # nats, of the heat map
 _FEWEST = 3  # evaluations of a cell that is drawn
 
 
-def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes the figures into `folder`; returns file name -> what it shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    courses = results.courses(found)
+def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    courses = results.courses(measured)
     every = results.direct(courses)
-    figures = {
+    return {
         "likelihood.png": (
             _likelihood(every),
             "P_win against better LLH, all evaluations of all runs, with a line, a parabola and the means of bins of as many "
@@ -40,20 +35,15 @@ def draw(found: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
             "Diversity across outputs, facts that are still known and the length of outputs against better LLH, all "
             "evaluations; the dashed line is the clip",
         ),
-        **course_figures.figures(every),
-        "online.png": (
-            online_figure.draw(courses),
-            online_figure.CAPTION,
-        ),
+        **course_figures.figures(courses),
     }
-    return save(figures, folder)
 
 
 def _scatter(axes: Any, every: Sequence[Course], x: str, y: str, *, above: bool = False) -> None:
-    """All evaluations by method, one colour each."""
+    """Draws all evaluations, a colour for each method."""
     for method, (label, _) in METHODS.items():
         colour, marker = STYLE[method]
-        mine = [one for one in every if one.arm.method == method]
+        mine = results.of_method(every, method)
         at, values, likelihood = results.points(mine, x, y, "llh_chosen")
         if above:
             at, values = at[likelihood > fits.CLIP], values[likelihood > fits.CLIP]
@@ -81,16 +71,16 @@ def _likelihood(every: Sequence[Course]) -> Any:
 
 
 def _fits(axes: Any, where: str, x_E: np.ndarray, y_E: np.ndarray) -> None:
-    """A line, a parabola and the means of bins."""
-    found = fits.fit(x_E, y_E)
-    assert found is not None
+    """Draws a line, a parabola and the means of bins."""
+    fit = fits.fit(x_E, y_E)
+    assert fit is not None
     grid = np.linspace(x_E.min(), x_E.max(), 100)
-    axes.plot(grid, np.polyval(found.line, grid), color="black", ls="--", lw=1.5, label="line")
-    axes.plot(grid, np.polyval(found.parabola, grid), color="black", lw=2, label="parabola")
+    axes.plot(grid, np.polyval(fit.line, grid), color="black", ls="--", lw=1.5, label="line")
+    axes.plot(grid, np.polyval(fit.parabola, grid), color="black", lw=2, label="parabola")
     bins = {"marker": "D", "ms": 8, "mfc": "white", "mec": "black", "mew": 1.5}
     axes.plot(*fits.binned(x_E, y_E), ls="", **bins, label="means of bins")
     axes.set_ylim(y_E.min() - 0.02, y_E.max() + 0.02)  # a fit may leave it
-    axes.set_title(f"{where}: RMSE of the parabola {found.reduction:.0f} % lower")
+    axes.set_title(f"{where}: RMSE of the parabola {fit.reduction:.0f} % lower")
 
 
 def _gap(every: Sequence[Course]) -> Any:
@@ -112,11 +102,10 @@ def _gap(every: Sequence[Course]) -> Any:
 
 
 def _heat_map(figure: Any, axes: Any, x_E: np.ndarray, y_E: np.ndarray, z_E: np.ndarray) -> None:
-    """Mean of z over squares of x and y that have evaluations enough."""
+    """Draws the mean of z over squares of x and y with enough evaluations."""
     edges = [
-        np.arange(
-            np.floor(v.min() / _CELLS) * _CELLS, v.max() + _CELLS, _CELLS
-        )  # whole cells, the same whatever was measured
+        # Whole cells, whatever was measured.
+        np.arange(np.floor(v.min() / _CELLS) * _CELLS, v.max() + _CELLS, _CELLS)
         for v in (x_E, y_E)
     ]
     counts = np.histogram2d(x_E, y_E, edges)[0]

@@ -1,8 +1,11 @@
-"""How P_win goes with likelihood: a line and a parabola, and bins. Shape: E evaluations."""
+"""Fits of P_win on likelihood: a line, a parabola, and bins. Shape: E evaluations."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+
+Select = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 CLIP = -4.0  # likelihood of better completions below which texts have broken down
 BINS = 6  # of as many evaluations each
@@ -14,7 +17,7 @@ class Fit:
 
     Attributes:
       line, parabola: coefficients, the highest power first.
-      rmse_line, rmse_parabola: of what they leave.
+      rmse_line, rmse_parabola: root mean squares of their residuals.
     """
 
     line: np.ndarray
@@ -33,21 +36,21 @@ class Fit:
 
 
 def fit(x_E: np.ndarray, y_E: np.ndarray) -> Fit | None:
-    """None of fewer than four different places, which a parabola all but goes through."""
+    """Returns the fit; None for fewer than four different places, which a parabola nearly interpolates."""
     if len(np.unique(x_E)) < 4:
         return None
-    found = [np.polyfit(x_E, y_E, degree) for degree in (1, 2)]
-    errors = [float(np.sqrt(np.mean((y_E - np.polyval(one, x_E)) ** 2))) for one in found]
-    return Fit(*found, *errors)
+    curves = [np.polyfit(x_E, y_E, degree) for degree in (1, 2)]
+    errors = [float(np.sqrt(np.mean((y_E - np.polyval(one, x_E)) ** 2))) for one in curves]
+    return Fit(*curves, *errors)
 
 
 def above(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The evaluations of likelihood above CLIP."""
+    """Returns the evaluations of likelihood above CLIP."""
     return x_E[x_E > CLIP], y_E[x_E > CLIP]
 
 
 def binned(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means (x, y) of BINS groups of neighbours in x, of as many evaluations as can be; from the lowest x."""
+    """Returns means (x, y) of BINS groups of neighbours in x of equal size, up to one evaluation, from the lowest x."""
     groups = np.array_split(np.argsort(x_E, kind="stable"), BINS)
     centres, means = (np.array([values[g].mean() for g in groups]) for values in (x_E, y_E))
     return centres, means

@@ -1,4 +1,4 @@
-"""Preferences followed too far, at small scale: runs what is left of the sweep, and reads what it found."""
+"""Likelihood over-optimisation at small scale: runs what is left of the sweep, and reads its results."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from typing import Any
 from data.preference import topic_language
 from launch.papers.shared import sweeps
 
-PARTS = ("language",)
+TITLE = "likelihood over-optimisation, 2410.11677"
+SEEDS = 3
+PARTS = {"language": "preferences in a generated language"}
 # Of an evaluation, as PreferenceIndicators names them.
 INDICATORS = (
     "llh_chosen",
@@ -26,48 +28,33 @@ INDICATORS = (
 
 
 def run(
-    *,
-    model_dir: str,
-    seeds: int,
-    workers: int = 1,
-    minutes: float | None = None,
-    parts: Sequence[str] = PARTS,
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """The rows of the sweep by part; what has been trained before is not trained again.
+    """Returns the rows of the sweep by part; other arguments as of `sweeps.rows`.
 
     Args:
       model_dir: parent of the sweep's folder.
       seeds: of the sweep.
-      workers: runs at once.
-      minutes: after which it stops; the same command goes on.
       parts: of PARTS.
-
-    Raises:
-      ValueError: the sweep could not be run.
-      sweeps.StoppedError: it was stopped, by a signal or the time.
+      **options: workers and minutes.
     """
     folder = pathlib.Path(model_dir)
-    found = {}
-    for part in parts:
-        rows = sweeps.rows(
-            folder / part, "preference/sweep", seeds, workers=workers, minutes=minutes
-        )
-        found[part] = [with_course(row, folder / part / row["directory"]) for row in rows]
-    return found
+    return {
+        part: sweeps.measured(folder / part, "preference/sweep", seeds, with_course, **options)
+        for part in parts
+    }
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """A row of results with the 'course' of its run, by evaluation; empty for a run that has no indicators.
+    """Returns a row of results with the 'course' of its run, by evaluation; empty for a run without indicators.
 
     An evaluation is {'step', each of INDICATORS, 'facts', 'outside'}: the share of facts that are still known, and
-    that of symbols outside language A in its samples. What is not a number was not there.
+    the share of symbols outside language A in its samples. Missing numbers are NaN.
     """
     from trainers.preference.indicators import samples
     from trainers.preference.indicators.alarm import PREFIX
-    from trainers.telemetry.metric_writers import rows_in_force
 
-    path = directory / "metrics.jsonl"
-    lines = rows_in_force(str(path)) if path.exists() else []
+    lines = sweeps.metrics(directory)
     facts = {line["step"]: line["facts/accuracy"] for line in lines if "facts/accuracy" in line}
     course = [
         {
@@ -83,7 +70,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
 
 
 def outside(path: pathlib.Path) -> float:
-    """Share of the symbols of a file of samples that are not of language A; NaN where there are none."""
+    """Returns the share of the symbols of a file of samples that are not of language A; NaN where there are none."""
     if not path.exists():
         return math.nan
     rows = path.read_text(encoding="utf-8").splitlines()

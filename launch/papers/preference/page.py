@@ -1,36 +1,24 @@
-"""The report: what holds and what does not, as a page that people read and as JSON."""
+"""The report of the reproduction."""
 
-import json
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import claims, figures, fits, results, rule, rule_claims, tables
-from launch.papers.preference.arms import ARMS
-from launch.papers.preference.results import Course
-from launch.papers.shared import claim
-from launch.papers.shared.claim import Claim
+from launch.papers.preference import claims, figures, fits, results, rule
+from launch.papers.preference.results import ARMS, METHODS, Course, by_seed
+from launch.papers.shared import page
+from launch.papers.shared.results import named
 
 _DIGITS = 4
-_HEAD = """\
-# Likelihood over-optimisation: the paper's claims on a small language
-
-[Understanding Likelihood Over-optimisation in Direct Alignment Algorithms, arXiv
-2410.11677](https://arxiv.org/abs/2410.11677).
-This page and its plots are written by
-
-```
-{command}
-```
-
-and never by hand. Each condition is judged in every seed, and on the means over seeds with 95 % intervals (Student's
+# Per cent by which the paper's parabolas have the lower RMSE, by size of its models.
+_PAPER = {"7B": 24.42, "35B": 25.78}
+_INTRO = """\
+Each condition is judged in every seed, and on the means over seeds with 95 % intervals (Student's
 t); those of the stopping rule on shares of all runs (Wilson's intervals, as if runs of a seed were independent). A claim
 holds where all of them meet it. Claims in bold must hold at this scale too; the others are reported as
-they come out.
-"""
-_SETUP = [
+they come out."""
+_TEXT = [
     "- *language*: prompts of three symbols and completions of at most twelve, of two languages of 244 symbols each. Texts of "
     "language A on a topic prefer six symbols; other documents are texts of language B, and 72 facts of language A. "
     "The quality of an answer to a topic is known: 0.8 for each different symbol that the topic prefers, -4 times the "
@@ -63,63 +51,6 @@ _SETUP = [
 ]
 
 
-def write(found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]) -> Sequence[Claim]:
-    """Writes preference.md, preference/results.json and the plots into `out`.
-
-    Args:
-      found: by `experiment.run`, as far as it is there.
-      out: the folder, such as docs/reproductions.
-      facts: command, versions and whatever else the numbers depend on.
-
-    Returns:
-      The claims.
-    """
-    folder = out / "preference"
-    drawn = figures.draw(found, folder)
-    judged, every = claims.claims(found), results.courses(found)
-    record = {**facts, "claims": claim.record(judged), "fits": tables.reductions(every)}
-    (folder / "results.json").write_text(_json(record, [_kept(one) for one in every]))
-    lines = _page(found, every, judged, drawn, facts)
-    (out / "preference.md").write_text("\n".join(lines) + "\n")
-    return judged
-
-
-def _kept(one: Course) -> dict[str, Any]:
-    """What the page is made of, for whoever wants to count again."""
-    columns = {
-        name: [round(value, _DIGITS) if np.isfinite(value) else None for value in values.tolist()]
-        for name, values in one.values.items()
-    }
-    return {"arm": one.arm.name, "seed": one.seed, **columns}
-
-
-def _json(record: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
-    """One object, with a line for each run."""
-    lines = ",\n".join(f"  {json.dumps(run)}" for run in runs)
-    head = json.dumps(record, indent=1).removesuffix("\n}")
-    return f'{head},\n "runs": [\n{lines}\n ]\n}}\n'
-
-
-def _page(
-    found: Mapping[str, Any],
-    every: Sequence[Course],
-    judged: Sequence[Claim],
-    drawn: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> list[str]:
-    lines = [_HEAD.format(command=facts["command"]), *claim.table(judged), ""]
-    lines += ["## How it was measured", "", *_SETUP, *_amount(found, every), ""]
-    for name, caption in drawn.items():
-        lines += [f"![{caption}](preference/{name})", "", f"*{caption}.*", ""]
-    lines += ["## Measurements", "", *claim.measurements(judged)]
-    if every:
-        lines += ["## All arms", "", *tables.arms(every), ""]
-        lines += ["## A line and a parabola", "", *tables.fitted(every), ""]
-        lines += ["## The stopping rule", "", *_RULE, "", *rule_claims.tables(every), ""]
-    lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".")
-    return lines
-
-
 _RULE = [
     "P_win in these tables is a mean of three evaluations, and its differences are means over runs. *Before the alarm*: of "
     "the checkpoint of the evaluation before it, which is released without a reward (the last one of a run without an "
@@ -128,24 +59,158 @@ _RULE = [
 ]
 
 
-def _amount(found: Mapping[str, Any], every: Sequence[Course]) -> list[str]:
-    """How many runs there are, and which are not."""
-    rows = found.get("language", ())
+def _setup(measured: Mapping[str, Any]) -> list[str]:
+    """Returns how it was measured, how many runs there are, and which are missing."""
+    rows, every = measured.get("language", ()), results.courses(measured)
     if not rows:
-        return ["- Missing, and left out above and below: all of the part `language`."]
+        return [*_TEXT, *page.missing(["all of the part `language`"])]
     minutes = sum(row["seconds"] for row in rows) / 60
     seeds = sorted({row["seed"] for row in rows})
-    out = [
+    there = {(one.arm.name, one.seed) for one in every}
+    missing = [
+        text
+        for arm in ARMS
+        for text in named(f"`{arm}`", [s for s in seeds if (arm, s) not in there], seeds)
+    ]
+    runs = (
         f"- {len(rows)} runs, of which {len(every)} are evaluated; seeds {', '.join(map(str, seeds))}; {minutes:.0f} "
         "minutes of runs."
+    )
+    return [*_TEXT, runs, *page.missing(missing)]
+
+
+def _tables(measured: Mapping[str, Any]) -> list[str]:
+    every = results.courses(measured)
+    if not every:
+        return []
+    direct = results.direct(every)
+    paper = " and ".join(f"{value} % ({size})" for size, value in _PAPER.items())
+    fitted = [
+        (name, f"{one['curvature']:.3f}", f"{one['above']:.1f} %", f"{one['all']:.1f} %")
+        for name, one in _reductions(direct).items()
     ]
-    there = {(one.arm.name, one.seed) for one in every}
-    missing = []
-    for arm in ARMS:
-        left = [seed for seed in seeds if (arm, seed) not in there]
-        if left:
-            some = f" (seed {', '.join(map(str, left))})" if len(left) < len(seeds) else ""
-            missing.append(f"`{arm}`{some}")
-    if missing:
-        out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
+    return [
+        *_arms(every),
+        *("## A line and a parabola", ""),
+        f"By how much the RMSE of a quadratic fit of P_win on better LLH is below that of a line; the paper has {paper}.",
+        "",
+        *page.table(
+            ("evaluations", "quadratic term", f"better LLH above {fits.CLIP:g}", "all"), fitted
+        ),
+        "Mean P_win in bins of as many evaluations each, from the lowest better LLH to the highest; in brackets their mean "
+        "better LLH.",
+        "",
+        *page.table(("evaluations", *map(str, range(1, fits.BINS + 1))), _bins(direct)),
+        *("## The stopping rule", "", *_RULE, "", *rule.tables(every)),
+    ]
+
+
+_ENDS = ("p_win", "llh_chosen", "entropy", "mass", "outside", "facts")
+
+
+def _arms(every: Sequence[Course]) -> list[str]:
+    """Returns the table of means over seeds: the start, and the best and the end of each arm's runs."""
+    header = (
+        *("arm", "best P_win @ update (better LLH)", "P_win at the end", "better LLH at the end"),
+        *("entropy at its peak @ update → at the end", "mass", "outside A", "facts"),
+    )
+    firsts = [mine[0] for mine in by_seed(every).values()]
+    p_win, *last = _means([one.start(name) for one in firsts] for name in _ENDS)
+    rows = [("before the first update", f"{p_win:.3f}", "–", *_cells(*last))]
+    for arm in ARMS.values():
+        mine = results.find(every, arm)
+        if not mine:
+            continue
+        best, at, likelihood, peak, peak_at = _means(zip(*map(_best, mine), strict=True))
+        p_win, *last = _means([one.end(name) for one in mine] for name in _ENDS)
+        before = f"{peak:.2f} @ {peak_at:.0f} → "
+        shown = f"{best:.3f} @ {at:.0f} ({likelihood:.2f})"
+        rows.append((arm.label, shown, f"{p_win:.3f}", *_cells(*last, before=before)))
+    return page.table(header, rows, "All arms")
+
+
+def _best(one: Course) -> tuple[float, float, float, float, float]:
+    """Returns the best P_win, its update and likelihood, and the peak of entropy and its update."""
+    peak = int(np.argmax(one["entropy"]))
+    best = (
+        one.moving("p_win")[one.best],
+        one["step"][one.best],
+        one.moving("llh_chosen")[one.best],
+    )
+    return *best, one["entropy"][peak], one["step"][peak]
+
+
+def _means(columns: Any) -> list[float]:
+    return [float(np.mean(values)) for values in columns]
+
+
+def _cells(
+    llh: float, entropy: float, mass: float, outside: float, facts: float, before: str = ""
+) -> list[str]:
+    numbers = [f"{llh:.2f}", f"{before}{entropy:.2f}", f"{mass:.3f}"]
+    return [*numbers, f"{outside:.1%}", f"{facts:.2f}"]
+
+
+def _groups(every: Sequence[Course]) -> dict[str, Sequence[Course]]:
+    return {**{f"seed {seed}": mine for seed, mine in by_seed(every).items()}, "all seeds": every}
+
+
+def _reductions(every: Sequence[Course]) -> dict[str, dict[str, float]]:
+    """Returns by how many per cent a parabola's RMSE is lower than a line's, above the clip and with the tail."""
+    methods = {
+        f"{label}, all seeds": results.of_method(every, method)
+        for method, (label, _) in METHODS.items()
+    }
+    out = {}
+    for name, mine in {**_groups(every), **methods}.items():
+        points = results.points(mine, "llh_chosen", "p_win")
+        near, whole = fits.fit(*fits.above(*points)), fits.fit(*points)
+        if near is not None and whole is not None:
+            out[name] = {
+                "curvature": round(near.curvature, 4),
+                "above": round(near.reduction, 2),
+                "all": round(whole.reduction, 2),
+            }
     return out
+
+
+def _bins(every: Sequence[Course]) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of the table of the bins of C1."""
+    for name, mine in _groups(every).items():
+        points = results.points(mine, "llh_chosen", "p_win")
+        for of, (x_E, y_E) in (("", points), (f", above {fits.CLIP:g}", fits.above(*points))):
+            if len(x_E) >= fits.BINS:
+                centres_means = zip(*fits.binned(x_E, y_E), strict=True)
+                yield name + of, *(f"{y:.3f} ({x:.2f})" for x, y in centres_means)
+
+
+def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
+    every = results.courses(measured)
+    runs = [
+        {
+            "arm": one.arm.name,
+            "seed": one.seed,
+            **{
+                name: [round(x, _DIGITS) if np.isfinite(x) else None for x in values.tolist()]
+                for name, values in one.values.items()
+            },
+        }
+        for one in every
+    ]
+    return {"fits": _reductions(results.direct(every)), "runs": runs}
+
+
+REPORT = page.Report(
+    slug="preference",
+    title="Likelihood over-optimisation: the paper's claims on a small language",
+    source="[Understanding Likelihood Over-optimisation in Direct Alignment Algorithms, arXiv\n"
+    "2410.11677](https://arxiv.org/abs/2410.11677)",
+    intro=_INTRO,
+    claims=claims.claims,
+    figures=figures.figures,
+    setup=_setup,
+    tables=_tables,
+    record=_record,
+    run_lines=True,
+)
+write = REPORT.write

@@ -76,26 +76,26 @@ def run(start: Any) -> None:
 
 
 def prompts(split: str) -> list[str]:
-    """TRAIN_PAIRS prompts of the training split, in turn; each of the held-out ones once."""
+    """Returns TRAIN_PAIRS prompts of the training split, in turn, or each held-out one once."""
     known = topic_language.prompts(split)
     count = TRAIN_PAIRS if split == "train" else len(known)
     return [known[i % len(known)] for i in range(count)]
 
 
 def judge(samples: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Iterator[dict]:
-    """Pairs of preference data from rows of launch.generate, of which two side by side are of one prompt."""
+    """Yields preference pairs from rows of launch.generate, in which two neighbours share a prompt."""
     for one, other in zip(samples[::2], samples[1::2], strict=True):
-        found = [
+        rewards = [
             topic_language.reward(row["prompt"], row["text"], ended=row["ended"] == "eos")
             for row in (one, other)
         ]
-        first = rng.random() < 1 / (1 + np.exp(found[1] - found[0]))
+        first = rng.random() < 1 / (1 + np.exp(rewards[1] - rewards[0]))
         chosen, rejected = (0, 1) if first else (1, 0)
         texts = one["text"], other["text"]
         yield {
             "prompt": one["prompt"],
             "chosen": texts[chosen],
             "rejected": texts[rejected],
-            "chosen_reward": found[chosen],
-            "rejected_reward": found[rejected],
+            "chosen_reward": rewards[chosen],
+            "rejected_reward": rewards[rejected],
         }

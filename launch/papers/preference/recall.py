@@ -14,10 +14,10 @@ from trainers.train_state import TrainState
 
 @dataclasses.dataclass(kw_only=True)
 class FactRecall:
-    """A hook: 'facts/accuracy', the share of facts that the likeliest continuation of their prompts says.
+    """A hook: 'facts/accuracy', the share of facts that the likeliest continuations of their prompts state.
 
     Attributes:
-      run: given by `launch.train`.
+      run: set by `launch.train`.
       vocabulary: of the language's symbols.
       start_token: what is read before each prompt; None for nothing.
       every: updates between evaluations; there is one before the first and one after the last.
@@ -58,5 +58,5 @@ class FactRecall:
         params = state.released_params
         params = self.run.program.recipe.model.inference_params(params)
         outputs = self._generator(params, step)
-        right = [said == answer for said, answer in zip(outputs, self._answers, strict=True)]
+        right = [output == answer for output, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

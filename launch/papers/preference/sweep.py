@@ -10,6 +10,8 @@ colon:
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
 DPO = {0.01: (0.0, 0.1, 1.0), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0, 1.0), 5.0: (0.0, 1.0)}
@@ -37,12 +39,7 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
     for method, bindings in ONLINE.items():
         files = f"{CPU}online.gin", f"t5x_configs/methods/preference/{method}.gin"
         arms[method] = _from(*files, bindings=bindings)
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds))),
-            "arms": ml_collections.ConfigDict(arms, sort_keys=False),
-        }
-    )
+    return configs.config(arms, seeds=seeds)
 
 
 def arm(method: str, strength: float, nll: float = 0.0) -> str:
@@ -68,4 +65,4 @@ def _learned(method: str, strength: float, nll: float) -> dict:
 def _from(*gin_files: str, bindings: tuple[str, ...] = ()) -> dict:
     """An arm that starts from the model and has its pairs."""
     pairs = ("PAIRS='{pairs}/pairs.jsonl'", "PAIRS_VALIDATION='{pairs}/held_out.jsonl'")
-    return {"parent": "sft", "gin_files": gin_files, "bindings": (*pairs, *bindings)}
+    return configs.arm(*gin_files, parent="sft", bindings=(*pairs, *bindings))

@@ -1,7 +1,7 @@
-"""What a reproduction says: claims, what was measured for each, and whether they hold."""
+"""Claims of a paper, the evidence measured for each, and their verdicts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -10,8 +10,8 @@ class Evidence:
     """One measurement of a claim.
 
     Attributes:
-      where: on which model or data.
-      measured: in words, with its interval.
+      where: the model or data it was measured on.
+      measured: the numbers in words, with their intervals.
       holds: whether the pass condition is met.
     """
 
@@ -20,36 +20,42 @@ class Evidence:
     holds: bool
 
 
+# (results of a part, name of that part in the report) -> evidence; none where the runs are missing.
+Measure = Callable[[Any, str], Sequence[Evidence]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim and its measurements; with none it was not measured.
+    """A claim and how it is measured; without evidence its verdict is 'not measured'.
 
     Attributes:
-      name: short.
-      statement: what is claimed.
-      condition: when a measurement counts for it.
-      evidence: what was measured.
+      name: short, such as 'B3'.
+      statement: the claim in one sentence.
+      condition: when a measurement supports it.
+      measures: part of the experiment -> functions that measure the claim there.
       required: whether it must hold at small scale too.
-      places: the parts of the experiment that measure it -> with what the `where` of their evidence begins.
+      evidence: filled in by `judge`.
+      places: part -> how the `where` of its evidence begins; filled in by `judge`.
     """
 
     name: str
     statement: str
     condition: str
-    evidence: Sequence[Evidence]
+    measures: Mapping[str, Sequence[Measure]] = dataclasses.field(default_factory=dict)
     required: bool = False
+    evidence: Sequence[Evidence] = ()
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """'holds', 'fails', 'mixed' where only some measurements count for it, or 'not measured'."""
+        """'holds', 'fails', 'mixed' where only some of the evidence supports it, or 'not measured'."""
         if not self.evidence:
             return "not measured"
-        held = sum(e.holds for e in self.evidence)
-        return {len(self.evidence): "holds", 0: "fails"}.get(held, "mixed")
+        supporting = sum(e.holds for e in self.evidence)
+        return {len(self.evidence): "holds", 0: "fails"}.get(supporting, "mixed")
 
     def unmeasured(self, parts: Sequence[str]) -> list[str]:
-        """Those of `parts` that should have measured it and did not."""
+        """Returns those of `parts` that should have measured the claim and did not."""
         return [
             part
             for part, place in self.places.items()
@@ -57,16 +63,34 @@ class Claim:
         ]
 
 
-def placed(judged: Sequence[Claim], places: Mapping[str, str]) -> list[Claim]:
-    """The claims with the same `places`."""
-    return [dataclasses.replace(claim, places=places) for claim in judged]
+def judge(
+    claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
+) -> list[Claim]:
+    """Returns the claims with the evidence of all parts that have results.
+
+    Args:
+      claims: of a paper.
+      results: by part.
+      places: part -> its name in the report.
+    """
+    return [
+        dataclasses.replace(
+            claim,
+            evidence=[
+                evidence
+                for part, measures in claim.measures.items()
+                if part in results
+                for measure in measures
+                for evidence in measure(results[part], places[part])
+            ],
+            places={part: places[part] for part in claim.measures},
+        )
+        for claim in claims
+    ]
 
 
 def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
-    """What is against a reproduction of the parts that were asked for, in words; nothing if it stands.
-
-    A claim that must hold and does not is, and one that must hold and that one of the parts has not measured.
-    """
+    """Returns why the reproduction of `parts` fails: required claims that do not hold or were not measured."""
     out = []
     for claim in judged:
         if claim.required and claim.verdict in ("fails", "mixed"):
@@ -80,7 +104,7 @@ def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
 
 
 def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:
-    """As results.json has them."""
+    """Returns the claims as results.json has them."""
     return [
         {
             "claim": claim.name,
@@ -95,7 +119,7 @@ def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:
 
 
 def table(judged: Sequence[Claim]) -> list[str]:
-    """Verdicts, as lines of a page; what must hold is bold."""
+    """Returns the Markdown table of verdicts; required claims are bold."""
     out = ["| claim | pass condition | verdict |", "|---|---|---|"]
     for claim in judged:
         statement = f"{claim.name} {claim.statement}"
@@ -105,7 +129,7 @@ def table(judged: Sequence[Claim]) -> list[str]:
 
 
 def measurements(judged: Sequence[Claim]) -> list[str]:
-    """What each claim was judged by, as lines of a page."""
+    """Returns the Markdown list of evidence for each claim."""
     out = []
     for claim in judged:
         out += [f"### {claim.name}: {claim.statement}", ""]

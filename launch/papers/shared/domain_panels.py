@@ -1,6 +1,6 @@
-"""Panels of losses by domain, which the reproductions of mixtures share."""
+"""Panels of losses by domain, which the reports on mixtures share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,15 @@ def excess_bars(
     score: str = MEAN,
     label: Callable[[str], str] | None = None,
 ) -> Any:
-    """Losses of arms beside each other with intervals, and dots for seeds: bars over the entropy where it is known.
+    """Returns a figure of the losses of arms with intervals and dots for seeds; None without any of the arms.
 
-    Where it is not, zero means nothing and there are no bars.
+    There are bars over the entropy where it is known; elsewhere zero means nothing, and there are points.
 
     Args:
       results: of a part.
-      arms: arm -> colour; those that are not there are left out.
+      arms: arm -> colour; missing ones are not drawn.
       score: of results.
-      label: arm -> what is written below it; results.label if None.
-
-    Returns:
-      The figure; None without any of the arms.
+      label: arm -> its name; results.label if None.
     """
     shown = {arm: results.values(arm, score) for arm in arms if results.values(arm, score).size}
     if not shown:
@@ -56,15 +53,15 @@ def curve(
     scale: float = 1.0,
     label: str = "",
 ) -> None:
-    """Mean loss over seeds against the step times `scale`, the seeds as thin lines.
+    """Draws the mean loss over seeds against the step times `scale`, the seeds as thin lines.
 
-    Steps are those at which all of the arm's runs were evaluated.
+    At the steps at which all of the arm's runs were evaluated.
     """
     steps = [step for step in results.steps(arm) if step]
     if not steps:
         return
-    by_step = [list(results.at(step).scores(arm, score).values()) for step in steps]
-    if not all(by_step):
+    by_step = [results.at(step).values(arm, score) for step in steps]
+    if not all(values.size for values in by_step):
         return
     at = scale * np.array(steps, float)
     values_SN = np.array(by_step)
@@ -72,16 +69,3 @@ def curve(
     thin = {**style, "marker": ""}
     for column in values_SN.T if values_SN.shape[1] > 1 else ():
         axes.plot(at, column, lw=0.5, alpha=0.4, **thin)
-
-
-def mean_tables(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """The mean over runs of what launch/evaluation/routing.py says of each: task -> router -> [layer, expert]."""
-    if not found:
-        return {}
-    return {
-        task: {
-            router: np.mean([one[task][router] for one in found], axis=0)
-            for router in found[0][task]
-        }
-        for task in found[0]
-    }

@@ -1,33 +1,41 @@
 """Runs that are evaluated on several domains: losses of groups of domains, at the end and over training."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 
-from launch.papers.shared import results as paired
-from launch.papers.shared import sweeps
-from launch.papers.shared.claim import Evidence
+from launch.papers.shared import claim, page, results, sweeps
+from launch.papers.shared.claim import Claim, Evidence, Measure
+from launch.papers.shared.results import named
 
 MEAN = "mean loss"
-PARTS = ("synthetic", "real")
+PARTS = {"synthetic": "generated domains", "real": "real ones"}
 HELD_OUT = "held_out"
 _LOSS = "/loss"
+INTRO = (
+    "Losses are of held-out text, in nats per token, means over seeds with 95 % intervals\n"
+    + page.MEANS.removeprefix("Values are means over seeds with 95 % intervals ").replace(
+        "must\nhold", "must hold"
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class DomainRuns(paired.Results):
-    """Rows of a part, as `part` returns them.
+class DomainRuns(results.Results):
+    """Runs of a part, as `part` returns them. A score is the mean loss of a group of domains.
 
     Attributes:
       domains: names of all tasks, the general one first.
-      groups: score -> the domains over which losses, in nats per token, are averaged for it.
+      groups: score -> the domains whose losses, in nats per token, it averages.
       floors: entropy of a domain in nats per token, where it is known.
-      planned: what should be there: arm -> seed -> names of what is measured of the run.
+      planned: arm -> seed -> names of the evaluations that the run should have.
     """
 
     domains: Sequence[str] = ()
@@ -36,48 +44,61 @@ class DomainRuns(paired.Results):
     planned: Mapping[str, Mapping[int, Sequence[str]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Self:
-        """Of what `part` returns."""
-        domains = tuple(found["domains"])
-        known: dict[str, Sequence[str]] = {MEAN: domains}
+    def of(cls, measured: Mapping[str, Any]) -> Self:
+        """Returns the runs of a part from what `part` returns."""
+        domains = tuple(measured["domains"])
+        groups: dict[str, Sequence[str]] = {MEAN: domains}
         for domain in domains:
-            known[on(domain)] = (domain,)
-            known[off(domain)] = tuple(other for other in domains if other != domain)
-        groups = {**known, **cls.more_groups(domains)}
-        return cls(found["rows"], domains, groups, found["floors"], found["planned"])
+            groups[on(domain)] = (domain,)
+            groups[off(domain)] = tuple(other for other in domains if other != domain)
+        groups |= cls.more_groups(domains)
+        return cls(measured["rows"], domains, groups, measured["floors"], measured["planned"])
 
     @classmethod
-    def parts(cls, found: Mapping[str, Any]) -> dict[str, Self]:
-        """Those of PARTS that an experiment has found rows of."""
-        return {name: cls.of(found[name]) for name in PARTS if found.get(name, {}).get("rows")}
+    def parts(cls, measured: Mapping[str, Any]) -> dict[str, Self]:
+        """Returns the runs of those PARTS that have any."""
+        return {
+            name: cls.of(measured[name]) for name in PARTS if measured.get(name, {}).get("rows")
+        }
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
-        """A paper's own groups, beside MEAN, all domains, and `on` and `off` of each domain."""
+        """Returns a paper's own groups, beside MEAN, and `on` and `off` of each domain."""
         del domains
         return {}
 
-    def score(self, row: Mapping[str, Any], name: str) -> float | None:
+    def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         losses = held_out(row)
-        wanted = self.groups[name]
-        if not wanted or any(task not in losses for task in wanted):
-            return None
-        return float(np.mean([losses[task] for task in wanted]))
+        return {
+            score: float(np.mean([losses[task] for task in tasks]))
+            if tasks and all(task in losses for task in tasks)
+            else None
+            for score, tasks in self.groups.items()
+        }
 
-    def digits(self, name: str) -> int:
+    def digits(self, score: str) -> int:
         return 3
 
-    def floor(self, name: str) -> float | None:
-        """The mean entropy of a group of domains, None where one of them is not known."""
-        found = [self.floors.get(task) for task in self.groups[name]]
-        known = [floor for floor in found if floor is not None]
-        return float(np.mean(known)) if found and len(known) == len(found) else None
+    def floor(self, score: str) -> float | None:
+        """Returns the mean entropy of a group of domains, None where one of them is not known."""
+        floors = [self.floors.get(task) for task in self.groups[score]]
+        known = [floor for floor in floors if floor is not None]
+        return float(np.mean(known)) if floors and len(known) == len(floors) else None
 
     def at(self, step: int) -> Self:
-        """The same runs as they were evaluated at a step; those that were not are left out.
+        """Returns the runs as they were evaluated at a step, without those that were not.
 
-        Before its first update a run is what it starts from, which an arm `<arm>_start` may say.
+        At step 0 a run is what it starts from, if there is a run of the arm `<arm>_start`.
         """
+        if step not in self._evaluated:
+            self._evaluated[step] = self._at(step)
+        return self._evaluated[step]
+
+    @functools.cached_property
+    def _evaluated(self) -> dict[int, Self]:
+        return {}
+
+    def _at(self, step: int) -> Self:
         rows = []
         for row in self.rows:
             losses = dict(row["curve"]).get(step)
@@ -85,22 +106,24 @@ class DomainRuns(paired.Results):
                 start = self.find(f"{row['arm']}_start").get(row["seed"])
                 losses = held_out(start) if start else None
             if losses:
-                named = {task: {"loss": loss} for task, loss in losses.items()}
-                rows.append({**row, "held_out": named, "step": step})
+                tasks = {task: {"loss": loss} for task, loss in losses.items()}
+                rows.append({**row, "held_out": tasks, "step": step})
         return dataclasses.replace(self, rows=rows)
 
     def steps(self, *arms: str) -> list[int]:
-        """At which all runs of these arms were evaluated, the start included where it is known."""
+        """Returns the steps at which all runs of the arms were evaluated; step 0 where the start is known."""
         rows = [row for arm in arms for row in self.find(arm).values()]
         if not rows:
             return []
-        found = set.intersection(*({step for step, _ in row["curve"]} for row in rows))
-        if 0 not in found and all(self.at(0).find(row["arm"]).get(row["seed"]) for row in rows):
-            found.add(0)
-        return sorted(found)
+        steps = set.intersection(*({step for step, _ in row["curve"]} for row in rows))
+        if 0 not in steps:
+            start = self.at(0)
+            if all(start.find(row["arm"]).get(row["seed"]) for row in rows):
+                steps.add(0)
+        return sorted(steps)
 
     def lacking(self) -> list[str]:
-        """What was planned and is not there, as a reader is told: arms or some seeds of them, and evaluations."""
+        """Returns the names of planned runs and evaluations that are missing, with their seeds."""
         there = {row["seed"] for row in self.rows}
         seeds = sorted({seed for by_seed in self.planned.values() for seed in by_seed})
         gone = [seed for seed in seeds if seed not in there]
@@ -108,56 +131,77 @@ class DomainRuns(paired.Results):
         for arm, by_seed in self.planned.items():
             rows = self.find(arm)
             left = [seed for seed in by_seed if seed not in rows and seed not in gone]
-            out += _named(f"`{arm}`", left, set(by_seed) - set(gone))
+            out += named(f"`{arm}`", left, set(by_seed) - set(gone))
             for name in dict.fromkeys(name for names in by_seed.values() for name in names):
                 left = [
                     s for s in rows if name in by_seed.get(s, ()) and not self._has(rows[s], name)
                 ]
-                out += _named(f"`{name}` of `{arm}`", left, by_seed)
+                out += named(f"`{name}` of `{arm}`", left, by_seed)
         return out
 
-    def _has(self, row: Mapping[str, Any], name: str) -> bool:
-        if name == HELD_OUT:
+    def _has(self, row: Mapping[str, Any], evaluation: str) -> bool:
+        if evaluation == HELD_OUT:
             return set(self.domains) <= set(held_out(row))
-        return bool(row["evaluations"].get(name))
+        return bool(row["evaluations"].get(evaluation))
 
     def evaluation(self, arm: str, name: str) -> list[Any]:
-        """What an evaluation of an arm found, of the seeds that have it."""
+        """Returns the results of an evaluation of an arm, of the seeds that have it."""
         rows = self.find(arm).values()
         return [row["evaluations"][name] for row in rows if row.get("evaluations", {}).get(name)]
 
 
 def on(domain: str) -> str:
-    """The score of a domain alone."""
+    """Returns the score of a domain alone."""
     return f"loss on {domain}"
 
 
 def off(domain: str) -> str:
-    """The score of all domains but one."""
+    """Returns the score of all domains but one."""
     return f"mean loss off {domain}"
 
 
-def _named(what: str, seeds: Sequence[int], planned: Collection[int]) -> list[str]:
-    """Seeds of something that are not there, all of them by its name alone; nothing if there are none."""
-    if not seeds:
-        return []
-    some = f" (seed {', '.join(map(str, seeds))})" if len(seeds) < len(planned) else ""
-    return [what + some]
+def held_out(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the loss by task of a run's last evaluation, else of its evaluation 'held_out' (launch.evaluate loss)."""
+    tasks = row.get("held_out") or (row.get("evaluations") or {}).get(HELD_OUT, {}).get("tasks", {})
+    return {task: float(values["loss"]) for task, values in tasks.items() if "loss" in values}
+
+
+# How claims are measured.
 
 
 def lower(
-    results: DomainRuns, where: str, one: str, other: str, score: str = MEAN, **options: bool
+    runs: DomainRuns, where: str, one: str, other: str, score: str = MEAN, **options: bool
 ) -> list[Evidence]:
-    """Whether an arm has the lower loss: `paired.better`."""
-    return paired.better(results, where, score, one, other, lower=True, **options)
+    """Returns whether an arm has the lower loss: see `results.better`."""
+    return results.better(runs, where, score, one, other, lower=True, **options)
 
 
-def held_out(row: Mapping[str, Any]) -> dict[str, float]:
-    """Loss by task of a row's last evaluation, or of its evaluation 'held_out' (launch.evaluate loss) if it was made."""
-    found = row.get("held_out") or {}
-    if not found:
-        found = (row.get("evaluations") or {}).get(HELD_OUT, {}).get("tasks", {})
-    return {task: float(values["loss"]) for task, values in found.items() if "loss" in values}
+def pairs(
+    *arms: tuple[str, str], score: str = MEAN, step: int | None = None, no_worse: bool = False
+) -> Measure:
+    """Returns a measure of whether the first arm of each pair has the lower loss.
+
+    Args:
+      arms: pairs of them.
+      score: of the runs.
+      step: at which they are compared; None for the end.
+      no_worse: whether it also holds if the second arm is not significantly better.
+    """
+
+    def measure(runs: DomainRuns, where: str) -> list[Evidence]:
+        at = runs if step is None else runs.at(step)
+        place = where if step is None else f"{where}, {step} updates"
+        return [e for pair in arms for e in lower(at, place, *pair, score, no_worse=no_worse)]
+
+    return measure
+
+
+def everywhere(*measures: Measure) -> dict[str, Sequence[Measure]]:
+    """Returns the measures for each of PARTS."""
+    return dict.fromkeys(PARTS, measures)
+
+
+# How parts are run and read.
 
 
 def run(
@@ -167,22 +211,9 @@ def run(
     seeds: int,
     workers: int = 1,
     minutes: float | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = tuple(PARTS),
 ) -> dict[str, Any]:
-    """What `part` returns, by part.
-
-    Args:
-      paper: name of its sweep.
-      model_dir: parent of the parts' folders.
-      seeds: of each arm.
-      workers: runs at once.
-      minutes: after which a sweep stops; the same command goes on.
-      parts: of PARTS.
-
-    Raises:
-      ValueError: a sweep could not be run.
-      sweeps.StoppedError: it was stopped, by a signal or the time.
-    """
+    """Returns what `part` returns, by part; arguments as of `sweeps.rows`, `model_dir` the parent of the parts' folders."""
     folder = pathlib.Path(model_dir)
     return {
         name: part(paper, name, folder / name, seeds, workers=workers, minutes=minutes)
@@ -190,56 +221,40 @@ def run(
     }
 
 
-def part(
-    paper: str,
-    name: str,
-    folder: pathlib.Path,
-    seeds: int,
-    *,
-    workers: int = 1,
-    minutes: float | None = None,
-) -> dict[str, Any]:
-    """{"rows", "domains", "floors", "planned"} of a part of a paper's sweep, which goes on where it stopped.
+def part(paper: str, name: str, folder: pathlib.Path, seeds: int, **options: Any) -> dict[str, Any]:
+    """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after running what is not done.
 
-    The sweep's file is launch/papers/<paper>/sweep.py; it is given 'PART,SEEDS' and has DOMAINS, by part, the general one
-    first, some of them perhaps in a tuple of their own.
+    The sweep's file is launch/papers/<paper>/sweep.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
+    first; a tuple among them groups several.
 
     Raises:
       ValueError, sweeps.StoppedError: see `sweeps.rows`.
     """
     entries = sweep(paper).DOMAINS[name]
     domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
-    given = f"{name},{seeds}"
-    rows = sweeps.rows(folder, f"{paper}/sweep", given, workers=workers, minutes=minutes)
+    argument = f"{name},{seeds}"
+    rows = sweeps.measured(folder, f"{paper}/sweep", argument, with_course, **options)
     planned: dict[str, dict[int, tuple[str, ...]]] = {}
-    for run in sweeps.planned(f"{paper}/sweep", given):
-        # One that is trained is evaluated on its held-out rows as it ends.
-        measured = (*run.evaluations, *(() if run.made else (HELD_OUT,)))
-        planned.setdefault(run.arm, {})[run.seed] = measured
-    return {
-        "rows": [with_course(row, folder / row["directory"]) for row in rows],
-        "domains": tuple(domains),
-        "floors": entropy_floors(domains),
-        "planned": planned,
-    }
+    for one in sweeps.planned(f"{paper}/sweep", argument):
+        # A trained run is evaluated on its held-out rows when it ends.
+        measured = (*one.evaluations, *(() if one.made else (HELD_OUT,)))
+        planned.setdefault(one.arm, {})[one.seed] = measured
+    floors = entropy_floors(domains)
+    return {"rows": rows, "domains": tuple(domains), "floors": floors, "planned": planned}
 
 
 def sweep(paper: str) -> Any:
-    """The module of a paper's sweep."""
+    """Returns the module of a paper's sweep."""
     return importlib.import_module(f"launch.papers.{paper}.sweep")
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """A row with what its run's directory says of its course.
+    """Returns a row with 'curve', [(step, {task: loss})] of its evaluations, and 'parameters'.
 
-    Adds 'curve', [(step, {task: loss})], as it was evaluated, and 'parameters'; empty and None where it was made
-    and not trained.
+    A run that was made and not trained has an empty curve and None.
     """
-    from trainers.telemetry.metric_writers import rows_in_force
-
-    path = directory / "metrics.jsonl"
     curve: dict[int, dict[str, float]] = {}
-    for line in rows_in_force(str(path)) if path.exists() else ():
+    for line in sweeps.metrics(directory):
         losses = {
             key.removeprefix("eval/").removesuffix(_LOSS): value
             for key, value in line.items()
@@ -253,8 +268,134 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
 
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
-    """Of those domains that are generated (data/nexus/lag_domains.py)."""
+    """Returns the entropy of those domains that are generated (data/nexus/lag_domains.py)."""
     from data.nexus import lag_domains
 
     known = [domain for domain in domains if domain in lag_domains.DOMAINS]
     return {name: lag_domains.entropy_floor(lag_domains.DOMAINS[name]) for name in known}
+
+
+# The report.
+
+
+def report(
+    runs: type[DomainRuns],
+    claims: Sequence[Claim],
+    parts: Sequence[str],
+    text: Sequence[str],
+    columns: Mapping[str, tuple[str, float]] = MappingProxyType({}),
+    places: Mapping[str, str] = MappingProxyType({}),
+    **settings: Any,
+) -> page.Report:
+    """Returns the page of a paper whose runs are evaluated on domains.
+
+    Args:
+      runs: class of the parts' runs.
+      claims: of the paper.
+      parts: of the experiment; one beside PARTS is measured by itself.
+      text: on the arms and on limits of the experiment, lines of a Markdown list.
+      columns: further numbers of rows in the tables -> (their heading, the unit they are divided by).
+      places: part beside PARTS -> its name in the evidence.
+      **settings: the remaining fields of `page.Report`.
+    """
+    shown = {"parameters": ("10³ parameters", 1e3), "tokens": ("10⁶ tokens", 1e6), **columns}
+    return page.Report(
+        intro=INTRO,
+        claims=lambda measured: judged(runs, claims, measured, places),
+        setup=lambda measured: [*_setup(runs.parts(measured), parts, measured), *text],
+        tables=lambda measured: [
+            line
+            for name, one in runs.parts(measured).items()
+            for line in _table(f"All arms, {name}", one, shown)
+        ],
+        record=lambda measured: {
+            "parts": {
+                name: _record(measured[name], tuple(columns)) for name in runs.parts(measured)
+            },
+            **{name: value for name, value in measured.items() if name not in PARTS},
+        },
+        **settings,
+    )
+
+
+def judged(
+    runs: type[DomainRuns],
+    claims: Sequence[Claim],
+    measured: Mapping[str, Any],
+    places: Mapping[str, str] = MappingProxyType({}),
+) -> list[Claim]:
+    """Returns the claims judged on all parts that were measured; arguments as of `report`."""
+    others = {name: measured[name] for name in places if name in measured}
+    names = {**{name: name for name in PARTS}, **places}
+    return claim.judge(claims, {**runs.parts(measured), **others}, names)
+
+
+def _setup(
+    runs: Mapping[str, DomainRuns], parts: Sequence[str], measured: Mapping[str, Any]
+) -> list[str]:
+    """Returns what was trained, and what is missing."""
+    out, missing = [], []
+    for name, one in runs.items():
+        seeds = sorted({seed for by_seed in one.planned.values() for seed in by_seed})
+        trained = [row for row in one.rows if row["tokens"]]
+        minutes = sum(row["seconds"] for row in one.rows) / 60
+        domains = ", ".join(
+            f"{domain} ({one.floors[domain]:.3f})" if domain in one.floors else domain
+            for domain in one.domains
+        )
+        entropy = "; in brackets their entropy" if set(one.floors) & set(one.domains) else ""
+        out.append(
+            f"- *{name}*: domains {domains}{entropy}. {len(trained)} runs, seeds "
+            f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(trained)}"
+        )
+        missing += [f"{name} {what}" for what in one.lacking()]
+    missing += [f"all of the part `{part}`" for part in parts if not measured.get(part)]
+    return [*out, *page.missing(missing)]
+
+
+def _budgets(trained: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the updates of the arms, arms with the same number together."""
+    arms: dict[int, dict[str, None]] = {}
+    for row in trained:
+        arms.setdefault(row["step"], {})[f"`{row['arm']}`"] = None
+    budgets = [f"{steps:,} ({', '.join(names)})" for steps, names in sorted(arms.items())]
+    return f"Updates: {'; '.join(budgets)}." if budgets else ""
+
+
+def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]]) -> list[str]:
+    """Returns the table of the losses of all arms by domain."""
+    scores = [MEAN, *map(on, runs.domains)]
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in runs.rows):
+        rows = list(runs.find(arm).values())
+        if not any(map(held_out, rows)):  # made, and not measured
+            continue
+        cells = []
+        for key, (_, unit) in columns.items():
+            values = [row[key] / unit for row in rows if row.get(key)]
+            cells.append(f"{np.mean(values):.4g}" if values else "")
+        for score in scores:
+            values_N = runs.values(arm, score)
+            cells.append(runs.mean(values_N, score) if values_N.size else "")
+        lines.append((f"{runs.label(arm)} (`{arm}`)", *cells))
+    headings = (heading for heading, _ in columns.values())
+    return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
+
+
+def _record(measured: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """Returns what the page is made of, from which its numbers can be computed again."""
+    keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *columns)
+    rows = [
+        {
+            **{key: row.get(key) for key in keys},
+            "loss": held_out(row),
+            "curve": row["curve"],
+            "evaluations": {
+                name: value
+                for name, value in row.get("evaluations", {}).items()
+                if name != HELD_OUT
+            },
+        }
+        for row in measured["rows"]
+    ]
+    return {"domains": list(measured["domains"]), "floors": dict(measured["floors"]), "runs": rows}

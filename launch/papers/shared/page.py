@@ -1,188 +1,106 @@
-"""Parts of a report on runs over several domains, as lines of a page and for its results.json."""
+"""The report of a reproduction: claims with verdicts, figures and tables, as a Markdown page and as JSON."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim
-from launch.papers.shared.domains import HELD_OUT, MEAN, PARTS, DomainRuns, held_out, on
-from launch.plots import intervals
+from launch.plots import intervals, panels
+
+Measured = Mapping[str, Any]  # what a paper's `measure.run` returns, by part
+MEANS = (
+    "Values are means over seeds with 95 % intervals (Student's t). Claims in bold must\n"
+    "hold at this scale too; the others are reported as they come out.\n\n" + intervals.BETTER
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a paper's page says whatever was measured.
+    """A paper's page. All functions take what `measure.run` returns, complete or not.
 
     Attributes:
-      paper: name of the page.
+      slug: of the paper; the page is <slug>.md, figures and results.json go to the folder <slug>.
       title: of the page.
       source: the paper, as a link.
-      text: on arms and on where it falls short, lines of a list.
-      parts: of the experiment.
-      runs: the class of the parts' runs.
-      claims: what was found -> the claims.
-      draw: what was found, a folder -> plots that it has written there, with their captions.
-      columns: of the tables of arms, see `table`.
+      intro: how values and verdicts are to be read.
+      claims: returns the judged claims.
+      figures: returns file name -> (the figure, or None where there is nothing to draw; its caption).
+      setup: returns how it was measured, as lines of Markdown.
+      tables: returns the tables below the measurements, as lines of Markdown.
+      record: returns what results.json keeps beside command, versions and claims; a list under 'runs' at its end is
+        written with one line per run if `run_lines`.
+      figures_last: whether the figures come after the measurements.
     """
 
-    paper: str
+    slug: str
     title: str
     source: str
-    text: Sequence[str]
-    parts: Sequence[str]
-    runs: type[DomainRuns]
-    claims: Callable[[Mapping[str, Any]], list[Claim]]
-    draw: Callable[[Mapping[str, Any], pathlib.Path], dict[str, str]]
-    columns: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    intro: str
+    claims: Callable[[Measured], list[Claim]]
+    figures: Callable[[Measured], Mapping[str, tuple[Any, str]]]
+    setup: Callable[[Measured], Iterable[str]]
+    tables: Callable[[Measured], Iterable[str]]
+    record: Callable[[Measured], Mapping[str, Any]]
+    figures_last: bool = False
+    run_lines: bool = False
 
-    def write(
-        self, found: Mapping[str, Any], out: pathlib.Path, facts: Mapping[str, Any]
-    ) -> list[Claim]:
-        """Writes <paper>.md, <paper>/results.json and the plots into `out`.
+    def write(self, measured: Measured, out: pathlib.Path, facts: Mapping[str, Any]) -> list[Claim]:
+        """Writes page, figures and results.json; returns the judged claims.
 
         Args:
-          found: by the paper's `experiment.run`, as far as it is there.
+          measured: by the paper's `measure.run`.
           out: the folder, such as docs/reproductions.
-          facts: command, versions and whatever else the numbers depend on.
-
-        Returns:
-          The claims.
+          facts: 'command', 'versions' and whatever else the numbers depend on.
         """
-        drawn = self.draw(found, out / self.paper)
-        judged, runs = self.claims(found), self.runs.parts(found)
-        record = {
-            **facts,
-            "claims": claim.record(judged),
-            "parts": {name: kept(found[name], tuple(self.columns)) for name in runs},
-            **{name: value for name, value in found.items() if name not in PARTS},
-        }
-        (out / self.paper / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-        lines = [*_head(self, judged, facts), *_setup(self, runs, found), *self.text, ""]
-        for name, caption in drawn.items():
-            lines += [f"![{caption}]({self.paper}/{name})", "", f"*{caption}.*", ""]
-        lines += ["## Measurements", "", *claim.measurements(judged)]
-        for name, results in runs.items():
-            lines += table(f"All arms, {name}", results, self.columns)
-        lines.append(
-            "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + "."
-        )
-        (out / f"{self.paper}.md").write_text("\n".join(lines) + "\n")
+        folder = out / self.slug
+        captions = panels.save(self.figures(measured), folder)
+        judged = self.claims(measured)
+        record = {**facts, "claims": claim.record(judged), **self.record(measured)}
+        (folder / "results.json").write_text(self._json(record))
+        figures = [
+            line
+            for name, caption in captions.items()
+            for line in (f"![{caption}]({self.slug}/{name})", "", f"*{caption}.*", "")
+        ]
+        measurements = ["## Measurements", "", *claim.measurements(judged)]
+        body = [measurements, figures] if self.figures_last else [figures, measurements]
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        lines = [
+            *(
+                f"# {self.title}",
+                "",
+                f"{self.source}.",
+                "This page and its plots are written by",
+                "",
+            ),
+            *("```", str(facts["command"]), "```", "", f"and never by hand. {self.intro}", ""),
+            *(*claim.table(judged), ""),
+            *("## How it was measured", "", *self.setup(measured), ""),
+            *(line for section in body for line in section),
+            *self.tables(measured),
+            f"Versions: {versions}.",
+        ]
+        (out / f"{self.slug}.md").write_text("\n".join(lines) + "\n")
         return judged
 
-
-def _head(report: Report, judged: Sequence[Claim], facts: Mapping[str, Any]) -> list[str]:
-    """The page down to how it was measured."""
-    return [
-        f"# {report.title}",
-        "",
-        f"{report.source}.",
-        "This page and its plots are written by",
-        "",
-        "```",
-        str(facts["command"]),
-        "```",
-        "",
-        "and never by hand. Losses are of held-out text, in nats per token, means over seeds with 95 % intervals",
-        "(Student's t). Claims in bold must hold at this scale too; the others are reported as they come out.",
-        "",
-        intervals.BETTER,
-        "",
-        *claim.table(judged),
-        "",
-        "## How it was measured",
-        "",
-    ]
+    def _json(self, record: dict[str, Any]) -> str:
+        if not self.run_lines:
+            return json.dumps(record, indent=1) + "\n"
+        runs = ",\n".join(f"  {json.dumps(run)}" for run in record.pop("runs"))
+        head = json.dumps(record, indent=1).removesuffix("\n}")
+        return f'{head},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
-def _setup(report: Report, runs: Mapping[str, DomainRuns], found: Mapping[str, Any]) -> list[str]:
-    """What was trained, and what is not there."""
-    out, missing = [], []
-    for name, results in runs.items():
-        seeds = sorted({seed for by_seed in results.planned.values() for seed in by_seed})
-        trained = [row for row in results.rows if row["tokens"]]
-        minutes = sum(row["seconds"] for row in results.rows) / 60
-        known = [results.floors.get(domain) for domain in results.domains]
-        domains = ", ".join(
-            f"{domain} ({floor:.3f})" if floor is not None else domain
-            for domain, floor in zip(results.domains, known, strict=True)
-        )
-        entropy = "; in brackets their entropy" if any(x is not None for x in known) else ""
-        out.append(
-            f"- *{name}*: domains {domains}{entropy}. {len(trained)} runs, seeds "
-            f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(results)}"
-        )
-        missing += [f"{name} {what}" for what in results.lacking()]
-    missing += [f"all of the part `{part}`" for part in report.parts if not found.get(part)]
-    if missing:
-        out.append(f"- Missing, and left out above and below: {', '.join(missing)}.")
-    return out
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
+    """Returns a Markdown table, below a heading if there is a title, and a blank line after it."""
+    heading = [f"## {title}", ""] if title else []
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [*heading, lines[0], "|" + "---|" * len(header), *lines[1:], ""]
 
 
-def _budgets(results: DomainRuns) -> str:
-    """Updates of the arms, those of one number together."""
-    by_steps: dict[int, list[str]] = {}
-    for row in results.rows:
-        arms = by_steps.setdefault(row["step"], []) if row["tokens"] else []
-        if (name := f"`{row['arm']}`") not in arms:
-            arms.append(name)
-    said = [f"{steps:,} ({', '.join(arms)})" for steps, arms in sorted(by_steps.items())]
-    return f"Updates: {'; '.join(said)}." if said else ""
-
-
-def table(title: str, results: DomainRuns, columns: Mapping[str, tuple[str, float]]) -> list[str]:
-    """Losses of all arms by domain.
-
-    Args:
-      title: above it.
-      results: of a part.
-      columns: further numbers of rows -> (their heading, what they are divided by).
-    """
-    given = {
-        "parameters": ("10³ parameters", 1e3),
-        "tokens": ("10⁶ tokens", 1e6),
-        **columns,
-    }
-    heads = [*(heading for heading, _ in given.values()), MEAN, *results.domains]
-    out = [f"## {title}", "", f"| arm | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    for arm in dict.fromkeys(row["arm"] for row in results.rows):
-        rows = list(results.find(arm).values())
-        if not any(map(held_out, rows)):  # made, and not measured
-            continue
-        cells = []
-        for key, (_, unit) in given.items():
-            values = [row[key] / unit for row in rows if row.get(key)]
-            cells.append(f"{np.mean(values):.4g}" if values else "")
-        for score in (MEAN, *map(on, results.domains)):
-            values_N = results.values(arm, score)
-            cells.append(results.mean(values_N, score) if values_N.size else "")
-        out.append(f"| {results.label(arm)} (`{arm}`) | {' | '.join(cells)} |")
-    return [*out, ""]
-
-
-def kept(found: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
-    """Of a part, what the page is made of, for whoever wants to count again.
-
-    Args:
-      found: as domain_runs.part returns it.
-      more: further keys of rows.
-    """
-    keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *more)
-    rows = [
-        {
-            **{key: row.get(key) for key in keys},
-            "loss": held_out(row),
-            "curve": row["curve"],
-            "evaluations": {
-                name: value
-                for name, value in row.get("evaluations", {}).items()
-                if name != HELD_OUT
-            },
-        }
-        for row in found["rows"]
-    ]
-    return {"domains": list(found["domains"]), "floors": dict(found["floors"]), "runs": rows}
+def missing(names: Sequence[str]) -> list[str]:
+    """Returns the line that names the runs and parts without results; none if there are none."""
+    return [f"- Missing, and left out above and below: {', '.join(names)}."] if names else []

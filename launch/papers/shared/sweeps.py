@@ -1,7 +1,13 @@
-"""Sweeps of a reproduction: run as far as they are not done, and read."""
+"""The sweeps of a reproduction: runs what is not done, and reads the results."""
 
+import dataclasses
+import json
 import pathlib
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from data.cache import cache_dir
 
 if TYPE_CHECKING:
     from launch.sweeping.file import Run
@@ -10,25 +16,25 @@ _PAPERS = pathlib.Path(__file__).parents[1]
 
 
 class StoppedError(Exception):
-    """A sweep was stopped and goes on when it is started again."""
+    """A sweep was stopped and continues when it is started again."""
 
 
 def rows(
     folder: pathlib.Path,
     name: str,
-    given: int | str,
+    argument: int | str,
     *,
     workers: int = 1,
     minutes: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The results of a sweep of a paper; what has been trained before is not trained again.
+    """Returns the results of a paper's sweep, after running what is not done.
 
     Args:
       folder: of the sweep.
       name: of its file, as PAPER/FILE without .py.
-      given: to its file: the number of seeds, or a text with more.
+      argument: of the file's `get_config`: the number of seeds, or a text with more.
       workers: runs at once.
-      minutes: after which it stops; the same call goes on.
+      minutes: after which it stops; the same call continues.
 
     Raises:
       ValueError: the sweep could not be run.
@@ -36,7 +42,7 @@ def rows(
     """
     from launch import cli, sweep
 
-    file = _file(name, given)
+    file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
     status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
     if status == cli.INTERRUPTED:
@@ -47,12 +53,65 @@ def rows(
     return sweep.read_results(folder)
 
 
-def planned(name: str, given: int | str) -> "tuple[Run, ...]":
-    """All runs of a sweep, done or not; as `rows` takes them."""
+def measured(
+    folder: pathlib.Path,
+    name: str,
+    argument: int | str,
+    read: Callable[[Mapping[str, Any], pathlib.Path], dict[str, Any]],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Returns the rows of a sweep, each completed by `read(row, directory of its run)`; otherwise as `rows`."""
+    return [read(row, folder / row["directory"]) for row in rows(folder, name, argument, **options)]
+
+
+def planned(name: str, argument: int | str) -> "tuple[Run, ...]":
+    """Returns all runs of a sweep, done or not; arguments as of `rows`."""
     from launch.sweeping import file
 
-    return file.read(_file(name, given))
+    return file.read(_file(name, argument))
 
 
-def _file(name: str, given: int | str) -> str:
-    return f"{_PAPERS / name}.py:{given}"
+def _file(name: str, argument: int | str) -> str:
+    return f"{_PAPERS / name}.py:{argument}"
+
+
+def metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.jsonl; none where the run was not trained."""
+    from trainers.telemetry.metric_writers import rows_in_force
+
+    path = directory / "metrics.jsonl"
+    return list(rows_in_force(str(path))) if path.exists() else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Measurements beside the sweeps, a JSON file each; one with the same settings is not repeated.
+
+    Attributes:
+      folder: of the files.
+    """
+
+    folder: pathlib.Path
+
+    def get(
+        self, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Returns {settings, seconds, result}: read if the settings are the same, else measured and written."""
+        path = self.folder / f"{name}.json"
+        wanted = json.loads(json.dumps(settings))
+        if path.exists():
+            stage = json.loads(path.read_bytes())
+            if stage["settings"] == wanted:
+                print(f"{name}: already measured ({path})", flush=True)
+                return stage
+        print(f"{name}: measuring", flush=True)
+        began = time.monotonic()
+        result = measure()
+        stage = {
+            "settings": wanted,
+            "seconds": round(time.monotonic() - began, 1),
+            "result": json.loads(json.dumps(result)),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cache_dir.write_json(path, stage)
+        return stage

@@ -1,4 +1,4 @@
-"""What the retrieval model attends to while it answers, and whether the prompt's last window foresees it.
+"""The attention of the retrieval model while it answers, and whether the prompt's last window foresees it.
 
 Shapes: E prompts, T prompt length, P positions of a prefix, N query heads, L layers, W windows.
 """
@@ -29,20 +29,20 @@ def hit_rates(
     windows: int = WINDOWS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Hit rates of the choices of the prompt's last windows, by layer.
+    """Measures the hit rates of the choices of the prompt's last windows, by layer.
 
     All windows choose among the positions before the first of them, which each of them sees whole, by
-    the summed weights of their queries, without pooling. What matters are the weights above the
-    threshold of the queries that generate the second and later tokens with the full cache.
+    the summed weights of their queries, without pooling. A hit is a weight above the threshold of the queries
+    that generate the second and later tokens with the full cache.
 
     Returns:
       {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
     """
     rng = np.random.default_rng((seed, lines))
-    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    full_EA = retriever.answer(retriever.record(found.tokens_ET), FULL)
-    read_on = retriever.record(np.concatenate([found.tokens_ET, full_EA], axis=1))
-    length = found.tokens_ET.shape[1]
+    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
+    full_EA = retriever.answer(retriever.record(drawn.tokens_ET), FULL)
+    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    length = drawn.tokens_ET.shape[1]
     prefix = length - windows * WINDOW
     count = max(round(CHOSEN_SHARE * prefix), 1)
     ends_E = jnp.full(prompts, length, jnp.int32)
@@ -69,7 +69,7 @@ def _window_hits(
 def overlaps(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Shares of kept context positions in common, of prompts with one context, by layer.
+    """Measures the shares of kept context positions in common, of prompts with one context, by layer.
 
     Two prompts of the same question differ in the answered example before it; two of different
     questions in both.
@@ -85,22 +85,19 @@ def overlaps(
     prefix = 1 + lines * retrieval.LINE - (WINDOW - retrieval.LINE - 1)  # before every window
 
     def kept(asked_E: np.ndarray) -> list[jax.Array]:
-        found = retrieval.draw_prompts(rng, context, asked_E=asked_E)
-        recording = retriever.record(found.tokens_ET)
+        drawn = retrieval.draw_prompts(rng, context, asked_E=asked_E)
+        recording = retriever.record(drawn.tokens_ET)
         caches = replay.compressed(retriever.model, policy, recording, room=1)
         views = [policy.view(cache).positions_BS for cache in caches]
         return [cache_analysis.held_positions(at_EXS, prefix) for at_EXS in views]
 
     first, again, different = kept(asked_E), kept(asked_E), kept(other_E)
-    pairs = {
-        "same": zip(first, again, strict=True),
-        "different": zip(first, different, strict=True),
+    shares = {
+        name: np.stack([cache_analysis.overlap(*pair) for pair in zip(first, other, strict=True)])
+        for name, other in (("same", again), ("different", different))
     }
-    found = {
-        name: np.stack([cache_analysis.overlap(*pair) for pair in both]).tolist()
-        for name, both in pairs.items()
-    }
-    return {**found, "chance": (capacity - WINDOW) / prefix}
+    chance = (capacity - WINDOW) / prefix
+    return {**{name: array.tolist() for name, array in shares.items()}, "chance": chance}
 
 
 def kept_hits(
@@ -112,13 +109,13 @@ def kept_hits(
     capacity: int,
     seed: int = 0,
 ) -> list[Any]:
-    """(hits, attended) [L, E, 2] of what SnapKV keeps, its window included, while it is answered."""
+    """Returns (hits, attended) [L, E, 2] of the positions that SnapKV keeps, its window included, while it answers."""
     rng = np.random.default_rng((seed, lines))
-    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    recording = retriever.record(found.tokens_ET)
+    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
+    recording = retriever.record(drawn.tokens_ET)
     full_EA = retriever.answer(recording, FULL)
-    read_on = retriever.record(np.concatenate([found.tokens_ET, full_EA], axis=1))
-    length = found.tokens_ET.shape[1]
+    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    length = drawn.tokens_ET.shape[1]
     policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
     out = []
     for cache, shown in zip(

@@ -1,183 +1,179 @@
-"""The eight claims that must hold, with what was measured for each."""
+"""The eight claims of SnapKV and how each is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim, Evidence
-from launch.papers.snapkv import measure, needle_run
+from launch.papers.snapkv import measure, needles
 from launch.plots import intervals
 
 BASELINES = ("h2o", "streaming_llm", "random")
 SMALL, CHAT = "retrieval model", "SmolLM2-135M"
+_QUESTIONS = ("last", "first")
+Measured = Mapping[str, Any]
 
 
-def small_exact(found: Mapping[str, Any], method: str, capacity: int, first: int = 0) -> np.ndarray:
-    """Whether each prompt of all seeds is answered, by its tokens from `first` on; [] if not measured."""
+def claims(measured: Measured) -> list[Claim]:
+    """Returns all claims, judged on what `measure.run` returns."""
+    return claim.judge(CLAIMS, {"all": measured}, {"all": ""})
+
+
+def runs_of(measured: Measured) -> list[Mapping[str, Any]]:
+    """Returns the measurements of the retrieval models, one per seed."""
+    return list(measured.get("retrieval", {}).values())
+
+
+def small_exact(measured: Measured, method: str, capacity: int, first: int = 0) -> np.ndarray:
+    """Returns whether each prompt of all seeds is answered, judged by its tokens from `first` on; [] if not measured."""
     rows = [
         np.asarray(one["accuracy"]["correct"][method][str(capacity)])[:, first:].all(-1)
-        for one in found.get("retrieval", {}).values()
+        for one in runs_of(measured)
     ]
     return np.concatenate(rows) if rows else np.zeros(0)
 
 
-def small_full(found: Mapping[str, Any], first: int = 0) -> np.ndarray:
-    """The same of the full cache."""
-    lengths = [one["accuracy"]["length"] for one in found.get("retrieval", {}).values()]
-    return small_exact(found, "full", lengths[0], first) if lengths else np.zeros(0)
+def small_full(measured: Measured, first: int = 0) -> np.ndarray:
+    """Returns the same of the full cache."""
+    lengths = [one["accuracy"]["length"] for one in runs_of(measured)]
+    return small_exact(measured, "full", lengths[0], first) if lengths else np.zeros(0)
 
 
-def needle_digits(
-    found: Mapping[str, Any], method: str, capacity: int, tokens: int | None = None
-) -> np.ndarray:
-    """Right digits [needles, 5] of the haystacks of a length."""
+def needle_digits(measured: Measured, method: str, capacity: int, tokens: int) -> np.ndarray:
+    """Returns the right digits [needles, 5] of the haystacks of a length."""
     rows = [
         np.asarray(one["digits"][method][str(capacity)])
-        for one in found.get("needles", [])
+        for one in measured.get("needles", [])
         if one["tokens"] == tokens
     ]
     return np.concatenate(rows) if rows else np.zeros((0, 5))
 
 
-def claims(found: Mapping[str, Any]) -> list[Claim]:
-    """All of them, of what `experiment.run` has found."""
-    return [
-        _small_caches(found),
-        _pooling(found),
-        _baselines(found),
-        _last_window(found),
-        _questions(found),
-        _position(found),
-        _latency(found),
-        _agnostic(found),
-    ]
+def grids(measured: Measured) -> list[needles.Grid]:
+    """Returns the grids of needles that were measured."""
+    there = {one["tokens"] for one in measured.get("needles", [])}
+    return [grid for grid in needles.GRIDS if grid.tokens in there]
 
 
-def _grids(found: Mapping[str, Any]) -> list[needle_run.Grid]:
-    there = {one["tokens"] for one in found.get("needles", [])}
-    return [grid for grid in needle_run.GRIDS if grid.tokens in there]
-
-
-def _pairs(found: Mapping[str, Any], one: str, other: str) -> list[tuple[str, Any, Any]]:
-    """(where, values, values) of two methods on the same prompts, at a fifth of the prompt."""
-    out = []
-    if found.get("retrieval"):
-
-        def small(name: str) -> np.ndarray:
-            if name == "full":
-                return small_full(found)
-            return small_exact(found, name, measure.CAPACITY)
-
-        out.append((f"{SMALL}, C = {experiment.CAPACITY}", small(one), small(other)))
-    for grid in _grids(found):
-
-        def chat(name: str, grid: needle_run.Grid = grid) -> np.ndarray:
-            capacity = 0 if name == "full" else grid.fifth
-            return needle_digits(found, name, capacity, grid.tokens).all(-1)
-
-        where = f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}"
-        out.append((where, chat(one), chat(other)))
-    return out
+def _at_a_fifth(
+    measured: Measured, one: str, other: str
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Returns (where, values, values) of two methods on the same prompts, at a fifth of the prompt."""
+    cases = []
+    if measured.get("retrieval"):
+        small = [
+            small_full(measured)
+            if name == "full"
+            else small_exact(measured, name, measure.CAPACITY)
+            for name in (one, other)
+        ]
+        cases.append((f"{SMALL}, C = {measure.CAPACITY}", *small))
+    for grid in grids(measured):
+        chat = [
+            needle_digits(measured, name, 0 if name == "full" else grid.fifth, grid.tokens).all(-1)
+            for name in (one, other)
+        ]
+        cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", *chat))
+    return cases
 
 
 def _compare(ones: np.ndarray, others: np.ndarray, names: tuple[str, str]) -> tuple[str, Any]:
+    """Returns the shares of two methods in words, and the interval of their difference."""
     gap = intervals.difference(ones, others)
     shares = [intervals.text(intervals.share(values)) for values in (ones, others)]
     words = f"{names[0]} {shares[0]}, {names[1]} {shares[1]}: difference {intervals.text(gap)}"
     return f"{words} of {len(ones)} prompts", gap
 
 
-def _small_caches(found: Mapping[str, Any]) -> Claim:
+def _judge(
+    cases: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    names: tuple[str, str],
+    holds: Callable[[Mapping[str, float]], bool],
+) -> list[Evidence]:
+    """Returns the evidence of a condition on the differences of two methods."""
     evidence = []
-    for where, ones, others in _pairs(found, "snapkv", "full"):
-        words, gap = _compare(ones, others, ("SnapKV", "full cache"))
-        evidence.append(Evidence(where, words, gap["value"] >= -0.05))
-    big = needle_run.GRIDS[-1]  # where 1,024 tokens are kept
-    ones = needle_digits(found, "snapkv", big.others[-1], big.tokens).all(-1)
+    for where, ones, others in cases:
+        words, gap = _compare(ones, others, names)
+        evidence.append(Evidence(where, words, holds(gap)))
+    return evidence
+
+
+def small_caches(measured: Measured, _: str) -> list[Evidence]:
+    """Compares SnapKV with the full cache."""
+    names = ("SnapKV", "full cache")
+    evidence = _judge(
+        _at_a_fifth(measured, "snapkv", "full"), names, lambda gap: gap["value"] >= -0.05
+    )
+    big = needles.GRIDS[-1]  # where 1,024 tokens are kept
+    kept = big.others[-1]
+    ones = needle_digits(measured, "snapkv", kept, big.tokens).all(-1)
     if len(ones):
-        others = needle_digits(found, "full", 0, big.tokens).all(-1)
-        words, gap = _compare(ones, others, ("SnapKV", "full cache"))
-        where = f"{CHAT}, {big.tokens} tokens, C = {big.others[-1]}"
-        evidence.append(Evidence(where, words, gap["value"] >= -0.01))
-    return Claim(
-        "S1",
-        "Small caches preserve retrieval",
-        "SnapKV within 0.05 of the full cache at C = T / 5 (within 0.01 at C = 1,024)",
-        evidence,
-    )
+        others = needle_digits(measured, "full", 0, big.tokens).all(-1)
+        case = (f"{CHAT}, {big.tokens} tokens, C = {kept}", ones, others)
+        evidence += _judge([case], names, lambda gap: gap["value"] >= -0.01)
+    return evidence
 
 
-def _pooling(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    for where, ones, others in _pairs(found, "snapkv", "kernel_1"):
-        words, gap = _compare(ones, others, ("pooling over 7", "none"))
-        evidence.append(Evidence(where, words, gap["low"] > 0))
-    return Claim(
-        "S2",
-        "Pooling is essential for answers of several tokens",
-        "max pooling over 7 beats none; the interval of the difference lies above 0",
-        evidence,
-    )
+def pooling(measured: Measured, _: str) -> list[Evidence]:
+    """Compares pooling of the votes with none."""
+    cases = _at_a_fifth(measured, "snapkv", "kernel_1")
+    return _judge(cases, ("pooling over 7", "none"), lambda gap: gap["low"] > 0)
 
 
-def _baselines(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    for baseline in BASELINES:
-        for where, ones, others in _pairs(found, "snapkv", baseline):
-            words, gap = _compare(ones, others, ("SnapKV", baseline))
-            evidence.append(Evidence(where, words, gap["value"] >= 0.3))
-    return Claim(
-        "S3",
-        "SnapKV beats H2O, StreamingLLM and a random choice",
-        "a gap of 0.3 at C = T / 5",
-        evidence,
-    )
+def baselines(measured: Measured, _: str) -> list[Evidence]:
+    """Compares SnapKV with other policies."""
+    return [
+        evidence
+        for baseline in BASELINES
+        for evidence in _judge(
+            _at_a_fifth(measured, "snapkv", baseline),
+            ("SnapKV", baseline),
+            lambda gap: gap["value"] >= 0.3,
+        )
+    ]
 
 
-def window_rates(found: Mapping[str, Any]) -> np.ndarray | None:
-    """Hit rates [layers, windows] over all seeds."""
-    hits = [one["hits"]["hits"] for one in found.get("retrieval", {}).values()]
+def window_rates(measured: Measured) -> np.ndarray | None:
+    """Returns the hit rates [layers, windows] over all seeds."""
+    hits = [np.asarray(one["hits"]["hits"]) for one in runs_of(measured)]
     if not hits:
         return None
-    total_LW2 = np.concatenate([np.asarray(h) for h in hits], axis=2).sum(2)
+    total_LW2 = np.concatenate(hits, axis=2).sum(2)
     return total_LW2[..., 0] / np.maximum(total_LW2[..., 1], 1)
 
 
-def _last_window(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    rates_LW = window_rates(found)
-    if rates_LW is not None:
-        mean_W = rates_LW.mean(0)
-        layers = ", ".join(f"layer {i} {r[-1]:.2f} ({r[0]:.2f})" for i, r in enumerate(rates_LW))
-        words = (
-            f"last window {mean_W[-1]:.2f}, best of the others {mean_W[:-1].max():.2f}, all others "
-            f"on average {mean_W[:-1].mean():.2f}; last (first) of {len(mean_W)}: {layers}"
-        )
-        evidence.append(Evidence(SMALL, words, bool(mean_W.argmax() == len(mean_W) - 1)))
-    return Claim(
-        "S4",
-        "The last window of the prompt foresees what generation attends to",
-        "its choices have the highest hit rate, on average over layers",
-        evidence,
+def last_window(measured: Measured, _: str) -> list[Evidence]:
+    """Compares the hit rate of the prompt's last window with those of windows before it."""
+    rates_LW = window_rates(measured)
+    if rates_LW is None:
+        return []
+    mean_W = rates_LW.mean(0)
+    layers = ", ".join(f"layer {i} {r[-1]:.2f} ({r[0]:.2f})" for i, r in enumerate(rates_LW))
+    words = (
+        f"last window {mean_W[-1]:.2f}, best of the others {mean_W[:-1].max():.2f}, all others "
+        f"on average {mean_W[:-1].mean():.2f}; last (first) of {len(mean_W)}: {layers}"
     )
+    return [Evidence(SMALL, words, bool(mean_W.argmax() == len(mean_W) - 1))]
 
 
-def _questions(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    runs = list(found.get("retrieval", {}).values())
-    parts: list[tuple[str, Any, Any, float]] = []
-    if runs:
+def questions(measured: Measured, _: str) -> list[Evidence]:
+    """Compares the positions kept for two questions with those kept for one question asked twice."""
+    cases: list[tuple[str, Any, Any, float]] = []
+    if runs := runs_of(measured):
         same, different = (
             np.concatenate([np.mean(run["overlaps"][key], axis=0) for run in runs])
             for key in ("same", "different")
         )
-        parts.append((SMALL, same, different, runs[0]["overlaps"]["chance"]))
-    if needles := found.get("needles"):
-        same, different = ([n["overlap"][key] for n in needles] for key in ("same", "different"))
-        chance = float(np.mean([n["overlap"]["chance"] for n in needles]))
-        parts.append((CHAT, same, different, chance))
-    for where, same, different, chance in parts:
+        cases.append((SMALL, same, different, runs[0]["overlaps"]["chance"]))
+    if overlaps := [one["overlap"] for one in measured.get("needles", [])]:
+        same, different, chance = (
+            [one[key] for one in overlaps] for key in ("same", "different", "chance")
+        )
+        cases.append((CHAT, same, different, float(np.mean(chance))))
+    evidence = []
+    for where, same, different, chance in cases:
         gap = intervals.difference(different, same)
         words = (
             f"overlap {intervals.text(intervals.mean(different))} of two questions, "
@@ -185,92 +181,117 @@ def _questions(found: Mapping[str, Any]) -> Claim:
             f"{chance:.2f}): difference {intervals.text(gap)}"
         )
         evidence.append(Evidence(where, words, gap["high"] < 0))
-    return Claim(
+    return evidence
+
+
+def position(measured: Measured, _: str) -> list[Evidence]:
+    """Compares questions after the context with questions before it."""
+    runs = runs_of(measured)
+    if not runs:
+        return []
+    rates, full, words = {}, {}, []
+    for question in _QUESTIONS:
+        hits_E2 = np.concatenate([np.asarray(r[f"kept_{question}"]).sum(0) for r in runs])
+        rates[question] = intervals.ratio(hits_E2[:, 0], hits_E2[:, 1])
+        full[question], snapkv = (
+            intervals.share(np.concatenate([r["positions"][question][name] for r in runs]))
+            for name in ("full", "snapkv")
+        )
+        words.append(
+            f"question {question}: hit rate {intervals.text(rates[question])}, exact match "
+            f"{intervals.text(full[question])} full, {intervals.text(snapkv)} SnapKV"
+        )
+    near = abs(rates["last"]["value"] - rates["first"]["value"]) <= 0.1
+    # Where the model does not answer, its attention says nothing about answers.
+    near &= all(full[question]["value"] >= 0.5 for question in _QUESTIONS)
+    where = "{lines} lines, C = {capacity}".format(**measure.POSITIONS)
+    return [Evidence(f"{SMALL}, {where}", "; ".join(words), near)]
+
+
+def latency(measured: Measured, _: str) -> list[Evidence]:
+    """Compares how decoding time grows with the prompt."""
+    if not measured.get("latency"):
+        return []
+    slopes = {}
+    for name, lengths in measured["latency"]["result"].items():
+        medians = [float(np.median(one["ms"])) for one in lengths.values()]
+        slopes[name] = intervals.slope([int(n) / 1024 for n in lengths], medians)
+    words = ", ".join(f"{name} {s * 1e3:.0f}" for name, s in slopes.items())
+    return [
+        Evidence(
+            "random weights, 4 layers",
+            f"microseconds per token and 1,024 tokens of prompt: {words}",
+            abs(slopes["snapkv"]) <= 0.1 * slopes["full"],
+        )
+    ]
+
+
+def agnostic(measured: Measured, _: str) -> list[Evidence]:
+    """Compares compression before the question with compression after it."""
+    cases = []
+    if runs := runs_of(measured):
+        before, after = (
+            np.concatenate([run["agnostic"][f"{when} the question"] for run in runs])
+            for when in ("before", "after")
+        )
+        cases.append((f"{SMALL}, C = {measure.CAPACITY}", before, after))
+    for grid in grids(measured):
+        before, after = (
+            needle_digits(measured, name, grid.fifth, grid.tokens).all(-1)
+            for name in ("before the question", "snapkv")
+        )
+        cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", before, after))
+    names = ("compressed before the question", "after it")
+    return _judge(cases, names, lambda gap: gap["value"] <= -0.3)
+
+
+CLAIMS = (
+    Claim(
+        "S1",
+        "Small caches preserve retrieval",
+        "SnapKV within 0.05 of the full cache at C = T / 5 (within 0.01 at C = 1,024)",
+        {"all": [small_caches]},
+    ),
+    Claim(
+        "S2",
+        "Pooling is essential for answers of several tokens",
+        "max pooling over 7 beats none; the interval of the difference lies above 0",
+        {"all": [pooling]},
+    ),
+    Claim(
+        "S3",
+        "SnapKV beats H2O, StreamingLLM and a random choice",
+        "a gap of 0.3 at C = T / 5",
+        {"all": [baselines]},
+    ),
+    Claim(
+        "S4",
+        "The last window of the prompt foresees what generation attends to",
+        "its choices have the highest hit rate, on average over layers",
+        {"all": [last_window]},
+    ),
+    Claim(
         "S5",
         "What is kept depends on the question",
         "different questions share less than the same question does; the interval lies below 0",
-        evidence,
-    )
-
-
-def _position(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    if runs := list(found.get("retrieval", {}).values()):
-        rates = {}
-        for question in ("last", "first"):
-            hits_E2 = np.concatenate([np.asarray(r[f"kept_{question}"]).sum(0) for r in runs])
-            rates[question] = intervals.ratio(hits_E2[:, 0], hits_E2[:, 1])
-        exact = {
-            (question, name): intervals.share(
-                np.concatenate([r["positions"][question][name] for r in runs])
-            )
-            for question in ("last", "first")
-            for name in ("full", "snapkv")
-        }
-        words = "; ".join(
-            f"question {question}: hit rate {intervals.text(rates[question])}, exact match "
-            f"{intervals.text(exact[question, 'full'])} full, "
-            f"{intervals.text(exact[question, 'snapkv'])} SnapKV"
-            for question in ("last", "first")
-        )
-        near = abs(rates["last"]["value"] - rates["first"]["value"]) <= 0.1
-        # Where the model does not answer, what it attends to says nothing about answers.
-        near &= all(exact[question, "full"]["value"] >= 0.5 for question in ("last", "first"))
-        where = "{lines} lines, C = {capacity}".format(**measure.POSITIONS)
-        evidence.append(Evidence(f"{SMALL}, {where}", words, near))
-    return Claim(
+        {"all": [questions]},
+    ),
+    Claim(
         "S6",
         "The question may stand before the context or after it",
         "the full cache answers half of both, and hit rates of what is kept differ by 0.1 at most",
-        evidence,
-    )
-
-
-def _latency(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    if latency := found.get("latency"):
-        slopes = {}
-        for name, lengths in latency["result"].items():
-            medians = [float(np.median(one["ms"])) for one in lengths.values()]
-            slopes[name] = intervals.slope([int(n) / 1024 for n in lengths], medians)
-        words = ", ".join(f"{name} {s * 1e3:.0f}" for name, s in slopes.items())
-        evidence.append(
-            Evidence(
-                "random weights, 4 layers",
-                f"microseconds per token and 1,024 tokens of prompt: {words}",
-                abs(slopes["snapkv"]) <= 0.1 * slopes["full"],
-            )
-        )
-    return Claim(
+        {"all": [position]},
+    ),
+    Claim(
         "S7",
         "Decoding takes as long after a long prompt as after a short one",
         "the slope with SnapKV is at most a tenth of the full cache's",
-        evidence,
-    )
-
-
-def _agnostic(found: Mapping[str, Any]) -> Claim:
-    evidence = []
-    names = ("compressed before the question", "after it")
-    if runs := list(found.get("retrieval", {}).values()):
-        before, after = (
-            np.concatenate([run["agnostic"][key] for run in runs])
-            for key in ("before the question", "after the question")
-        )
-        words, gap = _compare(before, after, names)
-        where = f"{SMALL}, C = {experiment.CAPACITY}"
-        evidence.append(Evidence(where, words, gap["value"] <= -0.3))
-    for grid in _grids(found):
-        before, after = (
-            needle_digits(found, name, grid.fifth, grid.tokens).all(-1)
-            for name in ("before the question", "snapkv")
-        )
-        words, gap = _compare(before, after, names)
-        where = f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}"
-        evidence.append(Evidence(where, words, gap["value"] <= -0.3))
-    return Claim(
+        {"all": [latency]},
+    ),
+    Claim(
         "S8",
         "Compressing before the question is known fails",
         "exact match falls by 0.3 at least",
-        evidence,
-    )
+        {"all": [agnostic]},
+    ),
+)

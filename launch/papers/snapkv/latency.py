@@ -57,17 +57,17 @@ def latencies(
             name: _prepare(model, params, method, recording, capacity, new_tokens)
             for name, method in cases.items()
         }
-        found: Mapping[str, list[float]] = {name: [] for name in cases}
+        measured: Mapping[str, list[float]] = {name: [] for name in cases}
         for _ in range(repeats):
             for name, (generate, caches, _) in prepared.items():
                 # The program consumes its caches, as a decoder's does: nothing is copied in the loop.
                 fresh = jax.block_until_ready(jax.tree.map(jnp.copy, caches))
                 began = time.perf_counter()
                 jax.block_until_ready(generate(params, fresh))
-                found[name].append((time.perf_counter() - began) / new_tokens * 1e3)
+                measured[name].append((time.perf_counter() - began) / new_tokens * 1e3)
         for name, (_, caches, compress_ms) in prepared.items():
             out[name][str(length)] = {
-                "ms": [round(ms, 4) for ms in found[name]],
+                "ms": [round(ms, 4) for ms in measured[name]],
                 "compress_ms": compress_ms,
                 "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
             }

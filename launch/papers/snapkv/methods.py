@@ -34,9 +34,9 @@ FULL = Method("full cache", "full")
 
 
 def methods(*, window: int, kernel: int, future: int = 0) -> dict[str, Method]:
-    """All methods by short name; `future` gives the oracle that many tokens to look at."""
+    """Returns all methods by short name; the oracle, with `future`, looks at that many later tokens."""
     snap = {"window": window, "kernel": kernel, "pooling": "max"}
-    found = {
+    out = {
         "snapkv": Method("SnapKV", "snapkv", snap),
         "snapkv_avg": Method("SnapKV, average pooling", "snapkv", {**snap, "pooling": "average"}),
         "snapkv_int8": Method("SnapKV, int8", "snapkv", snap, "int8"),
@@ -48,12 +48,12 @@ def methods(*, window: int, kernel: int, future: int = 0) -> dict[str, Method]:
         "random": Method("random", "random", {"window": window}),
     }
     if future:
-        found["oracle"] = Method("oracle", "oracle", {"future": future})
-    return found
+        out["oracle"] = Method("oracle", "oracle", {"future": future})
+    return out
 
 
 def kernels(*, window: int, sizes: tuple[int, ...] = (1, 3, 5, 7)) -> dict[str, Method]:
-    """SnapKV with max pooling over 1, 3, ... positions."""
+    """Returns SnapKV with max pooling over 1, 3, ... positions."""
     return {
         f"kernel_{size}": Method(
             f"max pooling over {size}" if size > 1 else "no pooling",

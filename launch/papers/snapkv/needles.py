@@ -1,4 +1,4 @@
-"""Needles in real text, found by a converted chat model under every policy.
+"""Needles in real text, looked for by a converted chat model under every policy.
 
 A haystack is a stretch of the King James Bible with five sentences "The magic number of <adjective
 noun> is <5 digits>." spread over it; every one of them is asked for. The haystack is read once; each
@@ -8,17 +8,19 @@ Shapes: B questions of a haystack, T tokens.
 """
 
 import dataclasses
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from data.text.sources import english, environment
-from launch.papers.snapkv.methods import FULL, Method
+from launch.papers.shared.sweeps import Stages
+from launch.papers.snapkv import programs
+from launch.papers.snapkv.methods import FULL, Method, kernels, methods
 from launch.run.load_run import LoadedRun
 from model.transforms import layer_stack
 from trainers.decoding.settings import Settings
@@ -32,6 +34,45 @@ MIDDLE = 2  # the needle that is asked for twice, in two wordings
 SUFFIX = 64  # tokens that questions are padded to
 NEW_TOKENS = 8
 _SETTINGS = Settings(max_new_tokens=NEW_TOKENS)
+
+
+WINDOW = 32
+KERNEL = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Haystacks of one length.
+
+    Attributes:
+      tokens: the length they are padded to.
+      haystacks: how many of them; each has five needles.
+      fifth: capacity at which all methods are compared, a fifth of the length.
+      others: further capacities of a few methods.
+    """
+
+    tokens: int
+    haystacks: int
+    fifth: int
+    others: Sequence[int] = ()
+
+
+GRIDS = (
+    Grid(tokens=1024, haystacks=8, fifth=192, others=(96, 384)),
+    Grid(tokens=2048, haystacks=4, fifth=384, others=(1024,)),
+)
+_CURVES = ("snapkv", "h2o", "streaming_llm", "random")
+
+
+def cases(grid: Grid) -> list[tuple[str, Method, int]]:
+    """Returns (name, method, capacity) of all measurements of a grid."""
+    known = {
+        **methods(window=WINDOW, kernel=KERNEL),
+        **kernels(window=WINDOW, sizes=(1, 3)),
+    }
+    del known["snapkv_int8"]
+    at_fifth = [(name, method, grid.fifth) for name, method in known.items()]
+    return at_fifth + [(name, known[name], c) for c in grid.others for name in _CURVES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +89,7 @@ class Haystack:
     numbers: tuple[str, ...]
 
     def questions(self) -> list[str]:
-        """One for each needle, and then the middle one in other words."""
+        """Returns one for each needle, and then the middle one in other words."""
         asked = [f"What is the magic number of {n}? Answer with the number." for n in self.names]
         return [
             *asked,
@@ -56,12 +97,12 @@ class Haystack:
         ]
 
     def opening(self, needle: int) -> str:
-        """How the answer begins, so that a small model gives the number and nothing else."""
+        """Returns the beginning of the answer, after which a small model writes the number alone."""
         return f"The magic number of {self.names[needle]} is"
 
 
 def paragraphs() -> list[str]:
-    """Of a long public text in an installed package, in order.
+    """Returns the paragraphs of a long public text in an installed package, in order.
 
     Raises:
       ValueError: the package is not installed.
@@ -74,7 +115,7 @@ def paragraphs() -> list[str]:
 
 
 def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens: int) -> Haystack:
-    """A stretch of consecutive paragraphs of at most `tokens` tokens, needles included.
+    """Returns a stretch of consecutive paragraphs of at most `tokens` tokens, needles included.
 
     Args:
       rng: chooses the place, names and numbers.
@@ -114,11 +155,11 @@ class Reader:
         self.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Returns the number of tokens of a text."""
         return len(self.run.vocabulary.encode(text))
 
     def prompts(self, hay: Haystack) -> tuple[list[int], list[list[int]]]:
-        """Tokens up to the end of the haystack, and those of each question after it."""
+        """Returns the tokens up to the end of the haystack, and those of each question after it."""
         prefix, suffixes = "", []
         for i, question in enumerate(hay.questions()):
             text = self.run.chat_template.render(
@@ -132,7 +173,7 @@ class Reader:
         return self.run.vocabulary.encode(prefix), suffixes
 
     def read(self, hay: Haystack, length: int) -> "Reading":
-        """Haystack and questions, as rows padded to `length` + SUFFIX tokens.
+        """Reads haystack and questions, as rows padded to `length` + SUFFIX tokens.
 
         Raises:
           ValueError: they do not fit.
@@ -142,26 +183,26 @@ class Reader:
             raise ValueError(f"{len(prefix)} tokens of haystack do not fit {length}.")
         tokens_1T = np.zeros((1, length), np.int32)
         tokens_1T[0, : len(prefix)] = prefix
-        context = _record(self.model, self.params, tokens_1T, jnp.array([len(prefix)]))
+        context = programs.record(self.model, self.params, tokens_1T, jnp.array([len(prefix)]))
         context = _repeated(context, len(suffixes))
         tokens_BX = np.zeros((len(suffixes), SUFFIX), np.int32)
         for b, suffix in enumerate(suffixes):
             tokens_BX[b, : len(suffix)] = suffix
         counts_B = jnp.array([len(suffix) for suffix in suffixes])
-        whole = _record_more(self.model, self.params, context, tokens_BX, counts_B)
+        whole = programs.record_more(self.model, self.params, context, tokens_BX, counts_B)
         return Reading(context, whole, jnp.asarray(tokens_BX), counts_B)
 
     def answers(self, reading: "Reading", method: Method, capacity: int) -> list[str]:
-        """What the model writes after each question."""
+        """Returns the model's answers."""
         policy = method.at(capacity)
         caches = self.caches(reading.whole, method, capacity)
         return self._texts(policy, caches, reading.whole.lengths_B, reading.whole.logits_BV)
 
     def answers_unseen(self, reading: "Reading", method: Method, capacity: int) -> list[str]:
-        """The same where the haystack is compressed before the question is read."""
+        """Returns the answers where the haystack is compressed before the question is read."""
         policy = replay.decoding_policy(method.at(capacity))
         caches = self.caches(reading.context, method, capacity)
-        logits_BV, caches = _read_on(
+        logits_BV, caches = programs.read_on(
             self.model,
             policy,
             self.params,
@@ -173,19 +214,22 @@ class Reader:
         return self._texts(policy, caches, reading.whole.lengths_B, logits_BV)
 
     def caches(self, recording: replay.Recording, method: Method, capacity: int) -> Any:
-        """Compressed, with room for a question and an answer."""
-        return _compress(self.model, method.at(capacity), method.cache_dtype, recording)
+        """Returns compressed caches, with room for a question and an answer."""
+        room = SUFFIX + NEW_TOKENS
+        policy = method.at(capacity)
+        return programs.compress(self.model, policy, room, method.cache_dtype, recording)
 
     def _texts(self, policy: Any, caches: Any, lengths_B: jax.Array, logits_BV: jax.Array):
         policy = replay.decoding_policy(policy)
-        tokens_BM = _answer(self.model, policy, self.params, caches, lengths_B, logits_BV)
+        state = self.params, caches, lengths_B, logits_BV
+        tokens_BM = programs.answer(self.model, policy, _SETTINGS, *state)
         rows = np.asarray(tokens_BM)[: len(DEPTHS)].tolist()
         return [self.run.vocabulary.decode(row) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A haystack as it was read, in rows, one for each question.
+    """The recording of a haystack, in rows, one for each question.
 
     Attributes:
       context: without the questions.
@@ -200,45 +244,18 @@ class Reading:
     counts_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _record(model, params, tokens_1T, lengths_1):
-    return replay.record(model, params, tokens_1T, lengths_1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _record_more(model, params, recording, tokens_BX, counts_B):
-    return replay.record_more(model, params, recording, tokens_BX, counts_B)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _compress(model, policy, cache_dtype, recording):
-    room = SUFFIX + NEW_TOKENS
-    return replay.compressed(model, policy, recording, room=room, cache_dtype=cache_dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_on(model, policy, params, caches, lengths_B, tokens_BX, counts_B):
-    return replay.read_on(model, params, policy, caches, lengths_B, tokens_BX, counts_B)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _answer(model, policy, params, caches, lengths_B, logits_BV):
-    found = replay.answer(model, params, policy, caches, lengths_B, logits_BV, _SETTINGS)
-    return found.tokens_BM
-
-
 def _repeated(recording: replay.Recording, times: int) -> replay.Recording:
-    """A recording of one prompt as so many rows."""
+    """Returns a recording of one prompt as several rows."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), recording)
 
 
 def right_digits(answer: str, number: str) -> list[int]:
-    """1 for each digit of the number that the answer's first number has in the same place."""
+    """Returns 1 for each digit of the number that the answer's first number has in the same place."""
     match = re.search(r"\d+", answer)
-    given = match.group() if match else ""
-    same = [int(a == b) for a, b in zip(given.ljust(len(number)), number, strict=False)]
-    # A number that goes on is another number: its last digit counts as wrong.
-    return [*same[:-1], same[-1] if len(given) == len(number) else 0]
+    answered = match.group() if match else ""
+    same = [int(a == b) for a, b in zip(answered.ljust(len(number)), number, strict=False)]
+    # A longer number is another number: its last digit counts as wrong.
+    return [*same[:-1], same[-1] if len(answered) == len(number) else 0]
 
 
 def measure(
@@ -248,7 +265,7 @@ def measure(
     cases: Sequence[tuple[str, Method, int]],
     unseen: tuple[Method, int],
 ) -> dict[str, Any]:
-    """Which digits are right, by method and capacity, of every needle of a haystack.
+    """Measures which digits are right, by method and capacity, of every needle of a haystack.
 
     Args:
       reader: of a chat model.
@@ -283,7 +300,7 @@ def measure(
 
 
 def _overlap(reader: Reader, reading: Reading, method: Method, capacity: int) -> dict[str, float]:
-    """Of kept haystack positions, the share in common of two wordings and of two questions."""
+    """Returns the shares of kept positions in common of two wordings and of two questions."""
     prefix = int(reading.context.lengths_B[0])
     same, different = [], []
     policy = method.at(capacity)
@@ -293,11 +310,38 @@ def _overlap(reader: Reader, reading: Reading, method: Method, capacity: int) ->
         )
         for row in range(len(DEPTHS)):
             pair = held_BKP[-1:], held_BKP[row : row + 1]
-            found = float(cache_analysis.overlap(*pair)[0])
-            (same if row == MIDDLE else different).append(found)
+            overlap = float(cache_analysis.overlap(*pair)[0])
+            (same if row == MIDDLE else different).append(overlap)
     chance = (capacity - method.settings["window"]) / prefix
     return {
         "same": float(np.mean(same)),
         "different": float(np.mean(different)),
         "chance": chance,
     }
+
+
+def measure_all(
+    run: LoadedRun, stages: Stages, grids: Sequence[Grid] = GRIDS, *, seed: int = 0
+) -> list[Mapping[str, Any]]:
+    """Returns the results of all haystacks, in order, each with its `tokens`."""
+    reader, lines = Reader(run), paragraphs()
+    plan = [(grid, i) for grid in grids for i in range(grid.haystacks)]
+    out = []
+    for grid, i in tqdm(plan, desc="needles", unit="haystack"):
+        rng = np.random.default_rng((seed, grid.tokens, i))
+        snapkv = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
+
+        def one(grid: Grid = grid, rng: Any = rng, snapkv: Method = snapkv) -> dict[str, Any]:
+            # Room for the template's words before the haystack.
+            hay = haystack(rng, lines, reader.count, grid.tokens - SUFFIX)
+            return measure(reader, hay, grid.tokens, cases(grid), unseen=(snapkv, grid.fifth))
+
+        settings = {
+            "seed": seed,
+            "tokens": grid.tokens,
+            "haystack": i,
+            "cases": [(name, capacity) for name, _, capacity in cases(grid)],
+        }
+        stage = stages.get(f"needles_{grid.tokens}_{i}", settings, one)
+        out.append({"tokens": grid.tokens, **stage["result"]})
+    return out

@@ -4,7 +4,6 @@ Shapes: E prompts, T prompt length, A answer tokens.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data.snapkv import retrieval
+from launch.papers.snapkv import programs
 from launch.papers.snapkv.methods import FULL, Method, kernels, methods
-from launch.plots import intervals
 from model.transforms import layer_stack
 from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
@@ -27,21 +26,21 @@ _SETTINGS = Settings(max_new_tokens=retrieval.ANSWER_TOKENS, num_ids=retrieval.V
 
 @dataclasses.dataclass
 class Retriever:
-    """A trained model and the programs that are compiled for it, which models of one shape share."""
+    """A trained model."""
 
     model: Any
     params: Any
 
     @classmethod
     def of_run(cls, loaded: Any) -> "Retriever":
-        """From a run that launch/run/load_run.py has loaded."""
+        """Returns the model of a run that launch/run/load_run.py has loaded."""
         params = layer_stack.unroll(loaded.params, loaded.model.config)
         return cls(layer_stack.unrolled(loaded.model), params)
 
     def record(self, tokens_ET: np.ndarray) -> replay.Recording:
-        """All prompts have the same length."""
+        """Reads prompts of one length."""
         lengths_E = jnp.full(len(tokens_ET), tokens_ET.shape[1], jnp.int32)
-        return _record(self.model, self.params, jnp.asarray(tokens_ET), lengths_E)
+        return programs.record(self.model, self.params, jnp.asarray(tokens_ET), lengths_E)
 
     def answer(
         self,
@@ -52,7 +51,7 @@ class Retriever:
         suffix_EX: np.ndarray | None = None,
         logits_EV: jax.Array | None = None,
     ) -> np.ndarray:
-        """Greedy answers [E, A].
+        """Returns greedy answers [E, A].
 
         Args:
           recording: of the prompts; the oracle's has the answer at its end.
@@ -64,38 +63,17 @@ class Retriever:
         policy = method.at(capacity)
         more = 0 if suffix_EX is None else suffix_EX.shape[1]
         room = retrieval.ANSWER_TOKENS + more
-        caches = _compress(self.model, policy, room, method.cache_dtype, recording)
+        caches = programs.compress(self.model, policy, room, method.cache_dtype, recording)
         lengths_E = recording.lengths_B - policy.future
         logits_EV = recording.logits_BV if logits_EV is None else logits_EV
         policy = replay.decoding_policy(policy)
         if suffix_EX is not None:
-            logits_EV, caches = _read_on(
+            logits_EV, caches = programs.read_on(
                 self.model, policy, self.params, caches, lengths_E, suffix_EX
             )
             lengths_E = lengths_E + more
-        return np.asarray(_answer(self.model, policy, self.params, caches, lengths_E, logits_EV))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _record(model, params, tokens_ET, lengths_E):
-    return replay.record(model, params, tokens_ET, lengths_E)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _compress(model, policy, room, cache_dtype, recording):
-    return replay.compressed(model, policy, recording, room=room, cache_dtype=cache_dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_on(model, policy, params, caches, lengths_E, suffix_EX):
-    counts_E = jnp.full(len(suffix_EX), suffix_EX.shape[1], jnp.int32)
-    return replay.read_on(model, params, policy, caches, lengths_E, suffix_EX, counts_E)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _answer(model, policy, params, caches, lengths_E, logits_EV):
-    found = replay.answer(model, params, policy, caches, lengths_E, logits_EV, _SETTINGS)
-    return found.tokens_BM
+        state = self.params, caches, lengths_E, logits_EV
+        return np.asarray(programs.answer(self.model, policy, _SETTINGS, *state))
 
 
 def accuracy(
@@ -107,7 +85,7 @@ def accuracy(
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Which answers are right, by method and capacity, of prompts with the question last.
+    """Measures which answers are right, by method and capacity, of prompts with the question last.
 
     Args:
       retriever: the model.
@@ -120,28 +98,28 @@ def accuracy(
       {"length": T, "line": [E], "correct": {method: {capacity: [E, A] of 0 and 1}}}.
     """
     rng = np.random.default_rng((seed, lines))
-    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
-    recording = retriever.record(found.tokens_ET)
+    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
+    recording = retriever.record(drawn.tokens_ET)
     full_EA = retriever.answer(recording, FULL)
     # The oracle sees what the model with its full cache goes on to write.
-    read_on = retriever.record(np.concatenate([found.tokens_ET, full_EA], axis=1))
-    length = found.tokens_ET.shape[1]
+    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    length = drawn.tokens_ET.shape[1]
 
     def check(answer_EA: np.ndarray) -> list[list[int]]:
-        return (answer_EA == found.answers_EA).astype(int).tolist()
+        return (answer_EA == drawn.answers_EA).astype(int).tolist()
 
     correct: dict[str, dict[str, Any]] = {"full": {str(length): check(full_EA)}}
     cases = [case for case in _cases(capacities, length) if names is None or case[0] in names]
     for name, method, capacity in tqdm(cases, desc=f"{lines} lines", unit="case", disable=None):
         if name == "truncation":
-            cut = np.concatenate([found.tokens_ET[:, :1], found.tokens_ET[:, 1 - capacity :]], 1)
+            cut = np.concatenate([drawn.tokens_ET[:, :1], drawn.tokens_ET[:, 1 - capacity :]], 1)
             answer_EA = retriever.answer(retriever.record(cut), FULL)
         elif name == "oracle":
             answer_EA = retriever.answer(read_on, method, capacity, logits_EV=recording.logits_BV)
         else:
             answer_EA = retriever.answer(recording, method, capacity)
         correct.setdefault(name, {})[str(capacity)] = check(answer_EA)
-    return {"length": length, "line": found.line_E.tolist(), "correct": correct}
+    return {"length": length, "line": drawn.line_E.tolist(), "correct": correct}
 
 
 def _cases(capacities: Sequence[int], length: int) -> Iterator[tuple[str, Method, int]]:
@@ -159,7 +137,7 @@ def _cases(capacities: Sequence[int], length: int) -> Iterator[tuple[str, Method
 def depths(
     retriever: Retriever, *, prompts: int, lines: int, capacities: Sequence[int], seed: int = 0
 ) -> dict[str, Any]:
-    """`accuracy` of a few methods, for the depth by length map."""
+    """Returns `accuracy` of a few methods, for the depth by length map."""
     return accuracy(
         retriever,
         prompts=prompts,
@@ -173,43 +151,38 @@ def depths(
 def question_agnostic(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Whether answers are right where the context is compressed before the question is read."""
+    """Measures whether answers are right where the context is compressed before the question is read."""
     rng = np.random.default_rng((seed, lines))
-    found = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
+    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
     suffix = retrieval.LINE + 1
-    context = retriever.record(found.tokens_ET[:, :-suffix])
-    question_EX = found.tokens_ET[:, -suffix:]
+    context = retriever.record(drawn.tokens_ET[:, :-suffix])
+    question_EX = drawn.tokens_ET[:, -suffix:]
     method = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
     correct = {
         "full": retriever.answer(context, FULL, suffix_EX=question_EX),
         "before the question": retriever.answer(context, method, capacity, suffix_EX=question_EX),
-        "after the question": retriever.answer(retriever.record(found.tokens_ET), method, capacity),
+        "after the question": retriever.answer(retriever.record(drawn.tokens_ET), method, capacity),
     }
-    return {name: _exact(answer, found).tolist() for name, answer in correct.items()}
+    return {name: _exact(answer, drawn).tolist() for name, answer in correct.items()}
 
 
 def question_positions(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Whether answers are right with the question after the context and before it."""
+    """Measures whether answers are right with the question after the context and before it."""
     rng = np.random.default_rng((seed, lines))
     context = retrieval.draw_lines(rng, prompts, lines)
     method = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
     out = {}
     for question in retrieval.QUESTIONS:
-        found = retrieval.draw_prompts(rng, context, question)
-        recording = retriever.record(found.tokens_ET)
+        drawn = retrieval.draw_prompts(rng, context, question)
+        recording = retriever.record(drawn.tokens_ET)
         out[question] = {
-            "full": _exact(retriever.answer(recording, FULL), found).tolist(),
-            "snapkv": _exact(retriever.answer(recording, method, capacity), found).tolist(),
+            "full": _exact(retriever.answer(recording, FULL), drawn).tolist(),
+            "snapkv": _exact(retriever.answer(recording, method, capacity), drawn).tolist(),
         }
     return out
 
 
-def _exact(answer_EA: np.ndarray, found: retrieval.Prompts) -> np.ndarray:
-    return (answer_EA == found.answers_EA).all(1).astype(int)
-
-
-def exact_match(correct_EA: Any) -> dict[str, float]:
-    """Share of prompts whose answer tokens are all right."""
-    return intervals.share(np.asarray(correct_EA).all(-1))
+def _exact(answer_EA: np.ndarray, drawn: retrieval.Prompts) -> np.ndarray:
+    return (answer_EA == drawn.answers_EA).all(1).astype(int)

@@ -13,7 +13,7 @@ import pytest
 from launch import sweep
 from launch.cluster import local, worker
 from launch.cluster.base import State, Status
-from launch.sweeping import check, driver, made, words
+from launch.sweeping import check, driver, parts
 from launch.sweeping import file as sweep_file
 from launch.sweeping import run as sweep_run
 from launch.sweeping.file import SweepError
@@ -460,31 +460,33 @@ def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     plan = check.plan("sweep.py", sweep_file.read(write(text)), folder)
     by_name = {entry.name: entry for entry in plan}
     a, b, c = plan
-    with pytest.raises(made.MadeError, match=r"there is no .*made: let it make what \{run\} names"):
-        made.make(folder, a, by_name)
+    with pytest.raises(
+        sweep_run.MadeError, match=r"there is no .*made: let it make what \{run\} names"
+    ):
+        sweep_run.make(folder, a, by_name)
     with pytest.raises(SystemExit) as ended:
-        made.make(folder, b, by_name)
+        sweep_run.make(folder, b, by_name)
     assert ended.value.code == 4
     with pytest.raises(ValueError, match="a/seed0 has not been trained yet"):
-        made.make(folder, c, by_name)
+        sweep_run.make(folder, c, by_name)
     with folder.lock_run(a.name), pytest.raises(ValueError, match=r"in use: .* makes this run"):
         assert folder.in_use(a.name)
-        made.make(folder, a, by_name)
+        sweep_run.make(folder, a, by_name)
 
 
 def test_a_file_may_be_made_and_is_no_parent(write, tmp_path):
     text = "ConfigDict(dict(arms=dict(a=dict(made=('touch', '{run}')))))"
     folder = SweepFolder(tmp_path / "out")
     (a,) = check.plan("sweep.py", sweep_file.read(write(text)), folder)
-    outcome = made.make(folder, a, {a.name: a})
+    outcome = sweep_run.make(folder, a, {a.name: a})
     assert outcome["checkpoint"] is None and folder.model_dir(a.run).is_file()
     folder.write_record(a.name, {"digest": a.digest, "trained": outcome})
     with pytest.raises(ValueError, match="a/seed0 is no parent: its command made no checkpoint"):
         folder.final_checkpoint(a)
-    assert made.make(folder, a, {a.name: a}) == outcome  # anew
+    assert sweep_run.make(folder, a, {a.name: a}) == outcome  # anew
 
 
 def test_names_without_a_value_stay_in_their_braces():
     given = ("{a}/{b}", "{a}{a}", "{{b}}", "{'a': 1}", "{}")
-    assert words.places(given) == ("a", "b")
-    assert words.filled(given, {"a": "{b}"}) == ("{b}/{b}", "{b}{b}", "{{b}}", "{'a': 1}", "{}")
+    assert parts.places(given) == ("a", "b")
+    assert parts.filled(given, {"a": "{b}"}) == ("{b}/{b}", "{b}{b}", "{{b}}", "{'a': 1}", "{}")

@@ -9,7 +9,7 @@ import pytest
 
 from data.nexus import lag_domains
 from launch import environment, reproduce
-from launch.papers.bam import arms, caches, claims, figures, measure, page
+from launch.papers.bam import arms, claims, figures, measure, page
 from launch.papers.bam.arms import Runs, matched
 from launch.papers.shared import domains as domain_runs
 from launch.papers.shared import sweeps
@@ -41,7 +41,7 @@ STEPS, TOKENS = 600, 2048
 
 
 def rows(domains=DOMAINS, floors=FLOORS, seeds=3, **changed):
-    """Rows of a part as `experiment.run` has them, each seed a little different."""
+    """Rows of a part as `measure.run` has them, each seed a little different."""
     excess = {**EXCESS, **changed}
     out = []
     for seed in range(seeds):
@@ -113,8 +113,12 @@ def everything(**changed):
     return {"synthetic": part(**changed), "real": part(real, {}, **changed), "caches": held}
 
 
+def judged(found):
+    return domain_runs.judged(Runs, claims.CLAIMS, found, claims.PLACES)
+
+
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in claims.claims(found)}
+    return {claim.name: claim.verdict for claim in judged(found)}
 
 
 def test_all_claims_hold_where_they_should():
@@ -159,13 +163,13 @@ def test_active_experts_are_not_copies_that_rescue():
 
 
 def test_what_is_said_beside_dense_training_names_the_updates():
-    (claim,) = (c for c in claims.claims(everything()) if c.name == "B14")
+    (claim,) = (c for c in judged(everything()) if c.name == "B14")
     where = "synthetic, 600 updates of the mixture, fewer than 1,500"
     assert [e.where for e in claim.evidence][:2] == [where] * 2
 
 
 def test_caches_are_judged_exactly():
-    measured = caches.measure()
+    measured = measure.cache_bytes()
     assert verdicts({"caches": measured})["B12"] == "holds"
     measured["expert_kv"][1] += 4
     assert verdicts({"caches": measured})["B12"] == "mixed"
@@ -176,7 +180,7 @@ def test_the_share_of_the_gap_is_of_the_mean_gap():
     closed = claims.gap_closed(results, "bam_averaged")
     assert closed["value"] == pytest.approx((0.45 - 0.36) / (0.45 - 0.31), abs=1e-3)
     assert claims.gap_closed(Runs.of(part(bam=0.6)), "btx6") is None
-    (claim,) = (c for c in claims.claims(everything()) if c.name == "B13")
+    (claim,) = (c for c in judged(everything()) if c.name == "B13")
     assert "copies of the average make 0.64" in claim.evidence[0].measured
 
 
@@ -184,7 +188,7 @@ def test_curves_are_read_by_step_and_a_made_start_stands_for_step_0():
     found = part()
     start = {**row("btx_start", 0, dict.fromkeys(DOMAINS, 3.0)), "step": 0, "curve": []}
     results = Runs.of({**found, "rows": [*found["rows"], start]})
-    assert results.at(0).scores("btx", "mean loss") == {0: 3.0}
+    assert results.at(0).scores("btx", "mean loss").to_dict() == {0: 3.0}
     assert results.steps("btx")[:2] == [50, 100]  # seeds 1 and 2 have no start
     end = results.at(STEPS).values("btx", "mean loss")
     np.testing.assert_allclose(end, results.values("btx", "mean loss"))
@@ -192,14 +196,14 @@ def test_curves_are_read_by_step_and_a_made_start_stands_for_step_0():
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     found = {name: one for name, one in everything().items() if name != "real"}
-    judged = page.write(found, tmp_path, FACTS)
+    written_claims = page.write(found, tmp_path, FACTS)
     text = (tmp_path / "bam.md").read_text()
     drawn = {path.name for path in (tmp_path / "bam").glob("*.png")}
     assert drawn == {"cache.png", *(f"synthetic_{k}.png" for k in ("loss", "curves", "gates"))}
     assert all(f"](bam/{name})" in text for name in drawn)
     assert "- Missing, and left out above and below: all of the part `real`." in text
     written = json.loads((tmp_path / "bam" / "results.json").read_text())
-    assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in judged]
+    assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
     assert len(written["parts"]["synthetic"]["runs"]) == len(rows())
     assert written["caches"] == found["caches"]
     assert "lag_4 (1.110)" in text and "600 (`seed`, `btx`" in text
@@ -211,7 +215,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     found["rows"] = [r for r in kept if r["run"] != "bam/seed1" and r["seed"] < 2]
     lost = found["rows"][-1]
     lost["evaluations"] = {}
-    judged = {c.name: c for c in page.write({"synthetic": found}, tmp_path, FACTS)}
+    by_name = {c.name: c for c in page.write({"synthetic": found}, tmp_path, FACTS)}
     text = (tmp_path / "bam.md").read_text()
     assert "synthetic `bam` (seed 1)" in text and "`spec_lag_4`" in text
     # A seed that has failed wholly is missing all the same, and so is what a run was not evaluated on.
@@ -219,10 +223,10 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     assert f"synthetic `routing` of `bam_shared_kv` (seed {lost['seed']})" in text
     assert "all of the part `real`" in text and "all of the part `caches`" in text
     assert (
-        judged["B5"].verdict == "holds"
-        and "better in 1 of 1 pairs" in judged["B5"].evidence[0].measured
+        by_name["B5"].verdict == "holds"
+        and "better in 1 of 1 pairs" in by_name["B5"].evidence[0].measured
     )
-    assert judged["B1"].verdict == "not measured"
+    assert by_name["B1"].verdict == "not measured"
     page.write({}, tmp_path, FACTS)
     assert "all of the part `synthetic`" in (tmp_path / "bam.md").read_text()
 
@@ -257,7 +261,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     (directory / "run.json").write_text(json.dumps({"parameters": 12}))
     found = measure.run(model_dir=str(tmp_path), seeds=3, workers=2, parts=["synthetic", "caches"])
     assert asked == [
-        ((tmp_path / "synthetic", "bam", "synthetic,3"), {"workers": 2, "minutes": None})
+        ((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2, "minutes": None})
     ]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
@@ -299,7 +303,7 @@ def test_a_part_that_measures_nothing_of_what_must_hold_gives_status_1(
     found = {name: one for name, one in everything().items() if name != "caches"}
     found["real"]["rows"] = [r for r in found["real"]["rows"] if not r["arm"].startswith("btx6")]
     monkeypatch.setattr(measure, "run", lambda **settings: found)
-    monkeypatch.setattr(page, "write", lambda found, out, facts: claims.claims(found))
+    monkeypatch.setattr(page, "write", lambda found, out, facts: judged(found))
     words = ["bam", f"--model_dir={tmp_path}", f"--out={tmp_path}", "--parts"]
     assert reproduce.main([*words, "synthetic"]) == 0
     assert reproduce.main([*words, "synthetic", "real"]) == 1

@@ -10,8 +10,8 @@ import pytest
 from data.code_mix import skill_sources, skills
 from launch.evaluation import skills as evaluate_skills
 from launch.papers.code_mix import claims, measure, page
+from launch.papers.code_mix.arms import Results
 from launch.papers.code_mix.sweep import SHARES
-from launch.papers.shared.code_mix_results import Results
 from launch.plots import intervals
 from launch.run import load_run
 from launch.sweeping import file
@@ -100,7 +100,7 @@ BITS = {
 
 
 def rows(scores=ALL_HOLD, seeds=3):
-    """Rows of the sweep as `experiment.run` has them, each seed a little different."""
+    """Rows of the sweep as `measure.run` has them, each seed a little different."""
     out = []
     for run in file.read(f"{SWEEP}:{seeds}"):
         width = int(run.size.removeprefix("width"))
@@ -228,8 +228,8 @@ def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():
     run = file.read(PACKAGES)[0]
     found = Results([{**_row(run), "size": "470m", "evaluations": evaluations}])
     assert found.groups == ("knowledge", "code") and found.main == "470m"
-    assert found.scores(run.arm, "knowledge") == {run.seed: 0.5}
-    assert found.scores(run.arm, "code") == {run.seed: pytest.approx(0.4)}
+    assert found.scores(run.arm, "knowledge").to_dict() == {run.seed: 0.5}
+    assert found.scores(run.arm, "code").to_dict() == {run.seed: pytest.approx(0.4)}
     with pytest.raises(ValueError, match="no score of reasoning"):
         found.scores(run.arm, "reasoning")
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch.papers.low_rank import claims, figures, measure, page, timing
 from launch.papers.low_rank import sweep as lm
-from launch.papers.shared.low_rank_results import Results
+from launch.papers.low_rank.arms import Results
 from launch.sweeping import file
 
 SWEEP = "launch/papers/low_rank/sweep.py"
@@ -54,7 +54,7 @@ def score_of(arm):
 
 
 def rows(seeds=3):
-    """Rows of the sweep as `experiment.run` has them, each seed a little different."""
+    """Rows of the sweep as `measure.run` has them, each seed a little different."""
     out = []
     for run in file.read(f"{SWEEP}:{seeds}"):
         perplexity, rank, step = score_of(run.arm)

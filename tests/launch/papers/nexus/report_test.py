@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from launch.papers.nexus import arms, claims, figures, measure, page, router_claims
+from launch.papers.nexus import arms, claims, figures, measure, page
 from launch.papers.nexus.arms import NEW, OLD
 from launch.papers.shared import domains as domain_runs
 from launch.papers.shared import sweeps
@@ -37,7 +37,7 @@ STEPS, TOKENS = 400, 2048
 
 
 def rows(domains=DOMAINS, seeds=3, own=0.6, attracted=0.15, **changed):
-    """Rows of a part as `experiment.run` has them, each seed a little different."""
+    """Rows of a part as `measure.run` has them, each seed a little different."""
     out = []
     for seed in range(seeds):
         for arm, value in {**UPCYCLED, **changed}.items():
@@ -135,8 +135,12 @@ def everything(**changed):
     }
 
 
+def judged(found):
+    return domain_runs.judged(arms.Runs, claims.CLAIMS, found)
+
+
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in claims.claims(found)}
+    return {claim.name: claim.verdict for claim in judged(found)}
 
 
 def test_all_claims_hold_where_they_should():
@@ -179,10 +183,10 @@ def test_the_new_expert_must_take_most_of_its_domain_in_every_seed():
         if one["run"] == "ext_nexus_start/seed1":
             tables = one["evaluations"]["routing"]["chosen"]
             tables[DOMAINS[-1]]["mlp"] = [[0.6, 0.1, 0.1, 0.1, 0.1]] * 2
-    judged = {claim.name: claim for claim in claims.claims(found)}
-    assert judged["N12"].verdict == "mixed"
-    assert "the largest in 2 of 3 seeds" in judged["N12"].evidence[0].measured
-    assert "row appended, extended 0.50" in judged["N12"].evidence[0].measured
+    by_name = {claim.name: claim for claim in judged(found)}
+    assert by_name["N12"].verdict == "mixed"
+    assert "the largest in 2 of 3 seeds" in by_name["N12"].evidence[0].measured
+    assert "row appended, extended 0.50" in by_name["N12"].evidence[0].measured
 
 
 def test_structure_is_judged_by_rank_and_by_the_related_pair():
@@ -192,15 +196,15 @@ def test_structure_is_judged_by_rank_and_by_the_related_pair():
             if one["arm"] == "nexus":
                 one["evaluations"]["structure"] = structure(domains[1:-1], one["seed"], flip=-1.0)
     assert verdicts(found)["N14"] == "fails"
-    (claim,) = (c for c in claims.claims(everything()) if c.name == "N14")
+    (claim,) = (c for c in judged(everything()) if c.name == "N14")
     assert [e.where for e in claim.evidence] == ["synthetic"] * 2  # three experts are too few
-    assert router_claims.related(["lag_7", "lag_4", "lag_5"]) == (1, 2)
-    assert router_claims.related(["lag_5", "lag_7"]) is None
-    assert router_claims.related(["code", "law"]) is None
+    assert claims.related_pair(["lag_7", "lag_4", "lag_5"]) == (1, 2)
+    assert claims.related_pair(["lag_5", "lag_7"]) is None
+    assert claims.related_pair(["code", "law"]) is None
 
 
 def test_over_attraction_is_of_all_old_domains():
-    (claim,) = (c for c in claims.claims(everything(attracted=0.3)) if c.name == "N13")
+    (claim,) = (c for c in judged(everything(attracted=0.3)) if c.name == "N13")
     assert (
         "over-attraction: 0.30 [0.30, 0.30] of the old domains' tokens, 0.50"
         in claim.evidence[0].measured
@@ -214,7 +218,7 @@ def test_what_a_z_loss_does_to_the_new_expert_stands_beside_it_and_judges_nothin
         made = row("ext_nexus_z_loss_start", seed, dict.fromkeys(DOMAINS, 2.2), 0)
         made["evaluations"]["routing"] = routing(DOMAINS, len(DOMAINS) - 1, 0.5, 0.9)
         found["synthetic"]["rows"].append(made)
-    (claim,) = (c for c in claims.claims(found) if c.name == "N13")
+    (claim,) = (c for c in judged(found) if c.name == "N13")
     told = claim.evidence[0].measured
     assert "0.30 [0.30, 0.30] of the old domains' tokens" in told
     assert told.endswith(
@@ -233,7 +237,7 @@ def test_scores_at_a_budget_are_those_of_the_one_run_and_step_0_those_of_its_sta
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     found = everything()
-    judged = page.write({"synthetic": found["synthetic"]}, tmp_path, FACTS)
+    written_claims = page.write({"synthetic": found["synthetic"]}, tmp_path, FACTS)
     text = (tmp_path / "nexus.md").read_text()
     drawn = {path.name for path in (tmp_path / "nexus").glob("*.png")}
     kinds = ("extension", "routing", "cosines", "balance", "loss")
@@ -241,19 +245,19 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     assert all(f"](nexus/{name})" in text for name in drawn)
     assert "- Missing, and left out above and below: all of the part `real`." in text
     written = json.loads((tmp_path / "nexus" / "results.json").read_text())
-    assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in judged]
+    assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     found = part(DOMAINS, {})
     kept = [r for r in found["rows"] if r["arm"] in ("seed", "nexus", "linear")]
     partial = {"synthetic": {**found, "rows": kept}}
-    judged = {claim.name: claim for claim in page.write(partial, tmp_path, FACTS)}
+    by_name = {claim.name: claim for claim in page.write(partial, tmp_path, FACTS)}
     text = (tmp_path / "nexus.md").read_text()
     assert "synthetic `ext_nexus`," in text and "synthetic `ext_nexus_start`," in text
     assert "all of the part `real`" in text
-    assert judged["N1"].verdict == "holds" and judged["N4"].verdict == "not measured"
-    assert judged["N2"].verdict == "holds" and len(judged["N2"].evidence) == 2
+    assert by_name["N1"].verdict == "holds" and by_name["N4"].verdict == "not measured"
+    assert by_name["N2"].verdict == "holds" and len(by_name["N2"].evidence) == 2
     drawn = {path.name for path in (tmp_path / "nexus").glob("*.png")}
     assert drawn == {"synthetic_cosines.png", "synthetic_loss.png"}
     page.write({}, tmp_path, FACTS)
@@ -269,7 +273,7 @@ def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
     )
     measure.run(model_dir=str(tmp_path), seeds=5, minutes=3, parts=["real"])
     assert asked == [(("nexus", "real", tmp_path / "real", 5), {"workers": 1, "minutes": 3})]
-    assert figures.draw({}, tmp_path) == {}
+    assert figures.figures({}) == {}
 
 
 def test_every_arm_that_is_compared_is_in_the_sweep():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import report
-from launch.papers.preference import board_figure, board_series, board_words
+from launch.papers.preference import board_figure, board_series
 
 
 def run(path, rows):
@@ -58,28 +58,28 @@ def test_series_are_the_indicators_or_where_there_are_none_those_of_the_evaluati
 
 def test_what_the_signals_say(runs):
     hot, kind, bare = (board_series.read(str(i), folder) for i, folder in enumerate(runs))
-    said = board_words.sentence(hot)
+    said = board_series.sentence(hot)
     assert (
         said.startswith("signs of over-optimisation at step 30")
         and "best P_win 0.700 at step 20" in said
     )
     assert "fell from -1.00 to -1.40" in said and "highest at step 20 (2.40 bits)" in said
-    assert board_words.sentence(kind).startswith("no sign of over-optimisation")
-    assert "stayed at -3.00 nats per token; it has no indicators" in board_words.sentence(bare)
-    assert "r = -1.00 " in board_words.length_link([hot])
-    assert board_words.length_link([bare]) is None
+    assert board_series.sentence(kind).startswith("no sign of over-optimisation")
+    assert "stayed at -3.00 nats per token; it has no indicators" in board_series.sentence(bare)
+    assert "r = -1.00 " in board_series.length_link([hot])
+    assert board_series.length_link([bare]) is None
 
 
 def test_an_entropy_that_turned_without_an_alarm_is_a_warning(tmp_path):
     folder = run(tmp_path / "x", watched((0, 10, 20, 30, 40)))
-    assert "early warning, for entropy falls since step 20" in board_words.sentence(
+    assert "early warning, for entropy falls since step 20" in board_series.sentence(
         board_series.read("x", folder)
     )
 
 
 def test_the_table_has_the_columns_that_there_are(runs):
     read = [board_series.read(str(i), folder) for i, folder in enumerate(runs)]
-    header, first, second, third = board_words.table(read)
+    header, first, second, third = board_series.table(read)
     cells = dict(zip(header, first, strict=True))
     assert cells["best P_win"] == "0.700 @ 20" and cells["alarm"] == "@ 30"
     assert cells["LLH"] == "−1.00 → −1.40" and cells["mass"] == "0.900 → 0.860"

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from data.snapkv import retrieval as task
-from launch.papers.shared.stages import Stages
+from launch import environment, papers, reproduce
+from launch.papers.shared import claim, results
+from launch.papers.shared.claim import Claim, Evidence
+from launch.papers.shared.results import Results
+from launch.papers.shared.sweeps import Stages
 from launch.papers.snapkv import attention, claims, needles, page, retrieval
 from launch.plots import intervals
 from model.config import TransformerConfig
@@ -139,3 +143,52 @@ def test_a_claim_that_fails_is_reported_as_failing():
     verdicts = {claim.name: claim.verdict for claim in claims.claims(found)}
     failed = dict.fromkeys(("S1", "S2", "S3", "S8"), "fails")
     assert verdicts == {**verdicts, **failed}
+
+
+def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, capsys):
+    known = reproduce.slugs()
+    assert set(known) >= {"bam", "code_mix", "low_rank", "nexus", "preference", "snapkv"}
+    for name in ("complete", "without_a_page"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "measure.py").write_text(
+            "TITLE, SEEDS, PARTS = 'A paper, 0000.00000', 2, {'one': 'a part'}\n"
+            "def run(**settings):\n    return settings\n"
+        )
+    (tmp_path / "complete" / "page.py").write_text(
+        "def write(found, out, facts):\n    print(found)\n    return []\n"
+    )
+    monkeypatch.setattr(papers, "__path__", [*papers.__path__, str(tmp_path)])
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    assert set(reproduce.slugs()) - set(known) == {"complete"}
+    assert reproduce.main(["complete", "--model_dir=a", f"--out={tmp_path}"]) == 0
+    settings = {"model_dir": "a", "parts": ["one"], "seeds": 2, "workers": 1, "minutes": None}
+    assert str(settings) in capsys.readouterr().out
+
+
+def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
+    class Runs(Results):
+        def row_scores(self, row):
+            return {"loss": row["loss"]}
+
+    losses = {("a", 0): 1.0, ("a", 1): None, ("a", 2): 3.0, ("b", 2): 2.0, ("b", 1): 5.0}
+    runs = Runs([{"arm": arm, "seed": seed, "loss": x} for (arm, seed), x in losses.items()])
+    assert list(runs.table) == ["arm", "size", "seed", "loss"] and len(runs.table) == 5
+    assert [values.tolist() for values in runs.paired("loss", "a", "b")] == [[3.0], [2.0]]
+    assert runs.values("a", "accuracy").size == 0 and runs.paired("loss", "a", "c")[0].size == 0
+    (evidence,) = results.better(runs, "here", "loss", "b", "a", lower=True)
+    assert evidence.holds and "better in 1 of 1 pairs" in evidence.measured
+    assert runs.missing(["a", "b", "c"], [0, 1]) == ["`b` (seed 0)", "`c`"]
+
+
+def test_a_claim_is_judged_in_the_parts_that_measure_it_and_have_results():
+    def measure(value, where):
+        return [Evidence(where, f"{value}", value > 1)]
+
+    spec = Claim("X1", "it is more than 1", "more", {"a": [measure], "b": [measure]}, required=True)
+    places = {"a": "here", "b": "there"}
+    both, one = (claim.judge([spec], found, places)[0] for found in ({"a": 1, "b": 2}, {"b": 2}))
+    assert (both.verdict, one.verdict) == ("mixed", "holds")
+    assert claim.unmet([both], ["a", "b"]) == ["X1 must hold, and its verdict is: mixed"]
+    assert claim.unmet([one], ["a", "b"]) == ["X1 must hold, and part a has not measured it"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared.low_rank_results import Results
-from launch.plots.panels import BLUE, GREY, ORANGE, panels
+from launch.papers.low_rank.arms import Results
+from launch.plots.panels import BLUE, GREY, ORANGE, legend_below, panels
 
 DECAY_STYLE = {"none": (GREY, "o"), "l2": (ORANGE, "s"), "frobenius": (BLUE, "^")}
 DECAY_NAMES = {"none": "no decay", "l2": "L2 on the factors", "frobenius": "Frobenius"}
@@ -19,7 +19,7 @@ _CAUSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """An arm: its decay and learning rate, 'full' (filled) or 'half' (open), and what is written beside it."""
+    """An arm, its decay, its learning rate, 'full' (filled) or 'half' (open), and the text beside it."""
 
     arm: str
     kind: str
@@ -28,7 +28,7 @@ class Point:
 
 
 def scatter(results: Results, points: Sequence[Point], score: str, label: str) -> Any:
-    """The figure; None where an arm, or what it is drawn by, is not there."""
+    """Returns the figure; None where an arm or one of its scores is missing."""
     if not all(results.values(p.arm, name).size for p in points for name in (score, *_CAUSES)):
         return None
     figure, axes = panels(2, (12, 5), share_y=True)
@@ -54,19 +54,15 @@ def scatter(results: Results, points: Sequence[Point], score: str, label: str) -
                 )
         one.set_xlabel(words)
     low, high = axes[0].get_xlim()
-    if (
-        low <= 0 or high > 10 * low
-    ):  # within a decade a logarithmic axis has no ticks that are easy to read
+    if low <= 0 or high > 10 * low:  # within a decade a logarithmic axis lacks readable ticks
         axes[0].set_xscale("log")
     axes[0].set_ylabel(label)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center"
-    )
+    legend_below(figure, axes[0], 3)
     return figure
 
 
 def _write(axes: Any, point: Point, x: float, y: float) -> None:
-    """A point's text, where those of its neighbours are not: left of half rates, below Frobenius decay."""
+    """Writes a point's text left of half rates and below Frobenius decay, where its neighbours have none."""
     half, below = point.rate == "half", point.kind == "frobenius"
     axes.annotate(
         point.text,

@@ -1,0 +1,49 @@
+"""Pieces of the papers' sweep files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+
+def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDict:
+    """Returns a sweep with its arms in this order; `seeds` may be their number, as text too."""
+    if isinstance(settings.get("seeds"), str | int):
+        settings["seeds"] = tuple(range(int(settings["seeds"])))
+    return ml_collections.ConfigDict(
+        {**settings, "arms": ml_collections.ConfigDict(dict(arms), sort_keys=False)}
+    )
+
+
+def arm(*gin_files: str, **settings: Any) -> dict[str, Any]:
+    """Returns a trained arm with those settings that are not None, such as `parent` or `bindings`."""
+    options = {key: value for key, value in settings.items() if value is not None}
+    return {"gin_files": gin_files, **options}
+
+
+def on_shares(shares: Mapping[str, float], steps: int, *bindings: str, **settings: Any) -> dict:
+    """Returns an arm that trains on shares of sources for so many steps, without evaluations by default."""
+    phases = f"stream.make_stream.phases=((0, {shares!r}),)"
+    bindings = (f"TRAIN_STEPS={steps}", phases, *bindings)
+    settings.setdefault("evaluations", ())
+    return {"bindings": bindings, **{k: v for k, v in settings.items() if v is not None}}
+
+
+def made(*words: str, evaluations: tuple[str, ...] = ()) -> dict:
+    """Returns an arm that a command of this project makes: `python -m` and the words."""
+    return {"made": ("{python}", "-m", *words), "evaluations": evaluations}
+
+
+def data_root(data: str, **more: str) -> tuple[str, ...]:
+    """Returns the bindings of a full-size sweep's folder of data, and of paths inside it."""
+    places = {"DATA_ROOT": "", "TOKENIZER": "/tokenizer", **more}
+    return tuple(f"{name}={data + place!r}" for name, place in places.items())
+
+
+def domain_evaluations(tasks: tuple[str, ...], *flags: str) -> dict[str, Any]:
+    """Returns the evaluations of a mixture's runs: losses on all domains, and the router's choices."""
+    loss = ("{python}", "-m", "launch.evaluate", "loss", "--checkpoint={run}", *flags)
+    return {
+        "held_out": {"command": (*loss, "--json={json}")},
+        "routing": {"call": "launch.evaluation.routing:routing", "arguments": {"tasks": tasks}},
+    }
