@@ -10,16 +10,10 @@ from launch.papers.shared import configs
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48
 _BALANCED = {"english": 0.25, "docstrings": 0.25, "python": 0.25, "cpp": 0.25}
-# A cooldown goes on with all of the state; its rate falls in a line from where the cosine has stopped.
 _COOLDOWN_BINDINGS = (
     f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
     f"EVAL_PERIOD={_STEPS + _COOLDOWN}",
-    "initial.InitialCheckpoint.scope='state'",
-    "recipe.Recipe.learning_rate=@schedules.cooldown()",
-    "schedules.cooldown.before=@schedules.cosine()",
-    f"schedules.cooldown.start_step={_STEPS}",
-    f"schedules.cooldown.steps={_COOLDOWN}",
-    f"schedules.cosine.total_steps={_STEPS}",
+    *configs.cooldown(_STEPS, _COOLDOWN),
 )
 
 

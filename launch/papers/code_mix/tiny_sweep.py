@@ -8,6 +8,8 @@ two cores:
 
 from ml_collections import ConfigDict
 
+from launch.papers.shared import configs
+
 _STEPS, _COOLDOWN = 60, 12
 
 
@@ -19,19 +21,13 @@ _THEN_TEXT = {"english": 0.9, "python": 0.1}
 
 
 def _cooldown(**shares: float) -> dict:
-    """Goes on with all of the state; the rate falls in a line from where the cosine has stopped."""
     return {
         "parent": "balanced_then_text",
         "bindings": (
             # The place in the data is taken too, so that earlier phases are listed too.
             f"stream.make_stream.phases=((0, {_THEN_TEXT!r}), ({_STEPS}, {shares!r}))",
             f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
-            "initial.InitialCheckpoint.scope='state'",
-            "recipe.Recipe.learning_rate=@schedules.cooldown()",
-            "schedules.cooldown.before=@schedules.cosine()",
-            f"schedules.cooldown.start_step={_STEPS}",
-            f"schedules.cooldown.steps={_COOLDOWN}",
-            f"schedules.cosine.total_steps={_STEPS}",
+            *configs.cooldown(_STEPS, _COOLDOWN),
         ),
     }
 
@@ -48,25 +44,23 @@ def get_config() -> ConfigDict:
         "cooldown_with_code": _cooldown(english=0.8, python=0.2),
         "cooldown_without_code": _cooldown(english=1.0),
     }
-    return ConfigDict(
-        {
-            "seeds": (0, 1),
-            "gin_files": (
-                "t5x_configs/models/tiny.gin",
-                "t5x_configs/data/bytes.gin",
-                "t5x_configs/runs/pretrain.gin",
-            ),
-            "bindings": (
-                "SOURCES=['english', 'python']",
-                "BYTES_PER_SOURCE=500000",
-                "MIXTURE_OR_TASK_NAME='all'",
-                "TASK_FEATURE_LENGTHS={'targets': 128}",
-                "BATCH_SIZE=16",
-                f"TRAIN_STEPS={_STEPS}",
-                "LEARNING_RATE=1e-2",
-                "EVAL_STEPS=10",
-                "train.train.eval_tasks=('english', 'python')",
-            ),
-            "arms": ConfigDict(arms, sort_keys=False),
-        }
+    return configs.config(
+        arms,
+        seeds=2,
+        gin_files=(
+            "t5x_configs/models/tiny.gin",
+            "t5x_configs/data/bytes.gin",
+            "t5x_configs/runs/pretrain.gin",
+        ),
+        bindings=(
+            "SOURCES=['english', 'python']",
+            "BYTES_PER_SOURCE=500000",
+            "MIXTURE_OR_TASK_NAME='all'",
+            "TASK_FEATURE_LENGTHS={'targets': 128}",
+            "BATCH_SIZE=16",
+            f"TRAIN_STEPS={_STEPS}",
+            "LEARNING_RATE=1e-2",
+            "EVAL_STEPS=10",
+            "train.train.eval_tasks=('english', 'python')",
+        ),
     )

@@ -29,6 +29,18 @@ def on_shares(shares: Mapping[str, float], steps: int, *bindings: str, **setting
     return {"bindings": bindings, **{k: v for k, v in settings.items() if v is not None}}
 
 
+def cooldown(steps: int, more: int) -> tuple[str, ...]:
+    """Returns bindings that continue a cosine of `steps` with all of its state; the rate falls linearly in `more` updates."""
+    return (
+        "initial.InitialCheckpoint.scope='state'",
+        "recipe.Recipe.learning_rate=@schedules.cooldown()",
+        "schedules.cooldown.before=@schedules.cosine()",
+        f"schedules.cooldown.start_step={steps}",
+        f"schedules.cooldown.steps={more}",
+        f"schedules.cosine.total_steps={steps}",
+    )
+
+
 def made(*words: str, evaluations: tuple[str, ...] = ()) -> dict:
     """Returns an arm that a command of this project makes: `python -m` and the words."""
     return {"made": ("{python}", "-m", *words), "evaluations": evaluations}
