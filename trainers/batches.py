@@ -7,13 +7,14 @@ contents of a batch do not depend on the mesh or the number of hosts.
 import os
 import queue
 import threading
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainers.recipe import Program
+if TYPE_CHECKING:  # a recipe imports its policy for anomalies, which reads batches again
+    from trainers.recipe import Program
 
 Index = tuple[slice, ...]
 
@@ -100,7 +101,9 @@ class FeedFactory(Protocol):
     A run calls it once, after its data are open and before its state exists.
     """
 
-    def __call__(self, *, stream: TrainStream, program: Program, folder: str | os.PathLike) -> Feed:
+    def __call__(
+        self, *, stream: TrainStream, program: "Program", folder: str | os.PathLike
+    ) -> Feed:
         """Returns the feed, whose batches have the columns of the recipe's `abstract_batch`.
 
         Args:
