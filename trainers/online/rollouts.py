@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model.protocol import LanguageModel
 from trainers import batches
 from trainers.decoding import decode
 from trainers.decoding.policy_sampler import PolicySampler
@@ -208,7 +209,7 @@ class Rollouts:
         return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
 
     def _check_room(self) -> None:
-        limit = self._recipe.model.max_length
+        limit = cast(LanguageModel, self._recipe.model).max_length
         longest = self._method.prompt_length + self._method.completion_length - 1
         if limit is not None and longest > limit:
             raise RolloutError(

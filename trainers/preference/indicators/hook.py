@@ -9,10 +9,11 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
+from model.protocol import LanguageModel
 from trainers.decoding.decode import Settings
 from trainers.decoding.sampling import Sampling
 from trainers.hooks import RunContext
@@ -102,7 +103,8 @@ class PreferenceIndicators:
         self._rejected = [self._row(pair.prompt, pair.rejected) for pair in data.pairs]
         self._texts = samples.Texts(self.vocabulary, frozenset(self._ends()))
         program = self.run.program
-        self._model = model = self.run.recipe.model.inference_model
+        self._trained = cast(LanguageModel, self.run.recipe.model)
+        self._model = model = self._trained.inference_model
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -142,8 +144,7 @@ class PreferenceIndicators:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        params = state.released_params
-        params = self.run.recipe.model.inference_params(params)
+        params = self._trained.inference_params(state.released_params)
         with progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
             found = self._of_pairs(params, done)
             outputs = self._generator(params, step, done=done)
