@@ -55,8 +55,7 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        params = state.released_params
-        params = self.run.program.recipe.model.inference_params(params)
+        params = self.run.program.recipe.model.inference_params(state.released_params)
         outputs = self._generator(params, step)
         right = [output == answer for output, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}
