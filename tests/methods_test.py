@@ -220,6 +220,15 @@ def test_every_file_has_a_kind():
     assert files == set(METHODS)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_pairs_with_a_method_go_together_or_are_refused_by_both_orders(method):
+    """Fills the cache for the table, a method at a time; the other order is that of refinements."""
+    for first, second in PAIRS:
+        if first == method and None in (orders := [refusal(first, second), refusal(second, first)]):
+            refused = [reason for reason in orders if reason is not None]
+            assert all("BALANCE_LOSS" in reason for reason in refused), (first, second)
+
+
 def test_all_pairs_go_together_or_are_refused_as_the_table_says():
     assert TABLE.read_text() == table(), "Run `python -m tests.methods_test`."
 

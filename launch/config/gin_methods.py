@@ -91,11 +91,15 @@ def without_effect(
 
 
 def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bound]]]]:
-    """Returns, for each method's file, its place and the bindings that no unrelated method shares."""
+    """Returns, for each method's file, its place and the bindings that no unrelated method shares.
+
+    A file that another method includes is a part of that one.
+    """
+    parts = {part for file, files in checked.includes.items() if is_method(file) for part in files}
     own: dict[str, tuple[Place, list[tuple[Any, Bound]]]] = {}
     for key, history in checked.history.items():
         bounds = [bound for bound in history if is_method(bound.file)]
-        for bound in bounds:
+        for bound in (bound for bound in bounds if bound.file not in parts):
             related = {bound.file, *checked.includes.get(bound.file, ())}
             shared = any(
                 other.file not in related
