@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
 from model.transforms.base import TransformError

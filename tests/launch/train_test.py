@@ -17,6 +17,7 @@ from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
 from trainers.inputs import PackedTokens
+from trainers.recipe import Program
 from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
