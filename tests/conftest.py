@@ -1,7 +1,10 @@
-"""Eight simulated CPU devices, exact products, and no silent rank promotion."""
+"""Eight simulated CPU devices, exact products, no silent rank promotion, and programs that are compiled once."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and run little: less optimised programs halve their time.
@@ -13,12 +16,26 @@ for name, value in (
     if name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Test files, worker processes and the processes that tests start share compiled programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="espalier-test-programs-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module_in_memory():
+    """Compiled programs of a test file leave memory with it: the next file's collections are quicker."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -311,27 +311,15 @@ def command(monkeypatch):
 def train(tmp_path_factory):
     """Runs launch.train with flags in this process; returns status, stdout and stderr.
 
-    Token caches and compiled programs are shared by the runs of a test file (`train.cache`).
+    The runs of a test file share their token caches (`train.cache`).
     """
     import gin
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
 
     from data import tasks
     from launch import cli
 
     programs = str(pathlib.Path(__file__).parent / "programs")
     cache = str(tmp_path_factory.mktemp("cache"))
-    settings = {
-        "jax_compilation_cache_dir": cache + "/xla",
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-
-    def configure(values):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
     def run(*argv):
         out, err = io.StringIO(), io.StringIO()
@@ -350,15 +338,10 @@ def train(tmp_path_factory):
         for name, value in {
             "ESPALIER_CACHE": cache,
             "ESPALIER_HUGE_PAGES": "0",
-            "JAX_COMPILATION_CACHE_DIR": settings["jax_compilation_cache_dir"],
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": programs,
         }.items():
             patch.setenv(name, value)
         patch.syspath_prepend(programs)
-        configure(settings)
         yield run
-        configure(before)
