@@ -15,12 +15,12 @@ import gin
 import jax
 import numpy as np
 import pytest
-from trainers.preference.objectives.reference import LiveReference
 
 from launch.config import config_diff, gin_config
 from trainers import initialise as initialise_lib
 from trainers import partitioning
 from trainers.hooks import RunContext
+from trainers.objectives.frozen_model import FrozenModel
 from trainers.optim import schedules
 from trainers.recipe import Recipe
 
@@ -302,15 +302,14 @@ def test_two_methods_take_a_step(pair, monkeypatch, tmp_path):
         before = jax.device_get(state.params)
         policy = state.params.get("backbone", state.params)
         copies = jax.tree.map(jax.numpy.copy, policy)
-        monkeypatch.setattr(LiveReference, "read", lambda self, mesh, rules: copies)
+        monkeypatch.setattr(FrozenModel, "read", lambda self, mesh, rules: copies)
         state, metrics = program.steps(1).train(state, batch_of(recipe))
         total, weight = metrics["loss"]
         assert np.isfinite(total / weight)
         after = jax.device_get(state.params)
         assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, before, after))))
         if "low_rank/spectrum" in pair:
-            context = RunContext(path=tmp_path, writer=True, step=0, recipe=recipe,
-                                 program=program, learning_rate=lambda step: 0.1)  # fmt: skip
+            context = RunContext(path=tmp_path, writer=True, step=0, program=program, learning_rate=lambda step: 0.1)  # fmt: skip
             (make,) = given["hooks"]
             assert make(run=context)(1, state, {})["spectrum/nuclear"] > 0
 
