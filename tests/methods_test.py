@@ -115,7 +115,7 @@ def refusal(first: str, second: str) -> str | None:
         return str(problems[0])
     config = load(run, (first, second))
     try:
-        recipe = config.arguments()["recipe"].over(schedules.Span(10))
+        recipe = config.arguments()["recipe"].with_span(schedules.Span(10))
         recipe.inputs_spec.arrays(recipe.batch_size)
         objective = recipe.objective(model=recipe.model, num_sources=1)
         refused = initialise(recipe, config.text)
@@ -295,7 +295,7 @@ def test_two_methods_take_a_step(pair, monkeypatch, tmp_path):
     bindings += ["BATCH_SIZE=8", "WARMUP_STEPS=0", *small[run]]
     config = gin_config.load(files, [*bindings, "MESH={'data': 1}"], entry="launch.train:train")
     given = config.arguments()
-    recipe = given["recipe"].over(schedules.Span(10))
+    recipe = given["recipe"].with_span(schedules.Span(10))
     program = recipe.program(devices=jax.devices()[:1])
     with partitioning.use_mesh(program.mesh, program.rules):
         state = program.init()
