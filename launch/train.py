@@ -30,11 +30,11 @@ from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
 from trainers import partitioning, signals
-from trainers.batches import Feed, FeedFactory, Prefetcher, TrainStream
+from trainers.batches import Feed, Prefetcher, TrainStream
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.evaluate import EvalStream, Evaluation
-from trainers.hooks import HookFactory, RunContext
+from trainers.hooks import FeedFactory, HookFactory, RunContext
 from trainers.loop import Loop, Outputs, Schedule
 from trainers.optim.schedules import Span
 from trainers.recipe import Program, Recipe
@@ -86,7 +86,7 @@ def train(
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
       rollouts: makes the batches of a run that trains on its own samples, from a stream of prompts;
-        called with (stream=, program=, folder=), see trainers.batches.FeedFactory.
+        called with (stream=, program=, folder=), see trainers.hooks.FeedFactory.
       started: reading of time.monotonic from which the run's time is counted; the start of this
         process when None.
 

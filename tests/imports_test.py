@@ -1,8 +1,10 @@
 """Imports go one way: launch -> trainers -> model and launch -> data, and stay light where they must."""
 
 import ast
+import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -119,6 +121,163 @@ def test_what_is_allowed_passes(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("import jax\nfrom data.stream import stream\n\ndef f():\n    import seqio\n")
     assert problems(path, "data") == []
+
+
+# Folders and files from the lowest to the highest; a module may import its own level and those below. A longer name is a
+# place of its own. Files that no level names are the commands, above all.
+LEVELS = {
+    "model": (
+        ("axes", "kernels"),
+        ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
+        ("attention", "mlp", "transformer"),
+        ("heads", "low_rank", "moe", "transforms", "vision"),
+        ("bam", "nexus"),
+        ("hf",),
+    ),
+    "trainers": (
+        ("inputs", "partitioning", "telemetry", "train_state", "trainable"),
+        ("anomaly", "batches", "checkpoints", "initialise", "optim", "signals"),
+        ("decoding", "objectives", "rewards", "scoring"),
+        ("recipe", "reports", "step"),
+        ("evaluate", "hooks", "loop"),
+        ("distillation", "low_rank", "online", "preference", "snapkv"),
+    ),
+    "data": (
+        ("cache", "cpu_tensorflow", "sandbox", "tokenizers"),
+        ("stream", "text", "tokenizers.vocabularies"),
+        ("tasks", "text.user_data", "vision"),
+        ("code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
+    ),
+    "launch": (
+        ("cli", "config", "environment"),
+        ("run",),
+        ("aot", "cluster", "inference", "plots"),
+        # Commands that a suite, a sweep or a reproduction runs in its own process.
+        ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
+        ("benchmarks", "papers"),
+    ),
+}
+# Folders of the papers, and of a method that is none: no file at the top of a package imports or names one.
+SLUGS = ("aya23", "aya_expanse", "bam", "code_mix", "distillation", "influence", "low_rank", "mov")
+SLUGS += ("nexus", "preference", "snapkv")
+# `reproduce` runs any paper by what the papers share.
+CORE_MAY_IMPORT = {"launch.papers.shared.claim", "launch.papers.shared.sweeps"}
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """The project's modules, and the modules that each imports, inside functions too."""
+    paths = {module_of(path): path for package in PACKAGES for path in files(package)}
+    return {
+        module: {
+            target
+            for _, owner, names, _, _ in imports(path)
+            for target in ({f"{owner}.{name}" for name in names} & set(paths) or {owner})
+            if target in paths and target != module
+        }
+        for module, path in paths.items()
+    }
+
+
+def level(module: str) -> int | None:
+    """The place of a module in LEVELS; None for a command."""
+    package, _, name = module.partition(".")
+    matches = [
+        (len(entry), i)
+        for i, entries in enumerate(LEVELS[package])
+        for entry in entries
+        if f"{name}.".startswith(f"{entry}.")
+    ]
+    return max(matches)[1] if matches else None
+
+
+def upward(modules: dict[str, set[str]]) -> list[str]:
+    """Imports of a higher level of the same package."""
+    return [
+        f"{module} imports {target}"
+        for module, targets in modules.items()
+        for target in targets
+        if module.partition(".")[0] == target.partition(".")[0]
+        and (place := level(module)) is not None
+        and ((above := level(target)) is None or above > place)
+    ]
+
+
+def circles(modules: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves through others."""
+    open_, done, found = [], set(), []
+
+    def visit(module: str) -> None:
+        if module in open_:
+            found.append(" -> ".join([*open_[open_.index(module) :], module]))
+        elif module not in done:
+            open_.append(module)
+            for target in sorted(modules[module]):
+                visit(target)
+            open_.pop()
+            done.add(module)
+
+    for module in modules:
+        visit(module)
+    return found
+
+
+def core() -> list[str]:
+    """The files at the top of each package: the core, and the commands."""
+    return [module for module in graph() if module.count(".") == 1 and "__init__" not in module]
+
+
+def papers_named(module: str) -> list[str]:
+    """Modules of papers that a core module imports, or names in a string."""
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    strings = " ".join(
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    owners = "|".join(PACKAGES)
+    named = re.findall(rf"\b(?:{owners})(?:\.\w+)*\.(?:{'|'.join(SLUGS)})\b", strings)
+    imported = [
+        target
+        for target in graph()[module] - CORE_MAY_IMPORT
+        if {*SLUGS, "papers"} & set(target.split("."))
+    ]
+    return named + imported
+
+
+def test_imports_run_down_only():
+    assert upward(graph()) == []
+
+
+def test_every_module_below_the_commands_has_a_level():
+    lost = [m for m in graph() if level(m) is None and "__init__" not in m]
+    assert [m for m in lost if m.count(".") > 1 or not m.startswith("launch.")] == []
+
+
+def test_no_module_imports_itself_through_others():
+    assert circles(graph()) == []
+
+
+def test_the_core_names_no_paper():
+    assert {m: names for m in core() if (names := papers_named(m))} == {}
+
+
+def test_the_checks_of_structure_can_fail():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a -> b -> c -> a"]
+    assert upward({"model.linear": {"model.moe.moe"}}) == ["model.linear imports model.moe.moe"]
+    assert upward({"launch.run.run_dir": {"launch.train"}}) != []
+    assert upward({"model.moe.moe": {"model.linear"}, "launch.train": {"launch.run.phase"}}) == []
+
+
+def test_the_top_of_each_package_stays_short():
+    """A newcomer finds a paper by its folder, not among files."""
+    tops = {p: sum(m.startswith(f"{p}.") for m in core()) for p in PACKAGES}
+    assert tops["launch"] <= 22 and tops["trainers"] <= 16
+    assert tops["model"] <= 14 and tops["data"] <= 8
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "t5x_configs", "tests"])

@@ -4,17 +4,13 @@ The stream is a pure function of (step, row range) and every device asks for its
 contents of a batch do not depend on the mesh or the number of hosts.
 """
 
-import os
 import queue
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-
-if TYPE_CHECKING:  # a recipe imports its policy for anomalies, which reads batches again
-    from trainers.recipe import Program
 
 Index = tuple[slice, ...]
 
@@ -92,28 +88,6 @@ class Feed(Protocol):
 
     def close(self) -> None:
         """Stops background work; a later `get` may start it again."""
-        ...
-
-
-class FeedFactory(Protocol):
-    """Makes the feed of a run that trains on its own samples, such as `trainers.online.rollouts.Rollouts`.
-
-    A run calls it once, after its data are open and before its state exists.
-    """
-
-    def __call__(
-        self, *, stream: TrainStream, program: "Program", folder: str | os.PathLike
-    ) -> Feed:
-        """Returns the feed, whose batches have the columns of the recipe's `abstract_batch`.
-
-        Args:
-          stream: the run's training stream, of prompts.
-          program: the run's recipe on its mesh.
-          folder: directory below the run's that the feed may write to.
-
-        Raises:
-          ValueError: stream, program and settings that do not fit each other.
-        """
         ...
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from trainers.batches import Feed, TrainStream
 from trainers.recipe import Program
 from trainers.train_state import TrainState
 
@@ -33,6 +34,26 @@ class RunContext:
     program: Program
     learning_rate: Callable[[int], float]
     give_up: Callable[[int], bool] = lambda done: False
+
+
+class FeedFactory(Protocol):
+    """Makes the feed of a run that trains on its own samples, such as `trainers.online.rollouts.Rollouts`.
+
+    A run calls it once, after its data are open and before its state exists.
+    """
+
+    def __call__(self, *, stream: TrainStream, program: Program, folder: str | os.PathLike) -> Feed:
+        """Returns the feed, whose batches have the columns of the recipe's `abstract_batch`.
+
+        Args:
+          stream: the run's training stream, of prompts.
+          program: the run's recipe on its mesh.
+          folder: directory below the run's that the feed may write to.
+
+        Raises:
+          ValueError: stream, program and settings that do not fit each other.
+        """
+        ...
 
 
 class Hook(Protocol):

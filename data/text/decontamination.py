@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.code_mix import code_problems
-from data.text import documents
+from data.text import code_problems, documents
 from data.text.document_filters import DocumentFilter
 from data.text.documents import DataError
 

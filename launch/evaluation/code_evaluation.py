@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import tqdm
 
-from data.code_mix import code_problems
 from data.sandbox import code_sandbox
+from data.text import code_problems
 from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from model.axes import RANK, parameter
 from model.kernels import matmul
-from model.kernels.grouped_matmul import grouped_matmul
 from model.linear import Dense
 from model.low_rank import factors
+from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
 
 Init = Literal["he", "spectral", "spectral_ones"]

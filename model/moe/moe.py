@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, weights
-from model.kernels.grouped_matmul import grouped_matmul
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
 from model.moe import dispatch, parallel, routing
+from model.moe.grouped_matmul import grouped_matmul
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
 from model.protocol import MlpSettings

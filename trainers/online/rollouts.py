@@ -44,7 +44,7 @@ class Prompts(batches.Stream, Protocol):
 
 
 class Rollouts:
-    """The `trainers.batches.Feed` of sampled completions; a `trainers.batches.FeedFactory` makes it.
+    """The `trainers.batches.Feed` of sampled completions; a `trainers.hooks.FeedFactory` makes it.
 
     Args:
       stream: of prompts.

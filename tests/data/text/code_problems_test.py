@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from data.code_mix import code_problems
 from data.sandbox import code_sandbox
+from data.text import code_problems
 
 FULL = {
     "task_id": 11,

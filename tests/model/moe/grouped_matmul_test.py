@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels import grouped_matmul as form
 from model.kernels.platform import use_platform, use_reference_forms
+from model.moe import grouped_matmul as form
 
 X, Y = 5, 3
 
