@@ -279,6 +279,14 @@ def vocabulary(task_name: str) -> Any:
     return features[feature].vocabulary
 
 
+def vocabulary_digest() -> dict[str, str]:
+    """Returns {'vocabulary': digest} of the tasks registered here, before any of them is read; {} if they have several."""
+    from data.stream import rows
+
+    digests = {rows.vocabulary_digest(vocabulary(name)) for name in _TASKS}
+    return {"vocabulary": digests.pop()} if len(digests) == 1 else {}
+
+
 def summary() -> dict[str, Any]:
     """What a run records of its data: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}

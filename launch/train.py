@@ -111,7 +111,7 @@ def train(
     )
     initial.check()
     program = recipe.program()
-    program.check_extras({})
+    program.check_extras()
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
@@ -128,7 +128,7 @@ def train(
             total_tokens=total_tokens,
             of_prompts=rollouts is not None,
         )
-        program.check_extras(data.identity(program))
+        program.check_extras(lambda: data.identity(program))
         program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
         _describe(run, program, data, parent)
 

@@ -439,14 +439,31 @@ def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(
     assert ("reference_log_probs" in recipe.inputs_spec.arrays(32)) == (not free)
 
 
+@pytest.mark.parametrize("name", ["distillation", "distillation_stored"])
+def test_distillation_needs_a_teacher_alone(name):
+    files = ["models/tiny", "data/bytes", "runs/pretrain", f"methods/distillation/{name}"]
+    given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='text'", "TEACHER='/tmp/teacher'"]
+    config = gin_config.load(
+        [f"t5x_configs/{file}.gin" for file in files], given, entry="launch.train:train"
+    )
+    assert [str(warning) for warning in config.warnings] == []
+    batch = config.arguments()["recipe"].reads.arrays(8)
+    stored = name == "distillation_stored"
+    assert ("teacher_ids" in batch) == ("teacher_log_probs" in batch) == stored
+
+
 def test_every_method_of_preferences_is_known():
     """A file that says which run it comes after is in one of the lists above."""
     after = {"preference": set(), "online": set()}
     for path in (CONFIGS / "methods").rglob("*.gin"):
         for run, found in after.items():
             found |= {path.stem} if f"runs/{run}.gin" in path.read_text() else set()
-    assert after["preference"] == PREFERENCE | {"reference_free", "reference_live"}
-    assert after["online"] == ONLINE | {"reward_checkpoint"}
+    assert after["preference"] == PREFERENCE | {
+        "reference_free",
+        "reference_live",
+        "reference_run",
+    }
+    assert after["online"] == ONLINE | {"reward_checkpoint", "reference_run"}
 
 
 @pytest.mark.parametrize(

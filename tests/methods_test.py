@@ -3,10 +3,13 @@
 `python -m tests.methods_test` writes the table of those that are refused, docs/methods_together.md.
 """
 
+import atexit
 import functools
 import itertools
 import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 from launch.config import config_diff, gin_config
 from trainers import initialise as initialise_lib
 from trainers import partitioning
+from trainers.checkpoints import step_dir
 from trainers.hooks import RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.optim import schedules
@@ -31,8 +35,12 @@ FOLDER = ROOT / "t5x_configs" / "methods"
 TEXT = ("pretrain", "preference", "online")
 # Files by kind, and the runs that they can be part of, the usual one first.
 METHODS = {
+    "averaging/schedule_free": ("optimiser", ("pretrain", "classify", "preference")),
+    "bam/attention_experts": ("architecture", TEXT),
     "bam/bam": ("architecture", TEXT),
     "bam/btx": ("architecture", TEXT),
+    "distillation/distillation": ("objective", ("pretrain",)),
+    "distillation/distillation_stored": ("objective", ("pretrain",)),
     "low_rank/decompose": ("transform", ("pretrain", "classify", "preference")),
     "low_rank/low_rank": ("low rank", TEXT),
     "low_rank/low_rank_conv": ("low rank", ("classify",)),
@@ -41,6 +49,7 @@ METHODS = {
     "nexus/nexus_bam": ("architecture", TEXT),
     "nexus/nexus_linear": ("architecture", TEXT),
     "nexus/nexus_mlp": ("architecture", TEXT),
+    "nexus/nexus_mlp_bam": ("architecture", TEXT),
     "preference/cpo": ("losses", ("preference",)),
     "preference/dpo_nll": ("losses", ("preference",)),
     "preference/grpo": ("online", ("online",)),
@@ -53,6 +62,7 @@ METHODS = {
     "preference/ppo": ("online", ("online",)),
     "preference/reference_free": ("reference", ("preference",)),
     "preference/reference_live": ("reference", ("preference",)),
+    "preference/reference_run": ("reference", ("preference", "online")),
     "preference/reward_checkpoint": ("reward", ("online",)),
     "preference/reward_model": ("reward", ("preference",)),
     "preference/rloo": ("online", ("online",)),
@@ -74,6 +84,8 @@ BINDINGS = {
 }
 # What is given before a pair that lacks it: factors to read or to make, and how an online run trains.
 FACTORS = {"classify": "low_rank/low_rank_conv"}
+HAVE_EXPERTS = {name for name, (kind, _) in METHODS.items() if kind == "architecture"}
+HAVE_EXPERTS -= {"bam/attention_experts"}
 
 
 def needed(run: str, methods: Sequence[str]) -> list[str]:
@@ -82,6 +94,8 @@ def needed(run: str, methods: Sequence[str]) -> list[str]:
     kinds = {METHODS[name][0] for name in methods}
     if {"low_rank/decompose", "low_rank/spectrum"} & {*methods} and "low rank" not in kinds:
         more.append(FACTORS.get(run, "low_rank/low_rank"))
+    if {*methods} & {"bam/attention_experts"} and not {*methods} & HAVE_EXPERTS:
+        more.append("bam/btx")
     if run == "online" and "online" not in kinds:
         more.append("preference/rloo")
     return more
@@ -93,7 +107,30 @@ def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
     bindings = ["MODEL_DIR='/tmp/x'", *BINDINGS[run]]
     if "preference/reward_checkpoint" in methods:
         bindings.append("REWARD_CHECKPOINT='/y'")
+    if any(name.startswith("distillation/") for name in methods):
+        bindings.append(f"TEACHER={other_run()!r}")
+    if "preference/reference_run" in methods:
+        bindings.append(f"REFERENCE={other_run()!r}")
     return [f"t5x_configs/{name}.gin" for name in names], bindings
+
+
+@functools.cache
+def other_run() -> str:
+    """The directory of a run with a configuration; `step_dir.resolve` is told that it has a step."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    text = "from __gin__ import dynamic_registration\ninclude 't5x_configs/models/tiny.gin'\n"
+    pathlib.Path(folder, "config.gin").write_text(text)
+    return folder
+
+
+def its_step(run: str) -> pathlib.Path:
+    return pathlib.Path(run, "checkpoints", "1")
+
+
+@pytest.fixture(autouse=True)
+def other_run_has_a_step(monkeypatch):
+    monkeypatch.setattr(step_dir, "resolve", its_step)
 
 
 def load(run: str, methods: Sequence[str]) -> gin_config.Config:
@@ -110,10 +147,10 @@ def common_run(*methods: str) -> str | None:
 def refusal(first: str, second: str) -> str | None:
     """Returns the reason for which two methods in this order are refused, or None."""
     run = common_run(first, second)
-    problems = gin_config.problems(*arguments(run, (first, second)), entry="launch.train:train")
-    if problems:
-        return str(problems[0])
-    config = load(run, (first, second))
+    try:
+        config = load(run, (first, second))
+    except gin_config.ConfigError as error:
+        return str(error.problems[0])
     try:
         recipe = config.arguments()["recipe"].with_span(schedules.Span(10))
         recipe.inputs_spec.arrays(recipe.batch_size)
@@ -336,4 +373,5 @@ def batch_of(recipe: Recipe) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    step_dir.resolve = its_step
     TABLE.write_text(table())

@@ -257,12 +257,16 @@ class Program:
         """See `Recipe.with_span`; a schedule changes neither shapes nor shardings."""
         return dataclasses.replace(self, recipe=self.recipe.with_span(span))
 
-    def check_extras(self, meta: Mapping[str, Any]) -> None:
-        """Checks what the objective reads from disk, such as a reference; see `StoredExtras.check`."""
+    def check_extras(self, meta: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Checks what the objective reads from disk, such as a reference; see `StoredExtras.check`.
+
+        Args:
+          meta: returns the known facts about the data; called only where the objective reads something.
+        """
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
         if objective.stored_extras is not None:
-            objective.stored_extras.check(self.mesh, self.rules, meta)
+            objective.stored_extras.check(self.mesh, self.rules, meta())
 
     @functools.cached_property
     def init(self) -> Callable[[], TrainState]:

@@ -1,13 +1,16 @@
-"""Reference log-probabilities of preference pairs, computed once and shared between runs.
+"""Predictions of a frozen model for pairs or rows, computed once and shared between runs.
 
-  <store>/<model>/about.json        the reference model
-  <store>/<model>/<sha256>.npz       parts: digests of pairs [N, 16] uint8, values [N, 2] float32
+  <store>/<model>/about.json        the frozen model
+  <store>/<model>/<sha256>.npz       parts: digests of pairs or rows [N, 16] uint8, values [N, ...] float32
 
-A model's key is a digest of its parameters and configuration, a pair's key a digest of its tokens as they are read (after
-tokenizer, template and truncation), so a stored value is never of another model or text. Parts are named by a hash of
-their bytes and never change, so runs may add to a store at the same time.
+A model's key is a digest of its parameters and configuration, a pair's or row's key a digest of its tokens as they are read
+(after tokenizer, template and truncation), so a stored value is never of another model or text. Parts are named by a hash of
+their bytes and never change, so runs may add to a store at the same time. An open store is in memory as a whole.
 
-Shapes: N pairs, B rows, K pairs of a row, D bytes of a digest.
+Values of a pair are the reference's log-probabilities of its two completions. Those of a row of distillation are a
+teacher's predictions (data/distillation/taught_stream.py).
+
+Shapes: N pairs or rows, B rows, K pairs of a row, D bytes of a digest, '...' of one value.
 """
 
 import hashlib
@@ -30,29 +33,38 @@ _DIGEST = 16  # bytes, as data/preference/pair_rows.py makes them
 
 
 class ReferenceStoreError(ValueError):
-    """A store that is damaged, or belongs to another reference model."""
+    """A store that is damaged, or belongs to another model."""
 
 
 class ReferenceStore:
-    """Stored log-probabilities of one reference model.
+    """Stored log-probabilities of one frozen model.
 
     Args:
       model: digest of its parameters and configuration.
       about: facts for people who read about.json.
       root: the store; `data.cache.cache_dir` with FOLDER if None.
+      shape: of one value.
+      setting: macro that names the model, for messages.
 
     Raises:
       ReferenceStoreError: a part is damaged, or the directory is of another model.
     """
 
     def __init__(
-        self, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
+        self,
+        model: str,
+        about: Mapping[str, Any],
+        *,
+        root: str | os.PathLike | None = None,
+        shape: tuple[int, ...] = (2,),
+        setting: str = "REFERENCE",
     ):
         self.directory = (
             directories.cache_dir(FOLDER) if root is None else pathlib.Path(root)
         ) / model[:32]
         self._model, self._about = model, dict(about)
-        self._values: dict[bytes, tuple[float, float]] = {}
+        self._shape, self._setting = shape, setting
+        self._values: dict[bytes, np.ndarray] = {}
         parts = sorted(self.directory.glob("*.npz"))
         if parts:  # without a part, another process may still be creating the store
             self._check()
@@ -61,7 +73,12 @@ class ReferenceStore:
 
     @classmethod
     def shared(
-        cls, model: str, about: Mapping[str, Any], *, root: str | os.PathLike | None = None
+        cls,
+        model: str,
+        about: Mapping[str, Any],
+        *,
+        root: str | os.PathLike | None = None,
+        **settings: Any,
     ) -> "ReferenceStore":
         """The store that a stream of this process has open already, or a new one; arguments as above.
 
@@ -70,7 +87,7 @@ class ReferenceStore:
         key = (str(directories.cache_dir(FOLDER) if root is None else os.path.abspath(root)), model)
         store = _OPEN.get(key)
         if store is None:
-            store = _OPEN[key] = cls(model, about, root=root)
+            store = _OPEN[key] = cls(model, about, root=root, **settings)
         return store
 
     def __len__(self) -> int:
@@ -81,36 +98,36 @@ class ReferenceStore:
         return [digest for digest in digests if bytes.fromhex(digest) not in self._values]
 
     def get(self, digests: Sequence[str]) -> np.ndarray:
-        """Log-probabilities of chosen and rejected completions, float32 [N, 2]; 0 for the digest ''.
+        """Values, float32 [N, ...], such as log-probabilities of two completions; 0 for the digest ''.
 
         Raises:
-          ReferenceStoreError: a pair has no stored value.
+          ReferenceStoreError: a digest has no stored value.
         """
-        values_N2 = np.zeros((len(digests), 2), np.float32)
+        values = np.zeros((len(digests), *self._shape), np.float32)
         for n, digest in enumerate(digests):
             if digest:
                 try:
-                    values_N2[n] = self._values[bytes.fromhex(digest)]
+                    values[n] = self._values[bytes.fromhex(digest)]
                 except KeyError:
                     raise ReferenceStoreError(
-                        f"{self.directory} has no value of the pair {digest[:16]}: its tokens have changed since "
+                        f"{self.directory} has no value of the data {digest[:16]}: their tokens have changed since "
                         "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again, "
                         "which computes what is missing."
                     ) from None
-        return values_N2
+        return values
 
-    def add(self, digests: Sequence[str], values_N2: np.ndarray) -> None:
-        """Adds values of pairs, in memory and on disk.
+    def add(self, digests: Sequence[str], values: np.ndarray) -> None:
+        """Adds values [N, ...], in memory and on disk.
 
         All processes of a run write: their disks may be their own, and on a shared one the files are the same.
         """
         raw = np.frombuffer(b"".join(map(bytes.fromhex, digests)), np.uint8).reshape(-1, _DIGEST)
-        values_N2 = np.asarray(values_N2, np.float32)
+        values = np.asarray(values, np.float32)
         if not len(digests):
             return
-        self._take(raw, values_N2)
+        self._take(raw, values)
         buffer = io.BytesIO()
-        np.savez(buffer, digests=raw, values=values_N2)
+        np.savez(buffer, digests=raw, values=values)
         content = buffer.getvalue()
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / ABOUT).exists():
@@ -131,8 +148,8 @@ class ReferenceStore:
             ) from None
         if model != self._model:
             raise ReferenceStoreError(
-                f"{self.directory} is of another reference model ({model[:16]}, not {self._model[:16]}): it is "
-                "stale. Give another REFERENCE_STORE, or delete it."
+                f"{self.directory} is of another {self._setting.lower()} model ({model[:16]}, not {self._model[:16]}): it is "
+                f"stale. Give another {self._setting}_STORE, or delete it."
             )
 
     def _read(self, part: pathlib.Path) -> None:
@@ -145,16 +162,16 @@ class ReferenceStore:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             self._take(arrays["digests"], arrays["values"])
 
-    def _take(self, raw_ND: np.ndarray, values_N2: np.ndarray) -> None:
-        if len(raw_ND) != len(values_N2):
-            raise ValueError(f"{len(values_N2)} values of {len(raw_ND)} pairs.")
-        if not np.isfinite(values_N2).all():
+    def _take(self, raw_ND: np.ndarray, values: np.ndarray) -> None:
+        if values.shape != (len(raw_ND), *self._shape):
+            raise ValueError(f"values {values.shape} of {len(raw_ND)} times {self._shape}.")
+        if not np.isfinite(values).all():
             raise ReferenceStoreError(
-                "The reference gives log-probabilities that are not finite: it does not fit this data, or is "
+                f"{self._setting} gives log-probabilities that are not finite: it does not fit this data, or is "
                 "not the model it should be."
             )
-        for raw, values in zip(raw_ND, values_N2.tolist(), strict=True):
-            self._values[raw.tobytes()] = tuple(values)
+        for raw, value in zip(raw_ND, values, strict=True):
+            self._values[raw.tobytes()] = value
 
 
 # Open stores by root and model, while they are in use.

@@ -130,9 +130,11 @@ class Reader:
         if problem not in self.checked.problems:
             self.checked.problems.append(problem)
 
-    def read_untrusted(self, path: str, own_files: Sequence[str]) -> None:
-        """Reads a file that may use only harmless names, and modules that `own_files` import."""
-        self._trust = gin_trust.trust(path, own_files, self.search_paths)
+    def read_untrusted(
+        self, path: str, own_files: Sequence[str], modules: Sequence[str] = ()
+    ) -> None:
+        """Reads a file that may use only harmless names, and `modules` and those that `own_files` import."""
+        self._trust = gin_trust.trust(path, own_files, self.search_paths, modules)
         self.read_file(path, Place("--gin_file"), ())
         self._trust = None
 

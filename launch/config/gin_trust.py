@@ -91,9 +91,21 @@ class Trust:
         )
 
 
-def trust(file: str, own_files: Iterable[str], search_paths: Sequence[str]) -> Trust | None:
-    """Returns the names that `file` may use; None (any) if it is one of the user's own files too."""
-    modules: set[str] = set()
+def trust(
+    file: str,
+    own_files: Iterable[str],
+    search_paths: Sequence[str],
+    own_modules: Iterable[str] = (),
+) -> Trust | None:
+    """Returns the names that `file` may use; None (any) if it is one of the user's own files too.
+
+    Args:
+      file: the file that is not trusted.
+      own_files: the user's files, whose imports are trusted.
+      search_paths: folders of relative files.
+      own_modules: more modules that the user's own files import.
+    """
+    modules = set(own_modules)
     seen: set[str] = set()
 
     def scan(path: str) -> None:

@@ -64,10 +64,9 @@ def default_files(
     from trainers.checkpoints import step_dir
 
     step = step_dir.resolve(flags.checkpoint)
-    for folder in (step.parent.parent, step.parent):
-        if (folder / CONFIG).exists():
-            files = [own, os.fspath(folder / CONFIG)]
-            return [*files, *run_vocabulary.gin_files(folder, flags.checkpoint, before=files)]
+    if (config := config_file(step)) is not None:
+        files, folder = [own, config], os.path.dirname(config)
+        return [*files, *run_vocabulary.gin_files(folder, flags.checkpoint, before=files)]
     if not flags.gin_file:
         raise LoadError(
             f"There is no {CONFIG} beside the checkpoint {step}, so that its model is "
@@ -97,6 +96,14 @@ def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
     )
     run: Any = config.entry
     return run()
+
+
+def config_file(step: Any) -> str | None:
+    """Returns the configuration of the run that a step directory (a path object) belongs to; None without one."""
+    for folder in (step.parent.parent, step.parent):
+        if (folder / CONFIG).exists():
+            return os.fspath(folder / CONFIG)
+    return None
 
 
 def vocabulary(*, value: Any) -> Any:

@@ -91,6 +91,7 @@ def open_data(
         cpu_tensorflow.load()
     for register in tasks:
         register()
+    program.check_extras(task_registry.vocabulary_digest)
     opened = stream(positions=positions) if positions else stream()
     if not of_prompts:
         _check_rows(program, opened)

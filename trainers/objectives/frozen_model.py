@@ -171,7 +171,8 @@ class FrozenModel:
         if differences:
             raise ValueError(
                 f"{macro}: {step.step} is of another model: {restore_params.list_differences(differences)}. Set "
-                f"{macro}_MODEL to the model of that run, whose configuration is in its config.gin."
+                f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's config.gin "
+                "(docs/add_a_method.md)."
             )
         if "vocabulary" in meta:
             self.checkpoint.check_vocabulary(step, meta["vocabulary"])

@@ -1,0 +1,154 @@
+"""Evaluates a checked gin configuration without gin, so that it cannot mix with the one this process runs.
+
+Gin holds one configuration per process, and every scope in it inherits what is bound without a scope. The model of
+another run read into a scope would therefore take up this run's bindings wherever its own file is silent: a dense
+teacher would get the student's factors. Here the configuration of that run stands alone.
+
+The rules are gin's: the bindings of the current scope and of those around it apply, inner ones win; `@x/f` is called in
+the scope `x`; the value of `%NAME` is evaluated in the scope `NAME`; a caller's arguments win over bindings.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import gin
+
+from launch.config.gin_reader import Bound, Checked, Target
+from launch.config.gin_source import Macro, Reference
+
+# Factories are called while a step is traced, which may be in a thread of its own.
+_SCOPE: contextvars.ContextVar[str] = contextvars.ContextVar("isolated_scope", default="")
+
+
+class Isolated:
+    """The values of a configuration.
+
+    Args:
+      checked: the configuration, read without problems.
+    """
+
+    def __init__(self, checked: Checked):
+        self._macros = checked.macros
+        self._singletons: dict[str, Any] = {}
+        self._bindings: dict[int, list[tuple[str, str, Bound]]] = {}
+        for (scope, target, argument), bound in checked.bindings.items():
+            key = id(checked.targets[target].value)  # files may know one object under several names
+            self._bindings.setdefault(key, []).append((scope, argument, bound))
+
+    def macro(self, name: str) -> Any:
+        """Returns the value of the macro `name`.
+
+        Raises:
+          ValueError: it has none.
+        """
+        if name not in self._macros:
+            raise ValueError(f"macro '{name}' has no value")
+        with _scope(name):
+            bound = self._macros[name]
+            return self._value(bound.value, bound)
+
+    def call(self, target: Target, scope: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function or class with its bindings, in `scope` or, where that is empty, in the current one."""
+        with _scope(scope or _SCOPE.get()):
+            if target.value is gin.config.macro:
+                return self.macro(_SCOPE.get())
+            bindings = self._bound(target, _SCOPE.get())
+            passed = {*kwargs, *_positional(target.value, len(args))}
+            values = {
+                argument: self._value(bound.value, bound)
+                for argument, bound in bindings.items()
+                if argument not in passed
+            }
+            if target.value is gin.config.singleton:
+                if _SCOPE.get() not in self._singletons:
+                    self._singletons[_SCOPE.get()] = values["constructor"]()
+                return self._singletons[_SCOPE.get()]
+            return target.value(*args, **values, **kwargs)
+
+    def describe(self, target: Target, scope: str) -> str:
+        """Returns `name(argument=value, ...)` with all bindings that calling it can use; equal in every process."""
+        scope = scope or _SCOPE.get()
+        with _scope(scope):
+            bindings = sorted(self._bound(target, scope).items())
+            parts = [f"{name}={self._text(bound.value, bound)}" for name, bound in bindings]
+        return f"{target.name}({', '.join(parts)})"
+
+    def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
+        """What is bound to the arguments of a target in a scope."""
+        applying = [
+            (binding_scope.count("/") + bool(binding_scope), argument, bound)
+            for binding_scope, argument, bound in self._bindings.get(id(target.value), ())
+            if not binding_scope or f"{scope}/".startswith(f"{binding_scope}/")
+        ]
+        ordered = sorted(applying, key=lambda item: item[0])
+        return {argument: bound for _, argument, bound in ordered}
+
+    def _value(self, value: Any, bound: Bound) -> Any:
+        """The literal, object or factory that a part of a binding stands for."""
+        if isinstance(value, dict):
+            return {self._value(k, bound): self._value(v, bound) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._value(item, bound) for item in value)
+        if isinstance(value, Macro):
+            return self.macro(value.name)
+        if isinstance(value, Reference):
+            target = _target(value, bound)
+            return (
+                self.call(target, value.scope)
+                if value.evaluate
+                else Factory(self, target, value.scope)
+            )
+        return value
+
+    def _text(self, value: Any, bound: Bound) -> str:
+        if isinstance(value, dict):
+            items = (f"{self._text(k, bound)}: {self._text(v, bound)}" for k, v in value.items())
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, list | tuple):
+            return "(" + ", ".join(self._text(item, bound) for item in value) + ")"
+        if isinstance(value, Macro) and value.name in self._macros:
+            with _scope(value.name):
+                named = self._macros[value.name]
+                return self._text(named.value, named)
+        if isinstance(value, Reference):
+            return self.describe(_target(value, bound), value.scope)
+        return repr(value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Factory:
+    """A function or class that, when called, gets its bindings of an isolated configuration."""
+
+    configuration: Isolated
+    target: Target
+    scope: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.configuration.call(self.target, self.scope, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return self.configuration.describe(self.target, self.scope)
+
+
+def _target(reference: Reference, bound: Bound) -> Target:
+    target = dict(bound.references)[reference]
+    assert target is not None  # else reading it had been a problem
+    return target
+
+
+def _positional(function: Any, count: int) -> list[str]:
+    """Names of the first parameters, which positional arguments fill."""
+    return list(inspect.signature(function).parameters)[:count] if count else []
+
+
+@contextlib.contextmanager
+def _scope(name: str) -> Iterator[None]:
+    token = _SCOPE.set(name)
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)

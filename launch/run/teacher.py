@@ -1,0 +1,212 @@
+"""Streams of packed tokens with a teacher's largest log-probabilities, from the store or computed before training.
+
+In a run these stand where the streams of tokens would: `train.train.stream = @teacher.make_stream`. It pays off where
+several runs, or several epochs, learn from the same teacher and rows.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from data.cache import cache_dir
+from data.cache import store as cache
+from data.distillation import taught_stream
+from data.distillation.taught_stream import TaughtStream
+from data.preference.reference_store import ReferenceStore
+from launch.run.load_run import RunConfig
+from model.kernels.cross_entropy import map_tokens
+from trainers import partitioning
+from trainers.checkpoints import agreement
+from trainers.distillation import objective
+from trainers.distillation.objective import Teacher
+from trainers.objectives.forward import frozen_forward
+
+_VERSION = 1  # raise it when the same model and tokens begin to give other values
+_ROWS_AT_ONCE = 256  # after which what is known is written
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StoredTeacher:
+    """A teacher whose predictions are computed before training.
+
+    Attributes:
+      teacher: the model and its checkpoint.
+      student: the model that learns: ids outside of its table are not stored.
+      top_k: tokens stored of each place.
+      temperature: of the stored log-probabilities; that of the objective.
+      batch_size: rows at a time.
+      mesh, rules: to run it on.
+      store: directory of known values; None for the one in the cache directory.
+    """
+
+    teacher: Teacher
+    student: Any
+    top_k: int
+    temperature: float = 1.0
+    batch_size: int = 8
+    mesh: Mapping[str, int] | None = None
+    rules: str = "fsdp_tp"
+    store: str | os.PathLike | None = None
+
+    @property
+    def _shared(self) -> int:
+        """Rows that both tables have."""
+        return min(self.teacher.model.config.vocab_size, self.student.config.vocab_size)
+
+    def check(self, meta: Mapping[str, Any]) -> None:
+        """Checks the teacher against what is known of the data, as `Teacher.check` does; raises ValueError."""
+        mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
+        self.teacher.check(mesh, rules, meta)
+
+    def read(self, stream: Any, *, steps: int) -> TaughtStream:
+        """Returns the stream with the teacher's predictions; computes those that are not in the store.
+
+        Args:
+          stream: of packed tokens.
+          steps: whose batches will be read.
+
+        Raises:
+          ValueError: another teacher than the run began with, or one that does not fit the data.
+          ReferenceStoreError: a damaged store.
+          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+        """
+        if not 1 <= self.top_k <= self._shared:
+            raise ValueError(
+                f"TOP_K = {self.top_k} must lie in [1, {self._shared}], the vocabulary."
+            )
+        summary = stream.summary()
+        meta = {
+            "vocabulary": summary["vocabulary"]["digest"],
+            "start_token": summary["start_token"],
+        }
+        self.check(meta)
+        frozen = self.teacher.checkpoint.resolve()
+        settings = [self.top_k, self.temperature, self._shared, stream.length]
+        config = dataclasses.asdict(self.teacher.model.config)
+        model = cache.digest([_VERSION, frozen.arrays, repr(self.teacher.model), config, settings])
+        root = cache_dir.cache_dir(taught_stream.FOLDER) if self.store is None else self.store
+        store = ReferenceStore.shared(
+            model,
+            {"checkpoint": frozen.step, "top_k": self.top_k, "temperature": self.temperature},
+            root=root,
+            shape=taught_stream.shape_of(stream.length, self.top_k),
+            setting=self.teacher.checkpoint.macro,
+        )
+        self._compute(stream, store, steps, frozen.step)
+        return TaughtStream(stream, store, top_k=self.top_k, teacher=frozen.arrays)
+
+    def _compute(self, stream: Any, store: ReferenceStore, steps: int, checkpoint: str) -> None:
+        """Adds to the store what the teacher predicts in the rows of these steps."""
+        lacking = _lacking(stream, store, steps)
+        first = next(lacking, None)
+        if first is None:
+            return
+        config = RunConfig(
+            model=self.teacher.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
+        )
+        params = "ema" if self.teacher.checkpoint.use_ema else "raw"
+        with config.load(checkpoint, params=params) as run, tqdm(desc="teacher", unit="row") as bar:
+            size = run.batch_size(self.batch_size, self.batch_size)
+            rows_over = run.row_sharding
+            whole = None if rows_over is None else NamedSharding(rows_over.mesh, PartitionSpec())
+            predict = jax.jit(functools.partial(self._predictions, run.model), out_shardings=whole)
+            for rows in _several(first, lacking):
+                digests = list(rows)
+                columns = {
+                    name: np.stack([row[name] for row in rows.values()])
+                    for name in taught_stream.READ
+                }
+                parts = [_padded(columns, at, size) for at in range(0, len(digests), size)]
+                values = [predict(run.params, jax.device_put(part, rows_over)) for part in parts]
+                store.add(digests, np.concatenate(values)[: len(digests)])
+                bar.update(len(digests))
+
+    def _predictions(self, model: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Values of the store, [B, T, 2 K + 1]."""
+        out = frozen_forward(model, params, batch)
+        form, head_VD = objective.form_of(model), out.head_VD()
+
+        def of_chunk(h_CD):
+            logits_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))[:, : self._shared]
+            return objective.largest(logits_CV, self.top_k, self.temperature)
+
+        ids_XK, log_probs_XN = map_tokens(of_chunk, out.hidden_XD, vocab=head_VD.shape[0])
+        shape = batch["decoder_input_tokens"].shape
+        values_XN = jnp.concatenate([ids_XK.astype(jnp.float32), log_probs_XN], axis=-1)
+        return values_XN.reshape(*shape, -1)
+
+
+def _lacking(
+    stream: Any, store: ReferenceStore, steps: int
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """(digest, columns) of the rows that some process lacks, in the stream's order, each once: the same in all processes."""
+    seen: set[str] = set()
+    for step in range(steps):
+        batch = stream.batch(step, 0, stream.batch_size)
+        digests = taught_stream.row_digests(batch)
+        mine = [digest for digest in store.missing(digests) if digest not in seen]
+        anywhere = {digest for process in agreement.gather(mine) for digest in process}
+        for b, digest in enumerate(digests):
+            if digest in anywhere and digest not in seen:
+                seen.add(digest)
+                yield digest, {name: batch[name][b] for name in taught_stream.READ}
+
+
+def _several(first: Any, rest: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    """The rows as mappings of some at a time."""
+    rows = dict([first])
+    for digest, columns in rest:
+        if len(rows) == _ROWS_AT_ONCE:
+            yield rows
+            rows = {}
+        rows[digest] = columns
+    yield rows
+
+
+def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[str, np.ndarray]:
+    """Rows [first, first + size), zeros past the last one."""
+    parts = {name: column[first : first + size] for name, column in columns.items()}
+    return {name: np.pad(x, ((0, size - len(x)), (0, 0))) for name, x in parts.items()}
+
+
+def make_stream(
+    *,
+    teacher: StoredTeacher,
+    stream: Callable[..., Any],
+    steps: int | None,
+    positions: Mapping[str, Any] | None = None,
+) -> TaughtStream:
+    """The training stream that `stream` opens, called with (positions=) to read on where a run stopped.
+
+    Args:
+      teacher: whose predictions are added.
+      stream: opens the tokens.
+      steps: of the run.
+      positions: see data/stream/stream.py.
+
+    Raises:
+      ValueError: the number of steps is not known beforehand.
+    """
+    if steps is None:
+        raise ValueError(
+            "A stored teacher is computed for TRAIN_STEPS: set it in place of TRAIN_TOKENS."
+        )
+    teacher.check({})  # before data are tokenised
+    opened = stream() if positions is None else stream(positions=positions)
+    return teacher.read(opened, steps=steps)
+
+
+def make_eval_stream(
+    *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: int | None = None
+) -> TaughtStream:
+    """The held-out stream of a task, which `stream` opens, called with (task=); `steps` are what is read of it."""
+    opened = stream(task=task)
+    return teacher.read(opened, steps=min(opened.num_steps, steps or opened.num_steps))

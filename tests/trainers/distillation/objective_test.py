@@ -1,0 +1,387 @@
+"""Distillation against float64 formulas, its chunks, its teachers, and devices."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from trainers import initialise, partitioning
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.distillation import objective
+from trainers.distillation.objective import Teacher, distillation
+from trainers.objectives.frozen_model import FrozenCheckpoint
+from trainers.optim import optimizers, schedules
+from trainers.recipe import Recipe
+
+B, T, V = 4, 6, 32
+CONFIG = TransformerConfig(vocab_size=V, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=24)
+STUDENT = Transformer(config=CONFIG)
+TEACHER = Transformer(
+    config=dataclasses.replace(CONFIG, num_layers=2, embed_dim=32, num_heads=4),
+    tie_embeddings=False,
+    logit_scale=0.7,
+    logit_softcap=5.0,
+)
+DIVERGENCES = {
+    "forward_kl": objective.forward_kl,
+    "reverse_kl": objective.reverse_kl,
+    "jensen_shannon": functools.partial(objective.jensen_shannon, beta=0.3),
+}
+
+
+@functools.cache
+def parameters(model, seed):
+    """Parameters far from uniform predictions."""
+
+    @jax.jit
+    def make():
+        params = nn.meta.unbox(initialise.variables(model, jax.random.key(seed))["params"])
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: 8 * x if "embedding" in str(path) else x, params
+        )
+
+    return make()
+
+
+def make_batch(rows=B):
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, V, (rows, T + 1))
+    return jax.tree.map(
+        jnp.asarray,
+        {
+            "decoder_input_tokens": tokens[:, :-1].astype(np.int32),
+            "decoder_target_tokens": tokens[:, 1:].astype(np.int32),
+            "decoder_segment_ids": np.ones((rows, T), np.int32),
+            "decoder_positions": np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
+            "decoder_loss_weights": (np.arange(rows * T).reshape(rows, T) % 3 > 0).astype(
+                np.float32
+            ),
+            "source_ids": (np.arange(rows) % 2).astype(np.int32),
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fixed:
+    """A teacher whose parameters are at hand."""
+
+    model: object
+    params: object
+
+    def check(self, mesh, rules, meta):
+        pass
+
+    def abstract(self, mesh, rules):
+        return initialise.abstract_params(self.model, mesh, rules)
+
+    def read(self, mesh, rules):
+        wanted = self.abstract(mesh, rules)
+        return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), self.params, wanted)
+
+
+def teacher(model=TEACHER, seed=1):
+    return Fixed(model, parameters(model, seed))
+
+
+def evaluate(batch, *, student=STUDENT, taught=None, **settings):
+    """The `LossOut` and the gradients of (student, teacher), by one jitted call."""
+    loss = distillation(model=student, num_sources=2, teacher=taught, **settings)
+    extras = None if taught is None else taught.params
+
+    def total(params, extras):
+        out = loss(params, batch, None, extras=extras)
+        return out.sum, out
+
+    grad = jax.value_and_grad(total, argnums=0 if extras is None else (0, 1), has_aux=True)
+    (_, out), gradients = jax.jit(grad)(parameters(student, 0), extras)
+    return out, gradients
+
+
+@functools.cache
+def logits64(model, seed):
+    """Logits of `make_batch()`."""
+    tokens_BT = make_batch()["decoder_input_tokens"]
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens_BT))
+    return np.asarray(logits(parameters(model, seed)), np.float64)
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def divergence64(name, log_p, log_q):
+    p, q = np.exp(log_p), np.exp(log_q)
+    if name == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if name == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = np.log(0.3 * p + 0.7 * q)
+    return 0.3 * (p * (log_p - log_m)).sum(-1) + 0.7 * (q * (log_q - log_m)).sum(-1)
+
+
+def means(out):
+    return {k: float(s / w) for k, (s, w) in out.metrics.items() if w.ndim == 0}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_loss_is_its_formula(name, temperature):
+    batch = make_batch()
+    out, _ = evaluate(
+        batch,
+        taught=teacher(),
+        divergence=DIVERGENCES[name],
+        temperature=temperature,
+        teacher_weight=0.6,
+    )
+    student, taught = logits64(STUDENT, 0), logits64(TEACHER, 1)
+    distance = divergence64(
+        name, log_softmax(taught / temperature), log_softmax(student / temperature)
+    )
+    targets = np.asarray(batch["decoder_target_tokens"])[..., None]
+    nll = -np.take_along_axis(log_softmax(student), targets, axis=-1)[..., 0]
+    weights = np.asarray(batch["decoder_loss_weights"], np.float64)
+    assert (distance * weights).sum() / weights.sum() > 0.01
+    loss = 0.6 * temperature**2 * distance + 0.4 * nll
+    np.testing.assert_allclose(out.sum, (loss * weights).sum(), rtol=2e-5)
+    assert float(out.weight) == weights.sum()
+    found = means(out)
+    np.testing.assert_allclose(found["loss"], (nll * weights).sum() / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        found["divergence"], (distance * weights).sum() / weights.sum(), rtol=2e-5
+    )
+    by_source = [(nll * weights)[s::2].sum() for s in range(2)]
+    np.testing.assert_allclose(out.metrics["source_loss"][0], by_source, rtol=1e-5)
+
+
+def test_the_gradient_of_forward_kl_is_the_difference_of_probabilities():
+    """d KL(p || q) / d logits = (q - p) / temperature, through the student's head alone."""
+    batch, temperature = make_batch(), 2.0
+    _, (gradient, _) = evaluate(
+        batch, taught=teacher(), temperature=temperature, teacher_weight=1.0
+    )
+
+    def by_hand(params):
+        logits = STUDENT.apply({"params": params}, batch["decoder_input_tokens"])
+        p, q = (
+            jnp.exp(log_softmax(x / temperature)).astype(jnp.float32)
+            for x in (logits64(TEACHER, 1), logits64(STUDENT, 0))
+        )
+        towards = jax.lax.stop_gradient((q - p) * temperature)  # temperature^2 / temperature
+        return (logits * towards * batch["decoder_loss_weights"][..., None]).sum()
+
+    expected = jax.grad(by_hand)(parameters(STUDENT, 0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradient, expected)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_chunks_change_nothing(name):
+    batch = make_batch()
+    whole, part = (
+        evaluate(batch, taught=teacher(), divergence=DIVERGENCES[name], chunk=chunk)
+        for chunk in (B * T, 5)
+    )
+    np.testing.assert_allclose(whole[0].sum, part[0].sum, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), whole[1], part[1]
+    )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_gradient_reaches_the_teacher(name):
+    _, (student, taught) = evaluate(
+        make_batch(), taught=teacher(), divergence=DIVERGENCES[name], teacher_weight=1.0
+    )
+    assert not any(np.any(g) for g in jax.tree.leaves(taught))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(student))
+    assert np.any(student["token_embed"]["embedding"])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_student_like_its_teacher_has_nothing_to_learn(name):
+    out, (gradient, _) = evaluate(
+        make_batch(),
+        taught=teacher(STUDENT, 0),
+        divergence=DIVERGENCES[name],
+        teacher_weight=1.0,
+    )
+    assert abs(float(out.sum)) < 2e-5
+    assert all(np.abs(g).max() < 2e-5 for g in jax.tree.leaves(gradient))
+
+
+def stored_batch(batch, k, temperature):
+    """The batch with the K largest log-probabilities of the teacher, as the store has them."""
+    logits_XV = jnp.asarray(logits64(TEACHER, 1), jnp.float32).reshape(-1, V)
+    ids_XK, log_p_XN = objective.largest(logits_XV, k, temperature)
+    return {
+        **batch,
+        objective.TEACHER_IDS: ids_XK.reshape(B, T, k),
+        objective.TEACHER_LOG_PROBS: log_p_XN.reshape(B, T, k + 1),
+    }
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_all_tokens_stored_are_the_live_teacher(name):
+    batch, settings = make_batch(), {"divergence": DIVERGENCES[name], "temperature": 2.0}
+    live, (gradient, _) = evaluate(batch, taught=teacher(), **settings)
+    stored, from_store = evaluate(stored_batch(batch, V, 2.0), **settings)
+    np.testing.assert_allclose(live.sum, stored.sum, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradient, from_store)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_fewer_tokens_bound_the_divergence_from_below(name):
+    batch, settings = make_batch(), {"divergence": DIVERGENCES[name], "temperature": 2.0}
+    found = [
+        means(evaluate(stored_batch(batch, k, 2.0), **settings)[0])["divergence"]
+        for k in (1, 4, V - 1, V)
+    ]
+    assert found == sorted(found) and 0 < found[0] < 0.9 * found[-1]
+    # Four tokens and one outcome for all others.
+    ids = np.argsort(-logits64(TEACHER, 1), axis=-1)[..., :4]
+    grouped = []
+    for model, seed in ((TEACHER, 1), (STUDENT, 0)):
+        p = np.exp(log_softmax(logits64(model, seed) / 2.0))
+        top = np.take_along_axis(p, ids, axis=-1)
+        grouped.append(np.log(np.concatenate([top, 1 - top.sum(-1, keepdims=True)], -1)))
+    weights = np.asarray(batch["decoder_loss_weights"], np.float64)
+    expected = (divergence64(name, *grouped) * weights).sum() / weights.sum()
+    assert found[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tables_padded_to_other_sizes_are_compared_where_both_have_rows():
+    wide = Transformer(config=dataclasses.replace(TEACHER.config, vocab_size=V + 8))
+    batch = make_batch()
+    out, _ = evaluate(batch, taught=teacher(wide))
+    expected = divergence64(
+        "forward_kl",
+        log_softmax(logits64(wide, 1)[..., :V]),
+        log_softmax(logits64(STUDENT, 0)),
+    )
+    weights = np.asarray(batch["decoder_loss_weights"], np.float64)
+    np.testing.assert_allclose(
+        means(out)["divergence"], (expected * weights).sum() / weights.sum(), rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_devices_change_no_update(k):
+    batch = make_batch(rows=B)
+    batch = batch if k is None else stored_batch(batch, k, 1.0)
+    make = functools.partial(distillation, teacher=teacher() if k is None else None, chunk=5)
+
+    def trained(devices, mesh):
+        recipe = Recipe(
+            model=STUDENT,
+            batch_size=B,
+            feature_lengths={"targets": T},
+            optimizer=optimizers.sgd,
+            learning_rate=schedules.constant(peak=0.1),
+            objective=make,
+            rules="fsdp_tp",
+            mesh=mesh,
+        )
+        program = recipe.program(devices=jax.devices()[:devices])
+        with partitioning.use_mesh(program.mesh, program.rules):
+            state, steps = program.init(), program.steps(2)
+            for _ in range(2):
+                placed = jax.device_put(batch, program.batch_sharding)
+                state, metrics = steps.train(state, placed)
+            return jax.device_get((state.params, metrics["distillation_loss"]))
+
+    one, eight = trained(1, {"data": 1}), trained(8, {"fsdp": 2, "tensor": 4})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), one, eight)
+
+
+def test_a_student_learns_its_teacher():
+    batch = make_batch()
+    loss = distillation(model=STUDENT, teacher=teacher(), teacher_weight=1.0)
+    optimizer = optax.adam(1e-2)
+    params = parameters(STUDENT, 0)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        out, gradient = jax.value_and_grad(
+            lambda p: loss(p, batch, None, extras=parameters(TEACHER, 1)).sum
+        )(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, out
+
+    first = None
+    for _ in range(60):
+        params, state, value = step(params, state)
+        first = value if first is None else first
+    assert value < 0.2 * first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "TEMPERATURE = 0.0 must be above 0"),
+        ({"teacher_weight": 1.5}, "TEACHER_WEIGHT = 1.5 must lie in"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        distillation(model=STUDENT, **settings)
+    with pytest.raises(ValueError, match="beta = 1.0"):
+        objective.jensen_shannon(jnp.zeros((1, 2)), jnp.zeros((1, 2)), beta=1.0)
+
+
+def test_a_batch_without_predictions_is_refused():
+    with pytest.raises(ValueError, match="distillation_stored.gin"):
+        evaluate(make_batch())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory of the teacher."""
+    meta = {"vocabulary": "a" * 32, "start_token": 0, "add_bos": False}
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        checkpointer.save(5, {"params": parameters(TEACHER, 1)}, meta=meta)
+    return tmp_path / "run"
+
+
+def from_run(run, model=TEACHER, **changes):
+    place = {"path": str(run), "model_dir": str(run.parent), "macro": "TEACHER", **changes}
+    return Teacher(model=model, checkpoint=FrozenCheckpoint(**place))
+
+
+def check(taught, meta):
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    taught.check(mesh, partitioning.rules_named("fsdp"), meta)
+
+
+def test_a_teacher_that_fits_passes(run):
+    data = {"vocabulary": "a" * 32, "start_token": 0, "add_bos": False, "seed": 1}
+    for meta in ({}, {"vocabulary": "a" * 32}, data):
+        check(from_run(run), meta)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"vocabulary": "b" * 32}, "TEACHER: .*/5 was trained with another vocabulary"),
+        ({"start_token": 7}, r"TEACHER: .*begin otherwise .*set DOCUMENT_START = 0"),
+        ({"add_bos": True}, r"TEACHER: .*add_bos False\) than this run's \(True"),
+    ],
+)
+def test_a_teacher_of_other_data_is_refused_by_name(run, meta, message):
+    with pytest.raises(ValueError, match=message):
+        check(from_run(run), meta)
+
+
+def test_a_teacher_of_another_model_is_refused_by_name(run):
+    with pytest.raises(ValueError, match="TEACHER: .*/5 is of another model"):
+        check(from_run(run, model=STUDENT), {})
+    with pytest.raises(ValueError, match="TEACHER: a Dense predicts no tokens"):
+        check(from_run(run, model=nn.Dense(3)), {})

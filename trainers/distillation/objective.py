@@ -1,0 +1,261 @@
+"""Distillation: a student learns a teacher's distribution over every next token (Hinton et al. 2015, arXiv 1503.02531).
+
+With p of the teacher and q of the student, both softmax(logits / temperature), the loss of a token is
+
+    teacher_weight * temperature^2 * divergence(p, q) + (1 - teacher_weight) * cross-entropy of the data's token.
+
+Gradients of the divergence shrink with 1 / temperature^2, which the factor makes up for (section 2 there).
+
+The teacher runs beside the student in every step (`Teacher`), or its K largest log-probabilities of every token are
+columns of the batch. Both models' logits exist for one chunk of tokens at a time.
+
+Shapes: B rows, T length, X = B T tokens, C tokens of a chunk, D width, V vocabulary, K stored tokens, N outcomes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from model.kernels.cross_entropy import map_tokens
+from model.kernels.vocab_logits import LogitForm
+from trainers.inputs import Arrays, PackedTokens
+from trainers.objectives.base import Batch, LossOut, Objective
+from trainers.objectives.forward import Forward, forward_objective, frozen_forward
+from trainers.objectives.frozen_model import FrozenModel
+from trainers.partitioning import Rules
+
+TEACHER_IDS = "teacher_ids"  # [B, T, K] int32
+TEACHER_LOG_PROBS = (
+    "teacher_log_probs"  # [B, T, K + 1] float32; the last is that of all other tokens together
+)
+
+# (log p [C, N], log q [C, N]) -> [C], in nats.
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def forward_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
+    """KL(p || q): the student covers all that the teacher does."""
+    return (jnp.exp(log_p_CN) * (log_p_CN - log_q_CN)).sum(-1)
+
+
+def reverse_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
+    """KL(q || p): the student avoids what the teacher avoids (MiniLLM, arXiv 2306.08543)."""
+    return forward_kl(log_q_CN, log_p_CN)
+
+
+def jensen_shannon(log_p_CN: jax.Array, log_q_CN: jax.Array, *, beta: float = 0.5) -> jax.Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, eq. 1).
+
+    Raises:
+      ValueError: beta outside of (0, 1).
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"jensen_shannon: beta = {beta} must lie between 0 and 1.")
+    log_m_CN = jnp.logaddexp(log_p_CN + jnp.log(beta), log_q_CN + jnp.log1p(-beta))
+    return beta * forward_kl(log_p_CN, log_m_CN) + (1 - beta) * forward_kl(log_q_CN, log_m_CN)
+
+
+class Teacher(FrozenModel):
+    """A teacher that runs beside the student: any run's decoder, sharded as the student is and outside of its state."""
+
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        """Checks also that the teacher predicts tokens, and that its documents began as those of the data do."""
+        macro = self.checkpoint.macro
+        if not hasattr(self.model, "head_VD"):
+            raise ValueError(
+                f"{macro}: a {type(self.model).__name__} predicts no tokens; give the run of a language model."
+            )
+        super().check(mesh, rules, meta)
+        step = self.checkpoint.resolve(record=False)
+        for key, remedy in (
+            ("start_token", "set DOCUMENT_START = {theirs}"),
+            ("add_bos", "register the data with add_bos = {theirs}"),
+        ):
+            theirs = step.meta.get(key, meta.get(key))
+            if key in meta and theirs != meta[key]:
+                raise ValueError(
+                    f"{macro}: documents of {step.step} begin otherwise ({key} {theirs}) than this run's "
+                    f"({meta[key]}): {remedy.format(theirs=theirs)}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaughtTokens:
+    """Packed tokens, each with what a teacher predicts in its place.
+
+    Attributes:
+      feature_lengths: {'targets': tokens of a row}.
+      top_k: K.
+    """
+
+    feature_lengths: Mapping[str, int]
+    top_k: int
+    unit: str = dataclasses.field(default="tokens", init=False)
+    loss_per: str = dataclasses.field(default="tokens", init=False)
+
+    @property
+    def length(self) -> int:
+        return self.feature_lengths["targets"]
+
+    def arrays(self, rows: int) -> Arrays:
+        ids = jax.ShapeDtypeStruct((rows, self.length, self.top_k), jnp.int32)
+        log_probs = jax.ShapeDtypeStruct((rows, self.length, self.top_k + 1), jnp.float32)
+        tokens = PackedTokens(self.length).arrays(rows)
+        return {**tokens, TEACHER_IDS: ids, TEACHER_LOG_PROBS: log_probs}
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        return PackedTokens(self.length).init_arguments()
+
+
+def distillation(
+    *,
+    model: Any,
+    num_sources: int = 0,
+    teacher: Teacher | None = None,
+    divergence: Divergence = forward_kl,
+    temperature: float = 1.0,
+    teacher_weight: float = 0.9,
+    chunk: int = 512,
+) -> Objective:
+    """The loss at the top of this file, averaged over the data's tokens.
+
+    Metrics, means over tokens: 'loss', the student's cross-entropy in nats as in pre-training, so that perplexities stay
+    comparable; 'divergence', without its factors; 'distillation_loss', what is minimised besides auxiliary losses.
+
+    Where the two tables have different numbers of rows (vocabularies padded to other sizes), the divergence is over
+    the rows that both have.
+
+    Args:
+      model: the student, a decoder-only module.
+      num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
+      teacher: runs in every step; None where its log-probabilities come with the batch, computed at this temperature.
+      divergence: a function of this file, or another of two arrays of log-probabilities.
+      temperature: above 0; larger ones show more of what the teacher thinks of unlikely tokens.
+      teacher_weight: of the divergence, from 0 to 1; the cross-entropy has the rest.
+      chunk: tokens whose logits exist at a time.
+
+    Raises:
+      ValueError: a temperature or weight outside of its range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"TEMPERATURE = {temperature} must be above 0.")
+    if not 0 <= teacher_weight <= 1:
+        raise ValueError(f"TEACHER_WEIGHT = {teacher_weight} must lie in [0, 1].")
+
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        batch = out.batch
+        taught = _stored(batch) if teacher is None else _live(teacher, extras, batch)
+        form, head_VD = form_of(model), out.head_VD()
+
+        def of_chunk(h_CD: jax.Array, targets_C: jax.Array, *seen: jax.Array) -> Any:
+            logits_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))
+            target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+            nll_C = jax.nn.logsumexp(logits_CV, axis=-1) - target_C
+            log_p_CN, log_q_CN = taught.outcomes(seen, logits_CV, temperature)
+            return nll_C, divergence(jax.lax.stop_gradient(log_p_CN), log_q_CN)
+
+        targets_X = batch["decoder_target_tokens"].reshape(-1)
+        nll_X, divergence_X = map_tokens(
+            of_chunk,
+            out.hidden_XD,
+            targets_X,
+            *taught.per_token,
+            vocab=2 * head_VD.shape[0],  # two tables of logits
+            chunk=chunk,
+        )
+        weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
+        nll_BT, divergence_BT = (x.reshape(weights_BT.shape) for x in (nll_X, divergence_X))
+        loss_BT = teacher_weight * temperature**2 * divergence_BT + (1 - teacher_weight) * nll_BT
+        total, weight = (loss_BT * weights_BT).sum(), weights_BT.sum()
+        return out.mean_loss(
+            nll_BT,
+            weights_BT,
+            total=total,
+            metrics={
+                "divergence": ((divergence_BT * weights_BT).sum(), weight),
+                "distillation_loss": (total, weight),
+            },
+            num_sources=num_sources,
+        )
+
+    return forward_objective(model, loss_fn, stored_extras=teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taught:
+    """What a teacher predicts.
+
+    Attributes:
+      per_token: arrays [X, ...], a chunk of which `outcomes` reads.
+      outcomes: (chunks of these, the student's logits [C, V], temperature) -> (log p, log q), [C, N] each.
+    """
+
+    per_token: tuple[jax.Array, ...]
+    outcomes: Callable[[Any, jax.Array, float], tuple[jax.Array, jax.Array]]
+
+
+def _live(teacher: Teacher, params: Any, batch: Batch) -> _Taught:
+    out = frozen_forward(teacher.model, params, batch)
+    form, head_VD = form_of(teacher.model), out.head_VD()
+
+    def outcomes(seen, logits_CV, temperature):
+        (h_CD,) = seen
+        taught_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))
+        shared = min(taught_CV.shape[-1], logits_CV.shape[-1])
+        return tuple(_log_probs(x[:, :shared], temperature) for x in (taught_CV, logits_CV))
+
+    return _Taught((jax.lax.stop_gradient(out.hidden_XD),), outcomes)
+
+
+def _stored(batch: Batch) -> _Taught:
+    """The outcomes are the K stored tokens and one for all others.
+
+    A divergence of these is a lower bound of the one over all tokens (data processing inequality), and is equal to it at
+    K = V, where there are no others. It does not see how the teacher ranks the tokens that are not stored.
+    """
+    if TEACHER_IDS not in batch:
+        raise ValueError(
+            "Batches hold no predictions of a teacher: give t5x_configs/methods/distillation/distillation.gin, whose "
+            "teacher runs beside the student, or distillation_stored.gin."
+        )
+    ids_XK, log_p_XN = (
+        batch[name].reshape(-1, batch[name].shape[-1]) for name in (TEACHER_IDS, TEACHER_LOG_PROBS)
+    )
+
+    def outcomes(seen, logits_CV, temperature):
+        ids_CK, log_p_CN = seen
+        log_q_CN = top_log_probs(logits_CV, ids_CK, temperature)
+        known = log_q_CN.shape[-1]
+        return log_p_CN[:, :known], log_q_CN
+
+    return _Taught((ids_XK, log_p_XN), outcomes)
+
+
+def top_log_probs(logits_CV: jax.Array, ids_CK: jax.Array, temperature: float) -> jax.Array:
+    """Log-probabilities of K tokens and, last, of all others together: [C, K + 1], or [C, V] where K = V."""
+    log_p_CV = _log_probs(logits_CV, temperature)
+    log_p_CK = jnp.take_along_axis(log_p_CV, ids_CK, axis=-1)
+    if ids_CK.shape[-1] == logits_CV.shape[-1]:
+        return log_p_CK
+    others_CV = jnp.put_along_axis(log_p_CV, ids_CK, -jnp.inf, axis=-1, inplace=False)
+    return jnp.concatenate([log_p_CK, jax.nn.logsumexp(others_CV, axis=-1, keepdims=True)], axis=-1)
+
+
+def largest(logits_CV: jax.Array, k: int, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """What is stored of a teacher: ids [C, K] of its K likeliest tokens, and log-probabilities [C, K + 1] with the others."""
+    _, ids_CK = jax.lax.top_k(logits_CV, k)
+    log_p_CN = top_log_probs(logits_CV, ids_CK, temperature)
+    return ids_CK, jnp.pad(log_p_CN, ((0, 0), (0, k + 1 - log_p_CN.shape[-1])))
+
+
+def form_of(model: Any) -> LogitForm:
+    """The scale and cap of a model's logits."""
+    return LogitForm(model.logit_scale, model.logit_softcap)
+
+
+def _log_probs(logits_CV: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(logits_CV / temperature, axis=-1)
