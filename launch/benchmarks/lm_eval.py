@@ -19,7 +19,7 @@ import numpy as np
 from launch.benchmarks import pairs, peers
 
 PYTHON = peers.ROOT / ".venv-lm-eval" / "bin" / "python"
-SIDE = peers.ROOT / "launch" / "benchmarks" / "lm_eval_side.py"
+SIDE = peers.ROOT / "launch" / "benchmarks" / "jax" / "lm_eval_side.py"
 SIZES = {
     "vocab_size": 8192,
     "hidden_size": 384,
