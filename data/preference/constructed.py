@@ -64,7 +64,9 @@ def reasoning(
             "reasoning-gym"
         ) from None
     rng = random.Random(seed)
-    size = -(-limit // len(problems)) + 1  # one more: its answer can replace that of the last problem
+    size = (
+        -(-limit // len(problems)) + 1
+    )  # one more: its answer can replace that of the last problem
     sets = [reasoning_gym.create_dataset(name, size=size, seed=seed) for name in problems]
     turns = itertools.product(range(size - 1), zip(problems, sets, strict=True))
     rows = (_reasoning_row(name, dataset, index, rng) for index, (name, dataset) in turns)
@@ -151,10 +153,13 @@ def translations(
             locales = languages.VARIANTS[language].locales
             for message, text in catalogues.gettext_pairs(environment, package, locales):
                 texts_by_message.setdefault(message, {}).setdefault(language, text)
-    requests = [(message, language) for message, texts in texts_by_message.items() for language in texts]
+    requests = [
+        (message, language) for message, texts in texts_by_message.items() for language in texts
+    ]
     requests.sort(key=lambda one: splits.stable_hash("\0".join(one), salt=f"order {seed}"))
     rows = (
-        _translation_row(message, language, texts_by_message[message], seed) for message, language in requests
+        _translation_row(message, language, texts_by_message[message], seed)
+        for message, language in requests
     )
     return itertools.islice(filter(None, rows), limit)
 

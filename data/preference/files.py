@@ -160,7 +160,9 @@ class PreferenceFiles(PromptedFiles):
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
         dropped, noted = Tally(), Tally()
-        paths = list(dict.fromkeys(path for split_paths in self.files.values() for path in split_paths))
+        paths = list(
+            dict.fromkeys(path for split_paths in self.files.values() for path in split_paths)
+        )
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
             for example in self._examples(path, None, dropped, noted):
                 split = self._split_of(example.record, path)

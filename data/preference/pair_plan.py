@@ -111,14 +111,16 @@ def plan_pairs(
             "start_token=None puts nothing before it. Set start_token, or add_bos=True of the task."
         )
     room_N = max_length - full["prompt"]
-    cut = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
+    truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
     fits_N = room_N > 0
-    cut_N = (full["chosen"] > cut["chosen"]) | (full["rejected"] > cut["rejected"])
+    cut_N = (full["chosen"] > truncated["chosen"]) | (full["rejected"] > truncated["rejected"])
     same_N = np.zeros_like(fits_N)
     if "labels" not in opened.columns:
-        for record in np.flatnonzero(fits_N & cut_N & (cut["chosen"] == cut["rejected"])):
+        for record in np.flatnonzero(
+            fits_N & cut_N & (truncated["chosen"] == truncated["rejected"])
+        ):
             chosen, rejected = (
-                opened.columns[f].values(record)[: cut[f][record]] for f in FEATURES[1:]
+                opened.columns[f].values(record)[: truncated[f][record]] for f in FEATURES[1:]
             )
             same_N[record] = np.array_equal(chosen, rejected)
     events = {
@@ -134,13 +136,13 @@ def plan_pairs(
             "same. Raise max_length and task_feature_lengths."
         )
     records = np.flatnonzero(used_N)
-    lengths = {"prompt": full["prompt"], **cut}
+    lengths = {"prompt": full["prompt"], **truncated}
     lengths = {feature: size_N[records] for feature, size_N in lengths.items()}
     prompts = lengths["prompt"] - read_only + read_last
     sizes = 2 * prompts + lengths["chosen"] + lengths["rejected"]
     rows = best_fit(sizes, row_length) if packing == "best_fit" else np.arange(len(records))
     order = np.argsort(rows, kind="stable")  # within a row, the order of the files
-    lost = sum(int((full[f] - cut[f])[records].sum()) for f in cut)
+    lost = sum(int((full[f] - truncated[f])[records].sum()) for f in truncated)
     return PairPlan(
         row_starts=starts(rows),
         records=records[order].astype(np.uint32),
@@ -156,6 +158,10 @@ def plan_pairs(
         },
         max_length=max_length,
         read_only=read_only,
-        first={w: opened.name_of(int(event_N.argmax())) for w, event_N in events.items() if event_N.any()},
+        first={
+            w: opened.name_of(int(event_N.argmax()))
+            for w, event_N in events.items()
+            if event_N.any()
+        },
         read_last=read_last,
     )

@@ -173,7 +173,8 @@ def grouping(rng: random.Random) -> Draft:
     def right(items):
         keys = [key(item) for item in items]
         return {
-            group: keys.count(group) if count else [i for i in items if key(i) == group] for group in keys
+            group: keys.count(group) if count else [i for i in items if key(i) == group]
+            for group in keys
         }
 
     return Draft(
