@@ -240,7 +240,9 @@ class _Worker:
     def reply(self) -> tuple[int, float] | None:
         """Returns exit status and peak memory in GB (0 if unknown) of the job; None while it runs."""
         assert self._process.stdout is not None
-        alive = self.alive  # checked first, so that output written before the process ended is read below
+        alive = (
+            self.alive
+        )  # checked first, so that output written before the process ended is read below
         if select.select([self._process.stdout], [], [], 0)[0]:
             if line := self._process.stdout.readline():
                 self._ended()
