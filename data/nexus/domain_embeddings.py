@@ -194,7 +194,7 @@ def write(embeddings: Embeddings) -> None:
 
 
 def read(path: str | os.PathLike) -> Embeddings:
-    """Reads a file of embeddings.
+    """Returns the embeddings in a file.
 
     Raises:
       EmbeddingsError: the file does not exist or does not hold embeddings.

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.nexus.domain_embeddings import EmbeddingsError
 
-BUCKETS = 1 << 16  # of hashed n-grams
+BUCKETS = 1 << 16  # number of buckets for hashed n-grams
 _BLOCK = 4096  # buckets projected at a time
 
 

@@ -35,7 +35,7 @@ LANGUAGE_NAMES = {
     **{"ru": "Russian", "es": "Spanish", "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese"},
     **{"zh_hans": "simplified Chinese", "zh_hant": "traditional Chinese"},
 }
-# Languages that cannot be told apart by every text: no pair opposes them.
+# The same text can be right in both languages, so no pair contrasts them.
 _ALIKE = {"zh_hans", "zh_hant"}
 
 

@@ -39,7 +39,7 @@ class PromptSource(rows.Source):
 
     @property
     def bytes_per_token(self) -> float:
-        """0: the completions do not exist yet."""
+        """Returns 0: prompts have no loss, so no bits per byte."""
         return 0.0
 
     def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:

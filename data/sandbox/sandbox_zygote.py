@@ -37,7 +37,7 @@ _LOADED += ("heapq", "itertools", "math", "operator", "random", "re", "statistic
 _LOADED += ("typing",)
 _END, _RAISED, _NO_MEMORY = b"?", 1, 3
 _DESCRIPTOR = 3
-_WORK = "/sandbox"  # in a root of its own; no interpreter lies there
+_WORK = "/sandbox"  # a folder in the new root, without an interpreter
 _NAME = "program"
 
 

@@ -83,7 +83,7 @@ class Report:
 
 
 def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: float) -> Report:
-    """Measures a compiled program.
+    """Returns the costs of a compiled program.
 
     Args:
       compiled: from `jax.jit(step).lower(...).compile()`.

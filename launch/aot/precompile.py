@@ -53,7 +53,7 @@ def precompile(
 
 
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles the train step of a program, whose devices may be absent, and measures it.
+    """Compiles and measures the train step of a program; its devices may be absent.
 
     Args:
       program: a recipe on a mesh.

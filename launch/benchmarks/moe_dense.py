@@ -20,7 +20,7 @@ _TOKENS = 4096
 
 
 def run(*, repeats: int = 12) -> dict[str, Any]:
-    """Alternates both `repeats` times, in one process."""
+    """Alternates mixture and dense MLP `repeats` times in one process."""
     return {
         f"{experts}_experts": _compare(experts, hidden, repeats)
         for experts, hidden in moe_case.HIDDEN.items()

@@ -136,7 +136,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses `compiled.as_text()`.
+    """Returns the parsed text of a compiled program, `compiled.as_text()`.
 
     Raises:
       HloError: the text is not a compiled program.
