@@ -2,8 +2,8 @@
 
     {"prompt": ..., "responses": [..., ...], "ratings": [4.5, 2]}
 
-The prompt is a text or a list of messages, and so is each response; if the prompt has
-messages, a response that is a text is the assistant's message. The pairs are rows in the format of `records`; "margin" is the difference of the
+The prompt is a text or a list of messages, and so is each response. If the prompt has messages, a response that is
+a text is the assistant's message. The pairs are rows in the format of `records`; "margin" is the difference of the
 ratings.
 """
 

@@ -34,7 +34,7 @@ class PadCropFlip:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """Crops a rectangle of random area and shape, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842).
+    """Crops a random rectangle, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842).
 
     Attributes:
       size: S.
