@@ -1,7 +1,7 @@
 """Procedures on strings of digits: their results, traces of calls, and an interpreter of traces.
 
-A call is `sort(482)=248`. A trace goes on with all states before the result, what remains of the operand
-and what is written by then: `sort(482)=248:48|2,8|24`.
+A call is `sort(482)=248`. A trace adds all states before the result, each the remaining digits of the operand
+and the digits written so far: `sort(482)=248:48|2,8|24`.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ _NEXT = str.maketrans("0123456789", "1234567890")
 
 @dataclasses.dataclass(frozen=True)
 class Procedure:
-    """A procedure twice: at once, as writers of traces use it, and by steps, as the interpreter does.
+    """Two definitions of a procedure: a function for calls, and steps for states of traces.
 
     Attributes:
-      result: of an operand.
-      take: index of the digit that a step takes from what remains.
-      write: what the step writes for it.
+      result: operand -> result.
+      take: remaining digits -> index of the digit that the next step takes.
+      write: the taken digit -> the digit that the step writes.
     """
 
     result: Callable[[str], str]
@@ -44,7 +44,7 @@ PROCEDURES = {
 
 
 def states(name: str, operand: str) -> list[tuple[str, str]]:
-    """(what remains, what is written) after each step; the last one holds the result."""
+    """Returns (remaining digits, written digits) after each step; the last pair holds the result."""
     procedure = PROCEDURES[name]
     rest, written, out = operand, "", []
     while rest:
@@ -55,18 +55,18 @@ def states(name: str, operand: str) -> list[tuple[str, str]]:
 
 
 def call(name: str, operand: str) -> str:
-    """A call with its result."""
+    """Returns a call with its result."""
     return f"{name}({operand})={PROCEDURES[name].result(operand)}"
 
 
 def trace(name: str, operand: str) -> str:
-    """A call with its result and the states before it."""
+    """Returns a call with its result and the states before the result."""
     shown = ",".join(f"{rest}|{written}" for rest, written in states(name, operand)[:-1])
     return f"{call(name, operand)}{STATES}{shown}"
 
 
 def holds(text: str) -> bool:
-    """Executes a call or trace: whether it is whole, and all it claims is what comes out."""
+    """Executes a call or trace; returns whether it is complete and its result and states are right."""
     match = _CALL.fullmatch(text)
     if match is None or match[1] not in PROCEDURES:
         return False

@@ -1,11 +1,12 @@
-"""Five generated sources whose skills are known, to measure what code does for text (2408.10914).
+"""Five generated sources with known skills, to measure how code helps text (arXiv 2408.10914).
 
-A small model cannot do what public benchmarks ask. Here text states facts and poses problems in words,
-code computes what the problems ask for, and all of it can be learned in minutes (data/code_mix/skills.py):
+Public benchmarks are too hard for small models. Here text states facts and poses problems in words, and
+code computes the answers to these problems. A small model learns all of it in minutes
+(data/code_mix/skills.py):
 
   skill_text      facts about invented people, problems in words with rare worked steps, filler
   skill_web_code  calls with results, one in five of them wrong or cut off
-  skill_synth     calls with all their states, executed, and kept only if they hold
+  skill_synth     calls with all their states, executed; wrong ones are dropped
   skill_markup    tags and keys with values, no procedures
   skill_adjacent  a question, the call that answers it, an explanation
 """
@@ -21,12 +22,13 @@ from data import tasks
 from data.code_mix import procedures, skills
 
 SPLITS = ("train", "validation")
-CORRUPTED = 0.2  # of the calls in web code, and of what is written before it is executed
-KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # of documents of text
-WORKED = 0.1  # of the problems in words
-# Training documents, so many that 1.2 million tokens (400 steps of 64 rows) repeat each source as often as
-# the paper's 200 billion do: 0.4 times text, 1.4 times web code. There synth is repeated six times at a tenth
-# of the tokens, here as their only source: repetition and quality are not to be mistaken for one another.
+CORRUPTED = 0.2  # share of the calls in web code, and of the traces in synth before execution
+KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # shares of text documents
+WORKED = 0.1  # share of the problems in words that have worked steps
+# Training documents per source. With these sizes, 1.2 million tokens (400 steps of 64 rows) make as many epochs
+# as the paper's 200 billion tokens: 0.4 over text, 1.4 over web code. In the paper synth has six
+# epochs as a tenth of the tokens. Here it has six epochs as the only source, so that the effect of repetition is
+# not mistaken for one of quality.
 DOCUMENTS = {
     "skill_text": 128_000,
     "skill_web_code": 58_000,
@@ -40,9 +42,9 @@ _EXPLANATION = {"shift": "one more each", "reverse": "last goes first", "sort": 
 
 
 class _Writer:
-    """Writes documents of one split.
+    """Writes the documents of one split.
 
-    Those to train on have no held-out operand in them; held-out documents have no other.
+    Training documents contain no held-out operand. Validation documents use held-out operands only.
     """
 
     def __init__(self, rng: random.Random, split: str):
@@ -53,7 +55,7 @@ class _Writer:
         self._fact_weights = list(itertools.accumulate(1 / rank for rank in ranks))
 
     def documents(self, source: str) -> Iterator[str]:
-        """Documents of a source, without end."""
+        """Yields documents of a source without end."""
         write = {
             "skill_text": self._text,
             "skill_web_code": self._web_code,
@@ -65,7 +67,7 @@ class _Writer:
             yield write()
 
     def _drawn(self) -> tuple[str, str]:
-        """A procedure and an operand; to train on, neither that nor the result is held out."""
+        """Returns a procedure and an operand; in training, neither the operand nor the result is held out."""
         name = self._rng.choice(tuple(procedures.PROCEDURES))
         if self._held_out:
             return name, self._rng.choice(skills.held_out_operands())
@@ -88,7 +90,7 @@ class _Writer:
         return f"{name} {operand} step by step: {', '.join(written)}."
 
     def _filler(self) -> str:
-        """Words of syllables that follow one another in a chain."""
+        """Returns words whose syllables are drawn from a Markov chain."""
         at, words = self._rng.randrange(len(skills.SYLLABLES)), []
         for _ in range(self._rng.randint(2, 6)):
             (then,) = self._rng.choices(range(len(skills.SYLLABLES)), cum_weights=_bigrams()[at])
@@ -101,7 +103,7 @@ class _Writer:
         return self._spoiled(text) if self._rng.random() < CORRUPTED else text
 
     def _spoiled(self, text: str) -> str:
-        """Cut off, or with a digit after the call replaced."""
+        """Returns the text cut off, or with one digit after the call replaced."""
         if self._rng.random() < 0.5:
             return text[: self._rng.randrange(text.index("(") + 1, len(text))]
         digits = [i for i in range(text.index("="), len(text)) if text[i].isdigit()]
@@ -113,7 +115,7 @@ class _Writer:
                 return spoiled
 
     def _synth(self) -> str:
-        """Written as carelessly as web code, and executed: what does not hold is dropped."""
+        """Returns a trace that holds: drafts have as many errors as web code, and wrong ones are dropped."""
         while True:
             text = procedures.trace(*self._drawn())
             if self._rng.random() < CORRUPTED:
@@ -134,7 +136,7 @@ class _Writer:
 
 @functools.cache
 def _bigrams() -> Sequence[Sequence[float]]:
-    """Cumulative weights of what follows each syllable: six of them often, the others seldom."""
+    """Returns cumulative weights of the next syllable for each syllable: six frequent ones, the others rare."""
     rng = random.Random("bigrams")
     table = []
     for _ in skills.SYLLABLES:
@@ -170,12 +172,12 @@ class SkillSource:
         return [split]
 
     def texts(self, split: str) -> list[str]:
-        """All documents of a split."""
+        """Returns all documents of a split."""
         writer = _Writer(random.Random(f"{self.name} {split} {self.seed}"), split)
         return list(itertools.islice(writer.documents(self.name), self.num_input_examples(split)))
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """`{"text", "document_id"}` as a `tf.data.Dataset`, in random order as they are."""
+        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
         import tensorflow as tf
 
         del shuffle, shard_info  # drawn at random; one shard
@@ -188,12 +190,12 @@ def register(*, vocabulary: Any, documents: Mapping[str, int] | None = None, see
     """Registers a task for each source, and their mixture `skills`.
 
     Args:
-      vocabulary: of `skills.SYMBOLS`.
-      documents: training documents by source, in place of those of DOCUMENTS.
-      seed: of the documents; facts, held-out operands and problems are the same for all seeds.
+      vocabulary: has all of `skills.SYMBOLS`.
+      documents: source -> number of training documents; overrides DOCUMENTS.
+      seed: seed of the documents; facts, held-out operands and problems do not depend on it.
 
     Raises:
-      ValueError: no such source, or the vocabulary lacks a character.
+      ValueError: `documents` names an unknown source, or the vocabulary lacks a character.
     """
     counts = {**DOCUMENTS, **(documents or {})}
     if unknown := sorted(set(counts) - set(DOCUMENTS)):

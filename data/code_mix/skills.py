@@ -1,10 +1,10 @@
-"""Skills that generated text and code teach (data/code_mix/skill_sources.py), and problems that ask for them.
+"""Skills that generated text and code teach (data/code_mix/skill_sources.py), and problems that test them.
 
-  knowledge   facts about invented people, some stated often and most seldom
+  knowledge   facts about invented people: a few frequent, most of them rare
   reasoning   problems in words: shift, reverse or sort the digits of an operand
   code        calls of the same procedures
 
-Operands that problems ask for are held out: their digits stand in no training document of any source.
+Operands of problems are held out: their digits occur in no training document of any source.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from data.code_mix import procedures
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()|<>/?"
 SKILLS = ("reasoning", "knowledge", "code")
-HELD_OUT = 0.2  # of all operands
+HELD_OUT = 0.2  # share of all operands
 NUM_PEOPLE = 32
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
-FORMS = 2  # in which facts are put
+FORMS = 2  # wordings of a fact
 
 _RELATIONS = ("home", "food", "pet")
-_VALUES = 16  # of each relation
+_VALUES = 16  # number of values of each relation
 _FACT = ("the {relation} of {person} is ", "{person} has the {relation} ")
 _PROBLEM = {
     "shift": "shift {operand} by one to get ",
@@ -35,13 +35,13 @@ Fact = tuple[str, str, str]  # person, relation, value
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What to continue, and how.
+    """A prompt with its right continuation.
 
     Attributes:
       prompt: the beginning of a document.
-      answer: what follows; a call's may be followed by its states.
-      skill: of SKILLS.
-      kind: the procedure, or how often text states the fact: 'quarter 1' is the most frequent.
+      answer: the right continuation; after the answer to a call, its states may follow.
+      skill: one of SKILLS.
+      kind: the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent).
     """
 
     prompt: str
@@ -50,7 +50,7 @@ class Problem:
     kind: str
 
     def answered(self, continuation: str) -> bool:
-        """Whether this is how a document goes on, to its end."""
+        """Returns whether a continuation up to EOS is the answer."""
         if self.skill == "code":
             continuation = continuation.partition(procedures.STATES)[0]
         return continuation == self.answer
@@ -58,7 +58,7 @@ class Problem:
 
 @functools.cache
 def held_out_operands() -> tuple[str, ...]:
-    """Operands of problems and of held-out documents, the same for all seeds."""
+    """Returns the operands of problems and of validation documents; they do not depend on the seed."""
     every = [f"{i:0{procedures.DIGITS}d}" for i in range(10**procedures.DIGITS)]
     return tuple(random.Random("operands").sample(every, int(HELD_OUT * len(every))))
 
@@ -69,47 +69,47 @@ def _held_out_set() -> frozenset[str]:
 
 
 def leaks(text: str) -> bool:
-    """Whether the digits of a held-out operand stand in a text, in a longer number too."""
+    """Returns whether a text contains the digits of a held-out operand, also within a longer number."""
     size, held_out = procedures.DIGITS, _held_out_set()
     return any(text[i : i + size] in held_out for i in range(len(text) - size + 1))
 
 
 @functools.cache
 def facts() -> tuple[Fact, ...]:
-    """All facts, the same for all seeds, in order of how often text states them."""
+    """Returns all facts, the most frequent in text first; they do not depend on the seed."""
     rng = random.Random("facts")
     words = [a + b for a, b in itertools.product(SYLLABLES, repeat=2)]
     words = rng.sample(words, NUM_PEOPLE + _VALUES * len(_RELATIONS))
     people, values = words[:NUM_PEOPLE], words[NUM_PEOPLE:]
-    found = [
+    triples = [
         (person, relation, rng.choice(values[i :: len(_RELATIONS)]))
         for person in people
         for i, relation in enumerate(_RELATIONS)
     ]
-    return tuple(rng.sample(found, len(found)))
+    return tuple(rng.sample(triples, len(triples)))
 
 
 def stated(fact: Fact, form: int) -> tuple[str, str]:
-    """A fact as a sentence: its beginning, and the rest, which one must know."""
+    """Returns a fact as a sentence in two parts: the prompt, and the value with the full stop."""
     person, relation, value = fact
     return _FACT[form].format(person=person, relation=relation), f"{value}."
 
 
 def posed(name: str, operand: str) -> tuple[str, str]:
-    """A problem in words, and its answer."""
+    """Returns a problem in words and its answer."""
     result = procedures.PROCEDURES[name].result(operand)
     return _PROBLEM[name].format(operand=operand), f"{result}."
 
 
 def problems(skill: str) -> list[Problem]:
-    """What a model is asked, the same for all seeds.
+    """Returns the problems that test a skill; they do not depend on the seed.
 
     Args:
-      skill: 'reasoning' are problems in words and 'code' calls, every procedure with every held-out
-        operand; 'knowledge' are all facts in each form.
+      skill: 'reasoning' (problems in words) and 'code' (calls) have every procedure with every held-out
+        operand; 'knowledge' has every fact in each form.
 
     Raises:
-      ValueError: no such skill.
+      ValueError: an unknown skill.
     """
     if skill == "knowledge":
         known = facts()
@@ -118,10 +118,10 @@ def problems(skill: str) -> list[Problem]:
             for n, fact in enumerate(known)
             for form in range(FORMS)
         ]
-    asked = itertools.product(procedures.PROCEDURES, held_out_operands())
+    operations = itertools.product(procedures.PROCEDURES, held_out_operands())
     if skill == "reasoning":
-        return [Problem(*posed(name, operand), skill, name) for name, operand in asked]
+        return [Problem(*posed(name, operand), skill, name) for name, operand in operations]
     if skill == "code":
-        calls = [(name, procedures.call(name, x).partition("=")) for name, x in asked]
+        calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
         return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
     raise ValueError(f"skill = {skill!r} is none of {', '.join(SKILLS)}.")

@@ -1,7 +1,7 @@
-"""Filters of source files that StarCoder's data went through (arXiv 2305.06161, section 3).
+"""The filters of StarCoder for source files (arXiv 2305.06161, section 3).
 
-Gin binds them for a set of files: see data/text/document_filters.py. Some are for some languages only, which the
-records of The Stack name under `lang`.
+Gin binds them for a set of files: see data/text/document_filters.py. Some filters apply to certain languages only;
+records of The Stack have their language under `lang`.
 """
 
 import abc
@@ -15,10 +15,10 @@ from data.text.document_filters import DocumentFilter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Filter(DocumentFilter):
-    """Keeps files of other languages than its own, and the good ones of those.
+    """Keeps all files in languages it does not apply to, and the good files in the others.
 
     Attributes:
-      languages: values of `lang` that it is for; None for all files, of which it then reads no `lang`.
+      languages: values of `lang` the filter applies to; None for all files, without reading `lang`.
     """
 
     languages: Sequence[str] | None = None
@@ -34,7 +34,7 @@ class _Filter(DocumentFilter):
 
     @abc.abstractmethod
     def good(self, text: str) -> bool:
-        """Whether to keep a file of its languages."""
+        """Returns whether to keep a file in a language the filter applies to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class LineLengths(_Filter):
     """Drops files with long lines, which are data or minified.
 
     Attributes:
-      longest: characters that a line may have.
-      mean: characters that lines may have on average.
+      longest: most characters of a line.
+      mean: most characters of a line on average over the file.
     """
 
     longest: int = 1000
@@ -61,7 +61,7 @@ class Letters(_Filter):
     """Drops files that are mostly numbers and signs.
 
     Attributes:
-      least: share of the characters that are letters.
+      least: least share of letters among the characters.
     """
 
     least: float = 0.25
@@ -72,10 +72,10 @@ class Letters(_Filter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XmlHeader(_Filter):
-    """Drops XML that has the ending of another language.
+    """Drops XML files with the file extension of another language.
 
     Attributes:
-      characters: of the beginning, in which all of the header stands.
+      characters: number of characters at the beginning that are searched for the XML header.
     """
 
     characters: int = 100
@@ -89,8 +89,8 @@ class VisibleText(_Filter):
     """Drops pages that show little text.
 
     Attributes:
-      share: of a file's characters that a reader sees.
-      characters: that a reader sees at least.
+      share: least share of visible characters.
+      characters: least number of visible characters.
     """
 
     languages: Sequence[str] | None = ("HTML",)
@@ -107,7 +107,7 @@ class FileSize(_Filter):
     """Drops data files that are very short or long.
 
     Attributes:
-      least, most: characters of a file.
+      least, most: bounds of the number of characters.
     """
 
     languages: Sequence[str] | None = ("JSON", "YAML")
@@ -119,7 +119,7 @@ class FileSize(_Filter):
 
 
 class _Reader(html.parser.HTMLParser):
-    """Counts the characters of a page that are no tag, comment, script, style or surplus space."""
+    """Counts visible characters of a page: no tags, comments, scripts, styles or repeated spaces."""
 
     def __init__(self) -> None:
         super().__init__()

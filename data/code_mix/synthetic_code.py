@@ -1,11 +1,11 @@
-"""Verified synthetic code: Python problems with solutions and tests, each run before it is data.
+"""Verified synthetic code: Python problems with solutions and tests that have passed.
 
-The paper on code in pre-training (2408.10914) gains most from a set of formally verified problems that
-is not released; this is a source of the same form. A problem is drawn from a family (data/code_mix/synthetic/),
-with numbers, names, layout and tests of its own. What its tests expect is computed in another way
-than its solution does, and the whole document, which is a program, is run in the sandbox: what does
-not pass is dropped. A share of other documents has one fault in the solution; they are never data, and
-how many of them the filter drops is recorded.
+The paper on code in pre-training (arXiv 2408.10914) gains most from a set of formally verified problems,
+which is not released; this source has the same form. A problem is drawn from a family
+(data/code_mix/synthetic/) with random numbers, names, layout and tests. The expected results in its tests
+are computed in another way than in its solution. Each document is a program; it runs in the sandbox, and
+is dropped if it does not pass. To measure this filter, a share of further documents has one fault in the
+solution: they are never used as data, and the manifest counts how many of them pass.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ from data.sandbox import code_sandbox
 from data.text import document_source, documents, splits
 from data.text.document_files import DocumentFiles
 
-_OPEN_ENDED_WEIGHT = 8  # the others repeat themselves after some hundreds of documents
+_OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
 FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES
 _WEIGHTS = [_OPEN_ENDED_WEIGHT if family in lists.OPEN_ENDED else 1 for family in FAMILIES]
 FORMAT = documents.Format(text_key="text", id_key="id")
 MANIFEST = "manifest.json"
 _LIMITS = code_sandbox.Limits(cpu_seconds=2, wall_seconds=20.0)
-_ROUND = 400  # documents that are drawn and tried at a time
-_GROUP = 20  # documents that are tried in one process at first
-_IDLE_ROUNDS = 10  # without a new document, after which there will be none
+_ROUND = 400  # documents drawn and run at a time
+_GROUP = 20  # documents run in one process at first
+_IDLE_ROUNDS = 10  # rounds without a new document, after which `build` gives up
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A document that has not been tried.
+    """A document that has not been run yet.
 
     Attributes:
       family: name of its family.
-      document: what it says.
-      mutated: whether its solution has a fault.
+      document: its text and key.
+      mutated: whether a fault was put into its solution.
     """
 
     family: str
@@ -57,7 +57,7 @@ class Candidate:
 
 
 def draw(seed: int, *, mutated_share: float = 0.05) -> Iterator[Candidate]:
-    """Documents without end, the same for the same seed; some come again."""
+    """Yields documents without end, the same for the same seed; some repeat."""
     for number in itertools.count():
         rng = random.Random(f"{seed} {number}")
         (family,) = rng.choices(FAMILIES, _WEIGHTS)
@@ -68,23 +68,24 @@ def draw(seed: int, *, mutated_share: float = 0.05) -> Iterator[Candidate]:
 
 
 def verify(sandbox: code_sandbox.Sandbox, programs: list[str]) -> list[bool]:
-    """Which programs come to their end.
+    """Returns for each program whether it runs to its end.
 
-    Several are run in one process, each in a namespace of its own, and singly only where not all of
-    them pass. They must not be hostile to each other, as those of the families are not.
+    Programs first run in groups, one process per group, each program in its own namespace. Where a group
+    fails, its programs run one by one. Programs must not interfere with each other; those that the
+    families generate do not.
     """
     groups = [programs[i : i + _GROUP] for i in range(0, len(programs), _GROUP)]
     joined = [
         "".join(f"exec({program!r}, {{'__name__': 'program'}})\n" for program in group)
         for group in groups
     ]
-    found: list[bool] = []
+    verdicts: list[bool] = []
     for group, result in zip(groups, _results(sandbox, joined), strict=True):
         if result.passed:
-            found += [True] * len(group)
+            verdicts += [True] * len(group)
         else:
-            found += [one.passed for one in _results(sandbox, group)]
-    return found
+            verdicts += [single.passed for single in _results(sandbox, group)]
+    return verdicts
 
 
 def _results(sandbox: code_sandbox.Sandbox, programs: list[str]) -> list[code_sandbox.Result]:
@@ -100,22 +101,22 @@ def build(
     validation_fraction: float = 0.05,
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-    """Makes the documents, or finds those made before from the same settings and code.
+    """Generates the documents, or reuses those in the cache from the same settings and code.
 
     Args:
-      num_documents: wanted, of both splits together.
-      seed: of all that is drawn.
-      variants: documents of one problem at most, which differ in names, layout and tests.
-      mutated_share: of what is drawn, documents with a fault, to measure the filter; not data.
+      num_documents: number of documents, both splits together.
+      seed: seed of all random choices.
+      variants: most documents of one problem; they differ in names, layout and tests.
+      mutated_share: share of drawn documents with a fault; they measure the filter and are not data.
       validation_fraction: share of problems to hold out, with all their variants.
-      cache_dir: where they are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+      cache_dir: directory of the documents; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Returns:
-      A folder of `train.jsonl`, `validation.jsonl` and `manifest.json`, which counts what was drawn,
-      kept and dropped.
+      A folder with `train.jsonl`, `validation.jsonl` and `manifest.json`, which counts drawn, accepted and
+      dropped documents.
 
     Raises:
-      ValueError: settings out of range, or nothing more that is new passes.
+      ValueError: a setting is out of range, or no more new documents pass.
     """
     if num_documents < 1 or variants < 1:
         raise ValueError(
@@ -145,7 +146,7 @@ def build(
 
 
 def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
-    kept: dict[str, str] = {}  # text -> problem
+    problem_of: dict[str, str] = {}  # text -> key of the problem
     problems: dict[str, int] = {}
     families: dict[str, int] = {}
     counts = {"drawn": 0, "dropped": 0, "mutated": 0, "mutated_passed": 0}
@@ -155,44 +156,44 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
         total=settings["num_documents"], desc="synthetic code", file=sys.stderr, disable=None
     )
     with code_sandbox.Sandbox(_LIMITS) as sandbox, bar:
-        while len(kept) < settings["num_documents"]:
+        while len(problem_of) < settings["num_documents"]:
             new: dict[str, Candidate] = {}
             for candidate in itertools.islice(drawn, _ROUND):
                 text, key = candidate.document.text, candidate.document.key
-                if text not in kept and problems.get(key, 0) < settings["variants"]:
+                if text not in problem_of and problems.get(key, 0) < settings["variants"]:
                     new[text] = candidate
             counts["drawn"] += len(new)
-            whole = [text for text, one in new.items() if not one.mutated]
-            faulty = [text for text, one in new.items() if one.mutated]
+            whole = [text for text, entry in new.items() if not entry.mutated]
+            faulty = [text for text, entry in new.items() if entry.mutated]
             counts["mutated"] += len(faulty)
-            counts["mutated_passed"] += sum(one.passed for one in _results(sandbox, faulty))
-            before = len(kept)
+            counts["mutated_passed"] += sum(entry.passed for entry in _results(sandbox, faulty))
+            before = len(problem_of)
             for text, passed in zip(whole, verify(sandbox, whole), strict=True):
                 key = new[text].document.key
                 counts["dropped"] += not passed
                 room = problems.get(key, 0) < settings["variants"]
-                if passed and room and len(kept) < settings["num_documents"]:
-                    kept[text] = key
+                if passed and room and len(problem_of) < settings["num_documents"]:
+                    problem_of[text] = key
                     problems[key] = problems.get(key, 0) + 1
                     families[new[text].family] = families.get(new[text].family, 0) + 1
-            bar.update(len(kept) - before)
-            idle = 0 if len(kept) > before else idle + 1
+            bar.update(len(problem_of) - before)
+            idle = 0 if len(problem_of) > before else idle + 1
             if idle == _IDLE_ROUNDS:
                 raise ValueError(
-                    f"synthetic_code: {len(kept):,} documents are there, and none of the last "
+                    f"synthetic_code: {len(problem_of):,} documents are there, and none of the last "
                     f"{_IDLE_ROUNDS * _ROUND:,} drawn is new and passes. Raise variants, or see why "
                     "programs fail: python -m launch.evaluate code runs any with its reasons."
                 )
     lines: dict[str, list[str]] = {split: [] for split in splits.SPLITS}
-    for number, (text, key) in enumerate(kept.items()):
+    for number, (text, key) in enumerate(problem_of.items()):
         held_out = splits.in_validation(key, settings["validation_fraction"])
         line = json.dumps({"id": f"synthetic:{number}", "text": text})
         lines["validation" if held_out else "train"].append(line + "\n")
-    for split, own in lines.items():
-        (target / f"{split}.jsonl").write_text("".join(own), encoding="utf-8")
+    for split, split_lines in lines.items():
+        (target / f"{split}.jsonl").write_text("".join(split_lines), encoding="utf-8")
     manifest = {
         "settings": settings,
-        "documents": {split: len(own) for split, own in lines.items()},
+        "documents": {split: len(split_lines) for split, split_lines in lines.items()},
         "problems": len(problems),
         "families": dict(sorted(families.items())),
         **counts,
@@ -202,7 +203,7 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
 
 @functools.cache
 def _code_digest() -> str:
-    """Hash of the code that writes problems, so that a changed family makes other data."""
+    """Returns a hash of the generating code, so that a changed family is generated anew."""
     here = pathlib.Path(__file__).parent
     files = [pathlib.Path(__file__), *sorted(here.glob("synthetic/*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
@@ -221,15 +222,15 @@ def register(
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over verified synthetic code, which is made where it is not there yet.
+    """Registers a task over verified synthetic code; generates the documents if the cache has none.
 
     Args:
       vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      name: of the task.
+      name: name of the task.
       num_documents, seed, variants, mutated_share, validation_fraction: see `build`.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
-      cache_dir: where documents are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+      cache_dir: directory of the documents; default $ESPALIER_CACHE or ~/.cache/espalier.
     """
     folder = build(
         num_documents=num_documents,
@@ -239,10 +240,10 @@ def register(
         validation_fraction=validation_fraction,
         cache_dir=cache_dir,
     )
-    there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["documents"]
+    sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["documents"]
     files = DocumentFiles(
         name=name,
-        files={split: (str(folder / f"{split}.jsonl"),) for split, count in there.items() if count},
+        files={split: (str(folder / f"{split}.jsonl"),) for split, count in sizes.items() if count},
         format=FORMAT,
         validation_fraction=0.0,
         root=str(folder),

@@ -1,13 +1,14 @@
-"""Embeddings of domains of data, from which a router places its experts (Nexus, 2408.15901, section 3.2).
+"""Embeddings of data domains, which a router projects to the embeddings of its experts (Nexus, arXiv 2408.15901, 3.2).
 
-One JSON file holds those of all domains of a mixture, made by `python -m launch.prepare embed_domains`:
+`python -m launch.prepare embed_domains` writes the embeddings of all domains of a mixture to one JSON file:
 
   {"format": 1, "encoder": {"kind": "ngrams", ...}, "mean": [M],
    "domains": {NAME: {"vector": [M], "raw": [M], "documents": n, "source": "..."}}}
 
-A raw vector is what the encoder makes of a domain's documents, and they resemble one another; a vector is the
-raw one less the mean, of length 1. The mean is that of the domains with which the file began, and stays when
-others are added, as does the encoder: routers have learned from the old vectors.
+The encoder computes a domain's raw vector from its documents. Raw vectors of different domains are similar, so
+a domain's vector is its raw vector minus the mean, scaled to length 1. The mean is over the domains in the first
+version of the file. Mean and encoder do not change when domains are added, because routers have learned from the
+old vectors.
 
 Shapes: N domains, M width of an embedding.
 """
@@ -26,17 +27,17 @@ from data.text.sources import names as known_names
 
 FORMAT = 1
 COMMAND = "python -m launch.prepare embed_domains"
-PLACES = ("checkpoint", "sentence_model")  # where an encoder lay; its digest says what it is
-_NOTHING = 1e-6  # of its raw vector's length, what is left by rounding alone
+PLACES = ("checkpoint", "sentence_model")  # paths of an encoder; its digest identifies it
+_NOTHING = 1e-6  # lengths below this share of the raw vector's length are rounding errors
 
 
 class EmbeddingsError(ValueError):
-    """Domains that cannot be embedded, or a file of embeddings that is not what is asked for."""
+    """Raised for domains that cannot be embedded, and for files of embeddings that do not fit or cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """What an encoder makes of a domain: the vector [M], of how many documents, and whence they are."""
+    """A domain's raw vector [M], the number of its documents, and their source."""
 
     raw_M: np.ndarray
     documents: int
@@ -45,14 +46,14 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """What a file of embeddings holds.
+    """The content of a file of embeddings.
 
     Attributes:
       path: the file.
-      encoder: kind and settings of what made the raw vectors.
-      mean_M: what is taken from them.
-      domains: raw vectors by name, in the order in which they were added.
-      vectors_NM: in the same order, of length 1.
+      encoder: kind and settings of the encoder of the raw vectors.
+      mean_M: mean that is subtracted from raw vectors.
+      domains: name -> raw vector, in the order in which domains were added.
+      vectors_NM: vectors of length 1, in the same order.
     """
 
     path: str
@@ -70,10 +71,10 @@ class Embeddings:
         return len(self.mean_M)
 
     def vectors(self, names: Sequence[str] | None = None) -> np.ndarray:
-        """Vectors [N, M], float32, of domains in the order of `names`; of all where that is None.
+        """Returns vectors [N, M], float32, of the domains `names` in this order; None for all domains.
 
         Raises:
-          EmbeddingsError: no such domain.
+          EmbeddingsError: the file has no domain of a name.
         """
         names = self.names if names is None else names
         for name in names:
@@ -93,16 +94,16 @@ def create(
     *,
     centred: bool = True,
 ) -> Embeddings:
-    """Embeddings of the first domains, not yet written.
+    """Returns the embeddings of the first domains, without writing them.
 
     Args:
-      path: the file that is to be.
-      encoder: kind and settings of what made the raw vectors.
-      raws: by name.
-      centred: take their mean from all vectors, in place of 0.
+      path: the file to write later.
+      encoder: kind and settings of the encoder of the raw vectors.
+      raws: domain -> raw vector.
+      centred: subtract the mean of these raw vectors from all vectors; False uses the mean 0.
 
     Raises:
-      EmbeddingsError: there is none, or one lies at the mean.
+      EmbeddingsError: there is no domain, or a raw vector equals the mean.
     """
     if not raws:
         raise EmbeddingsError(
@@ -115,11 +116,10 @@ def create(
 
 
 def extend(old: Embeddings, raws: Mapping[str, Raw]) -> Embeddings:
-    """The same embeddings and those of more domains, with the old mean; not yet written.
+    """Returns the embeddings with more domains and the old mean, without writing them.
 
     Raises:
-      EmbeddingsError: there is none, a name is there already, or a vector is of another width or lies at the
-        mean.
+      EmbeddingsError: there is no domain, a name is taken, or a raw vector has another width or equals the mean.
     """
     check_new(old, raws)
     for name, raw in raws.items():
@@ -136,7 +136,7 @@ def extend(old: Embeddings, raws: Mapping[str, Raw]) -> Embeddings:
 
 
 def check_new(old: Embeddings, names: Mapping[str, Any] | Sequence[str]) -> None:
-    """Raises EmbeddingsError where there is no name, or one that is there already."""
+    """Raises EmbeddingsError if `names` is empty or `old` already has one of them."""
     if not names:
         raise EmbeddingsError(
             f"no domain is given to add to {old.path}: --domain NAME=SOURCE names one"
@@ -149,7 +149,7 @@ def check_new(old: Embeddings, names: Mapping[str, Any] | Sequence[str]) -> None
 
 
 def check_encoder(old: Embeddings, encoder: Mapping[str, Any]) -> None:
-    """Raises EmbeddingsError where an encoder is not the one that made the old vectors."""
+    """Raises EmbeddingsError if `encoder` is not the encoder of the old vectors."""
     if not same_encoder(encoder, old.encoder):
         raise EmbeddingsError(
             f"{old.path} was made by the encoder {described(old.encoder)}, and this is "
@@ -159,20 +159,20 @@ def check_encoder(old: Embeddings, encoder: Mapping[str, Any]) -> None:
 
 
 def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether vectors of two encoders are comparable: a model is what its digest says, wherever it lay."""
+    """Returns whether vectors of two encoders are comparable; models are compared by digest, not by path."""
     where = (*PLACES, "params")
     one, other = ({key: x for key, x in e.items() if key not in where} for e in (one, other))
     return one == other
 
 
 def described(encoder: Mapping[str, Any]) -> str:
-    """An encoder in a line."""
+    """Returns an encoder's kind and settings as one line of text."""
     settings = (f"{key} {value}" for key, value in encoder.items() if key != "kind")
     return f"{encoder['kind']} ({', '.join(settings)})"
 
 
 def write(embeddings: Embeddings) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file atomically."""
     domains = {
         name: {
             "vector": vector_M.tolist(),
@@ -194,10 +194,10 @@ def write(embeddings: Embeddings) -> None:
 
 
 def read(path: str | os.PathLike) -> Embeddings:
-    """Reads a file of embeddings.
+    """Returns the embeddings in a file.
 
     Raises:
-      EmbeddingsError: there is none, or it is not one.
+      EmbeddingsError: the file does not exist or does not hold embeddings.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -241,7 +241,7 @@ def _foreign(path: str, problem: str) -> EmbeddingsError:
 
 
 def _placed(name: str, raw_M: np.ndarray, mean_M: np.ndarray) -> np.ndarray:
-    """A raw vector less the mean, of length 1."""
+    """Returns the raw vector minus the mean, scaled to length 1."""
     raw_M = np.asarray(raw_M, np.float64)
     length = np.linalg.norm(raw_M - mean_M)
     if not length > _NOTHING * np.linalg.norm(raw_M):  # NaN too

@@ -1,6 +1,6 @@
-"""Encoders of domains that need no model: hashed n-grams, and two controls that read nothing.
+"""Domain encoders without a model: hashed n-grams, and two controls that read no documents.
 
-Shapes: M width of an embedding, '...' any leading.
+Shapes: M width of an embedding.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ import numpy as np
 
 from data.nexus.domain_embeddings import EmbeddingsError
 
-BUCKETS = 1 << 16  # of hashed n-grams
-_BLOCK = 4096  # of them that are projected at a time
+BUCKETS = 1 << 16  # number of buckets for hashed n-grams
+_BLOCK = 4096  # buckets projected at a time
 
 
 class Encoder(Protocol):
-    """What makes the raw vector of a domain.
+    """Computes the raw vector of a domain.
 
     Attributes:
-      centred: whether the mean of the domains is taken from all.
-      reads: whether documents are read.
+      centred: whether the mean over domains is to be subtracted from the raw vectors.
+      reads: whether the encoder reads documents.
     """
 
     centred: bool
@@ -28,25 +28,25 @@ class Encoder(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Kind and all settings: what makes equal vectors has equal ones."""
+        """Returns kind and all settings; encoders with equal vectors have equal settings."""
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
-        """The vector [M] of a domain's documents; `index` is its place in the file."""
+        """Returns the raw vector [M] of a domain's documents; `index` is the domain's position in the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ngrams:
-    """How often the n-grams of characters occur: square roots, projected at random.
+    """A random projection of the square roots of the frequencies of character n-grams.
 
-    The product of two such vectors is the Bhattacharyya coefficient of the domains' distributions, up to
-    the projection's error of about 1 / sqrt(M). Every document counts alike, however long.
+    The dot product of two such vectors is the Bhattacharyya coefficient of the domains' n-gram distributions,
+    up to the projection's error of about 1 / sqrt(M). All documents have equal weight, whatever their length.
 
     Attributes:
       order: n.
       dim: M.
-      documents: how many were drawn of each domain.
-      tokens: characters of a document, the first ones.
-      seed: of the projection and of the draw of documents.
+      documents: number of documents drawn from each domain.
+      tokens: number of characters read from the beginning of each document.
+      seed: seed of the projection and of the choice of documents.
     """
 
     order: int
@@ -65,13 +65,13 @@ class Ngrams:
         """See Encoder.
 
         Raises:
-          EmbeddingsError: no document is as long as an n-gram.
+          EmbeddingsError: all documents are shorter than n characters.
         """
         histogram = np.zeros(BUCKETS)
         for text in texts:
-            found = self._buckets(text[: self.tokens])
-            if len(found):
-                histogram += np.bincount(found, minlength=BUCKETS) / len(found)
+            buckets = self._buckets(text[: self.tokens])
+            if len(buckets):
+                histogram += np.bincount(buckets, minlength=BUCKETS) / len(buckets)
         if not histogram.any():
             raise EmbeddingsError(
                 f"no document has {self.order} characters: give longer ones, or a lower --order"
@@ -79,7 +79,7 @@ class Ngrams:
         return self._projected(np.sqrt(histogram / histogram.sum()))
 
     def _buckets(self, text: str) -> np.ndarray:
-        """The bucket of each n-gram: the upper bits of a sum of products with odd numbers, modulo 2^64."""
+        """Returns the bucket of each n-gram: the upper bits of a sum of products with odd numbers, modulo 2^64."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
         count = len(codes) - self.order + 1
         if count < 1:
@@ -89,7 +89,7 @@ class Ngrams:
         return (sums >> np.uint64(64 - BUCKETS.bit_length() + 1)).astype(np.int64)
 
     def _projected(self, histogram: np.ndarray) -> np.ndarray:
-        """The histogram times signs / sqrt(M), of which no more than a block is there at a time."""
+        """Returns the histogram times a matrix of random signs / sqrt(M); holds one block of the matrix at a time."""
         total_M = np.zeros(self.dim)
         for block in range(BUCKETS // _BLOCK):
             part = histogram[block * _BLOCK : (block + 1) * _BLOCK]
@@ -103,11 +103,11 @@ class Ngrams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random:
-    """A control: directions that say nothing of the domains.
+    """A control: random directions, independent of the documents.
 
     Attributes:
       dim: M.
-      seed: of the directions.
+      seed: seed of the directions.
     """
 
     dim: int
@@ -125,7 +125,7 @@ class Random:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneHot:
-    """A control: each domain has an axis of its own, so that none resembles another.
+    """A control: one axis per domain, so that all domains are orthogonal.
 
     Attributes:
       dim: M, at least the number of domains.
@@ -143,7 +143,7 @@ class OneHot:
         """See Encoder.
 
         Raises:
-          EmbeddingsError: all axes are taken.
+          EmbeddingsError: there are more domains than axes.
         """
         if index >= self.dim:
             raise EmbeddingsError(
@@ -154,5 +154,5 @@ class OneHot:
 
 
 def _bits(seed: int, part: int, words: int) -> np.ndarray:
-    """Random words of 64 bits, the same in every release of numpy (bit generators do not change)."""
+    """Returns random 64-bit words, the same in every release of numpy (bit generators do not change)."""
     return np.random.PCG64((seed, part)).random_raw(words)

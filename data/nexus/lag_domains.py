@@ -1,14 +1,14 @@
-"""Generated domains whose entropy is known, to measure what experts know of each (2408.08274, 2408.15901).
+"""Generated domains with known entropy, to measure what experts learn of each (arXiv 2408.08274, 2408.15901).
 
-In a document of a domain the next symbol is, with probability `copied`, the one `lag` back, else it follows
-the domain's table: four successors of the symbol before, of the probabilities SUCCESSORS. Copying is what an
-attention learns, the table what an FFN does. The first symbol is any, all equally likely, and until there is
-one `lag` back nothing is copied. Tasks, and their mixture `lag_domains`:
+With probability `copied`, the next symbol of a document is the symbol `lag` positions back. Otherwise it is drawn
+from the domain's table: each symbol has four successors with the probabilities SUCCESSORS. Attention learns to
+copy; an FFN learns the table. The first symbol is uniform. The first `lag` symbols of a document are not copied.
+Tasks, and their mixture `lag_domains`:
 
-  lag_general  copies a fifth of the symbols, from two back
-  lag_N        copies half of them, from N back; N is 4, 5, 7, 9, 11, 13 or 15
+  lag_general  copies a fifth of the symbols, from 2 positions back
+  lag_N        copies half of the symbols, from N positions back; N is 4, 5, 7, 9, 11, 13 or 15
 
-`lag_4` and `lag_5` are related: 70 % of their tables' rows are the same. All other tables have nothing in common.
+`lag_4` and `lag_5` are related: 70 % of the rows of their tables are the same. All other tables are independent.
 
 Shapes: V symbols, K successors, N documents, T symbols of a document.
 """
@@ -23,20 +23,20 @@ from data import tasks
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
-RELATED = 0.7  # of the rows of a table that is made from another one
+RELATED = 0.7  # share of rows that a related table copies
 SPLITS = ("train", "validation")
 VALIDATION_DOCUMENTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """How a domain's documents are made.
+    """The distribution of a domain's documents.
 
     Attributes:
-      lag: how far back the symbol lies that is copied.
-      copied: probability that one is.
+      lag: distance, in symbols, to the symbol that is copied.
+      copied: probability of copying.
       table: seed of the table.
-      related_to: seed of another table, of which this one has RELATED of the rows.
+      related_to: seed of another table; this table has the share RELATED of its rows.
     """
 
     lag: int
@@ -46,7 +46,7 @@ class Domain:
 
     @functools.cached_property
     def successors_VK(self) -> np.ndarray:
-        """What may follow each symbol, the most probable first."""
+        """Returns the possible successors [V, K] of each symbol, the most probable first."""
         rng = np.random.default_rng(self.table)
         own_VK = rng.permuted(np.tile(np.arange(len(SYMBOLS)), (len(SYMBOLS), 1)), axis=1)
         own_VK = own_VK[:, : len(SUCCESSORS)]
@@ -58,7 +58,7 @@ class Domain:
 
     @property
     def table_VV(self) -> np.ndarray:
-        """Probability of each symbol (column) after another (row) where nothing is copied."""
+        """Returns the probability [V, V] of each symbol (column) after another (row), without copying."""
         table_VV = np.zeros((len(SYMBOLS), len(SYMBOLS)))
         np.put_along_axis(table_VV, self.successors_VK, np.array([SUCCESSORS]), axis=1)
         return table_VV
@@ -74,42 +74,44 @@ DOMAINS = {
 
 
 def draw(domain: Domain, documents: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Documents [N, T] of indices into SYMBOLS; the first ones are the same however many are drawn."""
+    """Returns documents [N, T] as indices into SYMBOLS; more documents do not change the first ones."""
     copies_NT, ranks_NT = np.moveaxis(rng.random((documents, length, 2)), -1, 0)
     copies_NT = copies_NT < domain.copied
     first_N = (ranks_NT[:, 0] * len(SYMBOLS)).astype(np.uint8)
     ranks_NT = np.searchsorted(np.cumsum(SUCCESSORS)[:-1], ranks_NT, side="right")
-    found_NT = np.empty((documents, length), np.uint8)
-    found_NT[:, 0] = first_N
+    symbols_NT = np.empty((documents, length), np.uint8)
+    symbols_NT[:, 0] = first_N
     for t in range(1, length):
-        found_NT[:, t] = domain.successors_VK[found_NT[:, t - 1], ranks_NT[:, t]]
+        symbols_NT[:, t] = domain.successors_VK[symbols_NT[:, t - 1], ranks_NT[:, t]]
         if t >= domain.lag:
             copy_N = copies_NT[:, t]
-            found_NT[copy_N, t] = found_NT[copy_N, t - domain.lag]
-    return found_NT
+            symbols_NT[copy_N, t] = symbols_NT[copy_N, t - domain.lag]
+    return symbols_NT
 
 
 def entropies(domain: Domain, length: int = 64) -> np.ndarray:
-    """Entropy [T], in nats, of each symbol of a document given the domain and all symbols before it.
+    """Returns the entropy [T], in nats, of each symbol given the domain and all symbols before it.
 
-    It is exact. The next symbol depends on two, the one before and the one `lag` back, and their joint
-    distribution follows by recursion: with a < b and J(a, b) [V, V] that of the symbols at a and b,
+    The entropy is exact. The next symbol depends on two symbols only: the previous one and the one `lag` back.
+    Their joint distribution follows by recursion. With a < b and J(a, b) [V, V] the joint distribution of the
+    symbols at a and b,
 
       J(a, b) = copied J(a, b - lag) + (1 - copied) J(a, b - 1) table,   J(b, a) = J(a, b)'
 
-    since given all before b the symbol at b is drawn from copied delta(x[b - lag]) + (1 - copied) table[x[b - 1]].
+    because the distribution of the symbol at b, given all symbols before it, is
+    copied delta(x[b - lag]) + (1 - copied) table[x[b - 1]].
     """
     table_VV, symbols = domain.table_VV, range(len(SYMBOLS))
-    # After the pair (one `lag` back, the one before), and where nothing can be copied.
+    # Distributions of the next symbol: after the pair (symbol `lag` back, previous symbol), and without copying.
     after_VVV = domain.copied * np.eye(len(symbols))[:, None] + (1 - domain.copied) * table_VV
     copying_VV, following_V = _entropy(after_VVV), _entropy(table_VV)
     marginals = [np.full(len(symbols), 1 / len(symbols))]
     joints = {(0, 0): np.diag(marginals[0])}
-    found = [float(np.log(len(symbols)))]
+    per_symbol = [float(np.log(len(symbols)))]
     for b in range(1, length):
         starting = b < domain.lag
         copied = 0.0 if starting else domain.copied
-        found.append(
+        per_symbol.append(
             float(
                 marginals[-1] @ following_V
                 if starting
@@ -122,19 +124,19 @@ def entropies(domain: Domain, length: int = 64) -> np.ndarray:
             joints[a, b] = copied * copying + (1 - copied) * joints[a, b - 1] @ table_VV
         marginals.append(copied * marginals[back] + (1 - copied) * marginals[-1] @ table_VV)
         joints[b, b] = np.diag(marginals[-1])
-    return np.array(found)
+    return np.array(per_symbol)
 
 
 def entropy_floor(domain: Domain, length: int = 64) -> float:
-    """The least mean loss, in nats per token, on documents of a domain, as runs measure it.
+    """Returns the least possible mean loss, in nats per token, on documents of a domain.
 
-    A document has no EOS: what is counted are its `length` symbols, the first one among them.
+    As in a run's loss, the mean is over all `length` symbols, the first one included; there is no EOS.
     """
     return float(entropies(domain, length).mean())
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Of distributions along the last axis, in nats."""
+    """Returns the entropy of distributions along the last axis, in nats."""
     logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
     return -(probabilities * logs).sum(-1)
 
@@ -165,14 +167,14 @@ class LagSource:
         return [split]
 
     def texts(self, split: str) -> list[str]:
-        """All documents of a split."""
+        """Returns all documents of a split."""
         domain = DOMAINS[self.name]
         rng = np.random.default_rng((self.seed, SPLITS.index(split), domain.table))
-        found_NT = draw(domain, self.num_input_examples(split), self.length, rng)
-        return [row.tobytes().decode() for row in np.frombuffer(SYMBOLS.encode(), "u1")[found_NT]]
+        symbols_NT = draw(domain, self.num_input_examples(split), self.length, rng)
+        return [row.tobytes().decode() for row in np.frombuffer(SYMBOLS.encode(), "u1")[symbols_NT]]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """`{"text", "document_id"}` as a `tf.data.Dataset`, in random order as they are."""
+        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
         import tensorflow as tf
 
         del shuffle, shard_info  # drawn at random; one shard
@@ -184,16 +186,16 @@ class LagSource:
 def register(*, vocabulary: Any, documents: int = 60_000, length: int = 64, seed: int = 0) -> None:
     """Registers a task for each domain, and their mixture `lag_domains`.
 
-    Documents have no EOS, so that one fills a row of `length` targets.
+    Documents have no EOS, so a document fills a row of `length` targets.
 
     Args:
-      vocabulary: of SYMBOLS.
-      documents: of each domain to train on; 1,500 batches of 32 repeat none of 60,000.
-      length: of a document, in symbols.
-      seed: of the documents; domains are the same for all seeds.
+      vocabulary: has all of SYMBOLS.
+      documents: training documents of each domain; 60,000 are enough for 1,500 batches of 32 without repetition.
+      length: symbols of a document.
+      seed: seed of the documents; the domains do not depend on it.
 
     Raises:
-      ValueError: no document or no symbol, or the vocabulary lacks a character.
+      ValueError: `documents` or `length` is below 1, or the vocabulary lacks a character.
     """
     if documents < 1 or length < 1:
         raise ValueError(

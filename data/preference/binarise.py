@@ -1,10 +1,10 @@
-"""Rated responses as pairs: the best of a prompt's responses against one that is rated lower.
+"""Pairs from rated responses: the best response to a prompt against one with a lower rating.
 
     {"prompt": ..., "responses": [..., ...], "ratings": [4.5, 2]}
 
-The prompt is a text or a list of messages, and so is each response; a text is the assistant's message where
-the prompt has messages. The pairs are rows as `records` has them, with the difference of the ratings as
-"margin".
+The prompt is a text or a list of messages, and so is each response. If the prompt has messages, a response that is
+a text is the assistant's message. The pairs are rows in the format of `records`; "margin" is the difference of the
+ratings.
 """
 
 import math
@@ -30,21 +30,21 @@ def pairs(
     seed: int = 0,
     dropped: Tally | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One pair for each row of rated responses.
+    """Yields at most one pair for each row of rated responses.
 
-    Chosen is the best response, the first of several that are. Responses that are rated as high teach nothing
-    beside it, so that rejected is always one of those rated lower.
+    The chosen response is the first one with the highest rating. The rejected response always has a lower
+    rating, since a pair with equal ratings teaches nothing.
 
     Args:
-      rows: (place, row); the place is for errors.
-      rejected: 'worst', the 'next' best, or a 'random' one of those rated lower.
-      min_margin: by how much the ratings must differ at least.
-      seed: of the random ones.
-      dropped: counts rows without such a response, as 'tie' or 'small_margin'.
+      rows: (place, row); errors name the place.
+      rejected: 'worst', the 'next' best, or a 'random' one of the responses with a lower rating.
+      min_margin: least difference of the two ratings.
+      seed: seed of the random choices.
+      dropped: counts rows without a possible rejected response, as 'tie' or 'small_margin'.
 
     Raises:
       DataError: a row is malformed.
-      ValueError: an unknown value of `rejected`, or a negative margin.
+      ValueError: `rejected` has an unknown value, or `min_margin` is negative or infinite.
     """
     if rejected not in REJECTED:
         raise ValueError(f"rejected={rejected!r} is none of {', '.join(map(repr, REJECTED))}.")
@@ -77,7 +77,7 @@ def _pairs(rows, rejected: str, min_margin: float, seed: int, dropped: Tally):
 
 
 def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]]:
-    """Responses in the form of the prompt, and their ratings."""
+    """Returns the responses, as messages if the prompt has messages, and their ratings."""
     for key, kinds, what in (
         ("prompt", (str, list), "a text or messages"),
         ("responses", (list,), "a list of texts or of messages"),
@@ -105,7 +105,7 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]
             )
     if isinstance(row["prompt"], list):
         responses = [
-            [{"role": "assistant", "content": one}] if isinstance(one, str) else one
-            for one in responses
+            [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+            for text in responses
         ]
     return responses, ratings

@@ -1,11 +1,11 @@
-"""Pairs whose order is known by construction and can be checked: nobody was asked what they prefer.
+"""Preference pairs without human judgements: their order is known by construction and can be checked.
 
-`reasoning` takes problems of the package reasoning-gym, which scores any answer to them: the right answer
-against one that is altered and scores less. `arithmetic` needs no package: right results against altered ones.
-`translations` takes what installed packages translate with gettext: a message in the language that is asked for
-against the same message in another one.
+`reasoning` takes problems from the package reasoning-gym, which can score any answer. A pair is the right answer
+against an altered answer with a lower score. `arithmetic` needs no package; a pair is a right result against an
+altered one. `translations` takes gettext translations from installed packages. A pair is a message in the
+requested language against the same message in another language.
 
-All yield rows as `records` has them, with "source" telling where a pair is from.
+All functions yield rows in the format of `records`; "source" names the origin of a pair.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from data.text import splits
 from data.text.sources import catalogues, languages
 from data.text.sources.environment import Environment
 
-# With one right answer each, short enough for small models.
+# Data sets of reasoning-gym whose problems have one right answer, short enough for small models.
 PROBLEMS = (
     *("basic_arithmetic", "chain_sum", "products", "gcd", "lcm", "simple_equations"),
     *("base_conversion", "count_bits", "fraction_simplification", "prime_factorization"),
     *("letter_counting", "spell_backward", "word_sorting", "number_sorting", "caesar_cipher"),
     *("calendar_arithmetic", "leg_counting", "family_relationships"),
 )
-# Before each question of `arithmetic`, so that small models answer with a number.
+# A worked example before each question of `arithmetic`, so that small models answer with a number.
 WORKED = "12 + 7 = 19\n"
-_TRIES = 20  # alterations of an answer, before a problem is passed over
+_TRIES = 20  # alterations of an answer to try before a problem is skipped
 LANGUAGE_NAMES = {
     **{"ar": "Arabic", "cs": "Czech", "nl": "Dutch", "fr": "French", "de": "German", "el": "Greek"},
     **{"he": "Hebrew", "hi": "Hindi", "id": "Indonesian", "it": "Italian", "ja": "Japanese"},
@@ -35,22 +35,22 @@ LANGUAGE_NAMES = {
     **{"ru": "Russian", "es": "Spanish", "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese"},
     **{"zh_hans": "simplified Chinese", "zh_hant": "traditional Chinese"},
 }
-# Of these two a text may be in either.
+# The same text can be right in both languages, so no pair contrasts them.
 _ALIKE = {"zh_hans", "zh_hant"}
 
 
 class MissingPackageError(ImportError):
-    """A package that is not among the project's own requirements."""
+    """Raised if an optional package is not installed."""
 
 
 def reasoning(
     *, limit: int, seed: int = 0, problems: Sequence[str] = PROBLEMS
 ) -> Iterator[dict[str, Any]]:
-    """Right answers to problems against altered ones that the problem's own scorer gives less.
+    """Returns pairs of a right answer and an altered answer with a lower score by the problem's scorer.
 
     Args:
-      limit: the most pairs; as many problems of each kind, in turns.
-      seed: of the problems and the alterations.
+      limit: the most pairs; the data sets take turns, with equally many problems each.
+      seed: seed of the problems and the alterations.
       problems: names of reasoning-gym's data sets.
 
     Raises:
@@ -64,19 +64,21 @@ def reasoning(
             "reasoning-gym"
         ) from None
     rng = random.Random(seed)
-    size = -(-limit // len(problems)) + 1  # one more, whose answer can stand in for the last one's
+    size = (
+        -(-limit // len(problems)) + 1
+    )  # one more: its answer can replace that of the last problem
     sets = [reasoning_gym.create_dataset(name, size=size, seed=seed) for name in problems]
     turns = itertools.product(range(size - 1), zip(problems, sets, strict=True))
-    made = (_reasoning_row(name, found, index, rng) for index, (name, found) in turns)
-    return itertools.islice(filter(None, made), limit)
+    rows = (_reasoning_row(name, dataset, index, rng) for index, (name, dataset) in turns)
+    return itertools.islice(filter(None, rows), limit)
 
 
 def arithmetic(*, limit: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Right results of sums and products of small numbers against altered ones, after a worked example.
+    """Returns pairs of right and altered results of sums and products of small numbers, after a worked example.
 
     Args:
-      limit: the most pairs: sums and products in turns, each once, then what is left of the sums.
-      seed: of their order and the alterations.
+      limit: the most pairs; sums and products alternate, each problem once, then the remaining sums follow.
+      seed: seed of the order and the alterations.
     """
     rng = random.Random(seed)
     sums = [(f"{a} + {b}", a + b) for a in range(2, 50) for b in range(2, 50)]
@@ -84,8 +86,8 @@ def arithmetic(*, limit: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     for problems in (sums, products):
         rng.shuffle(problems)
     turns = itertools.chain.from_iterable(itertools.zip_longest(sums, products))
-    made = (_arithmetic_row(*problem, rng) for problem in turns if problem is not None)
-    return itertools.islice(made, limit)
+    rows = (_arithmetic_row(*problem, rng) for problem in turns if problem is not None)
+    return itertools.islice(rows, limit)
 
 
 def _arithmetic_row(question: str, result: int, rng: random.Random) -> dict:
@@ -116,7 +118,7 @@ def _reasoning_row(name: str, found: Any, index: int, rng: random.Random) -> dic
 
 
 def _altered(answer: str, other: str, rng: random.Random) -> Iterator[str]:
-    """Answers that look like the given one: another number in it, parts exchanged, another problem's."""
+    """Yields answers similar to `answer`: one number changed, two parts swapped, or `other`, another problem's answer."""
     for _ in range(_TRIES):
         numbers = list(re.finditer(r"\d+", answer))
         words = answer.split(" ")
@@ -137,24 +139,27 @@ def _altered(answer: str, other: str, rng: random.Random) -> Iterator[str]:
 def translations(
     *, limit: int, seed: int = 0, environment: Environment | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Messages in the language that is asked for against the same ones in another language.
+    """Returns pairs of a message in the requested language and the same message in another language.
 
     Args:
-      limit: the most pairs: one of each message in each language, those of all packages mixed.
-      seed: of which come first, and of the other language of each.
-      environment: where packages are looked for; by default those that are installed.
+      limit: the most pairs; one pair for each message and language, in random order over all packages.
+      seed: seed of the order and of the other languages.
+      environment: environment that is searched for packages; default the current one.
     """
     environment = environment or Environment.current()
-    found: dict[str, dict[str, str]] = {}
+    texts_by_message: dict[str, dict[str, str]] = {}
     for package in languages.GETTEXT_PACKAGES:
         for language in LANGUAGE_NAMES:
             locales = languages.VARIANTS[language].locales
             for message, text in catalogues.gettext_pairs(environment, package, locales):
-                found.setdefault(message, {}).setdefault(language, text)
-    asked = [(message, language) for message, texts in found.items() for language in texts]
-    asked.sort(key=lambda one: splits.stable_hash("\0".join(one), salt=f"order {seed}"))
+                texts_by_message.setdefault(message, {}).setdefault(language, text)
+    requests = [
+        (message, language) for message, texts in texts_by_message.items() for language in texts
+    ]
+    requests.sort(key=lambda one: splits.stable_hash("\0".join(one), salt=f"order {seed}"))
     rows = (
-        _translation_row(message, language, found[message], seed) for message, language in asked
+        _translation_row(message, language, texts_by_message[message], seed)
+        for message, language in requests
     )
     return itertools.islice(filter(None, rows), limit)
 
@@ -162,15 +167,15 @@ def translations(
 def _translation_row(
     message: str, language: str, texts: Mapping[str, str], seed: int
 ) -> dict | None:
-    others = [
+    other_languages = [
         other
         for other in sorted(texts)
         if texts[other] != texts[language] and not {language, other} <= _ALIKE
     ]
-    if not others:
+    if not other_languages:
         return None
     prompt = f"Translate into {LANGUAGE_NAMES[language]}: {message}\nTranslation:"
-    other = others[splits.stable_hash(prompt, salt=f"other {seed}") % len(others)]
+    other = other_languages[splits.stable_hash(prompt, salt=f"other {seed}") % len(other_languages)]
     return {
         "prompt": prompt,
         "chosen": f" {texts[language]}",

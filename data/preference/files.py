@@ -1,4 +1,4 @@
-"""Files of preference data as a SeqIO source of tokens."""
+"""Files of preference data as a SeqIO source of tokenised pairs."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from data.text.documents import DataError
 Invalid = Literal["drop", "error"]
 INVALID = get_args(Invalid)
 
-# Features of an example besides `document_id`: ids, and one float32 number each.
+# Features of an example besides `document_id`: ids, and one float32 number.
 TOKENS = ("prompt", "chosen", "rejected")
 NUMBER = {"paired": "margin", "unpaired": "labels"}
 
@@ -40,11 +40,11 @@ class _Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, in two splits.
+    """Preference data in files of JSON lines, by split.
 
     Attributes:
-      kind: 'paired', or 'unpaired': completions with labels, a pair being one of each.
-      invalid: 'drop' degenerate rows and count them, or make them an 'error'.
+      kind: 'paired', or 'unpaired' for completions with labels; a pair then gives one completion of each label.
+      invalid: 'drop' drops degenerate rows and counts them, 'error' raises.
     """
 
     kind: Kind
@@ -52,19 +52,19 @@ class PreferenceFiles(PromptedFiles):
 
     @property
     def dropped(self) -> Mapping[str, Any]:
-        """Reason -> number of rows dropped for it, and the place of the first."""
+        """Returns reason -> number of dropped rows and the place of the first."""
         return self._counted["dropped"]
 
     @property
     def noted(self) -> Mapping[str, Any]:
-        """Reason -> number of rows used all the same, such as those with invisible characters, and the place of the first."""
+        """Returns reason -> number and first place of rows that are used but noted, such as for invisible characters."""
         return self._counted["noted"]
 
     def num_input_examples(self, split: str) -> int:
         return self._counted["examples"][split]
 
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """The examples of one file that are in a split, as features."""
+        """Yields the features of the examples of one file and one split."""
         examples = self._examples(path, split)
         if self.kind == "paired":
             for example in examples:
@@ -106,9 +106,9 @@ class PreferenceFiles(PromptedFiles):
         dropped: Tally | None = None,
         noted: Tally | None = None,
     ) -> Iterator[_Example]:
-        """Examples of a file, of one split or of all; adds to the tallies of dropped and noted rows.
+        """Yields the examples of a file in one split, or in all; adds to the tallies of dropped and noted rows.
 
-        Only rows of the split are tokenised, which takes most of the time.
+        Rows of other splits are not tokenised, since that takes most of the time.
         """
         name = os.path.relpath(path, self.root)
         for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
@@ -135,22 +135,22 @@ class PreferenceFiles(PromptedFiles):
                 f"{record.where}: one completion with a label where a pair is expected; set "
                 f"kind='unpaired', or give {records.PAIR}"
             )
-        for one in record.unpaired() if self.kind == "unpaired" else (record,):
-            prompt, completions = self.tokeniser(one)
+        for part in record.unpaired() if self.kind == "unpaired" else (record,):
+            prompt, completions = self.tokeniser(part)
             if not all(completions):
                 raise DegenerateError("empty_completion", "a completion has no tokens")
             if self.kind == "paired" and completions[0] == completions[1]:
                 raise DegenerateError(
                     "identical_tokens", "'chosen' and 'rejected' are the same tokens"
                 )
-            yield _Example(one, prompt, completions)
+            yield _Example(part, prompt, completions)
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, Any]]:
-        """Numbers of examples of each split, and of dropped and noted rows; stored under the digest.
+        """Returns the numbers of examples of each split, and of dropped and noted rows; stored under the digest.
 
         Raises:
-          DataError: for a malformed file, or a split without an example.
+          DataError: a file is malformed, or a split has no example.
         """
         remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
         if remembered.is_file():
@@ -160,7 +160,9 @@ class PreferenceFiles(PromptedFiles):
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
         dropped, noted = Tally(), Tally()
-        paths = list(dict.fromkeys(path for found in self.files.values() for path in found))
+        paths = list(
+            dict.fromkeys(path for split_paths in self.files.values() for path in split_paths)
+        )
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
             for example in self._examples(path, None, dropped, noted):
                 split = self._split_of(example.record, path)
@@ -196,13 +198,13 @@ class PreferenceFiles(PromptedFiles):
 def _mismatched(
     examples: Iterable[_Example], others: Callable[[], Iterator[_Example]]
 ) -> Iterator[tuple[_Example, _Example]]:
-    """Each example with the next one that has another prompt; `others` follow the last example."""
+    """Yields each example with the next one that has another prompt; `others()` follow the last example."""
     waiting: list[_Example] = []
     for example in examples:
         if waiting and example.prompt != waiting[0].prompt:
-            yield from ((one, example) for one in waiting)
+            yield from ((candidate, example) for candidate in waiting)
             waiting = []
         waiting.append(example)
     if waiting:
-        other = next(one for one in others() if one.prompt != waiting[0].prompt)
-        yield from ((one, other) for one in waiting)
+        other = next(candidate for candidate in others() if candidate.prompt != waiting[0].prompt)
+        yield from ((candidate, other) for candidate in waiting)

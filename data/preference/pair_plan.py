@@ -18,15 +18,15 @@ FEATURES = ("prompt", "chosen", "rejected")
 
 @dataclasses.dataclass(frozen=True)
 class PairPlan(Plan):
-    """Rows of pairs: the segments of a `Plan` are pairs here, each of which takes two places of a row.
+    """Rows of pairs: a segment of a `Plan` is a pair here, which takes two segments of a row.
 
-    `lengths` are those of `prompt`, `chosen` and `rejected` as truncated, uint32 [P].
+    `lengths` are the lengths of `prompt`, `chosen` and `rejected` after truncation, uint32 [P].
 
     Attributes:
-        max_length: tokens of a prompt with one completion, at most.
-        read_only: tokens at the beginning of a prompt that are read and not predicted, 0 or 1.
-        read_last: places after a completion where its last token is read and nothing predicted, 0 or 1.
-        first: what `counts` counts -> id of the first record it happened to.
+        max_length: most tokens of a prompt with one completion.
+        read_only: number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted.
+        read_last: number of positions (0 or 1) after a completion that read its last token and predict nothing.
+        first: key of `counts` -> id of the first record counted there.
     """
 
     max_length: int
@@ -41,23 +41,23 @@ class PairPlan(Plan):
 
     @property
     def slots(self) -> int:
-        """The most pairs of any row."""
+        """Returns the most pairs of any row."""
         return int(np.diff(self.row_starts).max())
 
     def tokens(self, feature: str = "targets") -> int:
-        """Tokens of a feature; by default those with a weight in the loss, of both completions."""
+        """Returns the number of tokens of a feature; by default of both completions, which have loss weights."""
         if feature != "targets":
             return super().tokens(feature)
         return self.tokens("chosen") + self.tokens("rejected")
 
     def positions(self) -> int:
-        """The number of filled places of rows."""
+        """Returns the number of filled positions of all rows."""
         pairs = len(self.records)
         return 2 * (self.tokens("prompt") + self._more * pairs) + self.tokens()
 
     @property
     def _more(self) -> int:
-        """Places of a segment besides its tokens."""
+        """Returns the number of positions of a segment minus the number of its tokens."""
         return self.read_last - self.read_only
 
 
@@ -73,20 +73,20 @@ def plan_pairs(
 ) -> PairPlan:
     """Plans the rows of one source of pairs.
 
-    A completion is cut at its end where prompt and completion have more than `max_length` tokens. A pair
-    whose prompt leaves no room for a token of its completions is dropped, and so is one whose completions
-    are the same once they are cut.
+    A completion is truncated at its end if prompt and completion together have more than `max_length` tokens.
+    A pair is dropped if its prompt leaves no room for a completion token, or if its truncated completions are
+    equal.
 
     Args:
-        name: of the source, for errors.
-        opened: its cache.
-        row_length: places of a row.
-        max_length: tokens of a prompt with one completion; default what half of the row holds.
+        name: name of the source, for errors.
+        opened: cache of the source.
+        row_length: positions of a row.
+        max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
         read_only, read_last: see `PairPlan`.
 
     Raises:
-        ValueError: what cannot be planned.
+        ValueError: the source holds no pairs, no pair fits, or the settings do not fit together.
     """
     missing = [feature for feature in FEATURES if feature not in opened.columns]
     if missing:
@@ -111,36 +111,38 @@ def plan_pairs(
             "start_token=None puts nothing before it. Set start_token, or add_bos=True of the task."
         )
     room_N = max_length - full["prompt"]
-    kept = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
+    truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
     fits_N = room_N > 0
-    cut_N = (full["chosen"] > kept["chosen"]) | (full["rejected"] > kept["rejected"])
+    cut_N = (full["chosen"] > truncated["chosen"]) | (full["rejected"] > truncated["rejected"])
     same_N = np.zeros_like(fits_N)
     if "labels" not in opened.columns:
-        for record in np.flatnonzero(fits_N & cut_N & (kept["chosen"] == kept["rejected"])):
+        for record in np.flatnonzero(
+            fits_N & cut_N & (truncated["chosen"] == truncated["rejected"])
+        ):
             chosen, rejected = (
-                opened.columns[f].values(record)[: kept[f][record]] for f in FEATURES[1:]
+                opened.columns[f].values(record)[: truncated[f][record]] for f in FEATURES[1:]
             )
             same_N[record] = np.array_equal(chosen, rejected)
-    met = {
+    events = {
         "prompt_too_long": ~fits_N,
         "same_when_truncated": same_N,
         "truncated": fits_N & ~same_N & cut_N,
     }
-    kept_N = fits_N & ~same_N
-    if not kept_N.any():
+    used_N = fits_N & ~same_N
+    if not used_N.any():
         raise ValueError(
-            f"Source {name!r}: of its {len(kept_N):,} pairs none is left. max_length={max_length} leaves no "
+            f"Source {name!r}: of its {len(used_N):,} pairs none is left. max_length={max_length} leaves no "
             f"room after the prompts of {np.sum(~fits_N):,}, and makes the completions of {same_N.sum():,} the "
             "same. Raise max_length and task_feature_lengths."
         )
-    records = np.flatnonzero(kept_N)
-    lengths = {"prompt": full["prompt"], **kept}
+    records = np.flatnonzero(used_N)
+    lengths = {"prompt": full["prompt"], **truncated}
     lengths = {feature: size_N[records] for feature, size_N in lengths.items()}
     prompts = lengths["prompt"] - read_only + read_last
     sizes = 2 * prompts + lengths["chosen"] + lengths["rejected"]
     rows = best_fit(sizes, row_length) if packing == "best_fit" else np.arange(len(records))
     order = np.argsort(rows, kind="stable")  # within a row, the order of the files
-    lost = sum(int((full[f] - kept[f])[records].sum()) for f in kept)
+    lost = sum(int((full[f] - truncated[f])[records].sum()) for f in truncated)
     return PairPlan(
         row_starts=starts(rows),
         records=records[order].astype(np.uint32),
@@ -150,12 +152,16 @@ def plan_pairs(
         packing=packing,
         long_documents="truncate",
         counts={
-            "records": len(kept_N),
-            **{what: int(met_N.sum()) for what, met_N in met.items()},
+            "records": len(used_N),
+            **{event: int(event_N.sum()) for event, event_N in events.items()},
             "truncated_tokens": lost,
         },
         max_length=max_length,
         read_only=read_only,
-        first={w: opened.name_of(int(met_N.argmax())) for w, met_N in met.items() if met_N.any()},
+        first={
+            w: opened.name_of(int(event_N.argmax()))
+            for w, event_N in events.items()
+            if event_N.any()
+        },
         read_last=read_last,
     )

@@ -1,4 +1,4 @@
-"""From rows of pairs to arrays: two segments for each pair, and columns of pairs for losses.
+"""Converts rows of pairs to arrays: two segments for each pair, and per-pair columns for losses.
 
 Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all rows, S = 2P segments.
 """
@@ -24,12 +24,12 @@ class PairSource(rows.Source):
 
     @property
     def bytes_per_token(self) -> float:
-        """0: a loss over pairs is not one over text."""
+        """Returns 0: a loss over pairs has no bits per byte."""
         return 0.0
 
     @property
     def unpaired(self) -> bool:
-        """Whether it has completions with labels in place of pairs."""
+        """Returns whether the source has completions with labels instead of pairs."""
         return "labels" in self.cache.columns
 
     @property
@@ -38,13 +38,13 @@ class PairSource(rows.Source):
         return margins is not None and any(shard.any() for shard in margins.shards)
 
     def pairs_of(self, row: int) -> range:
-        """Places in the plan of a row's pairs."""
+        """Returns the indices in the plan of a row's pairs."""
         if row == rows.NO_ROW:
             return range(0)
         return range(*self.plan.row_starts[row : row + 2].tolist())
 
     def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of prompt, chosen and rejected of a pair of the plan, as truncated; int32."""
+        """Returns the truncated ids of prompt, chosen and rejected of a pair of the plan; int32."""
         record = int(self.plan.records[pair])
         prompt, chosen, rejected = (
             self.cache.columns[f].values(record)[: self.plan.lengths[f][pair]].astype(np.int32)
@@ -53,7 +53,7 @@ class PairSource(rows.Source):
         return prompt, chosen, rejected
 
     def documents(self, row: int) -> list[dict]:
-        """The pairs of one row: id, record in the cache, and tokens of each part."""
+        """Returns for each pair of a row its id, its record in the cache, and the number of tokens of each part."""
         names = self.cache.columns.get("document_id")
         return [
             {
@@ -66,7 +66,7 @@ class PairSource(rows.Source):
         ]
 
     def summary(self) -> dict:
-        """Sizes, fill, what was dropped and truncated, and the first record of each."""
+        """Returns sizes, fill, the numbers of dropped and truncated pairs, and the first record of each kind."""
         plan = self.plan
         return {
             "cache": str(self.cache.directory),
@@ -84,7 +84,7 @@ class PairSource(rows.Source):
 def digest(
     prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, start_token: int | None
 ) -> str:
-    """The key of a pair in a reference store: a hash of all that a model reads of it."""
+    """Returns the key of a pair in a reference store: a hash of all ids that a model reads."""
     parts = (prompt, chosen, rejected)
     head = f"{start_token} {' '.join(str(len(part)) for part in parts)}:".encode()
     ids = np.concatenate(parts).astype("<u4").tobytes()
@@ -100,19 +100,22 @@ def read_rows(
     start_token: int | None,
     margins: bool,
 ) -> dict[str, np.ndarray]:
-    """The columns of given rows of given sources that do not depend on other rows of the batch.
+    """Returns the columns of rows that do not depend on other rows of the batch.
 
-    Segment 2k + 1 of a row is prompt and chosen completion of its pair k, segment 2k + 2 the same prompt with
-    the rejected one; 0 is padding, and positions restart with each segment. Weights are 1 at the tokens of
-    completions, EOS among them, and 0 at those of prompts. Without a start token the first token of a prompt
-    is read and not predicted. Where plans read last tokens, there is a column `decoder_ends`, float32 [B, L]: 1 at
-    the place of each segment where all of its completion has been read.
+    Segment 2k + 1 of a row is the prompt and the chosen completion of pair k; segment 2k + 2 is the same prompt
+    with the rejected completion. Segment id 0 is padding; positions restart with each segment. Loss weights are 1
+    at completion tokens, EOS included, and 0 at prompt tokens. Without a start token, the first token of a prompt
+    is read but not predicted. If the plans have `read_last`, the column `decoder_ends`, float32 [B, L], is 1 at
+    the position of each segment that reads the last token of its completion.
 
     Args:
-        slots: K, of the columns `pair_weights` (1 where there is a pair), `pair_labels` (unpaired data) and
-            `pair_margins`, float32 [B, K].
-        start_token: read before each prompt; None for none.
-        margins: whether there is to be a column of them.
+        sources: the sources.
+        source_B: index of each row's source.
+        row_B: row within its source.
+        slots: K, the width of the columns `pair_weights` (1 for a pair, 0 for none), `pair_labels` (unpaired
+            data) and `pair_margins`, float32 [B, K].
+        start_token: id read before each prompt; None for none.
+        margins: whether to return `pair_margins`.
     """
     shape = (len(row_B), sources[0].plan.row_lengths["targets"])
     inputs, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
@@ -129,8 +132,8 @@ def read_rows(
         record_P = plan.records[pair_P]
         size = {f: plan.lengths[f][pair_P].astype(np.int64) for f in FEATURES}
         prompt_S = np.repeat(size["prompt"] - read_only, 2)
-        told_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
-        size_S = told_S + read_last
+        target_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
+        size_S = target_S + read_last
         before_S = np.cumsum(size_S) - size_S
         first_B = np.flatnonzero(slot_P == 0) * 2  # the first segment of each row
         place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
@@ -143,7 +146,7 @@ def read_rows(
             at_P = (at_S + prompt_S)[turn::2]
             columns[feature].gather(begin_P, size[feature], targets.reshape(-1), at_P)
         id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
-        of_segments = [id_S, place_S, place_S + prompt_S, place_S + told_S]
+        of_segments = [id_S, place_S, place_S + prompt_S, place_S + target_S]
         spread = rows.spread(of_segments, size_S, first_B, shape[1])
         ids, origins, completions, targets_end = spread
         segment_ids[here_B] = ids

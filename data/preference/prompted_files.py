@@ -1,6 +1,6 @@
-"""Files of JSON lines with a prompt in each row, as SeqIO sources of tokens: the base of pairs and prompts.
+"""Base class of SeqIO sources that read JSON lines with a prompt in each row: preference pairs and prompts.
 
-They satisfy `seqio.DataSourceInterface` without deriving from it, so that this module imports no TensorFlow, and
+The sources satisfy `seqio.DataSourceInterface` without deriving from it, so that this module imports no TensorFlow, and
 declare a `digest` of everything that decides their examples.
 """
 
@@ -20,20 +20,20 @@ from data.preference import tokens
 from data.preference.records import Record
 from data.text import document_files, document_source, splits
 
-_SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
+_SHUFFLE_BUFFER = 10_000  # only used by code that iterates the SeqIO task directly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedFiles(abc.ABC):
-    """Files of rows, in two splits.
+    """Files of rows, by split.
 
     Attributes:
-      name: of the task.
-      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
-      tokeniser: makes ids of records.
-      validation_fraction: share held out, by the hash of the prompt.
-      root: directory that ids of rows are relative to.
-      cache: directory where checksums and counts are remembered.
+      name: name of the task.
+      files: split -> files, in order. If `validation_fraction` is above 0, both splits have the same files.
+      tokeniser: converts records to ids.
+      validation_fraction: share of prompts to hold out, by hash.
+      root: directory to which ids of rows are relative.
+      cache: directory of remembered checksums and counts.
     """
 
     name: str
@@ -63,9 +63,9 @@ class PromptedFiles(abc.ABC):
         cache_dir: str | os.PathLike | None,
         **fields: Any,
     ) -> Self:
-        """The source of a task; arguments and errors as of `data.preference.tasks.register_pairs`.
+        """Returns the source of a task; arguments and errors as in `data.preference.tasks.register_pairs`.
 
-        `fields` are those of the class besides the ones above.
+        `fields` are further fields of the subclass.
         """
         tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
         by_split, validation_fraction = document_files.split_files(
@@ -92,7 +92,7 @@ class PromptedFiles(abc.ABC):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts for the record of a run."""
+        """Returns facts for the record of a run."""
         template = self.tokeniser.template
         return {
             "vocabulary": str(self.tokeniser.vocabulary),
@@ -107,7 +107,7 @@ class PromptedFiles(abc.ABC):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the examples and their order."""
+        """Returns the SHA-256 of everything that determines the examples and their order."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         files = {
             split: [[os.path.relpath(path, self.root), digests.digest(path)] for path in paths]
@@ -128,10 +128,10 @@ class PromptedFiles(abc.ABC):
         return list(self.files[split])
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """The examples of a split as a `tf.data.Dataset`; problems with files are raised here."""
+        """Returns the examples of a split as a `tf.data.Dataset`; errors in files are raised here."""
         import tensorflow as tf
 
-        # Reads every file once, unless that was done before: inside TensorFlow an error would be a C++ stack trace.
+        # Checks all files, unless counts are remembered: inside TensorFlow an error would be a C++ stack trace.
         self.num_input_examples(split)
         paths = self.list_shards(split)
         if shard_info is not None:
@@ -150,19 +150,19 @@ class PromptedFiles(abc.ABC):
 
     @abc.abstractmethod
     def num_input_examples(self, split: str) -> int:
-        """The number of examples of a split; reads all files once, and raises DataError for a bad one."""
+        """Returns the number of examples of a split; reads all files once, and raises DataError for a malformed one."""
 
     @abc.abstractmethod
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """The examples of one file that are in a split, as features."""
+        """Yields the features of the examples of one file and one split."""
 
     @abc.abstractmethod
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        """Shape and dtype of each feature beside `document_id`."""
+        """Returns shape and dtype of each feature besides `document_id`."""
 
     @abc.abstractmethod
     def _decides(self) -> dict[str, Any]:
-        """Everything else that decides the examples of this kind of files, for the digest."""
+        """Returns everything else that determines the examples of this kind of files, for the digest."""
 
     def _split_of(self, record: Record, path: str) -> str:
         if self.validation_fraction:

@@ -1,12 +1,12 @@
-"""Rows of preference data as records: the formats that TRL reads, checked.
+"""Parses and checks rows of preference data in the formats of TRL.
 
     {"prompt": ..., "chosen": ..., "rejected": ...}          a pair
-    {"chosen": ..., "rejected": ...}                         a pair whose common beginning is the prompt
+    {"chosen": ..., "rejected": ...}                         a pair; the common beginning is the prompt
     {"prompt": ..., "completion": ..., "label": true}        one completion, desirable or not
 
-Each of prompt and completions is a text, or a list of messages {"role", "content"}; then "tools" and
-"chat_template_kwargs" go to the chat template. A pair may have a "margin", the number by which the chosen
-completion is better. Other keys are ignored.
+Prompt and completions are texts, or lists of messages {"role", "content"}. With messages, "tools" and
+"chat_template_kwargs" are passed to the chat template. A pair may have a "margin": a number, how much better
+the chosen completion is. Other keys are ignored.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
 
 class DegenerateError(ValueError):
-    """A well-formed row that teaches nothing; it is counted under `reason`."""
+    """Raised for a well-formed row that teaches nothing; it is counted under `reason`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -53,10 +53,10 @@ class Record:
     Attributes:
       where: file and line, for errors.
       id: name of the record in caches and reports.
-      prompt: text, or messages.
-      completions: chosen and rejected, or the one completion; of the type of the prompt.
-      label: of one completion, whether it is desirable; None for a pair.
-      margin: of a pair; 0 where the row has none.
+      prompt: a text, or messages.
+      completions: chosen and rejected, or a single completion; texts or messages, like the prompt.
+      label: whether a single completion is desirable; None for a pair.
+      margin: margin of a pair; 0 if the row has none.
       template: variables of the chat template besides the messages.
     """
 
@@ -74,19 +74,19 @@ class Record:
 
     @property
     def prompt_text(self) -> str:
-        """The prompt as one string, the same for equal prompts."""
+        """Returns the prompt as one string, the same for equal prompts."""
         if isinstance(self.prompt, str):
             return self.prompt
         return json.dumps(self.prompt, ensure_ascii=False, sort_keys=True)
 
     @property
     def has_invisible(self) -> bool:
-        """Whether a text of the record has characters without a glyph."""
+        """Returns whether a text of the record has characters without a glyph."""
         texts = itertools.chain(strings(self.prompt), *map(strings, self.completions))
         return any(not INVISIBLE.isdisjoint(text) for text in texts)
 
     def unpaired(self) -> tuple["Record", ...]:
-        """The two labelled completions of a pair; the record itself if it has a label."""
+        """Returns the two completions of a pair as labelled records; the record itself if it has a label."""
         if self.label is not None:
             return (self,)
         return tuple(
@@ -100,16 +100,16 @@ class Record:
 
 
 def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
-    """The record of a row of JSON.
+    """Returns a row of JSON as a record.
 
     Args:
       row: the object of a line.
-      where: its file and line.
-      id: of the record.
+      where: file and line, for errors.
+      id: id of the record.
 
     Raises:
-      DataError: the row is malformed; names the place, the key and the remedy.
-      DegenerateError: a completion is empty, a pair's two are the same, or nothing precedes them.
+      DataError: the row is malformed; the message names place, key and remedy.
+      DegenerateError: a completion is empty, a pair's completions are the same, or a pair has no prompt.
     """
     paired = "chosen" in row or "completion" not in row
     names = ("chosen", "rejected") if paired else ("completion",)
@@ -174,9 +174,9 @@ def _margin(value: Any, where: str) -> float:
 
 
 def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Variables of the chat template besides the messages."""
+    """Returns the variables of the chat template besides the messages."""
     tools, variables = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):  # columns of sets that have one type hold them as JSON
+    if isinstance(tools, str):  # typed columns of data sets hold tools as JSON
         try:
             tools = json.loads(tools)
         except ValueError as error:
@@ -198,9 +198,9 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
-    """Prompt and completions of two texts, or two conversations, that begin alike.
+    """Returns prompt and completions of two texts, or two conversations, with a common beginning.
 
-    A text's prompt ends where a word does, and leaves something of both texts.
+    The prompt of texts ends at the end of a word, and neither completion is empty.
     """
     if isinstance(chosen, str):
         assert isinstance(rejected, str)

@@ -3,14 +3,15 @@
   <store>/<model>/about.json        the frozen model
   <store>/<model>/<sha256>.npz       parts: digests of pairs or rows [N, 16] uint8, values [N, ...] float32
 
-A model's key is a digest of its parameters and configuration, a pair's or row's key a digest of its tokens as they are read
-(after tokenizer, template and truncation), so a stored value is never of another model or text. Parts are named by a hash of
-their bytes and never change, so runs may add to a store at the same time. An open store is in memory as a whole.
+A model's key is a digest of its parameters and configuration. The key of a pair or row is a digest of the ids that the
+model reads (after tokenizer, template and truncation). So a stored value never belongs to another model or text. The name
+of a part is a hash of its bytes and parts never change, so several runs may add to a store at the same time. An open store
+is entirely in memory.
 
-Values of a pair are the reference's log-probabilities of its two completions. Those of a row of distillation are a
+The value of a pair is the reference's log-probabilities of its two completions. The value of a row of distillation is a
 teacher's predictions (data/distillation/taught_stream.py).
 
-Shapes: N pairs or rows, B rows, K pairs of a row, D bytes of a digest, '...' of one value.
+Shapes: N pairs or rows, B rows, K pairs of a row, D bytes of a digest, '...' shape of one value.
 """
 
 import hashlib
@@ -33,21 +34,21 @@ _DIGEST = 16  # bytes, as data/preference/pair_rows.py makes them
 
 
 class ReferenceStoreError(ValueError):
-    """A store that is damaged, or belongs to another model."""
+    """Raised for a store that is damaged or belongs to another model, and for missing or non-finite values."""
 
 
 class ReferenceStore:
-    """Stored log-probabilities of one frozen model.
+    """Stored predictions of one frozen model.
 
     Args:
-      model: digest of its parameters and configuration.
-      about: facts for people who read about.json.
-      root: the store; `data.cache.cache_dir` with FOLDER if None.
-      shape: of one value.
-      setting: macro that names the model, for messages.
+      model: digest of the model's parameters and configuration.
+      about: further facts for about.json.
+      root: root directory of the store; None for `data.cache.cache_dir(FOLDER)`.
+      shape: shape of one value.
+      setting: gin macro that names the model, for error messages.
 
     Raises:
-      ReferenceStoreError: a part is damaged, or the directory is of another model.
+      ReferenceStoreError: a part is damaged, or the directory belongs to another model.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ReferenceStore:
         root: str | os.PathLike | None = None,
         **settings: Any,
     ) -> "ReferenceStore":
-        """The store that a stream of this process has open already, or a new one; arguments as above.
+        """Returns the store that this process has open already, or a new one; arguments as for the class.
 
         The training stream and the held-out streams of a run share one store.
         """
@@ -94,11 +95,11 @@ class ReferenceStore:
         return len(self._values)
 
     def missing(self, digests: Iterable[str]) -> list[str]:
-        """The digests (hexadecimal) without a stored value."""
+        """Returns the digests (hexadecimal) without a stored value."""
         return [digest for digest in digests if bytes.fromhex(digest) not in self._values]
 
     def get(self, digests: Sequence[str]) -> np.ndarray:
-        """Values, float32 [N, ...], such as log-probabilities of two completions; 0 for the digest ''.
+        """Returns values, float32 [N, ...], such as log-probabilities of two completions; 0 for the digest ''.
 
         Raises:
           ReferenceStoreError: a digest has no stored value.
@@ -119,7 +120,7 @@ class ReferenceStore:
     def add(self, digests: Sequence[str], values: np.ndarray) -> None:
         """Adds values [N, ...], in memory and on disk.
 
-        All processes of a run write: their disks may be their own, and on a shared one the files are the same.
+        All processes of a run write: each may have a local disk, and on a shared disk they write the same files.
         """
         raw = np.frombuffer(b"".join(map(bytes.fromhex, digests)), np.uint8).reshape(-1, _DIGEST)
         values = np.asarray(values, np.float32)
@@ -174,26 +175,29 @@ class ReferenceStore:
             self._values[raw.tobytes()] = value
 
 
-# Open stores by root and model, while they are in use.
+# Open stores by (root, model), as long as they are in use.
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
 class ReferencedStream:
-    """A stream of pairs whose batches have the column 'reference_log_probs' [B, 2K]; all else is the stream's."""
+    """A stream of pairs with the additional column 'reference_log_probs' [B, 2K].
+
+    All other attributes are those of the wrapped stream.
+    """
 
     def __init__(self, stream: Any, store: ReferenceStore, model: str):
         self._stream, self._store = stream, store
         self._model = model
 
     def summary(self) -> dict[str, Any]:
-        """The stream's summary, with the digest of the reference's parameters."""
+        """Returns the stream's summary, with the digest of the reference's parameters."""
         return {**self._stream.summary(), "reference": self._model}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of the batch of `step`."""
+        """Returns rows [lo, hi) of the batch of `step`."""
         batch = self._stream.batch(step, lo, hi)
         digests_BK = self._stream.row_ids(step, lo, hi)
         values = self._store.get([digest for row in digests_BK for digest in row])

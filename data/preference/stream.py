@@ -1,6 +1,6 @@
 """The training and evaluation streams of preference pairs: batches as a pure function of (seed, step).
 
-As data/stream/stream.py, with pairs in rows: see `pair_rows.read_rows` for the columns.
+Like data/stream/stream.py, with pairs in rows; `pair_rows.read_rows` documents the columns.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from data.stream.train_stream import Phases, Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class DistinctPairs:
-    """The pairs of some sources, each once: (digest, prompt, chosen, rejected), ids as int32 arrays.
+    """The distinct pairs of sources: (digest, prompt, chosen, rejected), ids as int32 arrays.
 
     Digests are in memory; tokens are read from disk on demand.
     """
@@ -31,7 +31,7 @@ class DistinctPairs:
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[PairSource, int]]:
-        """Where each pair is, by its digest; reads all tokens once."""
+        """Returns digest -> (source, index of the pair in its plan); reads all tokens once."""
         places: dict[str, tuple[PairSource, int]] = {}
         for source in self.sources:
             for pair in range(len(source.plan.records)):
@@ -44,11 +44,11 @@ class DistinctPairs:
 
     @property
     def digests(self) -> Iterable[str]:
-        """Of all pairs, in the order of the sources."""
+        """Returns the digests of all pairs, in the order of the sources."""
         return self._places.keys()
 
     def ids(self, digest: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(prompt, chosen, rejected) of one pair."""
+        """Returns (prompt, chosen, rejected) of the pair with a digest."""
         source, pair = self._places[digest]
         return source.ids(pair)
 
@@ -58,13 +58,13 @@ class DistinctPairs:
 
 
 class _PairRows(RowStream):
-    """Base of the training and evaluation streams of pairs."""
+    """Base class of the training and evaluation streams of pairs."""
 
     _sources: tuple[PairSource, ...]
 
     @functools.cached_property
     def slots(self) -> int:
-        """K: the most pairs in any row."""
+        """Returns K, the most pairs in any row."""
         return max(source.plan.slots for source in self._sources)
 
     @functools.cached_property
@@ -73,17 +73,17 @@ class _PairRows(RowStream):
 
     @functools.cached_property
     def _chosen_R(self) -> list[np.ndarray]:
-        """Tokens of chosen completions in each row of each source."""
+        """Returns for each source the tokens of chosen completions in each row."""
         return [
             np.add.reduceat(s.plan.lengths["chosen"].astype(np.int64), s.plan.row_starts[:-1])
             for s in self._sources
         ]
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of the batch of `step`: the columns of `pair_rows.read_rows`.
+        """Returns rows [lo, hi) of the batch of `step`: the columns of `pair_rows.read_rows` and one more.
 
-        `chosen_tokens_per_pair`, float32 [hi - lo], is the same number in every row: tokens of the chosen
-        completions of all rows of the batch divided by its pairs.
+        `chosen_tokens_per_pair`, float32 [hi - lo], is the same in every row: the number of tokens of chosen
+        completions of the whole batch, divided by its number of pairs.
         """
         source_B, _, row_B = self._locate(step, lo, hi)
         batch = pair_rows.read_rows(
@@ -99,7 +99,7 @@ class _PairRows(RowStream):
         return batch
 
     def row_ids(self, step: int, lo: int, hi: int) -> list[list[str]]:
-        """Digests of the pairs in rows [lo, hi) of the batch of `step`, K for each row; '' for no pair."""
+        """Returns the digests of the pairs in rows [lo, hi) of the batch of `step`, K per row; '' for no pair."""
         source_B, _, row_B = self._locate(step, lo, hi)
         digests = []
         for index, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
@@ -116,7 +116,7 @@ class _PairRows(RowStream):
         return DistinctPairs(self._sources, self._start_token)
 
     def pairs(self) -> DistinctPairs:
-        """All pairs that the stream reads, each once, with their digests."""
+        """Returns all distinct pairs of the stream, with their digests."""
         return self._pairs
 
     def summary(self) -> dict:
@@ -168,29 +168,30 @@ def make_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> PairStream:
-    """The training stream of a mixture of tasks of preference data, or of one.
+    """Returns the training stream of a mixture of tasks of preference data, or of one task.
 
-    Shares and budgets of tokens count those with a weight in the loss, of both completions.
+    Shares and budgets of tokens count the tokens with loss weights: those of both completions.
 
     Args:
-        mixture_or_task_name: registered with SeqIO, its tasks by `register_pairs`, all of one kind.
-        task_feature_lengths: {'targets': places of a row}.
+        mixture_or_task_name: registered with SeqIO, its tasks by `register_pairs`, all of the same kind.
+        task_feature_lengths: {'targets': positions of a row}.
         batch_size: rows of the global batch.
-        seed: of the order of rows.
-        split: of the tasks.
-        max_length: tokens of a prompt with one completion; default what half of the row holds. Completions are
-            cut at their end, pairs with longer prompts are dropped; both are counted in `summary()`.
-        packing: 'examples' puts one pair in a row, so that a batch has `batch_size` of them; 'best_fit' as
-            many as fit.
-        read_last: give every segment a place more, at which the last token of its completion is read, as
-            rewards of whole completions need it.
-        start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with
-            BOS: the first token is not predicted then.
+        seed: seed of the order of rows.
+        split: split of the tasks.
+        max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
+            Longer completions are truncated at their end, pairs with longer prompts are dropped; `summary()`
+            counts both.
+        packing: 'examples' puts one pair in a row, so that a batch has `batch_size` pairs; 'best_fit' puts as
+            many in a row as fit.
+        read_last: add a position to every segment that reads the last token of its completion. Rewards of whole
+            completions need it.
+        start_token: id that the model reads before each prompt. None for none, if prompts begin with BOS; the
+            first token of a prompt is then not predicted.
         weights, temperature, max_tokens, phases, interleaving, max_epochs, on_cap, positions, cache_dir,
             changed_cache, verify_cache: see `data.stream.stream.make_stream`.
 
     Raises:
-        ValueError: what cannot be streamed, before anything is read.
+        ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
     mixture = stream.open_mixture(
         mixture_or_task_name,
@@ -232,13 +233,13 @@ def make_eval_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> PairEvalStream:
-    """The held-out stream of one task: every pair once, in a fixed order of no meaning.
+    """Returns the evaluation stream of one task: every held-out pair once, in a fixed arbitrary order.
 
     Arguments as for `make_stream`.
 
     Raises:
-        data.stream.stream.NoSplitError: the task has no such split.
-        ValueError: what cannot be streamed.
+        data.stream.stream.NoSplitError: the task has no split of this name.
+        ValueError: the task or the settings cannot be streamed.
     """
     source = stream.open_held_out(
         task,

@@ -1,4 +1,4 @@
-"""Counts of events while reading, with the place of the first."""
+"""Counts of events during reading, with the place of the first event."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ class Tally:
     """Counts by reason.
 
     Attributes:
-      found: reason -> {'rows': how many, 'first': where the first one is}.
+      found: reason -> {'rows': number of rows, 'first': place of the first one}.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Tally:
 
 
 def listed(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Counts as text."""
+    """Returns the counts of a Tally as text."""
     return ", ".join(
         f"{count['rows']:,} {reason} (first: {count['first']})" for reason, count in found.items()
     )

@@ -28,36 +28,36 @@ def register_pairs(
 ) -> None:
     """Registers a task over files of JSON lines (also .gz and .zst) in TRL's formats; see `records`.
 
-    Its features are ids: `prompt`, `chosen` and `rejected`, with `margin` (float32, one number; 0 where a
-    row has none). Of kind 'unpaired' `chosen` is the completion, `labels` (float32) says whether it is
-    desirable, and `rejected` is the completion of the next example, in the order of the files, that has
-    another prompt: KTO estimates from those how far the policy has moved (arXiv 2402.01306).
+    For 'paired' data, the features are the ids `prompt`, `chosen` and `rejected`, and `margin` (one float32; 0 if
+    the row has none). For 'unpaired' data, `chosen` is the completion, and `labels` (one float32) is 1 if it is
+    desirable and 0 if not. `rejected` is then the completion of the next example, in the order of the files, with
+    another prompt: KTO uses these to estimate the policy's KL divergence (arXiv 2402.01306).
 
-    Malformed rows are an error. Degenerate pairs are dropped and counted by reason (or an error): completions
-    that are equal as texts, without invisible characters or as tokens; empty completions; and, in a row without
-    a prompt, completions that do not begin alike.
+    Malformed rows are an error. Degenerate pairs are dropped and counted by reason, or are an error too (see
+    `invalid`): completions that are equal as texts, equal without invisible characters, or equal as tokens; empty
+    completions; and, in a row without a prompt, completions without a common beginning.
 
     Args:
-      name: of the task.
-      files: a glob or several.
+      name: name of the task.
+      files: one glob pattern or several.
       vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      kind: 'paired', or 'unpaired', for which a pair is a desirable and an undesirable completion.
-      validation_files: a glob or several of held-out files.
-      validation_fraction: without them, the share to hold out by the hash of the prompt, so that all
-        pairs of a prompt are in one split; 0 makes no validation split.
-      chat_template: of rows with messages: a jinja file, or a name of
-        `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own.
+      kind: 'paired', or 'unpaired'; a pair then gives a desirable and an undesirable completion.
+      validation_files: one glob pattern or several, of held-out files.
+      validation_fraction: share of prompts to hold out, by hash, if there are no `validation_files`; all pairs
+        of a prompt are in one split. 0 makes no validation split.
+      chat_template: for rows with messages: a jinja file, or a name in
+        `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
       add_eos: end completions that are texts with EOS.
-      invalid: 'drop' degenerate pairs, or make the first one an 'error'.
-      data_root: directory that relative patterns start at; None for the working directory.
-      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+      invalid: 'drop' drops degenerate pairs, 'error' raises at the first one.
+      data_root: directory of relative patterns; None for the working directory.
+      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      DataError: a matching file is of another kind.
-      ChatTemplateError: there is no such chat template.
-      ValueError: an unknown kind or value of `invalid`, or BOS or EOS of a vocabulary without it.
+      DataError: a matching file is not a file of JSON lines.
+      ChatTemplateError: the chat template does not exist.
+      ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
     for argument, value, known in (
         ("kind", kind, records.KINDS),

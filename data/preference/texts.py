@@ -1,4 +1,4 @@
-"""Texts and messages of preference data: their strings, invisible characters, and where words end."""
+"""Texts and messages of preference data: their strings, invisible characters, and ends of words."""
 
 import itertools
 import unicodedata
@@ -10,8 +10,8 @@ from data.text.documents import DataError
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
-# Characters without a glyph: soft hyphens and joiners, marks of direction, invisible operators, tags. They can hide
-# text that models read and people do not see.
+# Characters without a glyph: soft hyphens and joiners, direction marks, invisible operators, tags. With them, a text
+# can hide words that models read and people do not see.
 _INVISIBLE_RANGES = (
     *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
     *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
@@ -20,9 +20,9 @@ INVISIBLE = frozenset(
     chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
 )
 _WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
-# Invisible characters that do not change how others look: line breaks (soft hyphen, zero-width space, word joiner, byte
-# order mark) and invisible operators. Joiners choose letter forms and emoji, marks of direction the order of letters,
-# and tags flags: texts that differ in those look different.
+# Invisible characters that do not change the look of other characters: line breaks (soft hyphen, zero-width space, word
+# joiner, byte order mark) and invisible operators. The others have an effect: joiners choose letter forms and emoji,
+# direction marks the order of letters, and tags flags.
 _WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
 # First words of the Unicode names of characters in scripts without spaces between words.
 _UNSPACED = {
@@ -32,7 +32,7 @@ _UNSPACED = {
 
 
 def text_of(value: Any, key: str, where: str) -> Text:
-    """A text, or messages; DataError, which names place and key, for anything else."""
+    """Returns a text or a tuple of messages; raises DataError, with place and key, for anything else."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -50,7 +50,7 @@ def text_of(value: Any, key: str, where: str) -> Text:
 
 
 def as_seen(value: Any) -> Any:
-    """The value with invisible characters of no effect removed from its texts: equal for texts that look equal."""
+    """Returns the value without the invisible characters of no effect in its texts; equal for texts that look equal."""
     if isinstance(value, str):
         return value.translate(_WITHOUT_EFFECT)
     if isinstance(value, Mapping):
@@ -61,7 +61,7 @@ def as_seen(value: Any) -> Any:
 
 
 def is_empty(completion: Text) -> bool:
-    """Whether a completion holds only white space, invisible characters, and messages with empty parts."""
+    """Returns whether a completion has only white space, invisible characters, and messages with empty parts."""
     texts = (
         [completion] if isinstance(completion, str) else strings(list(map(_content, completion)))
     )
@@ -69,7 +69,7 @@ def is_empty(completion: Text) -> bool:
 
 
 def _content(message: Message) -> list[Any]:
-    """The values of a message besides its role; for a part {"type": "text", "text": ...} only the text."""
+    """Returns the values of a message without its role; for a part {"type": "text", "text": ...} only the text."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Mapping) and value.get("type") == "text":
@@ -80,7 +80,7 @@ def _content(message: Message) -> list[Any]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings in a value."""
+    """Yields all strings in a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -92,7 +92,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def check_unicode(value: Any, key: str, where: str) -> None:
-    """Raises DataError, which names place and key, where a string of the value is no valid Unicode."""
+    """Raises DataError, with place and key, if a string of the value is not valid Unicode."""
     for text in strings(value):
         try:
             text.encode("utf-8")
@@ -104,14 +104,15 @@ def check_unicode(value: Any, key: str, where: str) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text is only white space and invisible characters, whatever their effect on others."""
+    """Returns whether a text has only white space and invisible characters, with or without effect."""
     return not text.translate(_WITHOUT_INVISIBLE).strip()
 
 
 def shared_words(one: str, other: str) -> int:
-    """The length in characters of the words that both texts begin with.
+    """Returns the length in characters of the words that both texts begin with.
 
-    Both texts are longer, and the space after the last shared word belongs to the rest, as for tokenizers.
+    Both texts are longer than this. The space after the last shared word is not counted, since tokenizers attach a
+    space to the word after it.
     """
     both = zip(one, other, strict=False)
     size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
@@ -124,7 +125,7 @@ def shared_words(one: str, other: str) -> int:
 
 
 def _divides_word(before: str, after: str) -> bool:
-    """Whether no word can end between two characters of a text."""
+    """Returns whether no word can end between two adjacent characters of a text."""
     if before.isspace() or after.isspace():
         return False
     if unicodedata.category(after).startswith("M"):  # a mark, which belongs to the letter before it

@@ -1,7 +1,8 @@
-"""Records as tokens: prompt and completions each by itself, so that nothing merges across the join.
+"""Tokenises records: prompt and completions separately, so that no token spans the boundary.
 
-A chat template's prompt ends with what opens the assistant's turn, and a completion is what the template
-adds when its messages follow. The template writes BOS and the ends of turns, so nothing is added there.
+With a chat template, the prompt ends with the opening of the assistant's turn (the generation prompt). A completion
+is the text that the template adds to the prompt when it also renders the completion's messages. The template writes
+BOS and ends of turns; no further special tokens are added.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Tokeniser:
-    """What turns records into ids.
+    """Converts records to ids.
 
     Attributes:
       vocabulary: a SeqIO vocabulary.
-      template: of conversations; None where there is none, which only texts can do without.
-      add_bos: begin the prompts of texts with BOS.
-      add_eos: end the completions of texts with EOS.
+      template: chat template of records with messages; None if all records are texts.
+      add_bos: begin prompts that are texts with BOS.
+      add_eos: end completions that are texts with EOS.
     """
 
     vocabulary: Any
@@ -34,11 +35,11 @@ class Tokeniser:
     add_eos: bool
 
     def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        """Ids of the prompt, and of each completion.
+        """Returns the ids of the prompt, and of each completion.
 
         Raises:
-          DataError: the chat template is missing, refuses the messages, or renders them so that prompt and
-            completion cannot be told apart.
+          DataError: the chat template is missing, rejects the messages, or renders the prompt differently when a
+            completion follows.
         """
         if record.is_chat:
             return self._conversation(record)
@@ -51,7 +52,7 @@ class Tokeniser:
         )
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        # Special tokens are meant where a template writes them.
+        # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
         encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
         prompt = self._render(record, record.prompt, add_generation_prompt=True)
         completions = []
@@ -90,10 +91,12 @@ class Tokeniser:
 
 
 def find_template(name_or_file: str | None, vocabulary: Any) -> chat_template.ChatTemplate | None:
-    """A template by file or built-in name, with the vocabulary's special tokens; by default its own.
+    """Returns the chat template of a file or built-in name; by default the vocabulary's own, if it has one.
+
+    Named templates render with the vocabulary's special tokens.
 
     Raises:
-      ChatTemplateError: there is no such template.
+      ChatTemplateError: the template does not exist.
     """
     if name_or_file is None:
         return getattr(vocabulary, "chat_template", None)

@@ -1,13 +1,13 @@
-"""A generated language in which the quality of a text is known, to see preference learning go too far (2410.11677).
+"""A generated language with a known reward, to study over-optimisation in preference learning (arXiv 2410.11677).
 
-A document is a prompt of three symbols and a completion of at most twelve, its end included:
+A document is a prompt of three symbols and a completion of at most twelve symbols, EOS included:
 
-  +tu   a text of language A on the topic t; u says nothing
-  ?kl   the fact that the keys k and l stand for: three symbols of A
+  +tu   a text of language A on the topic t; u has no meaning
+  ?kl   the fact of the keys k and l: three symbols of A
   -tu   a text of language B
 
-Texts are Markov chains with four successors of each symbol; in A a quarter of the symbols are preferred ones of the
-topic. The reward of an answer to `+tu` is what preferences are drawn from and what alignment is measured by.
+Texts are Markov chains with four successors of each symbol. In texts on a topic, a quarter of the symbols are preferred
+symbols of the topic. `reward` scores an answer to `+tu`: preferences are drawn from it, and it measures alignment.
 
 Shapes: V symbols of a language, K successors.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from data import tasks
 
-SIZE = 244  # of a language
+SIZE = 244  # symbols of a language
 SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys
 MARKS = {"topic": "+", "fact": "?", "other": "-"}
 SHARES = {"topic": 0.4, "fact": 0.3, "other": 0.3}
@@ -33,7 +33,7 @@ PREFERRED = 6  # symbols of a topic
 ON_TOPIC = 0.25
 SHORTEST, LONGEST = 4, 11  # symbols of a text
 FACTS, ANSWER = 72, 3
-HELD_OUT = 256  # prompts of texts on topics
+HELD_OUT = 256  # number of held-out prompts of texts on topics
 SPLITS = ("train", "validation")
 VALIDATION_DOCUMENTS = 1024
 
@@ -41,26 +41,26 @@ Kind = Literal["topic", "fact", "other"]
 
 
 def symbols() -> str:
-    """All of them, for `vocabularies.characters`."""
+    """Returns all symbols, for `vocabularies.characters`."""
     return "".join(MARKS.values()) + SHARED + LANGUAGE_A + LANGUAGE_B
 
 
 @functools.cache
 def _successors(language: str) -> np.ndarray:
-    """What may follow each symbol of a language [V, K], the most probable first, as places in it."""
+    """Returns the possible successors [V, K] of each symbol of a language, as indices, the most probable first."""
     rng = np.random.default_rng(ord(language[0]))
     return np.stack([rng.permutation(SIZE)[: len(SUCCESSORS)] for _ in range(SIZE)])
 
 
 @functools.cache
 def preferred(topic: str) -> str:
-    """The symbols of A that texts on a topic prefer."""
+    """Returns the preferred symbols of a topic, all of language A."""
     return "".join(random.Random(f"topic {topic}").sample(LANGUAGE_A, PREFERRED))
 
 
 @functools.cache
 def facts() -> dict[str, str]:
-    """Prompt -> answer, of all facts."""
+    """Returns prompt -> answer for all facts."""
     rng = random.Random("facts")
     keys = rng.sample(list(itertools.product(SHARED, repeat=2)), FACTS)
     return {MARKS["fact"] + k + other: "".join(rng.sample(LANGUAGE_A, ANSWER)) for k, other in keys}
@@ -68,33 +68,33 @@ def facts() -> dict[str, str]:
 
 @functools.cache
 def prompts(split: str) -> tuple[str, ...]:
-    """Prompts of texts on topics, in no order: HELD_OUT of them for 'validation', all others for 'train'."""
+    """Returns shuffled prompts of texts on topics: HELD_OUT for 'validation', all others for 'train'."""
     every = [MARKS["topic"] + t + u for t, u in itertools.product(SHARED, repeat=2)]
     random.Random("prompts").shuffle(every)
     return tuple(every[:HELD_OUT] if split == "validation" else every[HELD_OUT:])
 
 
 def completion(prompt: str, rng: np.random.Generator) -> str:
-    """What a document says after a prompt."""
+    """Returns a random completion of a prompt; for a fact, its answer."""
     if prompt in facts():
         return facts()[prompt]
     on_topic = prompt[0] == MARKS["topic"]
     language = LANGUAGE_A if on_topic else LANGUAGE_B
     table_VK, wanted = _successors(language), preferred(prompt[1])
-    at, found = int(rng.integers(SIZE)), []
+    at, letters = int(rng.integers(SIZE)), []
     for _ in range(int(rng.integers(SHORTEST, LONGEST + 1))):
         if on_topic and rng.random() < ON_TOPIC:
             at = language.index(wanted[int(rng.integers(PREFERRED))])
-        found.append(language[at])
+        letters.append(language[at])
         at = int(table_VK[at, rng.choice(len(SUCCESSORS), p=SUCCESSORS)])
-    return "".join(found)
+    return "".join(letters)
 
 
 def reward(prompt: str, text: str, *, ended: bool) -> float:
-    """The quality of an answer to a prompt `+tu`: preferred symbols, all in A, no repeats, and an end.
+    """Returns the reward of an answer to a prompt `+tu`.
 
-    0.8 for each different symbol that the topic prefers, -4 times the share of symbols that are not of A, -3 for each
-    symbol that repeats the one before, -0.5 without an end; -4 for an empty answer.
+    The reward is the sum of 0.8 for each distinct preferred symbol of the topic, -4 times the share of symbols outside
+    A, -3 for each symbol that repeats the previous one, and -0.5 if the answer did not end. An empty answer has -4.
     """
     if not text:
         return -4.0
@@ -129,21 +129,21 @@ class TopicSource:
         return [split]
 
     def texts(self, split: str) -> list[str]:
-        """All documents of a split; those on topics have its prompts."""
+        """Returns all documents of a split; documents on topics use the prompts of the split."""
         rng = np.random.default_rng((self.seed, SPLITS.index(split)))
         kinds = rng.choice(list(SHARES), self.num_input_examples(split), p=list(SHARES.values()))
-        found = []
+        documents = []
         for kind in kinds.tolist():
             if kind == "other":
                 prompt = MARKS[kind] + "".join(rng.choice(list(SHARED), 2))
             else:
                 known = prompts(split) if kind == "topic" else tuple(facts())
                 prompt = known[int(rng.integers(len(known)))]
-            found.append(prompt + completion(prompt, rng))
-        return found
+            documents.append(prompt + completion(prompt, rng))
+        return documents
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """`{"text", "document_id"}` as a `tf.data.Dataset`, in random order as they are."""
+        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
         import tensorflow as tf
 
         del shuffle, shard_info  # drawn at random; one shard
@@ -156,9 +156,9 @@ def register(*, vocabulary: Any, documents: int = 96_000, seed: int = 0) -> None
     """Registers the task `topic_language`: prompts with their completions, and EOS.
 
     Args:
-      vocabulary: of `symbols()`.
-      documents: to train on.
-      seed: of the documents; language, topics and facts are the same for all.
+      vocabulary: has all of `symbols()`.
+      documents: number of training documents.
+      seed: seed of the documents; languages, topics and facts do not depend on it.
     """
     tasks.register_source(
         "topic_language",

@@ -1,4 +1,4 @@
-"""Files of prompts as a SeqIO source of tokens; each example has its row, for rewards.
+"""Files of prompts as a SeqIO source of tokens; each example includes its row, which rewards read.
 
 {"prompt": "3 + 4 = ", "answer": "7"}
 {"prompt": [{"role": "user", "content": "3 + 4?"}], "answer": "7"}
@@ -29,16 +29,16 @@ INFO = "info"  # bytes of the whole row as JSON
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFiles(PromptedFiles):
-    """Prompts in files of JSON lines, in two splits."""
+    """Prompts in files of JSON lines, by split."""
 
     def num_input_examples(self, split: str) -> int:
         return self._counted[split]
 
     def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """The examples of one file that are in a split, as features.
+        """Yields the features of the examples of one file and one split.
 
         Raises:
-          DataError: a row that is malformed; names its line.
+          DataError: a row is malformed; the message names its line.
         """
         name = os.path.relpath(path, self.root)
         for number, row in documents.read_json_lines(pathlib.Path(path), example=EXAMPLE):
@@ -74,10 +74,10 @@ class PromptFiles(PromptedFiles):
 
     @functools.cached_property
     def _counted(self) -> dict[str, int]:
-        """Examples of each split.
+        """Returns the number of examples of each split.
 
         Raises:
-          DataError: for a malformed file, or a split without an example.
+          DataError: a file is malformed, or a split has no example.
         """
         counted = {
             split: sum(1 for path in paths for _ in self.read_file(path, split))

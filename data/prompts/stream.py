@@ -1,6 +1,6 @@
-"""The stream of prompts that a policy continues in training: prompts as a pure function of (seed, step).
+"""The stream of prompts for online training of a policy: batches as a pure function of (seed, step).
 
-As data/stream/stream.py, but a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
+Like data/stream/stream.py, but a row is one prompt, padded on the right. Shape suffixes: B rows, T length.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from data.stream.train_stream import Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class PromptPlan(plan.Plan):
-    """One prompt in each row; budgets and shares count the tokens of prompts.
+    """A plan with one prompt in each row; budgets and shares count tokens of prompts.
 
     Attributes:
-        first: what `counts` counts -> id of the first record it happened to.
+        first: key of `counts` -> id of the first record counted there.
     """
 
     first: dict[str, str]
@@ -39,18 +39,18 @@ class PromptSource(rows.Source):
 
     @property
     def bytes_per_token(self) -> float:
-        """0: the completions do not exist yet."""
+        """Returns 0: prompts have no loss, so no bits per byte."""
         return 0.0
 
     def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Ids of a row's prompt, int32, and its row in the file."""
+        """Returns the ids of a row's prompt, int32, and its row in the file."""
         record = int(self.plan.records[row])
         ids = self.cache.columns["prompt"].values(record).astype(np.int32)
         row_json = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
         return ids, json.loads(row_json.decode("utf-8", "surrogatepass"))
 
     def summary(self) -> dict:
-        """Sizes, how many prompts were dropped as too long, and the first of these."""
+        """Returns sizes, the number of prompts dropped as too long, and the first of these."""
         return {
             "cache": str(self.cache.directory),
             "content": self.cache.content,
@@ -65,7 +65,7 @@ class PromptStream(Stream):
     """An endless stream of prompts; see `make_stream`.
 
     Args:
-        updates: steps that use the prompts of one batch, one after the other.
+        updates: number of consecutive steps that use the prompts of one batch.
         sources, phases, settings: see `data.stream.train_stream.Stream`.
     """
 
@@ -88,8 +88,11 @@ class PromptStream(Stream):
         return super().steps_for_tokens(tokens, first_step // self.updates) * self.updates
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of `step`: `prompt_tokens` int32 [B, T] with the start token, padded on the right,
-        `prompt_lengths` int32 [B], and `source_ids` int32 [B].
+        """Returns rows [lo, hi) of the batch of `step`.
+
+        Returns:
+            `prompt_tokens` int32 [B, T], with the start token and padded on the right; `prompt_lengths`
+            int32 [B]; `source_ids` int32 [B].
         """
         source_B, _, row_B = self._locate(step, lo, hi)
         tokens_BT = np.zeros((hi - lo, self.length), np.int32)
@@ -105,7 +108,7 @@ class PromptStream(Stream):
         }
 
     def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
-        """The rows of the same prompts in their files."""
+        """Returns the rows in the files of the prompts of `batch`."""
         source_B, _, row_B = self._locate(step, lo, hi)
         return [info for _, info in self._prompts(source_B, row_B)]
 
@@ -140,22 +143,22 @@ def make_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> PromptStream:
-    """The stream of prompts of a mixture of tasks, or of one.
+    """Returns the stream of prompts of a mixture of tasks, or of one task.
 
     Args:
         mixture_or_task_name: registered with SeqIO, its tasks by `register_prompts`; rates are shares of prompts'
             tokens.
-        max_prompt_length: places of a row, the start token's among them; longer prompts are dropped and counted.
+        max_prompt_length: length of a row, the start token included; longer prompts are dropped and counted.
         batch_size: prompts of a batch.
-        updates: steps that use each batch.
-        seed: of their order.
-        split: of the tasks.
-        start_token: what the model reads before each prompt; None for nothing, as where a prompt begins with BOS.
+        updates: number of consecutive steps that use each batch.
+        seed: seed of the order of prompts.
+        split: split of the tasks.
+        start_token: id that the model reads before each prompt; None if prompts begin with BOS themselves.
         interleaving, max_epochs, on_cap, positions, cache_dir, changed_cache, verify_cache: see
             `data.stream.stream.make_stream`.
 
     Raises:
-        ValueError: what cannot be streamed, before anything is read.
+        ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
     mixture = stream.open_mixture(
         mixture_or_task_name,
@@ -190,10 +193,10 @@ def _open_source(
 def plan_prompts(
     name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptPlan:
-    """Plans a row for each prompt that fits one.
+    """Plans a row for each prompt that fits into one.
 
     Raises:
-        ValueError: the source holds no prompts, none that fits, or an empty one with nothing before it.
+        ValueError: the source has no prompts, none of them fits, or one is empty and has no start token.
     """
     missing = [feature for feature in ("prompt", INFO) if feature not in opened.columns]
     if missing:

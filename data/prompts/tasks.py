@@ -22,24 +22,25 @@ def register_prompts(
 ) -> None:
     """Registers a task over files of JSON lines with a "prompt", a text or messages; see `data.prompts.files`.
 
-    Files of preference pairs will do: a pair's prompt is the prompt, and rewards can read its completions. Features are the ids of `prompt`, and `info`, the row as bytes.
+    Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
+    features are `prompt`, its ids, and `info`, the row as bytes.
 
     Args:
-      name: of the task.
-      files: a glob or several.
+      name: name of the task.
+      files: one glob pattern or several.
       vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      validation_files: a glob or several of held-out files.
-      validation_fraction: without them, the share to hold out by the hash of the prompt.
-      chat_template: of rows with messages: a jinja file, or a name of `data.tokenizers.chat_template.BUILT_IN`; default the
-        vocabulary's own.
+      validation_files: one glob pattern or several, of held-out files.
+      validation_fraction: share of prompts to hold out, by hash, if there are no `validation_files`.
+      chat_template: for rows with messages: a jinja file, or a name in `data.tokenizers.chat_template.BUILT_IN`;
+        default the vocabulary's own template.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
-      data_root: directory that relative patterns start at; None for the working directory.
-      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+      data_root: directory of relative patterns; None for the working directory.
+      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      ChatTemplateError: there is no such chat template.
-      ValueError: `add_bos` with a vocabulary without BOS.
+      ChatTemplateError: the chat template does not exist.
+      ValueError: `add_bos` is set and the vocabulary has no BOS.
     """
     import seqio
 

@@ -1,16 +1,16 @@
-"""Runs untrusted Python programs, and tells which of them come to their end.
+"""Runs untrusted Python programs in a sandbox; a program passes if it runs to its end.
 
-A program is a text: a solution and, after it, the tests of it. It runs in a process of its own,
-without packages, with an empty environment and limits on everything it can use. On Linux it has no
-network, sees no files but the standard library and an empty folder that is emptied after it, and can
-start, signal or see no other process, by as much of this as the kernel offers: namespaces and seccomp;
-where namespaces are forbidden, Landlock and seccomp. On macOS there are the limits alone. `Protections`
-says what there is, and people are told once where the network or files are open.
+A program is a text: a solution, followed by its tests. It runs in a separate process without packages, with an
+empty environment and with limits on its resources. On Linux it has no network, sees only the standard library
+and a work folder that is emptied after each program, and cannot start, signal or see other processes. The
+protections are namespaces and seccomp, or Landlock and seccomp where namespaces are forbidden; a kernel may
+offer only some of them. macOS has the limits only. `Protections` lists the active protections, and a warning is
+printed once if the network or files are reachable.
 
-What a program prints, its exit status or handlers it registers do not make it pass: only its end does.
-But tests run in the interpreter of what they test, so that a program written against its tests (an
-object equal to everything, a trace function that skips asserts) or against this very module can
-pass without solving anything. The limits hold for these too.
+Output, exit status and exit handlers of a program do not make it pass; only running to its end does. But tests
+run in the same interpreter as the solution. So a program that targets its tests (an object equal to everything,
+a trace function that skips asserts) or this module can pass without a solution. The limits still apply to such
+programs.
 """
 
 import collections
@@ -35,30 +35,28 @@ _START = (
     "import sys; sys.path.insert(0, sys.argv.pop()); from data.sandbox import sandbox_zygote as zygote; "
     "zygote.main()"
 )
-_GRACE_SECONDS = (
-    60.0  # for a start, and for an answer after the deadline, on a machine with much to do
-)
+_GRACE_SECONDS = 60.0  # for a start, and for an answer after the deadline, on a busy machine
 _BLOCKED = ("network", "files")
 
 
 class SandboxError(RuntimeError):
-    """The sandbox cannot be made as asked."""
+    """Raised if the requested sandbox cannot be created."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use.
+    """Resource limits of one program.
 
     Attributes:
-      cpu_seconds: of processor time, all threads together.
-      wall_seconds: from its start.
-      memory_bytes: of address space.
-      threads: at once; it may start no processes.
-      file_bytes: of one file.
-      work_bytes: of all its files; only with namespaces.
-      open_files: at once.
-      output_bytes: that are kept of the end of standard output, and of standard error.
-      program_bytes: of its text; a longer one is refused.
+      cpu_seconds: CPU time of all threads together.
+      wall_seconds: wall time since the program's start.
+      memory_bytes: size of the address space.
+      threads: number of threads at a time; a program cannot start processes.
+      file_bytes: size of one file.
+      work_bytes: size of all files together; applies with namespaces only.
+      open_files: number of open files at a time.
+      output_bytes: length of the recorded end of standard output, and of standard error.
+      program_bytes: length of the program; longer ones are refused.
     """
 
     cpu_seconds: int = 5
@@ -82,11 +80,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """By what programs are kept from something, None where nothing does.
+    """The mechanism that blocks each kind of access, such as 'namespaces'; None if the access is possible.
 
     Attributes:
-      network: connections.
-      files: other files than the library and their own.
+      network: access to the network.
+      files: access to files other than the standard library and the program's own.
       processes: starting, signalling and seeing other processes.
     """
 
@@ -97,17 +95,17 @@ class Protections:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a program.
+    """The outcome of a program.
 
     Attributes:
-      status: `passed`, it ran to its end; `failed`, an exception, or it left before its end;
-        `timed_out`; `out_of_memory`; `killed`, by a signal such as that of a crash; `refused`, not
-        run, as it is too long or no Unicode.
-      detail: why it did not pass, in a line.
-      stdout: the end of what it printed.
-      stderr: the same of errors.
-      seconds: it took.
-      protections: it ran under.
+      status: `passed`: the program ran to its end; `failed`: it raised an exception or exited before its end;
+        `timed_out`; `out_of_memory`; `killed`: a signal ended it, for example in a crash; `refused`: it did
+        not run, because it is too long or not valid Unicode.
+      detail: one line on why the program did not pass.
+      stdout: the end of its standard output.
+      stderr: the end of its standard error.
+      seconds: wall time of the program.
+      protections: protections during the run.
     """
 
     status: Status
@@ -123,16 +121,16 @@ class Result:
 
 
 class Sandbox:
-    """Runs programs, several at a time. A context manager, after which no process is left.
+    """Runs several programs at a time. A context manager that ends all its processes on exit.
 
     Args:
-      limits: of each program.
-      workers: programs at a time; default one a processor.
-      namespaces: False to do without them, as on kernels that forbid them.
-      require: of "network", "files" and "processes", what must be protected.
+      limits: limits of each program.
+      workers: number of programs that run at a time; default one per processor.
+      namespaces: False to use no namespaces, as on kernels that forbid them.
+      require: the protections that must be active, out of "network", "files" and "processes".
 
     Raises:
-      SandboxError: what is required is not to be had here, or the platform has no such processes.
+      SandboxError: a required protection is not available, or the platform is neither Linux nor macOS.
     """
 
     def __init__(
@@ -175,7 +173,7 @@ class Sandbox:
         self._folder.cleanup()
 
     def run(self, programs: Sequence[str], *, title: str = "programs") -> Iterator[Result]:
-        """Results of programs, in order, as they are there; with a progress bar."""
+        """Yields the results of programs in order, as soon as they are ready; shows a progress bar."""
         futures = [self.submit(program) for program in programs]
         try:
             for future in tqdm.tqdm(futures, desc=title, file=sys.stderr, disable=None):
@@ -185,11 +183,11 @@ class Sandbox:
                 future.cancel()
 
     def submit(self, program: str) -> concurrent.futures.Future[Result]:
-        """Runs a program as soon as there is a worker for it."""
+        """Runs a program as soon as a worker is free; returns a future of its result."""
         return self._threads.submit(self.run_one, program)
 
     def run_one(self, program: str) -> Result:
-        """Runs one program; no more at a time than there are workers."""
+        """Runs one program and returns its result; at most `workers` threads may call this at a time."""
         try:
             size = len(program.encode("utf-8"))
         except UnicodeEncodeError as error:
@@ -206,29 +204,29 @@ class Sandbox:
             answer = {"status": "killed", "detail": str(error)}
         else:
             self._free.append(zygote)
-        found = {"stdout": "", "stderr": "", "seconds": 0.0, **answer}
-        return Result(**found, protections=self.protections)
+        fields = {"stdout": "", "stderr": "", "seconds": 0.0, **answer}
+        return Result(**fields, protections=self.protections)
 
     def _refused(self, why: str) -> Result:
         return Result("refused", why, "", "", 0.0, self.protections)
 
     def _first(self, require: Sequence[str]) -> Protections:
-        """Starts the first process, without namespaces where there are none."""
+        """Starts the first process, without namespaces if they are not available; returns its protections."""
         try:
-            found = self._start()
+            protections = self._start()
         except SandboxError:
             if not self._namespaces:
                 raise
             self._namespaces = False
-            found = self._start()
-        missing = [name for name in require if getattr(found, name) is None]
+            protections = self._start()
+        missing = [name for name in require if getattr(protections, name) is None]
         if missing:
             raise SandboxError(
                 f"Programs cannot be kept from {' and '.join(missing)} here: that takes Linux with "
                 "namespaces, or with Landlock and seccomp."
             )
-        _warn(found)
-        return found
+        _warn(protections)
+        return protections
 
     def _start(self) -> Protections:
         zygote = _Zygote(self.limits, self._folder.name, namespaces=self._namespaces)
@@ -238,25 +236,25 @@ class Sandbox:
 
 
 class _ZygoteLostError(RuntimeError):
-    """The process that runs programs is gone or does not answer."""
+    """Raised if the process that runs programs has ended or does not answer."""
 
 
 class _Zygote:
-    """A process that runs programs one after the other."""
+    """A process that runs one program after another."""
 
     def __init__(self, limits: Limits, parent: str, *, namespaces: bool):
         self._limits = limits
         work = tempfile.mkdtemp(dir=parent)
-        if os.geteuid() == 0:  # programs are nobody's then
+        if os.geteuid() == 0:  # programs then run as the user nobody
             os.chmod(parent, 0o711)
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-P", "-X", "utf8", "-c", _START, _ROOT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=errors,
                 cwd="/",
-                # Sets have an order then, which verdicts may depend on.
+                # A fixed hash seed fixes the order of sets, on which verdicts may depend.
                 env={"PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
@@ -268,8 +266,8 @@ class _Zygote:
             try:
                 answer = self._exchange(setup, _GRACE_SECONDS)
             except _ZygoteLostError as error:
-                said.seek(0)
-                lines = said.read().decode("utf-8", "replace").strip().splitlines()
+                errors.seek(0)
+                lines = errors.read().decode("utf-8", "replace").strip().splitlines()
                 answer = {"error": lines[-1] if lines else str(error)}
         if "error" in answer:
             self.close()
@@ -277,7 +275,7 @@ class _Zygote:
         self.protections = Protections(**answer["protections"])
 
     def ask(self, program: str) -> dict:
-        """Runs a program; what `Result` has but its protections."""
+        """Runs a program; returns the fields of its `Result`, without the protections."""
         return self._exchange({"program": program}, self._limits.wall_seconds + _GRACE_SECONDS)
 
     def _exchange(self, message: dict, seconds: float) -> dict:
@@ -296,7 +294,7 @@ class _Zygote:
         return answer
 
     def close(self) -> None:
-        self._process.kill()  # its supervisors end with it, their programs with them
+        self._process.kill()  # its supervisors end with it, and their programs with them
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -313,7 +311,7 @@ _warned: set[Protections] = set()
 
 
 def _warn(found: Protections) -> None:
-    """Says once what programs that are run here can reach."""
+    """Prints a warning, once, if programs can reach the network or files."""
     open_ = [name for name in _BLOCKED if getattr(found, name) is None]
     if open_ and found not in _warned:
         _warned.add(found)

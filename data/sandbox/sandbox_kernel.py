@@ -1,7 +1,7 @@
-"""What Linux offers an unprivileged process to lock another one in: namespaces, Landlock, seccomp.
+"""Linux's means for an unprivileged process to confine itself: namespaces, Landlock and seccomp.
 
-Only the standard library is used, by `ctypes`: this runs in an interpreter without packages. Each
-function either gives its protection whole or raises OSError.
+The module uses only the standard library, with `ctypes`, because it runs in an interpreter without packages. Each
+function either applies its protection completely or raises OSError.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 
 NOBODY = 65534
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
-# Denied system calls by their numbers on x86-64 and on ARM, which lacks some. What needs privileges
-# is not here: the program has none, and cannot get to a namespace in which it would.
+# Denied system calls with their numbers on x86-64 and on ARM (None if ARM lacks the call). Calls that need privileges
+# are not listed: the program has no privileges, and cannot enter a namespace in which it would have some.
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _DENIED = {
     # other processes: to start, to signal, to look into or to slow down
@@ -54,7 +54,7 @@ _DENIED = {
     "sched_setscheduler": (144, 119),
     "sched_setaffinity": (203, 122),
     "sched_setattr": (314, 274),
-    # the network; pairs of connected sockets, which event loops use, are left
+    # the network; socketpair, which event loops use, stays allowed
     "socket": (41, 198),
     # memory that the limit on the address space does not count
     "memfd_create": (319, 279),
@@ -77,7 +77,7 @@ _DENIED = {
     "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262),
 }
-# Changes to files that Landlock lets through.
+# Calls that change files and that Landlock does not block.
 _DENIED_OUTSIDE = {
     "chmod": (90, None),
     "fchmod": (91, 52),
@@ -120,29 +120,29 @@ def _prctl(option: int, value: int, *more: int) -> None:
 
 
 def die_with_parent() -> None:
-    """The calling process is killed when its parent ends."""
+    """Makes the kernel kill the calling process when its parent ends."""
     _prctl(_PDEATHSIG, 9)
 
 
 def become_nobody() -> None:
-    """From root to a user without rights, for good."""
+    """Switches from root to the user nobody, irreversibly."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def unshare_pids() -> None:
-    """The next child is the first process of a namespace, whose others are killed when it ends."""
+    """Makes the next child the first process of a PID namespace; when it ends, all processes in it are killed."""
     _check(_libc.unshare(_NEWPID), "unshare of processes")
 
 
 def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> None:
-    """Leaves the network, and all files but `readable` (to read) and `work` (new, in memory).
+    """Enters namespaces without network and with the files `readable` (read-only) and `work` only.
 
-    The files in `work` are the user's, or nobody's where the user is root.
+    `work` is a new folder in memory. Its files belong to the user, or to nobody if the user is root.
 
     Raises:
-      OSError: the kernel does not allow it; the process is then in no state to go on.
+      OSError: the kernel does not allow it; the process is then in an undefined state and must end.
     """
     uid, gid = os.geteuid(), os.getegid()
     namespaces = _NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS
@@ -155,15 +155,15 @@ def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> Non
         _write_maps("self", uid, gid)
     os.umask(0o022)
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    root = "/tmp"  # any folder that is there: what is in it is hidden from this process alone
-    # Folders of the new root are opened first, as some may lie in what it hides.
-    found = {path: os.open(path, os.O_PATH) for path in readable if not os.path.islink(path)}
+    root = "/tmp"  # any existing folder; the mount hides its content from this process only
+    # Readable paths are opened first, because the mount may hide some of them.
+    handles = {path: os.open(path, os.O_PATH) for path in readable if not os.path.islink(path)}
     links = {path: os.readlink(path) for path in readable if os.path.islink(path)}
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     for path, target in links.items():
         os.makedirs(root + os.path.dirname(path), exist_ok=True)
         os.symlink(target, root + path)
-    for path, handle in found.items():
+    for path, handle in handles.items():
         if os.path.isdir(f"/proc/self/fd/{handle}"):
             os.makedirs(root + path, exist_ok=True)
         else:
@@ -187,7 +187,7 @@ def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> Non
 
 
 def _write_maps(process: int | str, uid: int, gid: int) -> None:
-    """Gives a namespace its users: the one, or root and the one where root writes them."""
+    """Writes the user and group maps of a namespace: one user; root too if root writes them."""
     root = "0 0 1\n" if os.geteuid() == 0 else ""
     maps = [("uid_map", f"{root}{uid} {uid} 1"), ("gid_map", f"{root}{gid} {gid} 1")]
     if not root:
@@ -199,7 +199,10 @@ def _write_maps(process: int | str, uid: int, gid: int) -> None:
 
 @contextlib.contextmanager
 def _mapping_helper() -> Iterator[None]:
-    """Root's own rights are needed to map two users, which are lost in the namespace."""
+    """Maps root and nobody from a helper process outside the namespace.
+
+    Mapping two users needs root's privileges, which the calling process loses when it enters the namespace.
+    """
     process = os.getpid()
     ready, make_ready = os.pipe()
     helper = os.fork()
@@ -225,17 +228,17 @@ def _mapping_helper() -> Iterator[None]:
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     encoded = None if kind is None else kind.encode()
-    found = _libc.mount(
+    result = _libc.mount(
         os.fsencode(source), os.fsencode(target), encoded, ctypes.c_ulong(flags), options.encode()
     )
-    _check(found, f"mount of {target}")
+    _check(result, f"mount of {target}")
 
 
 def _read_only(path: str, attributes: int, *, recursive: bool = True) -> None:
     wanted = ctypes.create_string_buffer(struct.pack("=QQQQ", attributes, 0, 0, 0), 32)
     flags = _AT_RECURSIVE if recursive else 0
-    found = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, wanted, 32)
-    _check(found, f"mount_setattr of {path}")
+    result = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, wanted, 32)
+    _check(result, f"mount_setattr of {path}")
 
 
 _READ, _READ_FILE = 0b1101, 0b0101  # execute, read files and list folders
@@ -244,10 +247,10 @@ _FILE_RIGHTS = 0b1100_0000_0000_0111
 
 
 def restrict_files(readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Denies, with Landlock, all files but those given and what is beneath them."""
+    """Denies access, with Landlock, to all files except the given paths and everything below them."""
     _prctl(_NO_NEW_PRIVS, 1)
     version = _check(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1), "Landlock")
-    # Rights by the version that brought them: 13 at first, to move, to truncate, to use devices.
+    # Rights by Landlock version: 13 in version 1; 2 adds moving files, 3 truncation, 5 device ioctls.
     rights = (1 << (13 + min(version - 1, 2) + (version >= 5))) - 1
     attributes = ctypes.create_string_buffer(struct.pack("=Q", rights), 8)
     ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, 8, 0), "Landlock ruleset")
@@ -268,23 +271,23 @@ def restrict_files(readable: Sequence[str], writable: Sequence[str]) -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up what root may do, in namespaces too."""
+    """Drops all capabilities, those in namespaces too."""
     _prctl(_NO_NEW_PRIVS, 1)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
     _check(_libc.capset(header, ctypes.create_string_buffer(24)), "capset")
 
 
 def knows_system_calls() -> bool:
-    """Whether `filter_system_calls` knows this machine."""
+    """Returns whether `filter_system_calls` supports this machine."""
     return sys.platform == "linux" and platform.machine() in _MACHINES and sys.maxsize > 2**32
 
 
 def filter_system_calls(*, threads: bool, own_files_only: bool) -> None:
-    """No processes, no network and no way to others, by a filter that cannot be taken back.
+    """Denies, with an irreversible seccomp filter, new processes, the network and access to other processes.
 
     Args:
       threads: whether the process may start threads.
-      own_files_only: whether all files it can reach are its own, to be changed as it likes.
+      own_files_only: whether the process can only reach its own files; if so, it may change their metadata.
     """
     _prctl(_NO_NEW_PRIVS, 1)
     code = _filter(threads=threads, own_files_only=own_files_only)
@@ -300,7 +303,7 @@ _NUMBER_AT, _ARCH_AT, _ARGUMENT_AT = 0, 4, 16
 
 
 def _filter(*, threads: bool, own_files_only: bool) -> bytes:
-    """The filter as BPF instructions of 8 bytes: operation, jumps if true and if not, value."""
+    """Returns the filter as BPF instructions of 8 bytes: operation, jump if true, jump if false, value."""
     column, arch = _MACHINES[platform.machine()]
     denied = _RETURN, 0, 0, _ERROR | errno.EPERM
     code = [
@@ -319,7 +322,7 @@ def _filter(*, threads: bool, own_files_only: bool) -> bytes:
             code += [(_EQUAL, 0, 1, number), denied]
 
     def where(numbers, test, values):
-        """Allows a call only if its first argument passes a test with one of the values."""
+        """Allows a call only if its first argument passes the test with one of the values."""
         rows = []
         for value in values:
             rows += [(test, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]

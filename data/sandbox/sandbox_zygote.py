@@ -1,13 +1,13 @@
-"""The inside of `data.sandbox.code_sandbox`: a bare interpreter that locks itself in and runs programs.
+"""The process inside `data.sandbox.code_sandbox`: a bare interpreter that confines itself and runs programs.
 
-It reads requests from its standard input and forks for each a supervisor, which forks the program
-and answers on standard output. All have empty environments and no packages. Started as
+It reads requests from standard input. For each request it forks a supervisor, which forks the program and answers
+on standard output. All these processes have empty environments and no packages. The command is
 
   python -S -s -P -c "import sys; sys.path.insert(0, ROOT); from data.sandbox import sandbox_zygote as z; z.main()"
 
-Messages are JSON after their length in 4 bytes. A program has passed if it was run to its end, and
-what shows that is not there to be found while it runs: at the end the process asks, is told a random
-number, and says it back.
+A message is its length in 4 bytes, followed by JSON. A program passes if it runs to its end. It cannot forge the
+proof of this while it runs: only at its end does the process request a random number from the supervisor and send
+it back.
 """
 
 import collections
@@ -31,23 +31,23 @@ import types
 
 from data.sandbox import sandbox_kernel as kernel
 
-# Imported once, so that programs find them loaded.
+# Imported before the forks, so that programs import them at no cost.
 _LOADED = ("bisect", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools")
 _LOADED += ("heapq", "itertools", "math", "operator", "random", "re", "statistics", "string")
 _LOADED += ("typing",)
 _END, _RAISED, _NO_MEMORY = b"?", 1, 3
 _DESCRIPTOR = 3
-_WORK = "/sandbox"  # in a root of its own; no interpreter lies there
+_WORK = "/sandbox"  # a folder in the new root, without an interpreter
 _NAME = "program"
 
 
 def main() -> None:
-    """Locks itself in as the first request says, then serves the others until there are none."""
+    """Confines the process as the first request asks, then serves requests until the input ends."""
     os.environ.clear()
     sys.path.pop(0)
     for name in _LOADED:
         importlib.import_module(name)
-    gc.freeze()  # of what is there no page is copied for a program's garbage collection
+    gc.freeze()  # garbage collection in programs then copies no page of the loaded modules
     setup = receive(0)
     try:
         state = _lock_in(setup)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def send(descriptor: int, message: dict) -> None:
-    """Writes a message."""
+    """Writes a message to a file descriptor."""
     body = json.dumps(message).encode("utf-8", "backslashreplace")
     content = memoryview(struct.pack("=I", len(body)) + body)
     while content:
@@ -78,7 +78,7 @@ def send(descriptor: int, message: dict) -> None:
 
 
 def receive(descriptor: int) -> dict | None:
-    """Reads a message; None at the end."""
+    """Reads a message; returns None at the end of the input."""
     head = _read(descriptor, 4)
     return json.loads(_read(descriptor, struct.unpack("=I", head)[0])) if head else None
 
@@ -92,7 +92,7 @@ def _read(descriptor: int, count: int) -> bytes:
 
 
 def readable() -> list[str]:
-    """What an interpreter reads: its library, shared libraries, devices."""
+    """Returns the paths an interpreter reads: its library, shared libraries, devices."""
     library = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib")]
     paths = [os.path.join(sys.base_prefix, "lib"), *library, "/usr/lib", "/usr/lib64"]
     paths += ["/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"]
@@ -102,7 +102,7 @@ def readable() -> list[str]:
 
 
 def _lock_in(setup: dict) -> dict:
-    """Takes the protections there are; what each is by, None for nothing."""
+    """Applies the available protections; returns them with the settings for programs."""
     linux = sys.platform == "linux"
     calls = kernel.knows_system_calls()
     becomes_nobody = linux and os.geteuid() == 0
@@ -133,7 +133,7 @@ def _lock_in(setup: dict) -> dict:
         "namespaces": linux and setup["namespaces"],
         "calls": calls,
         "becomes_nobody": becomes_nobody,
-        "threads": becomes_nobody or os.geteuid() != 0,  # root is not bound by their limit
+        "threads": becomes_nobody or os.geteuid() != 0,  # the limit on threads does not bind root
         "protections": by,
     }
 
@@ -155,7 +155,7 @@ def _empty(folder: str) -> None:
 
 
 def _open_up(function, path, _):
-    """Again, after the program's own folders have been made readable and writable."""
+    """Error handler of rmtree: makes folders of the program accessible and retries."""
     for folder in (os.path.dirname(path), path):
         if os.path.isdir(folder) and not os.path.islink(folder):
             os.chmod(folder, 0o700)
@@ -166,7 +166,7 @@ def _open_up(function, path, _):
 
 
 def _answer(answers: int, request: dict, state: dict, parent: int) -> None:
-    """The supervisor of one program; does not return."""
+    """Supervises one program and sends the answer; does not return."""
     code = 1
     try:
         if sys.platform == "linux":
@@ -199,23 +199,23 @@ def _supervise(request: dict, state: dict, answers: int) -> dict:
     for descriptor in (ours.fileno(), out, err):
         poll.register(descriptor, select.POLLIN)
     deadline = began + limits["wall_seconds"]
-    while not ended and (left := deadline - time.monotonic()) > 0:
-        for descriptor, _ in poll.poll(1000 * left):
+    while not ended and (remaining := deadline - time.monotonic()) > 0:
+        for descriptor, _ in poll.poll(1000 * remaining):
             if descriptor in tails:
                 if not tails[descriptor].read(descriptor):
                     poll.unregister(descriptor)
                 continue
-            said = _receive(ours)
-            if said == _END:
+            message = _receive(ours)
+            if message == _END:
                 ours.sendall(nonce)
             else:
-                passed, ended = said == nonce, True
+                passed, ended = message == nonce, True
     seconds = time.monotonic() - began
-    # With a namespace all in it ends with its first process; without, the group does.
+    # A namespace ends with its first process; without a namespace, the process group is killed.
     for kill, whom in ((os.killpg, program), (os.kill, program)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(whom, signal.SIGKILL)
-    # A process that ended by itself is not overtaken by the signal, but one that closed its end is.
+    # The signal does not change the status of a process that had exited, only of one that had closed its channel.
     _, status, usage = os.wait4(program, 0)
     for descriptor, tail in tails.items():
         os.set_blocking(descriptor, False)
@@ -242,7 +242,7 @@ def _receive(ours: socket.socket) -> bytes:
 
 
 def _verdict(status: int, cpu_seconds: float, limits: dict, stderr: str) -> dict:
-    """What became of a program that did not come to its end in time."""
+    """Returns status and detail of a program that stopped before its end and before the deadline."""
     killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if killer in (signal.SIGKILL, signal.SIGXCPU) and cpu_seconds > 0.9 * limits["cpu_seconds"]:
         return {"status": "timed_out", "detail": f"{limits['cpu_seconds']} s of CPU time used"}
@@ -257,7 +257,7 @@ def _verdict(status: int, cpu_seconds: float, limits: dict, stderr: str) -> dict
 
 
 class _Tail:
-    """The end of what is written to a pipe; all of it is read, so that nobody waits."""
+    """Records the end of a pipe's output; reads all of it, so that the writer never blocks."""
 
     def __init__(self, size: int):
         self._size = size
@@ -265,7 +265,7 @@ class _Tail:
         self._held = 0
 
     def read(self, descriptor: int) -> bool:
-        """Reads once; whether there may be more."""
+        """Reads once; returns False at the end of the pipe."""
         part = os.read(descriptor, 1 << 16)
         self._parts.append(part)
         self._held += len(part)
@@ -274,7 +274,7 @@ class _Tail:
         return bool(part)
 
     def rest(self, descriptor: int) -> None:
-        """Reads what is there, which is no more than a pipe holds."""
+        """Reads the remaining content of the pipe, at most its capacity."""
         try:
             for _ in range(16):
                 if not self.read(descriptor):
@@ -287,7 +287,7 @@ class _Tail:
 
 
 def _become_program(request: dict, state: dict, channel: int, out: int, err: int) -> None:
-    """Locks itself in further and runs the program; does not return."""
+    """Confines the process further and runs the program; does not return."""
     leave = os._exit
     try:
         limits = state["limits"]
@@ -303,7 +303,7 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
             ("DATA", limits["memory_bytes"]),
             ("FSIZE", limits["file_bytes"]),
             ("NOFILE", limits["open_files"]),
-            # Where they are of the same user, those that serve and supervise count too.
+            # If they have the same user, the zygote and the supervisor count too.
             ("NPROC", limits["threads"] + (0 if state["becomes_nobody"] else 2)),
             ("CORE", 0),
         ):
@@ -313,12 +313,12 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
                 kernel.become_nobody()
             kernel.drop_capabilities()
             kernel.die_with_parent()
-            if select.select([_DESCRIPTOR], [], [], 0)[0]:  # it has ended already
+            if select.select([_DESCRIPTOR], [], [], 0)[0]:  # the supervisor has ended already
                 leave(_RAISED)
         if state["calls"]:
             kernel.filter_system_calls(threads=state["threads"], own_files_only=state["namespaces"])
         _run(request["program"], leave)
-    except BaseException as error:  # of this function: the program's are caught where it is run
+    except BaseException as error:  # errors of this function; `_run` catches those of the program
         os.write(2, f"sandbox: {error}".encode())
     finally:
         leave(_RAISED)
@@ -334,7 +334,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _run(source: str, leave) -> None:
-    # Names of this module's own, which the program cannot put others behind.
+    # Local names, so that the program cannot replace these functions.
     read, write = os.read, os.write
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", "backslashreplace")
@@ -357,9 +357,9 @@ def _run(source: str, leave) -> None:
 
 
 def _say(error: BaseException) -> None:
-    """Prints a traceback as the interpreter would, of the program's own frames."""
+    """Prints a traceback as the interpreter would, with the program's own frames only."""
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
-    found = error.__traceback__.tb_next if error.__traceback__ else None
-    traceback.print_exception(type(error), error, found, limit=-8)
+    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    traceback.print_exception(type(error), error, frames, limit=-8)
     sys.stderr.flush()

@@ -1,10 +1,11 @@
-"""A synthetic retrieval task: look up the values of a key among many lines (SnapKV, 2404.14469).
+"""A synthetic retrieval task: look up the values of a key among many lines (SnapKV, arXiv 2404.14469).
 
-A document lists lines "key v1 v2 v3 v4" with distinct keys and then asks for some of them. Where the
-question is last, it is the key again and its four values are the answer. Where it is first, an asking
-form of the key precedes the lines, and the answer follows a mark after them. Only answers bear loss.
+A document has lines "key v1 v2 v3 v4" with distinct keys, and questions about some of the lines. If the
+question is last, it repeats the key after the lines, and the answer is the key's four values. If the question is
+first, a question token of the key precedes the lines, and a mark and the answer follow them. Only answers have
+loss weights.
 
-Ids: 0 is what precedes every document, then the keys, the values, the mark, the asking keys.
+Ids: 0 precedes every document; then come the keys, the values, the mark, and the question tokens of the keys.
 
 Shapes: E examples, L lines, A answer tokens, Q questions, T tokens of a document.
 """
@@ -35,33 +36,33 @@ _VALIDATION_DOCUMENTS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Contexts before anything is asked.
+    """Lines of examples, without questions.
 
     Attributes:
       keys_EL: distinct within an example.
-      values_ELA: values of each key.
+      values_ELA: the values of each key.
     """
 
     keys_EL: np.ndarray
     values_ELA: np.ndarray
 
     def tokens_ET(self) -> np.ndarray:
-        """The lines, one after the other."""
+        """Returns the lines of each example in sequence."""
         lines_ELX = np.concatenate([self.keys_EL[..., None], self.values_ELA], axis=-1)
         return lines_ELX.reshape(len(lines_ELX), -1)
 
     def answered_ET(self, asked_EQ: np.ndarray) -> np.ndarray:
-        """The asked lines again: questions with their answers."""
+        """Returns the lines with the indices `asked_EQ`: questions with their answers."""
         keys_EQ = np.take_along_axis(self.keys_EL, asked_EQ, axis=1)
         values_EQA = np.take_along_axis(self.values_ELA, asked_EQ[..., None], axis=1)
         return Lines(keys_EQ, values_EQA).tokens_ET()
 
 
 def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
-    """Random contexts.
+    """Returns random lines.
 
     Raises:
-      ValueError: there are not so many keys.
+      ValueError: `lines` is below 1 or above the number of keys.
     """
     if not 1 <= lines <= NUM_KEYS:
         raise ValueError(f"lines = {lines} must lie in [1, {NUM_KEYS}]: keys are distinct.")
@@ -74,22 +75,22 @@ def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
 def documents(
     rng: np.random.Generator, examples: int, lines: int, question: Question
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Documents to train on: tokens and their weights in the loss, both [E, T].
+    """Returns training documents: tokens [E, T] and their loss weights [E, T].
 
-    With the question last, all lines are asked for, in random order; with the question first, one is.
+    With the question last, a document asks for all lines in random order; with the question first, for one line.
     """
-    found = draw_lines(rng, examples, lines)
+    context = draw_lines(rng, examples, lines)
     order_EL = rng.permuted(np.tile(np.arange(lines), (examples, 1)), axis=1)
     if question == "last":
-        tokens_ET = np.concatenate([found.tokens_ET(), found.answered_ET(order_EL)], axis=1)
+        tokens_ET = np.concatenate([context.tokens_ET(), context.answered_ET(order_EL)], axis=1)
         answers = np.tile([False] + [True] * ANSWER_TOKENS, lines)
         weights_T = np.concatenate([np.zeros(lines * LINE, bool), answers])
     elif question == "first":
-        answered_EX = found.answered_ET(order_EL[:, :1])
+        answered_EX = context.answered_ET(order_EL[:, :1])
         asking_E1 = answered_EX[:, :1] - FIRST_KEY + FIRST_ASKING
         mark_E1 = np.full((examples, 1), MARK, np.int32)
         tokens_ET = np.concatenate(
-            [asking_E1, found.tokens_ET(), mark_E1, answered_EX[:, 1:]], axis=1
+            [asking_E1, context.tokens_ET(), mark_E1, answered_EX[:, 1:]], axis=1
         )
         weights_T = np.arange(tokens_ET.shape[1]) >= tokens_ET.shape[1] - ANSWER_TOKENS
     else:
@@ -99,12 +100,12 @@ def documents(
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts to answer, as a model reads them: id 0 first.
+    """Prompts as a model reads them, beginning with id 0, and their answers.
 
     Attributes:
-      tokens_ET: the prompt.
-      answers_EA: what follows it.
-      line_E: index of the asked line, from 0.
+      tokens_ET: the prompts.
+      answers_EA: the answers.
+      line_E: index of the line in question, from 0.
     """
 
     tokens_ET: np.ndarray
@@ -115,16 +116,15 @@ class Prompts:
 def draw_prompts(
     rng: np.random.Generator, context: Lines, question: Question = "last", *, asked_E=None
 ) -> Prompts:
-    """Questions about contexts of two lines or more, in the form of `documents`.
+    """Returns prompts about contexts of at least two lines, in the format of `documents`.
 
-    With the question last, a question about another line stands before it with its answer, so that
-    there is a T of 7 + 5 L tokens.
+    With the question last, an answered question about another line precedes it, so that T is 7 + 5 L.
 
     Args:
-      rng: chooses what is asked.
+      rng: chooses the lines in question.
       context: the lines.
-      question: where the question stands.
-      asked_E: index of the asked line of each; drawn if None.
+      question: position of the question.
+      asked_E: index of the line in question of each example; drawn if None.
     """
     examples, lines = context.keys_EL.shape
     drawn_E = rng.integers(lines, size=examples)
@@ -167,7 +167,7 @@ class RetrievalSource:
         return [split]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """`{"targets", "loss_weights"}` as a `tf.data.Dataset`, in random order as they are."""
+        """Returns a `tf.data.Dataset` of `{"targets", "loss_weights"}`; the documents are already in random order."""
         import tensorflow as tf
 
         del shuffle, shard_info  # drawn at random; one shard
@@ -188,12 +188,12 @@ def register(
 ) -> None:
     """Registers tasks `retrieval_<lines>` and, with the question first, `retrieval_first_<lines>`.
 
-    `retrieval` is the mixture of all of them; a curriculum is `stream.make_stream.phases`.
+    `retrieval` is the mixture of all of them; `stream.make_stream.phases` can order them as a curriculum.
 
     Args:
-      lines: numbers of lines, a task each.
-      train_documents: documents of each task.
-      seed: of the documents.
+      lines: number of lines of each task.
+      train_documents: training documents of each task.
+      seed: seed of the documents.
     """
     names = []
     for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):

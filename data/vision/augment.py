@@ -1,7 +1,7 @@
-"""What is done to an image before it is normalised: (image [H, W, C] uint8, generator) -> [S, S, C] uint8.
+"""Image transforms before normalisation: (image [H, W, C] uint8, generator) -> [S, S, C] uint8.
 
-Each is a frozen dataclass, whose text goes into a stream's fingerprint, and a pure function of the image
-and of what the generator draws; the stream gives every row a generator of its own (data/vision/images.py).
+Each transform is a frozen dataclass, whose repr is part of a stream's fingerprint. It is a pure function of the
+image and the generator; the stream passes a separate generator for every row (data/vision/images.py).
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PadCropFlip:
-    """Zeros around the image, a crop of its own size, and a flip in half of all cases: CIFAR's.
+    """Pads with zeros, crops to the original size, and flips with probability 1/2: for CIFAR.
 
     Attributes:
       padding: pixels on each side.
-      flip: mirrors left and right; not for digits, whose sides mean something.
+      flip: flip left and right with probability 1/2; False for images such as digits, which a flip changes.
     """
 
     padding: int = 4
@@ -34,13 +34,13 @@ class PadCropFlip:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """A rectangle of random area and shape, resized, and a flip: ImageNet's (arXiv 1409.4842).
+    """Crops a random rectangle, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842).
 
     Attributes:
       size: S.
-      area: least and largest share of the image's area.
-      ratio: least and largest width over height, drawn evenly in its logarithm.
-      attempts: rectangles drawn before the largest square in the middle is taken.
+      area: bounds of the rectangle's share of the image's area.
+      ratio: bounds of width over height; its logarithm is uniform.
+      attempts: most rectangles to draw; if none fits into the image, the largest central square is used.
     """
 
     size: int
@@ -68,7 +68,7 @@ class RandomResizedCrop:
 
 @dataclasses.dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized, and the middle of that: how ImageNet is evaluated.
+    """Resizes the shorter side and crops the centre: for evaluation on ImageNet.
 
     Attributes:
       size: S.
@@ -88,7 +88,7 @@ class CentreCrop:
 
 
 def resized(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at another size, averaged where that is smaller (Pillow's bilinear filter)."""
+    """Returns the image at another size (Pillow's bilinear filter, which averages when it shrinks an image)."""
     from PIL import Image  # Pillow comes with matplotlib
 
     grey = image_HWC.shape[-1] == 1

@@ -1,7 +1,7 @@
-"""Sets of labelled images that a stream reads row by row; each factory is called with (split=).
+"""Sets of labelled images with random access; each factory is called with (split=).
 
-`arrays` wraps what is in memory, `digits` the handwritten digits that come with scikit-learn, and `tfds` a set
-of TensorFlow Datasets, read at random. data/vision/textures.py generates one.
+`Arrays` wraps arrays in memory. `digits` has the handwritten digits of scikit-learn. `tfds` reads a set of TensorFlow
+Datasets by random access. data/vision/textures.py generates a set.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ SPLITS = ("train", "validation")
 
 
 class ImageSet(Protocol):
-    """A split of a set.
+    """One split of a set.
 
     Attributes:
-      name: of the set; a run's source and evaluation are called so.
-      num_classes: labels are below it.
-      size: images.
-      digest: of all that decides what is read.
+      name: name of the set, also of a run's source and evaluation.
+      num_classes: number of classes; labels are in [0, num_classes).
+      size: number of images.
+      digest: digest of everything that determines images and labels.
     """
 
     name: str
@@ -33,16 +33,16 @@ class ImageSet(Protocol):
     digest: str
 
     def read(self, rows: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
-        """Images [H, W, C] uint8, not all of one size perhaps, and labels [rows] of these rows."""
+        """Returns images [H, W, C] uint8, possibly of different sizes, and labels [rows] of the rows."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-    """A set in memory.
+    """One split of a set, in memory.
 
     Raises:
-      ValueError: no images, other types than are needed, or a label without a class.
+      ValueError: there are no images, a shape or dtype is wrong, or a label is outside [0, num_classes).
     """
 
     name: str
@@ -66,27 +66,27 @@ class Arrays:
 
     @property
     def digest(self) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         for array in (self.images_NHWC, self.labels_N.astype(np.int64)):
-            found.update(repr(array.shape).encode())
-            found.update(np.ascontiguousarray(array))
-        return found.hexdigest()
+            sha256.update(repr(array.shape).encode())
+            sha256.update(np.ascontiguousarray(array))
+        return sha256.hexdigest()
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images_NHWC[rows], self.labels_N[rows]
 
 
 def digits(*, split: str, validation_fraction: float = 0.2, seed: int = 0) -> Arrays:
-    """1,797 handwritten digits, 8 x 8 grey (Alpaydin and Kaynak, 1998), from the package scikit-learn.
+    """Returns a split of scikit-learn's 1,797 handwritten digits, 8 x 8 grey (Alpaydin and Kaynak, 1998).
 
     Args:
-      split: 'train' or 'validation', which the set itself does not have: drawn by `seed`.
-      validation_fraction: share that is held out.
-      seed: of the split.
+      split: 'train' or 'validation'; scikit-learn has no split, so `seed` draws it.
+      validation_fraction: share to hold out.
+      seed: seed of the split.
 
     Raises:
       ImportError: scikit-learn is not installed.
-      ValueError: an unknown split.
+      ValueError: `split` is unknown.
     """
     try:
         from sklearn import datasets
@@ -96,12 +96,12 @@ def digits(*, split: str, validation_fraction: float = 0.2, seed: int = 0) -> Ar
             "or use t5x_configs/data/textures.gin, which needs nothing."
         ) from None
     check_split(split)
-    found = datasets.load_digits()
-    images_NHWC = (found.images * (255 / 16)).round().astype(np.uint8)[..., None]
+    bunch = datasets.load_digits()
+    images_NHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
     order = np.random.default_rng(seed).permutation(len(images_NHWC))
     held_out = round(validation_fraction * len(order))
     rows = order[:held_out] if split == "validation" else order[held_out:]
-    return Arrays("digits", 10, images_NHWC[rows], found.target[rows])
+    return Arrays("digits", 10, images_NHWC[rows], bunch.target[rows])
 
 
 def tfds(
@@ -111,16 +111,16 @@ def tfds(
     splits: Sequence[str] = ("train", "test"),
     data_dir: str | os.PathLike | None = None,
 ) -> "Tfds":
-    """A set of TensorFlow Datasets with features 'image' and 'label', already prepared for random access.
+    """Returns a split of a TensorFlow dataset with features 'image' and 'label', prepared for random access.
 
     Args:
       split: 'train' or 'validation'.
-      name: such as 'cifar100:3.0.2', 'imagenet2012:5.1.0'.
-      splits: what the set calls the two; parts such as 'train[:98%]' serve too.
-      data_dir: where it was prepared; TFDS's own default if None.
+      name: name and version, such as 'cifar100:3.0.2' or 'imagenet2012:5.1.0'.
+      splits: TFDS names of the two splits; parts such as 'train[:98%]' are allowed.
+      data_dir: directory of the prepared set; None for the default of TFDS.
 
     Raises:
-      ValueError: an unknown split, or a set that is not there in array_record files; nothing is downloaded.
+      ValueError: `split` is unknown, or there are no array_record files of the set; nothing is downloaded.
     """
     cpu_tensorflow.load()
     import tensorflow_datasets as datasets
@@ -131,21 +131,21 @@ def tfds(
     try:
         source = builder.as_data_source(split=named)
     except (AssertionError, KeyError, ValueError, NotImplementedError, OSError) as error:
-        said = str(error.args[0] if error.args else error)  # a KeyError's own text is quoted
+        message = str(error.args[0] if error.args else error)  # a KeyError's own text is quoted
         raise ValueError(
             f"TFDS_NAME = {name!r} cannot be read at random from {builder.data_path}: "
-            f"{said.splitlines()[0]} Prepare it once, on a machine with a network: "
+            f"{message.splitlines()[0]} Prepare it once, on a machine with a network: "
             f"tfds build {name} --file_format=array_record --data_dir=DATA_DIR."
         ) from None
     label = builder.info.features["label"]
-    told = [builder.info.full_name, named, len(source), builder.info.splits[named].num_examples]
-    digest = hashlib.sha256(repr(told).encode()).hexdigest()
+    identity = [builder.info.full_name, named, len(source), builder.info.splits[named].num_examples]
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
     return Tfds(name.partition(":")[0], label.num_classes, len(source), digest, source)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tfds:
-    """A split of TensorFlow Datasets, decoded as it is read; see `tfds`."""
+    """One split of a TensorFlow dataset, decoded on access; see `tfds`."""
 
     name: str
     num_classes: int

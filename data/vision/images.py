@@ -1,8 +1,8 @@
-"""Streams of labelled images: batches as a pure function of (seed, step), as those of rows of tokens are.
+"""Streams of labelled images: batches as a pure function of (seed, step), as for rows of tokens.
 
-Place p of a run (step x batch size + row) is an image by the stateless permutation of its epoch (data/stream/order.py), and
-what is drawn to augment it comes from a generator of (seed, p) alone. Any step is found by arithmetic; neither
-hosts nor restarts change what a batch holds.
+Position p of a run is step x batch size + row. A stateless permutation of the epoch maps p to an image
+(data/stream/order.py), and the image's augmentation uses a generator seeded by (seed, p) only. So any step is computed
+directly, and batches depend neither on hosts nor on restarts.
 
 Shapes: B rows, S side of the images, C channels.
 """
@@ -20,12 +20,12 @@ from data.stream import order
 from data.vision.image_sets import ImageSet
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-_VERSION = 1  # of what the same settings give
-_PART = 16  # least images that a thread is worth
+_VERSION = 1  # raise it when the same settings give other batches
+_PART = 16  # least number of images per thread
 
 
 class _Images(abc.ABC):
-    """What both streams share: rows of a set turned into batches."""
+    """Base class of both streams: reads rows of a set and makes batches."""
 
     length = 1  # an image is one unit
 
@@ -68,14 +68,14 @@ class _Images(abc.ABC):
                 "kind": type(self).__name__,
             }
         )
-        self.batch(0, 0, 1)  # sizes that do not fit are told before the first step
+        self.batch(0, 0, 1)  # raises for wrong image sizes before the first step
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of the batch of `step`.
+        """Returns rows [lo, hi) of the batch of `step`.
 
         Returns:
-          'images' [B, S, S, C] float32, normalised per channel; 'labels' [B] int32; 'weights' [B]
-          float32, 0 for rows past the end, whose images are 0.
+          'images' [B, S, S, C] float32, normalised per channel; 'labels' [B] int32; 'weights' [B] float32.
+          Rows past the end have weight 0 and images of 0.
         """
         place_B, _, row_B = self._locate(step, lo, hi)
         held = np.flatnonzero(row_B >= 0)
@@ -83,21 +83,21 @@ class _Images(abc.ABC):
         labels_B = np.zeros(len(row_B), np.int32)
 
         def fill(part: np.ndarray) -> None:
-            found, labels_B[part] = self._images.read(row_B[part])
+            originals, labels_B[part] = self._images.read(row_B[part])
             pixels = [
-                self._transformed(*one)
-                for one in zip(found, row_B[part], place_B[part], strict=True)
+                self._transformed(*arguments)
+                for arguments in zip(originals, row_B[part], place_B[part], strict=True)
             ]
             images_BSSC[part] = (np.stack(pixels) / np.float32(255) - self._mean_C) / self._std_C
 
-        # Decoding and resizing let other threads run; each fills rows of its own.
+        # Decoding and resizing release the GIL; each thread fills separate rows.
         parts = np.array_split(held, max(1, min(self._threads, len(held) // _PART)))
         list(self._pool.map(fill, [part for part in parts if part.size]))
         weights_B = (row_B >= 0).astype(np.float32)
         return {"images": images_BSSC, "labels": labels_B, "weights": weights_B}
 
     def documents(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
-        """Set, epoch and row of each image."""
+        """Returns set, epoch and row of each image."""
         _, epoch_B, row_B = self._locate(step, lo, hi)
         return [
             {"source": self._images.name, "epoch": int(epoch), "row": int(row)}
@@ -105,7 +105,7 @@ class _Images(abc.ABC):
         ]
 
     def summary(self) -> dict[str, Any]:
-        """What to record with a run."""
+        """Returns facts for the record of a run."""
         return {
             "fingerprint": self.fingerprint,
             "batch_size": self.batch_size,
@@ -119,7 +119,7 @@ class _Images(abc.ABC):
 
     @abc.abstractmethod
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(place, epoch, row of the set) of each row; -1 for none."""
+        """Returns (position in the run, epoch, row of the set) of each row; row -1 for no image."""
 
     def _places(self, step: int, lo: int, hi: int) -> np.ndarray:
         if not 0 <= lo <= hi <= self.batch_size:
@@ -128,7 +128,7 @@ class _Images(abc.ABC):
 
     def _transformed(self, image: np.ndarray, row: int, place: int) -> np.ndarray:
         if self._transform is not None:
-            # A key in place of a seed costs nothing to make a generator of.
+            # A generator from a key is cheap; one from a seed would hash the seed first.
             key = np.array([self._seed, place], np.uint64)
             image = self._transform(image, np.random.Generator(np.random.Philox(key=key)))
         if image.shape != self._shape:
@@ -141,35 +141,35 @@ class _Images(abc.ABC):
 
 
 class ImageStream(_Images):
-    """An endless stream over one set, shuffled anew in each epoch; see `make_stream`."""
+    """An endless stream over one set with a new permutation in each epoch; see `make_stream`."""
 
     def __init__(
         self, images: ImageSet, *, positions: Mapping[str, Mapping[str, Any]] | None, **given: Any
     ):
         self._before = 0
         super().__init__(images, **given)
-        if (there := (positions or {}).get(images.name)) is not None:
-            if there["order"] != self._order:
+        if (earlier := (positions or {}).get(images.name)) is not None:
+            if earlier["order"] != self._order:
                 raise ValueError(
                     f"{images.name!r} cannot be read on from where the earlier run stopped: its images or "
                     "the seed are others. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
                 )
-            self._before = int(there["rows"])
+            self._before = int(earlier["rows"])
 
     def steps_for_tokens(self, tokens: float) -> int:
-        """Steps that train on so many images, rounded up."""
+        """Returns the number of steps that train on `tokens` images, rounded up."""
         return -int(-tokens // self.batch_size)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often the set has been read in the steps before `step` and before the first."""
+        """Returns the number of epochs read before `step`, including those before this run."""
         return {self._images.name: self._read(step) / self._images.size}
 
     def positions(self, step: int) -> dict[str, dict[str, Any]]:
-        """How far the set has been read before `step`, for a phase that goes on from there."""
+        """Returns the number of rows read before `step`, so that a later phase can continue from there."""
         return {self._images.name: {"rows": self._read(step), "order": self._order}}
 
     def check_repeats(self, steps: int) -> list[str]:
-        """Nothing: images are meant to be read many times."""
+        """Returns no warnings: image sets are meant to be read many times."""
         del steps
         return []
 
@@ -187,7 +187,7 @@ class ImageStream(_Images):
 
 
 class ImageEvalStream(_Images):
-    """Every image of a split once, in an order of no meaning; rows past the end have weight 0."""
+    """A stream of every image of a split once, in arbitrary order; rows past the end have weight 0."""
 
     bytes_per_token = 0.0  # images have no text
 
@@ -223,20 +223,20 @@ def make_stream(
     seed: int = 0,
     positions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ImageStream:
-    """The training stream of a set.
+    """Returns the training stream of a set.
 
     Args:
       images: factory of the set, called with (split=).
       batch_size: rows of the global batch.
-      image_size: S, of the images or of what `transform` makes of them.
+      image_size: S, the side of the images after `transform`.
       channels: C.
-      mean, std: per channel, of values in [0, 1].
-      transform: of data/vision/augment.py; None takes images as they are.
-      seed: of the order and of what is drawn.
-      positions: go on where another stream stopped, as its `positions` says.
+      mean, std: mean and standard deviation of each channel, for values in [0, 1].
+      transform: a transform such as those in data/vision/augment.py; None for no transform.
+      seed: seed of the order and the augmentation.
+      positions: the result of `positions` of another stream, to continue where it stopped.
 
     Raises:
-      ValueError: a set that is empty or has other sizes or labels, or numbers that do not fit.
+      ValueError: the set is empty, its image sizes or labels are wrong, or the settings do not fit together.
     """
     return ImageStream(
         images(split="train"),
@@ -262,19 +262,20 @@ def make_eval_stream(
     std: Sequence[float] = (0.25, 0.25, 0.25),
     transform: Transform | None = None,
 ) -> ImageEvalStream:
-    """The held-out stream of a set, every image once. Arguments as for `make_stream`.
+    """Returns the evaluation stream of a set: every held-out image once.
 
     Args:
-      task: name of the set.
+      task: expected name of the set.
+      images, batch_size, image_size, channels, mean, std, transform: see `make_stream`.
 
     Raises:
-      ValueError: the set has another name, or does not fit.
+      ValueError: the set has another name; or as for `make_stream`.
     """
-    found = images(split="validation")
-    if found.name != task:
-        raise ValueError(f"{task!r} is not evaluated: the set's name is {found.name!r}.")
+    image_set = images(split="validation")
+    if image_set.name != task:
+        raise ValueError(f"{task!r} is not evaluated: the set's name is {image_set.name!r}.")
     return ImageEvalStream(
-        found,
+        image_set,
         batch_size=batch_size,
         image_size=image_size,
         channels=channels,

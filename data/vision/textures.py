@@ -1,9 +1,9 @@
-"""Ten classes of generated colour textures: a set for small convolutional networks that needs no download.
+"""Ten classes of generated colour textures: an image set for small networks, without a download.
 
-A texture is Gaussian noise with a class's power spectrum, as it is or cut to two values, along a random direction
-of colour. Only the statistics of second order and the cut tell classes apart: phase, colours, contrast, a
-change of scale, a turn and white noise on top are drawn for each image, so that classes overlap and no network
-tells all of them apart.
+A texture is Gaussian noise with the power spectrum of its class, along a random direction of colour. In some classes
+the field is cut to two values. Classes differ only in second-order statistics and in the cut. Phase, colours, contrast,
+change of scale, rotation and additional white noise are random for each image. So classes overlap, and no classifier is
+always right.
 
 Shapes: N images, S side of the square.
 """
@@ -21,14 +21,14 @@ _VERSION = 1  # raise it when the same settings begin to give other images
 
 @dataclasses.dataclass(frozen=True)
 class Texture:
-    """The spectrum of a class: a ring of frequencies, or two opposite parts of one.
+    """The spectrum of a class: a ring of frequencies, or two opposite parts of a ring.
 
     Attributes:
-      frequency: where the ring lies, in cycles per pixel.
-      width: of the ring, as a share of its frequency.
-      angle: of the waves, in degrees; None for all directions.
-      spread: of the angle, in degrees.
-      cut: whether the field is cut to two values: blobs and stripes with edges.
+      frequency: radius of the ring, in cycles per pixel.
+      width: width of the ring, as a share of `frequency`.
+      angle: direction of the waves, in degrees; None for all directions.
+      spread: standard deviation of the direction, in degrees.
+      cut: whether the field is cut to two values, which gives blobs and stripes with sharp edges.
     """
 
     frequency: float
@@ -63,19 +63,19 @@ def textures(
     noise: float = 0.04,
     seed: int = 0,
 ) -> image_sets.Arrays:
-    """A split of the set, the same for the same arguments.
+    """Returns a split of the set, the same for the same arguments.
 
     Args:
       split: 'train' or 'validation'.
       size: S.
-      train_images, validation_images: of each split, the classes in equal shares.
+      train_images, validation_images: images of each split, with equal shares of the classes.
       scale: standard deviation of the logarithm of the change of scale.
-      turn: standard deviation of the turn, in degrees.
-      noise: standard deviation of white noise per pixel and channel, of values in [0, 1].
-      seed: of everything.
+      turn: standard deviation of the rotation, in degrees.
+      noise: standard deviation of white noise per pixel and channel, for values in [0, 1].
+      seed: seed of all random choices.
 
     Raises:
-      ValueError: an unknown split, or images smaller than a wave.
+      ValueError: `split` is unknown, or the images are smaller than a wave.
     """
     image_sets.check_split(split)
     if size < 8:
@@ -103,24 +103,24 @@ def textures(
 def fields(
     rng: np.random.Generator, labels_N: np.ndarray, size: int, *, scale: float, turn: float
 ) -> np.ndarray:
-    """Fields of these classes, [N, S, S], each of mean 0 and standard deviation 1."""
+    """Returns random fields [N, S, S] of the classes `labels_N`, each with mean 0 and standard deviation 1."""
     count = len(labels_N)
     fy_SS, fx_SS = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij")
     radius_SS, angle_SS = np.hypot(fy_SS, fx_SS), np.degrees(np.arctan2(fy_SS, fx_SS))
-    of = {
+    attribute = {
         name: np.array([getattr(CLASSES[label], name) for label in labels_N])[:, None, None]
         for name in ("frequency", "width", "spread", "cut")
     }
     directed = np.array([CLASSES[label].angle is not None for label in labels_N])[:, None, None]
     angle = np.array([CLASSES[label].angle or 0.0 for label in labels_N])[:, None, None]
-    frequency = of["frequency"] * np.exp(scale * rng.normal(size=(count, 1, 1)))
+    frequency = attribute["frequency"] * np.exp(scale * rng.normal(size=(count, 1, 1)))
     angle = angle + turn * rng.normal(size=(count, 1, 1))
-    power_NSS = np.exp(-0.5 * ((radius_SS - frequency) / (of["width"] * frequency)) ** 2)
-    off_NSS = (angle_SS - angle + 90.0) % 180.0 - 90.0  # a wave and its opposite are one
-    power_NSS *= np.where(directed, np.exp(-0.5 * (off_NSS / of["spread"]) ** 2), 1.0)
+    power_NSS = np.exp(-0.5 * ((radius_SS - frequency) / (attribute["width"] * frequency)) ** 2)
+    off_NSS = (angle_SS - angle + 90.0) % 180.0 - 90.0  # opposite directions are the same wave
+    power_NSS *= np.where(directed, np.exp(-0.5 * (off_NSS / attribute["spread"]) ** 2), 1.0)
     power_NSS[:, 0, 0] = 0.0
     white_NSS = np.fft.fft2(rng.normal(size=(count, size, size)))
     field_NSS = np.fft.ifft2(white_NSS * np.sqrt(power_NSS + 1e-4)).real
-    field_NSS = np.where(of["cut"], np.sign(field_NSS), field_NSS)
+    field_NSS = np.where(attribute["cut"], np.sign(field_NSS), field_NSS)
     field_NSS -= field_NSS.mean((1, 2), keepdims=True)
     return field_NSS / field_NSS.std((1, 2), keepdims=True)

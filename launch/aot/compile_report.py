@@ -15,8 +15,8 @@ from launch.aot.hlo.analysis import Kernel
 from launch.aot.hlo.collectives import Total
 from launch.aot.hlo.text import Array
 
-# Products of the size of queries x keys^T that attention kernels do, by a part of their name.
-# Backward passes compute the logits again.
+# Part of an attention kernel's name -> number of matrix products of the size of queries x keys^T in it.
+# Backward kernels recompute the logits.
 _KERNEL_PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}
 
 
@@ -29,7 +29,7 @@ class Memory:
       temporaries: all other memory of the running program, packing slack included.
       outputs: the new state and metrics.
       aliased: outputs that reuse the memory of donated arguments.
-      peak: the most that is in use at one time, arguments included: this must fit.
+      peak: the most memory in use at one time, arguments included; it must fit into the chip's memory.
     """
 
     arguments: int
@@ -44,11 +44,11 @@ class Flops:
     """FLOPs of one step on one chip, two per multiply-add.
 
     Attributes:
-      compiled: of the program: `products` + `kernels`.
-      products: of its matrix products, recomputation included.
-      kernels: of its attention kernels, counted from their shapes: the keys that the mask leaves,
-        about half of all.
-      analytic: of the model: forward and backward without recomputation, attention likewise causal.
+      compiled: FLOPs of the program: `products` + `kernels`.
+      products: FLOPs of its matrix products, recomputation included.
+      kernels: FLOPs of its attention kernels, computed from their shapes; only unmasked keys count, about half
+        of all keys.
+      analytic: FLOPs of the model: forward and backward without recomputation, causal attention too.
     """
 
     compiled: float
@@ -83,16 +83,16 @@ class Report:
 
 
 def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: float) -> Report:
-    """Measures a compiled program.
+    """Returns the costs of a compiled program.
 
     Args:
       compiled: from `jax.jit(step).lower(...).compile()`.
-      model_flops: analytic FLOPs of the step on all chips, over the number of chips.
-      mean_keys: keys a query attends to, on average over rows and layers.
+      model_flops: analytic FLOPs of the step, divided by the number of chips.
+      mean_keys: mean number of keys per query, over rows and layers.
       hbm_bytes: memory of a chip.
 
     Raises:
-      HloError: a program with a part that cannot be counted.
+      HloError: the program has a part whose cost cannot be counted.
     """
     stats = compiled.memory_analysis()
     memory = Memory(
@@ -123,7 +123,7 @@ def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: f
 def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
     """Returns the FLOPs of one call of an attention kernel; None for kernels of another kind."""
     products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
-    # The mask's tables come first, in integers, then queries [..., T, H] and keys.
+    # The operands are integer tables of the mask first, then queries [..., T, H] and keys.
     queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
     if products is None or queries is None:
         return None
@@ -136,7 +136,7 @@ def _is_float(array: Array) -> bool:
 
 _SIZE = r"([\d.]+)([KMGT]?)"
 _OUT_OF_MEMORY = (
-    # The memory in use at once, then the memory of a chip.
+    # Both patterns match the memory in use, then the memory of a chip.
     rf"Used {_SIZE} of {_SIZE} hbm",
     rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )

@@ -24,13 +24,13 @@ def precompile(
     """Compiles the train step of a recipe, prints the report, and returns whether the step fits.
 
     Args:
-      recipe: of the run.
+      recipe: recipe of the run.
       topology_name: slice of TPUs, such as v5e:4x4.
-      json_file: where to write the report too.
-      hlo: where to write the compiled program's text.
+      json_file: file for the report as JSON; None for none.
+      hlo: file for the compiled program's text; None for none.
 
     Raises:
-      TopologyError: no such topology, or no libtpu.
+      TopologyError: the topology is unknown, or libtpu is missing.
     """
     topology = tpu_topology.parse(topology_name)
     devices = tpu_topology.devices(topology)
@@ -53,7 +53,7 @@ def precompile(
 
 
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles the train step of a program, whose devices may be absent, and measures it.
+    """Compiles and measures the train step of a program; its devices may be absent.
 
     Args:
       program: a recipe on a mesh.
@@ -83,7 +83,7 @@ def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | N
 
 
 def _too_large(program: Program, batch: Any, *, needed: int) -> Report:
-    """What can be said of a program the compiler gave up on: it counts arguments as temporaries."""
+    """Returns the report of a program that does not fit; the compiler's figure `needed` includes the arguments."""
     state = sum(map(_shard_bytes, jax.tree.leaves(program.abstract_state)))
     arguments = state + sum(map(_shard_bytes, jax.tree.leaves(batch)))
     memory = Memory(
@@ -109,7 +109,7 @@ def _mean_keys(recipe: Recipe) -> float:
 
 
 def _header(topology: Topology, program: Program) -> dict[str, Any]:
-    """Facts about what was compiled."""
+    """Returns facts about the compiled program, for the JSON report."""
     recipe = program.recipe
     return {
         "topology": str(topology),
@@ -127,7 +127,7 @@ def _header(topology: Topology, program: Program) -> dict[str, Any]:
 
 
 def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: float):
-    """Lines above the table."""
+    """Returns (name, value) of the lines above the table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     facts = [
@@ -161,7 +161,7 @@ def _rows(header: dict[str, Any]) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")

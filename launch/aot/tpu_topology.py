@@ -20,15 +20,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation.
+    """One generation of TPU chips.
 
     Attributes:
-      dimensions: of the torus.
-      hbm_bytes: memory that the compiler gives a program; the runtime uses the rest.
+      dimensions: number of dimensions of the torus.
+      hbm_bytes: memory available to a program; the runtime uses the rest.
       peak_flops: dense bfloat16 FLOP/s of a chip, from data sheets.
       hbm_rate: bytes/s to and from main memory, from data sheets.
       wire_rate: bytes/s a chip sends over the two links of one dimension (a bidirectional ring).
-      options: further arguments of the topology, so that one device is one chip.
+      options: further arguments of the topology that make one device of one chip.
     """
 
     dimensions: int
@@ -49,12 +49,12 @@ CHIPS = {
 
 
 class TopologyError(ValueError):
-    """A topology that cannot be described, or a host that cannot compile for TPUs."""
+    """Raised for an invalid topology, or on a host that cannot compile for TPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: `chip` of generation `generation`, `shape` chips along each dimension."""
+    """A slice of chips of one generation; `shape` is the number of chips along each dimension."""
 
     generation: str
     shape: tuple[int, ...]
@@ -72,10 +72,10 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """Reads `v5e:4x4`.
+    """Parses the name of a topology, such as `v5e:4x4`.
 
     Raises:
-      TopologyError: an unknown generation or a shape of the wrong rank.
+      TopologyError: the generation is unknown, or the shape has the wrong rank.
     """
     generation, _, shape = name.partition(":")
     examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4 or v5e:1x1"
@@ -95,7 +95,7 @@ def parse(name: str) -> Topology:
 
 
 def prepare_environment() -> None:
-    """Sets the variables with which libtpu works without chips; call it before importing jax."""
+    """Sets the environment variables that libtpu needs on hosts without chips; call it before importing jax."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # The cache cannot read back programs for absent devices.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -127,7 +127,7 @@ def devices(topology: Topology) -> Sequence["jax.Device"]:
     """Returns devices of an absent slice, one per chip: programs compile for them but do not run.
 
     Raises:
-      TopologyError: libtpu is missing, or knows no such slice.
+      TopologyError: libtpu is missing, or does not know the slice.
     """
     reason = missing()
     if reason:

@@ -1,12 +1,12 @@
-"""SnapKV against the full cache after a long prompt: time, memory, and what compressing costs.
+"""SnapKV against the full cache after a long prompt: time, memory, and the cost of compression.
 
-The model is that of the decode benchmark with a quarter of the layers, so that a prompt of 16,384 tokens
-is read in seconds on two cores; like the model of the paper's figures it has as many key/value heads as
-query heads. 64 tokens are generated, not 512: the time of a token does not depend on how many follow it
-but for the few slots that they add. Compression is timed alone, of caches that hold the whole prompt, in
-kvpress's within its hook: the difference of two prefills would be lost in their noise.
-Longest prompts are of as many layers as the paper's model has, because one of them is whole while it is
-read. kvpress runs in .venv-kvpress, which `make peers-kvpress` makes.
+The model is that of the decode benchmark with a quarter of the layers, so that it reads a prompt of 16,384 tokens
+in seconds on two cores. Like the model of the paper's figures, it has as many key/value heads as query heads. It
+generates 64 tokens, not 512: apart from the few slots that further tokens add, the time per token does not depend
+on their number. Compression is timed alone, on caches with the whole prompt; kvpress's is timed within its hook.
+The difference of two prefills would be smaller than their noise. The longest prompts are computed for the number
+of layers of the paper's model, because one layer's cache is uncompressed while the prompt is read. kvpress runs
+in .venv-kvpress, made by `make peers-kvpress`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from launch.benchmarks import decode_case, pairs, peers
 
 SIZES = {**decode_case.SMALL, "num_layers": 2, "max_length": 16_896}
 BATCH, LENGTH, NEW = 2, 16_384, 64
-PEER_NEW = 384  # its reading is subtracted: with 64 tokens the noise of that would be all there is
+PEER_NEW = 384  # its prefill time is subtracted; with 64 tokens, the noise of the prefill would dominate the result
 CAPACITY, WINDOW, KERNEL = 2_048, 64, 5
 SNAPKV = {"capacity": CAPACITY, "window": WINDOW, "kernel": KERNEL, "pooling": "average"}
 LAYERS = 32
@@ -26,7 +26,7 @@ KVPRESS_PYTHON = peers.ROOT / ".venv-kvpress" / "bin" / "python"
 
 
 def run(*, rounds: int = 5) -> dict[str, Any]:
-    """Alternates snapkv, the full cache and the peer's; then compresses alone.
+    """Alternates snapkv, the full cache and the peer's cache, then times compression alone.
 
     Raises:
       PeerError: kvpress is not installed.
@@ -56,18 +56,18 @@ def _decoding(ours: decode_case.Side, peer: decode_case.Side, rounds: int) -> di
     for ask in (full, snapkv):
         ask()  # compiles
     token_ms: dict[str, list[float]] = {"full": [], "snapkv": [], "peer_full": []}
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for _ in range(rounds):
         for name, ask in (("full", full), ("snapkv", snapkv)):
-            found[name] = ask()
-            token_ms[name].append(found[name]["decode_seconds"] / (NEW - 1) * 1e3)
+            answers[name] = ask()
+            token_ms[name].append(answers[name]["decode_seconds"] / (NEW - 1) * 1e3)
         short, long = (peer.ask("generate", new=new, **sizes)["seconds"] for new in (1, PEER_NEW))
         token_ms["peer_full"].append((long - short) / (PEER_NEW - 1) * 1e3)
     return {
         "ms_per_token": token_ms,
         "snapkv_speed_over_full": pairs.ratio(token_ms["full"], token_ms["snapkv"]),
         "full_speed_over_peer": pairs.ratio(token_ms["peer_full"], token_ms["full"]),
-        "cache_bytes": {name: answer["cache_bytes"] for name, answer in found.items()},
+        "cache_bytes": {name: answer["cache_bytes"] for name, answer in answers.items()},
     }
 
 
@@ -90,11 +90,12 @@ def _compression(ours: decode_case.Side, peer: decode_case.Side, rounds: int) ->
 
 
 def _longest_prompts(ours: decode_case.Side) -> dict[str, Any]:
-    """The longest prompt of one row whose caches stay within BYTES while it is read and continued.
+    """Returns for each policy the longest prompt of one row whose caches stay within BYTES in prefill and decoding.
 
-    From the shapes of the states of LAYERS layers; those of a run must have the calculated bytes.
+    The bytes are calculated from the shapes of the states of LAYERS layers. For comparison, the result has the
+    calculated and the measured bytes of a run.
     """
-    found: dict[str, Any] = {"limit_bytes": BYTES, "layers": LAYERS}
+    report: dict[str, Any] = {"limit_bytes": BYTES, "layers": LAYERS}
     depth = LAYERS // SIZES["num_layers"]
     for name, settings in (("full", {}), ("snapkv", SNAPKV)):
         ask = functools.partial(ours.ask, "peak_bytes", new=NEW, policy=name, settings=settings)
@@ -104,12 +105,12 @@ def _longest_prompts(ours: decode_case.Side) -> dict[str, Any]:
             fits = ask(length=middle, depth=depth)["bytes"] <= BYTES
             low, high = (middle, high) if fits else (low, middle)
         run = ours.ask("generate", batch=1, length=LENGTH, new=NEW, policy=name, settings=settings)
-        found[name] = {
+        report[name] = {
             "tokens": low,
             "bytes": ask(length=low, depth=depth)["bytes"],
-            # The same calculation at the length of this benchmark, against buffers of a run.
+            # The same calculation at the length of this benchmark, to compare with the buffers of a run.
             "calculated_decode_bytes": ask(length=LENGTH)["decode_bytes"],
             "measured_decode_bytes": run["cache_bytes"],
         }
-    found["snapkv_over_full"] = found["snapkv"]["tokens"] / found["full"]["tokens"]
-    return found
+    report["snapkv_over_full"] = report["snapkv"]["tokens"] / report["full"]["tokens"]
+    return report

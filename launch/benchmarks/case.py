@@ -1,4 +1,4 @@
-"""The model, data and weights that both sides of the training benchmarks share."""
+"""Model, data and weights of both sides of the training benchmarks."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# The sizes are those of t5x_configs/models/bench_llama.gin.
+# The sizes in t5x_configs/models/bench_llama.gin are the same.
 CASE: dict[str, Any] = {
     "num_layers": 6,
     "embed_dim": 256,
@@ -24,7 +24,7 @@ CASE: dict[str, Any] = {
     "weight_decay": 0.1,
 }
 
-# Name in a block of this project's tree -> name in the peer's layer.
+# Name in a block of this project's parameter tree -> name in the peer's layer.
 _KERNELS = {
     ("attention", "query"): "self_attn.q_proj",
     ("attention", "key"): "self_attn.k_proj",
@@ -63,7 +63,7 @@ def write(folder: str, *, steps: int) -> None:
 
 
 def peer_name(layer: int, name: str) -> str:
-    """The peer's name of a kernel or a norm of a layer."""
+    """Returns the peer's name of a kernel or norm of a layer."""
     kernels = {ours: theirs for (_, ours), theirs in _KERNELS.items()}
     return f"model.layers.{layer}.{(kernels | _NORMS)[name]}.weight"
 
@@ -71,7 +71,7 @@ def peer_name(layer: int, name: str) -> str:
 def params_of(
     weights: dict[str, np.ndarray], *, num_layers: int = CASE["num_layers"]
 ) -> dict[str, Any]:
-    """The peer's weights as this project's parameter tree: kernels are [in, out] here."""
+    """Returns the peer's weights as this project's parameter tree, with kernels as [in, out]."""
     layers = {}
     for i in range(num_layers):
         peer = f"model.layers.{i}"
@@ -90,7 +90,7 @@ def params_of(
 
 
 def bindings(case: dict[str, Any]) -> list[str]:
-    """Gin bindings that give the recipe the peer's optimiser: no clipping, constant rate."""
+    """Returns gin bindings of the peer's optimiser: no gradient clipping, constant learning rate."""
     return [
         "MODEL_DIR='unused'",
         "MIXTURE_OR_TASK_NAME='unused'",

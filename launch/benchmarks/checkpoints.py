@@ -1,4 +1,4 @@
-"""What saving every ten updates costs the quickstart's model: the same loop with and without saves."""
+"""The cost of a save every ten updates of the quickstart's model: the same loop with and without saves."""
 
 import tempfile
 import time

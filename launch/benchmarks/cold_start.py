@@ -1,7 +1,7 @@
 """From process start to the first loss of a training run, cold and with a warm compilation cache.
 
-The peer's first loss needs only its forward pass compiled; this project's first loss comes out of the
-whole training step. Nothing is taken off for that.
+The peer's first loss needs only a compiled forward pass; this project's first loss needs the whole compiled
+training step. The figures are not corrected for this difference.
 """
 
 import os
@@ -13,14 +13,14 @@ from launch.benchmarks import case, pairs, peers
 
 def run(*, rounds: int = 3) -> dict[str, Any]:
     """Starts every side `rounds` times, each cold start with empty caches."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    reports: dict[str, list[dict[str, Any]]] = {}
 
     def start(name: str, side: str, folder: str, caches: str) -> None:
         env = {
             "JAX_COMPILATION_CACHE_DIR": os.path.join(caches, "jax"),
             "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "torch"),
         }
-        found.setdefault(name, []).append(peers.run(side, folder, steps=1, env=env))
+        reports.setdefault(name, []).append(peers.run(side, folder, steps=1, env=env))
 
     with tempfile.TemporaryDirectory() as folder:
         case.write(folder, steps=1)
@@ -31,15 +31,15 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
                 start("ours_warm", "ours", folder, caches)
                 start("compiled_warm", "compiled", folder, caches)
                 start("eager", "eager", folder, caches)
-    seconds = {name: [r["first_loss_s"] for r in runs] for name, runs in found.items()}
+    seconds = {name: [r["first_loss_s"] for r in runs] for name, runs in reports.items()}
     compiled = seconds["compiled_cold"]
     return {
         "cold_over_ours_cold": pairs.ratio(compiled, seconds["ours_cold"]),
         "cold_over_ours_warm": pairs.ratio(compiled, seconds["ours_warm"]),
         "warm_over_ours_warm": pairs.ratio(seconds["compiled_warm"], seconds["ours_warm"]),
         "first_loss_seconds": seconds,
-        "first_update_seconds": {n: [r["first_step_s"] for r in rs] for n, rs in found.items()},
-        "other_load_cores": {n: [r["other_load"] for r in rs] for n, rs in found.items()},
-        "contended": any(r["other_load"] > peers.CONTENDED for rs in found.values() for r in rs),
-        "peer_versions": found["eager"][0]["versions"],
+        "first_update_seconds": {n: [r["first_step_s"] for r in rs] for n, rs in reports.items()},
+        "other_load_cores": {n: [r["other_load"] for r in rs] for n, rs in reports.items()},
+        "contended": any(r["other_load"] > peers.CONTENDED for rs in reports.values() for r in rs),
+        "peer_versions": reports["eager"][0]["versions"],
     }

@@ -1,7 +1,7 @@
 """The input pipeline on one core: packed tokens per second, and the time of a batch at step 10^9.
 
-Two sources of log-normal document lengths are written to a temporary cache and read back as packed
-rows of a mixture with two phases, as a training run reads them. Padding is not counted.
+Two sources with log-normal document lengths are written to a temporary cache. They are read back as a training run
+reads them: as packed rows of a mixture with two phases. Padding is not counted.
 """
 
 import os
@@ -23,30 +23,30 @@ FAR_STEP = 10**9
 
 
 def run(*, million_tokens: int = 40, batch_size: int = 64, repeats: int = 9) -> dict:
-    """Writes the caches, reads them back, and returns figures with their spread.
+    """Writes the caches, reads them back, and returns figures with median, minimum and maximum.
 
     Args:
-      million_tokens: size of the corpus; two thirds of it are the first source.
+      million_tokens: size of the corpus; the first source has two thirds of it.
       batch_size: rows per batch.
-      repeats: measurements per figure, each of at least four million tokens, over other steps.
+      repeats: measurements per figure, each of at least four million tokens at different steps.
     """
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
         with tempfile.TemporaryDirectory() as root:
             caches, written = _timed(lambda: _write_caches(root, million_tokens))
-            found: dict[str, Any] = {
-                "tokens": sum(made.tokens() for made in caches.values()),
+            figures: dict[str, Any] = {
+                "tokens": sum(cache.tokens() for cache in caches.values()),
                 "write_s": written,
                 "open_and_verify_s": _timed(
-                    lambda: [store.open_cache(made.directory) for made in caches.values()]
+                    lambda: [store.open_cache(cache.directory) for cache in caches.values()]
                 )[1],
             }
             for length in LENGTHS:
-                found[f"length_{length}"] = _bench_length(caches, length, batch_size, repeats)
+                figures[f"length_{length}"] = _bench_length(caches, length, batch_size, repeats)
     finally:
         os.sched_setaffinity(0, cores)
-    return {**found, "batch_size": batch_size, "cores": 1}
+    return {**figures, "batch_size": batch_size, "cores": 1}
 
 
 def _bench_length(caches: dict, length: int, batch_size: int, repeats: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Greedy generation against transformers: tokens per second of the whole call, and of reading alone.
+"""Greedy generation against transformers: speed of the whole call, and of the prefill alone.
 
-Both sides have the same weights and prompts, in warm processes that take turns; the peer uses its
-better cache. That the tokens are the same is checked and reported.
+Both sides have the same weights and prompts and alternate in warm processes. The peer's time is that of its faster
+cache. The result reports whether the tokens are the same.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ LENGTH = 128
 
 
 def run(*, rounds: int = 12) -> dict[str, Any]:
-    """128 prompt and 128 new tokens, alternating `rounds` times, for batches of 1 and 8."""
+    """Alternates both sides `rounds` times with 128 prompt and 128 new tokens, in batches of 1 and 8."""
     sizes = decode_case.SMALL
     with tempfile.TemporaryDirectory() as folder:
         decode_case.write(folder, sizes)
@@ -44,8 +44,8 @@ def _compare(ours: decode_case.Side, peer: decode_case.Side, batch: int, rounds:
             for name, ask in sides.items():
                 seconds[part][name].append(ask(new=new)["seconds"])
     best = {
-        part: [min(both) for both in zip(found["dynamic"], found["static"], strict=True)]
-        for part, found in seconds.items()
+        part: [min(both) for both in zip(by_side["dynamic"], by_side["static"], strict=True)]
+        for part, by_side in seconds.items()
     }
     return {
         "speed_over_peer": pairs.ratio(best["whole"], seconds["whole"]["ours"]),

@@ -1,8 +1,7 @@
-"""The model and prompts that both sides of the generation benchmarks share, and how they are asked.
+"""Model and prompts of both sides of the generation benchmarks, and the protocol to call them.
 
-Each side is a process that stays: it is sent one request a line and answers one line, both JSON, so that
-calls alternate in warm processes. Requests name an "op" and its arguments; see decode_jax.py and
-decode_torch.py for what they do.
+Each side is a long-lived process, so that calls alternate in warm processes. A request is one line of JSON, and so
+is its answer. A request has an "op" and its arguments; decode_jax.py and decode_torch.py define the operations.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ def write(folder: str, sizes: Mapping[str, Any]) -> None:
     }
     for i in range(sizes["num_layers"]):
         for name in ("query", "key", "value", "out", "gate", "up", "down"):
-            # Far from uniform, so that no choice is a tie.
+            # Large weights, so that logits are far from uniform and no choice is a tie.
             weights[peer_name(i, name)] = rng.normal(0, 0.05, shapes.get(name, (D, D)))
         for norm in ("norm", "mlp_norm"):
             weights[peer_name(i, norm)] = np.ones(D)
@@ -55,19 +54,19 @@ def write(folder: str, sizes: Mapping[str, Any]) -> None:
 
 
 def prompts(sizes: Mapping[str, Any], batch: int, length: int) -> list[list[int]]:
-    """Random tokens, the same on both sides."""
+    """Returns random prompts, the same on both sides."""
     return np.random.default_rng(1).integers(3, sizes["vocab_size"], (batch, length)).tolist()
 
 
 class Side:
-    """A process that answers requests."""
+    """One side: a process that answers requests."""
 
     def __init__(self, process: subprocess.Popen, name: str):
         self._process = process
         self._name = name
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a request.
+        """Sends a request and returns its answer.
 
         Raises:
           PeerError: the process ended.
@@ -85,12 +84,12 @@ class Side:
 
 @contextlib.contextmanager
 def side(name: str, folder: str, *, python: str | None = None) -> Iterator[Side]:
-    """Starts a side, and ends it.
+    """Starts a side, yields it, and ends it on exit.
 
     Args:
       name: 'ours' or 'peer'.
-      folder: what `write` wrote.
-      python: the peer's interpreter; None for that of `make peers`.
+      folder: folder that `write` wrote.
+      python: the peer's interpreter; None for the one from `make peers`.
 
     Raises:
       PeerError: the peer is not installed.
@@ -100,7 +99,7 @@ def side(name: str, folder: str, *, python: str | None = None) -> Iterator[Side]
     else:
         command = peers.peer_command("decode_torch.py", folder)
         command[0] = python or command[0]
-    # As its users start it: malloc's settings are this project's own business.
+    # Both sides start as their users start them: only this project's launchers set malloc's tunables.
     variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     process = subprocess.Popen(
         command,
@@ -118,7 +117,7 @@ def side(name: str, folder: str, *, python: str | None = None) -> Iterator[Side]
 
 
 def serve(operations: Mapping[str, Any]) -> None:
-    """Answers requests with the functions of their names until there are no more."""
+    """Answers requests until the input ends; `operations` has a function for each "op"."""
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(operations[request.pop("op")](**request)), flush=True)

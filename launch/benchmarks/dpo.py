@@ -1,9 +1,9 @@
-"""DPO against TRL's DPOTrainer with a cached reference: a step, its memory, and how soon a second run begins.
+"""DPO against TRL's DPOTrainer with a cached reference: step time, memory, and start-up time of a second run.
 
-Both sides start from one checkpoint in Hugging Face's layout, read one file of pairs and run their users' own
-commands: `launch.train` with runs/preference.gin here, `DPOTrainer.train` with precompute_ref_log_probs there. Sequences
-have one length, so that neither side pads. Fresh processes alternate. TRL keeps no log-probabilities of the reference,
-so each of its runs is its first; ours are measured when the same command is given again.
+Both sides start from the same checkpoint in Hugging Face's layout and read the same file of pairs. Each runs its usual
+command: `launch.train` with runs/preference.gin, and `DPOTrainer.train` with precompute_ref_log_probs. All sequences
+have the same length, so neither side pads. Fresh processes alternate. TRL does not store the reference's
+log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run.
 """
 
 import json
@@ -26,7 +26,7 @@ CASE: dict[str, Any] = {
     "mlp_dim": 704,
     "vocab_size": 8192,
     "prompt": 64,
-    "completion": 192,  # its end included
+    "completion": 192,  # tokens, EOS included
     "batch_size": 8,
     "pairs": 1000,
     "learning_rate": 1e-5,
@@ -39,7 +39,7 @@ _SPECIAL = ("<pad>", "<s>", "</s>")
 
 def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     """Alternates both sides `rounds` times, `steps` timed steps in each."""
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+    reports: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         steps_of = WARM_UP + steps
@@ -50,10 +50,10 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
         first = peers.measured(commands["ours"])  # computes the reference's log-probabilities
         for _ in range(rounds):
             for side, command in commands.items():
-                found[side].append(peers.measured(command))
+                reports[side].append(peers.measured(command))
     seconds = {
         side: [statistics.median(np.diff(r["step_ends"])[WARM_UP - 1 :]) for r in runs]
-        for side, runs in found.items()
+        for side, runs in reports.items()
     }
     return {
         "case": CASE,
@@ -63,23 +63,25 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
             for side, values in seconds.items()
         },
         "peak_memory_of_trls": pairs.ratio(
-            *(_of("peak_memory_mb", found, s) for s in ("ours", "trl"))
+            *(_of("peak_memory_mb", reports, s) for s in ("ours", "trl"))
         ),
-        "peak_memory_mb": {side: _of("peak_memory_mb", found, side) for side in found},
-        # From the files of pairs and the reference to what training reads: imports and compilation are left out.
-        "set_up_over_ours": pairs.ratio(*(_of("set_up_s", found, s) for s in ("trl", "ours"))),
-        "set_up_s": {side: _of("set_up_s", found, side) for side in found},
+        "peak_memory_mb": {side: _of("peak_memory_mb", reports, side) for side in reports},
+        # Time to load the pairs and score them with the reference; imports and compilation are excluded.
+        "set_up_over_ours": pairs.ratio(*(_of("set_up_s", reports, s) for s in ("trl", "ours"))),
+        "set_up_s": {side: _of("set_up_s", reports, side) for side in reports},
         "first_set_up_s": first["set_up_s"],
         "first_step_over_ours": pairs.ratio(
-            *(_of("first_step_s", found, s) for s in ("trl", "ours"))
+            *(_of("first_step_s", reports, s) for s in ("trl", "ours"))
         ),
-        "first_step_s": {side: _of("first_step_s", found, side) for side in found},
-        "losses": {side: runs[0]["losses"] for side, runs in found.items()},
-        "other_load_cores": {side: [r["other_load"] for r in runs] for side, runs in found.items()},
+        "first_step_s": {side: _of("first_step_s", reports, side) for side in reports},
+        "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
+        "other_load_cores": {
+            side: [r["other_load"] for r in runs] for side, runs in reports.items()
+        },
         "contended": any(
-            r["other_load"] > peers.CONTENDED for runs in found.values() for r in runs
+            r["other_load"] > peers.CONTENDED for runs in reports.values() for r in runs
         ),
-        "peer_versions": found["trl"][0]["versions"],
+        "peer_versions": reports["trl"][0]["versions"],
     }
 
 
@@ -88,7 +90,7 @@ def _of(key: str, found: dict[str, list[dict[str, Any]]], side: str) -> list[flo
 
 
 def write(folder: str) -> None:
-    """Writes case.json, pairs.jsonl, model/ in Hugging Face's layout, and run/, imported from it."""
+    """Writes case.json, pairs.jsonl, model/ in Hugging Face's layout, and run/, the import of model/."""
     rng = np.random.default_rng(0)
     write_run(folder, rng)
     with open(os.path.join(folder, "case.json"), "w", encoding="utf-8") as file:
@@ -102,7 +104,7 @@ def write(folder: str) -> None:
 
 
 def write_run(folder: str, rng: np.random.Generator) -> None:
-    """Writes model/ in Hugging Face's layout, and run/, imported from it."""
+    """Writes model/ in Hugging Face's layout, and run/, the import of model/."""
     model = pathlib.Path(folder, "model")
     _write_model(model, rng)
     convert = [sys.executable, "-m", "launch.convert", f"--from_hf={model}", f"--to={folder}/run"]
@@ -110,7 +112,7 @@ def write_run(folder: str, rng: np.random.Generator) -> None:
 
 
 def words(rng: np.random.Generator, size: int) -> str:
-    """A text of so many random tokens."""
+    """Returns a text of `size` random tokens."""
     return " ".join(f"w{i}" for i in rng.integers(len(_SPECIAL), CASE["vocab_size"], size))
 
 

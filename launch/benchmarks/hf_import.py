@@ -1,10 +1,10 @@
-"""Reading a bfloat16 checkpoint of the shape of Llama 3.2 1B (2.5 GB): this project's `load` against
-transformers' `from_pretrained`, in alternating fresh processes; and converting it to a run, alone.
+"""Time to load a bfloat16 checkpoint with the shapes of Llama 3.2 1B (2.5 GB), and to convert it to a run.
 
-Both sides read files that the page cache holds (warm) and files it does not (cold), and touch every
-page of the weights at the end, for weights that a side has only mapped are not read yet: transformers
-maps files whose dtype is the one asked for, so that warm it copies nothing. Imports are not counted.
-`load` also transposes all kernels and stacks them by layer.
+This project's `load` and transformers' `from_pretrained` alternate in fresh processes; the conversion runs alone. Both
+sides read files that are in the page cache (warm) and files that are not (cold). At the end each side touches every page
+of the weights, because weights that are only memory-mapped are not read yet: transformers maps files whose dtype is the
+requested one, so a warm load copies nothing. Imports are not counted. `load` also transposes all kernels and stacks
+them by layer.
 """
 
 import json
@@ -42,8 +42,8 @@ _SIDES = ("ours", "transformers")
 
 
 def run(*, rounds: int = 3) -> dict[str, Any]:
-    """Alternates both sides `rounds` times, cold and then warm, and then converts as often."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Alternates both sides `rounds` times, cold and then warm; then converts `rounds` times."""
+    reports_by_case: dict[str, list[dict[str, Any]]] = {}
     module = [sys.executable, "-m", "launch.benchmarks.hf_import"]
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "source")
@@ -56,14 +56,16 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
             for side in _SIDES:
                 _evict(source)
                 for cache in ("cold", "warm"):
-                    found.setdefault(f"{side}_{cache}", []).append(peers.measured(commands[side]))
+                    reports_by_case.setdefault(f"{side}_{cache}", []).append(
+                        peers.measured(commands[side])
+                    )
         for i in range(rounds):
             target = os.path.join(folder, str(i))
             report = peers.measured([*module, "convert", source, target])
-            found.setdefault("convert", []).append(report)
+            reports_by_case.setdefault("convert", []).append(report)
 
     def ratio(cache: str, key: str) -> dict[str, Any]:
-        ours, theirs = ([r[key] for r in found[f"{side}_{cache}"]] for side in _SIDES)
+        ours, theirs = ([r[key] for r in reports_by_case[f"{side}_{cache}"]] for side in _SIDES)
         return pairs.ratio(theirs, ours)
 
     return {
@@ -73,15 +75,17 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
         "transformers_over_ours_peak": ratio("warm", "peak_mb"),
         **{
             side: {key: [r[key] for r in reports] for key in reports[0] if key != "versions"}
-            for side, reports in found.items()
+            for side, reports in reports_by_case.items()
         },
-        "contended": any(r["other_load"] > peers.CONTENDED for rs in found.values() for r in rs),
-        "peer_versions": found["transformers_warm"][0]["versions"],
+        "contended": any(
+            r["other_load"] > peers.CONTENDED for rs in reports_by_case.values() for r in rs
+        ),
+        "peer_versions": reports_by_case["transformers_warm"][0]["versions"],
     }
 
 
 def _evict(folder: str) -> None:
-    """Takes the files of a folder out of the page cache."""
+    """Evicts the files of a folder from the page cache."""
     for path in pathlib.Path(folder).iterdir():
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -114,7 +118,7 @@ def write_checkpoint(folder: str) -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, mapped files that it touched included (Linux)."""
+    """Returns the peak resident memory of this process in bytes, including touched pages of mapped files (Linux)."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 

@@ -1,9 +1,9 @@
 """lm-evaluation-harness with this project's model against its own Hugging Face backend: requests per second.
 
-Both sides have the same checkpoint and the same requests, in fresh processes that take turns; what is
-timed is the first answer to all requests, compilation (with its cache on disk) included, without the
-reading of the model. The peer is asked with several batch sizes, and the fastest counts. That the answers
-are the same is checked and reported. The peer runs in .venv-lm-eval, which `make peers-lm-eval` makes.
+Both sides have the same checkpoint and requests and alternate in fresh processes. The time is that of the first
+answer to all requests. It includes compilation, with compiled programs cached on disk, but not loading the model. The
+peer is first measured with several batch sizes; the fastest one is used. The result reports whether the answers are the
+same. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
 """
 
 import json
@@ -40,7 +40,7 @@ def run(
     peer_batches: Sequence[int] = (1, 8, 32),
     sizes: Mapping[str, int] = SIZES,
 ) -> dict[str, Any]:
-    """`documents` questions of four choices and `prompts` to be continued, alternating `rounds` times."""
+    """Alternates both sides `rounds` times on `documents` four-choice questions and `prompts` prompts to continue."""
     if not PYTHON.exists():
         raise peers.PeerError(f"{PYTHON} is missing: run `make peers-lm-eval` first.")
     with tempfile.TemporaryDirectory() as folder:
@@ -92,17 +92,21 @@ def _compare(
         "peer_batch_size": int(batch),
     }
     if kind == "generate_until":
-        same = sum(one == other for one, other in zip(mine, theirs, strict=True))
+        same = sum(answer == peer_answer for answer, peer_answer in zip(mine, theirs, strict=True))
         return {**found, "same_texts": same / count}
-    differences = [abs(one[0] - other[0]) for one, other in zip(mine, theirs, strict=True)]
-    same = all(one[1] == other[1] for one, other in zip(mine, theirs, strict=True))
+    differences = [
+        abs(answer[0] - peer_answer[0]) for answer, peer_answer in zip(mine, theirs, strict=True)
+    ]
+    same = all(
+        answer[1] == peer_answer[1] for answer, peer_answer in zip(mine, theirs, strict=True)
+    )
     return {**found, "largest_difference": max(differences), "same_greedy": same}
 
 
 def _write(
     folder: str, sizes: Mapping[str, int], documents: int, prompts: int, new_tokens: int
 ) -> None:
-    """Writes model/ (a Hugging Face checkpoint), run/ (the same as a run) and requests.json."""
+    """Writes model/ (a Hugging Face checkpoint), run/ (the import of model/) and requests.json."""
     from launch.weights import import_weights
     from model.hf.families import family_of_config
 
@@ -139,7 +143,7 @@ def _write_weights(folder: pathlib.Path, family: Any, config: Mapping[str, Any])
 
     rng = np.random.default_rng(0)
     shapes = family.shapes(family.model(config))
-    # Far from uniform, so that no choice is a tie.
+    # Large weights, so that logits are far from uniform and no choice is a tie.
     tensors = {
         name: (np.ones(shape) if "norm" in name else rng.normal(0, 0.05, shape)).astype(np.float32)
         for name, shape in sorted(shapes.items())
@@ -148,14 +152,14 @@ def _write_weights(folder: pathlib.Path, family: Any, config: Mapping[str, Any])
 
 
 def _text() -> str:
-    """Python's language reference."""
+    """Returns the text of Python's language reference."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def _write_tokenizer(folder: pathlib.Path, text: str, size: int) -> int:
-    """A byte-level BPE tokenizer; returns its number of entries."""
+    """Trains and writes a byte-level BPE tokenizer; returns its number of entries."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -177,7 +181,7 @@ def _write_tokenizer(folder: pathlib.Path, text: str, size: int) -> int:
 
 
 def _requests(text: str, documents: int, prompts: int, new_tokens: int) -> dict[str, Any]:
-    """Arguments of all requests, by kind: passages of 20 to 120 words, and what may follow them."""
+    """Returns arguments of all requests by kind: passages of 20 to 120 words, with choices or generation settings."""
     rng = np.random.default_rng(1)
     words = text.split()
 

@@ -1,6 +1,6 @@
-"""Peak memory of the loss and its gradients at 256,000 vocabulary entries, chunked against plain.
+"""Peak memory of the loss and its gradients with 256,000 vocabulary entries, chunked against plain.
 
-Every form runs in a fresh process; what the process held before the step is taken off its peak.
+Every form runs in a fresh process. The memory in use before the step is subtracted from the peak.
 """
 
 import json
@@ -15,25 +15,26 @@ FORMS = ("chunked", "reference")
 
 
 def run(*, tokens: int = 2048, width: int = 256) -> dict[str, Any]:
-    """Measures every form on `tokens` tokens; one [tokens, vocabulary] array is the unit."""
-    found = {form: _fresh(form, tokens, width) for form in FORMS}
+    """Measures every form on `tokens` tokens; for scale, also returns the size of one [tokens, vocabulary] array."""
+    measurements = {form: _fresh(form, tokens, width) for form in FORMS}
     return {
         "tokens": tokens,
         "vocabulary": VOCABULARY,
         "width": width,
         "logits_of_the_batch_mb": tokens * VOCABULARY * 4 / 1e6,
         "head_mb": VOCABULARY * width * 4 / 1e6,
-        **found,
+        **measurements,
         "peak_reference_over_chunked": (
-            found["reference"]["peak_over_start_mb"] / found["chunked"]["peak_over_start_mb"]
+            measurements["reference"]["peak_over_start_mb"]
+            / measurements["chunked"]["peak_over_start_mb"]
         ),
     }
 
 
 def _fresh(form: str, tokens: int, width: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "launch.benchmarks.loss_memory", form, str(tokens), str(width)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:

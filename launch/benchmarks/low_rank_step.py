@@ -1,6 +1,6 @@
-"""A training step in factors of an eighth of the width against the dense step, and what both keep.
+"""A training step with low-rank factors (rank 1/8 of the width) against the dense step: time, state and FLOPs.
 
-The model is blocks of width 1,024 with a small vocabulary, so that nearly all of it is factorised.
+The model has blocks of width 1,024 and a small vocabulary, so that nearly all parameters are factorised.
 """
 
 import time
@@ -29,28 +29,29 @@ RANK = 0.125
 
 
 def run(*, repeats: int = 12) -> dict[str, Any]:
-    """Alternates `repeats` steps of both models, each with AdamW and the decay of its gin file."""
+    """Alternates `repeats` steps of both models, each with AdamW and the weight decay of its gin file."""
     sides = {"dense": _Side(()), "low_rank": _Side((LOW_RANK,))}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name in sides if repeat % 2 else reversed(sides):
             times[name].append(sides[name].step())
-    found = factors.find_factors(sides["low_rank"].params)
+    factorised = factors.find_factors(sides["low_rank"].params)
     return {
         "rank_fraction": RANK,
         "tokens": 4 * 256,
         "step_seconds": {name: sorted(times[name][1:])[repeats // 2] for name in sides},
-        # The first round warms caches up.
+        # The first round is a warm-up.
         "low_rank_over_dense": pairs.ratio(times["low_rank"][1:], times["dense"][1:]),
         "parameters": {name: side.parameters for name, side in sides.items()},
         "state_megabytes": {name: side.megabytes for name, side in sides.items()},
-        "factors_over_matrices": sum(x.factors for x in found) / sum(x.dense for x in found),
+        "factors_over_matrices": sum(x.factors for x in factorised)
+        / sum(x.dense for x in factorised),
         "compiled_flops": {name: side.flops for name, side in sides.items()},
     }
 
 
 class _Side:
-    """One model with its state and compiled step."""
+    """One model with its state and compiled training step."""
 
     def __init__(self, files: tuple[str, ...]):
         bindings = [*BINDINGS, *([f"RANK={RANK}"] if files else [])]
@@ -70,7 +71,7 @@ class _Side:
         self.flops = self._step.cost_analysis()["flops"]
 
     def step(self) -> float:
-        """Seconds of one update."""
+        """Runs one update and returns its time in seconds."""
         begin = time.perf_counter()
         with partitioning.use_mesh(*self._mesh):
             self._state, metrics = self._step(self._state, self._batch)

@@ -1,4 +1,4 @@
-"""The mixtures of the benchmark `moe_step`: sizes, rows, and one checkpoint that both sides read.
+"""The mixtures of experts of the benchmark `moe_step`: sizes, rows, and a checkpoint for both sides.
 
 Shapes: V vocabulary, D width, E experts.
 """
@@ -23,10 +23,10 @@ SIZES: dict[str, Any] = {
     "adam_eps": 1e-8,
     "weight_decay": 0.1,
 }
-HIDDEN = {8: 512, 64: 128}  # of one expert, by how many there are
+HIDDEN = {8: 512, 64: 128}  # number of experts -> hidden width of one expert
 ROUTINGS = ("balanced", "skewed")
 _SKEW = 2.5
-_STRIDE = 7  # from one token of a row to the next, which a model learns in a few steps
+_STRIDE = 7  # difference of consecutive token ids, which a model learns in a few steps
 
 
 def write(
@@ -66,10 +66,10 @@ def _write_checkpoint(folder: str, case: dict[str, Any], rng: np.random.Generato
 def _values(
     name: str, shape: tuple[int, ...], common_D: np.ndarray, routing: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Weights with which tokens are told apart by the router from the first step on.
+    """Returns weights of one tensor; the router distinguishes tokens from the first step on.
 
-    All embeddings have a vector in common. The rows of a balanced router are orthogonal to it; those of a
-    skewed one see more or less of it, so that the share of the n-th expert falls as a power of n.
+    All embeddings contain a common vector. The rows of a balanced router are orthogonal to it. The rows of a skewed
+    router have different components along it, so that the share of the n-th expert falls as a power of n.
     """
     if len(shape) == 1:
         return np.ones(shape)
@@ -108,7 +108,7 @@ def _peer_config(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def bindings(case: dict[str, Any]) -> list[str]:
-    """Gin bindings that make the model of `models/mixtral_8x7b.gin` this one."""
+    """Returns gin bindings that change the model of `models/mixtral_8x7b.gin` to that of a case."""
     config = {name: case[name] for name in ("num_layers", "embed_dim", "num_heads", "vocab_size")}
     config |= {"num_kv_heads": case["num_heads"], "mlp_dim": case["mlp_dim"], "scan_layers": False}
     return [

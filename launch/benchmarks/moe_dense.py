@@ -1,6 +1,6 @@
-"""Forward and backward of a mixture of MLPs over one dense MLP of equal active FLOPs, float32.
+"""Forward and backward pass of a mixture of MLPs against one dense MLP of equal active FLOPs, float32.
 
-The dense MLP is as wide as the experts that a token uses are together. The mixtures are those of `moe_step`.
+The dense MLP is as wide as all experts of one token together. The mixtures are those of `moe_step`.
 """
 
 import time
@@ -20,7 +20,7 @@ _TOKENS = 4096
 
 
 def run(*, repeats: int = 12) -> dict[str, Any]:
-    """Alternates both `repeats` times, in one process."""
+    """Alternates mixture and dense MLP `repeats` times in one process."""
     return {
         f"{experts}_experts": _compare(experts, hidden, repeats)
         for experts, hidden in moe_case.HIDDEN.items()
@@ -39,11 +39,11 @@ def _compare(experts: int, hidden: int, repeats: int) -> dict[str, Any]:
             jax.block_until_ready(steps[name]())
             times[name].append(time.perf_counter() - begin)
             cpu[name].append(time.process_time() - used)
-    return {  # The first round warms caches up.
+    return {  # The first round is a warm-up.
         "tokens": _TOKENS,
         "mixture_over_dense": pairs.ratio(times["mixture"][1:], times["dense"][1:]),
         "cpu_seconds_mixture_over_dense": pairs.ratio(cpu["mixture"][1:], cpu["dense"][1:]),
-        "seconds": {name: sorted(found[1:])[repeats // 2] for name, found in times.items()},
+        "seconds": {name: sorted(values[1:])[repeats // 2] for name, values in times.items()},
     }
 
 
@@ -53,12 +53,12 @@ def _config(hidden: int) -> TransformerConfig:
 
 
 def _step(mlp: nn.Module) -> Callable[[], Any]:
-    """Gradients of parameters and input, compiled."""
+    """Returns a compiled function that computes the gradients of parameters and input."""
     shape = (1, _TOKENS, moe_case.SIZES["embed_dim"])
     x_BTD, weight_BTD = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     params = nn.meta.unbox(mlp.init(jax.random.key(2), x_BTD)["params"])
 
-    # An argument: of a constant XLA would work out at compile time all that it can.
+    # `weight_BTD` is an argument, because XLA could fold computations with a constant at compile time.
     def loss(params: Any, x_BTD: jax.Array, weight_BTD: jax.Array) -> jax.Array:
         return jnp.sum(mlp.apply({"params": params}, x_BTD) * weight_BTD)
 

@@ -1,8 +1,8 @@
-"""A training step of a small Mixtral against transformers' of the same weights, rows and optimiser, float32.
+"""A training step of a small Mixtral against transformers with the same weights, rows and optimiser, float32.
 
-Two of 8 experts of 512 and two of 64 of 128, each with a balanced router and with one that sends most tokens to few
-experts. transformers computes experts in one of several forms: each is tried first with the balanced router, and the one whose
-step is shortest is then alternated with this project, a fresh process for either.
+There are two mixtures: 8 experts of width 512 and 64 experts of width 128, top-2 routing. Each has a balanced router and
+a skewed router, which sends most tokens to few experts. transformers has several implementations of experts. Each is
+timed with the balanced router first; the fastest one then alternates with this project, in fresh processes.
 """
 
 import statistics
@@ -12,13 +12,13 @@ from typing import Any
 from launch.benchmarks import moe_case, pairs, peers
 
 WARM_UP = 2
-# Not batched_mm, which gathers a kernel for every choice of a token: 8.6 GB for one product here.
+# batched_mm is excluded: it gathers a kernel for every (token, expert) choice, 8.6 GB for one product here.
 FORMS = ("eager", "grouped_mm", "grouped_mm+compiled")
 
 
 def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
     """Alternates both sides `rounds` times on each mixture, `steps` timed steps in each."""
-    found: dict[str, Any] = {"case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN}}
+    report: dict[str, Any] = {"case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN}}
     for experts in moe_case.HIDDEN:
         tried: dict[str, float] = {}
         for routing in moe_case.ROUTINGS:
@@ -28,19 +28,19 @@ def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
                 for form in () if tried else FORMS:
                     tried[form] = _seconds(peers.run(form, folder, steps=WARM_UP + 1))
                 best = min(FORMS, key=lambda form: tried[form])
-                found[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
-        found[f"{experts}_experts_seconds_by_form"] = tried
-    return found
+                report[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
+        report[f"{experts}_experts_seconds_by_form"] = tried
+    return report
 
 
 def _compare(folder: str, form: str, rounds: int, steps: int) -> dict[str, Any]:
-    """One mixture with one routing."""
+    """Compares both sides on one mixture with one routing."""
     sides = ("ours", form)
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    reports: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            found[side].append(peers.run(side, folder, steps=steps))
-    ours, theirs = (found[side] for side in sides)
+            reports[side].append(peers.run(side, folder, steps=steps))
+    ours, theirs = (reports[side] for side in sides)
     tokens = moe_case.SIZES["batch_size"] * moe_case.SIZES["length"]
     losses = [runs[0]["losses"] for runs in (ours, theirs)]
     return {
@@ -51,13 +51,13 @@ def _compare(folder: str, form: str, rounds: int, steps: int) -> dict[str, Any]:
             [_seconds(run, "cpu_seconds") for run in ours],
         ),
         "tokens_per_second": {
-            side: [round(tokens / _seconds(run)) for run in found[side]] for side in sides
+            side: [round(tokens / _seconds(run)) for run in reports[side]] for side in sides
         },
         "losses": dict(zip(sides, losses, strict=True)),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "peak_memory_mb": {side: found[side][0]["peak_memory_mb"] for side in sides},
+        "peak_memory_mb": {side: reports[side][0]["peak_memory_mb"] for side in sides},
         "contended": any(
-            run["other_load"] > peers.CONTENDED for runs in found.values() for run in runs
+            run["other_load"] > peers.CONTENDED for runs in reports.values() for run in runs
         ),
         "peer_versions": theirs[0]["versions"],
     }

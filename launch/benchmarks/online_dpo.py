@@ -1,14 +1,14 @@
-"""Online DPO: the part of a run's time in which the policy writes what it then learns from.
+"""Online DPO: the share of a run's time in which the policy generates its training data.
 
-The command is a user's: `launch.train` with runs/online.gin, methods/preference/online_dpo.gin and, since it is reward models that
-online DPO is used with, methods/preference/reward_checkpoint.gin. Policy, reference and reward model are of one size, that of the
-benchmark `dpo`. A step continues 32 prompts, the batch that runs/online.gin has, twice each, by up to as many tokens as
-the longest prompts have, as in short questions and answers. Longer completions make generating a larger part, longer
-prompts a smaller one. Weights are random, so that hardly a completion ends before its 64 tokens: decoding is never cut
-short.
+The command is a usual one: `launch.train` with runs/online.gin, methods/preference/online_dpo.gin and
+methods/preference/reward_checkpoint.gin, since online DPO is used with reward models. Policy, reference and reward model
+have the size of the benchmark `dpo`. A step samples two completions for each of 32 prompts, the batch size of
+runs/online.gin. Completions have up to 64 tokens, like the longest prompts, as in short questions and answers. With
+longer completions, generation takes a larger share; with longer prompts, a smaller one. Weights are random, so hardly
+any completion ends before its 64 tokens, and decoding runs to the full length.
 
-Fresh processes repeat the run, whose shares are compared. Parts are of the wall time from the beginning of a rollout to that of
-the next, after the first steps, which compile.
+Fresh processes repeat the run, and their shares are compared. Shares are of the wall time from the beginning of a rollout
+to the beginning of the next, without the first steps, which compile.
 """
 
 import json
@@ -25,15 +25,15 @@ from launch.benchmarks import dpo, pairs, peers
 
 CASE: dict[str, Any] = {
     **{name: dpo.CASE[name] for name in dpo.MODEL},
-    "prompts": 32,  # of a step
-    "prompt": [32, 64],  # tokens, all lengths between equally often
+    "prompts": 32,  # per step
+    "prompt": [32, 64],  # tokens, uniform
     "completion": 64,
     "prompts_of_file": 512,
     "learning_rate": 1e-6,
     "beta": 0.1,
 }
 WARM_UP = 3
-# All that is no update is generation.
+# Everything except the update counts as generation.
 ROLLOUT = ("sampling", "rewards", "reference", "arrangement")
 
 
@@ -53,9 +53,9 @@ def run(*, rounds: int = 5, steps: int = 12) -> dict[str, Any]:
 
 
 def figures(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Shares of the time of each run, as medians over runs, from seconds of their steps by part.
+    """Returns each part's share of the time, as medians over runs, from each run's seconds per part and step.
 
-    'generation_of_time' is the whole rollout's, 'sampling_of_time' that of writing the completions alone.
+    'generation_of_time' is the share of the whole rollout, 'sampling_of_time' that of sampling completions alone.
     """
     parts = (*ROLLOUT, "update")
     spent = {part: np.array([sum(run[part]) for run in runs]) for part in parts}
@@ -70,7 +70,7 @@ def figures(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 
 def write(folder: str) -> None:
-    """Writes what dpo.write does, case.json and prompts.jsonl, and reward/, a run of a reward model's first update."""
+    """Writes the files of dpo.write, case.json, prompts.jsonl, and reward/, a reward model after one update."""
     dpo.write(folder)
     pathlib.Path(folder, "case.json").write_text(json.dumps(CASE))
     rng = np.random.default_rng(1)
@@ -98,7 +98,7 @@ def write(folder: str) -> None:
 
 
 def arguments(folder: str, files: tuple[str, ...], bindings: dict[str, Any]) -> list[str]:
-    """Flags of a run over the model of `folder`, with files of t5x_configs and bindings of macros."""
-    given = [f"--gin_file={folder}/run/config.gin"]
-    given += [f"--gin_file=t5x_configs/{file}.gin" for file in files]
-    return given + [f"--gin.{name}={value!r}" for name, value in bindings.items()]
+    """Returns flags of a run with the model of `folder`, gin files of t5x_configs, and macro bindings."""
+    flags = [f"--gin_file={folder}/run/config.gin"]
+    flags += [f"--gin_file=t5x_configs/{file}.gin" for file in files]
+    return flags + [f"--gin.{name}={value!r}" for name, value in bindings.items()]

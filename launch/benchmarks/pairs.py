@@ -1,6 +1,6 @@
-"""How benchmarks compare: alternating runs, the median of pair ratios, and a bootstrap interval.
+"""Statistics of comparisons: the median of ratios of alternating runs, with a bootstrap interval.
 
-Absolute times on a shared machine are noise; the ratio of two runs made one after the other is not.
+Absolute times on a shared machine are noisy; the ratio of two consecutive runs is much less so.
 """
 
 import os
@@ -15,7 +15,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tor
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """The median of numerator / denominator over pairs, with a 95 % bootstrap interval."""
+    """Returns the median of numerator / denominator over pairs, with a 95 % bootstrap interval."""
     ratios = np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64)
     draws = np.random.default_rng(0).choice(ratios, (10_000, ratios.size))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
@@ -27,7 +27,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[st
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, to be read beside every figure."""
+    """Returns facts about the machine and package versions, to interpret the figures."""
     versions = {}
     for name in _PACKAGES:
         try:

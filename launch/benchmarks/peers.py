@@ -1,4 +1,4 @@
-"""Runs one side of a benchmark in a fresh process and measures what else the machine was doing."""
+"""Runs one side of a benchmark in a fresh process and measures the load from other programs."""
 
 import json
 import os
@@ -12,23 +12,23 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
-CONTENDED = 0.3  # cores busy with other programs, above which wall times are not to be trusted
+CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 
 
 class PeerError(RuntimeError):
-    """A side of a benchmark could not be run."""
+    """Raised if a side of a benchmark cannot be run."""
 
 
 def run(
     side: str, folder: str, *, steps: int, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The report of one process, with 'other_load' (cores) and 'peak_memory_mb' added.
+    """Runs one side in a fresh process; returns its report, with 'other_load' (cores) added.
 
     Args:
       side: 'ours', or a mode of llama_torch.py for the peer.
-      folder: what case.write or moe_case.write wrote.
-      steps: training steps.
-      env: variables to set.
+      folder: folder that case.write or moe_case.write wrote.
+      steps: number of training steps.
+      env: environment variables to set.
 
     Raises:
       PeerError: the peer is not installed, or the process failed.
@@ -41,10 +41,10 @@ def run(
 
 
 def peer_command(script: str, *arguments: str) -> list[str]:
-    """A command that runs a script of launch/benchmarks/torch in the peers' environment.
+    """Returns the command of a script in launch/benchmarks/torch, in the peers' environment.
 
     Raises:
-      PeerError: it is not installed.
+      PeerError: the environment is not installed.
     """
     if not PEER_PYTHON.exists():
         raise PeerError(f"{PEER_PYTHON} is missing: run `make peers` first.")
@@ -57,12 +57,12 @@ def peer_command(script: str, *arguments: str) -> list[str]:
 
 
 def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The report that a fresh process prints as its last line, with 'other_load' (cores) added.
+    """Runs a command; returns the JSON report in its last line of output, with 'other_load' (cores) added.
 
     Raises:
       PeerError: the process failed.
     """
-    # Each side starts as its users start it: malloc's settings are this project's own business.
+    # Both sides start as their users start them: only this project's launchers set malloc's tunables.
     variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     variables.update(env or {})
     variables["BENCH_PROCESS_START"] = repr(time.time())
@@ -76,9 +76,9 @@ def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> dic
         status = f"ended with status {process.returncode}"  # negative: the signal that ended it
         raise PeerError(f"{' '.join(command)} {status}:\n{errors[-2000:]}")
     wall = time.perf_counter() - before
-    others = (_busy_seconds() - busy) - (_used_by_children() - used)
+    other_seconds = (_busy_seconds() - busy) - (_used_by_children() - used)
     report = json.loads(out.strip().splitlines()[-1])
-    report["other_load"] = round(max(0.0, others) / wall, 2)
+    report["other_load"] = round(max(0.0, other_seconds) / wall, 2)
     return report
 
 
@@ -88,7 +88,7 @@ def _used_by_children() -> float:
 
 
 def _busy_seconds() -> float:
-    """CPU seconds all programs have used since boot (Linux)."""
+    """Returns the CPU seconds of all programs since boot (Linux)."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _idle, _wait, irq, soft, *_ = map(int, file.readline().split()[1:])
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class RandomRows:
-    """Token ids without a corpus; the step's cost does not depend on them."""
+    """A stream of random token ids; the cost of a training step does not depend on the ids."""
 
     source_names = ("random",)
 

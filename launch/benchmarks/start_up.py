@@ -1,4 +1,4 @@
-"""Start-up that every use pays: `--help`, and importing the model and the trainers."""
+"""Start-up time of every command: `--help`, and the imports of the model and the trainers."""
 
 import statistics
 import subprocess
@@ -15,7 +15,7 @@ _IMPORTS = (
 
 
 def run(*, repeats: int = 7) -> dict[str, Any]:
-    """Median seconds of fresh processes, from start to exit."""
+    """Returns median seconds of fresh processes, from start to exit."""
     return {
         "help_seconds": _seconds(["-m", "launch.train", "--help"], repeats),
         "import_model_and_trainers_seconds": _seconds(["-c", _IMPORTS], repeats),

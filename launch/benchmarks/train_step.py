@@ -1,8 +1,8 @@
-"""Tokens per second of a training step, against transformers in eager mode and compiled.
+"""Tokens per second of a training step against transformers, eager and compiled.
 
-Both sides start from the same weights, read the same rows, and use AdamW with the same settings;
-their losses are reported side by side. Fresh processes alternate, so that what else the machine does
-falls on all of them; a round in which other programs used more than 0.3 of a core is marked.
+Both sides start from the same weights, read the same rows, and use AdamW with the same settings; the result has the
+losses of both. Fresh processes alternate, so that other load on the machine affects all of them. The result is marked
+as contended if other programs used more than 0.3 of a core in a run.
 """
 
 import statistics
@@ -16,19 +16,22 @@ WARM_UP = 3
 
 def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     """Alternates this project, eager and compiled `rounds` times, `steps` timed steps in each."""
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "eager": [], "compiled": []}
+    reports: dict[str, list[dict[str, Any]]] = {"ours": [], "eager": [], "compiled": []}
     with tempfile.TemporaryDirectory() as folder:
         case.write(folder, steps=WARM_UP + steps)
         for _ in range(rounds):
-            for side in found:
-                found[side].append(peers.run(side, folder, steps=WARM_UP + steps))
+            for side in reports:
+                reports[side].append(peers.run(side, folder, steps=WARM_UP + steps))
     tokens = case.CASE["batch_size"] * case.CASE["length"]
     seconds, cpu_seconds = (
-        {side: [statistics.median(r[key][WARM_UP:]) for r in runs] for side, runs in found.items()}
+        {
+            side: [statistics.median(r[key][WARM_UP:]) for r in runs]
+            for side, runs in reports.items()
+        }
         for key in ("seconds", "cpu_seconds")
     )
     best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
-    first = {side: runs[0] for side, runs in found.items()}
+    first = {side: runs[0] for side, runs in reports.items()}
     return {
         "case": case.CASE,
         "speed_over_best_peer": pairs.ratio(best, seconds["ours"]),
@@ -45,9 +48,11 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
             for a, b in zip(first["ours"]["losses"], first["eager"]["losses"], strict=True)
         ),
         "peak_memory_mb": {side: run["peak_memory_mb"] for side, run in first.items()},
-        "other_load_cores": {side: [r["other_load"] for r in runs] for side, runs in found.items()},
+        "other_load_cores": {
+            side: [r["other_load"] for r in runs] for side, runs in reports.items()
+        },
         "contended": any(
-            r["other_load"] > peers.CONTENDED for runs in found.values() for r in runs
+            r["other_load"] > peers.CONTENDED for runs in reports.values() for r in runs
         ),
         "peer_versions": first["eager"]["versions"],
         "tunables": first["ours"]["tunables"],

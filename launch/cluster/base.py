@@ -1,8 +1,8 @@
-"""Jobs and what runs them: all that a driver of many runs sees of the place where they run.
+"""The interface between a driver of many runs and a back end that executes them.
 
-A job is plain data, so that any back end can take it: processes of this machine
-(launch/cluster/local.py), or a cluster's queue. A back end gets all jobs at once, each with those that
-must end well before it, and decides itself when there is room for the next.
+A job is plain data, so that any back end can run it: processes of this machine (launch/cluster/local.py), or a
+cluster's queue. A back end receives all jobs at once, each with the jobs that must succeed before it, and decides
+itself when to start the next.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ Handle = str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A command to be run.
+    """A command to run.
 
     Attributes:
-      name: for people.
-      command: its words; run in the directory in which it was submitted.
-      log: file to which its output is appended.
-      environment: variables beside those of the submitting process.
-      memory_gb: the most memory it needs, in GB (1e9 bytes); None if that is not known.
-      kind: jobs of one kind are taken to need as much memory as those of it that have ended.
+      name: readable name.
+      command: program and arguments; run in the working directory of the submitting process.
+      log: file to which the output is appended.
+      environment: variables in addition to those of the submitting process.
+      memory_gb: peak memory, in GB (1e9 bytes); None if unknown.
+      kind: the memory need of a job is estimated from finished jobs of the same kind.
       after: jobs that must have ended with status 0 before this one starts.
     """
 
@@ -37,24 +37,24 @@ class Job:
 
 
 class State(enum.Enum):
-    """Where a job stands."""
+    """State of a job."""
 
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
-    # Never started: it was cancelled before, or a job that it comes after did not end with status 0.
+    # Never started: it was cancelled, or a job in its `after` did not end with status 0.
     DROPPED = "dropped"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """What is known of a job.
+    """State and resource use of a job.
 
     Attributes:
       state: see State.
-      exit_status: of a job that has ended; negative for the signal that ended it.
-      seconds: it has run so far.
-      memory_gb: its peak; None where that is not known.
+      exit_status: exit status of a job that has ended; minus the signal's number if a signal ended it.
+      seconds: run time so far.
+      memory_gb: peak memory so far, in GB; None if unknown.
     """
 
     state: State
@@ -64,20 +64,20 @@ class Status:
 
 
 class Submitter(Protocol):
-    """A back end."""
+    """A back end that runs jobs."""
 
     def submit(self, job: Job) -> Handle:
-        """Takes a job; returns at once."""
+        """Queues a job and returns its handle at once."""
         ...
 
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
-        """How these jobs stand; asked about once a second."""
+        """Returns the status of each job; drivers call this about once a second."""
         ...
 
     def cancel(self, handle: Handle) -> None:
-        """Drops a job that waits; asks one that runs (SIGTERM) to save its work and end."""
+        """Drops a waiting job; sends SIGTERM to a running one, so that it saves its work and ends."""
         ...
 
     def close(self) -> None:
-        """Ends all that is left, at once."""
+        """Ends all jobs at once."""
         ...

@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, several side by side within its cores and a memory budget."""
+"""Runs jobs as processes of this machine, several at a time, within its cores and a memory budget."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,15 @@ from launch import environment
 from launch.cluster.base import Handle, Job, State, Status
 from launch.cluster.worker import peak_bytes
 
-# A worker that has had nothing to do for so long is ended: the memory it holds may be another's.
+# A worker that is idle for this long is ended, so that its memory is free for others.
 IDLE_SECONDS = 20.0
-# Looking for a worker's children takes milliseconds.
+# Time between measurements of memory; each takes milliseconds to find a worker's children.
 _MEASURE_SECONDS = 2.0
 
 
 @dataclasses.dataclass
 class _Entry:
-    """A job and how it stands."""
+    """A job with its status and worker."""
 
     job: Job
     status: Status = Status(state=State.WAITING)
@@ -36,27 +36,27 @@ class _Entry:
 
 
 class LocalSubmitter:
-    """Runs jobs in at most `workers` processes, which take one after another.
+    """Runs jobs in at most `workers` processes; each process runs one job after another.
 
-    Starting Python, importing what a run needs and compiling small programs takes longer than many a
-    small run, so that a worker is kept for the next job as long as jobs end well in it. One that a job
-    has ended, or in which a job has failed, is replaced. Each has its own equal share of the cores,
-    also while others are idle: the rounding of sums depends on the number of threads.
+    To start Python, import a run's modules and compile small programs takes longer than many small runs. So a worker
+    is reused for the next job as long as its jobs succeed. A worker that has died, or whose job has failed, is
+    replaced. Each worker has a fixed, equal share of the cores, even while other workers are idle, because the
+    rounding of sums depends on the number of threads.
 
     Attributes:
       shares: the cores of each worker.
     """
 
     def __init__(self, *, workers: int = 1, memory_gb: float | None = None):
-        """Starts no process yet.
+        """Creates the submitter; processes start with the first jobs.
 
         Args:
-          workers: jobs that run at once.
-          memory_gb: no job starts beside others if that would need more than this, in GB. A job whose
-            need is neither given nor known from its kind then runs alone.
+          workers: number of jobs that run at a time.
+          memory_gb: memory budget in GB. A job does not start beside others if together they would need more. A
+            job whose need is unknown, from `Job.memory_gb` and from its kind, then runs alone.
 
         Raises:
-          ValueError: more workers than cores, or a budget that is none.
+          ValueError: `workers` is not in [1, number of cores], or `memory_gb` is not positive.
         """
         cores = _cores()
         if not 1 <= workers <= len(cores):
@@ -101,7 +101,7 @@ class LocalSubmitter:
                 entry.status = Status(state=State.DROPPED)
 
     def _collect(self) -> None:
-        """News of what runs."""
+        """Updates the status of running jobs."""
         for entry in self._entries.values():
             worker = entry.worker
             if worker is None:
@@ -125,11 +125,11 @@ class LocalSubmitter:
             if memory:
                 kind = entry.job.kind
                 self._measured[kind] = max(self._measured.get(kind, 0.0), memory)
-            if status != 0:  # what a failed job has left in the process is not known
+            if status != 0:  # the state of the process after a failed job is unknown
                 worker.kill()
 
     def _start(self) -> None:
-        """Starts jobs in the order in which they came while there is room."""
+        """Starts waiting jobs in the order of submission, as long as workers and memory suffice."""
         for entry in self._entries.values():
             if entry.status.state is not State.WAITING:
                 continue
@@ -157,15 +157,15 @@ class LocalSubmitter:
         mine = self._need(job)
         if mine is None or None in needs:
             return False
-        # One may already have had more than it was said to need.
+        # A job may already have used more than its estimate.
         peaks = [entry.status.memory_gb or 0.0 for entry in running]
         held = sum(max(need or 0.0, peak) for need, peak in zip(needs, peaks, strict=True))
         return held + mine <= self._memory_gb
 
     def _free_worker(self, job: Job) -> "_Worker | None":
-        """An idle worker with the job's environment, or a new one; None if all are busy."""
+        """Returns an idle worker with the job's environment, or a new one; None if all are busy."""
         idle = [i for i, w in enumerate(self._workers) if w is None or not w.busy]
-        # A running worker first.
+        # Running workers come before empty slots.
         for i in sorted(idle, key=lambda i: self._workers[i] is None):
             worker = self._workers[i]
             if worker is not None and worker.alive and worker.environment == job.environment:
@@ -177,7 +177,7 @@ class LocalSubmitter:
         return None
 
     def _retire(self) -> None:
-        """Ends workers without work."""
+        """Ends workers that have been idle for IDLE_SECONDS, and removes dead ones."""
         now = time.monotonic()
         for i, worker in enumerate(self._workers):
             if worker is None or worker.busy:
@@ -188,7 +188,7 @@ class LocalSubmitter:
 
 
 def _cores() -> list[int]:
-    """Those that this process may use."""
+    """Returns the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -198,9 +198,9 @@ class _Worker:
     """A process that serves jobs (launch/cluster/worker.py).
 
     Attributes:
-      environment: of its jobs.
-      busy: whether it runs one.
-      since: reading of time.monotonic when it began or ended its last job.
+      environment: environment variables of its jobs.
+      busy: whether it runs a job.
+      since: value of time.monotonic() when its last job began or ended.
     """
 
     def __init__(self, cores: Sequence[int], job: Job):
@@ -214,7 +214,7 @@ class _Worker:
             "ESPALIER_WORKER_CORES": ",".join(map(str, cores)),
             **job.environment,
         }
-        with open(job.log, "ab") as log:  # of what goes wrong before a job is run
+        with open(job.log, "ab") as log:  # for errors before the first job runs
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launch.cluster.worker"],
                 stdin=subprocess.PIPE,
@@ -233,14 +233,16 @@ class _Worker:
         self.since = time.monotonic()
         message = json.dumps({"command": job.command, "log": job.log}) + "\n"
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died, which `reply` tells
+        with contextlib.suppress(BrokenPipeError):  # the process has died; `reply` reports this
             self._process.stdin.write(message.encode())
             self._process.stdin.flush()
 
     def reply(self) -> tuple[int, float] | None:
-        """Status and peak memory (0 if unknown) of the job that has ended, if it has."""
+        """Returns exit status and peak memory in GB (0 if unknown) of the job; None while it runs."""
         assert self._process.stdout is not None
-        alive = self.alive  # asked first: what a process has written before it ended is read below
+        alive = (
+            self.alive
+        )  # checked first, so that output written before the process ended is read below
         if select.select([self._process.stdout], [], [], 0)[0]:
             if line := self._process.stdout.readline():
                 self._ended()
@@ -251,27 +253,27 @@ class _Worker:
         if alive:
             return None
         self._ended()
-        return self._process.returncode or 1, 0.0  # one that ends without an answer has failed
+        return self._process.returncode or 1, 0.0  # a worker that ends without an answer has failed
 
     def _ended(self) -> None:
         self.busy = False
         self.since = time.monotonic()
 
     def memory_gb(self) -> float:
-        """Peak of the process and its children, 0 if unknown."""
-        found = [self._process.pid]
+        """Returns the peak memory of the process and its children in GB; 0 if unknown."""
+        processes = [self._process.pid]
         with contextlib.suppress(psutil.Error):
             children = psutil.Process(self._process.pid).children(recursive=True)
-            found += [child.pid for child in children]
-        return sum(map(peak_bytes, found)) / 1e9
+            processes += [child.pid for child in children]
+        return sum(map(peak_bytes, processes)) / 1e9
 
     def signal(self, number: signal.Signals) -> None:
-        """To the process and its children."""
+        """Sends a signal to the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
-        """Ends the process and its children, if that has not been done."""
+        """Kills the process and its children; does nothing the second time."""
         if self._process.stdin is not None and self._process.stdin.closed:
             return
         self.signal(signal.SIGKILL)

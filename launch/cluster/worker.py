@@ -1,13 +1,13 @@
-"""A process that runs jobs one after another, so that what they share is imported once.
+"""A process that runs jobs one after another, so that shared modules are imported once.
 
-Jobs come as JSON lines on stdin, {"command": [...], "log": FILE}, and each is answered by a line on
-stdout, {"status": N, "memory_gb": X}. A command `python -m launch.NAME ...` runs in this process, any
-other as its child. At the end of its input, which comes too when the one that started it dies, the process
-ends; a job that runs then is sent SIGTERM first, to save its work.
+Jobs are JSON lines on stdin, {"command": [...], "log": FILE}. The answer to each is a line on stdout,
+{"status": N, "memory_gb": X}. A command `python -m launch.NAME ...` runs in this process, any other command in a
+child process. The process ends when its input ends, also because the parent has died. A job that is still running
+then receives SIGTERM first, so that it saves its work.
 """
 
 if __name__ == "__main__":
-    # A worker's cores, before anything counts them: XLA sizes its threads by them.
+    # Sets the worker's cores before anything counts them: XLA chooses its number of threads by them.
     import os
     import sys
 
@@ -42,7 +42,7 @@ OWN = "launch."
 
 
 def serve(jobs: Iterable[str]) -> int:
-    """Runs jobs until there are no more."""
+    """Runs jobs until the input ends; returns the exit status 0."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     for line in _watched(jobs):
         job = json.loads(line)
@@ -50,17 +50,17 @@ def serve(jobs: Iterable[str]) -> int:
         with _output_to(job["log"]):
             status = run(job["command"])
         answer = {"status": status, "memory_gb": peak_bytes(os.getpid()) / 1e9}
-        with contextlib.suppress(BrokenPipeError):  # nobody is left to hear it
+        with contextlib.suppress(BrokenPipeError):  # the reader has ended
             print(json.dumps(answer), file=replies, flush=True)
         _give_back_memory()
     return 0
 
 
 def _watched(jobs: Iterable[str]) -> Iterator[str]:
-    """The same, read beside the job that runs, which is asked to stop when the input ends.
+    """Yields the lines of `jobs`; a thread reads them, and sends SIGTERM to a running job when the input ends.
 
-    Not by the kernel's signal for the death of a parent: it comes once for each thread of that one, and
-    a second SIGTERM ends a run that is saving.
+    The kernel's parent-death signal is not used: it comes once for each thread of the parent, and a second SIGTERM
+    ends a run that is saving.
     """
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     busy = threading.Event()
@@ -80,7 +80,7 @@ def _watched(jobs: Iterable[str]) -> Iterator[str]:
 
 
 def run(command: Sequence[str]) -> int:
-    """The exit status of a command; what it raises is printed, as Python does."""
+    """Runs a command and returns its exit status; prints its exceptions as Python does."""
     if list(command[:2]) != [sys.executable, "-m"] or not command[2].startswith(OWN):
         return subprocess.run(command, check=False).returncode
     sys.argv[:] = command[2:]
@@ -106,7 +106,7 @@ def run(command: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _output_to(log: str) -> Iterator[None]:
-    """Output of this process, of its libraries and of its children goes to the end of a file."""
+    """Appends the output of this process, its libraries and its children to a file."""
     with open(log, "ab") as file, open(os.devnull, "wb") as nothing:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -118,13 +118,13 @@ def _output_to(log: str) -> Iterator[None]:
 
 
 def _begin_peak() -> None:
-    """Begins the measurement of the peak anew, where the system can."""
+    """Resets the peak of memory use, if the system supports it."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
 
 def peak_bytes(process: int) -> int:
-    """The largest resident set of a process since it began to be measured; 0 if unknown."""
+    """Returns the peak resident set of a process, in bytes, since the last reset; 0 if unknown."""
     with contextlib.suppress(OSError), open(f"/proc/{process}/status", encoding="ascii") as file:
         for line in file:
             if line.startswith("VmHWM:"):
@@ -133,7 +133,7 @@ def peak_bytes(process: int) -> int:
 
 
 def _give_back_memory() -> None:
-    """What a job has left goes back to the system, so that the next one's peak is its own."""
+    """Returns the memory of the last job to the system, so that it does not count in the next job's peak."""
     gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc alone has it
+    with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a family of synthetic problems draws: a statement, a solution, and independently what is right."""
+"""Drafts of synthetic problems: a statement, a solution, and a second computation of the right results."""
 
 import dataclasses
 import random
@@ -11,14 +11,14 @@ class Draft:
     """A problem before it is written down.
 
     Attributes:
-      names: of the function, of which one is taken.
-      parameters: of the function, as in the statement and the body.
-      statement: what it does, as a sentence that begins with a verb.
-      body: its lines, indented by 4 spaces in each level below the first.
-      right: computes what it returns, in another way than the body.
-      draw: arguments to try it on.
-      kinds: annotations of the parameters and of what it returns.
-      rename: names in the body -> others that say the same, of which one is taken.
+      names: possible names of the function; `render` chooses one.
+      parameters: parameter names of the function, as in the statement and the body.
+      statement: what the function does, as a sentence that begins with a verb.
+      body: lines of the function, indented by 4 spaces in each level below the first.
+      right: computes the return value in another way than the body.
+      draw: draws arguments for a test.
+      kinds: annotations of the parameters, then of the return value.
+      rename: name in the body -> possible replacements; `render` chooses one.
     """
 
     names: Sequence[str]
@@ -38,15 +38,15 @@ RESULTS = ("result", "out", "found", "answer")
 
 
 def numbers(rng: random.Random, low: int = -9, high: int = 20, most: int = 8) -> list[int]:
-    """A short list of numbers, at times an empty one."""
+    """Returns a list of 0 to `most` random integers in [low, high]."""
     return [rng.randint(low, high) for _ in range(rng.randint(0, most))]
 
 
 def word(rng: random.Random, letters: str = "abcdeiou", most: int = 7) -> str:
-    """A word of few letters, so that some come twice."""
+    """Returns a word from few letters, so that letters repeat."""
     return "".join(rng.choices(letters, k=rng.randint(1, most)))
 
 
 def sentence(rng: random.Random, most: int = 6) -> str:
-    """Words with single spaces between them."""
+    """Returns 1 to `most` words with single spaces between them."""
     return " ".join(word(rng) for _ in range(rng.randint(1, most)))

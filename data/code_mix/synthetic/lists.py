@@ -39,21 +39,21 @@ _END = {
 
 
 def chain(rng: random.Random) -> Draft:
-    """Up to three steps that keep or change numbers, and what is made of the rest."""
+    """One to three steps that filter or map numbers, then a reduction of the result."""
     steps, conditions = [], []
     for _ in range(rng.randint(1, 3)):
         table = rng.choice((_KEEP, _MAP))
-        said = rng.choice(list(table))
+        phrase = rng.choice(list(table))
         k = rng.randint(-4, 9)
-        code, right = table[said]
+        code, right = table[phrase]
         values = {"k": k, "m": abs(k) + 2, "x": "x"}
         kind = "keep" if table is _KEEP else "map"
         steps.append((kind, code.format(**values), right, k))
-        text = said.format(**values)
+        text = phrase.format(**values)
         conditions.append(
             f"keeps the numbers that are {text}" if kind == "keep" else f"takes each {text}"
         )
-    said, end = rng.choice(list(_END.items()))
+    phrase, end = rng.choice(list(_END.items()))
     if rng.random() < 0.5:
         lines = ["result = []", "for x in numbers:"]
         for kind, code, _, _ in steps:
@@ -79,15 +79,15 @@ def chain(rng: random.Random) -> Draft:
 
     returned = (
         "int"
-        if "sum" in said or "how many" in said
+        if "sum" in phrase or "how many" in phrase
         else "int | None"
-        if "None" in said
+        if "None" in phrase
         else "list[int]"
     )
     return Draft(
         names=("process", "select", "transform_numbers", "pick", "summarize"),
         parameters=("numbers",),
-        statement=f"Takes a list of numbers, {', then '.join(conditions)}, and {said}.",
+        statement=f"Takes a list of numbers, {', then '.join(conditions)}, and {phrase}.",
         body="\n".join(lines),
         right=right,
         draw=lambda rng: (numbers(rng),),
@@ -224,15 +224,15 @@ return merge_sort(list(numbers))""",
 
 
 def sorting(rng: random.Random) -> Draft:
-    """A stable sorting procedure, by a key, in either order."""
+    """A stable sort by a key, ascending or descending."""
     name, code = rng.choice(list(_SORTS.items()))
-    said, (key, right) = rng.choice(list(_KEYS.items()))
+    phrase, (key, right) = rng.choice(list(_KEYS.items()))
     k, down = rng.randint(2, 7), rng.random() < 0.5
     helper = f"def key(x):\n    return {key.format(k=k)}\n\n"
     return Draft(
         names=(f"{name}_sort", "sort_by_key", "ordered", "arrange"),
         parameters=("numbers",),
-        statement=f"Sorts a list by {said.format(k=k)}, from the {'largest' if down else 'smallest'} on, with {name} "
+        statement=f"Sorts a list by {phrase.format(k=k)}, from the {'largest' if down else 'smallest'} on, with {name} "
         "sort; equals keep their order.",
         body=helper + code.format(after="<" if down else ">"),
         right=lambda xs: sorted(xs, key=lambda x: (-1 if down else 1) * right(x, k)),
@@ -299,7 +299,7 @@ def pairs(rng: random.Random) -> Draft:
 
 
 def matrix(rng: random.Random) -> Draft:
-    said, body, right = rng.choice(
+    phrase, body, right = rng.choice(
         (
             ("Transposes a matrix.", "return [list(column) for column in zip(*rows)]",
              lambda m: [[row[j] for row in m] for j in range(len(m[0]))]),
@@ -322,7 +322,7 @@ def matrix(rng: random.Random) -> Draft:
     return Draft(
         names=("matrix_operation", "on_rows", "grid"),
         parameters=("rows",),
-        statement=said,
+        statement=phrase,
         body=body,
         right=right,
         draw=draw,
@@ -335,7 +335,7 @@ _LISTS_OF_LISTS = (chain, rotate, windows, accumulate, sorting)
 
 
 def composed(rng: random.Random) -> Draft:
-    """One list after another: what one family returns is given to the other."""
+    """Two list problems in sequence: the second reads the result of the first."""
     parts: list[Draft] = []
     while len(parts) < 2:
         part = rng.choice(_LISTS_OF_LISTS)(rng)
@@ -363,5 +363,5 @@ def composed(rng: random.Random) -> Draft:
 
 
 FAMILIES = (chain, rotate, chunks, windows, accumulate, sorting, search, pairs, matrix, composed)
-# Those that do not run out of problems.
+# Families that do not run out of new problems.
 OPEN_ENDED = (chain, composed)

@@ -1,4 +1,4 @@
-"""Drafts written down as documents: names, layout and tests vary; and solutions with one fault."""
+"""Renders drafts as documents with random names, layout and tests, or with one fault in the solution."""
 
 import ast
 import copy
@@ -18,8 +18,8 @@ class Rendered:
     """A document.
 
     Attributes:
-      text: the problem, its solution and its tests: a program.
-      key: equal for what differs in names, layout and tests alone.
+      text: a program: the problem, its solution and its tests.
+      key: identifies the problem; equal for documents that differ in names, layout and tests only.
     """
 
     text: str
@@ -27,15 +27,15 @@ class Rendered:
 
 
 def render(draft: Draft, rng: random.Random, *, mutate: bool = False) -> Rendered | None:
-    """Writes a draft down.
+    """Returns a draft as a document.
 
     Args:
-      draft: to write.
-      rng: chooses how.
+      draft: the problem.
+      rng: chooses names, layout and tests.
       mutate: put one fault into the solution.
 
     Returns:
-      None where there is nothing to put a fault into.
+      The document; None if `mutate` is set and the solution has no operator or number to change.
     """
     name = rng.choice(list(draft.names))
     chosen = _names(draft, name, rng)
@@ -61,12 +61,12 @@ def render(draft: Draft, rng: random.Random, *, mutate: bool = False) -> Rendere
 
 
 def _names(draft: Draft, name: str, rng: random.Random) -> dict[str, str]:
-    """A name for each that may have another, no two the same."""
+    """Returns distinct new names for the names in `draft.rename`."""
     words = set(re.findall(r"\w+", draft.body)) | {name, *draft.parameters}
     taken = words - set(draft.rename)
     chosen = {}
-    for own, others in draft.rename.items():
-        free = [other for other in others if other not in taken]
+    for own, alternatives in draft.rename.items():
+        free = [other for other in alternatives if other not in taken]
         chosen[own] = rng.choice(free) if free else own
         taken.add(chosen[own])
     return chosen
@@ -80,7 +80,7 @@ def _renamed(text: str, chosen: dict[str, str]) -> str:
 
 
 def _cases(draft: Draft, rng: random.Random) -> list[tuple[tuple, Any]]:
-    """Distinct arguments and what is right for them."""
+    """Returns distinct arguments with their right results."""
     cases: dict[str, tuple[tuple, Any]] = {}
     wanted = rng.randint(*_TESTS)
     for _ in range(8 * wanted):
@@ -152,7 +152,7 @@ _SWAPS: dict[type, type] = {
 
 
 def _mutated(body: str, rng: random.Random) -> str | None:
-    """The body with one operator or number changed."""
+    """Returns the body with one operator or number changed; None if it has none."""
     tree = ast.parse(body)
     places = []
     for node in ast.walk(tree):

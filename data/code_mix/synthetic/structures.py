@@ -34,7 +34,7 @@ def multiples(rng: random.Random) -> Draft:
 
 def digits(rng: random.Random) -> Draft:
     base = rng.choice((2, 3, 5, 8, 10, 16))
-    said, code, right = rng.choice(
+    quantity, code, right = rng.choice(
         (("sum", "result + digit", sum), ("number", "result + 1", len), ("largest", "max(result, digit)", max))
     )  # fmt: skip
 
@@ -43,8 +43,8 @@ def digits(rng: random.Random) -> Draft:
 
     body = f"result = 0\nwhile n > 0:\n    digit = n % {base}\n    result = {code}\n    n //= {base}\nreturn result"
     return _number(
-        ("digits", f"{said}_of_digits", "digit_value"),
-        f"Returns the {said} of the digits of a number above 0 in base {base}.",
+        ("digits", f"{quantity}_of_digits", "digit_value"),
+        f"Returns the {quantity} of the digits of a number above 0 in base {base}.",
         body,
         lambda n: right(all_digits(n)),
         low=1,
@@ -126,11 +126,11 @@ def steps(rng: random.Random) -> Draft:
 
 
 def divisors(rng: random.Random) -> Draft:
-    said, code = rng.choice((("number", "1"), ("sum", "i"), ("sum of the squares", "i * i")))
+    quantity, code = rng.choice((("number", "1"), ("sum", "i"), ("sum of the squares", "i * i")))
     power = {"1": 0, "i": 1, "i * i": 2}[code]
     return _number(
         ("divisors", "over_divisors", "divisor_value"),
-        f"Returns the {said} of the divisors of a number above 0.",
+        f"Returns the {quantity} of the divisors of a number above 0.",
         f"result = 0\nfor i in range(1, n + 1):\n    if n % i == 0:\n        result += {code}\nreturn result",
         lambda n: sum(
             d**power
@@ -142,13 +142,13 @@ def divisors(rng: random.Random) -> Draft:
 
 
 def common(rng: random.Random) -> Draft:
-    said, last = rng.choice(
+    quantity, last = rng.choice(
         (("greatest common divisor", "a"), ("least common multiple", "first * second // a"))
     )
     return Draft(
-        names=("common", said.split()[0] + "_common", "euclid"),
+        names=("common", quantity.split()[0] + "_common", "euclid"),
         parameters=("first", "second"),
-        statement=f"Returns the {said} of two numbers above 0, with Euclid's algorithm.",
+        statement=f"Returns the {quantity} of two numbers above 0, with Euclid's algorithm.",
         body=f"a, b = first, second\nwhile b:\n    a, b = b, a % b\nreturn {last}",
         right=math.gcd if last == "a" else math.lcm,
         draw=lambda rng: (rng.randint(1, 80), rng.randint(1, 80)),
@@ -159,7 +159,7 @@ def common(rng: random.Random) -> Draft:
 
 def grouping(rng: random.Random) -> Draft:
     k = rng.randint(2, 4)
-    said, code, key = rng.choice(
+    feature, code, key = rng.choice(
         (("their length", "len(item)", len), ("their first letter", "item[0]", lambda w: w[:1]),
          (f"their length modulo {k}", f"len(item) % {k}", lambda w: divmod(len(w), k)[1]))
     )  # fmt: skip
@@ -173,13 +173,14 @@ def grouping(rng: random.Random) -> Draft:
     def right(items):
         keys = [key(item) for item in items]
         return {
-            one: keys.count(one) if count else [i for i in items if key(i) == one] for one in keys
+            group: keys.count(group) if count else [i for i in items if key(i) == group]
+            for group in keys
         }
 
     return Draft(
         names=("group_words", "by_key", "collect"),
         parameters=("items",),
-        statement=f"Returns a dictionary of words by {said}: {'how many there are' if count else 'lists of them in order'}.",
+        statement=f"Returns a dictionary of words by {feature}: {'how many there are' if count else 'lists of them in order'}.",
         body=f"result = {{}}\nfor item in items:\n    key = {code}\n    {add}\nreturn result",
         right=right,
         draw=lambda rng: ([word(rng, most=4) for _ in range(rng.randint(0, 5))],),
@@ -194,7 +195,7 @@ def grouping(rng: random.Random) -> Draft:
 
 
 def merging(rng: random.Random) -> Draft:
-    said, code, pick = rng.choice(
+    rule, code, pick = rng.choice(
         (("added", "result[key] + value", sum), ("reduced to the larger", "max(result[key], value)", max),
          ("reduced to the smaller", "min(result[key], value)", min))
     )  # fmt: skip
@@ -210,7 +211,7 @@ def merging(rng: random.Random) -> Draft:
     return Draft(
         names=("merge", "merge_counts", "combined"),
         parameters=("first", "second"),
-        statement=f"Merges two dictionaries of numbers; where both have a key, its values are {said}.",
+        statement=f"Merges two dictionaries of numbers; where both have a key, its values are {rule}.",
         body="result = dict(first)\nfor key, value in second.items():\n    if key in result:\n"
         f"        result[key] = {code}\n    else:\n        result[key] = value\nreturn result",
         right=right,
@@ -257,19 +258,19 @@ def _nested(rng: random.Random, depth: int = 3) -> list:
 
 
 def _flat(items):
-    stack, found = [items], []
+    stack, leaves = [items], []
     while stack:
-        one = stack.pop()
-        if isinstance(one, list):
-            stack.extend(reversed(one))
+        item = stack.pop()
+        if isinstance(item, list):
+            stack.extend(reversed(item))
         else:
-            found.append(one)
-    return found
+            leaves.append(item)
+    return leaves
 
 
 def nested(rng: random.Random) -> Draft:
     k = rng.randint(1, 3)
-    said, start, inner, leaf, right = rng.choice(
+    phrase, start, inner, leaf, right = rng.choice(
         (("Flattens nested lists of numbers", "[]", "result + {name}(item)", "result + [item]", _flat),
          ("Adds up the numbers of nested lists", "0", "result + {name}(item)", "result + item", lambda x: sum(_flat(x))),
          ("Counts the numbers of nested lists", "0", "result + {name}(item)", "result + 1", lambda x: len(_flat(x))),
@@ -281,7 +282,7 @@ def nested(rng: random.Random) -> Draft:
     return Draft(
         names=("walk", "visit", "over_nested"),
         parameters=("items",),
-        statement=f"{said}, by recursion.",
+        statement=f"{phrase}, by recursion.",
         body=f"result = {start}\nfor item in items:\n    if isinstance(item, list):\n        result = {inner}\n    else:\n"
         f"        result = {leaf}\nreturn result",
         right=right,

@@ -64,7 +64,7 @@ def run_lengths(rng: random.Random) -> Draft:
 
 
 def reversal(rng: random.Random) -> Draft:
-    said, body, right = rng.choice(
+    phrase, body, right = rng.choice(
         (
             ("Reverses the order of the words of a text.", "return ' '.join(text.split()[::-1])",
              lambda s: " ".join(reversed(s.split(" ")))),
@@ -77,7 +77,7 @@ def reversal(rng: random.Random) -> Draft:
     )  # fmt: skip
     return _draft(
         ("reverse_text", "reversed_words", "turn_around"),
-        said,
+        phrase,
         body,
         right,
         lambda rng: (sentence(rng),),
@@ -152,14 +152,14 @@ def case(rng: random.Random) -> Draft:
 
 def balanced(rng: random.Random) -> Draft:
     kinds = rng.sample(("()", "[]", "{}", "<>"), rng.randint(1, 3))
-    closing = {one[1]: one[0] for one in kinds}
+    closing = {pair[1]: pair[0] for pair in kinds}
 
     def right(s):
-        kept = "".join(c for c in s if c in "".join(kinds))
-        while any(one in kept for one in kinds):
-            for one in kinds:
-                kept = kept.replace(one, "")
-        return not kept
+        brackets = "".join(c for c in s if c in "".join(kinds))
+        while any(pair in brackets for pair in kinds):
+            for pair in kinds:
+                brackets = brackets.replace(pair, "")
+        return not brackets
 
     return _draft(
         ("is_balanced", "brackets_match", "well_formed"),

@@ -8,12 +8,12 @@ from launch.aot.hlo import collectives, flops, loops, text, traffic
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Calls of one hand-written (Pallas) kernel, whose FLOPs XLA does not know.
+    """Calls of one hand-written (Pallas) kernel; XLA does not know its FLOPs.
 
     Attributes:
-      name: of the kernel.
-      count: executions, loop trips applied.
-      operands: its array operands, of one call.
+      name: name of the kernel.
+      count: number of executions, with loop trip counts applied.
+      operands: array operands of one call.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Analysis:
     """Costs of one execution on one chip.
 
     Attributes:
-      flops: of matrix products, loop trips applied; kernels excluded.
+      flops: FLOPs of matrix products, with loop trip counts applied; kernels excluded.
       kernels: calls of hand-written kernels.
       collectives: totals by kind.
       hbm_bytes: estimated traffic to and from main memory.
@@ -39,10 +39,10 @@ class Analysis:
 
 
 def analyse(program: str) -> Analysis:
-    """Analyses `compiled.as_text()`.
+    """Returns the costs of a program from its text, `compiled.as_text()`.
 
     Raises:
-      HloError: text, a loop or a collective that cannot be understood.
+      HloError: the text, a loop or a collective cannot be understood.
     """
     module = text.parse(program)
     executions = loops.executions(module)
@@ -69,5 +69,5 @@ def analyse(program: str) -> Analysis:
 
 
 def _kernel_name(instruction: str) -> str:
-    """The name without the numbers that make it unique."""
+    """Returns an instruction's name without the numbers that make it unique."""
     return instruction.rstrip("0123456789.").removesuffix(".clone")

@@ -22,9 +22,9 @@ class Total:
     """Sums over one execution of the program.
 
     Attributes:
-      count: executions, loop trips applied.
+      count: number of executions, with loop trip counts applied.
       bytes: bytes each chip sends.
-      largest: bytes each chip sends in the largest single one.
+      largest: bytes each chip sends in the largest single collective.
     """
 
     count: int = 0
@@ -36,10 +36,10 @@ class Total:
 
 
 def totals(module: Module, executions: dict[str, int]) -> dict[str, Total]:
-    """Totals by kind; kinds that do not occur are absent.
+    """Returns totals by kind; kinds that do not occur are absent.
 
     Raises:
-      HloError: a collective whose group of chips cannot be read.
+      HloError: the group of chips of a collective cannot be read.
     """
     sums: dict[str, Total] = {}
     for kind, count, each in _distinct(module, executions):
@@ -48,11 +48,10 @@ def totals(module: Module, executions: dict[str, int]) -> dict[str, Total]:
 
 
 def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int, int]]:
-    """(kind, executions, bytes) of each collective.
+    """Returns (kind, executions, bytes) of each collective, without repeats.
 
-    The TPU compiler spreads one asynchronous collective over several fusions, also of unrelated
-    loops, and repeats it in the body of each. The repeats share a channel; the one that runs least
-    often is where the transfer belongs.
+    The TPU compiler spreads one asynchronous collective over several fusions, also in unrelated loops, and repeats
+    it in the body of each. The repeats share a channel. Only the repeat that runs least often is counted.
     """
     apart: list[tuple[str, int, int]] = []
     channels: dict[tuple[str, str], tuple[str, int, int]] = {}
@@ -78,13 +77,13 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
 
 
 def _kind(opcode: str, computation: str) -> str:
-    """TPU programs hold a reduce-scatter as an all-reduce within a fusion of this name."""
+    """Returns the kind of a collective; TPU programs have a reduce-scatter as an all-reduce in a fusion of this name."""
     fused = opcode == "all-reduce" and computation.startswith("all-reduce-scatter")
     return "reduce-scatter" if fused else opcode
 
 
 def _wire_bytes(module: Module, kind: str, instruction: Instruction) -> int:
-    """Bytes one chip sends, for the usual ring algorithms."""
+    """Returns the bytes that one chip sends in the usual ring algorithms."""
     operands = range(len(instruction.operands))
     size = sum(
         leaf.bytes for i in operands for leaf in leaves(module.operand(instruction, i).shape)
@@ -101,7 +100,7 @@ def _wire_bytes(module: Module, kind: str, instruction: Instruction) -> int:
 
 
 def group_size(instruction: Instruction, partitions: int) -> int:
-    """Chips that take part together in one collective, in any of XLA's notations."""
+    """Returns the number of chips in one group of a collective, from any of XLA's notations."""
     text = instruction.attribute("replica_groups")
     # The mesh form has a blank before its axes, which may follow a list of devices.
     mesh = re.search(

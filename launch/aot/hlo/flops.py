@@ -1,7 +1,7 @@
 """FLOPs of matrix products, two per multiply-add, from the shapes of dots and convolutions.
 
-TPU programs have no dots: they are convolutions whose windows slide over padded and dilated
-operands, so only taps that meet data may be counted.
+TPU programs express dots as convolutions whose windows slide over padded and dilated operands. So only window taps
+that read data are counted.
 """
 
 import re
@@ -10,7 +10,7 @@ from launch.aot.hlo.text import HloError, Instruction, Module
 
 
 def product_flops(module: Module, instruction: Instruction) -> int:
-    """FLOPs of one execution of a dot or convolution, 0 for anything else."""
+    """Returns the FLOPs of one execution of a dot or convolution; 0 for other instructions."""
     if instruction.opcode == "dot":
         return _dot(module, instruction)
     if instruction.opcode == "convolution":
@@ -46,7 +46,7 @@ def _convolution(module: Module, convolution: Instruction) -> int:
 
 
 def _window(convolution: Instruction, rank: int) -> list[dict[str, int]]:
-    """size, stride, padding and dilations of each spatial dimension."""
+    """Returns size, stride, lower padding and dilations of each spatial dimension."""
     text = (convolution.attribute("window") or "{}").strip("{}")
     fields = dict(item.split("=") for item in text.split())
     known = {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}
@@ -78,7 +78,7 @@ def _window(convolution: Instruction, rank: int) -> list[dict[str, int]]:
 def _taps(
     lhs: int, out: int, *, size: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """Pairs (output position, window tap) that read an element and no padding or hole."""
+    """Returns the number of pairs (output position, window tap) that read data, not padding or a dilation hole."""
     last = (lhs - 1) * lhs_dilate
     count = 0
     for tap in range(size):

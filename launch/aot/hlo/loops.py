@@ -1,7 +1,7 @@
 """Counts how often each computation of a program runs: loop trip counts, multiplied through nesting.
 
-XLA's own cost analysis counts a loop body once. TPU programs contain no trip counts either: they are
-solved from the loop's condition, its initial value and its step.
+XLA's own cost analysis counts a loop body once. TPU programs do not contain trip counts either. They are computed
+from the loop's condition, its initial value and its step.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 
 from launch.aot.hlo.text import Computation, HloError, Instruction, Module
 
-# Operations that pass a scalar through unchanged.
+# Operations that return a scalar unchanged.
 _TRANSPARENT = ("copy", "convert", "bitcast", "copy-start", "copy-done", "opt-barrier", "reshape")
 _HOLDS = {
     "LT": lambda a, b: a < b,
@@ -24,11 +24,11 @@ _HOLDS = {
 def executions(module: Module) -> dict[str, int]:
     """Returns how often each computation runs in one execution of the program.
 
-    Both branches of a conditional count as taken. Scalar functions of reductions, sorts and scatters
-    are not counted.
+    Both branches of a conditional count as executed. Scalar functions of reductions, sorts and scatters are not
+    counted.
 
     Raises:
-      HloError: a loop whose trip count cannot be determined.
+      HloError: the trip count of a loop cannot be determined.
     """
     loops = _Loops(module)
     edges = {name: list(loops.calls(c)) for name, c in module.computations.items()}
@@ -173,7 +173,7 @@ class _Loops:
         return self._module.operand(root, index) if root.opcode == "tuple" else None
 
     def _step(self, loop: Instruction, index: int) -> int:
-        """Returns what one trip adds to element `index`; 0 if it is constant or no counter."""
+        """Returns the amount that one trip adds to element `index`; 0 if it is constant or not a counter."""
         element = self._element(loop, index)
         if element is None:
             return 0

@@ -28,7 +28,7 @@ _SPACE = re.compile(r"S\((\d+)\)")
 
 
 class HloError(ValueError):
-    """The program's text contains something that would make a number wrong if it were ignored."""
+    """Raised if the program's text has a part that cannot be read or counted; ignoring it would give wrong numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ Shape = Array | tuple["Shape", ...]
 
 
 def leaves(shape: Shape) -> Iterator[Array]:
-    """All arrays of a shape."""
+    """Yields all arrays of a shape."""
     if isinstance(shape, Array):
         yield shape
     else:
@@ -76,7 +76,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the operands; empty for parameters and constants."""
+        """Returns the names of the operands; empty for parameters and constants."""
         if self.opcode in ("parameter", "constant"):
             return ()
         parts = _split(_COMMENT.sub("", self.argument))
@@ -91,13 +91,13 @@ class Instruction:
         return _split(rest)[0].strip()
 
     def callees(self, *names: str) -> list[str]:
-        """Computations named by the attributes `names`."""
+        """Returns the computations in the attributes `names`."""
         texts = [text for name in names if (text := self.attribute(name)) is not None]
         return [part.strip().lstrip("%") for text in texts for part in text.strip("{}").split(",")]
 
     @property
     def array(self) -> Array:
-        """The result, which must be a single array."""
+        """Returns the result; raises HloError if it is a tuple."""
         if not isinstance(self.shape, Array):
             raise HloError(f"{self.opcode} {self.name} has a tuple where one array is expected")
         return self.shape
@@ -105,7 +105,7 @@ class Instruction:
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in order; the last one marked ROOT is the result."""
+    """Instructions by name, in order; the last instruction marked ROOT computes the result."""
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -136,10 +136,10 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses `compiled.as_text()`.
+    """Returns the parsed text of a compiled program, `compiled.as_text()`.
 
     Raises:
-      HloError: text that is not a compiled program.
+      HloError: the text is not a compiled program.
     """
     computations: dict[str, Computation] = {}
     entry = current = None
@@ -210,7 +210,7 @@ def _shape(text: str) -> Shape:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`."""
+    """Returns the index of the bracket that closes the bracket at `start`."""
     depth = 0
     for match in re.compile(r'"(?:\\.|[^"\\])*"|[()\[\]{}]').finditer(text, start):
         if match[0] in "([{":
@@ -223,7 +223,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Splits at commas outside brackets and strings."""
+    """Splits a text at commas outside brackets and strings."""
     parts, depth, begin = [], 0, 0
     for match in re.compile(r'"(?:\\.|[^"\\])*"|[()\[\]{},]').finditer(text):
         if match[0] in "([{":

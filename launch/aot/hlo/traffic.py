@@ -1,13 +1,13 @@
 """An estimate of the bytes a program moves to and from main memory (HBM).
 
-Every instruction outside fusions reads its operands and writes its result once; what the compiler
-keeps in on-chip memory is free, and slices count at their own size.
+Every instruction outside fusions reads its operands and writes its result once. Arrays in on-chip memory are free. A
+slice counts with the size of the slice, not of its operand.
 """
 
 from launch.aot.hlo.collectives import KINDS
 from launch.aot.hlo.text import Array, Computation, Instruction, Module, leaves
 
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = (
     "add-dependency",
     "after-all",
@@ -34,12 +34,12 @@ _FREE_TARGETS = (
     "AsyncCollectiveStart",
     "ConcatBitcast",
 )
-# Readers of a part of their first operand.
+# Instructions that read only a part of their first operand.
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
 def hbm_bytes(module: Module, executions: dict[str, int]) -> int:
-    """Estimated bytes per execution of the program."""
+    """Returns the estimated bytes per execution of the program."""
     fused = {
         callee
         for computation in module.computations.values()
@@ -81,7 +81,7 @@ def _bytes(instruction: Instruction) -> int:
 
 
 def _started(instruction: Instruction, operands: list[Instruction]) -> int:
-    """Bytes of an asynchronous start, whose tuple holds its operands again, its result, and flags."""
+    """Returns the bytes of an asynchronous start; its result is a tuple of its operands, its result, and flags."""
     result = instruction.shape
     if not isinstance(result, Array):
         result = result[0 if instruction.opcode == "copy-start" else 1]  # copies name it first
@@ -94,7 +94,7 @@ def _started(instruction: Instruction, operands: list[Instruction]) -> int:
 
 
 def _read(module: Module, body: Computation, index: int, operand: Instruction) -> int:
-    """Bytes a fusion reads of one operand."""
+    """Returns the bytes that a fusion reads of one operand."""
     whole = _bytes(operand)
     if not whole:
         return 0
@@ -115,30 +115,30 @@ def _read(module: Module, body: Computation, index: int, operand: Instruction) -
 
 
 def _is_transfer(instruction: Instruction) -> bool:
-    """A collective that a fusion carries along, counted where it starts, or its end."""
+    """Returns whether an instruction is a collective inside a fusion (counted at its start), or its end."""
     return instruction.opcode in KINDS or '"AsyncCollectiveDone"' in instruction.attributes
 
 
 def _written(module: Module, body: Computation, fusion: Instruction) -> int:
-    """Bytes a fusion writes; an update in place writes the update."""
+    """Returns the bytes that a fusion writes; an in-place update writes only the update."""
     root = body.result
     outputs = fusion.shape if isinstance(fusion.shape, tuple) else (fusion.shape,)
     if root.opcode == "tuple":
         roots = [module.operand(root, i) for i in range(len(root.operands))]
     elif len(outputs) > 1:
-        # The start of an asynchronous collective: its operand again, its result, then flags.
+        # The start of an asynchronous collective returns its operand, its result, then flags.
         return sum(leaf.bytes for leaf in leaves(outputs[1]) if leaf.space == 0)
     else:
         roots = [root]
     total = 0
-    for made, output in zip(roots, outputs, strict=True):
-        while made.opcode in ("bitcast", "reshape"):
-            made = module.operand(made, 0)
-        if made.opcode == "parameter" or _is_transfer(made):  # passed through
+    for producer, output in zip(roots, outputs, strict=True):
+        while producer.opcode in ("bitcast", "reshape"):
+            producer = module.operand(producer, 0)
+        if producer.opcode == "parameter" or _is_transfer(producer):  # passed through
             continue
         written = (
-            [module.operand(made, 1).array]
-            if made.opcode == "dynamic-update-slice"
+            [module.operand(producer, 1).array]
+            if producer.opcode == "dynamic-update-slice"
             else leaves(output)
         )
         in_hbm = next(iter(leaves(output))).space == 0

@@ -2,7 +2,7 @@
 
   python -m launch.benchmarks.jax.decode_jax FOLDER
 
-Reads case.json and weights.npz of FOLDER, then requests (see decode_case.py).
+Reads case.json and weights.npz in FOLDER, then answers requests on standard input (see decode_case.py).
 """
 
 import json
@@ -15,7 +15,7 @@ from launch import environment
 
 
 class Ours:
-    """The operations; programs are kept, so that the second call of one kind is warm."""
+    """The operations; compiled programs are reused, so that the second call with the same arguments is warm."""
 
     def __init__(self, folder: str):
         import jax
@@ -45,7 +45,7 @@ class Ours:
         settings: dict[str, Any] | None = None,
         tokens: bool = False,
     ) -> dict[str, Any]:
-        """Greedy tokens; seconds of the whole call, and of reading and generating within it."""
+        """Generates greedily; returns tokens, and seconds of the whole call, its prefill and its decoding."""
         from launch.benchmarks import decode_case
         from model.kv_cache.policies import policy_named
         from trainers.decoding.decoder import Decoder, Stats
@@ -64,21 +64,21 @@ class Ours:
         prompts = decode_case.prompts(self._sizes, batch, length)
         decoder.stats = Stats()
         began = time.perf_counter()
-        found = decoder(prompts)
+        results = decoder(prompts)
         return {
             "seconds": time.perf_counter() - began,
             "prefill_seconds": decoder.stats.prefill_seconds,
             "decode_seconds": decoder.stats.decode_seconds,
             "cache_bytes": decoder.stats.cache_bytes,
-            "tokens": [row.tokens for row in found] if tokens else None,
+            "tokens": [row.tokens for row in results] if tokens else None,
         }
 
     def compress(
         self, *, batch: int, length: int, new: int, policy: str, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """Seconds of making decoding caches of those that hold the whole prompt, all layers together.
+        """Returns the seconds to make decoding caches from caches with the whole prompt, all layers together.
 
-        "seconds" is with the policy; "copy_seconds" with the full cache, which only gets more room.
+        "seconds" is the time of the policy; "copy_seconds" is that of the full cache, which only adds slots.
         """
         import jax
         import jax.numpy as jnp
@@ -111,10 +111,10 @@ class Ours:
     def peak_bytes(
         self, *, length: int, new: int, policy: str, settings: dict[str, Any], depth: int = 1
     ) -> dict[str, Any]:
-        """Bytes of one row's caches, from the shapes of its states, of `depth` times as many layers.
+        """Returns the bytes of one row's caches, from the shapes of its states, for `depth` times as many layers.
 
-        "decode_bytes" is of all layers after the prompt; "bytes" of the most while it is read, when one
-        layer after the other is whole and those before it are compressed (trainers/decoding/prefill.py).
+        "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill the current
+        layer's cache is uncompressed and those of earlier layers are compressed (trainers/decoding/prefill.py).
         """
         import jax
         import jax.numpy as jnp
@@ -134,12 +134,13 @@ class Ours:
         def size(tree: Any) -> int:
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-        kept = [size(state) for state in states] * depth
+        compressed = [size(state) for state in states] * depth
         whole = [size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers] * depth
         peak = max(
-            max(w, k) + sum(kept[:i]) for i, (w, k) in enumerate(zip(whole, kept, strict=True))
+            max(w, k) + sum(compressed[:i])
+            for i, (w, k) in enumerate(zip(whole, compressed, strict=True))
         )
-        return {"bytes": max(peak, sum(kept)), "decode_bytes": sum(kept)}
+        return {"bytes": max(peak, sum(compressed)), "decode_bytes": sum(compressed)}
 
 
 def main(folder: str) -> None:

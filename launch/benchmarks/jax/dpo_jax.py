@@ -1,8 +1,8 @@
-"""This project's side of the benchmark `dpo`: the command that a user gives.
+"""This project's side of the benchmark `dpo`: a usual `launch.train` command.
 
   python -m launch.benchmarks.jax.dpo_jax FOLDER STEPS
 
-Reads FOLDER as dpo.py wrote it and prints one line of JSON.
+Reads FOLDER, written by dpo.py, and prints one line of JSON.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def main(folder: str, steps: int) -> None:
 
 
 def _timed(module, name: str) -> list[float]:
-    """Measures calls of a function of a module from here on."""
+    """Wraps a function of a module; returns a list that receives the seconds of each later call."""
     function, seconds = getattr(module, name), []
 
     def call(**given):

@@ -1,8 +1,8 @@
-"""This project's side of the training benchmarks: the recipe that `launch.train` would run.
+"""This project's side of the training benchmarks: the recipe of `launch.train`.
 
   python -m launch.benchmarks.jax.llama_jax FOLDER STEPS
 
-Reads FOLDER as case.py or moe_case.py wrote it and prints one line of JSON.
+Reads FOLDER, written by case.py or moe_case.py, and prints one line of JSON.
 """
 
 import json
@@ -62,7 +62,7 @@ def main(folder: str, steps: int) -> None:
 
 
 def recipe_of(case: dict[str, Any]) -> Any:
-    """The recipe of a case, with the peer's optimiser."""
+    """Returns the recipe of a case, with the peer's optimiser."""
     from launch.benchmarks import case as case_lib
     from launch.benchmarks import moe_case
     from launch.config import gin_config
@@ -75,7 +75,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
 
 
 def peer_params(folder: str) -> Any:
-    """The peer's weights as this project's parameters."""
+    """Returns the peer's weights as this project's parameters."""
     import numpy as np
 
     from launch.benchmarks import case as case_lib
@@ -90,7 +90,7 @@ def peer_params(folder: str) -> Any:
 
 
 def initial_state(program: Any, params: Any) -> Any:
-    """The state of step 0 with these parameters."""
+    """Returns the state of step 0 with the parameters `params`."""
     import jax
 
     abstract = program.abstract_state.params
@@ -101,7 +101,7 @@ def initial_state(program: Any, params: Any) -> Any:
 
 
 def batch_of(rows: Any) -> dict[str, Any]:
-    """Rows as one document each; like the peer, the last token of a row predicts nothing."""
+    """Returns a batch with one document per row; as for the peer, the last token of a row predicts nothing."""
     import numpy as np
 
     weights = np.ones(rows.shape, np.float32)

@@ -1,10 +1,10 @@
-"""One side of the benchmark of lm-evaluation-harness; the peer's runs under .venv-lm-eval.
+"""One side of the benchmark of lm-evaluation-harness; the peer's side runs under .venv-lm-eval.
 
   python -m launch.benchmarks.jax.lm_eval_side FOLDER ours 0
   .venv-lm-eval/bin/python -P launch/benchmarks/jax/lm_eval_side.py FOLDER peer BATCH_SIZE
 
-Reads what lm_eval.py wrote to FOLDER; prints seconds and answers of each kind of request as JSON. The
-project is imported on its own side alone.
+Reads FOLDER, written by lm_eval.py; prints seconds and answers of each kind of request as JSON. Only this project's
+own side imports the project.
 """
 
 import copy
@@ -35,18 +35,18 @@ def main(folder: str, side: str, batch_size: int) -> None:
         model = HFLM(os.path.join(folder, "model"), device="cpu", batch_size=batch_size)
     from lm_eval.api.instance import Instance
 
-    given = json.loads(pathlib.Path(folder, "requests.json").read_bytes())
+    arguments_by_kind = json.loads(pathlib.Path(folder, "requests.json").read_bytes())
     kinds = {"multiple_choice": "loglikelihood", "generate_until": "generate_until"}
     report = {"versions": _versions()}
     for kind, method in kinds.items():
         seconds = []
-        # The peer has nothing to compile: its second time would be its first.
+        # The peer does not compile, so a second call would take as long as the first.
         for _ in range(2 if side == "ours" else 1):
             requests = [
                 Instance(
                     request_type=method, doc={}, arguments=tuple(copy.deepcopy(arguments)), idx=i
                 )
-                for i, arguments in enumerate(given[kind])
+                for i, arguments in enumerate(arguments_by_kind[kind])
             ]
             began = time.perf_counter()
             answers = getattr(model, method)(requests, disable_tqdm=True)
@@ -56,13 +56,13 @@ def main(folder: str, side: str, batch_size: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("lm_eval", "torch", "transformers"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A run of the benchmark `online_dpo`: the command that a user gives.
+"""One run of the benchmark `online_dpo`: a usual `launch.train` command.
 
   python -m launch.benchmarks.jax.online_dpo_jax FOLDER STEPS
 
-Reads FOLDER as online_dpo.py wrote it and prints one line of JSON: seconds of the steps after the first ones, by part.
+Reads FOLDER, written by online_dpo.py, and prints one line of JSON: seconds of each part of the steps after the warm-up.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def main(folder: str, steps: int) -> None:
     run = pathlib.Path(folder, "online")
     shutil.rmtree(run, ignore_errors=True)
     spans = {part: timed(owner, name) for part, (owner, name) in watched().items()}
-    # A step is over when the next one begins, which the last one's never does.
+    # A step ends when the next one begins, so the run has one more step, which is not measured.
     argv = arguments(folder, run, online_dpo.WARM_UP + steps + 1)
     with contextlib.redirect_stdout(io.StringIO()):
         status = cli.main("Trains.", entry="launch.train:train", argv=argv)
@@ -50,7 +50,7 @@ def main(folder: str, steps: int) -> None:
 
 
 def watched() -> dict[str, tuple[type, str]]:
-    """The methods whose calls are timed, by part."""
+    """Returns part -> method whose calls are timed."""
     from trainers.decoding.policy_sampler import PolicySampler
     from trainers.online.rollouts import Rollouts
 
@@ -63,7 +63,7 @@ def watched() -> dict[str, tuple[type, str]]:
 
 
 def arguments(folder: str, run: pathlib.Path, steps: int) -> list[str]:
-    """Those of `launch.train`."""
+    """Returns the arguments of `launch.train`."""
     case = json.loads(pathlib.Path(folder, "case.json").read_text())
     bindings = {
         "MODEL_DIR": str(run),
@@ -85,10 +85,10 @@ def arguments(folder: str, run: pathlib.Path, steps: int) -> list[str]:
 
 
 def seconds(spans: dict[str, list[tuple[float, float]]]) -> dict[str, list[float]]:
-    """Of each step but the first ones and the last, by part; parts add up to what the step took.
+    """Returns seconds by part for each step, without the warm-up and the last step; parts sum to the step's time.
 
     Args:
-      spans: beginning and end of each call, one of each kind in a step.
+      spans: part -> beginning and end of each call; every part has one call per step.
     """
     first = online_dpo.WARM_UP
     begins = [begin for begin, _ in spans["rollout"]]
@@ -103,7 +103,7 @@ def seconds(spans: dict[str, list[tuple[float, float]]]) -> dict[str, list[float
 
 
 def timed(owner: type, name: str) -> list[tuple[float, float]]:
-    """Beginning and end of calls of a method from here on."""
+    """Wraps a method; returns a list that receives beginning and end of each later call."""
     function = getattr(owner, name)
     spans: list[tuple[float, float]] = []
 

@@ -2,7 +2,7 @@
 
   .venv-peers/bin/python -P launch/benchmarks/torch/decode_torch.py FOLDER
 
-Reads case.json and weights.npz of FOLDER, then requests (see decode_case.py).
+Reads case.json and weights.npz in FOLDER, then answers requests on standard input (see decode_case.py).
 """
 
 import json
@@ -38,20 +38,20 @@ class Peer:
         self._model = transformers.LlamaForCausalLM(config).float().eval()
         with np.load(os.path.join(folder, "weights.npz")) as weights:
             named = {name: torch.from_numpy(weights[name]) for name in weights.files}
-        found = self._model.load_state_dict(named, strict=False)
-        assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}, found
+        result = self._model.load_state_dict(named, strict=False)
+        assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}, result
         self._model.tie_weights()
 
     def _prompts(self, batch, length):
-        # As decode_case.prompts, which cannot be imported here.
+        # The same as decode_case.prompts, which cannot be imported here.
         ids = np.random.default_rng(1).integers(3, self._sizes["vocab_size"], (batch, length))
         return torch.from_numpy(ids)
 
     def generate(self, *, batch, length, new, cache="dynamic", tokens=False):
-        """Greedy tokens with transformers' dynamic or static cache, and seconds of the call."""
+        """Generates greedily with transformers' dynamic or static cache; returns tokens and seconds of the call."""
         ids = self._prompts(batch, length)
         options = {}
-        if cache == "static":  # compiling it is slower than not on CPU
+        if cache == "static":  # not compiled: compiled decoding is slower on CPU
             options = {"cache_implementation": "static", "disable_compile": True}
         began = time.perf_counter()
         with torch.inference_mode():
@@ -68,7 +68,7 @@ class Peer:
         return {"seconds": seconds, "tokens": out[:, length:].tolist() if tokens else None}
 
     def compress(self, *, batch, length, ratio, window, kernel):
-        """Seconds within kvpress's SnapKVPress while a prompt is read, all layers together."""
+        """Returns the seconds in kvpress's SnapKVPress during the prefill of a prompt, all layers together."""
         from kvpress import SnapKVPress
 
         spent = []

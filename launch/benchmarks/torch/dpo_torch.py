@@ -2,7 +2,7 @@
 
   .venv-peers/bin/python -P launch/benchmarks/torch/dpo_torch.py FOLDER STEPS
 
-Reads FOLDER as dpo.py wrote it and prints one line of JSON.
+Reads FOLDER, written by dpo.py, and prints one line of JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ import trl
 
 
 class Steps(transformers.TrainerCallback):
-    """When steps end, and their losses."""
+    """Records the end times and the losses of steps."""
 
     def __init__(self):
         self.ends, self.losses = [], []
@@ -43,7 +43,7 @@ def main(folder: str, steps: int) -> None:
     path = os.path.join(folder, "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    watched = Steps()
+    recorder = Steps()
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
         rows = datasets.load_dataset(
@@ -71,14 +71,14 @@ def main(folder: str, steps: int) -> None:
         trainer = trl.DPOTrainer(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
         )
-        trainer.add_callback(watched)
+        trainer.add_callback(recorder)
         trainer.get_train_dataloader()  # computes the reference's log-probabilities where `train` would
         set_up = time.perf_counter() - began
         trainer.train()
     report = {
-        "losses": watched.losses,
-        "step_ends": watched.ends,
-        "first_step_s": watched.ends[0] - float(os.environ["BENCH_PROCESS_START"]),
+        "losses": recorder.losses,
+        "step_ends": recorder.ends,
+        "first_step_s": recorder.ends[0] - float(os.environ["BENCH_PROCESS_START"]),
         "set_up_s": set_up,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "versions": {

@@ -3,8 +3,8 @@
   .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py FOLDER eager|compiled STEPS
   .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py FOLDER EXPERTS|EXPERTS+compiled STEPS
 
-Reads FOLDER as case.py or moe_case.py wrote it and prints one line of JSON. EXPERTS is the form in which
-transformers computes a mixture's experts: eager, batched_mm or grouped_mm.
+Reads FOLDER, written by case.py or moe_case.py, and prints one line of JSON. EXPERTS is transformers' implementation
+of experts: eager, batched_mm or grouped_mm.
 """
 
 import json
@@ -27,9 +27,9 @@ def main(folder: str, mode: str, steps: int) -> None:
     else:
         model = _llama(case, folder)
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    not_decayed = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}],
         lr=case["learning_rate"],
         betas=(case["b1"], case["b2"]),
         eps=case["adam_eps"],
@@ -85,8 +85,8 @@ def _llama(case: dict, folder: str) -> transformers.PreTrainedModel:
     model = transformers.LlamaForCausalLM(config).float().train()
     with np.load(os.path.join(folder, "weights.npz")) as weights:
         named = {name: torch.from_numpy(weights[name]) for name in weights.files}
-    found = model.load_state_dict(named, strict=False)
-    assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}, found
+    result = model.load_state_dict(named, strict=False)
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}, result
     model.tie_weights()
     return model
 
@@ -100,7 +100,7 @@ def _mixtral(folder: str, experts: str) -> transformers.PreTrainedModel:
         experts_implementation=experts,
         use_cache=False,
     )
-    for parameter in model.parameters():  # Mapped files are no memory to train in.
+    for parameter in model.parameters():  # Training needs a copy of memory-mapped weights.
         parameter.data = parameter.data.clone()
     return model.train()
 

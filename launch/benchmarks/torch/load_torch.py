@@ -14,13 +14,13 @@ import transformers
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, mapped files that it touched included (Linux)."""
+    """Returns the peak resident memory of this process in bytes, including touched pages of mapped files (Linux)."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def main(folder: str) -> None:
-    # Modules that it loads on first use belong to the start and not to the reading.
+    # transformers imports modules on first use; this keeps their imports out of the measured time.
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
