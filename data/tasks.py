@@ -284,9 +284,9 @@ def vocabulary(task_name: str) -> Any:
 
 
 def vocabulary_digest() -> dict[str, str]:
-    """Returns {'vocabulary': digest} of the registered tasks, or {} if their vocabularies differ.
+    """Returns {'vocabulary': digest} of the registered tasks, without reading their data.
 
-    No task needs a token cache for this.
+    Returns {} if their vocabularies differ, or if no task is registered.
     """
     from data.stream import rows
 

@@ -40,7 +40,7 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
 
     A balanced Feistel network permutes the smallest domain of an even number of bits that contains
     [0, size). Results outside the range are encrypted again until they are inside (cycle walking),
-    so the map is a bijection. The domain has at most about four times the size of the range.
+    so the map is a bijection. The domain has at most four times the size of the range.
 
     Args:
         x: integers in [0, size), of any shape.

@@ -91,7 +91,7 @@ class Stream(RowStream):
         return {s.name: used[i] / s.plan.num_rows for i, s in enumerate(self._sources)}
 
     def positions(self, step: int) -> dict[str, dict[str, Any]]:
-        """Returns the position of each source before `step`, from which a later phase can continue."""
+        """Returns the position of each source before `step`, from which a later run can continue."""
         used = self._schedule.used(step).tolist()
         return {
             source.name: {"rows": rows, "order": self._order_of(source)}
