@@ -29,7 +29,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
-# Described by name only: their versions are recorded separately, and their code is too large to follow.
+# Described by name only: their versions belong to the environment, and following their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
 
 
@@ -61,7 +61,7 @@ class _Seen:
 
 
 def describe(value, seen: _Seen | None = None):
-    """Returns JSON that is equal for two values only if they produce the same records.
+    """Returns JSON that is equal for two values exactly if they produce the same records.
 
     Args:
       value: any value, function, class or object.
