@@ -124,7 +124,7 @@ def load(name: str | os.PathLike) -> Problems:
 
 
 def _humaneval() -> pathlib.Path:
-    """Returns the data file of the installed package, which is not imported because it executes code."""
+    """Returns the data file of the installed package, without importing the package, which can execute code."""
     try:
         path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
     except importlib.metadata.PackageNotFoundError:
