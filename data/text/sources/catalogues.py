@@ -111,6 +111,6 @@ def _leaves(tree) -> Iterator[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Returns whether a string is prose: more than one character, and mostly no placeholders."""
+    """Returns whether a string is prose: more than one character, and few placeholders and tags."""
     marked = sum(len(match.group()) for match in _MARKUP.finditer(text))
     return len(text.strip()) > 1 and marked <= MAX_MARKUP_SHARE * len(text)
