@@ -6,8 +6,9 @@ import os
 def load() -> None:
     """Imports TensorFlow, hides accelerators from it, and discards its messages during the import.
 
-    A visible GPU would make TensorFlow reserve the memory that JAX needs. TensorFlow's C++ code writes
-    to file descriptor 2 at every log level, so the descriptor points to the null device during the import.
+    A visible GPU would make TensorFlow reserve the memory that JAX needs. TensorFlow's C++ code
+    writes to file descriptor 2 at every log level, so the descriptor points to the null device
+    during the import.
     """
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

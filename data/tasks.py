@@ -1,8 +1,9 @@
 """SeqIO tasks and mixtures, registered by plain functions that gin binds.
 
 Every task yields `targets` (token ids, with BOS and EOS where the task adds them),
-`targets_pretokenized` (their text) and `document_id`. A mixture's rates are shares of bytes of text,
-which are roughly proportional to tokens. SeqIO's own iterator treats rates as shares of examples.
+`targets_pretokenized` (their text) and `document_id`. A mixture's rates are shares of bytes of
+text, which are roughly proportional to tokens. SeqIO's own iterator treats rates as shares of
+examples.
 """
 
 import functools

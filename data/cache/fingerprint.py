@@ -1,11 +1,12 @@
 """Describes values and functions as JSON, so that a change of either changes a cache's fingerprint.
 
-A function's description holds its source without comments and docstrings, its defaults, closures and
-partial arguments, and the functions and constants that it uses. Functions of other modules are included
-unless these modules are installed; names and versions suffice for the standard library and packages.
-Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of any values.
-Globals that the function itself modifies are excluded. An object's description holds its attributes and
-the methods of its class. Descriptions do not depend on addresses, hash seeds or the working directory.
+A function's description holds its source without comments and docstrings, its defaults, closures
+and partial arguments, and the functions and constants that it uses. Functions of other modules are
+included unless these modules are installed; names and versions suffice for the standard library and
+packages. Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of
+any values. Globals that the function itself modifies are excluded. An object's description holds
+its attributes and the methods of its class. Descriptions do not depend on addresses, hash seeds or
+the working directory.
 """
 
 import dataclasses
@@ -138,8 +139,9 @@ def vocabulary(vocab) -> dict:
 class FileDigests:
     """SHA-256 digests of source files, stored between runs.
 
-    A stored digest is valid while the file's size, modification time, change time and inode are equal.
-    Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change time.
+    A stored digest is valid while the file's size, modification time, change time and inode are
+    equal. Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change
+    time.
     """
 
     def __init__(self, memory: pathlib.Path):
@@ -200,8 +202,8 @@ def _is_followed(value, module: str, *, installed: bool) -> bool:
     """Returns whether the description of code in `module` includes a global that the code uses.
 
     It includes constants; functions and methods of the same module or of modules that are not
-    installed; and classes and callable objects of modules that are not installed. It excludes lists,
-    dicts and sets used by installed code, which may be registries.
+    installed; and classes and callable objects of modules that are not installed. It excludes
+    lists, dicts and sets used by installed code, which may be registries.
     """
     if isinstance(value, _FIXED):
         return True

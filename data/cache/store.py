@@ -1,12 +1,14 @@
 """The token cache: the tokenised records of one split of one task, checksummed and memory-mapped.
 
-A cache is a directory. Every shard has, per feature, a `.bin` file with the concatenated values of all
-records and a `.len` file with the length of each record (uint32), and one `.json` file with counts and
-checksums. `manifest.json` is written last. It holds the fingerprint (a hash of everything the cache was
-built from), its readable description, totals, and the checksum of every file including its own.
+A cache is a directory. Every shard has, per feature, a `.bin` file with the concatenated values of
+all records and a `.len` file with the length of each record (uint32), and one `.json` file with
+counts and checksums. `manifest.json` is written last. It holds the fingerprint (a hash of
+everything the cache was built from), its readable description, totals, and the checksum of every
+file including its own.
 
 A build writes to `<directory>.building`, shard by shard. An interrupted build continues after its
-finished shards and produces the same bytes as an uninterrupted build. One rename publishes the cache.
+finished shards and produces the same bytes as an uninterrupted build. One rename publishes the
+cache.
 """
 
 import concurrent.futures
@@ -98,8 +100,8 @@ def fingerprint(description: Mapping, features: Mapping, num_shards: int) -> str
 
     The shard count is included because it determines the order of records.
     """
-    parts = {"format": FORMAT, "features": features, "num_shards": num_shards}
-    return digest({**parts, "description": description})
+    inputs = {"format": FORMAT, "features": features, "num_shards": num_shards}
+    return digest({**inputs, "description": description})
 
 
 def write(

@@ -1,9 +1,9 @@
 """Token caches of SeqIO tasks: their paths, when they are built, and when they are refused.
 
 SeqIO defines a task and tokenises it once; afterwards it is not needed. The path of a cache is
-`tokens/<task>/<split>/<fingerprint>` under the cache directory. If a task has only caches with other
-fingerprints, one of its inputs has changed; by default this is an error, and no cache is overwritten.
-On request, caches with several fingerprints can exist side by side.
+`tokens/<task>/<split>/<fingerprint>` under the cache directory. If a task has only caches with
+other fingerprints, one of its inputs has changed; by default this is an error, and no cache is
+overwritten. On request, caches with several fingerprints can exist side by side.
 """
 
 import os
@@ -111,8 +111,8 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
     differences = []
     for directory, manifest in _manifests(parent):
         if manifest:
-            was = {**manifest["description"], "features": manifest["features"]}
-            keys = [key for key in now if canonical(now[key]) != canonical(was.get(key))]
+            previous = {**manifest["description"], "features": manifest["features"]}
+            keys = [key for key in now if canonical(now[key]) != canonical(previous.get(key))]
             if len(manifest["shards"]) != num_shards:
                 keys.append("number of shards")
             if keys == ["probe"]:
@@ -122,16 +122,16 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
     if not differences:
         return
     _, directory, keys = min(differences)
-    what = (
+    message = (
         f"The token cache {directory} was built from something else; changed since: "
         f"{', '.join(keys)}."
     )
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
-            f"{what} If that is meant, build the new cache beside it with `python -m launch.prepare cache` and "
+            f"{message} If that is meant, build the new cache beside it with `python -m launch.prepare cache` and "
             "the same gin files and bindings (--replace deletes the old one)."
         )
-    print(f"{what} Another one is built beside it.", file=sys.stderr)
+    print(f"{message} Another one is built beside it.", file=sys.stderr)
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:

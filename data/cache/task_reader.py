@@ -101,8 +101,8 @@ def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Itera
 def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict:
     """Describes what the source reads.
 
-    The source or its function may declare a `digest`: a string, or a function of the split. Sources that
-    read installed packages do so. Otherwise the description holds the digests of the files.
+    The source or its function may declare a `digest`: a string, or a function of the split. Sources
+    that read installed packages do so. Otherwise the description holds the digests of the files.
     """
     function = getattr(source, "_dataset_fn", None)
     inner = getattr(function, "func", function)  # through functools.partial
@@ -138,9 +138,9 @@ def _files(source, split: str) -> list[str]:
 def num_shards(task, split: str) -> int:
     """Returns the number of shards of a build.
 
-    Shards are groups of source files. A source with arbitrary sharding gets more shards if it has many
-    examples; any other source would have to be read completely for every shard. Starting a shard takes
-    a quarter of a second, so thousands of small files do not get a shard each.
+    Shards are groups of source files. A source with arbitrary sharding gets more shards if it has
+    many examples; any other source would have to be read completely for every shard. Starting a
+    shard takes a quarter of a second, so thousands of small files do not get a shard each.
     """
     files = _files(task.source, split)
     size = sum(map(os.path.getsize, files))

@@ -75,6 +75,6 @@ def shuffled_rows(
     epochs, places = np.divmod(positions, rows)
     out = np.empty_like(places)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        out[here] = permute(places[here], rows, hash64(seed, name, int(epoch)))
+        in_epoch = epochs == epoch
+        out[in_epoch] = permute(places[in_epoch], rows, hash64(seed, name, int(epoch)))
     return epochs, out

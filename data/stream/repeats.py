@@ -1,9 +1,10 @@
 """Caps on the epochs of a source, and redistribution of a capped source's share.
 
-A cap of c epochs on a source of r rows allows at most floor(c r) rows. The source is excluded from the
-first step that would exceed its cap. The other sources of its phase then take over its share, in
-proportion to their own shares. The result is an ordinary list of phases, computed before the first step.
-Batches therefore remain a pure function of the step, and batches before that step do not depend on the cap.
+A cap of c epochs on a source of r rows allows at most floor(c r) rows. The source is excluded from
+the first step that would exceed its cap. The other sources of its phase then take over its share,
+in proportion to their own shares. The result is an ordinary list of phases, computed before the
+first step. Batches therefore remain a pure function of the step, and batches before that step do
+not depend on the cap.
 """
 
 import dataclasses

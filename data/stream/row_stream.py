@@ -48,7 +48,7 @@ class RowStream(abc.ABC):
         return tuple(source.name for source in self._sources)
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Returns rows [lo, hi) of the batch of `step`; `data.stream.rows.read_rows` lists the columns."""
+        """Returns rows [lo, hi) of the batch of `step`, with the columns of `rows.read_rows`."""
         source_B, _, row_B = self._locate(step, lo, hi)
         return rows.read_rows(
             self._sources,

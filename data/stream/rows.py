@@ -173,14 +173,15 @@ def read_rows(
 ) -> dict[str, np.ndarray]:
     """Returns a batch of rows, with the column names that models expect.
 
-    Decoder inputs are the targets shifted right within their segment. The first input of a segment is
-    `start_token`, or the preceding token of the record if the segment continues a record. Segment ids
-    count from 1 in each row; 0 is padding. Positions restart at 0 in each segment. With
+    Decoder inputs are the targets shifted right within their segment. The first input of a segment
+    is `start_token`, or the preceding token of the record if the segment continues a record.
+    Segment ids count from 1 in each row; 0 is padding. Positions restart at 0 in each segment. With
     `cross_document_attention` a row is one segment: all ids are 1, and positions and shifts ignore
     document boundaries.
 
-    With a feature 'inputs' there are encoder columns too; encoder and decoder segments with equal ids
-    belong together. Loss weights are 1 at every token, or the values of the feature 'loss_weights'.
+    With a feature 'inputs' there are encoder columns too; encoder and decoder segments with equal
+    ids belong together. Loss weights are 1 at every token, or the values of the feature
+    'loss_weights'.
 
     Args:
         sources: the sources of the stream.
@@ -249,7 +250,7 @@ def read_rows(
 
 
 def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the segments of some rows: (index in `row_B`, place in the row, index in the plan), [S]."""
+    """Returns the segments of rows: (index in `row_B`, place in the row, index in the plan), [S]."""
     begin_B = plan.row_starts[row_B]
     count_B = plan.row_starts[row_B + 1] - begin_B
     row_S = np.repeat(np.arange(len(row_B)), count_B)

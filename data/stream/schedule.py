@@ -1,10 +1,11 @@
 """Computes which source each row of a batch comes from, and its position in that source.
 
-Slots (rows of batches) are assigned to sources by error diffusion. Every slot adds each source's share
-to that source's deficit; the source with the largest deficit gets the slot, and its deficit is reduced.
-With integer shares q that sum to D, the deficits return to zero after exactly D slots. One period is
-therefore tabulated, and any slot of any step is computed by arithmetic. A phase changes the shares from
-a specified step on. Phases are integers on the host, so no compiled train step depends on them.
+Slots (rows of batches) are assigned to sources by error diffusion. Every slot adds each source's
+share to that source's deficit; the source with the largest deficit gets the slot, and its deficit
+is reduced. With integer shares q that sum to D, the deficits return to zero after exactly D slots.
+One period is therefore tabulated, and any slot of any step is computed by arithmetic. A phase
+changes the shares from a specified step on. Phases are integers on the host, so no compiled train
+step depends on them.
 """
 
 import bisect
@@ -39,9 +40,9 @@ def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
 def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarray:
     """Returns integer row shares q that approximate real shares; their sum D is the schedule's period.
 
-    Candidates for D are the periods in which the source with the smallest positive share gets a whole
-    number of rows. The function takes the best candidate up to 2^17 if the relative error of every
-    positive share is at most 0.1 %, otherwise the best candidate up to 2^20.
+    Candidates for D are the periods in which the source with the smallest positive share gets a
+    whole number of rows. The function takes the best candidate up to 2^17 if the relative error of
+    every positive share is at most 0.1 %, otherwise the best candidate up to 2^20.
 
     Raises:
         ValueError: a positive share is so small that it would never be read.
@@ -90,8 +91,8 @@ def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
 def shuffle_period(counts: np.ndarray, slots: int, seed: int) -> np.ndarray:
     """Returns the source of each of the first `slots` slots of a period in random order.
 
-    This is for comparison with samplers that draw each row's source independently. Sources are drawn
-    without replacement. Within a period the counts deviate from the shares at most as much as
+    This is for comparison with samplers that draw each row's source independently. Sources are
+    drawn without replacement. Within a period the counts deviate from the shares at most as much as
     with independent draws; over whole periods they are exact.
     """
     rng = np.random.Generator(np.random.Philox(seed))

@@ -2,9 +2,9 @@
 
     SeqIO task -> token cache -> row plan -> schedule -> order -> batch(step, lo, hi)
 
-Any step is computed by arithmetic, independent of what was read before. Each host requests the rows of
-the global batch that it needs, so neither the number of hosts nor the mesh changes the content of a
-batch. The step is the whole state of a stream.
+Any step is computed by arithmetic, independent of what was read before. Each host requests the rows
+of the global batch that it needs, so neither the number of hosts nor the mesh changes the content
+of a batch. The step is the whole state of a stream.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def make_stream(
     """Returns the training stream of a SeqIO mixture or task; builds missing token caches.
 
     A task can mask or weight its tokens by an output feature 'loss_weights', declared as
-    `seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)`. It holds the loss
-    weight of each target token, including BOS and EOS. Without this feature all weights are 1.
+    `seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)`. It holds the
+    loss weight of each target token, including BOS and EOS. Without this feature all weights are 1.
 
     Args:
         mixture_or_task_name: name registered with SeqIO. A mixture's rates are shares of training
@@ -73,8 +73,8 @@ def make_stream(
         long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
         cross_document_attention: make each row one segment, so that its documents see each other.
         start_token: token that the model reads before the first token of every document.
-        max_epochs: maximum number of epochs: one number for every source, or {task: number}. Reading
-            by earlier phases counts.
+        max_epochs: maximum number of epochs: one number for every source, or {task: number}.
+            Reading by earlier phases counts.
         on_cap: effect of a run that would exceed `max_epochs`: an 'error' before the first step, a
             warning ('warn'), or 'redistribute', which excludes the source from the step that would
             exceed its cap and gives its share to the other sources of the phase, in proportion.
@@ -131,8 +131,8 @@ def make_eval_stream(
 ) -> EvalStream:
     """Returns the evaluation stream of one SeqIO task: every held-out row once, in a fixed random order.
 
-    Plans begin with the pieces of long documents. In that order the first batches (EVAL_STEPS) would be
-    a biased sample.
+    Plans begin with the pieces of long documents. In that order the first batches (EVAL_STEPS)
+    would be a biased sample.
 
     Mixtures are evaluated task by task, as in SeqIO. `make_stream` describes the arguments.
 

@@ -19,8 +19,8 @@ class Stream(RowStream):
     """An endless stream over a mixture of sources; see `data.stream.stream.make_stream`.
 
     Args:
-        sources: made by `data.stream.rows.plan_source`. Sources without weight in any phase are ignored
-            and do not change `source_ids`.
+        sources: made by `data.stream.rows.plan_source`. Sources without weight in any phase are
+            ignored and do not change `source_ids`.
         phases, max_epochs, on_cap, positions: see `data.stream.stream.make_stream`.
     """
 
@@ -70,11 +70,15 @@ class Stream(RowStream):
         settings: dict[str, Any] = {}  # defaults are omitted, so older fingerprints remain valid
         if any(self._before):
             settings["before"] = self._before
-        dealt_out = repeats.Redistributed(phases, [], None)
+        redistributed = repeats.Redistributed(phases, [], None)
         if on_cap == "redistribute" and self._limits:
             settings["limits"] = self._limits
-            dealt_out = repeats.redistribute(phases, self._limits, dealt)
-        self._phases, self._full, self._end = dealt_out.phases, dealt_out.full, dealt_out.end
+            redistributed = repeats.redistribute(phases, self._limits, dealt)
+        self._phases, self._full, self._end = (
+            redistributed.phases,
+            redistributed.full,
+            redistributed.end,
+        )
         if not self._phases:
             raise ValueError(
                 f"max_epochs leaves nothing of {', '.join(map(repr, phases[0][1]))} for step 0 (before "
@@ -102,8 +106,8 @@ class Stream(RowStream):
         """Returns warnings about the caps that a run of `steps` steps reaches.
 
         Raises:
-            ValueError: with on_cap='error', the run would exceed a source's cap; with 'redistribute', it
-                would exceed the caps of all sources.
+            ValueError: with on_cap='error', the run would exceed a source's cap; with
+                'redistribute', it would exceed the caps of all sources.
         """
         if self._on_cap == "redistribute":
             if self._end is not None and self._end < steps:
@@ -224,8 +228,8 @@ class Stream(RowStream):
         source_B, position_B = self._schedule.locate(step, lo, hi)
         epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
         for index in np.unique(source_B):
-            source, here = self._sources[index], source_B == index
-            epoch_B[here], row_B[here] = order.shuffled_rows(
-                position_B[here], source.plan.num_rows, self._seed, source.name
+            source, is_source_B = self._sources[index], source_B == index
+            epoch_B[is_source_B], row_B[is_source_B] = order.shuffled_rows(
+                position_B[is_source_B], source.plan.num_rows, self._seed, source.name
             )
         return source_B, epoch_B, row_B

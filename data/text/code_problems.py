@@ -94,8 +94,8 @@ def load(name: str | os.PathLike) -> Problems:
     """Reads `humaneval`, or a file of JSON lines (also .gz and .zst) in its format or MBPP's.
 
     Raises:
-      ProblemsError: HumanEval's package is not installed, the file does not exist, a problem lacks a
-        field, two problems have one task_id, or the formats are mixed.
+      ProblemsError: HumanEval's package is not installed, the file does not exist, a problem lacks
+        a field, two problems have one task_id, or the formats are mixed.
       DataError: a line is not a JSON object.
     """
     path = _humaneval() if name == HUMANEVAL else pathlib.Path(name)
@@ -124,7 +124,7 @@ def load(name: str | os.PathLike) -> Problems:
 
 
 def _humaneval() -> pathlib.Path:
-    """Returns the data file of the installed package, without importing the package, which can execute code."""
+    """Returns the data file of the installed package, without importing the package."""
     try:
         path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
     except importlib.metadata.PackageNotFoundError:
@@ -184,6 +184,6 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 
 def _texts(record: Mapping[str, Any], key: str, where: str) -> Sequence[str]:
     value = record[key]
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ProblemsError(f"{where}: {key!r} is no list of strings.")
     return value

@@ -1,9 +1,10 @@
 """The corpus: text of installed packages, deduplicated, split by document, stored on disk.
 
-`assemble` reads each source up to a byte cap, removes exact and near duplicates, and holds out whole
-documents for validation that share little text with training documents. The result is a directory of
-JSON lines, `<source>.<split>.jsonl` with one `{"id", "text"}` per document, and a manifest. The
-directory's name is a hash of everything that determines its content, so a corpus is built once.
+`assemble` reads each source up to a byte cap, removes exact and near duplicates, and holds out
+whole documents for validation that share little text with training documents. The result is a
+directory of JSON lines, `<source>.<split>.jsonl` with one `{"id", "text"}` per document, and a
+manifest. The directory's name is a hash of everything that determines its content, so a corpus is
+built once.
 """
 
 import dataclasses
@@ -80,10 +81,10 @@ class Corpus:
         """Raises ValueError if a file is missing or does not match its checksum."""
         try:
             files = self.manifest["files"]
-            whole = self.hash == corpus_build.content_hash(files)
+            intact = self.hash == corpus_build.content_hash(files)
         except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise self._damaged(MANIFEST, "is altered or cut short")
         for name, checksum in files.items():
             path = self.directory / f"{name}.jsonl"
@@ -184,8 +185,8 @@ _RULES = ("corpus_build.py", "dedup.py", "splits.py")
 @functools.cache
 def _code_digest() -> str:
     """Returns the hash of the code that reads and cleans, so that a changed rule makes a new corpus."""
-    here = pathlib.Path(__file__).parent
-    files = [*sorted(here.glob("sources/*.py")), *map(here.joinpath, _RULES)]
+    folder = pathlib.Path(__file__).parent
+    files = [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -56,11 +56,13 @@ def build(
     seen: set[bytes] = set()
     sources = []
     for name in progress(settings["sources"]):
-        wanted = names.SOURCES[name].packages
+        source_packages = names.SOURCES[name].packages
         source = _Source(
             name,
-            origins={package: packages[package] for package in wanted if package in packages},
-            missing=[package for package in wanted if package not in packages],
+            origins={
+                package: packages[package] for package in source_packages if package in packages
+            },
+            missing=[package for package in source_packages if package not in packages],
         )
         _read(source, env, settings, seen)
         sources.append(source)

@@ -1,17 +1,18 @@
 """Detects near-duplicate documents, and validation text that also occurs in training documents.
 
-A document is represented by the set of its shingles: one 64-bit hash per run of `SHINGLE` bytes, with
-white space collapsed. Two quantities are estimated from these sets.
+A document is represented by the set of its shingles: one 64-bit hash per run of `SHINGLE` bytes,
+with white space collapsed. Two quantities are estimated from these sets.
 
-*Resemblance* (Broder, 1997): the share of shingles that two documents have in common, by MinHash. The
-`k`-th hash function is a rotation of one hash: its minimum is the smallest (h - k * 2^64 / SKETCH) mod
-2^64, which is the first hash at or above k * 2^64 / SKETCH. A sketch therefore needs one sort, and one
-binary search per entry. Each entry of two sketches is equal with probability exactly their resemblance.
-Banding selects the pairs to compare.
+*Resemblance* (Broder, 1997): the share of shingles that two documents have in common, by MinHash.
+The `k`-th hash function is a rotation of one hash: its minimum is the smallest (h - k * 2^64 /
+SKETCH) mod 2^64, which is the first hash at or above k * 2^64 / SKETCH. A sketch therefore needs
+one sort, and one binary search per entry. Each entry of two sketches is equal with probability
+exactly their resemblance. Banding selects the pairs to compare.
 
 *Containment*: the share of a validation document's shingles that occur in training documents.
 Shingles are sampled by value (hashes below a bound), so the samples of all documents are
-comparable. Shingles that occur in many training documents are boilerplate and do not count as leakage.
+comparable. Shingles that occur in many training documents are boilerplate and do not count as
+leakage.
 """
 
 import re
@@ -51,8 +52,8 @@ def sketch(hashes: np.ndarray) -> np.ndarray:
 def near_duplicates(texts: Sequence[str], *, threshold: float = 0.8) -> list[int | None]:
     """Returns, for each text, the index of an earlier text that it duplicates, or None.
 
-    Only texts that are not duplicates themselves are candidates. Resemblance is estimated from `SKETCH`
-    values; at 0.8 its standard error is 0.035.
+    Only texts that are not duplicates themselves are candidates. Resemblance is estimated from
+    `SKETCH` values; at 0.8 its standard error is 0.035.
 
     Args:
       texts: the texts.

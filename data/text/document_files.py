@@ -27,7 +27,8 @@ class DocumentFiles:
 
     Attributes:
       name: name of the task that reads the files.
-      files: split -> its files, in order. If a fraction is held out, both splits have the same files.
+      files: split -> its files, in order. If a fraction is held out, both splits have the same
+        files.
       format: how documents are stored in the files.
       validation_fraction: share of documents held out, by the hash of their text.
       root: directory that document ids are relative to.
@@ -60,8 +61,8 @@ class DocumentFiles:
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
         """Yields training documents of about `num_bytes` bytes; each file's share is by size on disk.
 
-        Every file contributes at least one document while the bytes suffice. Files are read in the order
-        of the hashes of their names, so that files skipped at the end are a random choice.
+        Every file contributes at least one document while the bytes suffice. Files are read in the
+        order of the hashes of their names, so that files skipped at the end are a random choice.
         """
         names = {path: os.path.relpath(path, self.root) for path in self.files["train"]}
         paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
@@ -138,8 +139,8 @@ class DocumentFiles:
     def counts(self) -> dict[str, dict[str, int]]:
         """Split -> numbers of documents and bytes.
 
-        Counting reads every document once and so checks every line. The counts are stored under the hash
-        of the files.
+        Counting reads every document once and so checks every line. The counts are stored under the
+        hash of the files.
 
         Raises:
           DataError: a file is malformed, or a split has no document.
@@ -153,9 +154,9 @@ class DocumentFiles:
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, dict[str, int]]]:
-        remembered = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
-        if remembered.is_file():
-            return json.loads(remembered.read_text(encoding="utf-8"))
+        counts_file = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
+        if counts_file.is_file():
+            return json.loads(counts_file.read_text(encoding="utf-8"))
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         sieve = Sieve(self.filters)
         paths = list(self.checksums)
@@ -168,7 +169,7 @@ class DocumentFiles:
             if not count["documents"]:
                 raise self._empty(split, counts, sieve.dropped)
         counted = {"splits": counts, "dropped": sieve.dropped}
-        cache.remember(remembered, counted)
+        cache.remember(counts_file, counted)
         return counted
 
     def size(self, source: str) -> int:
@@ -183,9 +184,11 @@ class DocumentFiles:
     ) -> DataError:
         total = sum(count["documents"] for count in counts.values())
         where = f"{self.name}: {_shorten(self.files[split])}"
-        by = {name: count["documents"] for name, count in dropped.items() if count["documents"]}
-        if by and total == 0:
-            by_filter = ", ".join(f"{name} {count:,}" for name, count in by.items())
+        dropped_documents = {
+            name: count["documents"] for name, count in dropped.items() if count["documents"]
+        }
+        if dropped_documents and total == 0:
+            by_filter = ", ".join(f"{name} {count:,}" for name, count in dropped_documents.items())
             return DataError(
                 f"{where}: no document is left; the filters dropped them all ({by_filter}). Check the "
                 "filters' values against the files, which spell them exactly so"
@@ -217,7 +220,8 @@ def find(
     Args:
       name: name of the set.
       files: one or several globs (`**` includes subdirectories); `~` and variables are expanded.
-      validation_files: one or several globs of held-out files; `validation_fraction` is then ignored.
+      validation_files: one or several globs of held-out files; `validation_fraction` is then
+        ignored.
       validation_fraction: share of documents to hold out, chosen by the hash of their text so that
         equal documents are never in both splits. 0 makes no validation split.
       text_key: key of the text in JSON, column in Parquet; several texts are joined by blank lines.
@@ -288,8 +292,8 @@ def split_files(
 
 def common_root(found: Mapping[str, Sequence[str]]) -> str:
     """Returns the deepest directory that contains all files."""
-    everything = sorted({path for paths in found.values() for path in paths})
-    return os.path.commonpath([os.path.dirname(path) for path in everything])
+    all_paths = sorted({path for paths in found.values() for path in paths})
+    return os.path.commonpath([os.path.dirname(path) for path in all_paths])
 
 
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:

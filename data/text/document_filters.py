@@ -1,9 +1,9 @@
 """Filters that keep or drop the documents of data files.
 
-A filter is a frozen dataclass that gin binds. It is called with a document's text and the metadata that
-the filter requests, and returns whether to keep the document. The filters of a set of files are part of
-its hash. The numbers of documents and bytes dropped by each filter are recorded with the token cache and
-with the run.
+A filter is a frozen dataclass that gin binds. It is called with a document's text and the metadata
+that the filter requests, and returns whether to keep the document. The filters of a set of files
+are part of its hash. The numbers of documents and bytes dropped by each filter are recorded with
+the token cache and with the run.
 """
 
 import abc
@@ -42,8 +42,8 @@ class DocumentFilter(abc.ABC):
 class Metadata(DocumentFilter):
     """Keeps documents by a value of their metadata, such as a language, a licence or a set's name.
 
-    The value can be a list, for example of licences. With `keep`, all its items must be among `keep`,
-    and an empty list or null drops the document. With `drop`, no item may be among `drop`.
+    The value can be a list, for example of licences. With `keep`, all its items must be among
+    `keep`, and an empty list or null drops the document. With `drop`, no item may be among `drop`.
 
     Attributes:
       key: key of the records, or a column; dotted for a nested key.

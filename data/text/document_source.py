@@ -1,7 +1,8 @@
 """Document files and prepared TFDS sets as SeqIO data sources.
 
-Both classes satisfy `seqio.DataSourceInterface` without deriving from it, so that this module does not
-import TensorFlow. They yield `{"text", "document_id"}` and have a `digest`, the hash of their data.
+Both classes satisfy `seqio.DataSourceInterface` without deriving from it, so that this module does
+not import TensorFlow. They yield `{"text", "document_id"}` and have a `digest`, the hash of their
+data.
 """
 
 import dataclasses
@@ -119,10 +120,9 @@ class TfdsSource:
         """Split of the task -> split or slice of the set."""
         if self.wanted_splits is not None:
             return self.wanted_splits
-        there = (
-            self.builder.info.splits or _SPLITS
-        )  # a mocked set has no split info, and accepts any split
-        return {split: split for split in _SPLITS if split in there}
+        # A mocked set has no split info, and accepts any split.
+        available = self.builder.info.splits or _SPLITS
+        return {split: split for split in _SPLITS if split in available}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ class TfdsSource:
 
     @property
     def hash(self) -> str:
-        """The digest; with `sources`, `size` and `sample` it is the interface for training vocabularies."""
+        """The digest; part of the interface for training vocabularies (`vocabularies.Texts`)."""
         return self.digest
 
     @property
@@ -184,7 +184,7 @@ class TfdsSource:
         return (splits[wanted].num_bytes or None) if splits else None  # 0 for a slice: unknown
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Yields the first documents of about `num_bytes` bytes; TFDS shuffled the set at preparation."""
+        """Yields the first documents, of about `num_bytes` bytes; TFDS prepares sets shuffled."""
         return take(self.documents(source, "train"), num_bytes)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:

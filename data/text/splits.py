@@ -27,11 +27,11 @@ def split_whole_source(
 ) -> list[str]:
     """Returns the split of each document of a source whose documents are all known.
 
-    Documents are held out in the order of the hashes of their keys until the target size is reached:
-    `fraction` of the bytes, or more for a small source. Documents of up to half the target come first,
-    so that one large document does not fill the split alone. Larger documents follow only if the small
-    ones do not suffice. If no document fits, the smallest is held out if it is at most a third of the
-    source. Keys that already have a split (`assigned`) retain it.
+    Documents are held out in the order of the hashes of their keys until the target size is
+    reached: `fraction` of the bytes, or more for a small source. Documents of up to half the target
+    come first, so that one large document does not fill the split alone. Larger documents follow
+    only if the small ones do not suffice. If no document fits, the smallest is held out if it is at
+    most a third of the source. Keys that already have a split (`assigned`) retain it.
 
     Args:
       keys: split key of each document; documents with equal keys get the same split.

@@ -35,8 +35,8 @@ def register_files(
       files: one or several globs.
       vocabulary: a SeqIO vocabulary, such as `data.tokenizers.vocabularies` makes.
       validation_files: one or several globs of held-out files.
-      validation_fraction: without `validation_files`, the share of documents to hold out by the hash
-        of their text; 0 makes no validation split.
+      validation_fraction: without `validation_files`, the share of documents to hold out by the
+        hash of their text; 0 makes no validation split.
       text_key: key of the text in JSON, column in Parquet; several texts are joined by blank lines.
       id_key: key or column of a document's name; by default the name is the file and the line.
       document_per: unit of a document in text files: `file`, `paragraph` or `line`.

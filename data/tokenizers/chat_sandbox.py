@@ -1,8 +1,8 @@
 """Renders chat templates in a sandbox.
 
-The sandbox is jinja2's immutable sandbox, without access to files and to Python's internal attributes.
-The total length of all ranges (`MAX_STEPS`) and the length of each text (`MAX_LENGTH`) are bounded, so
-that a short expression cannot run forever or exhaust the memory.
+The sandbox is jinja2's immutable sandbox, without access to files and to Python's internal
+attributes. The total length of all ranges (`MAX_STEPS`) and the length of each text (`MAX_LENGTH`)
+are bounded, so that a short expression cannot run forever or exhaust the memory.
 """
 
 import contextvars
@@ -136,11 +136,11 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace without underscored attributes, through which code could escape the sandbox."""
+    """jinja2's namespace without underscored attributes, which could escape the sandbox."""
 
     def __init__(*args, **kwargs):
-        self, *given = args
-        attributes = dict(*given, **kwargs)
+        self, *mappings = args
+        attributes = dict(*mappings, **kwargs)
         for name in attributes:
             _check_name(name)
         jinja2.utils.Namespace.__init__(self, attributes)

@@ -1,10 +1,10 @@
 """Chat templates: render a conversation as the text that a model was trained to continue.
 
 A template is a jinja2 program of a checkpoint, in tokenizer_config.json or in a file
-chat_template.jinja. Its variables are `messages`, `tools`, `documents`, `add_generation_prompt` and the
-special tokens of the tokenizer. Rendering follows `apply_chat_template` of transformers: keys of messages
-with value null are removed, blocks are trimmed, `tojson` does not escape, and `raise_exception`,
-`strftime_now`, loop controls and `{% generation %}` are available.
+chat_template.jinja. Its variables are `messages`, `tools`, `documents`, `add_generation_prompt` and
+the special tokens of the tokenizer. Rendering follows `apply_chat_template` of transformers: keys
+of messages with value null are removed, blocks are trimmed, `tojson` does not escape, and
+`raise_exception`, `strftime_now`, loop controls and `{% generation %}` are available.
 
 Templates are untrusted code and run in a sandbox (data/tokenizers/chat_sandbox.py). Any error in a
 template raises `ChatTemplateError`.
@@ -77,7 +77,8 @@ class ChatTemplate:
     """The templates of one tokenizer, by name.
 
     Attributes:
-      templates: name -> source; `default` is used by default, `tool_use` for conversations with tools.
+      templates: name -> source; `default` is used by default, `tool_use` for conversations with
+        tools.
       variables: variables of the tokenizer, such as `bos_token`.
       origin: describes the source of the templates, for error messages.
     """
@@ -170,8 +171,8 @@ def read(
 
     Args:
       folder: directory of the checkpoint.
-      config: its tokenizer_config.json. `chat_template` is a text or a list of named templates; it is
-        ignored if the directory has template files.
+      config: its tokenizer_config.json. `chat_template` is a text or a list of named templates; it
+        is ignored if the directory has template files.
       variables: name -> special token.
 
     Raises:
@@ -226,7 +227,7 @@ def _messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) -> None:
-    """Raises ChatTemplateError if the text lacks a message whose role is unusual, such as a misspelt one."""
+    """Raises ChatTemplateError if the text lacks a message with an unusual (or misspelt) role."""
     for number, message in enumerate(messages, 1):
         content = message.get("content")
         if message["role"] in _ROLES or not isinstance(content, str):

@@ -1,9 +1,10 @@
 """Converts the tokenizer of a GGUF file to the tokenizer files of a Hugging Face checkpoint.
 
-A GGUF file stores pieces, their types, merges or scores, and the *name* of a pre-tokenizer, which is
-implemented in code. `PRE_TOKENIZERS` defines these names as in the tokenizers released with the models.
-For `smollm`, every digit is split off as a word before merging, as in training. transformers (5.24)
-reads such files without this step, and its ids differ where several spaces precede a digit.
+A GGUF file stores pieces, their types, merges or scores, and the *name* of a pre-tokenizer, which
+is implemented in code. `PRE_TOKENIZERS` defines these names as in the tokenizers released with the
+models. For `smollm`, every digit is split off as a word before merging, as in training.
+transformers (5.24) reads such files without this step, and its ids differ where several spaces
+precede a digit.
 """
 
 import dataclasses
@@ -162,8 +163,8 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns a SentencePiece BPE tokenizer with byte fallback.
 
-    Unless the file disables `add_space_prefix`, a space is inserted before a text and after each special
-    token, as in the tokenizer files released for these models.
+    Unless the file disables `add_space_prefix`, a space is inserted before a text and after each
+    special token, as in the tokenizer files released for these models.
     """
     tokens, scores = _needed(values, "tokens"), _needed(values, "scores")
     types = [int(type) for type in _needed(values, "token_type")]

@@ -9,9 +9,9 @@
     additional_chat_templates/ further chat templates by name
     generation_config.json     ids that end a continuation; else config.json's, else the tokenizer's EOS
 
-Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are padding.
-Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text. Special tokens
-spelled in a text are encoded as special tokens, unless `special_in_text` is False.
+Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are
+padding. Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text.
+Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False.
 """
 
 import dataclasses
@@ -121,8 +121,8 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
 
     Args:
       content: bytes of the file.
-      extra_ids: number of sentinels `<extra_id_0>`, ... to add after the entries, in descending order
-        as for T5.
+      extra_ids: number of sentinels `<extra_id_0>`, ... to add after the entries, in descending
+        order as for T5.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens.
 
     Raises:
@@ -201,7 +201,7 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
 
 
 def _adds_bos(tokenizer: tokenizers.Tokenizer, said: bool | None, bos_id: int | None) -> bool:
-    """Returns `add_bos_token` of tokenizer_config.json if set, else whether the post-processor adds BOS."""
+    """Returns `add_bos_token` of tokenizer_config.json, else whether the post-processor adds BOS."""
     if bos_id is None:
         return False
     if said is not None:

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer as a SeqIO vocabulary, for tasks, token caches, and reading runs.
 
-`data.tokenizers.vocabularies.huggingface` makes it. For caches and checkpoints, two vocabularies are equal
-if they assign the same ids to the same texts; see `model_bytes`.
+`data.tokenizers.vocabularies.huggingface` makes it. For caches and checkpoints, two vocabularies
+are equal if they assign the same ids to the same texts; see `model_bytes`.
 """
 
 import os
@@ -17,14 +17,14 @@ from data.tokenizers import chat_template, hf_tokenizer
 class HFTokenizerVocabulary(seqio.Vocabulary):
     """A SeqIO vocabulary of a tokenizer.json and its accompanying files.
 
-    `encode` adds no special tokens, as in all SeqIO vocabularies; tasks add BOS and EOS. `decode` stops
-    after the first EOS, as in SeqIO; `decode_all` does not.
+    `encode` adds no special tokens, as in all SeqIO vocabularies; tasks add BOS and EOS. `decode`
+    stops after the first EOS, as in SeqIO; `decode_all` does not.
 
     Attributes:
       files: the content of the files.
-      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set it to
-        False for untrusted texts, which must not end a turn. `encode_special` ignores it and always
-        encodes special tokens.
+      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
+        it to False for untrusted texts, which must not end a turn. `encode_special` ignores it and
+        always encodes special tokens.
     """
 
     def __init__(

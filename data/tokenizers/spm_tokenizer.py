@@ -1,16 +1,16 @@
 """Converts SentencePiece models to tokenizers of the library `tokenizers`, for use by other programs.
 
-BPE: SentencePiece joins the adjacent pieces whose concatenation has the best score. The merges are therefore
-all divisions of a piece into two pieces, in descending order of the piece's score. Pieces contain a space
-as a space, because U+2581 in a text is a different character (`data.tokenizers.vocabularies` separates
-the two). User-defined pieces become added tokens; both libraries match them first. In both libraries,
-characters without a piece become bytes.
+BPE: SentencePiece joins the adjacent pieces whose concatenation has the best score. The merges are
+therefore all divisions of a piece into two pieces, in descending order of the piece's score. Pieces
+contain a space as a space, because U+2581 in a text is a different character
+(`data.tokenizers.vocabularies` separates the two). User-defined pieces become added tokens; both
+libraries match them first. In both libraries, characters without a piece become bytes.
 
 SentencePiece treats special tokens spelled in a text as text; tokenizer_config.json therefore sets
-`split_special_tokens`. Ids differ in two cases. First, SentencePiece encodes several consecutive U+2581 in
-a text as a user-defined run of spaces. Second, with a unigram model, two divisions of a text can be equally
-probable, such as three newlines as 1 + 2 or 2 + 1; SentencePiece then chooses by the rounding of its float32
-sums. A tokenizer.json of a unigram model is written with a warning.
+`split_special_tokens`. Ids differ in two cases. First, SentencePiece encodes several consecutive
+U+2581 in a text as a user-defined run of spaces. Second, with a unigram model, two divisions of a
+text can be equally probable, such as three newlines as 1 + 2 or 2 + 1; SentencePiece then chooses
+by the rounding of its float32 sums. A tokenizer.json of a unigram model is written with a warning.
 """
 
 import json
@@ -106,7 +106,8 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> models.BPE:
     """Returns the BPE model of SentencePiece pieces.
 
-    Its merges are all pairs of pieces whose concatenation is a piece, in descending order of its score.
+    Its merges are all pairs of pieces whose concatenation is a piece, in descending order of its
+    score.
     """
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     mergeable = (NORMAL, UNUSED)  # unused pieces take part in merging and are divided afterwards
@@ -134,10 +135,10 @@ def _unigram(
 ) -> models.Unigram:
     """Returns the unigram model of SentencePiece pieces.
 
-    SentencePiece searches only for normal and user-defined pieces. It scores user-defined pieces by their
-    length in bytes, where a space counts three (measured with version 0.2.3, by the scores at which its
-    choice changes). `tokenizers` searches for all pieces, so the other pieces get scores too low to be
-    chosen. Characters without a piece have no alternative, whatever their score.
+    SentencePiece searches only for normal and user-defined pieces. It scores user-defined pieces by
+    their length in bytes, where a space counts three (measured with version 0.2.3, by the scores at
+    which its choice changes). `tokenizers` searches for all pieces, so the other pieces get scores
+    too low to be chosen. Characters without a piece have no alternative, whatever their score.
     """
 
     def score(id: int) -> float:

@@ -2,11 +2,11 @@
 
 A SentencePiece vocabulary is read from a file, or trained from a corpus and stored on disk.
 
-A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is already
-NFC, and code must not change), white space is preserved, and unknown characters become bytes. The one
-exception is U+2581, which SentencePiece uses for a space; it is decoded as U+2582. Runs of spaces up to
-`MAX_SPACES`, of newlines and of tabs are pieces, so that an indentation is one token. Every digit is a
-token, and all printable ASCII characters are pieces.
+A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is
+already NFC, and code must not change), white space is preserved, and unknown characters become
+bytes. The one exception is U+2581, which SentencePiece uses for a space; it is decoded as U+2582.
+Runs of spaces up to `MAX_SPACES`, of newlines and of tabs are pieces, so that an indentation is one
+token. Every digit is a token, and all printable ASCII characters are pieces.
 
 Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (if a task adds it).
 """
@@ -56,7 +56,7 @@ class Texts(Protocol):
         """Returns the bytes of training text of a source; None if unknown."""
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Yields training documents of about `num_bytes` bytes, deterministic and from all of the source."""
+        """Yields the same training documents each time, about `num_bytes` bytes of the whole source."""
 
 
 def sentencepiece(
@@ -78,7 +78,8 @@ def sentencepiece(
       algorithm: `bpe` or `unigram`. Both are lossless; BPE trains ten times faster.
       sample_bytes: bytes of text to train on.
       balance: a source of b bytes gets a share of the sample proportional to b ** balance.
-      character_coverage: share of all characters that get their own pieces; the others become bytes.
+      character_coverage: share of all characters that get their own pieces; the others become
+        bytes.
       extra_ids: number of sentinels after the last piece, as for T5 span corruption.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
@@ -125,11 +126,12 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
     """Returns the vocabulary of a Hugging Face checkpoint.
 
     Args:
-      path: directory with tokenizer.json and its accompanying files (data/tokenizers/hf_tokenizer.py), or
-        with tokenizer.model only, which is read by `from_file`.
+      path: directory with tokenizer.json and its accompanying files
+        (data/tokenizers/hf_tokenizer.py), or with tokenizer.model only, which is read by
+        `from_file`.
       extra_ids: number of sentinels after the last entry, as for T5 span corruption.
-      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set it to
-        False for texts that must not end a turn.
+      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
+        it to False for texts that must not end a turn.
 
     Returns:
       A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or a `seqio.SentencePieceVocabulary`.
@@ -185,7 +187,8 @@ def train(
     """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments and errors.
 
     Returns:
-      The path of the `.model` file. `vocabulary.json` beside it records the corpus and the settings.
+      The path of the `.model` file. `vocabulary.json` beside it records the corpus and the
+      settings.
     """
     if algorithm not in ("bpe", "unigram"):
         raise ValueError(f"vocabulary algorithm {algorithm!r} is unknown; it is bpe or unigram")
@@ -257,7 +260,7 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
 
 
 def _without_path(model: bytes) -> bytes:
-    """Removes the path of the temporary rule file from a model; the model contains the compiled rules."""
+    """Returns the model without the path of the temporary rule file, whose rules are compiled in."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)

@@ -35,8 +35,8 @@ class Source:
     Attributes:
       packages: names of distributions, each optional; `python` is the standard library.
       candidates: environment -> its documents, in any order.
-      files: whether documents are files of packages, whose licence headers are stripped and which are
-        dropped if generated.
+      files: whether documents are files of packages, whose licence headers are stripped and which
+        are dropped if generated.
     """
 
     packages: tuple[str, ...]

@@ -1,7 +1,7 @@
 """The installed packages and the standard library, as trees of files to read.
 
-This module imports no package. Files are listed from the installation records, so reading the text of
-a package does not run its code.
+This module imports no package. Files are listed from the installation records, so reading the text
+of a package does not run its code.
 """
 
 import functools
@@ -73,7 +73,7 @@ class Environment:
         return metadata.partition("\n\n")[2]
 
     def files(self, package: str, suffixes: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
-        """Returns (name, path) of a package's files with `suffixes`; `python` is the standard library."""
+        """Returns (name, path) of a package's files by suffix; `python` is the standard library."""
         if package == "python":
             return [] if self.stdlib is None else walk(self.stdlib, suffixes, prefix="python")
         return [(name, path) for name, path in self._all_files(package) if name.endswith(suffixes)]
@@ -94,7 +94,7 @@ class Environment:
 
 
 def standard_library() -> Environment:
-    """Returns an environment of the standard library alone, which depends only on Python's version."""
+    """Returns an environment of the standard library, which depends only on Python's version."""
     stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
     return Environment(stdlib=stdlib, include=None, find=lambda name: None)
 
@@ -102,7 +102,7 @@ def standard_library() -> Environment:
 def walk(
     root: pathlib.Path, suffixes: tuple[str, ...], *, prefix: str
 ) -> list[tuple[str, pathlib.Path]]:
-    """Returns (name, path) of the files under `root` with `suffixes`, without `SKIPPED_DIRECTORIES`."""
+    """Returns (name, path) of the files under `root` by suffix, without `SKIPPED_DIRECTORIES`."""
     files = []
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - SKIPPED_DIRECTORIES)
