@@ -134,7 +134,7 @@ def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: boo
 
 
 def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> None:
-    """Registers a task over a source of `{"targets", "loss_weights"}`: ids that do not encode a text.
+    """Registers a task over a source of `{"targets", "loss_weights"}`, whose ids encode no text.
 
     Args:
       name: name of the task.
@@ -234,7 +234,7 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
 
 
 def _make_room(name: str, registry: Any, own: dict[str, dict[str, Any]], origin: str) -> None:
-    """Removes an earlier registration of the same origin; raises ValueError if another has the name."""
+    """Removes a registration of the same origin; raises ValueError if another one has the name."""
     import seqio
 
     if name in own and own[name]["origin"] == origin:

@@ -95,7 +95,7 @@ class Column:
 
 
 def _map(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped. Slicing a plain ndarray view is twice as fast as slicing a memmap.
+    # An empty file cannot be mapped. Slicing an ndarray view is twice as fast as slicing a memmap.
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))

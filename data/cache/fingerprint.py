@@ -30,7 +30,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
-# Described by name only: their versions belong to the environment, and following their code has no end.
+# Described by name only: their versions belong to the environment, and their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
 
 
@@ -54,7 +54,7 @@ class _Seen:
         return _Seen(self.path, dict(self.code))
 
     def again(self, code: types.FunctionType | type) -> dict | None:
-        """Returns the number of already described code; for new code, assigns one and returns None."""
+        """Returns {"again": number} for code described before; numbers new code, returns None."""
         if id(code) in self.code:
             return {"again": self.code[id(code)]}
         self.code[id(code)] = len(self.code)
@@ -120,7 +120,7 @@ def describe(value, seen: _Seen | None = None):
 
 
 def vocabulary(vocab) -> dict:
-    """Describes a SeqIO vocabulary: class, size, special ids, and the hash of its model or its state."""
+    """Describes a SeqIO vocabulary: class, size, special ids, and its state or the hash of its model."""
     out = {"class": _name(type(vocab)), "size": int(vocab.vocab_size)}
     for key in ("bos_id", "eos_id", "pad_id", "unk_id", "extra_ids"):
         try:
@@ -228,7 +228,7 @@ def _has_installed_code(function: types.FunctionType) -> bool:
 
 
 def _reached_through_modules(function: types.FunctionType, used: Mapping, seen: _Seen) -> dict:
-    """Describes the globals that a function uses as `module.name`, of modules that are not installed."""
+    """Describes the globals used as `module.name`, of modules that are not installed."""
     described = {}
     for alias, module in used.items():
         path = getattr(module, "__file__", None)
@@ -262,7 +262,7 @@ def _object(value, seen: _Seen) -> dict:
 
 
 def _class(cls: type, seen: _Seen) -> dict:
-    """Describes a class by the methods and constants of it and its bases, except installed classes."""
+    """Describes a class by its methods and constants, and those of bases that are not installed."""
     if again := seen.again(cls):
         return {"class": _name(cls), "members": again}
     members = []

@@ -31,7 +31,7 @@ def is_of_package(cls: type) -> bool:
 
 
 def text(function: types.FunctionType, *, follow: bool = True) -> str:
-    """Returns the source without comments, docstrings and layout; the bytecode if there is no source.
+    """Returns the source without comments, docstrings and layout, or the bytecode without source.
 
     Args:
       function: the function.

@@ -86,7 +86,7 @@ class Cache:
         return self.manifest["text_bytes"][feature] or None
 
     def name_of(self, record: int) -> str:
-        """Returns the document id of a record, such as FILE:LINE, or `record <number>` without an id."""
+        """Returns the document id of a record, such as FILE:LINE, else `record <number>`."""
         names = self.columns.get("document_id")
         return (names.text(record) if names else "") or f"record {record}"
 
@@ -264,7 +264,7 @@ def remove(directory: pathlib.Path) -> None:
 
 
 def _start_building(building: pathlib.Path, stamp: pathlib.Path, name: str) -> None:
-    """Creates the building directory; first deletes the files of a build with another fingerprint."""
+    """Creates the building directory; deletes the files of a build with another fingerprint."""
     building.parent.mkdir(parents=True, exist_ok=True)
     if not stamp.exists() or stamp.read_bytes() != name.encode():
         shutil.rmtree(building, ignore_errors=True)

@@ -71,7 +71,7 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
 def shuffled_rows(
     positions: np.ndarray, rows: int, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (epoch, plan row) at each position of source `name`, which has `rows` rows per epoch."""
+    """Returns (epoch, plan row) at each position of source `name` with `rows` rows per epoch."""
     epochs, places = np.divmod(positions, rows)
     out = np.empty_like(places)
     for epoch in np.unique(epochs):

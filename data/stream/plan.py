@@ -172,7 +172,7 @@ def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segme
 
 
 def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts every record into pieces of at most `length`; returns (record, offset, size), each [P]."""
+    """Cuts records into pieces of at most `length`; returns (record, offset, size), each [P]."""
     pieces_N = -(-lengths_N // length)
     records_P = np.repeat(np.arange(len(lengths_N)), pieces_N)
     index_P = np.arange(len(records_P)) - np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
@@ -270,5 +270,5 @@ def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
 
 
 def starts(rows_P: np.ndarray) -> np.ndarray:
-    """Returns the index of each row's first segment, once pieces are sorted by row: int64 [R + 1]."""
+    """Returns each row's first segment when pieces are sorted by row, and the total: int64 [R + 1]."""
     return np.concatenate([[0], np.cumsum(np.bincount(rows_P))]).astype(np.int64)

@@ -56,7 +56,7 @@ class Redistributed:
     Attributes:
         phases: (first step, {source: share}) without the sources that have reached their limit.
         full: (first step without these sources, the sources), in order of steps.
-        end: the first step at which all sources have reached their limit; None if there is none.
+        end: the first step at which no source of its phase is left; None if there is none.
     """
 
     phases: Phases

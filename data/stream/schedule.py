@@ -38,7 +38,7 @@ def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarray:
-    """Returns integer row shares q that approximate real shares; their sum D is the schedule's period.
+    """Returns integer row shares q that approximate real shares; their sum D is the period.
 
     Candidates for D are the periods in which the source with the smallest positive share gets a
     whole number of rows. The function takes the best candidate up to 2^17 if the relative error of
@@ -186,7 +186,7 @@ class Schedule:
                 base = base + phase.used((self._starts[j + 1] - start) * batch_size)
 
     def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source index, position in that source) of rows [lo, hi) of the batch of `step`."""
+        """Returns (source index, position in the source) of rows [lo, hi) of the batch of `step`."""
         phase = self._phase(step)
         slots = (step - phase.start) * self.batch_size + np.arange(lo, hi, dtype=np.int64)
         periods, places = np.divmod(slots, phase.shares.sum())

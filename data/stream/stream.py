@@ -129,7 +129,7 @@ def make_eval_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> EvalStream:
-    """Returns the evaluation stream of one SeqIO task: every held-out row once, in a fixed random order.
+    """Returns the evaluation stream of a SeqIO task: every row once, in a fixed random order.
 
     Plans begin with the pieces of long documents. In that order the first batches (EVAL_STEPS)
     would be a biased sample.

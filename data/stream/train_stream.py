@@ -107,7 +107,7 @@ class Stream(RowStream):
 
         Raises:
             ValueError: with on_cap='error', the run would exceed a source's cap; with
-                'redistribute', it would exceed the caps of all sources.
+                'redistribute', it would exceed the caps of all sources of a phase.
         """
         if self._on_cap == "redistribute":
             if self._end is not None and self._end < steps:
@@ -144,10 +144,10 @@ class Stream(RowStream):
         return float(self.batch_size * (self._schedule.shares(step) @ per_row))
 
     def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
-        """Returns how many steps from `first_step` on train on `tokens` tokens with loss, rounded up.
+        """Returns the steps from `first_step` on that train on `tokens` tokens with loss, rounded up.
 
         Raises:
-            ValueError: with on_cap='redistribute', all sources reach their caps before that.
+            ValueError: with on_cap='redistribute', all sources of a phase reach their caps first.
         """
         step = first_step
         last = math.inf if self._end is None else self._end
@@ -189,7 +189,7 @@ class Stream(RowStream):
         return facts
 
     def _order_of(self, source: rows.Source) -> str:
-        """Returns a digest of everything that determines the content and order of a source's rows."""
+        """Returns a digest of all that determines the content and order of a source's rows."""
         return store.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
 
     def _read_before(self, positions: Positions) -> list[int]:

@@ -64,7 +64,7 @@ class Problem:
         )
 
     def answer(self, reply: str) -> str:
-        """Returns the completion in a chat model's reply: its first code block, or the whole reply."""
+        """Returns the completion in a chat model's reply: its first code block, or all of it."""
         block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
         code = block[1] if block else reply
         if self.function and re.search(rf"^def {self.function}\b", code, re.MULTILINE):

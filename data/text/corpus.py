@@ -184,7 +184,7 @@ _RULES = ("corpus_build.py", "dedup.py", "splits.py")
 
 @functools.cache
 def _code_digest() -> str:
-    """Returns the hash of the code that reads and cleans, so that a changed rule makes a new corpus."""
+    """Returns the hash of the code that reads and cleans: a changed rule makes a new corpus."""
     folder = pathlib.Path(__file__).parent
     files = [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -134,7 +134,7 @@ def _drop_near_duplicates(sources: Sequence[_Source], threshold: float) -> None:
 
 
 def _split(sources: Sequence[_Source], fraction: float, threshold: float) -> None:
-    """Holds out whole documents that share at most `threshold` of their text with training documents.
+    """Holds out whole documents that share at most `threshold` of their text with training data.
 
     A held-out document that shares more moves to the training split, and the split is chosen again.
     Documents that still share more after `_SPLIT_ROUNDS` rounds are dropped.

@@ -1,4 +1,4 @@
-"""Detects documents that contain text of evaluation sets, by runs of 13 words (2005.14165, appendix C).
+"""Detects documents with text of evaluation sets, by runs of 13 words (2005.14165, appendix C).
 
 Words are sequences of letters, digits and underscores, in lower case; all other characters separate
 them. A run is hashed to 64 bits, so an index takes 8 bytes per distinct run. Texts with fewer words

@@ -31,7 +31,7 @@ _STARTS = (np.arange(SKETCH, dtype=np.uint64)) << np.uint64(64 - SKETCH.bit_leng
 
 
 def shingles(text: str) -> np.ndarray:
-    """Returns one uint64 hash per byte offset of a text; a text shorter than a shingle has one hash."""
+    """Returns one uint64 hash per byte offset of a text; a shorter text than a shingle has one."""
     raw = re.sub(rb"\s+", b" ", text.encode("utf-8", "surrogatepass")).strip()
     raw = raw.ljust(SHINGLE, b"\0")
     words = np.lib.stride_tricks.sliding_window_view(np.frombuffer(raw, np.uint8), 8)

@@ -59,7 +59,7 @@ class DocumentFiles:
             yield from self.read_file(path, split)
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Yields training documents of about `num_bytes` bytes; each file's share is by size on disk.
+        """Yields about `num_bytes` bytes of training documents; a file's share is by size on disk.
 
         Every file contributes at least one document while the bytes suffice. Files are read in the
         order of the hashes of their names, so that files skipped at the end are a random choice.
@@ -111,7 +111,7 @@ class DocumentFiles:
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
-        """File -> SHA-256 of its bytes; stored between runs, valid while size, times and inode match."""
+        """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         paths = dict.fromkeys(path for files in self.files.values() for path in files)
         result = {path: digests.digest(path) for path in paths}
@@ -149,7 +149,7 @@ class DocumentFiles:
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Filter -> numbers of documents and bytes of text that it dropped; counted with `counts`."""
+        """Filter -> numbers of documents and bytes that it dropped; counted with `counts`."""
         return self._counted["dropped"]
 
     @functools.cached_property

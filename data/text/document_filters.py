@@ -23,7 +23,7 @@ class DocumentFilter(abc.ABC):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Metadata that the filter reads: keys of the records, dotted for nested keys (`meta.set`)."""
+        """Metadata that the filter reads: keys of records, dotted for nested keys (`meta.set`)."""
         return ()
 
     def settings(self) -> dict[str, Any]:

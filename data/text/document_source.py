@@ -156,7 +156,7 @@ class TfdsSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the name and version of the set, its splits, and the bytes of its local files."""
+        """SHA-256 over the set's name and version, its splits, and the bytes of its local files."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         files = {
             split: [

@@ -161,7 +161,9 @@ def _open(path: pathlib.Path) -> BinaryIO:
 def read_json_lines(
     path: pathlib.Path, *, example: str = '{"text": "..."}'
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (line number from 1, object) of a JSON lines file, compressed or not; skips blank lines.
+    """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
+
+    Blank lines are skipped.
 
     Args:
       path: the file.

@@ -18,7 +18,7 @@ def stable_hash(text: str, *, salt: str = "") -> int:
 
 
 def in_validation(text: str, fraction: float) -> bool:
-    """Returns whether a document is held out, by its text alone; equal texts are in the same split."""
+    """Returns whether a document is held out, by its text; equal texts are in the same split."""
     return stable_hash(text, salt="split") < fraction * 2**64
 
 

@@ -1,4 +1,4 @@
-"""Registers the data of users: files, TFDS sets, and modules that register SeqIO tasks themselves."""
+"""Registers the data of users: files, TFDS sets, and modules that register SeqIO tasks."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""A fixed set of characters as a SeqIO vocabulary; made by `data.tokenizers.vocabularies.characters`."""
+"""A fixed set of characters as a SeqIO vocabulary; see `data.tokenizers.vocabularies.characters`."""
 
 from collections.abc import Iterable, Sequence
 

@@ -58,7 +58,7 @@ def render(source: str, values: Mapping[str, Any]) -> Rendered:
     tokens = _spans.set(spoken := []), _steps.set([MAX_STEPS])
     try:
         for piece in _compiled(source).generate(**values):
-            # A marked block is one piece, and `_mark` has recorded it before jinja2 yields the piece.
+            # A marked block is one piece; `_mark` has recorded it before jinja2 yields the piece.
             while spoken:
                 text = spoken.pop(0)
                 start = length + piece.find(text)

@@ -28,7 +28,7 @@ WITH_TOOLS = (
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
 
-# The Command format: one BOS, then one turn per message. Texts are stripped; no newlines between turns.
+# The Command format: one BOS, then one turn per message, stripped, without newlines between turns.
 COMMAND = """\
 {{- bos_token -}}
 {%- set turns = messages -%}
@@ -69,7 +69,7 @@ _REASONING = (
 
 
 class ChatTemplateError(ValueError):
-    """A conversation cannot be rendered: the template is missing or fails, or messages are invalid."""
+    """A conversation cannot be rendered: no template, a template error, or invalid messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,7 @@ def read(
 
 
 def _plain(value: Any, what: str) -> Any:
-    """Returns the value converted through JSON, so that a template cannot call methods of objects."""
+    """Returns the value converted through JSON: a template cannot call methods of the result."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:

@@ -78,7 +78,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and, if there are EOS ids, generation_config.json.
+    """Writes tokenizer.json, tokenizer_config.json and, with EOS ids, generation_config.json.
 
     Args:
       values: `metadata` of a GGUF file.

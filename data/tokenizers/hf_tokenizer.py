@@ -7,7 +7,7 @@
     special_tokens_map.json    names of special tokens that are missing from tokenizer_config.json
     chat_template.jinja        the chat template, which overrides tokenizer_config.json
     additional_chat_templates/ further chat templates by name
-    generation_config.json     ids that end a continuation; else config.json's, else the tokenizer's EOS
+    generation_config.json     EOS ids; else those in config.json, else the tokenizer's EOS
 
 Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are
 padding. Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text.
@@ -64,7 +64,7 @@ class TokenizerFiles:
     chat_template: chat_template.ChatTemplate | None
 
     def id(self, name: str) -> int | None:
-        """Returns the id of a special token by its name, such as `bos_token`; None without such a name.
+        """Returns the id of a special token by its name, such as `bos_token`, or None.
 
         Raises:
           TokenizerError: the named token is missing from tokenizer.json.

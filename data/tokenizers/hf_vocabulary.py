@@ -41,7 +41,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
 
     @property
     def model_bytes(self) -> bytes:
-        """Bytes that determine the ids, together with the special ids and the number of extra ids."""
+        """Bytes that, with the special ids and the number of extra ids, determine all ids."""
         return self.files.content + (b"" if self.special_in_text else b"\nspecial tokens are text")
 
     @property
@@ -87,7 +87,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return self._tokenizer().encode(s, add_special_tokens=False).ids
 
     def encode_special(self, s: str) -> list[int]:
-        """Returns the ids of a text with intended special tokens, such as a rendered conversation."""
+        """Returns the ids of a text with its special tokens, such as a rendered conversation."""
         return self._tokenizer(True).encode(s, add_special_tokens=False).ids
 
     def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:

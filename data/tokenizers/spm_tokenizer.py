@@ -1,4 +1,4 @@
-"""Converts SentencePiece models to tokenizers of the library `tokenizers`, for use by other programs.
+"""Converts SentencePiece models to tokenizers of the library `tokenizers`, for other programs.
 
 BPE: SentencePiece joins the adjacent pieces whose concatenation has the best score. The merges are
 therefore all divisions of a piece into two pieces, in descending order of the piece's score. Pieces
@@ -40,7 +40,7 @@ class ConversionError(ValueError):
 
 
 def write(model: bytes, folder: pathlib.Path) -> str | None:
-    """Writes tokenizer.json and tokenizer_config.json, with which transformers produces the same ids.
+    """Writes tokenizer.json and tokenizer_config.json, which give the same ids in transformers.
 
     Args:
       model: the bytes of a SentencePiece model file.

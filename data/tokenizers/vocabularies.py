@@ -56,7 +56,7 @@ class Texts(Protocol):
         """Returns the bytes of training text of a source; None if unknown."""
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Yields the same training documents each time, about `num_bytes` bytes of the whole source."""
+        """Yields the same training documents each time, about `num_bytes` of the whole source."""
 
 
 def sentencepiece(
@@ -184,7 +184,7 @@ def train(
     character_coverage: float,
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-    """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments and errors.
+    """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments.
 
     Returns:
       The path of the `.model` file. `vocabulary.json` beside it records the corpus and the

@@ -41,7 +41,7 @@ def gettext_texts(
 def gettext_pairs(
     env: environment.Environment, package: str, locales: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yields (message, its translation) of every entry without a plural, in catalogues in `locales`."""
+    """Yields (message, translation) of every entry without a plural, in catalogues in `locales`."""
     import polib
 
     for locale, *_, path in _catalogues(env, package):

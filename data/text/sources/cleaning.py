@@ -21,7 +21,7 @@ _LICENCE = re.compile(r"licen[sc]e|copyright|all rights reserved", re.IGNORECASE
 
 
 def normalise(text: str) -> str:
-    """Returns the text with Unix line ends, in NFC, without byte-order mark, with one final newline."""
+    """Returns the text in NFC, with Unix line ends, one final newline and no byte-order mark."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     return unicodedata.normalize("NFC", text).strip("\n") + "\n"
 

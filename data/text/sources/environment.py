@@ -53,7 +53,7 @@ class Environment:
         return cls(stdlib=pathlib.Path(paths["stdlib"]), include=pathlib.Path(paths["include"]))
 
     def versions(self, packages: Iterable[str]) -> dict[str, str]:
-        """Returns {package: version} of the installed `packages`; `python` is the standard library."""
+        """Returns {package: version} of installed `packages`; `python` is the standard library."""
         installed = {}
         for name in packages:
             if name == "python":
