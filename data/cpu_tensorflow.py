@@ -1,15 +1,16 @@
-"""TensorFlow as SeqIO needs it: on the CPU, and silent about the accelerators it does not use."""
+"""Imports TensorFlow for SeqIO: on the CPU only, and without its messages about accelerators."""
 
 import os
 
 
 def load() -> None:
-    """Imports TensorFlow, hides accelerators from it, and drops what it prints meanwhile.
+    """Imports TensorFlow, hides accelerators from it, and discards its messages during the import.
 
-    Without this it would take the GPU memory that JAX needs. Its C++ code writes to file descriptor 2
-    whatever the log level is, so the descriptor itself is turned away for the time of the import.
+    A visible GPU would make TensorFlow reserve the memory that JAX needs. TensorFlow's C++ code
+    writes to file descriptor 2 at every log level, so the descriptor points to the null device
+    during the import.
     """
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         import tensorflow as tf
@@ -17,6 +18,6 @@ def load() -> None:
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)

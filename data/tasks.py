@@ -1,8 +1,9 @@
 """SeqIO tasks and mixtures, registered by plain functions that gin binds.
 
-Every task yields `targets`, tokens with BOS and EOS as asked for, `targets_pretokenized`, their
-text, and `document_id`. A mixture's rates are shares of bytes of text, which is what tokens follow;
-SeqIO's own iterator would read them as shares of examples.
+Every task yields `targets` (token ids, with BOS and EOS where the task adds them),
+`targets_pretokenized` (their text) and `document_id`. A mixture's rates are shares of bytes of
+text, which are roughly proportional to tokens. SeqIO's own iterator treats rates as shares of
+examples.
 """
 
 import functools
@@ -14,7 +15,7 @@ from data.text import document_source
 from data.text.document_files import DocumentFiles
 from data.text.sources import names
 
-# What this module registered, by name: task or mixture -> facts for the record of a run.
+# Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}
 _MIXTURES: dict[str, dict[str, Any]] = {}
 _CORPORA: dict[str, dict[str, Any]] = {}
@@ -33,20 +34,20 @@ def register_corpus(
     """Registers the corpus: tasks `english`, `docstrings`, `python`, `cpp`, `markup`, `lang_<code>`.
 
     The mixtures are `text` (english, docstrings), `code` (python, cpp), `multilingual` (all
-    languages) and `all`, each of the sources that are there. Calling it again with the same
-    arguments changes nothing.
+    languages) and `all`. Each mixture contains only sources that the corpus holds. A second call
+    with the same arguments changes nothing.
 
     Args:
-      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
+      vocabulary: a SeqIO vocabulary, such as `data.tokenizers.vocabularies` makes.
       corpus: an assembled corpus; by default `data.text.corpus.assemble(sources=sources)`.
       sources: names of sources or groups to register.
       temperature: a source of b bytes has the rate b ** (1 / temperature) in a mixture.
-      language_temperature: the same in `multilingual`, whose sizes differ by ten times.
+      language_temperature: the temperature of `multilingual`, whose sources differ tenfold in size.
       add_bos: begin each document with the vocabulary's BOS.
       add_eos: end each document with EOS.
 
     Raises:
-      ValueError: for an unknown source, or one that is not in the corpus.
+      ValueError: a source is unknown, or the corpus holds none of the sources.
     """
     wanted = names.resolve(sources)
     if corpus is None:
@@ -85,18 +86,18 @@ def register_corpus(
 def register_source(
     name: str, source: Any, *, origin: str, vocabulary: Any, add_bos: bool, add_eos: bool
 ) -> None:
-    """Registers a task over a source of `{"text", "document_id"}`.
+    """Registers a task that tokenizes a source of `{"text", "document_id"}`.
 
     Args:
-      name: of the task.
+      name: name of the task.
       source: satisfies `seqio.DataSourceInterface` and has a `digest`.
-      origin: the function that registers it; a later call of the same one replaces the task.
+      origin: name of the registering function; a later call of the same function replaces the task.
       vocabulary: a SeqIO vocabulary.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
 
     Raises:
-      ValueError: the name is taken by another task, or BOS or EOS is asked of a vocabulary without it.
+      ValueError: another task has this name, or the vocabulary lacks the BOS or EOS to be added.
     """
     import seqio
 
@@ -123,9 +124,9 @@ def register_source(
 
 
 def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: bool) -> None:
-    """Raises ValueError if a task asks for a BOS or EOS that its vocabulary does not have."""
-    for token, asked in (("bos", add_bos), ("eos", add_eos)):
-        if asked and getattr(vocabulary, f"{token}_id") in (None, -1):
+    """Raises ValueError if a task adds a BOS or EOS that its vocabulary does not have."""
+    for token, added in (("bos", add_bos), ("eos", add_eos)):
+        if added and getattr(vocabulary, f"{token}_id") in (None, -1):
             raise ValueError(
                 f"task {name!r}: add_{token}=True, but {vocabulary} has no {token.upper()}; set "
                 f"add_{token}=False or use a vocabulary that has one"
@@ -133,16 +134,16 @@ def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: boo
 
 
 def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> None:
-    """Registers a task over a source of `{"targets", "loss_weights"}`: ids that are no text's.
+    """Registers a task over a source of `{"targets", "loss_weights"}`, whose ids encode no text.
 
     Args:
-      name: of the task.
+      name: name of the task.
       source: satisfies `seqio.DataSourceInterface` and has a `digest`.
-      origin: the function that registers it; a later call of the same one replaces the task.
-      vocab_size: number of ids; 0 precedes every document, and none means BOS or EOS.
+      origin: name of the registering function; a later call of the same function replaces the task.
+      vocab_size: number of ids; id 0 precedes every document, and no id is BOS or EOS.
 
     Raises:
-      ValueError: the name is taken by another task.
+      ValueError: another task has this name.
     """
     import seqio
 
@@ -163,17 +164,17 @@ def register_features(
     features: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    """Registers a task over a source that yields its features as they are trained on.
+    """Registers a task over a source whose features need no preprocessing.
 
     Args:
-      name: of the task.
+      name: name of the task.
       source: satisfies `seqio.DataSourceInterface` and has a `digest`.
-      origin: the function that registers it; a later call of the same one replaces the task.
-      features: name -> vocabulary of its ids; None for one of float32.
-      facts: for the record of a run.
+      origin: name of the registering function; a later call of the same function replaces the task.
+      features: feature -> vocabulary of its ids; None for a float32 feature.
+      facts: recorded with a run.
 
     Raises:
-      ValueError: the name is taken by another task.
+      ValueError: another task has this name.
     """
     import seqio
     import tensorflow as tf
@@ -210,10 +211,14 @@ def prepend_bos(dataset, output_features):
 
 
 def register_mixture(name: str, rates: Mapping[str, float]) -> None:
-    """Registers a mixture of tasks or mixtures by their rates; a later call replaces it.
+    """Registers a mixture; a later call with the same name replaces it.
+
+    Args:
+      name: name of the mixture.
+      rates: task or mixture -> its rate.
 
     Raises:
-      ValueError: the name is taken, or a member is not registered.
+      ValueError: another task or mixture has this name, or a member is not registered.
     """
     import seqio
 
@@ -229,7 +234,7 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
 
 
 def _make_room(name: str, registry: Any, own: dict[str, dict[str, Any]], origin: str) -> None:
-    """Takes an earlier registration of the same origin back; refuses to replace any other."""
+    """Removes a registration of the same origin; raises ValueError if another one has the name."""
     import seqio
 
     if name in own and own[name]["origin"] == origin:
@@ -242,7 +247,7 @@ def _make_room(name: str, registry: Any, own: dict[str, dict[str, Any]], origin:
 
 
 def clear() -> None:
-    """Takes back everything that was registered here, as notebooks and tests need."""
+    """Removes every task and mixture that this module registered; for notebooks and tests."""
     if not (_TASKS or _MIXTURES):
         return
     import seqio
@@ -255,15 +260,15 @@ def clear() -> None:
 
 
 def sources() -> dict[str, Any]:
-    """The data source of each task registered here."""
+    """Returns {task: data source} of the tasks that this module registered."""
     return {name: facts["source"] for name, facts in _TASKS.items()}
 
 
 def source_digest(task_name: str) -> str:
-    """SHA-256 of what a registered task reads: its files, remembered by size and time.
+    """Returns the SHA-256 of the data that a registered task reads.
 
     Raises:
-      ValueError: no such task was registered here.
+      ValueError: this module registered no such task.
     """
     if task_name not in _TASKS:
         raise ValueError(f"no task {task_name!r}; {names.nearest(task_name, list(_TASKS))}")
@@ -271,7 +276,7 @@ def source_digest(task_name: str) -> str:
 
 
 def vocabulary(task_name: str) -> Any:
-    """The SeqIO vocabulary of a task's targets, or of its completions or prompts where it has those."""
+    """Returns the SeqIO vocabulary of a task's feature 'targets', else 'chosen', else 'prompt'."""
     import seqio
 
     features = seqio.get_mixture_or_task(task_name).output_features
@@ -280,7 +285,10 @@ def vocabulary(task_name: str) -> Any:
 
 
 def vocabulary_digest() -> dict[str, str]:
-    """Returns {'vocabulary': digest} of the tasks registered here, before any of them is read; {} if they have several."""
+    """Returns {'vocabulary': digest} of the registered tasks, without reading their data.
+
+    Returns {} if their vocabularies differ, or if no task is registered.
+    """
     from data.stream import rows
 
     digests = {rows.vocabulary_digest(vocabulary(name)) for name in _TASKS}
@@ -288,14 +296,18 @@ def vocabulary_digest() -> dict[str, str]:
 
 
 def summary() -> dict[str, Any]:
-    """What a run records of its data: tasks with sizes and hashes, mixtures, and corpora."""
+    """Returns the facts recorded with a run: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}
     for name, facts in _TASKS.items():
         source = facts["source"]
         tasks[name] = {
             "digest": source.digest,
             "documents": {split: source.num_input_examples(split) for split in source.splits},
-            **{key: seen for key in ("dropped", "noted") if (seen := getattr(source, key, None))},
+            **{
+                key: counts
+                for key in ("dropped", "noted")
+                if (counts := getattr(source, key, None))
+            },
             **{key: value for key, value in facts.items() if key != "source"},
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}

@@ -1,4 +1,4 @@
-"""Where corpora, vocabularies and other derived files are kept between runs."""
+"""The cache directory, which stores corpora, vocabularies and other derived files between runs."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ VARIABLE = "ESPALIER_CACHE"
 
 
 def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib.Path:
-    """`parts` under `override`, else under $ESPALIER_CACHE, else under ~/.cache/espalier."""
+    """Returns `parts` under `override`, else under $ESPALIER_CACHE, else under ~/.cache/espalier."""
     if override is None:
         override = os.environ.get(VARIABLE) or "~/.cache/espalier"
     return pathlib.Path(override).expanduser().joinpath(*parts)
@@ -22,15 +22,16 @@ def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib
 def build_directory(
     target: pathlib.Path, build: Callable[[pathlib.Path], None], *, expected: Sequence[str]
 ) -> None:
-    """Fills a directory so that it exists whole or not at all, after a power cut too.
+    """Builds a directory that exists complete or not at all, even after a power cut.
 
-    `build` writes into a temporary sibling, which is then renamed. Where another process was
-    faster, its directory stays: both hold the same content, for their name is a hash of all inputs.
+    `build` writes into a temporary sibling directory, which is then renamed. If another process
+    finished first, its directory is used: both have the same content, because the name is a hash of
+    all inputs.
 
     Args:
       target: the directory.
-      build: writes its content into the directory it is given.
-      expected: files without which a directory is not whole; such a one is replaced.
+      build: called with a directory; writes the content into it.
+      expected: names of files; an existing directory that lacks one of them is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = _temporary(target), _temporary(target)
@@ -51,10 +52,10 @@ def build_directory(
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON so that a reader sees the old file or the new one."""
+    """Writes JSON atomically: a reader sees the old file or the new file."""
     temporary = _temporary(path)
     try:
-        # Not by tempfile, whose files nobody else may read: a cache may be shared.
+        # Not with tempfile: other users cannot read its files, and a cache may be shared.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
@@ -66,14 +67,14 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def remember(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON that saves time later; where the cache is read-only, nothing is kept."""
+    """Writes JSON that saves time later; does nothing if the cache is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
 
 def _moved(directory: pathlib.Path, target: pathlib.Path) -> bool:
-    """Whether the directory could be moved; another one in its place is in the way."""
+    """Renames the directory to `target`; returns False if `target` exists and is not empty."""
     try:
         directory.rename(target)
     except OSError as error:
@@ -88,7 +89,7 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+    """Flushes a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

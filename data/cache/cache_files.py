@@ -1,6 +1,6 @@
-"""The files of a token cache: written so that they appear whole or not at all, and checked.
+"""Atomic writing and checking of the files of a token cache.
 
-Everything is written under a temporary name, synced and renamed. Checksums are SHA-256.
+Every file is written under a temporary name, synced and renamed. Checksums are SHA-256.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class CacheCorruptError(ValueError):
 
 
 def canonical(value) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    """Returns the canonical JSON text of a value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -100,7 +100,7 @@ class ShardWriter:
 
 
 def _text(feature: str, value) -> bytes:
-    """The bytes of a text; a number, as some sources number their documents, is its digits."""
+    """Returns the UTF-8 bytes of a text, or of a number's digits (some sources number documents)."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -115,25 +115,28 @@ def _text(feature: str, value) -> bytes:
 
 
 def _text_size(text) -> int | None:
-    """UTF-8 bytes of what `<feature>_pretokenized` holds; None where that is not the text."""
+    """Returns the number of UTF-8 bytes of a `<feature>_pretokenized`; None if it is not a text."""
     if isinstance(text, str):
         return len(text.encode())
     return len(text) if isinstance(text, bytes) else None
 
 
 def add_known(*counts: int | None) -> int | None:
-    """The sum of counts; it is unknown (None) if any of them is."""
+    """Returns the sum of counts; None (unknown) if any count is None."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def file_entry(data: bytes) -> list:
-    """[size, checksum] of a file with this content."""
+    """Returns [size, checksum] of a file with this content."""
     return [len(data), hashlib.sha256(data).hexdigest()]
 
 
 def finished_shard(building: pathlib.Path, shard: int) -> dict | None:
-    """The entry of a shard that an earlier, interrupted build finished, if its files are intact."""
+    """Returns the manifest entry of a shard that an interrupted build finished.
+
+    Returns None if the shard is not finished or its files are damaged.
+    """
     try:
         entry = json.loads((building / f"{shard:05d}.json").read_bytes())
         for name, (size, checksum) in entry["files"].items():
@@ -169,7 +172,7 @@ def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
 
 
 def publish(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that it appears complete or not at all."""
+    """Writes a file atomically: it appears complete or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)

@@ -1,11 +1,12 @@
-"""What a value or a function is, as JSON, so that a change of either changes a cache's fingerprint.
+"""Describes values and functions as JSON, so that a change of either changes a cache's fingerprint.
 
-Functions are described by their source without comments and docstrings, their defaults, closures
-and partial arguments, and the functions and constants they use, those of other modules too unless
-these are installed: of the standard library and of packages, names and versions say enough.
-Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of anything,
-but for what the function itself changes. Objects are described by their attributes and the methods
-of their class. The description does not depend on addresses, hash seeds or the working directory.
+A function's description holds its source without comments and docstrings, its defaults, closures
+and partial arguments, and the functions and constants that it uses. Functions of other modules are
+included unless these modules are installed; names and versions suffice for the standard library and
+packages. Constants are numbers, strings, patterns and arrays, and lists, tuples, sets and dicts of
+any values. Globals that the function itself modifies are excluded. An object's description holds
+its attributes and the methods of its class. Descriptions do not depend on addresses, hash seeds or
+the working directory.
 """
 
 import dataclasses
@@ -29,16 +30,16 @@ _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
-# Known by name only: their version is part of the environment, and following them has no end.
+# Described by name only: their versions belong to the environment, and their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What a description has come across.
+    """The values that `describe` has already visited.
 
     Attributes:
-      path: ids of the values it is inside of.
+      path: ids of the values that enclose the current one.
       code: id of a function or class -> its number; each is described once.
     """
 
@@ -49,11 +50,11 @@ class _Seen:
         return _Seen(self.path | {id(value)}, self.code)
 
     def apart(self) -> "_Seen":
-        """For values that have no order, so that it does not matter which of them comes first."""
+        """Returns an independent copy, for items without order: no item affects the others."""
         return _Seen(self.path, dict(self.code))
 
     def again(self, code: types.FunctionType | type) -> dict | None:
-        """The number of code that was described before; the first time it gets one."""
+        """Returns {"again": number} for code described before; numbers new code, returns None."""
         if id(code) in self.code:
             return {"again": self.code[id(code)]}
         self.code[id(code)] = len(self.code)
@@ -61,7 +62,12 @@ class _Seen:
 
 
 def describe(value, seen: _Seen | None = None):
-    """JSON that two values share exactly if they would make the same records."""
+    """Returns JSON that is equal for two values exactly if they produce the same records.
+
+    Args:
+      value: any value, function, class or object.
+      seen: the values already visited; None at the start.
+    """
     if isinstance(value, enum.Enum):
         return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
     if isinstance(value, np.generic):
@@ -93,7 +99,7 @@ def describe(value, seen: _Seen | None = None):
         items.sort(key=lambda pair: repr(pair[0]))
         return {"map": _short([[key, describe(item, seen)] for key, item in items])}
     if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:  # whose bytes are addresses
+        if value.dtype.hasobject:  # the bytes of object arrays are addresses
             return {"array": describe(value.tolist(), seen)}
         return {"array": [str(value.dtype), list(value.shape), _sha(value.tobytes())]}
     if isinstance(value, functools.partial):
@@ -114,7 +120,7 @@ def describe(value, seen: _Seen | None = None):
 
 
 def vocabulary(vocab) -> dict:
-    """A SeqIO vocabulary: class, size, special ids, and the bytes of its model where it has one."""
+    """Describes a SeqIO vocabulary: class, size, special ids, and its state or the hash of its model."""
     out = {"class": _name(type(vocab)), "size": int(vocab.vocab_size)}
     for key in ("bos_id", "eos_id", "pad_id", "unk_id", "extra_ids"):
         try:
@@ -131,10 +137,11 @@ def vocabulary(vocab) -> dict:
 
 
 class FileDigests:
-    """SHA-256 of source files, remembered between runs by what a change of a file changes too.
+    """SHA-256 digests of source files, stored between runs.
 
-    That is size, time of modification, inode, and the time at which any of these was changed, which
-    no program sets back as `cp -p` and `rsync -t` do the first.
+    A stored digest is valid while the file's size, modification time, change time and inode are
+    equal. Programs such as `cp -p` and `rsync -t` can set the modification time, but not the change
+    time.
     """
 
     def __init__(self, memory: pathlib.Path):
@@ -145,10 +152,10 @@ class FileDigests:
             known = json.loads(memory.read_bytes())
             self._known = known if isinstance(known, dict) else {}
         except (OSError, ValueError):
-            pass  # A lost memory costs only the time to hash again.
+            pass  # Without stored digests, files are only hashed again.
 
     def digest(self, path: str) -> str:
-        """The checksum of one file."""
+        """Returns the SHA-256 of one file, in hexadecimal."""
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = self._known.get(os.path.abspath(path))
@@ -161,7 +168,7 @@ class FileDigests:
         return checksum
 
     def save(self) -> None:
-        """Writes what was learned."""
+        """Stores new digests."""
         if self._changed:
             cache.remember(self._memory, self._known)
 
@@ -184,7 +191,7 @@ def _function(function: types.FunctionType, seen: _Seen) -> dict:
         "closure": describe(variables.nonlocals, seen),
         "globals": sorted(([name, what] for name, what in own.items()), key=repr),
     }
-    if inner is not function:  # a decorator's own arguments live in the wrapper
+    if inner is not function:  # the arguments of a decorator are in the wrapper's closure
         cells = inspect.getclosurevars(function).nonlocals
         text = source_code.text(function, follow=False)
         out["wrapper"] = [text, describe(cells, seen)]
@@ -192,11 +199,11 @@ def _function(function: types.FunctionType, seen: _Seen) -> dict:
 
 
 def _is_followed(value, module: str, *, installed: bool) -> bool:
-    """Whether a global that code of `module` uses is described.
+    """Returns whether the description of code in `module` includes a global that the code uses.
 
-    Constants are; lists, dicts and sets of installed code are not, which may be registries. So are
-    functions and methods of the same module, or of none that is installed, and classes and callable
-    objects of none that is installed.
+    It includes constants; functions and methods of the same module or of modules that are not
+    installed; and classes and callable objects of modules that are not installed. It excludes
+    lists, dicts and sets used by installed code, which may be registries.
     """
     if isinstance(value, _FIXED):
         return True
@@ -216,13 +223,13 @@ def _is_followed(value, module: str, *, installed: bool) -> bool:
 
 
 def _has_installed_code(function: types.FunctionType) -> bool:
-    typed = function.__module__ == "__main__"  # at a prompt, say, and so in no file
+    typed = function.__module__ == "__main__"  # for example at a prompt, without a file
     return not typed and source_code.is_installed(function.__code__.co_filename)
 
 
 def _reached_through_modules(function: types.FunctionType, used: Mapping, seen: _Seen) -> dict:
-    """What a function uses as `module.name`, of modules that are not installed."""
-    found = {}
+    """Describes the globals used as `module.name`, of modules that are not installed."""
+    described = {}
     for alias, module in used.items():
         path = getattr(module, "__file__", None)
         if not isinstance(module, types.ModuleType) or path is None:
@@ -232,8 +239,8 @@ def _reached_through_modules(function: types.FunctionType, used: Mapping, seen: 
         for name in sorted(source_code.names(function.__code__) & set(vars(module))):
             value = vars(module)[name]
             if _is_followed(value, module.__name__, installed=False):
-                found[f"{alias}.{name}"] = describe(value, seen)
-    return found
+                described[f"{alias}.{name}"] = describe(value, seen)
+    return described
 
 
 def _object(value, seen: _Seen) -> dict:
@@ -255,10 +262,10 @@ def _object(value, seen: _Seen) -> dict:
 
 
 def _class(cls: type, seen: _Seen) -> dict:
-    """A class, with methods and constants of it and of those it derives from, but for installed ones."""
+    """Describes a class by its methods and constants, and those of bases that are not installed."""
     if again := seen.again(cls):
         return {"class": _name(cls), "members": again}
-    found = []
+    members = []
     for owner in cls.__mro__:
         if source_code.is_of_package(owner):
             continue
@@ -267,17 +274,19 @@ def _class(cls: type, seen: _Seen) -> dict:
             for attribute in ("__func__", "fget", "func"):
                 member = getattr(member, attribute, member)
             if isinstance(inner := inspect.unwrap(member), types.FunctionType):
-                # What a dataclass generates follows from its fields.
-                kept = not dataclasses.is_dataclass(owner) or inner.__code__.co_filename[0] != "<"
+                # Generated methods of a dataclass follow from its fields.
+                included = (
+                    not dataclasses.is_dataclass(owner) or inner.__code__.co_filename[0] != "<"
+                )
             else:
-                kept = isinstance(member, _FIXED + _MUTABLE) and not name.startswith("__")
-            if kept:
-                found.append([f"{_name(owner)}.{name}", describe(member, seen)])
-    return {"class": _name(cls), "members": found} if found else {"class": _name(cls)}
+                included = isinstance(member, _FIXED + _MUTABLE) and not name.startswith("__")
+            if included:
+                members.append([f"{_name(owner)}.{name}", describe(member, seen)])
+    return {"class": _name(cls), "members": members} if members else {"class": _name(cls)}
 
 
 def _short(items: list):
-    """A list, or where it is long, its hash."""
+    """Returns the list; if it is long, its length and hash."""
     if len(items) <= _LONGEST:
         return items
     return {"items": len(items), "sha256": _sha(json.dumps(items, sort_keys=True).encode())}

@@ -1,4 +1,4 @@
-"""What the code of a function says: its text without layout, and the globals it uses."""
+"""Reads a function's code: its normalised source, and the globals it uses."""
 
 import ast
 import inspect
@@ -19,19 +19,24 @@ _INSTALLED = tuple(
 
 
 def is_installed(path: str) -> bool:
-    """Whether a file of code is of Python or of an installed package; so is what has no file."""
+    """Returns whether a code file belongs to Python or an installed package, or is no real file."""
     return path.startswith("<") or os.path.realpath(path).startswith(_INSTALLED)
 
 
 def is_of_package(cls: type) -> bool:
-    """Whether a class is of Python or of an installed package."""
+    """Returns whether a class belongs to Python or an installed package."""
     path = getattr(sys.modules.get(cls.__module__), "__file__", None)
     known = cls.__module__.partition(".")[0] in sys.stdlib_module_names
     return known and cls.__module__ != "__main__" if path is None else is_installed(path)
 
 
 def text(function: types.FunctionType, *, follow: bool = True) -> str:
-    """Normalised source: no comments, docstrings or layout. Bytecode where there is no source."""
+    """Returns the source without comments, docstrings and layout, or the bytecode without source.
+
+    Args:
+      function: the function.
+      follow: whether to follow `__wrapped__` to the decorated function.
+    """
     try:
         lines, _ = inspect.getsourcelines(function if follow else function.__code__)
         tree = ast.parse(textwrap.dedent("".join(lines)))
@@ -59,13 +64,13 @@ def _bytecode(code: types.CodeType) -> tuple:
 
 
 def names(code: types.CodeType) -> set[str]:
-    """What code names, that of functions inside of it too."""
+    """Returns the global and attribute names in code, including the code of nested functions."""
     inside = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*map(names, inside))
 
 
 def used_globals(function: types.FunctionType) -> dict:
-    """The globals that a function names, without those that are its own memory."""
+    """Returns {name: value} of the globals that a function uses, except those it modifies."""
     space = function.__globals__
     used = {name: space[name] for name in sorted(names(function.__code__)) if name in space}
     for name in _changed(function):
@@ -74,23 +79,23 @@ def used_globals(function: types.FunctionType) -> dict:
 
 
 def _changed(function: types.FunctionType) -> set[str]:
-    """The names that a function assigns to globally, or whose content it changes: memos, counters.
+    """Returns the globals that a function assigns or modifies in place, such as memos and counters.
 
-    What they hold depends on what was done before, so it says nothing of what the function does.
+    Their values depend on earlier calls, so they do not describe the function.
     """
     try:
         tree = ast.parse(text(function))
     except SyntaxError:  # bytecode
         return set()
-    found: set[str] = set()
+    changed: set[str] = set()
     for node in ast.walk(tree):
         target = None
         if isinstance(node, ast.Global):
-            found.update(node.names)
+            changed.update(node.names)
         elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
             target = node.value
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             target = node.func.value if node.func.attr in _CHANGES else None
         if isinstance(target, ast.Name):
-            found.add(target.id)
-    return found
+            changed.add(target.id)
+    return changed

@@ -1,12 +1,14 @@
-"""The token cache: the tokenised records of one split of one task, checksummed, read by memory map.
+"""The token cache: the tokenised records of one split of one task, checksummed and memory-mapped.
 
-A cache is a directory. Every shard has, per feature, a `.bin` file with the values of all records
-back to back and a `.len` file with the length of each (uint32), and a `.json` file with counts and
-checksums. `manifest.json` is written last and holds the fingerprint (of what the cache was built
-from), its readable description, totals, and the checksum of every file including its own.
+A cache is a directory. Every shard has, per feature, a `.bin` file with the concatenated values of
+all records and a `.len` file with the length of each record (uint32), and one `.json` file with
+counts and checksums. `manifest.json` is written last. It holds the fingerprint (a hash of
+everything the cache was built from), its readable description, totals, and the checksum of every
+file including its own.
 
-A build happens in `<directory>.building`, shard by shard: a killed build keeps its finished shards
-and ends in the same bytes as an uninterrupted one. The directory appears by one rename.
+A build writes to `<directory>.building`, shard by shard. An interrupted build continues after its
+finished shards and produces the same bytes as an uninterrupted build. One rename publishes the
+cache.
 """
 
 import concurrent.futures
@@ -42,12 +44,12 @@ from data.cache.columns import Column, feature_dtype
 FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"
 
-# What to do where a task has changed since its cache was built (data/cache/task_cache.py).
+# What to do if a task has changed since its cache was built (data/cache/task_cache.py).
 Changed = Literal["refuse", "build", "replace"]
 
 
 class CacheMismatchError(ValueError):
-    """A cache was built from something else than what is asked for now."""
+    """A cache was built from different inputs than the task has now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Cache:
     """An opened cache.
 
     Attributes:
-        directory: where it lies.
+        directory: the directory of the cache.
         fingerprint: hash of everything the cache was built from.
-        content: hash of the checksums of all its files: of what it holds.
+        content: hash of the checksums of all its files, which identifies its content.
         columns: the values of each feature.
         manifest: totals and the description behind the fingerprint.
     """
@@ -76,15 +78,15 @@ class Cache:
         return self.manifest["values"][feature]
 
     def text_bytes(self, feature: str = "targets") -> int | None:
-        """UTF-8 bytes of the text behind the tokens, where all records still carried it, else None.
+        """Returns the UTF-8 bytes of the text of the tokens; None if any record had no text.
 
-        SeqIO's tokenizer keeps the text of `targets` as `targets_pretokenized`; it is counted, not
-        stored. Divides a summed loss into bits per byte.
+        SeqIO's tokenizer provides the text of `targets` as `targets_pretokenized`. The cache stores
+        its size, not the text. Bits per byte are a summed loss divided by this number.
         """
         return self.manifest["text_bytes"][feature] or None
 
     def name_of(self, record: int) -> str:
-        """What a record is called, which files of rows have as FILE:LINE; its number where it has no name."""
+        """Returns the document id of a record, such as FILE:LINE, else `record <number>`."""
         names = self.columns.get("document_id")
         return (names.text(record) if names else "") or f"record {record}"
 
@@ -94,9 +96,12 @@ def digest(value) -> str:
 
 
 def fingerprint(description: Mapping, features: Mapping, num_shards: int) -> str:
-    """The hash of everything a cache is built from. The shard count fixes the record order."""
-    parts = {"format": FORMAT, "features": features, "num_shards": num_shards}
-    return digest({**parts, "description": description})
+    """Returns the hash of everything a cache is built from.
+
+    The shard count is included because it determines the order of records.
+    """
+    inputs = {"format": FORMAT, "features": features, "num_shards": num_shards}
+    return digest({**inputs, "description": description})
 
 
 def write(
@@ -107,15 +112,18 @@ def write(
     description: Mapping | None = None,
     num_shards: int = 1,
 ) -> Cache:
-    """Writes records that are already tokenised, for tests and for data that is not a SeqIO task.
+    """Writes a cache of records that are already tokenised, for tests and data outside SeqIO.
 
     Args:
         directory: the cache to create; it must not exist.
-        records: one mapping per record from feature to tokens.
-        features: per feature the vocabulary size (tokens are checked against it), or 'text' for
-            strings, or 'float32'.
-        description: JSON that tells what the records are; it is hashed into the fingerprint.
-        num_shards: record i goes to shard i modulo this.
+        records: one mapping per record, feature -> values.
+        features: feature -> vocabulary size (tokens are checked against it), 'text' for strings, or
+            'float32'.
+        description: JSON that describes the records; part of the fingerprint.
+        num_shards: number of shards; record i goes to shard i % num_shards.
+
+    Raises:
+        FileExistsError: the directory exists.
     """
     records = list(records)
     return build(
@@ -139,9 +147,13 @@ def build(
     """Builds a cache atomically, continuing an interrupted build of the same fingerprint.
 
     Args:
-        read_shard: returns the records of one shard, always the same ones in the same order.
+        read_shard: shard -> its records, always the same records in the same order.
         on_record: called with (shard, values written) after every record, for progress.
         directory, features, description, num_shards: see `write`.
+
+    Raises:
+        FileExistsError: the directory exists.
+        OSError: the disk is full, or a file cannot be written.
     """
     directory = pathlib.Path(directory)
     if directory.exists():
@@ -153,13 +165,13 @@ def build(
         _start_building(building, stamp, name)
         shards = []
         for shard in range(num_shards):
-            done = finished_shard(building, shard)
-            if done is None:
+            entry = finished_shard(building, shard)
+            if entry is None:
                 writer = ShardWriter(building, shard, features)
                 for record in read_shard(shard):
                     on_record(shard, writer.append(record))
-                done = writer.finish()
-            shards.append(done)
+                entry = writer.finish()
+            shards.append(entry)
         _write_manifest(building, name, features, description, shards)
         building.rename(directory)
         stamp.unlink()
@@ -176,11 +188,11 @@ def build(
 
 
 def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
-    """Opens a cache; with `verify` every byte of it is checked against its checksum.
+    """Opens a cache; with `verify`, checks every byte against its checksum.
 
     Raises:
         FileNotFoundError: there is no cache.
-        CacheCorruptError: something in it is missing, truncated, altered or foreign.
+        CacheCorruptError: a file is missing, truncated, altered or foreign.
     """
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
@@ -196,18 +208,23 @@ def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
         for feature, kind in manifest["features"].items()
     }
     for feature, column in columns.items():
-        held = [
+        counts = [
             len(column.lengths),
             int(column.bounds[-1]),
             int(column.lengths.sum(dtype=np.int64)),
         ]
-        if held != [manifest["records"], *[manifest["values"][feature]] * 2]:
+        if counts != [manifest["records"], *[manifest["values"][feature]] * 2]:
             raise corrupt(directory, MANIFEST, f"does not count what feature {feature!r} holds")
     return Cache(directory, manifest["fingerprint"], manifest["content"], columns, manifest)
 
 
 def read_manifest(directory: pathlib.Path) -> dict:
-    """The manifest of a cache, checked against its own checksum byte for byte."""
+    """Returns the manifest of a cache, after checking it against its own checksum.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        CacheCorruptError: the manifest is missing, altered, or of another format.
+    """
     path = directory / MANIFEST
     try:
         raw = path.read_bytes()
@@ -230,7 +247,7 @@ def read_manifest(directory: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def building_lock(directory: pathlib.Path):
-    """Lets one process at a time build `directory`; the others wait and then find it built."""
+    """Locks `directory` for building; other processes wait until the lock is released."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(directory.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -238,7 +255,7 @@ def building_lock(directory: pathlib.Path):
 
 
 def remove(directory: pathlib.Path) -> None:
-    """Deletes a cache; its name goes first, so a killed deletion leaves no half cache."""
+    """Deletes a cache; renames it first, so that an interrupted deletion leaves no partial cache."""
     if directory.exists():
         doomed = directory.with_name(directory.name + ".deleted")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -247,7 +264,7 @@ def remove(directory: pathlib.Path) -> None:
 
 
 def _start_building(building: pathlib.Path, stamp: pathlib.Path, name: str) -> None:
-    """Creates the building directory; what another fingerprint left there is thrown away."""
+    """Creates the building directory; deletes the files of a build with another fingerprint."""
     building.parent.mkdir(parents=True, exist_ok=True)
     if not stamp.exists() or stamp.read_bytes() != name.encode():
         shutil.rmtree(building, ignore_errors=True)
@@ -257,7 +274,7 @@ def _start_building(building: pathlib.Path, stamp: pathlib.Path, name: str) -> N
 
 def _write_manifest(building, name, features, description, shards) -> None:
     for shard, entry in enumerate(shards):
-        # The entry as it stands in the shard's own file, which is checked like any other.
+        # The checksum of the shard's own .json file, which is checked like any other file.
         own = {f"{shard:05d}.json": file_entry(canonical(entry))}
         entry["files"] = {**entry["files"], **own}
     body = {

@@ -1,9 +1,9 @@
-"""Token caches of SeqIO tasks: where they lie, when they are built, and when they are refused.
+"""Token caches of SeqIO tasks: their paths, when they are built, and when they are refused.
 
-SeqIO defines a task and tokenises it, once; after that it is not needed. A cache lies in
-`tokens/<task>/<split>/<fingerprint>` under the cache directory. Where a task has only caches of
-other fingerprints, something it is made of has changed, and that is said rather than built over;
-caches of several fingerprints may lie side by side once they have been asked for.
+SeqIO defines a task and tokenises it once; afterwards it is not needed. The path of a cache is
+`tokens/<task>/<split>/<fingerprint>` under the cache directory. If a task has only caches with
+other fingerprints, one of its inputs has changed; by default this is an error, and no cache is
+overwritten. On request, caches with several fingerprints can exist side by side.
 """
 
 import os
@@ -22,7 +22,7 @@ CHANGED = get_args(token_cache.Changed)
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Where the caches of a task's split lie."""
+    """Returns the directory that holds the caches of a task's split."""
     parts = ("tokens", quote(name, safe=""), quote(split, safe=""))
     return directories.cache_dir(*parts, override=cache_dir)
 
@@ -35,20 +35,20 @@ def open_task_cache(
     changed: token_cache.Changed = "refuse",
     verify: bool = True,
 ) -> token_cache.Cache:
-    """Opens the cache of a SeqIO task's split, building it with a progress bar where it is missing.
+    """Opens the cache of a SeqIO task's split; builds it with a progress bar if it is missing.
 
     Args:
         task: a `seqio.Task`.
         split: one of its splits.
         cache_dir: the root of all caches; see `data.cache.cache_dir`.
-        changed: what to do where the caches there are were built from something else: 'refuse',
-            'build' another one beside them, or 'replace' them (and a damaged one).
+        changed: what to do if the existing caches were built from different inputs: 'refuse',
+            'build' another cache beside them, or 'replace' them (and a damaged cache).
         verify: check every byte against its checksum.
 
     Raises:
         CacheMismatchError: the task has changed since its cache was built.
         CacheCorruptError: the cache is damaged.
-        ValueError: the task has no such split, or no records in it.
+        ValueError: the task has no such split, or the split has no records.
     """
     if changed not in CHANGED:
         raise ValueError(f"changed={changed!r} is none of {', '.join(map(repr, CHANGED))}.")
@@ -66,7 +66,7 @@ def open_task_cache(
     name = token_cache.fingerprint(description, features, num_shards)
     parent = caches_path(task.name, split, cache_dir)
     directory = parent / name[:16]
-    # What is there is only read, without the lock, so that a cache that others keep can be used.
+    # An existing cache is read without the lock, so that a read-only cache of another user works.
     if changed == "replace" or not directory.exists():
         with token_cache.building_lock(parent):
             if changed == "replace":
@@ -82,7 +82,7 @@ def open_task_cache(
 
 
 def _manifests(parent: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
-    """The caches that lie there, intact or not; what is damaged has an empty manifest."""
+    """Yields (directory, manifest) of each cache; the manifest is {} if the cache is damaged."""
     for directory in sorted(parent.iterdir()) if parent.exists() else ():
         if directory.is_dir() and not directory.suffix:
             try:
@@ -103,31 +103,35 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
-    """Says what has changed since the nearest of the other caches; with 'refuse', as an error."""
-    found = []
+    """Reports what has changed since the most similar of the other caches.
+
+    Raises:
+        CacheMismatchError: there is another cache and `changed` is 'refuse'.
+    """
+    differences = []
     for directory, manifest in _manifests(parent):
         if manifest:
-            was = {**manifest["description"], "features": manifest["features"]}
-            keys = [key for key in now if canonical(now[key]) != canonical(was.get(key))]
+            previous = {**manifest["description"], "features": manifest["features"]}
+            keys = [key for key in now if canonical(now[key]) != canonical(previous.get(key))]
             if len(manifest["shards"]) != num_shards:
                 keys.append("number of shards")
             if keys == ["probe"]:
                 keys = ["output of the preprocessors (the first records differ)"]
             keys = [key for key in keys if key != "probe"]  # a consequence of the others
-            found.append((len(keys), str(directory), keys))
-    if not found:
+            differences.append((len(keys), str(directory), keys))
+    if not differences:
         return
-    _, directory, keys = min(found)
-    what = (
+    _, directory, keys = min(differences)
+    message = (
         f"The token cache {directory} was built from something else; changed since: "
         f"{', '.join(keys)}."
     )
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
-            f"{what} If that is meant, build the new cache beside it with `python -m launch.prepare cache` and "
+            f"{message} If that is meant, build the new cache beside it with `python -m launch.prepare cache` and "
             "the same gin files and bindings (--replace deletes the old one)."
         )
-    print(f"{what} Another one is built beside it.", file=sys.stderr)
+    print(f"{message} Another one is built beside it.", file=sys.stderr)
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:

@@ -1,9 +1,9 @@
-"""What a SeqIO task is made of and what it yields: the inputs of its token cache.
+"""Describes and reads a SeqIO task: the inputs of its token cache.
 
 The fingerprint of a cache covers the source (the bytes of its files, or the `digest` it declares),
-the vocabulary, every preprocessor, TensorFlow's version, an optional `task.version`, and a probe:
-the hash of the first 64 records, which sees what no description does. Preprocessors that draw
-random numbers draw them when the cache is built, from seed 0.
+the vocabulary, every preprocessor, TensorFlow's version, an optional `task.version`, and a probe.
+The probe is the hash of the first 64 records; it detects changes that no description contains.
+Random preprocessors draw their numbers when the cache is built, from seed 0.
 """
 
 import hashlib
@@ -17,13 +17,20 @@ from data.cache import fingerprint
 
 PROBE_RECORDS = 64
 DOCUMENT_ID = "document_id"
-_BYTES_PER_SHARD = 32_000_000  # of source files, compressed as they are
+_BYTES_PER_SHARD = 32_000_000  # of source files, as stored (possibly compressed)
 _RECORDS_PER_SHARD = 20_000
 _MAX_SHARDS = 64
 
 
 def task_features(task) -> dict[str, int | str]:
-    """The features stored for a task: its output features, and `document_id` where it has one."""
+    """Returns the features stored for a task: its output features, and `document_id`.
+
+    Returns:
+        feature -> vocabulary size, 'text' or 'float32'.
+
+    Raises:
+        ValueError: a feature is not a vector.
+    """
     out: dict[str, int | str] = {}
     for name, feature in task.output_features.items():
         if feature.rank != 1:
@@ -38,7 +45,7 @@ def task_features(task) -> dict[str, int | str]:
 
 
 def describe_task(task, split: str, files: fingerprint.FileDigests) -> dict:
-    """Everything that decides the records of a task's split, as readable JSON."""
+    """Returns everything that determines the records of a task's split, as readable JSON."""
     import tensorflow as tf
 
     first_records = probe(task, split)  # first: a TFDS set may have no files before it is read
@@ -63,7 +70,11 @@ def describe_task(task, split: str, files: fingerprint.FileDigests) -> dict:
 
 
 def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Iterator[dict]:
-    """The preprocessed examples of one shard, untrimmed, in the source's order."""
+    """Returns an iterator over the preprocessed examples of one shard, untrimmed, in source order.
+
+    Raises:
+        ValueError: the preprocessors do not yield a required output feature.
+    """
     import seqio
 
     source = task.source
@@ -88,8 +99,11 @@ def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Itera
 
 
 def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict:
-    """What the source reads. A reader may declare it: `digest` on the source or on its function,
-    a string or a function of the split (sources that read installed packages do)."""
+    """Describes what the source reads.
+
+    The source or its function may declare a `digest`: a string, or a function of the split. Sources
+    that read installed packages do so. Otherwise the description holds the digests of the files.
+    """
     function = getattr(source, "_dataset_fn", None)
     inner = getattr(function, "func", function)  # through functools.partial
     out = {
@@ -100,7 +114,7 @@ def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict
         declared = getattr(holder, "digest", None)
         if declared is not None:
             out["digest"] = declared(split) if callable(declared) else declared
-            if dropped := getattr(source, "dropped", None):  # by filters, of which digests tell
+            if dropped := getattr(source, "dropped", None):  # by filters; the digest covers them
                 out["dropped"] = dropped
             return out
     if (tfds := getattr(source, "tfds_dataset", None)) is not None:
@@ -111,7 +125,7 @@ def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict
 
 
 def _files(source, split: str) -> list[str]:
-    """The local files a source reads, as far as SeqIO knows them."""
+    """Returns the local files that a source reads, as far as SeqIO knows them."""
     if hasattr(source, "_dataset_fn"):
         return []
     if (tfds := getattr(source, "tfds_dataset", None)) is not None:
@@ -122,10 +136,11 @@ def _files(source, split: str) -> list[str]:
 
 
 def num_shards(task, split: str) -> int:
-    """Shards of a build: groups of source files; more of many examples where the source can be cut.
+    """Returns the number of shards of a build.
 
-    A source that can only be read from its beginning would be read whole for every shard. Starting to
-    read a shard takes a quarter of a second, so that thousands of small files are not a shard each.
+    Shards are groups of source files. A source with arbitrary sharding gets more shards if it has
+    many examples; any other source would have to be read completely for every shard. Starting a
+    shard takes a quarter of a second, so thousands of small files do not get a shard each.
     """
     files = _files(task.source, split)
     size = sum(map(os.path.getsize, files))
@@ -137,7 +152,7 @@ def num_shards(task, split: str) -> int:
 
 
 def probe(task, split: str) -> str:
-    """The hash of the first records as they come out now."""
+    """Returns the hash of the first `PROBE_RECORDS` records that the task yields now."""
     checksum = hashlib.sha256()
     features = task_features(task)
     for record in itertools.islice(read_records(task, split), PROBE_RECORDS):

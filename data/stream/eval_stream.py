@@ -1,4 +1,4 @@
-"""The evaluation stream: every held-out row of a source once."""
+"""The evaluation stream: reads every held-out row of a source once."""
 
 import numpy as np
 
@@ -7,13 +7,15 @@ from data.stream.row_stream import RowStream
 
 
 class EvalStream(RowStream):
-    """Every row of one source once; rows past the end have weight 0. See `data.stream.stream.make_eval_stream`.
+    """Reads every row of one source once, in a fixed order.
+
+    Rows that fill the last batch have loss weight 0. See `data.stream.stream.make_eval_stream`.
 
     Attributes:
-        name: of the source.
-        num_steps: batches that cover it.
-        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown, as
-            where tokens have weights of their own.
+        name: name of the source.
+        num_steps: number of batches that cover the source.
+        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown, for
+            example where tokens have loss weights.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class EvalStream(RowStream):
         place_B = step * self.batch_size + np.arange(lo, hi, dtype=np.int64)
         num_rows = self._sources[0].plan.num_rows
         row_B = np.full_like(place_B, rows.NO_ROW)
-        held = place_B < num_rows
-        row_B[held] = order.permute(place_B[held], num_rows, order.hash64("evaluation", self.name))
+        is_row_B = place_B < num_rows
+        row_B[is_row_B] = order.permute(
+            place_B[is_row_B], num_rows, order.hash64("evaluation", self.name)
+        )
         return np.zeros_like(row_B), np.zeros_like(row_B), row_B

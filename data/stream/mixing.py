@@ -1,7 +1,7 @@
 """Weights of a mixture's sources: from SeqIO rates, from token counts, or by phases.
 
 All weights here are shares of *tokens*. SeqIO samples examples by rate, so that long documents
-weigh more; here a mixture's rates are taken as the shares of training tokens its tasks get.
+weigh more. This module treats a mixture's rates as shares of training tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,11 @@ WEIGHTS = get_args(Weights)
 
 
 def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
-    """The tasks of a registered SeqIO mixture (or the one task) and their rates."""
+    """Returns the tasks of a registered SeqIO mixture (or the one task), and {task: rate}.
+
+    Raises:
+        ValueError: no such mixture or task is registered.
+    """
     import seqio
 
     if mixture_or_task_name in seqio.TaskRegistry.names():
@@ -35,7 +39,10 @@ def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
 def tempered(
     weights: Mapping[str, float], temperature: float, cap: float | None = None
 ) -> dict[str, float]:
-    """min(weight, cap)^(1 / temperature): 1 keeps the proportions, larger values even them out."""
+    """Returns min(weight, cap)^(1 / temperature) of every weight.
+
+    Temperature 1 preserves the proportions; larger temperatures make the weights more equal.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0.")
     return {
@@ -45,10 +52,10 @@ def tempered(
 
 
 def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -> dict[str, float]:
-    """The weights divided by their sum, in the order of `known`; zero weights are left out.
+    """Returns the positive weights divided by their sum, in the order of `known`.
 
     Raises:
-        ValueError: an unknown name, a negative or non-finite weight, or nothing above zero.
+        ValueError: a name is unknown, a weight is negative or not finite, or no weight is positive.
     """
     for name, weight in weights.items():
         if name not in known:
@@ -71,7 +78,17 @@ def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -
 def checked_phases(
     phases: Sequence[tuple[int, Mapping[str, float]]], known: Sequence[str]
 ) -> list[tuple[int, dict[str, float]]]:
-    """Phases with normalised weights: ((0, {'a': 1}), (100, {'a': 1, 'b': 3})) and the like."""
+    """Returns phases with normalised weights.
+
+    Args:
+        phases: (first step, {source: weight}) in order of steps, such as
+            ((0, {'a': 1}), (100, {'a': 1, 'b': 3})).
+        known: names of the sources.
+
+    Raises:
+        ValueError: a phase is malformed, the first does not start at step 0, steps do not increase,
+            or weights cannot be normalised.
+    """
     out: list[tuple[int, dict[str, float]]] = []
     for j, phase in enumerate(phases):
         where = f"phases[{j}]"

@@ -1,8 +1,8 @@
-"""Stateless order: which plan row is read at a given position of a source.
+"""Stateless shuffling: computes which plan row is read at any position of a source.
 
 A position counts the rows of one source read since step 0. `divmod(position, rows)` gives the
-epoch and the place in it; a keyed bijection of [0, rows) turns the place into a row. Nothing is
-stored, so any position costs the same to find, and every epoch visits every row exactly once.
+epoch and the place in the epoch. A keyed bijection of [0, rows) maps the place to a row. Nothing is
+stored, so every position costs the same, and every epoch visits every row exactly once.
 """
 
 import functools
@@ -17,13 +17,13 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def hash64(*parts: str | int) -> int:
-    """A 64-bit hash of strings and integers, the same on every machine and in every process."""
+    """Returns a 64-bit hash of strings and integers, equal on every machine and in every process."""
     text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every output bit depends on every input bit."""
+    """Applies the finaliser of splitmix64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -36,11 +36,19 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
 
 
 def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Maps each x in [0, size) through the permutation of [0, size) that `key` names.
+    """Maps each x in [0, size) through a permutation of [0, size) that depends on `key`.
 
-    A balanced Feistel network permutes the smallest domain of an even number of bits that holds
-    `size`; results outside the range are encrypted again until they fall inside (cycle walking),
-    which keeps the map a bijection. The domain is less than four times the range.
+    A balanced Feistel network permutes the smallest domain of an even number of bits that contains
+    [0, size). Results outside the range are encrypted again until they are inside (cycle walking),
+    so the map is a bijection. The domain has at most four times the size of the range.
+
+    Args:
+        x: integers in [0, size), of any shape.
+        size: size of the range.
+        key: 64-bit key of the permutation.
+
+    Returns:
+        int64, of the shape of `x`.
     """
     half = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
@@ -63,10 +71,10 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
 def shuffled_rows(
     positions: np.ndarray, rows: int, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(epoch, plan row) at each position of source `name`, which has `rows` rows per epoch."""
+    """Returns (epoch, plan row) at each position of source `name` with `rows` rows per epoch."""
     epochs, places = np.divmod(positions, rows)
     out = np.empty_like(places)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        out[here] = permute(places[here], rows, hash64(seed, name, int(epoch)))
+        in_epoch = epochs == epoch
+        out[in_epoch] = permute(places[in_epoch], rows, hash64(seed, name, int(epoch)))
     return epochs, out

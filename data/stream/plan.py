@@ -1,8 +1,9 @@
 """Row plans: which pieces of which records make up each row of a source.
 
-A plan holds offsets, never tokens, so a new context length or policy needs no new tokenisation.
-A record is an example of the token cache (for language models, a document); a segment is a piece of
-one record inside one row. Row composition is fixed for all epochs; only the order of rows changes.
+A plan holds offsets, never tokens, so a new context length or packing policy needs no new
+tokenisation. A record is an example of the token cache (for language models, a document). A segment
+is a piece of one record inside one row. The content of a row is the same in all epochs; only the
+order of rows changes.
 
 Shape suffixes: N records, P pieces of records, S segments (pieces in row order), R rows.
 """
@@ -19,7 +20,7 @@ PACKINGS = get_args(Packing)
 LongDocuments = Literal["split", "truncate"]
 LONG_DOCUMENTS = get_args(LongDocuments)
 MAX_SEGMENTS = 64
-_OPEN_ROWS = 32  # rows kept open when several features are packed together
+_OPEN_ROWS = 32  # rows that still accept records when several features are packed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Plan:
     Attributes:
         row_starts: int64 [R + 1].
         records: uint32 [S], the record of each segment.
-        offsets: uint32 [S], where in the record it starts; above 0 the segment continues one.
-        lengths: per feature uint32 [S]; 'targets' alone for language models.
-        row_lengths: per feature, the tokens a row has room for.
-        packing, long_documents: the policies it was made with.
-        counts: what planning met: records, empty_records (skipped: no targets), long_records
-            (longer than a row), cut_segments (start inside a record), dropped_tokens.
+        offsets: uint32 [S], the segment's first token within its record; above 0, the segment
+            continues a record.
+        lengths: feature -> uint32 [S], tokens of each segment; only 'targets' for language models.
+        row_lengths: feature -> tokens per row.
+        packing, long_documents: the policies of `make_plan`.
+        counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
+            row), cut_segments (start inside a record) and dropped_tokens.
     """
 
     row_starts: np.ndarray
@@ -52,14 +54,14 @@ class Plan:
 
     @property
     def policy(self) -> list:
-        """What decided which records lie in which row, as JSON."""
+        """The settings that determine which records lie in which row, as JSON."""
         return [self.row_lengths, self.packing, self.long_documents]
 
     def tokens(self, feature: str = "targets") -> int:
         return int(self.lengths[feature].sum(dtype=np.int64))
 
     def fill(self, feature: str = "targets") -> float:
-        """The share of the feature's positions that hold tokens, over all rows."""
+        """Returns the share of the feature's positions that hold tokens, over all rows."""
         return self.tokens(feature) / max(1, self.num_rows * self.row_lengths[feature])
 
 
@@ -73,15 +75,19 @@ def make_plan(
     """Plans the rows of one source.
 
     Args:
-        lengths: per feature, the tokens of every record, [N].
-        row_lengths: per feature, the tokens of a row.
-        packing: 'best_fit' cuts records at the row length and packs the pieces, the longest first,
-            each into the row it fills best; 'concat' lays records end to end and cuts at row ends;
-            'examples' puts one piece of one record in a row. With several features (for an
-            encoder-decoder) 'best_fit' packs whole records, each into the first open row with room
-            for all of it.
-        long_documents: 'split' cuts records longer than a row into several pieces, 'truncate' keeps
-            the first row's worth. Records of several features cannot be split.
+        lengths: feature -> tokens of every record, [N].
+        row_lengths: feature -> tokens per row.
+        packing: 'best_fit' cuts records at the row length and packs the pieces, longest first, each
+            into the row with the least sufficient room. 'concat' concatenates records and cuts at
+            row ends. 'examples' puts one piece of one record in a row. With several features (for
+            an encoder-decoder) 'best_fit' packs whole records, each into the first open row with
+            room for all its features.
+        long_documents: 'split' cuts records longer than a row into several pieces; 'truncate' drops
+            the tokens after the first row. Records of several features cannot be split.
+
+    Raises:
+        ValueError: a setting is unknown, a row length is not positive, or the policy does not work
+            with several features.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
@@ -95,7 +101,7 @@ def make_plan(
     full = {feature: np.asarray(lengths[feature], np.int64) for feature in row_lengths}
     make = _plan_single if len(row_lengths) == 1 else _plan_tuples
     row_starts, records, offsets, sizes = make(full, dict(row_lengths), packing, long_documents)
-    kept = sum(int(size.sum()) for size in sizes.values())
+    num_planned = sum(int(size.sum()) for size in sizes.values())
     too_long = np.any([full[f] > row_lengths[f] for f in row_lengths], axis=0)
     return Plan(
         row_starts=row_starts,
@@ -111,13 +117,13 @@ def make_plan(
             "empty_records": int((full[_main(row_lengths)] == 0).sum()),
             "long_records": int(too_long.sum()),
             "cut_segments": int((offsets > 0).sum()),
-            "dropped_tokens": sum(int(x.sum()) for x in full.values()) - kept,
+            "dropped_tokens": sum(int(x.sum()) for x in full.values()) - num_planned,
         },
     )
 
 
 def _main(row_lengths: Mapping[str, int]) -> str:
-    """The feature a record is trained on: without it a record is skipped."""
+    """Returns the feature that is trained on; records where it is empty are skipped."""
     return "targets" if "targets" in row_lengths else next(iter(row_lengths))
 
 
@@ -125,7 +131,7 @@ _Segments = tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]
 
 
 def _plan_single(full, row_lengths, packing: str, long_documents: str) -> _Segments:
-    """(row starts, records, offsets, lengths) for one feature."""
+    """Returns (row starts, records, offsets, lengths) for one feature."""
     ((feature, length),) = row_lengths.items()
     lengths_N = full[feature]
     if long_documents == "truncate":
@@ -139,7 +145,7 @@ def _plan_single(full, row_lengths, packing: str, long_documents: str) -> _Segme
 
 
 def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segments:
-    """The same for records with several features, such as (inputs, targets): never split."""
+    """Returns `_plan_single`'s arrays for records with several features, which are never split."""
     if packing == "concat":
         raise ValueError(
             f"packing='concat' needs a single feature, but there are {', '.join(row_lengths)}: use "
@@ -155,18 +161,18 @@ def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segme
             "set long_documents='truncate' or larger task_feature_lengths."
         )
     records = np.flatnonzero(full[_main(row_lengths)] > 0)
-    kept = {f: np.minimum(full[f], row_lengths[f])[records] for f in row_lengths}
+    sizes_F = {f: np.minimum(full[f], row_lengths[f])[records] for f in row_lengths}
     if packing == "best_fit":
-        rows = _first_fit(np.stack(list(kept.values())), list(row_lengths.values()))
+        rows = _first_fit(np.stack(list(sizes_F.values())), list(row_lengths.values()))
     else:
         rows = np.arange(len(records))
     order = np.argsort(rows, kind="stable")
-    kept = {feature: size[order] for feature, size in kept.items()}
-    return starts(rows), records[order], np.zeros(len(records), np.int64), kept
+    sizes_F = {feature: size[order] for feature, size in sizes_F.items()}
+    return starts(rows), records[order], np.zeros(len(records), np.int64), sizes_F
 
 
 def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts every record into pieces of at most `length`: (record, offset, size), each [P]."""
+    """Cuts records into pieces of at most `length`; returns (record, offset, size), each [P]."""
     pieces_N = -(-lengths_N // length)
     records_P = np.repeat(np.arange(len(lengths_N)), pieces_N)
     index_P = np.arange(len(records_P)) - np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
@@ -175,10 +181,14 @@ def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
-    """Best-fit decreasing: the row of each piece.
+    """Returns the row of each piece by best-fit decreasing, [P].
 
-    `free` has bit f set when some open row has exactly f positions left, so the tightest row that
-    takes a piece is the lowest set bit at or above its size.
+    Bit f of `free` is set when some open row has exactly f free positions. The tightest row that
+    fits a piece is therefore the lowest set bit at or above the piece's size.
+
+    Args:
+        sizes_P: tokens of each piece, at most `length`.
+        length: tokens per row.
     """
     rows_P = np.empty(len(sizes_P), np.int64)
     order = np.argsort(-sizes_P, kind="stable")
@@ -210,7 +220,7 @@ def best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
 
 
 def _concat_row_ends(lengths_N: np.ndarray, length: int) -> np.ndarray:
-    """Where rows end in the concatenation: every `length` tokens, or after 64 segments."""
+    """Returns the row ends in the concatenation: every `length` tokens, or after 64 segments."""
     ends_N = np.cumsum(lengths_N[lengths_N > 0])
     total = int(ends_N[-1]) if len(ends_N) else 0
     row_ends, at = [], 0
@@ -222,7 +232,7 @@ def _concat_row_ends(lengths_N: np.ndarray, length: int) -> np.ndarray:
 
 
 def _cut_at(feature: str, lengths_N: np.ndarray, row_ends_R: np.ndarray) -> _Segments:
-    """The segments of the concatenation, cut at the ends of records and of rows."""
+    """Cuts the concatenation at the ends of records and of rows; returns the segments."""
     records = np.flatnonzero(lengths_N)
     ends = np.cumsum(lengths_N[records])
     cuts_S = np.union1d(ends, row_ends_R)
@@ -234,7 +244,10 @@ def _cut_at(feature: str, lengths_N: np.ndarray, row_ends_R: np.ndarray) -> _Seg
 
 
 def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
-    """First fit over the oldest open rows; a record goes where every feature has room."""
+    """Returns the row of each record by first fit, oldest open row first.
+
+    A record fits a row where every feature has room.
+    """
     rows_P = np.empty(sizes_FP.shape[1], np.int64)
     open_rows: collections.deque = collections.deque()  # [row, segments, room per feature]
     num_rows = 0
@@ -257,5 +270,5 @@ def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
 
 
 def starts(rows_P: np.ndarray) -> np.ndarray:
-    """Where each row's segments start once pieces are sorted by row."""
+    """Returns each row's first segment when pieces are sorted by row, and the total: int64 [R + 1]."""
     return np.concatenate([[0], np.cumsum(np.bincount(rows_P))]).astype(np.int64)

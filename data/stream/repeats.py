@@ -1,9 +1,10 @@
-"""How often sources may be read, and who gets the share of one that has been read as often as it may.
+"""Caps on the epochs of a source, and redistribution of a capped source's share.
 
-A cap of c epochs on a source of r rows is floor(c r) rows, and never one more. From the first step on that
-would read further, the source is left out and the others of its phase share what it had pro rata. That is
-a list of phases like any other, found by arithmetic before the first step, so that batches remain a pure
-function of the step and those before it are what they would be without a cap.
+A cap of c epochs on a source of r rows allows at most floor(c r) rows. The source is excluded from
+the first step that would exceed its cap. The other sources of its phase then take over its share,
+in proportion to their own shares. The result is an ordinary list of phases, computed before the
+first step. Batches therefore remain a pure function of the step, and batches before that step do
+not depend on the cap.
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ Phases = list[tuple[int, dict[str, float]]]
 
 
 def row_limits(max_epochs: MaxEpochs | None, rows: Mapping[str, int]) -> dict[str, int]:
-    """The most rows that may be read of each capped source.
+    """Returns {source: maximum rows to read} of the capped sources.
 
     Args:
-        max_epochs: of every source, or by source; None for no cap.
-        rows: of each source's plan.
+        max_epochs: one cap for every source, or {source: cap}; None for no cap.
+        rows: source -> rows of its plan.
 
     Raises:
-        ValueError: an unknown source, or a cap that is not above 0.
+        ValueError: a source is unknown, or a cap is not positive and finite.
     """
     if max_epochs is None:
         return {}
@@ -53,9 +54,9 @@ class Redistributed:
     """Phases in which no source is read beyond its limit.
 
     Attributes:
-        phases: (first step, share of each source that is still read).
-        full: (step from which on they are left out, sources) in order of steps.
-        end: the first step for which no source is left; None where there is no such step.
+        phases: (first step, {source: share}) without the sources that have reached their limit.
+        full: (first step without these sources, the sources), in order of steps.
+        end: the first step at which no source of its phase is left; None if there is none.
     """
 
     phases: Phases
@@ -66,35 +67,35 @@ class Redistributed:
 def redistribute(
     phases: Phases, limits: Mapping[str, int], dealt: Callable[[Phases], Schedule]
 ) -> Redistributed:
-    """Leaves each source out from the step on that would read more rows of it than its limit.
+    """Excludes each source from the first step that would exceed its limit of rows.
 
     Args:
-        phases: (first step, share of each source), the shares of a phase summing to 1.
-        limits: rows by source; sources without one are not limited.
+        phases: (first step, {source: share}); the shares of a phase sum to 1.
+        limits: source -> maximum rows; other sources are not limited.
         dealt: makes the schedule of phases.
     """
     out: Phases = []
     full: list[tuple[int, tuple[str, ...]]] = []
     for j, (start, shares) in enumerate(phases):
         last = phases[j + 1][0] if j + 1 < len(phases) else None
-        done = {name for _, names in full for name in names}
+        excluded = {name for _, names in full for name in names}
         while True:
-            kept = {name: share for name, share in shares.items() if name not in done}
-            if not kept:
+            remaining = {name: share for name, share in shares.items() if name not in excluded}
+            if not remaining:
                 return Redistributed(out, full, start)
-            if len(kept) < len(shares):  # otherwise they are left as they are, to the last bit
-                whole = sum(kept.values())
-                kept = {name: share / whole for name, share in kept.items()}
-            limited = {name: limits[name] for name in kept if name in limits}
-            reached = _reached([*out, (start, kept)], limited, dealt, last)
+            if len(remaining) < len(shares):  # otherwise leave the shares bitwise unchanged
+                total = sum(remaining.values())
+                remaining = {name: share / total for name, share in remaining.items()}
+            limited = {name: limits[name] for name in remaining if name in limits}
+            reached = _reached([*out, (start, remaining)], limited, dealt, last)
             if reached is None:
-                out.append((start, kept))
+                out.append((start, remaining))
                 break
             step, sources = reached
             if step > start:
-                out.append((start, kept))
+                out.append((start, remaining))
             full.append((step, sources))
-            done.update(sources)
+            excluded.update(sources)
             start = step
     return Redistributed(out, full, None)
 
@@ -105,9 +106,9 @@ def _reached(
     dealt: Callable[[Phases], Schedule],
     last: int | None,
 ) -> tuple[int, tuple[str, ...]] | None:
-    """The first step of the last phase that would read beyond a limit, and of which sources.
+    """Returns the first step of the last phase that would exceed a limit, and the sources concerned.
 
-    None if there is no such step before step `last`.
+    Returns None if there is no such step before step `last`.
     """
     if not limits:
         return None
@@ -119,7 +120,7 @@ def _reached(
     def beyond(steps: int) -> np.ndarray:
         return schedule.used(steps)[places] > bounds
 
-    # Nothing is beyond after `low` steps, something is after `high`.
+    # Invariant: no limit is exceeded after `low` steps; at least one is after `high` steps.
     low, high = start, start + 1
     while not beyond(high).any():
         low, high = high, start + 2 * (high - start)

@@ -1,4 +1,4 @@
-"""What the streams of training and of evaluation share."""
+"""The base class of the training and evaluation streams."""
 
 import abc
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ import numpy as np
 from data.cache import store
 from data.stream import rows
 
-# Part of every fingerprint: raise it when the same settings begin to give other batches.
+# Part of every fingerprint: raise it when the same settings produce different batches.
 _VERSION = 1
 
 
 class RowStream(abc.ABC):
-    """What both streams share: sources, and rows of them turned into batches.
+    """Turns rows of sources into batches; the base class of both streams.
 
-    A subclass says where each row of a batch lies, in `_locate`.
+    A subclass implements `_locate`, which returns the source and plan row of each row of a batch.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class RowStream(abc.ABC):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """What `source_ids` index."""
+        """Names of the sources; `source_ids` in a batch index this tuple."""
         return tuple(source.name for source in self._sources)
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Rows [lo, hi) of the batch of `step`; see `data.stream.rows.read_rows` for the columns."""
+        """Returns rows [lo, hi) of the batch of `step`, with the columns of `rows.read_rows`."""
         source_B, _, row_B = self._locate(step, lo, hi)
         return rows.read_rows(
             self._sources,
@@ -59,7 +59,7 @@ class RowStream(abc.ABC):
         )
 
     def documents(self, step: int, lo: int, hi: int) -> list[dict]:
-        """Source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
+        """Returns source, epoch, plan row and documents of rows [lo, hi) of the batch of `step`."""
         return [
             {
                 "source": self._sources[source].name,
@@ -73,7 +73,7 @@ class RowStream(abc.ABC):
         ]
 
     def summary(self) -> dict:
-        """What to record with a run: sizes, fills, and what happened to long documents."""
+        """Returns facts to record with a run: settings, sizes, fills, counts of long documents."""
         first = self._sources[0].plan
         return {
             "fingerprint": self.fingerprint,
@@ -89,7 +89,7 @@ class RowStream(abc.ABC):
 
     @abc.abstractmethod
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, epoch, plan row) of each row."""
+        """Returns (source index, epoch, plan row) of rows [lo, hi) of the batch of `step`."""
 
     def _check_range(self, lo: int, hi: int) -> None:
         if not 0 <= lo <= hi <= self.batch_size:
@@ -102,6 +102,6 @@ class RowStream(abc.ABC):
             "cross_document_attention": self._cross_document_attention,
             "sources": [[s.name, s.cache.content, *s.plan.policy] for s in self._sources],
         }
-        if self._start_token != 0:  # 0 was the only one when runs began to record fingerprints
+        if self._start_token != 0:  # older fingerprints have no start_token: it was always 0
             parts["start_token"] = self._start_token
         return store.digest({**parts, **settings})

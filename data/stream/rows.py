@@ -1,4 +1,4 @@
-"""From rows of plans to arrays: the tokens, shifts, segments and positions of a batch.
+"""Reads plan rows into the arrays of a batch: tokens, shifted inputs, segment ids and positions.
 
 Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segments.
 """
@@ -19,10 +19,10 @@ NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of rows: a cache and the plan of its rows.
+    """One source of rows: a token cache and the plan of its rows.
 
     Attributes:
-        feature: whose vocabulary is the model's.
+        feature: the feature whose vocabulary is the model's vocabulary.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Source:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per target token; 0 if unknown, as where tokens have weights."""
+        """UTF-8 bytes of text per target token; 0 if unknown or if tokens have loss weights."""
         weighted = LOSS_WEIGHTS in self.cache.columns
         return (0 if weighted else self.cache.text_bytes() or 0) / self.cache.tokens()
 
     def documents(self, row: int) -> list[dict]:
-        """The documents of one row: id, record in the cache, and which part of it."""
+        """Returns the documents of one row: id, record in the cache, offset and length in tokens."""
         if row == NO_ROW:
             return []
         segments = slice(*self.plan.row_starts[row : row + 2].tolist())
@@ -59,7 +59,7 @@ class Source:
         ]
 
     def summary(self) -> dict:
-        """Sizes, fill, and what happened to empty and long records."""
+        """Returns sizes, fill, and the counts of empty and long records."""
         return {
             "cache": str(self.cache.directory),
             "content": self.cache.content,
@@ -80,7 +80,17 @@ def plan_source(
     packing: str = "best_fit",
     long_documents: str = "split",
 ) -> Source:
-    """Plans the rows of an opened cache: all that a stream needs of a source, without SeqIO."""
+    """Returns a source with planned rows, made from an opened token cache without SeqIO.
+
+    Args:
+        name: name of the source.
+        opened: its token cache.
+        feature_lengths: {'targets': tokens per row}, or with 'inputs' as well.
+        packing, long_documents: see `data.stream.plan.make_plan`.
+
+    Raises:
+        ValueError: the cache lacks a feature, has invalid loss weights, or holds no target tokens.
+    """
     if set(feature_lengths) not in ({"targets"}, {"inputs", "targets"}):
         raise ValueError(
             f"task_feature_lengths {dict(feature_lengths)} must give 'targets', or 'inputs' and "
@@ -104,7 +114,7 @@ def plan_source(
 
 
 def _check_loss_weights(name: str, opened: Cache) -> None:
-    """Raises if the cache has weights of target tokens that cannot be them."""
+    """Raises ValueError if the cache has loss weights of a wrong dtype, length or value."""
     weights = opened.columns.get(LOSS_WEIGHTS)
     if weights is None:
         return
@@ -124,25 +134,32 @@ def _check_loss_weights(name: str, opened: Cache) -> None:
 
 
 def shared_vocabulary(sources: Sequence[Source]) -> dict:
-    """Size and digest of the vocabulary of the tokens, which all sources must share."""
-    found = {}
+    """Returns {'size', 'digest'} of the vocabulary of all sources.
+
+    Raises:
+        ValueError: two sources were tokenised with different vocabularies.
+    """
+    vocabularies = {}
     for source in sources:
         manifest = source.cache.manifest
         described = manifest["description"].get("vocabulary", {}).get(source.feature, {})
         size = manifest["features"][source.feature]
-        found[source.name] = {"size": size, "digest": digest([size, described.get("vocabulary")])}
-    first, *others = found
-    for name in others:
-        if found[name] != found[first]:
+        vocabularies[source.name] = {
+            "size": size,
+            "digest": digest([size, described.get("vocabulary")]),
+        }
+    first, *rest = vocabularies
+    for name in rest:
+        if vocabularies[name] != vocabularies[first]:
             raise ValueError(
                 f"Sources {first!r} and {name!r} were tokenised with different vocabularies (sizes "
-                f"{found[first]['size']} and {found[name]['size']}): a mixture needs one."
+                f"{vocabularies[first]['size']} and {vocabularies[name]['size']}): a mixture needs one."
             )
-    return found[first]
+    return vocabularies[first]
 
 
 def vocabulary_digest(vocabulary) -> str:
-    """What `shared_vocabulary` says of tokens made with this SeqIO vocabulary."""
+    """Returns the digest that `shared_vocabulary` gives for tokens of this SeqIO vocabulary."""
     return digest([int(vocabulary.vocab_size), fingerprint.vocabulary(vocabulary)])
 
 
@@ -154,15 +171,27 @@ def read_rows(
     cross_document_attention: bool = False,
     start_token: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The batch of given rows of given sources, under the names models expect.
+    """Returns a batch of rows, with the column names that models expect.
 
-    Decoder inputs are the targets shifted right within their segment, `start_token` first; a segment
-    that continues a record begins with the token before it, its true predecessor. Segment ids count from
-    1 in each row, 0 is padding; positions restart with each segment. With
-    `cross_document_attention` a row is one segment: ids are 1, positions and shifts run through.
+    Decoder inputs are the targets shifted right within their segment. The first input of a segment
+    is `start_token`, or the preceding token of the record if the segment continues a record.
+    Segment ids count from 1 in each row; 0 is padding. Positions restart at 0 in each segment. With
+    `cross_document_attention` a row is one segment: all ids are 1, and positions and shifts ignore
+    document boundaries.
 
-    With an 'inputs' feature there are encoder columns too; equal segment ids belong together.
-    Loss weights are 1 at every token, or what the source's feature 'loss_weights' says.
+    With a feature 'inputs' there are encoder columns too; encoder and decoder segments with equal
+    ids belong together. Loss weights are 1 at every token, or the values of the feature
+    'loss_weights'.
+
+    Args:
+        sources: the sources of the stream.
+        source_B: index of each row's source.
+        row_B: plan row in that source, or `NO_ROW` for a row of padding.
+        cross_document_attention: make each row one segment.
+        start_token: the first input of a document.
+
+    Returns:
+        column -> int32 [B, L]; loss weights are float32 [B, L], and `source_ids` are int32 [B].
     """
     lengths = sources[0].plan.row_lengths
     tokens, segment_ids, positions = (
@@ -192,12 +221,12 @@ def read_rows(
             positions[feature][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)
             if feature == "targets":
                 weights[here_B] = ids > 0
-                if LOSS_WEIGHTS in columns:  # of the same lengths, hence at the same places
+                if LOSS_WEIGHTS in columns:  # one weight per target, hence the same offsets
                     columns[LOSS_WEIGHTS].gather(begin_S, size_S, weights.reshape(-1), at_S)
                 chosen = (offset_S > 0) & (place_S == origin_S)
                 continued.append((columns[feature], begin_S[chosen] - 1, at_S[chosen]))
 
-    # Position 0 holds for the first token of a segment and for padding: no input of its own there.
+    # Position 0 marks the first token of a segment and padding: neither takes the shifted target.
     inputs = np.zeros_like(tokens["targets"])
     inputs[:, 1:] = tokens["targets"][:, :-1]
     inputs *= positions["targets"] > 0
@@ -221,7 +250,7 @@ def read_rows(
 
 
 def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All segments of some rows: (which of the rows, place in that row, index in the plan)."""
+    """Returns the segments of rows: (index in `row_B`, place in the row, index in the plan), [S]."""
     begin_B = plan.row_starts[row_B]
     count_B = plan.row_starts[row_B + 1] - begin_B
     row_S = np.repeat(np.arange(len(row_B)), count_B)
@@ -232,7 +261,17 @@ def segments(plan: Plan, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 def spread(
     values: Sequence[np.ndarray], size_S: np.ndarray, first_B: np.ndarray, length: int
 ) -> list[np.ndarray]:
-    """Repeats each segment's value over its tokens, and 0 over the padding: int32 [B, L]."""
+    """Repeats each segment's value over its tokens, and 0 over the padding.
+
+    Args:
+        values: arrays [S].
+        size_S: tokens of each segment.
+        first_B: index of each row's first segment.
+        length: tokens per row, L.
+
+    Returns:
+        one int32 [B, L] per array of `values`.
+    """
     end_B = np.append(first_B[1:], len(size_S))
     size_P = np.insert(size_S, end_B, length - np.add.reduceat(size_S, first_B))
     return [

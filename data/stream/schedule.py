@@ -1,10 +1,11 @@
-"""Which source each row of a batch comes from, and which of that source's rows it is.
+"""Computes which source each row of a batch comes from, and its position in that source.
 
-Rows are dealt by error diffusion: every slot adds its share to each source's deficit, the source
-with the largest deficit gets the slot and pays for it. With integer shares q that sum to D the
-deficits return to zero after exactly D slots, so one period is tabulated and any slot of any step
-is found by arithmetic. A phase changes the shares from a given step on; it is host integers only,
-so nothing in a compiled train step depends on it.
+Slots (rows of batches) are assigned to sources by error diffusion. Every slot adds each source's
+share to that source's deficit; the source with the largest deficit gets the slot, and its deficit
+is reduced. With integer shares q that sum to D, the deficits return to zero after exactly D slots.
+One period is therefore tabulated, and any slot of any step is computed by arithmetic. A phase
+changes the shares from a specified step on. Phases are integers on the host, so no compiled train
+step depends on them.
 """
 
 import bisect
@@ -19,8 +20,8 @@ Interleaving = Literal["error_diffusion", "random"]
 INTERLEAVINGS = get_args(Interleaving)
 
 # The period is at least 2^16 slots, which bounds the absolute error of any share by 2^-17, and at
-# most 2^20, which takes about a second to tabulate. In between it grows until the shares are
-# relatively right too.
+# most 2^20, which takes about a second to tabulate. In between, it is chosen so that the relative
+# error of every share is small too.
 _MIN_PERIOD = 2**16
 _MAX_PERIOD = 2**20
 _RELATIVE_ERROR = 1e-3
@@ -28,7 +29,7 @@ _CANDIDATES = 4096
 
 
 def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
-    """Integers that sum to `total`, nearest to `shares * total`; zero shares stay zero."""
+    """Returns integers nearest to `shares * total` that sum to `total`; zero shares stay zero."""
     exact = shares * total
     counts = np.floor(exact).astype(np.int64)
     missing = total - int(counts.sum())
@@ -37,11 +38,11 @@ def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarray:
-    """Integer row shares q for real ones; their sum D is the period of the schedule.
+    """Returns integer row shares q that approximate real shares; their sum D is the period.
 
-    D is derived from the smallest positive share: candidates are the periods in which that source
-    gets a whole number of rows. The best one up to 2^17 is taken if every positive share is right
-    to 0.1 %, otherwise the best one up to 2^20.
+    Candidates for D are the periods in which the source with the smallest positive share gets a
+    whole number of rows. The function takes the best candidate up to 2^17 if the relative error of
+    every positive share is at most 0.1 %, otherwise the best candidate up to 2^20.
 
     Raises:
         ValueError: a positive share is so small that it would never be read.
@@ -72,7 +73,10 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
 
 
 def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
-    """The source of each of the first `slots` slots: the largest deficit, ties to the lowest."""
+    """Returns the source of each of the first `slots` slots by error diffusion.
+
+    The source with the largest deficit gets a slot; of equal ones, the one with the lowest index.
+    """
     period = int(counts.sum())
     deficits = np.zeros(len(counts), np.int64)
     sources = np.empty(slots, np.int32)
@@ -85,17 +89,18 @@ def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
 
 
 def shuffle_period(counts: np.ndarray, slots: int, seed: int) -> np.ndarray:
-    """The first `slots` slots of a period in random order: draws without replacement.
+    """Returns the source of each of the first `slots` slots of a period in random order.
 
-    For comparison with samplers that draw each row's source independently. Within a period the
-    counts wander as theirs do (by at most as much); over whole periods they are exact.
+    This is for comparison with samplers that draw each row's source independently. Sources are
+    drawn without replacement. Within a period the counts deviate from the shares at most as much as
+    with independent draws; over whole periods they are exact.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     return rng.permutation(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[:slots]
 
 
 def _occurrences(sources: np.ndarray, num_sources: int) -> np.ndarray:
-    """For every slot, how often its source occurred in earlier slots."""
+    """Returns, for every slot, the number of earlier slots with the same source."""
     order = np.argsort(sources, kind="stable")
     counts = np.bincount(sources, minlength=num_sources)
     earlier = np.empty(len(sources), np.int64)
@@ -120,28 +125,29 @@ class _Phase:
     start: int
     shares: np.ndarray  # q, int64, sums to the period
     base: np.ndarray  # rows of each source used before this phase
-    sources: np.ndarray  # source of each slot of the period (as much of it as the phase reaches)
+    sources: np.ndarray  # source of each slot of the period (only slots that the phase reaches)
     earlier: np.ndarray  # uses of that source in earlier slots of the period
 
     def used(self, slots: int) -> np.ndarray:
-        """Rows of each source used in the first `slots` slots of this phase."""
+        """Returns the rows of each source used in the first `slots` slots of this phase."""
         periods, rest = divmod(slots, int(self.shares.sum()))
         return periods * self.shares + np.bincount(self.sources[:rest], minlength=len(self.shares))
 
 
 class Schedule:
-    """Deals the rows of every step to sources; a pure function of (step, row).
+    """Assigns the rows of every step to sources, as a pure function of (step, row).
 
     Args:
         phases: (first step, real row share of each source) in order of steps, the first at 0.
-        sources: their names, for messages.
+        sources: names of the sources, for messages.
         batch_size: rows per step.
         interleaving: 'error_diffusion' or 'random' (see `shuffle_period`).
-        seed: of the random interleaving; error diffusion has no randomness.
-        first_rows: rows of each source that were used before step 0, as by an earlier run.
+        seed: seed of the random interleaving; error diffusion has no randomness.
+        first_rows: rows of each source used before step 0, for example by an earlier run.
 
     Attributes:
-        sources: their names.
+        batch_size: rows per step.
+        sources: names of the sources.
     """
 
     def __init__(
@@ -180,7 +186,7 @@ class Schedule:
                 base = base + phase.used((self._starts[j + 1] - start) * batch_size)
 
     def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source index, position in that source) of rows [lo, hi) of the batch of `step`."""
+        """Returns (source index, position in the source) of rows [lo, hi) of the batch of `step`."""
         phase = self._phase(step)
         slots = (step - phase.start) * self.batch_size + np.arange(lo, hi, dtype=np.int64)
         periods, places = np.divmod(slots, phase.shares.sum())
@@ -189,12 +195,12 @@ class Schedule:
         return sources, positions
 
     def used(self, step: int) -> np.ndarray:
-        """Rows of each source in all steps before `step`, and before the first."""
+        """Returns the rows of each source used before `step`, including `first_rows`."""
         phase = self._phase(step)
         return phase.base + phase.used((step - phase.start) * self.batch_size)
 
     def shares(self, step: int) -> np.ndarray:
-        """The row shares in force at `step`, exactly as scheduled."""
+        """Returns the row shares at `step`, exactly as scheduled; they sum to 1."""
         shares = self._phase(step).shares
         return shares / shares.sum()
 

@@ -2,9 +2,9 @@
 
     SeqIO task -> token cache -> row plan -> schedule -> order -> batch(step, lo, hi)
 
-Any step is found by arithmetic, whatever was read before. Hosts ask for the rows of the global
-batch that they need, so neither their number nor the mesh changes what a batch holds, and the whole
-state of a stream is the step.
+Any step is computed by arithmetic, independent of what was read before. Each host requests the rows
+of the global batch that it needs, so neither the number of hosts nor the mesh changes the content
+of a batch. The step is the whole state of a stream.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ AnySource = TypeVar("AnySource", bound=rows.Source)
 
 
 class NoSplitError(ValueError):
-    """A task has no such split, as where no document is held out."""
+    """A task has no such split, for example because no document is held out."""
 
 
 def make_stream(
@@ -48,45 +48,45 @@ def make_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> Stream:
-    """The training stream of a SeqIO mixture or task; token caches that are missing are built.
+    """Returns the training stream of a SeqIO mixture or task; builds missing token caches.
 
-    A task masks or weighs its tokens by an output feature 'loss_weights', declared as
-    `seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)`: one number per
-    target token, BOS and EOS included, which becomes its weight in the loss. Without it all are 1.
+    A task can mask or weight its tokens by an output feature 'loss_weights', declared as
+    `seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)`. It holds the
+    loss weight of each target token, including BOS and EOS. Without this feature all weights are 1.
 
     Args:
-        mixture_or_task_name: registered with SeqIO. A mixture's rates are taken as the shares of
-            training *tokens* of its tasks (SeqIO's own sampler takes them as shares of examples).
-        task_feature_lengths: {'targets': tokens per row}; with 'inputs' as well, the rows are those
-            of an encoder-decoder.
+        mixture_or_task_name: name registered with SeqIO. A mixture's rates are shares of training
+            *tokens* (SeqIO's own sampler treats them as shares of examples).
+        task_feature_lengths: {'targets': tokens per row}; with 'inputs' as well, rows are for an
+            encoder-decoder.
         batch_size: rows of the global batch.
-        seed: of the order of rows.
-        split: of the tasks.
-        weights: 'rates' takes the mixture's rates, 'tokens' the number of tokens of each task.
-        temperature: raises the weights to 1 / temperature before they are normalised.
-        max_tokens: with weights='tokens', tasks count as having no more tokens than this.
-        phases: in place of the mixture's rates, ((first step, {task: share of tokens}), ...), the
-            first from step 0 on. Tasks left out of a phase are not read in it.
-        interleaving: 'error_diffusion' keeps every source within one row of its share at any time;
+        seed: seed of the order of rows.
+        split: split of the tasks.
+        weights: 'rates' uses the mixture's rates, 'tokens' the number of tokens of each task.
+        temperature: weights are raised to 1 / temperature before they are normalised.
+        max_tokens: with weights='tokens', an upper limit on the token count of each task.
+        phases: replaces the mixture's rates: ((first step, {task: share of tokens}), ...), the
+            first at step 0. Tasks missing from a phase are not read in it.
+        interleaving: 'error_diffusion' holds every source within one row of its share at any time;
             'random' orders the rows of each period at random, for comparison.
         packing: 'best_fit', 'concat' or 'examples'; see `data.stream.plan.make_plan`.
         long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
         cross_document_attention: make each row one segment, so that its documents see each other.
-        start_token: what the model reads before the first token of every document.
-        max_epochs: how often a source may be read at most: a number, or {task: number} for some. What
-            earlier phases have read of it counts.
-        on_cap: what becomes of a run that would read a source more often: an 'error' before its first
-            step, a warning ('warn'), or 'redistribute': from the step on that would pass the cap the
-            other sources of the phase share what the source had, pro rata.
-        positions: go on in the order of each source where another stream stopped, as its
-            `Stream.positions` says; None begins at the beginning.
+        start_token: token that the model reads before the first token of every document.
+        max_epochs: maximum number of epochs: one number for every source, or {task: number}.
+            Reading by earlier phases counts.
+        on_cap: effect of a run that would exceed `max_epochs`: an 'error' before the first step, a
+            warning ('warn'), or 'redistribute', which excludes the source from the step that would
+            exceed its cap and gives its share to the other sources of the phase, in proportion.
+        positions: `Stream.positions` of an earlier stream, at which each source continues; None
+            starts at the beginning.
         cache_dir: the root of all caches; $ESPALIER_CACHE or ~/.cache/espalier if None.
-        changed_cache: what to do where a task has changed since its cache was built: 'refuse',
+        changed_cache: what to do if a task has changed since its cache was built: 'refuse',
             'build' a second cache, or 'replace' the first.
         verify_cache: check every byte of the caches against its checksum.
 
     Raises:
-        ValueError: what cannot be streamed, before anything is read.
+        ValueError: the data cannot be streamed with these settings.
     """
     mixture = open_mixture(
         mixture_or_task_name,
@@ -129,16 +129,16 @@ def make_eval_stream(
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
 ) -> EvalStream:
-    """The held-out stream of one SeqIO task: every row once, in a fixed order of no meaning.
+    """Returns the evaluation stream of a SeqIO task: every row once, in a fixed random order.
 
-    Plans begin with the pieces of long documents, so their own order would make a first part of the
-    batches (EVAL_STEPS) a biased sample.
+    Plans begin with the pieces of long documents. In that order the first batches (EVAL_STEPS)
+    would be a biased sample.
 
-    Mixtures are evaluated task by task, as SeqIO does. Arguments as for `make_stream`.
+    Mixtures are evaluated task by task, as in SeqIO. `make_stream` describes the arguments.
 
     Raises:
         NoSplitError: the task has no such split.
-        ValueError: what cannot be streamed.
+        ValueError: the data cannot be streamed with these settings.
     """
     source = open_held_out(
         task,
@@ -159,20 +159,25 @@ def make_eval_stream(
 def held_out(
     open_stream: Callable[..., EvalStream], tasks: Sequence[str]
 ) -> tuple[EvalStream, ...]:
-    """The evaluation streams of those tasks that hold something out; says which do not."""
+    """Returns the evaluation streams of the tasks that have held-out data; prints which have none.
+
+    Args:
+        open_stream: called with (task=); raises NoSplitError if the task has no held-out split.
+        tasks: names of tasks.
+    """
     opened = []
     for name in tasks:
         try:
             opened.append(open_stream(task=name))
         except NoSplitError as error:
-            # The first line only: gin appends where it was called from.
+            # Only the first line: gin appends the location of the call.
             print(f"Not evaluated: {str(error).splitlines()[0]}", file=sys.stderr)
     return tuple(opened)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Generic[AnySource]):
-    """What `Stream` needs of a mixture, opened: see there."""
+    """The opened sources of a mixture, with the phases and caps that `Stream` takes."""
 
     sources: list[AnySource]
     phases: Phases
@@ -191,11 +196,16 @@ def open_mixture(
     max_epochs: repeats.MaxEpochs | None = None,
     **cache_settings: Any,
 ) -> Mixture[AnySource]:
-    """Opens and plans the sources that have weight in a mixture; arguments as for `make_stream`.
+    """Opens and plans the sources with positive weight in a mixture.
+
+    `make_stream` describes the other arguments.
 
     Args:
-        plan_source: makes a source of a task's name and its opened cache.
-        **cache_settings: of `data.cache.task_cache.open_task_cache`.
+        plan_source: (task name, opened token cache) -> source with planned rows.
+        **cache_settings: arguments of `data.cache.task_cache.open_task_cache`.
+
+    Raises:
+        ValueError: settings contradict each other, or weights cannot be normalised.
     """
     tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
     known = tuple(task.name for task in tasks)
@@ -217,9 +227,9 @@ def open_mixture(
         for task in tasks
         if task.name in wanted
     ]
-    if isinstance(max_epochs, Mapping):  # a mixture's caps may stay where a phase leaves some out
-        left_out = set(known) - set(wanted)
-        max_epochs = {name: cap for name, cap in max_epochs.items() if name not in left_out}
+    if isinstance(max_epochs, Mapping):  # caps may name tasks that no phase reads
+        unused = set(known) - set(wanted)
+        max_epochs = {name: cap for name, cap in max_epochs.items() if name not in unused}
     if phases is None:
         counts = {source.name: source.plan.tokens() for source in sources}
         phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
@@ -233,17 +243,17 @@ def open_held_out(
     split: str,
     **cache_settings: Any,
 ) -> AnySource:
-    """Opens and plans the split of one task that is evaluated; arguments as for `open_mixture`.
+    """Opens and plans the evaluation split of one task; `open_mixture` describes the arguments.
 
     Raises:
         NoSplitError: the task has no such split.
-        ValueError: it is a mixture.
+        ValueError: the name is the name of a mixture.
     """
     tasks, _ = mixing.find_tasks(task)
-    if [found.name for found in tasks] != [task]:
+    if [member.name for member in tasks] != [task]:
         raise ValueError(
             f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
-            f"{', '.join(found.name for found in tasks)}."
+            f"{', '.join(member.name for member in tasks)}."
         )
     if split not in tasks[0].splits:
         raise NoSplitError(
@@ -255,7 +265,7 @@ def open_held_out(
 
 
 def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
-    from data.cache import task_cache  # brings SeqIO, which a stream over caches does not need
+    from data.cache import task_cache  # imports SeqIO, which a stream over caches does not need
 
     return task_cache.open_task_cache(task, split, **cache_settings)
 

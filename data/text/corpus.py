@@ -1,9 +1,10 @@
-"""The corpus: text of installed packages, deduplicated, split by document, kept on disk.
+"""The corpus: text of installed packages, deduplicated, split by document, stored on disk.
 
-`assemble` reads the sources, stops each at a byte cap, removes exact and near duplicates, holds out
-whole documents for validation, none of which shares much text with training documents. The
-result is a directory of JSON lines, `<source>.<split>.jsonl` with one `{"id", "text"}` per document,
-and a manifest; its name is a hash of everything that decides its content, so it is built once.
+`assemble` reads each source up to a byte cap, removes exact and near duplicates, and holds out
+whole documents for validation that share little text with training documents. The result is a
+directory of JSON lines, `<source>.<split>.jsonl` with one `{"id", "text"}` per document, and a
+manifest. The directory's name is a hash of everything that determines its content, so a corpus is
+built once.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Corpus:
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
-        """Settings, package versions, counts, what was dropped and why, and the content hash."""
+        """Settings, package versions, counts, dropped documents by reason, and the content hash."""
         return json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
 
     @property
@@ -46,13 +47,13 @@ class Corpus:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the sources that hold documents."""
+        """Names of the sources with training documents."""
         return tuple(
             name for name, source in self.manifest["sources"].items() if source["bytes"]["train"]
         )
 
     def file(self, source: str, split: str) -> pathlib.Path:
-        """JSON lines of one split of a source."""
+        """Returns the path of the JSON lines of one split of a source."""
         if source not in self.sources:
             raise ValueError(
                 f"the corpus holds no source {source!r}; {names.nearest(source, self.sources)}"
@@ -60,30 +61,30 @@ class Corpus:
         return self.directory / f"{source}.{split}.jsonl"
 
     def splits(self, source: str) -> tuple[str, ...]:
-        """The splits in which a source holds documents."""
+        """Returns the splits in which a source has documents."""
         sizes = self.manifest["sources"][source]["bytes"]
         return tuple(split for split, size in sizes.items() if size)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
-        """The documents of one split of a source, in corpus order."""
+        """Yields the documents of one split of a source, in corpus order."""
         return documents.read(self.file(source, split), FORMAT)
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Training documents of about so many bytes: the first, for their order is one of hashes."""
+        """Yields the first training documents of about `num_bytes` bytes; their order is by hash."""
         return documents.take(self.documents(source, "train"), num_bytes)
 
     def size(self, source: str) -> int:
-        """Bytes of training text of a source."""
+        """Returns the bytes of training text of a source."""
         return self.manifest["sources"][source]["bytes"]["train"]
 
     def check(self, digests: fingerprint.FileDigests) -> None:
-        """Raises ValueError unless all files are those that were written."""
+        """Raises ValueError if a file is missing or does not match its checksum."""
         try:
             files = self.manifest["files"]
-            whole = self.hash == corpus_build.content_hash(files)
+            intact = self.hash == corpus_build.content_hash(files)
         except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise self._damaged(MANIFEST, "is altered or cut short")
         for name, checksum in files.items():
             path = self.directory / f"{name}.jsonl"
@@ -100,12 +101,12 @@ class Corpus:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What a run records of its corpus."""
+        """Returns the facts about the corpus that are recorded with a run."""
         keys = ("hash", "settings", "packages", "sources", "skipped")
         return {key: self.manifest[key] for key in keys}
 
     def table(self) -> str:
-        """One line per source: documents, bytes, and what was left out."""
+        """Returns a table with one line per source: documents, bytes, and dropped documents."""
         return corpus_build.format_table(self.manifest)
 
 
@@ -121,25 +122,25 @@ def assemble(
     cache_dir: str | os.PathLike | None = None,
     env: environment.Environment | None = None,
 ) -> Corpus:
-    """Builds the corpus, or finds the one built before from the same inputs.
+    """Builds the corpus, or opens an existing corpus built from the same inputs.
 
     Args:
-      sources: names of sources or groups (`text`, `code`, `multilingual`, `all`). What is not
-        installed is skipped, and said.
-      bytes_per_source: most text a source may bring; whole documents are taken in the order of the
-        hashes of their ids. None takes everything.
+      sources: names of sources or groups (`text`, `code`, `multilingual`, `all`). Sources whose
+        packages are not installed are skipped and reported.
+      bytes_per_source: bytes after which no more documents of a source are taken; documents are
+        taken whole, in the order of the hashes of their ids. None takes everything.
       validation_fraction: share of each source's bytes to hold out.
       min_document_bytes: shorter documents are dropped.
       max_document_bytes: longer documents are dropped.
-      near_duplicate_threshold: resemblance from which the later of two documents is dropped.
-      containment_threshold: a document of which more than this share stands in training documents
-        is not held out.
-      cache_dir: where corpora are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
-      env: where installed packages are looked for.
+      near_duplicate_threshold: minimum resemblance at which the later of two documents is dropped.
+      containment_threshold: a document is not held out if more than this share of its text also
+        occurs in training documents.
+      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
+      env: the environment whose packages are read; default the current one.
 
     Raises:
-      ValueError: for an unknown source, when no source holds a document, or when files of the corpus
-        built before have been changed or lost.
+      ValueError: a source is unknown, no source holds a document, or files of the existing corpus
+        have been changed or lost.
     """
     settings = {
         "sources": names.resolve(sources),
@@ -183,9 +184,9 @@ _RULES = ("corpus_build.py", "dedup.py", "splits.py")
 
 @functools.cache
 def _code_digest() -> str:
-    """Hash of the code that reads and cleans, so that a changed rule makes a new corpus."""
-    here = pathlib.Path(__file__).parent
-    files = [*sorted(here.glob("sources/*.py")), *map(here.joinpath, _RULES)]
+    """Returns the hash of the code that reads and cleans: a changed rule makes a new corpus."""
+    folder = pathlib.Path(__file__).parent
+    files = [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -193,7 +194,7 @@ _announced: set[pathlib.Path] = set()
 
 
 def _announce(corpus: Corpus, what: str) -> None:
-    """Says once per process which corpus is used; gin asks for it once per reference."""
+    """Prints once per process which corpus is used; gin calls `assemble` once per reference."""
     if corpus.directory not in _announced:
         _announced.add(corpus.directory)
         print(f"corpus {corpus.hash[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)

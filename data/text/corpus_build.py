@@ -40,7 +40,7 @@ class _Source:
 
 
 def packages_of(sources: Iterable[str]) -> tuple[str, ...]:
-    """Every package that the sources read, installed or not."""
+    """Returns the names of all packages that the sources read, installed or not."""
     return tuple(sorted({name for source in sources for name in names.SOURCES[source].packages}))
 
 
@@ -56,11 +56,13 @@ def build(
     seen: set[bytes] = set()
     sources = []
     for name in progress(settings["sources"]):
-        wanted = names.SOURCES[name].packages
+        source_packages = names.SOURCES[name].packages
         source = _Source(
             name,
-            origins={package: packages[package] for package in wanted if package in packages},
-            missing=[package for package in wanted if package not in packages],
+            origins={
+                package: packages[package] for package in source_packages if package in packages
+            },
+            missing=[package for package in source_packages if package not in packages],
         )
         _read(source, env, settings, seen)
         sources.append(source)
@@ -84,7 +86,11 @@ def build(
 def _read(
     source: _Source, env: environment.Environment, settings: Mapping[str, Any], seen: set[bytes]
 ) -> None:
-    """Reads documents in hash order up to the byte cap; exact duplicates are dropped."""
+    """Reads documents in hash order up to the byte cap; drops exact duplicates.
+
+    Args:
+      seen: digests of earlier documents of all sources; extended here.
+    """
     cap = settings["bytes_per_source"]
     files = names.SOURCES[source.name].files
     candidates = list(names.SOURCES[source.name].candidates(env))
@@ -98,7 +104,7 @@ def _read(
         except UnicodeDecodeError:
             source.dropped["not UTF-8"] += 1
             continue
-        except OSError:  # listed in the records of the package, but not there
+        except OSError:  # listed in the package's installation record, but missing
             source.dropped["unreadable"] += 1
             continue
         if files:
@@ -128,10 +134,10 @@ def _drop_near_duplicates(sources: Sequence[_Source], threshold: float) -> None:
 
 
 def _split(sources: Sequence[_Source], fraction: float, threshold: float) -> None:
-    """Holds out whole documents that share no more than `threshold` of their text with training.
+    """Holds out whole documents that share at most `threshold` of their text with training data.
 
-    A chosen document that does share more goes to the training split, and another is chosen; what
-    still leaks after some rounds is dropped.
+    A held-out document that shares more moves to the training split, and the split is chosen again.
+    Documents that still share more after `_SPLIT_ROUNDS` rounds are dropped.
     """
     documents = [document for source in sources for document in source.documents]
     samples = [dedup.sample(document.text) for document in documents]
@@ -164,10 +170,10 @@ def _assign(sources: Sequence[_Source], fraction: float, forced: Mapping[str, st
 
 def _drop(sources: Sequence[_Source], ids: Collection[str], reason: str) -> None:
     for source in sources:
-        kept = [document for document in source.documents if document.id not in ids]
-        if dropped := len(source.documents) - len(kept):
+        remaining = [document for document in source.documents if document.id not in ids]
+        if dropped := len(source.documents) - len(remaining):
             source.dropped[reason] += dropped
-        source.documents = kept
+        source.documents = remaining
 
 
 def _write(path: pathlib.Path, source: _Source, split: str) -> str:
@@ -218,12 +224,12 @@ def _manifest(
 
 
 def content_hash(digests: Mapping[str, str]) -> str:
-    """The hash of a corpus, of the checksums of its files."""
+    """Returns the hash of a corpus: SHA-256 over the checksums of its files."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def format_table(manifest: Mapping[str, Any]) -> str:
-    """One line per source."""
+    """Returns a table with one line per source."""
     rows = [f"{'source':14s} {'documents':>9s} {'kB':>7s} {'held out':>8s}  left out"]
     for name, source in manifest["sources"].items():
         if name in manifest["skipped"]:

@@ -1,8 +1,8 @@
-"""Documents that hold text of evaluation sets, by runs of 13 words (as in 2005.14165, appendix C).
+"""Detects documents with text of evaluation sets, by runs of 13 words (2005.14165, appendix C).
 
-Words are runs of letters, digits and underscores, in lower case; all else separates them. A run is one
-64-bit hash, so that an index takes 8 bytes for each distinct run. Texts of fewer words have no run, and
-are not found.
+Words are sequences of letters, digits and underscores, in lower case; all other characters separate
+them. A run is hashed to 64 bits, so an index takes 8 bytes per distinct run. Texts with fewer words
+than a run have no run, and cannot be detected.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ def _hash(word: str) -> int:
 
 
 def runs(text: str, words: int = WORDS) -> np.ndarray:
-    """One 64-bit hash per run of so many words, in order; none of a shorter text."""
+    """Returns one uint64 hash per run of `words` words, in order; empty for a shorter text."""
     hashes = np.array([_hash(word) for word in _WORD.findall(text.lower())], np.uint64)
     count = max(len(hashes) - words + 1, 0)
-    found = np.zeros(count, np.uint64)
+    run_hashes = np.zeros(count, np.uint64)
     for i in range(words):  # a polynomial in the order of the words
-        found = found * _MULTIPLIER + hashes[i : i + count]
-    found ^= found >> np.uint64(33)
-    found *= _MIX
-    return found ^ (found >> np.uint64(29))
+        run_hashes = run_hashes * _MULTIPLIER + hashes[i : i + count]
+    run_hashes ^= run_hashes >> np.uint64(33)
+    run_hashes *= _MIX
+    return run_hashes ^ (run_hashes >> np.uint64(29))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Index:
     """The runs of an evaluation set.
 
     Attributes:
-      runs: distinct, ascending.
-      words: of a run.
-      texts: of the set.
-      short: of these, those with too few words to be found.
+      runs: uint64 hashes of the distinct runs, ascending.
+      words: words per run.
+      texts: number of texts in the set.
+      short: number of texts that are shorter than a run, and cannot be detected.
     """
 
     runs: np.ndarray
@@ -61,14 +61,16 @@ class Index:
 
     @classmethod
     def of(cls, texts: Iterable[str], words: int = WORDS) -> "Index":
-        """The index of texts, which are read once."""
-        found = [runs(text, words) for text in texts]
-        short = sum(not len(one) for one in found)
-        distinct = np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
-        return cls(distinct, words, len(found), short)
+        """Builds the index of texts; iterates over them once."""
+        runs_of_texts = [runs(text, words) for text in texts]
+        short = sum(not len(text_runs) for text_runs in runs_of_texts)
+        distinct = (
+            np.unique(np.concatenate(runs_of_texts)) if runs_of_texts else np.zeros(0, np.uint64)
+        )
+        return cls(distinct, words, len(runs_of_texts), short)
 
     def overlap(self, text: str) -> int:
-        """How many of a text's runs, each place counted, stand in the set."""
+        """Returns how many of a text's runs occur in the set; repeated runs count each time."""
         own = runs(text, self.words)
         if not len(own) or not len(self.runs):
             return 0
@@ -79,19 +81,19 @@ class Index:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlap(DocumentFilter):
-    """Drops documents that share a run of words with an evaluation set; one filter for each set.
+    """Drops documents that share a run of words with an evaluation set; use one filter per set.
 
     Attributes:
-      evaluation_set: `humaneval`, of which prompts and solutions count, or a file of JSON lines.
-      text_keys: keys of the texts in that file, which follow each other; None for all that hold strings,
-        lists of them included.
-      label: what the count of dropped documents is called; default from the set's name.
-      words: of a run.
-      most: runs that a document may share.
+      evaluation_set: `humaneval` (its prompts and solutions), or a file of JSON lines.
+      text_keys: keys of the texts in that file, joined in this order; None for all keys that hold
+        strings or lists of strings.
+      label: name of the count of dropped documents; default from the set's name.
+      words: words per run.
+      most: number of runs that a document may share.
 
     Raises:
       ProblemsError: HumanEval's package is not installed.
-      DataError: there is no such file or key (when the first document is looked at).
+      DataError: the file or a key does not exist (raised at the first document).
     """
 
     evaluation_set: str
@@ -112,7 +114,7 @@ class Overlap(DocumentFilter):
 
     @functools.cached_property
     def index(self) -> Index:
-        """Of the set; it is read once."""
+        """The index of the evaluation set, which is read once."""
         return Index.of(evaluation_texts(self.evaluation_set, self.text_keys), self.words)
 
     def settings(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class Overlap(DocumentFilter):
 
 
 def evaluation_texts(name: str, text_keys: Sequence[str] | None = None) -> Iterator[str]:
-    """The texts of an evaluation set; see `Overlap`."""
+    """Yields the texts of an evaluation set; see `Overlap` for arguments and errors."""
     if name == code_problems.HUMANEVAL:
         for problem in code_problems.load(name).problems.values():
             yield f"{problem.prompt}\n{problem.solution}"
@@ -158,7 +160,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def count_overlaps(texts: Iterable[str], sets: Mapping[str, Index]) -> dict[str, int]:
-    """How many of the documents share a run with each evaluation set; `texts` is read once."""
+    """Returns {evaluation set: documents that share a run with it}; iterates over `texts` once."""
     counts = dict.fromkeys(sets, 0)
     for text in texts:
         for name, index in sets.items():

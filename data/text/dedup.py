@@ -1,17 +1,18 @@
-"""Near-duplicate documents, and validation text that also stands in training documents.
+"""Detects near-duplicate documents, and validation text that also occurs in training documents.
 
-A document is the set of its shingles: one 64-bit hash per run of `SHINGLE` bytes, white space
-collapsed. Two estimates are made of these sets.
+A document is represented by the set of its shingles: one 64-bit hash per run of `SHINGLE` bytes,
+with white space collapsed. Two quantities are estimated from these sets.
 
-*Resemblance* (Broder, 1997): the share of shingles two documents have in common, by MinHash. The
-`k`-th hash function is a rotation of the one hash: the smallest (h - k * 2^64 / SKETCH) mod 2^64,
-which is the first hash at or above k * 2^64 / SKETCH. So a sketch is one sort and one binary search
-per entry, and each entry of two sketches is equal with probability exactly their resemblance.
-Banding finds the pairs worth comparing.
+*Resemblance* (Broder, 1997): the share of shingles that two documents have in common, by MinHash.
+The `k`-th hash function is a rotation of one hash: its minimum is the smallest (h - k * 2^64 /
+SKETCH) mod 2^64, which is the first hash at or above k * 2^64 / SKETCH. A sketch therefore needs
+one sort, and one binary search per entry. Each entry of two sketches is equal with probability
+exactly their resemblance. Banding selects the pairs to compare.
 
 *Containment*: the share of a validation document's shingles that occur in training documents.
-Shingles are sampled by value (those below a bound), so the samples of all documents are
-comparable. What stands in many training documents is boilerplate, not leakage, and not counted.
+Shingles are sampled by value (hashes below a bound), so the samples of all documents are
+comparable. Shingles that occur in many training documents are boilerplate and do not count as
+leakage.
 """
 
 import re
@@ -22,15 +23,15 @@ import numpy as np
 SHINGLE = 16  # bytes: about three words, five ideographs
 SKETCH = 128
 BANDS = 32  # of 4 entries: a pair with resemblance 0.8 is compared with probability 1 - 5e-8
-SAMPLE_SHIFT = 4  # one shingle in 16 is kept for containment
-BOILERPLATE = 8  # training documents
+SAMPLE_SHIFT = 4  # one shingle in 16 is sampled for containment
+BOILERPLATE = 8  # shingles in at least this many training documents are boilerplate
 
 _MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xFF51AFD7ED558CCD))
 _STARTS = (np.arange(SKETCH, dtype=np.uint64)) << np.uint64(64 - SKETCH.bit_length() + 1)
 
 
 def shingles(text: str) -> np.ndarray:
-    """One 64-bit hash per byte offset of a text; a text shorter than a shingle is one shingle."""
+    """Returns one uint64 hash per byte offset of a text; a shorter text than a shingle has one."""
     raw = re.sub(rb"\s+", b" ", text.encode("utf-8", "surrogatepass")).strip()
     raw = raw.ljust(SHINGLE, b"\0")
     words = np.lib.stride_tricks.sliding_window_view(np.frombuffer(raw, np.uint8), 8)
@@ -42,16 +43,21 @@ def shingles(text: str) -> np.ndarray:
 
 
 def sketch(hashes: np.ndarray) -> np.ndarray:
-    """The `SKETCH` MinHash values of a set of hashes."""
+    """Returns the `SKETCH` MinHash values of a set of hashes."""
     ordered = np.sort(hashes)
     first = np.searchsorted(ordered, _STARTS)
     return ordered[first % len(ordered)]  # past the largest hash, around to the smallest
 
 
 def near_duplicates(texts: Sequence[str], *, threshold: float = 0.8) -> list[int | None]:
-    """For each text the index of an earlier kept text that it resembles, or None: it is kept.
+    """Returns, for each text, the index of an earlier text that it duplicates, or None.
 
-    The resemblance is estimated from `SKETCH` values: at 0.8 its standard error is 0.035.
+    Only texts that are not duplicates themselves are candidates. Resemblance is estimated from
+    `SKETCH` values; at 0.8 its standard error is 0.035.
+
+    Args:
+      texts: the texts.
+      threshold: minimum resemblance of a duplicate.
     """
     buckets: dict[tuple[int, bytes], list[int]] = {}
     sketches = np.empty((len(texts), SKETCH), np.uint64)
@@ -71,15 +77,19 @@ def near_duplicates(texts: Sequence[str], *, threshold: float = 0.8) -> list[int
 
 
 def sample(text: str) -> np.ndarray:
-    """The distinct shingles with the smallest hashes: the same choice in every document."""
+    """Returns the distinct shingles with hashes below a fixed bound, equal for all documents."""
     hashes = shingles(text)
     return np.unique(hashes[hashes < np.uint64(1 << (64 - SAMPLE_SHIFT))])
 
 
 def containment(samples: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> np.ndarray:
-    """Share of each document's shingles that occur in training documents, boilerplate not counted.
+    """Returns the share of each document's shingles that occur in training documents.
 
-    Both arguments are documents as `sample` describes them.
+    Boilerplate is not counted.
+
+    Args:
+      samples: `sample` of each document.
+      training: `sample` of each training document.
     """
     if not training:
         return np.zeros(len(samples))

@@ -1,4 +1,4 @@
-"""A named set of data files: which they are, what they hold, and which documents are held out."""
+"""A named set of data files, its documents, and their division into training and validation."""
 
 import dataclasses
 import functools
@@ -26,13 +26,14 @@ class DocumentFiles:
     """Documents in files, in two splits.
 
     Attributes:
-      name: of the task that reads them.
-      files: split -> its files, in order. Where a fraction is held out, both splits name the same.
-      format: how documents lie in the files.
+      name: name of the task that reads the files.
+      files: split -> its files, in order. If a fraction is held out, both splits have the same
+        files.
+      format: how documents are stored in the files.
       validation_fraction: share of documents held out, by the hash of their text.
       root: directory that document ids are relative to.
-      cache: directory where checksums and counts are remembered.
-      filters: keep or drop documents, one after the other.
+      cache: directory that stores checksums and counts.
+      filters: applied in order; each keeps or drops a document.
     """
 
     name: str
@@ -49,52 +50,52 @@ class DocumentFiles:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The one source a vocabulary can be trained from."""
+        """The one source from which a vocabulary can be trained."""
         return (self.name,)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
-        """The documents of a split, in order; empty and filtered ones are left out."""
+        """Yields the documents of a split, in order, without empty and filtered documents."""
         for path in self.files[split]:
             yield from self.read_file(path, split)
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Training documents of about so many bytes: of each file its share by size on disk.
+        """Yields about `num_bytes` bytes of training documents; a file's share is by size on disk.
 
-        Every file gives at least one document, as long as the bytes suffice for that; files come in
-        the order of the hashes of their names, so that those left out then are no part of a kind.
+        Every file contributes at least one document while the bytes suffice. Files are read in the
+        order of the hashes of their names, so that files skipped at the end are a random choice.
         """
         names = {path: os.path.relpath(path, self.root) for path in self.files["train"]}
         paths = sorted(names, key=lambda path: splits.stable_hash(names[path], salt="sample"))
         sizes = [max(os.path.getsize(path), 1) for path in paths]
-        left, unread = num_bytes, sum(sizes)
+        remaining, unread = num_bytes, sum(sizes)
         for path, size in zip(paths, sizes, strict=True):
-            kept = left * (unread - size) / unread  # for the files that follow
+            reserved = remaining * (unread - size) / unread  # for the files that follow
             unread -= size
             for number, document in enumerate(self.read_file(path, "train")):
                 length = len(document.text.encode("utf-8"))
                 # Only the last document of all may exceed its share, and the first of a file.
-                if left <= kept or (number and kept and left - length < kept):
+                if remaining <= reserved or (number and reserved and remaining - length < reserved):
                     break
-                left -= length
+                remaining -= length
                 yield document
-            if left <= 0:
+            if remaining <= 0:
                 return
 
     def read_file(self, path: str, split: str) -> Iterator[Document]:
-        """The documents of one file that are in a split."""
+        """Yields the documents of one file that are in a split."""
         for document in self._read_all(path):
             if self._split_of(document, path) == split:
                 yield document
 
     def _read_all(self, path: str, sieve: Sieve | None = None) -> Iterator[Document]:
         sieve = sieve or Sieve(self.filters)
-        found = documents.read(
+        read = documents.read(
             pathlib.Path(path),
             self.format,
             name=os.path.relpath(path, self.root),
             metadata=document_filters.keys_of(self.filters),
         )
-        for document in found:
+        for document in read:
             if document.text and sieve.keeps(document.text, document.metadata):
                 yield document
 
@@ -110,7 +111,7 @@ class DocumentFiles:
 
     @functools.cached_property
     def checksums(self) -> dict[str, str]:
-        """File -> SHA-256 of its bytes, remembered between runs by size, times and inode."""
+        """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         paths = dict.fromkeys(path for files in self.files.values() for path in files)
         result = {path: digests.digest(path) for path in paths}
@@ -119,7 +120,7 @@ class DocumentFiles:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 over everything that decides the documents and their order."""
+        """SHA-256 over everything that determines the documents and their order."""
         content = {
             "reading": documents.VERSION,
             "holding_out": splits.VERSION,
@@ -130,31 +131,32 @@ class DocumentFiles:
                 for split, files in self.files.items()
             },
         }
-        if self.filters:  # without them, the hash is that of before there were any
+        if self.filters:  # omitted when empty, so that older hashes remain valid
             content["filters"] = document_filters.described(self.filters)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Documents and bytes of each split; reading them all checks every line once.
+        """Split -> numbers of documents and bytes.
 
-        The result is remembered under the hash of the files.
+        Counting reads every document once and so checks every line. The counts are stored under the
+        hash of the files.
 
         Raises:
-          DataError: for a malformed file, or a split without a document.
+          DataError: a file is malformed, or a split has no document.
         """
         return self._counted["splits"]
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
-        """Filter -> documents and bytes of text that it dropped; counted with `counts`."""
+        """Filter -> numbers of documents and bytes that it dropped; counted with `counts`."""
         return self._counted["dropped"]
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, dict[str, int]]]:
-        remembered = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
-        if remembered.is_file():
-            return json.loads(remembered.read_text(encoding="utf-8"))
+        counts_file = pathlib.Path(self.cache) / "counted" / f"{self.hash}.json"
+        if counts_file.is_file():
+            return json.loads(counts_file.read_text(encoding="utf-8"))
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         sieve = Sieve(self.filters)
         paths = list(self.checksums)
@@ -167,11 +169,11 @@ class DocumentFiles:
             if not count["documents"]:
                 raise self._empty(split, counts, sieve.dropped)
         counted = {"splits": counts, "dropped": sieve.dropped}
-        cache.remember(remembered, counted)
+        cache.remember(counts_file, counted)
         return counted
 
     def size(self, source: str) -> int:
-        """Bytes of training text."""
+        """Returns the bytes of training text."""
         return self.counts["train"]["bytes"]
 
     def _empty(
@@ -182,11 +184,13 @@ class DocumentFiles:
     ) -> DataError:
         total = sum(count["documents"] for count in counts.values())
         where = f"{self.name}: {_shorten(self.files[split])}"
-        by = {name: count["documents"] for name, count in dropped.items() if count["documents"]}
-        if by and total == 0:
-            said = ", ".join(f"{name} {count:,}" for name, count in by.items())
+        dropped_documents = {
+            name: count["documents"] for name, count in dropped.items() if count["documents"]
+        }
+        if dropped_documents and total == 0:
+            by_filter = ", ".join(f"{name} {count:,}" for name, count in dropped_documents.items())
             return DataError(
-                f"{where}: no document is left; the filters dropped them all ({said}). Check the "
+                f"{where}: no document is left; the filters dropped them all ({by_filter}). Check the "
                 "filters' values against the files, which spell them exactly so"
             )
         if self.validation_fraction == 0 or total == 0:
@@ -211,28 +215,30 @@ def find(
     filters: Sequence[DocumentFilter] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> DocumentFiles:
-    """Finds the data files that match patterns.
+    """Returns the documents of the data files that match patterns.
 
     Args:
-      name: what the set is called.
-      files: a glob or several (`**` reaches into subdirectories); `~` and variables are expanded.
-      validation_files: a glob or several of held-out files; excludes `validation_fraction`.
+      name: name of the set.
+      files: one or several globs (`**` includes subdirectories); `~` and variables are expanded.
+      validation_files: one or several globs of held-out files; `validation_fraction` is then
+        ignored.
       validation_fraction: share of documents to hold out, chosen by the hash of their text so that
         equal documents are never in both splits. 0 makes no validation split.
-      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
+      text_key: key of the text in JSON, column in Parquet; several texts are joined by blank lines.
       id_key: key or column of a document's name.
-      document_per: what a document is in text files: `file`, `paragraph` or `line`.
-      data_root: directory that relative patterns start at; None for the working directory.
-      filters: keep or drop documents by text and metadata, one after the other.
-      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+      document_per: unit of a document in text files: `file`, `paragraph` or `line`.
+      data_root: base directory of relative patterns; None for the working directory.
+      filters: applied in order; each keeps or drops a document by text and metadata.
+      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
       DataError: a matching file is of an unknown kind.
-      ValueError: the fraction is not in [0, 1), or two filters have one name.
+      ValueError: the fraction is not in [0, 1), two filters have one name, or a file is matched by
+        `files` and by `validation_files`.
     """
     document_filters.check_names(filters, name)
-    found, validation_fraction = split_files(
+    paths, validation_fraction = split_files(
         name=name,
         files=files,
         validation_files=validation_files,
@@ -241,14 +247,14 @@ def find(
     )
     return DocumentFiles(
         name=name,
-        files=found,
+        files=paths,
         format=Format(
             text_key=text_key if isinstance(text_key, str) else tuple(text_key),
             id_key=id_key,
             document_per=document_per,
         ),
         validation_fraction=validation_fraction,
-        root=common_root(found),
+        root=common_root(paths),
         cache=str(cache.cache_dir("files", override=cache_dir)),
         filters=tuple(filters),
     )
@@ -262,37 +268,37 @@ def split_files(
     validation_fraction: float,
     data_root: str | None,
 ) -> tuple[dict[str, tuple[str, ...]], float]:
-    """The files of each split, and the share that is held out of files that both splits read.
+    """Returns the files of each split, and the validation fraction of files that both splits read.
 
-    Arguments and errors are those of `find`.
+    `find` describes the arguments and errors.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(
             f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
         )
-    found = {"train": _expand(name, "files", files, data_root)}
+    paths = {"train": _expand(name, "files", files, data_root)}
     if validation_files is not None:
         validation_fraction = 0.0
-        found["validation"] = _expand(name, "validation_files", validation_files, data_root)
-        if both := sorted(set(found["train"]) & set(found["validation"])):
+        paths["validation"] = _expand(name, "validation_files", validation_files, data_root)
+        if both := sorted(set(paths["train"]) & set(paths["validation"])):
             raise ValueError(
                 f"{name}: {_shorten(both)} is matched by files and by validation_files; make the "
                 "patterns disjoint"
             )
     elif validation_fraction:
-        found["validation"] = found["train"]
-    return found, validation_fraction
+        paths["validation"] = paths["train"]
+    return paths, validation_fraction
 
 
 def common_root(found: Mapping[str, Sequence[str]]) -> str:
-    """The directory that the names of files start at."""
-    everything = sorted({path for paths in found.values() for path in paths})
-    return os.path.commonpath([os.path.dirname(path) for path in everything])
+    """Returns the deepest directory that contains all files."""
+    all_paths = sorted({path for paths in found.values() for path in paths})
+    return os.path.commonpath([os.path.dirname(path) for path in all_paths])
 
 
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
-    """All files that match, sorted, each once; directories are passed over."""
-    found: set[str] = set()
+    """Returns all files that match, sorted, without duplicates and directories."""
+    paths: set[str] = set()
     root = _expanded(data_root or "")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         full = os.path.abspath(os.path.join(root, _expanded(pattern)))
@@ -302,12 +308,12 @@ def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None)
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
                 f"relative one starts at {'data_root' if data_root else 'the working directory'}"
             )
-        found.update(matches)
-    if not found:
+        paths.update(matches)
+    if not paths:
         raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
-    for path in sorted(found):
+    for path in sorted(paths):
         documents.check_suffix(pathlib.Path(path))
-    return tuple(sorted(found))
+    return tuple(sorted(paths))
 
 
 def _expanded(path: str) -> str:

@@ -1,8 +1,9 @@
-"""Filters of documents: which of those that lie in files are data.
+"""Filters that keep or drop the documents of data files.
 
-A filter is a frozen dataclass that gin binds and that is called with a document's text and those of its
-metadata that the filter asks for; it says whether to keep it. The filters of a set of files are part of
-its hash, and what each of them dropped is recorded with its token cache and with the run.
+A filter is a frozen dataclass that gin binds. It is called with a document's text and the metadata
+that the filter requests, and returns whether to keep the document. The filters of a set of files
+are part of its hash. The numbers of documents and bytes dropped by each filter are recorded with
+the token cache and with the run.
 """
 
 import abc
@@ -13,41 +14,44 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentFilter(abc.ABC):
-    """Says of each document whether it is kept. Subclasses are frozen dataclasses."""
+    """Decides whether to keep a document. Subclasses are frozen dataclasses."""
 
     @property
     def name(self) -> str:
-        """What its count of dropped documents is called; no two filters of a source share one."""
+        """Name of the count of dropped documents, unique among the filters of a source."""
         return type(self).__name__
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Metadata it reads: keys of the records, dotted where they lie in others (`meta.set`)."""
+        """Metadata that the filter reads: keys of records, dotted for nested keys (`meta.set`)."""
         return ()
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides what is dropped, as JSON. Say more where fields do not say it all."""
+        """Returns everything that determines which documents are dropped, as JSON.
+
+        Override this where the fields do not suffice, such as for the content of a file.
+        """
         return dataclasses.asdict(self)
 
     @abc.abstractmethod
     def __call__(self, document: Mapping[str, Any]) -> bool:
-        """Whether to keep a document: `text`, and a value for each of `keys`."""
+        """Returns whether to keep a document, a mapping with `text` and each of `keys`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metadata(DocumentFilter):
     """Keeps documents by a value of their metadata, such as a language, a licence or a set's name.
 
-    Where the value is a list, as of licences, all of it must be among `keep`, and nothing of it among
-    `drop`; an empty list, or none, is not among `keep`.
+    The value can be a list, for example of licences. With `keep`, all its items must be among
+    `keep`, and an empty list or null drops the document. With `drop`, no item may be among `drop`.
 
     Attributes:
-      key: of the records, or a column; dotted for one inside of another.
+      key: key of the records, or a column; dotted for a nested key.
       keep: values to keep; excludes `drop`.
       drop: values to drop.
 
     Raises:
-      ValueError: not exactly one of `keep` and `drop` is given.
+      ValueError: both or neither of `keep` and `drop` are set.
     """
 
     key: str
@@ -78,43 +82,48 @@ class Metadata(DocumentFilter):
 
 
 class Sieve:
-    """Applies filters one after the other and counts what the first that objects drops.
+    """Applies filters in order; a dropped document counts for the first filter that drops it.
 
     Attributes:
-      dropped: filter -> documents and bytes of text it dropped.
+      dropped: filter -> numbers of documents and bytes of text that it dropped.
     """
 
     def __init__(self, filters: Sequence[DocumentFilter]):
         self._filters = tuple(filters)
-        self.dropped = {one.name: {"documents": 0, "bytes": 0} for one in filters}
+        self.dropped = {
+            document_filter.name: {"documents": 0, "bytes": 0} for document_filter in filters
+        }
 
     def keeps(self, text: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether all filters keep the document."""
+        """Returns whether all filters keep the document; counts it if one drops it."""
         document = {**metadata, "text": text}
-        for one in self._filters:
-            if not one(document):
-                self.dropped[one.name]["documents"] += 1
-                self.dropped[one.name]["bytes"] += len(text.encode("utf-8"))
+        for document_filter in self._filters:
+            if not document_filter(document):
+                self.dropped[document_filter.name]["documents"] += 1
+                self.dropped[document_filter.name]["bytes"] += len(text.encode("utf-8"))
                 return False
         return True
 
 
 def keys_of(filters: Sequence[DocumentFilter]) -> tuple[str, ...]:
-    """Metadata that the filters read, each once."""
-    return tuple(dict.fromkeys(key for one in filters for key in one.keys))
+    """Returns the metadata keys that the filters read, without duplicates."""
+    return tuple(dict.fromkeys(key for document_filter in filters for key in document_filter.keys))
 
 
 def check_names(filters: Sequence[DocumentFilter], where: str) -> None:
-    """Raises ValueError where two filters would be counted under one name."""
-    names = [one.name for one in filters]
+    """Raises ValueError if two filters have the same name."""
+    names = [document_filter.name for document_filter in filters]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{where}: two filters are called {name!r}; make one of them")
 
 
 def described(filters: Sequence[DocumentFilter]) -> list[dict[str, Any]]:
-    """What is hashed of filters, in their order."""
+    """Returns the class and settings of each filter, in order, which are hashed."""
     return [
-        {"class": f"{type(one).__module__}.{type(one).__qualname__}", **one.settings()}
-        for one in filters
+        {
+            "class": f"{type(document_filter).__module__}.{type(document_filter).__qualname__}",
+            **document_filter.settings(),
+        }
+        for document_filter in filters
     ]

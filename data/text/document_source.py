@@ -1,7 +1,8 @@
 """Document files and prepared TFDS sets as SeqIO data sources.
 
-Both satisfy `seqio.DataSourceInterface` without deriving from it, so that this module imports no
-TensorFlow. They yield `{"text", "document_id"}` and declare a `digest`: the hash of what they read.
+Both classes satisfy `seqio.DataSourceInterface` without deriving from it, so that this module does
+not import TensorFlow. They yield `{"text", "document_id"}` and have a `digest`, the hash of their
+data.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from data.text.document_files import DocumentFiles
 from data.text.documents import Document, take
 
 _SPLITS = ("train", "validation")
-_SHUFFLE_BUFFER = 10_000  # only for those who iterate the task themselves
+_SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DocumentSource:
 
     @property
     def dropped(self) -> Mapping[str, Mapping[str, int]]:
-        """What each filter dropped; see `DocumentFiles.dropped`."""
+        """Filter -> numbers of documents and bytes that it dropped; see `DocumentFiles.dropped`."""
         return self.files.dropped if self.files.filters else {}
 
     def num_input_examples(self, split: str) -> int:
@@ -52,11 +53,15 @@ class DocumentSource:
         return list(self.files.files[split])
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """The documents of a split as a `tf.data.Dataset`; problems with files are raised here."""
+        """Returns the documents of a split as a `tf.data.Dataset`.
+
+        Raises:
+          DataError: a file is malformed, or a split has no document.
+        """
         import tensorflow as tf
 
-        # Reads every file once, unless that was done before. An error raised later, inside of
-        # TensorFlow, would reach people as a C++ stack trace.
+        # Reads every file once, unless the counts are stored. An error raised later, inside
+        # TensorFlow, would appear as a C++ stack trace.
         _ = self.files.counts
         paths = self.list_shards(split)
         if shard_info is not None:
@@ -76,15 +81,15 @@ class DocumentSource:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """Reads a TFDS set that has been prepared; it never downloads.
+    """Reads a prepared TFDS set; never downloads.
 
     Attributes:
       tfds_name: name, config and version: `name/config:1.2.3`.
       text_key: feature that holds the text.
-      wanted_splits: split of the task -> split or slice of the set; by default `train` and
-        `validation`, where the set has them.
-      data_dir: where the set lies; None for the TFDS default.
-      cache: directory where checksums are remembered.
+      wanted_splits: split of the task -> split or slice of the set; None for `train` and
+        `validation`, if the set has them.
+      data_dir: directory of prepared TFDS sets; None for the TFDS default.
+      cache: directory that stores checksums.
     """
 
     tfds_name: str
@@ -115,8 +120,9 @@ class TfdsSource:
         """Split of the task -> split or slice of the set."""
         if self.wanted_splits is not None:
             return self.wanted_splits
-        there = self.builder.info.splits or _SPLITS  # a mocked set knows no splits, and has any
-        return {split: split for split in _SPLITS if split in there}
+        # A mocked set has no split info, and accepts any split.
+        available = self.builder.info.splits or _SPLITS
+        return {split: split for split in _SPLITS if split in available}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -132,7 +138,7 @@ class TfdsSource:
         return self.split_map[split]
 
     def check(self) -> None:
-        """Raises ValueError for a set, feature or split that does not exist."""
+        """Raises ValueError if the set, the feature or a split does not exist."""
         info = self.builder.info
         if self.text_key not in info.features:
             raise ValueError(
@@ -150,7 +156,7 @@ class TfdsSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the name and version, and of the bytes of the files that are local."""
+        """SHA-256 over the set's name and version, its splits, and the bytes of its local files."""
         digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
         files = {
             split: [
@@ -165,7 +171,7 @@ class TfdsSource:
 
     @property
     def hash(self) -> str:
-        """With `sources`, `size` and `sample`: what a vocabulary can be trained from."""
+        """The digest; part of the interface for training vocabularies (`vocabularies.Texts`)."""
         return self.digest
 
     @property
@@ -175,10 +181,10 @@ class TfdsSource:
     def size(self, source: str) -> int | None:
         wanted = self._wanted("train")
         splits = self.builder.info.splits
-        return (splits[wanted].num_bytes or None) if splits else None  # 0 of a slice: not known
+        return (splits[wanted].num_bytes or None) if splits else None  # 0 for a slice: unknown
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """The first documents, for TFDS shuffles a set when it prepares it."""
+        """Yields the first documents, of about `num_bytes` bytes; TFDS prepares sets shuffled."""
         return take(self.documents(source, "train"), num_bytes)
 
     def documents(self, source: str, split: str) -> Iterator[Document]:
@@ -196,7 +202,12 @@ class TfdsSource:
         return [str(instruction.filename) for instruction in instructions]
 
     def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """The texts of a split as a `tf.data.Dataset`."""
+        """Returns the texts of a split as a `tf.data.Dataset`.
+
+        Raises:
+          ValueError: there is no such split.
+          FileNotFoundError: the set is not prepared.
+        """
         import tensorflow as tf
         import tensorflow_datasets as tfds
 
@@ -222,5 +233,5 @@ class TfdsSource:
 
 
 def source_cache(cache_dir: str | os.PathLike | None) -> str:
-    """Where sources remember the checksums of their files."""
+    """Returns the directory in which sources store the checksums of their files."""
     return str(cache.cache_dir("files", override=cache_dir))

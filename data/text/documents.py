@@ -1,6 +1,6 @@
-"""Documents in files: JSON lines (plain, .gz, .zst), text and Parquet, read one at a time.
+"""Reads documents from files, one at a time: JSON lines (plain, .gz, .zst), text and Parquet.
 
-Every problem with a file is one `DataError` that names the file, the place in it and the remedy.
+Every problem with a file raises one `DataError` with the file, the position in it and the remedy.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
-# Part of the hash of a set of files: raise it when the same files are read as other documents.
+# Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 
 class Document(NamedTuple):
-    """A document, its name, and what was asked for of its metadata."""
+    """A document: its name, its text, and the requested metadata."""
 
     id: str
     text: str
@@ -35,14 +35,17 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How documents lie in files.
+    """How documents are stored in files.
 
     Attributes:
-      text_key: key (JSON) or column (Parquet) of the text; of several, what is not empty is joined by
-        blank lines, as instruction, context and answer are.
-      id_key: key or column of the document's name; by default it is the file and the line.
-      document_per: what a document is in a text file: the `file`, a `paragraph` (blank lines lie
-        between paragraphs) or a `line`.
+      text_key: key (JSON) or column (Parquet) of the text. With several keys, such as instruction,
+        context and answer, the texts that are not empty are joined by blank lines.
+      id_key: key or column of the document's name; by default the name is the file and the line.
+      document_per: unit of a document in a text file: the `file`, a `paragraph` (separated by blank
+        lines) or a `line`.
+
+    Raises:
+      ValueError: there is no text key, or `document_per` is unknown.
     """
 
     text_key: str | tuple[str, ...] = "text"
@@ -66,16 +69,16 @@ class Format:
 def read(
     path: pathlib.Path, format: Format, *, name: str | None = None, metadata: Sequence[str] = ()
 ) -> Iterator[Document]:
-    """Documents of a file in order; empty ones too.
+    """Returns an iterator over the documents of a file, in order, including empty documents.
 
     Args:
-      path: the file; its suffixes tell its kind.
-      format: how documents lie in it.
-      name: what the ids of the documents begin with; default the name of the file.
-      metadata: more keys or columns to read, dotted where they lie inside of others.
+      path: the file; its suffixes determine its kind.
+      format: how documents are stored in it.
+      name: prefix of the document ids; default the name of the file.
+      metadata: further keys or columns to read, dotted for nested keys.
 
     Raises:
-      DataError: for a file that is malformed, not UTF-8, or cannot be decompressed.
+      DataError: the file is malformed, not UTF-8, cannot be decompressed, or is of an unknown kind.
     """
     name = path.name if name is None else name
     kind = _kind(path)
@@ -92,7 +95,7 @@ def read(
 
 
 def take(documents: Iterable[Document], num_bytes: float) -> Iterator[Document]:
-    """The first documents until their texts have so many bytes; the last one comes whole."""
+    """Yields whole documents until their texts have at least `num_bytes` bytes."""
     taken = 0
     for document in documents:
         if taken >= num_bytes:
@@ -102,7 +105,7 @@ def take(documents: Iterable[Document], num_bytes: float) -> Iterator[Document]:
 
 
 def check_suffix(path: pathlib.Path) -> None:
-    """Raises DataError for a kind of file that `read` does not know."""
+    """Raises DataError if `read` does not support this kind of file."""
     _kind(path)
 
 
@@ -119,7 +122,7 @@ def _kind(path: pathlib.Path) -> str:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, compressed or not."""
+    """Yields (line number from 1, line) of a text file, compressed or not."""
     offset = 0
     with _open(path) as file:
         try:
@@ -148,7 +151,7 @@ def _open(path: pathlib.Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
-        # Arrow reads all frames and reports a truncated one, which zstandard's reader does not.
+        # Arrow reads all frames and raises for a truncated frame; the reader of zstandard does not.
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
@@ -158,14 +161,16 @@ def _open(path: pathlib.Path) -> BinaryIO:
 def read_json_lines(
     path: pathlib.Path, *, example: str = '{"text": "..."}'
 ) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of a file of JSON lines, compressed or not; blank lines are skipped.
+    """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
+
+    Blank lines are skipped.
 
     Args:
       path: the file.
-      example: what a line should look like, for the error.
+      example: an example of a line, for the error message.
 
     Raises:
-      DataError: for a line that is no JSON object, or a file that cannot be read as text.
+      DataError: a line is not a JSON object, or the file cannot be read as text.
     """
     for number, line in _lines(path):
         if not line.strip():
@@ -210,17 +215,17 @@ def _json_lines(
 def _document(
     id: str, record: Mapping[str, Any], format: Format, metadata: Sequence[str], where: str
 ) -> Document:
-    """The document that a record holds."""
+    """Returns the document in a record."""
     texts = [
         _checked(_value(record, key, "text_key", where), key, where) for key in format.text_keys
     ]
     text = texts[0] if len(texts) == 1 else "\n\n".join(filter(None, texts))
-    found = {key: _inner(record, key, where) for key in metadata}
-    return Document(id, text, found) if found else Document(id, text)
+    values = {key: _inner(record, key, where) for key in metadata}
+    return Document(id, text, values) if values else Document(id, text)
 
 
 def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a dotted key."""
+    """Returns the value of a dotted key."""
     value: Any = record
     for part in key.split("."):
         value = _value(value if isinstance(value, Mapping) else {}, part, "the filter's key", where)
@@ -306,7 +311,11 @@ def _parquet(
 
 
 def _rows(batch, keys: list[str], path: pathlib.Path, first: int) -> Iterable[tuple]:
-    """Rows of a batch as tuples of values; the offset of a byte that is not UTF-8 is lost here."""
+    """Returns the rows of a batch as tuples of values.
+
+    Raises:
+      DataError: a value is not UTF-8; Arrow reports the offset in the value, not the row.
+    """
     try:
         return list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
     except UnicodeDecodeError as error:

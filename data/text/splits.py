@@ -1,37 +1,43 @@
-"""Which documents are held out: decided by hashes of names or texts, never by position or chance."""
+"""Chooses held-out documents by hashes of names or texts, never by position or at random."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
 SPLITS = ("train", "validation")
-# Part of the hash of a set of files: raise it when `in_validation` holds out other documents.
+# Part of the hash of a set of files: raise it when `in_validation` holds out different documents.
 VERSION = 1
-# Small sources hold out at least this much, but no more than about this share of their text.
+# Small sources hold out at least this many bytes, but at most about this share of their text.
 MIN_VALIDATION_BYTES = 8_000
 MAX_VALIDATION_SHARE = 0.15
 
 
 def stable_hash(text: str, *, salt: str = "") -> int:
-    """A 64-bit hash that is the same in every process, on every machine."""
+    """Returns a 64-bit hash that is equal in every process and on every machine."""
     digest = hashlib.blake2b(f"{salt}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
 
 def in_validation(text: str, fraction: float) -> bool:
-    """Whether a document of a stream is held out; equal texts are always in the same split."""
+    """Returns whether a document is held out, by its text; equal texts are in the same split."""
     return stable_hash(text, salt="split") < fraction * 2**64
 
 
 def split_whole_source(
     keys: Sequence[str], sizes: Sequence[int], *, fraction: float, assigned: Mapping[str, str]
 ) -> list[str]:
-    """The split of each document of a source that is at hand as a whole.
+    """Returns the split of each document of a source whose documents are all known.
 
-    Documents are held out in the order of the hashes of their keys until `fraction` of the bytes is
-    reached. Those of up to half that many bytes come first, so that one large document does not
-    fill the split alone; larger ones follow only where the small ones do not suffice. Where all are
-    larger than that, the smallest is held out if it is at most a third of the source. Keys that
-    another source has placed (`assigned`) keep their split.
+    Documents are held out in the order of the hashes of their keys until the target size is
+    reached: `fraction` of the bytes, or more for a small source. Documents of up to half the target
+    come first, so that one large document does not fill the split alone. Larger documents follow
+    only if the small ones do not suffice. If no document fits, the smallest is held out if it is at
+    most a third of the source. Keys that already have a split (`assigned`) retain it.
+
+    Args:
+      keys: split key of each document; documents with equal keys get the same split.
+      sizes: bytes of each document.
+      fraction: share of the bytes to hold out; 0 holds out nothing.
+      assigned: key -> split, chosen for other sources.
     """
     total = sum(sizes)
     target = max(fraction * total, min(MIN_VALIDATION_BYTES, MAX_VALIDATION_SHARE * total))

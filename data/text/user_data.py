@@ -1,4 +1,4 @@
-"""Data that users bring: files, TFDS sets, and modules that register SeqIO tasks themselves."""
+"""Registers the data of users: files, TFDS sets, and modules that register SeqIO tasks."""
 
 import importlib
 import math
@@ -31,22 +31,27 @@ def register_files(
     """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
 
     Args:
-      name: of the task.
-      files: a glob or several.
-      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      validation_files: a glob or several of held-out files.
-      validation_fraction: without them, the share of documents to hold out by the hash of their
-        text; 0 makes no validation split.
-      text_key: key of the text in JSON, column in Parquet; several are joined by blank lines.
-      id_key: key or column of a document's name; by default it is the file and the line.
-      document_per: what a document is in text files: `file`, `paragraph` or `line`.
-      data_root: directory that relative patterns start at; None for the working directory.
+      name: name of the task.
+      files: one or several globs.
+      vocabulary: a SeqIO vocabulary, such as `data.tokenizers.vocabularies` makes.
+      validation_files: one or several globs of held-out files.
+      validation_fraction: without `validation_files`, the share of documents to hold out by the
+        hash of their text; 0 makes no validation split.
+      text_key: key of the text in JSON, column in Parquet; several texts are joined by blank lines.
+      id_key: key or column of a document's name; by default the name is the file and the line.
+      document_per: unit of a document in text files: `file`, `paragraph` or `line`.
+      data_root: base directory of relative patterns; None for the working directory.
       filters: keep or drop documents by text and metadata (data/text/document_filters.py).
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
-      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    Raises:
+      FileNotFoundError: a pattern matches no file.
+      ValueError: the files, the fraction or the filters are invalid, another task has this name, or
+        the vocabulary lacks the BOS or EOS to be added.
     """
-    found = document_files.find(
+    documents = document_files.find(
         name=name,
         files=files,
         validation_files=validation_files,
@@ -60,7 +65,7 @@ def register_files(
     )
     tasks.register_source(
         name,
-        document_source.DocumentSource(found),
+        document_source.DocumentSource(documents),
         origin="register_files",
         vocabulary=vocabulary,
         add_bos=add_bos,
@@ -74,17 +79,19 @@ def register_sources(
     sources: Mapping[str, Callable[..., Any]],
     shares: Mapping[str, float],
 ) -> None:
-    """Registers those of several sources that a run names, and a mixture of them.
+    """Registers the sources named in `shares`, and a mixture of them.
 
-    Sources that are not named are not looked at: their files need not be there.
+    Other sources are not read, so their files need not exist.
 
     Args:
-      name: of the mixture.
-      sources: name of a task -> what registers it, called with (name=), such as `register_files`.
-      shares: source -> its share of the tokens; they sum to 1. One of 0 is for evaluation alone.
+      name: name of the mixture.
+      sources: task name -> function that registers the task, called with (name=), such as a partial
+        `register_files`.
+      shares: source -> its share of the tokens; shares sum to 1. A source with share 0 is only
+        evaluated.
 
     Raises:
-      ValueError: an unknown source, a negative share, or shares that do not sum to 1.
+      ValueError: a source is unknown, a share is negative, or shares do not sum to 1.
     """
     where = f"the shares of {name!r}"
     mixing.normalised(shares, tuple(sources), where)
@@ -111,23 +118,23 @@ def register_tfds(
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over a TFDS set that has been prepared.
+    """Registers a task over a prepared TFDS set.
 
     Args:
-      name: of the task.
+      name: name of the task.
       tfds_name: name of the set with config and version: `my_set/config:1.0.0`.
       vocabulary: a SeqIO vocabulary.
       text_key: feature that holds the text.
       splits: split of the task -> split or slice of the set, such as
         `{'train': 'train[1%:]', 'validation': 'train[:1%]'}`; default the `train` and `validation`
         of the set.
-      data_dir: where the set lies; None for the TFDS default.
+      data_dir: directory of prepared TFDS sets; None for the TFDS default.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
-      cache_dir: where checksums are remembered; default $ESPALIER_CACHE or ~/.cache/espalier.
+      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
-      ValueError: no such set, feature or split.
+      ValueError: the set, the feature or a split does not exist.
       FileNotFoundError: the set is not prepared (when it is read).
     """
     source = tfds_texts(
@@ -155,7 +162,10 @@ def tfds_texts(
     data_dir: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> document_source.TfdsSource:
-    """The texts of a TFDS set, to train a vocabulary from; arguments as for `register_tfds`."""
+    """Returns the texts of a TFDS set, for example to train a vocabulary.
+
+    `register_tfds` describes the arguments and errors.
+    """
     source = document_source.TfdsSource(
         tfds_name=tfds_name,
         text_key=text_key,
@@ -171,10 +181,11 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
     """Imports a module that registers SeqIO tasks and mixtures.
 
     Args:
-      module: its dotted name; it must be installed, or lie in the working directory.
+      module: dotted name of a module that is installed or in the working directory.
 
     Returns:
-      Names of the tasks and mixtures it registered (none if it was imported before).
+      Sorted names of the tasks and mixtures that the import registered; empty if the module was
+      already imported.
 
     Raises:
       ValueError: there is no such module.
@@ -189,7 +200,7 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it imports is not
+            raise  # the module exists; a module that it imports does not
         raise ValueError(
             f"no module {module!r} to import mixtures from (looked for {error.name!r} in the working "
             "directory and the installed packages). Check the name, or set PYTHONPATH to the "

@@ -1,4 +1,4 @@
-"""A closed set of characters as a SeqIO vocabulary; made by `data.tokenizers.vocabularies.characters`."""
+"""A fixed set of characters as a SeqIO vocabulary; see `data.tokenizers.vocabularies.characters`."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +10,13 @@ _SPECIAL = 3  # 0 pad, 1 EOS, 2 unknown, as in seqio.ByteVocabulary
 
 
 class CharacterVocabulary(seqio.Vocabulary):
-    """One id for each of some characters, in their order; any other one is unknown.
+    """Maps each character of `symbols` to one id, in order; any other character is unknown.
 
     Args:
       symbols: the characters, each once.
 
     Raises:
-      ValueError: they are none, or repeated.
+      ValueError: there are no characters, or a character is repeated.
     """
 
     def __init__(self, symbols: str):
@@ -28,7 +28,7 @@ class CharacterVocabulary(seqio.Vocabulary):
 
     @property
     def model_bytes(self) -> bytes:
-        """What ids follow from."""
+        """Bytes that determine the ids, for the fingerprint of token caches."""
         return self.symbols.encode()
 
     @property
@@ -55,7 +55,7 @@ class CharacterVocabulary(seqio.Vocabulary):
 
     @property
     def _texts(self) -> Sequence[str]:
-        """By id: nothing for pad and EOS, a mark for what is unknown."""
+        """Id -> its text: empty for pad and EOS, `?` or U+FFFD for unknown characters."""
         return ["", "", "?" if "?" not in self.symbols else "\ufffd", *self.symbols]
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:

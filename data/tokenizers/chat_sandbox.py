@@ -1,8 +1,8 @@
-"""The sandbox that chat templates run in, and rendering in it.
+"""Renders chat templates in a sandbox.
 
-It is jinja2's immutable one, without files and without Python's own attributes. What a template can
-build is bounded: all its ranges together (`MAX_STEPS`) and each of its texts (`MAX_LENGTH`), so that a
-short expression neither runs for ever nor takes the memory.
+The sandbox is jinja2's immutable sandbox, without access to files and to Python's internal
+attributes. The total length of all ranges (`MAX_STEPS`) and the length of each text (`MAX_LENGTH`)
+are bounded, so that a short expression cannot run forever or exhaust the memory.
 """
 
 import contextvars
@@ -20,8 +20,8 @@ import jinja2.filters
 import jinja2.nodes
 import jinja2.sandbox
 
-MAX_STEPS = 1_000_000  # that all `range` of one rendering count together
-MAX_LENGTH = 10_000_000  # characters or items of what is rendered, repeated or padded
+MAX_STEPS = 1_000_000  # total length of all `range` calls of one rendering
+MAX_LENGTH = 10_000_000  # characters or items of a rendered, repeated or padded value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Rendered:
     """A rendered conversation.
 
     Attributes:
-      text: all of it.
-      spans: (start, end) in characters of what `{% generation %}` marks as the assistant's.
+      text: the whole text.
+      spans: (start, end) in characters of each assistant text, marked by `{% generation %}`.
     """
 
     text: str
@@ -42,14 +42,23 @@ _steps: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("steps
 
 
 def render(source: str, values: Mapping[str, Any]) -> Rendered:
-    """Renders a template; raises whatever it raises."""
+    """Renders a template.
+
+    Args:
+      source: the jinja2 source.
+      values: variables of the template.
+
+    Raises:
+      OverflowError: a bound of the sandbox is exceeded.
+      Exception: any error of the template.
+    """
     pieces: list[str] = []
     marked: list[tuple[int, int]] = []
     length = 0
     tokens = _spans.set(spoken := []), _steps.set([MAX_STEPS])
     try:
         for piece in _compiled(source).generate(**values):
-            # A marked block comes out as one piece, by the time it has been recorded.
+            # A marked block is one piece; `_mark` has recorded it before jinja2 yields the piece.
             while spoken:
                 text = spoken.pop(0)
                 start = length + piece.find(text)
@@ -75,9 +84,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             _check_format(left, _PERCENT)
         if operator == "*":
-            for one, other in ((left, right), (right, left)):
-                if isinstance(one, str | list | tuple) and isinstance(other, int):
-                    _check_widths(len(one) * other)
+            for value, count in ((left, right), (right, left)):
+                if isinstance(value, str | list | tuple) and isinstance(count, int):
+                    _check_widths(len(value) * count)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (keywords are the template's)
@@ -92,7 +101,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().wrap_str_format(value)
 
 
-# Formats with a width of eight digits or more, or with one that is itself an argument.
+# Formats whose width has eight digits or more, or is itself an argument.
 _PERCENT = re.compile(r"%[^%a-zA-Z]*([0-9]{8}|[*])")
 _BRACES = re.compile(r"\{[^{}]*([0-9]{8}|:[^{}]*\{)")
 
@@ -103,13 +112,13 @@ def _check_format(text, wide):
 
 
 def _check_widths(*values):
-    """Raises for a number that makes a text too long."""
+    """Raises OverflowError if a number would make a text too long."""
     if any(isinstance(value, int) and value > MAX_LENGTH for value in values):
         raise OverflowError(f"a text of more than {MAX_LENGTH:,} characters")
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant says."""
+    """The block `{% generation %} ... {% endgeneration %}`, which marks the assistant's text."""
 
     tags = {"generation"}
 
@@ -127,11 +136,11 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """jinja2's, without the underscored attributes by which sandboxes are left."""
+    """jinja2's namespace without underscored attributes, which could escape the sandbox."""
 
     def __init__(*args, **kwargs):
-        self, *given = args
-        attributes = dict(*given, **kwargs)
+        self, *mappings = args
+        attributes = dict(*mappings, **kwargs)
         for name in attributes:
             _check_name(name)
         jinja2.utils.Namespace.__init__(self, attributes)
@@ -162,16 +171,16 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 def _range(*args):
     counted = jinja2.sandbox.safe_range(*args)
-    left = _steps.get()
-    if left is not None:
-        left[0] -= len(counted)
-        if left[0] < 0:
+    remaining = _steps.get()
+    if remaining is not None:
+        remaining[0] -= len(counted)
+        if remaining[0] < 0:
             raise OverflowError(f"its ranges count more than {MAX_STEPS:,} steps")
     return counted
 
 
 def _bounded(text_filter):
-    """A filter that makes texts longer, with a bound on the numbers it is given."""
+    """Returns a jinja2 filter that lengthens texts, with a bound on its numeric arguments."""
 
     @functools.wraps(text_filter)
     def call(*args, **kwargs):

@@ -1,13 +1,13 @@
-"""Chat templates: conversations as the text that a model was trained to continue.
+"""Chat templates: render a conversation as the text that a model was trained to continue.
 
-A template is a jinja2 program that comes with a checkpoint (in tokenizer_config.json, or in a file
-chat_template.jinja) and sees `messages`, `tools`, `documents`, `add_generation_prompt` and the special
-tokens of its tokenizer. It renders here as `apply_chat_template` of transformers renders it: messages
-lose keys without a value, blocks are trimmed, `tojson` does not escape, and `raise_exception`,
-`strftime_now`, loop controls and `{% generation %}` are there.
+A template is a jinja2 program of a checkpoint, in tokenizer_config.json or in a file
+chat_template.jinja. Its variables are `messages`, `tools`, `documents`, `add_generation_prompt` and
+the special tokens of the tokenizer. Rendering follows `apply_chat_template` of transformers: keys
+of messages with value null are removed, blocks are trimmed, `tojson` does not escape, and
+`raise_exception`, `strftime_now`, loop controls and `{% generation %}` are available.
 
-Templates are foreign code and run in a sandbox, see data/tokenizers/chat_sandbox.py. Whatever goes wrong in one is
-a single `ChatTemplateError`.
+Templates are untrusted code and run in a sandbox (data/tokenizers/chat_sandbox.py). Any error in a
+template raises `ChatTemplateError`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ WITH_TOOLS = (
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
 
-# The Command format: one BOS, then a turn per message, stripped and without line ends between them.
+# The Command format: one BOS, then one turn per message, stripped, without newlines between turns.
 COMMAND = """\
 {{- bos_token -}}
 {%- set turns = messages -%}
@@ -56,16 +56,20 @@ COMMAND = """\
 """
 BUILT_IN = {"command": COMMAND}
 
-# Roles that templates are known to rename or to move elsewhere; any other must be seen in the text.
+# Templates may rename or move messages of these roles; the text of any other role must be rendered.
 _ROLES = {
     *("system", "developer", "user", "assistant", "tool", "function", "ipython"),
     *("model", "chatbot", "documents", "tool_call", "tool_response", "tool_results"),
 }
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # alternative keys of the reasoning text
 
 
 class ChatTemplateError(ValueError):
-    """A conversation that cannot be rendered: no template, one that fails, or wrong messages."""
+    """A conversation cannot be rendered: no template, a template error, or invalid messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +77,10 @@ class ChatTemplate:
     """The templates of one tokenizer, by name.
 
     Attributes:
-      templates: name -> source; `default` is used, `tool_use` where there are tools.
-      variables: what templates see of the tokenizer, such as `bos_token`.
-      origin: where they are from, for errors.
+      templates: name -> source; `default` is used by default, `tool_use` for conversations with
+        tools.
+      variables: variables of the tokenizer, such as `bos_token`.
+      origin: describes the source of the templates, for error messages.
     """
 
     templates: Mapping[str, str]
@@ -83,7 +88,7 @@ class ChatTemplate:
     origin: str = "chat template"
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The text of a conversation; arguments and errors are those of `render_spans`."""
+        """Returns the text of a conversation; `render_spans` describes the arguments and errors."""
         return self.render_spans(messages, **options).text
 
     def render_spans(
@@ -96,19 +101,19 @@ class ChatTemplate:
         name: str | None = None,
         **variables: Any,
     ) -> chat_sandbox.Rendered:
-        """The text of a conversation, and where the assistant's words are in it.
+        """Returns the text of a conversation and the spans of the assistant's texts.
 
         Args:
-          messages: mappings with "role" and "content", as JSON has them.
+          messages: JSON objects with "role" and "content".
           tools: JSON schemas of functions.
           documents: mappings with "title" and "text".
-          add_generation_prompt: end with what opens the assistant's next turn.
-          name: of the template; None for the default one.
-          **variables: what else the template sees; they win over those of the tokenizer.
+          add_generation_prompt: end with the opening of the assistant's next turn.
+          name: name of the template; None for the default template.
+          **variables: further variables of the template; they override variables of the tokenizer.
 
         Raises:
-          ChatTemplateError: there is no such template, it refuses the conversation or fails, or the
-            messages are not what they should be.
+          ChatTemplateError: there is no such template, it rejects the conversation or fails, or the
+            messages are invalid.
         """
         source = self.templates[self._name(name, tools is not None)]
         values = {
@@ -121,7 +126,7 @@ class ChatTemplate:
         }
         try:
             rendered = chat_sandbox.render(source, values)
-        except Exception as error:  # the template is foreign code: anything may come out of it
+        except Exception as error:  # the template is untrusted code and can raise anything
             raise ChatTemplateError(f"{self.origin}: {_said(error)}") from None
         _check_roles(values["messages"], rendered.text, self.origin)
         return rendered
@@ -138,10 +143,14 @@ class ChatTemplate:
 
 
 def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
-    """A template of `BUILT_IN` by its name, or the one in a file.
+    """Returns a template of `BUILT_IN` by its name, or the template in a file.
+
+    Args:
+      name_or_file: a name or a path.
+      variables: variables of the tokenizer, such as `bos_token`.
 
     Raises:
-      ChatTemplateError: there is neither.
+      ChatTemplateError: there is no such name and no such file.
     """
     if name_or_file in BUILT_IN:
         source = BUILT_IN[name_or_file]
@@ -158,16 +167,16 @@ def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> Chat
 def read(
     folder: str | os.PathLike, config: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> ChatTemplate | None:
-    """The templates of a checkpoint's directory, None where it has none.
+    """Returns the templates in a checkpoint's directory, or None if it has none.
 
     Args:
-      folder: of the checkpoint.
-      config: its tokenizer_config.json, whose `chat_template` is a text or a list of named ones. Files
-        come before it.
-      variables: special tokens by name.
+      folder: directory of the checkpoint.
+      config: its tokenizer_config.json. `chat_template` is a text or a list of named templates; it
+        is ignored if the directory has template files.
+      variables: name -> special token.
 
     Raises:
-      ChatTemplateError: the entry is neither.
+      ChatTemplateError: `chat_template` is neither a text nor such a list.
     """
     folder = pathlib.Path(folder)
     origin = f"chat template of {folder}"
@@ -190,7 +199,7 @@ def read(
 
 
 def _plain(value: Any, what: str) -> Any:
-    """The value as JSON holds it: an object of a class could give the template its methods."""
+    """Returns the value converted through JSON: a template cannot call methods of the result."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
@@ -201,7 +210,7 @@ def _messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     messages = _plain(given, "messages")
     if not isinstance(messages, list) or not messages:
         raise ChatTemplateError("messages must be a list of at least one message")
-    found = []
+    checked = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
             raise ChatTemplateError(
@@ -213,12 +222,12 @@ def _messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         if not role:
             raise ChatTemplateError(f"message {number} has an empty role")
-        found.append(message)
-    return found
+        checked.append(message)
+    return checked
 
 
 def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) -> None:
-    """Raises if a message of an unusual role was passed over, as templates do with a misspelt one."""
+    """Raises ChatTemplateError if the text lacks a message with an unusual (or misspelt) role."""
     for number, message in enumerate(messages, 1):
         content = message.get("content")
         if message["role"] in _ROLES or not isinstance(content, str):
@@ -231,9 +240,9 @@ def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) 
 
 
 def _said(error: Exception) -> str:
-    said = str(error) or type(error).__name__
+    message = str(error) or type(error).__name__
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"syntax error in line {error.lineno}: {said}"
-    if type(error) is jinja2.TemplateError:  # what the template itself raises
-        return said
-    return f"{type(error).__name__}: {said}"
+        return f"syntax error in line {error.lineno}: {message}"
+    if type(error) is jinja2.TemplateError:  # raised by the template itself
+        return message
+    return f"{type(error).__name__}: {message}"

@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file, as the files of a Hugging Face checkpoint.
+"""Converts the tokenizer of a GGUF file to the tokenizer files of a Hugging Face checkpoint.
 
-GGUF keeps pieces, their types, merges or scores, and the *name* of a pre-tokenizer, which stands for
-code: `PRE_TOKENIZERS` says what the names mean. We follow the tokenizers that were released with the
-models. For `smollm` that means every digit is a word of its own before anything is merged, which is how
-the model was trained; transformers (5.24) reads such files without that step, and gives other ids where
-several spaces stand before a digit.
+A GGUF file stores pieces, their types, merges or scores, and the *name* of a pre-tokenizer, which
+is implemented in code. `PRE_TOKENIZERS` defines these names as in the tokenizers released with the
+models. For `smollm`, every digit is split off as a word before merging, as in training.
+transformers (5.24) reads such files without this step, and its ids differ where several spaces
+precede a digit.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ class PreTokenizer:
     """How texts are divided into words before merging.
 
     Attributes:
-      split: pattern of words; None for that of GPT-2.
-      digits: every digit is a word of its own, before anything else.
-      nfc: texts are brought to NFC first.
+      split: regular expression of words; None for GPT-2's.
+      digits: first split off every digit as a word.
+      nfc: normalise texts to NFC before splitting.
     """
 
     split: str | None = None
@@ -58,10 +58,10 @@ PRE_TOKENIZERS = {
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata of a GGUF file that `write` reads.
+    """Returns the metadata of a GGUF file that `write` needs: all keys that contain `tokenizer.`.
 
     Raises:
-      TokenizerError: it is no GGUF file.
+      TokenizerError: the file is damaged or is not a GGUF file.
       FileNotFoundError: there is no such file.
     """
     import gguf
@@ -78,14 +78,14 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Writes tokenizer.json, tokenizer_config.json and, with EOS ids, generation_config.json.
 
     Args:
-      values: `metadata` of a file.
-      folder: where to; made if it is not there.
+      values: `metadata` of a GGUF file.
+      folder: target directory; created if it does not exist.
 
     Raises:
-      TokenizerError: an unknown kind of tokenizer or pre-tokenizer, or a key is missing.
+      TokenizerError: the kind of tokenizer or pre-tokenizer is unknown, or a key is missing.
     """
     folder = pathlib.Path(folder)
     kind = values.get(f"{_PREFIX}model")
@@ -133,7 +133,7 @@ def _needed(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Byte-level BPE: the pieces spell bytes as GPT-2 does."""
+    """Returns a byte-level BPE tokenizer, whose pieces represent bytes as in GPT-2."""
     name = values.get(f"{_PREFIX}pre", "gpt-2")
     if name not in PRE_TOKENIZERS:
         raise hf_tokenizer.TokenizerError(
@@ -161,10 +161,10 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE with bytes.
+    """Returns a SentencePiece BPE tokenizer with byte fallback.
 
-    One space more stands before a text, and after each special token, as in the files that were released
-    for these models.
+    Unless the file disables `add_space_prefix`, a space is inserted before a text and after each
+    special token, as in the tokenizer files released for these models.
     """
     tokens, scores = _needed(values, "tokens"), _needed(values, "scores")
     types = [int(type) for type in _needed(values, "token_type")]

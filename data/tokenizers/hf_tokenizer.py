@@ -1,17 +1,17 @@
-"""The tokenizer files of a Hugging Face checkpoint, without TensorFlow.
+"""Reads the tokenizer files of a Hugging Face checkpoint, without TensorFlow.
 
-`read` takes them from a directory:
+`read` reads these files of a directory:
 
     tokenizer.json             the tokenizer, which the library `tokenizers` runs
     tokenizer_config.json      names of its special tokens, whether texts begin with BOS, chat template
-    special_tokens_map.json    those names, for those that tokenizer_config.json leaves out
-    chat_template.jinja        the chat template where it is not in tokenizer_config.json, and
-    additional_chat_templates/ further ones by name
-    generation_config.json     ids that end a continuation, else config.json's, else the tokenizer's EOS
+    special_tokens_map.json    names of special tokens that are missing from tokenizer_config.json
+    chat_template.jinja        the chat template, which overrides tokenizer_config.json
+    additional_chat_templates/ further chat templates by name
+    generation_config.json     EOS ids; else those in config.json, else the tokenizer's EOS
 
-Ids are those of tokenizer.json. The model's table may be larger: its last rows are padding. Encoding
-adds no special tokens; whether the model expects BOS before a text is `adds_bos`. Special tokens that
-are spelled in a text are encoded as such, unless `special_in_text` is False.
+Ids are the ids of tokenizer.json. The model's embedding table may be larger; its last rows are
+padding. Encoding adds no special tokens; `adds_bos` is True if the model expects BOS before a text.
+Special tokens spelled in a text are encoded as special tokens, unless `special_in_text` is False.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
 SENTENCEPIECE = "tokenizer.model"
-# What belongs to a tokenizer, and is copied with it.
+# All files of a tokenizer, which are copied with it.
 FILES = (
     *(TOKENIZER, CONFIG, SPECIAL_TOKENS, GENERATION, SENTENCEPIECE),
     *("added_tokens.json", "vocab.json", "merges.txt", chat_template.FILE, chat_template.FOLDER),
@@ -40,20 +40,20 @@ FILES = (
 
 
 class TokenizerError(ValueError):
-    """Files that are no tokenizer, or whose parts do not fit together."""
+    """Tokenizer files are invalid, damaged or inconsistent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as its files describe it.
+    """The content of tokenizer files.
 
     Attributes:
-      path: their directory.
-      content: tokenizer.json.
-      tokens: names of special tokens, such as `bos_token` -> `<s>`.
+      path: directory of the files.
+      content: bytes of tokenizer.json.
+      tokens: name -> special token, such as `bos_token` -> `<s>`.
       eos_ids: all ids that end a continuation.
-      adds_bos: whether texts begin with BOS.
-      chat_template: None where there is none.
+      adds_bos: whether the model expects BOS before a text.
+      chat_template: the chat templates, or None.
     """
 
     path: str
@@ -64,20 +64,20 @@ class TokenizerFiles:
     chat_template: chat_template.ChatTemplate | None
 
     def id(self, name: str) -> int | None:
-        """Id of a special token by its name, such as `bos_token`; None where there is none.
+        """Returns the id of a special token by its name, such as `bos_token`, or None.
 
         Raises:
-          TokenizerError: the tokenizer has no entry of the text that the name stands for.
+          TokenizerError: the named token is missing from tokenizer.json.
         """
         if (text := self.tokens.get(name)) is None:
             return None
-        found = load(self.content).token_to_id(text)
-        if found is None:
+        token_id = load(self.content).token_to_id(text)
+        if token_id is None:
             raise TokenizerError(
                 f"{self.path}/{CONFIG}: {name} is {text!r}, which {TOKENIZER} does not have. Correct it, "
                 "or take both files from the same checkpoint"
             )
-        return found
+        return token_id
 
 
 def read(path: str | os.PathLike) -> TokenizerFiles:
@@ -85,7 +85,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
 
     Raises:
       FileNotFoundError: there is no tokenizer.json.
-      TokenizerError: a file is damaged, or they do not fit together.
+      TokenizerError: a file is damaged, or the files are inconsistent.
     """
     folder = pathlib.Path(path)
     try:
@@ -117,15 +117,16 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
 
 @functools.lru_cache(maxsize=8)
 def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json, without what the file says of padding and truncation.
+    """Returns the tokenizer in a tokenizer.json, with padding and truncation disabled.
 
     Args:
-      content: the file.
-      extra_ids: sentinels `<extra_id_0>`, ... after its entries, the last of them first as for T5.
-      special_in_text: whether special tokens that are spelled in a text are encoded as such.
+      content: bytes of the file.
+      extra_ids: number of sentinels `<extra_id_0>`, ... to add after the entries, in descending
+        order as for T5.
+      special_in_text: whether special tokens spelled in a text are encoded as special tokens.
 
     Raises:
-      TokenizerError: it has such sentinels already.
+      TokenizerError: the tokenizer already has such sentinels, or its ids have gaps.
     """
     tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_padding()
@@ -142,7 +143,7 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
 
 
 def num_ids(tokenizer: tokenizers.Tokenizer) -> int:
-    """Number of entries, which is one more than the largest id."""
+    """Returns the number of ids: one more than the largest id."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
@@ -161,28 +162,28 @@ def _missing(folder: pathlib.Path) -> str:
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a file, empty where there is no file."""
+    """Returns the JSON object in a file, or {} if the file does not exist."""
     try:
-        found = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise TokenizerError(
             f"{path} is damaged: {error}. Copy it again from the checkpoint"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise TokenizerError(f"{path} holds no JSON object. Copy it again from the checkpoint")
-    return found
+    return values
 
 
 def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """The entries `..._token`, which are texts or objects with the text as `content`."""
-    found = {}
+    """Returns the entries `..._token`, which are texts or objects with the text as `content`."""
+    tokens = {}
     for name, value in values.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
+            tokens[name] = text
+    return tokens
 
 
 def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
@@ -200,7 +201,7 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
 
 
 def _adds_bos(tokenizer: tokenizers.Tokenizer, said: bool | None, bos_id: int | None) -> bool:
-    """What tokenizer_config.json says, for loaders obey that; else what the post-processor does."""
+    """Returns `add_bos_token` of tokenizer_config.json, else whether the post-processor adds BOS."""
     if bos_id is None:
         return False
     if said is not None:

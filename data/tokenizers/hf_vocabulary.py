@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer as a SeqIO vocabulary, for tasks, token caches, and reading runs.
 
-Made by `data.tokenizers.vocabularies.huggingface`. Two of them are the same, for caches and checkpoints, if they
-give the same ids to the same texts: see `model_bytes`.
+`data.tokenizers.vocabularies.huggingface` makes it. For caches and checkpoints, two vocabularies
+are equal if they assign the same ids to the same texts; see `model_bytes`.
 """
 
 import os
@@ -15,15 +15,16 @@ from data.tokenizers import chat_template, hf_tokenizer
 
 
 class HFTokenizerVocabulary(seqio.Vocabulary):
-    """A tokenizer.json and what stands beside it.
+    """A SeqIO vocabulary of a tokenizer.json and its accompanying files.
 
-    `encode` adds no special tokens, as in all SeqIO vocabularies: tasks add BOS and EOS where they are
-    asked to. `decode` stops after the first EOS, as SeqIO's does; `decode_all` does not.
+    `encode` adds no special tokens, as in all SeqIO vocabularies; tasks add BOS and EOS. `decode`
+    stops after the first EOS, as in SeqIO; `decode_all` does not.
 
     Attributes:
-      files: what was read.
-      special_in_text: whether special tokens that are spelled in a text are encoded as such; not in
-        texts from elsewhere, which must not end a turn. `encode_special` does so always.
+      files: the content of the files.
+      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
+        it to False for untrusted texts, which must not end a turn. `encode_special` ignores it and
+        always encodes special tokens.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         self._size = hf_tokenizer.num_ids(hf_tokenizer.load(self.files.content))
         ids = {name: self.files.id(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         self._ids = ids
-        self._tokenizer()  # now, so that extra ids that do not fit are found before any text is read
+        self._tokenizer()  # raises now, not at the first text, if the extra ids do not fit
 
     @property
     def model_bytes(self) -> bytes:
-        """What ids follow from, beside the special ids and the number of extra ids."""
+        """Bytes that, with the special ids and the number of extra ids, determine all ids."""
         return self.files.content + (b"" if self.special_in_text else b"\nspecial tokens are text")
 
     @property
@@ -53,7 +54,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a continuation; `eos_id` is the one that ends a document."""
+        """All ids that end a continuation; `eos_id` ends a document."""
         return self.files.eos_ids
 
     @property
@@ -86,11 +87,14 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return self._tokenizer().encode(s, add_special_tokens=False).ids
 
     def encode_special(self, s: str) -> list[int]:
-        """Ids of a text whose special tokens are meant, such as a rendered conversation."""
+        """Returns the ids of a text with its special tokens, such as a rendered conversation."""
         return self._tokenizer(True).encode(s, add_special_tokens=False).ids
 
     def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:
-        """`encode_special`, divided at a character: a token that reaches past it is in the second."""
+        """Returns `encode_special` in two parts, divided at character `start`.
+
+        A token that extends past `start` is in the second part.
+        """
         encoding = self._tokenizer(True).encode(s, add_special_tokens=False)
         before = 0
         while before < len(encoding.ids) and encoding.offsets[before][1] <= start:
@@ -98,14 +102,14 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return encoding.ids[:before], encoding.ids[before:]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text up to and with the first EOS; ids that are no entries are passed over."""
+        """Returns the text up to and including the first EOS; skips ids outside the vocabulary."""
         ids = _list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id) + 1]
         return self.decode_all(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_all(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of all ids, with or without special tokens."""
+        """Returns the text of all ids; skips ids outside the vocabulary."""
         known = [id for id in _list(ids) if 0 <= id < self.vocab_size]
         return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
 
@@ -121,7 +125,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return ids
 
     def decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """Texts of the last axis of an integer tensor, each as `decode` has it."""
+        """Applies `decode` along the last axis of an integer tensor; returns a string tensor."""
         return self._decode_tf(ids)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

@@ -1,15 +1,16 @@
-"""SentencePiece models as tokenizers of the library `tokenizers`, so that other programs load them.
+"""Converts SentencePiece models to tokenizers of the library `tokenizers`, for other programs.
 
-BPE: SentencePiece joins the neighbours whose piece has the highest score, so the merges are all ways to
-divide a piece in two, best piece first. Pieces spell a space as itself, for U+2581 in a text is another
-character (`data.tokenizers.vocabularies` keeps it apart). User-defined pieces are added tokens, which are looked
-for first here as there, and characters that are no pieces become bytes in both.
+BPE: SentencePiece joins the adjacent pieces whose concatenation has the best score. The merges are
+therefore all divisions of a piece into two pieces, in descending order of the piece's score. Pieces
+contain a space as a space, because U+2581 in a text is a different character
+(`data.tokenizers.vocabularies` separates the two). User-defined pieces become added tokens; both
+libraries match them first. In both libraries, characters without a piece become bytes.
 
-Special tokens that are spelled in a text are text to SentencePiece. tokenizer_config.json therefore says
-`split_special_tokens`. Two things are encoded otherwise: several U+2581 in a row in a text, which
-SentencePiece takes for user-defined runs of spaces, and with a unigram model a text of which two
-divisions are equally probable, such as three line ends as 1 + 2 or 2 + 1: SentencePiece chooses as its
-float32 sums happen to be rounded. Such a tokenizer.json is written with a warning.
+SentencePiece treats special tokens spelled in a text as text; tokenizer_config.json therefore sets
+`split_special_tokens`. Ids differ in two cases. First, SentencePiece encodes several consecutive
+U+2581 in a text as a user-defined run of spaces. Second, with a unigram model, two divisions of a
+text can be equally probable, such as three newlines as 1 + 2 or 2 + 1; SentencePiece then chooses
+by the rounding of its float32 sums. A tokenizer.json of a unigram model is written with a warning.
 """
 
 import json
@@ -23,7 +24,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 _UNIGRAM, _BPE = 1, 2  # types of models
-# Texts that a converted tokenizer must encode as the model does before it is written.
+# Texts that a converted tokenizer must encode exactly like the model, before it is written.
 PROBES = (
     "",
     "def f(x):\n    return x + 10.25  # naïve\n\n\t\tEnd",
@@ -35,21 +36,21 @@ PROBES = (
 
 
 class ConversionError(ValueError):
-    """A SentencePiece model that the library `tokenizers` cannot run with the same ids."""
+    """The library `tokenizers` cannot reproduce the ids of a SentencePiece model."""
 
 
 def write(model: bytes, folder: pathlib.Path) -> str | None:
-    """Writes tokenizer.json and tokenizer_config.json, with which transformers gives the same ids.
+    """Writes tokenizer.json and tokenizer_config.json, which give the same ids in transformers.
 
     Args:
-      model: a SentencePiece model, as in its file.
-      folder: where to.
+      model: the bytes of a SentencePiece model file.
+      folder: target directory.
 
     Returns:
-      Where ids may differ; None where they are the same.
+      A warning about texts whose ids may differ, or None.
 
     Raises:
-      ConversionError: that is not possible; nothing is written.
+      ConversionError: the ids cannot be reproduced; nothing is written.
     """
     tokenizer, config = convert(model)
     _compare(tokenizer, model)
@@ -65,7 +66,7 @@ def write(model: bytes, folder: pathlib.Path) -> str | None:
 
 
 def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what tokenizer_config.json says.
+    """Returns the tokenizer and the content of tokenizer_config.json.
 
     Raises:
       ConversionError: the model is neither BPE nor unigram.
@@ -103,16 +104,20 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> models.BPE:
-    """The BPE model of SentencePiece pieces: any two neighbours that make a piece, best first."""
+    """Returns the BPE model of SentencePiece pieces.
+
+    Its merges are all pairs of pieces whose concatenation is a piece, in descending order of its
+    score.
+    """
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
-    kept = (NORMAL, UNUSED)  # unused pieces take part in merging, and are divided again after it
+    mergeable = (NORMAL, UNUSED)  # unused pieces take part in merging and are divided afterwards
     merges = []
     for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
-        if type not in kept:
+        if type not in mergeable:
             continue
         for cut in range(1, len(piece)):
             left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
-            if None not in (left, right) and types[left] in kept and types[right] in kept:
+            if None not in (left, right) and types[left] in mergeable and types[right] in mergeable:
                 merges.append((-scores[id], id, left, right))
     merges.sort()
     unknown = [piece for piece, type in zip(pieces, types, strict=True) if type == UNKNOWN]
@@ -128,12 +133,12 @@ def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) ->
 def _unigram(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> models.Unigram:
-    """The unigram model of SentencePiece pieces.
+    """Returns the unigram model of SentencePiece pieces.
 
-    SentencePiece searches for normal and user-defined pieces alone, and scores the latter by their
-    length in bytes, a space having three (measured with version 0.2.3, by the scores at which its choice
-    changes). `tokenizers` searches for all pieces, so the others are made too improbable to be found;
-    characters that are no pieces have no alternative, whatever their score.
+    SentencePiece searches only for normal and user-defined pieces. It scores user-defined pieces by
+    their length in bytes, where a space counts three (measured with version 0.2.3, by the scores at
+    which its choice changes). `tokenizers` searches for all pieces, so the other pieces get scores
+    too low to be chosen. Characters without a piece have no alternative, whatever their score.
     """
 
     def score(id: int) -> float:
@@ -151,7 +156,7 @@ def _unigram(
 def add_tokens(
     tokenizer: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int]
 ) -> None:
-    """Makes control pieces special tokens, and user-defined ones tokens that are looked for first."""
+    """Adds control and unknown pieces as special tokens, and user-defined pieces as added tokens."""
     tokenizer.add_special_tokens(
         [
             AddedToken(piece, special=True, normalized=False)
@@ -185,8 +190,8 @@ def _compare(tokenizer: tokenizers.Tokenizer, model: bytes) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     for text in PROBES:
         expected = reference.encode(text)
-        if (found := tokenizer.encode(text, add_special_tokens=False).ids) != expected:
+        if (ids := tokenizer.encode(text, add_special_tokens=False).ids) != expected:
             raise ConversionError(
-                f"a tokenizer.json of the SentencePiece model would encode {text!r} as {found}, not as "
+                f"a tokenizer.json of the SentencePiece model would encode {text!r} as {ids}, not as "
                 f"{expected}: programs that need one cannot use this vocabulary"
             )

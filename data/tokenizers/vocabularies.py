@@ -1,13 +1,14 @@
-"""Vocabularies: SentencePiece trained from a corpus and kept on disk, from a file, of a Hugging Face
-checkpoint, bytes, or a closed set of characters.
+"""Vocabularies: SentencePiece, Hugging Face tokenizers, bytes, or a fixed set of characters.
 
-A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is NFC
-already, code stays as it is), white space is kept, and characters it does not know become bytes.
-The one exception is U+2581, SentencePiece's own mark of a space, which comes back as U+2582. Runs
-of spaces up to `MAX_SPACES`, of newlines and of tabs are pieces of their own, so that an indentation
-is one token. Every digit is a token, and all printable ASCII characters are pieces.
+A SentencePiece vocabulary is read from a file, or trained from a corpus and stored on disk.
 
-Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (used where a task asks for it).
+A trained vocabulary is lossless: `decode(encode(x)) == x`. Text is not normalised (the corpus is
+already NFC, and code must not change), white space is preserved, and unknown characters become
+bytes. The one exception is U+2581, which SentencePiece uses for a space; it is decoded as U+2582.
+Runs of spaces up to `MAX_SPACES`, of newlines and of tabs are pieces, so that an indentation is one
+token. Every digit is a token, and all printable ASCII characters are pieces.
+
+Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (if a task adds it).
 """
 
 import hashlib
@@ -38,14 +39,12 @@ WHITE_SPACE_PIECES = (
     *(_SPACE * count for count in range(2, MAX_SPACES + 1)),
 )
 _REQUIRED = "".join(map(chr, range(0x21, 0x7F)))
-_NORMALIZATION = (
-    "2581\t2582\n"  # code points in hexadecimal, as SentencePiece's rule files have them
-)
-_MAX_LINE = 4000  # characters; longer lines are cut, for the trainer would skip them
+_NORMALIZATION = "2581\t2582\n"  # hexadecimal code points, the format of SentencePiece's rule files
+_MAX_LINE = 4000  # characters; longer lines are cut, because the trainer would skip them
 
 
 class Texts(Protocol):
-    """What a vocabulary can be trained from: a `Corpus`, or `DocumentFiles`."""
+    """Texts to train a vocabulary from, such as a `Corpus` or `DocumentFiles`."""
 
     @property
     def hash(self) -> str: ...
@@ -54,10 +53,10 @@ class Texts(Protocol):
     def sources(self) -> tuple[str, ...]: ...
 
     def size(self, source: str) -> int | None:
-        """Bytes of training text; None where they are not known."""
+        """Returns the bytes of training text of a source; None if unknown."""
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
-        """Training documents of about so many bytes, the same each time, from all over the source."""
+        """Yields the same training documents each time, about `num_bytes` of the whole source."""
 
 
 def sentencepiece(
@@ -71,23 +70,24 @@ def sentencepiece(
     extra_ids: int = 0,
     cache_dir: str | os.PathLike | None = None,
 ):
-    """The vocabulary of a corpus: trained when it is first asked for, then found on disk.
+    """Returns a SentencePiece vocabulary of a corpus; trains it once, then reads it from the cache.
 
     Args:
       corpus: the texts; only training documents are read.
-      size: number of pieces, special ones and 256 bytes included.
+      size: number of pieces, including special pieces and 256 bytes.
       algorithm: `bpe` or `unigram`. Both are lossless; BPE trains ten times faster.
-      sample_bytes: how much text to train on.
-      balance: a source of b bytes brings b ** balance shares of the sample.
-      character_coverage: share of all characters that get pieces of their own; the rest is bytes.
-      extra_ids: sentinels after the last piece, as for T5 span corruption.
-      cache_dir: where vocabularies are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
+      sample_bytes: bytes of text to train on.
+      balance: a source of b bytes gets a share of the sample proportional to b ** balance.
+      character_coverage: share of all characters that get their own pieces; the others become
+        bytes.
+      extra_ids: number of sentinels after the last piece, as for T5 span corruption.
+      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Returns:
       A `seqio.SentencePieceVocabulary`.
 
     Raises:
-      ValueError: the size does not fit the sample, or the algorithm is unknown.
+      ValueError: the sample does not allow this size, or the algorithm is unknown.
     """
     path = train(
         corpus=corpus,
@@ -102,7 +102,11 @@ def sentencepiece(
 
 
 def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
-    """The SentencePiece vocabulary in a `.model` file.
+    """Returns the SentencePiece vocabulary in a `.model` file.
+
+    Args:
+      path: the file.
+      extra_ids: number of sentinels after the last piece, as for T5 span corruption.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -119,21 +123,22 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
 
 
 def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text: bool = True):
-    """The vocabulary of a Hugging Face checkpoint, from its directory.
+    """Returns the vocabulary of a Hugging Face checkpoint.
 
     Args:
-      path: has tokenizer.json and what goes with it (data/tokenizers/hf_tokenizer.py), or only tokenizer.model,
-        which is read as `from_file` does.
-      extra_ids: sentinels after the last entry, as for T5 span corruption.
-      special_in_text: whether special tokens that are spelled in a text are encoded as such. False for
-        texts that must not end a turn, say.
+      path: directory with tokenizer.json and its accompanying files
+        (data/tokenizers/hf_tokenizer.py), or with tokenizer.model only, which is read by
+        `from_file`.
+      extra_ids: number of sentinels after the last entry, as for T5 span corruption.
+      special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
+        it to False for texts that must not end a turn.
 
     Returns:
       A `data.tokenizers.hf_vocabulary.HFTokenizerVocabulary`, or a `seqio.SentencePieceVocabulary`.
 
     Raises:
-      FileNotFoundError: there is no tokenizer.
-      ValueError: its files are damaged, or it cannot have so many extra ids.
+      FileNotFoundError: the directory has no tokenizer.
+      ValueError: its files are damaged, or the tokenizer does not allow extra ids.
     """
     folder = pathlib.Path(path)
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").exists():
@@ -147,7 +152,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
 
 
 def byte(*, extra_ids: int = 0):
-    """UTF-8 bytes: 259 ids, nothing to train."""
+    """Returns a vocabulary of UTF-8 bytes: 259 ids and `extra_ids`, without training."""
     cpu_tensorflow.load()  # which SeqIO imports
     import seqio
 
@@ -155,10 +160,13 @@ def byte(*, extra_ids: int = 0):
 
 
 def characters(*, symbols: str):
-    """Some ASCII characters, an id each after pad, EOS and unknown: nothing to train.
+    """Returns a vocabulary with one id per character after pad, EOS and unknown, without training.
+
+    Args:
+      symbols: the characters, each once.
 
     Raises:
-      ValueError: the characters are none, repeated, or not ASCII.
+      ValueError: there are no characters, or a character is repeated.
     """
     cpu_tensorflow.load()  # which SeqIO imports
     from data.tokenizers import character_vocabulary
@@ -176,10 +184,11 @@ def train(
     character_coverage: float,
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-    """Trains a vocabulary, or finds it; the arguments are those of `sentencepiece`.
+    """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments.
 
     Returns:
-      The `.model` file. `vocabulary.json` beside it says what it was trained from.
+      The path of the `.model` file. `vocabulary.json` beside it records the corpus and the
+      settings.
     """
     if algorithm not in ("bpe", "unigram"):
         raise ValueError(f"vocabulary algorithm {algorithm!r} is unknown; it is bpe or unigram")
@@ -238,7 +247,7 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
             eos_id=1,
             unk_id=2,
             bos_id=3,
-            num_threads=1,  # with more the file differs from run to run
+            num_threads=1,  # with several threads the file differs between runs
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
@@ -251,7 +260,7 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
 
 
 def _without_path(model: bytes) -> bytes:
-    """The model without the name of the rule file, a temporary one; the rules are compiled in."""
+    """Returns the model without the path of the temporary rule file, whose rules are compiled in."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -262,7 +271,7 @@ def _without_path(model: bytes) -> bytes:
 def _budgets(
     sizes: Mapping[str, int | None], sample_bytes: int, balance: float
 ) -> dict[str, float]:
-    """Bytes to take of each source; all that are wanted of one whose size is not known."""
+    """Returns {source: bytes to sample}; `sample_bytes` for a source of unknown size."""
     known = {source: size for source, size in sizes.items() if size}
     scale = sample_bytes / sum(size**balance for size in known.values()) if known else 0
     budgets = {source: min(size, scale * size**balance) for source, size in known.items()}
@@ -270,7 +279,7 @@ def _budgets(
 
 
 def _lines(corpus: Texts, sample_bytes: int, balance: float) -> Iterator[str]:
-    """Lines of whole documents of all sources, until each source's share is full."""
+    """Yields lines of whole documents of all sources, up to each source's share."""
     budgets = _budgets(
         {source: corpus.size(source) for source in corpus.sources}, sample_bytes, balance
     )

@@ -1,4 +1,4 @@
-"""Translated interface texts: gettext catalogues, and the JSON ones of Home Assistant."""
+"""Translated interface texts: gettext catalogues, and the JSON catalogues of Home Assistant."""
 
 import json
 import pathlib
@@ -19,20 +19,20 @@ MAX_MARKUP_SHARE = 0.3
 def gettext_texts(
     env: environment.Environment, package: str, locales: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """(catalogue, its translations in order) of each catalogue of a package in the given locales.
+    """Yields (catalogue, its texts in order) of each catalogue of a package in `locales`.
 
-    For English, where most packages ship no catalogue of their own, the messages themselves are
-    the text: those of the German catalogues.
+    Most packages ship no English catalogue. For English, the untranslated messages of the German
+    catalogues are then the texts.
     """
     import polib
 
-    found = _catalogues(env, package)
-    if "en" in locales and not any(locale == "en" for locale, *_ in found):
+    package_catalogues = _catalogues(env, package)
+    if "en" in locales and not any(locale == "en" for locale, *_ in package_catalogues):
         locales = ("de",)
         texts_of = _messages
     else:
         texts_of = _texts if "en" in locales else _translations
-    for locale, folder, domain, path in found:
+    for locale, folder, domain, path in package_catalogues:
         if locale in locales:
             texts = [text for entry in polib.pofile(str(path)) for text in texts_of(entry)]
             yield f"{folder}/{locale}/{domain}", [text for text in texts if is_prose(text)]
@@ -41,7 +41,7 @@ def gettext_texts(
 def gettext_pairs(
     env: environment.Environment, package: str, locales: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """(message, its translation) of every entry of one form in the catalogues of the given locales."""
+    """Yields (message, translation) of every entry without a plural, in catalogues in `locales`."""
     import polib
 
     for locale, *_, path in _catalogues(env, package):
@@ -55,13 +55,13 @@ def gettext_pairs(
 def _catalogues(
     env: environment.Environment, package: str
 ) -> list[tuple[str, str, str, pathlib.Path]]:
-    """(locale, folder, domain, path) of each catalogue of a package."""
-    found = []
+    """Returns (locale, folder, domain, path) of each catalogue of a package."""
+    catalogues = []
     for name, path in env.files(package, (".po",)):
         match = _CATALOGUE.match(name)
         if match:
-            found.append((match["locale"], match["folder"], match["domain"], path))
-    return found
+            catalogues.append((match["locale"], match["folder"], match["domain"], path))
+    return catalogues
 
 
 def _messages(entry) -> list[str]:
@@ -69,12 +69,12 @@ def _messages(entry) -> list[str]:
 
 
 def _texts(entry) -> list[str]:
-    """What an English catalogue shows: its own wording, or the message."""
+    """Returns the texts that an English catalogue displays: its own wording, or the message."""
     return [] if entry.obsolete else [entry.msgstr or entry.msgid, *entry.msgstr_plural.values()]
 
 
 def _translations(entry) -> list[str]:
-    """Translations of an entry; none where it is untranslated or marked as doubtful."""
+    """Returns the translations of an entry; none if it is untranslated, obsolete or fuzzy."""
     if entry.obsolete or entry.fuzzy:
         return []
     texts = [entry.msgstr, *entry.msgstr_plural.values()]
@@ -84,15 +84,15 @@ def _translations(entry) -> list[str]:
 def home_assistant_texts(
     env: environment.Environment, locales: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """(catalogue, its texts) of the Home Assistant panels in the given locales."""
-    found = {}
+    """Yields (catalogue, its texts) of the Home Assistant panels in `locales`."""
+    paths = {}
     for name, path in env.files("home-assistant-frontend", (".json",)):
         if match := _HASS.match(name):
-            found[match["folder"], match["locale"]] = path
-    for (folder, locale), path in sorted(found.items()):
+            paths[match["folder"], match["locale"]] = path
+    for (folder, locale), path in sorted(paths.items()):
         if locale not in locales:
             continue
-        english = found.get((folder, "en")) if locale != "en" else None
+        english = paths.get((folder, "en")) if locale != "en" else None
         untranslated = set(_leaves(_load(english))) if english else set()
         texts = [text for text in _leaves(_load(path)) if text not in untranslated]
         yield f"home-assistant/{folder}{locale}", [text for text in texts if is_prose(text)]
@@ -111,6 +111,6 @@ def _leaves(tree) -> Iterator[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a string says something: more than a letter, and not mostly placeholders."""
+    """Returns whether a string is prose: more than one character, and few placeholders and tags."""
     marked = sum(len(match.group()) for match in _MARKUP.finditer(text))
     return len(text.strip()) > 1 and marked <= MAX_MARKUP_SHARE * len(text)

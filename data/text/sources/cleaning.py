@@ -1,10 +1,9 @@
-"""Rules that keep a document, drop it with a reason, or trim what repeats in every file."""
+"""Cleaning rules: normalise a document, strip its licence header, or give a reason to drop it."""
 
 import re
 import unicodedata
 
-# A data table or minified file rather than something written by a person (the line rules that
-# public code corpora use).
+# Limits that exclude data tables and minified files, as in public code corpora.
 MAX_LINE_LENGTH = 1000
 MEAN_LINE_LENGTH = 120
 MIN_LETTER_SHARE = 0.25
@@ -22,16 +21,16 @@ _LICENCE = re.compile(r"licen[sc]e|copyright|all rights reserved", re.IGNORECASE
 
 
 def normalise(text: str) -> str:
-    """Unix line ends, composed characters (NFC), no byte-order mark, one newline at the end."""
+    """Returns the text in NFC, with Unix line ends, one final newline and no byte-order mark."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     return unicodedata.normalize("NFC", text).strip("\n") + "\n"
 
 
 def strip_licence(text: str) -> str:
-    """Drops a leading comment that is a licence or copyright notice.
+    """Returns the text without a leading comment that is a licence or copyright notice.
 
-    The same few hundred bytes stand at the head of thousands of files: kept, they would be most of
-    what a small model learns, and the longest text that training and validation share.
+    Thousands of files begin with the same few hundred bytes. A small model would mostly learn these
+    bytes, and they would be the longest text shared by training and validation.
     """
     for pattern in (_HASH_COMMENT, _SLASH_COMMENT, _BLOCK_COMMENT):
         head = pattern.match(text)
@@ -41,13 +40,13 @@ def strip_licence(text: str) -> str:
 
 
 def reason_to_drop(text: str, *, min_bytes: int, max_bytes: int, code: bool) -> str | None:
-    """Why a document should not enter the corpus, or None.
+    """Returns the reason to drop a document from the corpus, or None.
 
     Args:
       text: the document.
-      min_bytes: shortest document kept, in UTF-8 bytes.
-      max_bytes: longest document kept.
-      code: also apply the rules for files: not generated, no data tables, no minified lines.
+      min_bytes: minimum size of a document, in UTF-8 bytes.
+      max_bytes: maximum size of a document, in UTF-8 bytes.
+      code: also drop generated files, data tables and files with minified lines.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size < min_bytes:

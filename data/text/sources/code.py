@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from data.text.sources import document, environment
 
-# Permissively licensed packages that an installation of this project brings, or often has beside it.
-# The list is explicit so that a corpus does not depend on what else happens to be installed.
+# Permissively licensed packages that this project installs, or that are often installed beside it.
+# The list is explicit, so that a corpus does not depend on other installed packages.
 PYTHON_PACKAGES = (
     "python",
     "absl-py",
@@ -63,13 +63,13 @@ GENERATED_CPP = (".pb.h", ".pb.cc", ".pb.c", ".upb.h", ".upbdefs.h", ".h.inc", "
 
 
 def python_candidates(env: environment.Environment) -> Iterator[document.Candidate]:
-    """Python modules, whole."""
+    """Yields Python modules, each as a whole document."""
     for name, path in python_files(env):
         yield candidate(f"python/{name}", name, path)
 
 
 def cpp_candidates(env: environment.Environment) -> Iterator[document.Candidate]:
-    """C and C++ headers and sources, whole; generated ones left out."""
+    """Yields C and C++ headers and sources that are not generated, each as a whole document."""
     for package in CPP_PACKAGES:
         for name, path in env.files(package, CPP_SUFFIXES):
             if not name.endswith(GENERATED_CPP) and not any(part in name for part in SKIPPED_CPP):
@@ -80,7 +80,7 @@ def cpp_candidates(env: environment.Environment) -> Iterator[document.Candidate]
 
 
 def python_files(env: environment.Environment) -> Iterator[tuple[str, pathlib.Path]]:
-    """(name, path) of the Python modules worth reading."""
+    """Yields (name, path) of the Python modules that are not in `SKIPPED_PYTHON`."""
     for package in PYTHON_PACKAGES:
         for name, path in env.files(package, (".py",)):
             if not any(part in name for part in SKIPPED_PYTHON):
@@ -88,7 +88,7 @@ def python_files(env: environment.Environment) -> Iterator[tuple[str, pathlib.Pa
 
 
 def candidate(id: str, split_key: str, path: pathlib.Path) -> document.Candidate:
-    """A file read as UTF-8 when asked for."""
+    """Returns a candidate whose text is a UTF-8 file, read on demand."""
     return document.Candidate(
         id=id, read=lambda: path.read_bytes().decode("utf-8"), split_key=split_key
     )

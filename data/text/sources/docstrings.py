@@ -1,4 +1,4 @@
-"""Technical prose: the docstrings of a module, in order, as one document."""
+"""Technical prose: the docstrings of each module, in order, as one document."""
 
 import ast
 import functools
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from data.text.sources import code, document, environment
 
-MIN_DOCSTRING = 40  # shorter ones name a thing and say nothing about it
+MIN_DOCSTRING = 40  # characters; shorter docstrings only repeat a name
 
 
 def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
-    """One document per module that documents itself."""
+    """Yields one document per module; its text is empty if the module has no docstrings."""
     for name, path in code.python_files(env):
         read = functools.partial(_read, name, path)
         yield document.Candidate(id=f"docstrings/{name}", read=read, split_key=name)
@@ -20,20 +20,20 @@ def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
 
 def _read(name: str, path: pathlib.Path) -> str:
     text = path.read_bytes().decode("utf-8")
-    if '"""' not in text and "'''" not in text:  # parsing is the slow part
+    if '"""' not in text and "'''" not in text:  # parsing is slow
         return ""
     module = name.removeprefix("python/").removesuffix(".py").removesuffix("/__init__")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escapes
+            warnings.simplefilter("ignore")  # invalid escape sequences in packages
             tree = ast.parse(text)
-    except SyntaxError:  # written for another Python
+    except SyntaxError:  # written for another version of Python
         return ""
     return "\n\n".join(_sections(tree, module.replace("/", ".")))
 
 
 def _sections(node: ast.AST, name: str) -> Iterator[str]:
-    """Docstrings of a definition and of what it defines, each under its full name."""
+    """Yields the docstrings of a definition and its nested definitions, each under its full name."""
     docstring = ast.get_docstring(node)
     if docstring and len(docstring) >= MIN_DOCSTRING:
         yield f"{name}\n\n{docstring}"

@@ -1,4 +1,4 @@
-"""What a source hands to the corpus: documents that can be read, and where they come from."""
+"""The interface between sources and the corpus: candidate documents and their packages."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -11,11 +11,11 @@ class Candidate:
     """A whole document (a book, a file, an article) that has not been read yet.
 
     Attributes:
-      id: stable name, the same on every machine: the order of documents, what a byte cap keeps and
-        the validation split depend on nothing else.
+      id: stable name, equal on every machine. It determines the order of documents, and so which
+        documents a byte cap includes.
       read: returns the text. It may raise `UnicodeDecodeError`; an empty text is dropped.
-      split_key: documents of equal keys go to the same split, also across sources. The docstrings
-        and the code of one file share a key.
+      split_key: determines the split. Documents with equal keys are in the same split, also across
+        sources: the docstrings and the code of one file share a key.
     """
 
     id: str
@@ -24,7 +24,7 @@ class Candidate:
 
     @classmethod
     def of_text(cls, id: str, text: str) -> "Candidate":
-        """A candidate whose text is at hand."""
+        """Returns a candidate with an already known text."""
         return cls(id=id, read=lambda: text, split_key=id)
 
 
@@ -34,8 +34,9 @@ class Source:
 
     Attributes:
       packages: names of distributions, each optional; `python` is the standard library.
-      candidates: lists the documents that an environment holds, in any order.
-      files: documents are files of a package: licence heads are cut, generated files dropped.
+      candidates: environment -> its documents, in any order.
+      files: whether documents are files of packages, whose licence headers are stripped and which
+        are dropped if generated.
     """
 
     packages: tuple[str, ...]

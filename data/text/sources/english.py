@@ -14,7 +14,7 @@ _TOPICS_FILE = "pydoc_data/topics.py"
 
 
 def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
-    """Whole books and whole reference topics."""
+    """Yields whole reference topics and whole books."""
     yield from _topics(env)
     yield from _books(env)
 
@@ -28,7 +28,10 @@ def _topics(env: environment.Environment) -> Iterator[document.Candidate]:
 
 
 def _books(env: environment.Environment) -> Iterator[document.Candidate]:
-    """Cuts the one long text at the books; verse numbers are book * 10^6 + chapter * 10^3 + verse."""
+    """Yields the books of the Bible, cut from one text.
+
+    A verse number is book * 10^6 + chapter * 10^3 + verse.
+    """
     paths = [path for name, path in env.files(BIBLE, (".py",)) if name == _BIBLE_FILE]
     if not paths:
         return
@@ -49,7 +52,11 @@ def _books(env: environment.Environment) -> Iterator[document.Candidate]:
 
 
 def _assigned(path: pathlib.Path, name: str) -> ast.expr:
-    """The expression a module assigns to `name`, without running the module."""
+    """Returns the expression that a module assigns to `name`, without running the module.
+
+    Raises:
+      ValueError: the module does not assign the name.
+    """
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return statement.value

@@ -1,7 +1,7 @@
 """The installed packages and the standard library, as trees of files to read.
 
-Nothing here imports a package: files are found through their installation records, so reading the
-text of a package costs no import and runs none of its code.
+This module imports no package. Files are listed from the installation records, so reading the text
+of a package does not run its code.
 """
 
 import functools
@@ -26,12 +26,12 @@ def _find_distribution(name: str) -> importlib.metadata.Distribution | None:
 
 
 class Environment:
-    """Where sources look for files; tests pass one of their own.
+    """The packages and directories that sources read; tests pass their own.
 
     Args:
       stdlib: directory of the Python standard library, or None for none.
       include: directory of the C headers of Python, or None.
-      find: name of a package -> its distribution, or None where it is not installed.
+      find: name of a package -> its distribution, or None if it is not installed.
     """
 
     def __init__(
@@ -48,32 +48,32 @@ class Environment:
 
     @classmethod
     def current(cls) -> "Environment":
-        """The environment this process runs in."""
+        """Returns the environment of this process."""
         paths = sysconfig.get_paths()
         return cls(stdlib=pathlib.Path(paths["stdlib"]), include=pathlib.Path(paths["include"]))
 
     def versions(self, packages: Iterable[str]) -> dict[str, str]:
-        """Versions of those `packages` that are installed; `python` is the standard library."""
-        found = {}
+        """Returns {package: version} of installed `packages`; `python` is the standard library."""
+        installed = {}
         for name in packages:
             if name == "python":
                 if self.stdlib is not None:
-                    found[name] = platform.python_version()
+                    installed[name] = platform.python_version()
             elif (distribution := self._find(name)) is not None:
-                found[name] = distribution.version
-        return found
+                installed[name] = distribution.version
+        return installed
 
     def description(self, package: str) -> str:
-        """The long description (the README) in the metadata of a package, or ''."""
+        """Returns the long description (the README) in the metadata of a package, or ''."""
         distribution = self._find(package)
         if distribution is None:
             return ""
-        # A message object would decode the body; the raw text after the headers is the README.
+        # The raw text after the headers is the README; a message object would decode it.
         metadata = distribution.read_text("METADATA") or ""
         return metadata.partition("\n\n")[2]
 
     def files(self, package: str, suffixes: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
-        """(name, path) of the files of a package by suffix; `python` is the standard library."""
+        """Returns (name, path) of a package's files by suffix; `python` is the standard library."""
         if package == "python":
             return [] if self.stdlib is None else walk(self.stdlib, suffixes, prefix="python")
         return [(name, path) for name, path in self._all_files(package) if name.endswith(suffixes)]
@@ -94,7 +94,7 @@ class Environment:
 
 
 def standard_library() -> Environment:
-    """The standard library alone, so that its text depends on the version of Python and nothing else."""
+    """Returns an environment of the standard library, which depends only on Python's version."""
     stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
     return Environment(stdlib=stdlib, include=None, find=lambda name: None)
 
@@ -102,13 +102,13 @@ def standard_library() -> Environment:
 def walk(
     root: pathlib.Path, suffixes: tuple[str, ...], *, prefix: str
 ) -> list[tuple[str, pathlib.Path]]:
-    """(name, path) of the files under `root` by suffix, without `SKIPPED_DIRECTORIES`."""
-    found = []
+    """Returns (name, path) of the files under `root` by suffix, without `SKIPPED_DIRECTORIES`."""
+    files = []
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - SKIPPED_DIRECTORIES)
         relative = pathlib.PurePath(directory).relative_to(root).as_posix()
         for name in sorted(names):
             if name.endswith(suffixes):
                 inner = name if relative == "." else f"{relative}/{name}"
-                found.append((f"{prefix}/{inner}", pathlib.Path(directory) / name))
-    return found
+                files.append((f"{prefix}/{inner}", pathlib.Path(directory) / name))
+    return files

@@ -25,7 +25,7 @@ CHUNK = 8_000  # characters per document where a file is a long list of unrelate
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the packages name one language variant."""
+    """The names of one language variant in the packages."""
 
     locales: tuple[str, ...]
     script: str
@@ -33,12 +33,12 @@ class Variant:
 
     @property
     def quotes(self) -> tuple[str, ...]:
-        """Directories of mimesis, which writes `pt-br` for `pt_BR`."""
+        """Directory names in mimesis, which writes `pt-br` for `pt_BR`."""
         return tuple(locale.lower().replace("_", "-") for locale in self.locales)
 
     @property
     def panels(self) -> tuple[str, ...]:
-        """Names of Home Assistant, which writes `pt-BR`."""
+        """Locale names in Home Assistant, which writes `pt-BR` for `pt_BR`."""
         return tuple(locale.replace("_", "-") for locale in self.locales)
 
 
@@ -71,10 +71,10 @@ VARIANTS = {
 
 
 def candidates(env: environment.Environment, name: str) -> Iterator[document.Candidate]:
-    """Documents of one variant: a catalogue, an article collection, a dialogue or a page of quotes.
+    """Yields the documents of one variant: catalogues, articles, dialogues and pages of quotes.
 
-    A text stands once per variant, in the first document that holds it, so no text can be in both
-    splits.
+    Each text occurs once per variant, in the first document that contains it, so that no text is in
+    both splits.
     """
     variant = VARIANTS[name]
     seen: set[str] = set()
@@ -88,7 +88,7 @@ def candidates(env: environment.Environment, name: str) -> Iterator[document.Can
 
 
 def sources() -> dict[str, document.Source]:
-    """A source per variant: `lang_ar`, `lang_cs`, ..."""
+    """Returns one source per variant: `lang_ar`, `lang_cs`, ..."""
     return {
         f"lang_{name}": document.Source(PACKAGES, functools.partial(candidates, name=name))
         for name in VARIANTS
@@ -98,7 +98,10 @@ def sources() -> dict[str, document.Source]:
 def _collections(
     env: environment.Environment, variant: Variant
 ) -> Iterator[tuple[str, list[str], str]]:
-    """(id, texts, separator) of each document; passages first, so that they stay whole."""
+    """Yields (id, texts, separator) of each document.
+
+    Passages come first, so that deduplication leaves them whole.
+    """
     for id, texts in _declarations(env, variant):
         yield id, texts, "\n\n"
     for id, texts in _dialogues(env, variant):
@@ -113,7 +116,7 @@ def _collections(
 
 
 def _declarations(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
-    """Articles of the Universal Declaration of Human Rights, out of a text proto of samples."""
+    """Yields articles of the Universal Declaration of Human Rights, from a text proto of samples."""
     for name, path in env.files("gflanguages", (f"/{variant.script}.textproto",)):
         texts = re.findall(
             r'^\s*(?:tester|specimen_\d+): ("(?:[^"\\\n]|\\.)*")', path.read_text("utf-8"), re.M
@@ -145,7 +148,7 @@ def _quotes(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
 
 
 def _pages(texts: list[str]) -> Iterator[list[str]]:
-    """Cuts a list of texts into runs of about `CHUNK` characters."""
+    """Yields a list of texts in consecutive parts of about `CHUNK` characters."""
     page, size = [], 0
     for text in texts:
         page.append(text)

@@ -8,7 +8,7 @@ SUFFIXES = (".md", ".rst", ".html", ".txt", ".css", ".xml", ".toml", ".yaml", ".
 # Word lists, class labels, checksums and notices under the same suffixes.
 SKIPPED = ("licen", "copying", "notices", "_stopwords", "tensorflow_datasets/", "/iso", "test_data")
 
-# Packages read for the README in their metadata only.
+# Packages of which only the README in their metadata is read.
 README_PACKAGES = (
     "attrs",
     "beartype",
@@ -67,7 +67,7 @@ PACKAGES = (*code.PYTHON_PACKAGES, *README_PACKAGES)
 
 
 def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
-    """Whole files, and one README per package."""
+    """Yields whole files, and one README per package."""
     for package in code.PYTHON_PACKAGES:
         for name, path in env.files(package, SUFFIXES):
             if not any(part in name.lower() for part in SKIPPED):

@@ -14,7 +14,7 @@ SOURCES: dict[str, document.Source] = {
     **languages.sources(),
 }
 LANGUAGES = tuple(languages.sources())
-# What a group name stands for, in a list of sources and as a mixture.
+# Group -> its sources, in a list of sources and as a mixture.
 GROUPS: dict[str, tuple[str, ...]] = {
     "text": ("english", "docstrings"),
     "code": ("python", "cpp"),
@@ -24,10 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def resolve(names: Iterable[str]) -> tuple[str, ...]:
-    """Source names in catalogue order, with group names written out.
+    """Returns source names in the order of `SOURCES`, with groups replaced by their sources.
 
     Raises:
-      ValueError: for an unknown name, with the nearest valid ones.
+      ValueError: a name is unknown, or there are no names.
     """
     if isinstance(names, str):
         names = (names,)
@@ -42,7 +42,7 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """`did you mean ...?`, or all the valid names where none is close."""
+    """Returns `did you mean ...?` for an error message, or all valid names if none is similar."""
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
