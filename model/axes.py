@@ -23,7 +23,8 @@ POSITION = "position"  # rows of a learned position table
 LAYERS = "layers"  # the axis nn.scan adds
 EXPERT = "expert"  # stacked experts
 CHANNELS = "channels"  # output channels of convolutions
-CHANNELS_IN = "channels_in"  # input channels of convolutions; never split, because a name may occur only once in an array
+# Input channels of convolutions; never split, because a name may occur only once in an array.
+CHANNELS_IN = "channels_in"
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
 CONSTANT = "constant"  # rows of data stored among the parameters: see `constant`

@@ -129,13 +129,13 @@ def experts_of(
     """
 
     def make(**passed: Any) -> MixtureOfAttention:
-        one = attention(**{**passed, "name": None, "parent": None})
-        if type(one) is not Attention:
+        expert = attention(**{**passed, "name": None, "parent": None})
+        if type(expert) is not Attention:
             raise ValueError(
-                f"moa.experts_of: the experts are plain attentions, not {type(one).__name__}, whose own "
+                f"moa.experts_of: the experts are plain attentions, not {type(expert).__name__}, whose own "
                 "computation would be dropped. Use ATTENTION = @attention.Attention, or one method less."
             )
-        return moa(**{name: getattr(one, name) for name in _FIELDS}, **passed)
+        return moa(**{name: getattr(expert, name) for name in _FIELDS}, **passed)
 
     return make
 

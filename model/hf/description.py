@@ -164,9 +164,8 @@ def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     return dict(_native_shapes(_Same(model)))
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # called several times per import or export, and tracing a deep model takes seconds
+# An import or export calls this several times, and tracing a deep model takes seconds.
+@functools.lru_cache(maxsize=4)
 def _native_shapes(key: _Same) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = nn.unbox(jax.eval_shape(key.model.init, jax.random.key(0), tokens))["params"]
