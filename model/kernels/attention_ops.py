@@ -209,9 +209,8 @@ def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
     # JAX calls ROCm "gpu" too. On a machine without a GPU, tracing for "gpu" means CUDA.
     if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
         return "GPUs other than CUDA's"
-    biased = (
-        bias is not None or q_segments_BT is not None
-    )  # segments are passed to the kernel as a bias
+    # Segments are passed to the kernel as a bias.
+    biased = bias is not None or q_segments_BT is not None
     if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
         return "segments or a bias at odd lengths"  # the backward pass does not support odd lengths
     return ""

@@ -149,9 +149,8 @@ def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer:
       layer: index in the stack of layers under this path.
     """
     axis = -2 if path.endswith("/down/kernel") else -1
-    count = int(
-        mixture.drop_ratio * kernel.shape[axis] + 1e-9
-    )  # floating point: R * F may be slightly below an integer
+    # In floating point, R * F may be slightly below an integer.
+    count = int(mixture.drop_ratio * kernel.shape[axis] + 1e-9)
     if count == 0:
         return kernel
     owner, name = path.removesuffix("/kernel").rsplit("/", 1)
