@@ -52,8 +52,8 @@ _SILENT = {
 def describe(model: Transformer) -> dict[str, Any]:
     """Returns a model's settings by dotted name: 'config.num_layers', 'block.attention.softcap', ...
 
-    The entry 'layers' lists the window and rotation of each layer. A block whose settings differ from
-    those of the first block has its own entries for them, such as 'block_3.mlp'.
+    The entry 'layers' lists the window and rotation of each layer. Settings in which a block differs from
+    the first block have their own entries, such as 'block_3.mlp'.
     """
     config = model.config
     sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim")

@@ -114,7 +114,7 @@ def _places(block: int, config: TransformerConfig) -> list[tuple[int, tuple[int,
 def hf_shapes(
     pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the Hugging Face tensors of the pieces; `shapes` are those of the native arrays."""
+    """Returns the shapes of the pieces' Hugging Face tensors; `shapes` are the native arrays' shapes."""
     tensors: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         shape = shapes[piece.native][len(piece.native_at) :]

@@ -9,7 +9,7 @@ def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """Returns x[..., I] @ kernel[I, O] -> [..., O], in the operands' common dtype.
 
     On CPU the backward pass is written by hand, because the layout of the operands decides the speed
-    there (see `_direct`). The values are those of the plain product.
+    there (see `_direct`). The values equal the plain product's.
     """
     dtype = jax.numpy.result_type(x, kernel_IO)
     x, kernel_IO = x.astype(dtype), kernel_IO.astype(dtype)

@@ -108,7 +108,7 @@ class FullCache:
             return rolling(state, window, length=length, dtype=dtype)
         return self.keep(state, length=length, dtype=dtype)
 
-    # What policies override.
+    # Methods that policies override.
 
     def most(self, state: Reading) -> int | None:
         """Returns the number of prompt tokens to keep; None for all."""

@@ -26,8 +26,8 @@ def votes(
 ) -> jax.Array:
     """Returns the attention [B, K, G, S] that each slot receives, summed over the queries.
 
-    The weights are those of the layer: a softmax over all keys that a query sees. The sum is computed for
-    some queries at a time. Queries at position -1 do not count.
+    The weights are the layer's attention weights: a softmax over all keys that a query sees. The sum is
+    computed for some queries at a time. Queries at position -1 do not count.
     """
 
     def received(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -107,9 +107,9 @@ def best(scores_BXS: jax.Array, count: int) -> jax.Array:
 
 
 def hit_rate(weights_XS: jax.Array, chosen_XS: jax.Array, threshold: float) -> jax.Array:
-    """Returns the share of the attention weights above `threshold` that lies on chosen slots.
+    """Returns the share of the attention weights above `threshold` that is on chosen slots.
 
-    Equations 4 to 6 of arXiv 2404.14469; 1 where no weight is above the threshold.
+    Equations 4 to 6 of arXiv 2404.14469; 1 if no weight is above the threshold.
     """
     above_XS = weights_XS > threshold
     total = above_XS.sum()

@@ -80,7 +80,7 @@ class Selecting(FullCache):
         held = state.slots.take(scores.best(self.scores(state), budget))
         return held.stored_as(dtype).with_room(length).constrained()
 
-    # What policies override.
+    # Members that policies override.
 
     @property
     def observed(self) -> int:

@@ -64,7 +64,7 @@ def he_factors(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns independent U and V^T: U is drawn like columns of the dense kernel, V^T with variance 1/rank.
 
-    The outputs of U V^T have the same variance as those of the dense kernel, whatever the rank.
+    The outputs of U V^T have the same variance as the dense kernel's outputs, whatever the rank.
     """
     key_u, key_v = jax.random.split(key)
     u_XR = init(key_u, shape, jnp.float32)[:, :rank]
@@ -96,7 +96,7 @@ def decomposition(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the singular value decomposition of kernels W, or of the outputs X W for inputs X.
 
-    With a gram matrix X^T X of the inputs, the singular values are those of X W. The rank-r part of
+    With a gram matrix X^T X of the inputs, the result has the singular values of X W. The rank-r part of
     left * values @ right is then the rank-r matrix that changes X W least (SVD-LLM, arXiv 2403.07378).
 
     Args:

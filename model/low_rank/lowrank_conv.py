@@ -76,7 +76,7 @@ class LowRankConv(Conv):
     """A factorised convolution in the layers that `factorisation` selects; `Conv` elsewhere.
 
     Attributes:
-      factorisation: which layers, and how; ranks are those of the scheme's matrix.
+      factorisation: which layers, and how; ranks refer to the scheme's matrix.
       scheme: one of SCHEMES.
 
     Raises:

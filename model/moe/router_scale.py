@@ -1,6 +1,6 @@
 """Initial standard deviation of the last kernel of a router with a gated hidden layer.
 
-It is chosen so that the first logits have a given standard deviation.
+It is chosen so that the first logits have the standard deviation `logit_std`.
 
 Shapes: D width, M width of an embedding of a domain, F hidden width.
 """
@@ -19,7 +19,10 @@ def down_std(domain_dim: int, width: int, logit_std: float) -> float:
 
 
 def token_down_std(hidden: int, logit_std: float) -> float:
-    """Returns the same for the `down` [F, E] of an MlpRouter, whose `gate` and `up` give unit-variance Gaussians."""
+    """Returns the standard deviation of an MlpRouter's `down` [F, E] that gives logits with `logit_std`.
+
+    `gate` and `up` are assumed to give Gaussians of variance 1.
+    """
     return float(logit_std / np.sqrt(hidden * _silu_power(1.0)))
 
 

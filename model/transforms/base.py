@@ -1,4 +1,4 @@
-"""The interface of tree transforms, which compute a model's parameters from those of other models.
+"""The interface of tree transforms, which compute a model's parameters from other models' parameters.
 
 A transform needs only shapes to make its plan: a recipe for every parameter of the target. A recipe says which arrays
 of which sources are read, how the values are computed, in which slices, and where they come from in words. `apply`
@@ -56,8 +56,8 @@ class Recipe:
         It takes and returns numpy or JAX arrays; the executor casts to the target's dtype.
       slices: slices that `compute` accepts in place of whole arrays. "layers" is one row of the leading axis, which
         stacks layers; "rows" is any rows of the leading axis. Several outputs are always computed whole.
-      abstract_inputs: returns jax.ShapeDtypeStructs of the inputs, with shardings, from those of the outputs; None
-        if inputs have the shape of the outputs.
+      abstract_inputs: returns the inputs' jax.ShapeDtypeStructs, with shardings, from the outputs'
+        jax.ShapeDtypeStructs; None if inputs have the shape of the outputs.
       moments: returns an optimiser's moments of the outputs, from the moments of the inputs, the outputs and the
         averaged power of the gradient ('second': elementwise squares). None if moments cannot be transformed.
     """
@@ -75,7 +75,7 @@ class Recipe:
 
 
 class TreeTransform(Protocol):
-    """Makes a plan to compute the parameters of a target model from those of sources."""
+    """Makes a plan to compute a target model's parameters from the sources' parameters."""
 
     def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
         """Returns the recipes of all parameters of `target`.

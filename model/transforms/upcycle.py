@@ -77,7 +77,7 @@ def single(
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Raises TransformError if a model's parameters have other paths or shapes than those of the first."""
+    """Raises TransformError unless all models have parameters with the same paths and shapes."""
     first, *rest = sources
     for other in rest:
         paths = sorted({*first.shapes, *other.shapes})

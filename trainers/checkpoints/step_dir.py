@@ -188,9 +188,8 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
         try:
             result = read(step)
         except DamagedCheckpointError as error:
-            damaged.append(
-                error.with_traceback(None)
-            )  # a traceback would keep the arrays in memory
+            # A traceback would keep the arrays in memory.
+            damaged.append(error.with_traceback(None))
             continue
         if damaged:
             _log.warning("%s Reading step %s.", " ".join(map(str, damaged)), step.name)

@@ -125,9 +125,8 @@ def save(
     """
     path = step_dir.absolute(directory) / str(step)
     writer = _Handler()
-    plain = ocp.type_handlers.ArrayHandler(
-        array_metadata_store=None
-    )  # Orbax warns if this argument is missing.
+    # Orbax warns if this argument is missing.
+    plain = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, writer), (jax.Array, plain)
     )

@@ -1,6 +1,6 @@
 """The choice of the next token.
 
-Restrictions are those of Hugging Face's `generate`, in the same order: repetition penalty,
+Restrictions are as in Hugging Face's `generate`, in the same order: repetition penalty,
 temperature, top-k, top-p, min-p.
 
 Shapes: B batch, T prompt length, V vocabulary, C candidates.

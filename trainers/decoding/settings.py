@@ -62,7 +62,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beams:
-    """Settings of beam search; names and meaning are those of Hugging Face's GenerationConfig.
+    """Settings of beam search, with the names and meaning of Hugging Face's GenerationConfig.
 
     Attributes:
       num_beams: K, the number of beams of each prompt.

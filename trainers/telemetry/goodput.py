@@ -66,9 +66,8 @@ def process_start() -> float:
         import os
 
         with open("/proc/self/stat", encoding="ascii") as file:
-            ticks = int(
-                file.read().rpartition(")")[2].split()[19]
-            )  # field 22: start time after boot
+            # Field 22: start time after boot.
+            ticks = int(file.read().rpartition(")")[2].split()[19])
         since_boot = ticks / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
     except (OSError, ValueError, IndexError, AttributeError):
