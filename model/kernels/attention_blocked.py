@@ -88,13 +88,13 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _by_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [P, G, T, H]: one contiguous matrix per head."""
+    """Reshapes [B, T, N, H] -> [P, G, T, H], one contiguous matrix per head."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.swapaxes(1, 2).reshape(B * kv_heads, N // kv_heads, T, H)
 
 
 def _by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
-    """[P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
+    """Reshapes [P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
     return x_PGTH.reshape(batch, -1, *x_PGTH.shape[2:]).swapaxes(1, 2)
 
 

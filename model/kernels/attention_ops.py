@@ -42,7 +42,7 @@ def dot_product_attention(
     v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
+    """Returns softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
 
     Args:
       q_BTNH: queries.

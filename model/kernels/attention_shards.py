@@ -20,7 +20,8 @@ from model import axes
 def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
     """Returns the partition specs of queries and keys over batch and heads.
 
-    None if batch or heads do not divide evenly over the mesh, or if the length is split. Both specs are empty outside a mesh, on a mesh of one device, and inside a `shard_map`, where the
+    The result is None if batch or heads do not divide evenly over the mesh, or if the length is split.
+    Both specs are empty outside a mesh, on a mesh of one device, and inside a `shard_map`, where the
     arrays are already local.
     """
     mesh = jax.sharding.get_abstract_mesh()

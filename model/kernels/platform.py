@@ -26,7 +26,7 @@ def target_platform() -> str:
 
 @contextlib.contextmanager
 def use_platform(name: str) -> Iterator[None]:
-    """Context in which programs are traced for platform `name`, whatever devices this process has.
+    """Context manager that traces programs for platform `name`, whatever devices this process has.
 
     Raises:
       ValueError: `name` is not a known platform.
@@ -40,7 +40,7 @@ def use_platform(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_reference_forms() -> Iterator[None]:
-    """Context that uses reference implementations and overrides every `implementation` argument.
+    """Context manager that uses reference implementations and overrides every `implementation` argument.
 
     Reference implementations have no custom derivatives, so forward-mode and second derivatives work, as
     influence functions and tests need. Fast implementations support only first derivatives in reverse mode.

@@ -38,7 +38,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Context whose time counts as `part`."""
+        """Context manager that counts the time inside as `part`."""
         if part not in PARTS:
             raise ValueError(f"Unknown part {part!r}: choose from {PARTS}.")
         self._count()

@@ -167,7 +167,7 @@ class TensorBoardWriter:
 
 @contextlib.contextmanager
 def _written(path: str) -> Iterator[None]:
-    """Context that turns an OSError into a WriterError with the file's path and a fix."""
+    """Context manager that turns an OSError into a WriterError with the file's path and a fix."""
     try:
         yield
     except OSError as error:

@@ -37,7 +37,7 @@ class ProfilerWindow:
 
     @contextlib.contextmanager
     def step(self, step: int):
-        """Context around the dispatch of one step: marks it in the trace, and starts the trace when due."""
+        """Context manager around the dispatch of one step; marks the step and starts the trace when due."""
         if self._done == self.first_step:
             if self.directory is None:
                 raise ValueError("ProfilerWindow has no directory to write to.")
