@@ -1,4 +1,4 @@
-"""Self-attention module: projections, rotation and cache around one pure attention function.
+"""Self-attention module: projections, rotary embedding and cache around one attention function.
 
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
@@ -32,8 +32,9 @@ class Attention(Counted):
       out_bias: bias on the output projection.
       scale: factor on the logits; None for H^-1/2.
       softcap: c in c * tanh(logits / c), or None.
-      implementation: of training, see attention_ops.dot_product_attention; with a cache, prompts
-        take the form that suits platform and length, and attention over the cache has one form.
+      implementation: implementation used in training, see attention_ops.dot_product_attention.
+        Ignored with a cache: prompts use 'auto', and attention over the cache has one
+        implementation.
     """
 
     config: TransformerConfig
@@ -49,12 +50,12 @@ class Attention(Counted):
 
     @property
     def query_heads(self) -> int:
-        """N."""
+        """The number of query heads, N."""
         return self.config.num_heads
 
     @property
     def cache_heads(self) -> int:
-        """K, key/value heads that a cache stores."""
+        """The number of key/value heads that a cache stores, K."""
         return self.config.kv_heads
 
     @property
@@ -75,7 +76,7 @@ class Attention(Counted):
     def gate_heads(
         self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """Returns the heads as the output projection reads them; mixtures multiply them with gates here."""
+        """Returns the input of the output projection; mixtures multiply the heads by gates here."""
         del x_BTD, segments_BT
         return heads_BTNH
 
@@ -91,9 +92,10 @@ class Attention(Counted):
     ) -> tuple[jax.Array, Any]:
         """Returns (output [B, T, D], updated cache); the cache is None while training.
 
-        With a cache, tokens see what it holds by then, by position. Given segments_BT as well, they
-        see each other alone, by index and within equal segments, as in training: that is how a prompt
-        is read into an empty cache without its [T, T] scores ever being in memory.
+        With a cache and no segments_BT, the new tokens attend over the updated cache, masked by
+        position. With a cache and segments_BT, the new tokens attend only to each other, masked by
+        index and segment as in training. A prompt is read into an empty cache this way, so its
+        [T, T] scores are never in memory.
         """
         config = self.config
         q_BTNH = self._heads("query", self.query_heads, axes.HEADS, x_BTD)
@@ -132,7 +134,7 @@ class Attention(Counted):
                 v_BTKH,
                 q_segments_BT=segments_BT,
                 kv_segments_BS=segments_BT,
-                # A model that is bound to one form still reads prompts of any length.
+                # `implementation` may not support the prompt's length.
                 implementation=self.implementation if policy is None else "auto",
                 **form.arguments(),
             )

@@ -1,8 +1,8 @@
-"""Logical axis names: the only sharding vocabulary the models speak.
+"""Logical axis names, by which models describe the sharding of their arrays.
 
 Parameters and activations are annotated with these names; a rule set (trainers/partitioning.py) maps
-each name to mesh axes. Activation names are distinct because activations and parameters often shard
-differently: under FSDP a kernel's EMBED rows are split, while the residual stream's width is not.
+each name to mesh axes. Activations have their own names because they often shard differently from
+parameters: FSDP splits a kernel's EMBED rows but not the width of the residual stream.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ POSITION = "position"  # rows of a learned position table
 LAYERS = "layers"  # the axis nn.scan adds
 EXPERT = "expert"  # stacked experts
 CHANNELS = "channels"  # output channels of convolutions
-CHANNELS_IN = "channels_in"  # their input channels, never split: a name may occur once in an array
+# Input channels of convolutions; never split, because a name may occur only once in an array.
+CHANNELS_IN = "channels_in"
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
 CONSTANT = "constant"  # rows of data stored among the parameters: see `constant`
@@ -74,7 +75,7 @@ def parameter(
     shape: tuple[int, ...],
     dtype: Any,
 ) -> jax.Array:
-    """A parameter of `module` whose dimensions carry logical names."""
+    """Returns a parameter of `module` whose dimensions have logical names."""
     boxed = nn.with_logical_partitioning(init, names)
     return unboxed(module.param(name, boxed, shape, dtype, unbox=False))
 
@@ -86,21 +87,24 @@ def constant(
     shape: tuple[int, ...],
     dtype: Any,
 ) -> jax.Array:
-    """An array [rows, ...] of data that goes wherever the parameters of `module` go, and is never trained.
+    """Returns an array [rows, ...] that is stored among the parameters of `module` but never trained.
 
-    It has no gradient, and trainers/trainable.py keeps it from optimisers and decay.
+    It has no gradient, and trainers/trainable.py excludes it from optimisers and weight decay.
     """
     names = (CONSTANT, *(UNMODELED,) * (len(shape) - 1))
     return jax.lax.stop_gradient(parameter(module, name, init, names, shape, dtype))
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Whether a leaf of a tree is flax's box around an array, with logical names."""
+    """Returns whether a leaf is a flax box: an array with logical axis names."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def unboxed(value: Any) -> jax.Array:
-    """The array in flax's box, constrained to its sharding; with a rank, which need not divide, it is not."""
+    """Returns the array in a flax box, constrained to its sharding.
+
+    An array with a rank axis is not constrained, because the mesh need not divide the rank.
+    """
     if isinstance(value, nn.LogicallyPartitioned):
         return value.unbox(apply_constraint=RANK not in value.names)
     return cast(jax.Array, value)

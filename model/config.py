@@ -1,4 +1,4 @@
-"""Sizes and numeric policy of a decoder-only transformer: what parent and children share."""
+"""Sizes and numeric policy of a decoder-only transformer, shared by all of its modules."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -15,15 +15,16 @@ LAYER_KINDS = ("full", "sliding", "full_nope")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What differs between layers: attention window, rotary embedding, and depth.
+    """The settings that differ between layers: attention window, rotary embedding, and depth.
 
-    Kinds are equal if window and rotation are: depth is the layer's place, an array while tracing.
+    Two kinds are equal if their window and rotation are equal. Depth is not compared, because it may
+    be a traced array.
 
     Attributes:
       window: keys each query sees, itself included; None for all earlier keys.
       rope: whether queries and keys are rotated (Cohere2's full layers are not).
-      depth: number of the layer from 0: an int where layers are unrolled, an int32 scalar under `nn.scan`, where
-        one trace serves all repeats of the pattern; None for a module outside of a model.
+      depth: index of the layer, from 0. An int where layers are unrolled; an int32 scalar under `nn.scan`, which
+        traces the pattern once for all repeats; None for a module outside of a model.
     """
 
     window: int | None = None
@@ -43,11 +44,11 @@ class TransformerConfig:
       num_kv_heads: K key/value heads, dividing N; None for N (multi-head attention).
       head_dim: H; None for D / N.
       mlp_dim: F, the hidden width of the MLP (of each of gate and up when gated).
-      layer_pattern: repeated kinds of layers: 'full', 'sliding', 'full_nope' (no rotation).
+      layer_pattern: kinds of layers, repeated: 'full', 'sliding', 'full_nope' (no rotation).
       sliding_window: window of 'sliding' layers.
-      dtype: compute dtype of products and activations; norms, softmax, loss stay in float32.
+      dtype: compute dtype of products and activations; norms, softmax and loss use float32.
       param_dtype: dtype in which parameters are stored.
-      scan_layers: one traced layer looped by `nn.scan`, or every layer unrolled.
+      scan_layers: whether `nn.scan` loops over one traced period of the pattern; otherwise every layer is unrolled.
       remat: 'none'; 'full' saves only layer inputs; 'dots' also saves weight products.
 
     Raises:
@@ -116,7 +117,7 @@ class TransformerConfig:
         return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
-        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
+        """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""
         return (
             (axes.HEADS, self.num_heads, "num_heads"),
             (axes.KV_HEADS, self.kv_heads, "num_kv_heads"),
@@ -131,7 +132,7 @@ class TransformerConfig:
         )
 
     def layer_kind(self, layer: int) -> LayerKind:
-        """Returns the kind of layer `layer` (from 0)."""
+        """Returns the kind of the layer with index `layer`, from 0."""
         name = self.layer_pattern[layer % len(self.layer_pattern)]
         window = self.sliding_window if name == "sliding" else None
         return LayerKind(window=window, rope=name != "full_nope", depth=layer)

@@ -15,7 +15,7 @@ class Embed(nn.Module):
     Attributes:
       num_embeddings: V.
       features: D.
-      embedding_init: initialiser; std 0.02 keeps the tied head's first logits small, so that an
+      embedding_init: initialiser; with std 0.02 the first logits of a tied head are small, so an
         untrained model's loss is close to ln V.
       dtype: compute dtype of the looked-up rows.
       param_dtype: storage dtype.
@@ -42,14 +42,14 @@ class Positions(nn.Module):
     """A learned table of positions [P, D] (GPT-2).
 
     Attributes:
-      num_positions: P, the longest row the model can read.
+      num_positions: P, the length of the longest row the model can read.
       features: D.
       embedding_init: initialiser.
       dtype: compute dtype.
       param_dtype: storage dtype.
 
     Raises:
-      ValueError: rows longer than the table.
+      ValueError: a row is longer than P.
     """
 
     num_positions: int

@@ -1,8 +1,9 @@
 """Model FLOPs: two for each multiply-add of a product, as in PaLM (arXiv 2204.02311, appendix B).
 
-Recomputation (remat) does not count, and attention counts the keys that a query sees, not those that are masked.
-Every layer counts its own: a token meets each weight of a matrix once, which `Counted` does, and other layers say
-what differs. Layers read the shapes of their parameters, because only they have the rank of a factorised matrix.
+Recomputation (remat) is not counted. Attention counts only the keys that a query sees, not masked keys.
+Every layer counts its own FLOPs. The default, `Counted`, multiplies a token with each weight of a matrix once;
+layers that differ override it. Layers read the shapes of their parameters, because only these show the rank of a
+factorised matrix.
 """
 
 import math
@@ -15,11 +16,11 @@ from jax.extend.core import jaxprs_in_params
 
 from model import axes
 
-_MATRICES = ("kernel", "u", "v")  # u and v are factors of one
+_MATRICES = ("kernel", "u", "v")  # u and v are the factors of one kernel
 
 
 class Counted(nn.Module):
-    """A module in which a token meets every weight of every matrix once."""
+    """A module that multiplies each token with every weight of every matrix once."""
 
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
@@ -27,7 +28,7 @@ class Counted(nn.Module):
 
         Args:
           shapes: the module's own parameters or their shapes, of one layer, unboxed.
-          length: tokens per row; documents packed into a row see fewer keys and do less.
+          length: tokens per row, counted as one document; packed documents see fewer keys and need less.
         """
         return 2.0 * weights(shapes)
 
@@ -44,13 +45,13 @@ def weights(shapes: Mapping[str, Any]) -> int:
 
 
 def mean_keys(length: int, window: int | None = None) -> float:
-    """Returns the keys a query sees under the causal mask, itself included, on average over a row."""
+    """Returns the mean number of keys that a query sees under the causal mask, itself included."""
     window = min(window or length, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 def variable_shapes(model: Any, *arguments: Any) -> Any:
-    """Returns shapes and dtypes of the variables that `model.init` makes for arguments of these shapes."""
+    """Returns the shapes and dtypes of the variables that `model.init` makes for these argument shapes."""
 
     def init(*arguments: Any) -> Any:
         boxed = model.init(jax.random.key(0), *arguments)
@@ -62,11 +63,11 @@ def variable_shapes(model: Any, *arguments: Any) -> Any:
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Returns the FLOPs of the products and convolutions in a function's trace.
 
-    In grouped products (jax.lax.ragged_dot) every row belongs to one group.
+    A row of a grouped product (jax.lax.ragged_dot) counts once, because it belongs to one group.
 
     Args:
-      function: of arrays.
-      arguments: trees of arrays, or of their shapes and dtypes.
+      function: a function of arrays.
+      arguments: its arguments: trees of arrays, or of shapes and dtypes.
     """
     return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -75,7 +76,7 @@ def _flops_of(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         operands, name = [variable.aval for variable in equation.invars], equation.primitive.name
-        each = 0.0  # multiply-adds for each number of the result
+        each = 0.0  # multiply-adds for each element of the result
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             each = math.prod(operands[0].shape[axis] for axis in contracted)
@@ -86,7 +87,8 @@ def _flops_of(jaxpr: Any) -> float:
             dims = equation.params["ragged_dot_dimension_numbers"]
             (contracted, _), _ = dims.dot_dimension_numbers
             each = math.prod(operands[0].shape[axis] for axis in contracted)
-            if set(dims.lhs_ragged_dimensions) & set(contracted):  # each group has its rows only
+            # A group contracts only its own rows.
+            if set(dims.lhs_ragged_dimensions) & set(contracted):
                 each /= operands[2].size
         total += 2.0 * each * equation.outvars[0].aval.size if each else 0.0
         times = equation.params["length"] if name == "scan" else 1

@@ -1,8 +1,8 @@
-"""`Dense`: the one projection of attention, MLPs and experts.
+"""`Dense`: the projection that attention, MLPs and experts use.
 
-Factorised training, adapters, quantisation and influence taps each replace or intercept this one
-class, by the `dense` factory of the module that owns the projection. A head that is not tied is a table of
-rows like the embedding (model/embed.py), because the loss takes rows of the vocabulary as they are.
+Factorised training, adapters, quantisation and influence functions replace or intercept this class through the
+`dense` factory of the module that owns the projection. A head that is not tied is a table of rows like the
+embedding (model/embed.py), because the loss reads rows of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from model.axes import parameter
 from model.flops import Counted
 from model.kernels import matmul
 
-# Variance 1/fan_in keeps activations at unit scale; the tails are cut at two deviations.
+# Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -48,7 +48,7 @@ class Dense(Counted):
         return y
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x @ kernel; factorised and adapted projections override it."""
+        """Returns x @ kernel; factorised and adapted projections override it."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         return matmul.matmul(x, kernel.astype(self.dtype))

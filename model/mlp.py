@@ -30,7 +30,7 @@ class GatedMlp(Counted):
 
     Attributes:
       config: shared sizes.
-      kind: depth of this layer, for MLPs that read it.
+      kind: kind of this layer with its depth, for subclasses that read the depth.
       activation: name in ACTIVATIONS.
       use_bias: biases on all three projections.
       dense: factory of the projections.

@@ -12,9 +12,9 @@ class RMSNorm(nn.Module):
 
     Attributes:
       eps: added to the mean square.
-      offset: 1 stores gains as their distance from 1, so that decay draws them there (Gemma); they
-        start at 1 - offset.
-      scale_dims: trailing dimensions that own a gain: 1, or 2 for a gain per head and dimension.
+      offset: added to the stored gains, which start at 1 - offset. With 1, weight decay pulls the
+        effective gains towards 1 (Gemma).
+      scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
       param_dtype: dtype of the gain.
     """
 
@@ -34,12 +34,12 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale (Ba et al., arXiv 1607.06450), without bias unless asked.
+    """(x - mean) / std * scale (+ bias) (Ba et al., arXiv 1607.06450), by default without bias.
 
     Attributes:
       eps: added to the variance.
       use_bias: adds a learned bias (GPT-2).
-      scale_dims: trailing dimensions that own a gain: 1, or 2 for a gain per head and dimension.
+      scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
       param_dtype: dtype of gain and bias.
     """
 
@@ -60,9 +60,9 @@ class LayerNorm(nn.Module):
 
 
 def _gain(module, name: str, init, x: jax.Array) -> jax.Array:
-    """A parameter over the last `scale_dims` dimensions, shaped to broadcast against x."""
+    """Returns a parameter over the last `scale_dims` dimensions, with a shape that broadcasts against x."""
     dims = module.scale_dims
-    # A name may occur once in an array.
+    # An axis name may occur only once in an array.
     names, shape = (axes.UNMODELED, axes.NORM)[-dims:], x.shape[-dims:]
     value = axes.parameter(module, name, init, names, shape, module.param_dtype)
     return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + shape)

@@ -1,8 +1,8 @@
-"""What trainers and commands ask a model, beside flax's `init`, `apply` and `clone`.
+"""The interface of models that trainers and commands use, besides flax's `init`, `apply` and `clone`.
 
-`Model` is answered by every model (model/transformer.py, model/heads/, model/vision/resnet.py), `LanguageModel` by
-those that read tokens. Nobody probes a module for attributes or builds its factories to read their fields: a layer
-answers for itself by `settings` and `flops_per_token` (model/flops.py), and what wraps a layer passes the question on.
+Every model implements `Model` (model/transformer.py, model/heads/, model/vision/resnet.py); models of tokens also
+implement `LanguageModel`. Callers do not probe modules for attributes or build factories to read their fields: a layer
+has `settings` and `flops_per_token` (model/flops.py), and a wrapper of a layer forwards them.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ class AttentionSettings:
     """Settings of one layer's attention.
 
     Attributes:
-      query_heads: N, of all experts together.
+      query_heads: N, the sum over all experts.
       cache_heads: K, the key/value heads that a cache stores.
       head_dim: H.
-      experts: E attentions behind a router; 0 without a router.
-      top_k: experts whose heads a token mixes; None for all.
+      experts: number of attention experts, E; 0 without a router.
+      top_k: number of experts that a token mixes; None for all.
       shared_kv: whether all experts read the same keys and values.
     """
 
@@ -46,9 +46,9 @@ class MlpSettings:
 
     Attributes:
       kind: name of the class, for messages.
-      gated: whether it is down(act(gate) * up), or experts of that form.
-      experts: E MLPs behind a router; 0 without a router.
-      top_k: experts that a token uses; 1 without a router.
+      gated: whether the MLP, or each expert, is down(act(gate) * up).
+      experts: number of MLP experts, E; 0 without a router.
+      top_k: number of experts that a token uses; 1 without a router.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Sizes(Protocol):
     """A model's sizes: a dataclass that is recorded with every checkpoint."""
 
     def axis_sizes(self) -> Sequence[tuple[str, int, str]]:
-        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
+        """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""
         ...
 
 
@@ -80,8 +80,8 @@ class Model(Protocol):
 
     Attributes:
       config: its sizes.
-      row: what a row of a batch holds.
-      output: what it returns for a row: logits or rewards for each token, or logits of classes.
+      row: kind of data in a row of a batch.
+      output: kind of output for a row: logits or rewards of each token, or logits of classes.
     """
 
     @property
@@ -95,7 +95,7 @@ class Model(Protocol):
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def layer_settings(self) -> Sequence[LayerSettings]:
-        """Returns the settings of every layer by depth; none for models that are no transformer."""
+        """Returns the settings of every layer, by depth; an empty sequence unless it is a transformer."""
         ...
 
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
@@ -113,8 +113,8 @@ class LanguageModel(Model, Protocol):
     """A model of tokens.
 
     Attributes:
-      max_length: tokens of the longest row it can read; None for any.
-      inference_model: what is loaded for inference: itself, or itself without a head that only training reads.
+      max_length: number of tokens of the longest row that the model can read; None for no limit.
+      inference_model: the model for inference: this model, or a part of it without heads that only training uses.
     """
 
     @property
@@ -123,9 +123,9 @@ class LanguageModel(Model, Protocol):
     def inference_model(self) -> Any: ...
 
     def inference_params(self, params: Any) -> Any:
-        """Returns the parameters of `inference_model` among those of this model."""
+        """Returns the parameters of `inference_model`, a part of this model's parameters."""
         ...
 
     def cache_sizes(self, layer: int) -> CacheSizes:
-        """Returns the sizes of the key/value cache of layer `layer` (from 0), of a model that continues texts."""
+        """Returns the sizes of the key/value cache of layer `layer`, from 0, for models that generate text."""
         ...

@@ -1,7 +1,7 @@
 """The decoder-only transformer: blocks, the stack that scans them, and the language model on top.
 
-Sublayers are factories (`Block.attention`, `Block.mlp`, `Block.norm`, and `dense` under them), so a
-method swaps one class by a gin binding and leaves this file alone.
+Sublayers are factories (`Block.attention`, `Block.mlp`, `Block.norm`, and their `dense`), so a method
+replaces a class by a gin binding and does not change this file.
 
 Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the layer pattern.
 """
@@ -31,7 +31,7 @@ LAYOUTS = get_args(Layout)
 
 @flax.struct.dataclass
 class Hidden:
-    """hidden_BTD after the final norm, and the caches of all layers (None while training)."""
+    """The hidden states after the final norm, and the caches of all layers (None while training)."""
 
     hidden_BTD: jax.Array
     caches: Any = None
@@ -47,7 +47,7 @@ class Block(Counted):
       attention: factory, called with (config=, kind=, name=).
       mlp: factory, called with (config=, kind=, name=), of a module called with (x_BTD, segments_BT=).
       norm: factory, called with (name=).
-      post_norm: factory of norms on what attention and MLP return (Gemma 2), or None; as `norm`.
+      post_norm: factory of norms on the outputs of attention and MLP (Gemma 2), called with (name=), or None.
     """
 
     config: TransformerConfig
@@ -113,7 +113,7 @@ class Block(Counted):
 
 
 class Layers(nn.Module):
-    """Blocks `block_0` ... in order: one period of the pattern when scanned, else all L layers."""
+    """Blocks `block_0`, `block_1`, ...: one period of the layer pattern if scanned, otherwise all L layers."""
 
     config: TransformerConfig
     block: Callable[..., nn.Module]
@@ -128,7 +128,7 @@ class Layers(nn.Module):
         first: int | jax.Array = 0,
         **context: Any,
     ) -> tuple[jax.Array, Any]:
-        """Applies the blocks; the first has the depth `first`."""
+        """Applies the blocks in order; `first` is the depth of the first block."""
         new_caches = []
         for i in range(self.count):
             kind = dataclasses.replace(self.config.layer_kind(i), depth=first + i)
@@ -141,7 +141,7 @@ class Layers(nn.Module):
 
 
 def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:
-    """Returns a function (block, x) -> (x, cache) that saves for the backward pass what `config.remat` names."""
+    """Returns a function (block, x) -> (x, cache) with the rematerialisation of `config.remat`."""
 
     def apply(block: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         return block(x_BTD, cache=cache, **context)
@@ -151,7 +151,7 @@ def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, An
     policy = (
         None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     )
-    # Inside a scan the loop already keeps XLA from merging the two forward passes.
+    # Inside a scan, the loop already prevents XLA from merging the two forward passes.
     return nn.remat(apply, policy=policy, prevent_cse=not config.scan_layers)
 
 
@@ -163,8 +163,8 @@ class Transformer(nn.Module):
       block: factory of a layer, called with (config=, kind=, name=).
       norm: factory of the final norm.
       embed: factory of the token table.
-      position_embed: factory of a learned position table (GPT-2) of `num_positions` rows, or None.
-      tie_embeddings: the head is the token table; else its own rows [V, D], lm_head/embedding.
+      position_embed: factory of a learned position table (GPT-2) with `num_positions` rows, or None.
+      tie_embeddings: whether the head is the token table; otherwise it is lm_head/embedding [V, D].
       embed_scale: factor on the looked-up embeddings, rounded to the compute dtype (Gemma: sqrt(D)).
       logit_scale: factor on the logits (Cohere).
       logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
@@ -209,14 +209,14 @@ class Transformer(nn.Module):
         caches: Sequence[Any] | None = None,
         policy: CachePolicy | None = None,
     ) -> Hidden:
-        """Final hidden states.
+        """Returns the final hidden states and the caches.
 
         Args:
           tokens_BT: token ids.
-          positions_BT: position of each token within its document; 0, 1, 2, ... when None.
-          segments_BT: attention stays within equal segments; None for one document a row. With caches,
-            which must be empty then, tokens see only each other: a prompt is read.
-          caches: one state per layer (unrolled layers only), with `policy`.
+          positions_BT: position of each token within its document; None for 0, 1, 2, ...
+          segments_BT: tokens attend only within equal segments; None for one document per row. With
+            caches, which must then be empty, the tokens are a prompt and attend only to each other.
+          caches: one cache state per layer, with `policy`; needs unrolled layers.
           policy: cache policy; None while training.
         """
         if positions_BT is None:
@@ -250,23 +250,23 @@ class Transformer(nn.Module):
         repeats = self.config.num_layers // period
         scan = nn.scan(
             lambda layers, x_BTD, first: layers(x_BTD, None, first=first, **context),
-            # Whatever a block stores, sows or perturbs is stacked, and every layer draws for itself.
+            # Stack all collections of a block (parameters, sown values); every layer has its own RNGs.
             variable_axes={True: 0},
             split_rngs={True: True},
             length=repeats,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
         )
-        # A layer that reads its depth reads this; otherwise it is not in the compiled program.
+        # For layers that read their depth; if no layer does, it is not in the compiled program.
         first_depths = jnp.arange(repeats, dtype=jnp.int32) * period
         x_BTD, _ = scan(self.layers, x_BTD, first_depths)
         return x_BTD
 
     def head_VD(self) -> jax.Array:
-        """Rows of the output matrix."""
+        """Returns the output matrix [V, D]."""
         return self.token_embed.embedding if self.tie_embeddings else self.lm_head.embedding
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Scaled, soft-capped float32 logits [B, T, V] of hidden states."""
+        """Returns the scaled, soft-capped float32 logits [B, T, V] of hidden states."""
         logits_BTV = self.logit_scale * jnp.einsum(
             "btd,vd->btv",
             hidden_BTD,
@@ -278,10 +278,10 @@ class Transformer(nn.Module):
         return logits_BTV
 
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
-        """Logits [B, T, V]; arguments as in `hidden`."""
+        """Returns the logits [B, T, V]; arguments as in `hidden`."""
         return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
 
-    # What follows answers model/protocol.py; it is asked outside of `apply`.
+    # The interface of model/protocol.py, called outside of `apply`.
 
     @property
     def max_length(self) -> int | None:
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def hidden_flops(self, row: Arrays, variables: Any = None) -> float:
-        """Returns the same without logits."""
+        """Returns the FLOPs of a forward pass for one token, without logits."""
         tokens = row["decoder_input_tokens"]
         if variables is None:
             variables = flops.variable_shapes(self, jax.ShapeDtypeStruct((1, 1), tokens.dtype))
@@ -331,14 +331,14 @@ class Transformer(nn.Module):
         count = len(config.layer_pattern) if config.scan_layers else config.num_layers
         for layer in range(count):
             shapes = variables["params"]["layers"][f"block_{layer}"]
-            if config.scan_layers:  # the first axis is that of the scan
+            if config.scan_layers:  # the first axis is the scan's
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
             total += self._block(layer).flops_per_token(shapes, length=tokens.shape[-1])
         return total * (config.num_layers // count)
 
     @nn.nowrap
     def _block(self, layer: int) -> Any:
-        """Returns a layer's block as a record of its settings, without parameters."""
+        """Returns the block module of a layer, unbound, for its settings."""
         return self.block(
             config=self.config, kind=self.config.layer_kind(layer), name=f"block_{layer}"
         )

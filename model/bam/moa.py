@@ -1,8 +1,9 @@
-"""A mixture of attention experts: a token mixes the outputs of all, or of its `top_k` (BAM, arXiv 2408.08274).
+"""A mixture of attention experts: each token mixes all experts or its `top_k` (BAM, arXiv 2408.08274).
 
-MoA(x)_t = sum_j g_j(x_t) A_j(x)_t: the gates are the query's, and every expert attends over all tokens before it
-with its own keys and values, or with keys and values that all share. Experts are heads: E experts of h heads are E h
-heads, multiplied with gates before one output projection, so that caches, kernels and shardings work as for attention.
+MoA(x)_t = sum_j g_j(x_t) A_j(x)_t. The gates depend on the query token t. Every expert A_j attends over all tokens
+up to t, with its own keys and values or with keys and values that all experts share. E experts of h heads are
+implemented as E h heads, which are multiplied by their gates before one output projection. Caches, kernels and
+shardings therefore work as for plain attention.
 
 Shapes: B batch, T length, D width, E experts, K key/value heads, G query heads for each, H head dim. Heads are in
 the order [E, K, G] where experts have keys and values of their own, and [K, E, G] where they share them.
@@ -23,19 +24,21 @@ from model.protocol import AttentionSettings
 
 
 class MixtureOfAttention(Attention):
-    """Attention experts behind a router of their own.
+    """Attention experts with their own router.
 
-    The fields of `Attention` describe each expert; `config` counts the heads of one. The gates of all experts are sown as `router_probs` [B, T, E] into the collection 'intermediates', statistics into 'metrics'.
+    The fields of `Attention` describe one expert; `config` has the number of heads of one expert. The gates of all
+    experts are sown as `router_probs` [B, T, E] into the collection 'intermediates', and statistics into 'metrics'.
 
     Attributes:
       num_experts: E.
-      top_k: experts that a token mixes, by their probabilities; None for all of them (soft routing).
-      shared_kv: whether keys and values are one set for all experts, which makes the cache a dense model's.
+      top_k: the number of experts that a token mixes, weighted by their probabilities; None for all experts (soft
+        routing).
+      shared_kv: whether all experts share one set of keys and values; the cache is then as large as a dense model's.
       router: factory of the router's projection, computed in float32.
       balance_loss: weight of routing.balance_loss, for `top_k`.
 
     Raises:
-      ValueError: more experts per token than there are.
+      ValueError: `top_k` is larger than the number of experts.
     """
 
     num_experts: int = 4
@@ -71,7 +74,7 @@ class MixtureOfAttention(Attention):
 
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
-        """Counts all experts, whatever a token mixes: all queries, keys and values are computed."""
+        """Counts all experts: queries, keys and values of all experts are computed whatever `top_k` is."""
         own = {name: shapes[name] for name in shapes if name != "router"}
         router = routing.router_of(self).flops_per_token(shapes["router"], length=length)
         return router + super().flops_per_token(own, length=length)
@@ -79,9 +82,10 @@ class MixtureOfAttention(Attention):
     def gate_heads(
         self, heads_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """Multiplies heads with the gate of their expert."""
+        """Multiplies each head by the gate of its expert."""
         gates_BTE = self._gates(x_BTD, segments_BT).astype(heads_BTNH.dtype)
-        inner = self.config.num_heads // self.config.kv_heads  # heads that lie together
+        # The number of adjacent heads with the same gate.
+        inner = self.config.num_heads // self.config.kv_heads
         outer = self.config.kv_heads
         if not self.shared_kv:
             inner, outer = inner * outer, 1
@@ -89,7 +93,7 @@ class MixtureOfAttention(Attention):
         return heads_BTNH * gates_BTN[..., None]
 
     def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-        """The weight of each expert, 0 for those that a token does not mix, float32."""
+        """Returns each token's expert weights [B, T, E], float32; 0 for experts that it does not use."""
         logits_BTE = routing.router_of(self)(x_BTD)
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         self.sow("intermediates", "router_probs", probs_BTE)
@@ -114,24 +118,24 @@ def experts_of(
     attention: Callable[..., Any] = Attention,
     moa: Callable[..., MixtureOfAttention] = MixtureOfAttention,
 ) -> Callable[..., MixtureOfAttention]:
-    """Returns the `attention` factory of a model whose attentions become experts.
+    """Returns an `attention` factory that makes mixtures of attention experts.
 
     Args:
-      attention: factory of one expert; the mixture takes its settings.
-      moa: factory of the mixture, called with them.
+      attention: factory of one expert; the mixture uses the expert's settings.
+      moa: factory of the mixture, called with these settings.
 
     Raises:
-      ValueError: (the returned factory) `attention` makes another class than `Attention`.
+      ValueError: (raised by the returned factory) `attention` makes a class other than `Attention`.
     """
 
     def make(**passed: Any) -> MixtureOfAttention:
-        one = attention(**{**passed, "name": None, "parent": None})
-        if type(one) is not Attention:
+        expert = attention(**{**passed, "name": None, "parent": None})
+        if type(expert) is not Attention:
             raise ValueError(
-                f"moa.experts_of: the experts are plain attentions, not {type(one).__name__}, whose own "
+                f"moa.experts_of: the experts are plain attentions, not {type(expert).__name__}, whose own "
                 "computation would be dropped. Use ATTENTION = @attention.Attention, or one method less."
             )
-        return moa(**{name: getattr(one, name) for name in _FIELDS}, **passed)
+        return moa(**{name: getattr(expert, name) for name in _FIELDS}, **passed)
 
     return make
 

@@ -1,4 +1,4 @@
-"""A language model with a second head that predicts the reward: PPO's policy and critic in one body.
+"""A language model with a second head that predicts the reward: PPO's policy and critic share a backbone.
 
 Shapes: B batch, T length, D width, V vocabulary.
 """
@@ -18,12 +18,12 @@ from model.transformer import Hidden
 
 
 class ActorCritic(nn.Module):
-    """A language model, for losses of tokens, whose `__call__` also returns values.
+    """A language model whose `__call__` also returns values; token losses use it as a language model.
 
-    Parameters are `backbone/...`, the language model's, and `value_head/kernel` [D, 1], zeros at first.
+    The parameters are `backbone/...` of the language model and `value_head/kernel` [D, 1], initialised to zeros.
 
     Attributes:
-      backbone: a decoder-only module.
+      backbone: the language model, a decoder-only module.
       head: factory of the value head, called with (features=, axes=, kernel_init=, name=).
     """
 
@@ -79,7 +79,7 @@ class ActorCritic(nn.Module):
         return self.backbone.hidden(tokens_BT, **context)
 
     def head_VD(self) -> jax.Array:
-        """Rows of the language model's output matrix."""
+        """Returns the language model's output matrix [V, D]."""
         return self.backbone.head_VD()
 
     def values(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -87,6 +87,6 @@ class ActorCritic(nn.Module):
         return self.value_head(hidden_BTD.astype(jnp.float32))[..., 0]
 
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> tuple[jax.Array, jax.Array]:
-        """Logits [B, T, V] and values [B, T]."""
+        """Returns logits [B, T, V] and values [B, T]."""
         hidden_BTD = self.backbone.hidden(tokens_BT, **context).hidden_BTD
         return self.backbone.logits(hidden_BTD), self.values(hidden_BTD)

@@ -1,7 +1,7 @@
-"""Reward models: a language model's body with one number for each token in place of logits.
+"""Reward models: a language model's backbone with one reward per token in place of logits.
 
-The number at a token is a linear function of its final hidden state, as transformers' models for sequence
-classification with one label have it; the reward of a text is the number at its last token.
+The reward at a token is a linear function of its final hidden state, as in Hugging Face's models for sequence
+classification with one label. The reward of a text is the reward at its last token.
 
 Shapes: B batch, T length, D width.
 """
@@ -20,13 +20,14 @@ from model.protocol import Arrays, LayerSettings, Output, Row
 
 
 class RewardModel(nn.Module):
-    """Parameters are `backbone/...`, the language model's, and `reward_head/kernel` [D, 1].
+    """A language model's backbone and a linear reward head.
 
-    The language model's own head, if it is not its token table, is not among them. The reward head is computed in
-    float32 and begins with zeros, so that untrained rewards are equal.
+    The parameters are `backbone/...` of the language model and `reward_head/kernel` [D, 1]. A language model head
+    that is not tied to the token table is dropped. The reward head is computed in float32 and initialised to zeros,
+    so that untrained rewards are equal.
 
     Attributes:
-      backbone: a decoder-only module.
+      backbone: the language model, a decoder-only module.
       head: factory of the head, called with (features=, axes=, kernel_init=, name=).
     """
 
@@ -68,13 +69,16 @@ class RewardModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
-        """Rewards [B, T] after each token and all before it; arguments as in `Transformer.hidden`."""
+        """Returns the reward [B, T] of each prefix, at its last token; arguments as in `Transformer.hidden`."""
         hidden_BTD = self.backbone.hidden(tokens_BT, **context).hidden_BTD
         return scalar_head(self.head, "reward_head")(hidden_BTD.astype(jnp.float32))[..., 0]
 
 
 def scalar_head(head: Callable[..., nn.Module], name: str | None) -> nn.Module:
-    """Returns a projection [D, 1], zeros at first; without a name, `setup` names it after its attribute."""
+    """Returns a projection [D, 1], initialised to zeros.
+
+    Without a name, flax names a module made in `setup` after its attribute.
+    """
     return head(
         features=1,
         axes=(axes.EMBED, axes.UNMODELED),

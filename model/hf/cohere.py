@@ -1,8 +1,8 @@
 """Cohere (Command-R, Aya 23, Aya Expanse) and Cohere2 (Command R7B).
 
 Parallel blocks under one LayerNorm without bias, SwiGLU, interleaved rotation, tied embeddings, scaled
-logits. Cohere may norm queries and keys, with gains per head and dimension. In Cohere2 the layers that
-see everything have no positions at all (arXiv 2504.00698).
+logits. Cohere may norm queries and keys, with gains per head and dimension. In Cohere2 the layers
+without a window have no positional encoding (arXiv 2504.00698).
 """
 
 import functools
@@ -37,7 +37,7 @@ def _read2(fields: ConfigFields) -> Transformer:
         ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)],
     )
     pattern = fields.layer_pattern(_KINDS, types)
-    # Without a window transformers would rotate no layer.
+    # Without a window, Hugging Face's Cohere2 rotates no layer.
     window = fields.required("sliding_window") if "sliding" in pattern else None
     fields.neutral(
         head_dim=fields.required("hidden_size") // fields.required("num_attention_heads"),
@@ -86,7 +86,7 @@ def _write2(here: Mapping[str, Any]) -> dict[str, Any]:
         "full_attention" if (i + 1) % every == 0 else "sliding_attention"
         for i in range(here["config.num_layers"])
     ]:
-        windows["sliding_window_pattern"] = every  # as the first releases of transformers spell it
+        windows["sliding_window_pattern"] = every  # key in the first releases with Cohere2
     return {**_shared(here), **windows}
 
 

@@ -1,8 +1,8 @@
-"""Reading a config.json without guessing.
+"""Reads the fields of a config.json without guessing.
 
-What a field's absence means is the default of transformers' class, where that default has never
-changed; where it has, absence is an error. Fields that a class of transformers does not read do not
-change its maths and are left alone, whatever they say.
+An absent field has the default of the Hugging Face class if that default has never changed; otherwise
+absence is an error. Fields that the Hugging Face class does not read cannot change what it computes,
+so their values are ignored.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu",
     "relu": "relu",
 }
-# What the fields that are read may be.
+# The allowed types of the fields that are read.
 _COUNTS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
@@ -43,7 +43,7 @@ _FLAGS = {
 
 
 def _expected(key: str, value: Any) -> str | None:
-    """What a field should have been; None where its value is of the right kind, or null."""
+    """Returns the type that a field should have, in words; None if its value has it or is null."""
     if value is None:
         return None
     if key in _COUNTS:
@@ -63,11 +63,11 @@ def _expected(key: str, value: Any) -> str | None:
 
 
 class UnsupportedConfig(ValueError):  # noqa: N818
-    """A config.json that cannot be followed exactly; the message names the key and the remedy."""
+    """A config.json that this project cannot reproduce exactly; the message has the key and a fix."""
 
 
 class ConfigFields:
-    """The fields of a config.json of the family `family`."""
+    """The fields of a config.json of the model family `family`."""
 
     def __init__(self, family: str, fields: Mapping[str, Any]):
         self.family, self._fields = family, fields
@@ -81,35 +81,35 @@ class ConfigFields:
         return UnsupportedConfig(f"config.json ({self.family}): {key}{value}: {why}.")
 
     def get(self, key: str, default: Any) -> Any:
-        """The field, or the default that transformers has for it; null counts as absent."""
+        """Returns the field, or `default` if it is absent or null."""
         value = self.optional(key)
         return default if value is None else value
 
     def optional(self, key: str, default: Any = None) -> Any:
-        """The field, null included, or the default where it is absent.
+        """Returns the field, which may be null, or `default` if it is absent.
 
         Raises:
-          UnsupportedConfig: it is of another kind than such fields are, such as a text for a number.
+          UnsupportedConfig: the field has the wrong type, such as a string for a number.
         """
         if expected := _expected(key, self._fields.get(key)):
             raise self.error(key, f"it must be {expected}")
         return self._fields.get(key, default)
 
     def required(self, key: str) -> Any:
-        """The field.
+        """Returns the field.
 
         Raises:
-          UnsupportedConfig: it is absent or null.
+          UnsupportedConfig: the field is absent or null.
         """
         if (value := self.optional(key)) is None:
             raise self.error(key, "it is needed; add it as the model was trained")
         return value
 
     def present(self, key: str) -> Any:
-        """The field, null included.
+        """Returns the field, which may be null.
 
         Raises:
-          UnsupportedConfig: it is absent.
+          UnsupportedConfig: the field is absent.
         """
         if key not in self._fields:
             raise self.error(
@@ -118,7 +118,10 @@ class ConfigFields:
         return self.optional(key)
 
     def neutral(self, **values: Any) -> None:
-        """Refuses fields that are there and do not have the one value that is supported.
+        """Checks that fields are absent or have the only supported value.
+
+        Args:
+          **values: the supported value of each field.
 
         Raises:
           UnsupportedConfig: a field has another value.
@@ -128,14 +131,18 @@ class ConfigFields:
                 raise self.error(key, f"only {value!r} is supported")
 
     def activation(self, key: str, default: str) -> str:
-        """The project's name of an activation function."""
+        """Returns this project's name of the activation function in a field."""
         name = self.get(key, default)
         if name not in _ACTIVATIONS:
             raise self.error(key, f"supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def rope(self, layout: str = "half") -> Rope:
-        """The rotary embedding, by either spelling; its base must be there."""
+        """Returns the rotary embedding, from rope_parameters or from rope_scaling and rope_theta.
+
+        Raises:
+          UnsupportedConfig: the base is missing, or the kind of rotation is not supported.
+        """
         key = "rope_parameters" if self.optional("rope_parameters") else "rope_scaling"
         scaling = self.get(key, {})
         for name, value in scaling.items():
@@ -177,7 +184,9 @@ class ConfigFields:
         return Rope(scaling="none" if kind == "default" else kind, **settings)
 
     def whole_heads(self) -> None:
-        """Refuses widths that classes of transformers refuse, although head_dim makes them harmless.
+        """Checks that the heads divide the width.
+
+        Some Hugging Face classes require this even where head_dim makes it unnecessary.
 
         Raises:
           UnsupportedConfig: num_attention_heads does not divide hidden_size.
@@ -186,7 +195,7 @@ class ConfigFields:
             raise self.error("num_attention_heads", "it must divide hidden_size in this family")
 
     def layer_pattern(self, kinds: Mapping[str, str], types: list[str]) -> tuple[str, ...]:
-        """The shortest pattern that repeats to the layers' types, in the project's names."""
+        """Returns the shortest pattern whose repetition gives the layers' types, in this project's names."""
         count = self.required("num_hidden_layers")
         if len(types) != count:
             raise self.error("layer_types", f"{len(types)} types for {count} layers")
@@ -198,10 +207,13 @@ class ConfigFields:
         return next(names[:p] for p in periods if names[:p] * (count // p) == names)
 
     def sizes(self, **given: Any) -> TransformerConfig:
-        """The shared sizes by their usual keys; `given` ones win.
+        """Returns the shared sizes, read from their usual keys.
+
+        Args:
+          **given: sizes that replace the fields of config.json.
 
         Raises:
-          UnsupportedConfig: a key is missing, or the sizes do not fit each other.
+          UnsupportedConfig: a key is missing, or the sizes are inconsistent.
         """
         keys = {
             "vocab_size": "vocab_size",
@@ -227,7 +239,7 @@ class ConfigFields:
 
 
 def rope_fields(here: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of a described model in both spellings of config.json."""
+    """Returns the config.json fields of a described model's rotary embedding, in both spellings."""
     fields = {field.name: field.default for field in dataclasses.fields(Rope)}
     rope = {name: here.get(f"block.attention.rope.{name}", fields[name]) for name in fields}
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope["base"]}
@@ -248,5 +260,5 @@ _NAMES = {value: key for key, value in reversed(_ACTIVATIONS.items())}
 
 
 def activation_field(name: Any) -> str:
-    """The Hugging Face name of an activation; an unknown one is passed on, to be refused."""
+    """Returns the Hugging Face name of an activation; an unknown name is returned unchanged and fails later."""
     return _NAMES.get(name, str(name))

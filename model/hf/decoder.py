@@ -1,4 +1,4 @@
-"""What the families of decoders with rotary positions have in common: names of tensors and of sizes."""
+"""Tensor names and config.json keys shared by the families of decoders with rotary embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +41,7 @@ NORM_ROWS = (
 
 
 def size_fields(here: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a described model by their usual keys."""
+    """Returns the sizes of a described model under their usual config.json keys."""
     return {
         "vocab_size": here["config.vocab_size"],
         "hidden_size": here["config.embed_dim"],
@@ -54,11 +54,14 @@ def size_fields(here: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def window_field(here: Mapping[str, Any]) -> int | None:
-    """The window of the first layer that has one; the comparison of descriptions rejects several."""
+    """Returns the window of the first layer that has one.
+
+    Models with several windows are rejected later, when descriptions are compared.
+    """
     return next((window for window, _ in here["layers"] if window is not None), None)
 
 
 def type_fields(here: Mapping[str, Any]) -> dict[str, Any]:
-    """Window and kinds of the layers of a described model."""
+    """Returns the config.json fields of a described model's window and layer types."""
     types = ["full_attention" if w is None else "sliding_attention" for w, _ in here["layers"]]
     return {"sliding_window": window_field(here), "layer_types": types}

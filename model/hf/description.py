@@ -1,8 +1,8 @@
-"""What a model computes, as flat names and values, read off its modules.
+"""Describes the function that a model computes, as a flat dict of settings read from its modules.
 
-Factories may be any callables (gin's are), so their settings are read off what they return: a linen
-module that is called outside another one is an inert record of its fields. Two models of equal
-descriptions compute the same function of the same arrays.
+Factories may be any callables, such as gin's, so settings are read from the modules that they return:
+a linen module made outside another module only records its fields. Two models with equal descriptions
+compute the same function of the same parameters.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from model.rope import Rope
 from model.transformer import Transformer
 
-# How modules call the factories in their fields; only what the owner passes matters.
+# Arguments for calling the factories in a module's fields; their values do not enter the description.
 _TABLE = {"features": 1, "dtype": jnp.float32, "param_dtype": jnp.float32}
 _CALLS: dict[str, dict[str, Any]] = {
     "attention": {"name": "attention"},
@@ -38,9 +38,9 @@ _CALLS: dict[str, dict[str, Any]] = {
         **_TABLE,
     },
 }
-_SIZED = ("attention", "mlp", "shared")  # factories that are called with the shared sizes as well
-# Fields that say how, not what, or that the owner passes: they are compared where they are owned. Weights of
-# auxiliary losses change what is trained, not what is computed.
+_SIZED = ("attention", "mlp", "shared")  # factories that also take the shared sizes
+# Fields that are not compared here. Some do not change the computed function, such as the implementation and
+# the weights of auxiliary losses. Others are passed by the owner and compared there.
 _SILENT = {
     *("parent", "name", "config", "kind", "block", "implementation"),
     *("features", "num_embeddings", "axes", "dtype", "param_dtype"),
@@ -50,10 +50,10 @@ _SILENT = {
 
 
 def describe(model: Transformer) -> dict[str, Any]:
-    """The settings of a model by dotted names: 'config.num_layers', 'block.attention.softcap', ...
+    """Returns a model's settings by dotted name: 'config.num_layers', 'block.attention.softcap', ...
 
-    Layers' windows and rotations are listed per layer, as 'layers'. A block that is another one in some
-    layers than in the first has entries of its own, as 'block_3.mlp'.
+    The entry 'layers' lists the window and rotation of each layer. Settings in which a block differs from
+    the first block have their own entries, such as 'block_3.mlp'.
     """
     config = model.config
     sizes = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim")
@@ -100,7 +100,7 @@ def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _rope(rope: Rope) -> dict[str, Any]:
-    """The settings that the rope's scaling reads."""
+    """Returns the settings that affect the rotary embedding with its kind of scaling."""
     unread = {
         "none": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
         "linear": ("original_length", "low_freq_factor", "high_freq_factor"),
@@ -109,12 +109,12 @@ def _rope(rope: Rope) -> dict[str, Any]:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Where two descriptions differ, in words: 'block.attention.softcap is 50.0, not None'."""
+    """Returns the differences between two descriptions, such as 'block.attention.softcap is 50.0, not None'."""
     absent = object()
     words = []
     for name in [*here, *(name for name in there if name not in here)]:
         a, b = here.get(name, absent), there.get(name, absent)
-        # Parts of a part that is another one already say no more.
+        # If the owner differs, its difference is enough: skip its settings.
         owner = name.rpartition(".")[0]
         if owner in here and owner in there and here[owner] != there[owner]:
             continue
@@ -134,20 +134,20 @@ def _shown(value: Any) -> str:
 
 
 def _kind(window: int | None, rope: bool) -> str:
-    """The kind of a layer in words."""
+    """Returns a layer's kind in words."""
     seen = "seeing all" if window is None else f"of window {window}"
     return f"one {seen}{'' if rope else ' without rotation'}"
 
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        # Files hold decimals: a written sqrt(D) is the same setting.
+        # Files store decimals, so sqrt(D) changes slightly when written and read back.
         return a == b or math.isclose(a, b, rel_tol=1e-6)
     return bool(a == b)
 
 
 class _Same:
-    """A model as the key of a cache: itself, whatever its fields are equal to."""
+    """A cache key that compares models by identity, not by their fields."""
 
     def __init__(self, model: Transformer):
         self.model = model
@@ -160,11 +160,12 @@ class _Same:
 
 
 def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's parameters by path, as 'layers/block_0/mlp/up/kernel'."""
+    """Returns the shapes of the model's parameters by path, such as 'layers/block_0/mlp/up/kernel'."""
     return dict(_native_shapes(_Same(model)))
 
 
-@functools.lru_cache(maxsize=4)  # an exchange asks several times, and deep models trace for seconds
+# An import or export calls this several times, and tracing a deep model takes seconds.
+@functools.lru_cache(maxsize=4)
 def _native_shapes(key: _Same) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = nn.unbox(jax.eval_shape(key.model.init, jax.random.key(0), tokens))["params"]

@@ -1,4 +1,4 @@
-"""The families by their names, by a config.json, and by the models they can express."""
+"""Selects a family by its name, by a config.json, or by a model that it can express."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +11,15 @@ from model.hf.gpt2 import GPT2
 from model.hf.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from model.transformer import Transformer
 
-# The first that can express a model is chosen for it.
+# Exports use the first family that can express the model.
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, GEMMA2, COHERE, COHERE2, GPT2)
 
 
 def family_named(name: str) -> Family:
-    """The family of this model_type.
+    """Returns the family with this model_type.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such family.
     """
     for family in FAMILIES:
         if family.name == name:
@@ -28,10 +28,10 @@ def family_named(name: str) -> Family:
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json.
+    """Returns the family of a config.json.
 
     Raises:
-      UnsupportedConfig: its model_type is not supported, or it wants code of its own.
+      UnsupportedConfig: its model_type is not supported, or it needs remote code.
     """
     if config.get("auto_map"):
         raise UnsupportedConfig(
@@ -58,10 +58,10 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 
 
 def family_of_model(model: Transformer) -> Family:
-    """The first family that can express the model.
+    """Returns the first family that can express the model.
 
     Raises:
-      UnsupportedModel: none can; the message says why of each.
+      UnsupportedModel: no family can; the message has the reason for each.
     """
     reasons = []
     for family in FAMILIES:

@@ -1,8 +1,9 @@
-"""What a family of Hugging Face models is: its config.json, and the names of its tensors.
+"""A family of Hugging Face models: its config.json and the names of its tensors.
 
-A family is data and two functions: `read` makes a model of a config.json, `write` a config.json of a
-model's description (model/hf/description.py). What a family cannot express needs no list: the model
-that `read` makes of the written config.json must have the description it was written from.
+A family is data and two functions. `read` makes a model from a config.json; `write` makes the fields of
+a config.json from a model's description (model/hf/description.py). No list of unsupported features is
+needed: a model is supported if `read` returns a model with the same description from the written
+config.json.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from model.transformer import Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
-    """A model that a family cannot express; the message names the feature."""
+    """A model that a family cannot express; the message names the features."""
 
 
 class MismatchedTensors(ValueError):  # noqa: N818
-    """Tensors that are missing, that nothing explains, or of another shape; one message names all."""
+    """Tensors that are missing, unexpected, or of another shape; one message has all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,16 +30,16 @@ class Family:
     """One `model_type` of Hugging Face's transformers.
 
     Attributes:
-      name: the model_type, as 'cohere2'.
-      architectures: what config.json calls the class; exports name the first.
-      read: a Transformer of a config.json's fields. Its factories are `functools.partial`s of this
-        project's classes, so that whoever walks them finds every setting.
-      write: the family's own fields of config.json of a model's description.
+      name: the model_type, such as 'cohere2'.
+      architectures: the class names in config.json; exports write the first.
+      read: returns a Transformer from the fields of a config.json. Its factories are
+        `functools.partial`s of this project's classes, so that their settings can be inspected.
+      write: returns the family's own config.json fields from a model's description.
       rows: names of the arrays, see mapping.Row.
-      ignored: patterns of tensors that carry nothing (whole names).
-      tied: tensors that may lie beside the one they must be equal to, where the model has no array
-        for them: a head that is the embedding.
-      prefix: start of names that checkpoints of the model without its head lack.
+      ignored: patterns that match the whole names of tensors that carry no weights.
+      tied: for each tensor that the model has no array for, the tensor that it must be equal to if
+        the checkpoint has both, such as a tied head and the embedding.
+      prefix: prefix of tensor names that is missing in checkpoints of the model without its head.
     """
 
     name: str
@@ -53,19 +54,19 @@ class Family:
     prefix: str = "model."
 
     def model(self, config: Mapping[str, Any]) -> Transformer:
-        """The model that a config.json describes, with scanned layers, computing in its dtype.
+        """Returns the model of a config.json, with scanned layers and the dtype of config.json.
 
         Raises:
-          UnsupportedConfig: a field changes the maths in a way that is not supported, or a field
-            whose default differs between versions is absent.
+          UnsupportedConfig: a field has an unsupported value, or a field whose default differs
+            between versions of transformers is absent.
         """
         return self.read(ConfigFields(self.name, config))
 
     def config(self, model: Transformer) -> dict[str, Any]:
-        """The config.json of a model.
+        """Returns the config.json of a model.
 
         Raises:
-          UnsupportedModel: the family has no way to say it; the message names every feature.
+          UnsupportedModel: the family cannot express the model; the message names every feature.
         """
         here = describe(model)
         dtype = model.config.param_dtype
@@ -90,7 +91,7 @@ class Family:
         return config
 
     def pieces(self, model: Transformer) -> list[Piece]:
-        """Every array of the model as it is configured, scanned or unrolled.
+        """Returns the pieces of every array of the model, with layers scanned or unrolled.
 
         Raises:
           UnsupportedModel: the family has no tensor for an array.
@@ -103,16 +104,20 @@ class Family:
             ) from None
 
     def shapes(self, model: Transformer) -> dict[str, tuple[int, ...]]:
-        """Shapes of the Hugging Face tensors of the model, by name."""
+        """Returns the shapes of the model's Hugging Face tensors, by name."""
         return hf_shapes(self.pieces(model), native_shapes(model))
 
     def match(self, model: Transformer, on_disk: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Names on disk by the names of the pieces, of tensors whose shapes are `on_disk`.
+        """Returns the name on disk of each Hugging Face tensor of the model.
 
-        Tied tensors that are there have their entry too: the reader compares them by `tied`.
+        Tied tensors on disk have an entry too; the reader compares each with its original.
+
+        Args:
+          model: the model of the checkpoint's config.json.
+          on_disk: shapes of the checkpoint's tensors, by name.
 
         Raises:
-          MismatchedTensors: tensors are missing, unexplained or of another shape.
+          MismatchedTensors: tensors are missing, unexpected or of another shape.
         """
         expected = self.shapes(model)
         names = {self._name(name, expected): name for name in on_disk if not self._ignored(name)}

@@ -73,7 +73,7 @@ def _write(here: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_act": activation,
         "hidden_activation": activation,
         "attention_bias": bool(here.get("block.attention.qkv_bias")),
-        "query_pre_attn_scalar": max(1, round(scale**-2)),  # an integer in transformers
+        "query_pre_attn_scalar": max(1, round(scale**-2)),  # Hugging Face stores it as an integer
         "attn_logit_softcapping": here.get("block.attention.softcap"),
         "final_logit_softcapping": here["logit_softcap"],
     }

@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm and projections with biases, query, key and value in one tensor.
 
-Its projections lie as [in, out] on disk, so nothing is transposed.
+Its projections are stored as [in, out], so nothing is transposed.
 """
 
 import functools
@@ -61,7 +61,7 @@ def _write(here: Mapping[str, Any]) -> dict[str, Any]:
         "n_layer": here["config.num_layers"],
         "n_head": here["config.num_heads"],
         "n_inner": here["config.mlp_dim"],
-        # One function under two names; GPT-2's readers know this one.
+        # The function has two names; GPT-2 uses this one.
         "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
         "layer_norm_epsilon": here.get("norm.eps"),
         "scale_attn_weights": here.get("block.attention.scale") != 1.0,
@@ -100,7 +100,7 @@ GPT2 = Family(
             for leaf, theirs in (("kernel", "weight"), ("bias", "bias"))
         ),
     ),
-    # Masks that old checkpoints carry as tensors.
+    # Causal masks, which old checkpoints store as tensors.
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
     tied={"lm_head.weight": "transformer.wte.weight"},
     prefix="transformer.",

@@ -1,4 +1,4 @@
-"""Llama and its kin: sequential blocks, RMSNorm, gated MLPs, rotation by halves.
+"""Llama-like families: sequential blocks, RMSNorm, gated MLPs, half-split rotary embeddings.
 
 Mistral adds a window to every layer, Qwen2 biases on queries, keys and values, Qwen3 norms over the
 dimensions of each head, Mixtral a mixture of experts (arXiv 2401.04088).
@@ -75,7 +75,7 @@ def _gated(fields: ConfigFields, **settings: Any) -> Any:
 
 
 def _windowed(fields: ConfigFields, window: int | None) -> TransformerConfig:
-    """Sizes of a model whose layers all have this window, or none."""
+    """Returns the sizes of a model whose layers all have this window; None for no window."""
     kv_heads = fields.required("num_key_value_heads")
     pattern = ("full",) if window is None else ("sliding",)
     return fields.sizes(num_kv_heads=kv_heads, layer_pattern=pattern, sliding_window=window)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a model and its parameters in memory, for users of the library."""
+"""Loads a Hugging Face checkpoint as a model and its parameters in memory, for users of the library."""
 
 import concurrent.futures
 import os
@@ -13,15 +13,15 @@ from model.hf.files.safetensors_files import SafetensorsReader, read_json
 from model.hf.plan import Plan, plan
 from model.transformer import Transformer
 
-_ALIGNMENT = 64  # bytes; jax takes host arrays over without a copy from there on
+_ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a copy
 
 
 def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Transformer, Any]:
-    """A model, with scanned layers, and its parameters.
+    """Returns the model of a Hugging Face checkpoint, with scanned layers, and its parameters.
 
     Args:
-      directory: with config.json and safetensors.
-      dtype: of the parameters; None for what the files have.
+      directory: directory with config.json and safetensors files.
+      dtype: dtype of the parameters; None for the dtypes of the files.
 
     Returns:
       The linen module and its parameters, a nested dict of jax.Array: `model.apply({"params": params},
@@ -46,22 +46,22 @@ def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Tra
 
 
 def fill(checked: Plan) -> dict[str, np.ndarray]:
-    """The arrays of a plan, every tensor read once and put into its place by a few threads."""
+    """Returns the arrays of a plan; a few threads read every tensor once."""
     arrays = {path: _aligned(x.shape, x.dtype) for path, x in checked.arrays.items()}
     threads = min(4, len(os.sched_getaffinity(0)))
     with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        done = [
+        futures = [
             pool.submit(checked.fill, _place(arrays[path], piece.native_at), piece)
             for path, target in checked.arrays.items()
             for piece in target.pieces
         ]
-        for future in done:
+        for future in futures:
             future.result()
     return arrays
 
 
 def _place(array: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
-    where: Any = (*at, ...)  # With the dots a view even of a single number.
+    where: Any = (*at, ...)  # With `...` even a single number is a view.
     return array[where]
 
 

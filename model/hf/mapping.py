@@ -1,9 +1,9 @@
-"""The exchange of weights with Hugging Face as a table of pieces, read in either direction.
+"""The correspondence of native arrays and Hugging Face tensors as a table of pieces.
 
 A piece says that a region of a native array and a region of a Hugging Face tensor hold the same
-values. A family lists, once, how the arrays of a layer are called (rows); `pieces_of` spells the rows
-out for a model's layers and experts. Import copies from right to left and export from left to right, so
-that both are exact and neither needs a whole model in memory.
+values. A family lists the names of a layer's arrays once, as rows; `pieces_of` expands the rows for a
+model's layers and experts. Import copies tensors to arrays and export copies arrays to tensors, so both
+are exact and neither needs a whole model in memory.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ class Piece:
     """Equal regions of a native array and a Hugging Face tensor.
 
     Attributes:
-      native: path of the array, as 'layers/block_0/attention/query/kernel'.
-      native_at: leading indices of the region in it: place in the stack of layers, expert. The rest
-        of the array's dimensions belong to the region whole.
-      hf: name of the tensor, as 'model.layers.3.self_attn.q_proj.weight'.
-      hf_columns: (start, stop) of the region on the tensor's last axis; None for all of it.
-      transpose: the region's two dimensions are swapped: kernels are [in, out], torch's [out, in].
+      native: path of the array, such as 'layers/block_0/attention/query/kernel'.
+      native_at: leading indices of the region in the array: index in the stack of layers, expert. The
+        region covers the other dimensions of the array completely.
+      hf: name of the tensor, such as 'model.layers.3.self_attn.q_proj.weight'.
+      hf_columns: (start, stop) of the region on the tensor's last axis; None for the whole axis.
+      transpose: whether the region's two dimensions are swapped: kernels are [in, out], but [out, in]
+        in torch.
     """
 
     native: str
@@ -35,31 +36,31 @@ class Piece:
     transpose: bool = False
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """The native region: a view of the tensor."""
+        """Returns the values of the native region, a view of the tensor."""
         region = self.region(tensor)
         return region.T if self.transpose else region
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The tensor's region: a view of the native array."""
+        """Returns the values of the tensor's region, a view of the native array."""
         region = array[self.native_at]
         return region.T if self.transpose else region
 
     def region(self, tensor: np.ndarray) -> np.ndarray:
-        """The region of the tensor, a view to read or to write."""
+        """Returns the region of the tensor, a view to read or to write."""
         return tensor if self.hf_columns is None else tensor[..., slice(*self.hf_columns)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How a family calls one array of the model.
+    """A family's tensor name for one array of the model.
 
     Attributes:
-      native: path of the array; of a layer's arrays, the path inside its block.
-      hf: name of the tensor; `{layer}` is the layer's number, and `{expert}` that of the expert, of
-        arrays that hold the experts in their first dimension.
-      transpose: as of a piece.
-      joined: query, key and value side by side on the tensor's last axis (GPT-2): which of them, 0 to
-        2. All have as many heads then.
+      native: path of the array; for a layer's array, the path inside its block.
+      hf: name of the tensor. `{layer}` is the number of the layer. `{expert}` is the number of the
+        expert, for arrays whose first dimension is the experts.
+      transpose: see `Piece`.
+      joined: 0, 1 or 2 for query, key or value where the three are concatenated on the tensor's last
+        axis (GPT-2); they then have the same number of heads. None otherwise.
     """
 
     native: str
@@ -71,10 +72,10 @@ class Row:
 def pieces_of(
     rows: Iterable[Row], shapes: Mapping[str, tuple[int, ...]], config: TransformerConfig
 ) -> list[Piece]:
-    """The pieces of every array in `shapes`, a model's arrays by path.
+    """Returns the pieces of every array in `shapes`, the shapes of a model's arrays by path.
 
     Raises:
-      KeyError: no row for an array.
+      KeyError: an array has no row.
     """
     by_path = {row.native: row for row in rows}
     pieces = []
@@ -103,7 +104,7 @@ def pieces_of(
 
 
 def _places(block: int, config: TransformerConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """Numbers of the layers in an array of block `block`, and their leading indices."""
+    """Returns (layer number, leading indices) for each layer in the arrays of block `block`."""
     if not config.scan_layers:
         return [(block, ())]
     period = len(config.layer_pattern)
@@ -113,7 +114,7 @@ def _places(block: int, config: TransformerConfig) -> list[tuple[int, tuple[int,
 def hf_shapes(
     pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that the pieces make up; `shapes` are of the native arrays."""
+    """Returns the shapes of the pieces' Hugging Face tensors; `shapes` are the native arrays' shapes."""
     tensors: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         shape = shapes[piece.native][len(piece.native_at) :]

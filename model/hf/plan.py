@@ -1,4 +1,4 @@
-"""What goes where when a checkpoint of another layout is imported, settled before any weight is read."""
+"""Plans the import of a checkpoint of another layout, before any weight is read."""
 
 import dataclasses
 import functools
@@ -23,12 +23,12 @@ FLOATS = {
     "float16": np.dtype(np.float16),
     "float64": np.dtype(np.float64),
 }
-_BLOCK_BYTES = 1 << 24  # of a table in one block
-_READ_BYTES = 1 << 21  # at a time, to stay in the second cache
+_BLOCK_BYTES = 1 << 24  # bytes of a table in one block
+_READ_BYTES = 1 << 21  # bytes read at a time, to fit the L2 cache
 
 
 class UnsuitableDtypeError(ValueError):
-    """Weights that are not floats, or do not fit the dtype asked for."""
+    """Weights that are not floats, or do not fit the requested dtype."""
 
 
 class Source(Protocol):
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """An array to be made: its pieces cover it once."""
+    """An array to create; its pieces cover each element once."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,7 +54,7 @@ class Target:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Shape of its blocks: what one tensor holds of it, or rows of a table."""
+        """The shape of a block: the part of the array in one tensor, or some rows of a table."""
         piece = self.pieces[0]
         rest = self.shape[len(piece.native_at) :]
         if piece.native_at or not _is_table(piece):
@@ -64,18 +64,18 @@ class Target:
 
 
 def _is_table(piece: Piece) -> bool:
-    """Whether an array equals a tensor row by row, so that any rows may be copied alone."""
+    """Returns whether rows of the array are rows of one tensor, so that any rows can be copied alone."""
     return not piece.native_at and not piece.transpose and piece.hf_columns is None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An import: `arrays` by native path, made of tensors of `source`.
+    """The plan of an import.
 
     Attributes:
-      source: the tensors.
-      names: names in the source by the pieces' names.
-      arrays: what is made.
+      source: the tensors to read.
+      names: the name in the source of each Hugging Face tensor name in the pieces.
+      arrays: the arrays to create, by native path.
     """
 
     source: Source
@@ -87,7 +87,7 @@ class Plan:
         return sum(target.nbytes for target in self.arrays.values())
 
     def blocks(self, path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """The blocks of an array: where each begins, and its values."""
+        """Yields the blocks of an array, as (start indices, values)."""
         target = self.arrays[path]
         for piece in target.pieces:
             region = target.shape[len(piece.native_at) :]
@@ -100,12 +100,12 @@ class Plan:
                 yield start, values.reshape((1,) * len(piece.native_at) + values.shape)
 
     def fill(self, into: np.ndarray, piece: Piece, start: int = 0) -> None:
-        """Copies a piece into its place, some rows at a time.
+        """Copies a piece to an array, some rows at a time.
 
         Args:
-          into: the region of an array, or of a table its rows from `start` on.
-          piece: what belongs there.
-          start: row of the tensor to begin with, of tables.
+          into: the piece's region of the array; for a table, its rows from `start` on.
+          piece: the piece to copy.
+          start: for a table, the first row of the tensor to read.
         """
         name = self.names[piece.hf]
         info = self.source.tensors[name]
@@ -131,7 +131,7 @@ class Plan:
 def copy_cast(
     into: np.ndarray, values: np.ndarray, name: str, held: np.ndarray | None = None
 ) -> None:
-    """`tiles.copy` of a tensor called `name`.
+    """Copies a tensor with `tiles.copy`; `name` is used in the error.
 
     Raises:
       UnsuitableDtypeError: a value is too large for the dtype of `into`.
@@ -146,17 +146,17 @@ def copy_cast(
 
 
 def plan(family: Family, model: Transformer, source: Source, *, dtype: str | None = None) -> Plan:
-    """Where each tensor of `source` goes in `model`, all of them checked.
+    """Returns the plan of an import of `source` into `model`; all tensors are checked.
 
     Args:
-      family: of the checkpoint.
-      model: made of its config.json.
-      source: its tensors.
-      dtype: of all arrays; None for that of the tensors of each, the widest where they differ.
+      family: family of the checkpoint.
+      model: the model of the checkpoint's config.json.
+      source: the checkpoint's tensors.
+      dtype: dtype of all arrays; None gives each array the widest dtype of its tensors.
 
     Raises:
-      MismatchedTensors: tensors are missing, unexplained or of another shape, or a tied one differs.
-      UnsuitableDtypeError: a tensor is not of floats, or `dtype` is not the name of floats.
+      MismatchedTensors: tensors are missing, unexpected or of another shape, or a tied tensor differs.
+      UnsuitableDtypeError: a tensor or `dtype` is not a float type.
     """
     on_disk = {name: info.shape for name, info in source.tensors.items()}
     names = family.match(model, on_disk)
@@ -188,15 +188,15 @@ def plan(family: Family, model: Transformer, source: Source, *, dtype: str | Non
 
 
 def _check_tied(source: Source, copy: str, original: str) -> None:
-    """Compares row by row, so that two tables are never in memory whole."""
+    """Raises MismatchedTensors if two tensors differ; compares some rows at a time to save memory."""
     here, there = source.tensors[copy], source.tensors[original]
     same = here.dtype == there.dtype
     step = max(1, _BLOCK_BYTES * here.shape[0] // max(1, here.nbytes))
     for low in range(0, here.shape[0], step) if same else ():
-        one, two = np.empty((2, min(step, here.shape[0] - low), *here.shape[1:]), here.dtype)
-        source.read_into(copy, low, one)
-        source.read_into(original, low, two)
-        same = same and np.array_equal(one.view(np.uint8), two.view(np.uint8))
+        rows, tied_rows = np.empty((2, min(step, here.shape[0] - low), *here.shape[1:]), here.dtype)
+        source.read_into(copy, low, rows)
+        source.read_into(original, low, tied_rows)
+        same = same and np.array_equal(rows.view(np.uint8), tied_rows.view(np.uint8))
     if not same:
         raise MismatchedTensors(
             f"{copy} differs from {original}, which config.json ties it to. If the model has a head of "
@@ -205,9 +205,9 @@ def _check_tied(source: Source, copy: str, original: str) -> None:
 
 
 def narrow_names(plan: Plan) -> dict[str, Any]:
-    """Dtypes, by name of the piece, of tensors narrower than the array they became a part of.
+    """Returns the dtypes of tensors whose dtype differs from their array's, by Hugging Face name.
 
-    An array has one dtype; an export needs these to restore each tensor's dtype.
+    An array has one dtype; an export needs these to restore the dtype of each tensor.
     """
     return {
         piece.hf: plan.source.tensors[plan.names[piece.hf]].dtype.name

@@ -1,10 +1,10 @@
-"""Attention for CPUs: row blocks against only the keys they may see, with a written-out backward.
+"""Attention for CPUs: each block of query rows is multiplied only with the keys that it may see.
 
-Causal attention needs half of the score matrix, and what it needs should stay in the cache of a core.
-A few heads at a time are processed in a loop; each block of query rows meets the keys up to its last
-row (from its window's start); the backward pass recomputes the scores from the output and the
-log-sum-exp, which is all that is saved. Flash attention's algorithm (Dao, arXiv 2307.08691) with the
-key loop left to the matrix product.
+Causal attention needs half of the score matrix, and the scores in use should fit a core's cache. A loop
+processes a few heads at a time. Each block of query rows is multiplied with the keys from the start of
+its window to its last row. The backward pass is written by hand: it saves only the output and the
+log-sum-exp, and recomputes the scores. This is flash attention (Dao, arXiv 2307.08691), with one matrix
+product in place of the loop over keys.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim,
 P = B * K pairs of row and key/value head, R rows of a block, C keys a block sees.
@@ -16,16 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_MASKED = -1e30  # as in attention_ops: finite, and half of it bounds the row maximum
-BLOCK = (
-    128  # rows: products this tall run at full rate, and scores of four heads fit a core's cache
-)
-MAX_BLOCKS = 32  # the blocks are unrolled, so long rows take taller blocks
-HEADS_AT_ONCE = 4  # query heads per trip of the loop
+_MASKED = -1e30  # as in attention_ops: finite; the row maximum is at least half of it
+# Query rows: products of this height run at full rate, and scores of 4 heads fit a core's cache.
+BLOCK = 128
+MAX_BLOCKS = 32  # blocks are unrolled, so long rows use larger blocks
+HEADS_AT_ONCE = 4  # query heads per iteration
 
 
 class _Form(NamedTuple):
-    """The static part of a call."""
+    """The static arguments of a call."""
 
     causal: bool
     window: int | None
@@ -45,7 +44,7 @@ def blocked_attention(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention in index order on one device; arguments as in attention_ops."""
+    """Returns attention on one device, masked by index; arguments as in attention_ops."""
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
     segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
     return _attend(_Form(causal, window, scale, softcap), q_BTNH, k_BSKH, v_BSKH, segments)
@@ -59,7 +58,7 @@ def _attend(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
 def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_PGTH = _by_head(q_BTNH * form.scale, K)  # once per query rather than once per score
+    q_PGTH = _by_head(q_BTNH * form.scale, K)  # scale the queries, which are fewer than the scores
     k_PSH, v_PSH = (_by_head(x, K)[:, 0] for x in (k_BSKH, v_BSKH))
     if segments is not None:
         segments = tuple(jnp.repeat(x, K, axis=0) for x in segments)
@@ -89,18 +88,18 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _by_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [P, G, T, H]: one contiguous matrix per head."""
+    """Reshapes [B, T, N, H] -> [P, G, T, H], one contiguous matrix per head."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.swapaxes(1, 2).reshape(B * kv_heads, N // kv_heads, T, H)
 
 
 def _by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
-    """[P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
+    """Reshapes [P, G, T, H] -> [B, T, N, H], the inverse of `_by_head`."""
     return x_PGTH.reshape(batch, -1, *x_PGTH.shape[2:]).swapaxes(1, 2)
 
 
 def _groups(pairs: int, heads: int) -> int:
-    """Trips of the loop: about HEADS_AT_ONCE of the pairs * heads query heads in each."""
+    """Returns the number of iterations, each with about HEADS_AT_ONCE of the pairs * heads query heads."""
     size = max(1, HEADS_AT_ONCE // heads)
     while pairs % size:
         size -= 1
@@ -119,7 +118,7 @@ def _over_groups(function, arrays):
 
 
 def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
-    """Row blocks, each with the range of keys that any of its rows may see."""
+    """Returns the row blocks, each with the range of keys that any of its rows may see."""
     rows = max(BLOCK, -(-T // MAX_BLOCKS // BLOCK) * BLOCK)
     blocks = []
     for start in range(0, T, rows):
@@ -135,7 +134,7 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
     row_axis, key_axis = axes
 
     def along(x: jax.Array, axis: int) -> jax.Array:
-        """[1 or P, length] laid along an axis of the scores."""
+        """Reshapes [1 or P, length] to broadcast along an axis of the scores."""
         shape = [x.shape[0], 1, 1, 1]
         shape[axis] = x.shape[1]
         return x.reshape(shape)
@@ -157,7 +156,7 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
 
 
 def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Soft-capped scores and the cap's derivative, None without a cap."""
+    """Returns the soft-capped scores and the derivative of the cap; None without a cap."""
     if form.softcap is None:
         return scores, None
     t = jnp.tanh(scores / form.softcap)
@@ -165,7 +164,7 @@ def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None
 
 
 def _forward(form: _Form, arrays):
-    """(out [P, G, T, H], log-sum-exp [P, G, T])."""
+    """Returns (out [P, G, T, H], log-sum-exp [P, G, T])."""
     q_PGTH, k_PSH, v_PSH, segments = arrays
     dot = _wide_dot(q_PGTH)
     outs, sums = [], []
@@ -175,7 +174,7 @@ def _forward(form: _Form, arrays):
         top = jnp.maximum(s.max(-1, keepdims=True), _MASKED / 2)
         p = jnp.exp(s - top)
         total = p.sum(-1, keepdims=True)
-        total = jnp.where(total > 0, total, 1)  # rows that see nothing: out = 0
+        total = jnp.where(total > 0, total, 1)  # rows that see no key: out = 0
         o = dot("pgrc,pch->pgrh", p.astype(v_PSH.dtype), v_PSH[:, keys])
         outs.append((o / total).astype(q_PGTH.dtype))
         sums.append((top + jnp.log(total))[..., 0])
@@ -183,10 +182,10 @@ def _forward(form: _Form, arrays):
 
 
 def _backward(form: _Form, arrays):
-    """(dq [P, G, T, H], dk [P, S, H], dv [P, S, H]).
+    """Returns (dq [P, G, T, H], dk [P, S, H], dv [P, S, H]).
 
-    Everything is turned, keys first: then the products for keys and values, two of the three, take
-    their operands as they lie, and only the queries' gradient is made transposed and turned back.
+    Scores are transposed, with keys first. The products for dk and dv then use their operands without
+    a transposition; only dq is computed transposed and transposed back.
     """
     q_PGTH, k_PSH, v_PSH, segments, lse_PGT, delta_PGT, dout_PGTH = arrays
     S = k_PSH.shape[1]
@@ -203,7 +202,7 @@ def _backward(form: _Form, arrays):
         ds = p * (dot("pch,pgrh->pcgr", v, dout) - delta_PGT[:, None, :, rows])
         if slope is not None:
             ds = ds * slope
-        # Both operands contract their rows: XLA's CPU backend has no such product of bfloat16s.
+        # Both operands contract their rows; XLA's CPU backend cannot do this with bfloat16.
         dq = dot("pch,pcgr->phgr", k.astype(ds.dtype), ds).astype(q.dtype)
         dqs.append(dq.transpose(0, 2, 3, 1))
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
@@ -215,6 +214,6 @@ def _backward(form: _Form, arrays):
 
 
 def _wide_dot(operand: jax.Array):
-    """einsum with sums in float32 at least."""
+    """Returns an einsum that accumulates in float32 or wider."""
     wide = jnp.promote_types(operand.dtype, jnp.float32)
     return functools.partial(jnp.einsum, preferred_element_type=wide)

@@ -1,8 +1,7 @@
-"""Scaled dot-product attention behind one function, in the form that suits the device.
+"""Scaled dot-product attention: one function, whose implementation is chosen by the device.
 
-The plain form below is the meaning; the fast forms agree with it in values and gradients and are
-picked by platform. A query row that may see no key at all (padding) yields exactly zero, and zero
-gradients.
+The plain implementation below is the reference. The fast implementations have the same values and
+gradients. A query row that may see no key (padding) has output zero and zero gradients, exactly.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -21,7 +20,7 @@ from model.kernels.platform import reference_forms, target_platform
 Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
 IMPLEMENTATIONS = get_args(Implementation)
 
-# Far below any logit, and finite, so that no inf - inf arises; half of it bounds the row maximum.
+# Far below any logit, and finite, to avoid inf - inf. The row maximum is clipped to at least half of it.
 _MASKED = -1e30
 
 
@@ -43,16 +42,16 @@ def dot_product_attention(
     v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
+    """Returns softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
 
     Args:
       q_BTNH: queries.
       k_BSKH: keys; K divides N, and query head n reads key/value head n // (N / K).
       v_BSKH: values.
-      q_positions_BT: position of every query; with kv_positions_BS, "earlier" means by position
-        (decoding against a cache). None means by index (training, packed rows included).
-      kv_positions_BS: position of every key; -1 marks an empty slot that nobody sees. [B, X, S] where
-        heads see different slots: X is a multiple of K and divides N.
+      q_positions_BT: position of every query. With kv_positions_BS, the causal mask compares positions
+        (decoding with a cache). None compares indices (training, packed rows included).
+      kv_positions_BS: position of every key; -1 marks an empty slot, which no query sees. [B, X, S]
+        where heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; None for the queries' segments.
       bias: added to the logits, broadcastable to [B, N, T, S].
@@ -60,14 +59,14 @@ def dot_product_attention(
       window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
-      k_scale_BSK: factors on integer keys, applied to the logits; with positions only.
-      v_scale_BSK: factors on integer values, applied to the weights; with positions only.
-      implementation: 'auto' picks by platform; 'reference' is the plain form in float32 throughout;
-        'xla' is jax.nn.dot_product_attention; 'blocked' works on rows of blocks and skips what the
-        mask excludes (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' the fused kernel (GPU).
+      k_scale_BSK: factors on integer keys, applied to the logits; only with positions.
+      v_scale_BSK: factors on integer values, applied to the weights; only with positions.
+      implementation: 'auto' chooses by platform; 'reference' is the plain implementation in float32;
+        'xla' is jax.nn.dot_product_attention; 'blocked' processes blocks of query rows and skips masked
+        keys (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' is the fused kernel (GPU).
 
     Returns:
-      out_BTNH in the dtype of the queries.
+      out_BTNH, in the dtype of the queries.
 
     Raises:
       ValueError: contradictory arguments, or an implementation that cannot express them.
@@ -155,9 +154,9 @@ def received_attention(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Sums over queries [B, K, G, S] of dot_product_attention's weights, in float32.
+    """Returns the attention weights of dot_product_attention, summed over queries: [B, K, G, S], float32.
 
-    The weights themselves are never written: memory is what this takes most of.
+    The normalised weights are never written to memory, which is the bottleneck.
     """
     mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
     weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
@@ -165,7 +164,10 @@ def received_attention(
 
 
 def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
-    """The form for the target platform. Decoding always takes the plain one: it is bound by memory."""
+    """Returns the implementation for the target platform.
+
+    Decoding always uses the plain implementation, because it is bound by memory bandwidth.
+    """
     platform = target_platform()
     if by_position:
         return "xla"
@@ -181,7 +183,7 @@ def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) ->
 
 
 def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
-    """Why this project's own per-device kernels cannot serve the call, or ''."""
+    """Returns why this project's per-device kernels do not support the call, or ''."""
     if by_position or bias is not None:
         return "positions or a bias"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
@@ -190,7 +192,7 @@ def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
 
 
 def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
-    """Why jax.nn.dot_product_attention cannot serve the call, or ''."""
+    """Returns why jax.nn.dot_product_attention does not support the call, or ''."""
     if q_BTNH.dtype == jnp.float16 and target_platform() != "gpu":
         return "float16 off GPUs"
     if by_position:
@@ -198,23 +200,24 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
     if softcap is not None:
         return "a soft cap"
     if q_segments_BT is not kv_segments_BS:
-        return "segments of the keys that are not those of the queries"  # rows may see nothing
+        return "segments of the keys that are not those of the queries"  # a row may see no key
     return ""
 
 
 def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
-    """Why cuDNN's kernel cannot serve a call that jax.nn.dot_product_attention can, or ''."""
-    # JAX calls ROCm "gpu" too. Without a GPU here, tracing for one means CUDA.
+    """Returns why cuDNN does not support a call that jax.nn.dot_product_attention supports, or ''."""
+    # JAX calls ROCm "gpu" too. On a machine without a GPU, tracing for "gpu" means CUDA.
     if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
         return "GPUs other than CUDA's"
-    biased = bias is not None or q_segments_BT is not None  # segments reach the kernel as a bias
+    # Segments are passed to the kernel as a bias.
+    biased = bias is not None or q_segments_BT is not None
     if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
-        return "segments or a bias at odd lengths"  # its backward pass does not
+        return "segments or a bias at odd lengths"  # the backward pass does not support odd lengths
     return ""
 
 
 def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
-    """True where query and key are of one segment, [B, 1, T, S]; None without segments."""
+    """Returns True where query and key have the same segment, [B, 1, T, S]; None without segments."""
     if q_segments_BT is None:
         return None
     return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
@@ -236,14 +239,14 @@ def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> N
 def _mask(
     q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
 ) -> jax.Array | None:
-    """True where a query sees a key: [1 or B, 1 or K, 1 or G, T, S]; None when all see all."""
+    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]; None without a mask."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
         parts = []
     else:
         at_q, at_k = q_positions_BT[:, None, :, None], kv_positions_BS[..., None, :]
-        if at_k.ndim == 3:  # one for all heads
+        if at_k.ndim == 3:  # the same mask for all heads
             at_k = at_k[:, None]
         parts = [at_k >= 0]
     if causal:
@@ -263,7 +266,7 @@ def _mask(
 
 
 def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
-    """Softmax in float32 of logits whose products are in the queries' dtype."""
+    """Returns the float32 softmax of the logits; the query-key products are in the queries' dtype."""
     weights_BKGTS, total_BKGT1 = _unnormalised(
         q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
     )
@@ -273,7 +276,7 @@ def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Arr
 def _unnormalised(
     q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
 ) -> tuple[jax.Array, jax.Array]:
-    """The softmax's exponentials and their sums over keys, which are 1 where no key is visible."""
+    """Returns the softmax's exponentials and their sums over keys; the sum is 1 if no key is visible."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -291,7 +294,7 @@ def _unnormalised(
         logits_BKGTS = logits_BKGTS + bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
     if mask is not None:
         logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
-    # Bounding the maximum keeps exp(_MASKED - max) at zero in rows without any visible key.
+    # With a bounded maximum, exp(_MASKED - max) is zero also in rows without a visible key.
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))
     total = weights_BKGTS.sum(-1, keepdims=True)
@@ -299,11 +302,11 @@ def _unnormalised(
 
 
 def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:
-    """Values averaged by weights, with products in `dtype`."""
+    """Returns the values' weighted sums, with products in `dtype`."""
     B, K, G, T, _ = weights_BKGTS.shape
     if v_scale_BSK is not None:
         weights_BKGTS = weights_BKGTS * _per_key(v_scale_BSK)
-    # Weights first, and values as they lie: the other way round CPUs transpose the values.
+    # Weights are the first operand: in the other order, XLA's CPU backend transposes the values.
     out_BKGTH = jax.lax.dot_general(
         weights_BKGTS.astype(dtype),
         v_BSKH.astype(dtype),
@@ -315,5 +318,5 @@ def _average(weights_BKGTS, v_BSKH, v_scale_BSK, dtype) -> jax.Array:
 
 
 def _per_key(scale_BSK: jax.Array) -> jax.Array:
-    """[B, S, K] as a factor of logits or weights [B, K, G, T, S]."""
+    """Reshapes [B, S, K] to broadcast against logits or weights [B, K, G, T, S]."""
     return scale_BSK.swapaxes(1, 2)[:, :, None, None, :]

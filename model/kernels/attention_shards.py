@@ -1,8 +1,7 @@
 """Runs an attention kernel on every device's own rows and heads.
 
-XLA cannot split a loop over heads or a Pallas call by itself, so under a mesh of several devices the
-kernel runs inside `shard_map`: batch and heads are split as the active logical rules say, and nothing
-is gathered.
+XLA cannot partition a loop over heads or a Pallas call. On a mesh of several devices the kernel therefore
+runs inside `shard_map`: the active logical rules split batch and heads, and nothing is gathered.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -19,10 +18,11 @@ from model import axes
 
 
 def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """Partition specs of queries and of keys, over batch and heads; None if those do not fit.
+    """Returns the partition specs of queries and keys over batch and heads.
 
-    Both are empty outside a mesh, on a mesh of one device, and inside an enclosing `shard_map`, where
-    the arrays are local already.
+    The result is None if batch or heads do not divide evenly over the mesh, or if the length is split.
+    Both specs are empty outside a mesh, on a mesh of one device, and inside a `shard_map`, where the
+    arrays are already local.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {
@@ -42,7 +42,7 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
     if q_axes[1] or k_axes[1]:
         return None  # the length is split
     if q_axes[2] != k_axes[2] and k_shape[2] > 1:
-        return None  # a device would hold query heads without their key/value head
+        return None  # a device would have query heads without their key/value head
     for dims, shape in ((q_axes, q_shape), (k_axes, k_shape)):
         if any(shape[i] % math.prod(free[name] for name in dims[i]) for i in (0, 2)):
             return None
@@ -50,7 +50,7 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
 
 
 def _within(spec: Any, free: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """The mesh axes of every dimension, of those in `free`."""
+    """Returns the mesh axes of every dimension; axes that are not in `free` are dropped."""
     entries = ((part,) if isinstance(part, str) else part or () for part in spec or ())
     return [tuple(name for name in part if name in free) for part in entries]
 
@@ -64,7 +64,7 @@ def per_device(
     kv_segments_BS: jax.Array | None,
     **options: Any,
 ) -> jax.Array:
-    """kernel(q, k, v, q_segments, kv_segments, **options) on local shards.
+    """Returns kernel(q, k, v, q_segments, kv_segments, **options), computed on local shards.
 
     Raises:
       ValueError: batch or heads do not divide over the mesh, or the length is split.

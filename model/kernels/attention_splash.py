@@ -1,4 +1,4 @@
-"""Splash attention, JAX's sparse flash attention kernel for TPUs, in this project's layout.
+"""Splash attention, JAX's sparse flash attention kernel for TPUs, with this project's array layout.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -10,7 +10,7 @@ MAX_BLOCK = 512
 
 
 def block_size(length: int) -> int | None:
-    """The largest supported tile that divides `length`, or None."""
+    """Returns the largest supported tile size that divides `length`, or None."""
     for block in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK):
         if length % block == 0:
             return block
@@ -18,7 +18,7 @@ def block_size(length: int) -> int | None:
 
 
 def problem(length: int, key_length: int, causal: bool) -> str:
-    """Why the kernel cannot serve the call, or ''."""
+    """Returns why the kernel does not support the call, or ''."""
     if not causal:
         return "causal=False"
     if length != key_length or block_size(length) is None:
@@ -39,8 +39,8 @@ def splash_attention(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention on one device; `interpret` runs the kernel on a CPU, for tests."""
-    # Pallas takes half a second to import and only TPU programs need it.
+    """Returns causal attention on one device; `interpret` runs the kernel on a CPU, for tests."""
+    # Importing Pallas takes half a second, and only TPU programs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -69,7 +69,7 @@ def splash_attention(
         q_seq_shards=1,
         interpret=interpret,
     )
-    # The kernel has no scale of its own and wants heads before length.
+    # The kernel does not scale the logits, and expects heads before length.
     q, k, v = ((q_BTNH * scale).swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
     if q_segments_BT is None or kv_segments_BS is None:
         out = jax.vmap(kernel)(q, k, v)

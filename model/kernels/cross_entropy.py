@@ -1,12 +1,12 @@
-"""Cross-entropy of a hidden state against a vocabulary, without keeping the whole batch's logits.
+"""Cross-entropy of hidden states against a vocabulary, without storing the whole batch's logits.
 
-Logits, log-sum-exp and losses are float32 whatever the operands are. Four forms agree in values and
-gradients:
-  reference  logits [T, V], then a gather: the meaning.
-  onehot     the same with the target's logit as a masked sum, which a TPU fuses into the product so
-             that float32 logits are never written.
-  chunked    some tokens at a time, gradients included, in a loop: memory of [chunk, V].
-  blocked    some rows of the vocabulary at a time, for large tables split over many devices
+Logits, log-sum-exp and losses are float32 whatever the operands are. Four implementations have the same
+values and gradients:
+  reference  computes logits [T, V], then gathers the targets' logits: the definition.
+  onehot     computes the target's logit as a masked sum, which a TPU fuses into the product, so that
+             float32 logits are never written.
+  chunked    loops over chunks of tokens, gradients included; needs memory for [chunk, V].
+  blocked    loops over blocks of the vocabulary, for large tables split over many devices
              (model/kernels/cross_entropy_blocked.py).
 
 Shapes: T tokens (batch and length joined), C tokens of a chunk, J chunks, D width, V vocabulary.
@@ -25,12 +25,14 @@ from model.kernels.vocab_logits import LogitForm
 
 Implementation = Literal["auto", "reference", "onehot", "chunked", "blocked"]
 IMPLEMENTATIONS = get_args(Implementation)
-LARGE_VOCABULARY = 65_536  # above it, one batch of float32 logits no longer fits beside a model
-CHUNK_LOGITS = 2**26  # of one chunk at most: 256 MiB
+LARGE_VOCABULARY = (
+    65_536  # above this, a batch of float32 logits does not fit in memory with a model
+)
+CHUNK_LOGITS = 2**26  # maximum per chunk: 256 MiB
 
 
 class _Form(NamedTuple):
-    """The static part of a call."""
+    """The static arguments of a call."""
 
     logits: LogitForm
     z_loss: float
@@ -49,7 +51,7 @@ def weighted_cross_entropy(
     implementation: str = "auto",
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """sum_t w_t (nll_t + z_loss * log_z_t^2) over logits softcap(logit_scale * h head^T).
+    """Returns sum_t w_t (nll_t + z_loss * log_z_t^2), with logits softcap(logit_scale * h head^T).
 
     Args:
       h_TD: hidden states.
@@ -59,12 +61,12 @@ def weighted_cross_entropy(
       logit_scale: factor on the logits, before the cap.
       softcap: c in c * tanh(x / c), or None.
       z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311).
-      implementation: 'auto' picks by platform and vocabulary; see the top of this file.
-      chunk: tokens per step of 'chunked', fewer where their logits would pass CHUNK_LOGITS.
+      implementation: 'auto' chooses by platform and vocabulary; see the top of this file.
+      chunk: tokens per step of 'chunked', reduced if their logits would exceed CHUNK_LOGITS.
 
     Returns:
-      (the sum, a float32 scalar that is differentiated; nll_T and log_z_T, float32, for metrics only:
-      no gradient flows through them).
+      (the sum, a differentiable float32 scalar; nll_T and log_z_T, float32, for metrics only: no
+      gradient flows through them).
     """
     form, implementation = _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk)
     head_VD = head_VD.astype(h_TD.dtype)
@@ -87,10 +89,10 @@ def token_log_probs(
     implementation: str = "auto",
     chunk: int = 512,
 ) -> jax.Array:
-    """log p(target) of every token, float32, differentiable; arguments as above.
+    """Returns log p(target) of every token, float32, differentiable; arguments as above.
 
-    'auto' keeps the logits of all tokens where one chunk may have as many: here 'chunked', whose gradient cannot be taken
-    on the way as that of a sum, computes them twice.
+    'auto' stores the logits of all tokens if they fit in one chunk. 'chunked' computes the logits twice here: the
+    cotangent of each token is only known in the backward pass.
     """
     few = h_TD.shape[0] * head_VD.shape[0] <= CHUNK_LOGITS
     if implementation == "auto" and target_platform() == "cpu" and few:
@@ -103,16 +105,17 @@ def token_log_probs(
 
 
 def chunk_size(vocab: int, chunk: int = 512) -> int:
-    """Tokens of a chunk: `chunk`, or fewer where their logits would pass CHUNK_LOGITS."""
+    """Returns the tokens per chunk: `chunk`, or fewer if their logits would exceed CHUNK_LOGITS."""
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} must be positive.")
     return min(chunk, max(1, CHUNK_LOGITS // vocab))
 
 
 def split_tokens(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Each [T, ...] -> [J, C, ...], C <= chunk, padded by zeros; chunk j holds the tokens j, j + J, j + 2J, ...
+    """Reshapes each [T, ...] -> [J, C, ...], C <= chunk, padded by zeros.
 
-    Strided chunks keep a batch that is split over devices split evenly within every chunk.
+    Chunk j has the tokens j, j + J, j + 2J, ... With this stride, a batch that is split over devices stays evenly
+    split in every chunk.
     """
     T = arrays[0].shape[0]
     J = -(-T // chunk)
@@ -126,25 +129,25 @@ def split_tokens(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def join_tokens(T: int, x: jax.Array) -> jax.Array:
-    """[J, C, ...] -> [T, ...], the inverse of `split_tokens`."""
+    """Reshapes [J, C, ...] -> [T, ...], the inverse of `split_tokens`."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:T]
 
 
 def map_tokens(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int = 512) -> Any:
-    """`fn` of all tokens, a chunk at a time, so that logits of all tokens are never in memory.
+    """Applies `fn` to all tokens, a chunk at a time, so that logits of all tokens are never in memory.
 
-    Gradients flow through it, to what `fn` closes over too (an output matrix); the backward pass computes each chunk
-    again instead of storing its logits.
+    The result is differentiable, also with respect to arrays that `fn` closes over, such as an output matrix. The
+    backward pass recomputes each chunk instead of storing its logits.
 
     Args:
       fn: called with the arrays of a chunk, [C, ...] each; returns a pytree of [C, ...]. It must treat tokens
         independently, and be finite for padding, which is zeros.
-      *arrays: [T, ...], such as hidden states of a model, or of two.
-      vocab: V of the logits that `fn` makes.
+      *arrays: arrays [T, ...], such as the hidden states of one or two models.
+      vocab: V of the logits that `fn` computes.
       chunk: see `chunk_size`.
 
     Returns:
-      The pytree, of [T, ...].
+      The pytree of `fn`'s results, [T, ...] each.
     """
     T = arrays[0].shape[0]
     parts = split_tokens(chunk_size(vocab, chunk), *arrays)
@@ -176,10 +179,10 @@ def _is_target(targets_T: jax.Array, vocab: int) -> jax.Array:
 
 @jax.custom_vjp
 def _gradients_together(h_TD, head_VD):
-    """Identity whose two gradients are ready at one time.
+    """Identity whose two gradients are computed at the same time.
 
-    A compiler that minimises memory may otherwise keep the logits' gradient, as large as the logits,
-    alive through the whole backward pass of the layers and only then take the head's gradient.
+    Otherwise XLA may compute the head's gradient only after the backward pass of all layers. The logits'
+    gradient, which is as large as the logits, would then stay in memory until the end.
     """
     return h_TD, head_VD
 
@@ -191,7 +194,7 @@ _gradients_together.defvjp(
 
 
 def _nll(form: _Form, implementation: str, h_TD, head_VD, targets_T):
-    """(nll_T, log_z_T) by the forms that need no weights."""
+    """Returns (nll_T, log_z_T), computed by an implementation that needs no weights."""
     if implementation == "blocked":
         return blocked_nll(form.logits, h_TD, head_VD, targets_T)
     if implementation == "onehot":
@@ -207,7 +210,7 @@ def _nll(form: _Form, implementation: str, h_TD, head_VD, targets_T):
 
 
 def _chunk_losses(logits_CV: jax.Array, targets_C: jax.Array):
-    """(nll_C, log_z_C, exp_CV, total_C): exp_CV / total_C are the probabilities."""
+    """Returns (nll_C, log_z_C, exp_CV, total_C); exp_CV / total_C are the probabilities."""
     top_C = logits_CV.max(-1)
     exp_CV = jnp.exp(logits_CV - top_C[:, None])
     total_C = exp_CV.sum(-1)
@@ -217,10 +220,10 @@ def _chunk_losses(logits_CV: jax.Array, targets_C: jax.Array):
 
 
 def _chunk_gradients(form: _Form, logits_CV, exp_CV, h_CD, head_VD, targets_C, soft_C, hard_C):
-    """Gradients of sum_c (soft_c log_z_c - hard_c logit_c[target]): (dh_CD, dhead).
+    """Returns the gradients (dh_CD, dhead) of sum_c (soft_c log_z_c - hard_c logit_c[target]).
 
-    exp_CV are probabilities up to a factor per token, which soft_C makes good. On CPU dhead is
-    [D, V], a product that runs at full rate; elsewhere [V, D].
+    exp_CV are probabilities up to a factor per token; soft_C must include the inverse factor. dhead is
+    [D, V] on CPU, because that product runs at full rate there; elsewhere it is [V, D].
     """
     d_CV = soft_C[:, None] * exp_CV
     hit_CV = _is_target(targets_C, logits_CV.shape[-1])
@@ -254,7 +257,7 @@ def _chunked_sum(form: _Form, h_TD, head_VD, targets_T, weights_T):
 
 
 def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
-    """The weights are known, so the gradients are taken while a chunk's logits are at hand."""
+    """Computes the gradients in the forward pass, from each chunk's logits; the weights are known."""
 
     def body(dhead, xs):
         h_CD, targets_C, weights_C = xs
@@ -279,7 +282,7 @@ def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
 def _chunked_sum_bwd(form: _Form, residuals, cotangents):
     del form
     dh_TD, dhead_VD, loss_T = residuals
-    g = cotangents[0]  # nll_T and log_z_T are behind a stop_gradient
+    g = cotangents[0]  # nll_T and log_z_T have a stop_gradient
     scaled = ((g * x.astype(g.dtype)).astype(x.dtype) for x in (dh_TD, dhead_VD))
     return *scaled, None, g * loss_T
 
@@ -304,7 +307,7 @@ def _chunked_nll_fwd(form: _Form, h_TD, head_VD, targets_T):
 
 
 def _chunked_nll_bwd(form: _Form, residuals, cotangents):
-    """The cotangents are known only here, so the logits are computed again."""
+    """Recomputes the logits of each chunk: the cotangents are known only in the backward pass."""
     h_TD, head_VD, targets_T, log_z_T = residuals
     dnll_T, dlog_z_T = cotangents
 

@@ -1,9 +1,9 @@
-"""Cross-entropy over a vocabulary taken block by block, for large tables split over many devices.
+"""Cross-entropy computed over blocks of the vocabulary, for large tables split over many devices.
 
-Each device reads each row of the table twice, forward and backward, and gives its gradient once, so
-that a table split over devices crosses the network three times whatever the number of tokens. (Taking
-the *tokens* piece by piece would gather the whole table for every piece.) Logits of one block are
-alive at a time and are computed again backward.
+Each device reads each row of the table twice, in the forward and backward pass, and sends its gradient
+once. A table split over devices therefore crosses the network three times whatever the number of tokens.
+(A loop over chunks of *tokens* would gather the whole table for every chunk.) Only one block's logits
+are in memory at a time; the backward pass recomputes them.
 
 Shapes: T tokens, D width, V vocabulary, J blocks, C rows of a block.
 """
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from model import axes
 from model.kernels.vocab_logits import LogitForm
 
-BLOCK = 32_768  # rows: as large as whole vocabularies whose logits do fit beside a model
+BLOCK = 32_768  # rows: the size of a whole vocabulary whose logits do fit in memory with a model
 
 
 def split(head_VD: jax.Array, block: int = BLOCK) -> jax.Array:
-    """[V, D] -> [J, C, D], padded by zero rows; block j holds the rows j, j + J, j + 2J, ...
+    """Reshapes [V, D] -> [J, C, D], padded by zero rows.
 
-    Strided blocks keep a vocabulary that is split over devices split evenly within every block.
+    Block j has the rows j, j + J, j + 2J, ... With this stride, a vocabulary that is split over devices
+    stays evenly split in every block.
     """
     V, D = head_VD.shape
     J = -(-V // block)
@@ -33,14 +34,14 @@ def split(head_VD: jax.Array, block: int = BLOCK) -> jax.Array:
 
 
 def join(blocks_JCD: jax.Array, rows: int) -> jax.Array:
-    """The inverse of `split`."""
+    """Inverts `split`."""
     J, C, D = blocks_JCD.shape
     return blocks_JCD.swapaxes(0, 1).reshape(J * C, D)[:rows]
 
 
 def _block_logits(form: LogitForm, h_TD, block_CD, j, J: int, rows: int):
-    """Logits [T, C] of block j, -inf for the rows that pad it, and the row of each column."""
-    # Whole width on every device: products of split widths would be sums over the network.
+    """Returns the logits [T, C] of block j, -inf for padding rows, and the vocabulary row of each column."""
+    # Replicate the width: contracting a split width would need an all-reduce of the logits.
     block_CD = axes.constrain(block_CD, axes.VOCAB, None)
     row_C = jnp.arange(block_CD.shape[0], dtype=jnp.int32) * J + j
     logits_TC = form.logits(h_TD, block_CD)
@@ -49,7 +50,7 @@ def _block_logits(form: LogitForm, h_TD, block_CD, j, J: int, rows: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def blocked_nll(form: LogitForm, h_TD, head_VD, targets_T, block: int = BLOCK):
-    """(nll_T, log_z_T), float32, with exact gradients of h and head."""
+    """Returns (nll_T, log_z_T), float32, with exact gradients of h and head."""
     V = head_VD.shape[0]
     blocks_JCD = split(head_VD, block)
     J = blocks_JCD.shape[0]

@@ -1,4 +1,4 @@
-"""The one matrix product under every projection. Shapes: I inputs, O outputs, '...' any leading."""
+"""The matrix product that every projection uses. Shapes: I inputs, O outputs, '...' any leading."""
 
 import jax
 
@@ -6,10 +6,10 @@ from model.kernels.platform import reference_forms, target_platform
 
 
 def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x[..., I] @ kernel[I, O] -> [..., O], in the operands' common dtype.
+    """Returns x[..., I] @ kernel[I, O] -> [..., O], in the operands' common dtype.
 
-    On CPU the backward pass is written out, because the form of a product decides its speed there
-    (see `_direct`). The values equal the plain product's.
+    On CPU the backward pass is written by hand, because the layout of the operands decides the speed
+    there (see `_direct`). The values equal the plain product's.
     """
     dtype = jax.numpy.result_type(x, kernel_IO)
     x, kernel_IO = x.astype(dtype), kernel_IO.astype(dtype)
@@ -24,7 +24,7 @@ def _plain(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _direct(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """The product with dW = x^T dy computed as [I, O].
+    """Returns the product; its backward pass computes dW = x^T dy directly as [I, O].
 
     Autodiff computes dy^T x and transposes the result; XLA's CPU backend then copies the upstream
     gradient transposed and multiplies at about half the rate.
@@ -39,7 +39,7 @@ def _direct_fwd(x, kernel_IO):
 def _direct_bwd(residuals, dy):
     x, kernel_IO = residuals
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
-    # One contracted dimension: with several, XLA copies x transposed first.
+    # Flatten to one contracted dimension: with several, XLA first copies x transposed.
     x_XI, dy_XO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dkernel_IO = jax.lax.dot_general(x_XI, dy_XO, (((0,), (0,)), ((), ())))
     return dx, dkernel_IO

@@ -1,9 +1,9 @@
-"""The platform that programs are traced for, and whether the fast forms may be used.
+"""The platform that programs are traced for, and whether fast implementations may be used.
 
-Fast formulations (custom backward products, blocked and splash attention, chunked losses) are chosen
-by `target_platform()`, never by `jax.default_backend()`: ahead-of-time compilation traces for TPUs
-that are absent. Both settings are part of JAX's trace cache key, so a jitted function that is called
-under another setting is traced again rather than served from the cache.
+Fast implementations (custom backward products, blocked and splash attention, chunked losses) are chosen
+by `target_platform()`, never by `jax.default_backend()`, because ahead-of-time compilation can trace for
+TPUs that the machine does not have. Both settings are part of JAX's trace cache key: a jitted function
+that is called with another setting is traced again.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ _reference = jax.make_user_context(False)
 
 
 def target_platform() -> str:
-    """Returns the platform being traced for: 'cpu', 'gpu' or 'tpu'; the default backend's unless set."""
+    """Returns the platform that is traced for: 'cpu', 'gpu' or 'tpu'; by default JAX's backend."""
     name = _target.value or jax.default_backend()
     return _ALIASES.get(name, name)
 
 
 @contextlib.contextmanager
 def use_platform(name: str) -> Iterator[None]:
-    """Traces for `name` inside, whatever devices this process has.
+    """Context manager that traces programs for platform `name`, whatever devices this process has.
 
     Raises:
-      ValueError: `name` is no known platform.
+      ValueError: `name` is not a known platform.
     """
     name = _ALIASES.get(name, name)
     if name not in PLATFORMS:
@@ -40,15 +40,15 @@ def use_platform(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_reference_forms() -> Iterator[None]:
-    """Plain forms everywhere inside, overriding every `implementation` argument.
+    """Context manager that uses reference implementations and overrides every `implementation` argument.
 
-    The plain forms have no custom derivatives, so forward-mode and second derivatives work; the fast
-    forms only differentiate once, in reverse. Influence functions and tests need this.
+    Reference implementations have no custom derivatives, so forward-mode and second derivatives work, as
+    influence functions and tests need. Fast implementations support only first derivatives in reverse mode.
     """
     with _reference(True):
         yield
 
 
 def reference_forms() -> bool:
-    """Whether `use_reference_forms` is active."""
+    """Returns whether `use_reference_forms` is active."""
     return _reference.value

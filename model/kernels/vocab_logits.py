@@ -1,4 +1,4 @@
-"""Logits of a hidden state against rows of the vocabulary. Shapes: T tokens, V rows, D width."""
+"""Logits of hidden states for rows of the vocabulary. Shapes: T tokens, V rows, D width."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class LogitForm(NamedTuple):
-    """softcap(scale * h head^T), hashable so that custom derivatives can take it.
+    """Settings of logits softcap(scale * h head^T); hashable, so custom derivatives can take them.
 
     Attributes:
       scale: factor on the products.
@@ -18,7 +18,7 @@ class LogitForm(NamedTuple):
     softcap: float | None = None
 
     def logits(self, h_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
-        """Logits [T, V] in float32 at least."""
+        """Returns logits [T, V] in float32 or wider."""
         wide = jnp.promote_types(h_TD.dtype, jnp.float32)
         logits_TV = jnp.einsum("td,vd->tv", h_TD, head_VD, preferred_element_type=wide)
         logits_TV = logits_TV * self.scale

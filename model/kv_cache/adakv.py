@@ -1,4 +1,4 @@
-"""Ada-KV (Feng et al., arXiv 2407.11550): heads of a layer share its slots as their votes demand.
+"""Ada-KV (Feng et al., arXiv 2407.11550): the heads of a layer share its slots according to their votes.
 
 Shapes: B batch, T new tokens, S slots of the prompt, C slots of a head on average, F slots of all
 heads together, N query heads, K key/value heads, H head dim.
@@ -20,7 +20,7 @@ from model.kv_cache.snapkv import SnapKV
 
 @flax.struct.dataclass
 class Flat:
-    """One store for all heads: slot f holds a token of key/value head owner_BF[:, f]."""
+    """Slots shared by all heads: slot f holds a token of key/value head owner_BF[:, f]."""
 
     slots: Slots
     owner_BF: jax.Array
@@ -29,14 +29,14 @@ class Flat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
-    """SnapKV whose budget is of a layer: the tokens with the best votes of all its heads stay.
+    """SnapKV with one budget per layer: keeps the tokens with the highest votes over all its heads.
 
-    K * capacity slots in one store, however they are spread over heads, so a head that needs few
-    leaves memory to others. Every query head is multiplied with the whole store and masked to its own
-    part, K times the products; the store is whole on every device of a tensor-parallel mesh.
+    A layer has K * capacity slots, which its heads share unequally. Every query head is multiplied with
+    all slots and masked to its own, which costs K times the products. The slots are replicated over the
+    devices of a tensor-parallel mesh.
 
     Attributes:
-      safeguard: the part of an equal share, capacity - window, that every head keeps.
+      safeguard: fraction of an equal share, capacity - window, that every head keeps.
     """
 
     safeguard: float = 0.2
@@ -50,7 +50,7 @@ class AdaKV(SnapKV):
         held = state.slots
         B, K, S, H = held.k_BKSH.shape
         F = K * budget
-        # Windows are first in every head; what is guaranteed follows.
+        # The top scores of each head are its window, then its guaranteed tokens.
         scores_BKS = self.scores(state)
         safe = self.window + int(self.safeguard * (budget - self.window))
         top_BKC, index_BKC = jax.lax.top_k(scores_BKS, safe)
@@ -64,7 +64,7 @@ class AdaKV(SnapKV):
             at=held.at,
         )
         flat = flat.take(index_BF[:, None]).stored_as(dtype).with_room(K * length).constrained()
-        # A new token takes K slots in turn, so the owners of free slots are known.
+        # Each new token takes K slots, one per head in order, so the owners of free slots are known.
         new_F = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[None], (B, K))
         owner_BF = jnp.concatenate(
             [(index_BF // S).astype(jnp.int32), jnp.tile(new_F, (1, length))], axis=1
@@ -79,7 +79,7 @@ class AdaKV(SnapKV):
         positions_BT: jax.Array,
         form: AttentionForm,
     ) -> Any:
-        if not isinstance(state, Flat):  # the prompt fitted
+        if not isinstance(state, Flat):  # the prompt fitted into the capacity
             return super().extend(state, k_BTKH, v_BTKH, positions_BT, form)
         B, T, K, H = k_BTKH.shape
         held = state.slots.put(

@@ -1,12 +1,13 @@
-"""The cache policy seam: what a decoder keeps of the keys and values it has seen.
+"""The interface of cache policies, which decide what keys and values a decoder stores.
 
-A policy is a stateless object; its state is a pytree that goes in and comes out. Every slot carries
-the position of its token, -1 while empty, so padding, unequal prompts, eviction and windows all
-reduce to one mask by position.
+A policy is a stateless object: its methods take a state, a pytree, and return a new one. Every slot has
+the position of its token, -1 while empty. Padding, unequal prompts, eviction and windows are therefore
+all one mask by position.
 
-A state has two lives. `init` and `append` read a prompt, whole or in chunks, and drop nothing;
-`compress` makes of it what decoding starts from; then `append` adds what is generated. Every array of
-a state has the batch as its first axis or is a scalar, so that rows can be repeated and reordered.
+A state has two phases. First, `init` and `append` read a prompt, whole or in chunks, and drop nothing.
+`compress` then returns the state that decoding starts from, and `append` adds generated tokens. Every
+array of a state has the batch as its first axis or is a scalar, so that rows can be repeated and
+reordered.
 
 Shapes: B batch, T new tokens, S slots, N query heads, K key/value heads, X heads with tokens of their
 own, H head dim.
@@ -24,13 +25,13 @@ from model.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """The form of a layer's attention.
+    """Settings of a layer's attention.
 
     Attributes:
       scale: factor on the logits.
       softcap: c in c * tanh(logits / c), or None.
       window: keys each query sees, itself included; None for all earlier ones.
-      rope: what has rotated queries and keys, each by its position; None where nothing has.
+      rope: the rotary embedding that queries and keys have; None without one.
     """
 
     scale: float
@@ -45,11 +46,11 @@ class AttentionForm:
 
 @flax.struct.dataclass
 class KeyValues:
-    """Keys and values that attention reads: slots with position -1 are empty.
+    """Keys and values that attention reads; slots with position -1 are empty.
 
-    Positions are [B, S], or [B, X, S] where heads hold tokens of their own choice: X is a multiple of
-    the heads of k and v and divides N, so that one store may serve heads that see different slots.
-    With scales, keys and values are int8 and mean k * k_scale and v * v_scale.
+    Positions are [B, S], or [B, X, S] where heads hold different tokens. X divides N and is a multiple of
+    the number of heads of k and v, so heads can share keys and values but see different slots. With
+    scales, k and v are int8 and their values are k * k_scale and v * v_scale.
     """
 
     k_BSKH: jax.Array
@@ -62,7 +63,7 @@ class KeyValues:
 class CacheSizes(TypedDict):
     """Sizes of one layer's cache, keywords of `CachePolicy.init`.
 
-    `num_heads` are query heads N, `num_kv_heads` key/value heads K; `layer` counts from 0 to `num_layers` - 1.
+    `num_heads` is the number of query heads N and `num_kv_heads` that of key/value heads K. `layer` counts from 0.
     """
 
     num_heads: int
@@ -78,8 +79,8 @@ class CachePolicy(Protocol):
     """Pure functions over one layer's cache state.
 
     Attributes:
-      future: tokens at the end of what is read that are dropped again, so that decoding starts before
-        them; 0 for all but the oracle.
+      future: number of last tokens that are read but then dropped, so that decoding starts before them;
+        0 for all policies except the oracle.
     """
 
     future: int
@@ -97,9 +98,9 @@ class CachePolicy(Protocol):
         num_layers: int,
         kind: LayerKind,
     ) -> Any:
-        """An empty state, with room for `length` tokens.
+        """Returns an empty state with room for `length` tokens.
 
-        It is that of layer `layer` (from 0) of `num_layers`, of kind `kind`.
+        The state is for layer `layer` (from 0) of `num_layers`, which has the kind `kind`.
         """
         ...
 
@@ -113,25 +114,25 @@ class CachePolicy(Protocol):
         q_BTNH: jax.Array,
         form: AttentionForm,
     ) -> Any:
-        """Adds T tokens; position -1 marks padding.
+        """Returns the state with T more tokens; position -1 marks padding.
 
-        Queries, rotated as the keys are, and the form of the layer's attention are there for policies
-        that score keys. Tokens of a prompt that is read at once look at each other, not at what this
-        leaves in the state (model/attention.py), so it may be compressed already.
+        Policies that score keys use the queries, which are rotated like the keys, and the settings of the
+        layer's attention. When a prompt is read at once, its tokens attend to each other and not to the
+        state (model/attention.py), so the new state may already be compressed.
         """
         ...
 
     def view(self, state: Any) -> KeyValues:
-        """The keys and values to attend to."""
+        """Returns the keys and values to attend to."""
         ...
 
     def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
-        """Turns a state that has read a prompt into the one decoding starts from.
+        """Returns the state that decoding starts from.
 
         Args:
-          state: of `append`.
-          length: tokens that there will be room for.
-          dtype: of the stored keys and values: None for the state's own; int8 for integers with
-            a float32 scale per token and head.
+          state: the state after reading a prompt with `append`.
+          length: number of further tokens to reserve room for.
+          dtype: dtype of the stored keys and values. None does not change it; int8 stores integers
+            with a float32 scale per token and head.
         """
         ...

@@ -1,4 +1,4 @@
-"""Keep all that attention can see: the reference policy, and what the others have in common.
+"""The reference policy, which keeps all keys that attention can see; base class of all policies.
 
 Shapes: B batch, T new tokens, S slots, N query heads, K key/value heads, H head dim.
 """
@@ -18,13 +18,13 @@ from model.kv_cache.slots import Slots
 
 @flax.struct.dataclass
 class Reading:
-    """While a prompt is read: every token, in order of arrival, padding included at position -1.
+    """The state while a prompt is read: every token in order, including padding at position -1.
 
     Attributes:
-      slots: their keys and values.
-      layer, num_layers: which layer this is.
-      form: of the layer's attention; None before the first token.
-      evidence: what the policy has seen of the queries, or None.
+      slots: keys and values of the tokens.
+      layer, num_layers: index of the layer, and the number of layers.
+      form: settings of the layer's attention; None before the first token.
+      evidence: the policy's record of the queries, or None.
     """
 
     slots: Slots
@@ -39,7 +39,11 @@ class Reading:
 
     @property
     def known_form(self) -> AttentionForm:
-        """Returns the attention form, recorded with the first token."""
+        """Returns the settings of attention, recorded with the first token.
+
+        Raises:
+          ValueError: no token has been appended.
+        """
         if self.form is None:
             raise ValueError("A cache is compressed after tokens have been appended to it.")
         return self.form
@@ -47,10 +51,10 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullCache:
-    """Drops nothing but what a layer's window hides.
+    """Keeps all tokens that a layer's attention can see.
 
-    Rows of a batch share the index of the slot, not the position. After the prompt, a layer whose
-    window is shorter than what is to come keeps a ring of `window` slots.
+    The rows of a batch use the same slots, but not the same positions. After the prompt, a layer whose
+    window is too short for all tokens uses a ring of `window` slots.
     """
 
     future = 0
@@ -68,7 +72,7 @@ class FullCache:
         num_layers: int,
         kind: LayerKind,
     ) -> Reading:
-        del kind  # append hears more of it
+        del kind  # `append` gets the window in `form`
         held = slots.empty(
             batch=batch, length=length, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
         )
@@ -85,7 +89,7 @@ class FullCache:
         q_BTNH: jax.Array,
         form: AttentionForm,
     ) -> Any:
-        """The caller sizes the cache: without a ring, tokens past its length overwrite the last."""
+        """Adds T tokens. Without a ring, tokens beyond the caller's length overwrite the last slots."""
         if not isinstance(state, Reading):
             return self.extend(state, k_BTKH, v_BTKH, positions_BT, form)
         held = state.slots.put(k_BTKH, v_BTKH, positions_BT)
@@ -97,31 +101,31 @@ class FullCache:
         return (state.slots if isinstance(state, Reading) else state).view()
 
     def compress(self, state: Reading, *, length: int, dtype: Any = None) -> Any:
-        """A ring where the layer's window is all that is needed, else what the policy keeps."""
+        """Returns a ring if the layer's window is within the policy's budget, else the result of `keep`."""
         window = state.known_form.window
         most = self.most(state)
         if window is not None and (most is None or window <= most):
             return rolling(state, window, length=length, dtype=dtype)
         return self.keep(state, length=length, dtype=dtype)
 
-    # What policies override.
+    # Methods that policies override.
 
     def most(self, state: Reading) -> int | None:
-        """Number of tokens of a prompt that stay; None for all."""
+        """Returns the number of prompt tokens to keep; None for all."""
         del state
         return None
 
     def no_evidence(self, held: Slots, num_heads: int) -> Any:
-        """Returns the state that `observe` starts from."""
+        """Returns the evidence before the first token, for `observe`."""
         del held, num_heads
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> Any:
-        """state.evidence after further queries, whose keys are in the slots already."""
+        """Returns the evidence after further queries, whose keys are already in the slots."""
         del q_BTNH, positions_BT
         return state.evidence
 
     def keep(self, state: Reading, *, length: int, dtype: Any) -> Any:
-        """Like `compress`, for layers without a window or with a long one."""
+        """Returns the compressed state of a layer without a window, or with one longer than the budget."""
         return state.slots.with_room(length).stored_as(dtype).constrained()
 
     def extend(
@@ -132,19 +136,19 @@ class FullCache:
         positions_BT: jax.Array,
         form: AttentionForm,
     ) -> Any:
-        """Adds what is generated."""
+        """Returns the compressed state with generated tokens added."""
         del form
         return state.put(k_BTKH, v_BTKH, positions_BT)
 
 
 def rolling(state: Reading, window: int, *, length: int, dtype: Any) -> Slots:
-    """The last `window` tokens of every row, in a ring if `length` more would not fit beside them."""
+    """Returns the last `window` tokens of every row, in a ring if `length` more tokens do not fit."""
     held = state.slots
     if held.length + length <= window:
         return held.with_room(length).stored_as(dtype).constrained()
     if held.length < window:
         held = held.with_room(window - held.length)
-    # Rows end together, at the last slot, so the ring's next slot is the oldest of every row.
+    # All rows end at the last slot, so the ring's next slot has the oldest token of every row.
     index_BC = slots.latest(held.positions_BXS[:, 0], window)
     held = held.take(index_BC[:, None]).stored_as(dtype)
     return dataclasses.replace(held, ring=0, at=jnp.zeros((), jnp.int32))

@@ -18,14 +18,14 @@ from model.kv_cache.slots import Slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Selecting):
-    """Recent tokens, and those that all queries of the prompt have attended to most, summed.
+    """Keeps recent tokens, and the tokens with the most attention summed over the prompt's queries.
 
-    The paper evicts one token for every new one; here, as where SnapKV is compared with it, what is
-    generated stays. Attention is recomputed a block of queries at a time.
+    The paper also evicts one token for every new one. Here generated tokens are not evicted, as in
+    comparisons with SnapKV. Attention is recomputed for a block of queries at a time.
 
     Attributes:
-      capacity: slots for the prompt, recent tokens included, of each key/value head.
-      window: recent tokens, which always stay; None for half the capacity, the paper's split.
+      capacity: slots per key/value head for the prompt, including recent tokens.
+      window: number of recent tokens, which are always kept; None for half the capacity, as in the paper.
       group_vote: 'mean' or 'max' over the query heads of a key/value head.
     """
 

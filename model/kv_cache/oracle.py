@@ -1,4 +1,4 @@
-"""A control: tokens chosen by the attention that generation will in fact pay to them.
+"""A control that keeps the tokens that the continuation will attend to.
 
 Shapes: B batch, S slots, K key/value heads, G query heads of each.
 """
@@ -17,15 +17,15 @@ from model.kv_cache.selecting import Selecting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Oracle(Selecting):
-    """The prompt's tokens that its known continuation attends to most: what no method can know.
+    """Keeps the prompt's tokens that its known continuation attends to most; no real method knows these.
 
-    The last `future` tokens of what is read are that continuation. They vote and are dropped, and
-    decoding starts where they did: from logits after the token before them (trainers/decoding/prefill.py), at
-    position `length - future`. Every row must be longer than that.
+    The continuation is the last `future` tokens that are read. They vote and are then dropped. Decoding starts at
+    their first position, `length - future`, from the logits after the token before it
+    (trainers/decoding/prefill.py). Every row must have more than `future` tokens.
 
     Attributes:
-      capacity: slots for the prompt, of each key/value head.
-      future: tokens of the continuation.
+      capacity: slots per key/value head for the prompt.
+      future: number of tokens of the continuation.
     """
 
     future: int = 32

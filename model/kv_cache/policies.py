@@ -1,4 +1,4 @@
-"""Cache policies by name, as `--cache_policy` chooses them, and their settings."""
+"""Cache policies and their settings by name, for `--cache_policy`."""
 
 import dataclasses
 import types
@@ -18,7 +18,7 @@ from model.kv_cache.snapkv import SnapKV
 from model.kv_cache.streaming_llm import StreamingLLM
 from model.kv_cache.tova import Tova
 
-# Each a frozen dataclass whose fields are its settings.
+# Each policy is a frozen dataclass; its fields are its settings.
 POLICIES: dict[str, type] = {
     "full": FullCache,
     "sliding": Sliding,
@@ -34,10 +34,10 @@ POLICIES: dict[str, type] = {
 
 
 def policy_named(name: str, **settings: Any) -> CachePolicy:
-    """Returns a policy with these settings; other settings have their defaults.
+    """Returns the policy `name` with these settings; other settings have their defaults.
 
     Raises:
-      ValueError: there is none of this name, or it has no such setting or value.
+      ValueError: an unknown policy, an unknown setting or an invalid value.
     """
     policy = _policy(name)
     known = {field.name for field in dataclasses.fields(policy)}
@@ -51,10 +51,10 @@ def policy_named(name: str, **settings: Any) -> CachePolicy:
 
 
 def policy_from_text(name: str, settings: Mapping[str, str]) -> CachePolicy:
-    """Returns a policy from settings as texts, which are parsed as the types of its fields.
+    """Returns a policy from settings as strings, which are parsed by the types of its fields.
 
     Raises:
-      ValueError: as policy_named, or a text that is no value of the field's type.
+      ValueError: as `policy_named`, or a string is not a value of its field's type.
     """
     policy = _policy(name)
     hints = typing.get_type_hints(policy)
@@ -77,7 +77,7 @@ def _policy(name: str) -> type:
 
 
 def _settings(policy: type) -> str:
-    """A sentence that lists the settings of a policy."""
+    """Returns a sentence that lists the settings of a policy."""
     hints = typing.get_type_hints(policy)
     parts = [
         f"{field.name}: {_type(hints[field.name])} = {field.default!r}"
@@ -93,7 +93,7 @@ def _type(hint: Any) -> str:
 
 
 def _parsed(text: str, hint: Any) -> Any:
-    """`text` as a value of a type among int, float, bool, str, a Literal or one of these or None."""
+    """Parses `text` as int, float, bool, str or a Literal, or as one of these or None."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if text.lower() == "none":
             return None

@@ -19,11 +19,11 @@ _Tokens = TypeVar("_Tokens", int, np.ndarray, jax.Array)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """Budgets fall linearly with depth; on average a layer keeps `capacity` tokens of a row.
+    """SnapKV with budgets that fall linearly with depth; layers keep `capacity` tokens of a row on average.
 
-    No layer is promised more than a row has: the pyramid of a short row is flatter, and one that fits
-    into the capacity stays whole. Budgets are thus of each row, whatever it is padded to. Deep layers
-    have `capacity` slots all the same, for there may be such a short row: up to 5/4 of SnapKV's slots.
+    Budgets are computed per row and do not depend on padding. No budget exceeds the tokens of the row, so
+    the budgets of a short row vary less with depth, and a row that fits into the capacity is kept whole.
+    For such rows deep layers also need `capacity` slots, so this uses up to 5/4 of SnapKV's slots.
 
     Attributes:
       beta: the deepest layer keeps (capacity - window) / beta tokens before the window.
@@ -38,12 +38,12 @@ class PyramidKV(SnapKV):
 
     @property
     def average(self) -> int:
-        """Tokens before the window."""
+        """The mean number of tokens that a layer keeps before the window."""
         return self.capacity - self.window
 
     @property
     def steepest(self) -> int:
-        """Tokens before the window in the first layer, for rows that have as many."""
+        """The number of tokens that the first layer keeps before the window, for sufficiently long rows."""
         return 2 * self.average - int(self.average / self.beta + 0.5)
 
     def most(self, state: Reading) -> int:
@@ -72,15 +72,16 @@ class PyramidKV(SnapKV):
 
 
 def layer_budget(first: _Tokens, *, average: int, layer: int, num_layers: int) -> _Tokens:
-    """Tokens that a layer keeps, where layer 0 keeps `first` and all of them average * num_layers.
+    """Returns the number of tokens that a layer keeps.
 
-    They fall linearly to 2 * average - first.
+    It falls linearly from `first` in layer 0 to 2 * average - first in the last layer; the sum over
+    layers is average * num_layers.
     """
     if num_layers == 1:
         return first * 0 + average
     excess = first - average
 
-    # Rounding the sums instead of the terms keeps the total.
+    # Cumulative sums are rounded, not the terms, so that the total is exact.
     def total(layers: int) -> _Tokens:
         return layers * first - excess * (layers * (layers - 1)) // (num_layers - 1)
 

@@ -1,4 +1,4 @@
-"""A control: tokens chosen by chance.
+"""A control that keeps random tokens.
 
 Shapes: B batch, S slots, K key/value heads.
 """
@@ -15,14 +15,14 @@ from model.kv_cache.selecting import Selecting, check_window
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Selecting):
-    """The last `window` tokens, and others by chance: what any method must beat.
+    """Keeps the last `window` tokens and random earlier tokens: a baseline that any method must beat.
 
-    Draws depend on seed, layer, head and position alone: neither on the batch nor on padding.
+    The choice depends only on seed, layer, head and position, not on the batch or on padding.
 
     Attributes:
-      capacity: slots for the prompt, window included, of each key/value head.
-      window: last tokens, which always stay.
-      seed: of the draws.
+      capacity: slots per key/value head for the prompt, including the window.
+      window: number of last tokens, which are always kept.
+      seed: seed of the random choice.
     """
 
     window: int = 32

@@ -1,7 +1,7 @@
 """Scores of keys by the attention of some queries: pure functions in float32.
 
 Shapes: B batch, T queries, W observed queries, S slots, C slots chosen, N query heads, K key/value
-heads, G = N / K, X heads that choose for themselves, H head dim.
+heads, G = N / K, X heads that choose their own slots, H head dim.
 """
 
 from typing import Literal
@@ -16,22 +16,22 @@ from model.kv_cache.slots import Slots
 Pooling = Literal["max", "average"]
 GroupVote = Literal["mean", "max"]
 
-# Queries whose attention to all keys is in memory at a time: with few of them it stays in a processor's
-# caches. Of 8, 16 and 32 this is the fastest at 16,384 keys; 64 at once take several times as long.
+# Number of queries whose attention weights are in memory at a time. With few queries the weights stay in a
+# CPU's caches: of 8, 16 and 32 this is the fastest at 16,384 keys, and 64 take several times as long.
 _BLOCK = 16
 
 
 def votes(
     q_BTNH: jax.Array, positions_BT: jax.Array, held: Slots, form: AttentionForm
 ) -> jax.Array:
-    """Attention [B, K, G, S] that every slot receives from the queries together.
+    """Returns the attention [B, K, G, S] that each slot receives, summed over the queries.
 
-    It is the layer's own: softmax over all keys that a query sees, then a sum over queries, some of them
-    at a time. Queries at position -1 count for nothing.
+    The weights are the layer's attention weights: a softmax over all keys that a query sees. The sum is
+    computed for some queries at a time. Queries at position -1 do not count.
     """
 
     def received(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        seen = held.view()  # within the loop: outside of it the change of axes would be a copy
+        seen = held.view()  # inside the loop: outside it the transposition would be a copy
         return received_attention(
             q_BTNH,
             seen.k_BSKH,
@@ -60,18 +60,18 @@ def votes(
 
 
 def of_group(votes_BKGS: jax.Array, group_vote: GroupVote) -> jax.Array:
-    """[B, K, S]: one vote of the query heads that share a key/value head."""
+    """Returns one vote [B, K, S] per key/value head, from the query heads that share it."""
     return votes_BKGS.mean(2) if group_vote == "mean" else votes_BKGS.max(2)
 
 
 def pooled(
     votes_BXS: jax.Array, eligible_BS: jax.Array, kernel: int, pooling: Pooling
 ) -> jax.Array:
-    """Pools along slots with stride 1, so that neighbours survive together.
+    """Pools votes along slots with stride 1, so that neighbouring tokens are kept together.
 
-    Slots that are not eligible lend nothing to their neighbours: they are -inf to a maximum, and zero
-    in an average, which divides by the whole kernel also at the edges (arXiv 2404.14469, listing 1).
-    What comes out there itself means nothing.
+    Ineligible slots do not raise their neighbours' votes: they count as -inf in a maximum and as zero in
+    an average. An average divides by the kernel size also at the edges (arXiv 2404.14469, listing 1). The
+    results at ineligible slots are undefined.
     """
     outside = -jnp.inf if pooling == "max" else 0.0
     combine = jax.lax.max if pooling == "max" else jax.lax.add
@@ -89,27 +89,27 @@ def pooled(
 
 
 def recent(positions_BS: jax.Array, window: int) -> jax.Array:
-    """True [B, S] for the last `window` tokens of every row."""
+    """Returns True [B, S] for the last `window` tokens of every row."""
     last_B1 = positions_BS.max(1, keepdims=True)
     return (positions_BS >= 0) & (positions_BS > last_B1 - window)
 
 
 def ranked(scores_BXS: jax.Array, positions_BS: jax.Array, window: int) -> jax.Array:
-    """Returns scores by which the last `window` tokens of a row come first and empty slots last."""
+    """Returns scores that rank the last `window` tokens of a row first and empty slots last."""
     recent_BS, real_BS = recent(positions_BS, window), positions_BS >= 0
     scores_BXS = jnp.where(recent_BS[:, None], jnp.inf, scores_BXS)
     return jnp.where(real_BS[:, None], scores_BXS, -jnp.inf)
 
 
 def best(scores_BXS: jax.Array, count: int) -> jax.Array:
-    """Returns the indices [B, X, C] of the `count` highest scores, in ascending order; of equals, the first."""
+    """Returns the indices [B, X, C] of the `count` highest scores, ascending; ties go to the first."""
     return jnp.sort(jax.lax.top_k(scores_BXS, count)[1], axis=-1)
 
 
 def hit_rate(weights_XS: jax.Array, chosen_XS: jax.Array, threshold: float) -> jax.Array:
-    """Returns the share of the attention weights above `threshold` that lies on chosen slots.
+    """Returns the share of the attention weights above `threshold` that is on chosen slots.
 
-    Equations 4 to 6 of arXiv 2404.14469; 1 where no weight is above the threshold.
+    Equations 4 to 6 of arXiv 2404.14469; 1 if no weight is above the threshold.
     """
     above_XS = weights_XS > threshold
     total = above_XS.sum()

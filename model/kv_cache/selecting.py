@@ -1,8 +1,7 @@
-"""The common part of policies that keep the best tokens of a prompt and all generated ones.
+"""Base class of policies that keep the best tokens of a prompt and all generated tokens.
 
-Selection happens once, after the whole prompt. Kept keys stay rotated by their true positions, and
-what follows has its true positions too, so nothing is renumbered. Rows of fewer tokens than the
-capacity keep all of them.
+Tokens are selected once, after the whole prompt. Selected keys and generated tokens have their true
+positions; nothing is renumbered. A row with fewer tokens than the capacity keeps all of them.
 
 Shapes: B batch, T new tokens, W observed queries, S slots, N query heads, K key/value heads, X 1 or K,
 H head dim.
@@ -36,7 +35,7 @@ class Observed:
         )
 
     def then(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> "Observed":
-        """After T more queries."""
+        """Returns the last W queries after T more queries."""
         q_BUNH = jnp.concatenate([self.q_BWNH, q_BTNH.astype(self.q_BWNH.dtype)], axis=1)
         positions_BU = jnp.concatenate([self.positions_BW, positions_BT.astype(jnp.int32)], axis=1)
         index_BW = slots.latest(positions_BU, self.positions_BW.shape[1])
@@ -51,7 +50,7 @@ class Selecting(FullCache):
     """Keeps `capacity` tokens of a prompt in every layer.
 
     Attributes:
-      capacity: slots for the prompt, of each key/value head.
+      capacity: slots per key/value head for the prompt.
     """
 
     capacity: int = 1024
@@ -77,23 +76,23 @@ class Selecting(FullCache):
         return self.chosen(state, budget, length=length, dtype=dtype)
 
     def chosen(self, state: Reading, budget: int, *, length: int, dtype: Any) -> Any:
-        """The best `budget` tokens of each head."""
+        """Returns the slots of the best `budget` tokens of each head."""
         held = state.slots.take(scores.best(self.scores(state), budget))
         return held.stored_as(dtype).with_room(length).constrained()
 
-    # What policies override.
+    # Members that policies override.
 
     @property
     def observed(self) -> int:
-        """The number of last queries that `scores` wants in state.evidence."""
+        """The number of last queries that `scores` needs in state.evidence."""
         return 0
 
     def scores(self, state: Reading) -> jax.Array:
-        """Returns scores [B, X, S], -inf for empty slots; the slots of the highest stay."""
+        """Returns scores [B, X, S], -inf for empty slots; the slots with the highest scores are kept."""
         raise TypeError(f"{type(self).__name__} must say how it scores tokens.")
 
 
 def check_window(capacity: int, window: int) -> None:
-    """Raises ValueError unless a window of at least one token leaves capacity for others."""
+    """Raises ValueError unless 1 <= window < capacity."""
     if not 1 <= window < capacity:
         raise ValueError(f"window = {window} must be at least 1 and below capacity = {capacity}")

@@ -1,4 +1,4 @@
-"""A window over all layers while generating, stored in a ring."""
+"""A sliding window in all layers during generation, stored in a ring."""
 
 import dataclasses
 from typing import Any
@@ -8,13 +8,13 @@ from model.kv_cache.full import FullCache, Reading, rolling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sliding(FullCache):
-    """The last tokens only, whatever attention a layer was trained with.
+    """Keeps only the last tokens, whatever attention a layer was trained with.
 
-    A token that is generated sees `window` tokens, itself included, or its layer's window where that
-    is shorter. Tokens of the prompt see each other as in training.
+    A generated token sees `window` tokens, itself included, or its layer's window if that is shorter.
+    Tokens of the prompt see each other as in training.
 
     Attributes:
-      window: tokens that stay.
+      window: number of tokens that are kept.
     """
 
     window: int = 4096

@@ -1,7 +1,7 @@
-"""Storage that the cache policies share: slots for tokens, one after the other or in a ring.
+"""Storage shared by the cache policies: slots for tokens, filled in order or as a ring.
 
-Keys and values lie head by head, [B, K, S, H]: the products of attention then read them in order. By
-token, [B, S, K, H], they would be transposed anew for every new token.
+Keys and values are stored by head, [B, K, S, H], so that attention's products read them in order. In
+the order [B, S, K, H] they would be transposed for every new token.
 
 Shapes: B batch, T new tokens, S slots, C slots chosen, K key/value heads, X 1 or K, H head dim.
 """
@@ -21,15 +21,15 @@ _INT8_MAX = 127.0
 
 @flax.struct.dataclass
 class Slots:
-    """Keys and values; the next token goes to slot `at` of every row, whatever its position is.
+    """Keys and values; the next token of every row goes to slot `at`, whatever its position.
 
     Attributes:
-      k_BKSH, v_BKSH: keys, rotated, and values.
-      positions_BXS: of their tokens, -1 for empty slots; X = 1 where all heads hold the same tokens.
-      at: the next slot, scalar.
-      k_scale_BKS, v_scale_BKS: what int8 keys and values are to be multiplied by; None for floats.
-      ring: slots from here on are a ring: after the last one, the first of them is overwritten.
-        None for storage that the caller has sized for all that will come.
+      k_BKSH, v_BKSH: rotated keys, and values.
+      positions_BXS: positions of the tokens, -1 for empty slots; X = 1 if all heads hold the same tokens.
+      at: index of the next slot, scalar.
+      k_scale_BKS, v_scale_BKS: factors on int8 keys and values; None for floats.
+      ring: index of the first slot of the ring; after the last slot, this slot is overwritten. None
+        without a ring: the caller has reserved slots for all tokens.
     """
 
     k_BKSH: jax.Array
@@ -45,10 +45,10 @@ class Slots:
         return self.k_BKSH.shape[2]
 
     def put(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "Slots":
-        """Adds T tokens; for several at a time there must be no ring.
+        """Returns the slots with T tokens added; T must be 1 with a ring.
 
         Raises:
-          ValueError: several tokens for a ring, whose older ones the first of them may still see.
+          ValueError: T > 1 with a ring. The tokens would overwrite others that the first of them still sees.
         """
         T = k_BTKH.shape[1]
         if self.ring is not None and T != 1:
@@ -81,7 +81,7 @@ class Slots:
         )
 
     def with_first_keys(self, k_BPKH: jax.Array, positions_BXP: jax.Array) -> "Slots":
-        """Other keys at other positions in the first P slots."""
+        """Returns the slots with new keys and positions in the first P slots."""
 
         def first(held: jax.Array, new: jax.Array) -> jax.Array:
             return _put(held, new, 0)
@@ -95,14 +95,14 @@ class Slots:
         )
 
     def _encode(self, x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """As the slots store them, head by head, with scales if they do."""
+        """Returns keys or values in the layout and dtype of the slots, and their scales or None."""
         x_BKTH = x_BTKH.swapaxes(1, 2)
         if self.k_scale_BKS is not None:
             return quantise(x_BKTH)
         return x_BKTH.astype(self.k_BKSH.dtype), None
 
     def take(self, index_BXC: jax.Array) -> "Slots":
-        """Returns the slots at these indices: of one choice for all heads (X = 1) or of one for each."""
+        """Returns the slots at these indices; X = 1 uses the same indices for all heads."""
         return dataclasses.replace(
             self,
             k_BKSH=jnp.take_along_axis(self.k_BKSH, index_BXC[..., None], axis=2),
@@ -112,7 +112,7 @@ class Slots:
         ).constrained()
 
     def with_room(self, length: int) -> "Slots":
-        """With `length` more empty slots at the end."""
+        """Returns the slots with `length` more empty slots at the end."""
 
         def pad(x: jax.Array, value: int = 0) -> jax.Array:
             after = [(0, length if axis == 2 else 0) for axis in range(x.ndim)]
@@ -128,10 +128,10 @@ class Slots:
         )
 
     def stored_as(self, dtype: Any) -> "Slots":
-        """Keys and values in another dtype; None changes nothing.
+        """Returns the slots with keys and values in another dtype; None changes nothing.
 
         Raises:
-          ValueError: a dtype that is neither int8 nor of floats.
+          ValueError: the dtype is neither int8 nor a float type.
         """
         if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
             return self
@@ -149,8 +149,8 @@ class Slots:
         ).constrained()
 
     def constrained(self) -> "Slots":
-        """Split over a mesh by rows and key/value heads."""
-        # A single store may serve all heads (adakv.py): it is whole on every device.
+        """Returns the slots with their sharding constrained: split over rows and key/value heads."""
+        # Slots that all heads share (adakv.py) are replicated.
         heads = axes.ACT_KV_HEADS if self.k_BKSH.shape[1] > 1 else None
         own = heads if self.positions_BXS.shape[1] > 1 else None
 
@@ -167,7 +167,7 @@ class Slots:
         )
 
     def view(self) -> KeyValues:
-        """Returns the keys and values for attention: a change of axes that the compiler folds into its products."""
+        """Returns the keys and values for attention; XLA fuses the transposition into its products."""
 
         def by_token(x: jax.Array) -> jax.Array:
             return x.swapaxes(1, 2)
@@ -183,7 +183,7 @@ class Slots:
 
 
 def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Slots:
-    """`length` free slots for tokens that all heads hold."""
+    """Returns `length` empty slots in which all heads hold the same tokens."""
     shape = (batch, num_kv_heads, length, head_dim)
     return Slots(
         k_BKSH=jnp.zeros(shape, dtype),
@@ -194,7 +194,10 @@ def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: A
 
 
 def _put(held: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
-    """`held` [B, K or X, S, ...] with `new` from slot `at` on, updated as a loop carries it."""
+    """Returns `held` [B, K or X, S, ...] with `new` written from slot `at` on.
+
+    The update is computed without axes of size 1, as `carried` arrays have none.
+    """
     ones = _ones(held)
     written = jax.lax.dynamic_update_slice_in_dim(
         held.squeeze(ones), new.squeeze(ones), at, axis=2 - len(ones)
@@ -203,16 +206,16 @@ def _put(held: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
 
 
 def carried(caches: Any) -> Any:
-    """Returns caches as a loop over tokens carries them: without axes of a single row or head.
+    """Returns caches without the axes of a single row or head, as the carry of a loop over tokens.
 
-    Products with such dimensions drop them, and on CPUs the change of shape is then merged into the
-    update of the cache, which makes two of it, one of them a copy.
+    XLA drops axes of size 1 in products. On CPUs it would merge this reshape into the update of the
+    cache, and thereby copy the cache.
     """
     return jax.tree.map(lambda x: x.squeeze(_ones(x)), caches)
 
 
 def restored(caches: Any, like: Any) -> Any:
-    """Caches after `carried`, in the shapes of `like`."""
+    """Inverts `carried`: returns caches with the shapes of `like`."""
     return jax.tree.map(lambda x, y: x.reshape(y.shape), caches, like)
 
 
@@ -221,7 +224,7 @@ def _ones(x: jax.Array) -> tuple[int, ...]:
 
 
 def quantise(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 values and float32 scales [B, K, S]: |x - value * scale| <= scale / 2 = max|x| / 254."""
+    """Returns int8 values and float32 scales [B, K, S]: |x - value * scale| <= scale / 2 = max|x| / 254."""
     x_BKSH = x_BKSH.astype(jnp.float32)
     scale_BKS = jnp.abs(x_BKSH).max(-1) / _INT8_MAX
     divisor_BKS = jnp.where(scale_BKS > 0, scale_BKS, 1.0)
@@ -229,5 +232,5 @@ def quantise(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def latest(positions_BS: jax.Array, count: int) -> jax.Array:
-    """Indices [B, count] of the latest tokens of every row, the last one at the end."""
+    """Returns the slot indices [B, count] of the latest tokens of every row, in order of position."""
     return jnp.flip(jax.lax.top_k(positions_BS, count)[1], axis=-1)

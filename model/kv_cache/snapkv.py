@@ -1,4 +1,4 @@
-"""SnapKV (Li et al., arXiv 2404.14469): the end of a prompt votes for the tokens that stay.
+"""SnapKV (Li et al., arXiv 2404.14469): the last queries of a prompt vote for the tokens to keep.
 
 Shapes: B batch, S slots, K key/value heads, G query heads of each.
 """
@@ -16,22 +16,23 @@ from model.kv_cache.selecting import Selecting, check_window
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(Selecting):
-    """The last `window` tokens, and those before them that they attend to most.
+    """Keeps the last `window` tokens, and the earlier tokens that they attend to most.
 
-    The queries of the window vote with their attention, softmax over all keys, summed (equation 2);
-    votes of a group of query heads become one; votes are pooled along the prompt, and every key/value
-    head keeps its own best (equation 3). All in float32. Defaults are the paper's for LongBench.
+    The votes are the window's attention weights (softmax over all keys), summed over its queries
+    (equation 2). The votes of the query heads of a key/value head are combined, and votes are pooled along
+    the prompt. Every key/value head keeps the tokens with its highest votes (equation 3). All computations
+    are in float32. The defaults are the paper's for LongBench.
 
     Attributes:
-      capacity: slots for the prompt, window included, of each key/value head.
-      window: last tokens, which vote and always stay; wider than what a chat template puts after
-        the question, which otherwise has no vote.
+      capacity: slots per key/value head for the prompt, including the window.
+      window: number of last tokens, which vote and are always kept. It should be longer than the text
+        that a chat template adds after the question; otherwise the question has no vote.
       kernel: odd width of the pooling; 1 for none.
       pooling: 'max' or 'average'.
       group_vote: 'mean' or 'max' over the query heads of a key/value head, before pooling.
 
     Raises:
-      ValueError: a window that leaves no capacity, an even kernel, an unknown name.
+      ValueError: a window outside [1, capacity), an even kernel, or an unknown name.
     """
 
     window: int = 32

@@ -1,4 +1,4 @@
-"""StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens and the last, without an end.
+"""StreamingLLM (Xiao et al., arXiv 2309.17453): the first and the last tokens, for unlimited generation.
 
 Shapes: B batch, T = 1 new token, S slots, C capacity, P sinks, K key/value heads, H head dim.
 """
@@ -18,7 +18,7 @@ from model.kv_cache.slots import Slots
 
 @flax.struct.dataclass
 class Stream:
-    """Slots, the first of them sinks, and the sinks' keys as rotated by their true positions."""
+    """Slots, which begin with the sinks, and the sinks' keys rotated by their true positions."""
 
     slots: Slots
     sinks_BKPH: jax.Array
@@ -26,16 +26,16 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamingLLM(FullCache):
-    """Attention sinks and a ring of recent tokens: C slots, however much is generated.
+    """Keeps attention sinks and a ring of recent tokens: C slots, however many tokens are generated.
 
-    With `renumber`, positions are those within the cache, as in the paper. Attention by rotation
-    knows only distances, and those to recent tokens are the same in either numbering, so recent keys
-    stay as they are; the sinks' keys are rotated on, by as many positions as have been dropped. The
-    prompt is read with all of its tokens; the paper streams it too.
+    With `renumber`, positions are those within the cache, as in the paper. Rotary attention depends only
+    on distances. Distances to recent tokens do not change by renumbering, so recent keys are not rotated
+    again; the sinks' keys are rotated by the number of dropped positions. The whole prompt is read before
+    tokens are dropped; the paper also drops tokens while it reads the prompt.
 
     Attributes:
-      capacity: slots, sinks included; of a prompt and what follows together.
-      sinks: first tokens, which always stay; a shorter prompt has fewer, and their slots stay empty.
+      capacity: slots for a prompt and its continuation together, including the sinks.
+      sinks: number of first tokens, which are always kept; a shorter prompt leaves some of their slots empty.
       renumber: whether dropped tokens leave no gap in the positions.
     """
 
@@ -61,7 +61,7 @@ class StreamingLLM(FullCache):
         at_BS = held.positions_BXS[:, 0]
         is_sink_BPS = at_BS[:, None] == jnp.arange(sinks, dtype=jnp.int32)[None, :, None]
         recent_BS = jnp.where(at_BS >= sinks, at_BS, -1)
-        # Rows end together, at the last slot, so the ring's next slot is the oldest of every row.
+        # All rows end at the last slot, so the ring's next slot has the oldest token of every row.
         index_BR = slots.latest(recent_BS, self.capacity - sinks)
         index_BC = jnp.concatenate([is_sink_BPS.argmax(-1), index_BR], axis=1)
         real_BC = jnp.concatenate(
@@ -97,7 +97,7 @@ class StreamingLLM(FullCache):
         dropped_BP = jnp.broadcast_to(dropped_B1, (B, P))
         assert form.rope is not None
         k_BPKH = form.rope(state.sinks_BKPH.swapaxes(1, 2), dropped_BP)
-        # The position by which the mask goes is that of the rotation.
+        # The mask uses the same positions as the rotation.
         moved_BXP = jnp.arange(P, dtype=jnp.int32)[None, None] + dropped_BP[:, None]
         return dataclasses.replace(
             state,

@@ -1,4 +1,4 @@
-"""TOVA (Oren et al., arXiv 2401.06104): the last query's attention decides, for all heads alike.
+"""TOVA (Oren et al., arXiv 2401.06104): the last query's attention selects the same tokens for all heads.
 
 Shapes: B batch, S slots, K key/value heads, G query heads of each.
 """
@@ -14,12 +14,12 @@ from model.kv_cache.selecting import Selecting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tova(Selecting):
-    """The tokens that the last one attends to most on average over heads, and itself.
+    """Keeps the last token, and the tokens that it attends to most on average over heads.
 
-    The paper evicts during generation too; here only the prompt is compressed.
+    The paper also evicts tokens during generation; here only the prompt is compressed.
 
     Attributes:
-      capacity: slots for the prompt.
+      capacity: slots per key/value head for the prompt.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Kernels to factors and factors to kernels: two transforms, inverse at full rank.
+"""Transforms between kernels and their factors; at full rank each is the inverse of the other.
 
 Shapes: X rows, Y columns, R rank, '...' stacked layers or experts.
 """
@@ -26,19 +26,19 @@ def _spectral(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def spectral(path: str, kernel: Any, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The best approximation of a kernel, balanced."""
+    """Returns balanced factors of the best approximation of a kernel."""
     del path
     return _spectral(kernel, rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decompose:
-    """The transform of a dense model, the one source, to the same model in factors.
+    """Transforms a dense model (the only source) to the same model with factorised kernels.
 
-    Ranks are those of the target's shapes. Parameters that both models have are copied.
+    The ranks are read from the target's shapes. Parameters that both models have are copied.
 
     Attributes:
-      split: returns the factors of a kernel.
+      split: function that returns the factors of a kernel.
     """
 
     split: Split = spectral
@@ -57,8 +57,8 @@ class Decompose:
                 f"{twice} of the checkpoint is factorised already: set INITIAL_TRANSFORM = None to go "
                 "on with its factors, or recompose it first (python -m launch.upcycle factorise --recompose)."
             )
-        made = {f"{path}/{name}" for path in modules for name in ("u", "v")}
-        rest = [base.copied(path, target[path], source) for path in target if path not in made]
+        paths = {f"{path}/{name}" for path in modules for name in ("u", "v")}
+        rest = [base.copied(path, target[path], source) for path in target if path not in paths]
         return rest + [self._recipe(path, source, target) for path in modules]
 
     def _recipe(self, path: str, source: Source, target: Shapes) -> Recipe:
@@ -70,7 +70,7 @@ class Decompose:
             matrix = _matrix(parts[0], u_shape, v_shape)
             check_finite(path, matrix)
             pair = [factor.astype(matrix.dtype) for factor in self.split(path, matrix, rank)]
-            for factor in pair:  # the cast to a narrow dtype may overflow
+            for factor in pair:  # a cast to a narrower dtype may overflow
                 check_finite(path, factor)
             return pair
 
@@ -90,9 +90,9 @@ class Decompose:
 
 @dataclasses.dataclass(frozen=True)
 class Recompose:
-    """The transform of a model in factors, the one source, to the dense model with U V^T as kernels.
+    """Transforms a factorised model (the only source) to the dense model with kernels U V^T.
 
-    Factors of convolutions have no image: they do not determine the sides of the kernel.
+    Factorised convolutions are not supported, because factors do not determine the kernel's size.
     """
 
     def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
@@ -116,7 +116,7 @@ class Recompose:
 
 
 def factorised_modules(shapes: Shapes) -> list[str]:
-    """Paths of the modules that hold two factors, in the order of the tree."""
+    """Returns the paths of the modules that have two factors, in the order of the tree."""
     owners = [path.removesuffix("/u") for path in shapes if path.endswith("/u")]
     return [path for path in owners if f"{path}/v" in shapes]
 
@@ -125,10 +125,10 @@ def factorised_modules(shapes: Shapes) -> list[str]:
 def _through(
     moment: jax.Array, u: jax.Array, v: jax.Array, squared: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Moments of the factors by the chain rule: dL/dU = G V, dL/dV^T = U^T G.
+    """Returns the moments of the factors by the chain rule: dL/dU = G V, dL/dV^T = U^T G.
 
-    A first moment is linear in G, so its image is exact while the factors stay constant. A second moment is carried
-    as if the entries of G were independent, with the factors' squares.
+    The first moment is linear in G, so its transform is exact while the factors are constant. The second moment uses
+    the squares of the factors, which assumes that the entries of G are independent.
     """
     if squared:
         u, v = u**2, v**2
@@ -138,7 +138,7 @@ def _through(
 
 
 def _matrix(kernel: Any, u_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Any:
-    """The matrix that factors approximate, of a projection's or of a convolution's kernel."""
+    """Returns the matrix that the factors approximate, from the kernel of a projection or convolution."""
     scheme = lowrank_conv.scheme_of(kernel.shape, u_shape[-2], v_shape[-1])
     if scheme is None or len(u_shape) == kernel.ndim:
         return kernel
@@ -146,7 +146,10 @@ def _matrix(kernel: Any, u_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> 
 
 
 def _abstract_kernel(u: Any, v: Any, saved: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """The kernel to be read: rows sharded as U's and columns as V's; a convolution's is replicated."""
+    """Returns the kernel to read as an abstract array.
+
+    Its rows are sharded like U's and its columns like V's; a convolution's kernel is replicated.
+    """
     shape = (*u.shape[:-1], v.shape[-1])
     of_u, of_v = getattr(u, "sharding", None), getattr(v, "sharding", None)
     convolution = len(u.shape) == 2 and lowrank_conv.scheme_of(saved, *shape) is not None
@@ -162,7 +165,7 @@ def _abstract_kernel(u: Any, v: Any, saved: tuple[int, ...]) -> jax.ShapeDtypeSt
 
 
 def check_finite(path: str, kernel: Any) -> None:
-    """Raises TransformError, with the path, for a kernel with NaN or infinity."""
+    """Raises TransformError, with the path, if a kernel has NaN or infinity."""
     finite = jax.device_get(jnp.isfinite(kernel).all((-2, -1)))
     if not finite.all():
         which = f" (of its stack number {int((~finite).argmax())})" if finite.ndim else ""

@@ -1,7 +1,7 @@
-"""Factors of matrices, U V^T of rank r in place of W: ranks, first values, decay and spectra.
+"""Factorised matrices, U V^T of rank r in place of W: ranks, initial values, decay and spectra.
 
-In a tree of parameters they are the two arrays of a module `u` [..., rows, rank] and `v` [..., rank, columns],
-the transpose of V as Kamalakara et al. (arXiv 2209.13569) have it. Leading axes stack layers or experts.
+In a tree of parameters, a module has the two arrays `u` [..., rows, rank] and `v` [..., rank, columns]. `v` is the
+transpose of V in Kamalakara et al. (arXiv 2209.13569). Leading axes stack layers or experts.
 
 Shapes: X rows, Y columns, R rank, '...' stacked layers or experts.
 """
@@ -19,22 +19,22 @@ import numpy as np
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)
 
-# Accelerators otherwise round what they multiply to bfloat16.
+# Without this, accelerators round the operands to bfloat16.
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def rank_of(rank: float, rule: RankRule, rows: int, columns: int, *, multiple: int = 1) -> int:
-    """The rank of the factors of a matrix [rows, columns], at least 1.
+    """Returns the rank of the factors of a matrix [rows, columns], at least 1.
 
     Args:
-      rank: with 'min_dim' a fraction of the smaller side, with 'param_ratio' of the matrix's own
-        parameters, with 'absolute' the rank itself.
-      rule: of RANK_RULES.
-      rows, columns: of the matrix.
-      multiple: what ranks by a fraction are rounded to a multiple of, where the matrix has one.
+      rank: with 'min_dim', a fraction of the smaller side; with 'param_ratio', a fraction of the
+        matrix's parameters; with 'absolute', the rank itself.
+      rule: one of RANK_RULES.
+      rows, columns: shape of the matrix.
+      multiple: ranks from a fraction are rounded to a multiple of this, if the matrix is large enough.
 
     Raises:
-      ValueError: an unknown rule, or a rank that the matrix cannot have.
+      ValueError: an unknown rule, a fractional 'absolute' rank, or a rank outside [1, min(rows, columns)].
     """
     if rule not in RANK_RULES:
         raise ValueError(f"rank_rule={rule!r} is none of {', '.join(map(repr, RANK_RULES))}.")
@@ -62,9 +62,9 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int, *, multiple: i
 def he_factors(
     key: jax.Array, init: Callable[..., jax.Array], shape: tuple[int, int], rank: int
 ) -> tuple[jax.Array, jax.Array]:
-    """U and V^T drawn apart: U as columns of the dense kernel are, V^T with variance 1/rank.
+    """Returns independent U and V^T: U is drawn like columns of the dense kernel, V^T with variance 1/rank.
 
-    The product's outputs have the variance that the dense kernel's have, whatever the rank.
+    The outputs of U V^T have the same variance as the dense kernel's outputs, whatever the rank.
     """
     key_u, key_v = jax.random.split(key)
     u_XR = init(key_u, shape, jnp.float32)[:, :rank]
@@ -75,12 +75,12 @@ def he_factors(
 def spectral_factors(
     kernel: jax.Array, rank: int, *, ones: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The best approximation of a kernel [..., X, Y] of this rank, its singular values split evenly.
+    """Returns the factors of the best approximation of this rank; each has the roots of the singular values.
 
     Args:
-      kernel: finite values.
-      rank: of the factors.
-      ones: replaces the singular values.
+      kernel: kernels [..., X, Y] with finite values.
+      rank: rank of the factors.
+      ones: a number that replaces every singular value; None for the true values.
 
     Returns:
       U [..., X, rank] and V^T [..., rank, Y], float32.
@@ -94,19 +94,20 @@ def spectral_factors(
 def decomposition(
     kernel: jax.Array, gram: jax.Array | None = None, *, damping: float = 1e-6
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Singular vectors and values of kernels, or of what their inputs make of them.
+    """Returns the singular value decomposition of kernels W, or of the outputs X W for inputs X.
 
-    With a gram, X^T X of a projection's inputs X, the values are those of X W, and the rank-r part of
-    left * values @ right is what changes X W least (as SVD-LLM has it, arXiv 2403.07378).
+    With a gram matrix X^T X of the inputs, the result has the singular values of X W. The rank-r part of
+    left * values @ right is then the rank-r matrix that changes X W least (SVD-LLM, arXiv 2403.07378).
 
     Args:
       kernel: W [..., X, Y], finite.
-      gram: second moments of the inputs [..., X, X], of any scale; None for the kernels' own values.
-      damping: least eigenvalue of the gram, as a fraction of their mean: what the inputs hardly span counts
-        for little, but not for nothing.
+      gram: second moments of the inputs [..., X, X], of any scale; None decomposes W itself.
+      damping: minimum of the gram's eigenvalues, as a fraction of their mean. Directions that the inputs
+        hardly use then have a small weight instead of none.
 
     Returns:
-      left [..., X, R], values [..., R], largest first, right [..., R, Y], float32, whose product is W.
+      left [..., X, R], values [..., R] in descending order, right [..., R, Y]; all float32. W is
+      left * values @ right.
     """
     kernel = kernel.astype(jnp.float32)
     if gram is None:
@@ -123,12 +124,15 @@ def decomposition(
 def truncated(
     left: jax.Array, values: jax.Array, right: jax.Array, rank: int
 ) -> tuple[jax.Array, jax.Array]:
-    """U and V^T of this rank from a `decomposition`, balanced."""
+    """Returns balanced factors U and V^T of this rank from the result of `decomposition`."""
     return balanced(left[..., :rank], values[..., :rank, None] * right[..., :rank, :])
 
 
 def balanced(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factors of the same product with U^T U = V^T V, float32; adaptive optimisers depend on the split."""
+    """Returns float32 factors with the same product and U^T U = V^T V.
+
+    Adaptive optimisers depend on how the product is split into factors.
+    """
     q_u, r_u = jnp.linalg.qr(u.astype(jnp.float32))
     q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v, -2, -1).astype(jnp.float32))
     core = _product(r_u, jnp.swapaxes(r_v, -2, -1))
@@ -139,12 +143,12 @@ def balanced(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rank_for_energy(values: jax.Array, energy: float) -> int:
-    """The least rank that preserves this fraction of the squared singular values [..., R].
+    """Returns the smallest rank that preserves this fraction of the sum of squared singular values [..., R].
 
-    Stacked matrices share a rank: the largest that one of them needs.
+    Stacked matrices share one rank: the largest that any of them needs.
 
     Raises:
-      ValueError: a fraction outside (0, 1].
+      ValueError: the fraction is outside (0, 1].
     """
     if not 0 < energy <= 1:
         raise ValueError(f"rank={energy} with rank_rule='energy' must lie in (0, 1].")
@@ -156,11 +160,11 @@ def rank_for_energy(values: jax.Array, energy: float) -> int:
 
 
 def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029), without forming U V^T.
+    """Returns the gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029), without forming U V^T.
 
     Args:
-      u: [..., X, R].
-      v: [..., R, Y].
+      u: U [..., X, R].
+      v: V^T [..., R, Y].
 
     Returns:
       U (V^T V) and (U^T U) V^T, in the shapes of u and v.
@@ -170,9 +174,10 @@ def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
-    """The r singular values of each product, [..., R], largest first, float32.
+    """Returns the singular values of each product u v, [..., R], in descending order, float32.
 
-    Those of R_u R_v^T, where u = Q_u R_u and v^T = Q_v R_v: no matrix is larger than the factors.
+    They equal the singular values of R_u R_v^T, where u = Q_u R_u and v^T = Q_v R_v, so no matrix is
+    larger than the factors.
     """
     wide = jnp.float32
     r_u = jnp.linalg.qr(u.astype(wide), mode="r")
@@ -181,17 +186,20 @@ def singular_values(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def singular_values_of(kernel: jax.Array) -> jax.Array:
-    """The singular values of dense kernels [..., X, Y], largest first, float32."""
+    """Returns the singular values of dense kernels [..., X, Y], in descending order, float32."""
     return jnp.linalg.svd(kernel.astype(jnp.float32), compute_uv=False)
 
 
 def recomposed(u: jax.Array, v: jax.Array) -> jax.Array:
-    """U V^T, computed in float32, in the dtype of u."""
+    """Returns U V^T, computed in float32, in the dtype of u."""
     return _product(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
-    """Nuclear over operator norm of singular values [..., R], between 1 and R; 0 for a zero matrix."""
+    """Returns the nuclear norm divided by the operator norm, from singular values [..., R].
+
+    The result is between 1 and R; it is 0 for a zero matrix.
+    """
     largest = values.max(axis=-1)
     return jnp.where(largest > 0, values.sum(axis=-1) / jnp.where(largest > 0, largest, 1.0), 0.0)
 
@@ -201,10 +209,10 @@ class Factors:
     """A factorised matrix in a tree of parameters.
 
     Attributes:
-      path: of the module that owns it.
+      path: path of the module that owns it.
       shape: [rows, columns] of the product.
-      rank: of the factors.
-      count: matrices that are stacked, layers or experts.
+      rank: rank of the factors.
+      count: number of stacked matrices (layers or experts).
     """
 
     path: str
@@ -214,17 +222,17 @@ class Factors:
 
     @property
     def dense(self) -> int:
-        """Parameters of the matrices."""
+        """The number of parameters of the dense matrices."""
         return self.count * self.shape[0] * self.shape[1]
 
     @property
     def factors(self) -> int:
-        """Parameters of the factors."""
+        """The number of parameters of the factors."""
         return self.count * self.rank * (self.shape[0] + self.shape[1])
 
 
 def find_factors(params: Any) -> list[Factors]:
-    """All factorised matrices of a tree of arrays or of their shapes, in the order of the tree."""
+    """Returns all factorised matrices of a tree of arrays or shapes, in the order of the tree."""
     factorised = []
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
@@ -242,24 +250,27 @@ def find_factors(params: Any) -> list[Factors]:
 
 
 def is_factorised(node: Any) -> bool:
-    """Whether a node of a tree holds the two factors of a matrix."""
+    """Returns whether a node of a tree has the two factors of a matrix."""
     return isinstance(node, Mapping) and node.get("u") is not None and node.get("v") is not None
 
 
 def table(factorised: Sequence[Factors]) -> list[str]:
-    """Rank and size of every factorised matrix beside the dense one, and the total, as lines.
+    """Returns lines of a table with the rank and sizes of every factorised matrix, and the total.
 
     Factors larger than the dense matrix are marked.
     """
     rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
-    for one in factorised:
-        count = f" x {one.count}" if one.count > 1 else ""
-        shape = f"{one.shape[0]} x {one.shape[1]}{count}"
-        larger = " LARGER" if one.factors > one.dense else ""
-        ratio = f"{one.factors / one.dense:.3f}{larger}"
-        sizes = (str(one.rank), f"{one.dense:,}", f"{one.factors:,}", ratio)
-        rows.append((one.path, shape, *sizes))
-    dense, factors = sum(one.dense for one in factorised), sum(one.factors for one in factorised)
+    for matrix in factorised:
+        count = f" x {matrix.count}" if matrix.count > 1 else ""
+        shape = f"{matrix.shape[0]} x {matrix.shape[1]}{count}"
+        larger = " LARGER" if matrix.factors > matrix.dense else ""
+        ratio = f"{matrix.factors / matrix.dense:.3f}{larger}"
+        sizes = (str(matrix.rank), f"{matrix.dense:,}", f"{matrix.factors:,}", ratio)
+        rows.append((matrix.path, shape, *sizes))
+    dense, factors = (
+        sum(matrix.dense for matrix in factorised),
+        sum(matrix.factors for matrix in factorised),
+    )
     if factorised:
         rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

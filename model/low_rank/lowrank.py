@@ -1,7 +1,7 @@
 """Factorised projections: y = (x U) V^T in place of x W (Kamalakara et al., arXiv 2209.13569).
 
-The parameters are `u` [in, rank] and `v` [rank, out], as model/low_rank/factors.py says, so that both products are of
-the form that `Dense` has.
+The parameters are `u` [in, rank] and `v` [rank, out], as in model/low_rank/factors.py, so both products have the form
+of the product in `Dense`.
 
 Shapes: X in, Y out, R rank, E experts, '...' stacked layers or experts.
 """
@@ -25,8 +25,8 @@ from model.moe.moe import ExpertDense
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)
 
-# What attention and MLPs project with, and blocks of residual networks convolve with (model/vision/resnet.py). A router is
-# small, tables are no projections, and stem and classifier of a network stay dense.
+# Projections of attention and MLPs, and convolutions in the blocks of residual networks (model/vision/resnet.py).
+# Routers are small, tables are not projections, and a network's stem and classifier stay dense.
 PROJECTIONS = (
     r"(.*/)?(attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)"
     r"|stage_\d+/block_\d+/(conv_\d+|shortcut)",
@@ -34,10 +34,10 @@ PROJECTIONS = (
 
 
 def product(x: jax.Array, u_XR: jax.Array, v_RY: jax.Array) -> jax.Array:
-    """x U V^T, in the order of fewer multiplications.
+    """Returns x U V^T, computed in the order with fewer multiplications.
 
-    U V^T is formed where that is cheaper: when the rank is above X Y / (X + Y), so that the factors are
-    larger than what they stand for, and there are rows enough to pay for it.
+    U V^T is formed first if that is cheaper: the rank is above X Y / (X + Y), so the factors are larger
+    than the dense matrix, and x has enough rows to amortise the cost.
     """
     rows, (inputs, rank), outputs = x.size // x.shape[-1], u_XR.shape, v_RY.shape[-1]
     apart = rows * rank * (inputs + outputs)
@@ -52,12 +52,12 @@ class Factorisation:
 
     Attributes:
       rank: see `factors.rank_of`.
-      rank_rule: what `rank` is a fraction of, or 'absolute'.
-      multiple: what ranks by a fraction are rounded to a multiple of, such as 128 for matrix units.
-      layers: regular expressions for whole paths of modules, such as
-        'layers/block_0/attention/query' (with scanned layers block_0 stands for all of them).
-      ranks: ((pattern, rank), ...); the first that matches a path replaces `rank`.
-      init: the factors' start: 'he', 'spectral' or 'spectral_ones'.
+      rank_rule: see `rule` in `factors.rank_of`.
+      multiple: ranks from a fraction are rounded to a multiple of this, such as 128 for matrix units.
+      layers: regular expressions that match the whole paths of modules, such as
+        'layers/block_0/attention/query' (with scanned layers, block_0 is all repeats of the block).
+      ranks: ((pattern, rank), ...); the first pattern that matches a path replaces `rank`.
+      init: initialisation of the factors: 'he', 'spectral' or 'spectral_ones'.
       ones_scale: the singular values of 'spectral_ones'.
 
     Raises:
@@ -80,16 +80,16 @@ class Factorisation:
                 )
 
     def rank_at(self, path: str, rows: int, columns: int) -> int | None:
-        """The rank of the matrix [rows, columns] of the module at `path`; None where it stays dense.
+        """Returns the rank of the matrix [rows, columns] of the module at `path`; None if it stays dense.
 
         Raises:
-          ValueError: a rank that the matrix cannot have.
+          ValueError: the rank is outside [1, min(rows, columns)].
         """
         if not any(re.fullmatch(pattern, path) for pattern in self.layers):
             return None
-        given = (rank for pattern, rank in self.ranks if re.fullmatch(pattern, path))
+        own_ranks = (rank for pattern, rank in self.ranks if re.fullmatch(pattern, path))
         try:
-            rank = next(given, self.rank)
+            rank = next(own_ranks, self.rank)
             return factors.rank_of(rank, self.rank_rule, rows, columns, multiple=self.multiple)
         except ValueError as error:
             raise ValueError(f"Factorisation of {path}: {error}") from None
@@ -101,7 +101,7 @@ class Factorisation:
         shape: tuple[int, int],
         rank: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """U and V^T to begin with, for a matrix that `kernel_init` would have drawn; float32."""
+        """Returns the initial U and V^T, float32, for a matrix whose initialiser is `kernel_init`."""
         if self.init == "he":
             return factors.he_factors(key, kernel_init, shape, rank)
         ones = self.ones_scale if self.init == "spectral_ones" else None
@@ -109,29 +109,35 @@ class Factorisation:
 
 
 def report(params: Any, *, factorisation: Factorisation) -> list[str]:
-    """The table of a model's factorised matrices, and a warning of those that grew by it.
+    """Returns lines of a table of a model's factorised matrices, and a warning if factors are larger.
 
     Args:
-      params: arrays or their shapes.
-      factorisation: what the model was built with.
+      params: the model's parameters or their shapes.
+      factorisation: the model's factorisation.
 
     Raises:
       ValueError: a pattern of the factorisation matches no factorised layer.
     """
-    found = factors.find_factors(params)
+    matrices = factors.find_factors(params)
     for name, patterns in (
         ("layers", factorisation.layers),
         ("ranks", [pattern for pattern, _ in factorisation.ranks]),
     ):
         for pattern in patterns:
-            if not any(re.fullmatch(pattern, one.path) for one in found):
-                known = ", ".join(one.path for one in found[:3]) + ("..." if found[3:] else "")
+            if not any(re.fullmatch(pattern, matrix.path) for matrix in matrices):
+                known = ", ".join(matrix.path for matrix in matrices[:3]) + (
+                    "..." if matrices[3:] else ""
+                )
                 raise ValueError(
                     f"Factorisation.{name}: {pattern!r} matches no layer that can be factorised; there "
-                    + (f"are {known}." if found else "are none, as its `dense` is another class.")
+                    + (
+                        f"are {known}."
+                        if matrices
+                        else "are none, as its `dense` is another class."
+                    )
                 )
-    lines = factors.table(found)
-    if larger := [one.path for one in found if one.factors > one.dense]:
+    lines = factors.table(matrices)
+    if larger := [matrix.path for matrix in matrices if matrix.factors > matrix.dense]:
         lines.append(
             f"WARNING: the factors of {len(larger)} matrices are larger than what they stand for, "
             f"{larger[0]} first: use a rank below rows * columns / (rows + columns), as "
@@ -141,7 +147,7 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
 
 
 class LowRankDense(Dense):
-    """y = x U V^T (+ bias) in the layers that `factorisation` says; elsewhere `Dense`.
+    """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere.
 
     Attributes:
       factorisation: which layers, and how.
@@ -162,7 +168,7 @@ class LowRankDense(Dense):
 
 
 class LowRankExpertDense(ExpertDense):
-    """As LowRankDense for stacked experts: `u` [E, in, rank], `v` [E, rank, out]."""
+    """`LowRankDense` for stacked experts: `u` [E, in, rank], `v` [E, rank, out]."""
 
     factorisation: Factorisation = Factorisation()
 
@@ -189,12 +195,12 @@ def factorised(
     dense: Callable[..., Any] = Dense,
     layer: Callable[..., Any] = LowRankDense,
 ) -> Callable[..., Any]:
-    """The `dense` factory of a model in factors that are drawn as its own layers would be.
+    """Returns a `dense` factory of factorised layers with the initialiser of another factory.
 
     Args:
       factorisation: which layers, and how.
-      dense: the factory that this one stands for, whose initialiser holds.
-      layer: the class of what is made.
+      dense: the factory that this one replaces; its initialiser is used.
+      layer: class of the layers.
     """
 
     def make(**settings: Any) -> Any:
@@ -206,9 +212,9 @@ def factorised(
 
 
 def rank_of_layer(layer: Any, rows: int, columns: int) -> int | None:
-    """The rank of a layer's factors, None where it is dense: of its parameters, once it has some.
+    """Returns the rank of a layer's factors; None if the layer is dense.
 
-    What a layer was made as holds for it wherever it goes: unrolled for decoding, it has another path.
+    After init, the rank is read from the parameters, because unrolling layers changes their paths.
     """
     if layer.is_initializing():
         return layer.factorisation.rank_at("/".join(layer.path), rows, columns)
@@ -218,7 +224,7 @@ def rank_of_layer(layer: Any, rows: int, columns: int) -> int | None:
 
 
 def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The initialiser of stacked kernels, for the kernel of one expert."""
+    """Returns an initialiser of one expert's kernel from an initialiser of stacked kernels."""
     return lambda key, shape, dtype: kernel_init(key, (1, *shape), dtype)[0]
 
 
@@ -228,15 +234,15 @@ def factor_parameters(
     u_axes: tuple[str, ...],
     v_axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """The parameters `u` and `v`, which one draw makes: two initialisers could not share it."""
+    """Returns the parameters `u` and `v`; both are initialised from one call of `draw`."""
     if module.is_initializing():
         drawn = draw(module.make_rng("params"))
-        made = [lambda key, shape, dtype, x=x: x.astype(dtype) for x in drawn]
-    else:  # the shapes of what is given are checked against these
+        inits = [lambda key, shape, dtype, x=x: x.astype(dtype) for x in drawn]
+    else:  # flax checks the shapes of the parameters against these
         shapes = jax.eval_shape(draw, jax.random.key(0))
-        made = [lambda key, shape, dtype, x=x: jnp.zeros(x.shape, dtype) for x in shapes]
+        inits = [lambda key, shape, dtype, x=x: jnp.zeros(x.shape, dtype) for x in shapes]
     u, v = (
         parameter(module, name, init, names, (), module.param_dtype)
-        for name, init, names in zip(("u", "v"), made, (u_axes, v_axes), strict=True)
+        for name, init, names in zip(("u", "v"), inits, (u_axes, v_axes), strict=True)
     )
     return u, v

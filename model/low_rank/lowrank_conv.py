@@ -1,12 +1,12 @@
 """Factorised convolutions (Kamalakara et al., arXiv 2209.13569): a matrix of the kernel as U V^T.
 
-Which matrix is the scheme:
+The scheme decides which matrix is factorised:
 
   'channel'  [h w I, O]: a convolution of the kernel's size with `rank` filters, then 1 x 1;
   'spatial'  [h I, w O]: a convolution h x 1 that strides over height, then 1 x w that strides over width.
 
-The parameters are the factors of that matrix, `u` [rows, rank] and `v` [rank, columns], as
-model/low_rank/factors.py has them, so that ranks, decay and spectra are those of any factorised matrix.
+The parameters are the factors of that matrix, `u` [rows, rank] and `v` [rank, columns], as in
+model/low_rank/factors.py, so ranks, decay and spectra work as for any factorised matrix.
 
 Shapes: B batch, H height, W width, I channels in, O out, h and w the kernel's sides, X rows, Y columns,
 R rank.
@@ -26,7 +26,7 @@ SCHEMES = get_args(Scheme)
 
 
 def matrix_of(kernel_hwIO: jax.Array, scheme: Scheme) -> jax.Array:
-    """The matrix [X, Y] of a kernel."""
+    """Returns the matrix [X, Y] of a kernel."""
     h, w, inputs, outputs = kernel_hwIO.shape
     if scheme == "channel":
         return kernel_hwIO.reshape(h * w * inputs, outputs)
@@ -34,7 +34,7 @@ def matrix_of(kernel_hwIO: jax.Array, scheme: Scheme) -> jax.Array:
 
 
 def kernel_of(matrix_XY: jax.Array, scheme: Scheme, h: int, w: int) -> jax.Array:
-    """The kernel [h, w, I, O] of a matrix; the inverse of `matrix_of`."""
+    """Returns the kernel [h, w, I, O] of a matrix; the inverse of `matrix_of`."""
     rows, columns = matrix_XY.shape
     if scheme == "channel":
         return matrix_XY.reshape(h, w, rows // (h * w), columns)
@@ -42,7 +42,7 @@ def kernel_of(matrix_XY: jax.Array, scheme: Scheme, h: int, w: int) -> jax.Array
 
 
 def scheme_of(kernel: tuple[int, ...], rows: int, columns: int) -> Scheme | None:
-    """The scheme by which a kernel [h, w, I, O] has a matrix [rows, columns]; None if there is none."""
+    """Returns the scheme in which a kernel [h, w, I, O] is a matrix [rows, columns]; None if there is none."""
     if len(kernel) == 4:
         h, w, inputs, outputs = kernel
         if (rows, columns) == (h * w * inputs, outputs):
@@ -55,29 +55,29 @@ def scheme_of(kernel: tuple[int, ...], rows: int, columns: int) -> Scheme | None
 def convolve_factors(
     x_BHWI: jax.Array, u_XR: jax.Array, v_RY: jax.Array, *, scheme: Scheme, side: int, stride: int
 ) -> jax.Array:
-    """The convolution with the kernel of U V^T, which is never formed: [B, H/s, W/s, O].
+    """Returns the convolution with the kernel of U V^T, [B, H/s, W/s, O], without forming the kernel.
 
     Args:
       x_BHWI: images.
       u_XR, v_RY: factors of the kernel's matrix.
-      scheme: which matrix that is.
-      side: of the square kernel.
-      stride: of both dimensions.
+      scheme: how the kernel is a matrix.
+      side: side of the square kernel.
+      stride: stride of both dimensions.
     """
     if scheme == "channel":
         y_BHWR = convolve(x_BHWI, kernel_of(u_XR, scheme, side, side), (stride, stride))
         return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, 1), (1, 1))
-    # Zero padding is of each dimension by itself, so that the two steps meet the same zeros as one.
+    # Each dimension is padded separately, so the two convolutions see the same zeros as a single one.
     y_BHWR = convolve(x_BHWI, kernel_of(u_XR, scheme, side, 1), (stride, 1))
     return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, side), (1, stride))
 
 
 class LowRankConv(Conv):
-    """A convolution by factors in the layers that `factorisation` says; elsewhere `Conv`.
+    """A factorised convolution in the layers that `factorisation` selects; `Conv` elsewhere.
 
     Attributes:
-      factorisation: which layers, and how; its ranks are of the scheme's matrix.
-      scheme: of SCHEMES.
+      factorisation: which layers, and how; ranks refer to the scheme's matrix.
+      scheme: one of SCHEMES.
 
     Raises:
       ValueError: an unknown scheme.
@@ -95,7 +95,7 @@ class LowRankConv(Conv):
 
     def product(self, x_BHWI: jax.Array) -> jax.Array:
         inputs, side = x_BHWI.shape[-1], self.side
-        # Columns that a filter adds to the matrix, and rows.
+        # Columns of the matrix per filter, and rows of the matrix.
         per_filter, rows = (
             (1, side * side * inputs) if self.scheme == "channel" else (side, side * inputs)
         )
@@ -104,7 +104,7 @@ class LowRankConv(Conv):
             return super().product(x_BHWI)
 
         def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-            # Of a kernel: its initialiser sees the kernel's own fan-in.
+            # Initialise as a kernel, so that the initialiser sees the kernel's fan-in.
             filters = shape[1] // per_filter
             kernel = self.kernel_init(key, (side, side, inputs, filters), dtype)
             return matrix_of(kernel, self.scheme)

@@ -1,7 +1,7 @@
-"""Tokens to the rows that experts multiply, sorted by expert, and back.
+"""Sends tokens to rows sorted by expert, and collects the experts' results by token.
 
-Shapes: B batch, T length, D width; M = B * T tokens, K experts per token, C = M * K choices, R rows of
-which `sizes_E` counts the used ones, E experts; expert E means none.
+Shapes: B batch, T length, D width; M = B * T tokens, K experts per token, C = M * K choices, R rows
+(`sizes_E` counts the used rows of each expert), E experts; expert E means none.
 """
 
 import flax.struct
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Dispatch:
-    """Rows by expert: row r is of choice order_R[r]; choice c is in row rank_C[c], if used_C[c]."""
+    """Rows sorted by expert: row r has choice order_R[r]; choice c has row rank_C[c] if used_C[c]."""
 
     order_R: jax.Array
     rank_C: jax.Array
@@ -20,12 +20,12 @@ class Dispatch:
 
 
 def dispatch(experts_C: jax.Array, num_experts: int, *, rows: int | None = None) -> Dispatch:
-    """Sorts choices by expert, in order within an expert; choices of no expert come last.
+    """Sorts choices by expert, stably; choices without an expert are last.
 
     Args:
-      experts_C: the choices.
+      experts_C: expert of each choice; E for none.
       num_experts: E.
-      rows: R; more choices than that must not have an expert. None for one row for every choice.
+      rows: R; at most R choices may have an expert. None for one row per choice.
     """
     count = len(experts_C)
     sorted_C, order_C = jax.lax.sort((experts_C, jnp.arange(count)), num_keys=1, is_stable=True)
@@ -43,16 +43,17 @@ def dispatch(experts_C: jax.Array, num_experts: int, *, rows: int | None = None)
 def send(
     x_BTD: jax.Array, experts_BTK: jax.Array, num_experts: int, *, rows: int | None = None
 ) -> tuple[jax.Array, Dispatch]:
-    """The tokens' rows [R, D] sorted by expert, and what `collect` needs; see `dispatch`."""
+    """Returns the tokens' rows [R, D] sorted by expert, and the `Dispatch` for `collect`."""
     plan = dispatch(experts_BTK.reshape(-1), num_experts, rows=rows)
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     return x_MD[plan.order_R // experts_BTK.shape[-1]], plan
 
 
 def collect(rows_RD: jax.Array, weights_BTK: jax.Array, plan: Dispatch) -> jax.Array:
-    """Sums of the experts' rows by token, weighted in float32, [B, T, D] in the dtype of the rows.
+    """Returns each token's weighted sum of its experts' rows, [B, T, D].
 
-    A choice without a row adds nothing.
+    The sum is computed in float32 and returned in the dtype of the rows. A choice without a row adds
+    nothing.
     """
     rows_BTKD = by_choice(rows_RD, plan).reshape(*weights_BTK.shape, -1)
     summed = jnp.einsum("btk,btkd->btd", weights_BTK, rows_BTKD.astype(jnp.float32))
@@ -60,6 +61,6 @@ def collect(rows_RD: jax.Array, weights_BTK: jax.Array, plan: Dispatch) -> jax.A
 
 
 def by_choice(rows_RD: jax.Array, plan: Dispatch) -> jax.Array:
-    """The rows in the order of the choices, [C, D]; zeros for choices without one."""
-    # Selected, not multiplied by zero: rows that no expert has may hold anything.
+    """Returns the rows in the order of the choices, [C, D]; zeros for choices without a row."""
+    # `where`, not a product with zero: unused rows may contain NaN.
     return jnp.where(plan.used_C.reshape(-1, 1), rows_RD[plan.rank_C], 0)

@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert, each with its expert's kernel.
+"""Products of rows, sorted by expert, with the kernels of their experts.
 
 Shapes: R rows, E experts, X in, Y out.
 """
@@ -12,23 +12,23 @@ import jax.numpy as jnp
 from model.kernels.platform import reference_forms, target_platform
 from model.moe import parallel
 
-# Rows of a block on CPU. A block reads its expert's whole kernel, so many rows to a block are fast; the
-# last and smallest is what an expert's rows are rounded up to.
+# Rows per block on CPU. A block reads its expert's whole kernel, so large blocks are faster. The number of
+# an expert's rows is rounded up to a multiple of the last, smallest length.
 _LENGTHS = (256, 128, 64, 16)
 
 
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Products of rows that are sorted by expert with their expert's kernel, [R, Y].
+    """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    Accelerators have a kernel for it. On CPU that one multiplies every row with every expert, so blocks
-    of rows are multiplied in a loop, as many as the sizes need. What rows after the last expert's hold is
-    not defined.
+    On accelerators this is jax.lax.ragged_dot. On CPU ragged_dot multiplies every row with every expert;
+    there a loop multiplies blocks of rows instead, as many as the sizes need. Results for rows after the
+    last expert's rows are undefined.
 
     Args:
       rows_RX: the rows, sorted by expert.
       kernel_EXY: the kernels.
-      sizes_E: rows of each expert, R together at most; or [G, E / devices of an expert axis] where rows
-        lie on G devices (see model/moe/parallel.py).
+      sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
+        if the rows are on G devices (see model/moe/parallel.py).
     """
     if sizes_E.ndim == 2:
         return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E)
@@ -52,7 +52,7 @@ def _blocks_bwd(residuals, dy_RY):
     drows_RX = _rows_by_kernel(dy_RY, kernel_EXY, sizes_E, contracted=2)
 
     def add(expert, block, own, dkernel_EXY):
-        # Rows of other experts are cut out of one side of the product, which is enough.
+        # Rows of other experts are masked in one operand, which is enough.
         dy = jnp.where(own, block(dy_RY), 0)
         dkernel_XY = jax.lax.dot_general(block(rows_RX), dy, (((0,), (0,)), ((), ())))
         return dkernel_EXY.at[expert].add(dkernel_XY)
@@ -65,7 +65,7 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
 def _rows_by_kernel(rows, kernel_EXY, sizes_E, *, contracted: int) -> jax.Array:
-    """The products of rows with dimension `contracted` of their expert's kernel."""
+    """Returns the products of rows with their expert's kernel; contracts the kernel's axis `contracted`."""
 
     def put(expert, block, own, out):
         dims = (((1,), (contracted - 1,)), ((), ()))
@@ -77,7 +77,7 @@ def _rows_by_kernel(rows, kernel_EXY, sizes_E, *, contracted: int) -> jax.Array:
 
 
 class _Block:
-    """`length` rows from `start` on, of arrays whose first dimension is rows."""
+    """A slice of `length` rows from `start` on, for arrays whose first dimension is rows."""
 
     def __init__(self, start: jax.Array, length: int):
         self.start, self.length = start, length
@@ -92,8 +92,8 @@ class _Block:
 def _over_blocks(step: Callable[..., Any], sizes_E: jax.Array, rows: int, state: Any) -> Any:
     """Folds `state = step(expert, block, own, state)` over blocks that cover every expert's rows.
 
-    `own` [length, 1] marks the rows of the block that are the expert's and were in no earlier block: less than
-    the smallest length of it are not.
+    `own` [length, 1] is True for rows that belong to the expert and were not in an earlier block. The number of other
+    rows in a block is below the smallest block length.
     """
     lengths = [length for length in _LENGTHS if length <= rows] or [rows]
     ends_E = jnp.cumsum(sizes_E)
@@ -102,7 +102,7 @@ def _over_blocks(step: Callable[..., Any], sizes_E: jax.Array, rows: int, state:
         end = ends_E[expert]
         carry = (end - sizes_E[expert], state)
         for length in lengths:
-            # A block may reach beyond the expert's end, where a smaller one would as well.
+            # A block may extend beyond the expert's last row only where the smallest block also would.
             slack = lengths[-1] - 1
 
             def fits(carry, length=length, slack=slack):

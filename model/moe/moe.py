@@ -1,7 +1,7 @@
-"""A mixture of gated MLPs: every token uses its `top_k` (Shazeer et al., arXiv 1701.06538).
+"""A mixture of gated MLPs: every token uses `top_k` of them (Shazeer et al., arXiv 1701.06538).
 
-The defaults are Mixtral's (arXiv 2401.04088); other forms of routing are in model/moe/routing.py, how
-tokens reach their experts in model/moe/dispatch.py and, on a mesh, model/moe/parallel.py.
+The defaults are Mixtral's (arXiv 2401.04088). model/moe/routing.py has other kinds of routing.
+model/moe/dispatch.py sends tokens to experts; on a mesh, model/moe/parallel.py does.
 
 Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
 X in and Y out of a product.
@@ -27,7 +27,7 @@ from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
 from model.protocol import MlpSettings
 
-# As linear.fan_in_normal; the experts' axis is no fan-in.
+# As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", batch_axis=(0,)
 )
@@ -57,7 +57,7 @@ class ExpertDense(nn.Module):
         return self.product(rows_RX.astype(self.dtype), sizes_E)
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """rows @ kernel[e]; factorised and adapted experts override it."""
+        """Returns rows @ kernel[e]; factorised and adapted experts override it."""
         shape = (self.num_experts, rows_RX.shape[-1], self.features)
         kernel = axes.parameter(
             self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
@@ -70,29 +70,30 @@ class MoeMlp(Counted):
 
     The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
     'intermediates', auxiliary losses into 'losses', and `routing.statistics` into 'metrics'. Padding is
-    sent to no expert and counts nowhere.
+    not sent to experts and does not count in losses or statistics.
 
     Attributes:
       config: shared sizes; mlp_dim is the hidden width of one expert.
-      kind: depth of this layer, which `shared` gets too.
-      num_experts: E, without the shared one.
+      kind: kind of this layer with its depth; also passed to `shared`.
+      num_experts: E, without the shared expert.
       top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
       activation: name in mlp.ACTIVATIONS.
-      renormalise: the weights of the chosen experts sum to 1, else they are their probabilities.
+      renormalise: whether the weights of the chosen experts sum to 1; otherwise they are the probabilities.
       balance_loss: weight of routing.balance_loss.
       router_z_loss: weight of routing.z_loss.
-      capacity_factor: an expert takes this many times its even share of each row's tokens, the first ones, and
-        adds nothing to others; None for all (dropless). See routing.place_in_line.
-      exchange_factor: a device sends to another at most this many times an even share of its choices, the
-        first ones; None for no limit, in buffers larger than an even share by the number of devices with
-        experts. Without effect where experts are not split.
+      capacity_factor: in each row, an expert processes at most this many times an even share of the tokens:
+        the first ones. It adds nothing to other tokens. None for no limit (dropless). See
+        routing.place_in_line.
+      exchange_factor: a device sends to each other device at most this many times an even share of its
+        choices: the first ones. None for no limit; buffers are then larger than an even share by the number
+        of devices with experts. No effect if experts are not split.
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
-      shared: factory of an MLP for every token with weight 1 (Nexus, arXiv 2408.15901), called with
+      shared: factory of an MLP that all tokens use with weight 1 (Nexus, arXiv 2408.15901), called with
         (config=, kind=, name=), or None.
 
     Raises:
-      ValueError: more experts per token than there are, or a factor that is not positive.
+      ValueError: `top_k` is not in [1, num_experts], or a factor is not positive.
     """
 
     config: TransformerConfig
@@ -118,7 +119,7 @@ class MoeMlp(Counted):
         real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
         place = parallel.placement(len(x_BTD), self.num_experts)
         choose: Callable[..., Any] = functools.partial(self._choose, place=place)
-        if place is not None:  # XLA would gather all probabilities to sort them
+        if place is not None:  # without this, XLA would gather all probabilities to sort them
             choose = place.map(choose, place.split, place.split)
         routes, experts_BTK = choose(probs_BTE, real_BT)
         kept_BTK = experts_BTK < self.num_experts
@@ -136,7 +137,7 @@ class MoeMlp(Counted):
 
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
-        """Counts the router, the shared expert and `top_k` experts, also where capacity drops some of them."""
+        """Counts the router, the shared expert and `top_k` experts, even if capacity drops choices."""
         total = routing.router_of(self).flops_per_token(shapes["router"], length=length)
         if self.shared is not None:
             total += self._shared().flops_per_token(shapes["shared"], length=length)
@@ -151,7 +152,7 @@ class MoeMlp(Counted):
     def _choose(
         self, probs_BTE: jax.Array, real_BT: jax.Array, *, place: Placement | None
     ) -> tuple[Routes, jax.Array]:
-        """Returns the tokens' routes and experts; E where an expert has no room for the token."""
+        """Returns the tokens' routes and experts [B, T, K]; E for padding and choices beyond capacity."""
         routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
         experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
         if self.capacity_factor is not None:
@@ -169,13 +170,13 @@ class MoeMlp(Counted):
         weights_BTK: jax.Array,
         place: Placement | None,
     ) -> jax.Array:
-        """The experts' weighted sum."""
+        """Returns the weighted sum of the experts' outputs."""
         count, (rows, length, top_k) = self.num_experts, experts_BTK.shape
         if place is None:
             most = rows * min(length * top_k, count * self._capacity(length))
             rows_RD, plan = dispatch.send(x_BTD, experts_BTK, count, rows=most)
             return dispatch.collect(self._experts(rows_RD, plan.sizes_E), weights_BTK, plan)
-        # A token's experts are distinct.
+        # The experts of a token are distinct, so it sends at most `experts` choices to one device.
         rows, experts = rows // place.token_shards, count // place.expert_shards
         most = rows * min(length * min(top_k, experts), experts * self._capacity(length))
         most = min(most, self._exchanged(rows * length * top_k, place))
@@ -184,13 +185,13 @@ class MoeMlp(Counted):
         return parallel.collect(out_RD, weights_BTK, exchange, place)
 
     def _capacity(self, length: int) -> int:
-        """Returns the tokens of a row that an expert takes at most."""
+        """Returns the maximum number of tokens per row that an expert processes."""
         if self.capacity_factor is None:
             return length
         return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
 
     def _exchanged(self, choices: int, place: Placement) -> int:
-        """Returns how many of a device's choices it may send to one other device."""
+        """Returns the maximum number of choices that a device sends to one other device."""
         if self.exchange_factor is None:
             return choices
         return math.ceil(self.exchange_factor * choices / place.expert_shards)
@@ -247,23 +248,23 @@ class MoeMlp(Counted):
 def experts_of(
     *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
 ) -> Callable[..., MoeMlp]:
-    """Returns the `mlp` factory of a model whose gated MLPs become experts of their own width.
+    """Returns an `mlp` factory that makes mixtures of gated MLPs; each expert has the dense MLP's width.
 
     Args:
-      mlp: factory of one expert, a GatedMlp; the mixture takes its activation.
-      moe: factory of the mixture, called with it.
+      mlp: factory of one expert, a GatedMlp; the mixture uses its activation.
+      moe: factory of the mixture, called with this activation.
 
     Raises:
-      ValueError: (the returned factory) `mlp` makes another class than `GatedMlp`.
+      ValueError: (raised by the returned factory) `mlp` makes a class other than `GatedMlp`.
     """
 
     def make(**passed: Any) -> MoeMlp:
-        one = mlp(**{**passed, "name": None, "parent": None})
-        if type(one) is not GatedMlp:
+        expert = mlp(**{**passed, "name": None, "parent": None})
+        if type(expert) is not GatedMlp:
             raise ValueError(
-                f"moe.experts_of: the experts are gated MLPs, not {type(one).__name__}, whose own computation "
+                f"moe.experts_of: the experts are gated MLPs, not {type(expert).__name__}, whose own computation "
                 "would be dropped. Use MLP = @mlp.GatedMlp, or one method less."
             )
-        return moe(activation=one.activation, **passed)
+        return moe(activation=expert.activation, **passed)
 
     return make

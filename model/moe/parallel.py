@@ -1,13 +1,13 @@
-"""Experts on a mesh: every device sorts its own tokens, and sends rows to the devices of their experts.
+"""Experts on a mesh: every device sorts its own tokens and sends rows to the devices of their experts.
 
-Without it XLA would gather all tokens to sort them. The rules say where tokens (axes.BATCH) and experts
-(axes.EXPERT) are split; an axis that splits experts splits tokens too, so that outside of the experts it is
-one more axis of data (GShard, arXiv 2006.16668). Rows then stay on their devices between `send` and
-`collect`, and `grouped_matmul` multiplies them there.
+Without this, XLA would gather all tokens to sort them. The logical rules say which mesh axes split tokens
+(axes.BATCH) and experts (axes.EXPERT). An axis that splits experts must also split tokens; outside of the
+experts it is a data-parallel axis (GShard, arXiv 2006.16668). Between `send` and `collect` rows stay on
+the devices of their experts, where `grouped_matmul` multiplies them.
 
-Shapes: B batch, T length, D width, K experts per token, E experts; G devices over which tokens are split,
-P of them, with E / P experts each, exchange rows among themselves; C choices and R rows of a device, S rows
-that it can send to one other. Lower-case letters are a device's own part.
+Shapes: B batch, T length, D width, K experts per token, E experts; G devices over which tokens are split;
+P devices, with E / P experts each, that exchange rows; C choices and R rows of a device; S rows that a
+device can send to one other device. Lower-case letters are a device's part of a dimension.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from model.moe.dispatch import Dispatch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Mesh axes that split tokens, and those of them that split experts; sizes G and P."""
+    """The mesh axes that split tokens, with G devices, and those that also split experts, with P devices."""
 
     tokens: tuple[str, ...]
     experts: tuple[str, ...]
@@ -36,7 +36,7 @@ class Placement:
     expert_shards: int
 
     def map(self, local: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
-        """`local` on every device's part; results are split over the devices by their first dimension."""
+        """Returns `local` mapped over the devices; results are concatenated along their first dimension."""
         return jax.shard_map(
             local,
             in_specs=specs,
@@ -51,7 +51,10 @@ class Placement:
 
 
 def placement(rows: int, num_experts: int) -> Placement | None:
-    """Where `rows` of tokens and the experts lie; None if tokens are not split, or not evenly."""
+    """Returns the placement of `rows` of tokens and the experts.
+
+    None if no axis splits tokens, if rows or experts do not divide evenly, or if an axis splits only experts.
+    """
     rules = nn.get_logical_axis_rules()
     active = _active(rules) if rules else None
     if active is None or rows % active.token_shards or num_experts % active.expert_shards:
@@ -86,7 +89,7 @@ def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
 def first_to_one(
     experts_btk: jax.Array, count: int, num_experts: int, place: Placement
 ) -> jax.Array:
-    """The first `count` choices that this device has of each device's experts; E for the others."""
+    """Returns this device's first `count` choices of each device's experts; E replaces the other choices."""
     devices_btk = experts_btk // (num_experts // place.expert_shards)
     line = devices_btk.reshape(1, -1, experts_btk.shape[-1])
     sent = routing.first_in_line(line, count, none=place.expert_shards) < place.expert_shards
@@ -95,12 +98,12 @@ def first_to_one(
 
 @flax.struct.dataclass
 class Exchange:
-    """The way of a device's choices to the rows of its experts.
+    """How a device's choices were sent to the devices of their experts, for `collect`.
 
     Attributes:
-      own: the device's choices, sorted by expert and so by device.
-      slot_C: for every choice, where its row was sent from and comes back to, of P * S slots.
-      received: the rows that came in, sorted by expert; None where every device has all experts.
+      own: the device's choices, sorted by expert and thereby by device.
+      slot_C: for every choice, the index of its row among the P * S rows that are sent and returned.
+      received: the received rows, sorted by expert; None if every device has all experts.
     """
 
     own: Dispatch
@@ -111,17 +114,18 @@ class Exchange:
 def send(
     x_BTD: jax.Array, experts_BTK: jax.Array, num_experts: int, place: Placement, *, rows: int
 ) -> tuple[jax.Array, jax.Array, Exchange]:
-    """Rows of tokens on the devices of their experts.
+    """Sends rows of tokens to the devices of their experts.
 
     Args:
       x_BTD: tokens.
-      experts_BTK: their experts; E for none.
+      experts_BTK: experts of the tokens; E for none.
       num_experts: E.
-      place: of tokens and experts.
-      rows: S; no device may have more choices of one other device's experts.
+      place: placement of tokens and experts.
+      rows: S; no device may have more choices for the experts of one device.
 
     Returns:
-      Rows sorted by expert on each device; their sizes [G, E / P]; and what `collect` needs.
+      Rows, sorted by expert on each device; the number of rows of each expert [G, E / P]; and the
+      `Exchange` for `collect`.
     """
 
     def local(x_btd, experts_btk):
@@ -139,11 +143,11 @@ def send(
 def _exchange(
     x_md: jax.Array, top_k: int, own: Dispatch, place: Placement, rows: int
 ) -> tuple[jax.Array, jax.Array, Dispatch]:
-    """The rows for this device's experts, from all devices; slot_C and `received` of `Exchange`."""
+    """Returns the rows for this device's experts, from all devices; and slot_C and `received` of `Exchange`."""
     sizes_Pe = own.sizes_E.reshape(place.expert_shards, -1)
     ends_P = jnp.cumsum(sizes_Pe.sum(-1))
     starts_P = ends_P - sizes_Pe.sum(-1)
-    # What is sent to a device lies together; the slots behind it carry rows that nobody asks for.
+    # Rows for one device are adjacent; the slots after them carry unused rows.
     index_PS = starts_P.reshape(-1, 1) + jnp.arange(rows).reshape(1, -1)
     choice_PS = own.order_R[jnp.minimum(index_PS, len(own.order_R) - 1)]
     rows_PSD = _all_to_all(x_md[choice_PS // top_k], place)
@@ -151,7 +155,7 @@ def _exchange(
     device_C = jnp.searchsorted(ends_P, own.rank_C, side="right")
     device_C = jnp.minimum(device_C, place.expert_shards - 1)
     slot_C = device_C * rows + own.rank_C - starts_P[device_C]
-    # Rows of one device came sorted; those behind its last expert's are of none.
+    # Rows from one device are sorted by expert; rows after its last expert's have no expert.
     expert_PS = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(rows), side="right"))(
         jnp.cumsum(sizes_Pe, axis=-1)
     )
@@ -161,14 +165,14 @@ def _exchange(
 
 
 def _all_to_all(parts_PX: jax.Array, place: Placement) -> jax.Array:
-    """Part p of this device to device p; from device p part p."""
+    """Sends part p to device p; returns the parts received, in the order of the devices."""
     return jax.lax.all_to_all(parts_PX, place.experts, split_axis=0, concat_axis=0)
 
 
 def collect(
     rows_RD: jax.Array, weights_BTK: jax.Array, exchange: Exchange, place: Placement
 ) -> jax.Array:
-    """Weighted sums by token of the experts' rows, back on the token's device; [B, T, D]."""
+    """Returns each token's weighted sum of its experts' rows, [B, T, D], on the token's device."""
 
     def local(rows_RD, weights_btk, exchange):
         own = exchange.own
@@ -188,9 +192,9 @@ def per_device(
     kernel_EXY: jax.Array,
     sizes_Ge: jax.Array,
 ) -> jax.Array:
-    """product(rows, kernels, sizes) of every device's rows with the kernels of its experts."""
+    """Returns product(rows, kernels, sizes) on every device, for its rows and the kernels of its experts."""
     place = _active(nn.get_logical_axis_rules())
-    assert place is not None  # it made the sizes
+    assert place is not None  # the sizes were computed with a placement
 
     def local(rows_RX, kernel_eXY, sizes_e):
         return product(rows_RX, kernel_eXY, sizes_e.reshape(-1))

@@ -1,9 +1,9 @@
-"""The choice and the weights of a token's experts, losses that even their load, and statistics of it.
+"""The choice and weights of each token's experts, auxiliary losses, and statistics of the load.
 
-Everything is float32, and tokens that are not `real` (padding) count nowhere.
+All computations are in float32. Tokens that are not `real` (padding) do not count.
 
 Shapes: M tokens, of any leading dimensions; B rows of T tokens; E experts; K experts per token. A choice is
-one of a token's K experts; E, one more than the last, means none.
+one of a token's K experts; index E means no expert.
 """
 
 from typing import Any
@@ -17,14 +17,17 @@ from model import axes
 
 @flax.struct.dataclass
 class Routes:
-    """The experts of each token, and the weights of what they return, float32."""
+    """The experts of each token, and the float32 weights of their outputs."""
 
     experts_MK: jax.Array
     weights_MK: jax.Array
 
 
 def router_of(mixture: Any) -> Any:
-    """Returns the router, a float32 projection to the experts, of a mixture with `router`, `num_experts` and `config`."""
+    """Returns the router of a mixture module, a float32 projection to E logits.
+
+    The mixture has the attributes `router`, `num_experts` and `config`.
+    """
     return mixture.router(
         features=mixture.num_experts,
         axes=(axes.EMBED, axes.UNMODELED),
@@ -35,12 +38,13 @@ def router_of(mixture: Any) -> Any:
 
 
 def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Routes:
-    """Returns the `top_k` most probable experts of each token, the first of equals.
+    """Returns the `top_k` most probable experts of each token; ties go to the first.
 
-    Without renormalisation weights are probabilities (Switch, arXiv 2101.03961; BAM, arXiv 2408.08274;
-    Nexus, arXiv 2408.15901). With it they sum to 1, which is the softmax over the chosen experts' logits
-    (Mixtral, arXiv 2401.04088; BTX, arXiv 2403.07816); the one expert of top-1 then has weight 1, and the
-    router learns from auxiliary losses alone. With K = E all experts are mixed by their probabilities.
+    Without renormalisation the weights are the probabilities (Switch, arXiv 2101.03961; BAM, arXiv
+    2408.08274; Nexus, arXiv 2408.15901). With renormalisation they are the softmax over the logits of the
+    chosen experts (Mixtral, arXiv 2401.04088; BTX, arXiv 2403.07816). With renormalisation and top-1 the
+    weight is always 1, so the router learns only from auxiliary losses. With K = E all experts are mixed
+    by their probabilities.
     """
     weights_MK, experts_MK = jax.lax.top_k(probs_ME, top_k)
     if renormalise:
@@ -52,16 +56,15 @@ def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Route
 
 
 def load(experts_MK: jax.Array, num_experts: int, real_M: jax.Array) -> jax.Array:
-    """Each expert's share [E] of the choices of real tokens; choices of no expert count as nobody's."""
+    """Returns each expert's share [E] of the choices of real tokens, which include choices without an expert."""
     counts_ME = jax.nn.one_hot(experts_MK, num_experts, dtype=jnp.float32).sum(-2)
     return mean_of(counts_ME, real_M) / experts_MK.shape[-1]
 
 
 def balance_loss(probs_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) -> jax.Array:
-    """E * sum_e load_e * mean probability of e (Switch, arXiv 2101.03961, equation 4).
+    """Returns E * sum_e load_e * mean probability of e (Switch, arXiv 2101.03961, equation 4).
 
-    The load is a share of choices, so the value is 1 where probabilities are uniform and E where all of
-    them lie on one expert, whatever K is.
+    The load is a share of choices. Whatever K is, the value is 1 for uniform probabilities.
     """
     num_experts = probs_ME.shape[-1]
     load_E = load(experts_MK, num_experts, real_M)
@@ -69,21 +72,21 @@ def balance_loss(probs_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) 
 
 
 def z_loss(logits_ME: jax.Array, real_M: jax.Array) -> jax.Array:
-    """The mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Returns the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
     return mean_of(jax.nn.logsumexp(logits_ME, axis=-1) ** 2, real_M)
 
 
 def statistics(
     probs_ME: jax.Array, experts_MK: jax.Array, kept_MK: jax.Array, real_M: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns statistics of how a router spreads its tokens.
+    """Returns statistics of how a router distributes tokens over experts.
 
     Returns:
       load: each expert's share of the choices, [E].
-      load_max: the largest of them.
-      entropy: of a token's probabilities, in nats, on average.
-      top_probability: the largest of a token's probabilities, on average.
-      dropped: share of the choices that are not `kept`.
+      load_max: the largest load.
+      entropy: mean entropy of a token's probabilities, in nats.
+      top_probability: mean of a token's largest probability.
+      dropped: share of the choices where `kept_MK` is False.
     """
     load_E = load(experts_MK, probs_ME.shape[-1], real_M)
     entropy_M = -jnp.sum(jax.scipy.special.xlogy(probs_ME, probs_ME), axis=-1)
@@ -97,20 +100,20 @@ def statistics(
 
 
 def mean_of(values: jax.Array, real_M: jax.Array) -> jax.Array:
-    """The mean over real tokens of values [M] or [M, E]; 0 where there are none."""
+    """Returns the mean over real tokens of values [M] or [M, E]; 0 without real tokens."""
     axes = tuple(range(real_M.ndim))
     mask = real_M.reshape(real_M.shape + (1,) * (values.ndim - real_M.ndim))
     return jnp.where(mask, values, 0.0).sum(axes) / jnp.maximum(real_M.sum(), 1)
 
 
-# ---- Bounds on how many tokens an expert takes.
+# ---- Limits on the number of tokens of an expert.
 
 
 def place_in_line(experts_BX: jax.Array) -> jax.Array:
-    """Returns how many earlier choices of a row are of the same expert, [B, X].
+    """Returns for each choice the number of earlier choices of the same expert in its row, [B, X].
 
-    A row's choices are in the order of its tokens, so whether a choice is among an expert's first so many
-    does not depend on later tokens, nor on other rows.
+    The choices of a row are in the order of its tokens. Whether a choice is among an expert's first n
+    choices therefore does not depend on later tokens or on other rows.
     """
     order_BX = jnp.argsort(experts_BX, axis=-1, stable=True)
     sorted_BX = jnp.take_along_axis(experts_BX, order_BX, axis=-1)
@@ -120,6 +123,6 @@ def place_in_line(experts_BX: jax.Array) -> jax.Array:
 
 
 def first_in_line(experts_BTK: jax.Array, count: int, *, none: int) -> jax.Array:
-    """The choices that are among the first `count` of their expert in their row; `none` for the others."""
+    """Returns the choices; `none` replaces those after the first `count` of their expert in their row."""
     place_BX = place_in_line(experts_BTK.reshape(len(experts_BTK), -1))
     return jnp.where(place_BX.reshape(experts_BTK.shape) < count, experts_BTK, none)

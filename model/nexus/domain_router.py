@@ -1,12 +1,12 @@
-"""A router that knows what its experts were trained on (Nexus, arXiv 2408.15901, section 3.2).
+"""A router that uses embeddings of its experts' training data (Nexus, arXiv 2408.15901, section 3.2).
 
-The logit of an expert is the product of a token's state with a vector of the expert, and that vector is a learned
-projection of an embedding of the expert's training data:
+The logit of an expert is the dot product of a token's state and the expert's vector. This vector is a learned
+projection of an embedding d_i of the expert's training data:
 
   e_i = W2 (silu(W1a d_i) * (W1b d_i)),  logit_i = x . e_i
 
-The embeddings are data, so an expert that is added later brings its own, and the projection, which other domains
-have trained, places it among the others.
+The embeddings are data, not parameters. An expert that is added later has its own embedding, and the projection that
+was trained on other domains gives its vector.
 
 Shapes: E experts, D width, M width of an embedding of a domain, '...' any leading.
 """
@@ -28,16 +28,16 @@ from model.moe.router_scale import down_std
 
 
 class DomainRouter(Counted):
-    """The `router` factory of MoeMlp and MixtureOfAttention, in the place of Dense.
+    """A router that replaces Dense as the `router` factory of MoeMlp and MixtureOfAttention.
 
-    `domains` [E, M] lies with the parameters and is no parameter (axes.constant). `launch.upcycle` puts
-    embeddings of the experts' data there; a model that begins with none has random directions.
+    `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
+    embeddings of the experts' data to it; otherwise it has random directions.
 
     Attributes:
       features: E.
-      axes: of a linear router's kernel [D, E]; this router has a gated MLP's kernels instead.
+      axes: logical axes of a linear router's kernel [D, E]; ignored, because this router has a gated MLP's kernels.
       domain_dim: M.
-      logit_std: deviation of the logits of states of unit variance at the start.
+      logit_std: standard deviation of the first logits, for states of unit variance.
       dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
       dtype: compute dtype.
       param_dtype: storage dtype.
@@ -53,14 +53,14 @@ class DomainRouter(Counted):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits [..., E] of states [..., D]."""
+        """Returns the logits [..., E] of states [..., D]."""
         shape = (self.features, self.domain_dim)
         domains_EM = axes.constant(self, "domains", random_directions, shape, jnp.float32)
         width = x.shape[-1]
         project = functools.partial(
             self.dense,
             features=width,
-            axes=(axes.UNMODELED, axes.EMBED),  # whole on each device these would be gigabytes
+            axes=(axes.UNMODELED, axes.EMBED),  # split: a replicated copy would take gigabytes
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -74,20 +74,19 @@ class DomainRouter(Counted):
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
         """Counts the product with the experts' vectors.
 
-        These are projected once a step for all tokens together: a share that falls with the batch, and is nothing in
-        inference.
+        The projection of the vectors is not counted: it is computed once per step for all tokens.
         """
         return 2.0 * self.features * shapes["down"]["kernel"].shape[-1]
 
 
 def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Vectors [..., M] of length 1, in all directions."""
+    """Returns vectors [..., M] of length 1, uniform over directions."""
     drawn = jax.random.normal(key, shape, dtype)
     return drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True)
 
 
 def expert_vectors(router: dict, domains_EM: np.ndarray) -> np.ndarray:
-    """e_i [E, D] of a router's parameters {gate, up, down: {kernel}}, float64: what routes without the projection."""
+    """Returns the expert vectors e_i [E, D], float64, from a router's parameters {gate, up, down: {kernel}}."""
     gate, up, down = (np.asarray(router[x]["kernel"], np.float64) for x in ("gate", "up", "down"))
     domains_EM = np.asarray(domains_EM, np.float64)
     inner = domains_EM @ gate

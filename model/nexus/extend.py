@@ -1,8 +1,8 @@
-"""A mixture with one expert more or one less (Nexus, arXiv 2408.15901).
+"""Adds an expert to a mixture or removes one (Nexus, arXiv 2408.15901).
 
-The new expert's FFN, and its attention where attentions are experts, come last. A projection router takes the embedding
-of the expert's data and stays as it is; other routers get a drawn column. Parameters that experts share move towards the
-new model by a weight, except the shared FFN. Removing the expert leaves the mixture that was there before.
+The new expert is appended: its FFN, and its attention if attentions are experts. A projection router is not changed,
+and the embedding of the new expert's data is appended; other routers get a random column. Parameters that experts
+share are interpolated towards the new model, except the shared FFN. Removal deletes the expert's parameters.
 """
 
 import dataclasses
@@ -19,13 +19,14 @@ from model.transforms.experts import ExpertAxis, Mixture
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """The transform of a mixture and a dense model, the two sources, to a mixture with one more expert.
+    """Transforms a mixture and a dense model (the two sources) to a mixture with one more expert.
 
     Attributes:
-      mixture: the larger one.
-      merge: weight of the new model in parameters that experts share; 1 / (E + 1) makes a mean of E models one of
-        E + 1, and 0 leaves them.
-      router: for routers that are no projection: 'append' draws the new expert's column, 'reset' draws all of it.
+      mixture: settings of the larger mixture.
+      merge: weight of the new model in parameters that experts share. 1 / (E + 1) turns a mean of E models into a
+        mean of E + 1 models; 0 leaves these parameters unchanged.
+      router: for routers that are not projections: 'append' draws the new expert's column, 'reset' draws the whole
+        router.
     """
 
     mixture: Mixture
@@ -49,15 +50,15 @@ class Addition:
             return _merged(path, old, new, self.merge)
         before = old.shape(path)
         size = before[where.axis] // (mixture.experts - 1)
-        one = _resized(before, where, size)
+        added = _resized(before, where, size)
         if router:
-            return _with_drawn(path, before, old, one, where, mixture)
-        return _with_copied(path, before, old, new, one, where, mixture)
+            return _with_drawn(path, before, old, added, where, mixture)
+        return _with_copied(path, before, old, new, added, where, mixture)
 
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """The transform of a mixture, the one source, to the mixture without the expert of this index."""
+    """Transforms a mixture (the only source) to the mixture without the expert of index `expert`."""
 
     mixture: Mixture
     expert: int
@@ -92,7 +93,7 @@ def _with_copied(
     where: ExpertAxis,
     mixture: Mixture,
 ) -> Recipe:
-    """Experts' arrays and behind them that of the new model, whose shape with the expert axis is `one`."""
+    """Returns the recipe that appends the new model's array to the experts'; `one` is its shape as an expert."""
     ffn = where.axis == -3
     dense = (*one[:-3], *one[-2:]) if ffn else one
     if (shape := new.shapes.get(path)) != dense:
@@ -121,14 +122,14 @@ def _with_drawn(
     where: ExpertAxis,
     mixture: Mixture,
 ) -> Recipe:
-    """A router's array and behind it the column of one more expert, or the embedding of its data."""
+    """Returns the recipe that appends a new expert's column, or its data's embedding, to a router's array."""
     domains = None if mixture.domains is None else mixture.domains[-1:]
     last = dataclasses.replace(mixture, domains=domains)
     column = upcycle.drawn(path, one, last, mixture.experts)
 
     def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
         many, (drawn,) = parts[0], column.compute([], 0)
-        if len(drawn) != len(many):  # of all stacked layers
+        if len(drawn) != len(many):  # `drawn` has all stacked layers
             drawn = drawn[layer : layer + 1]
         return experts.joined([many, drawn.astype(many.dtype)], where)
 
@@ -153,5 +154,5 @@ def _merged(path: str, old: Source, new: Source, merge: float) -> Recipe:
 
 
 def _resized(shape: tuple[int, ...], where: ExpertAxis, size: int) -> tuple[int, ...]:
-    """The shape with the expert axis of another size."""
+    """Returns the shape with another size of the expert axis."""
     return (*shape[: where.axis], size, *shape[len(shape) + where.axis + 1 :])

@@ -1,4 +1,4 @@
-"""A router that is a gated MLP of the token: the control for a projection router of as many parameters.
+"""A router that is a gated MLP of the token: a control with as many parameters as a projection router.
 
 Shapes: E experts, D width, M width of an embedding of a domain, F hidden width, '...' any leading.
 """
@@ -17,16 +17,16 @@ from model.moe.router_scale import token_down_std
 
 
 class MlpRouter(Counted):
-    """Logits down(silu(gate(x)) * up(x)), as the `router` factory of MoeMlp and MixtureOfAttention.
+    """A router with logits down(silu(gate(x)) * up(x)), for MoeMlp and MixtureOfAttention.
 
-    Its hidden width is F = M + D / 2, so that `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
-    domain_router.DomainRouter; `down` [F, E] takes the place of a linear router's kernel.
+    Its hidden width is F = M + D / 2, so `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
+    domain_router.DomainRouter; `down` [F, E] corresponds to a linear router's kernel.
 
     Attributes:
       features: E.
-      axes: of a linear router's kernel [D, E].
+      axes: logical axes of a linear router's kernel [D, E].
       domain_dim: M.
-      logit_std: deviation of the logits of states of unit variance at the start.
+      logit_std: standard deviation of the first logits, for states of unit variance.
       dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
       dtype: compute dtype.
       param_dtype: storage dtype.
@@ -42,7 +42,7 @@ class MlpRouter(Counted):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits [..., E] of states [..., D]."""
+        """Returns the logits [..., E] of states [..., D]."""
         hidden = self.domain_dim + x.shape[-1] // 2
         project = functools.partial(self.dense, dtype=self.dtype, param_dtype=self.param_dtype)
         inward = functools.partial(

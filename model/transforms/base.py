@@ -1,10 +1,10 @@
-"""The tree-transform seam: the parameters of one or several models in, those of another model out.
+"""The interface of tree transforms, which compute a model's parameters from other models' parameters.
 
-A transform plans from shapes alone. For every parameter of the target it returns a recipe: which arrays of which sources are
-read, how the values are computed from them, in slices of what kind, and where they come from in words. `apply` computes a
-plan in memory (INITIAL_TRANSFORM of a training run, trainers/checkpoints/transformed.py);
-launch/weights/transformed_run.py computes it from checkpoints to a new run, one slice at a time. `table` says what
-became of every parameter.
+A transform needs only shapes to make its plan: a recipe for every parameter of the target. A recipe says which arrays
+of which sources are read, how the values are computed, in which slices, and where they come from in words. `apply`
+computes a plan in memory (INITIAL_TRANSFORM of a training run, trainers/checkpoints/transformed.py).
+launch/weights/transformed_run.py reads checkpoints and writes a new run, one slice at a time. `table` prints the
+origin of every parameter.
 """
 
 import dataclasses
@@ -15,24 +15,28 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-Shapes = Mapping[str, tuple[int, ...]]  # by path, as in "layers/block_0/mlp/up/kernel"
+Shapes = Mapping[str, tuple[int, ...]]  # by path, such as "layers/block_0/mlp/up/kernel"
 Slices = Literal["whole", "layers", "rows"]
 Power = Literal["first", "second"]
 
 
 class TransformError(ValueError):
-    """Parameters that cannot be transformed as asked."""
+    """Parameters that a transform does not support."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model that is read: what messages and recipes call it, and the shapes of its parameters."""
+    """A model to read: its name in messages and recipes, and the shapes of its parameters."""
 
     name: str
     shapes: Shapes
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Raises TransformError for a path that the source does not have."""
+        """Returns the shape of a parameter.
+
+        Raises:
+          TransformError: the source has no parameter with this path.
+        """
         if path not in self.shapes:
             raise TransformError(
                 f"{self.name} has no {path}: is it of another model than its configuration says?"
@@ -42,20 +46,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """How one parameter of the target is computed, or several that share the work, such as two factors.
+    """How one or several parameters of the target are computed; several share work, such as two factors.
 
     Attributes:
-      outputs: shapes of the parameters, by path.
-      inputs: (name of a source, path) of each array that is read; none where values are drawn.
-      origin: where the values come from, for people: "copied", "mean of 3", "drawn".
+      outputs: shapes of the computed parameters, by path.
+      inputs: (name of a source, path) of each array to read; empty if values are drawn.
+      origin: where the values come from, in words: "copied", "mean of 3", "drawn".
       compute: returns one array for each output, from one array for each input and the index of the first row.
         It takes and returns numpy or JAX arrays; the executor casts to the target's dtype.
-      slices: what `compute` accepts in place of whole arrays: "layers", single rows of the leading axis, which stacks
-        layers, or "rows", any rows of the leading axis. Several outputs are always computed whole.
-      abstract_inputs: returns jax.ShapeDtypeStructs with shardings of the inputs, from such of the outputs; None
-        where inputs have the outputs' shape.
-      moments: returns an optimiser's moments of the outputs from those of the inputs, the outputs themselves and the
-        power of the gradient that is averaged ('second': elementwise squares); None where they have no image.
+      slices: slices that `compute` accepts in place of whole arrays. "layers" is one row of the leading axis, which
+        stacks layers; "rows" is any rows of the leading axis. Several outputs are always computed whole.
+      abstract_inputs: returns the inputs' jax.ShapeDtypeStructs, with shardings, from the outputs'
+        jax.ShapeDtypeStructs; None if inputs have the shape of the outputs.
+      moments: returns an optimiser's moments of the outputs, from the moments of the inputs, the outputs and the
+        averaged power of the gradient ('second': elementwise squares). None if moments cannot be transformed.
     """
 
     outputs: Shapes
@@ -71,22 +75,23 @@ class Recipe:
 
 
 class TreeTransform(Protocol):
-    """Plans the parameters of a target model from those of sources."""
+    """Makes a plan to compute a target model's parameters from the sources' parameters."""
 
     def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
-        """Recipes of all parameters of `target`.
+        """Returns the recipes of all parameters of `target`.
 
         Raises:
-          TransformError: sources that cannot be transformed to it.
+          TransformError: the sources cannot be transformed to the target.
         """
         ...
 
 
 def plan(transform: TreeTransform, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
-    """The plan of a transform, checked: it explains every parameter of the target and of the sources.
+    """Returns the plan of a transform, after checks.
 
     Raises:
-      TransformError: a parameter that is not explained or has another shape, by name.
+      TransformError: the plan does not compute a parameter of the target, computes another shape, or
+        does not use a parameter of a source. The message has its path.
     """
     recipes = transform.plan(sources, target)
     check_target(recipes, target)
@@ -98,10 +103,10 @@ def plan(transform: TreeTransform, sources: Sequence[Source], target: Shapes) ->
 
 
 def check_target(recipes: Sequence[Recipe], target: Shapes) -> None:
-    """Raises TransformError unless the recipes compute the target's parameters, in its shapes, and no others."""
-    made = {path: tuple(shape) for recipe in recipes for path, shape in recipe.outputs.items()}
-    for path in {**target, **made}:
-        here, there = made.get(path), target.get(path)
+    """Raises TransformError unless the recipes compute exactly the target's parameters, with its shapes."""
+    computed = {path: tuple(shape) for recipe in recipes for path, shape in recipe.outputs.items()}
+    for path in {**target, **computed}:
+        here, there = computed.get(path), target.get(path)
         if here is None:
             raise TransformError(f"nothing explains {path} {list(target[path])} of the new model.")
         if there is None or here != tuple(there):
@@ -112,13 +117,13 @@ def check_target(recipes: Sequence[Recipe], target: Shapes) -> None:
 
 
 def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[str, Any]:
-    """All parameters by path, computed in memory.
+    """Returns all parameters by path, computed in memory.
 
     Args:
-      recipes: of a plan.
-      read: returns an array of a source: of its name and the path.
+      recipes: recipes of a plan.
+      read: returns an array from the name of a source and the path.
     """
-    made: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     for recipe in tqdm(list(recipes), desc="transform", unit="array", leave=False, delay=5):
         parts = [read(*name) for name in recipe.inputs]
         if recipe.slices == "layers":
@@ -127,15 +132,15 @@ def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[st
             values: Sequence[Any] = [np.concatenate(rows)]
         else:
             values = recipe.compute(parts, 0)
-        made.update(zip(recipe.outputs, values, strict=True))
-    return made
+        params.update(zip(recipe.outputs, values, strict=True))
+    return params
 
 
 def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "copied") -> Recipe:
-    """The recipe of a parameter that equals a source's, under its own path.
+    """Returns the recipe of a parameter that is copied from the same path of a source.
 
     Raises:
-      TransformError: the source has no such parameter, or one of another shape.
+      TransformError: the source does not have the parameter, or has it with another shape.
     """
     if source.shape(path) != tuple(shape):
         raise TransformError(
@@ -153,9 +158,10 @@ def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "cop
 
 
 def chain(first: Sequence[Recipe], second: Sequence[Recipe]) -> list[Recipe]:
-    """The plan that computes `second` from the sources of `first`, whose outputs are the one source of `second`.
+    """Returns the plan of `second` after `first`, from the sources of `first`.
 
-    No array between the two is written; one that several recipes of `second` read is computed for each.
+    The outputs of `first` are the only source of `second`. Intermediate arrays are not stored; an array
+    that several recipes of `second` read is computed for each of them.
     """
     by_path = {path: recipe for recipe in first for path in recipe.outputs}
 
@@ -183,11 +189,11 @@ def chain(first: Sequence[Recipe], second: Sequence[Recipe]) -> list[Recipe]:
 
 
 def table(recipes: Sequence[Recipe], notes: Mapping[str, str] | None = None) -> list[str]:
-    """What became of each parameter, as lines: path, shape, number of values, origin.
+    """Returns lines of a table of the parameters: path, shape, number of values, origin.
 
     Args:
-      recipes: of a plan.
-      notes: more to say of some outputs, by path, that is known once they are computed.
+      recipes: recipes of a plan.
+      notes: text to append to the origin of outputs, by path, such as results of the computation.
     """
     rows = [("path", "shape", "values", "from")]
     for recipe in recipes:

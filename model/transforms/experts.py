@@ -1,4 +1,4 @@
-"""Experts side by side in the arrays of a mixture, and the values drawn for them: numpy, exact except for averages.
+"""Joins experts in the arrays of a mixture, and draws random values, in numpy; exact except for averages.
 
 Shapes: E experts, K key/value heads, G query heads for each, H head dim, D width, F hidden width, M width of an
 embedding of a domain, '...' stacked layers.
@@ -23,23 +23,24 @@ class Mixture:
     """Settings of a mixture that its parameters depend on.
 
     Attributes:
-      experts: E, of FFNs and of attention alike, without the shared one.
+      experts: E, the number of FFN experts and of attention experts, without the shared FFN.
       kv_heads: K of one expert.
       scanned: whether arrays below `layers/` stack layers on their leading axis.
-      ffn: whether FFNs are experts; if not, the mixture is a dense model of means.
-      attention: whether attentions are experts too.
-      average_attention: whether each attention expert is the mean of all: a control with as many parameters and
-        no specialisation.
-      shared_kv: whether they share keys and values, the mean of all.
-      router: a linear one, or that of model/nexus/domain_router.py or model/nexus/mlp_router.py.
+      ffn: whether FFNs are experts; if not, the mixture is a dense model whose parameters are means.
+      attention: whether attentions are also experts.
+      average_attention: whether each attention expert is the mean of all models: a control with the same number of
+        parameters and no specialisation.
+      shared_kv: whether attention experts share keys and values, which are the mean of all models.
+      router: kind of router: linear, model/nexus/domain_router.py or model/nexus/mlp_router.py.
       domains: embeddings [E, M] of the experts' data, for a projection router.
       router_std: standard deviation of linear routers' kernels.
       logit_std: standard deviation of the first logits of other routers.
-      seed: of these draws.
-      expert_scale: factor on the down-projections of routed experts. Behind raw probabilities N copies of one FFN
-        give about 1/N of its output; a factor of N restores it (arXiv 2410.07524).
-      drop_ratio: share of the hidden units of each routed expert that is redrawn, see `dropped`.
-      drop_seed: of that draw.
+      seed: seed of the routers' initial values.
+      expert_scale: factor on the down-projections of routed experts. If weights are probabilities that are not
+        renormalised, N copies of one FFN give about 1/N of its output; a factor of N corrects this
+        (arXiv 2410.07524).
+      drop_ratio: fraction of the hidden units of each routed expert that is redrawn, see `dropped`.
+      drop_seed: seed of the redrawn values.
     """
 
     experts: int
@@ -59,17 +60,17 @@ class Mixture:
     drop_seed: int = 0
 
     def slices(self, path: str) -> Literal["layers", "whole"]:
-        """How experts' arrays are made: layer by layer where layers are stacked, see base.Recipe."""
+        """Returns the slices of an experts' array's recipe: "layers" if layers are stacked. See base.Recipe."""
         return "layers" if self.scanned and path.startswith("layers/") else "whole"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertAxis:
-    """Where experts lie side by side in an array.
+    """The axis of an array along which experts are concatenated.
 
     Attributes:
-      axis: of the array, counted from its end.
-      groups: equal parts of the axis, each with a part of every expert.
+      axis: index of the axis, counted from the end of the shape.
+      groups: number of equal parts of the axis; each has a part of every expert.
     """
 
     axis: int
@@ -77,7 +78,7 @@ class ExpertAxis:
 
 
 def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
-    """The expert axis of a parameter of the mixture; None for parameters that experts share."""
+    """Returns the expert axis of a parameter of the mixture; None for parameters that experts share."""
     if re.fullmatch(FFN, path):
         return ExpertAxis(-3) if mixture.ffn else None
     if match := re.fullmatch(ROUTER, path):
@@ -89,7 +90,7 @@ def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
     match = re.fullmatch(_HEADS, path)
     if not mixture.attention or match is None:
         return None
-    # The order of model/bam/moa.py: expert by expert, but key/value head by head where experts share these.
+    # The order of heads in model/bam/moa.py: by expert, or by key/value head if experts share these.
     name, kind = match[2], match[3]
     groups = mixture.kv_heads if mixture.shared_kv else 1
     if name == "out":
@@ -98,7 +99,7 @@ def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
 
 
 def joined(parts: Sequence[np.ndarray], where: ExpertAxis) -> np.ndarray:
-    """Joins arrays of one or several experts each into one array."""
+    """Returns one array of all experts, from arrays of one or several experts each."""
     split = [_last(part, where.axis) for part in parts]
     split = [part.reshape(*part.shape[:-1], where.groups, -1) for part in split]
     whole = np.concatenate(split, axis=-1)
@@ -106,7 +107,7 @@ def joined(parts: Sequence[np.ndarray], where: ExpertAxis) -> np.ndarray:
 
 
 def without(array: np.ndarray, where: ExpertAxis, expert: int, experts: int) -> np.ndarray:
-    """Removes one of so many experts from an array."""
+    """Returns an array of `experts` experts without the expert of index `expert`."""
     split = _last(array, where.axis)
     split = split.reshape(*split.shape[:-1], where.groups, experts, -1)
     rest = np.delete(split, expert, axis=-2)
@@ -118,7 +119,7 @@ def _last(array: np.ndarray, axis: int) -> np.ndarray:
 
 
 def mean(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The uniform mean, computed in float32."""
+    """Returns the uniform mean, computed in float32."""
     total = np.zeros(parts[0].shape, np.float32)
     for part in parts:
         total += part.astype(np.float32)
@@ -136,19 +137,20 @@ def routed(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: 
 def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer: int) -> np.ndarray:
     """Returns an expert's kernel with some hidden units redrawn (Drop-Upcycling, arXiv 2502.19261, section 3).
 
-    Of the F hidden units of an expert a random set S of floor(R F) is dropped, another one in each expert and layer
-    and the same in its three matrices: columns of `gate` and `up`, rows of `down`. In each matrix the entries of S
-    are drawn anew from a normal with the mean and the standard deviation of the entries of S; all others stay.
+    In each expert and layer, a random set S of floor(R F) of the F hidden units is dropped. S is the same in the
+    expert's three matrices: columns of `gate` and `up`, rows of `down`. In each matrix the entries of S are replaced
+    by draws from a normal distribution with the mean and standard deviation of these entries.
 
     Args:
-      kernel: [..., D, F], or [..., F, D] for `down`, of one layer.
-      path: of the kernel in the mixture.
-      mixture: its drop_ratio is R.
+      kernel: one layer's kernel [..., D, F], or [..., F, D] for `down`.
+      path: path of the kernel in the mixture.
+      mixture: settings; its drop_ratio is R.
       expert: index of the expert.
       layer: index in the stack of layers under this path.
     """
     axis = -2 if path.endswith("/down/kernel") else -1
-    count = int(mixture.drop_ratio * kernel.shape[axis] + 1e-9)  # 0.3 * 10 is less than 3
+    # In floating point, R * F may be slightly below an integer.
+    count = int(mixture.drop_ratio * kernel.shape[axis] + 1e-9)
     if count == 0:
         return kernel
     owner, name = path.removesuffix("/kernel").rsplit("/", 1)
@@ -162,6 +164,6 @@ def dropped(kernel: np.ndarray, path: str, mixture: Mixture, expert: int, layer:
 
 
 def draw(path: str, shape: tuple[int, ...], std: float, *key: int) -> np.ndarray:
-    """Normal values that depend on path and key alone, not on other draws."""
+    """Returns normal values that depend only on path and key, not on other draws."""
     rng = np.random.default_rng([*key, zlib.crc32(path.encode())])
     return (std * rng.normal(size=shape)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Between the scanned and the unrolled layout of a transformer's layers: tree to tree, exact.
+"""Converts parameters between the scanned and the unrolled layout of a transformer's layers, exactly.
 
-Scanned: layers/block_p with a leading axis of L / P, layer g * P + p at index g of block_p.
-Unrolled: layers/block_i for i < L, without that axis. Decoding wants the latter: slicing a stack
+Scanned: layers/block_p has a leading axis of L / P; layer g * P + p is at index g of block_p.
+Unrolled: layers/block_i for i < L, without that axis. Decoding needs unrolled layers: slicing a stack
 inside the token loop would copy the weights for every token.
 """
 
@@ -17,12 +17,12 @@ Params = dict[str, Any]
 
 
 def unrolled(model: Any) -> Any:
-    """The same model with unrolled layers; it takes the parameters `unroll` returns."""
+    """Returns the same model with unrolled layers, for the parameters that `unroll` returns."""
     return model.clone(config=dataclasses.replace(model.config, scan_layers=False, remat="none"))
 
 
 def unroll(params: Params, config: TransformerConfig) -> Params:
-    """Scanned parameters as unrolled ones; unrolled ones are returned as they are.
+    """Returns the parameters with unrolled layers; unrolled parameters are returned unchanged.
 
     Raises:
       KeyError: a block of the pattern is missing.
@@ -41,7 +41,7 @@ def unroll(params: Params, config: TransformerConfig) -> Params:
 
 
 def stack(params: Params, config: TransformerConfig) -> Params:
-    """The inverse of `unroll`, for the model with `config.scan_layers`."""
+    """Returns unrolled parameters with scanned layers: the inverse of `unroll`."""
     period = len(config.layer_pattern)
     layers = {
         f"block_{p}": jax.tree.map(

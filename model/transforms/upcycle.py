@@ -1,8 +1,8 @@
-"""Dense models trained from one seed to one mixture of experts.
+"""Transforms dense models that were trained from one seed model to a mixture of experts.
 
-FFNs, and with a mixture of attention whole attentions, become experts (BTX, arXiv 2403.07816; BAM, arXiv
-2408.08274); routers are drawn; all other parameters are the mean of the models. With Nexus (arXiv 2408.15901) the
-seed is no expert and in no mean: its FFNs become the shared FFN, which every token uses.
+FFNs become experts (BTX, arXiv 2403.07816); with a mixture of attention, so do attentions (BAM, arXiv 2408.08274).
+Routers are drawn. All other parameters are the mean of the models. With Nexus (arXiv 2408.15901) the seed model is not
+an expert and not part of the means: its FFNs become the shared FFN, which every token uses.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from model.transforms.experts import ExpertAxis, Mixture
 
 @dataclasses.dataclass(frozen=True)
 class Upcycle:
-    """The transform of dense models, one source for each expert, to a mixture.
+    """Transforms dense models, one source per expert, to a mixture.
 
     Attributes:
-      mixture: its experts and routers.
-      shared_ffn: whether one more source, the last, gives the FFNs that all tokens use.
+      mixture: settings of the experts and routers.
+      shared_ffn: whether there is one more source, the last, whose FFNs become the shared FFN.
     """
 
     mixture: Mixture
@@ -45,8 +45,8 @@ class Upcycle:
     ) -> Recipe:
         if self.shared_ffn and re.fullmatch(experts.SHARED, path):
             seed, source = sources[-1], path.replace("mlp/shared/", "mlp/")
-            one = base.copied(source, seed.shape(source), seed, f"of {seed.name}")
-            return dataclasses.replace(one, outputs={path: seed.shape(source)})
+            recipe = base.copied(source, seed.shape(source), seed, f"of {seed.name}")
+            return dataclasses.replace(recipe, outputs={path: seed.shape(source)})
         if path not in dense[0].shapes:
             return drawn(path, shape, self.mixture)
         before = dense[0].shape(path)
@@ -66,7 +66,7 @@ def single(
     *,
     slices: base.Slices = "whole",
 ) -> Recipe:
-    """The recipe of one parameter, of a function that returns one array."""
+    """Returns the recipe of one parameter, from a function that returns one array."""
     return Recipe(
         outputs={path: shape},
         origin=origin,
@@ -77,9 +77,9 @@ def single(
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Raises TransformError for a model that has other parameters than the first."""
-    first, *others = sources
-    for other in others:
+    """Raises TransformError unless all models have parameters with the same paths and shapes."""
+    first, *rest = sources
+    for other in rest:
         paths = sorted({*first.shapes, *other.shapes})
         for path in paths:
             there, here = first.shapes.get(path), other.shapes.get(path)
@@ -124,7 +124,7 @@ def _side_by_side(
 
 
 def changes(path: str, mixture: Mixture) -> str:
-    """How an expert's kernel differs from a copy, in words."""
+    """Returns how an expert's kernel differs from a copy, in words."""
     if not re.fullmatch(experts.FFN, path):
         return ""
     redrawn = f", {mixture.drop_ratio:g} of units redrawn" if mixture.drop_ratio else ""
@@ -133,15 +133,15 @@ def changes(path: str, mixture: Mixture) -> str:
 
 
 def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Recipe:
-    """The recipe of a router's parameter that no source has.
+    """Returns the recipe of a router's parameter, which no source has.
 
     Args:
-      path, shape: of the parameter.
-      mixture: holds the deviations of routers, and the embeddings of domains.
-      key: of the draw, beside the mixture's seed.
+      path, shape: path and shape of the parameter.
+      mixture: settings, with the routers' standard deviations and the domains' embeddings.
+      *key: further keys of the draw, besides the mixture's seed.
 
     Raises:
-      TransformError: it is no router's.
+      TransformError: the parameter is not a router's, or the domains' embeddings do not fit.
     """
     match = re.fullmatch(experts.ROUTER, path)
     if match is None:
@@ -161,7 +161,7 @@ def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Rec
 
 
 def _std(kind: str, shape: tuple[int, ...], mixture: Mixture) -> float:
-    """The standard deviation of a router's kernel [..., in, out]."""
+    """Returns the initial standard deviation of a router's kernel [..., in, out]."""
     fan_in, width = shape[-2:]
     if kind == "kernel":
         return mixture.router_std

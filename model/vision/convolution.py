@@ -1,6 +1,6 @@
-"""`Conv`: the one convolution of vision models, as `Dense` is the one projection.
+"""`Conv`: the convolution that vision models use, apart from 1x1 convolutions.
 
-A 1x1 convolution is a projection of channels and is a `Dense` (model/linear.py).
+A 1x1 convolution is a projection of channels and uses `Dense` (model/linear.py).
 
 Shapes: B batch, H height, W width, C channels; I channels in, O out; h, w the kernel's sides.
 """
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from model.axes import CHANNELS, CHANNELS_IN, parameter
 
-# He et al. (arXiv 1502.01852), by fan-in: keeps activations at their scale behind rectifiers.
+# He et al. (arXiv 1502.01852), by fan-in: preserves the scale of activations after rectifiers.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def convolve(x_BHWI: jax.Array, kernel_hwIO: jax.Array, strides: tuple[int, int]) -> jax.Array:
-    """The convolution with zero padding that keeps the size, but for strides: [B, H/s, W/s, O]."""
+    """Returns the convolution with zero padding ('SAME'), [B, H/s, W/s, O] for stride s."""
     return jax.lax.conv_general_dilated(
         x_BHWI, kernel_hwIO, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -28,10 +28,10 @@ class Conv(nn.Module):
     """A square convolution with zero padding, kernel [side, side, in, out].
 
     Attributes:
-      features: channels out.
-      side: of the kernel.
-      stride: of both dimensions.
-      use_bias: adds a bias per channel, zero at the start; a norm that follows makes it idle.
+      features: number of output channels.
+      side: side of the kernel.
+      stride: stride of both dimensions.
+      use_bias: adds a bias per channel, initially zero; it has no effect before batch normalisation.
       kernel_init: initialiser of the kernel.
       dtype: compute dtype.
       param_dtype: storage dtype.
@@ -55,7 +55,7 @@ class Conv(nn.Module):
         return y_BHWO
 
     def product(self, x_BHWI: jax.Array) -> jax.Array:
-        """The convolution itself; factorised convolutions override it."""
+        """Returns the convolution without bias; factorised convolutions override it."""
         shape = (self.side, self.side, x_BHWI.shape[-1], self.features)
         names = (None, None, CHANNELS_IN, CHANNELS)
         kernel = parameter(self, "kernel", self.kernel_init, names, shape, self.param_dtype)

@@ -1,8 +1,8 @@
 """Residual networks: ResNet v1.5 of bottlenecks (arXiv 1512.03385) and wide ResNets (arXiv 1605.07146).
 
-One stack of stages, and two kinds of blocks. The bottleneck normalises after each convolution and strides in
-its 3x3 (v1.5: the original strides in the first 1x1 and throws three quarters of its input away); the wide
-block normalises before (arXiv 1603.05027), so that the last sum is normalised once more at the end.
+Both are stacks of stages, with different blocks. The bottleneck block normalises after each convolution, and its 3x3
+convolution has the stride (v1.5; in the original the first 1x1 has the stride and ignores three quarters of its
+input). The wide block normalises before each convolution (arXiv 1603.05027), so the last output is normalised again.
 
 Shapes: B batch, H height, W width, C channels, N classes.
 """
@@ -28,14 +28,14 @@ class ResNetConfig:
 
     Attributes:
       num_classes: N.
-      stages: blocks of each stage; all but the first begin with stride 2.
+      stages: number of blocks of each stage; all stages but the first begin with stride 2.
       widths: output channels of the blocks of each stage.
       stem_width: output channels of the first convolution.
-      dtype: compute dtype of convolutions and activations; statistics, pooling and loss stay in float32.
+      dtype: compute dtype of convolutions and activations; statistics, pooling and loss use float32.
       param_dtype: dtype in which parameters are stored.
 
     Raises:
-      ValueError: sizes that make no network; all problems in one message.
+      ValueError: invalid sizes; all problems in one message.
     """
 
     num_classes: int
@@ -66,7 +66,7 @@ class ResNetConfig:
         return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
-        """Returns the sizes that a mesh may split: logical axis, size, and the setting it comes from."""
+        """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""
         return (
             (axes.CHANNELS, self.stem_width, "stem_width"),
             *((axes.CHANNELS, width, "a stage's width") for width in self.widths),
@@ -74,9 +74,9 @@ class ResNetConfig:
 
 
 def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
-    """Batch normalisation (arXiv 1502.03167) over the whole global batch, statistics in float32.
+    """Returns batch normalisation (arXiv 1502.03167) over the global batch, with float32 statistics.
 
-    Its running averages are the collection 'batch_stats', which evaluation reads.
+    The running averages are in the collection 'batch_stats' and are used in evaluation.
     """
     named = partial(nn.with_logical_partitioning, names=(axes.NORM,))
     return nn.BatchNorm(
@@ -95,9 +95,9 @@ class Bottleneck(nn.Module):
     """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
 
     Attributes:
-      config: of the network.
-      width: channels out; a quarter inside.
-      stride: of the 3x3 and of the shortcut.
+      config: sizes of the network.
+      width: number of output channels; the inner convolutions have a quarter of it.
+      stride: stride of the 3x3 convolution and of the shortcut.
       conv: factory of 3x3 convolutions.
       dense: factory of 1x1 convolutions.
     """
@@ -125,11 +125,11 @@ class Bottleneck(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """x + [3x3 with the stride, 3x3](x), each normalised and rectified before; wide ResNets.
+    """x + [3x3 with the stride, 3x3](x), with norm and ReLU before each convolution; wide ResNets.
 
-    Where the shape changes the shortcut is a 1x1 convolution of the normalised input.
+    If the shape changes, the shortcut is a 1x1 convolution of the normalised input.
 
-    Attributes: as of `Bottleneck`.
+    Attributes: see `Bottleneck`.
     """
 
     config: ResNetConfig
@@ -151,7 +151,7 @@ class WideBlock(nn.Module):
 
 
 class Stem7x7(nn.Module):
-    """7x7 with stride 2, normalised and rectified, and 3x3 maxima with stride 2: for ImageNet's sizes."""
+    """7x7 convolution with stride 2, norm, ReLU, and 3x3 max pooling with stride 2, for ImageNet."""
 
     config: ResNetConfig
 
@@ -163,7 +163,7 @@ class Stem7x7(nn.Module):
 
 
 class Stem3x3(nn.Module):
-    """3x3 and nothing else: for small images before blocks that normalise what they read."""
+    """3x3 convolution only, for small images and blocks that normalise their input."""
 
     config: ResNetConfig
 
@@ -179,9 +179,9 @@ class ResNet(nn.Module):
       config: sizes.
       stem: factory of the module that reads the images.
       block: factory of blocks.
-      conv: factory of the 3x3 convolutions of blocks.
-      dense: factory of their 1x1 convolutions.
-      final_norm: normalises and rectifies the output of the last block, for blocks that do not.
+      conv: factory of the blocks' 3x3 convolutions.
+      dense: factory of the blocks' 1x1 convolutions.
+      final_norm: whether to apply norm and ReLU after the last block, for blocks that end without them.
     """
 
     row: ClassVar[Row] = "images"
@@ -228,7 +228,7 @@ class ResNet(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks of one width; the first has the stride. Paths have a scope for each stage."""
+    """Blocks of one width; the first block has the stride. Parameter paths have a scope per stage."""
 
     blocks: int
     width: int
@@ -259,7 +259,7 @@ def _conv(block: Bottleneck | WideBlock, features: int, stride: int, name: str) 
 def _pointwise(
     block: Bottleneck | WideBlock, features: int, name: str, x_BHWC: jax.Array
 ) -> jax.Array:
-    """A 1x1 convolution: a projection of channels."""
+    """Returns a 1x1 convolution of x, computed as a projection of channels."""
     dense = block.dense(
         features=features,
         axes=(axes.CHANNELS_IN, axes.CHANNELS),

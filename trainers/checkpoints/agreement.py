@@ -1,4 +1,4 @@
-"""Exchanges small values between the processes of one run; free with a single process."""
+"""Exchanges small values between the processes of one run; costs nothing with a single process."""
 
 import json
 from typing import Any
@@ -21,5 +21,5 @@ def gather(value: Any) -> list[Any]:
 
 
 def is_primary() -> bool:
-    """Whether this process writes the files that only one process may write."""
+    """Returns whether this process writes the files that only one process may write."""
     return jax.process_index() == 0

@@ -14,7 +14,10 @@ from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """How arrays are stored: uncompressed (weights hardly compress), each element by one process."""
+    """Returns the Orbax handler of arrays.
+
+    Arrays are not compressed, because weights hardly compress. One process writes each element.
+    """
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
@@ -23,13 +26,13 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:
-    """The sharding of an abstract or concrete array; this process's first device if it has none."""
+    """Returns the sharding of an abstract or concrete array; without one, this process's first device."""
     sharding = getattr(leaf, "sharding", None)
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
-    """Reads arrays by name, as they are on disk. Shapes and dtypes must be the recorded ones."""
+    """Returns arrays by name. Shapes and dtypes must be those on disk."""
     arguments = {
         name: ocp.ArrayRestoreArgs(
             sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype
@@ -49,7 +52,7 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
 
 
 def open_array(path: epath.Path, name: str) -> Any:
-    """Opens an array of a step as a TensorStore, without Orbax; regions can be read."""
+    """Returns an array of a step as a TensorStore, opened without Orbax, to read regions."""
     base = os.fspath((path / step_dir.STATE).resolve())
     kvstore = {
         "driver": "ocdbt",
@@ -60,13 +63,13 @@ def open_array(path: epath.Path, name: str) -> Any:
 
 
 def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
-    """Names of the arrays that cannot be read or differ from what was saved."""
+    """Returns the names of arrays that cannot be read or differ from what was saved."""
 
     def is_good(name: str) -> bool:
         entry = recorded.arrays[name]
         try:
             values = open_array(path, name).read().result()
-        except Exception:  # Whatever TensorStore raises, the array is not readable.
+        except Exception:  # Any error of TensorStore means that the array is not readable.
             return False
         return manifest.block_digest(values, (0,) * values.ndim) == entry.digest
 
@@ -76,13 +79,13 @@ def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
 
 
 def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat) -> state_tree.Flat:
-    """Checks every file of the step, reads arrays by name, and checks each against its digest.
+    """Returns arrays by name, after checks of every file of the step and of each array's digest.
 
     Raises:
-      DamagedCheckpointError: with the names of the files and arrays concerned.
+      DamagedCheckpointError: files or arrays are damaged; the error has their names.
     """
-    # The processes share the files and agree on them before any of them reads: one that failed while
-    # reading would leave the others waiting.
+    # All processes agree that the files are good before any of them reads: if one process failed while
+    # it reads, the other processes would wait for it.
     names = sorted(recorded.files)[jax.process_index() :: jax.process_count()]
     shares = agreement.gather(
         manifest.check_files(path, {name: recorded.files[name] for name in names})
@@ -105,7 +108,7 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
 
 
 class StoredArray:
-    """Reads regions of an array on disk. An array stored in one chunk is read once and stays in memory."""
+    """Reads regions of an array on disk; an array of one chunk is read once and cached in memory."""
 
     def __init__(self, path: epath.Path, name: str):
         self._store = open_array(path, name)
@@ -115,7 +118,7 @@ class StoredArray:
             self._whole = self._store.read().result()
 
     def read(self, at: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> np.ndarray:
-        """The region at leading indices `at`, or rows [start, stop) of it."""
+        """Returns the region at leading indices `at`, or its rows [start, stop)."""
         where: Any = (*at, slice(*rows)) if rows else (*at, ...)
         if self._whole is not None:
             return self._whole[where]

@@ -25,19 +25,19 @@ from trainers.checkpoints.restore import Restored, restore_state
 
 _log = logging.getLogger(__name__)
 
-# How long a process waits for the others to finish writing.
+# How long a process waits for other processes to finish writing.
 _TIMEOUT_SECONDS = 1200
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Keeps the latest steps and, beyond them, the best by a metric.
+    """Keeps the latest steps and also the best steps by a metric.
 
     Attributes:
       keep_last: the number of latest steps to keep; None keeps all.
-      keep_best: the number of best steps to keep, among those saved with `metric`.
+      keep_best: the number of best steps to keep, among the steps saved with `metric`.
       metric: a key of the metrics saved with a step.
-      mode: whether 'min' or 'max' is best; NaN never is.
+      mode: 'min' or 'max'; NaN is never best.
     """
 
     keep_last: int | None = 3
@@ -54,7 +54,7 @@ class Retention:
             raise ValueError(f"best_mode = {self.mode!r}: use 'min' or 'max'.")
 
     def best(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """Returns the steps that have the metric, best first; the later of two equal ones first."""
+        """Returns the steps that have the metric, best first; of equal steps, the later first."""
         sign = 1 if self.mode == "min" else -1
         values = {
             step: sign * of_step[self.metric]
@@ -64,7 +64,7 @@ class Retention:
         return sorted(values, key=lambda step: (values[step], -step))
 
     def superfluous(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """Returns the steps to delete, given the metrics of all saved steps."""
+        """Returns the steps to delete, from the metrics of all saved steps."""
         if self.keep_last is None:
             return []
         keep = {*sorted(metrics)[-self.keep_last :], *self.best(metrics)[: self.keep_best]}
@@ -72,7 +72,7 @@ class Retention:
 
 
 class Checkpointer:
-    """The checkpoints of one run, opened by its training processes alone; others use restore.py."""
+    """The checkpoints of one run. Only its training processes may open it; other readers use restore.py."""
 
     def __init__(
         self,
@@ -84,12 +84,12 @@ class Checkpointer:
         best_mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
     ):
-        """Opens or creates a directory and removes the remains of interrupted saves.
+        """Opens or creates a directory and removes the files of interrupted saves.
 
         Args:
           directory: holds one directory per step; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
-          asynchronous: finish saves in a thread; otherwise `save` returns when everything is written.
+          asynchronous: whether a thread finishes saves; otherwise `save` returns when all files are written.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)
@@ -114,14 +114,14 @@ class Checkpointer:
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
 
     def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
-        # Orbax names its barriers after the directory written, which is `state` in every step.
+        # Orbax names its barriers after the written directory, which is `state` in every step.
         self._wait_at_barrier(key=f"{key}.{self._saves}", timeout_ms=timeout_ms)
 
     def _read_metrics(self) -> dict[int, Mapping[str, float]]:
         metrics: dict[int, Mapping[str, float]] = {}
         for step, path in step_dir.complete_steps(self._directory).items():
             metrics[step] = {}
-            with contextlib.suppress(DamagedCheckpointError):  # Reported if it is restored.
+            with contextlib.suppress(DamagedCheckpointError):  # Reported when the step is restored.
                 metrics[step] = step_dir.read_record(path, step_dir.read_manifest(path))["metrics"]
         return metrics
 
@@ -130,7 +130,7 @@ class Checkpointer:
         return self._directory / str(step)
 
     def all_steps(self) -> list[int]:
-        """Returns the completely saved steps, ascending."""
+        """Returns the complete steps, ascending."""
         return sorted(self._metrics)
 
     def save(
@@ -141,19 +141,19 @@ class Checkpointer:
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Saves a state, after waiting for the save before it. Every process calls it.
+        """Saves a state; waits for the previous save first. Every process must call it.
 
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
           meta: JSON facts about the run (see `restore_latest`).
-          metrics: numbers of this step, including the one that ranks steps.
+          metrics: metrics of this step, including the metric that ranks steps.
 
         Returns:
           False if the step was already saved, else True.
 
         Raises:
-          CheckpointSaveError: this save could not begin, or the one before it failed.
+          CheckpointSaveError: this save could not begin, or the previous save failed.
         """
         self.wait()
         if step in self._metrics:
@@ -161,7 +161,7 @@ class Checkpointer:
         arrays = state_tree.flatten_arrays(state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"step": step, "metrics": numbers, "meta": dict(meta or {})}
-        json.dumps(record)  # Fails here rather than in the thread.
+        json.dumps(record)  # Errors are raised here, not in the thread.
         path = self.step_path(step)
         self._saves += 1
         try:
@@ -193,14 +193,14 @@ class Checkpointer:
             commit(pending, self._orbax.wait_until_finished)
             self._metrics[pending.record["step"]] = pending.record["metrics"]
             self._make_room()
-        except BaseException as error:  # Raised by the next call of the loop.
+        except BaseException as error:  # The next call of `save`, `wait` or `check` raises it.
             self._error = self._failed(pending.path, error)
             self._error.__cause__ = error
 
     def _make_room(self) -> None:
         try:
             self._delete(self._retention.superfluous(self._metrics))
-        except (OSError, ValueError) as error:  # the new step is good nevertheless
+        except (OSError, ValueError) as error:  # the new step is still good
             _log.warning(
                 "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
                 self._directory,
@@ -210,7 +210,7 @@ class Checkpointer:
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
-            # Makes room; what cannot be removed now is removed when the run starts again.
+            # Frees disk space; files that cannot be removed now are removed when the run restarts.
             with contextlib.suppress(OSError, ValueError):
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
@@ -225,7 +225,7 @@ class Checkpointer:
         """Waits until the last save is committed.
 
         Raises:
-          CheckpointSaveError: it failed.
+          CheckpointSaveError: the save failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -235,7 +235,7 @@ class Checkpointer:
             raise error
 
     def check(self) -> None:
-        """Raises the error of a failed save in the background; never waits."""
+        """Raises the error of a failed background save; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
@@ -244,15 +244,15 @@ class Checkpointer:
     ) -> Restored | None:
         """Restores the latest good step onto the shardings of `abstract_state`, verified.
 
-        Damaged steps newer than it are set aside as `<step>.aside`, with one warning.
+        Newer, damaged steps are renamed to `<step>.aside`, with one warning.
 
         Returns:
-          None if no step is saved.
+          The restored state; None if no step is saved.
 
         Raises:
           DamagedCheckpointError: steps are saved, but none is good.
           RunMismatchError: the step does not have the values of `expected_meta`.
-          CheckpointMismatchError: the step holds another model or optimiser.
+          CheckpointMismatchError: the step is of another model or optimiser.
         """
         self.wait()
         damaged: dict[int, DamagedCheckpointError] = {}
@@ -281,7 +281,7 @@ class Checkpointer:
         if agreement.is_primary():
             names = ", ".join(step_dir.set_aside(self.step_path(step)).name for step in steps)
             _log.warning("%s; set aside in %s: %s.", reason, self._directory, names)
-        agreement.gather(names)  # no process continues before they are renamed
+        agreement.gather(names)  # no process continues before the steps are renamed
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
@@ -291,7 +291,7 @@ class Checkpointer:
             try:
                 self._orbax.close()
             except Exception as error:
-                # No complete step waits for Orbax: this save's failure has been raised already.
+                # An Orbax error here belongs to a save whose failure has already been raised.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
 
     def __enter__(self) -> "Checkpointer":

@@ -25,14 +25,14 @@ class CheckpointSaveError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A save in progress, from the view of this process.
+    """A save in progress, as seen by this process.
 
     Attributes:
       path: the step directory.
       record: the contents of meta.json.
       entries: shape and dtype of each array.
       blocks: host copies of the blocks that this process writes.
-      barrier: waits until all processes have called it with the same name.
+      barrier: function that waits until all processes have called it with the same name.
     """
 
     path: epath.Path
@@ -43,18 +43,18 @@ class Pending:
 
 
 def commit(pending: Pending, written: Callable[[], None]) -> None:
-    """Finishes a save; every process calls it.
+    """Finishes a save. Every process must call it.
 
     Args:
       pending: the save.
-      written: waits until Orbax has written the arrays of all processes.
+      written: function that waits until Orbax has written the arrays of all processes.
 
     Raises:
-      OSError, ValueError, RuntimeError: something could not be written; the step is incomplete.
+      OSError, ValueError, RuntimeError: a file could not be written; the step is incomplete.
     """
     path = pending.path
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests") as pool:
-        digests = pool.submit(manifest.digests, pending.blocks)  # While Orbax writes.
+        digests = pool.submit(manifest.digests, pending.blocks)  # Computed while Orbax writes.
         written()
         if agreement.is_primary():
             record = json.dumps(pending.record, sort_keys=True, indent=1).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""The checkpoint that a new run starts from, and how much of it the run takes."""
+"""The checkpoint that a new run starts from, and which parts of it the run uses."""
 
 import dataclasses
 import os
@@ -14,20 +14,20 @@ Moments = Literal["reset", "carry"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialCheckpoint:
-    """What a run starts from while it has no checkpoint of its own.
+    """The checkpoint that a run starts from if it has no checkpoint of its own.
 
     Attributes:
       path: a step directory, or a run directory for its newest good step; None for new parameters.
-      scope: 'params' takes the model's variables (step 0, fresh optimiser); 'phase' also averages and
-        the optimiser's moments, at step 0 of a new schedule; 'state' also the step and the place in
-        the schedule, as if both were the same run.
-      data: 'restart' reads every source from its beginning, 'continue' from where that run stopped,
-        whatever the mixture. ('state' continues with that run's next batch.)
-      assignment: with 'params', (pattern, checkpoint path or None) for parameters of other names.
-      strict: with 'params', requires exactly this model's parameters in the checkpoint.
-      use_ema: with 'params', takes the averaged parameters.
-      transform: makes that checkpoint's parameters into this model's (model/transforms/base.py).
-      moments: with `transform`, 'reset' leaves the optimiser's moments fresh, 'carry' transforms them.
+      scope: 'params' restores the model's variables (step 0, fresh optimiser). 'phase' also restores
+        moving averages and the optimiser's moments, at step 0 of a new schedule. 'state' also restores
+        the step and the place in the schedule, as if both were the same run.
+      data: 'restart' reads every source from its beginning; 'continue' reads each source from where the
+        checkpoint's run stopped, whatever the mixture. (Scope 'state' continues with the next batch.)
+      assignment: with 'params', pairs (pattern, checkpoint path or None) for parameters whose names differ.
+      strict: with 'params', requires that the checkpoint has exactly this model's parameters.
+      use_ema: with 'params', restores the averaged parameters.
+      transform: transforms the checkpoint's parameters to this model's (model/transforms/base.py).
+      moments: with `transform`, 'reset' uses fresh optimiser moments, 'carry' transforms the checkpoint's.
     """
 
     path: str | os.PathLike | None = None
@@ -40,7 +40,7 @@ class InitialCheckpoint:
     moments: Moments = "reset"
 
     def check(self) -> None:
-        """Checks everything that can be checked without reading the checkpoint.
+        """Checks the options without reading the checkpoint.
 
         Raises:
           ValueError: unknown values, or options that exclude each other.

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint: a digest per array, taken from memory, and one per file, from disk.
+"""Checksums of a checkpoint: a digest of each array in memory, and a checksum of each file on disk.
 
-The digest of an array is linear in its elements, so it does not depend on how the array is split:
-each process sums over the blocks it holds and the sums are added, on whatever mesh.
+The digest of an array is linear in its elements, so it does not depend on how a mesh splits the array:
+each process sums over its own blocks, and the sums are added.
 
     digest(x) = sum_ij.. word(x[i, j, ..]) * key_0[i] * key_1[j] * ..   (mod 2^64)
 
@@ -25,13 +25,13 @@ import jax
 import numpy as np
 from etils import epath
 
-# Bounds the memory of the cached keys; longer axes are contracted piece by piece.
+# Limits the memory of the cached keys; longer axes are contracted in pieces.
 _KEYS_AT_ONCE = 1 << 18
 _READ_BYTES = 1 << 22
 _MODULUS = 1 << 64
 _VERSION = 1
 
-# Where a block begins in the whole array, and its values.
+# (start indices of a block in the whole array, values of the block).
 Block = tuple[tuple[int, ...], np.ndarray]
 
 
@@ -39,7 +39,7 @@ class DamagedCheckpointError(ValueError):
     """Files or arrays of a checkpoint differ from what was saved.
 
     Attributes:
-      files: paths below the step directory, each with its problem.
+      files: paths below the step directory, with the problem of each.
       arrays: names of the arrays known to be damaged.
     """
 
@@ -57,7 +57,7 @@ class DamagedCheckpointError(ValueError):
 
 @functools.lru_cache(maxsize=64)
 def _keys(axis: int, start: int, stop: int) -> np.ndarray:
-    """Odd 64-bit keys of the indices [start, stop) of an axis: splitmix64 of (axis, index)."""
+    """Returns odd 64-bit keys of the indices [start, stop) of an axis: splitmix64 of (axis, index)."""
     key = np.arange(start, stop, dtype=np.uint64) + np.uint64((axis + 1) << 48)
     key *= np.uint64(0x9E3779B97F4A7C15)
     key ^= key >> np.uint64(30)
@@ -77,7 +77,7 @@ def _words(values: np.ndarray) -> np.ndarray:
 
 
 def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
-    """Returns what the block at index `start` adds to the digest of the whole array."""
+    """Returns the summand of the block at index `start` in the digest of the whole array."""
     if values.size == 0:
         return 0
     sums = _words(values)
@@ -95,10 +95,10 @@ def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
 
 
 def owned_blocks(array: jax.Array) -> list[Block]:
-    """Returns the blocks of which this process holds the first replica, as host arrays.
+    """Returns, as host arrays, the blocks whose first replica is on this process.
 
-    All processes together cover the array exactly once. On CPU the blocks are views, which the runtime
-    keeps alive and unchanged even if the array is donated to a later step.
+    The blocks of all processes cover the array exactly once. On CPU the blocks are views; the runtime
+    does not free or change them even if the array is donated to a later step.
     """
     return [
         (tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
@@ -108,7 +108,7 @@ def owned_blocks(array: jax.Array) -> list[Block]:
 
 
 def digests(blocks: Mapping[str, Sequence[Block]]) -> dict[str, int]:
-    """Returns this process's share of the digest of each array."""
+    """Returns this process's summand of the digest of each array."""
 
     def share(parts: Sequence[Block]) -> int:
         return sum(block_digest(values, start) for start, values in parts) % _MODULUS
@@ -118,7 +118,7 @@ def digests(blocks: Mapping[str, Sequence[Block]]) -> dict[str, int]:
 
 
 def add_digests(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the digests of whole arrays from the shares of all processes."""
+    """Returns the digests of whole arrays from the summands of all processes."""
     total: dict[str, int] = {}
     for share in shares:
         for name, value in share.items():
@@ -127,7 +127,7 @@ def add_digests(shares: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def file_checksum(path: epath.Path) -> tuple[int, str]:
-    """Returns size in bytes and CRC-32 of a file."""
+    """Returns the size in bytes and the CRC-32 of a file."""
     size = crc = 0
     with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
@@ -142,7 +142,7 @@ def checksum_files(directory: epath.Path, names: Iterable[str]) -> dict[str, tup
 
 
 def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
-    """Returns the problem of each file that differs from its record; empty if none does."""
+    """Returns the problem of each file that differs from its record; empty if no file differs."""
 
     def problem(name: str) -> str | None:
         size, crc = files[name]
@@ -181,12 +181,16 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
 
     def use_ema(self, params: str) -> bool:
-        """Whether averaged parameters are to be read: `params` is 'raw', 'ema', or 'auto' for them if they are saved."""
+        """Returns whether to read the averaged parameters.
+
+        Args:
+          params: 'raw', 'ema', or 'auto' for averaged parameters if they are saved.
+        """
         saved = any(name.startswith("ema_params/") for name in self.arrays)
         return params == "ema" or (params == "auto" and saved)
 
     def to_bytes(self) -> bytes:
-        """JSON with a checksum of itself."""
+        """Returns the manifest as JSON, with a checksum of its contents."""
         arrays = {
             name: {"shape": list(x.shape), "dtype": x.dtype, "digest": f"{x.digest:016x}"}
             for name, x in self.arrays.items()

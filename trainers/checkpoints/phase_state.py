@@ -10,10 +10,10 @@ from trainers.anomaly import STATISTICS
 
 
 def at_step_0(state: Any) -> Any:
-    """Returns the state at the start of a phase: steps and schedules count from 0 again.
+    """Returns the state at the start of a phase, with steps and schedules at 0.
 
-    Moments stay, with the counts for their bias correction; statistics of losses are reset, because
-    other data have other losses.
+    Moments and their counts for bias correction do not change. Statistics of losses are reset, because
+    a new phase has other data.
     """
     variables = dict(state.variables)
     if STATISTICS in variables:
@@ -22,7 +22,7 @@ def at_step_0(state: Any) -> Any:
 
 
 def at_step(state: Any, step: int) -> Any:
-    """Returns the state with its step and the counts of its schedules set; moments stay."""
+    """Returns the state with its step and the counts of its schedules set; moments do not change."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)

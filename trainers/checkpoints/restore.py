@@ -1,4 +1,4 @@
-"""Restores whole states onto any mesh, verified, in one order for every entry point.
+"""Restores whole states onto any mesh, verified; every entry point uses the same order.
 
 `restore_or_initialise` looks for the state of a run in
 
@@ -42,10 +42,10 @@ class Restored:
 
     Attributes:
       step: the number of steps taken.
-      state: of the structure of the abstract state.
-      meta: the run's facts recorded with it.
-      metrics: the metrics recorded with it.
-      path: its step directory; None for a fresh state.
+      state: the state, with the structure of the abstract state.
+      meta: the facts about the run that are recorded with the state.
+      metrics: the metrics recorded with the state.
+      path: step directory of the state; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
       skipped: newer damaged steps, each with the reason.
     """
@@ -102,7 +102,7 @@ def restore_state(
     *,
     expected_meta: Mapping[str, Any] | None = None,
 ) -> Restored:
-    """Restores all of a state onto the shardings of `abstract_state`, verified.
+    """Returns a whole state, restored onto the shardings of `abstract_state` and verified.
 
     Args:
       path: a step directory, or a run directory for its newest good step.
@@ -144,19 +144,19 @@ def restore_or_initialise(
     initial: InitialCheckpoint = NEW_PARAMETERS,
     restart: Callable[[Any], Any] | None = None,
 ) -> Restored:
-    """Returns the state a run starts from: of its own checkpoint, the initial one, or a fresh one.
+    """Returns the state that a run starts from: its own checkpoint, the initial checkpoint, or a fresh state.
 
     Args:
       checkpointer: the `Checkpointer` of the run.
       abstract_state: the TrainState as jax.ShapeDtypeStruct with shardings.
-      initialise: makes a fresh TrainState with these shardings.
-      expected_meta: see `restore_state`; concerns the run's own checkpoints only.
-      initial: what to start from if the run has no checkpoint yet.
-      restart: gives a state a fresh optimiser for its parameters, which a checkpoint's have replaced; None where the
-        fresh optimiser of `initialise` fits any parameters.
+      initialise: returns a fresh TrainState with these shardings.
+      expected_meta: see `restore_state`; applies only to the run's own checkpoints.
+      initial: the checkpoint to start from if the run has none.
+      restart: returns a state with a fresh optimiser for the restored parameters; None if the fresh optimiser of
+        `initialise` does not depend on the values of parameters.
 
     Raises:
-      ValueError: options of `initial` that exclude each other.
+      ValueError: options of `initial` exclude each other.
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
     initial.check()
@@ -177,10 +177,10 @@ def restore_or_initialise(
 def _restore_variables(
     initial: InitialCheckpoint, state: Any, restart: Callable[[Any], Any] | None
 ) -> Restored:
-    """Returns a fresh state with the checkpoint's parameters, possibly transformed, and collections.
+    """Returns a fresh state with the checkpoint's collections and parameters, possibly transformed.
 
-    With a transform and the scope 'state', the step and the place in schedules are the checkpoint's. A
-    moving average begins with the new parameters.
+    With a transform and the scope 'state', the step and the counts of schedules are the checkpoint's. A
+    moving average starts at the new parameters.
     """
     transform = initial.transform
 
@@ -188,7 +188,7 @@ def _restore_variables(
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
         if transform is not None:
-            made = transformed(step, recorded, state, transform, initial)
+            new_state = transformed(step, recorded, state, transform, initial)
         else:
             restored = restore_params(
                 step,
@@ -197,20 +197,20 @@ def _restore_variables(
                 strict=initial.strict,
                 use_ema=initial.use_ema,
             )
-            made = state.replace(params=restored)
-        made = made.replace(variables=kept_variables(step, state.variables))
+            new_state = state.replace(params=restored)
+        new_state = new_state.replace(variables=kept_variables(step, state.variables))
         if state.ema_params is not None:
-            # Averages have their own dtype, and a buffer is donated once only.
+            # A copy, because averages have their own dtype, and a buffer can be donated only once.
             ema = jax.tree.map(
-                lambda p, e: jnp.array(p, e.dtype, copy=True), made.params, state.ema_params
+                lambda p, e: jnp.array(p, e.dtype, copy=True), new_state.params, state.ema_params
             )
-            made = made.replace(ema_params=ema)
+            new_state = new_state.replace(ema_params=ema)
         if restart is not None and initial.moments == "reset":
-            made = restart(made)
+            new_state = restart(new_state)
         first = record["step"] if initial.scope == "state" else 0
         return Restored(
             step=first,
-            state=phase_state.at_step(made, first) if first else made,
+            state=phase_state.at_step(new_state, first) if first else new_state,
             meta=record["meta"],
             path=step,
             source="initial",

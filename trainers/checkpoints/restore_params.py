@@ -1,4 +1,4 @@
-"""Reading the parameters of a checkpoint into a model, whole or by path pattern."""
+"""Restores the parameters of a checkpoint into a model, all of them or by path pattern."""
 
 import difflib
 import logging
@@ -18,39 +18,39 @@ from trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 _log = logging.getLogger(__name__)
 
-# (pattern that a whole model path matches, path in the checkpoint or None for a fresh start). The
-# second may refer to groups of the first, as in (r"layers/block_0/(.*)", r"layers/block_3/\1").
+# (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path
+# may refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
 Assignment = Sequence[tuple[str, str | None]]
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint holds other arrays than the model needs."""
+    """The arrays of a checkpoint do not fit the model."""
 
 
 def params_root(recorded: Manifest, params: str) -> str:
-    """Where a checkpoint has parameters, 'params/' or 'ema_params/'.
+    """Returns the root of the parameters in a checkpoint, 'params/' or 'ema_params/'.
 
     Args:
-      recorded: of the step.
-      params: 'raw', 'ema' or 'auto': the moving average where there is one.
+      recorded: manifest of the step.
+      params: 'raw', 'ema', or 'auto' for the moving average if there is one.
     """
     return "ema_params/" if recorded.use_ema(params) else "params/"
 
 
 def saved_params(recorded: Manifest, root: str) -> dict[str, ArrayEntry]:
-    """What the manifest records of the parameters under a root, by path below it."""
+    """Returns the manifest's entries of the parameters under a root, by path below the root."""
     arrays = recorded.arrays.items()
     return {name.removeprefix(root): entry for name, entry in arrays if name.startswith(root)}
 
 
 def list_differences(differences: Sequence[str]) -> str:
-    """The first difference and the number of others."""
+    """Returns the first difference, and the number of further differences, in words."""
     more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
     return f"{differences[0]}{more}"
 
 
 def describe(leaf: Any) -> str:
-    """As manifests print arrays: `float32[8, 16]`."""
+    """Returns dtype and shape as manifests print them: `float32[8, 16]`."""
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
@@ -66,7 +66,7 @@ def _assign(
     assignment: Assignment,
     strict: bool,
 ) -> dict[str, str | None]:
-    """For each parameter of the model its name in the checkpoint, or None to keep its initial value."""
+    """Returns the checkpoint's name of each parameter of the model; None to use its initial value."""
     sources: dict[str, str | None] = {}
     unused = {pattern for pattern, _ in assignment}
     missing = []
@@ -112,21 +112,22 @@ def restore_params(
     verify: bool = True,
     use_ema: bool = False,
 ) -> Any:
-    """Restores parameters onto the shardings and dtypes of `abstract_params`.
+    """Returns parameters of a checkpoint with the shardings and dtypes of `abstract_params`.
 
     Args:
       path: a step directory, or a run directory for its newest good step.
-      abstract_params: jax.ShapeDtypeStruct with shardings; arrays where a parameter may keep its
-        value because the assignment says None, or because it is missing and `strict` is off.
-      assignment: pairs (pattern, checkpoint path or None); the first whose pattern matches the whole
-        path of a parameter decides. Parameters that none matches are read under their own name.
-      strict: every parameter of the model must be saved or assigned, and every saved one be in the model.
-      verify: check all files of the step and the restored arrays.
-      use_ema: read the moving average instead of the parameters.
+      abstract_params: jax.ShapeDtypeStruct with shardings; arrays for parameters that may use their
+        initial value, because they are assigned to None, or are missing and `strict` is False.
+      assignment: pairs (pattern, checkpoint path or None); the first pattern that matches the whole path
+        of a parameter decides. Parameters without a matching pattern are read from their own path.
+      strict: whether every parameter of the model must be saved or assigned, and every saved parameter
+        be in the model.
+      verify: whether to check all files of the step and the restored arrays.
+      use_ema: whether to read the moving average instead of the parameters.
 
     Raises:
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
-      ValueError: an assignment pattern matches nothing.
+      ValueError: an assignment pattern matches no parameter.
     """
 
     def read(step: epath.Path) -> Any:
@@ -192,20 +193,21 @@ def _restore(
             flat[name] = params[name]
             continue
         value = arrays[root + source].astype(params[name].dtype)
-        if list(sources.values()).count(source) > 1:  # A buffer is donated once only.
+        if list(sources.values()).count(source) > 1:  # A buffer can be donated only once.
             value = jnp.copy(value)
         flat[name] = jax.device_put(value, sharding_of(params[name]))
     return state_tree.unflatten(flat, abstract_params)
 
 
 def kept_variables(step: epath.Path, variables: Any) -> Any:
-    """Restores a model's other collections, such as batch statistics; new ones keep their values.
+    """Returns a model's other collections, such as batch statistics, restored from a checkpoint.
 
-    Statistics of losses keep their values too: they change with the data and the model.
+    Arrays that the checkpoint does not have, and statistics of losses, which depend on the data and the
+    model, have their values in `variables`.
 
     Args:
       step: a step directory.
-      variables: of a fresh state.
+      variables: collections of a fresh state.
 
     Raises:
       DamagedCheckpointError.
@@ -224,10 +226,10 @@ def kept_variables(step: epath.Path, variables: Any) -> Any:
 
 
 def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
-    """The abstract array of a checkpoint in its own dtype, with the sharding of `like`.
+    """Returns the abstract array of a checkpoint, in its saved dtype, with the sharding of `like`.
 
     Raises:
-      CheckpointMismatchError: there is no such array.
+      CheckpointMismatchError: the checkpoint has no such array.
     """
     if name not in recorded.arrays:
         raise CheckpointMismatchError(f"the checkpoint has no array {name}.")

@@ -21,7 +21,7 @@ def flatten(tree: Any) -> Flat:
     Nodes without leaves (None, empty optimiser states) do not appear.
 
     Raises:
-      ValueError: two leaves have the same path, or a key holds a slash.
+      ValueError: two leaves have the same path, or a key contains a slash.
     """
     flat: Flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -37,7 +37,7 @@ def flatten(tree: Any) -> Flat:
 
 
 def flatten_arrays(tree: Any) -> Flat:
-    """Returns the leaves by path of a state to be saved.
+    """Returns the leaves of a state to save, by path.
 
     Raises:
       TypeError: a leaf is not a numeric jax.Array.
@@ -62,7 +62,7 @@ def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts with one level for each part of a path."""
+    """Returns nested dicts with one level per part of a path."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")

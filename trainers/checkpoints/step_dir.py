@@ -1,4 +1,4 @@
-"""The layout of saved steps on disk, also after a process was killed.
+"""The layout of saved steps on disk, including steps whose save was interrupted.
 
     <run>/checkpoints/<step>/
       state/          the arrays as plain nested dicts, written by Orbax (readable with Orbax alone)
@@ -7,7 +7,7 @@
       incomplete      a mark, present while the step is being written or deleted
 
 A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but
-without a manifest was interrupted and is cleaned up; a step with neither has lost its manifest and is
+without a manifest was interrupted and is removed; a step with neither has lost its manifest and is
 treated as damaged.
 """
 
@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """Returns the absolute path, as Orbax requires; object store addresses already are absolute."""
+    """Returns the absolute path, as Orbax requires; addresses of object stores are already absolute."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
 def write_file(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically, also with respect to a power cut."""
-    if "://" in os.fspath(path):  # Object stores put whole objects.
+    if "://" in os.fspath(path):  # Object stores write whole objects atomically.
         path.write_bytes(data)
         return
     partial = f"{os.fspath(path)}.partial"
@@ -58,17 +58,17 @@ def write_file(path: epath.Path, data: bytes) -> None:
 
 
 def is_incomplete(path: epath.Path) -> bool:
-    """Whether writing or deleting a step was interrupted."""
+    """Returns whether writing or deleting a step was interrupted."""
     if (path / MANIFEST).exists():
         return False
     try:
         return (path / INCOMPLETE).exists() or not any(path.iterdir())
-    except FileNotFoundError:  # deleted by the run while another process reads
+    except FileNotFoundError:  # the run deleted the step while another process reads
         return True
 
 
 def steps_on_disk(directory: epath.Path) -> dict[int, epath.Path]:
-    """Returns all step directories by ascending step, in any condition."""
+    """Returns all step directories by ascending step, including incomplete ones."""
     if not directory.exists():
         return {}
     steps = {int(p.name): p for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()}
@@ -81,7 +81,7 @@ def complete_steps(directory: epath.Path) -> dict[int, epath.Path]:
 
 
 def file_names(path: epath.Path) -> list[str]:
-    """Returns the files of a step that its manifest covers, as paths below it."""
+    """Returns the files of a step that its manifest covers, as paths below the step directory."""
     names = []
     folders = [path]
     while folders:
@@ -103,13 +103,13 @@ def remove(path: epath.Path) -> None:
     (path / INCOMPLETE).unlink()
     try:
         path.rmdir()
-    except (OSError, ValueError):  # a writer is still at work: the next start removes the rest
+    except (OSError, ValueError):  # a process is still writing: the next start removes its files
         (path / INCOMPLETE).touch()
         raise
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-    """Renames a step, so that its number can be used again while its files stay for inspection."""
+    """Renames a step, so that its number can be reused and its files can still be inspected."""
     taken = {entry.name for entry in path.parent.iterdir()}
     names = (f"{path.name}.aside{i or ''}" for i in itertools.count())
     target = path.parent / next(name for name in names if name not in taken)
@@ -118,7 +118,7 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 
 def candidates(path: str | os.PathLike) -> list[epath.Path]:
-    """Returns the step directories that `path` can mean: itself, or those of a run, newest first.
+    """Returns the step directories that `path` can refer to: itself, or all steps of a run, newest first.
 
     Args:
       path: a step directory, a run directory or its `checkpoints` directory.
@@ -143,7 +143,7 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
 
 
 def resolve(path: str | os.PathLike) -> epath.Path:
-    """Returns the step directory that `path` means: itself, or the latest step of a run, damaged or not.
+    """Returns the step directory that `path` refers to: itself, or a run's latest step, even if damaged.
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
@@ -152,7 +152,7 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 
 def run_folder(path: str | os.PathLike) -> epath.Path:
-    """Returns the directory of a checkpoint's run, which holds its configuration.
+    """Returns the directory of a checkpoint's run, which has the run's configuration.
 
     Args:
       path: as for `resolve`.
@@ -165,21 +165,21 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
 
 
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
-    """Reads the step directory that `path` means, or the newest good step of a run.
+    """Reads the step directory `path`, or the newest good step of a run.
 
-    Damaged steps are skipped with a warning. Nothing on disk is changed: the run may belong to someone
+    Damaged steps are skipped with a warning. No file is changed, because the run may belong to someone
     else and be in progress.
 
     Args:
       path: as for `candidates`.
-      read: reads one step directory, and raises DamagedCheckpointError if it is damaged.
+      read: function that reads one step directory, and raises DamagedCheckpointError if it is damaged.
 
     Returns:
       The result of `read`.
 
     Raises:
       FileNotFoundError: there is no checkpoint there.
-      DamagedCheckpointError: of the newest step, if none is good.
+      DamagedCheckpointError: no step is good; the error is that of the newest step.
     """
     # All processes must try the same steps, while a run may be adding new ones.
     steps = agreement.gather([os.fspath(step) for step in candidates(path)])[0]
@@ -188,9 +188,8 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
         try:
             result = read(step)
         except DamagedCheckpointError as error:
-            damaged.append(
-                error.with_traceback(None)
-            )  # a traceback would hold the arrays in memory
+            # A traceback would keep the arrays in memory.
+            damaged.append(error.with_traceback(None))
             continue
         if damaged:
             _log.warning("%s Reading step %s.", " ".join(map(str, damaged)), step.name)

@@ -1,7 +1,7 @@
-"""Writing a step whose arrays arrive block by block, so that none need be in memory whole.
+"""Writes a step from arrays that are computed block by block, so that no array is in memory whole.
 
-What is on disk is what `Checkpointer` writes: Orbax's layout and metadata, the record, and a manifest
-with a digest of each array, which is summed over the blocks as they go by.
+The files are those that `Checkpointer` writes: Orbax's layout and metadata, the record, and a manifest
+with a digest of each array. The digest is summed while the blocks are written.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ _BYTES_IN_FLIGHT = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-    """An array that is made while it is written.
+    """An array that is computed while it is written.
 
     Attributes:
-      shape, dtype: of the array.
-      chunk: shape of the pieces in which it is stored. Blocks begin and end where chunks do.
-      blocks: returns the blocks, which cover the array once.
+      shape, dtype: shape and dtype of the array.
+      chunk: shape of the stored chunks. Blocks must begin and end at chunk boundaries.
+      blocks: returns the blocks, which cover each element once.
     """
 
     shape: tuple[int, ...]
@@ -40,13 +40,13 @@ class StreamedArray:
 
 
 class _Handler(ocp.type_handlers.TypeHandler):
-    """Writes `StreamedArray` leaves for Orbax, which does the rest of the layout."""
+    """Orbax handler that writes `StreamedArray` leaves; Orbax writes the other files."""
 
     def __init__(self) -> None:
         self.digests: dict[str, int] = {}
 
     def typestr(self) -> str:
-        return "jax.Array"  # What reads the step sees arrays like any other.
+        return "jax.Array"  # Readers of the step see ordinary arrays.
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
         raise TypeError("streamed arrays are only written")
@@ -92,7 +92,7 @@ def _write(base: str, name: str, array: StreamedArray) -> int:
                 waiting, size = [], 0
             del values
     except BaseException:
-        # What is under way would make files where the caller has cleaned up.
+        # Pending writes would create files after the caller has removed the step.
         for write in waiting:
             with contextlib.suppress(Exception):
                 write.result()
@@ -112,10 +112,10 @@ def save(
     """Writes a step in one process.
 
     Args:
-      directory: `checkpoints` of a run.
-      arrays: by path, as in 'params/final_norm/scale'.
-      step: its number.
-      meta: JSON that tells what the arrays belong to.
+      directory: directory `checkpoints` of a run.
+      arrays: arrays by path, such as 'params/final_norm/scale'.
+      step: number of the step.
+      meta: JSON facts about the run that the arrays belong to.
 
     Returns:
       The step's directory.
@@ -125,9 +125,8 @@ def save(
     """
     path = step_dir.absolute(directory) / str(step)
     writer = _Handler()
-    plain = ocp.type_handlers.ArrayHandler(
-        array_metadata_store=None
-    )  # Orbax warns if there is none.
+    # Orbax warns if this argument is missing.
+    plain = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, writer), (jax.Array, plain)
     )

@@ -1,7 +1,7 @@
-"""Starts a run from the checkpoint of another model, by a tree transform of its parameters and of its optimiser's moments.
+"""Starts a run from another model's checkpoint, by a tree transform of parameters and optimiser moments.
 
-Moments are matched by name: an optimiser around another (clipping, decay of factors) has them at other
-paths of its state.
+Moments are matched by name, because an optimiser that wraps another (clipping, decay of factors) has them
+at other paths of its state.
 """
 
 import logging
@@ -29,7 +29,7 @@ from trainers.checkpoints.restore_params import (
 
 _log = logging.getLogger(__name__)
 
-# Names in optax's states, and which moment of the gradient the leaves below them are.
+# Names in optax's states, and the moment of the gradient in the leaves below each.
 _POWERS: Mapping[str, Power] = {"mu": "first", "trace": "first", "nu": "second"}
 
 
@@ -44,14 +44,14 @@ def transformed(
 
     Args:
       step: the step directory.
-      recorded: its manifest.
+      recorded: manifest of the step.
       state: a fresh TrainState of the new model.
-      transform: of one source, see model/transforms/base.py.
-      initial: says which of the checkpoint's parameters are read, and whether moments are carried.
+      transform: a transform of one source, see model/transforms/base.py.
+      initial: which of the checkpoint's parameters to read, and whether to transform moments.
 
     Raises:
-      TransformError: the transform refuses the checkpoint.
-      ValueError: moments that cannot be carried.
+      TransformError: the transform does not support the checkpoint.
+      ValueError: the moments cannot be transformed.
       DamagedCheckpointError, CheckpointMismatchError.
     """
     root = params_root(recorded, "ema" if initial.use_ema else "raw")
@@ -59,7 +59,7 @@ def transformed(
     saved = {name: tuple(entry.shape) for name, entry in entries.items()}
     fresh = state_tree.flatten(state.params)
     recipes, inputs = plan(transform, saved, fresh)
-    # `restore_params` explains every parameter of the checkpoint, by its options.
+    # `restore_params` checks the checkpoint's parameters by `assignment` and `strict`.
     source = state_tree.flatten(
         restore_params(
             step,
@@ -69,16 +69,16 @@ def transformed(
             use_ema=initial.use_ema,
         )
     )
-    made = base.apply(recipes, lambda _, name: source[name])
-    made = {
-        name: jax.device_put(jnp.asarray(made[name], leaf.dtype), sharding_of(leaf))
+    params = base.apply(recipes, lambda _, name: source[name])
+    params = {
+        name: jax.device_put(jnp.asarray(params[name], leaf.dtype), sharding_of(leaf))
         for name, leaf in fresh.items()
     }
     _log.info("initial parameters from %s:\n%s", step, "\n".join(base.table(recipes)))
-    new = state.replace(params=state_tree.unflatten(made, state.params))
+    new = state.replace(params=state_tree.unflatten(params, state.params))
     if initial.moments == "carry":
         new = new.replace(
-            opt_state=_carried(step, recorded, state.opt_state, recipes, source, made)
+            opt_state=_carried(step, recorded, state.opt_state, recipes, source, params)
         )
     return new
 
@@ -86,18 +86,18 @@ def transformed(
 def plan(
     transform: TreeTransform, saved: base.Shapes, target: state_tree.Flat
 ) -> tuple[list[Recipe], state_tree.Flat]:
-    """Plans a transform of one checkpoint.
+    """Returns the plan of a transform of one checkpoint.
 
     Args:
-      transform: of one source.
+      transform: a transform of one source.
       saved: shapes of the checkpoint's parameters, by path.
       target: the new model's parameters or their shapes, by path.
 
     Returns:
-      The recipes, and the abstract arrays that they read of the checkpoint, by path.
+      The recipes, and the abstract arrays that they read from the checkpoint, by path.
 
     Raises:
-      TransformError: the transform refuses the checkpoint.
+      TransformError: the transform does not support the checkpoint.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
     recipes = transform.plan([Source("the checkpoint", saved)], shapes)
@@ -108,10 +108,10 @@ def plan(
 def _abstract_inputs(
     recipes: Sequence[Recipe], saved: base.Shapes, target: state_tree.Flat
 ) -> state_tree.Flat:
-    """The arrays that a plan reads of its one source, with shardings, by path.
+    """Returns the arrays that a plan reads from its only source, with shardings, by path.
 
     Args:
-      recipes: of the plan.
+      recipes: recipes of the plan.
       saved: shapes of the checkpoint's parameters.
       target: leaves of the new model's parameters, by path.
     """
@@ -125,7 +125,7 @@ def _abstract_inputs(
         like = leaves[0]
         for name in names:
             shape = saved.get(name, like.shape)
-            # An input of another shape than the output is replicated.
+            # An input whose shape differs from the output's is replicated.
             whole = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_replicated(like))
             wanted[name] = like if shape == like.shape else whole
     return wanted
@@ -149,8 +149,8 @@ def _carried(
     """Returns the optimiser's state with the checkpoint's moments, transformed.
 
     Raises:
-      ValueError: the optimiser or the transform does not allow it.
-      CheckpointMismatchError: the checkpoint has no such moments.
+      ValueError: the optimiser or the transform does not support this.
+      CheckpointMismatchError: the checkpoint does not have these moments.
     """
     ours = state_tree.flatten({"opt_state": opt_state})
     trees = {
@@ -158,14 +158,14 @@ def _carried(
         for name in ours
         if (match := re.fullmatch(rf"(.*/({'|'.join(_POWERS)}))/.+", name))
     }
-    others = [
+    unmatched = [
         name
         for name, leaf in ours.items()
         if leaf.ndim and not any(name.startswith(f"{tree}/") for tree in trees)
     ]
-    if not trees or others or any(recipe.moments is None for recipe in recipes):
+    if not trees or unmatched or any(recipe.moments is None for recipe in recipes):
         raise ValueError(
-            f"INITIAL_MOMENTS = 'carry': {others[0] if others else 'the state'} of this optimiser has no "
+            f"INITIAL_MOMENTS = 'carry': {unmatched[0] if unmatched else 'the state'} of this optimiser has no "
             "image under the transform; use 'reset'."
         )
     theirs = {tree: _tree_named(recorded, kind, step) for tree, kind in trees.items()}
@@ -185,8 +185,8 @@ def _carried(
             assert recipe.moments is not None
             parts = [arrays[f"{theirs[tree]}/{name}"] for _, name in recipe.inputs]
             values = [params[name] for name in recipe.outputs]
-            made = recipe.moments(parts, values, _POWERS[kind])
-            for name, value in zip(recipe.outputs, made, strict=True):
+            moments = recipe.moments(parts, values, _POWERS[kind])
+            for name, value in zip(recipe.outputs, moments, strict=True):
                 leaf = ours[f"{tree}/{name}"]
                 new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
     return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]

@@ -1,9 +1,10 @@
-"""Beam search: the same sequences and scores as transformers' `generate(num_beams=...)`.
+"""Beam search, with the same sequences and scores as Hugging Face's `generate(num_beams=...)`.
 
-Every step ranks the continuations of all running beams by their summed log-probability. Those that end
-with EOS and are among the best K become finished, scored by sum / length^length_penalty (Wu et al.,
-arXiv 1609.08144, with the length itself in place of their equation 14); the best K others run on.
-Prompts do not influence each other. At the last step every running beam is finished.
+Every step ranks the continuations of all running beams by their summed log-probability. Continuations
+that end with EOS and are among the best K become finished, with the score sum / length^length_penalty
+(Wu et al., arXiv 1609.08144, with the length in place of their equation 14). The best K continuations
+that do not end become the running beams. Prompts are independent. After the last step every running
+beam is finished.
 
 Shapes: B prompts, K beams, M new tokens at most, C candidates of a step, V vocabulary.
 """
@@ -19,7 +20,7 @@ from model.kv_cache.base import CachePolicy
 from trainers.decoding.prefill import read
 from trainers.decoding.sampling import penalised, without_padding_ids
 
-# Below any sum of log-probabilities, and finite, as in transformers: sums with it stay ordered.
+# Below any sum of log-probabilities, and finite, as in Hugging Face: the order of sums with it is preserved.
 _NEVER = -1.0e9
 
 
@@ -28,10 +29,10 @@ class Sequences:
     """Beams of every prompt, the best first.
 
     Attributes:
-      tokens_BKM: new tokens; zeros follow.
-      log_probs_BKM: the model's log-probability of each.
+      tokens_BKM: new tokens, followed by zeros.
+      log_probs_BKM: the model's log-probability of each token.
       lengths_BK: number of tokens.
-      scores_BK: their sum while running; divided by length^length_penalty when finished.
+      scores_BK: summed log-probability of a running beam; divided by length^length_penalty if finished.
     """
 
     tokens_BKM: jax.Array
@@ -65,21 +66,21 @@ def search(
     """Continues prefilled prompts.
 
     Args:
-      model: with unrolled layers.
-      params: its parameters.
-      policy: of the caches.
-      logits_BV: after the prompts.
-      caches: of B * K rows; rows of one prompt are equal and adjacent.
-      lengths_B: of the prompts.
-      active_B: False for rows that only fill up the batch.
-      seen_BV: of sampling.seen_in; None without a repetition penalty.
-      settings: decode.Settings with `beams`, static.
+      model: a model with unrolled layers.
+      params: the model's parameters.
+      policy: cache policy of the caches.
+      logits_BV: logits after the prompts.
+      caches: caches of B * K rows; rows of one prompt are equal and adjacent.
+      lengths_B: lengths of the prompts.
+      active_B: False for rows that only fill the batch.
+      seen_BV: result of sampling.seen_in; None without a repetition penalty.
+      settings: settings of generation with `beams`, static.
 
     Returns:
       The finished sequences, and the caches, so that their memory can be reused.
     """
     B, K, M = len(lengths_B), settings.beams.num_beams, settings.max_new_tokens
-    # Of equal beams only the first counts at the first step.
+    # At the first step the beams of a prompt are equal: only the first counts.
     first_BK = jnp.tile(jnp.where(jnp.arange(K) == 0, 0.0, _NEVER)[None], (B, 1))
     nothing = Sequences(
         tokens_BKM=jnp.zeros((B, K, M), jnp.int32),
@@ -115,7 +116,7 @@ def search(
 
 
 def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
-    """Token number `state.step` of every beam."""
+    """Returns the search after choosing token number `state.step` of every beam."""
     beams, running = settings.beams, state.running
     B, K, M = running.tokens_BKM.shape
     V = logits_XV.shape[-1]
@@ -127,7 +128,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
         choice_BKV = penalised(choice_BKV, state.seen_BKV, penalty)
     sums_BX = (choice_BKV + running.scores_BK[:, :, None]).reshape(B, K * V)
 
-    # So many that K of them go on even if every beam may end with every EOS.
+    # Enough candidates that K of them do not end, even if every beam has candidates with every EOS.
     C = min(max(2, 1 + len(settings.ends)) * K, K * V)
     sums_BC, at_BC = jax.lax.top_k(sums_BX, C)
     beam_BC, token_BC = at_BC // V, at_BC % V
@@ -177,14 +178,14 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
         finished=finished,
         is_finished_BK=is_finished_BK,
         open_B=open_B,
-        # Every array has its rows first; counters, which have none, are the same for all of them.
+        # The first axis of every array is rows; scalar counters are shared by all rows.
         caches=jax.tree.map(lambda x: x[rows_X] if x.ndim else x, state.caches),
         seen_BKV=seen_BKV,
     )
 
 
 def _take(sequences: Sequences, index_BK: jax.Array) -> Sequences:
-    """The sequences of each prompt that an index names."""
+    """Returns the sequences of each prompt at these indices."""
     return jax.tree.map(
         lambda x: jnp.take_along_axis(
             x, index_BK.reshape(*index_BK.shape, *[1] * (x.ndim - 2)), axis=1

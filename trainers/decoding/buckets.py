@@ -1,32 +1,32 @@
-"""Rows of unequal length in few shapes, so that little is computed in vain and seldom compiled."""
+"""Groups rows of unequal length into few shapes, for little padding and few compilations."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 SMALLEST = 16
-# Enough rows of any length for batches of similar length, and few to be lost with a process.
+# Enough rows for batches of similar length, and few enough to lose when a process is killed.
 BATCHES_SORTED = 64
 
 _T = TypeVar("_T")
 
 
 def bucket_length(length: int, *, limit: int | None = None) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`, cut at `limit`.
+    """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`, but at most `limit`.
 
-    At most a third of a row is padding, and there are two shapes for every doubling of the length.
+    At most a third of a row of at least 16 tokens is padding, and each doubling of the length adds two shapes.
     """
     bucket = SMALLEST
     while bucket < length:
-        # Between powers of two lies one and a half of the lower one.
+        # Alternate between powers of two and 1.5 times a power of two.
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
     return bucket if limit is None else min(bucket, limit)
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length; the longest first, so that they fail at once if at all.
+    """Returns batches of row indices with similar lengths, the longest first, so memory errors come early.
 
     The rows of BATCHES_SORTED batches are sorted at a time, so that the first rows of a long file are
-    done long before the last.
+    finished long before the last.
     """
     batches = []
     together = BATCHES_SORTED * batch_size
@@ -38,7 +38,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def in_order(pairs: Iterable[tuple[int, _T]]) -> Iterator[_T]:
-    """Values by index from 0, each as soon as it and all before it have come."""
+    """Yields values in the order of their indices, from 0, each as soon as all earlier ones are there."""
     waiting: dict[int, _T] = {}
     after = 0
     for index, value in pairs:

@@ -1,8 +1,8 @@
 """Generation: one compiled loop over new tokens, after the prompts have been read (trainers/decoding/prefill.py).
 
-Pure functions of static shapes, which trainers/decoding/decoder.py compiles: `begin` chooses the first token,
-`advance` continues to a step that is an argument, so that the host can look at what there is by then
-without another program.
+Pure functions of static shapes, which trainers/decoding/decoder.py compiles. `begin` chooses the first token;
+`advance` continues until a step that is an argument, so that the host can read the tokens at any step without
+compiling another program.
 
 Shapes: B rows, M new tokens at most, D width, V vocabulary.
 """
@@ -25,7 +25,7 @@ from trainers.decoding.settings import Settings
 class Decoded:
     """New tokens, and the model's log-probability of each (before temperature and restrictions).
 
-    Row b holds lengths_B[b] of them, EOS included; zeros follow.
+    Row b has lengths_B[b] tokens, including EOS, followed by zeros.
     """
 
     tokens_BM: jax.Array
@@ -35,16 +35,16 @@ class Decoded:
 
 @flax.struct.dataclass
 class Loop:
-    """The state between steps: `step` tokens are chosen, and the last is not in the caches yet.
+    """The state between steps: `step` tokens have been chosen; the last is not yet in the caches.
 
     Attributes:
-      step: number of tokens chosen.
-      done_B: rows that have ended.
+      step: number of chosen tokens.
+      done_B: whether each row has ended.
       decoded: the tokens chosen so far.
-      caches: of the tokens before the last.
-      lengths_B: of the prompts.
+      caches: caches of all tokens except the last chosen one.
+      lengths_B: lengths of the prompts.
       keys_B: a random key for each row.
-      seen_BV: tokens of prompts and continuations; None without a repetition penalty.
+      seen_BV: True for tokens of prompts and continuations; None without a repetition penalty.
     """
 
     step: jax.Array
@@ -67,7 +67,7 @@ def decode(
     keys_B: jax.Array,
     settings: Settings,
 ) -> tuple[Decoded, Any]:
-    """`begin` and all of `advance`; no repetition penalty. Returns new tokens, and the caches."""
+    """Runs `begin` and `advance` without a repetition penalty; returns new tokens and caches."""
     loop = begin(logits_BV, caches, lengths_B, active_B, keys_B, None, settings)
     until = jnp.int32(settings.max_new_tokens)
     loop = advance(model, params, policy, loop, until, jnp.zeros_like(active_B), settings)
@@ -86,13 +86,13 @@ def begin(
     """Chooses the first token of prefilled prompts.
 
     Args:
-      logits_BV: after the prompts.
-      caches: with room for M - 1 more tokens, for the last new one is never read.
-      lengths_B: of the prompts.
-      active_B: False for rows that only fill up the batch.
+      logits_BV: logits after the prompts.
+      caches: caches with room for M - 1 more tokens; the last new token is never read.
+      lengths_B: lengths of the prompts.
+      active_B: False for rows that only fill the batch.
       keys_B: a random key for each row.
-      seen_BV: of sampling.seen_in; None without a repetition penalty.
-      settings: static.
+      seen_BV: result of sampling.seen_in; None without a repetition penalty.
+      settings: settings, static.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -123,19 +123,19 @@ def advance(
     """Continues until every row has ended or has `until` new tokens.
 
     Args:
-      model: with unrolled layers.
-      params: its parameters.
-      policy: of the caches.
-      loop: to continue; its memory can be the result's.
-      until: tokens to stop at, at most M.
-      ended_B: rows that have ended for reasons of the host, such as a stop string.
-      settings: static.
+      model: a model with unrolled layers.
+      params: the model's parameters.
+      policy: cache policy of the caches.
+      loop: the state to continue; may be donated.
+      until: number of new tokens to stop at, at most M.
+      ended_B: rows that the host has ended, for example at a stop string.
+      settings: settings, static.
     """
 
     def body(loop: Loop) -> Loop:
         last = loop.step - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.decoded.tokens_BM, last, 1, axis=1)
-        # What an ended row would still add is marked as padding.
+        # Further tokens of an ended row are marked as padding.
         position_B1 = jnp.where(loop.done_B, -1, loop.lengths_B + last)[:, None]
         caches = restored(loop.caches, whole)
         out = read(model, params, policy, token_B1, position_B1, caches)
@@ -152,7 +152,7 @@ def advance(
 
 
 def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
-    """Adds token number `loop.step` to the rows that have not ended."""
+    """Returns the loop with token number `loop.step` added to the rows that have not ended."""
     logits_BV = logits_BV.astype(jnp.float32)
     choice_BV, seen_BV = without_padding_ids(logits_BV, settings.num_ids), loop.seen_BV
     if seen_BV is not None:

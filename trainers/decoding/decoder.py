@@ -1,4 +1,4 @@
-"""Prompts in, continuations out: batches, compiled programs and what they cost.
+"""Generates continuations of prompts: batches, compiled programs and their cost.
 
 Shapes: B prompts, R rows (B times the samples or beams of each), T prompt length, M new tokens at most.
 """
@@ -23,7 +23,7 @@ from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import seen_in
 
-# (prompt, sample, its tokens since the last look) -> how many of these to keep, if the row ends there.
+# (prompt, sample, new tokens since the last call) -> number of these to keep if the row ends there, else None.
 Watch = Callable[[int, int, Sequence[int]], int | None]
 
 
@@ -32,9 +32,9 @@ class Continuation:
     """One continuation of a prompt.
 
     Attributes:
-      tokens: EOS included.
-      log_probs: the model's log-probability of each.
-      score: of a beam: the sum of what it was ranked by, over length^length_penalty.
+      tokens: token ids, including EOS.
+      log_probs: the model's log-probability of each token.
+      score: for a beam, its summed (penalised) log-probability divided by length^length_penalty.
     """
 
     tokens: list[int]
@@ -44,13 +44,13 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """Cost of generating.
+    """Cost of generation.
 
     Attributes:
-      prompt_tokens, new_tokens: read and generated.
-      prefill_seconds, decode_seconds: reading prompts and generating, compilation apart.
-      compile_seconds: of all programs.
-      cache_bytes: of keys and values of the largest batch while decoding.
+      prompt_tokens, new_tokens: number of tokens read and generated.
+      prefill_seconds, decode_seconds: time to read prompts and to generate, without compilation.
+      compile_seconds: time to compile all programs.
+      cache_bytes: size of the caches of the largest batch while decoding.
     """
 
     prompt_tokens: int = 0
@@ -62,7 +62,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of prefill and decoding."""
+        """The number of new tokens per second of prefill and decoding."""
         seconds = self.prefill_seconds + self.decode_seconds
         return self.new_tokens / seconds if seconds else 0.0
 
@@ -70,21 +70,21 @@ class Stats:
 class Decoder:
     """Continues prompts in batches of similar length; compiles once for each of a few lengths.
 
-    A prompt's continuation depends on the seed, on its index among the prompts and on its number among
-    their samples, not on the batch it happens to be in.
+    A continuation depends on the seed, on the index of its prompt and on the number of the sample. It does
+    not depend on the other prompts in its batch.
 
     Args:
       model: a decoder-only module, layers scanned or unrolled.
-      params: its parameters.
-      settings: what to generate.
-      policy: of the key/value caches.
-      batch_size: prompts at a time.
-      sharding: of the rows of a batch, to be used within its mesh; None on one device.
-      cache_dtype: of the caches while decoding, see prefill; None for the model's.
-      prefill_chunk: tokens of the prompts that are read at a time; None for all.
-      watch: sees every row's tokens as they come and can end it; None lets rows run. Not with beams,
-        whose tokens are not final before the end.
-      watch_every: new tokens between two looks.
+      params: the model's parameters.
+      settings: settings of generation.
+      policy: policy of the key/value caches.
+      batch_size: number of prompts in a batch.
+      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
+      cache_dtype: dtype of the caches while decoding, see `prefill`; None for the model's.
+      prefill_chunk: number of prompt tokens to read at a time; None for all.
+      watch: called with the new tokens of every row, and can end the row; None does not end rows. Not
+        supported with beams, whose tokens are not final before the end.
+      watch_every: number of new tokens between two calls of `watch`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Decoder:
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
-        """Returns continuations in the order of the prompts; errors as of `stream`."""
+        """Returns continuations in the order of the prompts; raises the errors of `stream`."""
         return list(self.stream(prompts, seed=seed))
 
     def stream(
@@ -129,19 +129,19 @@ class Decoder:
         seed: int = 0,
         indices: Sequence[int] | None = None,
     ) -> Iterator[Continuation]:
-        """Yields continuations one by one as they are done, in the order of the prompts and of their samples.
+        """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
-          prompts: to continue.
-          seed: of the draws.
-          indices: of the prompts among all that there are, where these are not all.
+          prompts: token ids of the prompts.
+          seed: seed of the draws.
+          indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
 
         Raises:
-          ValueError: an empty prompt, one without a token before what the cache policy takes for its
-            continuation, or one that leaves no room within learned positions.
+          ValueError: a prompt is empty, has no token before the last `policy.future` tokens, or leaves
+            no room for new tokens within the learned positions.
         """
         limit = self._model.max_length
-        room = self._settings.max_new_tokens - 1  # the last new token is not read
+        room = self._settings.max_new_tokens - 1  # the last new token is never read
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
@@ -157,12 +157,12 @@ class Decoder:
                 )
         self._indices = range(len(prompts)) if indices is None else indices
         batches = self._batches(prompts, seed, limit)
-        return (one for samples in in_order(batches) for one in samples)
+        return (continuation for samples in in_order(batches) for continuation in samples)
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
     ) -> Iterator[tuple[int, list[Continuation]]]:
-        """(index, continuations) of each prompt, batch by batch."""
+        """Yields (index, continuations) of each prompt, batch by batch."""
         lengths = [len(prompt) for prompt in prompts]
         batches = batches_by_length(lengths, self._batch_size)
         quiet = True if len(batches) == 1 else None
@@ -176,7 +176,7 @@ class Decoder:
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
     ) -> list[list[Continuation]]:
-        """The continuations of each prompt of a batch."""
+        """Returns the continuations of each prompt of a batch."""
         tokens_BT = np.zeros((self._batch_size, length), np.int32)
         lengths_B = np.ones(self._batch_size, np.int32)
         active_B = np.zeros(self._batch_size, bool)
@@ -193,7 +193,7 @@ class Decoder:
         return continued
 
     def _read(self, length: int, *arrays: Any) -> Any:
-        """Prompts read once and their caches repeated: decode.Loop, or what beam.search takes."""
+        """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
         model, policy, settings = self._model, self._policy, self._settings
         room = max(settings.max_new_tokens - 1, 1)
         copies, penalty = settings.rows_per_prompt, settings.sampling.repetition_penalty
@@ -224,7 +224,7 @@ class Decoder:
         return state
 
     def _choose(self, length: int, loop: Any, batch: Sequence[int]) -> list[list[Continuation]]:
-        """Token by token."""
+        """Returns the continuations of a batch, with tokens chosen one by one."""
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, loop, until, ended_R):
@@ -253,7 +253,7 @@ class Decoder:
         return [rows[b * samples : (b + 1) * samples] for b in range(len(batch))]
 
     def _search(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:
-        """By beams."""
+        """Returns the continuations of a batch by beam search."""
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, state):
@@ -277,9 +277,9 @@ class Decoder:
         ]
 
     def _timed(self, name: str, length: int, run: Callable, state: Any, *arrays: Any) -> Any:
-        """Runs (params, state, *arrays) -> (state, result), and fetches the result to every process.
+        """Runs `run`: (params, state, *arrays) -> (state, result), and fetches the result to every process.
 
-        The state's memory is reused, and its sharding does not change.
+        The state is donated, and its sharding does not change.
         """
         shardings = None
         if self._sharding is not None:
@@ -294,7 +294,7 @@ class Decoder:
         return state, result
 
     def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
-        """The program for prompts of a length, compiled apart so that it can be timed apart."""
+        """Returns the program for prompts of a length; compilation is timed separately."""
         if (name, length) not in self._programs:
             began = time.perf_counter()
             self._programs[name, length] = function.lower(self._params, *arrays).compile()
@@ -303,15 +303,15 @@ class Decoder:
 
 
 class _Watched:
-    """Shows the rows of one batch to a watch, and remembers which of them it has ended.
+    """Calls a watch with the new tokens of one batch, and records the rows that it has ended.
 
     Args:
-      watch: called for every row that has new tokens; None to let all run.
-      batch: the index of each prompt; its `samples` rows lie together, and rows that fill the batch come last.
-      samples: rows of each prompt.
+      watch: called for every row that has new tokens; None does not end rows.
+      batch: the index of each prompt. The `samples` rows of a prompt are adjacent; rows that fill the batch are last.
+      samples: number of rows of each prompt.
 
     Attributes:
-      lengths: tokens of the rows that the watch has ended, by row.
+      lengths: number of tokens of each row that the watch has ended, by row.
     """
 
     def __init__(self, watch: Watch | None, batch: Sequence[int], samples: int):
@@ -321,7 +321,7 @@ class _Watched:
         self.lengths: dict[int, int] = {}
 
     def look(self, tokens_RM: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
-        """Shows new tokens; returns which rows have ended by now, [R]."""
+        """Passes new tokens to the watch; returns whether each row has ended, [R]."""
         if self._watch is not None:
             for r, (i, sample) in enumerate(self._rows):
                 shown, count = self._shown[r], int(counts_R[r])
@@ -335,7 +335,7 @@ class _Watched:
 
 
 def repeated(tree: Any, copies: int) -> Any:
-    """Every row `copies` times, side by side; what has no rows is the same for all of them."""
+    """Returns a tree with each row of its arrays repeated `copies` times, adjacent; scalars do not change."""
     if copies == 1:
         return tree
     return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)

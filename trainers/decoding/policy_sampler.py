@@ -1,4 +1,4 @@
-"""Continuations of prompts by a policy in training: one program for the weights of any step, compiled once.
+"""Samples continuations of prompts from a policy in training; one program serves the weights of all steps.
 
 Shapes: P prompts, T prompt length, G samples of a prompt, R = P G rows, M new tokens at most.
 """
@@ -19,16 +19,16 @@ from trainers.decoding.settings import Settings
 
 
 class PolicySampler:
-    """Samples with the weights of any step, within their mesh.
+    """Samples continuations with the weights of any step; calls must be within their mesh.
 
-    What follows a prompt is a function of the weights, the seed, the number of the round, the place of the prompt
-    among all of the round and the number of the sample.
+    A continuation is a function of the weights, the seed, the number of the round, the index of the prompt in the
+    round and the number of the sample.
 
     Args:
-      model: a decoder-only module, or an actor and critic.
-      settings: what to generate, with samples of each prompt.
-      sharding: of prompts, split evenly over its mesh.
-      seed: of the draws.
+      model: a decoder-only module, or an actor-critic model.
+      settings: settings of generation, including the number of samples per prompt.
+      sharding: sharding of the prompts, which must divide evenly over its mesh.
+      seed: seed of the draws.
     """
 
     def __init__(self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int):
@@ -67,15 +67,15 @@ class PolicySampler:
         first: int = 0,
         active_P: np.ndarray | None = None,
     ) -> list[list[int]]:
-        """Returns the tokens of R continuations, EOS included; continuations of one prompt are adjacent.
+        """Returns the tokens of R continuations, including EOS; continuations of one prompt are adjacent.
 
         Args:
-          params: of the model.
-          tokens_PT: prompts, padded at their ends; every process has all of them.
-          lengths_P: their tokens.
-          number: of the round, such as the step.
-          first: index of the first of these prompts in the round.
-          active_P: which are prompts, and not there to fill the batch; None for all.
+          params: parameters of the model.
+          tokens_PT: prompts, padded on the right; every process has all of them.
+          lengths_P: lengths of the prompts.
+          number: number of the round, such as the step.
+          first: index in the round of the first of these prompts.
+          active_P: False for rows that only fill the batch; None if all rows are prompts.
         """
         active_P = np.ones_like(lengths_P, bool) if active_P is None else active_P
         rows = map(self._placed, (tokens_PT, lengths_P, active_P))
@@ -84,7 +84,7 @@ class PolicySampler:
         return [row[:n].tolist() for row, n in zip(tokens_RM, counts_R, strict=True)]
 
     def ended(self, tokens: list[int]) -> bool:
-        """Whether a continuation ended by itself."""
+        """Returns whether a continuation ends with an EOS token."""
         return bool(tokens) and tokens[-1] in self._ends
 
     def _placed(self, array: np.ndarray) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Reading prompts into key/value caches: all at once, or a chunk of tokens at a time.
+"""Reads prompts into key/value caches, all at once or in chunks of tokens.
 
-Prompts of unequal length share a batch: they are padded on the right, where position -1 marks what
-no token sees.
+A batch may have prompts of unequal length: they are padded on the right. Padding has position -1, and no
+token attends to it.
 
 Shapes: B batch, T prompt length, C tokens of a chunk, D width, V vocabulary.
 """
@@ -30,23 +30,24 @@ def prefill(
     """Reads prompts of lengths_B >= 1 tokens.
 
     Args:
-      model: with unrolled layers.
-      params: its parameters.
-      policy: of the caches.
+      model: a model with unrolled layers.
+      params: the model's parameters.
+      policy: policy of the caches.
       tokens_BT: prompts, padded on the right.
-      lengths_B: of the prompts; policy.future of their last tokens are dropped again, and the prompt
-        is what precedes them.
-      room: tokens that the caches will have room for.
-      cache_dtype: of the caches, see CachePolicy.compress.
-      chunk: None reads all tokens at once, and every layer's cache is compressed as soon as its keys
-        exist, so that one layer's are in memory whole. C reads C tokens at a time: activations of so
-        many are in memory, with the keys of all layers, which are compressed after the last chunk.
+      lengths_B: lengths of the prompts, including the last policy.future tokens, which are read and then
+        dropped.
+      room: number of further tokens that the caches have room for.
+      cache_dtype: dtype of the caches, see CachePolicy.compress.
+      chunk: None reads all tokens at once. Each layer's cache is compressed as soon as its keys are
+        computed, so only one layer's uncompressed keys are in memory. An integer C reads C tokens at a
+        time. Activations of C tokens are then in memory, with the uncompressed keys of all layers, which
+        are compressed after the last chunk.
 
     Returns:
-      Logits [B, V] after the last token of each, and the caches that decoding starts from.
+      Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.
 
     Raises:
-      ValueError: a chunk without tokens.
+      ValueError: `chunk` is less than 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1, or None to read prompts at once.")
@@ -56,7 +57,7 @@ def prefill(
     positions_BT = jnp.where(at_T < lengths_B[:, None], at_T, -1)
     last_B = lengths_B - 1 - policy.future
     if chunk is None:
-        # Segments say that there is nothing to see but the prompt (model/attention.py).
+        # With segments, tokens attend only to the prompt and not to the cache (model/attention.py).
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
         at_once = _CompressedAtOnce(policy, room, cache_dtype)
         out = read(model, params, at_once, tokens_BT, positions_BT, empty, segments_BT)
@@ -81,7 +82,7 @@ def empty_caches(
 
 
 def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
-    """Hidden states of tokens and the caches after them, see `hidden` in model/transformer.py."""
+    """Returns the hidden states of tokens and the updated caches, see `hidden` in model/transformer.py."""
     return model.apply(
         {"params": params},
         tokens_BT,
@@ -95,12 +96,12 @@ def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=Non
 
 @dataclasses.dataclass(frozen=True)
 class _CompressedAtOnce:
-    """A policy whose caches are compressed by the one call that reads the prompt."""
+    """A policy that compresses each cache in the call that reads the prompt."""
 
     policy: CachePolicy
     room: int
     dtype: Any
-    future = 0  # prefill asks the policy itself
+    future = 0  # `prefill` reads policy.future instead
 
     def init(self, **sizes: Any) -> Any:
         return self.policy.init(**sizes)
@@ -119,14 +120,14 @@ class _CompressedAtOnce:
 def _read_chunks(
     model, params, policy, tokens_BT, positions_BT, empty, last_B, chunk
 ) -> tuple[jax.Array, Any]:
-    """The hidden state [B, D] of each row's token number last_B, and caches of all tokens."""
+    """Returns the hidden state [B, D] of each row's token at index last_B, and caches of all tokens."""
     B, T = tokens_BT.shape
 
     def one(carry: tuple[jax.Array, Any], start: jax.Array | int, length: int):
         last_BD, caches = carry
         tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BT, start, length, axis=1)
         positions_BC = jax.lax.dynamic_slice_in_dim(positions_BT, start, length, axis=1)
-        # Without segments, attention is by position over what the caches hold.
+        # Without segments, tokens attend to the caches, masked by position.
         out = read(model, params, policy, tokens_BC, positions_BC, caches)
         at_B = jnp.clip(last_B - start, 0, length - 1)
         here_BD = jnp.take_along_axis(out.hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
@@ -136,7 +137,7 @@ def _read_chunks(
     carry = (jnp.zeros((B, model.config.embed_dim), model.config.compute_dtype), empty)
     chunks, rest = divmod(T, chunk)
     if chunks:
-        # States record the form of their attention at the first token; a loop's carry needs it before.
+        # A state records its AttentionForm at the first token, but a loop's carry needs it from the start.
         known = jax.tree.structure(jax.eval_shape(lambda carry: one(carry, 0, chunk), carry))
         carry = jax.tree.unflatten(known, jax.tree.leaves(carry))
         carry = jax.lax.fori_loop(0, chunks, lambda i, carry: one(carry, i * chunk, chunk), carry)

@@ -1,7 +1,7 @@
 """The choice of the next token.
 
-Restrictions are as in transformers' `generate`, in its order: repetition penalty, temperature,
-top-k, top-p, min-p.
+Restrictions are as in Hugging Face's `generate`, in the same order: repetition penalty,
+temperature, top-k, top-p, min-p.
 
 Shapes: B batch, T prompt length, V vocabulary, C candidates.
 """
@@ -13,7 +13,7 @@ from trainers.decoding.settings import Sampling
 
 
 def without_padding_ids(logits_BV: jax.Array, num_ids: int | None) -> jax.Array:
-    """Logits with those of ids from `num_ids` on, padding of the model's table, at -inf; None keeps all."""
+    """Returns logits with -inf for ids from `num_ids` on (padding of the model's table); None changes nothing."""
     if num_ids is None or num_ids >= logits_BV.shape[-1]:
         return logits_BV
     known_V = jnp.arange(logits_BV.shape[-1]) < num_ids
@@ -21,29 +21,29 @@ def without_padding_ids(logits_BV: jax.Array, num_ids: int | None) -> jax.Array:
 
 
 def seen_in(tokens_BT: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
-    """True [B, V] for the tokens of each prompt, padding apart."""
+    """Returns True [B, V] for the tokens of each prompt, without padding."""
     real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    # Padding is put outside the table, where it is dropped.
+    # Padding gets an index outside the table, where the update is dropped.
     ids_BT = jnp.where(real_BT, tokens_BT, vocab_size)
     seen_BV = jnp.zeros((tokens_BT.shape[0], vocab_size), bool)
     return seen_BV.at[rows_B1, ids_BT].set(True, mode="drop")
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Returns logits (or log-probabilities), lowered at seen tokens."""
+    """Returns logits (or log-probabilities) with the repetition penalty applied at seen tokens."""
     scaled_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return jnp.where(seen_BV, scaled_BV, logits_BV)
 
 
 def candidates(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Tokens that may be drawn, the most probable first: (logits_BC, ids_BC), -inf for the excluded."""
+    """Returns (logits_BC, ids_BC) of tokens that may be drawn, most probable first; -inf for excluded ones."""
     scaled_BV = logits_BV.astype(jnp.float32) / sampling.temperature
     count = min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
     logits_BC, ids_BC = jax.lax.top_k(scaled_BV, count)
     if sampling.top_p is not None:
         probs_BC = jax.nn.softmax(logits_BC)
-        # A token stays while those before it fall short of p; the first one always does.
+        # A token is allowed while the probabilities before it sum to less than p; the first always is.
         before_BC = jnp.cumsum(probs_BC, -1) - probs_BC
         logits_BC = jnp.where(before_BC < sampling.top_p, logits_BC, -jnp.inf)
     if sampling.min_p is not None:
@@ -54,14 +54,14 @@ def candidates(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids [B]; each row has its own key, so that it does not depend on its neighbours.
+    """Returns token ids [B]; each row has its own key and does not depend on other rows.
 
-    The repetition penalty, which needs to know what was seen, is applied before (see `penalised`).
+    The caller applies the repetition penalty first (see `penalised`).
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
     draw = jax.vmap(jax.random.categorical)
-    if not sampling.restricted:  # spares the sorting
+    if not sampling.restricted:  # avoids the sort
         return draw(keys_B, logits_BV.astype(jnp.float32) / sampling.temperature).astype(jnp.int32)
     logits_BC, ids_BC = candidates(logits_BV, sampling)
     drawn_B = draw(keys_B, logits_BC)

@@ -9,28 +9,29 @@ EarlyStopping = bool | Literal["never"]
 
 
 def eos_ids(vocabulary: Any) -> tuple[int, ...]:
-    """The tokens that end a text, by a SeqIO vocabulary that may have several; empty without EOS."""
+    """Returns the tokens that end a text in a SeqIO vocabulary, which may have several; empty without EOS."""
     ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
     return tuple(id for id in ids if id not in (None, NO_EOS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn; `repetition_penalty` comes first, then the attributes in order.
+    """How the next token is drawn; `repetition_penalty` is applied first, then the attributes in order.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most probable token (the first of equals).
-      top_k: draw among the k most probable tokens, the first of equals; None for all.
-      top_p: then among the fewest tokens whose probabilities add up to at least p (nucleus sampling,
-        arXiv 1904.09751); None for all.
-      min_p: then among tokens at least p times as probable as the most probable one (arXiv
+      temperature: divides the logits; 0 chooses the most probable token (ties go to the first).
+      top_k: restricts the draw to the k most probable tokens (ties go to the first); None for all.
+      top_p: then restricts it to the fewest tokens whose probabilities sum to at least p (nucleus
+        sampling, arXiv 1904.09751); None for all.
+      min_p: then restricts it to tokens at least p times as probable as the most probable one (arXiv
         2407.01082); None for all.
-      repetition_penalty: r above 1 makes every token of the prompt and of the continuation less
-        probable: its logit is divided by r if positive, else multiplied (CTRL, arXiv 1909.05858,
-        section 4.1, with the sign as in transformers); 1 for none. Greedy choices and beams heed it.
+      repetition_penalty: r above 1 makes all tokens of the prompt and the continuation less probable:
+        their logits are divided by r if positive, otherwise multiplied by r (CTRL, arXiv 1909.05858,
+        section 4.1, with the sign as in Hugging Face); 1 for none. Also applies to greedy decoding and
+        beam search.
 
     Raises:
-      ValueError: a value outside its range.
+      ValueError: a value is outside its range.
     """
 
     temperature: float = 1.0
@@ -55,20 +56,20 @@ class Sampling:
 
     @property
     def restricted(self) -> bool:
-        """Whether only some of the tokens may be drawn."""
+        """Whether only a subset of the tokens may be drawn."""
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beams:
-    """How beams are searched; names and meaning are those of transformers' GenerationConfig.
+    """Settings of beam search, with the names and meaning of Hugging Face's GenerationConfig.
 
     Attributes:
-      num_beams: K, beams of each prompt, which are searched in place of sampling.
-      length_penalty: x in length^x, by which the score of a finished beam is divided.
-      early_stopping: True ends a prompt as soon as K sequences are finished; False when its best
-        running beam, scored at its present length, is behind all of them; "never" when it would be at
-        the most favourable length.
+      num_beams: K, the number of beams of each prompt.
+      length_penalty: x in length^x, which divides the score of a finished beam.
+      early_stopping: True ends a prompt as soon as K sequences are finished. False ends it when the best
+        running beam, scored at its current length, is worse than all K finished ones. "never" scores the
+        running beam at the most favourable length instead.
 
     Raises:
       ValueError: fewer than two beams, or an unknown early_stopping.
@@ -91,20 +92,20 @@ class Beams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a generation program is compiled for.
+    """The static settings of a generation program.
 
     Attributes:
-      max_new_tokens: M, the longest continuation.
+      max_new_tokens: M, the maximum length of a continuation.
       sampling: choice of the next token.
-      eos_ids: tokens that end a row; the one that does counts as its last.
-      eos_id: one more of them; NO_EOS for none.
-      num_ids: size of the vocabulary; ids from there on are padding of the model's table and are
-        never chosen. None for all rows of the table.
-      num_samples: continuations of each prompt: independent draws, or the best of the beams.
-      beams: search in place of choosing token by token; None for none.
+      eos_ids: tokens that end a row; the EOS token is the last token of its row.
+      eos_id: one more EOS token; NO_EOS for none.
+      num_ids: size of the vocabulary; ids from `num_ids` on are padding of the model's table and are
+        never chosen. None allows all rows of the table.
+      num_samples: number of continuations of each prompt: independent draws, or the best beams.
+      beams: settings of beam search; None to choose token by token.
 
     Raises:
-      ValueError: settings out of range, or that contradict each other.
+      ValueError: settings are out of range, or contradict each other.
     """
 
     max_new_tokens: int = 128
@@ -139,11 +140,11 @@ class Settings:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """All tokens that end a row."""
+        """All EOS tokens."""
         ids = dict.fromkeys((*self.eos_ids, self.eos_id))
         return tuple(id for id in ids if id != NO_EOS)
 
     @property
     def rows_per_prompt(self) -> int:
-        """Rows of the caches while decoding."""
+        """The number of rows of the caches per prompt while decoding."""
         return self.num_samples if self.beams is None else self.beams.num_beams

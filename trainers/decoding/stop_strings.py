@@ -1,25 +1,25 @@
-"""Text of tokens as they come: whole characters only, and where a stop string ends it."""
+"""Decodes tokens to text as they are generated, in whole characters, until a stop string."""
 
 from collections.abc import Callable, Sequence
 
-# What a decoder writes for bytes that are no character, or no whole one yet.
+# The replacement character, which decoders write for bytes that are not a complete character.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class GrowingText:
     """The text of one row of tokens, extended token by token.
 
-    Tokens may hold parts of characters, and a tokenizer may write a token differently after another one
-    (spaces between words). So a few earlier tokens are decoded along with the new ones, and text is
-    returned only when it ends with a whole character. The decoding functions of this project's
-    vocabularies write broken characters as U+FFFD or leave them out; both are waited for.
+    A token may be a part of a character, and a tokenizer may decode a token differently after another token
+    (spaces between words). A few earlier tokens are therefore decoded together with the new ones, and text
+    is returned only when it ends with a whole character. The vocabularies of this project decode an
+    incomplete character as U+FFFD or as nothing; in both cases the text waits for further tokens.
 
     Args:
-      decode: text of token ids.
-      stops: the text ends before the first of these strings, whichever comes first; none may be empty.
+      decode: function that returns the text of token ids.
+      stops: the text ends before the first occurrence of any of these strings, which must not be empty.
 
     Attributes:
-      tokens: so far.
+      tokens: all tokens so far.
       stopped: whether a stop string has occurred; later tokens are ignored.
     """
 
@@ -28,14 +28,14 @@ class GrowingText:
             raise ValueError("A stop string is empty, so that every text would end at once.")
         self._decode = decode
         self._stops = tuple(stops)
-        self._context = 0  # tokens from here on are decoded
-        self._read = 0  # tokens before this have had their text returned or held
-        self._held = ""  # text that may be the beginning of a stop string
+        self._context = 0  # index of the first token to decode
+        self._read = 0  # number of tokens whose text was returned or is in `_held`
+        self._held = ""  # text that may be the start of a stop string
         self.tokens: list[int] = []
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Adds a token; returns the text that is certain by now and was not before."""
+        """Adds a token; returns the new text that is final."""
         if self.stopped:
             return ""
         self.tokens.append(token)
@@ -47,7 +47,7 @@ class GrowingText:
         return self._give(new[len(old) :])
 
     def finish(self) -> str:
-        """The rest of the text, when no token will follow."""
+        """Returns the rest of the text, after the last token."""
         if self.stopped:
             return ""
         old = self._decode(self.tokens[self._context : self._read])
@@ -67,12 +67,12 @@ class GrowingText:
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:
-    """Returns the text before the first stop string; None without one."""
+    """Returns the text before the first stop string; None if no stop string occurs."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else None
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text that are the beginning of a stop string."""
+    """Returns the number of characters at the end of a text that are the start of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

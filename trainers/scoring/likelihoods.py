@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, and whether greedy decoding would give them.
+"""Log-likelihoods of continuations, and whether greedy decoding would generate them.
 
-What evaluation by ranking needs, of many short continuations of long contexts: the vocabulary's logits
-are computed where a token is predicted that counts, and nowhere else; what several continuations follow
-is read once, and its keys and values serve them all.
+This is for evaluation by ranking, with many short continuations of long contexts. Logits are computed only
+for predicted targets. A context with several continuations is read once, and its keys and values are used
+for all of them.
 
 Shapes: B rows, T length, K continuations of a row, C their length, R = B K, Q predicted tokens of a batch,
 D width, V vocabulary.
@@ -24,10 +24,10 @@ from trainers.decoding.buckets import bucket_length
 from trainers.decoding.prefill import empty_caches, read
 from trainers.scoring.scoring import Row
 
-_CHUNK_LOGITS = 2**26  # float32 logits at a time: 256 MiB
-_FEWEST = 16  # predicted tokens of a program
+_CHUNK_LOGITS = 2**26  # float32 logits in memory at a time: 256 MiB
+_FEWEST = 16  # minimum number of predicted tokens of a program
 _SHORTEST_TAIL = 16
-_WORTH_SHARING = 16  # tokens of a context; a shorter one is as soon read again
+_WORTH_SHARING = 16  # minimum tokens of a shared context; reading a shorter one again is as fast
 
 
 class Likelihood(NamedTuple):
@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
 
     Attributes:
       log_prob: sum over its tokens.
-      greedy: whether each is the most probable one at its place (the first of equals).
+      greedy: whether each token is the most probable token at its position (ties go to the first).
     """
 
     log_prob: float
@@ -50,15 +50,17 @@ def hidden_states(
     tails_RC: jax.Array | None = None,
     tail_lengths_R: jax.Array | None = None,
 ) -> jax.Array:
-    """Hidden states [B T (+ R C), D] of rows, and of K tails of each, which do not see each other.
+    """Returns the hidden states [B T (+ R C), D] of rows, and of K tails of each row.
+
+    Tails do not attend to each other.
 
     Args:
-      model: a decoder-only module, layers unrolled.
-      params: its parameters.
+      model: a decoder-only module with unrolled layers.
+      params: the model's parameters.
       tokens_BT: rows, padded at the end.
-      lengths_B: of the rows.
-      tails_RC: what follows row r // K, padded at the end; None for nothing.
-      tail_lengths_R: of the tails.
+      lengths_B: lengths of the rows.
+      tails_RC: tail r follows row r // K, padded at the end; None for no tails.
+      tail_lengths_R: lengths of the tails.
     """
     B, T = tokens_BT.shape
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
@@ -85,14 +87,14 @@ def hidden_states(
 def log_probs_at(
     model: Any, params: Any, hidden_XD: jax.Array, places_Q: jax.Array, targets_Q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(log p(target) [Q], whether target is the most probable token [Q]) after hidden states.
+    """Returns (log p(target) [Q], whether the target is the most probable token [Q]).
 
     Args:
-      model: of the hidden states.
-      params: its parameters.
+      model: the model of the hidden states.
+      params: the model's parameters.
       hidden_XD: hidden states.
-      places_Q: which of them predicts each target.
-      targets_Q: tokens; their number is a power of two.
+      places_Q: index of the hidden state that predicts each target.
+      targets_Q: target tokens; Q must be a power of two.
     """
     hidden_QD = hidden_XD[places_Q]
 
@@ -103,7 +105,7 @@ def log_probs_at(
         greedy_C = jnp.argmax(logits_CV, axis=-1) == targets_C
         return target_C - jax.nn.logsumexp(logits_CV, axis=-1), greedy_C
 
-    # A power of two, as the number of targets is.
+    # A power of two, so that it divides the number of targets.
     size = 1 << max(1, _CHUNK_LOGITS // model.config.vocab_size).bit_length() - 1
     if len(targets_Q) <= size:
         return chunk(hidden_QD, targets_Q)
@@ -117,9 +119,9 @@ class Reading:
     """Tokens that are read once, and the rows whose targets are predicted from them.
 
     Attributes:
-      tokens: of a row without its last target, or the context of several rows.
-      tails: what of the targets is read after the context, each apart; () for a row read whole.
-      rows: (index, number of the tail; None where nothing is read after `tokens`).
+      tokens: the tokens of a row without its last target, or the shared context of several rows.
+      tails: the targets, without the last, that are read after the shared context; () for whole rows.
+      rows: (index of a row, index of its tail; None if no tail is read after `tokens`).
     """
 
     tokens: tuple[int, ...]
@@ -128,7 +130,7 @@ class Reading:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(K, C, T), each in few sizes; T may be more than the model has learned positions."""
+        """(K, C, T), each rounded up to one of few sizes; T may exceed the learned positions."""
         if not self.tails:
             return 0, 0, bucket_length(len(self.tokens))
         longest = max(_SHORTEST_TAIL, *map(len, self.tails))
@@ -143,12 +145,12 @@ class LikelihoodScorer:
     """Scores continuations in batches of similar length; compiles once for each of a few shapes.
 
     Args:
-      model: a decoder-only module, layers unrolled.
-      params: its parameters.
-      batch_tokens: tokens of a batch, padding included; the number of its rows follows.
-      batch_size: rows at most; None for as many as batch_tokens allows.
-      row_shards: a batch has a multiple of so many rows.
-      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+      model: a decoder-only module with unrolled layers.
+      params: the model's parameters.
+      batch_tokens: number of tokens of a batch, including padding; determines its number of rows.
+      batch_size: maximum number of rows; None for as many as batch_tokens allows.
+      row_shards: the number of rows of a batch is a multiple of this.
+      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
     """
 
     def __init__(
@@ -178,14 +180,14 @@ class LikelihoodScorer:
     def stream(
         self, rows: Sequence[Row], *, quiet: bool = False
     ) -> Iterator[tuple[int, Likelihood]]:
-        """(index, likelihood) of every row, batch by batch, the longest first.
+        """Yields (index, likelihood) of every row, batch by batch, the longest first.
 
         Args:
           rows: contexts and targets.
-          quiet: show no progress.
+          quiet: whether to hide the progress bar.
 
         Raises:
-          ValueError: a row without context or targets, or longer than the model's learned positions.
+          ValueError: a row has no context or no targets, or is longer than the learned positions.
         """
         limit = self._max_length
         for i, row in enumerate(rows):
@@ -210,10 +212,10 @@ class LikelihoodScorer:
     def batches(
         self, readings: Sequence[Reading]
     ) -> Iterator[tuple[tuple[int, int, int], Sequence[Reading], int]]:
-        """(shape, readings that fit it, rows of the batch) in the order of the readings.
+        """Yields (shape, readings of the batch, number of rows), in the order of the readings.
 
-        What a shape leaves of a batch is filled with readings of smaller ones: compiling one more program
-        takes longer than a batch does.
+        A batch that is not full also gets readings of smaller shapes, because compiling another program
+        takes longer than running a batch.
         """
         first = 0
         while first < len(readings):
@@ -225,12 +227,12 @@ class LikelihoodScorer:
                 last < len(readings) and last - first < most and _fits(readings[last].shape, shape)
             ):
                 last += 1
-            # What remains at the end is not filled up to a whole batch.
+            # The last batch is not padded to a full batch.
             yield shape, readings[first:last], min(most, self._sharded(_power_of_two(last - first)))
             first = last
 
     def _sharded(self, count: int) -> int:
-        """Rows that all shards have alike, not fewer than `count`."""
+        """Returns the smallest multiple of the number of shards that is at least `count`."""
         return -(-count // self._row_shards) * self._row_shards
 
     def _score(
@@ -250,12 +252,12 @@ class LikelihoodScorer:
             arrays += _padded(tails, size * count, tail_length)
         places: list[int] = []
         targets: list[int] = []
-        ends: list[tuple[int, int]] = []  # (row, where its targets end)
+        ends: list[tuple[int, int]] = []  # (row, end of its targets)
         for b, reading in enumerate(batch):
             after = b * length + len(reading.tokens)
             for i, tail in reading.rows:
                 row_targets = rows[i].targets
-                if count:  # the context predicts the first target, the tail the others
+                if count:  # the context predicts the first target, the tail the rest
                     begin = size * length + (b * count + (tail or 0)) * tail_length
                     places += [after - 1, *range(begin, begin + len(row_targets) - 1)]
                 else:
@@ -270,16 +272,16 @@ class LikelihoodScorer:
         )
         begin = 0
         for i, end in ends:
-            # float64, so that the sum does not depend on what else is in the batch.
+            # float64, so that the sum does not depend on the other rows of the batch.
             total = float(logp_Q[begin:end].sum(dtype=np.float64))
             yield i, Likelihood(total, bool(greedy_Q[begin:end].all()))
             begin = end
 
 
 def readings(rows: Sequence[Row]) -> list[Reading]:
-    """Returns the rows to read, by shape, the largest first.
+    """Returns the readings of rows, sorted by shape, the largest first.
 
-    The last target of a row is predicted, never read.
+    The last target of a row is predicted but not read.
     """
     contexts: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
@@ -300,9 +302,9 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
 
 
 def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.ndarray]:
-    """Tokens [size, length] and lengths [size]."""
+    """Returns tokens [size, length], padded by zeros, and lengths [size]."""
     tokens = np.zeros((size, length), np.int32)
-    lengths = np.ones(size, np.int32)  # of rows that only fill up
+    lengths = np.ones(size, np.int32)  # 1 for rows that only fill the batch
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
         lengths[b] = len(row)
@@ -310,15 +312,15 @@ def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.nd
 
 
 def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
-    """Whether a batch of one shape can hold a reading of another; without tails it has no place for any."""
+    """Returns whether a batch of shape `into` can hold a reading of `shape`: both or neither have tails."""
     return (shape[0] > 0) == (into[0] > 0) and all(map(operator.le, shape, into))
 
 
 def _power_of_four(count: int) -> int:
-    """The smallest that is not less than `count`."""
+    """Returns the smallest power of four that is at least `count`."""
     return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest that is not less than `count`."""
+    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

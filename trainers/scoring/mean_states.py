@@ -1,4 +1,4 @@
-"""Means of a model's final hidden states over the tokens of texts. Shapes: B batch, T length, D width."""
+"""Means of a model's final hidden states over the tokens of a text. Shapes: B batch, T length, D width."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from trainers.scoring.scoring import Row
 def mean_states(
     model: Any, params: Any, tokens_BT: jax.Array, segments_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
-    """The mean [B, D], float32, of the final states where the mask is 1; segment 0 is padding at the end."""
+    """Returns the mean [B, D], float32, of the final states where the mask is 1; segment 0 is padding."""
     hidden_BTD = model.apply(
         {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
     ).hidden_BTD.astype(jnp.float32)
@@ -25,13 +25,13 @@ def mean_states(
 
 
 class MeanStates:
-    """Reads rows in batches of similar length; compiles once for each of a few lengths.
+    """Computes mean states in batches of similar length; compiles once for each of a few lengths.
 
     Args:
       model: a decoder-only module.
-      params: its parameters.
-      batch_size: rows at a time.
-      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+      params: the model's parameters.
+      batch_size: number of rows in a batch.
+      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class MeanStates:
         )
 
     def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """The mean [D] over the states of each row's targets, which are read; its context is read before them.
+        """Yields for each row the mean [D] of the states of its targets, which are read after its context.
 
         Raises:
-          ValueError: a row longer than the model's learned positions.
+          ValueError: a row is longer than the model's learned positions.
         """
         limit = self._max_length
         for i, row in enumerate(rows):
@@ -62,7 +62,7 @@ class MeanStates:
         return in_order(self._batches(rows, limit))
 
     def _batches(self, rows: Sequence[Row], limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, mean) of each row, batch by batch."""
+        """Yields (index, mean) of each row, batch by batch."""
         lengths = [len(row.context) + len(row.targets) for row in rows]
         batches = batches_by_length(lengths, self._batch_size)
         for batch in tqdm(
@@ -70,7 +70,7 @@ class MeanStates:
         ):
             length = bucket_length(lengths[batch[0]], limit=limit)
             means_BD = self._read([rows[i] for i in batch], length)
-            yield from zip(batch, means_BD, strict=False)  # the batch may be filled up
+            yield from zip(batch, means_BD, strict=False)  # the batch may have padding rows
 
     def _read(self, rows: Sequence[Row], length: int) -> np.ndarray:
         tokens_BT = np.zeros((self._batch_size, length), np.int32)

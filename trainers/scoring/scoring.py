@@ -15,7 +15,7 @@ from trainers.objectives.forward import frozen_forward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tokens to be scored, and the tokens before them, at least one."""
+    """Target tokens to score, and the context tokens before them, at least one."""
 
     context: Sequence[int]
     targets: Sequence[int]
@@ -26,9 +26,9 @@ class Scorer:
 
     Args:
       model: a decoder-only module.
-      params: its parameters.
-      batch_size: rows at a time.
-      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+      params: the model's parameters.
+      batch_size: number of rows in a batch.
+      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class Scorer:
         )
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """The log-probability of every target of each row, float32; errors as of `stream`."""
+        """Returns the log-probability of every target of each row, float32; raises the errors of `stream`."""
         return list(self.stream(rows))
 
     def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        """Yields the log-probabilities row by row, in their order.
+        """Yields the log-probabilities of each row, in the order of the rows.
 
         Raises:
-          ValueError: a row without context, or longer than the model's learned positions.
+          ValueError: a row has no context, or is longer than the model's learned positions.
         """
         limit = self._max_length
         for i, row in enumerate(rows):
-            # The last target is predicted, but never read.
+            # The last target is predicted but not read.
             length = len(row.context) + len(row.targets) - 1
             if not len(row.context):
                 raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
@@ -67,7 +67,7 @@ class Scorer:
         return in_order(self._batches(rows, limit))
 
     def _batches(self, rows: Sequence[Row], limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, log-probabilities) of each row, batch by batch."""
+        """Yields (index, log-probabilities) of each row, batch by batch."""
         lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
         batches = batches_by_length(lengths, self._batch_size)
         for batch in tqdm(
@@ -75,7 +75,7 @@ class Scorer:
         ):
             length = bucket_length(lengths[batch[0]], limit=limit)
             logp_BT = self._score([rows[i] for i in batch], length)
-            for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may be filled up
+            for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may have padding rows
                 first = len(rows[i].context) - 1
                 yield i, logp_T[first : first + len(rows[i].targets)]
 
@@ -86,7 +86,7 @@ class Scorer:
 
 
 def padded(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
-    """Columns of a batch [batch_size, length] of rows, int32, filled up by zeros; segment 1 is a row's text."""
+    """Returns the columns of a batch [batch_size, length], int32, padded by zeros; text has segment 1."""
     names = ("input_tokens", "target_tokens", "segment_ids")
     columns = {f"decoder_{name}": np.zeros((batch_size, length), np.int32) for name in names}
     for b, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""One reading of prompts, many cache policies: queries, keys and values are recorded and replayed.
+"""Records queries, keys and values of prompts once, and replays them for many cache policies.
 
-Reading a long prompt costs far more than compressing its cache and generating an answer. What a policy
-is shown while the prompt is read does not depend on the policy, so it is computed once.
+Reading a long prompt costs far more than compressing its cache and generating an answer. The inputs of a
+policy while a prompt is read do not depend on the policy, so they are computed only once.
 
 Shapes: B batch, T prompt length, X tokens of a suffix, N query heads, K key/value heads, H head dim, V
 vocabulary.
@@ -23,9 +23,9 @@ from trainers.decoding.prefill import prefill, read
 
 @flax.struct.dataclass
 class LayerRecord:
-    """What one layer showed its policy: queries and keys, rotated, values, and how it attends.
+    """One layer's inputs of its policy: rotated queries and keys, values, positions and attention form.
 
-    Positions are those of the tokens, -1 for padding.
+    Positions are -1 for padding.
     """
 
     q_BTNH: jax.Array
@@ -37,12 +37,12 @@ class LayerRecord:
 
 @flax.struct.dataclass
 class Recording:
-    """Prompts as they were read.
+    """A recording of prompts.
 
     Attributes:
-      layers: one record each.
-      lengths_B: tokens of each prompt.
-      logits_BV: after the last token of each.
+      layers: the record of each layer.
+      lengths_B: number of tokens of each prompt.
+      logits_BV: logits after the last token of each prompt.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -51,7 +51,7 @@ class Recording:
 
 
 class _Recorder:
-    """A cache policy that keeps what it is shown, so that what follows can be read too."""
+    """A cache policy that records its inputs; further tokens can be read after them."""
 
     future = 0
 
@@ -76,7 +76,10 @@ class _Recorder:
 
 
 def record(model: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> Recording:
-    """Reads prompts of lengths_B >= 1 tokens, padded on the right; the model has unrolled layers."""
+    """Returns a recording of prompts of lengths_B >= 1 tokens, padded on the right.
+
+    The model must have unrolled layers.
+    """
     logits_BV, layers = prefill(model, params, _Recorder(), tokens_BT, lengths_B, room=0)
     return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
 
@@ -84,7 +87,7 @@ def record(model: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) 
 def record_more(
     model: Any, params: Any, recording: Recording, tokens_BX: jax.Array, counts_B: jax.Array
 ) -> Recording:
-    """Reads counts_B >= 1 further tokens of each prompt, padded on the right."""
+    """Returns a recording extended by counts_B >= 1 tokens of each prompt, padded on the right."""
     logits_BV, layers = read_on(
         model, params, _Recorder(), list(recording.layers), recording.lengths_B, tokens_BX, counts_B
     )
@@ -96,31 +99,31 @@ def record_more(
 
 
 def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
-    """The policy's states after the whole prompt, one a layer, before anything is compressed."""
+    """Returns the policy's state of each layer after the whole prompt, uncompressed."""
     return [_read(model, policy, shown, layer) for layer, shown in enumerate(recording.layers)]
 
 
 def compressed(
     model: Any, policy: CachePolicy, recording: Recording, *, room: int, cache_dtype: Any = None
 ) -> list[Any]:
-    """The caches that `prefill` would have made with this policy, with room for more tokens."""
+    """Returns the caches that `prefill` would return with this policy, with room for `room` more tokens."""
 
     def one(shown: LayerRecord, layer: int) -> Any:
         state = _read(model, policy, shown, layer)
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
-    differs = isinstance(policy, (PyramidKV, Random))  # from layer to layer
+    differs = isinstance(policy, (PyramidKV, Random))  # the computation depends on the layer
     if differs or len({shown.form for shown in layers}) > 1:
         return [one(shown, layer) for layer, shown in enumerate(layers)]
-    # Layers that are treated alike are one loop, which compiles in a small part of the time.
+    # Layers with the same computation are one loop, which compiles much faster.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     states = jax.lax.map(lambda shown: one(shown, 0), stacked)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
 
 
 def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
-    """A layer's state after the prompt that it was shown."""
+    """Returns a layer's state after the recorded prompt."""
     B, T = shown.k_BTKH.shape[:2]
     state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
     return policy.append(
@@ -134,9 +137,9 @@ def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> An
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:
-    """The simplest policy that goes on from caches of this one, so that programs can be shared.
+    """Returns the simplest policy that can decode with the compressed caches of `policy`.
 
-    What distinguishes the policies that select tokens of a prompt is over once it is compressed.
+    Policies that only select tokens of a prompt decode like FullCache, so they can share programs.
     """
     kind: Any = type(policy)
     alike = isinstance(policy, FullCache) and (kind.extend, kind.view) == (
@@ -155,7 +158,7 @@ def answer(
     logits_BV: jax.Array,
     settings: Settings,
 ) -> Decoded:
-    """Continues prompts of lengths_B tokens from `compressed` caches and the logits after them."""
+    """Returns continuations of prompts of lengths_B tokens, from their compressed caches and last logits."""
     B = len(lengths_B)
     decoded, _ = decode(
         model,
@@ -183,7 +186,7 @@ def read_on(
     """Reads counts_B >= 1 tokens after prompts of lengths_B tokens, padded on the right.
 
     Returns:
-      Logits [B, V] after the last of each, and caches that hold them uncompressed.
+      Logits [B, V] after the last token of each row, and caches with the new tokens uncompressed.
     """
     at_X = jnp.arange(tokens_BX.shape[1], dtype=jnp.int32)[None]
     positions_BX = jnp.where(at_X < counts_B[:, None], lengths_B[:, None] + at_X, -1)

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of devices, and the share of it that a run's model FLOPs (model/flops.py) reach."""
+"""Peak FLOP/s of devices, and model FLOP utilisation (model FLOPs are in model/flops.py)."""
 
 import re
 import time
@@ -6,8 +6,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one device as jax counts devices, by `device_kind`, from data sheets.
-# The longest name that `device_kind` begins with, in whole words, holds.
+# Dense bfloat16 FLOP/s of one JAX device, by `device_kind`, from data sheets. The entry with the longest
+# name that is a prefix of `device_kind`, in whole words, is used.
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,  # a core, half a chip
     "TPU v4": 275e12,
@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the device's dense bfloat16 peak in FLOP/s; None where it is unknown (CPUs)."""
+    """Returns the device's dense bfloat16 peak in FLOP/s; None if it is unknown (CPUs)."""
     kind = device.device_kind
     matching = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}(?!\w)", kind)]
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
@@ -39,9 +39,9 @@ def peak_flops(device: jax.Device) -> float | None:
 def utilisation(
     units_per_second: float, flops_per_unit: float, devices: list[jax.Device]
 ) -> float | None:
-    """Returns the model FLOP utilisation: model FLOPs over the devices' peak; None if that is unknown.
+    """Returns the model FLOP utilisation, model FLOPs divided by the devices' peak; None if it is unknown.
 
-    Units are tokens, or images.
+    A unit is a token or an image.
     """
     peaks = [peak_flops(device) for device in devices]
     known = [peak for peak in peaks if peak is not None]
@@ -51,10 +51,10 @@ def utilisation(
 
 
 def estimate_seconds(model_flops: float, devices: list[jax.Device]) -> float:
-    """Estimates the seconds that so many model FLOPs take, for the line printed at the start of a run.
+    """Returns an estimate of the seconds for a number of model FLOPs, printed at the start of a run.
 
-    Where the peak is known, 40 % of it (what well-tuned dense models reach); otherwise 60 % of what
-    one product of matrices of a layer's size is measured to do here, on all local devices together.
+    The assumed rate is 40 % of the peak if it is known, which well-tuned dense models reach. Otherwise it
+    is 60 % of the measured rate of a matrix product of a layer's size on all local devices together.
     """
     peaks = [peak_flops(device) for device in devices]
     known = [peak for peak in peaks if peak is not None]
@@ -66,5 +66,5 @@ def estimate_seconds(model_flops: float, devices: list[jax.Device]) -> float:
     product(x, x).block_until_ready()
     start = time.perf_counter()
     product(x, x).block_until_ready()
-    # Simulated CPU devices share the machine, so their number does not multiply its speed.
+    # Simulated CPU devices share one machine, so more of them are not faster.
     return model_flops / (0.6 * 2 * size**3 / (time.perf_counter() - start))

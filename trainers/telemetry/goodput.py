@@ -1,4 +1,4 @@
-"""Where a run's wall time goes: start, compilation, waiting for data, sampling, steps, saving, evaluation."""
+"""Measures a run's wall time by part: start, compilation, data, sampling, steps, saving, evaluation."""
 
 import contextlib
 import time
@@ -8,13 +8,13 @@ PARTS = ("init", "compile", "data_wait", "generation", "step", "checkpoint", "ev
 
 
 class Goodput:
-    """Splits wall time into named parts; every second counts in exactly one of them.
+    """Splits wall time into named parts; every second counts for exactly one part.
 
-    Time inside a nested `measure` counts for the inner part alone. Time outside of all counts as
-    'init' until the first `measure`, and as 'other' after it.
+    Time inside a nested `measure` counts only for the inner part. Time outside of `measure` counts as
+    'init' before the first `measure`, and as 'other' after it.
 
     Attributes:
-      seconds: part -> seconds so far, 'other' included.
+      seconds: seconds so far by part, including 'other'.
     """
 
     def __init__(
@@ -23,8 +23,8 @@ class Goodput:
         """Starts counting.
 
         Args:
-          started: the clock's reading when the process began, see `process_start`; now if None.
-          clock: seconds from any origin.
+          started: the clock's time when the process began, see `process_start`; None for now.
+          clock: function that returns the time in seconds, from any origin.
         """
         self._clock = clock
         self._last = clock() if started is None else started
@@ -38,7 +38,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Counts the time inside as `part`."""
+        """Context manager that counts the time inside as `part`."""
         if part not in PARTS:
             raise ValueError(f"Unknown part {part!r}: choose from {PARTS}.")
         self._count()
@@ -52,7 +52,7 @@ class Goodput:
             self._stack.pop()
 
     def metrics(self, prefix: str = "time/") -> dict[str, float]:
-        """Seconds so far by part, and 'goodput': the share of all time spent in steps."""
+        """Returns the seconds so far by part, and 'goodput', the share of all time spent in steps."""
         self._count()
         total = sum(self.seconds.values())
         values = {prefix + part: seconds for part, seconds in self.seconds.items()}
@@ -61,12 +61,13 @@ class Goodput:
 
 
 def process_start() -> float:
-    """Reading of `time.monotonic` when this process began; the present one where the system does not record it."""
+    """Returns the value of `time.monotonic` when this process began; the current value if that is unknown."""
     try:
         import os
 
         with open("/proc/self/stat", encoding="ascii") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22: start after boot
+            # Field 22: start time after boot.
+            ticks = int(file.read().rpartition(")")[2].split()[19])
         since_boot = ticks / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
     except (OSError, ValueError, IndexError, AttributeError):

@@ -1,4 +1,4 @@
-"""Where metrics are written: JSON lines, TensorBoard, Weights & Biases."""
+"""Writers of metrics: JSON lines, TensorBoard, Weights & Biases."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-# Flushing an event file waits for the disk.
+# A flush of an event file waits for the disk, so it is not done for every event.
 _FLUSH_SECONDS = 10
 
 _log = logging.getLogger(__name__)
@@ -22,10 +22,10 @@ class WriterError(ValueError):
 
 
 class MetricWriter(Protocol):
-    """Takes the scalars of a step, which may be written several times.
+    """Writes the scalars of steps; a step may be written several times.
 
-    Steps do not decrease, but for a rollback: after a row with `rollback_to` they go on from there, and
-    the rows of later steps before it are of updates that were given up.
+    Steps do not decrease except at a rollback. After a row with `rollback_to`, steps continue from that
+    step, and earlier rows of later steps belong to discarded updates.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -38,25 +38,25 @@ class MetricWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line: {"step": ..., "time": ..., name: value, ...}.
+    """Writes one JSON object per line: {"step": ..., "time": ..., name: value, ...}.
 
-    NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity";
-    `read_jsonl` turns them back. A line is written in one call, so that a kill can only cut the last
-    one short.
+    NaN and infinities, which JSON does not have, are written as the strings "NaN", "Infinity" and
+    "-Infinity"; `read_jsonl` converts them back. Each line is written in one call, so a killed process
+    can only truncate the last line.
     """
 
     def __init__(self, path: str, *, first_step: int | None = None):
-        """Opens the file to go on with `first_step`; lines of that step and later are dropped."""
+        """Opens the file to continue with `first_step`; lines of that step and later steps are dropped."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         if first_step is not None and os.path.exists(path):
             lines = [(json.loads(line), line) for line in _whole_lines(path)]
-            # A rollback's mark may be among what is dropped, but not what it has made void.
+            # Apply rollbacks before dropping lines: a `rollback_to` row may itself be dropped.
             earlier = [line for row, line in _in_force(lines) if row["step"] < first_step]
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in earlier)
             os.replace(f"{path}.tmp", path)
         self._path = path
-        # Unbuffered: nothing that could not be written is left over for `close` to fail on again.
+        # Unbuffered, so that `close` does not fail again on data that could not be written.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class JsonlWriter:
 
 
 def rows_in_force(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file without those of steps that a rollback gave up."""
+    """Returns the rows of a metrics file without the rows that a rollback discarded."""
     return [row for row, _ in _in_force([(row, None) for row in read_jsonl(path)])]
 
 
@@ -95,7 +95,7 @@ def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, 
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-    """The rows of a metrics file; without a last line that was cut short."""
+    """Returns the rows of a metrics file, without a truncated last line."""
     special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
     rows = [json.loads(line) for line in _whole_lines(path)]
     return [
@@ -109,7 +109,7 @@ def _whole_lines(path: str) -> list[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """A number as metrics.jsonl has it: see `JsonlWriter`."""
+    """Returns a value as it is written to metrics.jsonl, see `JsonlWriter`."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -117,14 +117,14 @@ def jsonable(value: Any) -> Any:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard; points of `first_step` and later from before are hidden.
+    """Writes event files for TensorBoard; hides earlier points of `first_step` and later steps.
 
-    Events are written where they arise and not by tensorboardX's own thread: that one dies when the
-    disk is full, and the loop would then wait for it forever.
+    Events are written in the calling thread, not by tensorboardX's thread: that thread dies when the disk
+    is full, and the loop would then wait for it forever.
     """
 
     def __init__(self, path: str, *, first_step: int | None = None):
-        # Slow to import, and not needed by most processes.
+        # Slow to import, and most processes do not need it.
         from tensorboardX import RecordWriter, summary
         from tensorboardX.proto import event_pb2
 
@@ -161,13 +161,13 @@ class TensorBoardWriter:
     def close(self) -> None:
         try:
             self._records.close()
-        except OSError as error:  # An error under way matters more than this view of the metrics.
+        except OSError as error:  # do not hide an exception in progress
             _log.warning("%s: the last points are missing: %s.", self._path, error.strerror)
 
 
 @contextlib.contextmanager
 def _written(path: str) -> Iterator[None]:
-    """Says which file could not be written, and what to do."""
+    """Context manager that turns an OSError into a WriterError with the file's path and a fix."""
     try:
         yield
     except OSError as error:
@@ -178,12 +178,12 @@ def _written(path: str) -> Iterator[None]:
 
 
 class WandbWriter:
-    """Weights & Biases, with the `wandb` extra; its account settings are the user's own."""
+    """Writes to Weights & Biases; needs the `wandb` extra and the user's own account settings."""
 
     def __init__(
         self, *, project: str, name: str | None = None, config: Any = None, **settings: Any
     ):
-        """Starts a run; `settings` go to wandb.init."""
+        """Starts a run; `settings` are passed to wandb.init."""
         try:
             import wandb
         except ImportError:
@@ -208,7 +208,7 @@ class WandbWriter:
 
 
 class MultiWriter:
-    """Writes to all of several writers."""
+    """Writes to several writers."""
 
     def __init__(self, writers: Sequence[MetricWriter]):
         self._writers = list(writers)

@@ -1,8 +1,8 @@
-"""Metrics from the device to where people read them.
+"""Metrics: sums on the device, quotients on the host.
 
-On the device every metric is a pair (sum, weight), scalars or vectors, so that any split of a batch
-over microbatches, steps or hosts gives the same quotient. They are fetched one step late, so that
-waiting for them never holds up the next step.
+On the device every metric is a pair (sum, weight) of scalars or vectors, so that any split of a batch
+over microbatches, steps or hosts gives the same quotient. Metrics are fetched one step late, so that the
+next step does not wait for them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ Pairs = Mapping[str, tuple[Any, Any]]
 
 
 def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
-    """Sums two sets of metrics; a name missing on one side counts as nothing there."""
+    """Returns the sum of two sets of metrics; a name missing in one set counts as zero."""
     summed = dict(total or {})
     for name, (value, weight) in new.items():
         old = summed.get(name)
@@ -25,7 +25,7 @@ def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
 
 
 def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """The quotients as floats; without metrics of no weight (a domain without tokens).
+    """Returns the quotients as floats, without metrics whose weight is 0 (a domain without tokens).
 
     Args:
       pairs: metrics on the host.
@@ -50,14 +50,14 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
 class LateFetch:
     """Holds the newest step's device metrics and returns the previous step's.
 
-    Copies to the host start at once and are awaited only when the next step is already running.
+    Copies to the host start at once, and are awaited only when the next step is running.
     """
 
     def __init__(self):
         self._waiting: tuple[int, Any] | None = None
 
     def push(self, step: int, metrics: Any) -> tuple[int, Any] | None:
-        """Takes a step's metrics; returns (step, host metrics) of the one pushed before, if any."""
+        """Adds a step's metrics; returns (step, host metrics) of the previous step, if any."""
         for leaf in jax.tree.leaves(metrics):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
@@ -65,7 +65,7 @@ class LateFetch:
         return self._fetch(previous)
 
     def flush(self) -> tuple[int, Any] | None:
-        """Returns the step still held, without waiting for another."""
+        """Returns the (step, host metrics) that is still held, if any."""
         previous, self._waiting = self._waiting, None
         return self._fetch(previous)
 

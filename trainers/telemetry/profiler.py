@@ -9,20 +9,20 @@ import jax
 class ProfilerWindow:
     """Traces steps [first_step, first_step + num_steps) into a directory.
 
-    The first steps of a run compile and are seldom worth a trace; the default waits for them. The
-    window is counted from the step a run starts (or goes on) with.
+    The first steps of a run compile, so by default they are not traced. Steps are counted from the first
+    step of this process, also when a run resumes.
 
     Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers import
     profiler`), then TensorBoard's profile tab on the run's `profile/` folder.
     """
 
     def __init__(self, *, first_step: int = 5, num_steps: int = 5, directory: str | None = None):
-        """Sets the window up.
+        """Sets the window.
 
         Args:
           first_step: first traced step, counted from 0 at the start of this process.
-          num_steps: how many.
-          directory: where the trace goes; None leaves it to the loop (`profile/` of the run).
+          num_steps: number of traced steps.
+          directory: directory of the trace; None for the training loop's default (`profile/` of the run).
         """
         if first_step < 0 or num_steps < 1:
             raise ValueError(
@@ -32,12 +32,12 @@ class ProfilerWindow:
         self.first_step = first_step
         self.num_steps = num_steps
         self.directory = directory
-        self._done = 0  # steps begun in this process
+        self._done = 0  # steps started in this process
         self._tracing = False
 
     @contextlib.contextmanager
     def step(self, step: int):
-        """Around the dispatch of one step; marks it in the trace, and starts the trace in time."""
+        """Context manager around the dispatch of one step; marks the step and starts the trace when due."""
         if self._done == self.first_step:
             if self.directory is None:
                 raise ValueError("ProfilerWindow has no directory to write to.")
@@ -48,13 +48,13 @@ class ProfilerWindow:
             yield
 
     def finished(self, outputs: Any) -> None:
-        """After a step, with what it returns: ends the trace once the last traced step has run."""
+        """Ends the trace after the last traced step; called after each step with its result."""
         if self._tracing and self._done >= self.first_step + self.num_steps:
             jax.block_until_ready(outputs)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still open, when the run ends inside the window."""
+        """Ends a trace that is still open because the run ended inside the window."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False

@@ -1,4 +1,4 @@
-"""The exchange of weights in memory; launch/convert does it tensor by tensor between files."""
+"""Converts weights between layouts in memory; launch/convert converts files tensor by tensor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from model.transformer import Transformer
 def to_native(
     family: Family, model: Transformer, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The parameters of `model`, a nested dict, in the dtypes of the tensors.
+    """Returns the parameters of `model` from Hugging Face tensors, as a nested dict with their dtypes.
 
     Raises:
-      MismatchedTensors: tensors are missing, unexplained, of another shape, or a tied one differs.
+      MismatchedTensors: tensors are missing, unexpected or of another shape, or a tied tensor differs.
     """
     names = family.match(model, {name: tensor.shape for name, tensor in tensors.items()})
     pieces = family.pieces(model)
@@ -41,7 +41,7 @@ def to_native(
 
 
 def to_hf(family: Family, model: Transformer, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The Hugging Face tensors of parameters of `model`, in the parameters' dtypes."""
+    """Returns the Hugging Face tensors of the parameters of `model`, in the parameters' dtypes."""
     shapes = family.shapes(model)
     tensors: dict[str, np.ndarray] = {}
     for piece in family.pieces(model):
@@ -56,7 +56,7 @@ def to_hf(family: Family, model: Transformer, params: Mapping[str, Any]) -> dict
 
 
 def check_tied(name: str, copy: np.ndarray, original: np.ndarray) -> None:
-    """Raises MismatchedTensors unless a tensor beside the one it is tied to is equal to it."""
+    """Raises MismatchedTensors if a tensor differs from the tensor it is tied to."""
     if copy.dtype != original.dtype or copy.tobytes() != original.tobytes():
         raise MismatchedTensors(
             f"{name} differs from the embedding that config.json ties it to: if the model has a head "

@@ -1,8 +1,8 @@
-"""GGUF files of Llama-like models, read as the Hugging Face checkpoint they were made from.
+"""Reads GGUF files of Llama-like models as the Hugging Face checkpoints they were made from.
 
-Their tensors have other names and are quantised; they come out as float32, one at a time, and
-config.json is put together from the file's metadata. Files of architecture `llama` hold the rows of
-query and key heads in interleaved rotary order (dimensions i and i + H/2 side by side), which is undone.
+GGUF tensors have other names and are quantised. The reader returns them as float32, one at a time, and
+builds a config.json from the file's metadata. Files of architecture `llama` store the rows of query and
+key heads in interleaved rotary order (dimensions i and i + H/2 adjacent); the reader restores the order.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from model.hf.files.safetensors_files import TensorInfo, WeightFileError
 
-# model_type of transformers by general.architecture.
+# Hugging Face model_type by GGUF general.architecture.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -46,7 +46,7 @@ _LAYER_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A tensor of the file; `heads` are those whose rows are interleaved, 0 for none."""
+    """A tensor of the file; `heads` is the number of heads with interleaved rows, 0 for none."""
 
     tensor: Any
     heads: int
@@ -57,10 +57,10 @@ class GgufReader:
 
     Attributes:
       tensors: by name, all float32.
-      config: what config.json would say.
+      config: the contents of the equivalent config.json.
 
     Raises:
-      WeightFileError: it is damaged, or of an architecture or quantisation that is not supported.
+      WeightFileError: the file is damaged, or its architecture or quantisation is not supported.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -93,12 +93,12 @@ class GgufReader:
         self.config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
 
     def metadata(self, key: str, default: Any = None) -> Any:
-        """A value of the file's metadata."""
+        """Returns a value of the file's metadata."""
         field = self.reader.get_field(key)
         return default if field is None else field.contents()
 
     def tokenizer(self) -> dict[str, Any]:
-        """The part of the metadata that is about the tokenizer."""
+        """Returns the metadata of the tokenizer."""
         fields = self.reader.fields.items()
         return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
 
@@ -106,9 +106,9 @@ class GgufReader:
         key = f"{self._architecture}.{key}"
         value = self.metadata(key, default)
         if value is None or isinstance(value, list):
-            found = "is a list" if isinstance(value, list) else "is missing"
+            problem = "is a list" if isinstance(value, list) else "is missing"
             raise WeightFileError(
-                f"{self.path}: {key} {found}, so that it is not known how to build the model. Import "
+                f"{self.path}: {key} {problem}, so that it is not known how to build the model. Import "
                 "the model's safetensors with --from_hf."
             )
         return value
@@ -188,7 +188,7 @@ class GgufReader:
                 ) from None
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a new array."""
+        """Returns a tensor as a new array."""
         values = np.empty(self.tensors[name].shape, np.float32)
         self.read_into(name, 0, values)
         return values
@@ -197,18 +197,17 @@ class GgufReader:
         """Fills an array with a tensor's rows from `start` on, dequantised."""
         stored = self._stored[name]
         rows = slice(start, start + len(into))
-        # Rows are quantised on their own, so that they can be taken in another order first.
+        # Each row is quantised separately, so rows can be reordered before dequantisation.
         order = np.arange(self.tensors[name].shape[0])
         data = stored.tensor.data
         part = data[half_split(order, stored.heads)[rows]] if stored.heads else data[rows]
         into[...] = gguf.dequantize(part, stored.tensor.tensor_type).reshape(into.shape)
-        if isinstance(
-            self.reader.data.base, mmap.mmap
-        ):  # Pages that have been read count as memory.
+        # Release the pages that have been read: they count as used memory.
+        if isinstance(self.reader.data.base, mmap.mmap):
             self.reader.data.base.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """The map of the file goes with the object."""
+        """Does nothing: the memory map is freed with the object."""
 
     def __enter__(self) -> Self:
         return self
@@ -218,11 +217,11 @@ class GgufReader:
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of `heads` heads from interleaved to half-split order: 0, 2, 4, ..., then 1, 3, 5, ..."""
+    """Returns the rows of each of `heads` heads in half-split order: 0, 2, 4, ..., then 1, 3, 5, ..."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _shortest(value: float) -> float:
-    """The number that was meant by a float32: 1e-05, where Python has 9.999999747378752e-06."""
+    """Returns the shortest decimal that rounds to a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

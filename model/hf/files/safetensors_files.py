@@ -1,8 +1,8 @@
-"""Safetensors checkpoints on disk, read and written by regions of tensors.
+"""Reads and writes regions of tensors in safetensors checkpoints on disk.
 
-The safetensors library checks each file's header and reads whole tensors through a memory map; regions
-are read here with plain reads at offsets, so that what is in memory is what was asked for, and bfloat16
-and 8-bit floats are read too.
+The safetensors library checks each file's header. It reads whole tensors through a memory map; here
+regions are read at their offsets instead, so that only the requested data are in memory, and bfloat16
+and 8-bit floats can be read too.
 
 The format: eight bytes with the length of the header, the header as JSON of {name: {dtype, shape,
 data_offsets}}, then the data. A checkpoint of several files has an index, {"weight_map": {name: file}}.
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
-_READ_BYTES = 1 << 26  # one read at most; the system cuts at 2 GiB
+_READ_BYTES = 1 << 26  # largest single read; the system limits a read to 2 GiB
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -43,12 +43,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class WeightFileError(ValueError):
-    """Files of weights that cannot be read, or are not safe to read."""
+    """Weight files that cannot be read, or are not safe to read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is: `offset` bytes into `file`."""
+    """Dtype, shape and place of a tensor: `offset` bytes into `file`."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -70,7 +70,8 @@ class SafetensorsReader:
       tensors: by name.
 
     Raises:
-      WeightFileError: no or only pickled weights, an index that leaves the directory, or a damaged file.
+      WeightFileError: there are no weights or only pickled ones, the index refers to a file outside
+        the directory, or a file is damaged.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -78,24 +79,24 @@ class SafetensorsReader:
         self.tensors: dict[str, TensorInfo] = {}
         self._descriptors: dict[pathlib.Path, int] = {}
         for file, names in _files(self.directory).items():
-            found = _read_header(file)
-            if missing := sorted(set(names or found) - set(found)):
+            header = _read_header(file)
+            if missing := sorted(set(names or header) - set(header)):
                 raise WeightFileError(
                     f"{file} lacks {missing[0]}, which {INDEX} says it holds. The checkpoint is "
                     "incomplete or mixed from two: copy it again."
                 )
-            self.tensors.update({name: found[name] for name in names or found})
+            self.tensors.update({name: header[name] for name in names or header})
         for file in {info.file for info in self.tensors.values()}:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a new array."""
+        """Returns a tensor as a new array."""
         values = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
         self.read_into(name, 0, values)
         return values
 
     def read_into(self, name: str, start: int, into: np.ndarray) -> None:
-        """Fills a contiguous array with a tensor's rows from `start` on. Threads may share this.
+        """Fills a contiguous array with a tensor's rows from `start` on. Thread-safe.
 
         Raises:
           WeightFileError: the file has become shorter since it was opened.
@@ -103,13 +104,13 @@ class SafetensorsReader:
         info = self.tensors[name]
         row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
         data = into.reshape(-1).view(np.uint8)
-        done, offset = 0, info.offset + start * row
-        while done < data.size:
-            part = data[done : done + _READ_BYTES]
-            count = os.preadv(self._descriptors[info.file], [part.data], offset + done)
+        position, offset = 0, info.offset + start * row
+        while position < data.size:
+            part = data[position : position + _READ_BYTES]
+            count = os.preadv(self._descriptors[info.file], [part.data], offset + position)
             if not count:
                 raise WeightFileError(f"{info.file} has been cut short since it was opened.")
-            done += count
+            position += count
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -124,13 +125,13 @@ class SafetensorsReader:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-      WeightFileError: it is missing, cannot be read, or holds no JSON object.
+      WeightFileError: the file is missing, cannot be read, or holds no JSON object.
     """
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise WeightFileError(
             f"{path} is missing: give the directory of a Hugging Face checkpoint, as "
@@ -142,13 +143,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise WeightFileError(
             f"{path} cannot be read ({error.strerror}): put the file there, readable."
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise WeightFileError(f"{path} holds no JSON object: copy it again.")
-    return found
+    return value
 
 
 def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
-    """The files with weights and the names looked for in each; None for all that it has."""
+    """Returns each weight file with the tensor names to read from it; None for all of its tensors."""
     if (directory / INDEX).exists():
         names = read_json(_inside(directory, INDEX)).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -181,30 +182,30 @@ def _is_pickled(name: str) -> bool:
 
 
 def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """A file directly in the directory, links followed only within the checkpoint."""
+    """Returns the path of a file directly in the directory; links may not leave the checkpoint."""
     if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise WeightFileError(
             f"{directory / INDEX} names the file {name!r}, which is not a plain name in its own "
             "directory. Do not use this checkpoint, or correct the index."
         )
-    found, root = (directory / name).resolve(), directory.resolve()
+    target, root = (directory / name).resolve(), directory.resolve()
     roots = [root]
-    if root.parent.name == "snapshots":  # The hub's cache keeps files as links into its blobs.
+    if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
         roots.append(root.parent.parent / "blobs")
-    if not any(found.is_relative_to(folder) for folder in roots):
+    if not any(target.is_relative_to(folder) for folder in roots):
         raise WeightFileError(
-            f"{directory / name} is a link to {found}, outside of the checkpoint. Put the file itself "
+            f"{directory / name} is a link to {target}, outside of the checkpoint. Put the file itself "
             "there if you trust it."
         )
-    if not found.is_file():
+    if not target.is_file():
         raise WeightFileError(f"{directory / name} is missing: the checkpoint is incomplete.")
-    return found
+    return target
 
 
 def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     try:
         with safetensors.safe_open(file, framework="numpy"):
-            pass  # Checks all offsets against shapes, each other and the size of the file.
+            pass  # Opening checks all offsets against shapes, each other and the file's size.
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             if size > _MAX_HEADER:
@@ -230,12 +231,12 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 class SafetensorsWriter:
-    """A checkpoint whose tensors are laid out at the start and written in any order.
+    """Writes a checkpoint: the layout is fixed at the start, and tensors are written in any order.
 
     Args:
-      directory: where the files are made.
+      directory: the directory of the new files.
       tensors: (dtype, shape) by name, in the order in which they are stored.
-      shard_bytes: no file has more data, unless a single tensor does.
+      shard_bytes: maximum data per file, unless a single tensor is larger.
     """
 
     def __init__(
@@ -276,23 +277,23 @@ class SafetensorsWriter:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors[file] = descriptor
         os.write(descriptor, len(text).to_bytes(8, "little") + text)
-        # A full disk is an error here and not in the middle of the work.
+        # Allocate now, so that a full disk is an error before any weights are written.
         os.posix_fallocate(descriptor, 0, max(base + end, 1))
 
     def write(self, name: str, values: np.ndarray, row: int = 0) -> None:
-        """Writes a tensor, or rows of it from `row` on."""
+        """Writes a tensor, or some of its rows from `row` on."""
         info = self.tensors[name]
         if values.dtype != info.dtype or values.shape[1:] != info.shape[1:]:
             raise ValueError(f"{name} is {info}, not {values.dtype}{list(values.shape)}")
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         width = int(np.prod(info.shape[1:], dtype=np.int64)) * info.dtype.itemsize
-        done, offset = 0, info.offset + row * width
-        while done < data.size:
-            part = data[done : done + _READ_BYTES].data
-            done += os.pwrite(self._descriptors[info.file], part, offset + done)
+        position, offset = 0, info.offset + row * width
+        while position < data.size:
+            part = data[position : position + _READ_BYTES].data
+            position += os.pwrite(self._descriptors[info.file], part, offset + position)
 
     def close(self) -> None:
-        """Forces the files to the disk."""
+        """Flushes the files to disk and closes them."""
         for descriptor in self._descriptors.values():
             os.fsync(descriptor)
             os.close(descriptor)

@@ -1,23 +1,23 @@
-"""Copies between arrays of which one may be a transposed view."""
+"""Copies between arrays; one of them may be a transposed view."""
 
 import numpy as np
 
-ROWS = 256  # at a time: as many cache lines as the first cache holds
+ROWS = 256  # rows copied at a time: as many as the L1 cache has lines for
 _LINE = 64  # bytes
 
 
 def buffer(width: int, dtype: np.dtype) -> np.ndarray:
-    """What `copy` takes rows of `width` elements through; for many copies, to be made once."""
+    """Returns the buffer that `copy` uses for rows of `width` elements; reuse it for many copies."""
     word = np.dtype(f"u{dtype.itemsize}")
     return np.empty((ROWS, width + _LINE // word.itemsize), word)[:, :width]
 
 
 def copy(into: np.ndarray, values: np.ndarray, held: np.ndarray | None = None) -> None:
-    """into[...] = values, cast to its dtype.
+    """Copies `values` to `into`, cast to its dtype.
 
-    A transposed matrix is taken through a buffer of some of its rows that are a cache line longer than
-    they need be: with powers of two as sizes all rows would share a few lines of the cache. Elements are
-    moved as plain integers, which NumPy does fast and without holding up other threads.
+    A transposed matrix is copied through a buffer, some rows at a time. Buffer rows are one cache line
+    longer than needed: rows whose size is a power of two would otherwise share a few cache lines.
+    Elements are moved as plain integers, which is fast in NumPy and releases the GIL.
     """
     if into.dtype != values.dtype:
         into[...] = values.astype(into.dtype)
