@@ -22,6 +22,7 @@ from launch.config.gin_source import Place
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
 _SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # by all projections
+_ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
 _HEAD = ("features", "axes", "kernel_init", "name")
 _TABLE = ("features", "dtype", "param_dtype")
 
@@ -30,7 +31,12 @@ _TABLE = ("features", "dtype", "param_dtype")
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.text.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluation.held_out.evaluate": {"stream": ("task",)},
-    "launch.train.train": {"checkpointer": ("directory",), "eval_stream": ("task",)},
+    "launch.train.train": {
+        "checkpointer": ("directory",),
+        "eval_stream": ("task",),
+        "stream": ("positions",),
+    },
+    "model.bam.moa.MixtureOfAttention": {"router": _ROUTER},
     "model.bam.moa.experts_of": {
         "attention": ("config", "kind", "name"),
         "moa": ("config", "kind", "name"),
@@ -41,6 +47,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp": ("config", "kind", "name"),
         "moe": ("activation", "config", "kind", "name"),
     },
+    "model.moe.moe.MoeMlp": {"router": _ROUTER},
     "model.nexus.domain_router.DomainRouter": {"dense": _POINTWISE},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
     "model.mlp.Mlp": {"dense": _PROJECTION},
@@ -57,7 +64,10 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "position_embed": _TABLE,
     },
     "trainers.preference.indicators.hook.PreferenceIndicators": {"pairs": ("task",)},
-    "trainers.recipe.Recipe": {"optimizer": ("learning_rate", "param_axes")},
+    "trainers.recipe.Recipe": {
+        "objective": ("model", "num_sources"),
+        "optimizer": ("learning_rate", "param_axes"),
+    },
 }
 # Functions of named slots (**slots), with the arguments passed to what each slot holds.
 _SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}

@@ -41,7 +41,7 @@ class Decompose:
       split: function that returns the factors of a kernel.
     """
 
-    split: Split = spectral
+    split: Split = dataclasses.field(default=spectral, repr=False)  # its repr has an address
 
     def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
         """See TreeTransform."""

@@ -13,6 +13,7 @@ from model.transformer import Transformer
 from trainers import partitioning
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.restore import restore_or_initialise
 from trainers.checkpoints.restore_params import restore_params
 from trainers.evaluate import Evaluation
@@ -144,7 +145,7 @@ def test_training_on_from_other_parameters_begins_the_iterates_there(tmp_path):
                 checkpointer,
                 program.abstract_state,
                 program.init,
-                initial_checkpoint_path=tmp_path / "first",
+                initial=InitialCheckpoint(path=tmp_path / "first"),
                 restart=restart,
             )
         return jax.device_get(start.state)

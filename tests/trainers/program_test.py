@@ -65,7 +65,7 @@ def test_the_first_call_finds_the_program(run):
 def test_what_fails_is_raised_when_the_body_is_done(run):
     program, step, like = run
     done = []
-    with pytest.raises(KeyError, match="decoder_input_tokens"):  # noqa: SIM117
+    with pytest.raises(KeyError, match="decoder_"):  # noqa: SIM117
         with program.compiling(step, {}):
             done.append("body")
     assert done == ["body"]

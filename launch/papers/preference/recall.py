@@ -38,7 +38,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            self.run.program.recipe.model.inference_model,
+            self.run.program.recipe.language_model.inference_model,
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -55,7 +55,7 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        params = self.run.program.recipe.model.inference_params(state.released_params)
+        params = self.run.program.recipe.language_model.inference_params(state.released_params)
         outputs = self._generator(params, step)
         right = [output == answer for output, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

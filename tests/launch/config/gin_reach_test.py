@@ -217,8 +217,8 @@ POSITIONAL = {
     "model.transformer.Transformer.norm",
     "trainers.online.groups.Groups.advantages",
     "trainers.online.policy_gradient.policy_gradient.loss",
-    "trainers.preference.objectives.online_preference.online_preference.losses",
     "trainers.preference.objectives.preference.preference.losses",
+    "trainers.recipe.Recipe.averaged",
     "trainers.rewards.verifiers.TextReward.verifiers",
 }
 

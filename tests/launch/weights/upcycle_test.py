@@ -24,7 +24,7 @@ from trainers.telemetry.metric_writers import read_jsonl
 
 TEXT = json.dumps({"text": "import os, sys\n" * 4}) + "\n"
 BLOCK = "layers/block_0"
-GOLDENS = pathlib.Path(__file__).parents[1] / "model" / "hf" / "goldens" / "parity"
+GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity"
 
 
 @pytest.fixture

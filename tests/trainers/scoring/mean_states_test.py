@@ -1,5 +1,7 @@
 """Means of final hidden states against a call of the model for each row, whatever the batch."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.config import TransformerConfig
+from model.embed import Positions
 from model.transformer import Transformer
 from trainers.scoring.mean_states import MeanStates
 from trainers.scoring.scoring import Row
@@ -43,7 +46,7 @@ def test_the_mean_is_over_targets_alone_in_batches_of_other_lengths(model, param
 
 
 def test_a_row_longer_than_learned_positions_is_an_error(model):
-    positions = {"positions": {"embedding": np.zeros((8, 2))}}
+    limited = model.clone(position_embed=functools.partial(Positions, num_positions=8))
     rows = [Row(context=[0], targets=[1] * 7), Row(context=[0], targets=[1] * 8)]
     with pytest.raises(ValueError, match="Row 1 has 9 tokens, but the model learned only 8"):
-        MeanStates(model, positions, batch_size=1).stream(rows)
+        MeanStates(limited, {}, batch_size=1).stream(rows)

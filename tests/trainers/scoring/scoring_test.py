@@ -1,5 +1,7 @@
 """Scores against a log-softmax in float64."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.config import TransformerConfig
+from model.embed import Positions
 from model.transformer import Transformer
 from trainers.scoring.scoring import Row, Scorer
 
@@ -62,6 +65,7 @@ def test_a_row_without_context_is_refused(scorer):
 
 
 def test_rows_beyond_learned_positions_are_refused(model, params):
-    scorer = Scorer(model, {**params, "positions": {"embedding": np.zeros((4, 2))}}, batch_size=2)
+    limited = model.clone(position_embed=functools.partial(Positions, num_positions=4))
+    scorer = Scorer(limited, params, batch_size=2)
     with pytest.raises(ValueError, match="Row 0 has 5 tokens.* 4 positions"):
         scorer([Row(context=[0], targets=[1, 2, 3, 4, 5])])

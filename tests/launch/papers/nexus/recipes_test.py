@@ -156,7 +156,7 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
         if run.made or not above.made:
             continue
         flags, values = flags_of(above), bound(run)
-        if "launch.upcycle" in above.made:
+        if "--experts" in above.made:
             at = above.made.index("--experts") + 1
             experts[arm] = sum(not word.startswith("--") for word in above.made[at:])
         else:
@@ -167,7 +167,7 @@ def test_a_mixture_is_trained_as_it_was_made(sweep, text):
         method = pathlib.Path(run.gin_files[-1]).stem
         if sweep.startswith("bam"):
             assert method == flags["method"]
-        elif "launch.upcycle" in above.made:
+        elif "--experts" in above.made:
             assert method == METHODS[flags["router"]]
     assert len(experts) == {"bam": 14, "nexus": 12, "bam_full": 10, "nexus_full": 10}[sweep]
 

@@ -109,16 +109,18 @@ def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch)
     monkeypatch.setattr(recall, "Generator", Generator)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    policy = types.SimpleNamespace(inference_model=None, inference_params=lambda params: params)
     run = types.SimpleNamespace(
-        recipe=types.SimpleNamespace(model=None),
-        program=types.SimpleNamespace(batch_sharding=sharding),
+        program=types.SimpleNamespace(
+            recipe=types.SimpleNamespace(language_model=policy), batch_sharding=sharding
+        ),
     )
     hook = recall.FactRecall(run=run, vocabulary=vocabulary, start_token=0)
     assert made["prompts"] == [[0, *vocabulary.encode(prompt)] for prompt in facts]
     assert made["batch_size"] == len(facts) == 72
     assert made["settings"].sampling.temperature == 0 and made["settings"].eos_ids == (1,)
     for known in (0, 18, 60):
-        found = hook(20, types.SimpleNamespace(params=known, ema_params=None), {})
+        found = hook(20, types.SimpleNamespace(released_params=known), {})
         assert found == {"facts/accuracy": known / 72}
     recall.FactRecall(run=run, vocabulary=vocabulary, start_token=None)
     assert made["prompts"] == [vocabulary.encode(prompt) for prompt in facts]

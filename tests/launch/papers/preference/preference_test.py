@@ -67,7 +67,7 @@ def flags(trained_run, tmp_path_factory):
         )
         files = (
             folder / "run.gin",
-            *(f"t5x_configs/methods/preference/{name}.gin" for name in methods),
+            *(f"t5x_configs/methods/{name}.gin" for name in methods),
         )
         return [
             *(f"--gin_file={file}" for file in files),
@@ -129,7 +129,7 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
 
 
 def test_a_live_reference_trains_the_same(train, flags, stored, tmp_path):
-    result = train(*flags(tmp_path, methods=["reference_live"]))
+    result = train(*flags(tmp_path, methods=["preference/reference_live"]))
     assert result.status == 0, result.err
     for live, kept in zip(measured(tmp_path), measured(stored), strict=True):
         assert live.keys() == kept.keys()
@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(train, flags, stored, tmp_p
     assert measured(path) == measured(stored)
 
 
-@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+@pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
 def test_the_reference_of_the_first_start_is_that_of_all(
     train, flags, trained_run, tmp_path, methods
 ):
@@ -250,7 +250,7 @@ def test_prompts_begin_as_the_models_documents_did():
     check(start_token=None)
 
 
-@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+@pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
 def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, methods):
     other = ["VOCABULARY=@vocabularies.byte()", "vocabularies.byte.extra_ids=3"]
     result = train(*flags(tmp_path / "run", *other, methods=methods))
@@ -258,7 +258,7 @@ def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, me
     assert "REFERENCE: " in result.err
 
 
-@pytest.mark.parametrize("methods", [(), ("reference_live",)])
+@pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
 @pytest.mark.parametrize(
     ("binding", "said"),
     [
@@ -343,13 +343,14 @@ def test_every_method_reads_its_data_and_gives_gradients(batch_of, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "trained"), [("low_rank", "attention/query/u"), ("btx", "mlp/router/kernel")]
+    ("method", "trained"),
+    [("low_rank/low_rank", "attention/query/u"), ("bam/btx", "mlp/router/kernel")],
 )
 def test_factors_and_experts_are_trained_by_preferences(batch_of, method, trained):
-    bindings = {"low_rank": ["RANK=0.5"], "btx": ["EXPERTS=2", "TOP_K=2"]}[method]
+    bindings = {"low_rank/low_rank": ["RANK=0.5"], "bam/btx": ["EXPERTS=2", "TOP_K=2"]}[method]
     recipe, objective, batch = batch_of(method, bindings=bindings)
     value, grads, metrics = gradients(recipe, objective, batch)
-    assert np.isfinite(value) and ("auxiliary_loss" in metrics) == (method == "btx")
+    assert np.isfinite(value) and ("auxiliary_loss" in metrics) == (method == "bam/btx")
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): g
         for path, g in jax.tree_util.tree_leaves_with_path(grads)
@@ -386,7 +387,7 @@ def test_a_mixture_learns_the_pairs_beside_its_balance_loss(
     experts = [f"{name}={trained_run.path}" for name in "ab"]
     assert command("upcycle", "--method=btx", "--experts", *experts, f"--to={mixture}") == 0
     given = (*fixed, f"INITIAL_CHECKPOINT_PATH={str(mixture)!r}", "EXPERTS=2", "TOP_K=2")
-    result = train(*flags(tmp_path / "run", *given, methods=["btx"]))
+    result = train(*flags(tmp_path / "run", *given, methods=["bam/btx"]))
     assert result.status == 0, result.err
     for row in check_learned(tmp_path / "run"):
         # Of two experts that both are chosen: the balance loss is its weight, 0.01, and z-loss comes on top.
@@ -406,6 +407,8 @@ def test_factors_learn_the_pairs_against_the_dense_model_that_they_were(
         "dense/mlp.GatedMlp.dense=@linear.Dense",
     )
     given = (*fixed, *dense, "RANK=1.0", "INITIAL_SCOPE='params'")
-    result = train(*flags(tmp_path / "full", *given, methods=["low_rank", "decompose"]))
+    result = train(
+        *flags(tmp_path / "full", *given, methods=["low_rank/low_rank", "low_rank/decompose"])
+    )
     assert result.status == 0, result.err
     check_learned(tmp_path / "full")

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.config import TransformerConfig
+from model.embed import Positions
 from model.transformer import Transformer
 from trainers import initialise, partitioning
 from trainers.decoding.decoder import Decoder
@@ -49,9 +50,9 @@ def settings_of(sampling):
     return Settings(max_new_tokens=6, sampling=sampling, eos_ids=(EOS,), num_ids=VOCAB - 2)
 
 
-def generator(sampling, *, batch_size=2, sharding=ONE, prompts=PROMPTS):
+def generator(sampling, *, batch_size=2, sharding=ONE, prompts=PROMPTS, model=MODEL):
     return Generator(
-        MODEL, prompts, settings_of(sampling), batch_size=batch_size, sharding=sharding, seed=0
+        model, prompts, settings_of(sampling), batch_size=batch_size, sharding=sharding, seed=0
     )
 
 
@@ -138,8 +139,8 @@ def test_a_mesh_that_splits_weights_and_batches_reads_and_writes_the_same():
 
 
 def test_learned_positions_bound_prompt_and_output():
-    limited = {**parameters(), "positions": {"embedding": np.zeros((8, 16), np.float32)}}
+    limited = MODEL.clone(position_embed=functools.partial(Positions, num_positions=8))
     with pytest.raises(ValueError, match="with 6 new ones.*8 positions.*Lower max_new_tokens"):
-        generator(Sampling())(limited, 0)
+        generator(Sampling(), model=limited)(parameters(), 0)
     with pytest.raises(ValueError, match="only 8 positions"):
-        Reader(MODEL, batch_size=2, sharding=ONE)(limited, ROWS)
+        Reader(limited, batch_size=2, sharding=ONE)(parameters(), ROWS)

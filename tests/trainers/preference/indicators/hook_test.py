@@ -115,7 +115,7 @@ def vowels(completions):
 def hook(path, *, step=0, give_up=lambda done: False, model=MODEL, **settings):
     run = RunContext(
         path=path, writer=True, step=step,
-        program=types.SimpleNamespace(**vars(PROGRAM), recipe=types.SimpleNamespace(model=model)),
+        program=types.SimpleNamespace(**vars(PROGRAM), recipe=types.SimpleNamespace(language_model=model)),
         learning_rate=lambda step: 0.0, give_up=give_up,
     )  # fmt: skip
     given = {"pairs": lambda task: Pairs(task), "tasks": ["a"], "vocabulary": Letters()}
