@@ -215,6 +215,7 @@ POSITIONAL = {
     "launch.run.load_run.RunConfig.vocabulary",
     "launch.train.train.tasks",
     "model.transformer.Transformer.norm",
+    "trainers.distillation.objective.distillation.divergence",
     "trainers.online.groups.Groups.advantages",
     "trainers.online.policy_gradient.policy_gradient.loss",
     "trainers.preference.objectives.preference.preference.losses",

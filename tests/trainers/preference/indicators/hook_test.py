@@ -20,6 +20,7 @@ from trainers.preference.indicators import held_out, samples
 from trainers.preference.indicators.alarm import StoppingRule
 from trainers.preference.indicators.hook import PreferenceIndicators
 from trainers.telemetry import metric_writers
+from trainers.train_state import TrainState
 
 MODEL = Transformer(
     config=TransformerConfig(vocab_size=32, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16)
@@ -56,7 +57,7 @@ def parameters(seed=0):
 
 
 def state(seed):
-    return types.SimpleNamespace(params=parameters(seed), ema_params=None)
+    return TrainState(step=0, opt_state=(), params=parameters(seed), ema_params=None)
 
 
 @jax.jit
@@ -187,7 +188,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_interrupted(tmp_path, capl
         found = []
         for step in part:
             weights = jax.tree.map(functools.partial(np.multiply, scales[step]), parameters(0))
-            reached = types.SimpleNamespace(params=None, ema_params=weights)
+            reached = TrainState(step=0, opt_state=(), params=None, ema_params=weights)
             found.append((step, dict(made(step, reached, {}))))
             written(path, found[-1:])
         return found
@@ -222,7 +223,7 @@ class Falling:
 
     def __call__(self, step):
         self.step = step
-        return self.made(step, types.SimpleNamespace(params=None, ema_params=None), {})
+        return self.made(step, TrainState(step=0, opt_state=(), params=None, ema_params=None), {})
 
 
 ENTROPIES = [2.0, 2.4, 2.3, 2.2, 2.1, 2.0, 1.9]
@@ -390,8 +391,8 @@ def test_the_streams_are_opened_as_the_seam_says(tmp_path):
 
 
 def test_of_an_actor_and_critic_the_actor_is_read(tmp_path):
-    whole = types.SimpleNamespace(
-        params={"backbone": parameters(1), "value_head": {}}, ema_params=None
+    whole = TrainState(
+        step=0, opt_state=(), params={"backbone": parameters(1), "value_head": {}}, ema_params=None
     )
     found = hook(tmp_path / "whole", model=ActorCritic(backbone=MODEL), reference=Reference())
     alone = hook(tmp_path / "alone", reference=Reference())
