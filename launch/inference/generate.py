@@ -32,8 +32,8 @@ def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if "prompt" not in row or not row.keys().isdisjoint(_PROMPT_KEYS):
         return row
     prompt = row["prompt"]
-    others = {key: value for key, value in row.items() if key != "prompt"}
-    return {**others, "text" if isinstance(prompt, str) else "messages": prompt}
+    rest = {key: value for key, value in row.items() if key != "prompt"}
+    return {**rest, "text" if isinstance(prompt, str) else "messages": prompt}
 
 
 def print_continuations(

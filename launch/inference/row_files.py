@@ -46,15 +46,15 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
       rows: made one by one, by all processes together.
       writer: whether this process writes; the others only make them.
     """
-    made = iter(rows)
-    first = list(itertools.islice(made, 1))  # An error in the first row changes no file.
+    iterator = iter(rows)
+    first = list(itertools.islice(iterator, 1))  # An error in the first row changes no file.
     if not writer:
-        for _ in made:
+        for _ in iterator:
             pass
         return
     partial = f"{path}.partial"
     with open(partial, "wb", buffering=0) as file:
-        for row in itertools.chain(first, made):
+        for row in itertools.chain(first, iterator):
             file.write(_line(row))
     os.replace(partial, path)
 

@@ -148,9 +148,11 @@ def _of_task(name: str) -> Iterator[str]:
     from data import tasks
     from data.text.sources import names
 
-    known = seqio.TaskRegistry.names()
-    if name not in known:
-        hint = f"; {names.nearest(name, sorted(known))}" if known else ": none is registered"
+    registered = seqio.TaskRegistry.names()
+    if name not in registered:
+        hint = (
+            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
+        )
         raise EmbeddingsError(
             f"{TASK}{name}: no such SeqIO task{hint} (--gin_file=FILE registers some)"
         )
@@ -208,7 +210,9 @@ def table(embeddings: Embeddings) -> str:
     ]
     cosines = embeddings.vectors_NM @ embeddings.vectors_NM.T
     for i, (name, raw) in enumerate(embeddings.domains.items()):
-        others = [(cosines[i, j], other) for j, other in enumerate(embeddings.names) if j != i]
-        nearest = "" if not others else "  nearest {1} ({0:+.2f})".format(*max(others))
+        similarities = [
+            (cosines[i, j], other) for j, other in enumerate(embeddings.names) if j != i
+        ]
+        nearest = "" if not similarities else "  nearest {1} ({0:+.2f})".format(*max(similarities))
         lines.append(f"  {name:16} {raw.documents:6,} documents{nearest}")
     return os.linesep.join(lines)

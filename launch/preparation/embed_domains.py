@@ -191,14 +191,14 @@ def _settings(flags: argparse.Namespace, frozen: Mapping[str, Any] | None) -> di
 
     kind = flags.encoder or (frozen["kind"] if frozen else "ngrams")
     names = dict.fromkeys(name for own in ENCODERS.values() for name in own)
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    if wrong := [name for name in given if name not in ENCODERS[kind]]:
+    chosen = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if wrong := [name for name in chosen if name not in ENCODERS[kind]]:
         raise EmbeddingsError(
             f"--{wrong[0]} is no setting of --encoder={kind}, which has "
             f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: leave it out"
         )
     begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
-    settings = {**begun, **given}
+    settings = {**begun, **chosen}
     for name in PLACES:
         if name in settings and settings[name] is None:
             raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")

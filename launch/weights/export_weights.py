@@ -145,9 +145,9 @@ def _generation(
     """generation_config.json: the one it came with, else that of the tokenizer's files."""
     if original := source.get("generation_config"):
         return original
-    known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    token_ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
-    return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}
+    return {**token_ids, **(json.loads(path.read_bytes()) if path.exists() else {})}
 
 
 def _write_json(folder: str, name: str, value: Any) -> None:

@@ -136,18 +136,20 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, LoadError, RowFileError, DamagedCheckpointError.
     """
-    given: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
+    options: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
     if not isinstance(config.model.config, TransformerConfig):
         raise LoadError(
             f"The checkpoint is of a {type(config.model).__name__}, and this command reads language models."
         )
-    source = SourceModel(given.checkpoint, given.params)
+    source = SourceModel(options.checkpoint, options.params)
     transform: base.TreeTransform = Recompose()
     bindings = _bindings(dense=True)
-    if not given.recompose:
-        made = Decomposition(given, _input_moments(config, given) if given.calibrate else {})
-        ranks = made.ranks(source)
-        transform = Decompose(made.split)
+    if not options.recompose:
+        decomposition = Decomposition(
+            options, _input_moments(config, options) if options.calibrate else {}
+        )
+        ranks = decomposition.ranks(source)
+        transform = Decompose(decomposition.split)
         bindings = [
             *_bindings(dense=False),
             "lowrank.Factorisation.rank_rule = 'absolute'",
@@ -156,10 +158,10 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         ]
     meta = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
     recipes = transformed_run.write(
-        given.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
+        options.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
     )
-    notes, totals = ({}, []) if given.recompose else _sizes(recipes, made)
-    print("\n".join([*base.table(recipes, notes), *totals, f"written to {given.to}"]))
+    notes, totals = ({}, []) if options.recompose else _sizes(recipes, decomposition)
+    print("\n".join([*base.table(recipes, notes), *totals, f"written to {options.to}"]))
 
 
 def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any]:
@@ -191,16 +193,16 @@ def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, st
         factors_size = math.prod(u_shape) + math.prod(v_shape)
         dense, small = dense + kernel, small + factors_size
         larger = " LARGER" if factors_size > kernel else ""
-        lost = made.lost[path.removesuffix("/u")]
-        notes[path] = f", {factors_size / kernel:.3f} of its size{larger}, lost {lost:.2%}"
+        lost_energy = made.lost[path.removesuffix("/u")]
+        notes[path] = f", {factors_size / kernel:.3f} of its size{larger}, lost {lost_energy:.2%}"
     lines = [
         f"decomposed {len(notes)} kernels: {dense:,} parameters to {small:,} ({small / dense:.3f})"
     ]
     lines.append("lost: the fraction of the squared singular values that factors lack")
     weighted = [path for path in made.lost if path in made.moments]
     if weighted:
-        others = len(made.lost) - len(weighted)
-        unweighted = f"; {others} others are not" if others else ""
+        num_unweighted = len(made.lost) - len(weighted)
+        unweighted = f"; {num_unweighted} others are not" if num_unweighted else ""
         lines.append(f"{len(weighted)} kernels are weighted by their inputs{unweighted}")
     return notes, lines
 

@@ -172,13 +172,13 @@ def new_directory(target: str) -> Iterator[str]:
 def _parents(folder: str) -> Iterator[None]:
     """Makes a directory and those above it; after an error they are gone again, unless used."""
     above = [folder, *map(str, pathlib.Path(folder).parents)]
-    made = [path for path in above if not os.path.isdir(path)]
+    missing = [path for path in above if not os.path.isdir(path)]
     os.makedirs(folder, exist_ok=True)
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # Others have put something there since.
-            for path in made:
+            for path in missing:
                 os.rmdir(path)
         raise
 

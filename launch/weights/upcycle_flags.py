@@ -270,10 +270,10 @@ def parsed(flags: argparse.Namespace, target: Any) -> Any:
     Raises:
       TransformError: see the dataclass's `check`.
     """
-    given = setting_flags.given(flags, target)
-    made = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    made.check()
-    return made
+    values = setting_flags.given(flags, target)
+    result = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    result.check()
+    return result
 
 
 def main(doc: str, command: str, module: str, add_flags: Any) -> int:
