@@ -354,7 +354,7 @@ def compute(
 
 
 def plain(value: Any) -> Any:
-    """The result of a metric function as JSON; a picture or histogram becomes the name of its class."""
+    """Returns the result of a metric function as JSON; an image or histogram becomes the name of its class."""
     from seqio import metrics as seqio_metrics
 
     if isinstance(value, seqio_metrics.Scalar):
@@ -363,7 +363,7 @@ def plain(value: Any) -> Any:
         return plain(value.textdata)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if hasattr(value, "tolist"):  # of numpy and jax, scalars too
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}

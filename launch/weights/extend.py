@@ -41,7 +41,7 @@ from model.transforms.experts import Mixture
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """A new mixture: how it is computed, of which models, and its record."""
+    """A new mixture: its transform, source models, and record."""
 
     transform: TreeTransform
     sources: list[SourceModel]
@@ -80,7 +80,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 
 def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
-    """The settings of a mixture, from its configuration, parameters and record."""
+    """Returns the settings of a mixture, from its configuration, parameters and record."""
     first = model.layer_settings()[0]
     if first.mlp.experts != len(record["experts"]):
         raise TransformError(
@@ -103,7 +103,7 @@ def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
 
 
 def _vectors(moe: SourceModel, path: str) -> np.ndarray:
-    """The embeddings [E, M], equal in all layers."""
+    """Returns the domain embeddings [E, M], which are equal in all layers."""
     vectors = moe.open(path).read()
     return vectors.reshape(-1, *vectors.shape[-2:])[0]
 

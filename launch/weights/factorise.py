@@ -49,14 +49,14 @@ _OWNERS = (
 
 
 class Decomposition:
-    """Ranks and factors of kernels, and the loss of each.
+    """Ranks and factors of kernels, and the error of each.
 
     Args:
-      given: which kernels, and how far.
-      moments: second moments of inputs by path, for layers whose outputs are to be preserved.
+      given: flags that choose kernels and ranks.
+      moments: second moments of inputs by path, for layers whose output error is minimised.
 
     Attributes:
-      lost: the fraction of the squared singular values that the factors lack, by path.
+      lost: fraction of the squared singular values that the factors do not represent, by path.
     """
 
     def __init__(self, given: FactoriseFlags, moments: Mapping[str, Any]):
@@ -66,12 +66,12 @@ class Decomposition:
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def ranks(self, source: SourceModel) -> dict[str, int]:
-        """The rank of each chosen kernel, by path of its module.
+        """Returns the rank of each chosen kernel, by path of its module.
 
-        The rule 'energy' decomposes all kernels, and keeps the factors for `split`.
+        The rule 'energy' decomposes all kernels here, and stores the factors for `split`.
 
         Raises:
-          TransformError: no kernels, a kernel that is not finite, or a rank that a matrix cannot have.
+          TransformError: no kernels, a kernel with values that are not finite, or an impossible rank.
         """
         shapes, rule = source.abstract.shapes, self._given.rank_rule
         ranks: dict[str, int] = {}
@@ -107,10 +107,10 @@ class Decomposition:
 
 
 def chosen(shapes: Shapes, layers: Sequence[str]) -> list[str]:
-    """The modules whose kernels are decomposed: projections of attention and MLPs that a pattern matches, or all.
+    """Returns the modules whose kernels are decomposed: projections of attention and MLPs, filtered by `layers`.
 
     Raises:
-      TransformError: there are factors already, no module, or a pattern without a match.
+      TransformError: the model already has factors, there is no such module, or a pattern matches none.
     """
     if twice := decompose.factorised_modules(shapes):
         raise TransformError(f"{twice[0]} is factorised already: --recompose the checkpoint first.")
@@ -165,7 +165,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 
 def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any]:
-    """Second moments of the layers' inputs on the texts of --calibrate, by path."""
+    """Returns second moments of the layers' inputs on the texts of --calibrate, by path."""
     from trainers.low_rank.input_moments import input_moments
 
     length = given.calibrate_length or 512
@@ -183,7 +183,7 @@ def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any
 
 
 def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, str], list[str]]:
-    """What factors cost and lose: notes on them by path of U, and the totals as lines."""
+    """Returns notes on size and error of the factors, by path of U, and lines with the totals."""
     notes, dense, small = {}, 0, 0
     for recipe in recipes:
         if len(recipe.outputs) == 1:
@@ -208,7 +208,7 @@ def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, st
 
 
 def _bindings(*, dense: bool) -> list[str]:
-    """What makes the layers of any model factorised, or dense again."""
+    """Returns the gin lines that make the layers of any model factorised, or dense again."""
     lines = ["# Of launch.upcycle factorise."]
     lines += [f"from model import {name}" for name in ("attention", "linear", "mlp")]
     lines += ["from model.low_rank import lowrank", "from model.moe import moe"]

@@ -95,14 +95,14 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 
 def expert_lines(record: dict[str, Any]) -> list[str]:
-    """The experts of a mixture's record in their order, with what each is made of."""
+    """Returns a line for each expert in a mixture's record, in order, with its source."""
     wide = max(map(len, record["experts"]))
     pairs = zip(record["experts"], record["sources"], strict=True)
     return [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(pairs)]
 
 
 def _settings(given: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]:
-    """Values of the method files' macros."""
+    """Returns values of the method files' macros."""
     if given.method == "soup":
         return {}
     settings = {
@@ -118,7 +118,7 @@ def _settings(given: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]
 
 
 def _experts(given: UpcycleFlags) -> list[tuple[str, SourceModel]]:
-    """Names and models of the experts."""
+    """Returns names and models of the experts."""
     named: list[tuple[str, SourceModel]] = []
     for entry in given.experts:
         name, path = upcycle_flags.split(entry)

@@ -176,9 +176,9 @@ class EspalierLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after the start token and BOS unless add_special_tokens is False."""
+        """Returns the ids of a text, after the start token and BOS unless add_special_tokens is False."""
         vocabulary = self._run.vocabulary
-        # Contexts may be rendered conversations, whose special tokens are meant.
+        # Contexts may be rendered conversations, which contain special tokens.
         encode = getattr(vocabulary, "encode_special", vocabulary.encode)
         ids = list(encode(string))
         return ids if add_special_tokens is False else self._run.context(self._run.after_bos(ids))
@@ -263,11 +263,11 @@ class EspalierLM(TemplateLM):
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
-        """(index, likelihood) of each (context, continuation), after contexts that are too long are cut at their beginning."""
+        """Yields (index, likelihood) of each (context, continuation); long contexts are cut at their beginning."""
         cut = 0
         scored_rows = []
         for context, continuation in pairs:
-            room = self.max_length + 1 - len(continuation)  # the last token is not read
+            room = self.max_length + 1 - len(continuation)  # the last token is not an input
             if room < 1:
                 raise LoadError(
                     f"A continuation has {len(continuation)} tokens, and the model reads "
