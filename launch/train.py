@@ -95,11 +95,11 @@ def train(
       (status 75 of the command).
 
     Raises:
-      ValueError: a configuration, mesh, data or run directory that does not fit.
+      ValueError: a configuration, mesh, data or run directory that does not match the run.
       AnomalousStepError: the loss policy ended the run.
     """
     goodput = Goodput(started=process_start() if started is None else started)
-    # Everything that can be wrong without data is checked before any data is touched.
+    # All checks that need no data come before any data are opened.
     _check_lengths(
         TRAIN_STEPS=total_steps,
         TRAIN_TOKENS=total_tokens,
