@@ -1,7 +1,7 @@
 """Reads a gin configuration against the code it names: imports, bindings, and their references.
 
-Follows gin's own order and rules (each file sees only its own imports; later bindings win) but
-changes nothing in gin and goes on after a problem.
+Follows gin's own order and rules (each file sees only its own imports; later bindings win), but does not change gin's state, and
+continues after a problem.
 """
 
 import dataclasses

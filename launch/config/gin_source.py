@@ -1,4 +1,4 @@
-"""Parses gin files statement by statement and goes on after an error, so that all are reported."""
+"""Parses gin files statement by statement, and continues after an error, so that all errors are reported."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""Writes the gin text that builds a given model: the configuration of imported weights.
+"""Writes gin text that builds a model, for the configuration of imported weights.
 
 A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
 dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with

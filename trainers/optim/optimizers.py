@@ -226,7 +226,7 @@ def sgd(
     no_decay: Sequence[str] = (),
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Stochastic gradient descent, with heavy-ball momentum if given.
+    """Stochastic gradient descent, with heavy-ball momentum unless `momentum` is None.
 
     Args:
       nesterov: use Nesterov momentum (Sutskever et al., 2013).
