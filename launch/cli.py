@@ -1,9 +1,9 @@
-"""What all commands share: flags, environment, configuration, and errors that name a remedy.
+"""The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
 A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
 help text, with an example that can be run. Its function `main(argv=None)` adds flags, calls the work through `main` or
-`run_command` of this module, and returns the exit status. Modules that import jax are imported by the functions that
-need them: --help answers at once, and jax starts in the environment that is set here.
+`run_command` of this module, and returns the exit status. Functions import modules that need jax only when they run, so
+that --help is fast, and jax starts with the environment variables that are set here.
 """
 
 import argparse
@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # gin is imported only once the flags have been read
 
 OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
-INTERRUPTED = os.EX_TEMPFAIL  # 75: start it again
+INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
-_by_console = False  # whether it has started this process
+_by_console = False  # whether the script `espalier` started this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Start:
         return self.config.entry(**overrides)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments that gin binds to the entry function, for commands that need some of them."""
+        """Returns the arguments that gin binds to the entry function, for commands that need some of them."""
         return self.config.arguments()
 
 
@@ -63,21 +63,21 @@ def main(
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
 
-    The status is that of `status_of`.
+    See `status_of` for the exit status.
 
     Args:
       doc: help text; the first line is the description, the rest follows the flags.
-      entry: 'package.module:function', the keyword-only function gin configures. It is imported by
-        this name, never as `__main__`, after the flags are read.
+      entry: 'package.module:function', the keyword-only function that gin configures. It is imported by
+        this name, never as `__main__`, after the flags are parsed.
       extra_flags: adds this entry point's own flags to the parser.
-      run: called with the `Start` in place of the entry function.
-      default_files: gin files read before those of --gin_file, from the flags; such as the
-        configuration in a checkpoint's run directory. Their author is not trusted: they may name harmless
-        objects only (launch/config/gin_trust.py).
-      command: name of this entry point where it is not the module of `entry`.
-      unused: macros of `entry` that do not matter here, with a value for each that nothing sets.
-      part: whether the command uses a part of the configuration of a training run.
-      argv: arguments in place of the process's own; the process is not restarted then.
+      run: called with the `Start` instead of the entry function.
+      default_files: returns, from the flags, gin files that are read before those of --gin_file, such as the
+        configuration in a checkpoint's run directory. They are not trusted: they may use only harmless
+        names (launch/config/gin_trust.py).
+      command: name of this entry point, if it is not the module of `entry`.
+      unused: macros of `entry` that do not matter here, with values to use if they are not set.
+      part: whether the command uses only a part of the configuration of a training run.
+      argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = _program(f"launch.{command}" if command else entry.partition(":")[0])
     usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
@@ -108,7 +108,7 @@ def main(
             part=part,
         )
         for warning in config.warnings:
-            # Of another entry point's configuration only a part is expected to have an effect.
+            # Files of another entry point have bindings without effect here, which is expected.
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)
@@ -130,13 +130,13 @@ def run_command(
     """Runs a command that takes no gin configuration: flags, environment, then the work.
 
     Args:
-      doc: help text, as of `main`.
-      command: such as 'sweep', or 'evaluate skills'.
+      doc: help text, as in `main`.
+      command: name of the command, such as 'sweep' or 'evaluate skills'.
       work: called with the flags. Its result decides the exit status, see `status_of`.
       add_flags: adds the command's flags to the parser.
-      usage: in place of argparse's.
-      huge_pages: whether the process restarts with malloc on huge pages, for work of XLA on CPU.
-      argv: arguments in place of the process's own; the process is not restarted then.
+      usage: usage text instead of argparse's.
+      huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
+      argv: arguments instead of the process's own; the process is then not restarted.
 
     Returns:
       The exit status.
@@ -156,10 +156,10 @@ def run_command(
 
 
 def status_of(call: Callable[[], Any]) -> int:
-    """Calls and returns the exit status, the same for all commands.
+    """Calls `call` and returns the exit status, by the same rules for all commands.
 
-    An integer result is the status. A mapping with a true 'interrupted' makes it 75, any other result 0. An error in the
-    input is printed, and makes it 2. Any other error is a bug, and is raised.
+    An integer result is the status. A mapping with a true 'interrupted' gives 75, any other result 0. An error in the
+    input is printed and gives 2. Any other error is a bug, and is raised.
     """
     try:
         result = call()
@@ -224,7 +224,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 
 def command_names() -> list[str]:
-    """Modules beside this one that are commands."""
+    """Returns the names of the modules in this folder that are commands."""
     folder = os.path.dirname(os.path.abspath(__file__))
     commands = []
     for file in sorted(os.listdir(folder)):
@@ -236,26 +236,26 @@ def command_names() -> list[str]:
 
 
 def summary(module: str) -> str:
-    """The first line of a module's docstring; the module is not imported."""
+    """Returns the first line of a module's docstring, without importing the module."""
     path = os.path.join(environment.ROOT, *module.split(".")) + ".py"
     with open(path, encoding="utf-8") as source:
         return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
 
 
 def papers_with(module: str) -> list[str]:
-    """Names of the papers, folders of launch/papers, that have a module of this name."""
+    """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
     folder = os.path.join(environment.ROOT, "launch", "papers")
     return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence, after a space, that names the known name most like a misspelt one; empty where none is like it."""
+    """Returns a sentence, after a space, with the known name most similar to a misspelt one; '' if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Nearest: {near[0]}." if near else ""
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose help text is a module's docstring: the first line describes, the rest follows the flags."""
+    """Returns a parser with a module's docstring as help text: the first line as description, the rest after the flags."""
     description, _, rest = doc.strip().partition("\n")
     return argparse.ArgumentParser(
         prog=program,
@@ -268,7 +268,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 
 def _program(module: str) -> str:
-    """The program's name in its help text: as it was started, `espalier NAME` or `python -m launch.NAME`."""
+    """Returns the program's name for its help text, `espalier NAME` or `python -m launch.NAME`, as it was started."""
     return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
 
 
@@ -307,7 +307,7 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:
-    """The flags, and the 'NAME=VALUE' bindings in order."""
+    """Returns the flags, and the 'NAME=VALUE' bindings in order."""
     bindings = [a.removeprefix("--gin.") for a in argv if a.startswith("--gin.")]
     flags = parser.parse_args([a for a in argv if not a.startswith("--gin.")])
     for binding in bindings:
@@ -328,7 +328,7 @@ def _paths(values: Sequence[str]) -> list[str]:
 
 
 def _meant_for_people(error: Exception) -> bool:
-    """An error this project raised itself about its input; anything else is a bug to be traced."""
+    """Returns whether this project raised the error about its input; any other error is a bug and needs a traceback."""
     if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -343,6 +343,6 @@ def _meant_for_people(error: Exception) -> bool:
 def _report(error: Exception) -> None:
     if os.environ.get("ESPALIER_TRACEBACK") == "1":
         traceback.print_exception(error)
-    # Gin appends the functions it was calling; they mean nothing to someone who made a typo.
+    # Gin appends the functions that it was calling, which does not help after a typo.
     message = str(error).partition("\n  In call to configurable ")[0].rstrip()
     print(f"\nerror: {message}", file=sys.stderr)

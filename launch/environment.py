@@ -1,4 +1,4 @@
-"""Process environment of a command: set before jax starts, and the same for all of them."""
+"""The process environment, the same for all commands, which is set before jax starts."""
 
 import importlib
 import os
@@ -9,13 +9,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGES = ("model", "trainers", "data")
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
-# On CPU, level 3 compiles a sixth longer than level 2, to programs that are no faster.
+# On CPU, level 3 takes a sixth more compile time than level 2, and its programs are not faster.
 _OPTIMISATION = "xla_backend_optimization_level"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
 class RootError(ImportError):
-    """A package of this project is hidden by something else of the same name."""
+    """A package of this project is hidden by another package or folder of the same name."""
 
 
 def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
@@ -37,7 +37,7 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
 
 
 def cache_dir() -> str:
-    """The folder of everything that can be computed again: $ESPALIER_CACHE or ~/.cache/espalier."""
+    """Returns the folder of all caches: $ESPALIER_CACHE or ~/.cache/espalier."""
     return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 
@@ -46,7 +46,7 @@ def prepare() -> None:
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
-        # Most of the start-up time is compiling small programs: cache those too.
+        # Compiling small programs takes most of the start-up time, so cache these too.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
@@ -58,10 +58,10 @@ def prepare() -> None:
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this process anew with malloc on huge pages, once, where that helps.
+    """Restarts this process once with malloc on huge pages, if that helps.
 
-    XLA allocates the temporaries of a step anew at each call; with 4 KiB pages the page faults take
-    a fifth of a training step on CPU. glibc reads the setting only when a process starts.
+    XLA allocates the temporaries of a step at each call; with 4 KiB pages the page faults take a fifth of a training
+    step on CPU. glibc reads the setting only when a process starts.
     ESPALIER_HUGE_PAGES=0 turns this off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
@@ -100,13 +100,13 @@ def _thp_available() -> bool:
 def join_processes(
     coordinator_address: str | None, process_count: int | None, process_index: int | None
 ) -> None:
-    """Connects the processes of one run; nothing to do for a single one.
+    """Connects the processes of one run; does nothing for a single process.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, or 'auto' to let jax find everything out from the
+      coordinator_address: HOST:PORT of process 0, or 'auto' to let jax detect everything from the
         cluster (TPU pods, SLURM, Open MPI).
       process_count: number of processes.
-      process_index: this one's number, from 0.
+      process_index: index of this process, from 0.
     """
     if coordinator_address is None:
         return

@@ -27,7 +27,7 @@ from launch.run import load_run
 from launch.run.load_run import LoadError
 from trainers.decoding.settings import Beams, Sampling, Settings
 
-# As model/kv_cache/policies.py has them, without importing JAX to print a help text.
+# The policies of model/kv_cache/policies.py, copied because importing them would load JAX for a help text.
 CACHE_POLICIES = """\
 full           everything
 sliding        the last tokens: window=4096
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(start: cli.Start) -> None:
-    """Generates as the flags say.
+    """Generates with the settings of the flags.
 
     Raises:
-      LoadError: flags that do not go together.
+      LoadError: flags that exclude each other.
     """
     flags = start.flags
     options = options_of(flags)
@@ -141,10 +141,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of launch/inference/generate.py.
+    """Returns the arguments for launch/inference/generate.py.
 
     Raises:
-      LoadError, ValueError: flags that do not go together, or values out of range.
+      LoadError, ValueError: flags that exclude each other, or values out of range.
     """
     from model.kv_cache.policies import policy_from_text
 
@@ -214,7 +214,7 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE texts as a mapping."""
+    """Returns NAME=VALUE texts as a mapping."""
     settings: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")

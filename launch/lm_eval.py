@@ -20,13 +20,13 @@ MODEL = "espalier"
 
 
 def register() -> None:
-    """Makes the model known to the harness.
+    """Registers the model in the harness.
 
     Raises:
       LoadError: the harness is not installed.
     """
     try:
-        import lm_eval.models  # noqa: F401  # which registers the harness's own ones, once
+        import lm_eval.models  # noqa: F401  # registers the harness's own models
         from lm_eval.api.registry import model_registry
     except ImportError as error:
         from launch.run.load_run import LoadError
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def main() -> int:
-    """The harness's command line, on this process's arguments."""
+    """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
         environment.restart_with_huge_pages()

@@ -32,7 +32,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
-    """Trains the arms that are not done yet and shows them side by side."""
+    """Trains the arms that are not done yet, and compares all arms."""
     from launch.config import gin_config
     from launch.report import report
 
@@ -64,7 +64,7 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _sample(directory: str) -> str:
-    """A sampled continuation of PROMPT by the newest checkpoint of a run."""
+    """Returns a sampled continuation of PROMPT by the newest checkpoint of a run."""
     from launch.inference import generate
     from launch.run import load_run
     from trainers.decoding.sampling import Sampling

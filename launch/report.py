@@ -38,9 +38,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_papers() -> list[Any]:
-    """The modules launch/papers/NAME/report.py. Each has FLAG, HELP and `report(directories, out)`.
+    """Returns the modules launch/papers/NAME/report.py. Each has FLAG, HELP and `report(directories, out)`.
 
-    The function writes the report of directories to a path, and returns a text to print.
+    `report` writes the report of directories to a path, and returns a text to print.
     """
     return [
         importlib.import_module(f"launch.papers.{paper}.report")
@@ -58,12 +58,12 @@ def _run(flags: argparse.Namespace) -> None:
     try:
         print(module.report(directories, pathlib.Path(flags.out)))
     except (ValueError, FileNotFoundError) as error:
-        # A directory lacks a file, or has a damaged one: an error of the input.
+        # A file is missing or damaged: an error in the input.
         raise ValueError(str(error)) from error
 
 
 def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
-    """Prints the table of `runs` (name -> directory), writes report.json and report.png to `out`.
+    """Prints a table that compares `runs` (name -> directory), and writes report.json and report.png to `out`.
 
     Returns:
       {arm: {"step", "domains": {domain: {"loss", "bits_per_byte", ...}}}}.
@@ -87,7 +87,7 @@ def _domains(results: Mapping[str, Any]) -> list[str]:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Loss in nats per token and bits per byte, a column per arm; the best of a row is bold."""
+    """Prints loss in nats per token and bits per byte, with a column per arm; the best of a row is bold."""
     from rich.console import Console
     from rich.table import Table
 
@@ -113,14 +113,14 @@ def _cell(values: Mapping[str, float] | None, best: float) -> str:
 def plot(
     results: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path
 ) -> None:
-    """Bits per byte by domain as bars, and the training loss as curves, an arm per colour."""
+    """Plots bits per byte by domain as bars, and the training loss as curves, with a colour per arm."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed
     import matplotlib.pyplot as plt
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # the right axis label stays clear of the bars
+    figure.get_layout_engine().set(wspace=0.06)  # keeps the right axis label away from the bars
     domains = _domains(results)
     width = 0.8 / len(results)
     for i, (name, result) in enumerate(results.items()):

@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def slugs() -> list[str]:
     """Returns the papers that can be reproduced: the folders of launch/papers with a measure.py and a page.py.
 
-    measure.py has TITLE, PARTS (name -> what it measures), `run(model_dir, parts, **other flags)` and perhaps
-    `add_flags(parser)`. SEEDS, the usual number, means that its runs are sweeps' and take --seeds, --workers and
-    --minutes. page.py has `write(measured, out, facts)`.
+    measure.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
+    `add_flags(parser)`. If it has SEEDS, the default number of seeds, its runs are sweeps, with flags --seeds, --workers
+    and --minutes. page.py has `write(measured, out, facts)`.
     """
     folders = (pathlib.Path(path) for path in papers.__path__)
     return sorted(
@@ -95,7 +95,7 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
 
 
 def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Runs the rest of a reproduction and writes its report; returns 1 where a claim that must hold does not."""
+    """Runs the unfinished parts of a reproduction and writes its report; returns 1 if a claim that must hold does not."""
     from launch.papers.shared import claim, sweeps
 
     settings = vars(flags).copy()

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from launch.sweeping.file import Run
     from launch.sweeping.folder import Planned, SweepFolder
 
-# How long to wait for runs of a sweep that was killed.
+# Seconds to wait for the runs of a killed sweep to save.
 _SAVING_SECONDS = 60.0
 _LISTED = 10
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of finished runs; see launch/sweeping/results.py."""
+    """Returns the rows of finished runs; see launch/sweeping/results.py."""
     from launch.sweeping import results
 
     return results.read_results(path)
@@ -93,7 +93,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 
 def _status(flags: argparse.Namespace) -> int:
-    """Prints the states of the runs in the folder; a sweep that runs there is not disturbed."""
+    """Prints the states of the runs in the folder, without disturbing a running sweep."""
     from rich.console import Console
 
     from launch.sweeping import driver, screen
@@ -141,7 +141,7 @@ def _sweep(flags: argparse.Namespace) -> int:
 
 
 def _command(folder: "SweepFolder", run: str) -> tuple[str, ...]:
-    """The words of the command that runs a run."""
+    """Returns the words of the command that executes a run."""
     program = (sys.executable, "-m", "launch.sweeping.run")
     return (*program, f"--out={folder.path}", f"--run={run}")
 
@@ -158,7 +158,7 @@ def _check_budgets(flags: argparse.Namespace, runs: "Sequence[Run]") -> None:
 
 
 def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple[Planned, ...]":
-    """The runs that a pattern matches, and all they start from or are made of."""
+    """Returns the runs that a pattern matches, and all runs they depend on."""
     if not patterns:
         return tuple(plan)
     names = [planned.name for planned in plan]
@@ -176,7 +176,7 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
 
 
 def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
-    """A sweep that was killed leaves runs that are still saving their work."""
+    """Waits for runs of a killed sweep that are still saving."""
     until = time.monotonic() + _SAVING_SECONDS
     for planned in wanted:
         if folder.in_use(planned.name):
@@ -195,7 +195,7 @@ def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
 def _make_room(
     folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]", rerun: bool
 ) -> None:
-    """Refuses runs that have begun with another configuration, or puts them aside."""
+    """Raises an error for runs that began with another configuration or, with `rerun`, moves them to `replaced/`."""
     from launch.sweeping import check
 
     changed = {planned.name: folder.changed(planned) for planned in wanted}
@@ -217,7 +217,7 @@ def _make_room(
 
 
 def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]") -> None:
-    """Prints the runs that are planned, and a command for each kind of arm."""
+    """Prints the planned runs, and a command for each kind of arm."""
     from rich.console import Console
 
     from launch.sweeping import check, driver, screen

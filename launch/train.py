@@ -68,38 +68,38 @@ def train(
 
     Args:
       recipe: model, objective, optimiser, mesh.
-      model_dir: the run's directory; an interrupted run continues from its newest good checkpoint.
-      stream: opens the training data; called with (positions=) to read on where another run stopped.
-      total_steps: updates in all, including those of earlier starts of this run.
-      total_tokens: instead of total_steps: loss-bearing tokens (or images) in all.
+      model_dir: the run's directory; an interrupted run continues from its newest undamaged checkpoint.
+      stream: opens the training data; called with (positions=) to continue at the position where another run stopped.
+      total_steps: total updates, including those of earlier starts of this run.
+      total_tokens: instead of total_steps: total loss-bearing tokens (or images).
       tasks: functions that register SeqIO tasks.
-      eval_stream: opens the held-out split of a task, called with (task=).
-      eval_tasks: tasks to evaluate; the sources of the training stream when None.
+      eval_stream: opens the held-out split of a task; called with (task=).
+      eval_tasks: tasks to evaluate; None for the sources of the training stream.
       eval_period: updates between evaluations; the last update is always followed by one.
       eval_steps: batches per task; None for whole splits.
       checkpoint_period: updates between checkpoints; the last update is always saved.
       checkpointer: factory, called with the directory.
-      initial: what a run without checkpoints of its own starts from.
+      initial: the start of a run without checkpoints of its own.
       log_period: updates per row of metrics.
-      writers: factories of further metric writers, beside metrics.jsonl and TensorBoard; called by the
-        one process that writes, once everything has been checked.
+      writers: factories of metric writers besides metrics.jsonl and TensorBoard; called only in the
+        process that writes, after all checks.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
       rollouts: makes the batches of a run that trains on its own samples, from a stream of prompts;
         called with (stream=, program=, folder=), see trainers.hooks.FeedFactory.
-      started: reading of time.monotonic from which the run's time is counted; the start of this
-        process when None.
+      started: value of time.monotonic at which the run's time begins; None for the start of this
+        process.
 
     Returns:
       The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early
       (status 75 of the command).
 
     Raises:
-      ValueError: a configuration, mesh, data or run directory that does not fit.
+      ValueError: a configuration, mesh, data or run directory that does not match the run.
       AnomalousStepError: the loss policy ended the run.
     """
     goodput = Goodput(started=process_start() if started is None else started)
-    # Everything that can be wrong without data is checked before any data is touched.
+    # All checks that need no data come before any data are opened.
     _check_lengths(
         TRAIN_STEPS=total_steps,
         TRAIN_TOKENS=total_tokens,
@@ -140,7 +140,9 @@ def train(
         if rollouts is not None:
             feed = rollouts(stream=data.stream, program=program, folder=run.file("rollouts"))
         with (
-            goodput.measure("compile"),  # what is left of it once the state is restored
+            goodput.measure(
+                "compile"
+            ),  # only compile time that remains after the state is restored
             program.compiling(steps.train, feed.abstract()),
             goodput.measure("init"),
         ):
@@ -198,7 +200,7 @@ def train(
             anomaly=program.recipe.anomaly,
             stop=stop,
         )
-        # Everything that gin configures has been called, except what hooks call.
+        # Everything that gin configures has been called by now, except functions that hooks call.
         run.write_operative_config(gin_config.operative_config_str())
         loop.run()
         run.write_operative_config(gin_config.operative_config_str())
@@ -208,7 +210,7 @@ def train(
 
 
 def _check_lengths(**numbers: float | None) -> None:
-    """Checks the numbers that must be positive, by macro; None is no number.
+    """Checks numbers that must be positive, by macro; None is not checked.
 
     Raises:
       ValueError: a number below 1, or not exactly one of TRAIN_STEPS and TRAIN_TOKENS.
@@ -224,7 +226,7 @@ def _check_lengths(**numbers: float | None) -> None:
 
 
 def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:
-    """Writes the files about mesh, data and parameters that do not change during the run.
+    """Writes the files on mesh, data and parameters that do not change during the run.
 
     Raises:
       RunDirectoryError: the data has changed since an earlier start of this run.
@@ -246,7 +248,7 @@ def _open_writers(
 ) -> metric_writers.MultiWriter:
     if not run.writer:
         return metric_writers.MultiWriter([])
-    after = first_step + 1 if first_step else 0  # step 0 has a row where hooks ran before it
+    after = first_step + 1 if first_step else 0  # step 0 has a row if hooks ran before it
     return metric_writers.MultiWriter(
         [
             metric_writers.JsonlWriter(run.metrics, first_step=after),
@@ -264,7 +266,7 @@ def _written_metrics(run: run_dir.RunDir, step: int) -> set[str]:
 
 def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
     """Returns the learning rate of each update, and of the one that would follow the last."""
-    # Tabulated: evaluated one by one they would wait behind the step that is running.
+    # Computed as a table, because single evaluations would wait for the running step.
     rate = jax.vmap(lambda step: jnp.asarray(program.recipe.learning_rate(step), jnp.float32))
     return np.asarray(rate(jnp.arange(total_steps + 1)))
 
@@ -272,7 +274,7 @@ def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
 def _row_metrics(
     program: Program, data: RunData, rates: np.ndarray
 ) -> Callable[[int, int, float], Mapping[str, float]]:
-    """Returns what computes a row's learning rate, throughput, utilisation and epochs on the host."""
+    """Returns a function that computes a row's learning rate, throughput, utilisation and epochs on the host."""
     per_unit, unit = program.train_flops_per_unit, program.recipe.inputs_spec.unit
     devices = list(program.mesh.devices.flat)
 
@@ -293,7 +295,7 @@ def _row_metrics(
 def _checkpoint_meta(
     meta: Mapping[str, Any], data: RunData, rates: np.ndarray
 ) -> Callable[[int, int], Mapping[str, Any]]:
-    """Returns what computes the facts in a checkpoint: `meta`, learning rate and places in the data."""
+    """Returns a function that computes the facts in a checkpoint: `meta`, learning rate and positions in the data."""
     before = meta.get("initial", {}).get("positions", {})
     return lambda updates, batches: {
         **meta,

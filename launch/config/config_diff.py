@@ -33,12 +33,12 @@ def canonical(text: str) -> dict[str, str]:
 
 
 def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
-    """Returns a sentence on the first binding, by name, that differs; None if none does.
+    """Returns a sentence about the first binding, sorted by name, that differs; None if none differs.
 
     Args:
       old: text of the earlier configuration.
-      new: text of the present one.
-      may_change: macros and bindings not compared, by any dotted part of their names: 'TRAIN_STEPS',
+      new: text of the new configuration.
+      may_change: macros and bindings that are not compared, by any dotted part of their names: 'TRAIN_STEPS',
         'train.eval_period', or 'ProfilerWindow' for all of its parameters.
     """
     before, after = canonical(old), canonical(new)

@@ -47,13 +47,13 @@ def check(
       fragment: the files are only a part of a configuration, so that macros may be unused,
         undefined or still required, and scopes be entered elsewhere.
       untrusted: files read before the others, which may use only harmless names.
-      part: the configuration is another entry point's, of which this one uses a part; the rest may
-        be left open.
+      part: the configuration belongs to another entry point, and this one uses only a part of it; the rest may lack
+        values.
     """
     reader = gin_reader.Reader(search_paths)
     for path in untrusted:
         reader.read_untrusted(path, files)
-    if reader.refused:  # whatever else is wrong would follow from it
+    if reader.refused:  # other problems would only follow from the refused names
         reader.checked.problems[:] = reader.refused
         return reader.checked
     checked = reader.checked
@@ -62,7 +62,7 @@ def check(
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
     so_far: list[
         tuple[str, Callable[[], Reach]]
-    ] = []  # files, with the reach of each and those before
+    ] = []  # each file, with the reach of the configuration up to it
     if follow and not part:
 
         def after_file(file: str) -> None:
@@ -90,7 +90,7 @@ def check(
             if not conflicts:
                 checked.problems.extend(gin_methods.without_effect(checked, reach, so_far))
             twice = len(set(checked.files)) < len(checked.files)
-            # A file that is read again replaces bindings, which was hardly intended.
+            # Reading a file twice replaces later bindings by its own, probably by mistake.
             _check_effect(checked, reach, [] if twice else [r for _, r in so_far], entry_name)
     return checked
 
@@ -121,10 +121,10 @@ def _check_values(checked: Checked, used: Reach | None) -> None:
 
 
 def _check_readers(checked: Checked, command_line_only: bool) -> None:
-    known = sorted(checked.macros_read)
+    names = sorted(checked.macros_read)
     for name, bound in checked.macros.items():
         if name not in checked.macros_read and not (command_line_only and bound.place.line):
-            near = nearest(difflib.get_close_matches(name, known))
+            near = nearest(difflib.get_close_matches(name, names))
             checked.problems.append(
                 Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
             )
@@ -148,7 +148,9 @@ def _check_scopes(checked: Checked, command_line_only: bool) -> None:
 def _check_types(checked: Checked) -> None:
     for (_, target, argument), bound in checked.bindings.items():
         value, place = bound.value, bound.place
-        for _ in range(len(checked.macros)):  # at most; the value of a macro may be another
+        for _ in range(
+            len(checked.macros)
+        ):  # a macro's value may be another macro; this bounds the chain
             if isinstance(value, Macro) and value.name in checked.macros:
                 place = checked.macros[value.name].place
                 value = checked.macros[value.name].value
@@ -158,7 +160,7 @@ def _check_types(checked: Checked) -> None:
 
 
 def _check_arguments(checked: Checked, reach: Reach) -> None:
-    """Functions that gin calls by itself must have their arguments bound, in the scope of the call."""
+    """Checks that functions called by gin have their arguments bound in the scope of the call."""
     reported = set()
     for name, ways in reach.ways.items():
         for way in ways:
@@ -179,7 +181,7 @@ def _check_arguments(checked: Checked, reach: Reach) -> None:
 
 
 def _check_passed(checked: Checked, reach: Reach) -> None:
-    """Bindings of arguments that the caller passes, which wins over gin."""
+    """Reports bindings of arguments that the caller passes itself: the caller wins over gin."""
     for (scope, target, argument), bound in checked.bindings.items():
         ways = reach.ways_in(target, scope)
         if ways and all(argument in way.passed for way in ways):
@@ -197,11 +199,11 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
 def _check_effect(
     checked: Checked, reach: Reach, so_far: Sequence[Callable[[], Reach]], entry_name: str
 ) -> None:
-    """Bindings that the entry point cannot reach: an error on the command line, else a warning.
+    """Reports bindings that the entry point cannot reach: an error on the command line, else a warning.
 
-    There is no warning if a later file or the command line has replaced the reference to the target, which is
-    the purpose of later files; nor for the file of a method (t5x_configs/methods), which binds all layers that
-    it knows, of which a model has some.
+    There is no warning if a later file or the command line replaced the reference to the target, which is the purpose of
+    later files. There is none for the file of a method (t5x_configs/methods) either: it binds several layers, of which a
+    model has only some.
     """
     for name, bound in checked.macros.items():
         if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
@@ -234,14 +236,14 @@ def _check_effect(
 
 
 def final_value(value: Any, macros: dict[str, Bound], depth: int = 20) -> Any:
-    """Returns `value`, or the value of the macro that it is."""
+    """Returns `value`; if it is a macro, the macro's final value."""
     while isinstance(value, Macro) and value.name in macros and depth:
         value, depth = macros[value.name].value, depth - 1
     return value
 
 
 def required_parameters(target: Any) -> list[str]:
-    """Parameters without a default."""
+    """Returns the parameters without a default."""
     if target in (gin.config.macro, gin.config.singleton):
         return []
     try:
@@ -281,7 +283,7 @@ def mismatch(target: Any, argument: str, value: Any) -> str | None:
     wanted = " or ".join(_name(option) for option in accepted)
     kind = "a function or class" if isinstance(value, Reference) else type(value).__name__
     message = f"takes {wanted}, not {value!r} ({kind})"
-    # Python would accept a string as the sequence of its letters; a single item was probably meant.
+    # A string is also a sequence, of its letters, but a single item was probably meant.
     for option in accepted:
         if isinstance(option, _Sequence) and _fits([value], option):
             return f"{message}: write [{value!r}]"
@@ -339,5 +341,5 @@ def _hints(target: Any) -> dict[str, Any]:
         holder = target.__init__
     try:
         return typing.get_type_hints(holder)
-    except Exception:  # noqa: BLE001 (annotations may name what exists only for type checkers)
+    except Exception:  # noqa: BLE001 (annotations may use names that exist only for type checkers)
         return {}

@@ -19,9 +19,9 @@ from launch.config.gin_check import final_value
 from launch.config.gin_reader import Checked, is_required
 from launch.config.gin_source import Place, Problem
 
-# A value without quotes that is taken as a string: a path or a name.
+# An unquoted value that is read as a string: a path or a name.
 _BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")
-# Words of other languages for values, and the literals of gin for them.
+# Literals of other languages, and the equivalent gin literals.
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on"), "True"),
     **dict.fromkeys(("false", "no", "off"), "False"),
@@ -48,7 +48,7 @@ class Config:
       text: all bindings as one gin file that can be loaded again.
       files: all read files in order, included ones too.
       macros: final literal values of the macros by name, without references.
-      entry: the function to be called, with its bindings applied by gin.
+      entry: the function to call, with its bindings applied by gin.
       warnings: bindings in files without effect on this run, unless a later file replaced the reference to their target.
     """
 
@@ -80,14 +80,13 @@ def load(
       bindings: 'NAME=VALUE' as after --gin. on the command line, read after the files. A path or
         name without quotes is taken as a string where no number or other literal is expected.
       search_paths: more folders to look in.
-      entry: the function this configuration is for, itself or as 'package.module:name'. With it,
+      entry: the entry function of this configuration, or its name 'package.module:name'. With it,
         unbound arguments and bindings that cannot reach it are problems too.
-      unused: macros whose values do not matter, with the value in gin syntax to be used where none
-        is set.
+      unused: macros whose values do not matter, with the value in gin syntax to use if none is set.
       untrusted: gin files read before `files` that the user did not name, such as the one beside a
         checkpoint: they may import and use only harmless names (launch/config/gin_trust.py).
-      part: the configuration belongs to another entry point, and this one uses a part of it. The
-        rest may lack values, and bindings without effect here are no problem.
+      part: the configuration belongs to another entry point, and this one uses only a part of it. The
+        rest may lack values, and bindings without effect here are allowed.
 
     Raises:
       ConfigError: with all problems; gin's own state is then unchanged.
@@ -147,8 +146,8 @@ def problems(
 ) -> list[Problem]:
     """Returns the problems for which `load` would raise, without changing gin.
 
-    With `fragment` the files are only a part of a configuration (a model, a data mixture), whose
-    macros may be defined or read elsewhere.
+    With `fragment`, the files are only a part of a configuration (a model, a data mixture), and other files may define
+    or read its macros.
     """
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths)
@@ -157,17 +156,17 @@ def problems(
 
 
 def config_str() -> str:
-    """The loaded configuration as one gin file."""
+    """Returns the loaded configuration as one gin file."""
     return gin.config_str()
 
 
 def operative_config_str() -> str:
-    """Bindings and defaults of everything gin has called so far; complete after the first step."""
+    """Returns bindings and defaults of everything that gin has called so far; complete after the first step."""
     return gin.operative_config_str()
 
 
 def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
-    """Reads the files alone first: whether a bare word is a string depends on their values."""
+    """Reads the files without bindings first: whether a bare word is a string depends on their values."""
     from_files = read(fragment=True).macros if bindings else {}
     malformed: list[Problem] = []
     normal = []
@@ -182,7 +181,7 @@ def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked,
 
 
 def _normalise(binding: str, macros: dict) -> str:
-    """The binding in gin syntax, quotes put around a bare path or name."""
+    """Returns the binding in gin syntax, with quotes around a bare path or name."""
     name, equals, text = binding.partition("=")
     name, text = name.strip(), text.strip()
     if not equals or not name:
@@ -209,7 +208,7 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
     gin.clear_config()
     # Gin can only append to its search path, which would make it depend on earlier loads.
     gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
-    # It would also look for files as resources of packages, and fails on folders that are none.
+    # Gin would also look for files in packages' resources, and fails on folders that are no packages.
     gin.config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
     imports = [statement.format() for statement in checked.command_line_imports()]
     if imports:
@@ -220,7 +219,7 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
         gin.parse_config([*imports, *bindings])
         gin.finalize()
     except Exception as error:
-        # A problem that the checks missed; gin's own message says where it is.
+        # A problem that the checks missed; gin's message names its place.
         raise ConfigError([Problem(Place("gin"), str(error))]) from error
 
 

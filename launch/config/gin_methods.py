@@ -1,7 +1,7 @@
-"""Checks that the files of methods (below a folder `methods`) do not silently undo one another.
+"""Checks that the gin files of methods (below a folder `methods`) do not silently replace each other's bindings.
 
-Two methods of one run must add to each other. A file may change the bindings of a file that it includes,
-or that it names in its list REPLACES; the user's own files and the command line may change anything.
+The methods of one run must combine. A method's file may change the bindings of a file that it includes or that it names
+in its list REPLACES. The user's own files and the command line may change any binding.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ def is_method(file: str) -> bool:
 
 
 def conflicts(checked: Checked) -> list[Problem]:
-    """Returns a problem for each two files of methods of which the later replaces values of the earlier."""
+    """Returns a problem for each pair of method files where the later replaces values of the earlier."""
     pairs: dict[tuple[str, str], list[tuple[Any, Bound, Bound]]] = {}
     for key, history in checked.history.items():
         if (earlier := _replaced(checked, key, history)) is not None:
@@ -43,14 +43,14 @@ def conflicts(checked: Checked) -> list[Problem]:
 
 
 def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | None:
-    """Returns the binding of another method that the last one of a key replaces; None if it may."""
+    """Returns the binding of another method that a key's last binding replaces; None if there is none or it may."""
     last = history[-1]
     allowed = {last.file, *checked.includes.get(last.file, ())}
     names = checked.replaces.get(last.file, [])
     if not is_method(last.file) or any(_name(key).endswith(str(name)) for name in names):
         return None
     for earlier in reversed(history[:-1]):
-        if not is_method(earlier.file):  # the user's, who had replaced the method's already
+        if not is_method(earlier.file):  # the user already replaced the method's binding
             return None
         differs = earlier.meaning() != last.meaning() and not is_required(earlier.value)
         if differs and earlier.file not in allowed:
@@ -61,12 +61,12 @@ def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | N
 def without_effect(
     checked: Checked, reach: Reach, so_far: Sequence[tuple[str, Callable[[], Reach]]]
 ) -> list[Problem]:
-    """Returns a problem for each method's file that adds nothing, unless the user has undone it.
+    """Returns a problem for each method's file without any effect, unless the user's own bindings replaced its effect.
 
     Args:
       checked: the whole configuration.
-      reach: of the whole configuration.
-      so_far: each file that was read, with the reach of it and all before it.
+      reach: reach of the whole configuration.
+      so_far: each file in reading order, with the reach of the configuration up to it.
     """
     problems = []
     for file, (place, own) in _bound_alone(checked).items():
@@ -91,9 +91,9 @@ def without_effect(
 
 
 def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bound]]]]:
-    """Returns, for each method's file, its place and the bindings that no unrelated method shares.
+    """Returns, for each method's file, its place and the bindings that no unrelated method has too.
 
-    A file that another method includes is a part of that one.
+    A file that another method includes belongs to that method.
     """
     parts = {part for file, files in checked.includes.items() if is_method(file) for part in files}
     own: dict[str, tuple[Place, list[tuple[Any, Bound]]]] = {}
@@ -114,7 +114,7 @@ def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bou
 
 
 def _effective(reach: Reach, bounds: Sequence[tuple[Any, Bound]]) -> bool:
-    """Returns whether any of these bindings and macros is the final one and is used."""
+    """Returns whether any of these bindings and macros is final and used."""
     for key, bound in bounds:
         current = (reach.checked.macros if isinstance(key, str) else reach.checked.bindings).get(
             key
@@ -129,7 +129,7 @@ def _effective(reach: Reach, bounds: Sequence[tuple[Any, Bound]]) -> bool:
 
 
 def _name(key: Any) -> str:
-    """Returns a key in short: a macro, or 'scope/module.Class.argument'."""
+    """Returns a short text for a key: a macro, or 'scope/module.Class.argument'."""
     if isinstance(key, str):
         return key
     scope, target, argument = key

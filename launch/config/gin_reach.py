@@ -4,8 +4,8 @@ Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of the binding that
 macro is evaluated in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
 The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
 
-A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`), and these win over
-gin, so that a binding of one would be ignored. `passed` reads them from the caller's source.
+A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`). These win over gin, so a binding
+of one would be ignored. `passed` reads the names of these arguments from the caller's source.
 """
 
 import ast
@@ -21,12 +21,12 @@ from launch.config.gin_source import Place
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
-_SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # by all projections
+_SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # passed to all projections
 _ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
 _HEAD = ("features", "axes", "kernel_init", "name")
 _TABLE = ("features", "dtype", "param_dtype")
 
-# Arguments passed to a factory that its owner hands on to other code, by owner and parameter. Calls in the
+# Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
 # owner's own source need no row. tests/launch/config/gin_reach_test.py calls each and compares.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.text.user_data.register_sources": {"sources": ("name",)},
@@ -69,10 +69,10 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "optimizer": ("learning_rate", "param_axes"),
     },
 }
-# Functions of named slots (**slots), with the arguments passed to what each slot holds.
+# Functions with named slots (**slots), and the arguments that they pass to the factory in each slot.
 _SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}
 
-# Entry functions whose commands pass the values of flags, set on the command line or not.
+# Entry functions, with the arguments that their commands always pass from flags.
 FLAGS: dict[str, tuple[str, ...]] = {
     "launch.evaluation.held_out.evaluate": (
         "checkpoint",
@@ -87,7 +87,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 def passed(owner: Any, parameter: str) -> tuple[str, ...]:
     """Returns the arguments with which `owner` calls the factory in `parameter`, sorted by name.
 
-    A subclass calls as its base class does.
+    The calls of a base class count for its subclasses.
     """
     for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
         name = f"{holder.__module__}.{holder.__qualname__}"
@@ -100,10 +100,10 @@ def passed(owner: Any, parameter: str) -> tuple[str, ...]:
 
 @functools.cache
 def _calls(owner: Any) -> Mapping[str, set[str]]:
-    """Keywords of the calls of parameters (of a class: attributes of self) in the source of `owner`."""
+    """Returns the keywords of calls of each parameter (for a class: attribute of self) in the source of `owner`."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):  # builtins, and what was made at run time
+    except (OSError, TypeError, SyntaxError):  # builtins, and code defined at run time
         return {}
     keywords: dict[str, set[str]] = {}
     for node in ast.walk(tree):
@@ -124,11 +124,11 @@ class Way:
     """One way in which a function or class is called.
 
     Attributes:
-      scope: the scope that is active then.
-      evaluated: gin calls it with its bindings alone; else code does, with arguments of its own.
+      scope: the active scope.
+      evaluated: whether gin calls it with its bindings alone; else code calls it and passes arguments.
       passed: names of these arguments, as far as they are known.
       owner: the argument that holds the reference; '' for the entry point.
-      place: of the reference.
+      place: place of the reference.
     """
 
     scope: str
@@ -139,7 +139,7 @@ class Way:
 
 
 class Reach:
-    """The reachable targets by name, with the ways to each, and the macros that are read."""
+    """The reachable targets by name, with the ways of calling each, and the macros that are read."""
 
     def __init__(self, checked: Checked, entry_name: str):
         self.checked = checked
@@ -152,7 +152,7 @@ class Reach:
             self._visit(*self._waiting.pop())
 
     def ways_in(self, target: str, scope: str) -> list[Way]:
-        """Returns the ways to `target` for which a binding in `scope` applies."""
+        """Returns the ways of calling `target` to which a binding in `scope` applies."""
         return [way for way in self.ways.get(target, ()) if _within(way.scope, scope)]
 
     def bound(self, name: str, scope: str) -> dict[str, Bound]:
@@ -180,7 +180,7 @@ class Reach:
             self.ways.setdefault(other, []).append(way)
         target = self.checked.targets[name].value
         if inspect.isclass(target):
-            # A class brings its methods, which are called with unknown arguments.
+            # The methods of a reachable class are reachable too; their arguments are unknown.
             brought = Way(way.scope, False, (), name, way.place)
             for other in self.checked.targets:
                 if other.rpartition(".")[0] in names:
@@ -201,8 +201,8 @@ class Reach:
 
         Args:
           bound: the argument's binding, or a macro in it.
-          code: the way to references that gin does not call.
-          inside: names of the macros around.
+          code: the way of calling references that gin does not call.
+          inside: names of the enclosing macros.
         """
         gin_scope = inside[-1] if inside else code.scope
         for reference, target in bound.references:

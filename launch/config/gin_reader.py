@@ -1,7 +1,7 @@
 """Reads a gin configuration against the code it names: imports, bindings, and their references.
 
-Follows gin's own order and rules (each file sees only its own imports; later bindings win) but
-changes nothing in gin and goes on after a problem.
+Follows gin's own order and rules (each file sees only its own imports; later bindings win), but does not change gin's state, and
+continues after a problem.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ class Bound:
 
     Attributes:
       value: a literal, reference or macro, or a container of them.
-      place: of the statement.
-      references: in the value, each with its target; None for one that names nothing.
-      macros: in the value.
+      place: place of the statement.
+      references: the references in the value, each with its target; None for a name that does not exist.
+      macros: the macros in the value.
       file: real path of the file; '' for the command line.
     """
 
@@ -56,7 +56,7 @@ class Bound:
     file: str = ""
 
     def meaning(self) -> str:
-        """Returns the value as text with names in full, equal for equal values under any imports."""
+        """Returns the value as text with full names, so that equal values have equal texts whatever the imports."""
         text = repr(self.value)
         for reference, target in self.references:
             if target is not None:
@@ -72,8 +72,9 @@ class Checked:
     Attributes:
       history: all bindings and definitions of a key in reading order; the key of a macro is its name.
       includes: file -> the files it includes, directly or not; real paths.
-      replaces: file -> the names that its list REPLACES contains.
-      macros_read: names read anywhere, overridden statements included: overriding must not orphan a macro.
+      replaces: file -> the names in its list REPLACES.
+      macros_read: names read anywhere, also in overridden statements, so that overriding one does not make a macro
+        count as unread.
     """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -90,7 +91,7 @@ class Checked:
     scopes_used: set[str] = dataclasses.field(default_factory=set)
 
     def copy(self) -> "Checked":
-        """Returns a copy whose bindings and macros later statements do not change."""
+        """Returns a copy that does not change when later statements are read."""
         return dataclasses.replace(self, bindings=dict(self.bindings), macros=dict(self.macros))
 
     def modules_imported_as(self, name: str) -> list[str]:
@@ -98,7 +99,7 @@ class Checked:
         return list(dict.fromkeys(bound_module(s) for s in self.imports if s.bound_name() == name))
 
     def command_line_imports(self) -> list[config_parser.ImportStatement]:
-        """Returns the imports of all files, without names that mean several modules."""
+        """Returns the imports of all files, except names that mean several modules."""
         first = {statement.bound_name(): statement for statement in reversed(self.imports)}
         return [s for name, s in first.items() if len(self.modules_imported_as(name)) == 1]
 
@@ -109,7 +110,7 @@ def bound_module(statement: config_parser.ImportStatement) -> str:
     return statement.module.split(".")[0] if plain else statement.module
 
 
-# A file of a method may name here what it replaces of other methods' files; see gin_methods.py.
+# A list in a method's file with the files of other methods whose bindings it may replace; see gin_methods.py.
 REPLACES = "REPLACES"
 LONG_MACRO = ("gin.macro", "value")  # `NAME/gin.macro.value = 1` is `NAME = 1`
 
@@ -133,7 +134,7 @@ class Reader:
     def read_untrusted(
         self, path: str, own_files: Sequence[str], modules: Sequence[str] = ()
     ) -> None:
-        """Reads a file that may use only harmless names, and `modules` and those that `own_files` import."""
+        """Reads a file that may use only harmless names, `modules`, and modules that `own_files` import."""
         self._trust = gin_trust.trust(path, own_files, self.search_paths, modules)
         self.read_file(path, Place("--gin_file"), ())
         self._trust = None
@@ -159,8 +160,10 @@ class Reader:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return
         outer, self._file = self._file, os.path.realpath(file)
-        for one in including:
-            self.checked.includes.setdefault(os.path.realpath(one), set()).add(self._file)
+        for including_file in including:
+            self.checked.includes.setdefault(os.path.realpath(including_file), set()).add(
+                self._file
+            )
         self._read(text, path, {}, (*including, file))
         self.after_file(self._file)
         self._file = outer
@@ -287,8 +290,8 @@ class Reader:
         names = parameter_names(target.value)
         if names is not None and statement.arg_name not in names:
             near = difflib.get_close_matches(statement.arg_name, names)
-            known = nearest(near) or f"It has: {', '.join(names) or 'no parameters'}."
-            self.problem(place, f"'{target.name}' has no parameter '{statement.arg_name}'", known)
+            hint = nearest(near) or f"It has: {', '.join(names) or 'no parameters'}."
+            self.problem(place, f"'{target.name}' has no parameter '{statement.arg_name}'", hint)
             return
         key = (statement.scope, target.name, statement.arg_name)
         if names is None and not self._file and bound.value is None:
@@ -297,14 +300,14 @@ class Reader:
         self.checked.history.setdefault(key, []).append(bound)
 
     def _check_slot(self, key: tuple[str, str, str], place: Place) -> None:
-        """A slot that the command line empties must be one that a file fills."""
+        """Checks that a slot set to None on the command line is one that a file fills."""
         scope, target, argument = key
         slots = [name for s, t, name in self.checked.bindings if (s, t) == (scope, target)]
         if argument not in slots:
             near = nearest(difflib.get_close_matches(argument, slots))
-            known = f"Filled are: {', '.join(slots)}." if slots else "No slot is filled."
+            hint = f"Filled are: {', '.join(slots)}." if slots else "No slot is filled."
             message = f"'{target}.{argument}' has no effect: no file fills this slot"
-            self.problem(place, message, near or known)
+            self.problem(place, message, near or hint)
 
 
 @functools.cache
@@ -384,7 +387,7 @@ def leaves(value: Any) -> Iterable[Any]:
 
 
 def is_required(value: Any) -> bool:
-    """Returns whether the user must still set the value or a part of it."""
+    """Returns whether the value contains gin's REQUIRED, so that the user must set it."""
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
 
 

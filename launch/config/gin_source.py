@@ -1,4 +1,4 @@
-"""Parses gin files statement by statement and goes on after an error, so that all are reported."""
+"""Parses gin files statement by statement, and continues after an error, so that all errors are reported."""
 
 import dataclasses
 import difflib
@@ -105,7 +105,7 @@ def parse_value(text: str) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str, name: str) -> tuple[Any, ...]:
-    """Returns gin's statements and, for each that cannot be parsed, a `Problem`."""
+    """Returns gin's statements, with a `Problem` in place of each statement that cannot be parsed."""
     return tuple(_parse(text, name))
 
 
@@ -113,7 +113,7 @@ def _parse(text: str, name: str) -> Iterator[Any]:
     lines = text.splitlines(keepends=True)
     first = 0  # Index of the line at which the parser (re)starts.
     while first < len(lines):
-        done = first  # Lines before this one belong to statements already yielded.
+        num_parsed = first  # Lines before this one belong to statements already yielded.
         try:
             # Blank lines in front keep the line numbers right after a restart.
             parser = config_parser.ConfigParser(
@@ -121,13 +121,13 @@ def _parse(text: str, name: str) -> Iterator[Any]:
             )
             while (statement := parser.parse_statement()) is not None:
                 yield statement
-                done = max(done, statement.location.line_num)
+                num_parsed = max(num_parsed, statement.location.line_num)
             return
         except (SyntaxError, tokenize.TokenError) as error:
-            begin = _next_statement(lines, done)
+            begin = _next_statement(lines, num_parsed)
             failed = _error_line(error, begin, len(lines))
             yield _syntax_problem(error, name, lines, begin, failed)
-            # The line that broke an unfinished statement may itself be a good one.
+            # The line at which the parser failed may itself begin a valid statement.
             first = _next_statement(lines, max(failed, begin + 1))
 
 

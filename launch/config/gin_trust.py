@@ -47,34 +47,34 @@ class Trust:
 
     Attributes:
       file: the file.
-      modules: beyond the packages above; the user's own files import them.
+      modules: further allowed modules, which the user's own files import.
     """
 
     file: str
     modules: frozenset[str]
 
     def module_error(self, module: str) -> tuple[str, str] | None:
-        """Returns the problem of an import and the remedy, before the import is executed; None for none."""
+        """Returns (problem, remedy) of an import before it is executed, or None if it is allowed."""
         return None if self._allowed(module) else self._error("import", module, module)
 
     def object_error(self, module: str, name: str, value: Any) -> tuple[str, str] | None:
-        """Returns the problem of a reference to an object and the remedy; None for none.
+        """Returns (problem, remedy) of a reference to an object, or None if it is allowed.
 
-        A module has its imports as attributes (`checkpoint.os.system`), so the module that defines the
-        object is checked too.
+        A module's imports are its attributes (`checkpoint.os.system`), so the module that defines the object is
+        checked too.
 
         Args:
-          module: the module a file has imported.
-          name: full name of the object in the file, beginning with the module's.
+          module: the module that the file imports.
+          name: full name of the object in the file, beginning with the module's name.
           value: the object.
         """
         if name in ("gin.macro", "gin.singleton"):
             return None
         home = getattr(value, "__module__", None)
-        known = isinstance(home, str) and _inside(home, (*PACKAGES, *self.modules))
+        is_allowed_module = isinstance(home, str) and _inside(home, (*PACKAGES, *self.modules))
         defined = f"{home}.{getattr(value, '__qualname__', '')}"
         refused = _refused(defined) and not _inside(defined, self.modules)
-        if known and not refused and self._allowed(name):
+        if is_allowed_module and not refused and self._allowed(name):
             return None
         return self._error("use", name, module)
 
@@ -97,10 +97,10 @@ def trust(
     search_paths: Sequence[str],
     own_modules: Iterable[str] = (),
 ) -> Trust | None:
-    """Returns the names that `file` may use; None (any) if it is one of the user's own files too.
+    """Returns the names that `file` may use; None (any name) if it is also one of the user's own files.
 
     Args:
-      file: the file that is not trusted.
+      file: the untrusted file.
       own_files: the user's files, whose imports are trusted.
       search_paths: folders of relative files.
       own_modules: more modules that the user's own files import.
@@ -136,7 +136,7 @@ def _harmless(name: str) -> bool:
 
 
 def _refused(name: str) -> bool:
-    """Whether a name is in REFUSED, or is a command, which takes any gin file as the user's own."""
+    """Returns whether a name is in REFUSED or is a command, which would trust any gin file."""
     return _inside(name, REFUSED) or (name.startswith("launch.") and name.endswith(".main"))
 
 

@@ -1,4 +1,4 @@
-"""Writes the gin text that builds a given model: the configuration of imported weights.
+"""Writes gin text that builds a model, for the configuration of imported weights.
 
 A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
 dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with
@@ -13,7 +13,7 @@ from typing import Any
 
 from model.transformer import Block, Transformer
 
-# Settings that are macros, which files of methods wrap; written even where they are defaults.
+# Settings written as macros, because files of methods wrap these macros; written even if they are defaults.
 _MACROS = {"attention": "ATTENTION", "mlp": "MLP"}
 _WRITTEN = {Transformer: ("block",), Block: tuple(_MACROS)}
 _LITERALS = (str, int, float, bool, type(None))
@@ -26,13 +26,13 @@ class UnwritableModelError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """A class or function with settings; equal nodes are one thing in gin.
+    """A class or function with settings; equal nodes share one gin scope.
 
     Attributes:
       target: the class or function.
-      settings: (field, value) pairs, values being nodes or literals as text.
-      called: the value is what it returns, `@f()`, and not itself, `@f`.
-      where: path of the setting, for names and messages; does not make nodes different.
+      settings: (field, value) pairs; values are nodes or literals as text.
+      called: whether the value is the result of a call, `@f()`, and not the function itself, `@f`.
+      where: path of the setting, for names and messages; not compared.
     """
 
     target: Any
@@ -48,7 +48,7 @@ class _Node:
 
 
 def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
-    """Gin text that makes `model` the macro MODEL.
+    """Returns gin text in which the macro MODEL is `model`.
 
     Args:
       model: a linen module whose factories are importable.
@@ -90,7 +90,7 @@ def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
 
 
 def _node(value: Any, where: str) -> _Node:
-    """The node of a module, dataclass, factory or function."""
+    """Returns the node of a module, dataclass, factory or function."""
     if isinstance(value, functools.partial):
         if value.args:
             raise UnwritableModelError(
@@ -142,7 +142,7 @@ def _importable(target: Any) -> bool:
 def _defaults(target: Any) -> dict[str, Any]:
     parameters = inspect.signature(target).parameters.values()
     values = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if dataclasses.is_dataclass(target):  # Whose signature hides what factories make.
+    if dataclasses.is_dataclass(target):  # Its signature does not show values of default factories.
         for field in dataclasses.fields(target):
             if field.default_factory is not dataclasses.MISSING:
                 values[field.name] = field.default_factory()
@@ -150,9 +150,9 @@ def _defaults(target: Any) -> dict[str, Any]:
 
 
 def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:
-    """The scope of each node with its slash; none where a class has one set of settings alone.
+    """Returns the scope of each node with its slash; '' for a class with only one set of settings.
 
-    Bindings without a scope hold in all scopes too, so that either no set has one or every set has.
+    Bindings without a scope also apply in all scopes, so either no set of a class has a scope or every set has one.
     """
     sets: dict[Any, set] = {}
     for node in nodes:
@@ -173,7 +173,7 @@ def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:
 
 
 def _module_names(modules: set[str]) -> dict[str, str]:
-    """A short name for each module: its last part, or its whole path where that is taken."""
+    """Returns a short name for each module: its last part, or its whole path if that name is taken."""
     short: dict[str, str] = {}
     for module in sorted(modules):
         last = module.rpartition(".")[2]

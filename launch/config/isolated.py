@@ -1,8 +1,8 @@
-"""Evaluates a checked gin configuration without gin, so that it cannot mix with the one this process runs.
+"""Evaluates a checked gin configuration without gin, so that it cannot mix with the configuration of this process.
 
-Gin holds one configuration per process, and every scope in it inherits what is bound without a scope. The model of
-another run read into a scope would therefore take up this run's bindings wherever its own file is silent: a dense
-teacher would get the student's factors. Here the configuration of that run stands alone.
+Gin has one configuration per process, and every scope inherits the bindings without a scope. If another run's model were
+read into a scope, it would inherit this run's bindings for every argument that its own file does not bind: a dense
+teacher would get the student's factors. This module evaluates the other run's configuration separately.
 
 The rules are gin's: the bindings of the current scope and of those around it apply, inner ones win; `@x/f` is called in
 the scope `x`; the value of `%NAME` is evaluated in the scope `NAME`; a caller's arguments win over bindings.
@@ -20,7 +20,7 @@ import gin
 from launch.config.gin_reader import Bound, Checked, Target
 from launch.config.gin_source import Macro, Reference
 
-# Factories are called while a step is traced, which may be in a thread of its own.
+# A context variable, because factories are called while a step is traced, possibly in another thread.
 _SCOPE: contextvars.ContextVar[str] = contextvars.ContextVar("isolated_scope", default="")
 
 
@@ -43,7 +43,7 @@ class Isolated:
         """Returns the value of the macro `name`.
 
         Raises:
-          ValueError: it has none.
+          ValueError: the macro has no value.
         """
         if name not in self._macros:
             raise ValueError(f"macro '{name}' has no value")
@@ -52,7 +52,7 @@ class Isolated:
             return self._value(bound.value, bound)
 
     def call(self, target: Target, scope: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a function or class with its bindings, in `scope` or, where that is empty, in the current one."""
+        """Calls a function or class with its bindings in `scope`, or in the current scope if `scope` is empty."""
         with _scope(scope or _SCOPE.get()):
             if target.value is gin.config.macro:
                 return self.macro(_SCOPE.get())
@@ -70,7 +70,7 @@ class Isolated:
             return target.value(*args, **values, **kwargs)
 
     def describe(self, target: Target, scope: str) -> str:
-        """Returns `name(argument=value, ...)` with all bindings that calling it can use; equal in every process."""
+        """Returns `name(argument=value, ...)` with all bindings that a call can use; the same text in every process."""
         scope = scope or _SCOPE.get()
         with _scope(scope):
             bindings = sorted(self._bound(target, scope).items())
@@ -78,7 +78,7 @@ class Isolated:
         return f"{target.name}({', '.join(parts)})"
 
     def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
-        """What is bound to the arguments of a target in a scope."""
+        """Returns the bindings of a target's arguments in a scope."""
         applying = [
             (binding_scope.count("/") + bool(binding_scope), argument, bound)
             for binding_scope, argument, bound in self._bindings.get(id(target.value), ())
@@ -88,7 +88,7 @@ class Isolated:
         return {argument: bound for _, argument, bound in ordered}
 
     def _value(self, value: Any, bound: Bound) -> Any:
-        """The literal, object or factory that a part of a binding stands for."""
+        """Returns the literal, object or factory for a part of a binding."""
         if isinstance(value, dict):
             return {self._value(k, bound): self._value(v, bound) for k, v in value.items()}
         if isinstance(value, list | tuple):
@@ -121,7 +121,7 @@ class Isolated:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Factory:
-    """A function or class that, when called, gets its bindings of an isolated configuration."""
+    """A function or class that is called with its bindings in an isolated configuration."""
 
     configuration: Isolated
     target: Target
@@ -136,12 +136,12 @@ class Factory:
 
 def _target(reference: Reference, bound: Bound) -> Target:
     target = dict(bound.references)[reference]
-    assert target is not None  # else reading it had been a problem
+    assert target is not None  # unresolved references are problems when the configuration is read
     return target
 
 
 def _positional(function: Any, count: int) -> list[str]:
-    """Names of the first parameters, which positional arguments fill."""
+    """Returns the names of the first `count` parameters, for positional arguments."""
     return list(inspect.signature(function).parameters)[:count] if count else []
 
 

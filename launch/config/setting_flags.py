@@ -1,7 +1,7 @@
-"""Flags from the settings of dataclasses and functions: types, defaults and help texts have one source.
+"""Makes flags from the parameters of dataclasses and functions, so that types, defaults and help texts have one source.
 
-A library such as simple-parsing would read dataclasses alone, by comments beside their fields, and add a quarter of a
-second to every --help.
+A library such as simple-parsing reads only dataclasses, with help texts from comments beside the fields, and adds a
+quarter of a second to every --help.
 """
 
 import argparse
@@ -19,13 +19,13 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A parameter of a dataclass or function, as flags need it.
+    """A parameter of a dataclass or function, with the facts that a flag needs.
 
     Attributes:
       kind: its type, without None.
       optional: whether it may be None.
-      default: its value where it is not given; REQUIRED for none.
-      text: what the docstring says of it, under "Attributes:" or "Args:".
+      default: its default; REQUIRED if it has none.
+      text: its text in the docstring, under "Attributes:" or "Args:".
     """
 
     kind: Any
@@ -35,12 +35,12 @@ class Setting:
 
 
 def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, Setting]:
-    """The settings of a dataclass or function by name.
+    """Returns the settings of a dataclass or function by name.
 
     Args:
-      target: its parameters are of type int, float, str, bool, Literal, or one of these or None. An instance of a
-        dataclass stands for its class with the instance's values as defaults.
-      names: of the parameters to return, in their order; None for all.
+      target: a dataclass or function with parameters of type int, float, str, bool, Literal, or one of these or None. An
+        instance of a dataclass means its class with the instance's values as defaults.
+      names: names of the parameters to return, in this order; None for all.
 
     Raises:
       TypeError: a parameter of another type, or without a text in the docstring.
@@ -64,7 +64,7 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
 
 
 def _texts(target: Any) -> dict[str, str]:
-    """The texts under "Args:" or "Attributes:" of a docstring, by parameter."""
+    """Returns the texts under "Args:" or "Attributes:" of a docstring, by parameter."""
     doc = f"{inspect.getdoc(target)}\n"
     section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)
     entry = re.compile(r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", re.MULTILINE)
@@ -80,13 +80,13 @@ def add(
 ) -> None:
     """Adds a flag for each setting of a dataclass or function; `given` reads them.
 
-    A flag that is not given is absent from the parsed flags, so that defaults are those of `target` alone.
+    A flag that the user does not set is absent from the parsed flags, so that only `target` has defaults.
 
     Args:
       group: parser or group of flags.
       target: see `settings_of`.
-      names: likewise.
-      optional: whether settings without a default need not be given.
+      names: see `settings_of`.
+      optional: whether flags of settings without a default may be omitted.
     """
     for name, setting in settings_of(target, names).items():
         text = setting.text.replace("%", "%%")
@@ -107,6 +107,6 @@ def add(
 def given(
     flags: argparse.Namespace, target: Callable[..., Any], names: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The arguments of a dataclass or function that flags give, by name."""
+    """Returns the arguments of a dataclass or function that the user set by flags, by name."""
     names = names or inspect.signature(target).parameters
     return {name: getattr(flags, name) for name in names if hasattr(flags, name)}

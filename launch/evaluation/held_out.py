@@ -35,21 +35,21 @@ def evaluate(
     """Evaluates a checkpoint on held-out splits and prints a table.
 
     Args:
-      recipe: of the run that made it.
+      recipe: recipe of the checkpoint's run.
       register: functions that register SeqIO tasks.
-      stream: opens the held-out split of a task, called with (task=).
-      mixture_or_task_name: whose tasks to evaluate.
+      stream: opens the held-out split of a task; called with (task=).
+      mixture_or_task_name: the mixture whose tasks are evaluated.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
-      tasks: names of tasks, in place of those of the mixture.
-      max_batches: per task; None for whole splits.
-      json_file: where to write the results as JSON too; NaN and infinities as in metrics.jsonl.
+      tasks: names of tasks to evaluate instead of the mixture's tasks.
+      max_batches: maximum batches per task; None for whole splits.
+      json_file: path of a JSON file with the results; NaN and infinities as in metrics.jsonl.
 
     Returns:
       Metrics by task.
 
     Raises:
-      LoadError: the data's vocabulary is not the one of the checkpoint.
+      LoadError: the data's vocabulary is not the checkpoint's.
     """
     program = recipe.program()
     values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)

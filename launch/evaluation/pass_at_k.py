@@ -10,9 +10,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     """Unbiased estimate for one problem: 1 - C(n - c, k) / C(n, k), as a product (equation 1).
 
     Args:
-      samples: drawn, n.
-      passed: of them, c.
-      k: samples that one would have.
+      samples: n, number of samples drawn.
+      passed: c, number of samples that passed.
+      k: number of tries.
 
     Raises:
       ValueError: more have passed than were drawn, or k is not between 1 and the number drawn.
@@ -32,8 +32,8 @@ class Estimate:
 
     Attributes:
       value: the mean.
-      low, high: Wilson's interval for it, of problems as a sample of all such problems.
-      problems: it is of.
+      low, high: Wilson interval of the mean, with the problems as a sample of all such problems.
+      problems: number of problems.
     """
 
     value: float
@@ -45,18 +45,18 @@ class Estimate:
 def mean_pass_at_k(
     counts: Sequence[tuple[int, int]], k: int, *, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of pass@k over problems.
+    """Returns the mean of pass@k over problems.
 
-    Its interval is exact in form where every problem has one sample, and too wide rather than too
-    narrow elsewhere: values between 0 and 1 of mean p vary by p (1 - p) at most.
+    The Wilson interval assumes one sample per problem. With more samples it is conservative: values between 0 and 1
+    with mean p have a variance of at most p (1 - p).
 
     Args:
       counts: (samples, passed) of each problem.
-      k: samples that one would have.
-      confidence: of the interval.
+      k: number of tries.
+      confidence: confidence of the interval.
 
     Raises:
-      ValueError: there is no problem, or as `pass_at_k`.
+      ValueError: there is no problem; see also `pass_at_k`.
     """
     if not counts:
         raise ValueError("pass@k of no problem is not defined.")

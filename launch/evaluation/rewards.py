@@ -18,12 +18,12 @@ OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 VERIFIERS = ("exact_answer", "reasoning_gym")
 _CHECKPOINT = "checkpoint:"
 
-# Rows of one command, as launch.generate writes them -> a number each.
+# (place, row) pairs of launch.generate -> one reward per row.
 RowReward = Callable[[Sequence[tuple[str, Mapping[str, Any]]]], Sequence[float]]
 
 
 class RewardError(ValueError):
-    """A reward that is not known, or rows that it cannot judge."""
+    """An unknown reward, or rows that it cannot judge."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """Returns the gin files read before the user's: those of the reward model's run, if --reward names one.
+    """Returns the gin files read before the user's: the configuration of the reward model, if --reward is one.
 
     Raises:
-      RewardError: --reward names none.
-      LoadError, FileNotFoundError: as load_run.default_files.
+      RewardError: --reward is not a reward.
+      LoadError, FileNotFoundError: see load_run.default_files.
     """
     checkpoint = _checkpoint(flags.reward)
     if checkpoint is None:
@@ -67,10 +67,10 @@ def default_files(flags: argparse.Namespace) -> Sequence[str]:
 
 @contextlib.contextmanager
 def opened(start: Any) -> Iterator[RowReward]:
-    """The reward that a command's flags name.
+    """Yields the reward that the flags name.
 
     Raises:
-      LoadError, DamagedCheckpointError, CheckpointMismatchError: of the checkpoint.
+      LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
     """
     settings = RewardSettings(**setting_flags.given(start.flags, RewardSettings))
     checkpoint = _checkpoint(settings.reward)
@@ -121,7 +121,7 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
         if isinstance(prompt, list) and all(type(item) is int for item in prompt):
             key = "tokens"
         ended = row.get("ended") == "eos"
-        if "text" in row:  # the policy that wrote it may have another vocabulary
+        if "text" in row:  # encoded again, because the policy may have another vocabulary
             tokens = run.encode(row["text"], f"{where}: 'text'")
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
@@ -133,7 +133,7 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
         scorer = ModelReward(
             run.model,
             run.params,
-            start_token=None,  # contexts have it
+            start_token=None,  # already in the contexts
             end_token=next(iter(run.eos_ids), None),
             batch_size=run.batch_size(batch_size, len(rows)),
             sharding=run.row_sharding,

@@ -65,18 +65,18 @@ def routing(
 
     Args:
       run_dir: run or step directory.
-      tasks: names of tasks; those of the run's mixture if None.
-      rows: of each task, or as many as it holds out.
+      tasks: names of tasks; None for the tasks of the run's mixture.
+      rows: maximum number of rows of each task.
       params: see launch/run/load_run.py.
 
     Returns:
-      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}: the mean
-      probability of each expert, and the share of tokens whose first choice it is. Names are those that
-      launch.upcycle gave the experts, none where it did not make them.
+      {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}. "domains" has the
+      mean probability of each expert, "chosen" the share of tokens with this expert as first choice. Names are from
+      launch.upcycle, and empty if it did not make the experts.
 
     Raises:
       LoadError: the run has no router, or `rows` is not positive.
-      ValueError: none of the tasks holds anything out.
+      ValueError: none of the tasks has a held-out split.
     """
     import jax
 
@@ -127,12 +127,12 @@ def routing(
 
 
 def _experts(meta: Mapping[str, Any]) -> list[str]:
-    """Their names, where the run's mixture was made of named ones."""
+    """Returns the names of the experts, if the run's mixture was made from named experts."""
     return list(meta.get("upcycled", {}).get("experts", ()))
 
 
 def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict, Any]:
-    """Sums over tokens of probabilities and of first choices, each [E] by router and layer; and the tokens."""
+    """Returns sums over tokens of probabilities and of first choices, each [E] by router and layer, and the tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -157,7 +157,7 @@ def _sums(model: Any, params: Any, batch: Mapping[str, Any]) -> tuple[dict, dict
 
 
 def _routers(model: Any) -> dict[str, list[int]]:
-    """Returns the layers that have a router, by what it routes to: 'attention' or 'mlp'."""
+    """Returns the layers that have a router, by kind of expert: 'attention' or 'mlp'."""
     settings = model.layer_settings()
     routers = {
         "attention": [i for i, layer in enumerate(settings) if layer.attention.experts],
@@ -183,17 +183,17 @@ def _shares(sums: Mapping[str, Sequence[np.ndarray]], tokens: float) -> Tables:
 
 
 def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Cosines of the experts' domain vectors before and after the projection; sweeps call it as an evaluation.
+    """Returns cosines of the experts' domain vectors before and after the projection; sweeps use it as an evaluation.
 
     Args:
       run_dir: run or step directory of a model with projection routers (methods/nexus/nexus.gin).
-      names: of the domains, in the order of the experts; those of the experts if None, or numbers.
+      names: names of the domains, in the order of the experts; None for the experts' names, or numbers.
 
     Returns:
       {"domains": names, "vectors": [[cosine]], "projected": {layer: [[cosine]]}}.
 
     Raises:
-      LoadError: it has no such router, or another number of experts than names.
+      LoadError: the model has no such router, or its number of experts is not that of `names`.
     """
     from model.nexus.domain_router import expert_vectors
     from trainers.checkpoints import step_dir
@@ -202,7 +202,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
     step = step_dir.resolve(run_dir)
     stored = step_dir.read_manifest(step).arrays
     matches = [match for name in sorted(stored) if (match := _DOMAINS.fullmatch(name))]
-    # As everywhere, averaged parameters are read where a run has them.
+    # Like other commands, this one uses averaged parameters if a run has them.
     averaged = any(match[1] == "ema_params" for match in matches)
     root = "ema_params" if averaged else "params"
     matches = [match for match in matches if match[1] == root]
@@ -238,7 +238,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
 
 
 def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
-    """Of each vector with each; 0 with one that is 0."""
+    """Returns the cosines of all pairs of vectors; 0 if one of them is 0."""
     vectors_EM = np.asarray(vectors_EM, np.float64)
     norms_E = np.linalg.norm(vectors_EM, axis=-1, keepdims=True)
     unit_EM = vectors_EM / np.where(norms_E, norms_E, 1.0)
@@ -246,7 +246,7 @@ def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
 
 
 def table(shares: Mapping[str, Any]) -> str:
-    """Means over layers as a reader sees them."""
+    """Returns a table of the means over layers."""
     width = max(map(len, (*shares["domains"], "task")))
     lines = []
     for router in next(iter(shares["domains"].values())):

@@ -1,4 +1,4 @@
-"""The shares of launch/evaluation/routing.py, drawn: task by expert, for each router and layer and their mean."""
+"""Plots the shares of launch/evaluation/routing.py: task by expert, for each router and layer and their mean."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ def draw(shares: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:
-    """The figure.
+    """Returns the figure.
 
     Args:
       domains: task -> router -> [layer][expert].
-      experts: their names; numbers where there are none, or of another number of experts.
+      experts: names of the experts; a router with another number of experts has numbers instead.
     """
     tables = {
         router: np.array([domains[task][router] for task in domains])  # [task, layer, expert]
@@ -42,14 +42,14 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
     for line, (router, values) in zip(axes, tables.items(), strict=True):
         shown = {"mean of layers": values.mean(1)}
         shown |= {f"layer {i}": values[:, i] for i in range(values.shape[1])}
-        for one, (title, matrix) in zip(line, shown.items(), strict=False):
+        for panel, (title, matrix) in zip(line, shown.items(), strict=False):
             heat_maps.draw(
-                one,
+                panel,
                 matrix,
                 list(domains),
                 [str(name) for name in names[router]],
                 title=f"{WORDS[router]} router, {title}",
-                row_names=one is line[0],
+                row_names=panel is line[0],
             )
         for unused in line[len(shown) :]:
             unused.set_visible(False)

@@ -35,7 +35,7 @@ def evaluate(
     json_file: str | None = None,
     output: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates registered tasks and prints their metrics.
+    """Evaluates a checkpoint on registered tasks, and prints their metrics.
 
     Args:
       config: of the run that made the checkpoint.
@@ -66,7 +66,7 @@ def evaluate(
     with config.load(checkpoint, params=params) as run:
         for task in registered:
             check_vocabulary(task, run.vocabulary)
-        # All tasks are read before any is answered, so that errors come early.
+        # All tasks are read before the model runs, so that errors come early.
         opened = [evaluator(task, split, num_examples) for task in registered]
         asked = [examples(*pair) for pair in zip(opened, registered, strict=True)]
         model = Answers(run, max_new_tokens)
@@ -116,7 +116,7 @@ def _rows(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics as a reader sees them, a line for each."""
+    """Returns the metrics as a text, a line for each."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}, {result['examples']:,} examples")
@@ -127,11 +127,11 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class Answers:
-    """A run's model as it answers examples of tasks.
+    """Computes predictions and scores of a run's model on examples of tasks.
 
     Args:
-      run: the model; its layers are unrolled here, once for all that reads them.
-      max_new_tokens: of a prediction.
+      run: the model; its layers are unrolled here, once for all users of the run.
+      max_new_tokens: maximum new tokens of a prediction.
     """
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
@@ -160,11 +160,11 @@ class Answers:
         )
 
     def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Greedy continuations of the inputs, without the EOS that ends them."""
+        """Returns greedy continuations of the inputs, without EOS."""
         return list(self._generator.stream(self._contexts(examples), self._greedy))
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
-        """Log-probabilities of the targets after the inputs, summed over tokens."""
+        """Returns log-probabilities of the targets after the inputs, summed over tokens."""
         asked = [
             Row(context=context, targets=example["targets"])
             for context, example in zip(self._contexts(examples), examples, strict=True)
@@ -178,29 +178,28 @@ class Answers:
 
 
 def find(name: str, split: str) -> Any:
-    """A registered task that can be evaluated on a split.
+    """Returns a registered task, after checking that it can be evaluated on a split.
 
     Args:
-      name: of the task.
-      split: of its examples.
-
-    Returns:
-      The task.
+      name: name of the task.
+      split: split of its examples.
 
     Raises:
-      LoadError: there is no such task or split, it has no metric functions, or it lacks one of FEATURES;
-        or as of `outputs`.
+      LoadError: there is no such task or split, it has no metric functions, or it lacks one of FEATURES; see also
+        `outputs`.
     """
     import seqio
 
-    known = seqio.TaskRegistry.names()
+    registered = seqio.TaskRegistry.names()
     if name in seqio.MixtureRegistry.names():
         members = [task.name for task in seqio.MixtureRegistry.get(name).tasks]
         raise LoadError(
             f"{name!r} is a mixture: give its tasks, --task={' --task='.join(members)}."
         )
-    if name not in known:
-        hint = f"; {names.nearest(name, sorted(known))}" if known else ": none is registered"
+    if name not in registered:
+        hint = (
+            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
+        )
         raise LoadError(f"--task={name}: no such SeqIO task{hint} (--module=NAME registers more)")
     task = seqio.TaskRegistry.get(name)
     if not outputs(task):
@@ -219,10 +218,10 @@ def find(name: str, split: str) -> Any:
 
 
 def outputs(task: Any) -> set[str]:
-    """The model outputs that the metrics of a task take: PREDICTION, SCORE or both.
+    """Returns the model outputs that the metrics of a task take: PREDICTION, SCORE or both.
 
     Raises:
-      LoadError: of something else.
+      LoadError: a metric takes another output.
     """
     from seqio import metrics as seqio_metrics
 
@@ -232,7 +231,7 @@ def outputs(task: Any) -> set[str]:
     )
     try:
         metrics = task.metric_objs
-    except ValueError:  # SeqIO looks at the arguments of functions only now
+    except ValueError:  # SeqIO checks the arguments of metric functions only at this access
         raise refused from None
     kinds = {metric.model_output_type for metric in metrics}
     output_names = {seqio_metrics.ModelOutputType.to_str(kind) for kind in kinds}
@@ -244,7 +243,7 @@ def outputs(task: Any) -> set[str]:
 
 
 def check_vocabulary(task: Any, vocabulary: Any) -> None:
-    """Raises LoadError where a task's tokens are not those of a run's vocabulary."""
+    """Raises LoadError if a task's vocabulary is not the run's."""
     own = rows.vocabulary_digest(vocabulary)
     for feature in FEATURES:
         feature_vocabulary = task.output_features[feature].vocabulary
@@ -257,7 +256,7 @@ def check_vocabulary(task: Any, vocabulary: Any) -> None:
 
 
 class _AsTheyAre:
-    """A feature converter that returns examples unchanged: batches are made elsewhere.
+    """A feature converter that returns examples unchanged: `Answers` makes the batches.
 
     SeqIO's own passthrough converter lacks attributes that SeqIO's evaluator reads.
     """
@@ -280,15 +279,15 @@ class _Silent:
 
 
 def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
-    """SeqIO's own evaluator of one task, which has read its examples.
+    """Returns SeqIO's evaluator of one task, with its examples loaded.
 
     Args:
-      task: as `find` returns it.
-      split: of its examples.
-      num_examples: the first so many; None for all.
+      task: result of `find`.
+      split: split of its examples.
+      num_examples: number of first examples to use; None for all.
 
     Raises:
-      LoadError: a preprocessor wants to know the sequence length, or there are no examples.
+      LoadError: a preprocessor requires a sequence length, or there are no examples.
     """
     import seqio
 
@@ -315,10 +314,10 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
 
 
 def examples(its_evaluator: Any, task: Any) -> list[Mapping[str, Any]]:
-    """The examples of an evaluator, with FEATURES as lists of ids.
+    """Returns the examples of an evaluator, with FEATURES as lists of ids.
 
     Raises:
-      LoadError: the inputs of an example, or its targets where they are to be scored, are empty.
+      LoadError: the inputs of an example, or its targets if they are scored, are empty.
     """
     needed = FEATURES if SCORE in outputs(task) else FEATURES[:1]
     read: list[Mapping[str, Any]] = []
@@ -337,13 +336,14 @@ def compute(
     predictions: Sequence[str] | None,
     scores: Sequence[float] | None,
 ) -> Mapping[str, Any]:
-    """The values of the metric functions on the answers to all examples, in their order.
+    """Returns the values of the metric functions on predictions and scores of all examples.
 
     Args:
-      its_evaluator: of the task.
-      task: whose functions to call.
-      predictions: decoded, before the task's postprocessing; None where no function takes them.
-      scores: of the targets; likewise.
+      its_evaluator: evaluator of the task.
+      task: task with the metric functions.
+      predictions: decoded predictions in the order of the examples, before the task's postprocessing; None if no
+        function takes them.
+      scores: scores of the targets in the same order; None if no function takes them.
     """
     metrics, _ = its_evaluator.evaluate(
         compute_metrics=True,
@@ -354,7 +354,7 @@ def compute(
 
 
 def plain(value: Any) -> Any:
-    """The result of a metric function as JSON; a picture or histogram becomes the name of its class."""
+    """Returns the result of a metric function as JSON; an image or histogram becomes the name of its class."""
     from seqio import metrics as seqio_metrics
 
     if isinstance(value, seqio_metrics.Scalar):
@@ -363,7 +363,7 @@ def plain(value: Any) -> Any:
         return plain(value.textdata)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if hasattr(value, "tolist"):  # of numpy and jax, scalars too
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}

@@ -39,17 +39,17 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
-    """Asks all problems of all skills, in one batch: models of one shape share its two programs.
+    """Evaluates all problems of all skills in one batch, so that models of the same shape share two compiled programs.
 
     Args:
       checkpoint: run or step directory.
       params: see launch/run/load_run.py.
 
     Returns:
-      As `score`.
+      See `score`.
 
     Raises:
-      LoadError: the run was not trained on such documents.
+      LoadError: the run was not trained on documents of data/code_mix/skills.py.
     """
     from data.code_mix import skills
     from trainers.decoding.decoder import Decoder
@@ -79,11 +79,11 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
 
 
 def score(asked: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
-    """Shares of problems that are answered.
+    """Returns the shares of problems with a right answer.
 
     Returns:
-      {skill: {"exact", "problems", "by_kind": {kind: exact}}}; of knowledge the kinds are quarters of
-      the facts, those stated most often first, else procedures.
+      {skill: {"exact", "problems", "by_kind": {kind: exact}}}. The kinds of knowledge are quarters of the facts, the most
+      frequent facts first; the kinds of other skills are procedures.
     """
     right: dict[str, dict[str, list[bool]]] = {}
     for problem, continuation in zip(asked, continuations, strict=True):
@@ -102,7 +102,7 @@ def _mean(answers: Sequence[bool]) -> float:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """Exact match as a table for people."""
+    """Returns exact match as a table."""
     lines = []
     for name, skill in scores.items():
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in skill["by_kind"].items())

@@ -82,10 +82,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _files(flags: argparse.Namespace) -> dict[str, str]:
-    """Files of answers by the names of their systems.
+    """Returns the files of answers by the names of their systems.
 
     Raises:
-      JudgeError: flags that do not go together, or two systems of one name.
+      JudgeError: flags that exclude each other, or two systems of the same name.
     """
     pair = (flags.a, flags.b)
     if flags.systems is not None and pair != (None, None) or flags.systems is None and None in pair:
@@ -104,11 +104,11 @@ def _files(flags: argparse.Namespace) -> dict[str, str]:
 
 
 def _default_files(flags: argparse.Namespace) -> Sequence[str]:
-    """Returns the gin files read before the user's: those of the checkpoint that judges, if one does.
+    """Returns the gin files read before the user's: the configuration of the judge's checkpoint, if it has one.
 
     Raises:
-      JudgeError: --judge names none.
-      LoadError, FileNotFoundError: as load_run.default_files.
+      JudgeError: --judge is not a judge.
+      LoadError, FileNotFoundError: see load_run.default_files.
     """
     checkpoint = spec.parse(flags.judge).checkpoint
     if checkpoint is None:
@@ -118,7 +118,7 @@ def _default_files(flags: argparse.Namespace) -> Sequence[str]:
 
 
 def _run(start: cli.Start) -> None:
-    """Judges as the flags say.
+    """Judges with the settings of the flags.
 
     Raises:
       JudgeError: flags, answers or a judge that cannot be used.
@@ -126,7 +126,7 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     chosen = spec.parse(flags.judge)
     systems = answers.read(_files(flags))
-    answers.pairs(systems)  # errors in the answers come before a model is made
+    answers.pairs(systems)  # reports errors in the answers before a model is loaded
     judge = spec.build(
         chosen,
         attempts=flags.attempts,
@@ -141,16 +141,16 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
 
     Args:
-      systems: with answers to the same prompts.
-      judge: decides.
-      out: directory, which is made.
+      systems: systems with answers to the same prompts.
+      judge: decides between answers.
+      out: output directory, which is created.
 
     Returns:
       The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
       counts of the questions.
 
     Raises:
-      JudgeError: answers that do not belong together, or a judge that cannot be asked.
+      JudgeError: answers that do not match, or a judge that cannot be reached.
     """
     pairs = answers.pairs(systems)
     folder = pathlib.Path(out)

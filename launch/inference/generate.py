@@ -15,25 +15,25 @@ from trainers.decoding.decoder import Continuation, Decoder, Stats
 from trainers.decoding.settings import Settings
 from trainers.decoding.stop_strings import GrowingText, cut
 
-# New tokens between two looks at the texts: a look costs less than a tenth of a token.
+# New tokens between two checks of the texts: a check takes less than a tenth of the time of a token.
 _LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
 _PROMPT_KEYS = ("text", "messages", "tokens")
 
 
 def generate_file(config: RunConfig, *, inputs: str, output: str, **options: Any) -> None:
-    """Continues the rows of a file; the options are those of `generate`."""
+    """Continues the rows of a file; see `generate` for the options."""
     row_files.check_output(output)
     rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
     row_files.write(output, generate(config, rows, **options), writer=jax.process_index() == 0)
 
 
 def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row that only has a "prompt", as rows of preferences do, with the prompt as "text" or "messages"."""
+    """Returns a row with its "prompt" as "text" or "messages", if it has only a "prompt" (rows of preferences)."""
     if "prompt" not in row or not row.keys().isdisjoint(_PROMPT_KEYS):
         return row
     prompt = row["prompt"]
-    others = {key: value for key, value in row.items() if key != "prompt"}
-    return {**others, "text" if isinstance(prompt, str) else "messages": prompt}
+    rest = {key: value for key, value in row.items() if key != "prompt"}
+    return {**rest, "text" if isinstance(prompt, str) else "messages": prompt}
 
 
 def print_continuations(
@@ -42,11 +42,11 @@ def print_continuations(
     """Prints the continuations of a text.
 
     Args:
-      config: of the run that made the checkpoint.
+      config: configuration of the checkpoint's run.
       prompt: the text.
-      stream: whether text is shown as it grows; None to do so on a terminal.
+      stream: whether to print text while it is generated; None to do so on a terminal.
       settings: see `generate`.
-      **options: likewise.
+      **options: see `generate`.
     """
     single = settings.num_samples == 1 and settings.beams is None
     stream = sys.stdout.isatty() and single if stream is None else stream
@@ -62,7 +62,7 @@ def print_continuations(
 
 
 def to_terminal(piece: str) -> None:
-    """Prints text at once; characters that the terminal's encoding lacks become escapes."""
+    """Prints and flushes text; characters that the terminal's encoding lacks become escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
@@ -89,24 +89,24 @@ def generate(
     """Continues rows.
 
     Args:
-      config: of the run that made the checkpoint.
+      config: configuration of the checkpoint's run.
       rows: (place, row) as in row_files.read.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
-      settings: what to generate; the ids that end a row and the size of the vocabulary are set from the run.
-      eos_ids: tokens that end a continuation; None for the vocabulary's.
-      stops: texts that end one.
-      seed: of the draws; a row's depend on it, on the row's index and on the sample's alone.
-      policy: of the key/value caches; None to keep everything.
-      policy_name: of the policy, for the report.
-      cache_dtype: in which keys and values are kept; None for the model's.
-      prefill_chunk: tokens of prompts that are read at a time; None for all.
+      settings: generation settings; the ids that end a row and the size of the vocabulary are set from the run.
+      eos_ids: tokens that end a continuation; None for the vocabulary's EOS.
+      stops: texts that end a continuation.
+      seed: seed of sampling; a continuation depends only on it, the row's index and the sample's index.
+      policy: policy of the key/value caches; None to cache all tokens.
+      policy_name: name of the policy, for the report.
+      cache_dtype: dtype of cached keys and values; None for the model's dtype.
+      prefill_chunk: tokens of prompts that are processed at a time; None for all.
       batch_size: rows at a time, each with all its samples.
-      show: called with the text of a single row as it grows.
-      indices: of the rows among all that there are, where these are not all; their draws are the same.
+      show: called with each new piece of the text of a single row.
+      indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
 
     Yields:
-      The rows with their continuations, `settings.num_samples` for each, as they are done.
+      The rows with their continuations, `settings.num_samples` for each, as they finish.
 
     Raises:
       LoadError: rows that cannot be read, or stops without a vocabulary.
@@ -160,14 +160,15 @@ def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:
 
 
 class Texts:
-    """The texts of continuations: as they grow, where they stop, and as rows of a file.
+    """The texts of continuations: decodes them while they are generated, finds stops, and makes rows of a file.
 
     Args:
-      decode: text of tokens; None for a run without a vocabulary, whose rows have no text.
-      ends: ids that end a continuation; they are among its tokens, not in its text.
-      stops: texts that end one; text is cut before them, tokens after the one that completes the stop.
-      show: called with text as soon as it is certain; None to wait for the end.
-      decode_watched: text of tokens in which stops are looked for; None for `decode`.
+      decode: decodes tokens; None for a run without a vocabulary, whose rows have no text.
+      ends: ids that end a continuation; they are among its tokens but not in its text.
+      stops: texts that end a continuation; its text is cut before the stop, its tokens after the token that completes
+        the stop.
+      show: called with text as soon as it is final; None to wait for the end.
+      decode_watched: decodes tokens to search for stops; None for `decode`.
     """
 
     def __init__(
@@ -188,11 +189,11 @@ class Texts:
 
     @property
     def watching(self) -> bool:
-        """Whether tokens must be seen while there may be more."""
+        """Whether `watch` must be called during generation."""
         return bool(self._stops) or self._show is not None
 
     def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """The number of new tokens after which a row stops, or None; see trainers/decoding/decoder.py."""
+        """Returns the number of new tokens after which a row stops, or None; see trainers/decoding/decoder.py."""
         if not self.watching:
             return None
         text = self._growing.get((prompt, sample))
@@ -212,7 +213,7 @@ class Texts:
             self._show(piece)
 
     def text(self, tokens: Sequence[int]) -> tuple[str, str]:
-        """The text of all tokens of a continuation up to its end, and "eos", "stop" or "length" for that end."""
+        """Returns the text of a continuation up to its end, and the kind of end: "eos", "stop" or "length"."""
         ended = bool(tokens) and tokens[-1] in self._ends
         text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
         before_stop = cut(text, self._stops)
@@ -223,7 +224,7 @@ class Texts:
     def answer(
         self, row: Mapping[str, Any], prompt: int, sample: int, new: Continuation
     ) -> dict[str, Any]:
-        """A row with one of its continuations."""
+        """Returns a row with one of its continuations."""
         growing = self._growing.pop((prompt, sample), None)
         if growing is not None:
             self._show_piece(growing.finish())
@@ -240,7 +241,7 @@ class Texts:
 
 
 def decoder_of(vocabulary: Any) -> Callable[[Sequence[int]], str]:
-    """A function that decodes all tokens; SeqIO's `decode` stops at EOS, which not every continuation ends with."""
+    """Returns a function that decodes all tokens; SeqIO's `decode` would stop at the first EOS."""
 
     def decode(tokens: Sequence[int]) -> str:
         parts: list[list[int]] = [[]]

@@ -13,11 +13,11 @@ from data.text import documents
 
 
 class RowFileError(OSError):
-    """A file of rows that is absent, cannot be written, or cannot be continued."""
+    """A file of rows that does not exist, cannot be written, or cannot be continued."""
 
 
 def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:
-    """(place, row) of every line; the place is for errors, as is the flag that names the file.
+    """Returns (place, row) of every line; the place, and the flag that names the file, are for errors.
 
     Raises:
       RowFileError: there is no such file.
@@ -30,7 +30,7 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
 
 
 def check_output(path: str) -> None:
-    """Raises RowFileError, before any work, where `write` could not."""
+    """Raises RowFileError if `write` could not write the file; called before any work."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise RowFileError(f"--output={path}: there is no folder {folder}. Create it first.")
@@ -39,36 +39,36 @@ def check_output(path: str) -> None:
 
 
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
-    """Writes rows as they are made to `path`.partial, which is renamed to `path` after the last.
+    """Writes each row to `path`.partial as soon as it is computed, and renames the file to `path` after the last.
 
     Args:
-      path: of the file.
-      rows: made one by one, by all processes together.
-      writer: whether this process writes; the others only make them.
+      path: path of the file.
+      rows: rows, computed one by one by all processes together.
+      writer: whether this process writes; other processes only compute.
     """
-    made = iter(rows)
-    first = list(itertools.islice(made, 1))  # An error in the first row changes no file.
+    iterator = iter(rows)
+    first = list(itertools.islice(iterator, 1))  # An error in the first row changes no file.
     if not writer:
-        for _ in made:
+        for _ in iterator:
             pass
         return
     partial = f"{path}.partial"
     with open(partial, "wb", buffering=0) as file:
-        for row in itertools.chain(first, made):
+        for row in itertools.chain(first, iterator):
             file.write(_line(row))
     os.replace(partial, path)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    # Half of a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
+    # A lone surrogate, which UTF-8 cannot encode, becomes JSON's escape for it.
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 class ResumedRows:
-    """A file of rows that a command adds to, and continues after a stop; `resumed` opens one.
+    """A file of rows that a command appends to, and continues after a stop; opened by `resumed`.
 
     Attributes:
-      rows: (place, row) of those that were there; the place is for errors.
+      rows: (place, row) of the rows of earlier starts; the place is for errors.
     """
 
     def __init__(self, path: str, file: Any, *, writer: bool):
@@ -92,18 +92,18 @@ class ResumedRows:
             file.seek(size)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row, which is handed to the system at once."""
+        """Appends a row and flushes it."""
         self._file.write(_line(row))
         self._file.flush()
 
 
 @contextlib.contextmanager
 def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[ResumedRows]:
-    """Opens a file of rows to read those that are there, and to add more.
+    """Opens a file of rows to read its rows and append more.
 
     Args:
-      path: of the file, which is made where it is absent.
-      writer: whether this process adds rows; no second one can meanwhile. The others read.
+      path: path of the file, which is created if it does not exist.
+      writer: whether this process appends rows and locks the file; other processes only read.
 
     Raises:
       RowFileError: another process writes the file, or a line is damaged.

@@ -55,10 +55,10 @@ def score(
 
 
 def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
-    """A row of a file as the scorer takes it.
+    """Returns a row of a file as a `Row` for the scorer.
 
     Raises:
-      LoadError: one that the model cannot read.
+      LoadError: the model cannot read the row.
     """
     tokens, targets = run.scored(row, where)
     context = run.context(tokens)
@@ -66,5 +66,5 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
         if not context and targets:
             raise LoadError(f"{where}: nothing precedes the targets, and START_TOKEN is None.")
         return Row(context=context, targets=targets)
-    # An empty row has no token to predict, and one to stand before none.
+    # An empty row has no targets, but a context needs at least one token.
     return Row(context=context[:1] or [0], targets=context[1:])

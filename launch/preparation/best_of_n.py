@@ -69,10 +69,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(start: cli.Start) -> None:
-    """Ranks as the flags say.
+    """Ranks samples with the settings of the flags.
 
     Raises:
-      RewardError: flags that do not go together, or rows that cannot be ranked.
+      RewardError: flags that exclude each other, or rows that cannot be ranked.
     """
     flags = start.flags
     if flags.output is None and flags.pairs is None:
@@ -92,10 +92,10 @@ def run(start: cli.Start) -> None:
 
 
 def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
-    """Samples of each prompt, which are side by side and numbered from 0.
+    """Returns the samples of each prompt; they must be adjacent and numbered from 0.
 
     Raises:
-      RewardError: they are not.
+      RewardError: samples of a prompt are not adjacent, or not numbered from 0.
     """
     groups: list[list[Row]] = []
     for where, row in rows:
@@ -113,15 +113,15 @@ def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """The row with the largest reward, the first of equals, with the rewards of all."""
+    """Returns the row with the largest reward (the first one if equal), with the rewards of all samples."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 
 
 def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | None:
-    """The best and the worst sample as a row of preference data; None where there is nothing to prefer.
+    """Returns the best and the worst sample as a row of preference data; None if reward or text are equal.
 
-    What the prompt's row says beside its samples stays in it.
+    The row also has the other columns of the prompt's row.
     """
     chosen, rejected = group[int(np.argmax(rewards))], group[int(np.argmin(rewards))]
     if max(rewards) == min(rewards) or chosen.get("text") == rejected.get("text"):
@@ -144,12 +144,12 @@ def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | Non
 
 
 def divergence_bound(n: int) -> float:
-    """log n - (n - 1) / n: nats, at most, between best-of-n and what it samples (arXiv 2401.01879, theorem 1)."""
+    """log n - (n - 1) / n: upper bound in nats of KL(best-of-n || sampled policy) (arXiv 2401.01879, theorem 1)."""
     return math.log(n) - (n - 1) / n
 
 
 def summary(rewards: Sequence[Sequence[float]]) -> str:
-    """One line on rewards of all prompts, each with its samples."""
+    """Returns one line on the rewards of all prompts and samples."""
     sizes = sorted({len(group) for group in rewards})
     mean = np.mean([np.mean(group) for group in rewards])
     chosen = np.mean([max(group) for group in rewards])

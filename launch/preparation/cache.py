@@ -51,20 +51,20 @@ def build_caches(
     cache_dir: str | os.PathLike | None = None,
     replace: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Builds the caches of every task of a mixture and prints what they hold.
+    """Builds the token caches of every task of a mixture, and prints their sizes.
 
     Args:
       mixture_or_task_name: a SeqIO mixture or task.
       tasks: functions that register SeqIO tasks.
-      splits: to build, of the tasks that have them.
-      cache_dir: where caches are kept; default $ESPALIER_CACHE or ~/.cache/espalier.
-      replace: delete caches of these tasks that are damaged or were built from something else.
+      splits: splits to build, for the tasks that have them.
+      cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
+      replace: whether to delete caches of these tasks that are damaged or were built from another version of the task.
 
     Returns:
       Target tokens by task and split.
 
     Raises:
-      ValueError: no such mixture, or a task that has none of the splits.
+      ValueError: no such mixture, or a task without any of the splits.
       CacheCorruptError: a cache is damaged, and `replace` is not set.
     """
     cpu_tensorflow.load()

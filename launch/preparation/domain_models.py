@@ -1,4 +1,4 @@
-"""Encoders of domains that are models (see data/nexus/domain_encoders.py): a run of ours, or a sentence encoder.
+"""Encoders of domains that use a model (see data/nexus/domain_encoders.py): one of our runs, or a sentence encoder.
 
 Shapes: N documents, M width of an embedding.
 """
@@ -16,7 +16,7 @@ from data.nexus.domain_embeddings import EmbeddingsError
 from launch.run import load_run
 from launch.run.load_run import LoadedRun
 
-_CHUNK = 256  # documents that a sentence encoder is given at a time
+_CHUNK = 256  # documents per call of a sentence encoder
 
 
 class ModelStates:
@@ -72,7 +72,7 @@ def model_states(
 
 
 def _params_digest(params: Any) -> str:
-    """SHA-256 of parameters, by name."""
+    """Returns the SHA-256 of parameters and their names."""
     import jax
 
     digest = hashlib.sha256()
@@ -84,10 +84,10 @@ def _params_digest(params: Any) -> str:
 
 
 class Sentences:
-    """The mean over documents of the vectors of a model of the package sentence-transformers.
+    """The mean vector of documents by a model of the package sentence-transformers.
 
     Args:
-      folder: the model; nothing is downloaded.
+      folder: folder of the model; nothing is downloaded.
       settings: kind and all settings but the digest.
       batch_size: documents at a time.
 
@@ -142,7 +142,7 @@ class Sentences:
 
 
 def _folder_digest(folder: str) -> str:
-    """SHA-256 of a folder's files and their names, hidden ones left out."""
+    """Returns the SHA-256 of a folder's files and their names, except hidden files."""
     digest = hashlib.sha256()
     root = pathlib.Path(folder)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):

@@ -18,7 +18,7 @@ from data.nexus import domain_embeddings, domain_encoders
 from data.nexus.domain_embeddings import Embeddings, EmbeddingsError, Raw
 
 TASK = "task:"
-_CHARACTERS = 64  # of a document are kept for each token that is to be read
+_CHARACTERS = 64  # characters of a document that are stored per token to read
 
 
 def embed(
@@ -35,14 +35,14 @@ def embed(
     """Embeds domains, writes their file and prints a table.
 
     Args:
-      path: of the file.
-      before: its content when `old` was read; None where there was no file.
-      sources: files or `task:NAME` by domain; empty where nothing is read.
+      path: path of the file.
+      before: its content when `old` was read; None if there was no file.
+      sources: files or `task:NAME` by domain; empty if the encoder reads no documents.
       settings: kind and settings of the encoder.
-      old: the embeddings that are extended; None for a new file.
+      old: the embeddings to extend; None for a new file.
       reads: whether the encoder reads documents.
-      flags: how documents lie in files, how many are drawn from, and the encoder's batch size.
-      register_tasks: registers what `task:NAME` may name.
+      flags: flags with the format of files, the limit of documents, and the encoder's batch size.
+      register_tasks: registers the tasks for `task:NAME`.
 
     Returns:
       The file's content.
@@ -86,7 +86,7 @@ def embed(
 
 
 def content(path: str) -> bytes | None:
-    """The bytes of a file, None where there is none."""
+    """Returns the bytes of a file, or None if it does not exist."""
     file = pathlib.Path(path)
     return file.read_bytes() if file.is_file() else None
 
@@ -94,13 +94,13 @@ def content(path: str) -> bytes | None:
 def draw(
     name: str, source: str, settings: Mapping[str, Any], flags: argparse.Namespace
 ) -> list[str]:
-    """Documents of a source, drawn from those read with equal probability, cut where nothing more is read.
+    """Returns a uniform sample of a source's documents, each cut after the characters that the encoder can read.
 
     Args:
-      name: of the domain.
+      name: name of the domain.
       source: files, or `task:` and a task's name.
-      settings: of the encoder: how many documents, how many tokens of each, and the seed.
-      flags: how documents lie in files, and how many of the first ones are drawn from.
+      settings: the encoder's settings, with numbers of documents and tokens per document, and the seed.
+      flags: flags with the format of files and the limit of documents.
 
     Raises:
       EmbeddingsError: there is no document.
@@ -115,7 +115,7 @@ def draw(
     for i, text in enumerate(_progress(texts, f"read {name}")):
         if i < settings["documents"]:
             drawn.append(text[:limit])
-        # Of i + 1 documents each is drawn with the same probability.
+        # Reservoir sampling: each of the first i + 1 documents has the same probability.
         elif (at := rng.randrange(i + 1)) < settings["documents"]:
             drawn[at] = text[:limit]
     if not drawn:
@@ -124,7 +124,7 @@ def draw(
 
 
 def _of_files(pattern: str, flags: argparse.Namespace) -> Iterator[str]:
-    """Texts in files."""
+    """Yields the texts in files."""
     from data.text import document_files
 
     files = document_files.find(
@@ -138,7 +138,7 @@ def _of_files(pattern: str, flags: argparse.Namespace) -> Iterator[str]:
 
 
 def _of_task(name: str) -> Iterator[str]:
-    """Texts of a task's training split.
+    """Yields the texts of a task's training split.
 
     Raises:
       EmbeddingsError: there is no such task or split, or it has no texts.
@@ -148,9 +148,11 @@ def _of_task(name: str) -> Iterator[str]:
     from data import tasks
     from data.text.sources import names
 
-    known = seqio.TaskRegistry.names()
-    if name not in known:
-        hint = f"; {names.nearest(name, sorted(known))}" if known else ": none is registered"
+    registered = seqio.TaskRegistry.names()
+    if name not in registered:
+        hint = (
+            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
+        )
         raise EmbeddingsError(
             f"{TASK}{name}: no such SeqIO task{hint} (--gin_file=FILE registers some)"
         )
@@ -159,7 +161,9 @@ def _of_task(name: str) -> Iterator[str]:
         raise EmbeddingsError(
             f"{TASK}{name} has no split 'train', only {', '.join(task.splits)}: give files"
         )
-    if (own := tasks.sources().get(name)) is not None:  # ours need not be tokenised
+    if (
+        own := tasks.sources().get(name)
+    ) is not None:  # texts of this project's sources, without tokenising them
         key, dataset = "text", own.get_dataset("train", shuffle=False)
     else:
         key = "targets_pretokenized"
@@ -175,7 +179,7 @@ def _of_task(name: str) -> Iterator[str]:
 def _encoder(
     settings: Mapping[str, Any], flags: argparse.Namespace
 ) -> Iterator[domain_encoders.Encoder]:
-    """The encoder that has these settings."""
+    """Yields the encoder with these settings."""
     own = {key: value for key, value in settings.items() if key not in ("kind", "digest")}
     kinds = {
         "ngrams": domain_encoders.Ngrams,
@@ -202,13 +206,15 @@ def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
 
 
 def table(embeddings: Embeddings) -> str:
-    """The domains, and the cosine of each with the one most like it."""
+    """Returns a table of the domains, each with its most similar domain and their cosine."""
     lines = [
         f"{embeddings.path}: {len(embeddings.names)} domains of {embeddings.dim} numbers, {embeddings.encoder['kind']}"
     ]
     cosines = embeddings.vectors_NM @ embeddings.vectors_NM.T
     for i, (name, raw) in enumerate(embeddings.domains.items()):
-        others = [(cosines[i, j], other) for j, other in enumerate(embeddings.names) if j != i]
-        nearest = "" if not others else "  nearest {1} ({0:+.2f})".format(*max(others))
+        similarities = [
+            (cosines[i, j], other) for j, other in enumerate(embeddings.names) if j != i
+        ]
+        nearest = "" if not similarities else "  nearest {1} ({0:+.2f})".format(*max(similarities))
         lines.append(f"  {name:16} {raw.documents:6,} documents{nearest}")
     return os.linesep.join(lines)

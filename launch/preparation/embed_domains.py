@@ -20,7 +20,7 @@ from typing import Any
 from launch import cli
 from launch.inference import row_files
 
-# Encoder -> its settings, with their defaults; None is for what has to be given.
+# Encoder -> its settings with their defaults; None for a setting without a default.
 _DRAWN: dict[str, Any] = {"documents": 2000, "tokens": 512, "seed": 0}
 ENCODERS: dict[str, dict[str, Any]] = {
     "ngrams": {"order": 2, "dim": 1024, **_DRAWN},
@@ -61,7 +61,7 @@ def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    """Embeds as the flags say.
+    """Embeds domains with the settings of the flags.
 
     Raises:
       EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
@@ -157,10 +157,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(flags: argparse.Namespace, *, needed: bool) -> dict[str, str]:
-    """Sources by name; empty where none is needed, given or not.
+    """Returns the sources by name; a source is '' if the encoder reads no documents.
 
     Raises:
-      EmbeddingsError: a name without a source, or given twice, or a limit that limits nothing.
+      EmbeddingsError: a name without a source, a repeated name, or a limit that is invalid or not used.
     """
     from data.nexus.domain_embeddings import EmbeddingsError
 
@@ -182,23 +182,23 @@ def _sources(flags: argparse.Namespace, *, needed: bool) -> dict[str, str]:
 
 
 def _settings(flags: argparse.Namespace, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Kind and settings of the encoder: those of flags, or of the file that is extended.
+    """Returns kind and settings of the encoder, from the flags or from the file to extend.
 
     Raises:
-      EmbeddingsError: a setting of another encoder, out of range or missing, or not that of the file.
+      EmbeddingsError: a setting of another encoder, out of range, missing, or different from the file's.
     """
     from data.nexus.domain_embeddings import PLACES, EmbeddingsError
 
     kind = flags.encoder or (frozen["kind"] if frozen else "ngrams")
     names = dict.fromkeys(name for own in ENCODERS.values() for name in own)
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    if wrong := [name for name in given if name not in ENCODERS[kind]]:
+    chosen = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if wrong := [name for name in chosen if name not in ENCODERS[kind]]:
         raise EmbeddingsError(
             f"--{wrong[0]} is no setting of --encoder={kind}, which has "
             f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: leave it out"
         )
     begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
-    settings = {**begun, **given}
+    settings = {**begun, **chosen}
     for name in PLACES:
         if name in settings and settings[name] is None:
             raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")

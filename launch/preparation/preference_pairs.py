@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from launch import cli
 
 KINDS = ("translations", "reasoning", "arithmetic", "rated")
-_CONSTRUCTED = 10_000  # pairs, of which there could be as many as are asked for
+_CONSTRUCTED = 10_000  # default number of pairs of kinds without a natural limit
 _RATED = {"input": None, "rejected": "worst", "min_margin": 0.0}  # flags of one kind
 
 
@@ -81,7 +81,7 @@ def _write(flags: argparse.Namespace, rated: dict) -> None:
     from data.text.documents import DataError
     from launch.inference import row_files
 
-    # The directory of an arm of a sweep is made with the file; one that more is missing of is an error.
+    # Creates the file's directory, such as a sweep arm's, but not its parents: those must exist.
     with contextlib.suppress(FileNotFoundError):
         pathlib.Path(flags.output).parent.mkdir(exist_ok=True)
     row_files.check_output(flags.output)

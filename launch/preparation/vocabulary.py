@@ -15,7 +15,7 @@ from data import cpu_tensorflow
 from data import tasks as registered
 from launch import cli
 
-SHOWN_BYTES = 300_000  # of each task
+SHOWN_BYTES = 300_000  # bytes of each task for measuring bytes per token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
-    """Shows a vocabulary on held-out text. Making the argument has trained it.
+    """Prints measures of a vocabulary on held-out text; the vocabulary was trained when the argument was made.
 
     Args:
-      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      tasks: functions that register the tasks to show it on.
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
+      tasks: functions that register the tasks to measure it on.
 
     Returns:
       Bytes per token of each task.
@@ -54,7 +54,7 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
 
 
 def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
-    """Bytes and tokens of the first documents of the held-out split, or of the only split."""
+    """Returns the bytes and tokens of the first documents of the held-out split, or of the only split."""
     split = "validation" if "validation" in source.splits else source.splits[0]
     size = tokens = 0
     for example in source.get_dataset(split, shuffle=False).as_numpy_iterator():

@@ -1,6 +1,6 @@
-"""Loads a model and its vocabulary from a checkpoint, as configured by the run that made it.
+"""Loads a model and its vocabulary from a checkpoint, with the configuration of the run that wrote it.
 
-The run's `config.gin` holds the whole configuration, so that commands need only `--checkpoint`.
+The run's `config.gin` has the whole configuration, so that commands need only `--checkpoint`.
 Heavy imports are inside functions: flags are parsed before them.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
 
-__all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # one name for all that commands need
+__all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
 CONFIG = "config.gin"
 PARAMS = ("auto", "raw", "ema")
@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> Any:
-    """Adds also the flags for files of rows."""
+    """Adds the flags of `add_flags` and the flags for files of rows."""
     group = add_flags(parser)
     group.add_argument(
         "--inputs", required=required, metavar="FILE", help="JSON lines, also .gz and .zst"
@@ -54,7 +54,7 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def default_files(
     flags: argparse.Namespace, *, own: str = "t5x_configs/runs/load_run.gin"
 ) -> Sequence[str]:
-    """Returns the gin files of the command, of the checkpoint's run, and of its vocabulary.
+    """Returns the gin files of the command, the checkpoint's run, and its vocabulary.
 
     Raises:
       LoadError: the run has no config.gin, and no --gin_file replaces it.
@@ -76,14 +76,14 @@ def default_files(
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
-    """The configuration of the run that made a checkpoint, as commands on it read it.
+    """Returns the configuration of a checkpoint's run, as commands load it.
 
     Args:
       checkpoint: step or run directory.
-      gin_file: files that change it.
+      gin_file: gin files that change it.
 
     Raises:
-      LoadError, FileNotFoundError: as `default_files`.
+      LoadError, FileNotFoundError: see `default_files`.
     """
     from launch.config import gin_config
 
@@ -107,7 +107,7 @@ def config_file(step: Any) -> str | None:
 
 
 def vocabulary(*, value: Any) -> Any:
-    """Returns `value`, which gin makes only then: vocabularies load slowly, and tokens need none."""
+    """Returns `value`. Gin makes it only at this call: loading a vocabulary is slow, and rows of tokens need none."""
     return value
 
 
@@ -122,7 +122,7 @@ class RunConfig:
       rules: name of a rule set in trainers/partitioning.py.
       start_token: the token before the first of a document; None for no such token, 'auto' for the one
         recorded with the checkpoint (0 if none is recorded).
-      add_bos: begin texts with the vocabulary's BOS; None to do as in training.
+      add_bos: whether to begin texts with the vocabulary's BOS; None for the setting in training.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the vocabulary's own.
     """
 
@@ -138,15 +138,15 @@ class RunConfig:
     def load(
         self, checkpoint: str, *, params: str = "auto", rewards: bool = False
     ) -> Iterator[LoadedRun]:
-        """Restores the parameters, verified, and enters the mesh; of actor and critic, the actor.
+        """Restores and verifies the parameters (of an actor-critic, the actor), and enters the mesh.
 
         Args:
           checkpoint: step or run directory.
           params: one of PARAMS.
-          rewards: whether a reward model is expected in place of a language model.
+          rewards: whether a reward model is expected instead of a language model.
 
         Raises:
-          LoadError: a model of another kind.
+          LoadError: the checkpoint has a model of another kind.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
         from trainers import initialise, partitioning

@@ -10,7 +10,7 @@ _KEYS = ("tokens", "text", "messages")
 
 
 class LoadError(ValueError):
-    """A checkpoint that cannot be used as asked, or rows that the model cannot read."""
+    """A checkpoint that cannot be used with these settings, or rows that the model cannot read."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,10 +43,10 @@ class LoadedRun:
 
     @functools.cached_property
     def vocabulary_or_none(self) -> Any:
-        """The vocabulary of the run's data, None where its configuration names none.
+        """The vocabulary of the run's data, or None if its configuration has none.
 
         Raises:
-          LoadError: it is not the one the model was trained with.
+          LoadError: the model was trained with another vocabulary.
         """
         vocabulary = self.config.vocabulary()
         if vocabulary is not None:
@@ -58,7 +58,7 @@ class LoadedRun:
         """The vocabulary of the run's data.
 
         Raises:
-          LoadError: it is not the one the model was trained with, or the run names none.
+          LoadError: the model was trained with another vocabulary, or the run's configuration has none.
         """
         if self.vocabulary_or_none is None:
             raise LoadError(
@@ -118,11 +118,11 @@ class LoadedRun:
         return own
 
     def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
-        """Returns the tokens of a row's "tokens", "text" or "messages", to be continued.
+        """Returns the tokens of a row's "tokens", "text" or "messages", as a prompt.
 
-        A text begins with BOS where the run's texts did, and never with two. "messages" are rendered,
-        with the row's "tools" and "documents", up to where the assistant's next turn begins; the template
-        writes BOS itself where the model expects one.
+        A text begins with one BOS if the run's texts did. "messages" are rendered, with the row's "tools" and
+        "documents", up to the beginning of the assistant's next turn; the template itself writes BOS if the model
+        expects it.
 
         Raises:
           LoadError: none or several of these keys, a malformed value, or messages that the chat
@@ -136,14 +136,13 @@ class LoadedRun:
         return self.after_bos(ids) if key == "text" else ids
 
     def scored(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int] | None]:
-        """Returns the tokens of a row, and the targets after them that are scored; None for all tokens.
+        """Returns the tokens of a row, and the targets after them to score; None to score all tokens.
 
         Targets are the row's "targets", or the assistant's turn that ends its "messages", up to and
         including its end token.
 
         Raises:
-          LoadError: as `tokens` and `encode`, or the template renders that turn differently after a
-            generation prompt.
+          LoadError: see `tokens` and `encode`; or the template renders that turn differently after a generation prompt.
         """
         if "targets" in row:
             return self.tokens(row, where), self.encode(row["targets"], f"{where}: 'targets'")
@@ -187,7 +186,7 @@ class LoadedRun:
         """Returns the ids of a rendered conversation before and after the character `start`."""
         if hasattr(self.vocabulary, "encode_parts"):
             return self.vocabulary.encode_parts(text, start)
-        # A vocabulary whose texts cannot spell its special tokens.
+        # This vocabulary does not parse special tokens in texts.
         before, after = (self.encode(part, "messages") for part in (text[:start], text[start:]))
         return self.after_bos(before), after
 
@@ -211,7 +210,7 @@ class LoadedRun:
         """Returns the ids of a text, or checks that a list holds ids of the model.
 
         Raises:
-          LoadError: neither a text nor ids, or not valid.
+          LoadError: `value` is neither a text nor valid ids.
         """
         if isinstance(value, str):
             try:
@@ -230,7 +229,7 @@ class LoadedRun:
         return value
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Returns tokens as the model reads them: after the start token of a document."""
+        """Returns the tokens after the start token of a document, if the model has one."""
         start = self.config.start_token
         if start == "auto":
             start = self.meta.get("start_token", 0)

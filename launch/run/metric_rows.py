@@ -1,4 +1,4 @@
-"""The rows of runs' metrics.jsonl, and the runs by name."""
+"""Reads the rows of metrics.jsonl, and names runs by their directories."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ from trainers.telemetry.metric_writers import rows_in_force
 
 
 def named(directories: Sequence[str]) -> dict[str, str]:
-    """Directories by the shortest ends of their paths that tell them apart."""
+    """Returns directories by name: the shortest end of each path that is unique."""
     parts = [pathlib.Path(directory).resolve().parts for directory in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -19,7 +19,7 @@ def named(directories: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without those of steps that a rollback gave up."""
+    """Returns the rows of a run's metrics.jsonl, without steps that a rollback discarded."""
     path = os.path.join(directory, "metrics.jsonl")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
@@ -27,7 +27,7 @@ def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The newest held-out metrics by domain."""
+    """Returns the newest held-out metrics by domain."""
     evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if not evaluated:
         raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")

@@ -11,9 +11,8 @@ def parameter_table(params: Any, shardings: Any = None) -> str:
     """Returns a table with a row per parameter, and the totals.
 
     Args:
-      params: nested dict of arrays or of their shapes and dtypes; flax's boxes around them hold the
-        logical axes.
-      shardings: the same tree of NamedSharding, PartitionSpec, or leaves with a `sharding`; or None.
+      params: nested dict of arrays or ShapeDtypeStructs; flax's boxes around them have the logical axes.
+      shardings: a tree of the same structure of NamedSharding, PartitionSpec, or leaves with a `sharding`; or None.
     """
     specs = dict(_leaves(shardings)) if shardings is not None else {}
     rows, total, size = [], 0, 0
@@ -36,8 +35,8 @@ def parameter_table(params: Any, shardings: Any = None) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = []
     for row in rows:
-        *left, count = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([*left, count.strip().rjust(widths[-1])]))
+        *left_aligned, count = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([*left_aligned, count.strip().rjust(widths[-1])]))
     lines.insert(1, "-" * len(lines[0]))
     lines.append("-" * len(lines[0]))
     lines.append(f"total {total:,} parameters in {len(rows) - 1} arrays, {size / 2**20:,.1f} MiB")

@@ -1,7 +1,7 @@
-"""Where a run starts from: the parent it continues, and its restored state.
+"""The start of a run: the parent run that it continues, and its restored state.
 
-What a run takes from its parent is recorded with each of its own checkpoints (`initial`), so that it
-continues in the same way once the parent has been deleted.
+Each of the run's own checkpoints records the facts that it took from its parent (`initial`), so that the run resumes in
+the same way after the parent has been deleted.
 """
 
 import dataclasses
@@ -19,15 +19,14 @@ from trainers.recipe import Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parent:
-    """What a run takes from the run before it, apart from the state.
+    """The facts that a run takes from its parent run, besides the state.
 
     Attributes:
       path: step directory of the parent; None for a run that begins with new parameters.
       scope, data: see `InitialCheckpoint`.
       step: the step at which this run begins.
-      learning_rate: of the parent's next update; None if the parent did not record it.
-      positions: how far the parent had read each source (see TrainStream.positions); empty to read
-        from the beginnings.
+      learning_rate: learning rate of the parent's next update; None if the parent did not record it.
+      positions: the parent's position in each source (see TrainStream.positions); empty to begin at the beginnings.
     """
 
     path: str | None = None
@@ -43,11 +42,11 @@ class Parent:
 
 
 def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> Parent:
-    """Returns the parent that this run's own checkpoints record, or else that of `initial`.
+    """Returns the parent that this run's own checkpoints record, or else the parent in `initial`.
 
     Raises:
-      ValueError: a checkpoint that does not record how far its run read the data.
-      FileNotFoundError, DamagedCheckpointError: of the initial checkpoint.
+      ValueError: the checkpoint does not record its run's position in the data.
+      FileNotFoundError, DamagedCheckpointError: the initial checkpoint is missing or damaged.
     """
     try:
         own = step_dir.newest_good(checkpoints, _read_record)[1]["meta"]
@@ -87,11 +86,11 @@ def restore_start(
     """Restores or initialises the state of a run.
 
     Args:
-      checkpointer: of the run.
+      checkpointer: checkpointer of the run.
       program: makes the state.
-      initial: what to start from while there is no own checkpoint.
-      parent: of `find_parent`.
-      identity: what the run's own checkpoints must agree on (`RunData.identity`).
+      initial: the start of the run while it has no checkpoint of its own.
+      parent: result of `find_parent`.
+      identity: facts that the run's own checkpoints must agree on (`RunData.identity`).
 
     Returns:
       The state, and the facts to record with every checkpoint of the run.
@@ -125,7 +124,7 @@ def restore_start(
 
 
 def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
-    """Returns the parent with the path of the step that was restored, which may be an older one."""
+    """Returns the parent with the path of the step that was restored, which may be older than the newest."""
     if str(start.path) == parent.path:
         return parent
     moved = parent.step != start.step
@@ -138,7 +137,7 @@ def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
 
 
 def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Checks the vocabulary: another one would train silently on wrong ids."""
+    """Checks that the vocabulary is the parent's: another one would train silently on wrong ids."""
     if "vocabulary" not in identity:  # not a language model
         return
     ours, theirs = identity["vocabulary"], start.meta.get("vocabulary", identity["vocabulary"])
@@ -151,10 +150,10 @@ def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> N
 
 
 def check_prompts(program: Program, start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Checks that prompts begin as the documents did on which the parent was trained.
+    """Checks that prompts begin with BOS and start token like the documents of the parent's training.
 
     Raises:
-      ValueError: they begin otherwise, so that the model would never have seen such a beginning.
+      ValueError: they begin differently, which the model has never seen.
     """
     if program.recipe.inputs_spec.loss_per != "pairs" or start.source != "initial":
         return

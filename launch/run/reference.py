@@ -1,6 +1,6 @@
-"""Streams of preference pairs with a reference model's log-probabilities, stored or computed before training.
+"""Streams of preference pairs with the log-probabilities of a reference model, which are computed before training.
 
-A run uses them in place of the streams of pairs: `train.train.stream = @reference.make_stream`.
+A run uses them instead of the streams of pairs: `train.train.stream = @reference.make_stream`.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.scoring.scoring import Row, Scorer
 
-_VERSION = 1  # raise it when the same model and tokens give other values
-_PAIRS_AT_ONCE = 4096  # pairs after which values are written
+_VERSION = 1  # increase it when the same model and tokens give other values
+_PAIRS_AT_ONCE = 4096  # pairs per write to the store
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Reference:
-    """The model that a policy is compared with.
+    """The reference model of a policy.
 
     Attributes:
       model: the linen module.
-      checkpoint: holds its parameters.
+      checkpoint: the checkpoint of its parameters.
       batch_size: sequences at a time.
-      mesh, rules: where it runs.
-      store: directory of stored values; None for the one in the cache directory.
+      mesh, rules: mesh and partitioning rules for computing its log-probabilities.
+      store: directory of stored values; None for the default in the cache directory.
     """
 
     model: Any
@@ -43,22 +43,22 @@ class Reference:
     store: str | os.PathLike | None = None
 
     def check(self) -> None:
-        """Checks the checkpoint before data are opened, as `FrozenModel.check` does; raises ValueError."""
+        """Checks the checkpoint before data are opened, see `FrozenModel.check`; raises ValueError."""
         frozen = FrozenModel(model=self.model, checkpoint=self.checkpoint)
         mesh = partitioning.make_mesh(shape=self.mesh)
         frozen.check(mesh, partitioning.rules_named(self.rules), {})
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
-        """Returns the stream with the reference's values, after computing those that are not stored.
+        """Returns the stream with the reference's values, after computing the values that are not stored.
 
         Args:
-          stream: of pairs.
+          stream: stream of pairs.
           steps: the number of steps whose batches will be read; None for all pairs.
 
         Raises:
-          ValueError: another reference than at the start of the run, or another vocabulary.
-          ReferenceStoreError: a damaged store.
-          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+          ValueError: not the reference of the run's first start, or another vocabulary.
+          ReferenceStoreError: the store is damaged.
+          DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         frozen = self.checkpoint.resolve()
         ours = stream.summary()["vocabulary"]["digest"]
@@ -101,8 +101,8 @@ def _values(
 ) -> np.ndarray:
     """Returns log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
 
-    A completion in several pairs is scored once: the best of many answers, or in unpaired data the completion of
-    another prompt, which all examples of one prompt share.
+    A completion in several pairs is scored once. Examples are the best of many answers, and in unpaired data the
+    completion of another prompt, which all examples of a prompt share.
     """
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     place_of_each = [
@@ -116,9 +116,9 @@ def _values(
 
 
 def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
-    """Returns the digests that any process lacks, in the stream's order; all processes get the same list.
+    """Returns the digests missing in the store of any process, in the stream's order, the same in all processes.
 
-    Each process knows its own disk only; all compute together what one of them lacks.
+    A process only sees its own disk, but all processes compute together the values that one of them is missing.
     """
     digests = list(stream.pairs().digests)
     if steps is not None and steps * stream.batch_size < len(digests):
@@ -141,9 +141,9 @@ def make_stream(
     """Returns the training stream of pairs with reference values.
 
     Args:
-      reference: the model that the policy is compared with.
-      stream: opens the pairs; called with (positions=) to read on where another run stopped.
-      steps: of the run.
+      reference: the reference model.
+      stream: opens the pairs; called with (positions=) to continue at the position where another run stopped.
+      steps: steps of the run.
       positions: see data/stream/stream.py.
     """
     reference.check()
@@ -157,10 +157,10 @@ def make_eval_stream(
     """Returns the held-out stream of a task with reference values.
 
     Args:
-      task: the task.
-      reference: the model that the policy is compared with.
-      stream: opens the pairs, called with (task=).
-      steps: the number of steps that are read; None for the whole split.
+      task: name of the task.
+      reference: the reference model.
+      stream: opens the pairs; called with (task=).
+      steps: number of steps to read; None for the whole split.
     """
     opened = stream(task=task)
     return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))

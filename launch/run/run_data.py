@@ -1,4 +1,4 @@
-"""The data of a run: opened, checked against its program, and described for its records."""
+"""Opens the data of a run, checks it against the program, and describes it for the run's records."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ class RunData:
       eval_streams: held-out splits.
       total_steps: updates of the run.
       tasks: `data.tasks.summary()`; empty for a run without SeqIO tasks.
-      repeats: warnings about sources that reach their cap of epochs.
+      repeats: warnings about sources that reach their maximum number of epochs.
     """
 
     stream: TrainStream
@@ -56,7 +56,7 @@ class RunData:
         summary, tasks = self.stream.summary(), self.tasks.get("tasks", {})
         return identity | {
             "vocabulary": summary["vocabulary"]["digest"],
-            # Whether all documents begin with BOS, as prompts then must too.
+            # Whether all documents begin with BOS; if so, prompts must too.
             "add_bos": all(
                 tasks.get(name, {}).get("add_bos", False) for name in self.stream.source_names
             ),
@@ -79,13 +79,13 @@ def open_data(
     """Registers the tasks and opens the streams.
 
     Args:
-      program: what the data must fit.
-      stream, tasks, eval_stream, eval_tasks, total_steps, total_tokens: as of `launch.train.train`.
-      positions: how far another run has read the sources; empty to read from their beginnings.
-      of_prompts: whether the stream is of prompts, whose rows are not those of the recipe.
+      program: the program that will read the data.
+      stream, tasks, eval_stream, eval_tasks, total_steps, total_tokens: see `launch.train.train`.
+      positions: positions in the sources where another run stopped; empty to begin at their beginnings.
+      of_prompts: whether the stream has prompts, whose rows are not the recipe's inputs.
 
     Raises:
-      ValueError: data that does not fit the program, or would repeat more often than its cap allows.
+      ValueError: data that do not match the program, or would exceed their maximum number of epochs.
     """
     if tasks:  # a stream over token caches needs no TensorFlow, which takes seconds to import
         cpu_tensorflow.load()

@@ -1,4 +1,4 @@
-"""A run's directory: its files, and the check that only the same run continues in it.
+"""A run's directory: its files, and the check that a run continues only in its own directory.
 
 config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
 run.json                           commit, command, versions, environment, host, mesh, data
@@ -25,7 +25,7 @@ from launch import environment
 from launch.config import config_diff
 from launch.config.gin_source import ROOT
 
-# What a run may change when it continues: how long it runs, what it writes, and on which devices.
+# Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
 MAY_CHANGE = (
     "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
@@ -54,7 +54,7 @@ class RunDir:
     """Paths in a run's directory and the files that describe the run.
 
     Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
-    another run started in the directory ends with an error.
+    another run in the same directory fails to start.
     """
 
     path: str
@@ -80,7 +80,7 @@ class RunDir:
 
     @property
     def started(self) -> bool:
-        """Whether there is a checkpoint or a row of metrics: before that, nothing needs protection."""
+        """Whether there is a checkpoint or a row of metrics; before that, any run may use the directory."""
         has_rows = os.path.exists(self.metrics) and os.path.getsize(self.metrics) > 0
         return has_rows or self.has_checkpoints
 
@@ -103,7 +103,7 @@ class RunDir:
         """Adds facts to run.json that are known only after the start (mesh, data, parameter count).
 
         Raises:
-          RunDirectoryError: `data_fingerprint` differs from that of an earlier start of this run.
+          RunDirectoryError: `data_fingerprint` differs from its value at an earlier start of this run.
         """
         run = read_run(self.path)
         earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
@@ -130,7 +130,7 @@ def prepare(
     may_change: Iterable[str] = MAY_CHANGE,
     writer: bool = True,
 ) -> RunDir:
-    """Creates the directory, or checks that the run in it is the one to continue.
+    """Creates the directory, or checks that the run in it has the same configuration.
 
     Args:
       path: the directory (MODEL_DIR).
@@ -160,7 +160,7 @@ def prepare(
 def _lock(path: str) -> IO[str] | None:
     """Locks a run's directory until this process ends."""
     os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What a training run prints before its first step and after its last."""
+"""The messages that a training run prints before its first step and after its last."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _DROPPED = {
 
 
 def announce(program: Program, data: RunData, start: Restored) -> None:
-    """Prints what is about to run, in a few lines."""
+    """Prints a short description of the run before its first step."""
     recipe, stream = program.recipe, data.stream
     units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
@@ -56,7 +56,7 @@ def summarise(path: str, loop: Loop, data: RunData) -> None:
 
 
 def epochs_line(stream: TrainStream, step: int) -> str:
-    """How often each source has been read before `step`; above 1 its documents repeat."""
+    """Returns a line with the epochs of each source before `step`; above 1, its documents repeat."""
     return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in stream.epochs(step).items())
 
 
@@ -74,7 +74,7 @@ def _duration(seconds: float) -> str:
 
 
 def time_split(goodput: Goodput) -> str:
-    """One line with the seconds of each part of the run's time."""
+    """Returns one line with the seconds of each part of the run's time."""
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
     text = ", ".join(f"{name} {_duration(v)}" for name, v in parts.items() if v >= 0.5)
@@ -84,7 +84,7 @@ def time_split(goodput: Goodput) -> str:
 def data_notices(
     tasks: Mapping[str, Any], stream: Stream, eval_streams: Sequence[Stream] = ()
 ) -> list[Line]:
-    """Reports dropped and truncated data; above one pair or prompt in twenty as WARNING.
+    """Returns lines on dropped and truncated data; above 5 % of pairs or prompts as WARNING.
 
     Args:
       tasks: `data.tasks.summary()`: rows dropped and noted while files were read.
@@ -106,7 +106,7 @@ def data_notices(
 
 
 def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
-    """Documents that filters dropped, or rows of preference data dropped and noted."""
+    """Yields lines on documents that filters dropped, or on rows of preference data that were dropped or noted."""
     dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
     documents = [
         f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"

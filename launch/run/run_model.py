@@ -1,7 +1,7 @@
-"""The model of another run, as a teacher or reference: any run will do, whatever its architecture.
+"""The model of another run, as a teacher or reference; its architecture may differ from this run's.
 
-A run's config.gin says all of its model. It may be anyone's, so it may name only what is harmless
-(launch/config/gin_trust.py) and what this run's own files import.
+The other run's config.gin describes its model completely. It is not trusted, so it may use only harmless names
+(launch/config/gin_trust.py) and modules that this run's own files import.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ MODEL = "MODEL"
 
 
 def model(*, run: str | None, macro: str) -> Any:
-    """Returns the linen module that RUN/config.gin describes; bindings of this run do not reach it.
+    """Returns the linen module described by RUN/config.gin; this run's bindings do not apply to it.
 
     Args:
       run: run directory or one of its step directories.
-      macro: name of the setting that `run` comes from, for messages.
+      macro: name of the setting with the path `run`, for messages.
 
     Raises:
-      ValueError: no run, one without config.gin, or one whose config.gin is not that of a model.
-      ConfigError: its config.gin has errors, or names what could run anything.
+      ValueError: `run` is None, has no config.gin, or its config.gin does not describe a model.
+      ConfigError: its config.gin has errors, or uses names that are not harmless.
     """
     if run is None:
         raise ValueError(f"{macro} is None: set it to the directory of a run, --gin.{macro}=RUN.")
@@ -52,6 +52,6 @@ def model(*, run: str | None, macro: str) -> Any:
 
 
 def _own_modules() -> list[str]:
-    """Modules that the configuration of this process imports, all of which were trusted when it was loaded."""
+    """Returns the modules that the configuration of this process imports; all were trusted when it was loaded."""
     statements = gin_source.parse(gin.config_str(), "")
     return [s.module for s in statements if hasattr(s, "module") and hasattr(s, "is_from")]

@@ -1,4 +1,4 @@
-"""The copy of the vocabulary in a run's directory, which keeps texts readable without the data.
+"""The copy of the vocabulary in a run's directory, with which texts can be decoded without the data.
 
 A trained vocabulary is identified by its training text, which changes with packages and files. The
 run's directory therefore holds the SentencePiece model itself, or the tokenizer files of the Hugging
@@ -8,9 +8,9 @@ Face checkpoint, with the remaining settings:
     tokenizer/         copies of the checkpoint's files
     vocabulary.json    number of extra ids, digest of the vocabulary, checksums of the files
 
-`save` copies the vocabulary of a run's data. `save_files` copies the tokenizer of an imported checkpoint
-and returns the digest that belongs into the checkpoint's meta as `vocabulary`. `export_files` writes
-files that transformers loads with the same ids.
+`save` copies the vocabulary of a run's data. `save_files` copies the tokenizer of an imported checkpoint and returns its
+digest, which the checkpoint's meta records as `vocabulary`. `export_files` writes files that transformers loads with the
+same ids.
 """
 
 import atexit
@@ -45,8 +45,8 @@ run_vocabulary.load.folder = {folder!r}
 def save(folder: str | os.PathLike, vocabulary: Any) -> None:
     """Copies a SeqIO vocabulary into a run's directory.
 
-    Does nothing for a vocabulary without files, such as bytes, and for one that cannot be made again from
-    its files and its number of extra ids, such as an object of another class.
+    Does nothing for a vocabulary without files, such as bytes, and for a vocabulary that files and number of extra ids
+    do not determine, such as an object of another class.
     """
     digest, extra_ids = rows.vocabulary_digest(vocabulary), vocabulary.extra_ids
     if (files := getattr(vocabulary, "files", None)) is not None:
@@ -78,14 +78,14 @@ def save_files(
     Args:
       folder: the run's directory.
       hf_dir: the checkpoint, or another directory with its tokenizer files.
-      extra_ids, special_in_text: as of `vocabularies.huggingface`.
+      extra_ids, special_in_text: see `vocabularies.huggingface`.
 
     Returns:
       The vocabulary's digest.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
-      TokenizerError: its files are damaged or do not fit together.
+      TokenizerError: its files are damaged or inconsistent.
     """
     options = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     vocabulary = vocabularies.huggingface(path=hf_dir, **options)
@@ -101,7 +101,7 @@ def save_files(
     for name in hf_tokenizer.FILES:
         _copy(pathlib.Path(hf_dir, name), partial / name)
     if vocabulary.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
-        # They may be from the model's config.json, which does not belong to the tokenizer.
+        # The ids may come from the model's config.json, which is not one of the tokenizer's files.
         ends = {"eos_token_id": list(vocabulary.eos_ids)}
         cache_dir.write_json(partial / hf_tokenizer.GENERATION, ends)
     _replace(partial, pathlib.Path(folder, TOKENIZER), {**options, "digest": digest})
@@ -109,7 +109,7 @@ def save_files(
 
 
 def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any]) -> None:
-    """Moves a vocabulary into its place; the record comes last, since nothing counts without it."""
+    """Moves a vocabulary into its place; the record is moved last, because a vocabulary without record is ignored."""
     record_path = final.parent / RECORD
     record_path.unlink(missing_ok=True)
     if final.is_dir():
@@ -120,7 +120,7 @@ def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any])
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies the vocabulary of one run's directory, if there is one, into another."""
-    for name in (MODEL, TOKENIZER, RECORD):  # the record last: nothing counts without it
+    for name in (MODEL, TOKENIZER, RECORD):  # the record last: without it a copy is ignored
         _copy(pathlib.Path(source, name), pathlib.Path(target, name))
 
 
@@ -133,10 +133,10 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def load(*, folder: str):
-    """Returns the vocabulary that `save` has put into a run's directory.
+    """Returns the vocabulary that `save` wrote to a run's directory.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: the directory has no vocabulary.
     """
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
     path = os.path.join(folder, record["path"])
@@ -193,17 +193,16 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
 def gin_files(
     folder: str | os.PathLike, checkpoint: str | os.PathLike, *, before: Sequence[str]
 ) -> list[str]:
-    """Returns a gin file that sets VOCABULARY to the one in a run's directory, or nothing.
+    """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
 
-    It is a file so that everything that reads VOCABULARY gets it, and later bindings replace it. It is
-    deleted when the process ends. Nothing is returned if the vocabulary is not intact or not the one the
-    checkpoint was trained with.
+    It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends. No path is
+    returned if the copy is not intact, or if the checkpoint was trained with another vocabulary.
 
     Args:
       folder: a run's directory.
       checkpoint: the run or one of its step directories.
-      before: the gin files read before this one. If none reads VOCABULARY, nothing is returned, for gin
-        refuses macros that nothing reads.
+      before: the gin files read before this one. If none of them reads VOCABULARY, no path is returned, because unread
+        macros are errors.
     """
     texts = (pathlib.Path(gin_source.find(path, ()) or path).read_text("utf-8") for path in before)
     if not any("%VOCABULARY" in text for text in texts):

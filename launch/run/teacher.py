@@ -1,6 +1,6 @@
-"""Streams of packed tokens with a teacher's largest log-probabilities, from the store or computed before training.
+"""Streams of packed tokens with a teacher's top-k log-probabilities, which are computed before training.
 
-In a run these stand where the streams of tokens would: `train.train.stream = @teacher.make_stream`. It pays off where
+A run uses them instead of the streams of tokens: `train.train.stream = @teacher.make_stream`. Storing pays off if
 several runs, or several epochs, learn from the same teacher and rows.
 """
 
@@ -29,8 +29,8 @@ from trainers.distillation import objective
 from trainers.distillation.objective import Teacher
 from trainers.objectives.forward import frozen_forward
 
-_VERSION = 1  # raise it when the same model and tokens begin to give other values
-_ROWS_AT_ONCE = 256  # after which what is known is written
+_VERSION = 1  # increase it when the same model and tokens give other values
+_ROWS_AT_ONCE = 256  # rows per write to the store
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,12 +39,12 @@ class StoredTeacher:
 
     Attributes:
       teacher: the model and its checkpoint.
-      student: the model that learns: ids outside of its table are not stored.
-      top_k: tokens stored of each place.
-      temperature: of the stored log-probabilities; that of the objective.
+      student: the model in training; ids outside of its embedding table are not stored.
+      top_k: tokens stored per position.
+      temperature: temperature of the stored log-probabilities; must be the objective's.
       batch_size: rows at a time.
-      mesh, rules: to run it on.
-      store: directory of known values; None for the one in the cache directory.
+      mesh, rules: mesh and partitioning rules for running the teacher.
+      store: directory of stored values; None for the default in the cache directory.
     """
 
     teacher: Teacher
@@ -58,25 +58,25 @@ class StoredTeacher:
 
     @property
     def _shared(self) -> int:
-        """Rows that both tables have."""
+        """Number of ids that both embedding tables have."""
         return min(self.teacher.model.config.vocab_size, self.student.config.vocab_size)
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Checks the teacher against what is known of the data, as `Teacher.check` does; raises ValueError."""
+        """Checks the teacher against the known facts of the data, see `Teacher.check`; raises ValueError."""
         mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
         self.teacher.check(mesh, rules, meta)
 
     def read(self, stream: Any, *, steps: int) -> TaughtStream:
-        """Returns the stream with the teacher's predictions; computes those that are not in the store.
+        """Returns the stream with the teacher's predictions, after computing those that are not in the store.
 
         Args:
-          stream: of packed tokens.
-          steps: whose batches will be read.
+          stream: stream of packed tokens.
+          steps: number of steps whose batches will be read.
 
         Raises:
-          ValueError: another teacher than the run began with, or one that does not fit the data.
-          ReferenceStoreError: a damaged store.
-          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+          ValueError: not the teacher of the run's first start, or a teacher that does not match the data.
+          ReferenceStoreError: the store is damaged.
+          DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         if not 1 <= self.top_k <= self._shared:
             raise ValueError(
@@ -104,7 +104,7 @@ class StoredTeacher:
         return TaughtStream(stream, store, top_k=self.top_k, teacher=frozen.arrays)
 
     def _compute(self, stream: Any, store: ReferenceStore, steps: int, checkpoint: str) -> None:
-        """Adds to the store what the teacher predicts in the rows of these steps."""
+        """Adds the teacher's predictions for the rows of these steps to the store."""
         lacking = _lacking(stream, store, steps)
         first = next(lacking, None)
         if first is None:
@@ -130,7 +130,7 @@ class StoredTeacher:
                 bar.update(len(digests))
 
     def _predictions(self, model: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Values of the store, [B, T, 2 K + 1]."""
+        """Returns the values to store, [B, T, 2 K + 1]."""
         out = frozen_forward(model, params, batch)
         form, head_VD = objective.form_of(model), out.head_VD()
 
@@ -147,7 +147,7 @@ class StoredTeacher:
 def _lacking(
     stream: Any, store: ReferenceStore, steps: int
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """(digest, columns) of the rows that some process lacks, in the stream's order, each once: the same in all processes."""
+    """Yields (digest, columns) of rows missing in any process's store, each once, in the same order in all processes."""
     seen: set[str] = set()
     for step in range(steps):
         batch = stream.batch(step, 0, stream.batch_size)
@@ -161,7 +161,7 @@ def _lacking(
 
 
 def _several(first: Any, rest: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    """The rows as mappings of some at a time."""
+    """Yields the rows in groups, each as a mapping."""
     rows = dict([first])
     for digest, columns in rest:
         if len(rows) == _ROWS_AT_ONCE:
@@ -172,7 +172,7 @@ def _several(first: Any, rest: Iterator[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[str, np.ndarray]:
-    """Rows [first, first + size), zeros past the last one."""
+    """Returns rows [first, first + size), padded with zeros after the last row."""
     parts = {name: column[first : first + size] for name, column in columns.items()}
     return {name: np.pad(x, ((0, size - len(x)), (0, 0))) for name, x in parts.items()}
 
@@ -184,16 +184,16 @@ def make_stream(
     steps: int | None,
     positions: Mapping[str, Any] | None = None,
 ) -> TaughtStream:
-    """The training stream that `stream` opens, called with (positions=) to read on where a run stopped.
+    """Returns the training stream of tokens with the teacher's predictions.
 
     Args:
-      teacher: whose predictions are added.
-      stream: opens the tokens.
-      steps: of the run.
+      teacher: the teacher.
+      stream: opens the tokens; called with (positions=) to continue at the position where another run stopped.
+      steps: steps of the run.
       positions: see data/stream/stream.py.
 
     Raises:
-      ValueError: the number of steps is not known beforehand.
+      ValueError: `steps` is None: the number of steps must be known beforehand.
     """
     if steps is None:
         raise ValueError(
@@ -207,6 +207,13 @@ def make_stream(
 def make_eval_stream(
     *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: int | None = None
 ) -> TaughtStream:
-    """The held-out stream of a task, which `stream` opens, called with (task=); `steps` are what is read of it."""
+    """Returns the held-out stream of a task with the teacher's predictions.
+
+    Args:
+      task: name of the task.
+      teacher: the teacher.
+      stream: opens the tokens; called with (task=).
+      steps: number of steps to read.
+    """
     opened = stream(task=task)
     return teacher.read(opened, steps=min(opened.num_steps, steps or opened.num_steps))

@@ -1,4 +1,4 @@
-"""Checks a sweep's configurations before its first run, and gives each run the digest of its own."""
+"""Checks the configurations of all runs of a sweep before the first run, and computes their digests."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from launch.sweeping.folder import Planned, SweepFolder
 
 ENTRY = "launch.train:train"
 _GIN_FILE = "--gin_file="
-# Where a run is and starts from: already in its place in the sweep and its parent's digest.
+# Bindings of the paths of a run and its parent. The digest has the parent's digest instead.
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
 
 
@@ -25,13 +25,13 @@ def bindings_of(
     start: pathlib.Path | None = None,
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """Returns all bindings of a run that is trained, including those that the sweep adds.
+    """Returns all bindings of a trained run, including those that the sweep adds.
 
     Args:
-      run: of the sweep.
-      folder: of the sweep.
-      start: its parent's final checkpoint, or where that will be; any place serves a check.
-      sources: directories of the runs that its bindings name; a check leaves the names unfilled.
+      run: the run.
+      folder: folder of the sweep.
+      start: path of its parent's final checkpoint; for a check it need not exist.
+      sources: directories of the runs that its bindings refer to; for a check the names stay unfilled.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
@@ -44,15 +44,15 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
 
     Args:
       where: the sweep file, for errors.
-      runs: each after those above it.
-      folder: where they will be.
+      runs: the runs, each after the runs it depends on.
+      folder: folder of the sweep.
 
     Raises:
       SweepError: with the problems of all configurations.
     """
     problems: list[str] = []
     planned: dict[str, Planned] = {}
-    loaded: dict[str, _Loaded | None] = {}  # by arm and size: seeds change nothing that is checked
+    loaded: dict[str, _Loaded | None] = {}  # by arm and size: the checks do not depend on seeds
     for run in runs:
         if run.made:
             if all(name in planned for name in run.above):
@@ -71,7 +71,7 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
         planned[run.name] = entry = _planned(run, config, planned)
         if (
             parent is not None and not parent.run.made
-        ):  # a made model is known only when it is there
+        ):  # the model of a made run is not known before it is made
             theirs = loaded[parent.run.kind]
             assert theirs is not None
             problems += _start_problems(entry, parent, config, theirs)
@@ -86,8 +86,8 @@ class _Loaded:
 
     Attributes:
       config: all bindings by name.
-      arguments: of the entry function.
-      params: of the model, abstract.
+      arguments: arguments of the entry function.
+      params: abstract parameters of the model.
     """
 
     config: Mapping[str, str]
@@ -101,9 +101,9 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
-        # Also calls what makes the recipe, which checks its own numbers.
+        # This also makes the recipe, which checks its own settings.
         arguments = config.arguments()
-        # Now: what gin binds inside of the model is read when the model is called.
+        # Now, while this configuration is in gin: calling the model evaluates bindings of its parts.
         params = _abstract_params(arguments["recipe"])
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
@@ -117,7 +117,7 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
 
 
 def _abstract_params(recipe: Any) -> Any:
-    """Returns shapes and types of a model's parameters; nothing is allocated."""
+    """Returns shapes and dtypes of a model's parameters, without allocating memory."""
     import flax.linen as nn
 
     from trainers import initialise
@@ -143,13 +143,13 @@ def _planned(run: Run, loaded: _Loaded, planned: Mapping[str, Planned]) -> Plann
         total_steps=loaded.arguments.get("total_steps"),
         first_step=parent.total_steps if parent is not None and whole else 0,
         tokens_per_step=recipe.batch_size * recipe.length,
-        start=json.loads(json.dumps(start, default=repr)),  # a transform as it is written
+        start=json.loads(json.dumps(start, default=repr)),  # a transform becomes its repr
         evaluation_digests=_evaluation_digests(run),
     )
 
 
 def _start(initial: Any, parent: Planned | None) -> dict[str, Any]:
-    """The scope of an initial checkpoint, and its other settings that are not their defaults."""
+    """Returns the scope of an initial checkpoint, and its other settings that differ from their defaults."""
     if initial is None or not initial.path:
         return {}
     start = {
@@ -178,7 +178,7 @@ def _evaluation_digests(run: Run) -> dict[str, str]:
 
 
 def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
-    """Returns the SHA-256 of a command, of the statements of its gin files, and of the runs it is made of.
+    """Returns the SHA-256 of a command, the statements of its gin files, and the digests of the runs it is made of.
 
     Raises:
       FileNotFoundError: there is no such gin file.
@@ -189,9 +189,9 @@ def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
 
 
 def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
-    """Returns the statements of the files that --gin_file= names in a command, in their order, without comments.
+    """Returns the statements, without comments, of the gin files in a command's --gin_file= flags, in order.
 
-    Files in other arms' runs, with names in braces, are part of those runs' digests.
+    Files in other arms' runs, with names in braces, are skipped: they are part of those runs' digests.
 
     Raises:
       FileNotFoundError: there is no such file, or one that it includes is missing.
@@ -205,7 +205,7 @@ def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yields a file's statements, with those of an included file in the place of its include."""
+    """Yields a file's statements; an include is replaced by the statements of the included file."""
     from gin import config_parser
 
     from launch.config import gin_source
@@ -221,7 +221,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
         elif isinstance(statement, config_parser.IncludeStatement):
             yield from _statements(statement.filename, (*including, file))
         else:
-            *content, _ = statement  # without its location
+            *content, _ = statement  # the last field is the location
             yield (type(statement).__name__, *map(repr, content))
 
 
@@ -231,13 +231,13 @@ def config_digest(
     planned: Mapping[str, Planned],
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Returns the SHA-256 of a run's configuration wherever it is, and of the runs it starts from or names.
+    """Returns the SHA-256 of a run's configuration, without its paths, and of the digests of the runs it refers to.
 
     Args:
-      config: all bindings by name; those of another seed serve too.
-      run: whose.
-      planned: those above it among them.
-      sources: as of `bindings_of`.
+      config: all bindings by name; the run's seed replaces the value of SEED.
+      run: the run.
+      planned: planned runs, including all that the run depends on.
+      sources: see `bindings_of`.
     """
     parent = None if run.parent is None else planned[run.parent].digest
     places = _PLACES if parent is not None else _PLACES[:1]
@@ -258,10 +258,10 @@ def _digest(value: Any) -> str:
 
 
 def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
-    """Returns the problems that would otherwise show only after the parent has been trained."""
+    """Returns the problems that would otherwise appear only after the parent has been trained."""
     kind, parent_kind = entry.run.kind, parent.run.kind
     problems = []
-    # Steps are unknown where the data decide.
+    # total_steps is None if it depends on the data.
     if (entry.total_steps or math.inf) <= (entry.first_step or 0):
         problems.append(
             f"{kind}: it continues {parent_kind}, which ends at step {entry.first_step}, and ends at "
@@ -269,7 +269,7 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
             "start."
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
-        return problems  # these choose the parameters that are taken
+        return problems  # settings that select parameters allow other shapes
     there, here = _shapes(theirs.params), _shapes(mine.params)
     initial = mine.arguments.get("initial")
     from trainers.checkpoints import state_tree, transformed
@@ -296,7 +296,7 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
 def difference(
     planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
 ) -> str:
-    """Returns the difference between a run that has begun and its present configuration, in words."""
+    """Returns a text on the difference between a run that has begun and its present configuration."""
     from launch.config import config_diff, gin_config
 
     if list(changed) != ["training"]:

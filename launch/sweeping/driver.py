@@ -1,4 +1,4 @@
-"""Drives a sweep: submits the runs that are not done, watches them, records the outcome, stops in time."""
+"""Drives a sweep: submits unfinished runs, watches them, records outcomes, and stops at the time limit."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from launch.sweeping.folder import Planned, SweepFolder, tail
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.5
-# After being asked to stop, a run saves; one that takes longer is ended, and goes on from before.
+# Seconds for a stopped run to save. A run that takes longer is killed, and later resumes from its last checkpoint.
 _GRACE_SECONDS = 120.0
 
 
@@ -29,22 +29,22 @@ class RunState(enum.Enum):
     DONE = "done"
     RUNNING = "running"
     WAITING = "waiting"
-    STOPPED = "stopped"  # has begun, and goes on where it stopped
+    STOPPED = "stopped"  # has begun, and resumes where it stopped
     FAILED = "failed"
-    BLOCKED = "blocked"  # a run that it starts from, or is made of, has failed
+    BLOCKED = "blocked"  # a run that it depends on has failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A run as the screen shows it.
+    """The progress of a run, for the screen.
 
     Attributes:
       planned: the run.
       state: see RunState.
-      step, loss: the newest written; its first step and None before that.
-      seconds: of all its attempts.
-      rate: steps per second of the present attempt; None where it is not known.
-      error: first line of why it failed.
+      step, loss: newest step and loss in its metrics; before any row, its first step and None.
+      seconds: seconds of all its attempts.
+      rate: steps per second of the present attempt; None if unknown.
+      error: first line of the error with which it failed.
     """
 
     planned: Planned
@@ -62,13 +62,13 @@ Watcher = Callable[[Sequence[Progress]], Any]
 def progress(
     folder: SweepFolder, plan: Sequence[Planned], submitted: Mapping[str, Status] | None = None
 ) -> list[Progress]:
-    """Returns how far each run is, from its files.
+    """Returns the progress of each run, read from its files.
 
     Args:
-      folder: the sweep's.
-      plan: each after those above it.
-      submitted: status of what has not ended by run; None where another process drives the sweep: what
-        trains is then known by its lock.
+      folder: folder of the sweep.
+      plan: the runs, each after the runs it depends on.
+      submitted: status of submitted runs that have not ended, by name; None if another process drives the sweep, so
+        that locks show which runs are training.
     """
     nothing = Status(state=State.ENDED)
     out: dict[str, Progress] = {}
@@ -93,9 +93,9 @@ def progress(
         else:
             state = RunState.WAITING
         done_before = (attempts[-1]["step"] if attempts else planned.first_step) or 0
-        made = newest["step"] - done_before if newest else 0
+        num_steps = newest["step"] - done_before if newest else 0
         now = 0.0
-        # A run that has just ended has no row of its attempt yet.
+        # The attempt of a run that has just ended is not recorded yet.
         if state is RunState.RUNNING or (state is RunState.DONE and job.state is State.RUNNING):
             now = job.seconds if submitted is not None else folder.in_use_for(name)
         out[name] = Progress(
@@ -104,7 +104,7 @@ def progress(
             step=int(newest.get("step", planned.first_step or 0)),
             loss=newest.get("loss"),
             seconds=sum(attempt["seconds"] for attempt in attempts) + now,
-            rate=made / now if made > 0 and now else None,
+            rate=num_steps / now if num_steps > 0 and now else None,
             error=attempts[-1]["error"] if state is RunState.FAILED else None,
         )
     return list(out.values())
@@ -120,20 +120,20 @@ def drive(
     watch: Watcher,
     minutes: float | None = None,
 ) -> int:
-    """Runs what is not done; returns the exit status.
+    """Runs the wanted runs that are not done; returns the exit status.
 
-    It is 0 when all wanted runs are done, 75 when some were stopped (by a signal or the time) and
-    continue when the sweep is started again, and 1 when the rest has failed. A failure stops only
-    the runs that start from it; the next start of the sweep tries it again.
+    The status is 0 if all wanted runs are done. It is 75 if some were stopped, by a signal or the time limit; they resume
+    when the sweep is started again. It is 1 if the others have failed. A failure stops only the runs that depend on the
+    failed run; the next start of the sweep retries it.
 
     Args:
-      folder: the sweep's.
-      plan: all runs, each after those above it.
-      submitter: where runs are run; closed at the end.
-      wanted: names of the runs to bring to their end.
-      command: words of the command that runs one, by name.
+      folder: folder of the sweep.
+      plan: all runs, each after the runs it depends on.
+      submitter: executes runs; closed at the end.
+      wanted: names of the runs to finish.
+      command: returns the words of the command for a run's name.
       watch: called with the progress of all runs, about twice a second.
-      minutes: after which nothing is started, and running runs are asked to stop.
+      minutes: time limit; then no run is started, and running runs are stopped.
     """
     began = time.monotonic()
     open_jobs = _submit(folder, plan, submitter, wanted, command)
@@ -178,7 +178,7 @@ def _submit(
     wanted: Sequence[str],
     command: Callable[[str], tuple[str, ...]],
 ) -> dict[str, Handle]:
-    """Submits the runs that are not done, each after those above it; returns handles by name."""
+    """Submits the wanted runs that are not done, each after the runs it depends on; returns handles by name."""
     jobs: dict[str, Handle] = {}
     for planned in plan:
         name, run = planned.name, planned.run
@@ -202,11 +202,11 @@ def _submit(
 def _record(
     folder: SweepFolder, plan: Sequence[Planned], name: str, status: Status, stopping: bool
 ) -> None:
-    """Records how an attempt has ended."""
+    """Records the end of an attempt."""
     planned = next(entry for entry in plan if entry.name == name)
     error = None
     if not folder.done(planned) and status.exit_status != INTERRUPTED:
-        # A requested signal may reach a run before it can save, as in its start.
+        # A signal may reach a run before it can save, for example during its start.
         asked = stopping and (status.exit_status or 0) < 0
         error = None if asked else first_error(folder.log(name), status.exit_status or 0)
     folder.add_attempt(
@@ -226,7 +226,7 @@ def _record(
 
 
 def first_error(log: pathlib.Path, status: int) -> str:
-    """Returns why a run failed, in one line: its own error, else the last line of its traceback."""
+    """Returns one line on the reason of a run's failure: its error message, else the last line of its traceback."""
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
@@ -240,14 +240,14 @@ def first_error(log: pathlib.Path, status: int) -> str:
 
 
 class _Stop:
-    """The number of signals that asked for an end."""
+    """The number of stop signals received."""
 
     asked = 0
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """Counts SIGINT and SIGTERM inside; the first stops runs, the second ends them."""
+    """Counts SIGINT and SIGTERM within the context; the first stops runs, the second kills them."""
     stop = _Stop()
 
     def handle(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reads a sweep file: arms x sizes x seeds as runs, each after the runs it starts from.
+"""Reads a sweep file: arms x sizes x seeds, as a list of runs in which each run follows the runs it starts from.
 
 A sweep file is Python with a function `get_config()` (or `get_config(text)`, for `--sweep FILE.py:TEXT`)
 that returns an ml_collections.ConfigDict:
@@ -10,7 +10,7 @@ that returns an ml_collections.ConfigDict:
     arms         {name: {parent, gin_files, bindings, seeds, sizes, evaluations, memory_gb}}, or
                  {name: {made, seeds, sizes, evaluations, memory_gb}}
     evaluations  {name: {call, arguments} or {command}}, after each run's training
-    memory_gb    peak of a run, where it is known
+    memory_gb    peak memory of a run, if known
 
 A ConfigDict sorts its keys; `arms=ConfigDict({...}, sort_keys=False)` keeps the order of the file. Later
 wins: the sweep's files, the arm's, the size's, then bindings in the same order. An arm with a
@@ -53,13 +53,13 @@ class Run:
 
     Attributes:
       name: 'arm/seed0', or 'arm/size/seed0' in a sweep over sizes; its place in the folder.
-      arm, size, seed: its place in the sweep; size is None in a sweep without sizes.
+      arm, size, seed: its position in the sweep; size is None in a sweep without sizes.
       parent: name of the run whose final checkpoint it starts from.
-      gin_files, bindings: of its configuration; the sweep sets MODEL_DIR and the parent's path.
-      evaluations: what is measured afterwards, by name.
-      memory_gb: its peak, if known.
-      made: words of the command that makes it, its seed filled in; none of a run that is trained.
-      made_of: names of the runs that these words name, or the bindings of one that is trained, by arm.
+      gin_files, bindings: its configuration; the sweep adds MODEL_DIR and the parent's path.
+      evaluations: settings of the evaluations after training, by name.
+      memory_gb: its peak memory, if known.
+      made: words of the command that makes it, with the seed filled in; empty for a trained run.
+      made_of: names of the runs, by arm, that these words (or the bindings of a trained run) refer to.
     """
 
     name: str
@@ -76,18 +76,18 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The arm and size, which runs that differ in their seed alone share."""
+        """The arm and size; runs that differ only in their seed have the same kind."""
         return self.arm if self.size is None else f"{self.arm}/{self.size}"
 
     @property
     def above(self) -> tuple[str, ...]:
-        """Names of the runs that must be done before: its parent, or the runs it is made of."""
+        """Names of the runs that must finish first: its parent, or the runs it is made of."""
         parent = () if self.parent is None else (self.parent,)
         return tuple(dict.fromkeys((*parent, *self.made_of.values())))
 
 
 def read(path: str) -> tuple[Run, ...]:
-    """Returns the runs of a sweep file, each after those above it.
+    """Returns the runs of a sweep file, each after the runs that must finish before it.
 
     Args:
       path: the file, or 'FILE.py:TEXT' for a function that takes a text.
@@ -116,7 +116,9 @@ def _load(file: str, text: str) -> dict[str, Any]:
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([text] if text else []))
-    except Exception as error:  # whatever the file's own code raises is a problem of the file
+    except (
+        Exception
+    ) as error:  # any error of the file's own code is reported as a problem of the file
         problem = f"get_config() could not be called: {type(error).__name__}: {error}"
         raise SweepError(file, [problem]) from error
     if not isinstance(config, ml_collections.ConfigDict):
@@ -128,7 +130,7 @@ def _load(file: str, text: str) -> dict[str, Any]:
 
 
 def _repeated_keys(file: str) -> Iterator[str]:
-    """Yields names that a dict has twice, of which Python silently takes the last."""
+    """Yields keys that occur twice in a dict; Python would silently use the last value."""
     tree = ast.parse(pathlib.Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         seen = set()
@@ -140,7 +142,7 @@ def _repeated_keys(file: str) -> Iterator[str]:
 
 
 class _Reader:
-    """Checks the parts of a sweep's configuration, and multiplies them out."""
+    """Checks the parts of a sweep's configuration, and makes the runs of all arms, sizes and seeds."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
@@ -166,10 +168,10 @@ class _Reader:
     def _arm_problems(self, name: str) -> Iterator[str]:
         arm, where = self._arms[name], f"arm {name!r}"
         yield from parts.seed_problems(where, arm)
-        for key, known in (("sizes", self._sizes), ("evaluations", self._evaluations)):
+        for key, names in (("sizes", self._sizes), ("evaluations", self._evaluations)):
             for entry in arm.get(key) or ():
-                if entry not in known:
-                    yield f"{where}: {key} names {entry!r}; {parts.nearest(entry, known)}"
+                if entry not in names:
+                    yield f"{where}: {key} names {entry!r}; {parts.nearest(entry, names)}"
         if arm.get("made"):
             yield from parts.made_problems(where, arm, self._arms)
         else:
@@ -211,15 +213,15 @@ class _Reader:
         )
 
     def _named(self, name: str) -> tuple[str, ...]:
-        """Returns the arms that an arm's command, or its bindings, name in braces."""
+        """Returns the arms named in braces in an arm's command or bindings."""
         arm = self._arms[name]
         named = parts.places(arm.get("made") or arm.get("bindings") or ())
         return tuple(other for other in named if other in self._arms)
 
     def _circle(self, name: str) -> list[str]:
-        """Returns the shortest way from an arm over those above it back to itself; empty if there is none."""
+        """Returns the shortest cycle of arms from an arm through those it depends on; empty if there is none."""
         lines, seen = [[name]], {name}
-        for line in lines:  # which grows
+        for line in lines:  # the loop appends to `lines`
             for above in self._above(line[-1]):
                 if above == name:
                     return [*line, name]
@@ -235,7 +237,7 @@ class _Reader:
         return tuple(self._arms[arm].get("sizes") or self._sizes or (None,))
 
     def runs(self) -> tuple[Run, ...]:
-        """Returns all runs, each after those above it; all arms with the first seed, then all with the second."""
+        """Returns all runs, each after the runs it depends on: all arms with the first seed, then with the second."""
         order: list[str] = []
 
         def add(arm: str) -> None:
@@ -257,14 +259,14 @@ class _Reader:
 
     def _run(self, name: str, size: str | None, seed: int) -> Run:
         arm = self._arms[name]
-        made = arm.get("made") or ()
+        command = arm.get("made") or ()
         levels = [self._config, arm, *([] if size is None else [self._sizes[size]])]
         memory = [level["memory_gb"] for level in levels if level.get("memory_gb") is not None]
-        trained = [] if made else levels
+        trained = [] if command else levels
         bindings = [binding for level in trained for binding in level.get("bindings") or ()]
         chosen = arm.get("evaluations")
         if chosen is None:
-            chosen = () if made else self._evaluations
+            chosen = () if command else self._evaluations
 
         def named(arm_name: str) -> str:
             return "/".join([arm_name, *([size] if size else []), f"seed{seed}"])
@@ -276,9 +278,9 @@ class _Reader:
             seed=seed,
             parent=named(arm["parent"]) if arm.get("parent") else None,
             gin_files=tuple(file for level in trained for file in level.get("gin_files") or ()),
-            bindings=() if made else (*bindings, f"SEED={seed}"),
+            bindings=() if command else (*bindings, f"SEED={seed}"),
             evaluations={k: v for k, v in self._evaluations.items() if k in chosen},
             memory_gb=float(memory[-1]) if memory else None,
-            made=parts.filled(made, {"SEED": str(seed)}),
+            made=parts.filled(command, {"SEED": str(seed)}),
             made_of={other: named(other) for other in self._named(name)},
         )

@@ -1,4 +1,4 @@
-"""A sweep's folder: the planned runs, how far each is, and the results of those that are done.
+"""A sweep's folder: the planned runs, their progress, and the results of finished runs.
 
 sweep.json             the runs as planned, each with the digest of its configuration
 results.jsonl          a row per finished run
@@ -6,8 +6,8 @@ runs/<run>/            a run's own directory (launch/run/run_dir.py), and in it
   sweep_run.json       the outcome: its digest, its last step, its evaluations
   attempts.jsonl       a row per ended attempt: seconds, exit status, peak memory, error
   log.txt              the output of all attempts
-  made/                of a run that is made: the run directory itself
-replaced/              runs of a changed configuration, put aside by --rerun_changed
+  made/                for a made run: the run directory itself
+replaced/              runs with an old configuration, moved here by --rerun_changed
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from typing import IO, Any
 from data.cache import cache_dir
 from launch.sweeping.file import Run
 
-# Enough of the end of a file for its last rows.
+# Bytes at the end of a file that contain its last rows.
 _TAIL_BYTES = 16384
 
 
 class SweepFolderError(ValueError):
-    """A sweep's folder cannot be used as asked."""
+    """A sweep's folder cannot be used for this operation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,15 @@ class Planned:
     """A run whose configuration has been checked.
 
     Attributes:
-      run: as the sweep file has it.
-      digest: SHA-256 of its configuration, or of the command that makes it, and of the digests of all above it.
-      total_steps: step at which it ends; None where its tokens are given, and the data decide. A run
-        that is made has no steps, nor tokens.
-      first_step: step at which it starts: its parent's last where it takes all of its state, else 0.
-      tokens_per_step: positions of a batch, padding included.
-      start: the parts it takes of the checkpoint it starts from: fields of `InitialCheckpoint`, each with
-        the prefix `initial_`; empty for a run that starts with new parameters.
+      run: the run in the sweep file.
+      digest: SHA-256 of its configuration, or of the command that makes it, and of the digests of all runs it depends
+        on.
+      total_steps: step at which it ends; None if it depends on the data (TRAIN_TOKENS). A made run has neither steps
+        nor tokens.
+      first_step: step at which it starts: its parent's last step if it continues the parent's whole state, else 0.
+      tokens_per_step: positions of a batch, including padding.
+      start: the parts that it takes from its initial checkpoint: fields of `InitialCheckpoint`, each with the prefix
+        `initial_`; empty for a run that starts with new parameters.
       evaluation_digests: SHA-256 of each evaluation's settings.
     """
 
@@ -67,26 +68,26 @@ class SweepFolder:
     path: pathlib.Path
 
     def directory(self, name: str) -> pathlib.Path:
-        """A run's own directory; the MODEL_DIR of one that is trained."""
+        """Returns a run's own directory, the MODEL_DIR of a trained run."""
         return self.path / "runs" / name
 
     def model_dir(self, run: Run) -> pathlib.Path:
         """Returns the directory of a run's config.gin and checkpoints/.
 
-        That of a run that is made lies inside its own directory: the commands that make one begin
-        with none.
+        For a made run it is a folder inside of its own directory, because its command needs a target that does not
+        exist.
         """
         return self.directory(run.name) / "made" if run.made else self.directory(run.name)
 
     def sources(self, run: Run, plan: Mapping[str, "Planned"]) -> dict[str, str]:
-        """Returns the directories of the runs that a run's command or bindings name, by arm."""
+        """Returns the directories of the runs that a run's command or bindings refer to, by arm."""
         return {arm: str(self.model_dir(plan[name].run)) for arm, name in run.made_of.items()}
 
     def final_checkpoint(self, planned: Planned) -> pathlib.Path:
-        """Returns the directory of a run's last step: given a run's directory, a damaged step would be skipped silently.
+        """Returns the step directory of a run's last step. With the run's directory, a damaged step would be skipped.
 
         Raises:
-          SweepFolderError: the run is not there yet, or holds no checkpoint.
+          SweepFolderError: the run is not done, or has no checkpoint.
         """
         outcome = self.final_outcome(planned)
         if outcome["checkpoint"] is None:
@@ -99,7 +100,7 @@ class SweepFolder:
         """Returns the outcome of a run.
 
         Raises:
-          SweepFolderError: the run is not there yet.
+          SweepFolderError: the run is not done.
         """
         outcome = self.outcome(planned)
         if outcome is None:
@@ -116,18 +117,18 @@ class SweepFolder:
         return self.path / "results.jsonl"
 
     def lock(self) -> IO[str]:
-        """Makes this process the only one that drives the sweep; close the file to end that.
+        """Locks the sweep, so that only this process drives it; closing the file releases the lock.
 
         Raises:
-          SweepFolderError: another process does.
+          SweepFolderError: another process drives the sweep.
         """
         return _lock(self.path, "runs this sweep. Stop it, or watch it with --status.")
 
     def lock_run(self, name: str) -> IO[str]:
-        """Makes this process the only one that works in a run's directory, as training does.
+        """Locks a run's directory, as training does, so that only this process works in it.
 
         Raises:
-          SweepFolderError: another process does.
+          SweepFolderError: another process works in it.
         """
         return _lock(
             self.directory(name), "makes this run. Stop it, or leave the run out (--only)."
@@ -142,7 +143,7 @@ class SweepFolder:
         return _held(self.directory(name) / ".lock")
 
     def in_use_for(self, name: str) -> float:
-        """Seconds since the process that works there took the lock."""
+        """Returns the seconds since the process that works in a run's directory took the lock."""
         return time.time() - os.path.getmtime(self.directory(name) / ".lock")
 
     def write_plan(self, sweep: str, plan: Sequence[Planned]) -> None:
@@ -151,10 +152,10 @@ class SweepFolder:
         cache_dir.write_json(self.path / "sweep.json", {"sweep": sweep, "runs": runs})
 
     def read_plan(self) -> tuple[Planned, ...]:
-        """The runs as last planned.
+        """Returns the runs of the last plan.
 
         Raises:
-          SweepFolderError: no sweep has been started here.
+          SweepFolderError: no sweep has been started in this folder.
         """
         path = self.path / "sweep.json"
         if not path.exists():
@@ -168,7 +169,7 @@ class SweepFolder:
         return tuple(plan)
 
     def record(self, name: str) -> dict[str, Any]:
-        """Returns the record of a run; empty where it has not begun."""
+        """Returns the record of a run; empty if it has not begun."""
         path = self.directory(name) / "sweep_run.json"
         return json.loads(path.read_bytes()) if path.exists() else {}
 
@@ -177,12 +178,12 @@ class SweepFolder:
         cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
 
     def outcome(self, planned: Planned) -> dict[str, Any] | None:
-        """Returns the outcome of training or making a run; None where it is not over, or of another configuration."""
+        """Returns the outcome of training or making a run; None if it is not done, or its configuration has changed."""
         record = self.record(planned.name)
         return record.get("trained") if record.get("digest") == planned.digest else None
 
     def done(self, planned: Planned) -> bool:
-        """Whether a run has been trained, or made, and evaluated as planned."""
+        """Returns whether a run has been trained (or made) and evaluated with the planned settings."""
         evaluations = self.record(planned.name).get("evaluations", {})
         measured = {key: entry["digest"] for key, entry in evaluations.items()}
         return self.outcome(planned) is not None and all(
@@ -190,7 +191,7 @@ class SweepFolder:
         )
 
     def changed(self, planned: Planned) -> list[str]:
-        """Returns the parts of a run that are of another configuration: 'training', or names of evaluations."""
+        """Returns the parts of a run whose configuration has changed: 'training', or names of evaluations."""
         record = self.record(planned.name)
         if record.get("digest", planned.digest) != planned.digest:
             return ["training"]
@@ -202,7 +203,7 @@ class SweepFolder:
         ]
 
     def set_aside(self, planned: Planned) -> None:
-        """Makes room for a run of another configuration."""
+        """Moves a run with an old configuration to `replaced/`."""
         record = self.record(planned.name)
         changed = self.changed(planned)
         if changed != ["training"]:
@@ -230,14 +231,14 @@ class SweepFolder:
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # cut by the window, or still being written
+                continue  # a partial line, at the cut or still being written
             if "loss" in row:
                 newest = {"step": row["step"], "loss": number(row["loss"])}
         return newest
 
 
 def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
-    """Returns the end of a text file; nothing where there is none."""
+    """Returns the end of a text file; an empty text if there is no file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(os.path.getsize(path) - size, 0))
@@ -247,21 +248,21 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
 
 
 def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file, without a last line that is cut short."""
+    """Yields the rows of a JSONL file, without an incomplete last line."""
     if path.exists():
         with open(path, encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def number(value: Any) -> Any:
-    """Returns a number, also where JSON writes it as a string (metric_writers.jsonable)."""
+    """Returns a number, also if JSON has it as a string (metric_writers.jsonable)."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _lock(directory: pathlib.Path, does: str) -> IO[str]:
     """Locks a directory for this process; the error names another process that holds the lock."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open)
+    lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
     if not _locked(lock):
         lock.seek(0)
         holder = lock.read().strip() or "another process"
@@ -274,7 +275,7 @@ def _lock(directory: pathlib.Path, does: str) -> IO[str]:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether the lock could be taken, or the file system has none."""
+    """Takes the lock and returns whether that succeeded, or the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

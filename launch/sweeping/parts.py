@@ -17,17 +17,17 @@ _KEYS = {
     "size": _PART,
     "evaluation": ("call", "arguments", "command"),
 }
-# Names in the command of a made arm that are not of arms.
+# Names in braces, in the command of a made arm, that are not arms.
 _PLACES = ("run", "python", "SEED")
 
 
 def places(words: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names in braces, each once, in the order of the words."""
+    """Returns the names in braces in the words, each once, in order."""
     return tuple(dict.fromkeys(name for word in words for name in _PLACE.findall(word)))
 
 
 def filled(words: Iterable[Any], values: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the words with values for the names in braces; names without a value keep their braces."""
+    """Returns the words with names in braces replaced by their values; names without a value stay in braces."""
     return tuple(
         _PLACE.sub(lambda match: values.get(match[1], match[0]), str(word)) for word in words
     )
@@ -43,9 +43,9 @@ def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
         return
     yield from unknown_keys(what, f"{where}: ", entry)
     yield from part_problems(where, entry)
-    made = entry.get("made")
-    if made is not None and not (made and _strings(made)):
-        yield f"{where}: made = {made!r} is not a tuple of strings, the words of a command."
+    command = entry.get("made")
+    if command is not None and not (command and _strings(command)):
+        yield f"{where}: made = {command!r} is not a tuple of strings, the words of a command."
 
 
 def unknown_keys(what: str, where: str, entry: Mapping[str, Any]) -> Iterator[str]:
@@ -80,24 +80,24 @@ def seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the problems of an arm that is made, beside the others."""
+    """Yields the problems that only a made arm can have."""
     for key in ("parent", "gin_files", "bindings"):
         if arm.get(key):
             yield f"{where} is made, not trained: leave out its {key}, or made."
     named = places(arm["made"])
     if "run" not in named:
         yield f"{where}: its command has no word with {{run}}, the run directory that it makes."
-    known = (*arms, *_PLACES)
+    names = (*arms, *_PLACES)
     for name in named:
-        if name not in known:
-            yield f"{where}: its command names {{{name}}}, which is no arm; {nearest(name, known)}"
+        if name not in names:
+            yield f"{where}: its command names {{{name}}}, which is no arm; {nearest(name, names)}"
     for name in _PLACES:
         if name in arms:
             yield f"arm {name!r}: in commands {{{name}}} does not stand for an arm: rename it."
 
 
 def binding_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the problems of an arm that is trained, beside the others."""
+    """Yields the problems that only a trained arm can have."""
     for name in places(arm.get("bindings") or ()):
         if name not in arms:
             yield f"{where}: a binding names {{{name}}}, which is no arm; {nearest(name, arms)}"

@@ -11,9 +11,9 @@ from trainers.telemetry.metric_writers import jsonable
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
-    """Rewrites the rows of all finished runs, so that a reader sees each once and whole.
+    """Rewrites the file atomically with one row for each finished run.
 
-    A run whose parent is being repeated has its row when that is done.
+    A run whose parent is being repeated has no row until the parent is done.
     """
     rows = [result_row(folder, planned, plan) for planned in plan if folder.done(planned)]
     text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows if row)
@@ -29,7 +29,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
       path: the sweep's folder (--out), or the file.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no results.jsonl.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -40,16 +40,16 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def result_row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
-    """Returns the row of a finished run in results.jsonl; empty where a run that it descends from is missing.
+    """Returns the row of a finished run in results.jsonl; empty if a run that it descends from is missing.
 
-    `tokens` and `epochs` (how often each source was read) are this run's own, 0 for a run that is
-    `made`; with `_total` they include all `parents`, the runs that it descends from, nearest first:
-    a mixture's seed and all its branches, each once. `made_of` are the runs in a made run's command.
-    `held_out` has the last evaluation's metrics by task.
+    `tokens` and `epochs` (of each source) are those of this run alone, and 0 if it is `made`. With the suffix `_total`
+    they include all `parents`, the runs that it descends from, nearest first: for a mixture, the seed and all branches,
+    each counted once. `made_of` has the runs in a made run's command. `held_out` has the last evaluation's metrics by
+    task.
     """
     by_name = {other.name: other for other in plan}
     line = [planned.name]
-    for name in line:  # which grows
+    for name in line:  # the loop appends to `line`
         line += [above for above in by_name[name].run.above if above not in line]
     outcomes = [one for name in line if (one := folder.outcome(by_name[name])) is not None]
     if len(outcomes) < len(line):

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
-    """Brings a run to its end; returns {'interrupted': True} where a signal stopped it before.
+    """Trains or makes a run and evaluates it; returns {'interrupted': True} if a signal stopped it.
 
     Raises:
-      SweepFolderError: no such run, one above it is not done, or it is of another configuration.
-      MadeError: a command has made nothing.
-      EvaluationError: an evaluation failed, or its result is no JSON.
+      SweepFolderError: no such run, a run it depends on is not done, or its configuration has changed.
+      MadeError: the command made nothing.
+      EvaluationError: an evaluation failed, or its result cannot be written as JSON.
     """
     planned = {entry.name: entry for entry in folder.read_plan()}
     if name not in planned:
@@ -91,28 +91,28 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
 
 
 class MadeError(ValueError):
-    """A command has not made its run."""
+    """The command of a made run did not make it."""
 
 
 def made_command(folder: SweepFolder, run: Run, plan: Mapping[str, Planned]) -> tuple[str, ...]:
     """Returns the words of the command that makes a run.
 
     Args:
-      folder: of the sweep.
-      run: that is made.
-      plan: by name, including the runs that it is made of.
+      folder: folder of the sweep.
+      run: the made run.
+      plan: planned runs by name, including the runs that it is made of.
     """
     places = {**folder.sources(run, plan), "run": str(folder.model_dir(run))}
     return parts.filled(run.made, {**places, "python": sys.executable})
 
 
 def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
-    """Makes a run, from the start after a stop; returns its outcome.
+    """Makes a run by its command and returns its outcome; after a stop it begins again from nothing.
 
     Raises:
-      SweepFolderError: a run that it is made of is missing, or another process makes it.
-      MadeError: nothing was made.
-      SystemExit: the command failed; the last error of the log is its own.
+      SweepFolderError: a run that it is made of is missing, or another process is making it.
+      MadeError: the command made nothing.
+      SystemExit: the command failed; its error is the last one in the log.
     """
     from trainers.checkpoints import step_dir
 
@@ -132,7 +132,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
         raise MadeError(
             f"{entry.name}: its command ended well, but there is no {target}: let it make what {{run}} names."
         )
-    # A result without a checkpoint, such as a file of embeddings, is for the commands of other made runs.
+    # A result without a checkpoint, such as a file of embeddings, is an input of other made runs' commands.
     steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
     checkpoint = target / step_dir.CHECKPOINTS / steps[max(steps)].name if steps else None
     return {
@@ -183,7 +183,7 @@ def _changed(entry: Planned) -> SweepFolderError:
 
 @contextlib.contextmanager
 def _own_registries() -> Iterator[None]:
-    """Clears gin and the tasks at the end, so that the process's next run has its own."""
+    """Clears gin and the task registry at the end, so that the process's next run starts with empty ones."""
     import gin
 
     from data import tasks
@@ -208,7 +208,7 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
         above = folder.record(entry.run.parent)["trained"]
         first_step = above["step"]
         first_batch = step_dir.read_meta(folder.path / above["checkpoint"])["data_step"]
-    # Opened as the run opened it: a run that continues another's data starts at its position.
+    # With the run's own start: a run that continues its parent's data starts at the parent's position.
     positions = meta.get("initial", {}).get("positions")
     opened = stream(positions=positions) if positions else stream()
     before, after = opened.epochs(first_batch), opened.epochs(meta["data_step"])
@@ -228,14 +228,14 @@ class EvaluationError(ValueError):
 
 
 def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) -> Any:
-    """Returns the result of an evaluation of the run in a directory, as JSON has it.
+    """Returns the result of an evaluation of the run in a directory, as values that JSON can have.
 
     Args:
-      name: of the evaluation, for errors.
+      name: name of the evaluation, for errors.
       settings: {'call': 'package.module:function', 'arguments': {...}}, called with the directory; or
-        {'command': words}, in which {run}, {json} and {python} stand for the directory, the file that
-        it writes, and this Python. A command of this project runs in this process.
-      directory: that holds the run's config.gin and checkpoints.
+        {'command': words}, in which {run}, {json} and {python} are replaced by the directory, the path of
+        its JSON output, and this Python. A command of this project runs in this process.
+      directory: directory of the run's config.gin and checkpoints.
     """
     if "call" in settings:
         module, _, function = settings["call"].partition(":")

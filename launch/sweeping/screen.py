@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launch.sweeping.driver import Progress, RunState
 
-# Mark, style, and what it means.
+# State -> (mark, style, meaning).
 _MARKS = {
     RunState.DONE: ("✓", "green", "done, training loss"),
     RunState.RUNNING: ("▶", "cyan", "running, steps made"),
@@ -22,22 +22,22 @@ _MARKS = {
     RunState.BLOCKED: ("–", "red", "parent failed"),
 }
 _WIDTH = 80
-_PARENT = 16  # columns at least for the names of parents
-_FAILURES = 8  # shown with their reasons
-_WORDY_CELLS = 5  # more seeds than these have room for a mark each, not for a loss
-_LINES = 60.0  # seconds between lines on what is no terminal
+_PARENT = 16  # minimum columns for the names of parents
+_FAILURES = 8  # maximum number of failures shown with their reasons
+_WORDY_CELLS = 5  # with more seeds, cells show only a mark, without the loss
+_LINES = 60.0  # seconds between lines if the output is not a terminal
 
 
 def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
     """Returns the whole screen.
 
     Args:
-      sweep: its name.
-      runs: of the sweep.
-      workers: runs at once, for the time left.
+      sweep: name of the sweep.
+      runs: runs of the sweep.
+      workers: number of runs at the same time, for the remaining time.
     """
     parts: list[Any] = [_title(sweep, runs, workers), ""]
-    # Changing lines come first: a terminal of few lines cuts the end.
+    # Lines that change come first: a short terminal cuts the end.
     going = [run for run in runs if run.state is RunState.RUNNING]
     if going:
         parts += [_running(going), ""]
@@ -58,21 +58,21 @@ def _legend(runs: Sequence[Progress]) -> Text:
 
 
 def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
-    left = seconds_left(runs, workers)
+    remaining = seconds_left(runs, workers)
     return Text.assemble(
         (sweep, "bold"),
         f"  {counts(runs)}",
-        "" if left is None else f"; about {duration(left)} left",
+        "" if remaining is None else f"; about {duration(remaining)} left",
     )
 
 
 def counts(runs: Sequence[Progress]) -> str:
     """Returns text such as '3 of 6 runs done, 1 running, 2 waiting'."""
     numbers = {state: sum(run.state is state for run in runs) for state in RunState}
-    others = [
+    other_states = [
         f"{n} {state.value}" for state, n in numbers.items() if n and state is not RunState.DONE
     ]
-    return ", ".join([f"{numbers[RunState.DONE]} of {len(runs)} runs done", *others])
+    return ", ".join([f"{numbers[RunState.DONE]} of {len(runs)} runs done", *other_states])
 
 
 def _grid(runs: Sequence[Progress]) -> Table:
@@ -113,7 +113,7 @@ def _parent(by_place: Mapping[tuple[str, int], Progress], kind: str, seeds: Sequ
 
 
 def _shortened(name: str, width: int) -> str:
-    """Returns a long name without its middle, since arms differ at their ends."""
+    """Returns a long name with its middle cut out, because arms often differ at their ends."""
     if len(name) <= width:
         return name
     head = (width - 1) // 2
@@ -138,7 +138,7 @@ def _cell(run: Progress | None, wordy: bool) -> Text:
 
 
 def _steps(run: Progress) -> int | None:
-    """Returns the steps that a run makes itself; None where its data decide."""
+    """Returns the number of steps of the run itself, without its parent's; None if it depends on the data."""
     total = run.planned.total_steps
     return None if total is None else total - (run.planned.first_step or 0)
 
@@ -149,30 +149,30 @@ def _running(runs: Sequence[Progress]) -> Table:
     for name in ("step", "loss", "min", "left"):
         rows.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        left = _left(run)
-        made = run.planned.run.made
+        remaining = _left(run)
+        is_made = run.planned.run.made
         rows.add_row(
             _shortened(run.planned.name, 38),
-            "made" if made else f"{run.step}/{run.planned.total_steps or '?'}",
+            "made" if is_made else f"{run.step}/{run.planned.total_steps or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
-            "" if left is None else duration(left),
+            "" if remaining is None else duration(remaining),
         )
     return rows
 
 
 def _left(run: Progress) -> float | None:
-    """Returns the seconds that a running run still takes, by its rate so far."""
+    """Returns the estimated remaining seconds of a running run, from its rate so far."""
     if not run.rate or run.planned.total_steps is None:
         return None
     return (run.planned.total_steps - run.step) / run.rate
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
-    """Returns the seconds that the sweep still takes, from the time of finished runs; None where nothing is known yet."""
+    """Returns the estimated remaining seconds of the sweep, from finished runs; None if no rate is known yet."""
     open_states = (RunState.RUNNING, RunState.WAITING, RunState.STOPPED)
-    # The time of making runs is unknown, and small beside training.
-    left = [run for run in runs if run.state in open_states and not run.planned.run.made]
+    # Made runs are ignored: their time is unknown, and short compared with training.
+    unfinished = [run for run in runs if run.state in open_states and not run.planned.run.made]
     by_kind: dict[str, list[float]] = {}  # seconds per step
     for run in runs:
         steps = _steps(run)
@@ -180,16 +180,16 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
             by_kind.setdefault(run.planned.run.kind, []).append(run.seconds / steps)
         elif run.rate:
             by_kind.setdefault(run.planned.run.kind, []).append(1 / run.rate)
-    known = [value for values in by_kind.values() for value in values]
-    if not known or not left:
+    rates = [value for values in by_kind.values() for value in values]
+    if not rates or not unfinished:
         return None
     total = 0.0
-    for run in left:
+    for run in unfinished:
         if run.planned.total_steps is None:
             return None
-        mine = by_kind.get(run.planned.run.kind, known)
+        mine = by_kind.get(run.planned.run.kind, rates)
         total += (run.planned.total_steps - run.step) * sum(mine) / len(mine)
-    return total / min(workers, len(left))
+    return total / min(workers, len(unfinished))
 
 
 def duration(seconds: float) -> str:
@@ -200,7 +200,7 @@ def duration(seconds: float) -> str:
 
 
 class Screen:
-    """Shows a sweep while it runs: a live table on a terminal, else a line for each event."""
+    """Shows a running sweep: a live table on a terminal, else a line for each event."""
 
     def __init__(self, sweep: str, *, workers: int = 1, file: IO[str] | None = None):
         self._sweep, self._workers = sweep, workers
@@ -238,8 +238,8 @@ class Screen:
         now = time.monotonic()
         if first or now - self._last_line > _LINES:
             self._last_line = now
-            left = seconds_left(runs, self._workers)
-            about = "" if left is None else f"; about {duration(left)} left"
+            remaining = seconds_left(runs, self._workers)
+            about = "" if remaining is None else f"; about {duration(remaining)} left"
             print(f"{clock} {counts(runs)}{about}", file=self._console.file, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The weights of a run as a checkpoint that Hugging Face's transformers reads."""
+"""Exports the weights of a run as a checkpoint for Hugging Face's transformers."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from trainers.checkpoints import array_files, manifest, restore_params, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
-# Fields of config.json beside the maths, which the export of a changed model takes over.
+# Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
@@ -37,17 +37,17 @@ def export_hf(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors of a run's newest good step.
+    """Writes config.json, generation_config.json and safetensors of a run's newest undamaged step.
 
     Args:
       checkpoint: step or run directory.
-      model: the linen module it is of.
+      model: the linen module of the checkpoint.
       target: directory, which must not exist.
       params: see launch/run/load_run.py.
-      family: a name of model/hf/families.py; None for the one it came from, or the first that can
-        express the model.
-      dtype: of all tensors; None for what the run has.
-      shard_bytes: most data in one file.
+      family: name of a family in model/hf/families.py; None for the family it was imported from, or else the first
+        family that can express the model.
+      dtype: dtype of all tensors; None for the dtypes of the run.
+      shard_bytes: maximum bytes of tensors in one file.
 
     Raises:
       ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
@@ -103,7 +103,7 @@ def _export(
         print(f"note: {missing}.", file=sys.stderr)
     config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
     generation = _generation(folder, config, source)
-    # A run that was not imported knows them by its tokenizer's files alone.
+    # A run that was not imported has these ids only in its tokenizer's files.
     config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
     _write_json(folder, "config.json", config)
     _write_json(folder, hf_tokenizer.GENERATION, generation)
@@ -125,12 +125,12 @@ def _family(model: Any, name: str | None, *, asked: bool) -> Family:
     except UnsupportedModel:
         if asked:
             raise
-        return family_of_model(model)  # Trained on as something else since it was imported.
+        return family_of_model(model)  # The model was changed after the import.
     return family
 
 
 def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json it came with, if it is still of this model; else one of the model."""
+    """Returns the config.json of the import if it still describes the model, else a new one."""
     original = source.get("config", {})
     if source.get("family") == family.name and not differences(
         describe(model), describe(family.model(original))
@@ -142,12 +142,12 @@ def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, 
 def _generation(
     folder: str, config: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """generation_config.json: the one it came with, else that of the tokenizer's files."""
+    """Returns generation_config.json: the one of the import, else the one of the tokenizer's files."""
     if original := source.get("generation_config"):
         return original
-    known = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    token_ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
-    return {**known, **(json.loads(path.read_bytes()) if path.exists() else {})}
+    return {**token_ids, **(json.loads(path.read_bytes()) if path.exists() else {})}
 
 
 def _write_json(folder: str, name: str, value: Any) -> None:
@@ -156,7 +156,7 @@ def _write_json(folder: str, name: str, value: Any) -> None:
 
 
 def _groups(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces by native array; arrays that share tensors (GPT-2's query, key and value) together."""
+    """Groups pieces by native array; arrays that share tensors (GPT-2's query, key and value) are in one group."""
     leader: dict[str, str] = {}
     owner: dict[str, str] = {}
     for piece in pieces:
@@ -176,7 +176,7 @@ def _write_group(
     writer: SafetensorsWriter,
     bar: Any,
 ) -> None:
-    """Writes the tensors that some arrays hold, and checks the arrays against their digests."""
+    """Writes the tensors of one group of arrays, and checks the arrays against their digests."""
     stores = {x: array_files.StoredArray(step, root + x) for x in {p.native for p in pieces}}
     digests = dict.fromkeys(stores, 0)
     by_tensor: dict[str, list[Piece]] = {}

@@ -41,7 +41,7 @@ from model.transforms.experts import Mixture
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """A new mixture: how it is computed, of which models, and its record."""
+    """A new mixture: its transform, source models, and record."""
 
     transform: TreeTransform
     sources: list[SourceModel]
@@ -54,20 +54,20 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
-    given: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
-    moe = SourceModel(given.moe, given.params)
+    options: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
+    moe = SourceModel(options.moe, options.params)
     record = moe.meta.get("upcycled")
     if record is None or "sources" not in record:
         raise TransformError(
-            f"{given.moe} does not come from launch.upcycle: its experts have no names."
+            f"{options.moe} does not come from launch.upcycle: its experts have no names."
         )
     mixture = _mixture(config.model, moe, record)
-    if given.add:
-        change = _addition(given, given.add, moe, record, mixture)
+    if options.add:
+        change = _addition(options, options.add, moe, record, mixture)
     else:
-        change = _removal(config.model, str(given.remove), moe, record, mixture)
+        change = _removal(config.model, str(options.remove), moe, record, mixture)
     recipes = transformed_run.write(
-        given.to,
+        options.to,
         change.transform,
         change.sources,
         config=[f"EXPERTS = {len(change.record['experts'])}"],
@@ -75,12 +75,12 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         meta={"upcycled": change.record},
     )
     lines = [*expert_lines(change.record), *base.table(recipes)]
-    last = f"written to {given.to}: parameters without an optimiser's state"
+    last = f"written to {options.to}: parameters without an optimiser's state"
     print("\n".join([*lines, last]))
 
 
 def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
-    """The settings of a mixture, from its configuration, parameters and record."""
+    """Returns the settings of a mixture, from its configuration, parameters and record."""
     first = model.layer_settings()[0]
     if first.mlp.experts != len(record["experts"]):
         raise TransformError(
@@ -103,7 +103,7 @@ def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
 
 
 def _vectors(moe: SourceModel, path: str) -> np.ndarray:
-    """The embeddings [E, M], equal in all layers."""
+    """Returns the domain embeddings [E, M], which are equal in all layers."""
     vectors = moe.open(path).read()
     return vectors.reshape(-1, *vectors.shape[-2:])[0]
 
@@ -154,15 +154,15 @@ def _removal(
         raise TransformError(
             f"{moe.path} has no expert {name}: there are {', '.join(record['experts'])}."
         )
-    left = mixture.experts - 1
+    num_left = mixture.experts - 1
     first = model.layer_settings()[0]
     chosen = [("MoeMlp", first.mlp.top_k)]
     if mixture.attention and first.attention.top_k is not None:
         chosen.append(("MixtureOfAttention", first.attention.top_k))
     for owner, top_k in chosen:
-        if top_k > left:
+        if top_k > num_left:
             raise TransformError(
-                f"without {name} there {'is 1 expert' if left == 1 else f'are {left} experts'}, and "
+                f"without {name} there {'is 1 expert' if num_left == 1 else f'are {num_left} experts'}, and "
                 f"tokens use {owner}.top_k = {top_k} of them: keep as many."
             )
     index = record["experts"].index(name)

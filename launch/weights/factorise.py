@@ -49,14 +49,14 @@ _OWNERS = (
 
 
 class Decomposition:
-    """Ranks and factors of kernels, and the loss of each.
+    """Ranks and factors of kernels, and the error of each.
 
     Args:
-      given: which kernels, and how far.
-      moments: second moments of inputs by path, for layers whose outputs are to be preserved.
+      given: flags that choose kernels and ranks.
+      moments: second moments of inputs by path, for layers whose output error is minimised.
 
     Attributes:
-      lost: the fraction of the squared singular values that the factors lack, by path.
+      lost: fraction of the squared singular values that the factors do not represent, by path.
     """
 
     def __init__(self, given: FactoriseFlags, moments: Mapping[str, Any]):
@@ -66,12 +66,12 @@ class Decomposition:
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def ranks(self, source: SourceModel) -> dict[str, int]:
-        """The rank of each chosen kernel, by path of its module.
+        """Returns the rank of each chosen kernel, by path of its module.
 
-        The rule 'energy' decomposes all kernels, and keeps the factors for `split`.
+        The rule 'energy' decomposes all kernels here, and stores the factors for `split`.
 
         Raises:
-          TransformError: no kernels, a kernel that is not finite, or a rank that a matrix cannot have.
+          TransformError: no kernels, a kernel with values that are not finite, or an impossible rank.
         """
         shapes, rule = source.abstract.shapes, self._given.rank_rule
         ranks: dict[str, int] = {}
@@ -107,10 +107,10 @@ class Decomposition:
 
 
 def chosen(shapes: Shapes, layers: Sequence[str]) -> list[str]:
-    """The modules whose kernels are decomposed: projections of attention and MLPs that a pattern matches, or all.
+    """Returns the modules whose kernels are decomposed: projections of attention and MLPs, filtered by `layers`.
 
     Raises:
-      TransformError: there are factors already, no module, or a pattern without a match.
+      TransformError: the model already has factors, there is no such module, or a pattern matches none.
     """
     if twice := decompose.factorised_modules(shapes):
         raise TransformError(f"{twice[0]} is factorised already: --recompose the checkpoint first.")
@@ -136,18 +136,20 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, LoadError, RowFileError, DamagedCheckpointError.
     """
-    given: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
+    options: FactoriseFlags = upcycle_flags.parsed(flags, FactoriseFlags)
     if not isinstance(config.model.config, TransformerConfig):
         raise LoadError(
             f"The checkpoint is of a {type(config.model).__name__}, and this command reads language models."
         )
-    source = SourceModel(given.checkpoint, given.params)
+    source = SourceModel(options.checkpoint, options.params)
     transform: base.TreeTransform = Recompose()
     bindings = _bindings(dense=True)
-    if not given.recompose:
-        made = Decomposition(given, _input_moments(config, given) if given.calibrate else {})
-        ranks = made.ranks(source)
-        transform = Decompose(made.split)
+    if not options.recompose:
+        decomposition = Decomposition(
+            options, _input_moments(config, options) if options.calibrate else {}
+        )
+        ranks = decomposition.ranks(source)
+        transform = Decompose(decomposition.split)
         bindings = [
             *_bindings(dense=False),
             "lowrank.Factorisation.rank_rule = 'absolute'",
@@ -156,14 +158,14 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         ]
     meta = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
     recipes = transformed_run.write(
-        given.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
+        options.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
     )
-    notes, totals = ({}, []) if given.recompose else _sizes(recipes, made)
-    print("\n".join([*base.table(recipes, notes), *totals, f"written to {given.to}"]))
+    notes, totals = ({}, []) if options.recompose else _sizes(recipes, decomposition)
+    print("\n".join([*base.table(recipes, notes), *totals, f"written to {options.to}"]))
 
 
 def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any]:
-    """Second moments of the layers' inputs on the texts of --calibrate, by path."""
+    """Returns second moments of the layers' inputs on the texts of --calibrate, by path."""
     from trainers.low_rank.input_moments import input_moments
 
     length = given.calibrate_length or 512
@@ -181,7 +183,7 @@ def _input_moments(config: RunConfig, given: FactoriseFlags) -> Mapping[str, Any
 
 
 def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, str], list[str]]:
-    """What factors cost and lose: notes on them by path of U, and the totals as lines."""
+    """Returns notes on size and error of the factors, by path of U, and lines with the totals."""
     notes, dense, small = {}, 0, 0
     for recipe in recipes:
         if len(recipe.outputs) == 1:
@@ -191,22 +193,22 @@ def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, st
         factors_size = math.prod(u_shape) + math.prod(v_shape)
         dense, small = dense + kernel, small + factors_size
         larger = " LARGER" if factors_size > kernel else ""
-        lost = made.lost[path.removesuffix("/u")]
-        notes[path] = f", {factors_size / kernel:.3f} of its size{larger}, lost {lost:.2%}"
+        lost_energy = made.lost[path.removesuffix("/u")]
+        notes[path] = f", {factors_size / kernel:.3f} of its size{larger}, lost {lost_energy:.2%}"
     lines = [
         f"decomposed {len(notes)} kernels: {dense:,} parameters to {small:,} ({small / dense:.3f})"
     ]
     lines.append("lost: the fraction of the squared singular values that factors lack")
     weighted = [path for path in made.lost if path in made.moments]
     if weighted:
-        others = len(made.lost) - len(weighted)
-        unweighted = f"; {others} others are not" if others else ""
+        num_unweighted = len(made.lost) - len(weighted)
+        unweighted = f"; {num_unweighted} others are not" if num_unweighted else ""
         lines.append(f"{len(weighted)} kernels are weighted by their inputs{unweighted}")
     return notes, lines
 
 
 def _bindings(*, dense: bool) -> list[str]:
-    """What makes the layers of any model factorised, or dense again."""
+    """Returns the gin lines that make the layers of any model factorised, or dense again."""
     lines = ["# Of launch.upcycle factorise."]
     lines += [f"from model import {name}" for name in ("attention", "linear", "mlp")]
     lines += ["from model.low_rank import lowrank", "from model.moe import moe"]

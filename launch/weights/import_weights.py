@@ -1,4 +1,4 @@
-"""Weights of other projects as a run of this one: `config.gin` and a step that every command reads."""
+"""Imports weights of other projects as a run: `config.gin` and a checkpoint that every command reads."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from trainers.checkpoints.stream_checkpoint import StreamedArray
 
 
 class ConvertError(ValueError):
-    """A conversion that cannot be done as asked."""
+    """A conversion that is not possible with these arguments."""
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
@@ -36,7 +36,7 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
     Args:
       source: directory with config.json and safetensors.
       target: run directory, which must not exist.
-      dtype: in which weights are stored; None for that of the files.
+      dtype: dtype of the stored weights; None for the dtype in the files.
 
     Raises:
       ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
@@ -52,7 +52,7 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
 
 
 def import_gguf(source: str, target: str, *, dtype: str | None = None) -> None:
-    """As `import_hf`, of a GGUF file; float32 without `dtype`."""
+    """Writes a run directory with the weights of a GGUF file, see `import_hf`; the default dtype is float32."""
     with (
         GgufReader(source) as tensors,
         new_directory(target) as partial,
@@ -87,7 +87,7 @@ def _write(
             "dtypes": {} if dtype else narrow_names(checked),
             **record,
         },
-        "start_token": None,  # Nothing precedes a text but the tokenizer's own BOS.
+        "start_token": None,  # There is no token before a text except the tokenizer's BOS.
         **_keep_tokenizer(folder, tokenizer),
     }
     text = gin_writer.write(model)
@@ -98,7 +98,7 @@ def _write(
 
 
 def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
-    """Keeps a checkpoint's tokenizer with the run; returns what its record says of texts."""
+    """Copies a checkpoint's tokenizer to the run; returns the facts about texts for the checkpoint's meta."""
     if not any(
         (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
     ):
@@ -126,14 +126,14 @@ def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:
 
 
 def progress(total: int) -> Any:
-    """A bar over bytes, where someone looks."""
+    """Returns a progress bar over bytes, shown only on a terminal."""
     return tqdm.tqdm(
         total=total, unit="B", unit_scale=True, desc="weights", disable=not sys.stderr.isatty()
     )
 
 
 def check_space(folder: str, needed: int) -> None:
-    """Raises ConvertError where the disk has not the room."""
+    """Raises ConvertError if the disk has too little free space."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConvertError(
@@ -144,10 +144,9 @@ def check_space(folder: str, needed: int) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: str) -> Iterator[str]:
-    """A directory to fill, which becomes `target` at the end and is gone after an error.
+    """Yields a temporary directory, which is renamed to `target` at the end, or removed after an error.
 
-    A process that is killed leaves `.<target>.partial`, which counts for nothing and is removed by the
-    next conversion to the same target.
+    A killed process leaves `.<target>.partial`, which is ignored, and removed by the next conversion to the same target.
 
     Raises:
       ConvertError: the target exists, or another process is writing it.
@@ -170,15 +169,15 @@ def new_directory(target: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _parents(folder: str) -> Iterator[None]:
-    """Makes a directory and those above it; after an error they are gone again, unless used."""
+    """Creates a directory and its parents; after an error, removes those that it created and that are empty."""
     above = [folder, *map(str, pathlib.Path(folder).parents)]
-    made = [path for path in above if not os.path.isdir(path)]
+    missing = [path for path in above if not os.path.isdir(path)]
     os.makedirs(folder, exist_ok=True)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # Others have put something there since.
-            for path in made:
+        with contextlib.suppress(OSError):  # Another process has put files there.
+            for path in missing:
                 os.rmdir(path)
         raise
 

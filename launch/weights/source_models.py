@@ -1,4 +1,4 @@
-"""Checkpoints that a tree transform reads array by array, and what a mixture records about its experts."""
+"""Checkpoints that a tree transform reads array by array, and a mixture's record of its experts."""
 
 import hashlib
 import pathlib
@@ -15,11 +15,11 @@ from trainers.checkpoints import manifest, restore_params, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.checkpoints.manifest import DamagedCheckpointError
 
-_RELATED = 0.1  # least correlation of embeddings; models of other seeds have none
-_ROWS = 4096  # of them that are compared
+_RELATED = 0.1  # minimum correlation of embeddings; models of other seeds have none
+_ROWS = 4096  # number of embedding rows that are compared
 _EMBEDDING = "token_embed/embedding"
 
-# Fields of experts.Mixture that a mixture records for later experts; also names of flags of launch.upcycle.
+# Fields of experts.Mixture that a mixture records for experts added later; also names of flags of launch.upcycle.
 RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
 _REMEDY = (
     f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
@@ -28,15 +28,15 @@ _REMEDY = (
 
 
 class SourceModel:
-    """A model's checkpoint: shapes, and arrays that are read when they are needed.
+    """A model's checkpoint: shapes, and arrays that are read on demand.
 
     Raises:
       DamagedCheckpointError: the step, or every step of the run, is damaged.
       FileNotFoundError: there is no checkpoint.
-      TransformError: it has no such parameters.
+      TransformError: it has no parameters of the kind `params`.
 
     Args:
-      path: a step directory, or a run directory for its newest good step.
+      path: a step directory, or a run directory for its newest undamaged step.
       params: see launch/run/load_run.py.
     """
 
@@ -59,7 +59,7 @@ class SourceModel:
         return StoredArray(self._step, self._root + path)
 
     def text_meta(self) -> dict[str, Any]:
-        """What the checkpoint records about texts: vocabulary and the tokens before them."""
+        """Returns the checkpoint's facts about texts: the vocabulary, and the tokens before a text."""
         keys = ("vocabulary", "add_bos", "start_token")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
@@ -74,15 +74,15 @@ def _checked(step: Any) -> tuple[Any, manifest.Manifest]:
 def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
     """Checks that models can be averaged: they share a vocabulary, and a seed.
 
-    Branches of one seed keep much of its embeddings. Weights of models of other seeds do not line up, whatever their
-    shapes.
+    Embeddings of runs that continue one seed model stay correlated. Weights of models from other seeds do not correspond,
+    even if their shapes agree.
 
     Args:
-      sources: all are compared with the first.
-      unrelated: accept models of other seeds.
+      sources: models; all are compared with the first.
+      unrelated: whether to accept models of other seeds.
 
     Raises:
-      TransformError: a model that cannot, by name.
+      TransformError: a model cannot be averaged with the first; the message names it.
     """
     first = sources[0]
     for other in sources[1:]:
@@ -98,7 +98,7 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
     rows = first.open(_EMBEDDING).read(rows=(0, count)).astype(np.float64).ravel()
     for other in {source.path: source for source in sources[1:]}.values():
         if other.abstract.shapes.get(_EMBEDDING) != shape:
-            continue  # the plan names it
+            continue  # the transform's plan reports the difference
         theirs = other.open(_EMBEDDING).read(rows=(0, count)).astype(np.float64).ravel()
         correlation = float(np.corrcoef(rows, theirs)[0, 1])
         if not correlation > _RELATED:
@@ -109,7 +109,7 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
 
 
 def domains_record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any]:
-    """What a mixture records of its domains: encoder, subtracted mean, and a digest of the vectors."""
+    """Returns a mixture's record of its domains: encoder, subtracted mean, and a digest of the vectors."""
     return {
         "encoder": dict(domains.encoder),
         "mean": domains.mean_M.tolist(),
@@ -118,12 +118,12 @@ def domains_record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any
 
 
 def digest(vectors_EM: np.ndarray) -> str:
-    """The hash of the vectors' bytes."""
+    """Returns the hash of the vectors' bytes."""
     return hashlib.blake2b(np.ascontiguousarray(vectors_EM), digest_size=16).hexdigest()
 
 
 def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
-    """Raises TransformError where vectors are not comparable with the mixture's."""
+    """Raises TransformError if the file's encoder or subtracted mean differs from the mixture's."""
     if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
         raise TransformError(
             f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
@@ -137,7 +137,7 @@ def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None
 
 
 def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
-    """Raises TransformError where the file has another vector of an expert than the mixture [E, M]."""
+    """Raises TransformError if an expert's vector in the file differs from the mixture's [E, M]."""
     for name, vector_M in zip(names, vectors_EM, strict=True):
         if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
             raise TransformError(

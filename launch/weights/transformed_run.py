@@ -1,6 +1,6 @@
-"""Writes a run directory whose parameters a tree transform computes from checkpoints, one slice of an array at a time.
+"""Writes a run directory with parameters that a tree transform computes from checkpoints, a slice of an array at a time.
 
-The executor of `launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise`.
+`launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise` use it.
 """
 
 import math
@@ -24,7 +24,7 @@ from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from trainers.checkpoints.manifest import Block
 from trainers.checkpoints.stream_checkpoint import StreamedArray
 
-_BLOCK_BYTES = 64 << 20  # in float32, of an array that is made in blocks of rows
+_BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
 
 
 def write(
@@ -36,21 +36,21 @@ def write(
     gin_files: Sequence[str],
     meta: Mapping[str, Any],
 ) -> list[Recipe]:
-    """Makes a run directory of transformed parameters.
+    """Writes a run directory with transformed parameters.
 
-    Memory is that of the arrays of one recipe, of one layer or block of rows of them where the recipe allows it and the
+    Only the arrays of one recipe are in memory, or only a layer or block of rows of them if the recipe allows it and the
     sources are stored in parts.
 
     Args:
       target: run directory, which must not exist.
-      transform: of the sources, in their order.
-      sources: the first one's configuration, vocabulary and record of texts become the new run's.
-      config: lines of gin that make the first source's configuration that of the new model.
-      gin_files: the user's own, which may import modules that a configuration found beside a checkpoint may not.
-      meta: recorded with the new checkpoint.
+      transform: transform of the sources, in their order.
+      sources: source models; the new run gets the configuration, vocabulary and record of texts of the first one.
+      config: gin lines that turn the first source's configuration into the new model's.
+      gin_files: the user's own gin files, which may import modules that a checkpoint's configuration may not import.
+      meta: facts to record with the new checkpoint.
 
     Returns:
-      The plan that was executed.
+      The executed plan.
 
     Raises:
       TransformError, ConfigError, ConvertError, CheckpointSaveError.
@@ -77,14 +77,14 @@ def write(
 
 
 def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-    """What gin files of methods bind, includes resolved, as lines to put after a run's configuration.
+    """Returns the bindings of methods' gin files, includes resolved, as lines to append to a run's configuration.
 
     Args:
-      files: relative to the root of the repository; later bindings win.
+      files: paths relative to the root of the repository; later bindings win.
       settings: values of macros of these files.
 
     Raises:
-      ValueError: the files have no such macro.
+      ValueError: the files do not define one of these macros.
     """
     imports: dict[str, None] = {}
     bindings: dict[str, str] = {}
@@ -111,7 +111,7 @@ def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]
 
 
 def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:
-    """Shapes and dtypes of the parameters of the model that the configuration in `folder` describes."""
+    """Returns shapes and dtypes of the parameters of the model configured in `folder`."""
     import flax.linen as nn
 
     from trainers import initialise
@@ -129,7 +129,7 @@ def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:
 def _streamed(
     recipe: Recipe, leaves: state_tree.Flat, sources: Mapping[str, SourceModel], bar: Any
 ) -> dict[str, StreamedArray]:
-    """The outputs of a recipe, computed while they are written; several at once when the first is written."""
+    """Returns the outputs of a recipe, computed while they are written; writing the first may compute several."""
     ready: dict[str, Any] = {}
 
     def streamed(path: str, shape: tuple[int, ...]) -> StreamedArray:
@@ -153,7 +153,7 @@ def _streamed(
 
 
 def _block_rows(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Rows of an array that are made at a time; 0 where it is made whole."""
+    """Returns the rows of an array that are computed at a time; 0 if it is computed whole."""
     if recipe.slices == "layers":
         return 1
     if recipe.slices == "whole" or 4 * math.prod(shape) <= _BLOCK_BYTES:

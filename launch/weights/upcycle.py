@@ -45,64 +45,64 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
-    given: UpcycleFlags = upcycle_flags.parsed(flags, UpcycleFlags)
-    named = _experts(given)
+    options: UpcycleFlags = upcycle_flags.parsed(flags, UpcycleFlags)
+    named = _experts(options)
     sources = [source for _, source in named]
     names = [name for name, _ in named]
-    if given.seed_model:
-        sources.append(SourceModel(given.seed_model, given.params))
-    source_models.check_related(sources, unrelated=given.unrelated)
+    if options.seed_model:
+        sources.append(SourceModel(options.seed_model, options.params))
+    source_models.check_related(sources, unrelated=options.unrelated)
     dense = config.model
     mlp = dense.layer_settings()[0].mlp
     if not mlp.gated or mlp.experts:
         raise TransformError(f"experts are gated MLPs, and the dense model has {mlp.kind}.")
-    domains = domain_embeddings.read(given.domains) if given.domains else None
-    projected = domains is not None and given.router_kind == "projection"
+    domains = domain_embeddings.read(options.domains) if options.domains else None
+    projected = domains is not None and options.router_kind == "projection"
     mixture = Mixture(
         experts=len(names),
         kv_heads=dense.config.kv_heads,
         scanned=dense.config.scan_layers,
-        ffn=given.method != "soup",
-        attention=given.mixes_attention,
-        average_attention=given.average_attention,
-        shared_kv=given.shared_kv,
-        router=given.router_kind,
+        ffn=options.method != "soup",
+        attention=options.mixes_attention,
+        average_attention=options.average_attention,
+        shared_kv=options.shared_kv,
+        router=options.router_kind,
         domains=domains.vectors(names) if projected else None,
-        seed=given.router_seed,
-        **{name: x for name in RECORDED if (x := getattr(given, name)) is not None},
+        seed=options.router_seed,
+        **{name: x for name in RECORDED if (x := getattr(options, name)) is not None},
     )
     record: dict[str, Any] = {
-        "method": given.method,
+        "method": options.method,
         "experts": names,
         "sources": [source.path for _, source in named],
         **{name: getattr(mixture, name) for name in RECORDED},
     }
-    if given.seed_model:
-        record["seed_model"] = given.seed_model
+    if options.seed_model:
+        record["seed_model"] = options.seed_model
     if projected:
         record["domains"] = source_models.domains_record(domains, mixture.domains)
-    settings = _settings(given, len(names), domains)
+    settings = _settings(options, len(names), domains)
     recipes = transformed_run.write(
-        given.to,
-        Upcycle(mixture, shared_ffn=bool(given.seed_model)),
+        options.to,
+        Upcycle(mixture, shared_ffn=bool(options.seed_model)),
         sources,
-        config=transformed_run.method_lines(given.method_files, settings),
+        config=transformed_run.method_lines(options.method_files, settings),
         gin_files=flags.gin_file,
         meta={"upcycled": record},
     )
     lines = [*expert_lines(record), *base.table(recipes)]
-    print("\n".join([*lines, f"written to {given.to}"]))
+    print("\n".join([*lines, f"written to {options.to}"]))
 
 
 def expert_lines(record: dict[str, Any]) -> list[str]:
-    """The experts of a mixture's record in their order, with what each is made of."""
+    """Returns a line for each expert in a mixture's record, in order, with its source."""
     wide = max(map(len, record["experts"]))
     pairs = zip(record["experts"], record["sources"], strict=True)
     return [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(pairs)]
 
 
 def _settings(given: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]:
-    """Values of the method files' macros."""
+    """Returns values of the method files' macros."""
     if given.method == "soup":
         return {}
     settings = {
@@ -118,7 +118,7 @@ def _settings(given: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]
 
 
 def _experts(given: UpcycleFlags) -> list[tuple[str, SourceModel]]:
-    """Names and models of the experts."""
+    """Returns names and models of the experts."""
     named: list[tuple[str, SourceModel]] = []
     for entry in given.experts:
         name, path = upcycle_flags.split(entry)

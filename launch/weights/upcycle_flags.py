@@ -77,7 +77,7 @@ class UpcycleFlags:
 
     @property
     def method_files(self) -> list[str]:
-        """The gin files that describe the mixture's layers."""
+        """Returns the gin files that configure the mixture's layers."""
         folder = "t5x_configs/methods"
         attention = f"{folder}/bam/attention_experts.gin"
         if self.method == "soup":
@@ -218,7 +218,7 @@ class FactoriseFlags:
 
 
 def split(expert: str) -> tuple[str | None, str]:
-    """Name and directory of `NAME=DIR`; None for a name that is not given."""
+    """Returns name and directory of `NAME=DIR`, or (None, DIR) without a name."""
     name, equals, path = expert.partition("=")
     return (name, path) if equals and name and os.sep not in name else (None, expert)
 
@@ -265,32 +265,32 @@ def _add(group: Any, target: Any, *, but: Sequence[str]) -> None:
 
 
 def parsed(flags: argparse.Namespace, target: Any) -> Any:
-    """The flags as a dataclass of this module, checked.
+    """Returns the flags as a checked dataclass of this module.
 
     Raises:
       TransformError: see the dataclass's `check`.
     """
-    given = setting_flags.given(flags, target)
-    made = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    made.check()
-    return made
+    values = setting_flags.given(flags, target)
+    result = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    result.check()
+    return result
 
 
 def main(doc: str, command: str, module: str, add_flags: Any) -> int:
-    """Runs `launch.upcycle` or a sub-command: gives the source's configuration and the flags to `run` of a module.
+    """Runs `launch.upcycle` or a sub-command: calls a module's `run` with the source's configuration and the flags.
 
     Args:
       doc: help text.
-      command: such as "upcycle extend".
-      module: imported once the flags are read.
-      add_flags: a function of this module.
+      command: name of the command, such as "upcycle extend".
+      module: the module, imported after the flags are parsed.
+      add_flags: a function of this module that adds the flags.
 
     Returns:
       The exit status.
     """
 
     def files(flags: argparse.Namespace) -> Sequence[str]:
-        """The configuration of the run that is changed: the first expert, the mixture or the model."""
+        """Returns the gin files of the source run: of the first expert, the mixture or the model."""
         first = flags.experts[0] if hasattr(flags, "experts") else getattr(flags, "moe", None)
         checkpoint = flags.checkpoint if first is None else split(first)[1]
         given = argparse.Namespace(gin_file=flags.gin_file, checkpoint=checkpoint)

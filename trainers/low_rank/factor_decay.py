@@ -1,8 +1,8 @@
 """Decay of factorised matrices: of the factors (L2), or of their product (Frobenius decay).
 
-L2 on both factors bounds the nuclear norm of the product from above, and so takes rank from it; Frobenius
-decay, (1/2) |U V^T|^2, does not (Khodak et al., arXiv 2105.01029; Kamalakara et al., arXiv 2209.13569).
-Neither forms the product.
+L2 on both factors is an upper bound of the product's nuclear norm and so lowers its rank. Frobenius decay,
+(1/2) |U V^T|^2, does not (Khodak et al., arXiv 2105.01029; Kamalakara et al., arXiv 2209.13569). Neither is computed
+by forming the product.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ FACTORS = r"(.*/)?(u|v)"
 def factor_decay(
     *, kind: Kind = "frobenius", weight: float = 1e-4, coupled: bool = True
 ) -> GradientTerm:
-    """Returns the decay of factorised matrices, which the optimiser's own weight decay then skips.
+    """Returns the decay of factorised matrices; the optimiser's own weight decay then skips them.
 
     Args:
-      kind: of the decay; 'none' leaves factors without any.
-      weight: lambda, of (lambda / 2) |U V^T|^2 or (lambda / 2) (|U|^2 + |V|^2).
-      coupled: the decay's gradient is added to the loss's before the optimiser, as in the reference;
-        else it is subtracted after the update, times the learning rate, as AdamW does.
+      kind: kind of decay; 'none' for no decay of factors.
+      weight: lambda in (lambda / 2) |U V^T|^2 or (lambda / 2) (|U|^2 + |V|^2).
+      coupled: if True, the decay's gradient is added to the loss gradient before the optimiser, as in the reference;
+        else it is subtracted after the update, times the learning rate, as in AdamW.
 
     Raises:
       ValueError: an unknown kind.
@@ -71,7 +71,7 @@ def _subtract_decay(kind: Kind, weight: float, rate: Rate) -> optax.GradientTran
 
 
 def _added(updates: Any, params: Any, kind: Kind, weight: Any) -> Any:
-    """Returns the updates with the decay of matrices whose factors are both trained."""
+    """Returns the updates plus the decay of matrices with both factors in training."""
     if not isinstance(updates, Mapping):
         return updates
     out = {name: _added(updates[name], params[name], kind, weight) for name in updates}

@@ -1,4 +1,4 @@
-"""Second moments of what projections read, over data: what a decomposition that minds the data weighs by."""
+"""Second moments of the inputs of projections over data, the weights of a data-aware decomposition."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,16 +17,16 @@ _NAME = "input_moments"
 def input_moments(
     model: Any, params: Any, batches: Iterable[jax.Array], *, total: int | None = None
 ) -> dict[str, jax.Array]:
-    """Sums of x^T x over all tokens, by the path of each `Dense`.
+    """Returns the sum of x^T x over all tokens for each `Dense`, by its path.
 
     Args:
       model: a decoder-only module.
       params: its parameters.
       batches: tokens_BT without padding, all of one shape.
-      total: of batches, for the bar.
+      total: number of batches, for the progress bar.
 
     Returns:
-      [..., X, X] float32, stacked as the layer's kernel is. Experts are left out: they are no `Dense`.
+      Path -> float32 [..., X, X], stacked like the layer's kernel. There are none for experts, which are not `Dense`.
     """
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -48,8 +48,8 @@ def input_moments(
             if f"/{_NAME}/" in name
         }
 
-    found: dict[str, jax.Array] | None = None
+    sums: dict[str, jax.Array] | None = None
     for tokens_BT in tqdm(batches, total=total, desc="calibrate", unit="batch", leave=False):
         more = moments(params, tokens_BT)
-        found = more if found is None else jax.tree.map(jnp.add, found, more)
-    return found or {}
+        sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+    return sums or {}

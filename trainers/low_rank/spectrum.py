@@ -1,7 +1,7 @@
-"""Singular values of factorised matrices over a run, which show the effect of low rank and its decay.
+"""Singular values of factorised matrices during a run, which show the effect of low rank and its decay.
 
-The effective step size is the learning rate over |W|_F^2, to which a layer before a normalisation is
-sensitive; the effective rank is |W|_* / |W|_2 (Kamalakara et al., arXiv 2209.13569).
+The effective step size is the learning rate divided by |W|_F^2; it matters for a layer before a normalisation. The
+effective rank is |W|_* / |W|_2 (Kamalakara et al., arXiv 2209.13569).
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ class Spectrum:
     """A hook that appends singular values to `spectra.jsonl` in the run's directory.
 
     Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means
-    over all matrices, those of a stack counted one by one.
+    over all matrices; each matrix of a stack counts by itself.
 
     Attributes:
-      run: passed by `launch.train`.
-      every: updates between readings; there is one before the first and one after the last.
-      kernels: path patterns of dense kernels to be read too. A convolution is read as the matrix [h I, w O] of
+      run: context of the run, passed by `launch.train`.
+      every: updates between readings; there is also one before the first update and one after the last.
+      kernels: path patterns of dense kernels to include. A convolution is treated as the matrix [h I, w O] of
         model/low_rank/lowrank_conv.py.
 
     Raises:
@@ -97,7 +97,7 @@ class Spectrum:
         path = pathlib.Path(self.run.path, FILE)
         if (
             not self._begun and path.exists()
-        ):  # lines past the checkpoint from which the run resumed
+        ):  # the file has lines after the checkpoint from which the run resumed
             lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._begun = True
@@ -111,7 +111,7 @@ def read(run: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the readings of a run: 'step', 'learning_rate' and 'layers', path -> singular values of each matrix.
 
     Raises:
-      FileNotFoundError: the run had no such hook.
+      FileNotFoundError: the run did not use this hook.
     """
     return metric_writers.read_jsonl(os.path.join(run, FILE))
 
@@ -119,7 +119,8 @@ def read(run: str | os.PathLike) -> list[dict[str, Any]]:
 def summary(spectra: Sequence[np.ndarray], rate: float) -> dict[str, float]:
     """Returns means over matrices of statistics of their singular values.
 
-    The effective step uses the mean squared norm: a matrix that decay brings to zero has an unbounded one.
+    The effective step uses the mean squared norm, because the step of a single matrix is unbounded as its norm decays
+    to 0.
     """
     squares = np.array([np.square(row).sum() for row in spectra])
     return {

@@ -1,4 +1,4 @@
-"""The objective seam: what every loss reads and returns."""
+"""The interface of objectives: the inputs and outputs of every loss."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 @flax.struct.dataclass
 class LossOut:
-    """A loss as numerator and weight, so that any split of the batch gives the same quotient.
+    """A loss as numerator and weight, so that its quotient does not depend on the split into microbatches.
 
     Attributes:
       sum: weighted sum of per-token (or per-example) losses, float32 scalar; differentiated.
       weight: sum of the weights.
-      metrics: name -> (sum, weight), scalars or vectors; summed over microbatches, divided once.
-      variables: collections of the state it updated (batch statistics), whole, or None.
+      metrics: name -> (sum, weight), scalars or vectors; summed over microbatches, then divided.
+      variables: complete collections of the state that the loss updated (such as batch statistics), or None.
     """
 
     sum: jax.Array
@@ -32,15 +32,16 @@ class LossOut:
     variables: Any = None
 
 
-# (params, batch, rng) -> LossOut. The rng is None in evaluation, where nothing is dropped.
+# (params, batch, rng) -> LossOut. The rng is None in evaluation, which has no dropout.
 LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]
 
 
 class StatefulLossFn(Protocol):
-    """A loss that reads more than parameters and batch.
+    """A loss that also reads `variables` and `extras`.
 
-    `variables` are the train state's collections; empty for a model without them. The loss may return new ones, which the
-    next microbatch reads; evaluation (no rng) discards them. `extras` are the extras of the `Objective`.
+    `variables` are the train state's collections; empty for a model without collections. The loss may return updated
+    collections, which the next microbatch reads; evaluation (no rng) discards them. `extras` are the extras of the
+    `Objective`.
     """
 
     def __call__(
@@ -55,37 +56,37 @@ class StatefulLossFn(Protocol):
 
 
 class StoredExtras(Protocol):
-    """Extras that lie on disk: a step can be compiled without reading them, for devices that are absent too."""
+    """Extras on disk. A step can be compiled without reading them, also for devices that are not attached."""
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
-        """Checks what lies on disk without reading its arrays; called before and after data are opened.
+        """Checks the files without reading their arrays; called before and after the data are opened.
 
         Args:
-          mesh, rules: of the run.
-          meta: facts of the run so far; with the data open, 'vocabulary' is the digest of theirs.
+          mesh, rules: mesh and partitioning rules of the run.
+          meta: facts of the run so far; once the data are open, 'vocabulary' is the digest of their vocabulary.
 
         Raises:
-          ValueError: extras that are missing, or do not fit; it names the setting and the remedy.
+          ValueError: extras that are missing or do not match; the message names the setting and the remedy.
         """
         ...
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
-        """Shapes, dtypes and shardings of what `read` returns."""
+        """Returns shapes, dtypes and shardings of the arrays that `read` returns."""
         ...
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
-        """The arrays; called once, when the first step is about to run."""
+        """Returns the arrays; called once, just before the first step."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Objective:
-    """A `StatefulLossFn` and what it needs; for other losses a plain `LossFn` will do.
+    """A `StatefulLossFn` with its extras; a recipe may also use a plain `LossFn`.
 
     Attributes:
       loss_fn: the loss.
-      extras: a pytree of arrays that do not change, such as reference parameters, or None. They are
-        an argument of the compiled step: one that closes over arrays cannot span hosts.
+      extras: a pytree of constant arrays, such as reference parameters, or None. They are an argument of the compiled
+        step, because a step that closes over arrays cannot span hosts.
       stored_extras: reads the extras from disk, in place of `extras`.
     """
 
@@ -102,13 +103,13 @@ class Objective:
         variables: Mapping[str, Any] | None = None,
         extras: Any = None,
     ) -> LossOut:
-        """The loss; without `extras`, of the objective's own."""
+        """Returns the loss; `extras` default to the objective's own."""
         extras = self.extras if extras is None else extras
         return self.loss_fn(params, batch, rng, variables=variables or {}, extras=extras)
 
     @classmethod
     def of(cls, loss_fn: LossFn) -> "Objective":
-        """`loss_fn` itself if it is an objective, else an objective that passes it neither variables nor extras."""
+        """Returns `loss_fn` if it is an objective, else an objective that calls it without variables and extras."""
         if isinstance(loss_fn, cls):
             return loss_fn
         return cls(loss_fn=lambda params, batch, rng, **_: loss_fn(params, batch, rng))

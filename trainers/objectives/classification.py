@@ -12,21 +12,20 @@ from trainers.objectives.forward import Forward, forward_objective
 def classification(*, model: Any, num_sources: int = 0, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy of labels, smoothed towards the uniform distribution (arXiv 1512.00567).
 
-    In training batches are normalised by their own statistics, which are averaged into the model's
-    collection 'batch_stats'; evaluation normalises by these averages, so that a row of weight 0
-    changes nothing.
+    In training, batch normalisation uses the statistics of the batch and averages them into the model's collection
+    'batch_stats'. Evaluation uses these averages, so that a row of weight 0 changes nothing.
 
     Args:
       model: a module called with (images, train=), whose logits are [B, N].
-      num_sources: of the training stream; one, so that its loss is that of all.
+      num_sources: number of sources of the training stream; not used, because there is one source.
       label_smoothing: share of a label's weight that is spread over all classes.
 
     Returns:
-      The loss function. Its metric 'loss' is the cross-entropy in nats without smoothing, 'accuracy'
-      the share of images whose label has the largest logit.
+      The objective. Its metric 'loss' is the cross-entropy in nats without smoothing, and 'accuracy' the share of
+      images whose label has the largest logit.
 
     Raises:
-      ValueError: a share outside of [0, 1).
+      ValueError: label_smoothing outside of [0, 1).
     """
     del num_sources
     if not 0.0 <= label_smoothing < 1.0:

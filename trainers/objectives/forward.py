@@ -1,10 +1,10 @@
-"""One forward pass inside an objective, and the `LossOut` of what it predicts.
+"""One forward pass inside an objective, and the `LossOut` of its predictions.
 
-`forward_objective` makes an objective of a function of a `Forward`, which computes a loss per token or per row and
-returns `Forward.mean_loss` or, where sum and weight are its own, `Forward.loss_out`. A reference or teacher is run by
-`frozen_forward`.
+`forward_objective` makes an objective from a function of a `Forward`. The function computes a loss per token or per row
+and returns `Forward.mean_loss` or, if it computes sum and weight itself, `Forward.loss_out`. `frozen_forward` runs a
+reference or teacher.
 
-Shapes: B rows, T length, X = B T tokens, D width, V vocabulary, S sources, L layers, N values, '...' of one value.
+Shapes: B rows, T length, X = B T tokens, D width, V vocabulary, S sources, L layers, N values, '...' shape of a value.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ import jax.numpy as jnp
 from model.kernels.cross_entropy import Implementation, token_log_probs
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
-# (batch, whether it is trained on) -> positional and keyword arguments of a model's method.
+# (batch, training: bool) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 _LAYER = re.compile(r"layers/block_\d+/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """What a model returned for a batch, and what its modules wrote.
+    """The output of a model for a batch, and the collections that its modules wrote.
 
     Attributes:
       model: a linen module.
       variables: parameters and other collections that the model read.
       batch: columns of the batch.
-      output: what the model's method returned; of method 'hidden', an output with `hidden_BTD`.
+      output: output of the model's method; for method 'hidden', an object with `hidden_BTD`.
       written: collections that the modules wrote.
       lasting: names of the collections in `written` that the train state holds.
     """
@@ -53,11 +53,11 @@ class Forward:
         return self.apply("head_VD")
 
     def apply(self, method: str, *arguments: Any) -> Any:
-        """Another method of the model, on the same variables."""
+        """Calls another method of the model on the same variables."""
         return self.model.apply(self.variables, *arguments, method=method)
 
     def log_probs_BT(self, *, implementation: Implementation = "auto") -> jax.Array:
-        """Log-probabilities of all targets, float32, prompts and padding included."""
+        """Returns log-probabilities of all targets, float32, including prompts and padding."""
         targets_BT = self.batch["decoder_target_tokens"]
         log_probs_X = token_log_probs(
             self.hidden_XD,
@@ -78,14 +78,14 @@ class Forward:
         metrics: Metrics | None = None,
         num_sources: int = 0,
     ) -> LossOut:
-        """The weighted mean of a loss per token [B, T] or per row [B].
+        """Returns the weighted mean of a loss per token [B, T] or per row [B].
 
         Args:
           loss: in nats or any other unit, float32; reported as metric 'loss'.
-          weights: of the loss's shape; 0 for padding.
-          total: the weighted sum to differentiate, where it is not that of `loss`, for example because its gradient
+          weights: weights of the loss's shape; 0 for padding.
+          total: the weighted sum to differentiate, if it is not computed from `loss`, for example because its gradient
             is computed chunk by chunk.
-          metrics: further ones.
+          metrics: further metrics.
           num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
         """
         weighted, weight = loss * weights, weights.sum()
@@ -94,9 +94,9 @@ class Forward:
         return self.loss_out(reported["loss"][0] if total is None else total, weight, reported)
 
     def loss_out(self, total: jax.Array, weight: jax.Array, metrics: Metrics) -> LossOut:
-        """The loss, with the losses and metrics that modules sowed and the collections they wrote.
+        """Returns the loss with the losses and metrics that modules sowed, and the collections that they wrote.
 
-        Each value in collection 'losses' is a mean over the batch: it is multiplied by `weight`, added to the loss, and
+        Each value in collection 'losses' is a mean over the batch. It is multiplied by `weight`, added to the loss, and
         reported as metric 'auxiliary_loss'.
         """
         reported, added = dict(metrics), 0.0
@@ -113,12 +113,12 @@ class Forward:
 
     @property
     def updates(self) -> dict[str, Any]:
-        """The train state's collections after this batch, in training; none in evaluation."""
+        """Returns the train state's collections after this batch in training; none in evaluation."""
         return {name: self.written[name] for name in self.lasting}
 
 
 def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a decoder-only model is called with: tokens, positions (None for 0, 1, ...) and segments."""
+    """Returns the arguments of a decoder-only model: tokens, positions (None for 0, 1, ...) and segments."""
     del training
     positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
     return (batch["decoder_input_tokens"],), {
@@ -135,13 +135,13 @@ def forward_objective(
     method: str | None = "hidden",
     arguments: Arguments = decoder_arguments,
 ) -> Objective:
-    """The objective (forward pass, frozen extras) -> `LossOut`.
+    """Returns an objective that runs a model and computes `loss` of (forward pass, frozen extras).
 
     Args:
       model: a linen module, run by `forward`.
       loss: called with the model's forward pass and the extras (None without `stored_extras`).
       stored_extras: frozen parameters or other arrays, see `Objective`.
-      method, arguments: of the model, see `forward`.
+      method, arguments: see `forward`.
     """
 
     def loss_fn(
@@ -170,17 +170,17 @@ def forward(
 ) -> Forward:
     """Runs a model on a batch, for a loss.
 
-    In training, modules draw from the rng 'dropout', write the state's collections, and report what they sow into
-    'metrics'; in evaluation (no rng) they do none of these. What they sow into 'losses' counts in both.
+    In training, modules use the rng 'dropout', write the state's collections, and sow into 'metrics'. In evaluation (no
+    rng) they do none of these. They sow into 'losses' in both.
 
     Args:
       model: a linen module.
       params: its parameters.
       batch: columns of the batch.
-      rng: of this microbatch; None in evaluation.
+      rng: rng of this microbatch; None in evaluation.
       variables: the collections of the train state.
-      method: of the model; None calls it.
-      arguments: what the method is called with.
+      method: name of the model's method; None for `__call__`.
+      arguments: makes the method's arguments from the batch.
     """
     training = rng is not None
     return _run(
@@ -203,9 +203,9 @@ def frozen_forward(
     method: str | None = "hidden",
     arguments: Arguments = decoder_arguments,
 ) -> Forward:
-    """Runs a model that is not trained: no gradient flows to its parameters, and it draws and collects nothing.
+    """Runs a frozen model: without gradient to its parameters, random numbers, or writing collections.
 
-    Arguments as of `forward`.
+    See `forward` for the arguments.
     """
     variables = {"params": jax.lax.stop_gradient(params)}
     return _run(model, variables, batch, method, arguments(batch, False))
@@ -239,12 +239,12 @@ def _run(
 def source_losses(
     batch: Batch, weighted: jax.Array, weights: jax.Array, num_sources: int
 ) -> Metrics:
-    """Metric 'source_loss', a vector over the sources [S]; no metric without sources.
+    """Returns metric 'source_loss', a vector over the sources [S]; no metric without sources.
 
     Args:
-      batch: whose 'source_ids' are of its rows.
-      weighted: losses times weights, [B, T], or [N] with the same number of values for each row, side by side.
-      weights: of the same shape.
+      batch: batch with 'source_ids' of its rows.
+      weighted: losses times weights, [B, T], or [N] with the same number of adjacent values for each row.
+      weights: weights, of the same shape.
       num_sources: S.
     """
     if not num_sources:
@@ -259,7 +259,7 @@ def source_losses(
 
 
 def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Array]:
-    """Means over layers, by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
+    """Returns means over layers, by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
 
     Args:
       sown: values of any shape, the same in every layer.
@@ -267,7 +267,7 @@ def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Arr
     """
     by_name: dict[str, list[jax.Array]] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):
-        # A module sows tuples: the last key is the place in the tuple.
+        # `sow` stores tuples, so the last key is the index in the tuple.
         where = "/".join(str(key.key) for key in path[:-1])
         name = _LAYER.sub("", where)
         stacked = scanned and name != where

@@ -1,4 +1,4 @@
-"""A model beside the one that is trained: a reference or a teacher, read from a checkpoint and never updated."""
+"""A second model of a run that is not trained: a reference or a teacher, restored from a checkpoint."""
 
 import dataclasses
 import hashlib
@@ -20,10 +20,10 @@ from trainers.partitioning import Rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenStep:
-    """A step directory.
+    """The step of another run's checkpoint that this run uses.
 
     Attributes:
-      step: its path.
+      step: path of the step directory.
       arrays: digest of the parameters.
       meta: recorded facts that must agree with this run: vocabulary, start_token, add_bos.
     """
@@ -35,16 +35,16 @@ class FrozenStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenCheckpoint:
-    """A checkpoint as gin names it, and the step of it that this run uses at every start.
+    """Another run's checkpoint, of which this run uses the same step at every start.
 
-    The other run may add checkpoints between two starts of this one, so this run records the step it took in its
-    directory, in reference.json for the macro REFERENCE.
+    The other run may write newer checkpoints between two starts of this run. This run therefore records the resolved
+    step in its directory, in reference.json for the macro REFERENCE.
 
     Attributes:
-      macro: gin macro that names the checkpoint, such as 'REFERENCE', for messages; <macro>_MODEL is its model.
+      macro: gin macro of the checkpoint, such as 'REFERENCE', for messages; <macro>_MODEL is its model.
       path: step or run directory.
       model_dir: directory of this run.
-      use_ema: read the moving average of the parameters.
+      use_ema: whether to restore the moving average of the parameters.
     """
 
     macro: str
@@ -60,19 +60,19 @@ class FrozenCheckpoint:
             )
 
     def resolve(self, *, record: bool = True) -> FrozenStep:
-        """The step that this run has used from its first start; the newest good one at the first.
+        """Returns the step recorded at this run's first start; at the first start, the newest undamaged step.
 
         Args:
-          record: write the step to this run's directory, if it is not there yet.
+          record: whether to write the step to this run's directory, if it is not recorded yet.
 
         Raises:
           ValueError: this run began with another checkpoint, or there is no moving average.
-          DamagedCheckpointError, FileNotFoundError: of the checkpoint.
+          DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         assert self.path is not None  # see __post_init__
         name = self.macro.lower()
         file = pathlib.Path(self.model_dir, f"{name}.json")
-        # One process reads, so that all see the same.
+        # All processes use what process 0 read.
         recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
         asked = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
         if recorded is not None:
@@ -91,7 +91,7 @@ class FrozenCheckpoint:
         return step
 
     def arrays(self, step: Any) -> dict[str, ArrayEntry]:
-        """The manifest's entries of a step's parameters, by path."""
+        """Returns the manifest's entries of a step's parameters, by path."""
         root = "ema_params/" if self.use_ema else "params/"
         arrays = {
             name.removeprefix(root): entry
@@ -105,7 +105,7 @@ class FrozenCheckpoint:
         return arrays
 
     def check_vocabulary(self, step: FrozenStep, digest: str) -> None:
-        """Raises ValueError for a checkpoint of another vocabulary: equal ids would mean other tokens."""
+        """Raises ValueError if the checkpoint's vocabulary is another one: the same ids would mean other tokens."""
         theirs = step.meta.get("vocabulary", digest)
         if theirs != digest:
             raise ValueError(
@@ -128,29 +128,29 @@ class FrozenCheckpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FrozenModel:
-    """A model with the checkpoint of its parameters: the `StoredExtras` of an objective.
+    """A model and the checkpoint of its parameters: the `StoredExtras` of an objective.
 
     Attributes:
       model: a linen module.
-      checkpoint: of its parameters.
+      checkpoint: the checkpoint of its parameters.
     """
 
     model: Any
     checkpoint: FrozenCheckpoint
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
-        """Shapes, dtypes and shardings of the parameters."""
+        """Returns shapes, dtypes and shardings of the parameters."""
         return initialise.abstract_params(self.model, mesh, rules)
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
         """Checks the checkpoint without reading its arrays or writing anything.
 
         Args:
-          mesh, rules: of the run.
-          meta: facts of the run; 'vocabulary', where it is there, is the digest of the data's.
+          mesh, rules: mesh and partitioning rules of the run.
+          meta: facts of the run; 'vocabulary', if present, is the digest of the data's vocabulary.
 
         Raises:
-          ValueError: no good checkpoint, one of another model, or one of another vocabulary.
+          ValueError: no undamaged checkpoint, or a checkpoint of another model or with another vocabulary.
         """
         macro = self.checkpoint.macro
         try:
@@ -178,7 +178,7 @@ class FrozenModel:
             self.checkpoint.check_vocabulary(step, meta["vocabulary"])
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
-        """The parameters; raises what `FrozenCheckpoint.resolve` and `restore_params` raise."""
+        """Returns the parameters; raises the errors of `FrozenCheckpoint.resolve` and `restore_params`."""
         return restore_params.restore_params(
             self.checkpoint.resolve().step,
             self.abstract(mesh, rules),
@@ -186,5 +186,5 @@ class FrozenModel:
         )
 
     def forward(self, params: Any, batch: Batch) -> Forward:
-        """A forward pass on a batch, through which no gradient flows to the parameters."""
+        """Returns a forward pass on a batch, with no gradient to the parameters."""
         return frozen_forward(self.model, params, batch)

@@ -18,16 +18,16 @@ def language_modelling(
 ) -> Objective:
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).
 
-    What a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean over the batch) is
-    added to the loss per token and reported as metric 'auxiliary_loss'. What it sows into 'metrics' is reported in
-    training, averaged over layers: 'mlp/load' for "load" of the layers' MLPs, 'mlp/load/0', 'mlp/load/1', ... for a
-    vector. Modules that draw use the rng 'dropout', which is absent in evaluation (`self.has_rng("dropout")` is then
-    False). Modules may read and, in training, write their other collections.
+    Values that a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean over the
+    batch) are added to the loss per token and reported as metric 'auxiliary_loss'. Values sown into 'metrics' are
+    reported in training, averaged over layers: 'mlp/load' for "load" of the layers' MLPs, 'mlp/load/0', 'mlp/load/1',
+    ... for a vector. Modules with random numbers use the rng 'dropout', which is absent in evaluation
+    (`self.has_rng("dropout")` is then False). Modules may read and, in training, write their other collections.
 
     Args:
       model: a decoder-only module with `hidden`, `head_VD`, logit_scale and logit_softcap.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
-      z_loss: weight of the auxiliary loss; 1e-4 in T5 and PaLM.
+      z_loss: weight of the z-loss; 1e-4 in T5 and PaLM.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Samples whose tokens a critic values: PPO. Shapes: R rows, one completion in each, L length."""
+"""PPO: a critic estimates the value of every token. Shapes: R rows, one completion in each, L length."""
 
 import dataclasses
 
@@ -22,18 +22,18 @@ from trainers.preference.losses.settings import check_not_negative
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Valued(Method):
-    """Rows for `trainers.online.policy_gradient.actor_critic`, with an advantage for each token.
+    """Batches for `trainers.online.policy_gradient.actor_critic`, with an advantage for each token.
 
-    A token's reward is -kl (log p - log q), q the reference's, and the last token of a completion has the completion's
-    reward too (InstructGPT, arXiv 2203.02155, eq. 2). Advantages are generalised advantage estimates, whitened over
-    the batch.
+    A token's reward is -kl (log p - log q), with p by the policy and q by the reference. The completion's reward is
+    added at its last token (InstructGPT, arXiv 2203.02155, eq. 2). Advantages are generalised advantage estimates,
+    whitened over the batch.
 
     Columns besides tokens: 'advantages', 'returns', 'old_values' and 'old_log_probs' [R, L], 'rewards' and 'ended' [R].
 
     Attributes:
       prompt_length, completion_length, samples, updates: see `Method`.
-      kl: weight of the divergence from the reference; 0 needs no reference.
-      gamma, decay: of the advantages, see `losses.generalised_advantages`.
+      kl: weight of the divergence from the reference; with 0 no reference is needed.
+      gamma, decay: see `losses.generalised_advantages`.
     """
 
     updates: int = 4

@@ -1,4 +1,4 @@
-"""Groups of samples of each prompt, whose rewards are compared within the group: RLOO and GRPO.
+"""RLOO and GRPO: several samples of each prompt, whose rewards are compared within this group.
 
 Shapes: P prompts, G samples of each, R = P G rows, L length.
 """
@@ -25,16 +25,17 @@ from trainers.preference.losses.settings import check_not_negative
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups(Method):
-    """Rows for `trainers.online.policy_gradient.policy_gradient`, one completion in each.
+    """Batches for `trainers.online.policy_gradient.policy_gradient`, with one completion per row.
 
-    Columns besides tokens: 'advantages', 'rewards' and 'ended' [R]; 'old_log_probs' [R, L] where rows are used more
-    than once; 'reference_log_probs' [R, L] with `reference`.
+    Columns besides tokens: 'advantages', 'rewards' and 'ended' [R]; 'old_log_probs' [R, L] if `updates` > 1;
+    'reference_log_probs' [R, L] if `reference`.
 
     Attributes:
       prompt_length, completion_length, samples, updates: see `Method`.
-      advantages: function of rewards [P, G], of trainers/online/losses.py.
-      kl: weight of log p - log q of a whole completion, q the reference's, which is subtracted from its reward.
-      reference: whether the loss reads the reference's log-probabilities.
+      advantages: function of rewards [P, G] from trainers/online/losses.py.
+      kl: weight of the penalty log p - log q that is subtracted from a completion's reward. p is the probability of the
+        whole completion by the policy, q by the reference.
+      reference: whether the loss needs the reference's log-probabilities.
     """
 
     advantages: Callable[[jax.Array], jax.Array]

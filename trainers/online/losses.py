@@ -1,7 +1,7 @@
 """Policy gradients over sampled completions: advantages, and the losses that use them.
 
-A loss is a function of `PolicyTokens` -> (sum, weight), whose quotient over all microbatches is the loss. Formulas are
-TRL's (GRPOTrainer and RLOOTrainer, 1.16) unless noted otherwise.
+A loss maps `PolicyTokens` to (sum, weight); the training loss is the quotient of both, summed over all microbatches.
+Formulas are TRL's (GRPOTrainer and RLOOTrainer, 1.16) unless noted otherwise.
 
 Shapes: P prompts, G completions of a prompt, R completions, T tokens.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from trainers.preference.losses.settings import check_choice, check_not_negative, check_positive
 
-_EPS = 1e-4  # of TRL, beside the deviation of a group
+_EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 
 Sum = tuple[jax.Array, jax.Array]  # numerator and weight
 # (loss_RT, mask_RT, max_length) -> (sum, weight).
@@ -26,11 +26,11 @@ class PolicyTokens:
     """Sampled tokens with their log-probabilities and advantages; float32.
 
     Attributes:
-      log_probs: [R, T], of the policy that is trained.
-      old_log_probs: [R, T], of the policy that sampled; no gradient.
-      advantages: [R, T], the same at all tokens of a completion where only its reward is known.
-      mask: [R, T], 1 at tokens of completions, the one that ends them among these.
-      reference_log_probs: [R, T], of the reference; None where there is none.
+      log_probs: [R, T], by the policy in training.
+      old_log_probs: [R, T], by the policy that sampled the tokens; no gradient.
+      advantages: [R, T], equal at all tokens of a completion if there is only one reward per completion.
+      mask: [R, T], 1 at tokens of completions, including the end token.
+      reference_log_probs: [R, T], by the reference; None without a reference.
     """
 
     log_probs: jax.Array
@@ -44,25 +44,25 @@ PolicyLoss = Callable[[PolicyTokens], Sum]
 
 
 def leave_one_out(rewards_PG: jax.Array) -> jax.Array:
-    """Each reward less the mean of the others of its prompt: RLOO (arXiv 2402.14740, eq. 8)."""
-    others = rewards_PG.shape[1] - 1
-    return rewards_PG - (rewards_PG.sum(1, keepdims=True) - rewards_PG) / others
+    """Each reward minus the mean of the prompt's other rewards: RLOO (arXiv 2402.14740, eq. 8)."""
+    num_others = rewards_PG.shape[1] - 1
+    return rewards_PG - (rewards_PG.sum(1, keepdims=True) - rewards_PG) / num_others
 
 
 def group_normalised(rewards_PG: jax.Array) -> jax.Array:
-    """(R - mean) / (deviation + 1e-4) within each prompt: GRPO (arXiv 2402.03300, section 4.1.2)."""
+    """(R - mean) / (standard deviation + 1e-4) within each prompt: GRPO (arXiv 2402.03300, section 4.1.2)."""
     return group_centred(rewards_PG) / (jnp.std(rewards_PG, axis=1, keepdims=True, ddof=1) + _EPS)
 
 
 def group_centred(rewards_PG: jax.Array) -> jax.Array:
-    """R - mean within each prompt: Dr. GRPO (arXiv 2503.20783), which finds that the deviation biases."""
+    """R - mean within each prompt: Dr. GRPO (arXiv 2503.20783), where dividing by the deviation is shown to bias."""
     return rewards_PG - rewards_PG.mean(1, keepdims=True)
 
 
 def rloo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
-    """-min(w A, clip(w, 1 - clip, 1 + clip) A), w the ratio of whole completions: the mean over completions."""
+    """-min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over completions; w is the ratio of a whole completion."""
     check_positive(clip=clip)
-    # At tokens that are not counted all is 0, and the advantage is that of the completion.
+    # Masked tokens contribute 0, and the advantage is the same at all tokens of a completion.
     log_ratio_R = ((tokens.log_probs - tokens.old_log_probs) * tokens.mask).sum(-1)
     count_R = tokens.mask.sum(-1)
     advantage_R = (tokens.advantages * tokens.mask).sum(-1) / jnp.maximum(count_R, 1.0)
@@ -80,15 +80,15 @@ def grpo(
     reduction: str = "grpo",
     max_length: int | None = None,
 ) -> Sum:
-    """-min(w A, clip(w) A) + beta k3, w the ratio of single tokens.
+    """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token.
 
     Args:
-      tokens: of the batch.
-      clip: how far below 1 the ratio counts.
-      clip_high: how far above 1; None for as far (DAPO, arXiv 2503.14476, has 0.28).
+      tokens: the batch.
+      clip: the ratio is clipped below 1 - clip.
+      clip_high: the ratio is clipped above 1 + clip_high; None for `clip` (DAPO, arXiv 2503.14476, uses 0.28).
       beta: weight of `k3`, the divergence from the reference.
-      reduction: of token losses to one; see REDUCTIONS.
-      max_length: tokens of the longest completion there could be, which 'dr_grpo' divides by.
+      reduction: how token losses are averaged; a name in REDUCTIONS.
+      max_length: maximum tokens of a completion, the divisor of 'dr_grpo'.
 
     Raises:
       ValueError: an invalid setting, or no reference with a positive beta.
@@ -109,7 +109,7 @@ def grpo(
 
 
 def ppo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
-    """-min(w A, clip(w) A) by tokens, with advantages of their own: PPO (arXiv 1707.06347, eq. 7)."""
+    """-min(w A, clip(w) A), averaged over tokens, each with its own advantage: PPO (arXiv 1707.06347, eq. 7)."""
     return grpo(tokens, clip=clip, reduction="dapo")
 
 
@@ -123,7 +123,7 @@ def clipped(
 
 
 def k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
-    """q / p - log(q / p) - 1, p the policy and q the reference: an unbiased estimate of KL(p, q), never negative.
+    """q / p - log(q / p) - 1 with policy p and reference q: an unbiased estimate of KL(p, q), never negative.
 
     Schulman, http://joschu.net/blog/kl-approx.html.
     """
@@ -132,7 +132,7 @@ def k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
 
 
 def reduced_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """The mean over completions of the mean over their tokens."""
+    """Mean over completions of the mean over their tokens."""
     del max_length
     count_R = mask_RT.sum(-1)
     mean_R = (loss_RT * mask_RT).sum(-1) / jnp.maximum(count_R, 1.0)
@@ -140,20 +140,20 @@ def reduced_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None)
 
 
 def reduced_dapo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """The mean over all tokens of the batch."""
+    """Mean over all tokens of the batch."""
     del max_length
     return (loss_RT * mask_RT).sum(), mask_RT.sum()
 
 
 def reduced_bnpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """The mean over the tokens of a microbatch, averaged over microbatches by their completions."""
+    """Mean over the tokens of each microbatch, averaged over microbatches weighted by their number of completions."""
     total, tokens = reduced_dapo(loss_RT, mask_RT, max_length)
     present = (mask_RT.sum(-1) > 0).astype(jnp.float32).sum()
     return total / jnp.maximum(tokens, 1.0) * present, present
 
 
 def reduced_dr_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """The sum over tokens divided by the same length for all completions, averaged over these."""
+    """Sum over the tokens of a completion divided by one constant length, averaged over completions."""
     if max_length is None or max_length < 1:
         raise ValueError(
             f"max_length = {max_length}: reduction = 'dr_grpo' divides by the tokens that a completion could have."
@@ -178,17 +178,17 @@ def generalised_advantages(
     gamma: float = 1.0,
     decay: float = 0.95,
 ) -> jax.Array:
-    """Generalised advantage estimates [R, T] (arXiv 1506.02438, eq. 16), 0 where nothing is counted.
+    """Returns generalised advantage estimates [R, T] (arXiv 1506.02438, eq. 16), 0 where the mask is 0.
 
-    A_t = delta_t + gamma decay A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token of a
-    completion there is no value and no advantage.
+    A_t = delta_t + gamma decay A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t. Value and advantage after the last
+    token of a completion are 0.
 
     Args:
-      rewards_RT: of each token.
-      values_RT: expected before each token is chosen.
-      mask_RT: 1 at the tokens of completions, which are side by side.
+      rewards_RT: reward of each token.
+      values_RT: the critic's value before each token is sampled.
+      mask_RT: 1 at the tokens of completions, which are contiguous.
       gamma: discount.
-      decay: lambda; 1 for the return less the value, 0 for one step.
+      decay: lambda; 1 gives the return minus the value, 0 the one-step error delta_t.
     """
     values_RT = values_RT * mask_RT
     after_RT = jnp.concatenate([values_RT[:, 1:], jnp.zeros_like(values_RT[:, :1])], axis=1)
@@ -205,7 +205,7 @@ def generalised_advantages(
 
 
 def whitened(values_RT: jax.Array, mask_RT: jax.Array) -> jax.Array:
-    """Values of mean 0 and variance 1 over all that is counted, 0 elsewhere."""
+    """Returns values scaled to mean 0 and variance 1 over the tokens with mask 1, and 0 elsewhere."""
     count = jnp.maximum(mask_RT.sum(), 1.0)
     mean = (values_RT * mask_RT).sum() / count
     variance = ((values_RT - mean) ** 2 * mask_RT).sum() / count
@@ -215,6 +215,6 @@ def whitened(values_RT: jax.Array, mask_RT: jax.Array) -> jax.Array:
 def value_loss(
     values_RT: jax.Array, old_values_RT: jax.Array, returns_RT: jax.Array, *, clip: float = 0.2
 ) -> jax.Array:
-    """max((V - R)^2, (V' - R)^2) / 2 [R, T], V' being V no further than clip from the old value."""
+    """max((V - R)^2, (V' - R)^2) / 2 [R, T], where V' is V clipped to at most `clip` from the old value."""
     near_RT = old_values_RT + jnp.clip(values_RT - old_values_RT, -clip, clip)
     return 0.5 * jnp.maximum((values_RT - returns_RT) ** 2, (near_RT - returns_RT) ** 2)

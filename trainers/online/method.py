@@ -1,4 +1,4 @@
-"""Methods that learn from their own samples: what a row of a batch is, and how rows are made of samples.
+"""The base class of methods that train on their own samples: it arranges completions into rows of a batch.
 
 Shapes: P prompts, G samples of each, R = P G completions, B rows, L length.
 """
@@ -17,7 +17,7 @@ from trainers import inputs
 LOG_PROBS, REFERENCE, VALUES = "log_probs", "reference_log_probs", "values"
 Arrays = dict[str, np.ndarray]
 Score = Callable[[Mapping[str, np.ndarray]], Arrays]
-# Prompt, with the start token before it, and completion, with the token that ended it.
+# (prompt including the start token, completion including its end token)
 Text = tuple[Sequence[int], Sequence[int]]
 
 
@@ -26,10 +26,10 @@ class Samples:
     """One rollout: completions of prompts, with their rewards.
 
     Attributes:
-      prompts: P, each with the start token.
-      completions: R, each with the token that ended it; those of a prompt are side by side.
+      prompts: token ids of P prompts, each including the start token.
+      completions: token ids of R completions, each including its end token; the G completions of a prompt are adjacent.
       rewards_PG: float32.
-      ended_PG: whether a completion ended by itself.
+      ended_PG: whether a completion ended with an end token, not at the maximum length.
       sources_P: index of each prompt's source.
     """
 
@@ -42,15 +42,15 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """The `trainers.inputs.Inputs` of a run that samples.
+    """The `trainers.inputs.Inputs` of a run that trains on its own samples.
 
-    A method defines `scores`, `columns` and `batch`.
+    Subclasses define `scores`, `columns` and `batch`.
 
     Attributes:
-      prompt_length: most tokens of a prompt, with the start token.
-      completion_length: most tokens of a completion, with the token that ends it.
-      samples: G.
-      updates: each rollout is used, whole, for so many updates.
+      prompt_length: maximum tokens of a prompt, including the start token.
+      completion_length: maximum tokens of a completion, including its end token.
+      samples: G, completions of each prompt.
+      updates: number of updates on each rollout; every update uses the whole rollout.
     """
 
     prompt_length: int
@@ -69,42 +69,42 @@ class Method:
 
     @property
     def rows_per_prompt(self) -> int:
-        """Rows of a batch."""
+        """Number of rows of a batch for each prompt."""
         return self.samples // self.texts_per_row
 
     @property
     def length(self) -> int:
-        """Places of a row; the last token of a completion is predicted and not read."""
+        """Length of a row. The last token of a completion is only a target, so it needs no input position."""
         return self.texts_per_row * (self.prompt_length + self.completion_length - 1)
 
     @property
     def scores(self) -> frozenset[str]:
-        """Which of LOG_PROBS, REFERENCE and VALUES `batch` reads of `score`."""
+        """Those of LOG_PROBS, REFERENCE and VALUES that `batch` needs from `score`."""
         raise NotImplementedError
 
     def columns(self, rows: int) -> inputs.Arrays:
-        """Shapes of the columns of a batch besides those of `PackedTokens`."""
+        """Returns shapes and dtypes of the batch columns that `PackedTokens` does not have."""
         raise NotImplementedError
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        """The batch of a rollout, with the arrays that `arrays` names.
+        """Returns the batch of a rollout, with the columns listed by `arrays`.
 
         Args:
           samples: the rollout.
-          score: computes `scores` of rows, from their token columns.
+          score: computes the arrays named by `scores` from the token columns of rows.
         """
         raise NotImplementedError
 
     def arrays(self, rows: int) -> inputs.Arrays:
-        """Shapes of all columns of a batch."""
+        """Returns shapes and dtypes of all columns of a batch."""
         return {**inputs.PackedTokens(self.length).arrays(rows), **self.columns(rows)}
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
-        """As of `PackedTokens`."""
+        """See `PackedTokens.init_arguments`."""
         return inputs.PackedTokens(self.length).init_arguments()
 
     def one_in_a_row(self, samples: Samples) -> Arrays:
-        """Token columns of all completions, one in each row, with 'rewards' and 'ended' [R]."""
+        """Returns token columns with one completion per row, and 'rewards' and 'ended' [R]."""
         texts = [
             [(samples.prompts[r // self.samples], completion)]
             for r, completion in enumerate(samples.completions)
@@ -117,15 +117,15 @@ class Method:
 
 
 def float_columns(shape: tuple[int, ...], *names: str) -> inputs.Arrays:
-    """float32 columns of one shape, by name."""
+    """Returns float32 columns of the same shape, by name."""
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
 
 
 def pack(rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, length: int) -> Arrays:
-    """The columns of `trainers.inputs.PackedTokens`: the texts of a row are segments 1, 2, ...
+    """Returns the columns of `trainers.inputs.PackedTokens`: the texts of a row are segments 1, 2, ...
 
-    The first token of a prompt is read and not predicted, the last of a completion predicted and not read; weights are
-    1 at the tokens of completions.
+    The first token of a prompt is only an input, and the last token of a completion only a target. Loss weights are 1
+    at the tokens of completions, and 0 elsewhere.
     """
     names = ("input_tokens", "target_tokens", "segment_ids", "positions")
     columns = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}

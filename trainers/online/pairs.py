@@ -1,6 +1,6 @@
-"""Online preference learning: the better and the worse of two samples of each prompt as a pair.
+"""Online preference learning: the better and the worse of two samples of a prompt form a pair.
 
-Shapes: P prompts, a row of each, R = 2 P completions, L length.
+Shapes: P prompts, one row for each, R = 2 P completions, L length.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, fl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfTwo(Method):
-    """Pairs for the losses of preferences: online DPO (arXiv 2402.04792).
+    """Pairs for preference losses: online DPO (arXiv 2402.04792).
 
-    The sample with the larger reward is chosen, the first of equals. Batches are those of
-    `trainers.inputs.PackedPairs`, one pair in a row, with a reference's log-probabilities and the columns 'rewards' and
-    'ended' [P, 2] of chosen and rejected.
+    The sample with the larger reward is chosen, the first one if they are equal. Batches have the columns of
+    `trainers.inputs.PackedPairs` with one pair per row, the reference's log-probabilities if `reference`, and 'rewards'
+    and 'ended' [P, 2] of chosen and rejected.
 
     Attributes:
       prompt_length, completion_length: see `Method`.
-      reference: whether batches have a reference's log-probabilities; some losses need none.
+      reference: whether batches contain the reference's log-probabilities; some losses need none.
     """
 
     reference: bool = True
@@ -44,7 +44,7 @@ class BestOfTwo(Method):
         }
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        # Of equals argmax takes the first.
+        # If rewards are equal, argmax returns the first.
         chosen_P = np.argmax(samples.rewards_PG, axis=1)
         order_P2 = np.stack([chosen_P, 1 - chosen_P], axis=1)
         pairs = [

@@ -1,6 +1,6 @@
-"""Policy-gradient objectives over completions that the policy has sampled itself. Shapes: B rows, T length.
+"""Policy-gradient objectives on completions that the policy sampled. Shapes: B rows, T length.
 
-Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion in a row.
+Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion per row.
 """
 
 from typing import Any
@@ -22,17 +22,18 @@ def policy_gradient(
     num_sources: int = 0,
     implementation: Implementation = "auto",
 ) -> Objective:
-    """A loss of sampled tokens with the batch's advantages.
+    """Returns a policy-gradient objective that uses the batch's advantages.
 
-    Where a batch has no 'old_log_probs', it is used once, by the policy that sampled it: the ratio is 1, and its
-    gradient that of log p.
+    A batch without 'old_log_probs' is used for one update, by the policy that sampled it. Its ratio is then 1, with the
+    gradient of log p.
 
-    Metrics: 'loss'; of completions 'reward' (less what missing ends cost), 'reward/ended', the share that ended by
-    itself, and 'reward/tokens'; of tokens 'ratio', and with a reference 'kl', its estimate k3.
+    Metrics: means over completions 'reward' (after the penalty for missing ends), 'reward/ended' (the share that
+    ended with an end token) and 'reward/tokens'; means over tokens 'ratio' and, with a reference, 'kl' (estimated by
+    `losses.k3`); and 'loss'.
 
     Args:
       model: a decoder-only module.
-      loss: of trainers/online/losses.py.
+      loss: a function from trainers/online/losses.py.
       num_sources: ignored: rewards are not losses.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
     """
@@ -57,17 +58,17 @@ def actor_critic(
     value_weight: float = 0.1,
     implementation: Implementation = "auto",
 ) -> Objective:
-    """PPO: the clipped loss of the policy, and the clipped squared error of the values, by tokens.
+    """Returns the objective of PPO: the clipped policy loss plus the clipped squared error of the values, per token.
 
     Metrics besides those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
 
     Args:
       model: a `model.heads.actor_critic.ActorCritic`.
-      num_sources: ignored, as there.
-      clip: of the ratio.
-      value_clip: greatest change of a value since its tokens were sampled.
-      value_weight: of the error of the values.
-      implementation: as there.
+      num_sources: ignored: rewards are not losses.
+      clip: largest distance of the ratio from 1.
+      value_clip: largest change of a value since its tokens were sampled.
+      value_weight: weight of the error of the values.
+      implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
 
     Raises:
       ValueError: an invalid setting.

@@ -1,8 +1,8 @@
-"""Batches of completions that the policy samples while it is trained, with their rewards, arranged by a method.
+"""Batches of completions that the policy samples during training, with their rewards.
 
-The loop asks for the batch of a step with the state before that step. A rollout is a function of (parameters, seed,
-number of the rollout), so a resumed run trains on the same samples. Where a rollout is used for several updates, its batch
-is stored in the run's directory, because a checkpoint may lie between two of them.
+The training loop requests the batch of a step with the state before that step. A rollout is a function of (parameters,
+seed, number of the rollout), so a resumed run trains on the same samples. If a rollout is used for several updates, its
+batch is stored in the run's directory, because a run may resume from a checkpoint between two of these updates.
 
 Shapes: P prompts, G samples of each, R = P G completions, T prompt length, B rows, L length.
 """
@@ -26,40 +26,43 @@ from trainers.recipe import Program, Recipe
 from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards
 from trainers.train_state import TrainState
 
-_STORED = 64  # newest rollouts in the run's directory; a checkpoint may need one of them
+_STORED = (
+    64  # number of newest rollouts stored in the run's directory; resuming may need one of them
+)
 
 
 class RolloutError(ValueError):
-    """Settings that do not fit each other, or a stored rollout that cannot be read."""
+    """Settings that contradict each other, or a stored rollout that cannot be read."""
 
 
 class Prompts(batches.Stream, Protocol):
-    """A stream of prompts, as data/prompts/stream.py has it."""
+    """A stream of prompts, such as the one in data/prompts/stream.py."""
 
     updates: int
 
     def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
-        """Each prompt's row of the data besides its text."""
+        """Returns the data row of each prompt, without the text of the prompt."""
         ...
 
 
 class Rollouts:
-    """The `trainers.batches.Feed` of sampled completions; a `trainers.hooks.FeedFactory` makes it.
+    """The `trainers.batches.Feed` of sampled completions, made by a `trainers.hooks.FeedFactory`.
 
     Args:
-      stream: of prompts.
+      stream: the prompts.
       program: the run's recipe on its mesh; the recipe's inputs are a `trainers.online.method.Method`.
       folder: directory for rollouts that are used for several updates.
-      reward: judges completions, on the host; every process judges all of them.
+      reward: scores completions on the host; every process scores all of them.
       vocabulary: its EOS ends completions, and only its ids are sampled.
-      reference: the model that the policy is compared with, if the method needs its scores.
-      temperature, top_k, top_p: of sampling; see trainers/decoding/sampling.py. Log-probabilities are those at temperature 1.
-      missing_end_penalty: subtracted from the reward of a completion that was cut at the longest length.
-      seed: of the draws.
+      reference: the reference model, if the method needs its log-probabilities.
+      temperature, top_k, top_p: sampling settings, see trainers/decoding/sampling.py. Log-probabilities are computed at
+        temperature 1.
+      missing_end_penalty: subtracted from the reward of a completion that was cut at the maximum length.
+      seed: seed of sampling.
 
     Raises:
-      RolloutError: sizes that do not fit each other, or no reference where one is needed.
-      ValueError: a reference that does not fit, see `FrozenModel.check`.
+      RolloutError: sizes that contradict each other, or no reference where the method needs one.
+      ValueError: a reference that does not match the run, see `FrozenModel.check`.
     """
 
     part = "generation"
@@ -110,15 +113,15 @@ class Rollouts:
 
     @property
     def units(self) -> int:
-        """Tokens of a batch, as rates count them."""
+        """Returns the number of tokens of a batch, for throughput metrics."""
         return self._recipe.units_per_batch
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of batches."""
+        """Returns shapes, dtypes and shardings of batches."""
         return self._recipe.abstract_batch(self._sharding)
 
     def get(self, step: int, state: TrainState) -> dict[str, jax.Array]:
-        """The batch of a step; `state` is the train state before the step.
+        """Returns the batch of a step; `state` is the train state before the step.
 
         Raises:
           RolloutError: a stored rollout that cannot be read.
@@ -135,7 +138,7 @@ class Rollouts:
         return self._current[1]
 
     def close(self) -> None:
-        """Nothing runs beside the loop."""
+        """Does nothing: there is no background thread."""
 
     def _make(self, number: int, step: int, params: Any) -> Arrays:
         size = self._stream.batch_size
@@ -167,7 +170,7 @@ class Rollouts:
         ended_R: np.ndarray,
         info: list[dict[str, Any]],
     ) -> np.ndarray:
-        """Rewards less the penalty for missing ends, float32 [R]."""
+        """Returns rewards minus the penalty for missing ends, float32 [R]."""
         copies = self._method.samples
         start = self._stream.summary()["start_token"]
         judged = [
@@ -183,7 +186,7 @@ class Rollouts:
         return rewards_R - np.float32(self._penalty) * ~ended_R
 
     def _score(self, params: Any, columns: Any) -> Arrays:
-        """The method's scores of rows, from their token columns."""
+        """Returns the scores that the method needs, computed from token columns."""
         if REFERENCE in self._method.scores and self._reference_params is None:
             assert self._reference is not None  # see _method
             mesh, rules = self._program.mesh, self._program.rules
@@ -205,7 +208,7 @@ class Rollouts:
         return scores
 
     def _placed(self, array: np.ndarray) -> jax.Array:
-        """A global array, split by rows; every process has all of it."""
+        """Returns a global array sharded by rows; `array` is the whole array in every process."""
         return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
 
     def _check_room(self) -> None:
@@ -244,7 +247,7 @@ class Rollouts:
 
 
 def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | None) -> Method:
-    """The recipe's method; raises RolloutError where recipe, prompts and reference do not fit it."""
+    """Returns the recipe's method; raises RolloutError if recipe, prompts or reference do not match it."""
     method = recipe.inputs_spec
     if not isinstance(method, Method):
         raise RolloutError(

@@ -1,6 +1,6 @@
-"""The gradient term seam: what methods add to the gradient of the loss, beside the optimiser.
+"""The interface of gradient terms, which methods add to the gradient of the loss.
 
-Each method fills a slot of its own, so that several can be in one run:
+Each method binds its own slot, so that one run can use several:
 `gradient_terms.named.factor_decay = @factor_decay.factor_decay()`.
 """
 
@@ -21,7 +21,7 @@ class GradientTerm:
 
     Attributes:
       added_to: (optimiser, learning rate) -> the optimiser with the term.
-      no_decay: path patterns of parameters that the optimiser itself must then not decay.
+      no_decay: path patterns of parameters that the optimiser's own weight decay must then skip.
     """
 
     added_to: Callable[[optax.GradientTransformation, Schedule], optax.GradientTransformation]
@@ -40,16 +40,16 @@ def make_optimizer(
     boxed_params: Any,
     terms: Sequence[GradientTerm] = (),
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of a run: that of `factory`, with `terms`.
+    """Returns the optimiser of a run, made by `factory`, with `terms`.
 
     Args:
       factory: called with (learning_rate=) and, if it has that parameter, (param_axes=).
       learning_rate: the run's schedule.
       boxed_params: abstract parameters in flax's boxes.
-      terms: added in this order.
+      terms: terms, added in this order.
 
     Raises:
-      ValueError: a term replaces the weight decay of parameters, of which `factory` cannot be told.
+      ValueError: a term replaces weight decay, but `factory` has no parameter `param_axes` to exclude parameters from it.
     """
     no_decay = [pattern for term in terms for pattern in term.no_decay]
     if _takes_param_axes(factory):

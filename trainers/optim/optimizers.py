@@ -1,12 +1,12 @@
-"""Optimisers: optax's own update with a weight decay mask and clipping by global norm.
+"""Optimisers: optax's updates with a weight decay mask and clipping by global norm.
 
-Every function is keyword-only and returns an `optax.GradientTransformation`. They share
+Every function is keyword-only and returns an `optax.GradientTransformation`. They share these arguments:
   learning_rate: a schedule (trainers/optim/schedules.py) or a constant;
-  param_axes: logical axes of the model's parameters, which say what is decayed and what is stacked;
+  param_axes: logical axes of the model's parameters; they decide which parameters are decayed and which are stacked;
   weight_decay: decoupled decay, multiplied by the learning rate;
   no_decay: path patterns of further parameters that are not decayed;
   max_grad_norm: global norm above which gradients are scaled down; None for no clipping;
-  moment_dtype: storage dtype of the first moment; the parameter's own when None.
+  moment_dtype: storage dtype of the first moment; None for the parameter's dtype.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,10 +96,10 @@ def _stackwise(
     after: optax.GradientTransformation,
     param_axes: ParamAxes,
 ) -> optax.GradientTransformation:
-    """`factored`, then the stateless `after`, of each parameter of a stack by itself.
+    """Applies `factored`, then the stateless `after`, to each parameter of a stack separately.
 
-    Only the leading axes that stack parameters are mapped over; the state stays a FactoredState, so
-    that its moments are known to belong to parameters.
+    Vmaps only over the leading axes that stack parameters. The state stays a FactoredState, so that its moments are
+    recognised as belonging to parameters.
     """
 
     def over_stack(function: Callable, path: tuple[Any, ...]) -> Callable:
@@ -152,8 +152,8 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser.
 
-    Layers under a scan, and experts, are stacked in one array, but the statistics, clipping and
-    scale are of each parameter by itself, as if it were an array of its own.
+    Scanned layers, and experts, are stacked in one array. Statistics, clipping and scale are still computed for each
+    layer's or expert's parameter separately.
     """
     scale = optax.scale_by_factored_rms(decay_rate=decay_rate)
     steps = [optax.identity()]
@@ -170,7 +170,7 @@ def adafactor(
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Kernels and factors are orthogonalised layer by layer; tables, gains and biases fall back to AdamW."""
+    """Returns Muon's dimensions: kernels and factors are orthogonalised per layer; tables, gains and biases use AdamW."""
 
     def dimensions(path, leaf):
         if trainable.path_name(path).rpartition("/")[2] not in ("kernel", "u", "v"):
@@ -207,8 +207,8 @@ def muon(
             muon_weight_dimension_numbers=_muon_dimensions,
             consistent_rms=0.2,
         ),
-        # Decay and learning rate are outside, one mask for both groups: contrib.muon has none for
-        # AdamW's. It has already turned the sign, so decay joins with the same sign.
+        # Decay and learning rate are applied here, with one mask for both groups: contrib.muon has no decay mask for
+        # AdamW. Its updates are already negated, so the decay is negative too.
         optax.add_decayed_weights(-weight_decay, _decay_mask(param_axes, no_decay)),
         optax.scale_by_learning_rate(learning_rate, flip_sign=False),
     )
@@ -226,12 +226,12 @@ def sgd(
     no_decay: Sequence[str] = (),
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Stochastic gradient descent, with heavy-ball momentum if given.
+    """Stochastic gradient descent, with heavy-ball momentum unless `momentum` is None.
 
     Args:
-      nesterov: looks a step ahead along the momentum (Sutskever et al., 2013).
-      coupled: decay is part of the gradient and so of its average, as in recipes for vision; else it
-        comes after the momentum, as in AdamW.
+      nesterov: use Nesterov momentum (Sutskever et al., 2013).
+      coupled: add decay to the gradient, and so to its moving average, as in recipes for vision; else
+        apply it after the momentum, as in AdamW.
     """
     steps = [
         optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),

@@ -1,4 +1,4 @@
-"""The logical axes of parameters, by which optimisers tell matrices from vectors and stacks of either."""
+"""The logical axes of parameters, by which optimisers distinguish matrices, vectors and stacks of them."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ class ParamAxes:
 
     Attributes:
       names: 'layers/block_0/mlp/up/kernel' -> ('layers', 'embed', 'mlp').
-      not_decayed: path patterns of parameters that a gradient term decays in the optimiser's place.
+      not_decayed: path patterns of parameters that a gradient term decays instead of the optimiser.
     """
 
     names: Mapping[str, tuple[str | None, ...]]
@@ -43,6 +43,6 @@ class ParamAxes:
 
         Shrinking a vector changes a layer's scale, not its complexity.
         """
-        names = self.names[path]  # the gains of a norm per head have two dimensions
+        names = self.names[path]  # gains of a per-head norm have two dimensions but are no matrix
         is_matrix = len(names) - self.stack_rank(path) >= 2 and axes.NORM not in names
         return is_matrix and not any(re.fullmatch(p, path) for p in self.not_decayed)

@@ -1,9 +1,8 @@
 """Learning rates as functions of the step. Every schedule here is keyword-only and pure.
 
-Steps count optimiser updates from 0; the value at step s is used by update s. Where the total is known,
-warmup_steps = None takes one update in a hundred. With total_steps = None the run says how long it is once
-its data are open (TRAIN_TOKENS), and `linear` with peak = None begins at the rate at which the run that it
-goes on from stopped.
+Steps count optimiser updates from 0; update s uses the value at step s. In schedules with total_steps, warmup_steps =
+None is 1 % of the updates. total_steps = None is the length of the run, computed once its data are open (TRAIN_TOKENS).
+`linear` with peak = None begins at the rate at which the parent run (INITIAL_CHECKPOINT_PATH) stopped.
 """
 
 import dataclasses
@@ -17,12 +16,12 @@ Schedule = Callable[[int], jnp.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What a run knows of its schedule before its first step.
+    """Facts of a run that its schedule may need, known just before the first step.
 
     Attributes:
-      total_steps: updates in all.
-      stopped_at: the rate at which the run that this one goes on from stopped; None if it says none.
-      start_step: the step that this run began at: of that run's checkpoint, if its clock goes on.
+      total_steps: total number of updates.
+      stopped_at: the learning rate at which the parent run stopped; None if it did not record one.
+      start_step: the first step of this run; the step of the parent's checkpoint, if the step counter continues.
     """
 
     total_steps: int
@@ -32,7 +31,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Unspanned:
-    """A schedule that waits for a run's `Span`; `span` makes one of it that can be called."""
+    """A schedule that depends on the run's `Span`; `span` turns it into a callable schedule."""
 
     make: Callable[[Span], Schedule]
 
@@ -44,17 +43,17 @@ class Unspanned:
 
 
 def as_schedule(schedule: Schedule | float) -> Schedule:
-    """Returns a schedule: a number is a constant one."""
+    """Returns `schedule`, or a constant schedule if it is a number."""
     return constant(peak=schedule) if isinstance(schedule, int | float) else schedule
 
 
 def span(schedule: Schedule, over: Span) -> Schedule:
-    """The schedule of a run: as it is, or made for its span."""
+    """Returns `schedule`, made for the run's span if it is an `Unspanned`."""
     return schedule.make(over) if isinstance(schedule, Unspanned) else schedule
 
 
 def _over_the_run(schedule: Callable[..., Schedule], **settings) -> Unspanned:
-    """A schedule with the total of the run that it is of."""
+    """Returns a schedule whose total_steps is that of the run."""
     return Unspanned(lambda run: schedule(total_steps=run.total_steps, **settings))
 
 
@@ -70,7 +69,7 @@ def _known_peak(peak: float | None, run: Span) -> float:
 
 
 def _with_warmup(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
-    """Linear from 0 to `peak` at step `warmup_steps`, then `after` counted from there."""
+    """Returns linear warm-up from 0 to `peak` at step `warmup_steps`, then `after` with steps counted from there."""
     if warmup_steps == 0:
         return after
     return optax.join_schedules(
@@ -79,7 +78,7 @@ def _with_warmup(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
 
 
 def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
-    """The length of the warm-up: as given, or one update in a hundred."""
+    """Returns `warmup_steps`, or 1 % of the updates if it is None; raises ValueError if out of range."""
     if warmup_steps is None:
         return max(min(-(-total_steps // 100), total_steps - 1), 0)
     if not 0 <= warmup_steps < total_steps:
@@ -91,7 +90,7 @@ def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
 
 
 def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
-    """Warm-up, then `peak` for ever."""
+    """Warm-up, then constant at `peak`."""
     return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
 
 
@@ -144,7 +143,7 @@ def stepwise(
 ) -> Schedule:
     """Warm-up, then `peak` times `factor` for each of the shares `at` of the run that have passed.
 
-    The defaults are those of wide ResNets (arXiv 1605.07146): epochs 60, 120 and 160 of 200.
+    The defaults are from wide ResNets (arXiv 1605.07146): epochs 60, 120 and 160 of 200.
     """
     if total_steps is None:
         settings = {"peak": peak, "at": at, "factor": factor, "warmup_steps": warmup_steps}
@@ -192,8 +191,8 @@ def wsd(
 def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e-6) -> Schedule:
     """Follows `before` up to `start_step`, then a straight line from its value there to `final`.
 
-    To cool down from a checkpoint at step s, keep the run's schedule as `before` and set
-    `start_step` to s: the optimiser moments and the step continue, only the rate changes.
+    To cool down from a checkpoint at step s, set `before` to the run's schedule and `start_step` to s. Optimiser moments
+    and step then continue; only the rate changes.
     """
     before = as_schedule(before)
     if steps < 1:
@@ -205,10 +204,10 @@ def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e
 def continued(
     *, before: Schedule, start_step: int | None = None, warmup_steps: int = 0, scale: float = 1.0
 ) -> Schedule:
-    """`before` up to `start_step` and `scale` times it from there on, after a linear warm-up from 0.
+    """`before` up to `start_step`, then `scale` times `before`, with a linear warm-up from 0.
 
-    For a run whose parameters are transformed on the way, such as decomposed into factors: with start_step =
-    None that is the step at which it began.
+    For a run that continues from transformed parameters, such as matrices decomposed into factors. start_step = None
+    is the first step of the run.
     """
     before = as_schedule(before)
     if start_step is None or isinstance(before, Unspanned):
@@ -234,7 +233,7 @@ def continued(
 
 
 def phases(*, schedules: Sequence[Schedule], starts: Sequence[int]) -> Schedule:
-    """Runs schedule i, its own steps counted from 0, from step starts[i] on; starts[0] is 0."""
+    """Uses schedule i from step starts[i] on, with its own steps counted from 0; starts[0] is 0."""
     if len(schedules) != len(starts) or not starts or starts[0] != 0:
         raise ValueError("phases: give one start per schedule, the first of them 0.")
     if list(starts) != sorted(set(starts)):

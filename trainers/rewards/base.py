@@ -1,4 +1,4 @@
-"""The reward seam: rewards of completions, for best-of-n, indicators and online methods."""
+"""The interface of rewards of completions, for best-of-n, indicators and online methods."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from trainers.partitioning import Rules
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A completion of a prompt, as a reward reads it.
+    """A completion of a prompt, the input of a reward.
 
     Attributes:
       prompt: token ids.
-      tokens: ids of the completion, without the one that ended it.
-      ended: whether it ended by itself; otherwise it was cut at the greatest length.
-      info: the row of the prompt besides its text, for verifiers; None for nothing.
+      tokens: ids of the completion, without its end token.
+      ended: whether it ended with an end token; otherwise it was cut at the maximum length.
+      info: other columns of the prompt's row, for verifiers, or None.
     """
 
     prompt: Sequence[int]
@@ -28,29 +28,29 @@ class Completion:
 
 
 class Reward(Protocol):
-    """Returns one number for each completion, larger is better; equal completions have equal rewards in every call."""
+    """Returns one number per completion; larger is better. Equal completions have equal rewards in every call."""
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        """float32 [N], finite."""
+        """Returns finite rewards, float32 [N]."""
         ...
 
 
 @runtime_checkable
 class StoredReward(Protocol):
-    """A reward whose parameters lie on disk until a run has a mesh for them."""
+    """A reward whose parameters are restored from disk once the run has a mesh."""
 
     def on(self, mesh: Mesh, rules: Rules) -> Reward:
-        """The reward, to be called within the mesh; raises the errors of reading a checkpoint."""
+        """Returns the reward, to be called within the mesh; raises the errors of reading a checkpoint."""
         ...
 
 
 def finite_rewards(
     reward: Reward, completions: Sequence[Completion], *, macro: str = "REWARD"
 ) -> np.ndarray:
-    """The rewards of completions, float32 [N].
+    """Returns the rewards of completions, float32 [N].
 
     Raises:
-      ValueError: the reward does not return one finite number for each; names the macro.
+      ValueError: the reward does not return one finite number per completion; the message names the macro.
     """
     rewards_N = np.asarray(reward(completions), np.float32)
     if rewards_N.shape != (len(completions),) or not np.isfinite(rewards_N).all():

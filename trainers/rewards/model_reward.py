@@ -24,8 +24,8 @@ class CheckpointReward:
     Attributes:
       model: a `model.heads.reward_model.RewardModel`.
       checkpoint: step or run directory of its parameters.
-      vocabulary: whose EOS ends completions.
-      start_token: read before each prompt; None for none.
+      vocabulary: its EOS is appended to completions that ended.
+      start_token: token before each prompt; None for none.
       batch_size: texts at a time, a multiple of the mesh's parts of a batch.
     """
 
@@ -36,7 +36,7 @@ class CheckpointReward:
     batch_size: int = 32
 
     def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
-        """The reward; raises what `restore_params` raises, and ValueError for a batch that the mesh does not divide."""
+        """Returns the reward; raises errors of `restore_params`, and ValueError for a batch that the mesh does not divide."""
         sharding = partitioning.batch_sharding(mesh, rules)
         partitioning.validate(
             mesh=mesh,
@@ -59,15 +59,15 @@ class CheckpointReward:
 
 
 class ModelReward:
-    """The reward of prompt and completion at their last token, in batches of similar length.
+    """The model's output at the last token of prompt and completion, computed in batches of similar length.
 
     Args:
       model: a `model.heads.reward_model.RewardModel`.
       params: its parameters.
-      start_token: read before each prompt; None for none.
-      end_token: appended to a completion that ended by itself; None for none.
+      start_token: token before each prompt; None for none.
+      end_token: appended to a completion that ended; None for none.
       batch_size: texts at a time.
-      sharding: of the rows of a batch, to be used within its mesh; None on one device.
+      sharding: sharding of a batch's rows, to be used within its mesh; None on one device.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ModelReward:
         self._score = jax.jit(score, out_shardings=whole)
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        """float32 [N].
+        """Returns rewards, float32 [N].
 
         Raises:
           ValueError: a text without a token, or longer than the model's learned positions.

@@ -1,7 +1,7 @@
-"""Rewards from texts: whether an answer is right, has a required form, or is too long.
+"""Rewards computed from texts: whether an answer is right, has a required form, or is too long.
 
-A verifier is a function (text of a completion, info of its prompt's row) -> number; `TextReward`
-makes a `Reward` of the weighted sum of verifiers.
+A verifier is a function (text of a completion, info of its prompt's row) -> number. `TextReward` is the `Reward` that
+sums verifiers with weights.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class TextReward:
     Attributes:
       vocabulary: a SeqIO vocabulary, or another object with `decode` of token ids.
       verifiers: at least one.
-      weights: of them; None for 1 each.
+      weights: one weight per verifier; None for 1 each.
 
     Raises:
-      ValueError: no verifiers, or other weights than verifiers.
+      ValueError: no verifiers, or not one weight per verifier.
     """
 
     vocabulary: Any
@@ -48,7 +48,7 @@ class TextReward:
             )
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        """float32 [N]; VerifierError as the verifiers raise it."""
+        """Returns rewards, float32 [N]; raises VerifierError if a verifier does."""
         weights = [1.0] * len(self.verifiers) if self.weights is None else self.weights
         rewards_N = np.zeros(len(completions), np.float64)
         for n, completion in enumerate(completions):
@@ -59,12 +59,12 @@ class TextReward:
 
 
 def exact_answer(text: str, info: Any, *, key: str = "answer", pattern: str | None = None) -> float:
-    """1 if the answer is the row's, white space around both apart, else 0.
+    """Returns 1 if the answer equals the row's, ignoring white space around both, else 0.
 
     Args:
-      text: of the completion.
-      info: of the row, which has the answer under `key`.
-      key: of the right answer.
+      text: text of the completion.
+      info: the row, which has the right answer under `key`.
+      key: name of the right answer's column.
       pattern: regular expression whose last match is the answer, or its first group if it has one; None for the
         whole text.
     """
@@ -73,13 +73,13 @@ def exact_answer(text: str, info: Any, *, key: str = "answer", pattern: str | No
 
 
 def matches(text: str, info: Any, *, pattern: str) -> float:
-    """1 if the whole text is of the form of a regular expression, in which dots match line ends, else 0."""
+    """Returns 1 if a regular expression matches the whole text, else 0; dots also match line ends."""
     del info
     return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
 
 
 def too_long(text: str, info: Any, *, free: int, span: int) -> float:
-    """0 for up to `free` characters, then falling by 1 / span for each to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
+    """Returns 0 up to `free` characters, then falls by 1 / span per character to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
     del info
     if free < 0 or span < 1:
         raise ValueError(f"free = {free} must be at least 0 and span = {span} at least 1.")
@@ -87,15 +87,15 @@ def too_long(text: str, info: Any, *, free: int, span: int) -> float:
 
 
 def reasoning_gym(text: str, info: Any, *, pattern: str | None = None) -> float:
-    """The score that reasoning-gym gives an answer to one of its generated problems, from 0 to 1.
+    """Returns reasoning-gym's score of an answer to one of its generated problems, from 0 to 1.
 
     Args:
-      text: of the completion.
-      info: the problem as the package makes it: 'question', 'answer' and 'metadata'.
+      text: text of the completion.
+      info: the problem in the package's format: 'question', 'answer' and 'metadata'.
       pattern: see `exact_answer`.
 
     Raises:
-      VerifierError: the package is not installed, or the row is none of its problems.
+      VerifierError: the package is not installed, or the row is not one of its problems.
     """
     try:
         import reasoning_gym as package
@@ -115,7 +115,7 @@ def reasoning_gym(text: str, info: Any, *, pattern: str | None = None) -> float:
 
 
 def extracted(text: str, pattern: str | None) -> str | None:
-    """The last match of `pattern`, or its first group; the text without one; None where nothing matches."""
+    """Returns the last match of `pattern`, or its first group; the text if `pattern` is None; None without a match."""
     if pattern is None:
         return text
     matched = list(re.finditer(pattern, text, re.DOTALL))

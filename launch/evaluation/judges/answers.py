@@ -1,4 +1,4 @@
-"""Answers of several systems to the same prompts, as `launch.generate` writes them."""
+"""Reads answers of several systems to the same prompts, from files of `launch.generate`."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ class Answer:
 
     Attributes:
       place: file and line, for errors.
-      id: the row's own; None without one.
+      id: the row's "id", or None.
       prompt: a text, or messages.
       text: the answer.
     """
@@ -32,12 +32,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """What gave answers.
+    """A system and its answers.
 
     Attributes:
-      name: for people.
-      path: of its file.
-      answers: in the file's order.
+      name: name for messages.
+      path: path of its file.
+      answers: answers in the file's order.
     """
 
     name: str
@@ -49,20 +49,20 @@ def read(files: Mapping[str, str]) -> list[System]:
     """Reads a file of answers for each system, by name.
 
     Raises:
-      JudgeError: a file that is not there, or rows that judges cannot be shown.
+      JudgeError: a missing file, or rows that cannot be judged, such as prompts of tokens.
       DataError: a malformed line.
     """
     return [System(name=name, path=path, answers=_rows(path)) for name, path in files.items()]
 
 
 def pairs(systems: Sequence[System]) -> list[Pair]:
-    """The answers of every two systems to every prompt, in the order of the first system's rows.
+    """Returns a pair of answers for every prompt and every two systems, in the order of the first system's rows.
 
-    Rows belong together by their "id" if all have one, else by their prompts.
+    Rows are matched by their "id" if all have one, else by their prompts.
 
     Raises:
-      JudgeError: fewer than two systems, two answers of one system to a prompt, or prompts that not all
-        have answered.
+      JudgeError: fewer than two systems, two answers of one system to a prompt, or prompts without an answer by
+        every system.
     """
     if len(systems) < 2:
         raise JudgeError("One system has nothing to be compared with: give two files or more.")

@@ -1,4 +1,4 @@
-"""Asks a judge the questions without an answer, and writes each reply as it comes."""
+"""Asks a judge the unanswered questions, and writes each reply as it arrives."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from launch.evaluation.judges.base import TIE, Judge, JudgeError, Outcome, Pair, Question
 from launch.evaluation.judges.journal import Journal
 
-# Questions in a row that no reply came to, after which the others are not asked.
+# Number of consecutive questions without a reply after which asking stops.
 _PATIENCE = 32
 
 
@@ -20,11 +20,11 @@ class Tally:
     """Counts of questions and replies.
 
     Attributes:
-      questions: different ones.
-      kept: answered before this run, and not asked.
-      asked: in this run, every attempt counted.
-      not_understood: replies of this run that could not be read.
-      no_reply: attempts of this run that nothing came back from, by reason.
+      questions: number of different questions.
+      kept: questions answered by earlier runs, which are not asked again.
+      asked: attempts in this run.
+      not_understood: replies in this run that could not be read.
+      no_reply: attempts in this run without a reply, by reason.
     """
 
     questions: int = 0
@@ -34,7 +34,7 @@ class Tally:
     no_reply: Counter = dataclasses.field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON, with the most frequent reasons."""
+        """Returns the counts as JSON, with the most frequent reasons."""
         silent = {"attempts": self.no_reply.total(), "reasons": dict(self.no_reply.most_common(5))}
         return {**dataclasses.asdict(self), "no_reply": silent}
 
@@ -49,14 +49,14 @@ class Tally:
 def judge_pairs(
     judge: Judge, pairs: Sequence[Pair], journal: Journal
 ) -> tuple[list[Outcome], Tally]:
-    """The outcome of every pair, asked for where it is not known.
+    """Returns the outcome of every pair, after asking the judge the unanswered questions.
 
-    Identical answers are a tie without asking. A reply that cannot be read is asked for again,
-    `judge.attempts` times in all, this run and earlier ones together; one that does not come as often in
-    every run. A pair without both is invalid: it counts for neither side.
+    Identical answers are a tie without asking. If a reply cannot be read, the question is repeated, up to
+    `judge.attempts` times in this and earlier runs together. If no reply comes, it is repeated up to as many times in
+    each run. A pair without both replies is invalid: it counts for neither side.
 
     Raises:
-      JudgeError: the judge cannot be reached, or nothing comes back.
+      JudgeError: the judge cannot be reached, or sends no replies.
     """
     asked = [None if p.a == p.b else judge.questions(p) for p in pairs]
     questions = {q.key(judge.identity): q for two in asked if two for q in two}
@@ -74,19 +74,19 @@ def judge_pairs(
 
 
 def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> Tally:
-    silent: Counter = Counter()  # attempts of this run that nothing came back from, by key
+    silent: Counter = Counter()  # attempts of this run without a reply, by key
 
     def attempts(key: str) -> int:
-        """How often a question has been asked; all of them if it is answered."""
+        """Returns the number of attempts at a question; `judge.attempts` if it is answered."""
         replies = journal.replies(key)
         understood = bool(replies) and replies[-1].value is not None
         return judge.attempts if understood else len(replies) + silent[key]
 
     heard = any(journal.replies(key) for key in questions)
-    done = sum(attempts(key) >= judge.attempts for key in questions)
-    tally = Tally(questions=len(questions), kept=done)
+    num_done = sum(attempts(key) >= judge.attempts for key in questions)
+    tally = Tally(questions=len(questions), kept=num_done)
     with tqdm(
-        total=len(questions), initial=done, desc="judge", unit="question", disable=None
+        total=len(questions), initial=num_done, desc="judge", unit="question", disable=None
     ) as progress:
         for attempt in range(judge.attempts):
             keys = [key for key in questions if attempts(key) == attempt]

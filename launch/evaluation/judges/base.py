@@ -1,8 +1,8 @@
 """Questions, replies and outcomes: the interface of every kind of judge.
 
-A judge decides between two answers to one prompt by two questions, which are asked, kept and asked
-again on their own (launch/evaluation/judges/asking.py). One that compares is asked about both orders of the
-answers; one that scores is asked about each answer.
+A judge decides between two answers to one prompt by two questions. Questions are asked, stored and repeated separately
+(launch/evaluation/judges/asking.py). A judge that compares is asked about both orders of the answers; a judge that
+scores is asked about each answer.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 class JudgeError(ValueError):
-    """A judge that cannot be asked, or answers that it cannot be asked about."""
+    """A judge that cannot be used, or answers that it cannot judge."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Pair:
     """Two answers to one prompt.
 
     Attributes:
-      id: of the prompt, as people know it.
-      prompt: to which the answers reply.
+      id: the prompt's id, for messages.
+      prompt: the prompt of both answers.
       a, b: the answers.
       systems: names of the systems that wrote them.
     """
@@ -43,12 +43,12 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing to ask a judge.
+    """One question to a judge.
 
     Attributes:
-      prompt: to which the answers reply.
-      answers: one or two, in the order in which they are shown.
-      about: facts about the question for people; replies do not depend on them.
+      prompt: the prompt of the answers.
+      answers: one or two answers, in the order in which they are shown.
+      about: facts about the question for readers of the journal; replies do not depend on them.
     """
 
     prompt: Prompt
@@ -56,10 +56,10 @@ class Question:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def key(self, identity: Mapping[str, Any]) -> str:
-        """Digest of all that a reply depends on.
+        """Returns the digest of everything that a reply depends on.
 
         Args:
-          identity: of the judge.
+          identity: the judge's identity.
         """
         content = [identity, self.prompt, self.answers]
         text = json.dumps(content, sort_keys=True)  # ASCII, so that any string can be encoded
@@ -71,9 +71,9 @@ class Reply:
     """The reply to a question.
 
     Attributes:
-      value: the judge's verdict: a label, or a finite score; None where its words could not be read.
-      text: its words.
-      error: reason that no reply came, such as a timeout; empty otherwise.
+      value: the judge's verdict: a label, or a finite score; None if its text could not be understood.
+      text: the text of the reply.
+      error: reason that no reply came, such as a timeout; else empty.
     """
 
     value: str | float | None
@@ -86,10 +86,10 @@ class Outcome:
     """The outcome of a pair, from the replies to both questions.
 
     Attributes:
-      verdict: which answer is preferred; None where a reply is missing or was not understood.
-      consistent: whether both orders gave the same verdict; None where there are no orders.
+      verdict: the preferred answer; None if a reply is missing or was not understood.
+      consistent: whether both orders gave the same verdict; None for a judge that scores.
       bias: mean over both orders of 1 for the answer shown first, -1 for the other, 0 for a tie.
-      identical: the answers are the same, a tie without asking.
+      identical: whether the answers are equal, which is a tie without asking.
     """
 
     verdict: Verdict | None
@@ -102,8 +102,8 @@ class Judge(Protocol):
     """A judge.
 
     Attributes:
-      name: for people.
-      identity: everything that its replies depend on beside the question, as JSON.
+      name: name for messages.
+      identity: everything besides the question that its replies depend on, as JSON.
       attempts: times that a question is asked before it counts as not answered.
     """
 
@@ -112,18 +112,18 @@ class Judge(Protocol):
     attempts: int
 
     def questions(self, pair: Pair) -> tuple[Question, Question]:
-        """The two questions about a pair whose answers differ."""
+        """Returns the two questions about a pair whose answers differ."""
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) of every question, as they are done.
+        """Yields (index, reply) of every question, in the order in which they finish.
 
         Args:
           asked: the questions.
-          attempt: how often they have been asked before.
+          attempt: number of earlier attempts.
 
         Raises:
-          JudgeError: it makes no sense to ask on.
+          JudgeError: further questions would fail too.
         """
 
     def outcome(self, first: Reply, second: Reply) -> Outcome:
-        """The outcome of a pair, from the replies to both questions."""
+        """Returns the outcome of a pair, from the replies to both questions."""

@@ -1,4 +1,4 @@
-"""A checkpoint of one's own as the writer of a judge's replies."""
+"""A checkpoint of this project as the writer of a judge's replies."""
 
 import functools
 import hashlib
@@ -15,9 +15,9 @@ _BEGUN = "\n\nComparison:"
 
 
 class CheckpointWriter:
-    """Writes greedily at first; see launch/evaluation/judges/pairwise.py.
+    """Writes replies, greedily at the first attempt; see launch/evaluation/judges/pairwise.py.
 
-    Prompts are turns of a user where the model has a chat template, else texts to be continued.
+    Prompts are turns of a user if the model has a chat template, else texts to continue.
 
     Args:
       config: a load_run.RunConfig of the run that made the checkpoint.
@@ -63,8 +63,8 @@ class CheckpointWriter:
         from trainers.decoding.sampling import Sampling
         from trainers.decoding.settings import Settings
 
-        # Rows of similar length are generated together. In this order the rows of a batch come one after the
-        # other, so that their replies are written as soon as the batch is done.
+        # Rows are batched by similar length. In this order the rows of a batch are adjacent, so that their replies are
+        # written as soon as the batch is done.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         written = generate.generate(
             self._config,
@@ -93,10 +93,10 @@ class CheckpointWriter:
 
 
 def pinned(checkpoint: str, *, batch_size: int) -> str:
-    """The step that a run or step directory means now, so that all replies are of one step.
+    """Returns the step directory that a run or step directory means now, so that all replies come from one step.
 
     Raises:
-      JudgeError: several processes; only one could write replies.
+      JudgeError: there are several processes; only one could write replies.
       FileNotFoundError: there is no checkpoint.
     """
     import jax
@@ -111,7 +111,7 @@ def pinned(checkpoint: str, *, batch_size: int) -> str:
 
 
 def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]:
-    """Digests of everything that the outputs of a checkpoint depend on: arrays, configuration, which parameters.
+    """Returns digests of everything that a checkpoint's outputs depend on: arrays, configuration, choice of parameters.
 
     Raises:
       DamagedCheckpointError: the manifest of the step is damaged.

@@ -16,17 +16,17 @@ from launch.evaluation.judges.base import JudgeError
 from launch.evaluation.judges.pairwise import Silence
 
 _PATH = "/chat/completions"
-# Asked again after a while, or after the time that the endpoint names, up to this.
+# HTTP statuses after which a request is repeated.
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 120
-# No question is answered any better than another after these.
+# HTTP statuses after which every other question would fail too.
 _HOPELESS = {
     401: "It refuses the key: name an environment variable that holds a good one with key_env=NAME.",
     403: "It refuses the key, which may not be for this model.",
     404: "It knows no such address or model: the URL ends with the version, such as "
     "https://host/v1, and model=NAME is one that it offers.",
 }
-# What of an endpoint's own words an error quotes.
+# Maximum characters of an endpoint's text in an error.
 _QUOTED = 300
 
 
@@ -77,7 +77,7 @@ class EndpointWriter:
         self._timeout_s = timeout
         self._concurrency = concurrency
         self._session = requests.Session()
-        # A request that times out is not repeated here: it is another attempt, and counted.
+        # A request that times out is not repeated here, because a repetition counts as another attempt.
         again = Retry(
             total=retries,
             read=False,
@@ -114,16 +114,16 @@ class EndpointWriter:
         with ThreadPoolExecutor(self._concurrency) as pool:
             try:
                 asked = {pool.submit(ask, prompt): i for i, prompt in enumerate(prompts)}
-                for done in as_completed(asked):
+                for future in as_completed(asked):
                     try:
-                        reply = done.result()
+                        reply = future.result()
                     except JudgeError as error:
-                        # What else is on its way has been paid for, and is waited for.
+                        # Requests in flight have been paid for, so their replies are awaited.
                         ended.set()
                         hopeless.append(error)
                         continue
                     if reply is not None:
-                        yield asked[done], reply
+                        yield asked[future], reply
             finally:
                 ended.set()
         if hopeless:
@@ -170,11 +170,11 @@ class EndpointWriter:
             return Silence(reason="the reply is not JSON, or cut short")
         except (KeyError, IndexError, TypeError):
             return Silence(reason="the reply has no choices[0].message.content")
-        # A refusal has no content: a reply, but none that says anything.
+        # A refusal has no content: it is a reply with an empty text.
         return text if isinstance(text, str) else ""
 
     def _authorise(self, request: Any) -> Any:
-        """As an `auth` of its own, for requests would else send a password that ~/.netrc has."""
+        """Adds the key to a request. Without an `auth`, requests would send a password from ~/.netrc."""
         if self._key is not None:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
@@ -195,7 +195,7 @@ class EndpointWriter:
         )
 
     def _clean(self, text: str) -> str:
-        """An endpoint may repeat the key in its errors."""
+        """Returns an endpoint's text without the key, which it may quote in its errors."""
         return text if self._key is None else text.replace(self._key, "***")
 
 
@@ -225,7 +225,7 @@ def _key(variable: str | None) -> str | None:
 
 
 def _not_connected(error: requests.RequestException) -> bool:
-    """Whether no connection was made at all, so that the next request would fare no better."""
+    """Returns whether there was no connection at all, so that the next request would fail too."""
     if isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
         return True
     reason = getattr(error.args[0] if error.args else None, "reason", None)

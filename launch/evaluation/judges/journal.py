@@ -1,4 +1,4 @@
-"""Every reply of a judge, written as soon as it comes: a JSON line each, found again by its question."""
+"""The file of a judge's replies: one JSON line per reply, written on arrival and looked up by its question."""
 
 import contextlib
 import pathlib
@@ -11,7 +11,7 @@ from launch.inference.row_files import ResumedRows
 
 
 class Journal:
-    """Replies by the keys of their questions; `opened` makes one."""
+    """Replies by the keys of their questions; opened by `opened`."""
 
     def __init__(self, file: ResumedRows):
         self._file = file
@@ -26,11 +26,11 @@ class Journal:
                 self._replies[record["key"]].append(reply)
 
     def replies(self, key: str) -> list[Reply]:
-        """The judge's replies to a question, attempt by attempt."""
+        """Returns the judge's replies to a question, by attempt."""
         return self._replies.get(key, [])
 
     def add(self, key: str, question: Question, reply: Reply, *, judge: str) -> None:
-        """Writes a reply. The record of one that did not come is for people alone."""
+        """Writes a reply. The record of a missing reply is only for readers of the file."""
         record = {"key": key, "judge": judge, **question.about, "value": reply.value}
         record |= {"text": reply.text} if reply.text else {}
         if reply.error:
@@ -42,7 +42,7 @@ class Journal:
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[Journal]:
-    """The journal in a file, which no other process can open meanwhile.
+    """Opens the journal in a file and locks it against other processes.
 
     Raises:
       JudgeError: a line is not a judge's reply.

@@ -8,10 +8,10 @@ from launch.evaluation.judges.base import Question
 
 
 class LogProb:
-    """log p(answer | prompt) over the answer's tokens, in nats: what launch.score gives, by its count.
+    """log p(answer | prompt) in nats, averaged over the answer's tokens: the sum of launch.score over their number.
 
-    An answer to messages is the assistant's turn as the chat template ends it. An empty text has no
-    tokens, and no score.
+    An answer to messages is the assistant's turn with the chat template's end. An empty text has no tokens and therefore
+    no score.
 
     Args:
       config, settings, checkpoint, params, batch_size: as of checkpoint.CheckpointWriter.

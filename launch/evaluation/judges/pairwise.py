@@ -1,7 +1,6 @@
-"""A judge that compares two answers in words; both orders are asked.
+"""A judge that compares two answers in words; it is asked about both orders of the answers.
 
-A preference that depends on the order is a tie: a judge that always prefers what it reads first says
-nothing about the answers.
+If the preference depends on the order, the pair is a tie: it then depends on the position and not on the answers.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from launch.evaluation.judges import template
 from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Question, Reply, Verdict
 from launch.evaluation.judges.template import Template
 
-# Of a question that is asked again, so that the reply may differ.
+# Temperature when a question is repeated, so that the reply may differ.
 RETRY_TEMPERATURE = 0.5
 # The preference for the answer that is shown first.
 _SIGNS: Mapping[Any, int] = {template.FIRST: 1, template.TIE: 0, template.SECOND: -1}
@@ -21,17 +20,17 @@ _VERDICTS: Mapping[int, Verdict] = {1: A, 0: TIE, -1: B}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Silence:
-    """No reply came; why."""
+    """The reason that no reply came."""
 
     reason: str
 
 
 class Writer(Protocol):
-    """What writes replies.
+    """The interface of models that write replies.
 
     Attributes:
-      name: for people.
-      identity: JSON of all that its texts depend on, beside the prompt.
+      name: name for messages.
+      identity: JSON of everything besides the prompt that its replies depend on.
     """
 
     name: str
@@ -40,15 +39,15 @@ class Writer(Protocol):
     def write(
         self, prompts: Sequence[str], *, temperature: float, seed: int
     ) -> Iterator[tuple[int, str | Silence]]:
-        """(index, text) of the reply to every prompt, as they are done.
+        """Yields (index, text) of the reply to every prompt, in the order in which they finish.
 
         Args:
           prompts: the user's turns.
-          temperature: added to the writer's own; 0 for the first attempt.
-          seed: of the draws.
+          temperature: added to the writer's own temperature; 0 for the first attempt.
+          seed: seed of sampling.
 
         Raises:
-          JudgeError: it makes no sense to ask on.
+          JudgeError: further questions would fail too.
         """
 
 
@@ -56,8 +55,8 @@ class PairwiseJudge:
     """See launch/evaluation/judges/base.py.
 
     Args:
-      writer: of the replies.
-      wording: of the prompts.
+      writer: writes the replies.
+      wording: wording of the prompts.
       attempts: times that a question is asked before its reply counts as not understood.
     """
 

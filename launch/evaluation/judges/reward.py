@@ -1,6 +1,6 @@
 """A judge that scores each answer on its own; the higher score wins.
 
-Any function of a prompt and an answer will do: the log-probability under a checkpoint
+The score can be any function of a prompt and an answer: the log-probability under a checkpoint
 (launch/evaluation/judges/log_prob.py), or the output of a reward model.
 """
 
@@ -15,26 +15,26 @@ class Reward(Protocol):
     """A scalar function of a prompt and an answer.
 
     Attributes:
-      name: for people.
-      identity: JSON of all that scores depend on, beside prompt and answer.
+      name: name for messages.
+      identity: JSON of everything besides prompt and answer that scores depend on.
     """
 
     name: str
     identity: Mapping[str, Any]
 
     def scores(self, asked: Sequence[Question]) -> Iterator[tuple[int, float]]:
-        """(index, score) of the one answer of every question, as they are done; NaN for none."""
+        """Yields (index, score) for the single answer of every question, as they finish; NaN for no score."""
 
 
 class RewardJudge:
-    """See launch/evaluation/judges/base.py. A score is not asked for twice, for it would be the same.
+    """See launch/evaluation/judges/base.py. A question has one attempt, because another score would be the same.
 
     Args:
       reward: scores answers.
       margin: scores that differ by no more are a tie.
 
     Raises:
-      JudgeError: a margin that is not.
+      JudgeError: the margin is negative or not finite.
     """
 
     attempts = 1

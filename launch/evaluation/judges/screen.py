@@ -11,7 +11,7 @@ _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
-    """Prints win rates and the judge's biases, a row for every two systems; and lengths by system."""
+    """Prints win rates and the judge's biases, a row for each pair of systems, and lengths by system."""
     from rich.console import Console
 
     rates = _table("win rates in %, with 95 % intervals over prompts", ("a", "b"), _RATES)
@@ -51,7 +51,7 @@ def _judged(pair: Mapping[str, Any]) -> int:
 
 
 def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
-    """A share and its interval, in per cent."""
+    """Returns a share and its interval in per cent."""
     if share is None:
         return "-"
     value, low, high = (f"{100 * share[name]:{sign}.1f}" for name in ("value", "low", "high"))
@@ -59,7 +59,7 @@ def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A stacked bar of wins, ties and losses for every two systems, as PNG."""
+    """Writes a PNG with a stacked bar of wins, ties and losses for each pair of systems."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed
@@ -69,15 +69,15 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     height = 1.5 + 0.75 * max(len(pairs), 1)
     figure, axes = plt.subplots(figsize=(9.5, height), layout="constrained")
     for y, pair in enumerate(pairs):
-        left = 0.0
+        start = 0.0
         for name in ("win", "tie", "loss"):
             width = 100 * pair[name]["value"]
-            axes.barh(y, width, left=left, height=0.62, color=_COLOURS[name])
+            axes.barh(y, width, left=start, height=0.62, color=_COLOURS[name])
             if width >= 4:
                 colour = "black" if name == "tie" else "white"
-                place = (left + width / 2, y)
+                place = (start + width / 2, y)
                 axes.annotate(f"{width:.1f}", place, ha="center", va="center", color=colour)
-            left += width
+            start += width
         axes.annotate(
             f"{_cell(pair['difference'], sign='+')}\n{_judged(pair):,} prompts",
             (1.01, y),

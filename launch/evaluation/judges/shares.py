@@ -1,6 +1,6 @@
 """Win rates with their intervals, and measures of the judge's biases.
 
-All intervals are of 95 %, by resampling prompts.
+All intervals are 95 % bootstrap intervals over prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,24 +11,26 @@ import numpy as np
 from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
 
-# Outside a 95 % interval on each side, less what the transform rounds.
+# Probability outside of a 95 % interval on each side, minus the rounding error of the transform.
 _TAIL = 0.025 - 1e-9
 
 
 def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What one system's answers are to another's.
+    """Summarises the outcomes of the pairs of two systems.
 
     Args:
-      pairs: of the two systems.
-      outcomes: of each.
+      pairs: pairs of the two systems.
+      outcomes: outcome of each pair.
 
     Returns:
-      'counts' of win, loss, tie (of the first system; they add up to the pairs that were judged),
-      identical (among the ties) and invalid (in no share). As {'value', 'low', 'high'}, or None where
-      nothing was judged: shares 'win', 'loss', 'tie'; 'difference' of win and loss; 'consistency', the
-      share of pairs with the same verdict in both orders, and 'position_bias', from -1 (always what
-      is shown last) to 1 (always first), of pairs that were asked about; 'longer_wins', the share of
-      wins of the longer answer among the decided pairs of unequal lengths.
+      'a', 'b': names of the systems.
+      'counts': win, loss and tie of the first system, which add up to the judged pairs; identical (also among the
+        ties); invalid (in no share).
+      The others are {'value', 'low', 'high'}, or None without judged pairs:
+      'win', 'loss', 'tie': shares; 'difference': win minus loss.
+      'consistency': share of pairs with the same verdict in both orders, of pairs asked in both orders.
+      'position_bias': from -1 (always prefers the last answer shown) to 1 (always the first), of the same pairs.
+      'longer_wins': share of wins of the longer answer, among decided pairs of unequal lengths.
     """
     judged = [(p, o) for p, o in zip(pairs, outcomes, strict=True) if o.verdict is not None]
     verdicts = [outcome.verdict for _, outcome in judged]
@@ -61,13 +63,13 @@ def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str
 
 
 def mean(values: Sequence[float] | np.ndarray) -> dict[str, float] | None:
-    """Mean over prompts with the percentile bootstrap's interval, of all resamples in place of some.
+    """Returns the mean over prompts with its exact percentile bootstrap interval: over all resamples, not a sample.
 
     Args:
-      values: one for each prompt, among -1, -1/2, 0, 1/2 and 1.
+      values: one value per prompt, from -1, -1/2, 0, 1/2 and 1.
 
     Returns:
-      {'value', 'low', 'high'}; None of no values.
+      {'value', 'low', 'high'}; None without values.
     """
     n = len(values)
     if n == 0:
@@ -86,7 +88,7 @@ def mean(values: Sequence[float] | np.ndarray) -> dict[str, float] | None:
 
 
 def system_summary(system: System) -> dict[str, Any]:
-    """How long a system's answers are: a judge may like them for that alone."""
+    """Returns lengths of a system's answers, because a judge may prefer longer ones for their length alone."""
 
     def lengths(size: Callable[[str], int]) -> dict[str, float]:
         sizes = [size(answer.text) for answer in system.answers]

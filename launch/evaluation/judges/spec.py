@@ -15,7 +15,7 @@ from launch.evaluation.judges.reward import RewardJudge
 from launch.evaluation.judges.template import Template
 from launch.run import load_run
 
-# By kind: the placeholder of its target, and the classes whose arguments are its settings.
+# Kind -> (placeholder of its target, classes whose arguments are its settings).
 _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "checkpoint": ("DIR", (CheckpointWriter,)),
     "openai": ("URL", (EndpointWriter,)),
@@ -25,7 +25,7 @@ _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
 
 
 def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
-    """The settings of a kind of judge by name."""
+    """Returns the settings of a kind of judge by name."""
     result: dict[str, setting_flags.Setting] = {}
     for part in _KINDS[kind][1]:
         names = [name for name in inspect.signature(part).parameters if name not in _NO_SETTINGS]
@@ -34,7 +34,7 @@ def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
 
 
 def usage(kind: str) -> str:
-    """How --judge names a kind, with the defaults of its settings; those without one are in capitals."""
+    """Returns the syntax of a kind for --judge, with defaults of its settings; a setting without one is in capitals."""
     text, optional = f"{kind}:{_KINDS[kind][0]}", []
     for name, setting in settings_of(kind).items():
         if setting.default is setting_flags.REQUIRED:
@@ -48,18 +48,18 @@ def usage(kind: str) -> str:
 
 
 def help_text() -> str:
-    """The usage of every kind, a line each."""
+    """Returns the usage of every kind, a line each."""
     return "\n".join(map(usage, _KINDS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A judge as --judge names it.
+    """The parsed value of --judge.
 
     Attributes:
-      kind: of judge.
+      kind: kind of judge.
       target: a directory or a URL.
-      settings: by name.
+      settings: settings by name.
     """
 
     kind: str
@@ -68,31 +68,31 @@ class Spec:
 
     @property
     def checkpoint(self) -> str | None:
-        """The checkpoint that judges; None where none does."""
+        """The judge's checkpoint; None for a judge without one."""
         return None if self.kind == "openai" else self.target
 
 
 def parse(text: str) -> Spec:
-    """A judge from the text of --judge.
+    """Parses the text of --judge.
 
     Raises:
-      JudgeError: it names no judge, or a setting that its kind lacks.
+      JudgeError: unknown kind of judge, or a setting that its kind does not have.
     """
     kind, _, rest = text.partition(":")
     target, *pairs = rest.split(",")
     if kind not in _KINDS or not target:
         raise JudgeError(f"--judge={text} names no judge: expected one of\n{help_text()}")
-    known = settings_of(kind)
+    known_settings = settings_of(kind)
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or name not in known:
+        if not equals or name not in known_settings:
             raise JudgeError(f"--judge: {pair!r} is no setting of this judge: {usage(kind)}")
         if name in settings:
             raise JudgeError(f"--judge: {name} is given twice.")
         try:
-            is_none = known[name].optional and value == "none"
-            settings[name] = None if is_none else known[name].kind(value)
+            is_none = known_settings[name].optional and value == "none"
+            settings[name] = None if is_none else known_settings[name].kind(value)
         except ValueError:
             raise JudgeError(f"--judge: {pair!r} is not a number: {usage(kind)}") from None
     if kind == "openai" and not settings.get("model"):
@@ -107,18 +107,18 @@ def parse(text: str) -> Spec:
 def build(
     spec: Spec, *, attempts: int, allow_ties: bool, config: Any = None, config_text: str = ""
 ) -> Judge:
-    """The judge of a spec.
+    """Returns the judge of a spec.
 
     Args:
-      spec: which one.
+      spec: the spec.
       attempts: times that a question is asked before its reply counts as not understood.
       allow_ties: whether a judge that compares may call answers equally good.
-      config: a load_run.RunConfig where a checkpoint judges.
-      config_text: the whole configuration that it is from.
+      config: a load_run.RunConfig, for a judge with a checkpoint.
+      config_text: the whole configuration of `config`, as text.
 
     Raises:
       JudgeError: a value out of range.
-      FileNotFoundError, DamagedCheckpointError: there is no good checkpoint.
+      FileNotFoundError, DamagedCheckpointError: there is no undamaged checkpoint.
     """
     if attempts < 1:
         raise JudgeError(f"--attempts={attempts} must be at least 1.")

@@ -1,8 +1,8 @@
-"""The prompt of a judge that compares, and how its reply is read.
+"""Writes the prompt of a judge that compares, and parses its reply.
 
-After the protocol of "To Code, or Not To Code?" (arXiv 2408.10914): four criteria, the instruction, both
-answers, and a reply of a short comparison and a line that names the preferred answer. Ours is the
-wording, and that both orders are asked.
+The protocol is that of "To Code, or Not To Code?" (arXiv 2408.10914): four criteria, the instruction, both answers, and
+a reply of a short comparison and a line with the preferred answer. The wording, and asking in both orders, are this
+project's.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.evaluation.judges.base import Prompt
 
-# Raise it with every change of the wording or of the reading: replies in a journal are of one version.
+# Increase it with every change of the wording or the parsing: replies in a journal are of one version.
 VERSION = 1
 
 FIRST, SECOND, TIE = "A", "B", "tie"
@@ -48,9 +48,9 @@ Preferred: {choices}"""
 _REMINDER = """\
 Mind the form: the last line of the reply must be exactly {exact}."""
 
-# A language model that goes on after its reply begins another comparison with this.
+# If a language model continues after its reply, it begins another comparison with this text.
 OPENING = "<instruction>"
-# Case matters for the labels alone; beside them a line may have punctuation, such as bold type.
+# Only the labels are case-sensitive; the line may also have punctuation, such as bold type.
 _VERDICT = re.compile(
     r"[\W_]*(?:(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
 )
@@ -58,7 +58,7 @@ _VERDICT = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The wording, and its reading.
+    """The wording of prompts, and the parsing of replies.
 
     Attributes:
       allow_ties: whether a judge may call one answer as good as the other.
@@ -68,16 +68,16 @@ class Template:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that replies depend on, as JSON."""
+        """Returns everything that replies depend on, as JSON."""
         return {"template": VERSION, "allow_ties": self.allow_ties}
 
     def render(self, prompt: Prompt, first: str, second: str, *, reminder: bool = False) -> str:
-        """The text that asks for a comparison.
+        """Returns the text that asks for a comparison.
 
         Args:
-          prompt: to which the answers reply.
-          first, second: shown as answers (A) and (B).
-          reminder: ask for the form of the reply once more, after one that could not be read.
+          prompt: the prompt of the answers.
+          first, second: the answers, shown as (A) and (B).
+          reminder: whether to repeat the required form, after a reply that could not be read.
         """
         labels = ["Answer (A)", "Answer (B)", *(["Tie"] if self.allow_ties else [])]
         exact = " or ".join(f'"Preferred: {label}"' for label in labels)
@@ -93,9 +93,9 @@ class Template:
         return "\n\n".join(parts)
 
     def read(self, reply: str) -> str | None:
-        """What the last line that is a verdict says: FIRST, SECOND or TIE; None without one.
+        """Returns the verdict in the last line that is one: FIRST, SECOND or TIE; None without such a line.
 
-        A verdict stands alone on its line, so that an answer which is quoted within a sentence is none.
+        A verdict must be the only text of its line, so that an answer quoted in a sentence is not a verdict.
         """
         for line in reversed(reply.splitlines()):
             match = _VERDICT.fullmatch(line)
@@ -105,7 +105,7 @@ class Template:
 
 
 def _shown(prompt: Prompt) -> str:
-    """A prompt as a judge sees it: a conversation's turns with their roles, if there are several."""
+    """Returns the text of a prompt for a judge; a conversation of several turns is shown with roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:

@@ -1,4 +1,4 @@
-"""What --model_args say of a run that lm-evaluation-harness asks (launch/evaluation/lm_eval/model.py)."""
+"""Applies --model_args of lm-evaluation-harness to a run (launch/evaluation/lm_eval/model.py)."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -10,18 +10,18 @@ from model.kernels.platform import target_platform
 from model.transforms import layer_stack
 
 _LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
-_MAX_LENGTH = 2048  # where nothing says how long texts may be, as in the harness
+_MAX_LENGTH = 2048  # if the model has no maximum length, as in the harness
 _DTYPES = ("float32", "bfloat16", "float16")
-_CACHE = "cache_"  # of the policy's settings among model_args
+_CACHE = "cache_"  # prefix of the policy's settings in model_args
 
 
 def default_batch_tokens() -> int:
-    # CPUs are busy with few tokens, and padding is then a small part of a batch.
+    # Few tokens saturate a CPU, and small batches have less padding.
     return 2048 if target_platform() == "cpu" else 16384
 
 
 def unroll(run: LoadedRun) -> None:
-    """Replaces the stacked layers of a run by unrolled ones, once for everything that reads them."""
+    """Replaces the stacked layers of a run by unrolled ones, once for all users of the run."""
     import jax
 
     model, config = run.model, run.model.config
@@ -37,7 +37,12 @@ def computing_in(dtype: str, model: Any) -> Any:
 
 
 def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[str, str]:
-    """Settings of the cache policy, as texts; the others must be among `known`, which have none."""
+    """Returns the settings of the cache policy, as texts; raises LoadError for any other argument.
+
+    Args:
+      others: unknown arguments of the model.
+      known: names of the known arguments, for the error.
+    """
     if unknown := [name for name in others if not name.startswith(_CACHE)]:
         known = [name for name in known if name not in ("self", "others")]
         hint = cli.nearest(unknown[0], known)
@@ -62,7 +67,7 @@ def max_length(run: LoadedRun, asked: int | None) -> int:
 
 
 def rows_of_a_batch(asked: int | str | None, most: int | None) -> int | None:
-    """Rows of a batch; None for as many as its tokens allow."""
+    """Returns the maximum rows of a batch; None for as many as its tokens allow."""
     if asked is None or str(asked).startswith("auto") or int(asked) == 1:
         return most
     if int(asked) < 1:

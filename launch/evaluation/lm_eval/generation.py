@@ -1,4 +1,4 @@
-"""`generate_until` of launch/evaluation/lm_eval/model.py: generation options as the harness has them, and texts."""
+"""`generate_until` of launch/evaluation/lm_eval/model.py: parses the harness's generation options, and generates."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ class Generation:
     """Options of one kind of request.
 
     Attributes:
-      until: texts before which an answer ends; EOS ends it too.
-      max_gen_toks: new tokens at most.
-      sampling: choice of the next token.
+      until: an answer ends before any of these texts, or at EOS.
+      max_gen_toks: maximum number of new tokens.
+      sampling: sampling settings.
     """
 
     until: tuple[str, ...]
@@ -36,11 +36,11 @@ class Generation:
 def options(
     gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, model_defaults: Mapping[str, Any]
 ) -> Generation:
-    """A request's `gen_kwargs`, read as the harness's own backends read them.
+    """Returns the options in a request's `gen_kwargs`, parsed like in the harness's own backends.
 
     Args:
-      gen_kwargs: of the task, or of the flag --gen_kwargs.
-      max_gen_toks: where they do not say.
+      gen_kwargs: options of the task, or of the flag --gen_kwargs.
+      max_gen_toks: default of max_gen_toks.
       model_defaults: the model's generation_config.json. Its repetition penalty applies to all
         requests, its sampling settings to requests that sample.
 
@@ -64,7 +64,7 @@ def options(
         sampling |= {
             name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None
         }
-        sampling["top_k"] = asked.get("top_k") or None  # 0 is for all, as in transformers
+        sampling["top_k"] = asked.get("top_k") or None  # 0 means all tokens, as in transformers
     sampling["repetition_penalty"] = float(asked.get("repetition_penalty") or 1.0)
     try:
         chosen = Sampling(**sampling)
@@ -81,17 +81,17 @@ def options(
 
 
 class Generator:
-    """Continues contexts; keeps the programs of the options that were used last.
+    """Continues contexts; caches the compiled programs of the last used options.
 
     Args:
       run: the model.
       ends: ids that end an answer.
-      batch_tokens: tokens of a batch, new ones included.
-      batch_size: rows at most; None for as many as batch_tokens allows.
-      policy: of the key/value caches.
+      batch_tokens: tokens of a batch, including new tokens.
+      batch_size: maximum rows; None for as many as batch_tokens allows.
+      policy: policy of the key/value caches.
       cache_dtype: see trainers/decoding/decoder.py.
-      prefill_chunk: likewise.
-      seed: of the draws.
+      prefill_chunk: see trainers/decoding/decoder.py.
+      seed: seed of sampling.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Generator:
         self._decoder: tuple[Any, Decoder] | None = None
 
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
-        """The answers to contexts of the same options, in order, as they are done."""
+        """Yields the answers to contexts with the same options, in order, as they finish."""
         longest = max(map(len, contexts))
         rows = self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks)
         rows = min(max(1, rows), len(contexts), self._batch_size or len(contexts))
@@ -129,7 +129,7 @@ class Generator:
             yield self._texts.text(new.tokens)[0]
 
     def _texts_of(self, until: Sequence[str]) -> Texts:
-        """Texts of answers; a text of `until` may be a special token, which no answer shows."""
+        """Returns the texts of answers; a text in `until` may be a special token, which answers do not contain."""
         vocabulary = self._run.vocabulary
         if not hasattr(vocabulary, "decode_all"):
             return Texts(decoder_of(vocabulary), ends=self._ends, stops=until)
@@ -147,7 +147,7 @@ class Generator:
         )
         key = (settings, rows)
         if self._decoder is None or self._decoder[0] != key:
-            self._decoder = None  # which has a copy of the parameters
+            self._decoder = None  # frees its copy of the parameters first
             decoder = Decoder(
                 self._run.model,
                 self._run.params,

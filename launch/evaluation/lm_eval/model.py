@@ -1,10 +1,9 @@
 """The model `--model espalier` of lm-evaluation-harness (launch/lm_eval.py): a run of this project.
 
-Requests are made of the same tokens as those of the harness's Hugging Face backend, so that a model and
-its export get the same scores: pairs are encoded jointly with spaces moved into the continuation, BOS
-stands where the tokenizer puts it, contexts that are too long lose their beginning, and texts are scored
-in the same windows. A run that was trained with a start token reads it before every context, as in
-training.
+Requests have the same tokens as in the harness's Hugging Face backend, so that a model and its export get the same
+scores: context and continuation are encoded jointly with spaces moved into the continuation, BOS is where the tokenizer
+puts it, long contexts are cut at their beginning, and texts are scored in the same windows. A model that was trained
+with a start token reads it before every context.
 """
 
 import contextlib
@@ -38,30 +37,29 @@ class EspalierLM(TemplateLM):
     Args:
       checkpoint: run or step directory.
       params: see launch/run/load_run.py.
-      gin_file: configuration of a step that has none beside it.
-      dtype: in which the model computes; None for what its run or its checkpoint says.
+      gin_file: configuration of a step directory without a config.gin.
+      dtype: dtype of computation; None for the dtype of the run or checkpoint.
       mesh: mesh shape, as {'fsdp': 8}; None for all devices.
-      start_token: precedes every context; 'auto' for the run's own.
-      add_bos_token: whether texts begin with BOS; None for as in the run.
+      start_token: token before every context; 'auto' for the run's start token.
+      add_bos_token: whether texts begin with BOS; None for the run's setting.
       prefix_token_id: the token of an empty context; None for the start token, else BOS, else EOS.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
-      max_length: tokens the model reads at most; None for what it has learned or was published with,
-        else 2048.
-      max_gen_toks: new tokens of tasks that do not say how many.
-      batch_tokens: tokens of a batch, padding included; None for 2048 on CPU, 16384 elsewhere.
-      batch_size: rows of a batch at most; 1 (what the harness gives without --batch_size) and 'auto'
-        for as many as batch_tokens allows.
-      max_batch_size: another limit of rows; None for none.
-      cache_policy: of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
-        as cache_capacity=1024.
-      cache_dtype: likewise.
-      prefill_chunk: likewise.
-      seed: of requests that sample.
-      device: is not heeded: JAX chooses (JAX_PLATFORMS).
+      max_length: maximum tokens of an input; None for the model's learned or published length, else 2048.
+      max_gen_toks: maximum new tokens, for tasks that do not set it.
+      batch_tokens: tokens of a batch, including padding; None for 2048 on CPU, 16384 elsewhere.
+      batch_size: maximum rows of a batch; 1 (the harness's value without --batch_size) and 'auto' mean as many as
+        batch_tokens allows.
+      max_batch_size: a second limit of rows; None for no limit.
+      cache_policy: cache policy of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
+        such as cache_capacity=1024.
+      cache_dtype: see `python -m launch.generate --help`.
+      prefill_chunk: see `python -m launch.generate --help`.
+      seed: seed of requests that sample.
+      device: ignored: JAX chooses the device (JAX_PLATFORMS).
       **others: settings of the cache policy.
 
     Raises:
-      LoadError: an unknown argument, a run without a vocabulary, or arguments that do not fit it.
+      LoadError: an unknown argument, a run without a vocabulary, or arguments that do not match the run.
     """
 
     def __init__(
@@ -156,7 +154,7 @@ class EspalierLM(TemplateLM):
         )
 
     def close(self) -> None:
-        """Leaves the mesh, which is the process's as long as the model is used."""
+        """Leaves the mesh, which is active in this process until then."""
         self._opened.close()
 
     # Texts and tokens.
@@ -167,7 +165,7 @@ class EspalierLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before the first one of a text without a context."""
+        """The context token of a text without a context."""
         vocabulary = self._run.vocabulary
         start = self._run.context([])
         for id in (self._prefix_token_id, *start, vocabulary.bos_id, vocabulary.eos_id):
@@ -178,25 +176,25 @@ class EspalierLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after the start token and BOS unless add_special_tokens is False."""
+        """Returns the ids of a text, after the start token and BOS unless add_special_tokens is False."""
         vocabulary = self._run.vocabulary
-        # Contexts may be rendered conversations, whose special tokens are meant.
+        # Contexts may be rendered conversations, which contain special tokens.
         encode = getattr(vocabulary, "encode_special", vocabulary.encode)
         ids = list(encode(string))
         return ids if add_special_tokens is False else self._run.context(self._run.after_bos(ids))
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells tokenizers and chat templates apart where the harness keeps rendered requests."""
+        """A name of tokenizer and chat template, the harness's key for cached requests."""
         template = self.chat_template(self._template or True) or ""
         digest = rows.vocabulary_digest(self._run.vocabulary)[:16]
         return f"espalier_{digest}_{harness.hash_string(template)[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the template that is used from here on; None for none.
+        """Sets the chat template for later calls, and returns its source; None for none.
 
         Raises:
-          LoadError: the run has no template, or none of this name.
+          LoadError: the run has no template, or no template of this name.
         """
         if chat_template is False or chat_template is None:
             return None
@@ -212,15 +210,15 @@ class EspalierLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; its last message goes on without add_generation_prompt."""
+        """Returns the text of a conversation; without add_generation_prompt its last message stays open."""
         try:
             return self._render(chat_history, add_generation_prompt)
         except chat.ChatTemplateError as error:
-            others = [message for message in chat_history if message["role"] != "system"]
-            if len(others) == len(chat_history):
+            turns = [message for message in chat_history if message["role"] != "system"]
+            if len(turns) == len(chat_history):
                 raise
             _LOG.warning("%s. The system message is left out.", error)
-            return self._render(others, add_generation_prompt)
+            return self._render(turns, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         text = self._run.chat_template.render(
@@ -232,7 +230,7 @@ class EspalierLM(TemplateLM):
         place = text.rfind(last.strip())
         if place < 0:
             raise LoadError(f"The chat template does not show the message {last[:60]!r} as it is.")
-        # A template may strip its messages, or not.
+        # Templates may strip white space around messages.
         shown = last if text.startswith(last, place) else last.strip()
         return text[: place + len(shown)]
 
@@ -265,11 +263,11 @@ class EspalierLM(TemplateLM):
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
-        """(index, likelihood) of each (context, continuation), after contexts that are too long are cut at their beginning."""
+        """Yields (index, likelihood) of each (context, continuation); long contexts are cut at their beginning."""
         cut = 0
         scored_rows = []
         for context, continuation in pairs:
-            room = self.max_length + 1 - len(continuation)  # the last token is not read
+            room = self.max_length + 1 - len(continuation)  # the last token is not an input
             if room < 1:
                 raise LoadError(
                     f"A continuation has {len(continuation)} tokens, and the model reads "
@@ -288,7 +286,7 @@ class EspalierLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in windows as long as the model reads."""
+        """Returns log-likelihoods of whole texts, in windows of the model's maximum length."""
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -311,7 +309,7 @@ class EspalierLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers to contexts, up to where their `until` or EOS ends them."""
+        """Returns answers to contexts, each up to a text in `until` or EOS."""
         defaults = self._run.meta.get("hf", {}).get("generation_config", {})
         groups: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
@@ -336,7 +334,7 @@ class EspalierLM(TemplateLM):
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
-        """Facts about the model that the harness stores with its results."""
+        """Returns facts about the model that the harness stores with its results."""
         import jax
 
         leaves = jax.tree.leaves(self._run.params)

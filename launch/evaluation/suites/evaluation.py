@@ -1,4 +1,4 @@
-"""The work of `launch.evaluate harness`: a suite on a checkpoint, as far as its data go."""
+"""The work of `launch.evaluate harness`: evaluates a checkpoint on the benchmarks of a suite whose data sets exist."""
 
 import argparse
 import json
@@ -15,18 +15,18 @@ from trainers.checkpoints import step_dir
 
 
 class SuiteError(ValueError):
-    """A suite that cannot be evaluated as asked."""
+    """A suite that cannot be evaluated with these flags."""
 
 
 def evaluate(flags: argparse.Namespace) -> None:
-    """Evaluates as the flags of launch.evaluate harness say, prints the table and writes the files.
+    """Evaluates with the flags of launch.evaluate harness, prints the table and writes the files.
 
     Raises:
       SuiteError: no data at all, or files that cannot be read or written.
       LoadError, WrongDataError: a checkpoint or a set that cannot be read.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[name] = "1"  # An absent set is reported at once, without the network.
+        os.environ[name] = "1"  # A missing set is reported at once, without network access.
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
     for path in filter(None, (flags.json, flags.samples)):
@@ -64,14 +64,14 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 
 def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
-    """{"score": pass@1, "n": problems} by benchmark, from files that launch.evaluate code --json wrote.
+    """Returns {"score": pass@1, "n": problems} by benchmark, from files written by launch.evaluate code --json.
 
     Args:
-      files: their paths.
-      step: the step directory that they must be of; None takes any.
+      files: paths of the files.
+      step: the required step directory of the results; None for any.
 
     Raises:
-      SuiteError: a file that is none or of another checkpoint, or two of one benchmark.
+      SuiteError: a file that is not such a result or is of another checkpoint, or two files for one benchmark.
     """
     results: dict[str, dict[str, Any]] = {}
     for path in files:
@@ -99,7 +99,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
 def _data(
     suite: Suite, measured: Mapping[str, Any], data_dir: str | None
 ) -> tuple[list[str], dict[str, str]]:
-    """(benchmarks whose sets are there and well-formed, why the others are not evaluated)."""
+    """Returns (benchmarks with well-formed sets, reason by benchmark why the others are not evaluated)."""
     present, missing = [], {}
     for name in suite.benchmarks:
         if name in measured:
@@ -116,7 +116,7 @@ def _data(
 
 
 def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dict[str, Any]:
-    """{"score", "stderr", "n", ...} of each benchmark."""
+    """Returns {"score", "stderr", "n", ...} for each benchmark."""
     import datasets
     from lm_eval import simple_evaluate, utils
     from lm_eval.tasks import TaskManager
@@ -125,7 +125,7 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    # Sets are checked before the model is read: errors in sets are more common.
+    # Sets are checked before the model is restored: errors in sets are more common.
     manager = TaskManager(
         include_path=suite.tasks,
         include_defaults=False,
@@ -155,7 +155,7 @@ def _run(suite: Suite, present: Sequence[str], flags: argparse.Namespace) -> dic
 
 
 def _result(values: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The harness's figures under plain names."""
+    """Returns the harness's numbers under plain names."""
     named = {key.partition(",")[0]: value for key, value in values.items() if "," in key}
     stderr = named.pop("score_stderr", None)
     metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}

@@ -1,9 +1,8 @@
-"""Evaluation sets in a local folder, in the files and columns of their public repositories.
+"""Evaluation sets in a local folder, with the files and columns of their public repositories.
 
     DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst
 
-or in a folder <split>, as a download of the repository to DATA_DIR/<set> has them. Nothing is
-downloaded here.
+or in a folder <split>. This is the layout of a download of the repository to DATA_DIR/<set>. Nothing is downloaded here.
 """
 
 import dataclasses
@@ -19,25 +18,25 @@ _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class MissingDataError(FileNotFoundError):
-    """An evaluation set that is not there."""
+    """An evaluation set is missing."""
 
 
 class WrongDataError(ValueError):
-    """An evaluation set that has other columns than its public files."""
+    """An evaluation set lacks a column of its public files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where an evaluation set is, and where it comes from.
+    """The place of an evaluation set in the data folder, and its origin.
 
     Attributes:
-      folder: below the data folder.
+      folder: folder of the set, in the data folder.
       split: prefix of the names of its files.
-      columns: that are read.
-      configuration: folder below, for repositories of several sets.
-      repository: on the hub; None for a set that is not there.
-      revision: of the repository, where its main one holds other files.
-      how: to get one that is not.
+      columns: columns to read.
+      configuration: subfolder, for repositories of several sets.
+      repository: repository on the Hugging Face hub; None for a set that is not on the hub.
+      revision: revision of the repository, if the main revision has other files.
+      how: how to get a set that is not on the hub.
     """
 
     folder: str
@@ -50,14 +49,14 @@ class Source:
 
 
 def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapping[str, Any]]:
-    """The rows of a set.
+    """Returns the rows of a set.
 
     Args:
       source: the set.
       data_dir: the folder of all sets; None for $ESPALIER_EVAL_DATA.
 
     Raises:
-      MissingDataError: it is not there, or no folder is given.
+      MissingDataError: the set or the setting of the data folder is missing.
       WrongDataError: a column is missing.
       DataError: a malformed line.
     """
@@ -78,7 +77,7 @@ def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapp
 
 
 def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[pathlib.Path]:
-    """The files of a set, at least one; errors as of `rows`."""
+    """Returns the files of a set, at least one; raises the errors of `rows`."""
     folder = data_dir or os.environ.get(VARIABLE)
     if not folder:
         raise MissingDataError(
@@ -95,7 +94,7 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
         raise MissingDataError(
             f"no {source.split}*.parquet or .jsonl below {configured}: {_how(source, root)}"
         )
-    # The same split in both formats is one set, not two.
+    # If a split exists in both formats, only one is read.
     kinds = {path.name.endswith(".parquet") for path in paths}
     return paths if len(kinds) == 1 else [p for p in paths if p.name.endswith(".parquet")]
 
@@ -112,7 +111,7 @@ def _how(source: Source, root: pathlib.Path) -> str:
 
 
 def _read(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of a file."""
+    """Yields (place, row) for each row of a file."""
     if path.name.endswith(".parquet"):
         import pyarrow.parquet
 

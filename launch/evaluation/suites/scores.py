@@ -1,8 +1,8 @@
 """Scores of a suite of benchmarks: means by group, and their mean.
 
-A group's score is the unweighted mean of its benchmarks, whatever their sizes, and the total the mean of
-the groups, so that eleven benchmarks of one kind count as much as two of another. A mean of which a part
-is missing is missing too: it would not compare with others.
+A group's score is the unweighted mean of its benchmarks, whatever their sizes. The total is the mean of the groups, so
+that a group of eleven benchmarks has the same weight as a group of two. If a benchmark is missing, so are the means that
+contain it, because they would not be comparable.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Suite:
         launch/papers/NAME/harness_tasks.
       groups: in the order of the table.
       sources: data sets of the benchmarks that lm-evaluation-harness runs.
-      programs: how to measure the others, whose answers are programs.
+      programs: for the benchmarks whose answers are programs: how to measure them.
     """
 
     name: str
@@ -41,33 +41,33 @@ class Suite:
 
     @property
     def tasks(self) -> str:
-        """The folder of the task files."""
+        """Returns the folder of the task files."""
         return os.path.join(environment.ROOT, "launch", "papers", self.name, "harness_tasks")
 
     @property
     def benchmarks(self) -> list[str]:
-        """All of them, group by group."""
+        """Returns all benchmarks, group by group."""
         return [benchmark for group in self.groups for benchmark in group.benchmarks]
 
 
 def names() -> list[str]:
-    """Names of the suites, which are those of the papers that have one."""
+    """Returns the names of the suites: the papers that have a suite."""
     return cli.papers_with("suite")
 
 
 def find(name: str) -> Suite:
-    """The suite of a paper: SUITE in launch/papers/NAME/suite.py."""
+    """Returns the suite of a paper: SUITE in launch/papers/NAME/suite.py."""
     return importlib.import_module(f"launch.papers.{name}.suite").SUITE
 
 
 def means(
     suite: Suite, scores: Mapping[str, float]
 ) -> tuple[dict[str, float | None], float | None]:
-    """(score by group, total); None where a benchmark has none.
+    """Returns (score by group, total); None for a mean with a missing benchmark.
 
     Args:
-      suite: whose benchmarks to average.
-      scores: by benchmark, those that were measured.
+      suite: the suite.
+      scores: scores of the measured benchmarks, by name.
     """
     groups = {
         group.name: mean([scores.get(benchmark) for benchmark in group.benchmarks])
@@ -77,32 +77,32 @@ def means(
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean, None if a value is missing."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    """Returns the mean, or None if a value is missing."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
 def table(
     suite: Suite, scores: Mapping[str, float], details: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (group, benchmark, score in %, detail) with the means below; what is missing as a dash.
+    """Yields rows (group, benchmark, score in %, detail), then the means; a missing value is a dash.
 
     Args:
-      suite: of the scores.
-      scores: by benchmark.
-      details: by benchmark, such as the number of examples or what is missing.
+      suite: the suite.
+      scores: scores by benchmark.
+      details: details by benchmark, such as the number of examples or how to get a missing set.
     """
     groups, total = means(suite, scores)
     for group in suite.groups:
         for benchmark in group.benchmarks:
             detail = details.get(benchmark, "")
             yield group.name, benchmark, percent(scores.get(benchmark)), detail
-        known = sum(benchmark in scores for benchmark in group.benchmarks)
-        of = f"{known} of {len(group.benchmarks)} benchmarks"
+        num_scores = sum(benchmark in scores for benchmark in group.benchmarks)
+        of = f"{num_scores} of {len(group.benchmarks)} benchmarks"
         yield group.name, "mean", percent(groups[group.name]), of
     yield "total", "mean of groups", percent(total), ""
 
 
 def percent(score: float | None) -> str:
-    """With one digit, as the paper has them."""
+    """Returns a score in % with one decimal, as in the paper."""
     return "-" if score is None else f"{100 * score:.1f}"

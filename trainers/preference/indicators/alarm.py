@@ -1,6 +1,7 @@
-"""When to stop: signs of over-optimisation that need no reward (arXiv 2410.11677, section 5).
+"""A stopping rule: signs of over-optimisation that need no reward (arXiv 2410.11677, section 5).
 
-The paper names the signs, falling entropy or mass of the likeliest tokens, but no thresholds; those here are a choice.
+The paper names two signs, falling entropy and falling mass of the likeliest tokens, but no thresholds. The thresholds
+here are this project's choice.
 """
 
 import dataclasses
@@ -9,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from trainers.telemetry import metric_writers
 
-PREFIX = "indicators/"  # of the metrics
+PREFIX = "indicators/"  # of the names of the metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one evaluation measured.
+    """The measurements of one evaluation that the rule reads.
 
     Attributes:
-      step: updates made.
-      entropy, mass: of the likeliest tokens, at generated positions.
+      step: number of updates so far.
+      entropy, mass: entropy and mass of the likeliest tokens, at generated positions.
       llh_chosen: mean log-likelihood per token of held-out chosen completions.
     """
 
@@ -33,9 +34,9 @@ class Alarm:
     """The first evaluation at which the rule raises an alarm.
 
     Attributes:
-      step: of that evaluation.
-      before: step of the evaluation before it.
-      reason: a clause for messages.
+      step: step of that evaluation.
+      before: step of the previous evaluation.
+      reason: the reason, as a clause for messages.
     """
 
     step: int
@@ -47,15 +48,15 @@ class Alarm:
 class StoppingRule:
     """A pure function of the readings of a run, computed on their exponential moving averages.
 
-    An alarm is raised where entropy has dropped `drops` evaluations in a row, is more than `entropy_drop` of its
-    running maximum below it, and the likelihood of chosen completions still falls; or where the mass is more
-    than `mass_drop` below that of the first reading.
+    The rule raises an alarm in two cases. Case 1: entropy has dropped in `drops` consecutive evaluations, is below
+    (1 - entropy_drop) times its maximum so far, and the likelihood of chosen completions still falls. Case 2: the mass
+    is more than `mass_drop` below the mass of the first reading.
 
     Attributes:
-      smoothing: weight of the previous average in each average; 0 uses the readings themselves.
-      drops: evaluations in a row.
-      entropy_drop: share of the maximum.
-      mass_drop: in probability.
+      smoothing: weight of the previous average in each average; with 0 the readings are not averaged.
+      drops: number of consecutive evaluations with falling entropy.
+      entropy_drop: drop of the entropy, as a share of its maximum.
+      mass_drop: drop of the mass, in probability.
     """
 
     smoothing: float = 0.5
@@ -73,10 +74,10 @@ class StoppingRule:
                 raise ValueError(f"StoppingRule.{name} = {getattr(self, name)} must be in [0, 1).")
 
     def __call__(self, readings: Sequence[Reading]) -> Alarm | None:
-        """The alarm of a run, or None; more readings never change an alarm.
+        """Returns the first alarm of a run, or None; later readings never change an alarm.
 
         Args:
-          readings: in the order of their steps, that of step 0 first.
+          readings: readings by step, beginning with step 0.
         """
         entropies = self._averages([reading.entropy for reading in readings])
         masses = self._averages([reading.mass for reading in readings])
@@ -123,7 +124,7 @@ class Monitor:
     """The readings of a run so far, and its alarm.
 
     Attributes:
-      alarm: the rule's for the readings so far, or None.
+      alarm: the rule's alarm for the readings so far, or None.
     """
 
     def __init__(self, rule: Rule, readings: Sequence[Reading] = ()):
@@ -132,19 +133,19 @@ class Monitor:
 
     @property
     def first_step(self) -> int | None:
-        """Step of the first reading, or None."""
+        """Returns the step of the first reading, or None."""
         return self._readings[0].step if self._readings else None
 
     def add(self, step: int, indicators: Mapping[str, float]) -> Alarm | None:
         """Adds a reading and returns the alarm if this reading raises it; drops readings of later steps, after a rollback."""
         before = [reading for reading in self._readings if reading.step < step]
         self._readings = [*before, _reading(step, indicators)]
-        known, self.alarm = self.alarm, self._rule(self._readings)
-        return self.alarm if known is None else None
+        previous, self.alarm = self.alarm, self._rule(self._readings)
+        return self.alarm if previous is None else None
 
     @classmethod
     def recovered(cls, rule: Rule, metrics: str | os.PathLike, step: int) -> "Monitor":
-        """A monitor with the readings in a run's metrics.jsonl up to `step`, from which the run resumes; none at step 0."""
+        """Returns a monitor with the readings in metrics.jsonl up to `step`, where the run resumes; none at step 0."""
         path = os.fspath(metrics)
         if not step or not os.path.exists(path):
             return cls(rule)

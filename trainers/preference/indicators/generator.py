@@ -14,16 +14,16 @@ from trainers.decoding.settings import Settings
 class Generator:
     """Continues its prompts with the weights of any step.
 
-    All batches have one shape, so only the first compiles. A continuation is a function of the weights, the seed, the
-    step and the index of its prompt.
+    All batches have the same shape, so only the first compiles. A continuation is a function of the weights, the seed,
+    the step and the index of its prompt.
 
     Args:
       model: a decoder-only module.
-      prompts: as the model reads them, each with a token at least.
-      settings: what to generate, one sample each.
+      prompts: token ids including the start token; at least one token each.
+      settings: settings of generation, with one sample per prompt.
       batch_size: rows at a time, a multiple of the mesh's parts of a batch.
       sharding: of the rows of a batch.
-      seed: of the draws.
+      seed: seed of sampling.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Generator:
 
     @property
     def batches(self) -> int:
-        """Batches of one evaluation."""
+        """Number of batches of one evaluation."""
         return -(-len(self._prompts) // self._batch_size)
 
     def __call__(
         self, params: Any, step: int, *, done: Callable[[], None] = lambda: None
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, with the one that ended them.
+        """Returns the generated tokens of each prompt, including the end token.
 
         Args:
-          params: of the model.
-          step: updates made.
+          params: parameters of the model.
+          step: number of updates so far.
           done: called after each batch.
 
         Raises:
-          ValueError: a prompt leaves too little room within the positions that the model has learned.
+          ValueError: prompt and output are longer than the model's learned positions.
         """
         limit = self._max_length
         longest = max(map(len, self._prompts))

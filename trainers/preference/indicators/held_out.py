@@ -1,4 +1,4 @@
-"""The held-out pairs and prompts for indicators: the same ones at every evaluation."""
+"""The held-out pairs and prompts for indicators; they are the same at every evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,7 +7,7 @@ Ids = Sequence[int]
 
 
 class Pair(NamedTuple):
-    """Token ids of a pair; completions include the token that ends them."""
+    """Token ids of a pair; completions include their end token."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -18,11 +18,11 @@ class PairStream(Protocol):
     """A held-out stream of pairs; data/preference/stream.py makes one."""
 
     def pairs(self) -> Iterable[tuple[str, Ids, Ids, Ids]]:
-        """Digest, prompt, chosen and rejected of each pair, every pair once."""
+        """Yields (digest, prompt, chosen, rejected) once for each pair."""
         ...
 
     def summary(self) -> Mapping[str, Any]:
-        """'kind' of the pairs, 'start_token', which the model reads before each prompt, and the 'vocabulary'."""
+        """Returns the 'kind' of the pairs, the 'start_token' before each prompt, and the 'vocabulary'."""
         ...
 
 
@@ -31,8 +31,8 @@ class HeldOut(NamedTuple):
 
     Attributes:
       pairs: in the order of their digests.
-      prompted: the first pair of each prompt that is continued.
-      start: tokens read before a prompt, one or none.
+      prompted: the first pair of each prompt from which the policy generates.
+      start: tokens before a prompt: one start token or none.
       vocabulary: digest of the data's vocabulary.
     """
 
@@ -53,13 +53,13 @@ def read(
     num_pairs: int | None,
     num_prompts: int,
 ) -> HeldOut:
-    """Held-out pairs of some tasks; of more than `num_pairs`, those with the first digests, whatever the order of files.
+    """Returns held-out pairs of tasks, selected in the order of their digests, so independently of the order of files.
 
     Args:
-      open_stream: called with (task=).
-      tasks: their names.
-      num_pairs: at most so many; None for all.
-      num_prompts: at most so many, of these pairs and then of others.
+      open_stream: opens the pairs of a task; called with (task=).
+      tasks: names of the tasks.
+      num_pairs: maximum number of pairs; None for all.
+      num_prompts: maximum number of prompts, taken first from these pairs and then from the other pairs.
 
     Raises:
       ValueError: no pairs, or examples that are not pairs.

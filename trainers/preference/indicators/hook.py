@@ -1,7 +1,7 @@
-"""The evaluation that watches preference optimisation for over-optimisation (arXiv 2410.11677).
+"""An evaluation hook that measures indicators of over-optimisation in preference training (arXiv 2410.11677).
 
-docs/preference_indicators.md explains each number. The policy's readings of held-out pairs, and of outputs that it writes
-on the run's mesh with its current weights, are metrics 'indicators/<name>'.
+docs/preference_indicators.md explains each number. The metrics are named 'indicators/<name>'. They are computed on
+held-out pairs, and on outputs that the policy generates on the run's mesh with its current weights.
 """
 
 import contextlib
@@ -30,41 +30,43 @@ from trainers.rewards.base import Completion, Reward, StoredReward
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
 
-_QUIET_SECONDS = 10  # before a bar is shown
+_QUIET_SECONDS = 10  # an evaluation that takes longer shows a progress bar
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PreferenceIndicators:
-    """A hook that computes the indicators, writes samples, and raises an alarm once.
+    """A hook that computes the indicators, writes samples, and raises at most one alarm.
 
-    All numbers are a function of seed, step and weights, so an interrupted run writes the same ones.
+    All numbers are a function of seed, step and weights, so a resumed run writes the same numbers.
 
     Attributes:
-      run: of the run; `launch.train` passes it.
+      run: context of the run, passed by `launch.train`.
       pairs: opens the held-out pairs of a task, called with (task=).
-      tasks: the tasks whose pairs and prompts are read, together.
-      vocabulary: of the data; its EOS ends outputs.
-      every: updates between evaluations; there is one before the first and one after the last.
-      num_pairs: held-out pairs at most; None for all.
-      num_prompts: prompts of these pairs to continue, at most.
-      max_new_tokens: most tokens of an output.
-      temperature, top_p: of sampling.
-      eos_ids: tokens that end an output, in place of the vocabulary's.
+      tasks: the tasks whose pairs and prompts are evaluated together.
+      vocabulary: vocabulary of the data; its EOS ends outputs.
+      every: updates between evaluations; there is also one before the first update and one after the last.
+      num_pairs: maximum number of held-out pairs; None for all.
+      num_prompts: maximum number of prompts from which the policy generates.
+      max_new_tokens: maximum tokens of an output.
+      temperature, top_p: sampling settings.
+      eos_ids: tokens that end an output, in place of the vocabulary's EOS.
       batch_size: sequences at a time, rounded up to a multiple of the mesh's parts of a batch.
       top_k: number of likeliest tokens.
-      reference: measures the log-ratio and L2 distance to it; None for neither, and no second model in memory.
-      reward: judges outputs; None for none. A completion's info has the texts 'chosen' and 'rejected' of the prompt's
-        pair.
-      competitor: a file of outputs that compete with the policy's (see samples.py); None for the policy's own of the
-        first evaluation, before the first update.
-      rule: when to raise the alarm.
-      stop: 'alarm' ends the run at the alarm; 'never' goes on.
-      seed: of sampling.
+      reference: the model for the log-ratio and L2 distance; with None neither is computed, and no second model is in
+        memory.
+      reward: scores outputs; None for no rewards. A completion's info has the texts 'chosen' and 'rejected' of the
+        prompt's pair.
+      competitor: a file of outputs that compete with the policy's (see samples.py); None to use the policy's outputs
+        at the first evaluation, before the first update.
+      rule: decides when to raise the alarm.
+      stop: 'alarm' ends the run at the alarm; with 'never' it continues.
+      seed: seed of sampling.
 
     Raises:
-      ValueError: settings that do not fit, no pairs, a vocabulary without EOS, or a reference that does not fit.
-      CompetitorError: there are no outputs to compete with.
+      ValueError: settings that contradict each other, no pairs, a vocabulary without EOS, or a reference that does not
+        match the run.
+      CompetitorError: the competitor's outputs are missing.
     """
 
     run: RunContext
@@ -156,7 +158,7 @@ class PreferenceIndicators:
         return {PREFIX + name: value for name, value in indicators.items() if not np.isnan(value)}
 
     def _pair_indicators(self, params: Any, done: Callable[[], None]) -> dict[str, float]:
-        """Indicators of the policy's readings of held-out completions."""
+        """Returns the indicators on held-out completions."""
         readings = self._reader(params, [*self._chosen, *self._rejected], done=done)
         chosen, rejected = readings[: len(self._chosen)], readings[len(self._chosen) :]
         likely, unlikely = (_mean(one.mean_log_prob for one in side) for side in (chosen, rejected))
@@ -176,7 +178,7 @@ class PreferenceIndicators:
     def _output_indicators(
         self, params: Any, step: int, outputs: Sequence[list[int]], done: Callable[[], None]
     ) -> dict[str, float]:
-        """Indicators of the policy's outputs, read by policy, reference and reward; writes them to a file."""
+        """Returns the indicators on the policy's outputs, by policy, reference and reward; writes the outputs to a file."""
         rows = [self._row(*pair) for pair in zip(self._prompts, outputs, strict=True)]
         readings = self._reader(params, rows, done=done)
         pairs = zip(self._prompts, outputs, strict=True)
@@ -213,7 +215,7 @@ class PreferenceIndicators:
         return indicators
 
     def _alarm_indicators(self, step: int, indicators: Mapping[str, float]) -> dict[str, float]:
-        """Whether the alarm is raised, and the number by which checkpoints are retained."""
+        """Returns whether the alarm is raised, and the number that decides which checkpoints are retained."""
         raised = self._monitor.add(step, indicators)
         if raised is not None and self.run.writer:
             _log.warning(self._advice(raised))
@@ -238,7 +240,7 @@ class PreferenceIndicators:
         )
 
     def _competing(self) -> list[Completion] | None:
-        """The competitor's outputs; None before the first evaluation, which will write them."""
+        """Returns the competitor's outputs; None before the first evaluation, which will write them."""
         path: str | os.PathLike | None = self.competitor
         if path is None and self._monitor.first_step is not None:
             path = samples.path_of(self.run.path, self._monitor.first_step)
@@ -247,7 +249,7 @@ class PreferenceIndicators:
         return self._with_info(samples.competitor(path, self._prompts, self._texts))
 
     def _with_info(self, completions: Sequence[Completion]) -> list[Completion]:
-        """The completions of all prompts, with the texts of their pairs for verifiers."""
+        """Returns the completions with the texts of their pairs as info, for verifiers."""
         pairs = zip(completions, self._infos, strict=True)
         return [dataclasses.replace(completion, info=info) for completion, info in pairs]
 
@@ -277,7 +279,7 @@ class PreferenceIndicators:
 
     @property
     def _batches(self) -> int:
-        """Batches of one evaluation, without the reference's readings of pairs, which only the first has."""
+        """Number of batches of one evaluation, without the reference's readings of pairs, computed only once."""
         models = 1 if self.reference is None else 2
         pairs = self._reader.batches(2 * len(self._chosen))
         return self._generator.batches + pairs + models * self._reader.batches(len(self._prompts))
@@ -323,11 +325,11 @@ def _progress(
 
     Args:
       batches: number of batches.
-      name: of the work.
-      give_up: see `RunContext`; asked after each batch.
+      name: label of the bar.
+      give_up: see `RunContext`; called after each batch.
 
     Raises:
-      GivenUpError: after a batch, where `give_up` returns True.
+      GivenUpError: `give_up` returned True after a batch.
     """
     with tqdm(
         total=batches,
@@ -337,7 +339,7 @@ def _progress(
         delay=_QUIET_SECONDS,
         disable=jax.process_index() != 0,
     ) as bar:
-        counted = itertools.count(1)  # a bar that is not shown does not count
+        counted = itertools.count(1)  # tqdm's own counter stays 0 while the bar is disabled
 
         def done() -> None:
             bar.update()

@@ -1,9 +1,9 @@
-"""Readings of completions after their prompts: log-probabilities, and the entropy and mass of the likeliest tokens.
+"""Computes log-probabilities of completions after their prompts, and entropy and mass of the top-k tokens.
 
-Over-optimisation of preferences shows in the k likeliest next tokens (arXiv 2410.11677, section 5): their entropy first
-rises and then falls, or their mass falls.
+Over-optimisation of preferences is visible in the k likeliest next tokens (arXiv 2410.11677, section 5): their entropy
+first rises and then falls, or their mass falls.
 
-Shapes: B rows, T tokens (of a row, or of all rows joined), C tokens of a chunk, D width, V vocabulary, K likeliest tokens.
+Shapes: B rows, T tokens (of a row, or of all rows joined), C tokens of a chunk, D width, V vocabulary, K top tokens.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from trainers.objectives.forward import frozen_forward
 from trainers.scoring.scoring import Row, padded
 
 _SHORTEST = 64
-TOP_K = 10  # of the paper: entropies of at most log2(10) = 3.32 bits
+TOP_K = 10  # the paper's value; entropies are at most log2(10) = 3.32 bits
 
 
 @flax.struct.dataclass
@@ -42,9 +42,9 @@ class TokenReadings:
 
 
 def top_k_entropy_and_mass(logits_TV: jax.Array, *, k: int = TOP_K) -> tuple[jax.Array, jax.Array]:
-    """(entropy in bits [T] of the k likeliest tokens, renormalised; their total probability [T]).
+    """Returns (entropy in bits [T] of the k likeliest tokens, renormalised; their total probability [T]).
 
-    With a vocabulary of fewer than k tokens, all are used.
+    A vocabulary of fewer than k tokens is used whole.
     """
     logits_TV = logits_TV.astype(jnp.float32)
     top_TK = jax.lax.top_k(logits_TV, min(k, logits_TV.shape[-1]))[0]
@@ -66,7 +66,7 @@ def read_tokens(
     softcap: float | None = None,
     chunk: int = 512,
 ) -> TokenReadings:
-    """Readings after hidden states, computed a chunk of tokens at a time (see `map_tokens`).
+    """Returns the readings of all tokens, computed a chunk of tokens at a time (see `map_tokens`).
 
     Args:
       h_TD: hidden states.
@@ -115,7 +115,7 @@ class Readings:
 
 
 class Reader:
-    """Reads completions in batches of similar length; compiles once for each length, a power of two.
+    """Computes readings of completions in batches of similar length; compiles once per length, a power of two.
 
     Args:
       model: a decoder-only module.
@@ -145,7 +145,7 @@ class Reader:
         self._read = jax.jit(read, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
     def batches(self, count: int) -> int:
-        """The number of batches of `count` sequences."""
+        """Returns the number of batches for `count` sequences."""
         return -(-count // self._batch_size)
 
     def __call__(
@@ -155,18 +155,18 @@ class Reader:
         *,
         done: Callable[[], None] = lambda: None,
     ) -> list[Readings]:
-        """Readings of sequences, in their order.
+        """Returns readings of sequences, in their order.
 
         Args:
-          params: of the model.
-          sequences: each with a context, and at least one target.
+          params: parameters of the model.
+          sequences: sequences, each with a context and at least one target.
           done: called after each batch.
 
         Raises:
-          ValueError: a sequence longer than the positions that the model has learned.
+          ValueError: a sequence longer than the model's learned positions.
         """
         limit = self._max_length
-        # The last target is predicted, but never read.
+        # The last target is not an input.
         lengths = [len(one.context) + len(one.targets) - 1 for one in sequences]
         if limit is not None and max(lengths, default=0) > limit:
             raise ValueError(

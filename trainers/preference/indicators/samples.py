@@ -37,7 +37,7 @@ class Texts:
     ends: Collection[int]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of all ids; SeqIO's `decode` stops at EOS, which a prompt of several turns has within it."""
+        """Returns the text of all ids. SeqIO's `decode` would stop at the first EOS within a multi-turn prompt."""
         parts: list[list[int]] = [[]]
         for id in ids:
             if id == self.vocabulary.eos_id:
@@ -47,13 +47,13 @@ class Texts:
         return "".join(self.vocabulary.decode(part) for part in parts)
 
     def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
-        """Generated tokens as a reward reads them."""
+        """Returns generated tokens as a `Completion`, the input of a reward."""
         ended = bool(tokens) and tokens[-1] in self.ends
         text = tokens[:-1] if ended else tokens
         return Completion(prompt=tuple(prompt), tokens=tuple(text), ended=ended)
 
     def row(self, completion: Completion, **numbers: float) -> dict[str, Any]:
-        """A row of a file."""
+        """Returns a completion as a row of a file."""
         return {
             "prompt": list(completion.prompt),
             "prompt_text": self.text(completion.prompt),
@@ -64,7 +64,7 @@ class Texts:
         }
 
     def read_row(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...] | str, Completion]:
-        """(prompt in the form of the row, completion); raises KeyError or TypeError for a malformed row."""
+        """Returns (prompt as in the row: ids or text, completion); raises KeyError or TypeError for a malformed row."""
         prompt, ended = row["prompt"], row.get("ended", "eos") != "length"
         if isinstance(prompt, str):
             # Its ids may be of another vocabulary.
@@ -80,7 +80,7 @@ class Texts:
 
 
 def path_of(run: str | os.PathLike, step: int) -> pathlib.Path:
-    """The file of the outputs of a step."""
+    """Returns the path of the file with the outputs of a step."""
     return pathlib.Path(run, FOLDER, f"{step}.jsonl")
 
 
@@ -97,10 +97,10 @@ def write(run: str | os.PathLike, step: int, rows: Sequence[Mapping[str, Any]]) 
 def competitor(
     path: str | os.PathLike, prompts: Sequence[Sequence[int]], texts: Texts
 ) -> list[Completion]:
-    """The competitor's output for each prompt, the first where a file has several.
+    """Returns the competitor's output for each prompt: the first one if the file has several.
 
     Raises:
-      CompetitorError: the file is not there, a row cannot be read, or a prompt has none.
+      CompetitorError: the file does not exist, a row cannot be read, or a prompt has no output.
     """
     if not os.path.exists(path):
         raise CompetitorError(

@@ -1,7 +1,7 @@
-"""Losses in which each completion should gain or lose by itself, not only relative to the other. Shape: P pairs.
+"""Losses with a term for each completion by itself, not only for the difference of two. Shape: P pairs.
 
-c, r, beta, form and errors are as in trainers/preference/losses/direct.py: float32 [P], unweighted, TRL's names and
-formulas. There is no `divergence`: its unknown term of the prompt does not cancel here.
+c, r, beta and errors are as in trainers/preference/losses/direct.py. Losses are float32 [P], unweighted, with TRL's
+names and formulas. There is no `divergence`: its unknown term of the prompt does not cancel here.
 """
 
 import jax
@@ -25,20 +25,20 @@ def bco_pair(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
 
 
 def sppo_hard(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
-    """(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2: SPPO (arXiv 2405.00675, eq. 4.7), the chosen one winning surely."""
+    """(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2: SPPO (arXiv 2405.00675, eq. 4.7) with win probability 1 of the chosen completion."""
     check_positive(beta=beta)
     half = 0.5 / beta
     return jnp.square(pairs.chosen_log_ratio - half) + jnp.square(pairs.rejected_log_ratio + half)
 
 
 def apo_zero(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
-    """1 - sigma(beta c) + sigma(beta r): APO (arXiv 2408.06266, eq. 7) where chosen ones are better than the policy's."""
+    """1 - sigma(beta c) + sigma(beta r): APO (arXiv 2408.06266, eq. 7) for chosen completions better than the policy's."""
     chosen, rejected = _rewards(pairs, beta)
     return sigmoid(-chosen) + sigmoid(rejected)
 
 
 def apo_down(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
-    """sigma(beta c) + 1 - sigma(beta (c - r)): APO (eq. 8) where both completions are worse than the policy's."""
+    """sigma(beta c) + 1 - sigma(beta (c - r)): APO (eq. 8) for pairs that are both worse than the policy's completions."""
     chosen, rejected = _rewards(pairs, beta)
     return sigmoid(chosen) + sigmoid(rejected - chosen)
 

@@ -1,12 +1,12 @@
 """Direct alignment: losses of the difference of two log-ratios to a reference. Shape: P pairs.
 
-c = log pi_theta(y_w) / pi_ref(y_w) and r, the same of y_l, are sums over a completion's tokens, n_w and n_l their
-numbers, Delta = c - r, z = beta Delta and sigma the logistic function. Losses are float32 [P], one value per pair,
-not weighted. They have TRL's names and, unless noted otherwise, its formulas (DPOTrainer, 1.16); `dpo` is its
-`sigmoid`. Settings that make no sense raise ValueError, pairs without a reference MissingReferenceError.
+c = log pi_theta(y_w) / pi_ref(y_w) and r = log pi_theta(y_l) / pi_ref(y_l) are sums over a completion's tokens. n_w and
+n_l are the numbers of these tokens. Delta = c - r, z = beta Delta, and sigma is the logistic function. Losses are
+float32 [P], one unweighted value per pair. They have TRL's names and, unless noted otherwise, its formulas (DPOTrainer,
+1.16); `dpo` is its `sigmoid`. Invalid settings raise ValueError, pairs without a reference MissingReferenceError.
 
-Where `divergence` is a setting, its scores (trainers/preference/losses/divergence.py) stand for c and r. Losses that read c and r
-otherwise than by their difference are in absolute.py and transport.py.
+Losses with a setting `divergence` replace c and r by its scores (trainers/preference/losses/divergence.py). Losses that
+use c and r other than by their difference are in absolute.py and transport.py.
 """
 
 import math
@@ -36,9 +36,9 @@ def dpo(
 
     Args:
       pairs: log-probabilities by policy and reference.
-      beta: how strongly the policy is held near the reference.
-      label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5).
-      divergence: what holds it there (arXiv 2309.16240).
+      beta: strength of the penalty on the divergence from the reference.
+      label_smoothing: assumed share of pairs with swapped labels, in [0, 0.5).
+      divergence: the divergence that is penalised (arXiv 2309.16240).
     """
     check_positive(beta=beta)
     return logistic(beta * _margin(pairs, divergence), label_smoothing)
@@ -53,8 +53,8 @@ def robust(
 ) -> jax.Array:
     """[-(1 - eps) log sigma(z) + eps log sigma(-z)] / (1 - 2 eps): robust DPO (arXiv 2403.00409).
 
-    Its mean over labels swapped with probability eps is DPO's loss of the true ones. It has no lower bound: it falls
-    for ever as z grows. TRL's default is eps = 0, which is DPO.
+    If labels are swapped with probability eps, its expectation is DPO's loss with the true labels. It has no lower
+    bound as z grows. TRL's default is eps = 0, which is DPO.
     """
     check_positive(beta=beta)
     check_smoothing(label_smoothing)
@@ -71,15 +71,15 @@ def ipo(
     scale: Scale = "paper",
     divergence: Divergence = reverse_kl,
 ) -> jax.Array:
-    """(tau Delta - 1/2)^2: IPO (arXiv 2310.12036, eq. 17; this form arXiv 2410.11677), least at Delta = 1 / (2 tau).
+    """(tau Delta - 1/2)^2: IPO (arXiv 2310.12036, eq. 17; this form arXiv 2410.11677), with its minimum at Delta = 1 / (2 tau).
 
     Args:
       pairs: log-probabilities by policy and reference.
-      tau: how strongly the policy is held near the reference; TRL's beta.
-      reduction: 'sum' as the papers write it; with 'mean', c and r are divided by n_w and n_l, as TRL does on the
-        word of IPO's authors. The same tau then holds about n times as strongly.
-      scale: 'trl' is (Delta - 1 / (2 tau))^2, which is the paper's over tau^2. TRL's loss is 'mean' and 'trl'.
-      divergence: what holds it there.
+      tau: strength of the penalty on the divergence from the reference; TRL's beta.
+      reduction: 'sum' as in the papers; with 'mean', c and r are divided by n_w and n_l, as TRL does on the advice of
+        IPO's authors. The same tau then penalises about n times as strongly.
+      scale: 'trl' is (Delta - 1 / (2 tau))^2, the paper's loss divided by tau^2. TRL's loss is 'mean' and 'trl'.
+      divergence: the divergence that is penalised.
     """
     check_positive(tau=tau)
     check_choice("reduction", reduction, get_args(Reduction))
@@ -95,7 +95,7 @@ def hinge(
 ) -> jax.Array:
     """max(0, 1 - z): RSO's hinge (arXiv 2309.06657).
 
-    It is of sums over tokens and a reference: another loss than SLiC's, which is `reference_free.slic_hinge`.
+    It uses sums over tokens and a reference, unlike the hinge of SLiC, `reference_free.slic_hinge`.
     """
     check_positive(beta=beta)
     return relu(1 - beta * _margin(pairs, divergence))
@@ -110,7 +110,7 @@ def exo_pair(
 ) -> jax.Array:
     """KL of (sigma(z), sigma(-z)) from (1 - eps, eps): EXO (arXiv 2402.00856, eq. 16).
 
-    `label_smoothing`, eps, must be positive: with 0 the divergence is infinite. 1e-3 is the paper's.
+    eps is `label_smoothing`. It must be positive: with 0 the divergence is infinite. The paper uses 1e-3.
     """
     check_positive(beta=beta)
     check_smoothing(label_smoothing, may_be_zero=False)
@@ -129,7 +129,7 @@ def discopop(
     """(1 - g) (-log sigma(z)) + g exp(-z) with g = sigma(z / tau): DiscoPOP (arXiv 2406.08414, eq. 5)."""
     check_positive(beta=beta, tau=tau)
     logits = beta * _margin(pairs, divergence)
-    # As one exponential: where z is very negative, g is 0 and exp(-z) infinite.
+    # g exp(-z) as one exponential: for very negative z, g is 0 and exp(-z) infinite.
     exponential = jnp.exp(log_sigmoid(logits / tau) - logits)
     return exponential - sigmoid(-logits / tau) * log_sigmoid(logits)
 
@@ -145,8 +145,8 @@ def sigmoid_norm(
 def dpop(pairs: PairLogProbs, *, beta: float = 0.1, penalty: float = 50.0) -> jax.Array:
     """-log sigma(z - beta lambda max(0, -c)): DPO-Positive (arXiv 2402.13228); not in TRL.
 
-    `penalty`, lambda, is what a chosen completion pays for falling below the reference. That is the original's: the
-    formula in arXiv 2410.11677 has the rejected completion in the ratio.
+    lambda is `penalty`, the weight of a chosen completion's log-ratio below 0. This is the original formula; the one in
+    arXiv 2410.11677 has the rejected completion in the ratio.
     """
     check_positive(beta=beta, penalty=penalty)
     fallen = relu(-pairs.chosen_log_ratio)

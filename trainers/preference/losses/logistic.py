@@ -11,7 +11,7 @@ def logistic(logits: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
 
     Args:
       logits: z, the log-odds that the chosen completion is preferred.
-      label_smoothing: eps, the share of labels that are taken to be swapped, in [0, 0.5); cDPO's where z is DPO's
+      label_smoothing: eps, the assumed share of swapped labels, in [0, 0.5). With DPO's z this is cDPO
         (https://ericmitchell.ai/cdpo.pdf).
     """
     check_smoothing(label_smoothing)

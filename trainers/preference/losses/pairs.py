@@ -8,29 +8,29 @@ import jax
 
 
 class MissingReferenceError(ValueError):
-    """A loss compares with a reference, and there are no log-probabilities of one."""
+    """A loss needs log-probabilities by a reference, and there are none."""
 
 
 class MissingLabelsError(ValueError):
-    """A loss of single completions, and there are no labels of them."""
+    """A loss of single completions needs labels, and there are none."""
 
 
 @flax.struct.dataclass
 class PairLogProbs:
-    """Natural logarithms of probabilities, summed over a completion's tokens (EOS too); float32 [P].
+    """Natural log-probabilities, summed over a completion's tokens (including EOS); float32 [P].
 
-    A slot that holds no pair has weight 0, lengths 1 and log-probabilities -1, so that every loss is finite there.
+    A slot without a pair has weight 0, lengths 1 and log-probabilities -1, so that every loss is finite there.
 
     Attributes:
-      chosen, rejected: of the completions, by the policy.
+      chosen, rejected: log-probabilities of the completions by the policy.
       chosen_length, rejected_length: tokens of the completions, at least 1.
-      weights: 1 for a pair, 0 for a slot without one.
-      mean_chosen_length: scalar, tokens of the chosen completions per pair of the whole batch, of which the P pairs may
-        be a part; divides a sum over tokens into a mean that does not depend on microbatches.
-      ref_chosen, ref_rejected: by the reference; None where there is none.
-      labels: of unpaired examples (KTO): 1 for a desirable completion, 0 for an undesirable one. `chosen` is then
-        the completion, and `rejected` that of another example after the same prompt, for the estimate of the
-        divergence. None for pairs.
+      weights: 1 for a pair, 0 for a slot without a pair.
+      mean_chosen_length: scalar, mean tokens of a chosen completion over the whole batch, not only over the P pairs of
+        this microbatch. Dividing a sum over tokens by it gives a mean that does not depend on microbatches.
+      ref_chosen, ref_rejected: log-probabilities by the reference; None without a reference.
+      labels: labels of unpaired examples (KTO): 1 for a desirable completion, 0 for an undesirable one. `chosen` is
+        then the completion, and `rejected` the completion of another example after the same prompt, for the estimate
+        of the divergence. None for pairs.
     """
 
     chosen: jax.Array
@@ -55,7 +55,7 @@ class PairLogProbs:
 
     @property
     def margin(self) -> jax.Array:
-        """Delta, by how much the log-ratio of the chosen completion is larger."""
+        """Delta, the log-ratio of the chosen completion minus that of the rejected one."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
@@ -66,12 +66,12 @@ class PairLogProbs:
 
     @property
     def chosen_mean(self) -> jax.Array:
-        """Of the chosen completion, per token."""
+        """Log-probability of the chosen completion per token."""
         return self.chosen / self.chosen_length
 
     @property
     def rejected_mean(self) -> jax.Array:
-        """Of the rejected completion, per token."""
+        """Log-probability of the rejected completion per token."""
         return self.rejected / self.rejected_length
 
     def _reference(self) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
-"""Losses that compare two completions with no reference. Shape: P pairs.
+"""Losses that compare two completions without a reference. Shape: P pairs.
 
-s_w and s_l are summed log-probabilities, n_w and n_l lengths, a = s / n, and sigma is the logistic function. The form
-is that of trainers/preference/losses/direct.py: float32 [P], unweighted. cpo, simpo and alpha_po have TRL's formulas (CPOTrainer,
-1.16), orpo its ORPOTrainer's. The likelihood that CPO and ORPO add is a loss of its own, `terms.nll`.
+s_w and s_l are summed log-probabilities, n_w and n_l lengths, a = s / n, and sigma is the logistic function. Losses are
+float32 [P], unweighted, as in trainers/preference/losses/direct.py. cpo, simpo and alpha_po have the formulas of TRL's
+CPOTrainer (1.16), orpo those of its ORPOTrainer. The likelihood term of CPO and ORPO is a separate loss, `terms.nll`.
 """
 
 import jax
@@ -19,7 +19,7 @@ _LEAST_SURPRISE = float(jnp.finfo(jnp.float32).eps)
 
 
 def slic_hinge(pairs: PairLogProbs, *, gamma: float = 1.0) -> jax.Array:
-    """max(0, gamma - (a_w - a_l)): SLiC-HF (arXiv 2305.10425) in the form of arXiv 2410.11677, of means.
+    """max(0, gamma - (a_w - a_l)): SLiC-HF (arXiv 2305.10425) in the form of arXiv 2410.11677, with means per token.
 
     Its regulariser is `terms.slic_regulariser`.
     """
@@ -35,7 +35,7 @@ def simpo(
     Args:
       pairs: log-probabilities by the policy.
       beta: scale of the rewards; means per token need a larger one than sums.
-      gamma: the margin required, in units of the logit; half of beta is a usual value. TRL's is 0.5.
+      gamma: required margin, in units of the logit; half of beta is a usual value. TRL's default is 0.5.
       label_smoothing: see `direct.dpo`.
     """
     check_positive(beta=beta)
@@ -55,7 +55,7 @@ def alpha_po(
     Args:
       pairs: log-probabilities by the policy.
       beta, gamma, label_smoothing: see `simpo`.
-      alpha: the reward's shape. Positive ones punish improbable completions beyond their logarithm, which 0 is.
+      alpha: shape of the reward; 0 gives log p, and positive values penalise improbable completions more than log p.
     """
     check_positive(beta=beta)
     chosen, rejected = box_cox(pairs.chosen_mean, -alpha), box_cox(pairs.rejected_mean, -alpha)
@@ -71,7 +71,7 @@ def cpo(pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0)
 def orpo(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
     """-beta log sigma(log of the odds ratio): the preference term of ORPO (arXiv 2403.07691, eq. 7).
 
-    Odds are p / (1 - p) with p = e^a. TRL's other term is the likelihood of prompts too; `terms.nll` is of completions.
+    Odds are p / (1 - p) with p = e^a. The likelihood term of TRL includes prompts; `terms.nll` has only completions.
     """
     check_positive(beta=beta)
     return -beta * log_sigmoid(_log_odds(pairs.chosen_mean) - _log_odds(pairs.rejected_mean))

@@ -1,11 +1,11 @@
-"""Checks of losses' settings when a step is traced: a wrong one ends a run before its first update."""
+"""Checks of the losses' settings. They run when a step is traced, so before a run's first update."""
 
 import math
 from collections.abc import Sequence
 
 
 def check_positive(**settings: float) -> None:
-    """ValueError for a setting that is not a positive, finite number; beta = 0 would train nothing."""
+    """Raises ValueError for a setting that is not a positive, finite number; beta = 0 would train nothing."""
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise ValueError(
@@ -14,7 +14,7 @@ def check_positive(**settings: float) -> None:
 
 
 def check_not_negative(**settings: float) -> None:
-    """ValueError for a setting that is neither 0 nor a positive, finite number."""
+    """Raises ValueError for a setting that is neither 0 nor a positive, finite number."""
     for name, value in settings.items():
         if not 0 <= value < math.inf:
             raise ValueError(
@@ -23,7 +23,7 @@ def check_not_negative(**settings: float) -> None:
 
 
 def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None:
-    """ValueError for a share of wrong labels from which no preference can be learnt."""
+    """Raises ValueError for a share of wrong labels with which no preference can be learned."""
     enough = label_smoothing >= 0 if may_be_zero else label_smoothing > 0
     if not (enough and label_smoothing < 0.5):
         interval = "[0, 0.5)" if may_be_zero else "(0, 0.5)"
@@ -34,6 +34,6 @@ def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError for a name that is not one of `choices`."""
+    """Raises ValueError for a name that is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} = {value!r} is not known: bind one of {', '.join(choices)}.")

@@ -1,4 +1,4 @@
-"""Terms added to a preference loss so that chosen completions stay likely. Shape: P pairs; float32 [P], unweighted."""
+"""Terms added to a preference loss that keep chosen completions likely. Shape: P pairs; float32 [P], unweighted."""
 
 from typing import Literal, get_args
 
@@ -16,8 +16,8 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
 
     Args:
       pairs: log-probabilities by the policy.
-      reduction: 'mean' over the tokens of each completion, every pair counting alike; 'sum' over them; 'tokens', such
-        that the mean over all pairs is the mean over all their tokens (TRL's `sft`).
+      reduction: 'mean' is the mean over each completion's tokens, so that all pairs have equal weight; 'sum' is the sum
+        over its tokens; with 'tokens', the mean over all pairs is the mean over all their tokens (TRL's `sft`).
     """
     check_choice("reduction", reduction, get_args(NllReduction))
     if reduction == "mean":
@@ -26,6 +26,8 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
 
 
 def slic_regulariser(pairs: PairLogProbs) -> jax.Array:
-    """softplus(1 - c), c the log-ratio of the chosen completion: beside SLiC's hinge in arXiv
-    2410.11677, which leaves open whether c is of sums, as here, or of means per token."""
+    """softplus(1 - c), c the log-ratio of the chosen completion: the term added to SLiC's hinge in arXiv 2410.11677.
+
+    The paper does not say whether c is of sums, as here, or of means per token.
+    """
     return softplus(1 - pairs.chosen_log_ratio)

@@ -1,8 +1,8 @@
-"""Alignment by optimal transport (AOT, arXiv 2406.05882): whole distributions in place of pairs. Shape: P pairs.
+"""Alignment by optimal transport (AOT, arXiv 2406.05882): compares distributions instead of pairs. Shape: P pairs.
 
-Both losses compare two sorted samples rank by rank. The value of a pair therefore depends on the others that share its
-microbatch, and the loss of a batch on how it is split: large microbatches compare better. Slots of weight 0 sort behind
-all others, where they meet only each other. Form, names and errors are as in direct.py.
+Both losses compare two sorted samples rank by rank. The loss of a pair therefore depends on the other pairs of its
+microbatch, and the loss of a batch depends on its split into microbatches; large microbatches compare better. Slots of
+weight 0 are sorted last, so that they are compared only with each other. Shapes, names and errors are as in direct.py.
 """
 
 import jax
@@ -14,7 +14,7 @@ from trainers.preference.losses.settings import check_positive
 
 
 def aot(pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> jax.Array:
-    """The logistic loss of beta d, d the policy's s_w - s_l less the reference's of the same rank."""
+    """Logistic loss of beta d: d is the policy's s_w - s_l minus the reference's s_w - s_l of the same rank."""
     check_positive(beta=beta)
     policy = pairs.chosen - pairs.rejected
     return logistic(beta * _above_peer(policy, pairs.ref_margin, pairs.weights), label_smoothing)
@@ -23,18 +23,18 @@ def aot(pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0)
 def aot_unpaired(
     pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """The logistic loss of beta d, d a chosen log-ratio less the rejected one of the same rank."""
+    """Logistic loss of beta d: d is a chosen log-ratio minus the rejected log-ratio of the same rank."""
     check_positive(beta=beta)
     chosen, rejected = pairs.chosen_log_ratio, pairs.rejected_log_ratio
     return logistic(beta * _above_peer(chosen, rejected, pairs.weights), label_smoothing)
 
 
 def _above_peer(sample: jax.Array, other: jax.Array, weights: jax.Array) -> jax.Array:
-    """[P] each value of `sample` less that of `other` which has its rank."""
+    """Returns each value of `sample` minus the value of `other` with the same rank, [P]."""
     rank = jnp.argsort(_order(sample, weights))
     return sample - other[_order(other, weights)[rank]]
 
 
 def _order(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """[P] slots in the order of their values, those without a pair last."""
+    """Returns the slots sorted by their values, [P], slots without a pair last."""
     return jnp.lexsort((values, weights == 0))

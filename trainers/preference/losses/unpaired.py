@@ -1,7 +1,7 @@
-"""Losses of single completions that are desirable or not. Shape: P examples; float32 [P], unweighted.
+"""Losses of single completions labelled desirable or undesirable. Shape: P examples; float32 [P], unweighted.
 
-`PairLogProbs.labels` has the labels, and `chosen` the completion whatever its label. c is its log-ratio, beta and sigma
-are as in trainers/preference/losses/direct.py; formulas are TRL's (KTOTrainer, 1.16).
+`PairLogProbs.labels` has the labels; `chosen` is the completion of either label, and c its log-ratio. beta and sigma are
+as in trainers/preference/losses/direct.py. Formulas are TRL's (KTOTrainer, 1.16).
 """
 
 import jax
@@ -21,15 +21,15 @@ def kto(
 ) -> jax.Array:
     """w_D (1 - sigma(beta (c - z_0))) or w_U (1 - sigma(beta (z_0 - c))): KTO (arXiv 2402.01306, eq. 7).
 
-    z_0 estimates how far the policy is from its reference: the mean log-ratio of completions of other prompts, which are
-    in `pairs.rejected`, over the examples of a microbatch, at least 0 and without gradient. Microbatches of few
-    examples estimate it badly.
+    The first formula is for desirable completions, the second for undesirable ones. z_0 estimates the divergence of the
+    policy from its reference. It is the mean log-ratio of completions of other prompts (`pairs.rejected`) over the
+    examples of a microbatch, at least 0 and without gradient. Small microbatches give a poor estimate.
 
     Args:
       pairs: log-probabilities by policy and reference, with labels.
-      beta: how strongly the policy is held near the reference.
-      desirable_weight: w_D; TRL advises w_D times their number over w_U times the others' between 1 and 4/3.
-      undesirable_weight: w_U; one of the two may be 0, which leaves its examples out of all but z_0.
+      beta: strength of the penalty on the divergence from the reference.
+      desirable_weight: w_D; TRL advises 1 <= w_D n_D / (w_U n_U) <= 4/3, with n_D desirable and n_U undesirable examples.
+      undesirable_weight: w_U; one of the two weights may be 0, which uses these examples only for z_0.
     """
     check_positive(beta=beta)
     check_not_negative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
@@ -47,7 +47,7 @@ def kto(
 
 
 def apo_zero_unpaired(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
-    """1 - sigma(beta c) or sigma(beta c): `absolute.apo_zero` of single completions, with no estimate to make."""
+    """1 - sigma(beta c) if desirable, else sigma(beta c): `absolute.apo_zero` of single completions, without z_0."""
     check_positive(beta=beta)
     desirable = _desirable(pairs)
     reward = beta * pairs.chosen_log_ratio

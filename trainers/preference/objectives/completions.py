@@ -1,4 +1,4 @@
-"""Log-probabilities of the completions in rows of packed pairs, chosen and rejected in one forward pass.
+"""Log-probabilities of chosen and rejected completions in rows of packed pairs, from one forward pass.
 
 Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B K pairs of a batch.
 """
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from trainers.objectives.base import Batch
 from trainers.preference.losses.pairs import PairLogProbs
 
-_EMPTY = -1.0  # log-probability of a slot without a pair, where losses are finite
+_EMPTY = -1.0  # log-probability of a slot without a pair; losses are finite at this value
 
 
 def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -> PairLogProbs:
-    """The pairs of a batch with their log-probabilities [B, 2K], in the order of its rows."""
+    """Returns the pairs of a batch in the order of its rows, from log-probabilities [B, 2K]."""
     weights_P = batch["pair_weights"].reshape(-1)
     lengths_BS = jax.lax.stop_gradient(by_completion(batch, jnp.ones_like(sums_BS[:, :1])))
 
@@ -42,10 +42,10 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
 
 
 def tails_weighted(batch: Batch, weight: float) -> Batch:
-    """The batch with loss weight `weight` for the tokens of a completion past the length of the pair's shorter one.
+    """Returns the batch with loss weight `weight` for tokens of a completion past the length of the shorter one.
 
-    Its log-probabilities are LD-DPO's (arXiv 2409.06411, with alpha = `weight`): in full for the shared length, in part
-    for the rest.
+    Log-probabilities are then those of LD-DPO (arXiv 2409.06411, with alpha = `weight`): tokens within the length of
+    the pair's shorter completion have weight 1.
     """
     counted_BT = batch["decoder_loss_weights"]
     segments = 2 * batch["pair_weights"].shape[-1]
@@ -58,9 +58,9 @@ def tails_weighted(batch: Batch, weight: float) -> Batch:
 
 
 def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
-    """Sums over the tokens of each completion: [B, 2K]."""
+    """Returns weighted sums over the tokens of each completion, [B, 2K]."""
     segments = 2 * batch["pair_weights"].shape[-1]
-    # Weights are 0 at prompts and padding, and segment 0, which is padding, has no place of its own.
+    # Weights are 0 at prompts and padding; segment 0 (padding) becomes an all-zero one-hot row.
     mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
     counted_BT = values_BT * batch["decoder_loss_weights"].astype(jnp.float32)
     return jnp.einsum("bt,bts->bs", counted_BT, mine_BTS)

@@ -18,7 +18,7 @@ from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
 
-# Log-probabilities of P pairs -> a value for each; trainers/preference/losses/ has them.
+# Log-probabilities of P pairs -> losses [P]; the functions are in trainers/preference/losses/.
 PairLoss = Callable[[PairLogProbs], jax.Array]
 
 
@@ -34,28 +34,32 @@ def preference(
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.
 
-    Batches have the columns of `trainers.inputs.PackedPairs`. The log-probabilities of a reference are a column of the
-    batch ('reference_log_probs', see launch/run/reference.py) or are computed in the step by `reference`; both are equal.
+    Batches have the columns of `trainers.inputs.PackedPairs`. The reference's log-probabilities are a column of the
+    batch ('reference_log_probs', see launch/run/reference.py), or `reference` computes them in the step; both give the
+    same values.
 
-    Metrics, means over pairs: 'loss'; 'logps/chosen' and 'logps/rejected', sums over a completion's tokens;
-    'llh/chosen', 'llh/rejected' and 'llh/gap', the same per token (arXiv 2410.11677, section 3); 'accuracy', the
-    share of pairs whose chosen completion is preferred; with a reference 'log_ratio/chosen', 'log_ratio/rejected' and 'log_ratio/margin',
-    which times beta are the implicit rewards of DPO. With several losses 'loss/<name>' of each, before its weight. Of
-    sampled pairs (online DPO) also 'reward', the mean over both samples, 'reward/margin' between them, and
-    'reward/ended', the share of samples that ended by themselves.
+    Metrics, means over pairs:
+      'loss', and with several losses 'loss/<name>' of each, before its weight;
+      'logps/chosen', 'logps/rejected': log-probabilities, summed over a completion's tokens;
+      'llh/chosen', 'llh/rejected', 'llh/gap': the same per token (arXiv 2410.11677, section 3);
+      'accuracy': share of pairs whose chosen completion is preferred;
+      'log_ratio/chosen', 'log_ratio/rejected', 'log_ratio/margin', with a reference: the implicit rewards of DPO,
+        divided by beta;
+      'reward' (mean over both samples), 'reward/margin' (between them) and 'reward/ended' (share of samples that ended
+        with an end token), for pairs that the policy sampled (online DPO).
 
     Args:
       model: a decoder-only module, as for `lm.language_modelling`.
-      losses: functions of trainers/preference/losses/.
-      weights: of the losses, positive; None for 1 each.
+      losses: functions from trainers/preference/losses/.
+      weights: weights of the losses, at least 0; None for 1 each.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
-      reference: computes the reference's log-probabilities in each step; None where they come with the batch.
-      ld_alpha: weight of the log-probabilities of tokens past the length of the shorter completion of a pair, policy's
-        and reference's: LD-DPO (arXiv 2409.06411), 1 being DPO. Metrics use the same weights.
+      reference: computes the reference's log-probabilities in each step; None if they are in the batch.
+      ld_alpha: weight of the log-probabilities of tokens past the length of the pair's shorter completion, for policy
+        and reference: LD-DPO (arXiv 2409.06411); 1 is DPO. Metrics use the same weights.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
 
     Raises:
-      ValueError: no losses, another number of weights, a negative weight, or an invalid setting.
+      ValueError: no losses, not one weight per loss, a negative weight, or an invalid setting.
     """
     names, of_single = _checked(losses, weights)
     if ld_alpha != 1:
@@ -79,7 +83,7 @@ def preference(
         out = forward(model, params, scored, rng, variables)
         log_probs_BT = out.log_probs_BT(implementation=implementation)
         sums_BS = completions.by_completion(scored, log_probs_BT)
-        if reference is None:  # stored ones are of whole completions
+        if reference is None:  # stored log-probabilities are of whole completions, without ld_alpha
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
             frozen = reference.forward(extras, scored)
@@ -128,7 +132,7 @@ def _metrics(pairs: PairLogProbs) -> Metrics:
 
 
 def _sample_metrics(batch: Batch, weight: jax.Array) -> Metrics:
-    """Metrics of pairs that the policy has sampled (`trainers.online.pairs.BestOfTwo`)."""
+    """Returns the metrics of pairs that the policy sampled (`trainers.online.pairs.BestOfTwo`)."""
     rewards_B2, ended_B2 = batch["rewards"], batch["ended"]
     return {
         "reward": (rewards_B2.sum() / 2, weight),
@@ -150,7 +154,7 @@ def _unpaired_metrics(pairs: PairLogProbs, labels: jax.Array) -> Metrics:
 
 
 def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tuple[list[str], bool]:
-    """Names of the losses, and whether all are of single completions with labels.
+    """Returns the names of the losses, and whether they are losses of single labelled completions.
 
     Each loss is traced on one pair, so a wrong setting raises at once.
     """
@@ -195,13 +199,13 @@ def _check_tails(
 
 
 def _pair() -> PairLogProbs:
-    """One pair to trace a loss on."""
-    one = jnp.ones(1)
-    return PairLogProbs(-one, -one, one, one, one, jnp.ones(()), -one, -one, one)
+    """Returns one pair for tracing a loss."""
+    ones = jnp.ones(1)
+    return PairLogProbs(-ones, -ones, ones, ones, ones, jnp.ones(()), -ones, -ones, ones)
 
 
 def _fails(loss: PairLoss, pair: PairLogProbs, error: type[ValueError]) -> bool:
-    """Whether a loss raises `error` for a pair that lacks something."""
+    """Returns whether a loss raises `error` for a pair without reference or labels."""
     try:
         jax.eval_shape(loss, pair)
     except error:

@@ -1,4 +1,4 @@
-"""Reward modelling: rewards of whole texts, learned from which of two is preferred.
+"""Reward modelling: learns rewards of whole texts from pairs with a preferred text.
 
 Shapes: B rows, T length, K pairs of a row, S = 2 K texts of a row, P = B K pairs of a batch.
 """
@@ -23,17 +23,17 @@ ENDS = "decoder_ends"
 def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> Objective:
     """-log sigma(r_w - r_l - margin) + center (r_w + r_l)^2, averaged over pairs.
 
-    r is the reward of prompt and completion, read at its last token (EOS). The first term is that of Bradley and
-    Terry, with the margin of Llama 2 (arXiv 2307.09288, eq. 2) where data have one; the second (arXiv 2312.09244)
-    puts rewards around 0, where the first knows only differences. Both are TRL's (RewardTrainer, 1.16).
+    r is the reward of prompt and completion, the model's output at the last token (EOS). The first term is the
+    Bradley-Terry loss, with the margin of Llama 2 (arXiv 2307.09288, eq. 2) if the data have one. The second term (arXiv
+    2312.09244) centres rewards around 0; the first depends only on differences. Both are as in TRL (RewardTrainer, 1.16).
 
     Metrics, means over pairs: 'loss' with both terms, 'accuracy', 'margin' (r_w - r_l), 'reward/chosen' and
     'reward/rejected'.
 
     Args:
       model: a `model.heads.reward_model.RewardModel`.
-      num_sources: with some, metric 'source_loss' is a vector over batch["source_ids"].
-      center: weight of the second term; 0.01 is usual, 0 leaves it out.
+      num_sources: if > 0, metric 'source_loss' is a vector over batch["source_ids"].
+      center: weight of the second term; 0.01 is usual, 0 turns it off.
 
     Raises:
       ValueError: a negative weight, or batches without the ends of texts.
@@ -65,7 +65,7 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
 
 
 def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
+    """Returns rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
 
     Raises:
       ValueError: the batch has no ends of texts.
