@@ -330,7 +330,7 @@ def gradients(recipe, objective, batch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reads_its_data_and_gives_gradients(batch_of, method):
-    recipe, objective, batch = batch_of(method)
+    recipe, objective, batch = batch_of(f"preference/{method}")
     said = recipe.inputs.arrays(8)
     assert {name: array.shape for name, array in batch.items() if name in said} == {
         name: array.shape for name, array in said.items()
@@ -348,7 +348,7 @@ def test_every_method_reads_its_data_and_gives_gradients(batch_of, method):
 )
 def test_factors_and_experts_are_trained_by_preferences(batch_of, method, trained):
     bindings = {"low_rank/low_rank": ["RANK=0.5"], "bam/btx": ["EXPERTS=2", "TOP_K=2"]}[method]
-    recipe, objective, batch = batch_of(method, bindings=bindings)
+    recipe, objective, batch = batch_of(method, "preference/reference_run", bindings=bindings)
     value, grads, metrics = gradients(recipe, objective, batch)
     assert np.isfinite(value) and ("auxiliary_loss" in metrics) == (method == "bam/btx")
     found = {
