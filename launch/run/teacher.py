@@ -80,7 +80,7 @@ class StoredTeacher:
         """
         if not 1 <= self.top_k <= self._shared:
             raise ValueError(
-                f"TOP_K = {self.top_k} must lie in [1, {self._shared}], the vocabulary."
+                f"TEACHER_TOP_K = {self.top_k} must lie in [1, {self._shared}], the vocabulary."
             )
         summary = stream.summary()
         meta = {

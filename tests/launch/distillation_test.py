@@ -176,7 +176,7 @@ def test_stored_predictions_train_as_the_live_teacher_and_are_computed_once(
             *SMALL,
             f"TEACHER={str(gpt2)!r}",
             f"TEACHER_STORE={str(tmp_path / 'store')!r}",
-            "TOP_K=384",
+            "TEACHER_TOP_K=384",
             "TEMPERATURE=2.0",
             "TASK_FEATURE_LENGTHS={'targets': 64}",
             "MESH=None",
