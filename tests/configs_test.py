@@ -447,7 +447,7 @@ def test_distillation_needs_a_teacher_alone(name):
         [f"t5x_configs/{file}.gin" for file in files], given, entry="launch.train:train"
     )
     assert [str(warning) for warning in config.warnings] == []
-    batch = config.arguments()["recipe"].reads.arrays(8)
+    batch = config.arguments()["recipe"].inputs_spec.arrays(8)
     stored = name == "distillation_stored"
     assert ("teacher_ids" in batch) == ("teacher_log_probs" in batch) == stored
 

@@ -38,6 +38,22 @@ def programs_of_one_module_in_memory():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def programs_of_absent_chips_are_not_stored(request):
+    """A program for hundreds of chips takes long to write, and no other test would read it."""
+    if request.node.get_closest_marker("tpu") is None:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def seqio_registries_as_found():
     """SeqIO's registries are global: what a module's tests register ends with the module."""
