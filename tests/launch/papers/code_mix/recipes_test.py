@@ -260,6 +260,7 @@ def test_sources_are_read_as_they_are_published(tmp_path):
 
 @pytest.mark.tpu
 @pytest.mark.skipif(bool(tpu_topology.missing()), reason=tpu_topology.missing() or "libtpu is here")
+@pytest.mark.timeout(1200)  # a compilation for 256 chips takes minutes of one core
 @pytest.mark.parametrize(("size", "peak"), [("470m", 2.9e9), ("2p8b", 5.4e9)])
 def test_both_sizes_fit_the_papers_chips(size, peak, monkeypatch):
     for name in list(os.environ):
