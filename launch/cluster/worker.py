@@ -82,7 +82,7 @@ def _watched(jobs: Iterable[str]) -> Iterator[str]:
 def run(command: Sequence[str]) -> int:
     """Runs a command and returns its exit status; prints its exceptions as Python does."""
     if list(command[:2]) != [sys.executable, "-m"] or not command[2].startswith(OWN):
-        return subprocess.run(command, check=False).returncode
+        return _run_child(command)
     sys.argv[:] = command[2:]
     sys.orig_argv[:] = command  # which a run records
     try:
@@ -102,6 +102,19 @@ def run(command: Sequence[str]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def _run_child(command: Sequence[str]) -> int:
+    """Runs a child process and returns its exit status, also when the job is cancelled.
+
+    SIGTERM reaches every process of the group. The child decides what to do with it; this process only waits,
+    because the group is killed when it ends. A handler is reset in the child, where SIG_IGN would be inherited.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
