@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def begun(train, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    xla_flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     with contextlib.ExitStack() as stack:
         processes = [
             subprocess.Popen(

@@ -64,8 +64,9 @@ def whole(train, tmp_path_factory):
 def start(train, path, *arguments, devices=8):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": re.sub(
+            r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]
+        ),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "launch.train", *flags(train, path), *arguments],
