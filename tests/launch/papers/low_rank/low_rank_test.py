@@ -106,32 +106,28 @@ def test_moments_are_of_the_factors_alone(rank):
 
 @pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp"])
 def test_on_a_mesh_every_factor_is_split_and_a_step_is_that_of_one_device(rules):
-    def made(mesh, *bindings):
-        given = ("RANK=0.25", "BATCH_SIZE=8", "TASK_FEATURE_LENGTHS={'targets': 32}")
-        given += (f"MESH={mesh}", f"recipe.Recipe.rules={rules!r}", "WARMUP_STEPS=0", *bindings)
-        found = recipe("models/tiny", "runs/pretrain", bindings=given)
-        return found, found.program()
-
     mesh = "{'fsdp': 4, 'tensor': 2}" if rules == "fsdp_tp" else "{'fsdp': 8}"
+    bindings = ("RANK=0.25", "BATCH_SIZE=8", "TASK_FEATURE_LENGTHS={'targets': 32}")
+    bindings += (f"MESH={mesh}", f"recipe.Recipe.rules={rules!r}", "WARMUP_STEPS=0")
+    sharded = recipe("models/tiny", "runs/pretrain", bindings=bindings)
+    alone = dataclasses.replace(sharded, mesh={"data": 1}, rules="dp")
+    programs = sharded.program(), alone.program(devices=jax.devices()[:1])
+    params = programs[0].abstract_state.params
+    leaves = state_tree.flatten(params)
+    for path in (factor.path for factor in factors.find_factors(params)):
+        for leaf in (leaves[f"{path}/u"], leaves[f"{path}/v"]):
+            part = np.prod(leaf.sharding.shard_shape(leaf.shape))
+            assert leaf.size / part >= 4, (path, leaf.sharding.spec)
+    rows = RandomRows(8, 32, 256)
     losses = []
-    for shape in (mesh, "{'data': 1}"):
-        run, program = made(shape) if shape == mesh else (run, dataclasses.replace(  # noqa: F821
-            run, mesh={"data": 1}, rules="dp").program(devices=jax.devices()[:1]))  # fmt: skip
-        if shape == mesh:
-            for one in factors.find_factors(program.abstract_state.params):
-                for name in "uv":
-                    leaf = state_tree.flatten(program.abstract_state.params)[f"{one.path}/{name}"]
-                    part = np.prod(leaf.sharding.shard_shape(leaf.shape))
-                    assert leaf.size / part >= 4, (one.path, name, leaf.sharding.spec)
-        rows = RandomRows(8, 32, 256)
+    for program in programs:
         with partitioning.use_mesh(program.mesh, program.rules):
             state, step = program.init(), program.steps(1).train
-            found = []
+            losses.append([])
             for index in range(3):
                 batch = global_batch(rows, index, program.batch_sharding)
                 state, metrics = step(state, batch)
-                found.append(float(metrics["loss"][0] / metrics["loss"][1]))
-        losses.append(found)
+                losses[-1].append(float(metrics["loss"][0] / metrics["loss"][1]))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert losses[0][2] != losses[0][0]
 
