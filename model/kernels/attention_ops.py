@@ -81,10 +81,10 @@ def dot_product_attention(
         implementation = "reference"
     by_position = q_positions_BT is not None
     library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
+    own = _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
     problem = {
-        "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
-        "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
-        or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
+        "blocked": own,
+        "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
         "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
@@ -96,17 +96,10 @@ def dot_product_attention(
         )
 
     if implementation in ("blocked", "splash"):
-        kernel = {
-            "blocked": attention_blocked.blocked_attention,
-            "splash": attention_splash.splash_attention,
-        }[implementation]
+        blocked = implementation == "blocked"
         return per_device(
-            kernel,
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            q_segments_BT,
-            kv_segments_BS,
+            attention_blocked.blocked_attention if blocked else attention_splash.splash_attention,
+            *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS),
             causal=causal,
             window=window,
             scale=scale,
@@ -127,21 +120,15 @@ def dot_product_attention(
         )
 
     mask = _mask(
-        q_BTNH,
-        k_BSKH,
-        q_positions_BT,
-        kv_positions_BS,
-        q_segments_BT,
-        kv_segments_BS,
-        causal,
-        window,
+        *(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS),
+        *(q_segments_BT, kv_segments_BS, causal, window),
     )
     q, k, v = q_BTNH, k_BSKH, v_BSKH
     if implementation == "reference":
         wide = jnp.promote_types(q.dtype, jnp.float32)
         q, k, v = (x.astype(wide) for x in (q, k, v))
-    weights_BKGTS = _weights(q, k, mask, bias, scale, softcap, k_scale_BSK)
-    return _average(weights_BKGTS, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, bias, scale, softcap, k_scale_BSK)
+    return _average(weights_BKGTS / total_BKGT1, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
 
 
 def received_attention(
@@ -200,7 +187,7 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
     if softcap is not None:
         return "a soft cap"
     if q_segments_BT is not kv_segments_BS:
-        return "segments of the keys that are not those of the queries"  # a row may see no key
+        return "segments of the keys that differ from the segments of the queries"  # a row may see no key
     return ""
 
 
@@ -265,18 +252,13 @@ def _mask(
     return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
 
 
-def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
-    """Returns the float32 softmax of the logits; the query-key products are in the queries' dtype."""
-    weights_BKGTS, total_BKGT1 = _unnormalised(
-        q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
-    )
-    return weights_BKGTS / total_BKGT1
-
-
 def _unnormalised(
     q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the softmax's exponentials and their sums over keys; the sum is 1 if no key is visible."""
+    """Returns the softmax's exponentials and their sums over keys, float32; the sum is 1 without a visible key.
+
+    The products of queries and keys are in the queries' dtype.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

@@ -11,10 +11,7 @@ MAX_BLOCK = 512
 
 def block_size(length: int) -> int | None:
     """Returns the largest supported tile size that divides `length`, or None."""
-    for block in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK):
-        if length % block == 0:
-            return block
-    return None
+    return next((b for b in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK) if length % b == 0), None)
 
 
 def problem(length: int, key_length: int, causal: bool) -> str:
@@ -52,18 +49,10 @@ def splash_attention(
     mask: masks.Mask = masks.CausalMask((T, S))
     if window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=0)
+    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in sizes}),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from model import axes, flops
+from model.config import FloatDtypes
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
 from model.vision.convolution import Conv, he_normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(FloatDtypes):
     """Sizes of a residual network.
 
     Attributes:
@@ -32,7 +33,6 @@ class ResNetConfig:
       widths: output channels of the blocks of each stage.
       stem_width: output channels of the first convolution.
       dtype: compute dtype of convolutions and activations; statistics, pooling and loss use float32.
-      param_dtype: dtype in which parameters are stored.
 
     Raises:
       ValueError: invalid sizes; all problems in one message.
@@ -48,22 +48,14 @@ class ResNetConfig:
     def __post_init__(self):
         problems = []
         if not self.stages or len(self.stages) != len(self.widths):
-            problems.append(f"stages = {self.stages} and widths = {self.widths} are not one each")
+            problems.append(
+                f"stages = {self.stages} and widths = {self.widths} must have equal lengths"
+            )
         if min(self.num_classes, self.stem_width, *self.stages, *self.widths) < 1:
-            problems.append("num_classes, stages, widths and stem_width are positive")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
-                problems.append(f"{name} = {getattr(self, name)!r} is not a float dtype")
+            problems.append("num_classes, stages, widths and stem_width must be positive")
+        problems += self.dtype_problems()
         if problems:
             raise ValueError("ResNetConfig: " + "; ".join(problems) + ".")
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
-    @property
-    def storage_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
         """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""
@@ -83,8 +75,7 @@ def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
+        **config.dtypes,
         scale_init=named(nn.initializers.ones),
         bias_init=named(nn.initializers.zeros),
         name=name,
@@ -95,11 +86,9 @@ class Bottleneck(nn.Module):
     """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
 
     Attributes:
-      config: sizes of the network.
       width: number of output channels; the inner convolutions have a quarter of it.
       stride: stride of the 3x3 convolution and of the shortcut.
-      conv: factory of 3x3 convolutions.
-      dense: factory of 1x1 convolutions.
+      conv, dense: factories of 3x3 and of 1x1 convolutions.
     """
 
     config: ResNetConfig
@@ -112,7 +101,7 @@ class Bottleneck(nn.Module):
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm, inner = partial(batch_norm, self.config, train), self.width // 4
         if not inner:
-            raise ValueError(f"Bottleneck: a width of {self.width} leaves no channel inside; 4 do.")
+            raise ValueError(f"Bottleneck.width = {self.width} must be at least 4.")
         y_BHWC = _pointwise(self, inner, "conv_0", x_BHWC)
         y_BHWC = nn.relu(norm("norm_0")(y_BHWC))
         y_BHWC = _conv(self, inner, self.stride, "conv_1")(y_BHWC)
@@ -128,8 +117,6 @@ class WideBlock(nn.Module):
     """x + [3x3 with the stride, 3x3](x), with norm and ReLU before each convolution; wide ResNets.
 
     If the shape changes, the shortcut is a 1x1 convolution of the normalised input.
-
-    Attributes: see `Bottleneck`.
     """
 
     config: ResNetConfig
@@ -176,11 +163,8 @@ class ResNet(nn.Module):
     """Images [B, H, W, C] -> logits [B, N], float32.
 
     Attributes:
-      config: sizes.
       stem: factory of the module that reads the images.
-      block: factory of blocks.
-      conv: factory of the blocks' 3x3 convolutions.
-      dense: factory of the blocks' 1x1 convolutions.
+      conv, dense: factories of the blocks' 3x3 and 1x1 convolutions.
       final_norm: whether to apply norm and ReLU after the last block, for blocks that end without them.
     """
 
@@ -250,8 +234,7 @@ def _conv(block: Bottleneck | WideBlock, features: int, stride: int, name: str) 
         features=features,
         side=3,
         stride=stride,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
+        **config.dtypes,
         name=name,
     )
 
@@ -264,8 +247,7 @@ def _pointwise(
         features=features,
         axes=(axes.CHANNELS_IN, axes.CHANNELS),
         kernel_init=he_normal,
-        dtype=block.config.compute_dtype,
-        param_dtype=block.config.storage_dtype,
+        **block.config.dtypes,
         name=name,
     )
     return dense(x_BHWC)
@@ -281,7 +263,6 @@ def _stem_conv(config: ResNetConfig, side: int, stride: int) -> nn.Module:
         features=config.stem_width,
         side=side,
         stride=stride,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
+        **config.dtypes,
         name="conv",
     )

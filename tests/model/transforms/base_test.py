@@ -44,9 +44,9 @@ class Scaled:
 
 def test_what_is_not_explained_is_named():
     one = Source("runs/a", {"w": (2, 3)})
-    with pytest.raises(TransformError, match=r"nothing explains b \[3\] of the new model"):
+    with pytest.raises(TransformError, match=r"b \[3\] of the new model has no source"):
         base.plan(Scaled(), [one], {"w": (2, 3), "b": (3,)})
-    with pytest.raises(TransformError, match="no place for b of runs/a"):
+    with pytest.raises(TransformError, match="runs/a has b, which the new model lacks"):
         base.plan(Scaled(), [Source("runs/a", {"w": (2, 3), "b": (3,)})], {"w": (2, 3)})
     with pytest.raises(TransformError, match=r"w would be \[2, 3\].*has \[2, 4\]"):
         base.plan(Scaled(), [one], {"w": (2, 4)})
@@ -105,5 +105,5 @@ def test_recomposing_is_the_inverse_of_decomposing_at_full_rank():
     np.testing.assert_allclose(made, kernel, atol=1e-5)
     with pytest.raises(TransformError, match="factorised already"):
         base.plan(Decompose(), [Source("low", low)], low)
-    with pytest.raises(TransformError, match="hold no factors"):
+    with pytest.raises(TransformError, match="has no factors"):
         base.plan(Recompose(), [Source("dense", dense)], dense)
