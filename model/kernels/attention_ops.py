@@ -33,8 +33,6 @@ def dot_product_attention(
     kv_positions_BS: jax.Array | None = None,
     q_segments_BT: jax.Array | None = None,
     kv_segments_BS: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -42,7 +40,7 @@ def dot_product_attention(
     v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
+    """Returns softmax(mask(softcap(scale * q k^T))) v, with grouped heads, a causal mask and a float32 softmax.
 
     Args:
       q_BTNH: queries.
@@ -54,9 +52,7 @@ def dot_product_attention(
         where heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; None for the queries' segments.
-      bias: added to the logits, broadcastable to [B, N, T, S].
-      causal: query i sees keys j <= i.
-      window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.
+      window: W; query i sees keys j with i - W < j <= i.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
       k_scale_BSK: factors on integer keys, applied to the logits; only with positions.
@@ -71,7 +67,7 @@ def dot_product_attention(
     Raises:
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
-    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
+    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, window, implementation)
     if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
         raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -81,14 +77,14 @@ def dot_product_attention(
         implementation = "reference"
     by_position = q_positions_BT is not None
     library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
-    own = _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
+    own = _kernel_problem(q_BTNH, k_BSKH, by_position)
     problem = {
         "blocked": own,
-        "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
-        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
+        "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
+        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT),
     }
     if implementation == "auto":
-        implementation = _choose(q_BTNH, by_position, causal, problem)
+        implementation = _choose(q_BTNH, by_position, problem)
     elif problem.get(implementation):
         raise ValueError(
             f"attention implementation {implementation!r} does not support "
@@ -100,7 +96,6 @@ def dot_product_attention(
         return per_device(
             attention_blocked.blocked_attention if blocked else attention_splash.splash_attention,
             *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS),
-            causal=causal,
             window=window,
             scale=scale,
             softcap=softcap,
@@ -111,9 +106,8 @@ def dot_product_attention(
             q_BTNH,
             k_BSKH.astype(q_BTNH.dtype),
             v_BSKH.astype(q_BTNH.dtype),
-            bias,
-            _same(q_segments_BT, kv_segments_BS),
-            is_causal=causal,
+            mask=_same(q_segments_BT, kv_segments_BS),
+            is_causal=True,
             local_window_size=None if window is None else (window - 1, 0),
             scale=scale,
             implementation="cudnn" if implementation == "cudnn" else "xla",
@@ -121,13 +115,13 @@ def dot_product_attention(
 
     mask = _mask(
         *(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS),
-        *(q_segments_BT, kv_segments_BS, causal, window),
+        *(q_segments_BT, kv_segments_BS, window),
     )
     q, k, v = q_BTNH, k_BSKH, v_BSKH
     if implementation == "reference":
         wide = jnp.promote_types(q.dtype, jnp.float32)
         q, k, v = (x.astype(wide) for x in (q, k, v))
-    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, bias, scale, softcap, k_scale_BSK)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, scale, softcap, k_scale_BSK)
     return _average(weights_BKGTS / total_BKGT1, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
 
 
@@ -145,12 +139,12 @@ def received_attention(
 
     The normalised weights are never written to memory, which is the bottleneck.
     """
-    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
-    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
+    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, window)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, None)
     return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
 
 
-def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
+def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
     """Returns the implementation for the target platform.
 
     Decoding always uses the plain implementation, because it is bound by memory bandwidth.
@@ -164,15 +158,15 @@ def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) ->
         half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
         fits = q_BTNH.shape[-1] <= 128 and q_BTNH.shape[-1] % 8 == 0
         return "cudnn" if half and fits else "xla"
-    if platform == "cpu" and causal and not problem["blocked"]:
+    if platform == "cpu" and not problem["blocked"]:
         return "blocked"
     return "xla"
 
 
-def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
+def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
     """Returns why this project's per-device kernels do not support the call, or ''."""
-    if by_position or bias is not None:
-        return "positions or a bias"
+    if by_position:
+        return "positions"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
         return "this mesh (it must divide batch and heads evenly and leave rows whole)"
     return ""
@@ -191,15 +185,14 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
     return ""
 
 
-def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
+def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT) -> str:
     """Returns why cuDNN does not support a call that jax.nn.dot_product_attention supports, or ''."""
     # JAX calls ROCm "gpu" too. On a machine without a GPU, tracing for "gpu" means CUDA.
     if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
         return "GPUs other than CUDA's"
-    # Segments are passed to the kernel as a bias.
-    biased = bias is not None or q_segments_BT is not None
-    if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
-        return "segments or a bias at odd lengths"  # the backward pass does not support odd lengths
+    # Segments are passed to the kernel as a bias, whose backward pass does not support odd lengths.
+    if q_segments_BT is not None and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+        return "segments at odd lengths"
     return ""
 
 
@@ -210,7 +203,7 @@ def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
     return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
 
 
-def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
+def _check(q, k, q_positions, kv_positions, window, implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown attention implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
@@ -219,14 +212,14 @@ def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> N
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
     if (q_positions is None) != (kv_positions is None):
         raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window = {window} must be positive and needs causal=True.")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} must be positive.")
 
 
 def _mask(
-    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
-) -> jax.Array | None:
-    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]; None without a mask."""
+    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window
+) -> jax.Array:
+    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
@@ -236,14 +229,11 @@ def _mask(
         if at_k.ndim == 3:  # the same mask for all heads
             at_k = at_k[:, None]
         parts = [at_k >= 0]
-    if causal:
-        parts.append(at_k <= at_q)
+    parts.append(at_k <= at_q)
     if window is not None:
         parts.append(at_k > at_q - window)
     if q_segments_BT is not None:
         parts.append(_same(q_segments_BT, kv_segments_BS))
-    if not parts:
-        return None
     mask = functools.reduce(jnp.logical_and, parts)
     B, X, T, S = mask.shape
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -252,9 +242,7 @@ def _mask(
     return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
 
 
-def _unnormalised(
-    q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
-) -> tuple[jax.Array, jax.Array]:
+def _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, k_scale_BSK) -> tuple[jax.Array, jax.Array]:
     """Returns the softmax's exponentials and their sums over keys, float32; the sum is 1 without a visible key.
 
     The products of queries and keys are in the queries' dtype.
@@ -270,12 +258,7 @@ def _unnormalised(
         logits_BKGTS = logits_BKGTS * _per_key(k_scale_BSK)
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).astype(wide)
-        heads = (1, 1) if bias.shape[1] == 1 else (K, N // K)
-        logits_BKGTS = logits_BKGTS + bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
-    if mask is not None:
-        logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
+    logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
     # With a bounded maximum, exp(_MASKED - max) is zero also in rows without a visible key.
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))

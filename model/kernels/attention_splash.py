@@ -14,10 +14,8 @@ def block_size(length: int) -> int | None:
     return next((b for b in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK) if length % b == 0), None)
 
 
-def problem(length: int, key_length: int, causal: bool) -> str:
+def problem(length: int, key_length: int) -> str:
     """Returns why the kernel does not support the call, or ''."""
-    if not causal:
-        return "causal=False"
     if length != key_length or block_size(length) is None:
         return f"lengths {length} and {key_length} (equal multiples of {MIN_BLOCK} are needed)"
     return ""
@@ -30,7 +28,6 @@ def splash_attention(
     q_segments_BT: jax.Array | None,
     kv_segments_BS: jax.Array | None,
     *,
-    causal: bool = True,
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
@@ -43,7 +40,7 @@ def splash_attention(
 
     T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
     block = block_size(T)
-    reason = problem(T, S, causal)
+    reason = problem(T, S)
     if block is None or reason:
         raise ValueError(f"splash attention does not support {reason}.")
     mask: masks.Mask = masks.CausalMask((T, S))

@@ -148,37 +148,6 @@ def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "cop
     )
 
 
-def chain(first: Sequence[Recipe], second: Sequence[Recipe]) -> list[Recipe]:
-    """Returns the plan of `second` after `first`, from the sources of `first`.
-
-    The outputs of `first` are the only source of `second`. Intermediate arrays are not stored; an array
-    that several recipes of `second` read is computed for each of them.
-    """
-    by_path = {path: recipe for recipe in first for path in recipe.outputs}
-
-    def joined(last: Recipe) -> Recipe:
-        before = [by_path[path] for _, path in last.inputs]
-
-        def compute(parts: Sequence[Any], index: int) -> Sequence[Any]:
-            inputs, rest = [], list(parts)
-            for recipe, (_, path) in zip(before, last.inputs, strict=True):
-                own, rest = rest[: len(recipe.inputs)], rest[len(recipe.inputs) :]
-                inputs.append(recipe.compute(own, index)[list(recipe.outputs).index(path)])
-            return last.compute(inputs, index)
-
-        kinds = {last.slices, *(recipe.slices for recipe in before)}
-        origins = dict.fromkeys([*(recipe.origin for recipe in before), last.origin])
-        return Recipe(
-            outputs=last.outputs,
-            inputs=tuple(name for recipe in before for name in recipe.inputs),
-            origin=", then ".join(origins),
-            compute=compute,
-            slices=next(kind for kind in ("whole", "layers", "rows") if kind in kinds),
-        )
-
-    return [joined(recipe) for recipe in second]
-
-
 def table(recipes: Sequence[Recipe], notes: Mapping[str, str] | None = None) -> list[str]:
     """Returns lines of a table of the parameters: path, shape, number of values, origin.
 
