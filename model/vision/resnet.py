@@ -82,12 +82,12 @@ def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
     )
 
 
-class Bottleneck(nn.Module):
-    """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
+class ResidualBlock(nn.Module):
+    """Fields of both kinds of blocks.
 
     Attributes:
-      width: number of output channels; the inner convolutions have a quarter of it.
-      stride: stride of the 3x3 convolution and of the shortcut.
+      width: number of output channels.
+      stride: stride of one 3x3 convolution and of the shortcut.
       conv, dense: factories of 3x3 and of 1x1 convolutions.
     """
 
@@ -97,43 +97,63 @@ class Bottleneck(nn.Module):
     conv: Callable[..., nn.Module] = Conv
     dense: Callable[..., nn.Module] = Dense
 
+    def _conv(self, features: int, stride: int, name: str) -> nn.Module:
+        return self.conv(features=features, side=3, stride=stride, **self.config.dtypes, name=name)
+
+    def _pointwise(self, features: int, name: str, x_BHWC: jax.Array) -> jax.Array:
+        """Returns a 1x1 convolution of x, computed as a projection of channels."""
+        dense = self.dense(
+            features=features,
+            axes=(axes.CHANNELS_IN, axes.CHANNELS),
+            kernel_init=he_normal,
+            **self.config.dtypes,
+            name=name,
+        )
+        return dense(x_BHWC)
+
+    def _shortcut(self, x_BHWC: jax.Array) -> jax.Array:
+        """Returns a 1x1 convolution with the stride."""
+        strided_BHWC = x_BHWC[:, :: self.stride, :: self.stride]
+        return self._pointwise(self.width, "shortcut", strided_BHWC)
+
+
+class Bottleneck(ResidualBlock):
+    """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
+
+    The inner convolutions have a quarter of the width.
+    """
+
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm, inner = partial(batch_norm, self.config, train), self.width // 4
         if not inner:
             raise ValueError(f"Bottleneck.width = {self.width} must be at least 4.")
-        y_BHWC = _pointwise(self, inner, "conv_0", x_BHWC)
+        y_BHWC = self._pointwise(inner, "conv_0", x_BHWC)
         y_BHWC = nn.relu(norm("norm_0")(y_BHWC))
-        y_BHWC = _conv(self, inner, self.stride, "conv_1")(y_BHWC)
+        y_BHWC = self._conv(inner, self.stride, "conv_1")(y_BHWC)
         y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
-        y_BHWC = norm("norm_2")(_pointwise(self, self.width, "conv_2", y_BHWC))
+        y_BHWC = norm("norm_2")(self._pointwise(self.width, "conv_2", y_BHWC))
         if x_BHWC.shape != y_BHWC.shape:
-            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(x_BHWC, self.stride))
+            x_BHWC = self._shortcut(x_BHWC)
             x_BHWC = norm("shortcut_norm")(x_BHWC)
         return nn.relu(x_BHWC + y_BHWC)
 
 
-class WideBlock(nn.Module):
+class WideBlock(ResidualBlock):
     """x + [3x3 with the stride, 3x3](x), with norm and ReLU before each convolution; wide ResNets.
 
     If the shape changes, the shortcut is a 1x1 convolution of the normalised input.
     """
 
-    config: ResNetConfig
-    width: int
-    stride: int
-    conv: Callable[..., nn.Module] = Conv
-    dense: Callable[..., nn.Module] = Dense
-
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm = partial(batch_norm, self.config, train)
         first_BHWC = nn.relu(norm("norm_0")(x_BHWC))
-        y_BHWC = _conv(self, self.width, self.stride, "conv_0")(first_BHWC)
+        y_BHWC = self._conv(self.width, self.stride, "conv_0")(first_BHWC)
         y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
-        y_BHWC = _conv(self, self.width, 1, "conv_1")(y_BHWC)
+        y_BHWC = self._conv(self.width, 1, "conv_1")(y_BHWC)
         if x_BHWC.shape != y_BHWC.shape:
-            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(first_BHWC, self.stride))
+            x_BHWC = self._shortcut(first_BHWC)
         return x_BHWC + y_BHWC
 
 
@@ -226,36 +246,6 @@ class _Stage(nn.Module):
             block = self.block(width=self.width, stride=stride, name=f"block_{index}")
             x_BHWC = block(x_BHWC, train)
         return x_BHWC
-
-
-def _conv(block: Bottleneck | WideBlock, features: int, stride: int, name: str) -> nn.Module:
-    config = block.config
-    return block.conv(
-        features=features,
-        side=3,
-        stride=stride,
-        **config.dtypes,
-        name=name,
-    )
-
-
-def _pointwise(
-    block: Bottleneck | WideBlock, features: int, name: str, x_BHWC: jax.Array
-) -> jax.Array:
-    """Returns a 1x1 convolution of x, computed as a projection of channels."""
-    dense = block.dense(
-        features=features,
-        axes=(axes.CHANNELS_IN, axes.CHANNELS),
-        kernel_init=he_normal,
-        **block.config.dtypes,
-        name=name,
-    )
-    return dense(x_BHWC)
-
-
-def _strided(x_BHWC: jax.Array, stride: int) -> jax.Array:
-    """Returns the pixels that a 1x1 convolution with this stride reads."""
-    return x_BHWC[:, ::stride, ::stride]
 
 
 def _stem_conv(config: ResNetConfig, side: int, stride: int) -> nn.Module:
