@@ -43,9 +43,7 @@ def dot_product_attention(
     """Returns softmax(mask(softcap(scale * q k^T))) v, with grouped heads, a causal mask and a float32 softmax.
 
     Args:
-      q_BTNH: queries.
-      k_BSKH: keys; K divides N, and query head n reads key/value head n // (N / K).
-      v_BSKH: values.
+      q_BTNH, k_BSKH, v_BSKH: K divides N, and query head n reads key/value head n // (N / K).
       q_positions_BT: position of every query. With kv_positions_BS, the causal mask compares positions
         (decoding with a cache). None compares indices (training, packed rows included).
       kv_positions_BS: position of every key; -1 marks an empty slot, which no query sees. [B, X, S]

@@ -57,8 +57,7 @@ def weighted_cross_entropy(
       head_VD: rows of the output matrix, cast to the dtype of h.
       targets_T: ids in [0, V).
       weights_T: nonnegative weights; 0 for padding.
-      logit_scale: factor on the logits, before the cap.
-      softcap: c in c * tanh(x / c), or None.
+      logit_scale, softcap: see LogitForm.
       z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311).
       implementation: 'auto' chooses by platform and vocabulary; see the top of this file.
       chunk: tokens per step of 'chunked', reduced if their logits would exceed CHUNK_LOGITS.

@@ -114,8 +114,7 @@ def send(
     Args:
       x_BTD: tokens.
       experts_BTK: experts of the tokens; E for none.
-      num_experts: E.
-      place: placement of tokens and experts.
+      num_experts, place: E and the placement of tokens and experts.
       rows: S; no device may have more choices for the experts of one device.
 
     Returns:
