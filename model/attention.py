@@ -24,7 +24,6 @@ class Attention(Counted):
 
     Attributes:
       config: shared sizes; num_kv_heads selects the variant.
-      kind: window, rotation and depth of this layer.
       dense: factory of the four projections.
       rope: rotary embedding; None for models with a learned position table.
       qk_norm: factory of norms over the heads of queries and keys, or None.
@@ -50,12 +49,10 @@ class Attention(Counted):
 
     @property
     def query_heads(self) -> int:
-        """The number of query heads, N."""
         return self.config.num_heads
 
     @property
     def cache_heads(self) -> int:
-        """The number of key/value heads that a cache stores, K."""
         return self.config.kv_heads
 
     @property
@@ -153,24 +150,15 @@ class Attention(Counted):
         out_BTNH = self.gate_heads(out_BTNH, x_BTD, segments_BT)
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
-        out_BTD = self.dense(
-            features=config.embed_dim,
-            axes=(axes.HEADS, axes.EMBED),
-            use_bias=self.out_bias,
-            dtype=config.compute_dtype,
-            param_dtype=config.storage_dtype,
-            name="out",
-        )(out_BTX)
-        return out_BTD, cache
+        out = self._dense("out", config.embed_dim, (axes.HEADS, axes.EMBED), self.out_bias)
+        return out(out_BTX), cache
 
     def _heads(self, name: str, heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
-        config = self.config
-        y_BTX = self.dense(
-            features=heads * config.per_head_dim,
-            axes=(axes.EMBED, axis),
-            use_bias=self.qkv_bias,
-            dtype=config.compute_dtype,
-            param_dtype=config.storage_dtype,
-            name=name,
-        )(x_BTD)
-        return y_BTX.reshape(*x_BTD.shape[:-1], heads, config.per_head_dim)
+        head_dim = self.config.per_head_dim
+        dense = self._dense(name, heads * head_dim, (axes.EMBED, axis), self.qkv_bias)
+        return dense(x_BTD).reshape(*x_BTD.shape[:-1], heads, head_dim)
+
+    def _dense(self, name: str, features: int, names: tuple[str, str], use_bias: bool) -> Any:
+        return self.dense(
+            features=features, axes=names, use_bias=use_bias, **self.config.dtypes, name=name
+        )

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+from jax.sharding import AxisType
 
 # Parameters.
 VOCAB = "vocab"
@@ -52,7 +53,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's sharding by logical names; a no-op outside a mesh.
 
     Raises:
-      ValueError: a name has no rule while rules are active (a misspelt name would replicate silently).
+      ValueError: a name has no rule while rules are active; a misspelt name would replicate silently.
     """
     rules = nn.get_logical_axis_rules()
     if not rules:
@@ -65,6 +66,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
             "add a rule in trainers/partitioning.py or correct the name."
         )
     return nn.with_logical_constraint(x, names)
+
+
+def free_mesh_axes() -> dict[str, int]:
+    """Returns the sizes of the mesh axes over which arrays may be split, outside of any `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual and size > 1}
 
 
 def parameter(

@@ -32,8 +32,36 @@ class LayerKind:
     depth: int | jax.Array | None = dataclasses.field(default=None, compare=False)
 
 
+class FloatDtypes:
+    """The dtypes of a config with the fields `dtype` and `param_dtype`."""
+
+    dtype: str
+    param_dtype: str
+
+    def dtype_problems(self) -> list[str]:
+        """Returns a sentence for each name that is not a float dtype."""
+        return [
+            f"{name} = {getattr(self, name)!r} is not a float dtype"
+            for name in ("dtype", "param_dtype")
+            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64")
+        ]
+
+    @property
+    def dtypes(self) -> dict[str, jnp.dtype]:
+        """Returns the keywords of modules for both dtypes."""
+        return {"dtype": self.compute_dtype, "param_dtype": self.storage_dtype}
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.param_dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(FloatDtypes):
     """Shared sizes. Settings of one module (activation, norm, biases) belong to that module.
 
     Attributes:
@@ -47,7 +75,6 @@ class TransformerConfig:
       layer_pattern: kinds of layers, repeated: 'full', 'sliding', 'full_nope' (no rotation).
       sliding_window: window of 'sliding' layers.
       dtype: compute dtype of products and activations; norms, softmax and loss use float32.
-      param_dtype: dtype in which parameters are stored.
       scan_layers: whether `nn.scan` loops over one traced period of the pattern; otherwise every layer is unrolled.
       remat: 'none'; 'full' saves only layer inputs; 'dots' also saves weight products.
 
@@ -94,9 +121,7 @@ class TransformerConfig:
             problems.append("a 'sliding' layer needs sliding_window")
         if self.remat not in REMAT_POLICIES:
             problems.append(f"remat = {self.remat!r}; known policies are {REMAT_POLICIES}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
-                problems.append(f"{name} = {getattr(self, name)!r} is not a float dtype")
+        problems += self.dtype_problems()
         if problems:
             raise ValueError("TransformerConfig: " + "; ".join(problems) + ".")
 
@@ -107,14 +132,6 @@ class TransformerConfig:
     @property
     def per_head_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
-    @property
-    def storage_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
         """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""

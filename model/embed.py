@@ -17,8 +17,6 @@ class Embed(nn.Module):
       features: D.
       embedding_init: initialiser; with std 0.02 the first logits of a tied head are small, so an
         untrained model's loss is close to ln V.
-      dtype: compute dtype of the looked-up rows.
-      param_dtype: storage dtype.
     """
 
     num_embeddings: int
@@ -44,9 +42,6 @@ class Positions(nn.Module):
     Attributes:
       num_positions: P, the length of the longest row the model can read.
       features: D.
-      embedding_init: initialiser.
-      dtype: compute dtype.
-      param_dtype: storage dtype.
 
     Raises:
       ValueError: a row is longer than P.

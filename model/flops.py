@@ -63,11 +63,8 @@ def variable_shapes(model: Any, *arguments: Any) -> Any:
 def traced_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Returns the FLOPs of the products and convolutions in a function's trace.
 
-    A row of a grouped product (jax.lax.ragged_dot) counts once, because it belongs to one group.
-
-    Args:
-      function: a function of arrays.
-      arguments: its arguments: trees of arrays, or of shapes and dtypes.
+    The arguments are trees of arrays, or of shapes and dtypes. A row of a grouped product
+    (jax.lax.ragged_dot) counts once, because it belongs to one group.
     """
     return _flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 

@@ -23,12 +23,8 @@ class Dense(Counted):
     """y = x @ kernel (+ bias), with a two-dimensional kernel [in, out].
 
     Attributes:
-      features: output width.
       axes: logical names of the kernel's two dimensions.
       use_bias: adds a bias over the output, zero at the start.
-      kernel_init: initialiser of the kernel.
-      dtype: compute dtype.
-      param_dtype: storage dtype.
     """
 
     features: int

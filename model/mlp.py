@@ -1,6 +1,7 @@
 """Feed-forward blocks. Shapes: B batch, T length, D width, F hidden width."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,16 +26,16 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-class GatedMlp(Counted):
-    """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU.
+class _Mlp(Counted):
+    """Fields of both MLPs.
 
     Attributes:
-      config: shared sizes.
-      kind: kind of this layer with its depth, for subclasses that read the depth.
       activation: name in ACTIVATIONS.
-      use_bias: biases on all three projections.
+      use_bias: biases on all projections.
       dense: factory of the projections.
     """
+
+    gated: ClassVar[bool]
 
     config: TransformerConfig
     kind: LayerKind = LayerKind()
@@ -44,46 +45,47 @@ class GatedMlp(Counted):
 
     @property
     def settings(self) -> MlpSettings:
-        return MlpSettings(kind=type(self).__name__, gated=True)
+        return MlpSettings(kind=type(self).__name__, gated=self.gated)
 
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
-        del segments_BT  # every token by itself, padding like any other
-        act = activation(self.activation)
-        gate_BTF = _project(self, "gate", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
-        up_BTF = _project(self, "up", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD)
-        h_BTF = axes.constrain(act(gate_BTF) * up_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
-        return _project(self, "down", self.config.embed_dim, (axes.MLP, axes.EMBED))(h_BTF)
+    def _inward(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        return self._project(name, self.config.mlp_dim, axes.EMBED, axes.MLP)(x_BTD)
 
-
-class Mlp(Counted):
-    """down(act(up(x))) (GPT-2, T5 v1.0). Attributes as in GatedMlp."""
-
-    config: TransformerConfig
-    kind: LayerKind = LayerKind()
-    activation: str = "gelu"
-    use_bias: bool = False
-    dense: Callable[..., nn.Module] = Dense
-
-    @property
-    def settings(self) -> MlpSettings:
-        return MlpSettings(kind=type(self).__name__, gated=False)
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
-        del segments_BT  # every token by itself, padding like any other
-        act = activation(self.activation)
-        h_BTF = act(_project(self, "up", self.config.mlp_dim, (axes.EMBED, axes.MLP))(x_BTD))
+    def _down(self, h_BTF: jax.Array) -> jax.Array:
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
-        return _project(self, "down", self.config.embed_dim, (axes.MLP, axes.EMBED))(h_BTF)
+        return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED)(h_BTF)
+
+    def _project(self, name: str, features: int, *names: str) -> nn.Module:
+        return self.dense(
+            features=features,
+            axes=names,
+            use_bias=self.use_bias,
+            **self.config.dtypes,
+            name=name,
+        )
 
 
-def _project(module, name: str, features: int, names: tuple[str, str]) -> nn.Module:
-    return module.dense(
-        features=features,
-        axes=names,
-        use_bias=module.use_bias,
-        dtype=module.config.compute_dtype,
-        param_dtype=module.config.storage_dtype,
-        name=name,
-    )
+class GatedMlp(_Mlp):
+    """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU."""
+
+    gated: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        del segments_BT  # every token by itself, padding like any other
+        act = activation(self.activation)
+        gate_BTF, up_BTF = self._inward("gate", x_BTD), self._inward("up", x_BTD)
+        return self._down(act(gate_BTF) * up_BTF)
+
+
+class Mlp(_Mlp):
+    """down(act(up(x))) (GPT-2, T5 v1.0)."""
+
+    gated: ClassVar[bool] = False
+
+    activation: str = "gelu"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        del segments_BT  # every token by itself, padding like any other
+        act = activation(self.activation)
+        return self._down(act(self._inward("up", x_BTD)))

@@ -11,11 +11,9 @@ class RMSNorm(nn.Module):
     """x / rms(x) * (offset + scale) (Zhang and Sennrich, arXiv 1910.07467).
 
     Attributes:
-      eps: added to the mean square.
       offset: added to the stored gains, which start at 1 - offset. With 1, weight decay pulls the
         effective gains towards 1 (Gemma).
       scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
-      param_dtype: dtype of the gain.
     """
 
     eps: float = 1e-6
@@ -37,10 +35,8 @@ class LayerNorm(nn.Module):
     """(x - mean) / std * scale (+ bias) (Ba et al., arXiv 1607.06450), by default without bias.
 
     Attributes:
-      eps: added to the variance.
       use_bias: adds a learned bias (GPT-2).
       scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
-      param_dtype: dtype of gain and bias.
     """
 
     eps: float = 1e-5

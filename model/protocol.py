@@ -26,8 +26,7 @@ class AttentionSettings:
     Attributes:
       query_heads: N, the sum over all experts.
       cache_heads: K, the key/value heads that a cache stores.
-      head_dim: H.
-      experts: number of attention experts, E; 0 without a router.
+      experts: E, 0 without a router.
       top_k: number of experts that a token mixes; None for all.
       shared_kv: whether all experts read the same keys and values.
     """
@@ -47,8 +46,8 @@ class MlpSettings:
     Attributes:
       kind: name of the class, for messages.
       gated: whether the MLP, or each expert, is down(act(gate) * up).
-      experts: number of MLP experts, E; 0 without a router.
-      top_k: number of experts that a token uses; 1 without a router.
+      experts: E, 0 without a router.
+      top_k: number of experts that a token uses.
     """
 
     kind: str
@@ -78,10 +77,8 @@ class Sizes(Protocol):
 class Model(Protocol):
     """Any model.
 
-    Attributes:
-      config: its sizes.
-      row: kind of data in a row of a batch.
-      output: kind of output for a row: logits or rewards of each token, or logits of classes.
+    `row` is the kind of data in a row of a batch, `output` the kind of output for a row: logits or rewards
+    of each token, or logits of classes.
     """
 
     @property

@@ -7,6 +7,7 @@ Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the laye
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -41,8 +42,6 @@ class Block(Counted):
     """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
 
     Attributes:
-      config: shared sizes.
-      kind: window, rotation and depth of this layer.
       layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
       attention: factory, called with (config=, kind=, name=).
       mlp: factory, called with (config=, kind=, name=), of a module called with (x_BTD, segments_BT=).
@@ -148,9 +147,8 @@ def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, An
 
     if config.remat == "none" or cache is not None:
         return apply
-    policy = (
-        None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    )
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = None if config.remat == "full" else dots
     # Inside a scan, the loop already prevents XLA from merging the two forward passes.
     return nn.remat(apply, policy=policy, prevent_cse=not config.scan_layers)
 
@@ -159,7 +157,6 @@ class Transformer(nn.Module):
     """Decoder-only language model.
 
     Attributes:
-      config: shared sizes.
       block: factory of a layer, called with (config=, kind=, name=).
       norm: factory of the final norm.
       embed: factory of the token table.
@@ -185,20 +182,21 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        dtypes = {"dtype": config.compute_dtype, "param_dtype": config.storage_dtype}
-        self.token_embed = self.embed(
-            num_embeddings=config.vocab_size, features=config.embed_dim, **dtypes
+        table = functools.partial(
+            self.embed,
+            num_embeddings=config.vocab_size,
+            features=config.embed_dim,
+            **config.dtypes,
         )
+        self.token_embed = table()
         if self.position_embed is not None:
-            self.positions = self.position_embed(features=config.embed_dim, **dtypes)
+            self.positions = self.position_embed(features=config.embed_dim, **config.dtypes)
         count = len(config.layer_pattern) if config.scan_layers else config.num_layers
         self.layers = Layers(config=config, block=self.block, count=count)
         self.final_norm = self.norm()
         if not self.tie_embeddings:
             # Stored as rows [V, D] like the token table, so that one loss serves both.
-            self.lm_head = self.embed(
-                num_embeddings=config.vocab_size, features=config.embed_dim, **dtypes
-            )
+            self.lm_head = table()
 
     def hidden(
         self,
@@ -220,20 +218,14 @@ class Transformer(nn.Module):
           policy: cache policy; None while training.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape
-            )
-        x_BTD = self.token_embed(tokens_BT) * jnp.asarray(
-            self.embed_scale, self.config.compute_dtype
-        )
+            positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+            positions_BT = jnp.broadcast_to(positions_T[None], tokens_BT.shape)
+        scale = jnp.asarray(self.embed_scale, self.config.compute_dtype)
+        x_BTD = self.token_embed(tokens_BT) * scale
         if self.position_embed is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
         x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
-        context: dict[str, Any] = {
-            "positions_BT": positions_BT,
-            "segments_BT": segments_BT,
-            "policy": policy,
-        }
+        context = dict(positions_BT=positions_BT, segments_BT=segments_BT, policy=policy)
         if self.config.scan_layers:
             if caches is not None:
                 raise ValueError(
@@ -317,9 +309,8 @@ class Transformer(nn.Module):
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
         """Returns the FLOPs of a forward pass for one token, logits included."""
-        return (
-            self.hidden_flops(row, variables) + 2.0 * self.config.vocab_size * self.config.embed_dim
-        )
+        logits = 2.0 * self.config.vocab_size * self.config.embed_dim
+        return self.hidden_flops(row, variables) + logits
 
     @nn.nowrap
     def hidden_flops(self, row: Arrays, variables: Any = None) -> float:

@@ -94,19 +94,10 @@ class MixtureOfAttention(Attention):
 
     def _gates(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """Returns each token's expert weights [B, T, E], float32; 0 for experts that it does not use."""
-        logits_BTE = routing.router_of(self)(x_BTD)
-        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        self.sow("intermediates", "router_probs", probs_BTE)
+        logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
         routes = routing.route(probs_BTE, top_k=self.top_k or self.num_experts, renormalise=False)
-        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
-        if self.balance_loss:
-            balance = routing.balance_loss(probs_BTE, routes.experts_MK, real_BT)
-            self.sow("losses", "balance", self.balance_loss * balance)
-        if self.is_mutable_collection("metrics"):
-            all_MK = jnp.ones(routes.experts_MK.shape, bool)
-            statistics = routing.statistics(probs_BTE, routes.experts_MK, all_MK, real_BT)
-            for name in ("load", "load_max", "entropy", "top_probability"):
-                self.sow("metrics", f"router_{name}", statistics[name])
+        real_BT = routing.real_tokens(x_BTD, segments_BT)
+        routing.report(self, logits_BTE, probs_BTE, routes.experts_MK, real_BT)
         if self.top_k is None:
             return probs_BTE
         chosen_BTE = jax.nn.one_hot(routes.experts_MK, self.num_experts).sum(-2)
@@ -132,8 +123,8 @@ def experts_of(
         expert = attention(**{**passed, "name": None, "parent": None})
         if type(expert) is not Attention:
             raise ValueError(
-                f"moa.experts_of: the experts are plain attentions, not {type(expert).__name__}, whose own "
-                "computation would be dropped. Use ATTENTION = @attention.Attention, or one method less."
+                f"moa.experts_of: an expert is an Attention, not a {type(expert).__name__}. Set "
+                "ATTENTION = @attention.Attention, or remove one of the methods."
             )
         return moa(**{name: getattr(expert, name) for name in _FIELDS}, **passed)
 

@@ -3,47 +3,27 @@
 Shapes: B batch, T length, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.heads.reward_model import scalar_head
-from model.kv_cache.base import CacheSizes
-from model.linear import Dense
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
+from model.protocol import Arrays, Output
 from model.transformer import Hidden
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(BackboneModel):
     """A language model whose `__call__` also returns values; token losses use it as a language model.
 
     The parameters are `backbone/...` of the language model and `value_head/kernel` [D, 1], initialised to zeros.
-
-    Attributes:
-      backbone: the language model, a decoder-only module.
-      head: factory of the value head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    row: ClassVar[Row] = "tokens"
     output: ClassVar[Output] = "logits"
-
-    backbone: Any
-    head: Callable[..., nn.Module] = Dense
 
     def setup(self):
         self.value_head = scalar_head(self.head, None)
-
-    @property
-    def config(self) -> Any:
-        """Sizes of the language model."""
-        return self.backbone.config
-
-    @property
-    def max_length(self) -> int | None:
-        return self.backbone.max_length
 
     @property
     def inference_model(self) -> Any:
@@ -54,16 +34,8 @@ class ActorCritic(nn.Module):
         return params["backbone"]
 
     @nn.nowrap
-    def layer_settings(self) -> Sequence[LayerSettings]:
-        return self.backbone.layer_settings()
-
-    @nn.nowrap
-    def cache_sizes(self, layer: int) -> CacheSizes:
-        return self.backbone.cache_sizes(layer)
-
-    @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
-        variables = variables and {"params": variables["params"]["backbone"]}
+        variables = backbone_variables(variables)
         return self.backbone.forward_flops(row, variables) + 2.0 * self.config.embed_dim
 
     @property

@@ -19,12 +19,8 @@ from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
 
 
-class RewardModel(nn.Module):
-    """A language model's backbone and a linear reward head.
-
-    The parameters are `backbone/...` of the language model and `reward_head/kernel` [D, 1]. A language model head
-    that is not tied to the token table is dropped. The reward head is computed in float32 and initialised to zeros,
-    so that untrained rewards are equal.
+class BackboneModel(nn.Module):
+    """A language model with another head: forwards the model protocol to the language model.
 
     Attributes:
       backbone: the language model, a decoder-only module.
@@ -32,7 +28,6 @@ class RewardModel(nn.Module):
     """
 
     row: ClassVar[Row] = "tokens"
-    output: ClassVar[Output] = "rewards"
 
     backbone: Any
     head: Callable[..., nn.Module] = Dense
@@ -46,6 +41,30 @@ class RewardModel(nn.Module):
     def max_length(self) -> int | None:
         return self.backbone.max_length
 
+    @nn.nowrap
+    def cache_sizes(self, layer: int) -> CacheSizes:
+        return self.backbone.cache_sizes(layer)
+
+    @nn.nowrap
+    def layer_settings(self) -> Sequence[LayerSettings]:
+        return self.backbone.layer_settings()
+
+
+def backbone_variables(variables: Any) -> Any:
+    """Returns the language model's part of the variables; None for None."""
+    return variables and {"params": variables["params"]["backbone"]}
+
+
+class RewardModel(BackboneModel):
+    """A language model's backbone and a linear reward head.
+
+    The parameters are `backbone/...` of the language model and `reward_head/kernel` [D, 1]. A language model head
+    that is not tied to the token table is dropped. The reward head is computed in float32 and initialised to zeros,
+    so that untrained rewards are equal.
+    """
+
+    output: ClassVar[Output] = "rewards"
+
     @property
     def inference_model(self) -> "RewardModel":
         return self
@@ -55,16 +74,8 @@ class RewardModel(nn.Module):
         return params
 
     @nn.nowrap
-    def cache_sizes(self, layer: int) -> CacheSizes:
-        return self.backbone.cache_sizes(layer)
-
-    @nn.nowrap
-    def layer_settings(self) -> Sequence[LayerSettings]:
-        return self.backbone.layer_settings()
-
-    @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
-        variables = variables and {"params": variables["params"]["backbone"]}
+        variables = backbone_variables(variables)
         return self.backbone.hidden_flops(row, variables) + 2.0 * self.config.embed_dim
 
     @nn.compact

@@ -14,7 +14,7 @@ from model.config import TransformerConfig
 from model.rope import Rope
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu_exact",
@@ -22,6 +22,18 @@ _ACTIVATIONS = {
     "gelu_new": "gelu",
     "relu": "relu",
 }
+# The fields that each rope_type needs, with the names of Rope's settings.
+_ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+}
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 # The allowed types of the fields that are read.
 _COUNTS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -93,24 +105,19 @@ class ConfigFields:
         """
         if expected := _expected(key, self._fields.get(key)):
             raise self.error(key, f"it must be {expected}")
-        return self._fields.get(key, default)
+        value = self._fields.get(key, default)
+        if key in _ACTIVATION_KEYS and value is not None and value not in ACTIVATIONS:
+            raise self.error(key, f"supported are {', '.join(ACTIVATIONS)}")
+        return value
 
     def required(self, key: str) -> Any:
-        """Returns the field.
-
-        Raises:
-          UnsupportedConfig: the field is absent or null.
-        """
+        """Returns the field; UnsupportedConfig if it is absent or null."""
         if (value := self.optional(key)) is None:
             raise self.error(key, "it is needed; add it as the model was trained")
         return value
 
     def present(self, key: str) -> Any:
-        """Returns the field, which may be null.
-
-        Raises:
-          UnsupportedConfig: the field is absent.
-        """
+        """Returns the field, which may be null; UnsupportedConfig if it is absent."""
         if key not in self._fields:
             raise self.error(
                 key, "it is needed; add it as the model was trained, null if it had none"
@@ -118,24 +125,10 @@ class ConfigFields:
         return self.optional(key)
 
     def neutral(self, **values: Any) -> None:
-        """Checks that fields are absent or have the only supported value.
-
-        Args:
-          **values: the supported value of each field.
-
-        Raises:
-          UnsupportedConfig: a field has another value.
-        """
+        """Raises UnsupportedConfig unless each field is absent or has this value."""
         for key, value in values.items():
             if self.get(key, value) != value:
                 raise self.error(key, f"only {value!r} is supported")
-
-    def activation(self, key: str, default: str) -> str:
-        """Returns this project's name of the activation function in a field."""
-        name = self.get(key, default)
-        if name not in _ACTIVATIONS:
-            raise self.error(key, f"supported are {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[name]
 
     def rope(self, layout: str = "half") -> Rope:
         """Returns the rotary embedding, from rope_parameters or from rope_scaling and rope_theta.
@@ -152,7 +145,7 @@ class ConfigFields:
                 raise self.error(key, f"{name} in it must be {expected}")
         base = scaling.get("rope_theta", self.optional("rope_theta"))
         if base != self.get("rope_theta", base):
-            raise self.error("rope_theta", f"{key} says {base!r}")
+            raise self.error("rope_theta", f"{key} has {base!r}; make them equal")
         if base is None:
             raise UnsupportedConfig(
                 f"config.json ({self.family}): neither rope_theta nor rope_parameters.rope_theta is "
@@ -161,38 +154,21 @@ class ConfigFields:
             )
         self.neutral(partial_rotary_factor=1.0)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        settings: dict[str, Any] = {"base": float(base), "layout": layout}
-        needed: tuple[str, ...] = ()
-        if kind == "linear":
-            needed = ("factor",)
-        elif kind == "llama3":
-            needed = ("factor", "low_freq_factor", "high_freq_factor")
-            length = scaling.get("original_max_position_embeddings")
-            if length is None:
-                raise self.error(key, "original_max_position_embeddings is missing in it")
-            settings["original_length"] = int(length)
-        elif kind != "default":
+        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
             raise self.error(
-                key, f"rope type {kind!r} is not supported; default, linear, llama3 are"
+                key, f"rope type {kind!r} is not supported; {', '.join(_ROPE_FIELDS)} are"
             )
         if scaling.get("partial_rotary_factor") not in (None, 1.0):
             raise self.error(key, "partial_rotary_factor must be 1")
-        missing = [name for name in needed if scaling.get(name) is None]
-        if missing:
-            raise self.error(key, f"{', '.join(missing)} missing in it")
-        settings |= {name: float(scaling[name]) for name in needed}
-        return Rope(scaling="none" if kind == "default" else kind, **settings)
-
-    def whole_heads(self) -> None:
-        """Checks that the heads divide the width.
-
-        Some Hugging Face classes require this even where head_dim makes it unnecessary.
-
-        Raises:
-          UnsupportedConfig: num_attention_heads does not divide hidden_size.
-        """
-        if self.required("hidden_size") % self.required("num_attention_heads"):
-            raise self.error("num_attention_heads", "it must divide hidden_size in this family")
+        needed = _ROPE_FIELDS[kind]
+        if missing := [name for name in needed if scaling.get(name) is None]:
+            raise self.error(key, f"{', '.join(missing)} is missing in it")
+        settings: dict[str, Any] = {needed[name]: float(scaling[name]) for name in needed}
+        if kind != "default":
+            settings["scaling"] = kind
+        if kind == "llama3":
+            settings["original_length"] = int(settings["original_length"])
+        return Rope(base=float(base), layout=layout, **settings)
 
     def layer_pattern(self, kinds: Mapping[str, str], types: list[str]) -> tuple[str, ...]:
         """Returns the shortest pattern whose repetition gives the layers' types, in this project's names."""
@@ -206,34 +182,17 @@ class ConfigFields:
         periods = (p for p in range(1, count + 1) if count % p == 0)
         return next(names[:p] for p in periods if names[:p] * (count // p) == names)
 
-    def sizes(self, **given: Any) -> TransformerConfig:
-        """Returns the shared sizes, read from their usual keys.
-
-        Args:
-          **given: sizes that replace the fields of config.json.
+    def sizes(self, **sizes: Any) -> TransformerConfig:
+        """Returns the shared sizes, with the dtype of the fields.
 
         Raises:
-          UnsupportedConfig: a key is missing, or the sizes are inconsistent.
+          UnsupportedConfig: the sizes are inconsistent, or the dtype is not supported.
         """
-        keys = {
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
-            "num_heads": "num_attention_heads",
-            "mlp_dim": "intermediate_size",
-        }
-        sizes = {name: self.required(key) for name, key in keys.items() if name not in given}
         dtype = str(self.get("dtype", self.get("torch_dtype", "float32"))).removeprefix("torch.")
         if dtype not in _FLOATS:
             raise self.error("torch_dtype", f"supported are {', '.join(_FLOATS)}")
-        settings = {
-            "num_kv_heads": self.optional("num_key_value_heads"),
-            "head_dim": self.optional("head_dim"),
-            "dtype": dtype,
-            "param_dtype": dtype,
-        }
         try:
-            return TransformerConfig(**sizes, **(settings | given))
+            return TransformerConfig(dtype=dtype, param_dtype=dtype, **sizes)
         except ValueError as error:
             raise UnsupportedConfig(f"config.json ({self.family}): {error}") from None
 
@@ -242,21 +201,16 @@ def rope_fields(here: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config.json fields of a described model's rotary embedding, in both spellings."""
     fields = {field.name: field.default for field in dataclasses.fields(Rope)}
     rope = {name: here.get(f"block.attention.rope.{name}", fields[name]) for name in fields}
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope["base"]}
-    scaling = None
-    if rope["scaling"] != "none":
-        parameters |= {"rope_type": rope["scaling"], "factor": rope["factor"]}
-        if rope["scaling"] == "llama3":
-            parameters |= {
-                "low_freq_factor": rope["low_freq_factor"],
-                "high_freq_factor": rope["high_freq_factor"],
-                "original_max_position_embeddings": rope["original_length"],
-            }
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return {"rope_theta": rope["base"], "rope_scaling": scaling, "rope_parameters": parameters}
+    kind = "default" if rope["scaling"] == "none" else rope["scaling"]
+    scaling = {"rope_type": kind} | {key: rope[name] for key, name in _ROPE_FIELDS[kind].items()}
+    return {
+        "rope_theta": rope["base"],
+        "rope_scaling": None if kind == "default" else scaling,
+        "rope_parameters": {"rope_theta": rope["base"], **scaling},
+    }
 
 
-_NAMES = {value: key for key, value in reversed(_ACTIVATIONS.items())}
+_NAMES = {value: key for key, value in reversed(ACTIVATIONS.items())}
 
 
 def activation_field(name: Any) -> str:

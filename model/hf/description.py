@@ -21,12 +21,8 @@ from model.transformer import Transformer
 # Arguments for calling the factories in a module's fields; their values do not enter the description.
 _TABLE = {"features": 1, "dtype": jnp.float32, "param_dtype": jnp.float32}
 _CALLS: dict[str, dict[str, Any]] = {
-    "attention": {"name": "attention"},
-    "mlp": {"name": "mlp"},
-    "shared": {"name": "shared"},
-    "norm": {"name": "norm"},
-    "post_norm": {"name": "post_norm"},
-    "qk_norm": {"name": "qk_norm"},
+    **{name: {"name": name} for name in ("attention", "mlp", "shared")},
+    **{name: {"name": name} for name in ("norm", "post_norm", "qk_norm")},
     "embed": {"num_embeddings": 1, **_TABLE},
     "position_embed": _TABLE,
     "dense": {"axes": ("embed", "mlp"), "use_bias": False, "name": "dense", **_TABLE},

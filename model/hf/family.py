@@ -1,20 +1,20 @@
 """A family of Hugging Face models: its config.json and the names of its tensors.
 
-A family is data and two functions. `read` makes a model from a config.json; `write` makes the fields of
-a config.json from a model's description (model/hf/description.py). No list of unsupported features is
-needed: a model is supported if `read` returns a model with the same description from the written
-config.json.
+A family is a table of settings with their config.json keys, and a table of tensor names. No list of
+unsupported features is needed: a model is supported if the config.json written from its description
+(model/hf/description.py) is read back as a model with the same description.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.hf.config_fields import ConfigFields, UnsupportedConfig
 from model.hf.description import describe, differences, native_shapes
 from model.hf.mapping import Piece, Row, hf_shapes, pieces_of
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
@@ -25,17 +25,62 @@ class MismatchedTensors(ValueError):  # noqa: N818
     """Tensors that are missing, unexpected, or of another shape; one message has all of them."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part(NamedTuple):
+    """Some settings of a model, and the config.json fields that hold them.
+
+    Attributes:
+      read: returns the settings, by their names in a description.
+      write: returns the fields, from a description.
+    """
+
+    read: Callable[[ConfigFields], dict[str, Any]] = lambda fields: {}
+    write: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda here: {}
+
+
+def field(
+    key: str,
+    *names: str,
+    default: Any = ...,
+    nullable: bool = False,
+    absent: Any = None,
+    decode: Callable[[Any], Any] = lambda value: value,
+    encode: Callable[[Any], Any] = lambda setting: setting,
+) -> Part:
+    """Returns the part of one field.
+
+    Args:
+      key: key in config.json.
+      *names: names of the settings with this value.
+      default: value of an absent field; `...` if the field is required.
+      nullable: whether null is a value; otherwise it means absent.
+      absent: setting of models without it, such as models with another class of MLP.
+      decode: returns the setting from the field's value.
+      encode: returns the field's value from the setting.
+    """
+
+    def read(fields: ConfigFields) -> dict[str, Any]:
+        if default is ...:
+            value = fields.required(key)
+        else:
+            value = fields.optional(key, default) if nullable else fields.get(key, default)
+        return dict.fromkeys(names, decode(value))
+
+    return Part(read, lambda here: {key: encode(here.get(names[0], absent))})
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type` of Hugging Face's transformers.
 
     Attributes:
       name: the model_type, such as 'cohere2'.
-      architectures: the class names in config.json; exports write the first.
-      read: returns a Transformer from the fields of a config.json. Its factories are
-        `functools.partial`s of this project's classes, so that their settings can be inspected.
-      write: returns the family's own config.json fields from a model's description.
+      architecture: the class name in config.json.
+      fixed: settings that all models of the family share, by their names in a description.
+      parts: the other settings; 'config.' begins the names of TransformerConfig's fields.
       rows: names of the arrays, see mapping.Row.
+      norms: names of the norms that have the settings of the final norm, 'norm'.
+      neutral: fields with only one supported value.
+      whole_heads: whether the family's class needs heads that divide the width.
       ignored: patterns that match the whole names of tensors that carry no weights.
       tied: for each tensor that the model has no array for, the tensor that it must be equal to if
         the checkpoint has both, such as a tied head and the embedding.
@@ -43,24 +88,43 @@ class Family:
     """
 
     name: str
-    architectures: tuple[str, ...]
-    read: Callable[[ConfigFields], Transformer]
-    write: Callable[[Mapping[str, Any]], dict[str, Any]]
+    architecture: str
+    _: dataclasses.KW_ONLY
+    fixed: Mapping[str, Any]
+    parts: tuple[Part, ...]
     rows: tuple[Row, ...]
+    norms: tuple[str, ...] = ("block.norm",)
+    neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    whole_heads: bool = False
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     tied: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"lm_head.weight": "model.embed_tokens.weight"}
     )
     prefix: str = "model."
 
-    def model(self, config: Mapping[str, Any]) -> Transformer:
+    def model(self, config_json: Mapping[str, Any]) -> Transformer:
         """Returns the model of a config.json, with scanned layers and the dtype of config.json.
+
+        Its factories are `functools.partial`s of this project's classes.
 
         Raises:
           UnsupportedConfig: a field has an unsupported value, or a field whose default differs
             between versions of transformers is absent.
         """
-        return self.read(ConfigFields(self.name, config))
+        fields = ConfigFields(self.name, config_json)
+        fields.neutral(**self.neutral)
+        if self.whole_heads and fields.required("hidden_size") % fields.required(
+            "num_attention_heads"
+        ):
+            raise fields.error("num_attention_heads", "it must divide hidden_size in this family")
+        settings = {"block": Block, **self.fixed}
+        for part in self.parts:
+            settings |= part.read(fields)
+        for name, value in list(settings.items()):
+            if name.partition(".")[0] == "norm":
+                settings |= {copy + name.removeprefix("norm"): value for copy in self.norms}
+        config = fields.sizes(**_arguments(settings, "config"))
+        return Transformer(config=config, **_arguments(settings, ""))
 
     def config(self, model: Transformer) -> dict[str, Any]:
         """Returns the config.json of a model.
@@ -72,21 +136,19 @@ class Family:
         dtype = model.config.param_dtype
         config = {
             "model_type": self.name,
-            "architectures": [self.architectures[0]],
+            "architectures": [self.architecture],
             "torch_dtype": dtype,
             "dtype": dtype,
-            **self.write(here),
         }
+        for part in self.parts:
+            config |= part.write(here)
         try:
-            there = describe(self.model(config))
+            different = differences(here, describe(self.model(config)))
         except UnsupportedConfig as error:
-            raise UnsupportedModel(
-                f"No {self.name!r} model can be like this one: {error}"
-            ) from None
-        different = differences(here, there)
+            different = [str(error).removesuffix(".")]
         if different:
             raise UnsupportedModel(
-                f"No {self.name!r} model can be like this one: " + "; ".join(different) + "."
+                f"A {self.name!r} model cannot have these settings: " + "; ".join(different) + "."
             )
         return config
 
@@ -100,7 +162,7 @@ class Family:
             return pieces_of(self.rows, native_shapes(model), model.config)
         except KeyError as error:
             raise UnsupportedModel(
-                f"A {self.name!r} checkpoint has no place for {error}."
+                f"A {self.name!r} checkpoint has no tensor for {error}."
             ) from None
 
     def shapes(self, model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -120,7 +182,11 @@ class Family:
           MismatchedTensors: tensors are missing, unexpected or of another shape.
         """
         expected = self.shapes(model)
-        names = {self._name(name, expected): name for name in on_disk if not self._ignored(name)}
+        names = {}
+        for name in on_disk:
+            if not any(re.fullmatch(pattern, name) for pattern in self.ignored):
+                prefixed = self.prefix + name
+                names[prefixed if prefixed in expected else name] = name
         copies = [name for name in names if name in self.tied and name not in expected]
         shapes = expected | {copy: expected[self.tied[copy]] for copy in copies}
         problems = [
@@ -143,11 +209,18 @@ class Family:
             )
         return names
 
-    def _name(self, name: str, expected: Mapping[str, Any]) -> str:
-        return self.prefix + name if self.prefix + name in expected else name
 
-    def _ignored(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+def _arguments(settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Returns the settings of `owner`; classes are partials with their own settings."""
+    arguments = {}
+    for name, value in settings.items():
+        above, _, last = name.rpartition(".")
+        if above == owner:
+            made = isinstance(value, type)
+            arguments[last] = (
+                functools.partial(value, **_arguments(settings, name)) if made else value
+            )
+    return arguments
 
 
 def _listed(what: str, names: Iterable[str], most: int = 10) -> list[str]:

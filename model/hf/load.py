@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from model.hf.families import family_of_config
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
@@ -17,15 +18,11 @@ _ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a cop
 
 
 def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Transformer, Any]:
-    """Returns the model of a Hugging Face checkpoint, with scanned layers, and its parameters.
+    """Returns the linen module of a Hugging Face checkpoint, with scanned layers, and its parameters.
 
     Args:
       directory: directory with config.json and safetensors files.
       dtype: dtype of the parameters; None for the dtypes of the files.
-
-    Returns:
-      The linen module and its parameters, a nested dict of jax.Array: `model.apply({"params": params},
-      tokens_BT)`.
 
     Raises:
       WeightFileError, MismatchedTensors, UnsupportedConfig, UnsuitableDtypeError.
@@ -35,14 +32,8 @@ def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Tra
     model = family.model(config)
     with SafetensorsReader(directory) as source:
         arrays = fill(plan(family, model, source, dtype=dtype))
-    params: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *folders, leaf = path.split("/")
-        node = params
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = jax.device_put(array, may_alias=True)
-    return model, params
+    arrays = {path: jax.device_put(x, may_alias=True) for path, x in arrays.items()}
+    return model, traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def fill(checked: Plan) -> dict[str, np.ndarray]:
@@ -51,18 +42,14 @@ def fill(checked: Plan) -> dict[str, np.ndarray]:
     threads = min(4, len(os.sched_getaffinity(0)))
     with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
         futures = [
-            pool.submit(checked.fill, _place(arrays[path], piece.native_at), piece)
+            # With `...` even a single number is a view.
+            pool.submit(checked.fill, arrays[path][(*piece.native_at, ...)], piece)
             for path, target in checked.arrays.items()
             for piece in target.pieces
         ]
         for future in futures:
             future.result()
     return arrays
-
-
-def _place(array: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
-    where: Any = (*at, ...)  # With `...` even a single number is a view.
-    return array[where]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -104,8 +104,8 @@ class Plan:
 
         Args:
           into: the piece's region of the array; for a table, its rows from `start` on.
-          piece: the piece to copy.
-          start: for a table, the first row of the tensor to read.
+          piece: the piece.
+          start: for a table, the first row of the tensor.
         """
         name = self.names[piece.hf]
         info = self.source.tensors[name]
@@ -131,11 +131,7 @@ class Plan:
 def copy_cast(
     into: np.ndarray, values: np.ndarray, name: str, held: np.ndarray | None = None
 ) -> None:
-    """Copies a tensor with `tiles.copy`; `name` is used in the error.
-
-    Raises:
-      UnsuitableDtypeError: a value is too large for the dtype of `into`.
-    """
+    """Copies the tensor `name` with `tiles.copy`; UnsuitableDtypeError if a value is too large for `into`."""
     with np.errstate(over="ignore"):
         tiles.copy(into, values, held)
     narrow = into.dtype == np.float16 and values.dtype != np.float16
@@ -148,11 +144,7 @@ def copy_cast(
 def plan(family: Family, model: Transformer, source: Source, *, dtype: str | None = None) -> Plan:
     """Returns the plan of an import of `source` into `model`; all tensors are checked.
 
-    Args:
-      family: family of the checkpoint.
-      model: the model of the checkpoint's config.json.
-      source: the checkpoint's tensors.
-      dtype: dtype of all arrays; None gives each array the widest dtype of its tensors.
+    `dtype` is the dtype of all arrays; None gives each array the widest dtype of its tensors.
 
     Raises:
       MismatchedTensors: tensors are missing, unexpected or of another shape, or a tied tensor differs.
@@ -163,13 +155,13 @@ def plan(family: Family, model: Transformer, source: Source, *, dtype: str | Non
     pieces = family.pieces(model)
     if dtype is not None and dtype not in FLOATS:
         raise UnsuitableDtypeError(
-            f"{dtype!r} is no dtype of weights: use one of {', '.join(FLOATS)}."
+            f"{dtype!r} is not a dtype of weights: use one of {', '.join(FLOATS)}."
         )
     for name in (names[piece.hf] for piece in pieces):
         if source.tensors[name].dtype.name not in FLOATS:
             raise UnsuitableDtypeError(
-                f"{name} is {source.tensors[name]}: a quantised checkpoint? Use one of floats, such as "
-                "the model it was made from."
+                f"{name} is {source.tensors[name]}, but weights must be floats: use the checkpoint before "
+                "its quantisation."
             )
     used = {piece.hf for piece in pieces}
     for copy, original in family.tied.items():
@@ -199,8 +191,8 @@ def _check_tied(source: Source, copy: str, original: str) -> None:
         same = same and np.array_equal(rows.view(np.uint8), tied_rows.view(np.uint8))
     if not same:
         raise MismatchedTensors(
-            f"{copy} differs from {original}, which config.json ties it to. If the model has a head of "
-            'its own, say so there: "tie_word_embeddings": false.'
+            f"{copy} differs from {original}, but config.json ties them. If the model has a head of its "
+            'own, set "tie_word_embeddings": false there.'
         )
 
 

@@ -26,7 +26,6 @@ HEADS_AT_ONCE = 4  # query heads per iteration
 class _Form(NamedTuple):
     """The static arguments of a call."""
 
-    causal: bool
     window: int | None
     scale: float
     softcap: float | None
@@ -39,15 +38,14 @@ def blocked_attention(
     q_segments_BT: jax.Array | None,
     kv_segments_BS: jax.Array | None,
     *,
-    causal: bool = True,
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Returns attention on one device, masked by index; arguments as in attention_ops."""
+    """Returns causal attention on one device, masked by index; arguments as in attention_ops."""
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
     segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
-    return _attend(_Form(causal, window, scale, softcap), q_BTNH, k_BSKH, v_BSKH, segments)
+    return _attend(_Form(window, scale, softcap), q_BTNH, k_BSKH, v_BSKH, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,7 +122,7 @@ def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         first = 0 if form.window is None else max(0, start - form.window + 1)
-        last = min(stop, S) if form.causal else S
+        last = min(stop, S)
         blocks.append((slice(start, stop), slice(min(first, last - 1), last)))
     return blocks
 
@@ -141,17 +139,13 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
 
     at_q = along(jnp.arange(rows.start, rows.stop)[None], row_axis)
     at_k = along(jnp.arange(keys.start, keys.stop)[None], key_axis)
-    parts = []
-    if form.causal:
-        parts.append(at_k <= at_q)
+    parts = [at_k <= at_q]
     if form.window is not None:
         parts.append(at_k > at_q - form.window)
     if segments is not None:
         q_segments_PT, kv_segments_PS = segments
         same = along(q_segments_PT[:, rows], row_axis) == along(kv_segments_PS[:, keys], key_axis)
         parts.append(same)
-    if not parts:
-        return scores
     return jnp.where(functools.reduce(jnp.logical_and, parts), scores, _MASKED)
 
 

@@ -33,8 +33,6 @@ def dot_product_attention(
     kv_positions_BS: jax.Array | None = None,
     q_segments_BT: jax.Array | None = None,
     kv_segments_BS: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -42,21 +40,17 @@ def dot_product_attention(
     v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads; softmax in float32.
+    """Returns softmax(mask(softcap(scale * q k^T))) v, with grouped heads, a causal mask and a float32 softmax.
 
     Args:
-      q_BTNH: queries.
-      k_BSKH: keys; K divides N, and query head n reads key/value head n // (N / K).
-      v_BSKH: values.
+      q_BTNH, k_BSKH, v_BSKH: K divides N, and query head n reads key/value head n // (N / K).
       q_positions_BT: position of every query. With kv_positions_BS, the causal mask compares positions
         (decoding with a cache). None compares indices (training, packed rows included).
       kv_positions_BS: position of every key; -1 marks an empty slot, which no query sees. [B, X, S]
         where heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; None for the queries' segments.
-      bias: added to the logits, broadcastable to [B, N, T, S].
-      causal: query i sees keys j <= i.
-      window: W, the query and its W - 1 predecessors: j > i - W. Needs `causal`.
+      window: W; query i sees keys j with i - W < j <= i.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
       k_scale_BSK: factors on integer keys, applied to the logits; only with positions.
@@ -71,7 +65,7 @@ def dot_product_attention(
     Raises:
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
-    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
+    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, window, implementation)
     if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
         raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -81,14 +75,14 @@ def dot_product_attention(
         implementation = "reference"
     by_position = q_positions_BT is not None
     library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
+    own = _kernel_problem(q_BTNH, k_BSKH, by_position)
     problem = {
-        "blocked": _kernel_problem(q_BTNH, k_BSKH, by_position, bias),
-        "splash": _kernel_problem(q_BTNH, k_BSKH, by_position, bias)
-        or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1], causal),
-        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
+        "blocked": own,
+        "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
+        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT),
     }
     if implementation == "auto":
-        implementation = _choose(q_BTNH, by_position, causal, problem)
+        implementation = _choose(q_BTNH, by_position, problem)
     elif problem.get(implementation):
         raise ValueError(
             f"attention implementation {implementation!r} does not support "
@@ -96,18 +90,10 @@ def dot_product_attention(
         )
 
     if implementation in ("blocked", "splash"):
-        kernel = {
-            "blocked": attention_blocked.blocked_attention,
-            "splash": attention_splash.splash_attention,
-        }[implementation]
+        blocked = implementation == "blocked"
         return per_device(
-            kernel,
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            q_segments_BT,
-            kv_segments_BS,
-            causal=causal,
+            attention_blocked.blocked_attention if blocked else attention_splash.splash_attention,
+            *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS),
             window=window,
             scale=scale,
             softcap=softcap,
@@ -118,30 +104,23 @@ def dot_product_attention(
             q_BTNH,
             k_BSKH.astype(q_BTNH.dtype),
             v_BSKH.astype(q_BTNH.dtype),
-            bias,
-            _same(q_segments_BT, kv_segments_BS),
-            is_causal=causal,
+            mask=_same(q_segments_BT, kv_segments_BS),
+            is_causal=True,
             local_window_size=None if window is None else (window - 1, 0),
             scale=scale,
             implementation="cudnn" if implementation == "cudnn" else "xla",
         )
 
     mask = _mask(
-        q_BTNH,
-        k_BSKH,
-        q_positions_BT,
-        kv_positions_BS,
-        q_segments_BT,
-        kv_segments_BS,
-        causal,
-        window,
+        *(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS),
+        *(q_segments_BT, kv_segments_BS, window),
     )
     q, k, v = q_BTNH, k_BSKH, v_BSKH
     if implementation == "reference":
         wide = jnp.promote_types(q.dtype, jnp.float32)
         q, k, v = (x.astype(wide) for x in (q, k, v))
-    weights_BKGTS = _weights(q, k, mask, bias, scale, softcap, k_scale_BSK)
-    return _average(weights_BKGTS, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, scale, softcap, k_scale_BSK)
+    return _average(weights_BKGTS / total_BKGT1, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
 
 
 def received_attention(
@@ -158,12 +137,12 @@ def received_attention(
 
     The normalised weights are never written to memory, which is the bottleneck.
     """
-    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
-    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
+    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, window)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, None)
     return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
 
 
-def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) -> str:
+def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
     """Returns the implementation for the target platform.
 
     Decoding always uses the plain implementation, because it is bound by memory bandwidth.
@@ -177,15 +156,15 @@ def _choose(q_BTNH, by_position: bool, causal: bool, problem: dict[str, str]) ->
         half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
         fits = q_BTNH.shape[-1] <= 128 and q_BTNH.shape[-1] % 8 == 0
         return "cudnn" if half and fits else "xla"
-    if platform == "cpu" and causal and not problem["blocked"]:
+    if platform == "cpu" and not problem["blocked"]:
         return "blocked"
     return "xla"
 
 
-def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias) -> str:
+def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
     """Returns why this project's per-device kernels do not support the call, or ''."""
-    if by_position or bias is not None:
-        return "positions or a bias"
+    if by_position:
+        return "positions"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
         return "this mesh (it must divide batch and heads evenly and leave rows whole)"
     return ""
@@ -200,19 +179,18 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
     if softcap is not None:
         return "a soft cap"
     if q_segments_BT is not kv_segments_BS:
-        return "segments of the keys that are not those of the queries"  # a row may see no key
+        return "segments of the keys that differ from the segments of the queries"  # a row may see no key
     return ""
 
 
-def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
+def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT) -> str:
     """Returns why cuDNN does not support a call that jax.nn.dot_product_attention supports, or ''."""
     # JAX calls ROCm "gpu" too. On a machine without a GPU, tracing for "gpu" means CUDA.
     if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
         return "GPUs other than CUDA's"
-    # Segments are passed to the kernel as a bias.
-    biased = bias is not None or q_segments_BT is not None
-    if biased and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
-        return "segments or a bias at odd lengths"  # the backward pass does not support odd lengths
+    # Segments are passed to the kernel as a bias, whose backward pass does not support odd lengths.
+    if q_segments_BT is not None and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+        return "segments at odd lengths"
     return ""
 
 
@@ -223,7 +201,7 @@ def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
     return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
 
 
-def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
+def _check(q, k, q_positions, kv_positions, window, implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown attention implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
@@ -232,14 +210,14 @@ def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> N
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
     if (q_positions is None) != (kv_positions is None):
         raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window = {window} must be positive and needs causal=True.")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} must be positive.")
 
 
 def _mask(
-    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
-) -> jax.Array | None:
-    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]; None without a mask."""
+    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window
+) -> jax.Array:
+    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
@@ -249,14 +227,11 @@ def _mask(
         if at_k.ndim == 3:  # the same mask for all heads
             at_k = at_k[:, None]
         parts = [at_k >= 0]
-    if causal:
-        parts.append(at_k <= at_q)
+    parts.append(at_k <= at_q)
     if window is not None:
         parts.append(at_k > at_q - window)
     if q_segments_BT is not None:
         parts.append(_same(q_segments_BT, kv_segments_BS))
-    if not parts:
-        return None
     mask = functools.reduce(jnp.logical_and, parts)
     B, X, T, S = mask.shape
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -265,18 +240,11 @@ def _mask(
     return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
 
 
-def _weights(q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK) -> jax.Array:
-    """Returns the float32 softmax of the logits; the query-key products are in the queries' dtype."""
-    weights_BKGTS, total_BKGT1 = _unnormalised(
-        q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
-    )
-    return weights_BKGTS / total_BKGT1
+def _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, k_scale_BSK) -> tuple[jax.Array, jax.Array]:
+    """Returns the softmax's exponentials and their sums over keys, float32; the sum is 1 without a visible key.
 
-
-def _unnormalised(
-    q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the softmax's exponentials and their sums over keys; the sum is 1 if no key is visible."""
+    The products of queries and keys are in the queries' dtype.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -288,12 +256,7 @@ def _unnormalised(
         logits_BKGTS = logits_BKGTS * _per_key(k_scale_BSK)
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).astype(wide)
-        heads = (1, 1) if bias.shape[1] == 1 else (K, N // K)
-        logits_BKGTS = logits_BKGTS + bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
-    if mask is not None:
-        logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
+    logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
     # With a bounded maximum, exp(_MASKED - max) is zero also in rows without a visible key.
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))

@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from model import axes
 
@@ -24,12 +24,7 @@ def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:
     Both specs are empty outside a mesh, on a mesh of one device, and inside a `shard_map`, where the
     arrays are already local.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and size > 1
-    }
+    free = axes.free_mesh_axes()
     if not free:
         return PartitionSpec(), PartitionSpec()
     rules = nn.get_logical_axis_rules()

@@ -11,16 +11,11 @@ MAX_BLOCK = 512
 
 def block_size(length: int) -> int | None:
     """Returns the largest supported tile size that divides `length`, or None."""
-    for block in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK):
-        if length % block == 0:
-            return block
-    return None
+    return next((b for b in (MAX_BLOCK, MAX_BLOCK // 2, MIN_BLOCK) if length % b == 0), None)
 
 
-def problem(length: int, key_length: int, causal: bool) -> str:
+def problem(length: int, key_length: int) -> str:
     """Returns why the kernel does not support the call, or ''."""
-    if not causal:
-        return "causal=False"
     if length != key_length or block_size(length) is None:
         return f"lengths {length} and {key_length} (equal multiples of {MIN_BLOCK} are needed)"
     return ""
@@ -33,7 +28,6 @@ def splash_attention(
     q_segments_BT: jax.Array | None,
     kv_segments_BS: jax.Array | None,
     *,
-    causal: bool = True,
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
@@ -46,24 +40,16 @@ def splash_attention(
 
     T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
     block = block_size(T)
-    reason = problem(T, S, causal)
+    reason = problem(T, S)
     if block is None or reason:
         raise ValueError(f"splash attention does not support {reason}.")
     mask: masks.Mask = masks.CausalMask((T, S))
     if window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=0)
+    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in sizes}),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,

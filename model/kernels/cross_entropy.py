@@ -21,13 +21,12 @@ import jax.numpy as jnp
 
 from model.kernels.cross_entropy_blocked import blocked_nll
 from model.kernels.platform import reference_forms, target_platform
-from model.kernels.vocab_logits import LogitForm
+from model.kernels.vocab_logits import LogitForm, join_rows, split_rows
 
 Implementation = Literal["auto", "reference", "onehot", "chunked", "blocked"]
 IMPLEMENTATIONS = get_args(Implementation)
-LARGE_VOCABULARY = (
-    65_536  # above this, a batch of float32 logits does not fit in memory with a model
-)
+# Above this, a batch of float32 logits does not fit in memory with a model.
+LARGE_VOCABULARY = 65_536
 CHUNK_LOGITS = 2**26  # maximum per chunk: 256 MiB
 
 
@@ -58,8 +57,7 @@ def weighted_cross_entropy(
       head_VD: rows of the output matrix, cast to the dtype of h.
       targets_T: ids in [0, V).
       weights_T: nonnegative weights; 0 for padding.
-      logit_scale: factor on the logits, before the cap.
-      softcap: c in c * tanh(x / c), or None.
+      logit_scale, softcap: see LogitForm.
       z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311).
       implementation: 'auto' chooses by platform and vocabulary; see the top of this file.
       chunk: tokens per step of 'chunked', reduced if their logits would exceed CHUNK_LOGITS.
@@ -111,28 +109,6 @@ def chunk_size(vocab: int, chunk: int = 512) -> int:
     return min(chunk, max(1, CHUNK_LOGITS // vocab))
 
 
-def split_tokens(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Reshapes each [T, ...] -> [J, C, ...], C <= chunk, padded by zeros.
-
-    Chunk j has the tokens j, j + J, j + 2J, ... With this stride, a batch that is split over devices stays evenly
-    split in every chunk.
-    """
-    T = arrays[0].shape[0]
-    J = -(-T // chunk)
-    C = -(-T // J)
-
-    def split(x):
-        x = jnp.pad(x, ((0, J * C - T),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(C, J, *x.shape[1:]).swapaxes(0, 1)
-
-    return tuple(map(split, arrays))
-
-
-def join_tokens(T: int, x: jax.Array) -> jax.Array:
-    """Reshapes [J, C, ...] -> [T, ...], the inverse of `split_tokens`."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:T]
-
-
 def map_tokens(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int = 512) -> Any:
     """Applies `fn` to all tokens, a chunk at a time, so that logits of all tokens are never in memory.
 
@@ -142,17 +118,13 @@ def map_tokens(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: in
     Args:
       fn: called with the arrays of a chunk, [C, ...] each; returns a pytree of [C, ...]. It must treat tokens
         independently, and be finite for padding, which is zeros.
-      *arrays: arrays [T, ...], such as the hidden states of one or two models.
-      vocab: V of the logits that `fn` computes.
-      chunk: see `chunk_size`.
-
-    Returns:
-      The pytree of `fn`'s results, [T, ...] each.
+      *arrays: arrays [T, ...], such as hidden states.
+      vocab, chunk: see `chunk_size`.
     """
     T = arrays[0].shape[0]
-    parts = split_tokens(chunk_size(vocab, chunk), *arrays)
+    parts = split_rows(chunk_size(vocab, chunk), *arrays)
     outs = jax.lax.map(lambda part: jax.checkpoint(fn)(*part), parts)
-    return jax.tree.map(functools.partial(join_tokens, T), outs)
+    return jax.tree.map(functools.partial(join_rows, T), outs)
 
 
 def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tuple[_Form, str]:
@@ -168,9 +140,8 @@ def _resolve(head_VD, logit_scale, softcap, z_loss, implementation, chunk) -> tu
             implementation = "chunked"
         else:
             implementation = "blocked" if head_VD.shape[0] > LARGE_VOCABULARY else "onehot"
-    logit_form = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
-    form = _Form(logit_form, z_loss, chunk)
-    return form, implementation
+    logits = LogitForm(float(logit_scale), None if softcap is None else float(softcap))
+    return _Form(logits, z_loss, chunk), implementation
 
 
 def _is_target(targets_T: jax.Array, vocab: int) -> jax.Array:
@@ -271,9 +242,9 @@ def _chunked_sum_fwd(form: _Form, h_TD, head_VD, targets_T, weights_T):
 
     T = h_TD.shape[0]
     dhead, outs = jax.lax.scan(
-        body, _zero_head_gradient(head_VD), split_tokens(form.chunk, h_TD, targets_T, weights_T)
+        body, _zero_head_gradient(head_VD), split_rows(form.chunk, h_TD, targets_T, weights_T)
     )
-    dh_TD, nll_T, log_z_T = (join_tokens(T, x) for x in outs)
+    dh_TD, nll_T, log_z_T = (join_rows(T, x) for x in outs)
     loss_T = nll_T + form.z_loss * log_z_T * log_z_T
     residuals = (dh_TD, _as_rows(dhead, head_VD), loss_T)
     return (jnp.sum(weights_T * loss_T), nll_T, log_z_T), residuals
@@ -296,8 +267,8 @@ def _chunked_nll(form: _Form, h_TD, head_VD, targets_T):
         h_CD, targets_C = xs
         return None, _chunk_losses(form.logits.logits(h_CD, head_VD), targets_C)[:2]
 
-    _, outs = jax.lax.scan(body, None, split_tokens(form.chunk, h_TD, targets_T))
-    nll_T, log_z_T = (join_tokens(h_TD.shape[0], x) for x in outs)
+    _, outs = jax.lax.scan(body, None, split_rows(form.chunk, h_TD, targets_T))
+    nll_T, log_z_T = (join_rows(h_TD.shape[0], x) for x in outs)
     return nll_T, log_z_T
 
 
@@ -323,9 +294,9 @@ def _chunked_nll_bwd(form: _Form, residuals, cotangents):
     dhead, dh_JCD = jax.lax.scan(
         body,
         _zero_head_gradient(head_VD),
-        split_tokens(form.chunk, h_TD, targets_T, log_z_T, dnll_T, dlog_z_T),
+        split_rows(form.chunk, h_TD, targets_T, log_z_T, dnll_T, dlog_z_T),
     )
-    return join_tokens(h_TD.shape[0], dh_JCD), _as_rows(dhead, head_VD), None
+    return join_rows(h_TD.shape[0], dh_JCD), _as_rows(dhead, head_VD), None
 
 
 _chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd)

@@ -14,29 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.kernels.vocab_logits import LogitForm
+from model.kernels.vocab_logits import LogitForm, join_rows, split_rows
 
 BLOCK = 32_768  # rows: the size of a whole vocabulary whose logits do fit in memory with a model
 
 
 def split(head_VD: jax.Array, block: int = BLOCK) -> jax.Array:
-    """Reshapes [V, D] -> [J, C, D], padded by zero rows.
-
-    Block j has the rows j, j + J, j + 2J, ... With this stride, a vocabulary that is split over devices
-    stays evenly split in every block.
-    """
-    V, D = head_VD.shape
-    J = -(-V // block)
-    C = -(-V // J)
-    padded_VD = jnp.pad(head_VD, ((0, J * C - V), (0, 0)))
-    blocks_JCD = padded_VD.reshape(C, J, D).swapaxes(0, 1)
+    """Returns the blocks [J, C, D] of a table, see `split_rows`."""
+    (blocks_JCD,) = split_rows(block, head_VD)
     return axes.constrain(blocks_JCD, None, axes.VOCAB, axes.EMBED)
-
-
-def join(blocks_JCD: jax.Array, rows: int) -> jax.Array:
-    """Inverts `split`."""
-    J, C, D = blocks_JCD.shape
-    return blocks_JCD.swapaxes(0, 1).reshape(J * C, D)[:rows]
 
 
 def _block_logits(form: LogitForm, h_TD, block_CD, j, J: int, rows: int):
@@ -104,7 +90,7 @@ def _backward(form, block, residuals, cotangents):
 
     zero_TD = jnp.zeros(h_TD.shape, jnp.promote_types(h_TD.dtype, jnp.float32))
     dh_TD, dblocks_JCD = jax.lax.scan(body, zero_TD, (jnp.arange(J, dtype=jnp.int32), blocks_JCD))
-    return dh_TD.astype(h_TD.dtype), join(dblocks_JCD, V), None
+    return dh_TD.astype(h_TD.dtype), join_rows(V, dblocks_JCD), None
 
 
 blocked_nll.defvjp(_forward, _backward)

@@ -1,4 +1,7 @@
-"""Logits of hidden states for rows of the vocabulary. Shapes: T tokens, V rows, D width."""
+"""Logits of hidden states for rows of the vocabulary, and chunks of tokens or of the vocabulary.
+
+Shapes: T tokens, V rows, D width; J chunks of C rows.
+"""
 
 from typing import NamedTuple
 
@@ -32,3 +35,25 @@ class LogitForm(NamedTuple):
         if self.softcap is not None:
             d_TV = d_TV * (1 - jnp.square(logits_TV / self.softcap))
         return d_TV
+
+
+def split_rows(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Reshapes each [T, ...] -> [J, C, ...], C <= chunk, padded by zeros.
+
+    Chunk j has the rows j, j + J, j + 2J, ... With this stride, rows that are split over devices stay
+    evenly split in every chunk.
+    """
+    T = arrays[0].shape[0]
+    J = -(-T // chunk)
+    C = -(-T // J)
+
+    def split(x):
+        x = jnp.pad(x, ((0, J * C - T),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(C, J, *x.shape[1:]).swapaxes(0, 1)
+
+    return tuple(map(split, arrays))
+
+
+def join_rows(T: int, x: jax.Array) -> jax.Array:
+    """Reshapes [J, C, ...] -> [T, ...], the inverse of `split_rows`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:T]

@@ -71,14 +71,7 @@ class AdaKV(SnapKV):
         )
         return Flat(slots=flat, owner_BF=owner_BF, num_kv_heads=K)
 
-    def extend(
-        self,
-        state: Any,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        positions_BT: jax.Array,
-        form: AttentionForm,
-    ) -> Any:
+    def extend(self, state: Any, k_BTKH, v_BTKH, positions_BT, form: AttentionForm) -> Any:
         if not isinstance(state, Flat):  # the prompt fitted into the capacity
             return super().extend(state, k_BTKH, v_BTKH, positions_BT, form)
         B, T, K, H = k_BTKH.shape

@@ -14,7 +14,7 @@ own, H head dim.
 """
 
 import dataclasses
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, Unpack
 
 import flax.struct
 import jax
@@ -25,14 +25,7 @@ from model.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """Settings of a layer's attention.
-
-    Attributes:
-      scale: factor on the logits.
-      softcap: c in c * tanh(logits / c), or None.
-      window: keys each query sees, itself included; None for all earlier ones.
-      rope: the rotary embedding that queries and keys have; None without one.
-    """
+    """Settings of a layer's attention, see dot_product_attention; `rope` has rotated queries and keys."""
 
     scale: float
     softcap: float | None = None
@@ -61,10 +54,7 @@ class KeyValues:
 
 
 class CacheSizes(TypedDict):
-    """Sizes of one layer's cache, keywords of `CachePolicy.init`.
-
-    `num_heads` is the number of query heads N and `num_kv_heads` that of key/value heads K. `layer` counts from 0.
-    """
+    """Sizes of one layer's cache, keywords of `CachePolicy.init`; `layer` counts from 0."""
 
     num_heads: int
     num_kv_heads: int
@@ -78,30 +68,14 @@ class CacheSizes(TypedDict):
 class CachePolicy(Protocol):
     """Pure functions over one layer's cache state.
 
-    Attributes:
-      future: number of last tokens that are read but then dropped, so that decoding starts before them;
-        0 for all policies except the oracle.
+    `future` is the number of last tokens that are read but then dropped, so that decoding starts before
+    them; 0 for all policies except the oracle.
     """
 
     future: int
 
-    def init(
-        self,
-        *,
-        batch: int,
-        length: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: Any,
-        layer: int,
-        num_layers: int,
-        kind: LayerKind,
-    ) -> Any:
-        """Returns an empty state with room for `length` tokens.
-
-        The state is for layer `layer` (from 0) of `num_layers`, which has the kind `kind`.
-        """
+    def init(self, *, batch: int, length: int, **sizes: Unpack[CacheSizes]) -> Any:
+        """Returns an empty state with room for `length` tokens."""
         ...
 
     def append(
@@ -130,7 +104,7 @@ class CachePolicy(Protocol):
         """Returns the state that decoding starts from.
 
         Args:
-          state: the state after reading a prompt with `append`.
+          state: the state after a prompt.
           length: number of further tokens to reserve room for.
           dtype: dtype of the stored keys and values. None does not change it; int8 stores integers
             with a float32 scale per token and head.

@@ -1,18 +1,17 @@
-"""The reference policy, which keeps all keys that attention can see; base class of all policies.
+"""Policies that keep all keys that attention can see, or a sliding window; base class of all policies.
 
 Shapes: B batch, T new tokens, S slots, N query heads, K key/value heads, H head dim.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.config import LayerKind
 from model.kv_cache import slots
-from model.kv_cache.base import AttentionForm, KeyValues
+from model.kv_cache.base import AttentionForm, CacheSizes, KeyValues
 from model.kv_cache.slots import Slots
 
 
@@ -20,11 +19,7 @@ from model.kv_cache.slots import Slots
 class Reading:
     """The state while a prompt is read: every token in order, including padding at position -1.
 
-    Attributes:
-      slots: keys and values of the tokens.
-      layer, num_layers: index of the layer, and the number of layers.
-      form: settings of the layer's attention; None before the first token.
-      evidence: the policy's record of the queries, or None.
+    `form` is None before the first token. `evidence` is the policy's record of the queries, or None.
     """
 
     slots: Slots
@@ -39,11 +34,7 @@ class Reading:
 
     @property
     def known_form(self) -> AttentionForm:
-        """Returns the settings of attention, recorded with the first token.
-
-        Raises:
-          ValueError: no token has been appended.
-        """
+        """Returns the settings of attention; raises ValueError before the first token."""
         if self.form is None:
             raise ValueError("A cache is compressed after tokens have been appended to it.")
         return self.form
@@ -59,25 +50,16 @@ class FullCache:
 
     future = 0
 
-    def init(
-        self,
-        *,
-        batch: int,
-        length: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: Any,
-        layer: int,
-        num_layers: int,
-        kind: LayerKind,
-    ) -> Reading:
-        del kind  # `append` gets the window in `form`
+    def init(self, *, batch: int, length: int, **sizes: Unpack[CacheSizes]) -> Reading:
         held = slots.empty(
-            batch=batch, length=length, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
+            (batch, sizes["num_kv_heads"], length, sizes["head_dim"]), sizes["dtype"]
         )
-        evidence = self.no_evidence(held, num_heads)
-        return Reading(slots=held, layer=layer, num_layers=num_layers, evidence=evidence)
+        return Reading(
+            slots=held,
+            layer=sizes["layer"],
+            num_layers=sizes["num_layers"],
+            evidence=self.no_evidence(held, sizes["num_heads"]),
+        )
 
     def append(
         self,
@@ -112,32 +94,22 @@ class FullCache:
 
     def most(self, state: Reading) -> int | None:
         """Returns the number of prompt tokens to keep; None for all."""
-        del state
         return None
 
     def no_evidence(self, held: Slots, num_heads: int) -> Any:
         """Returns the evidence before the first token, for `observe`."""
-        del held, num_heads
+        return None
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> Any:
         """Returns the evidence after further queries, whose keys are already in the slots."""
-        del q_BTNH, positions_BT
         return state.evidence
 
     def keep(self, state: Reading, *, length: int, dtype: Any) -> Any:
         """Returns the compressed state of a layer without a window, or with one longer than the budget."""
         return state.slots.with_room(length).stored_as(dtype).constrained()
 
-    def extend(
-        self,
-        state: Any,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        positions_BT: jax.Array,
-        form: AttentionForm,
-    ) -> Any:
+    def extend(self, state: Any, k_BTKH, v_BTKH, positions_BT, form: AttentionForm) -> Any:
         """Returns the compressed state with generated tokens added."""
-        del form
         return state.put(k_BTKH, v_BTKH, positions_BT)
 
 
@@ -152,3 +124,29 @@ def rolling(state: Reading, window: int, *, length: int, dtype: Any) -> Slots:
     index_BC = slots.latest(held.positions_BXS[:, 0], window)
     held = held.take(index_BC[:, None]).stored_as(dtype)
     return dataclasses.replace(held, ring=0, at=jnp.zeros((), jnp.int32))
+
+
+def check_positive(policy: Any, name: str) -> None:
+    """Raises ValueError unless the setting `name` of a policy is at least 1."""
+    if (value := getattr(policy, name)) < 1:
+        raise ValueError(f"{name} = {value} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sliding(FullCache):
+    """Keeps only the last tokens, whatever attention a layer was trained with.
+
+    A generated token sees `window` tokens, itself included, or its layer's window if that is shorter.
+    Tokens of the prompt see each other as in training.
+    """
+
+    window: int = 4096
+
+    def __post_init__(self):
+        check_positive(self, "window")
+
+    def most(self, state: Reading) -> int:
+        return self.window
+
+    def keep(self, state: Reading, *, length: int, dtype: Any) -> Any:
+        return rolling(state, self.window, length=length, dtype=dtype)

@@ -8,15 +8,11 @@ from typing import Any
 
 from model.kv_cache.adakv import AdaKV
 from model.kv_cache.base import CachePolicy
-from model.kv_cache.full import FullCache
-from model.kv_cache.h2o import H2O
-from model.kv_cache.oracle import Oracle
+from model.kv_cache.full import FullCache, Sliding
 from model.kv_cache.pyramidkv import PyramidKV
-from model.kv_cache.random import Random
-from model.kv_cache.sliding import Sliding
+from model.kv_cache.selecting import H2O, Oracle, Random, Tova
 from model.kv_cache.snapkv import SnapKV
 from model.kv_cache.streaming_llm import StreamingLLM
-from model.kv_cache.tova import Tova
 
 # Each policy is a frozen dataclass; its fields are its settings.
 POLICIES: dict[str, type] = {

@@ -104,13 +104,3 @@ def ranked(scores_BXS: jax.Array, positions_BS: jax.Array, window: int) -> jax.A
 def best(scores_BXS: jax.Array, count: int) -> jax.Array:
     """Returns the indices [B, X, C] of the `count` highest scores, ascending; ties go to the first."""
     return jnp.sort(jax.lax.top_k(scores_BXS, count)[1], axis=-1)
-
-
-def hit_rate(weights_XS: jax.Array, chosen_XS: jax.Array, threshold: float) -> jax.Array:
-    """Returns the share of the attention weights above `threshold` that is on chosen slots.
-
-    Equations 4 to 6 of arXiv 2404.14469; 1 if no weight is above the threshold.
-    """
-    above_XS = weights_XS > threshold
-    total = above_XS.sum()
-    return jnp.where(total > 0, (above_XS & chosen_XS).sum() / jnp.maximum(total, 1), 1.0)

@@ -1,21 +1,22 @@
-"""Base class of policies that keep the best tokens of a prompt and all generated tokens.
+"""Policies that keep the best tokens of a prompt and all generated tokens.
 
 Tokens are selected once, after the whole prompt. Selected keys and generated tokens have their true
 positions; nothing is renumbered. A row with fewer tokens than the capacity keeps all of them.
 
-Shapes: B batch, T new tokens, W observed queries, S slots, N query heads, K key/value heads, X 1 or K,
-H head dim.
+Shapes: B batch, T new tokens, W observed queries, S slots, N query heads, K key/value heads, G query heads
+of each, X 1 or K, H head dim.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from model.kv_cache import scores, slots
-from model.kv_cache.full import FullCache, Reading
+from model.kv_cache.full import FullCache, Reading, check_positive
+from model.kv_cache.scores import GroupVote
 from model.kv_cache.slots import Slots
 
 
@@ -50,17 +51,15 @@ class Selecting(FullCache):
     """Keeps `capacity` tokens of a prompt in every layer.
 
     Attributes:
-      capacity: slots per key/value head for the prompt.
+      capacity: slots per key/value head for the prompt, including recent tokens.
     """
 
     capacity: int = 1024
 
     def __post_init__(self):
-        if self.capacity < 1:
-            raise ValueError(f"capacity = {self.capacity} must be at least 1")
+        check_positive(self, "capacity")
 
     def most(self, state: Reading) -> int:
-        del state
         return self.capacity
 
     def no_evidence(self, held: Slots, num_heads: int) -> Any:
@@ -89,10 +88,132 @@ class Selecting(FullCache):
 
     def scores(self, state: Reading) -> jax.Array:
         """Returns scores [B, X, S], -inf for empty slots; the slots with the highest scores are kept."""
-        raise TypeError(f"{type(self).__name__} must say how it scores tokens.")
+        raise NotImplementedError
 
 
 def check_window(capacity: int, window: int) -> None:
     """Raises ValueError unless 1 <= window < capacity."""
     if not 1 <= window < capacity:
         raise ValueError(f"window = {window} must be at least 1 and below capacity = {capacity}")
+
+
+def check_choice(policy: Any, name: str, choices: Any) -> None:
+    """Raises ValueError unless the setting `name` of a policy is in the Literal `choices`."""
+    if (value := getattr(policy, name)) not in get_args(choices):
+        raise ValueError(f"{name} = {value!r} must be one of {get_args(choices)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tova(Selecting):
+    """TOVA (arXiv 2401.06104): keeps the last token, and the tokens that it attends to most on average.
+
+    The average is over all heads. The paper also evicts tokens during generation; here only the prompt is
+    compressed.
+    """
+
+    @property
+    def observed(self) -> int:
+        return 1
+
+    def scores(self, state: Reading) -> jax.Array:
+        seen = state.evidence
+        votes_BKGS = scores.votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
+        return scores.ranked(votes_BKGS.mean((1, 2))[:, None], state.positions_BS, window=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class H2O(Selecting):
+    """H2O (arXiv 2306.14048): keeps recent tokens, and those with the most attention of all queries.
+
+    The paper also evicts one token for every new one. Here generated tokens are not evicted, as in
+    comparisons with SnapKV. Attention is recomputed for a block of queries at a time.
+
+    Attributes:
+      window: number of recent tokens, which are always kept; None for half the capacity, as in the paper.
+      group_vote: 'mean' or 'max' over the query heads of a key/value head.
+    """
+
+    window: int | None = None
+    group_vote: GroupVote = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window is not None:
+            check_window(self.capacity, self.window)
+        check_choice(self, "group_vote", GroupVote)
+
+    def no_evidence(self, held: Slots, num_heads: int) -> jax.Array:
+        B, K, S, _ = held.k_BKSH.shape
+        return jnp.zeros((B, K, num_heads // K, S), jnp.float32)
+
+    def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return state.evidence + scores.votes(q_BTNH, positions_BT, state.slots, state.known_form)
+
+    def scores(self, state: Reading) -> jax.Array:
+        votes_BKS = scores.of_group(state.evidence, self.group_vote)
+        window = self.capacity // 2 if self.window is None else self.window
+        return scores.ranked(votes_BKS, state.positions_BS, window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(Selecting):
+    """Keeps the last `window` tokens and random earlier tokens: a baseline that any method must beat.
+
+    The choice depends only on seed, layer, head and position, not on the batch or on padding.
+
+    Attributes:
+      window: number of last tokens, which are always kept.
+      seed: seed of the random choice.
+    """
+
+    window: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_window(self.capacity, self.window)
+
+    def scores(self, state: Reading) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(self.seed), state.layer)
+        heads = (state.slots.k_BKSH.shape[1],)
+        keys_BS = jax.vmap(jax.vmap(lambda at: jax.random.fold_in(key, at)))(
+            jnp.maximum(state.positions_BS, 0)
+        )
+        drawn_BSK = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, heads)))(keys_BS)
+        return scores.ranked(drawn_BSK.swapaxes(1, 2), state.positions_BS, self.window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oracle(Selecting):
+    """Keeps the prompt's tokens that its known continuation attends to most; no real method knows these.
+
+    The continuation is the last `future` tokens that are read. They vote and are then dropped. Decoding starts at
+    their first position, `length - future`, from the logits after the token before it
+    (trainers/decoding/prefill.py). Every row must have more than `future` tokens.
+
+    Attributes:
+      future: number of tokens of the continuation.
+    """
+
+    future: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "future")
+
+    @property
+    def observed(self) -> int:
+        return self.future
+
+    def compress(self, state: Reading, *, length: int, dtype: Any = None) -> Any:
+        seen, held = state.evidence, state.slots
+        votes_BKGS = scores.votes(seen.q_BWNH, seen.positions_BW, held, state.known_form)
+        future_BS = scores.recent(state.positions_BS, self.future)
+        held = dataclasses.replace(
+            held, positions_BXS=jnp.where(future_BS[:, None], -1, held.positions_BXS)
+        )
+        state = dataclasses.replace(state, slots=held, evidence=votes_BKGS)
+        return super().compress(state, length=length, dtype=dtype)
+
+    def scores(self, state: Reading) -> jax.Array:
+        return scores.ranked(scores.of_group(state.evidence, "mean"), state.positions_BS, window=0)

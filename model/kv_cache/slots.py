@@ -7,6 +7,8 @@ Shapes: B batch, T new tokens, S slots, C slots chosen, K key/value heads, X 1 o
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -45,10 +47,10 @@ class Slots:
         return self.k_BKSH.shape[2]
 
     def put(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "Slots":
-        """Returns the slots with T tokens added; T must be 1 with a ring.
+        """Returns the slots with T tokens added.
 
         Raises:
-          ValueError: T > 1 with a ring. The tokens would overwrite others that the first of them still sees.
+          ValueError: T > 1 with a ring. The last tokens would overwrite tokens that the first still sees.
         """
         T = k_BTKH.shape[1]
         if self.ring is not None and T != 1:
@@ -64,9 +66,7 @@ class Slots:
             (positions_BT.shape[0], self.positions_BXS.shape[1], T),
         )
 
-        def at(held: jax.Array, new: jax.Array) -> jax.Array:
-            return _put(held, new, self.at)
-
+        at = functools.partial(_put, at=self.at)
         after = self.at + T
         if self.ring is not None:
             after = jnp.where(after == self.length, self.ring, after)
@@ -82,10 +82,7 @@ class Slots:
 
     def with_first_keys(self, k_BPKH: jax.Array, positions_BXP: jax.Array) -> "Slots":
         """Returns the slots with new keys and positions in the first P slots."""
-
-        def first(held: jax.Array, new: jax.Array) -> jax.Array:
-            return _put(held, new, 0)
-
+        first = functools.partial(_put, at=0)
         k_BKPH, k_scale_BKP = self._encode(k_BPKH)
         return dataclasses.replace(
             self,
@@ -118,32 +115,21 @@ class Slots:
             after = [(0, length if axis == 2 else 0) for axis in range(x.ndim)]
             return jnp.pad(x, after, constant_values=value)
 
-        return dataclasses.replace(
-            self,
-            k_BKSH=pad(self.k_BKSH),
-            v_BKSH=pad(self.v_BKSH),
-            positions_BXS=pad(self.positions_BXS, -1),
-            k_scale_BKS=jax.tree.map(pad, self.k_scale_BKS),
-            v_scale_BKS=jax.tree.map(pad, self.v_scale_BKS),
-        )
+        return self._each(pad, pad(self.positions_BXS, -1))
 
     def stored_as(self, dtype: Any) -> "Slots":
-        """Returns the slots with keys and values in another dtype; None changes nothing.
-
-        Raises:
-          ValueError: the dtype is neither int8 nor a float type.
-        """
+        """Returns the slots with keys and values as int8 or another float type; None changes nothing."""
         if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
             return self
         dtype = jnp.dtype(dtype)
-        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+        if dtype == jnp.int8:
+            k_BKSH, k_scale_BKS = quantise(self.k_BKSH)
+            v_BKSH, v_scale_BKS = quantise(self.v_BKSH)
+        elif jnp.issubdtype(dtype, jnp.floating):
+            k_BKSH, v_BKSH = self.k_BKSH.astype(dtype), self.v_BKSH.astype(dtype)
+            k_scale_BKS = v_scale_BKS = None
+        else:
             raise ValueError(f"cache dtype = {dtype.name!r}: use int8, a float dtype or None.")
-        if dtype != jnp.int8:
-            return dataclasses.replace(
-                self, k_BKSH=self.k_BKSH.astype(dtype), v_BKSH=self.v_BKSH.astype(dtype)
-            ).constrained()
-        k_BKSH, k_scale_BKS = quantise(self.k_BKSH)
-        v_BKSH, v_scale_BKS = quantise(self.v_BKSH)
         return dataclasses.replace(
             self, k_BKSH=k_BKSH, v_BKSH=v_BKSH, k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS
         ).constrained()
@@ -157,14 +143,13 @@ class Slots:
         def split(x: jax.Array, heads: str | None = heads) -> jax.Array:
             return axes.constrain(x, axes.BATCH, heads, *[None] * (x.ndim - 2))
 
-        return dataclasses.replace(
-            self,
-            k_BKSH=split(self.k_BKSH),
-            v_BKSH=split(self.v_BKSH),
-            positions_BXS=split(self.positions_BXS, own),
-            k_scale_BKS=jax.tree.map(split, self.k_scale_BKS),
-            v_scale_BKS=jax.tree.map(split, self.v_scale_BKS),
-        )
+        return self._each(split, split(self.positions_BXS, own))
+
+    def _each(self, change: Callable[[Any], Any], positions_BXS: jax.Array) -> "Slots":
+        """Returns the slots with other positions, and changed keys, values and scales."""
+        names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
+        arrays = {name: jax.tree.map(change, getattr(self, name)) for name in names}
+        return dataclasses.replace(self, positions_BXS=positions_BXS, **arrays)
 
     def view(self) -> KeyValues:
         """Returns the keys and values for attention; XLA fuses the transposition into its products."""
@@ -182,13 +167,13 @@ class Slots:
         )
 
 
-def empty(*, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Slots:
-    """Returns `length` empty slots in which all heads hold the same tokens."""
-    shape = (batch, num_kv_heads, length, head_dim)
+def empty(shape_BKSH: tuple[int, int, int, int], dtype: Any) -> Slots:
+    """Returns empty slots in which all heads hold the same tokens."""
+    B, _, S, _ = shape_BKSH
     return Slots(
-        k_BKSH=jnp.zeros(shape, dtype),
-        v_BKSH=jnp.zeros(shape, dtype),
-        positions_BXS=jnp.full((batch, 1, length), -1, jnp.int32),
+        k_BKSH=jnp.zeros(shape_BKSH, dtype),
+        v_BKSH=jnp.zeros(shape_BKSH, dtype),
+        positions_BXS=jnp.full((B, 1, S), -1, jnp.int32),
         at=jnp.zeros((), jnp.int32),
     ).constrained()
 

@@ -4,14 +4,13 @@ Shapes: B batch, S slots, K key/value heads, G query heads of each.
 """
 
 import dataclasses
-from typing import get_args
 
 import jax
 
 from model.kv_cache import scores
 from model.kv_cache.full import Reading
 from model.kv_cache.scores import GroupVote, Pooling
-from model.kv_cache.selecting import Selecting, check_window
+from model.kv_cache.selecting import Selecting, check_choice, check_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,6 @@ class SnapKV(Selecting):
     are in float32. The defaults are the paper's for LongBench.
 
     Attributes:
-      capacity: slots per key/value head for the prompt, including the window.
       window: number of last tokens, which vote and are always kept. It should be longer than the text
         that a chat template adds after the question; otherwise the question has no vote.
       kernel: odd width of the pooling; 1 for none.
@@ -45,10 +43,8 @@ class SnapKV(Selecting):
         check_window(self.capacity, self.window)
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel = {self.kernel} must be odd and positive")
-        for name, known in (("pooling", Pooling), ("group_vote", GroupVote)):
-            if getattr(self, name) not in get_args(known):
-                value = getattr(self, name)
-                raise ValueError(f"{name} = {value!r} must be one of {get_args(known)}")
+        check_choice(self, "pooling", Pooling)
+        check_choice(self, "group_vote", GroupVote)
 
     @property
     def observed(self) -> int:

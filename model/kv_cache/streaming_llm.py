@@ -50,7 +50,6 @@ class StreamingLLM(FullCache):
             )
 
     def most(self, state: Reading) -> int:
-        del state
         return self.capacity
 
     def keep(self, state: Reading, *, length: int, dtype: Any) -> Any:
@@ -79,14 +78,7 @@ class StreamingLLM(FullCache):
             return stored
         return Stream(slots=stored, sinks_BKPH=held.k_BKSH[:, :, :sinks])
 
-    def extend(
-        self,
-        state: Any,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        positions_BT: jax.Array,
-        form: AttentionForm,
-    ) -> Any:
+    def extend(self, state: Any, k_BTKH, v_BTKH, positions_BT, form: AttentionForm) -> Any:
         if not isinstance(state, Stream):
             return super().extend(state, k_BTKH, v_BTKH, positions_BT, form)
         held = state.slots.put(k_BTKH, v_BTKH, positions_BT)

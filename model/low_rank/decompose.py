@@ -54,8 +54,8 @@ class Decompose:
             )
         if twice := next((path for path in modules if f"{path}/u" in source.shapes), None):
             raise TransformError(
-                f"{twice} of the checkpoint is factorised already: set INITIAL_TRANSFORM = None to go "
-                "on with its factors, or recompose it first (python -m launch.upcycle factorise --recompose)."
+                f"{twice} of the checkpoint is factorised already: set INITIAL_TRANSFORM = None to "
+                "continue with its factors, or recompose it first (python -m launch.upcycle factorise --recompose)."
             )
         paths = {f"{path}/{name}" for path in modules for name in ("u", "v")}
         rest = [base.copied(path, target[path], source) for path in target if path not in paths]
@@ -100,7 +100,7 @@ class Recompose:
         (source,) = sources
         modules = factorised_modules(source.shapes)
         if not modules:
-            raise TransformError("the parameters hold no factors (u and v) to multiply.")
+            raise TransformError("the model has no factors (u and v): give a factorised model.")
         kernels = {f"{path}/kernel" for path in modules}
         rest = [base.copied(path, target[path], source) for path in target if path not in kernels]
         return rest + [self._recipe(path, source) for path in modules]
@@ -170,6 +170,6 @@ def check_finite(path: str, kernel: Any) -> None:
     if not finite.all():
         which = f" (of its stack number {int((~finite).argmax())})" if finite.ndim else ""
         raise TransformError(
-            f"{path}/kernel{which} holds NaN or infinity, and has no singular value "
-            "decomposition: start from an earlier step of the run."
+            f"{path}/kernel{which} has NaN or infinity, so it cannot be decomposed: use an earlier "
+            "step of the run."
         )

@@ -15,6 +15,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
+
+from model.transforms.base import aligned
 
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)
@@ -29,20 +32,18 @@ def rank_of(rank: float, rule: RankRule, rows: int, columns: int, *, multiple: i
     Args:
       rank: with 'min_dim', a fraction of the smaller side; with 'param_ratio', a fraction of the
         matrix's parameters; with 'absolute', the rank itself.
-      rule: one of RANK_RULES.
-      rows, columns: shape of the matrix.
       multiple: ranks from a fraction are rounded to a multiple of this, if the matrix is large enough.
 
     Raises:
       ValueError: an unknown rule, a fractional 'absolute' rank, or a rank outside [1, min(rows, columns)].
     """
     if rule not in RANK_RULES:
-        raise ValueError(f"rank_rule={rule!r} is none of {', '.join(map(repr, RANK_RULES))}.")
+        raise ValueError(f"rank_rule={rule!r}: choose from {', '.join(map(repr, RANK_RULES))}.")
     most = min(rows, columns)
     if rule == "absolute":
         if rank != int(rank):
             raise ValueError(
-                f"rank={rank} is not a whole number, as rank_rule='absolute' needs; a fraction goes with "
+                f"rank={rank} is not a whole number, as rank_rule='absolute' needs; for a fraction, use "
                 "'min_dim' or 'param_ratio'."
             )
         chosen = int(rank)
@@ -78,12 +79,12 @@ def spectral_factors(
     """Returns the factors of the best approximation of this rank; each has the roots of the singular values.
 
     Args:
-      kernel: kernels [..., X, Y] with finite values.
-      rank: rank of the factors.
+      kernel: [..., X, Y], finite.
+      rank: R.
       ones: a number that replaces every singular value; None for the true values.
 
     Returns:
-      U [..., X, rank] and V^T [..., rank, Y], float32.
+      U [..., X, R] and V^T [..., R, Y], float32.
     """
     left, values, right = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
     values = values[..., :rank]
@@ -160,15 +161,7 @@ def rank_for_energy(values: jax.Array, energy: float) -> int:
 
 
 def frobenius_decay(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029), without forming U V^T.
-
-    Args:
-      u: U [..., X, R].
-      v: V^T [..., R, Y].
-
-    Returns:
-      U (V^T V) and (U^T U) V^T, in the shapes of u and v.
-    """
+    """Returns the gradients of 1/2 |U V^T|^2 (Khodak et al., arXiv 2105.01029): U (V^T V) and (U^T U) V^T."""
     gram_u, gram_v = jnp.swapaxes(u, -2, -1) @ u, v @ jnp.swapaxes(v, -2, -1)
     return u @ gram_v, gram_u @ v
 
@@ -206,14 +199,7 @@ def effective_rank(values: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """A factorised matrix in a tree of parameters.
-
-    Attributes:
-      path: path of the module that owns it.
-      shape: [rows, columns] of the product.
-      rank: rank of the factors.
-      count: number of stacked matrices (layers or experts).
-    """
+    """A factorised matrix [rows, columns] of the module at `path`; `count` matrices are stacked."""
 
     path: str
     shape: tuple[int, int]
@@ -233,19 +219,13 @@ class Factors:
 
 def find_factors(params: Any) -> list[Factors]:
     """Returns all factorised matrices of a tree of arrays or shapes, in the order of the tree."""
+    arrays = traverse_util.flatten_dict(params, sep="/")
     factorised = []
-
-    def visit(node: Any, path: tuple[str, ...]) -> None:
-        if not isinstance(node, Mapping):
-            return
-        if is_factorised(node):
-            *stack, rows, rank = node["u"].shape
-            columns = node["v"].shape[-1]
-            factorised.append(Factors("/".join(path), (rows, columns), rank, math.prod(stack)))
-        for name, child in node.items():
-            visit(child, (*path, name))
-
-    visit(params, ())
+    for path, u in arrays.items():
+        module, _, name = path.rpartition("/")
+        if name == "u" and (v := arrays.get(f"{module}/v")) is not None:
+            *stack, rows, rank = u.shape
+            factorised.append(Factors(module, (rows, v.shape[-1]), rank, math.prod(stack)))
     return factorised
 
 
@@ -255,10 +235,7 @@ def is_factorised(node: Any) -> bool:
 
 
 def table(factorised: Sequence[Factors]) -> list[str]:
-    """Returns lines of a table with the rank and sizes of every factorised matrix, and the total.
-
-    Factors larger than the dense matrix are marked.
-    """
+    """Returns lines of a table of the matrices and their total; marks factors larger than the dense matrix."""
     rows = [("layer", "matrix", "rank", "dense", "factors", "ratio")]
     for matrix in factorised:
         count = f" x {matrix.count}" if matrix.count > 1 else ""
@@ -267,15 +244,8 @@ def table(factorised: Sequence[Factors]) -> list[str]:
         ratio = f"{matrix.factors / matrix.dense:.3f}{larger}"
         sizes = (str(matrix.rank), f"{matrix.dense:,}", f"{matrix.factors:,}", ratio)
         rows.append((matrix.path, shape, *sizes))
-    dense, factors = (
-        sum(matrix.dense for matrix in factorised),
-        sum(matrix.factors for matrix in factorised),
-    )
     if factorised:
+        dense = sum(matrix.dense for matrix in factorised)
+        factors = sum(matrix.factors for matrix in factorised)
         rows.append(("total", "", "", f"{dense:,}", f"{factors:,}", f"{factors / dense:.3f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    just = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
-    return [
-        "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, right=(2, 3, 4))

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -51,9 +50,7 @@ class Factorisation:
     """Which layers are factorised, and how.
 
     Attributes:
-      rank: see `factors.rank_of`.
-      rank_rule: see `rule` in `factors.rank_of`.
-      multiple: ranks from a fraction are rounded to a multiple of this, such as 128 for matrix units.
+      rank, rank_rule, multiple: see `factors.rank_of`.
       layers: regular expressions that match the whole paths of modules, such as
         'layers/block_0/attention/query' (with scanned layers, block_0 is all repeats of the block).
       ranks: ((pattern, rank), ...); the first pattern that matches a path replaces `rank`.
@@ -76,7 +73,7 @@ class Factorisation:
         for name, known in (("rank_rule", factors.RANK_RULES), ("init", INITS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(
-                    f"Factorisation.{name} = {value!r} is none of {', '.join(map(repr, known))}."
+                    f"Factorisation.{name} = {value!r}: choose from {', '.join(map(repr, known))}."
                 )
 
     def rank_at(self, path: str, rows: int, columns: int) -> int | None:
@@ -111,35 +108,24 @@ class Factorisation:
 def report(params: Any, *, factorisation: Factorisation) -> list[str]:
     """Returns lines of a table of a model's factorised matrices, and a warning if factors are larger.
 
-    Args:
-      params: the model's parameters or their shapes.
-      factorisation: the model's factorisation.
-
     Raises:
       ValueError: a pattern of the factorisation matches no factorised layer.
     """
     matrices = factors.find_factors(params)
-    for name, patterns in (
-        ("layers", factorisation.layers),
-        ("ranks", [pattern for pattern, _ in factorisation.ranks]),
-    ):
-        for pattern in patterns:
-            if not any(re.fullmatch(pattern, matrix.path) for matrix in matrices):
-                known = ", ".join(matrix.path for matrix in matrices[:3]) + (
-                    "..." if matrices[3:] else ""
-                )
-                raise ValueError(
-                    f"Factorisation.{name}: {pattern!r} matches no layer that can be factorised; there "
-                    + (
-                        f"are {known}."
-                        if matrices
-                        else "are none, as its `dense` is another class."
-                    )
-                )
+    patterns = [("layers", pattern) for pattern in factorisation.layers]
+    patterns += [("ranks", pattern) for pattern, _ in factorisation.ranks]
+    for name, pattern in patterns:
+        if not any(re.fullmatch(pattern, matrix.path) for matrix in matrices):
+            known = ", ".join(matrix.path for matrix in matrices[:3])
+            known += "..." if matrices[3:] else ""
+            raise ValueError(
+                f"Factorisation.{name}: {pattern!r} matches no layer that can be factorised; there "
+                f"are {known or 'none, as its `dense` is another class'}."
+            )
     lines = factors.table(matrices)
     if larger := [matrix.path for matrix in matrices if matrix.factors > matrix.dense]:
         lines.append(
-            f"WARNING: the factors of {len(larger)} matrices are larger than what they stand for, "
+            f"WARNING: the factors of {len(larger)} matrices are larger than the dense matrices, "
             f"{larger[0]} first: use a rank below rows * columns / (rows + columns), as "
             "RANK_RULE = 'param_ratio' does."
         )
@@ -147,24 +133,18 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
 
 
 class LowRankDense(Dense):
-    """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere.
-
-    Attributes:
-      factorisation: which layers, and how.
-    """
+    """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere."""
 
     factorisation: Factorisation = Factorisation()
 
     def product(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        if (rank := rank_of_layer(self, *shape)) is None:
-            return super().product(x)
-
-        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self.factorisation.draw(key, self.kernel_init, shape, rank)
-
-        u_XR, v_RY = factor_parameters(self, draw, (self.axes[0], RANK), (RANK, self.axes[1]))
-        return product(x, u_XR.astype(self.dtype), v_RY.astype(self.dtype))
+        factors = layer_factors(
+            self,
+            (x.shape[-1], self.features),
+            self.kernel_init,
+            *((self.axes[0], RANK), (RANK, self.axes[1])),
+        )
+        return super().product(x) if factors is None else product(x, *factors)
 
 
 class LowRankExpertDense(ExpertDense):
@@ -173,20 +153,18 @@ class LowRankExpertDense(ExpertDense):
     factorisation: Factorisation = Factorisation()
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        shape = (rows_RX.shape[-1], self.features)
-        if (rank := rank_of_layer(self, *shape)) is None:
-            return super().product(rows_RX, sizes_E)
-
-        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            keys = jax.random.split(key, self.num_experts)
-            return jax.vmap(
-                lambda key: self.factorisation.draw(key, _of_one(self.kernel_init), shape, rank)
-            )(keys)
-
         expert, *names = self.axes
-        u, v = factor_parameters(self, draw, (expert, names[0], RANK), (expert, RANK, names[1]))
-        inner = grouped_matmul(rows_RX, u.astype(self.dtype), sizes_E)
-        return grouped_matmul(inner, v.astype(self.dtype), sizes_E)
+        factors = layer_factors(
+            self,
+            (rows_RX.shape[-1], self.features),
+            _of_one(self.kernel_init),
+            *((expert, names[0], RANK), (expert, RANK, names[1])),
+            experts=self.num_experts,
+        )
+        if factors is None:
+            return super().product(rows_RX, sizes_E)
+        inner = grouped_matmul(rows_RX, factors[0], sizes_E)
+        return grouped_matmul(inner, factors[1], sizes_E)
 
 
 def factorised(
@@ -198,7 +176,6 @@ def factorised(
     """Returns a `dense` factory of factorised layers with the initialiser of another factory.
 
     Args:
-      factorisation: which layers, and how.
       dense: the factory that this one replaces; its initialiser is used.
       layer: class of the layers.
     """
@@ -211,38 +188,53 @@ def factorised(
     return make
 
 
-def rank_of_layer(layer: Any, rows: int, columns: int) -> int | None:
-    """Returns the rank of a layer's factors; None if the layer is dense.
-
-    After init, the rank is read from the parameters, because unrolling layers changes their paths.
-    """
-    if layer.is_initializing():
-        return layer.factorisation.rank_at("/".join(layer.path), rows, columns)
-    return (
-        layer.get_variable("params", "u").shape[-1] if layer.has_variable("params", "u") else None
-    )
-
-
 def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns an initialiser of one expert's kernel from an initialiser of stacked kernels."""
     return lambda key, shape, dtype: kernel_init(key, (1, *shape), dtype)[0]
 
 
-def factor_parameters(
-    module: nn.Module,
-    draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+def layer_factors(
+    layer: Any,
+    shape: tuple[int, int],
+    kernel_init: Callable[..., jax.Array],
     u_axes: tuple[str, ...],
     v_axes: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the parameters `u` and `v`; both are initialised from one call of `draw`."""
-    if module.is_initializing():
-        drawn = draw(module.make_rng("params"))
+    *,
+    experts: int | None = None,
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the parameters `u` and `v` of a layer in its compute dtype; None if the layer stays dense.
+
+    Args:
+      layer: the layer, with the attribute `factorisation`.
+      shape: [rows, columns] of the matrix.
+      kernel_init: initialiser of the matrix.
+      u_axes, v_axes: logical names of the factors' dimensions.
+      experts: number of stacked matrices; None for a single one.
+    """
+    if layer.is_initializing():
+        rank = layer.factorisation.rank_at("/".join(layer.path), *shape)
+    elif layer.has_variable("params", "u"):
+        # Unrolling layers changes their paths, so the rank is read from the parameters.
+        rank = layer.get_variable("params", "u").shape[-1]
+    else:
+        rank = None
+    if rank is None:
+        return None
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return layer.factorisation.draw(key, kernel_init, shape, rank)
+
+        return one(key) if experts is None else jax.vmap(one)(jax.random.split(key, experts))
+
+    if layer.is_initializing():  # both from one draw
+        drawn = draw(layer.make_rng("params"))
         inits = [lambda key, shape, dtype, x=x: x.astype(dtype) for x in drawn]
     else:  # flax checks the shapes of the parameters against these
         shapes = jax.eval_shape(draw, jax.random.key(0))
         inits = [lambda key, shape, dtype, x=x: jnp.zeros(x.shape, dtype) for x in shapes]
     u, v = (
-        parameter(module, name, init, names, (), module.param_dtype)
+        parameter(layer, name, init, names, (), layer.param_dtype)
         for name, init, names in zip(("u", "v"), inits, (u_axes, v_axes), strict=True)
     )
-    return u, v
+    return u.astype(layer.dtype), v.astype(layer.dtype)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from model.axes import CHANNELS, CHANNELS_IN, RANK
-from model.low_rank.lowrank import Factorisation, factor_parameters, rank_of_layer
+from model.low_rank.lowrank import Factorisation, layer_factors
 from model.vision.convolution import Conv, convolve
 
 Scheme = Literal["channel", "spatial"]
@@ -55,15 +55,7 @@ def scheme_of(kernel: tuple[int, ...], rows: int, columns: int) -> Scheme | None
 def convolve_factors(
     x_BHWI: jax.Array, u_XR: jax.Array, v_RY: jax.Array, *, scheme: Scheme, side: int, stride: int
 ) -> jax.Array:
-    """Returns the convolution with the kernel of U V^T, [B, H/s, W/s, O], without forming the kernel.
-
-    Args:
-      x_BHWI: images.
-      u_XR, v_RY: factors of the kernel's matrix.
-      scheme: how the kernel is a matrix.
-      side: side of the square kernel.
-      stride: stride of both dimensions.
-    """
+    """Returns the convolution with the kernel of U V^T, [B, H/s, W/s, O], without forming the kernel."""
     if scheme == "channel":
         y_BHWR = convolve(x_BHWI, kernel_of(u_XR, scheme, side, side), (stride, stride))
         return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, 1), (1, 1))
@@ -89,7 +81,7 @@ class LowRankConv(Conv):
     def __post_init__(self):
         if self.scheme not in SCHEMES:
             raise ValueError(
-                f"LowRankConv.scheme = {self.scheme!r} is none of {', '.join(map(repr, SCHEMES))}."
+                f"LowRankConv.scheme = {self.scheme!r}: choose from {', '.join(map(repr, SCHEMES))}."
             )
         super().__post_init__()
 
@@ -100,8 +92,6 @@ class LowRankConv(Conv):
             (1, side * side * inputs) if self.scheme == "channel" else (side, side * inputs)
         )
         shape = (rows, per_filter * self.features)
-        if (rank := rank_of_layer(self, *shape)) is None:
-            return super().product(x_BHWI)
 
         def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
             # Initialise as a kernel, so that the initialiser sees the kernel's fan-in.
@@ -109,15 +99,9 @@ class LowRankConv(Conv):
             kernel = self.kernel_init(key, (side, side, inputs, filters), dtype)
             return matrix_of(kernel, self.scheme)
 
-        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self.factorisation.draw(key, init, shape, rank)
-
-        u_XR, v_RY = factor_parameters(self, draw, (CHANNELS_IN, RANK), (RANK, CHANNELS))
+        factors = layer_factors(self, shape, init, (CHANNELS_IN, RANK), (RANK, CHANNELS))
+        if factors is None:
+            return super().product(x_BHWI)
         return convolve_factors(
-            x_BHWI,
-            u_XR.astype(self.dtype),
-            v_RY.astype(self.dtype),
-            scheme=self.scheme,
-            side=side,
-            stride=self.stride,
+            x_BHWI, *factors, scheme=self.scheme, side=self.side, stride=self.stride
         )

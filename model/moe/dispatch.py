@@ -23,7 +23,7 @@ def dispatch(experts_C: jax.Array, num_experts: int, *, rows: int | None = None)
     """Sorts choices by expert, stably; choices without an expert are last.
 
     Args:
-      experts_C: expert of each choice; E for none.
+      experts_C: expert of each choice; num_experts for none.
       num_experts: E.
       rows: R; at most R choices may have an expert. None for one row per choice.
     """

@@ -25,8 +25,6 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     last expert's rows are undefined.
 
     Args:
-      rows_RX: the rows, sorted by expert.
-      kernel_EXY: the kernels.
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
         if the rows are on G devices (see model/moe/parallel.py).
     """

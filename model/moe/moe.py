@@ -38,11 +38,7 @@ class ExpertDense(nn.Module):
 
     Attributes:
       num_experts: E.
-      features: output width.
       axes: logical names of the kernel's three dimensions.
-      kernel_init: initialiser of the kernel.
-      dtype: compute dtype.
-      param_dtype: storage dtype.
     """
 
     num_experts: int
@@ -113,17 +109,19 @@ class MoeMlp(Counted):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         self._check()
-        logits_BTE = routing.router_of(self)(x_BTD)
-        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        self.sow("intermediates", "router_probs", probs_BTE)
-        real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
+        real_BT = routing.real_tokens(x_BTD, segments_BT)
         place = parallel.placement(len(x_BTD), self.num_experts)
         choose: Callable[..., Any] = functools.partial(self._choose, place=place)
         if place is not None:  # without this, XLA would gather all probabilities to sort them
             choose = place.map(choose, place.split, place.split)
         routes, experts_BTK = choose(probs_BTE, real_BT)
         kept_BTK = experts_BTK < self.num_experts
-        self._report(logits_BTE, probs_BTE, routes.experts_MK, kept_BTK, real_BT)
+        routing.report(
+            *(self, logits_BTE, probs_BTE, routes.experts_MK, real_BT),
+            kept_BTK=kept_BTK,
+            z_loss_weight=self.router_z_loss,
+        )
         out_BTD = self._mix(x_BTD, experts_BTK, routes.weights_MK, place)
         if self.shared is not None:
             out_BTD = out_BTD + self._shared()(x_BTD, segments_BT=segments_BT)
@@ -208,30 +206,9 @@ class MoeMlp(Counted):
             num_experts=self.num_experts,
             features=features,
             axes=(axes.EXPERT, *names),
-            dtype=self.config.compute_dtype,
-            param_dtype=self.config.storage_dtype,
+            **self.config.dtypes,
             name=name,
         )
-
-    def _report(
-        self,
-        logits_BTE: jax.Array,
-        probs_BTE: jax.Array,
-        experts_BTK: jax.Array,
-        kept_BTK: jax.Array,
-        real_BT: jax.Array,
-    ) -> None:
-        """Sows losses and statistics."""
-        if self.balance_loss:
-            balance = routing.balance_loss(probs_BTE, experts_BTK, real_BT)
-            self.sow("losses", "balance", self.balance_loss * balance)
-        if self.router_z_loss:
-            z_loss = routing.z_loss(logits_BTE, real_BT)
-            self.sow("losses", "router_z", self.router_z_loss * z_loss)
-        if self.is_mutable_collection("metrics"):
-            statistics = routing.statistics(probs_BTE, experts_BTK, kept_BTK, real_BT)
-            for name, value in statistics.items():
-                self.sow("metrics", f"router_{name}", value)
 
     def _check(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
@@ -262,8 +239,8 @@ def experts_of(
         expert = mlp(**{**passed, "name": None, "parent": None})
         if type(expert) is not GatedMlp:
             raise ValueError(
-                f"moe.experts_of: the experts are gated MLPs, not {type(expert).__name__}, whose own computation "
-                "would be dropped. Use MLP = @mlp.GatedMlp, or one method less."
+                f"moe.experts_of: an expert is a GatedMlp, not a {type(expert).__name__}. Set "
+                "MLP = @mlp.GatedMlp, or remove one of the methods."
             )
         return moe(activation=expert.activation, **passed)
 

@@ -19,7 +19,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from model import axes
 from model.moe import dispatch, routing
@@ -63,12 +63,7 @@ def placement(rows: int, num_experts: int) -> Placement | None:
 
 
 def _active(rules: Sequence[tuple[str, Any]]) -> Placement | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and size > 1
-    }
+    free = axes.free_mesh_axes()
 
     def split_by(logical: str) -> tuple[str, ...]:
         target = dict(rules).get(logical)
@@ -119,8 +114,7 @@ def send(
     Args:
       x_BTD: tokens.
       experts_BTK: experts of the tokens; E for none.
-      num_experts: E.
-      place: placement of tokens and experts.
+      num_experts, place: E and the placement of tokens and experts.
       rows: S; no device may have more choices for the experts of one device.
 
     Returns:

@@ -52,7 +52,43 @@ def route(probs_ME: jax.Array, *, top_k: int, renormalise: bool = True) -> Route
     return Routes(experts_MK=experts_MK, weights_MK=weights_MK)
 
 
-# ---- Auxiliary losses.
+def probabilities(mixture: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the router's logits and probabilities [B, T, E], and sows the probabilities."""
+    logits_BTE = router_of(mixture)(x_BTD)
+    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    mixture.sow("intermediates", "router_probs", probs_BTE)
+    return logits_BTE, probs_BTE
+
+
+def real_tokens(x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Returns True [B, T] for tokens that are not padding."""
+    return jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+
+
+# ---- Auxiliary losses and statistics.
+
+
+def report(
+    mixture: Any,
+    logits_BTE: jax.Array,
+    probs_BTE: jax.Array,
+    experts_BTK: jax.Array,
+    real_BT: jax.Array,
+    *,
+    kept_BTK: jax.Array | None = None,
+    z_loss_weight: float = 0.0,
+) -> None:
+    """Sows the losses and statistics of a mixture module; 'dropped' only with `kept_BTK`."""
+    if mixture.balance_loss:
+        balance = balance_loss(probs_BTE, experts_BTK, real_BT)
+        mixture.sow("losses", "balance", mixture.balance_loss * balance)
+    if z_loss_weight:
+        mixture.sow("losses", "router_z", z_loss_weight * z_loss(logits_BTE, real_BT))
+    if mixture.is_mutable_collection("metrics"):
+        kept = jnp.ones(experts_BTK.shape, bool) if kept_BTK is None else kept_BTK
+        for name, value in statistics(probs_BTE, experts_BTK, kept, real_BT).items():
+            if name != "dropped" or kept_BTK is not None:
+                mixture.sow("metrics", f"router_{name}", value)
 
 
 def load(experts_MK: jax.Array, num_experts: int, real_M: jax.Array) -> jax.Array:

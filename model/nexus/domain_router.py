@@ -27,20 +27,15 @@ from model.linear import Dense, fan_in_normal
 from model.moe.router_scale import down_std
 
 
-class DomainRouter(Counted):
-    """A router that replaces Dense as the `router` factory of MoeMlp and MixtureOfAttention.
-
-    `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
-    embeddings of the experts' data to it; otherwise it has random directions.
+class GatedRouter(Counted):
+    """A router with a gated hidden layer, a `router` factory of MoeMlp and MixtureOfAttention.
 
     Attributes:
       features: E.
-      axes: logical axes of a linear router's kernel [D, E]; ignored, because this router has a gated MLP's kernels.
+      axes: logical axes of a linear router's kernel [D, E].
       domain_dim: M.
       logit_std: standard deviation of the first logits, for states of unit variance.
       dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
-      dtype: compute dtype.
-      param_dtype: storage dtype.
     """
 
     features: int
@@ -50,6 +45,14 @@ class DomainRouter(Counted):
     dense: Callable[..., nn.Module] = Dense
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+
+
+class DomainRouter(GatedRouter):
+    """A router by the embeddings of its experts' data; it ignores `axes`.
+
+    `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
+    embeddings of the experts' data to it; otherwise it has random directions.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

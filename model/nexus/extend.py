@@ -49,11 +49,34 @@ class Addition:
                 return base.copied(path, old.shape(path), old)
             return _merged(path, old, new, self.merge)
         before = old.shape(path)
-        size = before[where.axis] // (mixture.experts - 1)
-        added = _resized(before, where, size)
+        one = _resized(before, where, before[where.axis] // (mixture.experts - 1))
         if router:
-            return _with_drawn(path, before, old, added, where, mixture)
-        return _with_copied(path, before, old, new, added, where, mixture)
+            domains = None if mixture.domains is None else mixture.domains[-1:]
+            last = dataclasses.replace(mixture, domains=domains)
+            column = upcycle.drawn(path, one, last, mixture.experts)
+            origin, inputs = column.origin, ((old.name, path),)
+
+            def added(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+                (drawn,) = column.compute([], 0)
+                # `drawn` has all stacked layers.
+                return drawn if len(drawn) == len(parts[0]) else drawn[layer : layer + 1]
+
+        else:
+            _check_expert(path, one, where, old, new)
+            origin = f"copied{upcycle.changes(path, mixture)}"
+            inputs = ((old.name, path), (new.name, path))
+
+            def added(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+                if where.axis != -3:
+                    return parts[1]
+                return experts.routed(parts[1], path, mixture, mixture.experts - 1, layer)
+
+        def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
+            return experts.joined([parts[0], added(parts, layer).astype(parts[0].dtype)], where)
+
+        after = _resized(before, where, before[where.axis] + one[where.axis])
+        slices = mixture.slices(path)
+        return upcycle.single(path, after, f"one more, {origin}", inputs, compute, slices=slices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,58 +107,16 @@ class Removal:
         )
 
 
-def _with_copied(
-    path: str,
-    before: tuple[int, ...],
-    old: Source,
-    new: Source,
-    one: tuple[int, ...],
-    where: ExpertAxis,
-    mixture: Mixture,
-) -> Recipe:
-    """Returns the recipe that appends the new model's array to the experts'; `one` is its shape as an expert."""
-    ffn = where.axis == -3
-    dense = (*one[:-3], *one[-2:]) if ffn else one
+def _check_expert(
+    path: str, one: tuple[int, ...], where: ExpertAxis, old: Source, new: Source
+) -> None:
+    """Raises TransformError unless the new model's array has the shape `one` of an expert."""
+    dense = (*one[:-3], *one[-2:]) if where.axis == -3 else one
     if (shape := new.shapes.get(path)) != dense:
         raise TransformError(
-            f"{new.name} is no branch of the seed of {old.name}: {path} is "
-            f"{list(shape) if shape else 'not there'}, where an expert has {list(dense)}."
+            f"{new.name} does not have the seed of {old.name}: {path} is "
+            f"{list(shape) if shape else 'missing'}, but {list(dense)} in an expert."
         )
-
-    def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
-        many, kernel = parts
-        if ffn:
-            kernel = experts.routed(kernel, path, mixture, mixture.experts - 1, layer)
-        return experts.joined([many, kernel.astype(many.dtype)], where)
-
-    origin = f"one more, copied{upcycle.changes(path, mixture)}"
-    after = _resized(before, where, before[where.axis] + one[where.axis])
-    inputs = ((old.name, path), (new.name, path))
-    return upcycle.single(path, after, origin, inputs, compute, slices=mixture.slices(path))
-
-
-def _with_drawn(
-    path: str,
-    before: tuple[int, ...],
-    old: Source,
-    one: tuple[int, ...],
-    where: ExpertAxis,
-    mixture: Mixture,
-) -> Recipe:
-    """Returns the recipe that appends a new expert's column, or its data's embedding, to a router's array."""
-    domains = None if mixture.domains is None else mixture.domains[-1:]
-    last = dataclasses.replace(mixture, domains=domains)
-    column = upcycle.drawn(path, one, last, mixture.experts)
-
-    def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
-        many, (drawn,) = parts[0], column.compute([], 0)
-        if len(drawn) != len(many):  # `drawn` has all stacked layers
-            drawn = drawn[layer : layer + 1]
-        return experts.joined([many, drawn.astype(many.dtype)], where)
-
-    after = _resized(before, where, before[where.axis] + one[where.axis])
-    origin, inputs = f"one more, {column.origin}", ((old.name, path),)
-    return upcycle.single(path, after, origin, inputs, compute, slices=mixture.slices(path))
 
 
 def _merged(path: str, old: Source, new: Source, merge: float) -> Recipe:

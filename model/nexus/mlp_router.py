@@ -4,41 +4,22 @@ Shapes: E experts, D width, M width of an embedding of a domain, F hidden width,
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from model import axes
-from model.flops import Counted
-from model.linear import Dense, fan_in_normal
+from model.linear import fan_in_normal
 from model.moe.router_scale import token_down_std
+from model.nexus.domain_router import GatedRouter
 
 
-class MlpRouter(Counted):
+class MlpRouter(GatedRouter):
     """A router with logits down(silu(gate(x)) * up(x)), for MoeMlp and MixtureOfAttention.
 
     Its hidden width is F = M + D / 2, so `gate` and `up` [D, F] have the 2 D M + D^2 parameters of a
     domain_router.DomainRouter; `down` [F, E] corresponds to a linear router's kernel.
-
-    Attributes:
-      features: E.
-      axes: logical axes of a linear router's kernel [D, E].
-      domain_dim: M.
-      logit_std: standard deviation of the first logits, for states of unit variance.
-      dense: factory of the three projections, called with (features=, axes=, kernel_init=, ...).
-      dtype: compute dtype.
-      param_dtype: storage dtype.
     """
-
-    features: int
-    axes: tuple[str, str]
-    domain_dim: int = 1024
-    logit_std: float = 0.1
-    dense: Callable[..., nn.Module] = Dense
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

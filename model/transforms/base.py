@@ -32,14 +32,10 @@ class Source:
     shapes: Shapes
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Returns the shape of a parameter.
-
-        Raises:
-          TransformError: the source has no parameter with this path.
-        """
+        """Returns the shape of a parameter; raises TransformError if the source does not have it."""
         if path not in self.shapes:
             raise TransformError(
-                f"{self.name} has no {path}: is it of another model than its configuration says?"
+                f"{self.name} has no {path}: give the configuration that it was trained with."
             )
         return tuple(self.shapes[path])
 
@@ -87,18 +83,18 @@ class TreeTransform(Protocol):
 
 
 def plan(transform: TreeTransform, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
-    """Returns the plan of a transform, after checks.
+    """Returns the plan of a transform.
 
     Raises:
       TransformError: the plan does not compute a parameter of the target, computes another shape, or
-        does not use a parameter of a source. The message has its path.
+        does not use a parameter of a source.
     """
     recipes = transform.plan(sources, target)
     check_target(recipes, target)
     read = {path for recipe in recipes for _, path in recipe.inputs}
     for source in sources:
         if unused := sorted(set(source.shapes) - read - set(target)):
-            raise TransformError(f"the new model has no place for {unused[0]} of {source.name}.")
+            raise TransformError(f"{source.name} has {unused[0]}, which the new model lacks.")
     return recipes
 
 
@@ -108,21 +104,16 @@ def check_target(recipes: Sequence[Recipe], target: Shapes) -> None:
     for path in {**target, **computed}:
         here, there = computed.get(path), target.get(path)
         if here is None:
-            raise TransformError(f"nothing explains {path} {list(target[path])} of the new model.")
+            raise TransformError(f"{path} {list(target[path])} of the new model has no source.")
         if there is None or here != tuple(there):
             raise TransformError(
                 f"{path} would be {list(here)}, and the configuration of the new model has "
-                f"{'none' if there is None else list(there)}: do the models have other sizes?"
+                f"{'none' if there is None else list(there)}: use models of equal sizes."
             )
 
 
 def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[str, Any]:
-    """Returns all parameters by path, computed in memory.
-
-    Args:
-      recipes: recipes of a plan.
-      read: returns an array from the name of a source and the path.
-    """
+    """Returns all parameters by path, computed in memory; `read` returns an array of (source, path)."""
     params: dict[str, Any] = {}
     for recipe in tqdm(list(recipes), desc="transform", unit="array", leave=False, delay=5):
         parts = [read(*name) for name in recipe.inputs]
@@ -140,12 +131,12 @@ def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "cop
     """Returns the recipe of a parameter that is copied from the same path of a source.
 
     Raises:
-      TransformError: the source does not have the parameter, or has it with another shape.
+      TransformError: the source does not have the parameter with this shape.
     """
     if source.shape(path) != tuple(shape):
         raise TransformError(
-            f"{path} is {list(source.shape(path))} in {source.name}, and {list(shape)} in the new model: do "
-            "the models have other sizes?"
+            f"{path} is {list(source.shape(path))} in {source.name}, and {list(shape)} in the new model: use "
+            "models of equal sizes."
         )
     return Recipe(
         outputs={path: tuple(shape)},
@@ -157,43 +148,10 @@ def copied(path: str, shape: tuple[int, ...], source: Source, origin: str = "cop
     )
 
 
-def chain(first: Sequence[Recipe], second: Sequence[Recipe]) -> list[Recipe]:
-    """Returns the plan of `second` after `first`, from the sources of `first`.
-
-    The outputs of `first` are the only source of `second`. Intermediate arrays are not stored; an array
-    that several recipes of `second` read is computed for each of them.
-    """
-    by_path = {path: recipe for recipe in first for path in recipe.outputs}
-
-    def joined(last: Recipe) -> Recipe:
-        before = [by_path[path] for _, path in last.inputs]
-
-        def compute(parts: Sequence[Any], index: int) -> Sequence[Any]:
-            inputs, rest = [], list(parts)
-            for recipe, (_, path) in zip(before, last.inputs, strict=True):
-                own, rest = rest[: len(recipe.inputs)], rest[len(recipe.inputs) :]
-                inputs.append(recipe.compute(own, index)[list(recipe.outputs).index(path)])
-            return last.compute(inputs, index)
-
-        kinds = {last.slices, *(recipe.slices for recipe in before)}
-        origins = dict.fromkeys([*(recipe.origin for recipe in before), last.origin])
-        return Recipe(
-            outputs=last.outputs,
-            inputs=tuple(name for recipe in before for name in recipe.inputs),
-            origin=", then ".join(origins),
-            compute=compute,
-            slices=next(kind for kind in ("whole", "layers", "rows") if kind in kinds),
-        )
-
-    return [joined(recipe) for recipe in second]
-
-
 def table(recipes: Sequence[Recipe], notes: Mapping[str, str] | None = None) -> list[str]:
     """Returns lines of a table of the parameters: path, shape, number of values, origin.
 
-    Args:
-      recipes: recipes of a plan.
-      notes: text to append to the origin of outputs, by path, such as results of the computation.
+    `notes`, by path, are appended to the origins of outputs.
     """
     rows = [("path", "shape", "values", "from")]
     for recipe in recipes:
@@ -201,9 +159,16 @@ def table(recipes: Sequence[Recipe], notes: Mapping[str, str] | None = None) -> 
             sizes = " x ".join(map(str, shape))
             origin = recipe.origin + (notes or {}).get(path, "")
             rows.append((path, sizes, f"{math.prod(shape):,}", origin))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    just = (str.ljust, str.ljust, str.rjust, str.ljust)
+    return aligned(rows, right=(2,))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Returns the rows of a table as lines; columns with these indices are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(f(cell, w) for f, cell, w in zip(just, row, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

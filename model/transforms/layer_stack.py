@@ -22,11 +22,7 @@ def unrolled(model: Any) -> Any:
 
 
 def unroll(params: Params, config: TransformerConfig) -> Params:
-    """Returns the parameters with unrolled layers; unrolled parameters are returned unchanged.
-
-    Raises:
-      KeyError: a block of the pattern is missing.
-    """
+    """Returns the parameters with unrolled layers; unrolled parameters are returned unchanged."""
     if not config.scan_layers:
         return params
     period = len(config.layer_pattern)

@@ -85,9 +85,9 @@ def check_alike(sources: Sequence[Source]) -> None:
             there, here = first.shapes.get(path), other.shapes.get(path)
             if there != here:
                 raise TransformError(
-                    f"{other.name} is no branch of the seed of {first.name}: {path} is "
-                    f"{list(here) if here else 'not there'}, where {first.name} has "
-                    f"{list(there) if there else 'none'}. All models come from one dense architecture."
+                    f"{other.name} does not have the seed of {first.name}: {path} is "
+                    f"{list(here) if here else 'missing'}, but {list(there) if there else 'missing'} in "
+                    f"{first.name}. Use models with one dense architecture."
                 )
 
 
@@ -133,26 +133,21 @@ def changes(path: str, mixture: Mixture) -> str:
 
 
 def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Recipe:
-    """Returns the recipe of a router's parameter, which no source has.
-
-    Args:
-      path, shape: path and shape of the parameter.
-      mixture: settings, with the routers' standard deviations and the domains' embeddings.
-      *key: further keys of the draw, besides the mixture's seed.
+    """Returns the recipe of a router's parameter, which no source has; `key` adds to the mixture's seed.
 
     Raises:
       TransformError: the parameter is not a router's, or the domains' embeddings do not fit.
     """
     match = re.fullmatch(experts.ROUTER, path)
     if match is None:
-        raise TransformError(f"nothing explains {path} {list(shape)} of the mixture.")
+        raise TransformError(f"{path} {list(shape)} of the mixture has no source.")
     if match[3] == "domains":
         if (domains := mixture.domains) is None:
             raise TransformError(f"{path} of the mixture needs embeddings of domains.")
         if domains.shape != shape[-2:]:
             raise TransformError(
                 f"{path} of the mixture is {list(shape)}, and embeddings are {list(domains.shape)}: "
-                "is DomainRouter.domain_dim their width?"
+                "set DomainRouter.domain_dim to their width."
             )
         return single(path, shape, "embeddings", (), lambda *_: np.broadcast_to(domains, shape))
     std = _std(match[3], shape, mixture)

@@ -28,13 +28,7 @@ class Conv(nn.Module):
     """A square convolution with zero padding, kernel [side, side, in, out].
 
     Attributes:
-      features: number of output channels.
-      side: side of the kernel.
-      stride: stride of both dimensions.
       use_bias: adds a bias per channel, initially zero; it has no effect before batch normalisation.
-      kernel_init: initialiser of the kernel.
-      dtype: compute dtype.
-      param_dtype: storage dtype.
     """
 
     features: int

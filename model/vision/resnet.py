@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from model import axes, flops
+from model.config import FloatDtypes
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
 from model.vision.convolution import Conv, he_normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNetConfig:
+class ResNetConfig(FloatDtypes):
     """Sizes of a residual network.
 
     Attributes:
@@ -32,7 +33,6 @@ class ResNetConfig:
       widths: output channels of the blocks of each stage.
       stem_width: output channels of the first convolution.
       dtype: compute dtype of convolutions and activations; statistics, pooling and loss use float32.
-      param_dtype: dtype in which parameters are stored.
 
     Raises:
       ValueError: invalid sizes; all problems in one message.
@@ -48,22 +48,14 @@ class ResNetConfig:
     def __post_init__(self):
         problems = []
         if not self.stages or len(self.stages) != len(self.widths):
-            problems.append(f"stages = {self.stages} and widths = {self.widths} are not one each")
+            problems.append(
+                f"stages = {self.stages} and widths = {self.widths} must have equal lengths"
+            )
         if min(self.num_classes, self.stem_width, *self.stages, *self.widths) < 1:
-            problems.append("num_classes, stages, widths and stem_width are positive")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
-                problems.append(f"{name} = {getattr(self, name)!r} is not a float dtype")
+            problems.append("num_classes, stages, widths and stem_width must be positive")
+        problems += self.dtype_problems()
         if problems:
             raise ValueError("ResNetConfig: " + "; ".join(problems) + ".")
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
-    @property
-    def storage_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.param_dtype)
 
     def axis_sizes(self) -> tuple[tuple[str, int, str], ...]:
         """Returns the sizes that a mesh may split, as (logical axis, size, name of the setting)."""
@@ -83,23 +75,20 @@ def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
+        **config.dtypes,
         scale_init=named(nn.initializers.ones),
         bias_init=named(nn.initializers.zeros),
         name=name,
     )
 
 
-class Bottleneck(nn.Module):
-    """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
+class ResidualBlock(nn.Module):
+    """Fields of both kinds of blocks.
 
     Attributes:
-      config: sizes of the network.
-      width: number of output channels; the inner convolutions have a quarter of it.
-      stride: stride of the 3x3 convolution and of the shortcut.
-      conv: factory of 3x3 convolutions.
-      dense: factory of 1x1 convolutions.
+      width: number of output channels.
+      stride: stride of one 3x3 convolution and of the shortcut.
+      conv, dense: factories of 3x3 and of 1x1 convolutions.
     """
 
     config: ResNetConfig
@@ -107,46 +96,64 @@ class Bottleneck(nn.Module):
     stride: int
     conv: Callable[..., nn.Module] = Conv
     dense: Callable[..., nn.Module] = Dense
+
+    def _conv(self, features: int, stride: int, name: str) -> nn.Module:
+        return self.conv(features=features, side=3, stride=stride, **self.config.dtypes, name=name)
+
+    def _pointwise(self, features: int, name: str, x_BHWC: jax.Array) -> jax.Array:
+        """Returns a 1x1 convolution of x, computed as a projection of channels."""
+        dense = self.dense(
+            features=features,
+            axes=(axes.CHANNELS_IN, axes.CHANNELS),
+            kernel_init=he_normal,
+            **self.config.dtypes,
+            name=name,
+        )
+        return dense(x_BHWC)
+
+    def _shortcut(self, x_BHWC: jax.Array) -> jax.Array:
+        """Returns a 1x1 convolution with the stride."""
+        strided_BHWC = x_BHWC[:, :: self.stride, :: self.stride]
+        return self._pointwise(self.width, "shortcut", strided_BHWC)
+
+
+class Bottleneck(ResidualBlock):
+    """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
+
+    The inner convolutions have a quarter of the width.
+    """
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm, inner = partial(batch_norm, self.config, train), self.width // 4
         if not inner:
-            raise ValueError(f"Bottleneck: a width of {self.width} leaves no channel inside; 4 do.")
-        y_BHWC = _pointwise(self, inner, "conv_0", x_BHWC)
+            raise ValueError(f"Bottleneck.width = {self.width} must be at least 4.")
+        y_BHWC = self._pointwise(inner, "conv_0", x_BHWC)
         y_BHWC = nn.relu(norm("norm_0")(y_BHWC))
-        y_BHWC = _conv(self, inner, self.stride, "conv_1")(y_BHWC)
+        y_BHWC = self._conv(inner, self.stride, "conv_1")(y_BHWC)
         y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
-        y_BHWC = norm("norm_2")(_pointwise(self, self.width, "conv_2", y_BHWC))
+        y_BHWC = norm("norm_2")(self._pointwise(self.width, "conv_2", y_BHWC))
         if x_BHWC.shape != y_BHWC.shape:
-            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(x_BHWC, self.stride))
+            x_BHWC = self._shortcut(x_BHWC)
             x_BHWC = norm("shortcut_norm")(x_BHWC)
         return nn.relu(x_BHWC + y_BHWC)
 
 
-class WideBlock(nn.Module):
+class WideBlock(ResidualBlock):
     """x + [3x3 with the stride, 3x3](x), with norm and ReLU before each convolution; wide ResNets.
 
     If the shape changes, the shortcut is a 1x1 convolution of the normalised input.
-
-    Attributes: see `Bottleneck`.
     """
-
-    config: ResNetConfig
-    width: int
-    stride: int
-    conv: Callable[..., nn.Module] = Conv
-    dense: Callable[..., nn.Module] = Dense
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         norm = partial(batch_norm, self.config, train)
         first_BHWC = nn.relu(norm("norm_0")(x_BHWC))
-        y_BHWC = _conv(self, self.width, self.stride, "conv_0")(first_BHWC)
+        y_BHWC = self._conv(self.width, self.stride, "conv_0")(first_BHWC)
         y_BHWC = nn.relu(norm("norm_1")(y_BHWC))
-        y_BHWC = _conv(self, self.width, 1, "conv_1")(y_BHWC)
+        y_BHWC = self._conv(self.width, 1, "conv_1")(y_BHWC)
         if x_BHWC.shape != y_BHWC.shape:
-            x_BHWC = _pointwise(self, self.width, "shortcut", _strided(first_BHWC, self.stride))
+            x_BHWC = self._shortcut(first_BHWC)
         return x_BHWC + y_BHWC
 
 
@@ -176,11 +183,8 @@ class ResNet(nn.Module):
     """Images [B, H, W, C] -> logits [B, N], float32.
 
     Attributes:
-      config: sizes.
       stem: factory of the module that reads the images.
-      block: factory of blocks.
-      conv: factory of the blocks' 3x3 convolutions.
-      dense: factory of the blocks' 1x1 convolutions.
+      conv, dense: factories of the blocks' 3x3 and 1x1 convolutions.
       final_norm: whether to apply norm and ReLU after the last block, for blocks that end without them.
     """
 
@@ -244,44 +248,11 @@ class _Stage(nn.Module):
         return x_BHWC
 
 
-def _conv(block: Bottleneck | WideBlock, features: int, stride: int, name: str) -> nn.Module:
-    config = block.config
-    return block.conv(
-        features=features,
-        side=3,
-        stride=stride,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
-        name=name,
-    )
-
-
-def _pointwise(
-    block: Bottleneck | WideBlock, features: int, name: str, x_BHWC: jax.Array
-) -> jax.Array:
-    """Returns a 1x1 convolution of x, computed as a projection of channels."""
-    dense = block.dense(
-        features=features,
-        axes=(axes.CHANNELS_IN, axes.CHANNELS),
-        kernel_init=he_normal,
-        dtype=block.config.compute_dtype,
-        param_dtype=block.config.storage_dtype,
-        name=name,
-    )
-    return dense(x_BHWC)
-
-
-def _strided(x_BHWC: jax.Array, stride: int) -> jax.Array:
-    """Returns the pixels that a 1x1 convolution with this stride reads."""
-    return x_BHWC[:, ::stride, ::stride]
-
-
 def _stem_conv(config: ResNetConfig, side: int, stride: int) -> nn.Module:
     return Conv(
         features=config.stem_width,
         side=side,
         stride=stride,
-        dtype=config.compute_dtype,
-        param_dtype=config.storage_dtype,
+        **config.dtypes,
         name="conv",
     )

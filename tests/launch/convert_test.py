@@ -25,13 +25,13 @@ from model.config import TransformerConfig
 from model.embed import Positions
 from model.hf import families, load
 from model.hf.description import describe
-from model.hf.files import arrays
 from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 from model.hf.plan import Plan
 from model.mlp import GatedMlp, Mlp
 from model.norm import LayerNorm, RMSNorm
 from model.rope import Rope
 from model.transformer import Block, Transformer
+from tests.model.hf import arrays
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.restore_params import restore_params
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
-from model.kv_cache.random import Random
+from model.kv_cache.selecting import Random
 from trainers.decoding.decode import Decoded, Settings, decode
 from trainers.decoding.prefill import prefill, read
 

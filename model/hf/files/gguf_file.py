@@ -5,25 +5,20 @@ builds a config.json from the file's metadata. Files of architecture `llama` sto
 key heads in interleaved rotary order (dimensions i and i + H/2 adjacent); the reader restores the order.
 """
 
-import dataclasses
 import mmap
 import os
 import pathlib
 import re
-from typing import Any, Self
+from typing import Any
 
 import gguf
 import numpy as np
 
-from model.hf.files.safetensors_files import TensorInfo, WeightFileError
+from model.hf.families import family_named
+from model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
 
-# Hugging Face model_type by GGUF general.architecture.
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+# Values of general.architecture; each is the model_type of its family.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -44,19 +39,10 @@ _LAYER_NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A tensor of the file; `heads` is the number of heads with interleaved rows, 0 for none."""
-
-    tensor: Any
-    heads: int
-
-
-class GgufReader:
+class GgufReader(TensorReader):
     """The tensors of a file under their Hugging Face names.
 
     Attributes:
-      tensors: by name, all float32.
       config: the contents of the equivalent config.json.
 
     Raises:
@@ -71,22 +57,22 @@ class GgufReader:
             self.reader = gguf.GGUFReader(self.path)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise WeightFileError(
-                f"{self.path} is damaged or no GGUF file ({error}). Copy or download it again."
+                f"{self.path} is damaged or not a GGUF file ({error}). Copy or download it again."
             ) from None
         self._architecture = self.metadata("general.architecture")
-        if self._architecture not in _FAMILIES:
+        if self._architecture not in _ARCHITECTURES:
             raise WeightFileError(
-                f"{self.path} is of architecture {self._architecture!r}; supported are "
-                f"{', '.join(_FAMILIES)}. Import the model's safetensors with --from_hf."
+                f"{self.path} has architecture {self._architecture!r}; supported are "
+                f"{', '.join(_ARCHITECTURES)}. Import the model's safetensors with --from_hf."
             )
         self.config = self._config()
         self.tensors: dict[str, TensorInfo] = {}
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, Any] = {}
         for tensor in self.reader.tensors:
             name = self._hf_name(tensor.name)
             shape = tuple(int(size) for size in reversed(tensor.shape))
             self.tensors[name] = TensorInfo(np.dtype(np.float32), shape, self.path)
-            self._stored[name] = _Stored(tensor, self._interleaved_heads(name))
+            self._stored[name] = tensor
         self._check_types()
         if self._architecture == "llama":
             self.config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
@@ -108,8 +94,8 @@ class GgufReader:
         if value is None or isinstance(value, list):
             problem = "is a list" if isinstance(value, list) else "is missing"
             raise WeightFileError(
-                f"{self.path}: {key} {problem}, so that it is not known how to build the model. Import "
-                "the model's safetensors with --from_hf."
+                f"{self.path}: {key} {problem}, but the model is built from its value. Import the model's "
+                "safetensors with --from_hf."
             )
         return value
 
@@ -121,14 +107,14 @@ class GgufReader:
         base = _shortest(self._number("rope.freq_base", 10_000.0))
         head_dim = self._number("attention.key_length", width // heads)
         if self._number("attention.value_length", head_dim) != head_dim:
-            self._unsupported("values of another width than keys")
+            self._unsupported("values wider or narrower than keys")
         if self._number("rope.dimension_count", head_dim) != head_dim:
             self._unsupported("rotation of a part of each head")
         if self._number("rope.scaling.type", "none") != "none":
             self._unsupported("stretched rotary embeddings")
         config = {
-            "model_type": _FAMILIES[self._architecture],
-            "architectures": [_ARCHITECTURES[self._architecture]],
+            "model_type": self._architecture,
+            "architectures": [family_named(self._architecture).architecture],
             "vocab_size": self._number("vocab_size", len(tokens) or None),
             "hidden_size": width,
             "intermediate_size": self._number("feed_forward_length"),
@@ -166,8 +152,8 @@ class GgufReader:
         if stem in _NAMES:
             return f"{_NAMES[stem]}.{kind}"
         raise WeightFileError(
-            f"{self.path}: nothing is known of the tensor {name}, so that the model would be another "
-            "without it. Import the model's safetensors with --from_hf."
+            f"{self.path}: the tensor {name} is not supported, and the model would be wrong without it. "
+            "Import the model's safetensors with --from_hf."
         )
 
     def _interleaved_heads(self, name: str) -> int:
@@ -177,7 +163,7 @@ class GgufReader:
         return next((self.config[key] for part, key in heads.items() if f".{part}." in name), 0)
 
     def _check_types(self) -> None:
-        for kind in {stored.tensor.tensor_type for stored in self._stored.values()}:
+        for kind in {tensor.tensor_type for tensor in self._stored.values()}:
             try:
                 block, size = gguf.GGML_QUANT_SIZES[kind]
                 gguf.dequantize(np.zeros((1, size), np.uint8), kind)
@@ -187,33 +173,17 @@ class GgufReader:
                     "file of another quantisation, such as Q8_0 or Q4_K_M."
                 ) from None
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a new array."""
-        values = np.empty(self.tensors[name].shape, np.float32)
-        self.read_into(name, 0, values)
-        return values
-
     def read_into(self, name: str, start: int, into: np.ndarray) -> None:
         """Fills an array with a tensor's rows from `start` on, dequantised."""
-        stored = self._stored[name]
+        tensor, heads = self._stored[name], self._interleaved_heads(name)
         rows = slice(start, start + len(into))
         # Each row is quantised separately, so rows can be reordered before dequantisation.
         order = np.arange(self.tensors[name].shape[0])
-        data = stored.tensor.data
-        part = data[half_split(order, stored.heads)[rows]] if stored.heads else data[rows]
-        into[...] = gguf.dequantize(part, stored.tensor.tensor_type).reshape(into.shape)
+        part = tensor.data[half_split(order, heads)[rows] if heads else rows]
+        into[...] = gguf.dequantize(part, tensor.tensor_type).reshape(into.shape)
         # Release the pages that have been read: they count as used memory.
         if isinstance(self.reader.data.base, mmap.mmap):
             self.reader.data.base.madvise(mmap.MADV_DONTNEED)
-
-    def close(self) -> None:
-        """Does nothing: the memory map is freed with the object."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -8,12 +8,13 @@ The format: eight bytes with the length of the header, the header as JSON of {na
 data_offsets}}, then the data. A checkpoint of several files has an index, {"weight_map": {name: file}}.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,11 +64,30 @@ class TensorInfo:
         return f"{self.dtype.name}{list(self.shape)}"
 
 
-class SafetensorsReader:
-    """The tensors of a directory; names, shapes and dtypes are known without reading data.
+class TensorReader(contextlib.AbstractContextManager):
+    """Tensors that are read whole or by rows; `tensors` has their shapes and dtypes by name."""
 
-    Attributes:
-      tensors: by name.
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as a new array."""
+        values = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
+        self.read_into(name, 0, values)
+        return values
+
+    def read_into(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fills a contiguous array with a tensor's rows from `start` on."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Closes the files."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class SafetensorsReader(TensorReader):
+    """The tensors of a directory.
 
     Raises:
       WeightFileError: there are no weights or only pickled ones, the index refers to a file outside
@@ -82,18 +102,12 @@ class SafetensorsReader:
             header = _read_header(file)
             if missing := sorted(set(names or header) - set(header)):
                 raise WeightFileError(
-                    f"{file} lacks {missing[0]}, which {INDEX} says it holds. The checkpoint is "
+                    f"{file} lacks {missing[0]}, which {INDEX} lists for this file. The checkpoint is "
                     "incomplete or mixed from two: copy it again."
                 )
             self.tensors.update({name: header[name] for name in names or header})
         for file in {info.file for info in self.tensors.values()}:
             self._descriptors[file] = os.open(file, os.O_RDONLY)
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a new array."""
-        values = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
-        self.read_into(name, 0, values)
-        return values
 
     def read_into(self, name: str, start: int, into: np.ndarray) -> None:
         """Fills a contiguous array with a tensor's rows from `start` on. Thread-safe.
@@ -117,18 +131,12 @@ class SafetensorsReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      WeightFileError: the file is missing, cannot be read, or holds no JSON object.
+      WeightFileError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -141,10 +149,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise WeightFileError(f"{path} is not JSON ({error}): copy it again.") from None
     except OSError as error:
         raise WeightFileError(
-            f"{path} cannot be read ({error.strerror}): put the file there, readable."
+            f"{path} cannot be read ({error.strerror}): change its permissions."
         ) from None
     if not isinstance(value, dict):
-        raise WeightFileError(f"{path} holds no JSON object: copy it again.")
+        raise WeightFileError(f"{path} is not a JSON object: copy it again.")
     return value
 
 
@@ -162,15 +170,17 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
     if (directory / SINGLE).exists():
         return {_inside(directory, SINGLE): None}
     if not directory.is_dir():
-        raise WeightFileError(f"{directory} is not a directory: give that of a checkpoint.")
+        raise WeightFileError(
+            f"{directory} is not a directory: give the directory of a checkpoint."
+        )
     pickled = sorted(p.name for p in directory.iterdir() if _is_pickled(p.name))
     if pickled:
         raise WeightFileError(
-            f"{directory} holds its weights as {pickled[0]}, a pickle, which runs code when it is "
-            "read. Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...)"
-            ".save_pretrained(..., safe_serialization=True) of transformers."
+            f"{directory} has its weights in {pickled[0]}, a pickle, which runs code when it is "
+            "read. If you trust it, convert it with transformers: AutoModelForCausalLM"
+            ".from_pretrained(...).save_pretrained(..., safe_serialization=True)."
         )
-    raise WeightFileError(f"{directory} has neither {SINGLE} nor {INDEX}: it holds no weights.")
+    raise WeightFileError(f"{directory} has no weights: give a directory with {SINGLE} or {INDEX}.")
 
 
 def _text(value: Any) -> str:
@@ -198,7 +208,7 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
             "there if you trust it."
         )
     if not target.is_file():
-        raise WeightFileError(f"{directory / name} is missing: the checkpoint is incomplete.")
+        raise WeightFileError(f"{directory / name} is missing: copy the checkpoint again.")
     return target
 
 
@@ -213,13 +223,13 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(size))
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise WeightFileError(
-            f"{file} is damaged or no safetensors file ({error}). Copy or download it again."
+            f"{file} is damaged or not a safetensors file ({error}). Copy or download it again."
         ) from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise WeightFileError(
-                f"{file}: {name} is of dtype {entry['dtype']}, which is not supported. Save it in one of "
+                f"{file}: {name} has dtype {entry['dtype']}, which is not supported. Save it in one of "
                 f"{', '.join(DTYPES)}."
             )
     return {
@@ -230,7 +240,7 @@ def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     }
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(contextlib.AbstractContextManager):
     """Writes a checkpoint: the layout is fixed at the start, and tensors are written in any order.
 
     Args:
@@ -298,9 +308,6 @@ class SafetensorsWriter:
             os.fsync(descriptor)
             os.close(descriptor)
         self._descriptors.clear()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -194,7 +194,7 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     assert "give --rank" in error()
     assert "--recompose takes no --rank" in error("--recompose", "--rank=0.5")
     assert "--calibrate_length is of --calibrate" in error("--rank=0.5", "--calibrate_length=8")
-    assert "hold no factors" in error("--recompose")
+    assert "has no factors" in error("--recompose")
     assert "attention/key: rank=17.0" in error("--rank=17", "--rank_rule=absolute")
     assert "must lie in (0, 1]" in error("--rank=1.5", "--rank_rule=energy")
     assert "no layer was chosen" in error("--rank=0.5", "--layers=nothing")
@@ -211,6 +211,6 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     transform = Decompose(Decomposition(FactoriseFlags(checkpoint="", to=""), {}).split)
     recipes = base.plan(transform, [Source("dense", {"mlp/up/kernel": kernel.shape})], target)
     with pytest.raises(
-        TransformError, match=r"mlp/up/kernel \(of its stack number 1\) holds NaN or inf"
+        TransformError, match=r"mlp/up/kernel \(of its stack number 1\) has NaN or inf"
     ):
         base.apply(recipes, lambda name, path: kernel)

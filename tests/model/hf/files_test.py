@@ -159,7 +159,7 @@ def test_pickles_are_not_read(tmp_path, name):
 
 
 def test_incomplete_checkpoints(tmp_path):
-    with pytest.raises(WeightFileError, match="holds no weights"):
+    with pytest.raises(WeightFileError, match="has no weights"):
         SafetensorsReader(tmp_path)
     with pytest.raises(WeightFileError, match="not a directory"):
         SafetensorsReader(tmp_path / "none")

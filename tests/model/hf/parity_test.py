@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from model.hf import families
-from model.hf.files import arrays
 from model.transforms import layer_stack
+from tests.model.hf import arrays
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "parity"
 CASES = sorted(pathlib.Path(os.environ.get("PARITY_CASES") or GOLDENS).glob("*.npz"))

@@ -7,7 +7,6 @@ the others' of their model cards.
 
 import functools
 import json
-import pathlib
 
 import gin
 import numpy as np
@@ -17,34 +16,7 @@ from launch.config import gin_config
 from model.hf import families
 from model.hf.description import describe
 from model.rope import Rope
-
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
-CASES = sorted((GOLDENS / "parity").glob("*.npz"))
-PUBLISHED = json.loads((GOLDENS / "published_configs.json").read_text())
-# Smaller than any published one: what the errors start from.
-SMALL = {
-    name: {
-        **config,
-        "hidden_size": 8,
-        "intermediate_size": 5,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 11,
-        "head_dim": 4,
-    }
-    for name, config in PUBLISHED.items()
-    if name != "gpt2"
-}
-SMALL["gpt2"] = {**PUBLISHED["gpt2"], "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11}
-
-
-def load(path):
-    with np.load(path) as file:
-        config = json.loads(str(file["config"]))
-        tensors = {k.partition("/")[2]: file[k] for k in file if k.startswith("tensor/")}
-    family = families.family_of_config(config)
-    return config, family, family.model(config), tensors
+from tests.model.hf.cases import CASES, PUBLISHED, SMALL, load
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ from model.kernels.platform import use_platform, use_reference_forms
 from trainers import partitioning
 
 
-def by_hand(q, k, v, visible, *, scale=None, softcap=None, bias=None):
+def by_hand(q, k, v, visible, *, scale=None, softcap=None):
     """One query, head and row at a time; visible(b, i, j) says whether query i sees key j."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
@@ -31,8 +31,6 @@ def by_hand(q, k, v, visible, *, scale=None, softcap=None, bias=None):
                 logits = (H**-0.5 if scale is None else scale) * k[b, keys, kv] @ q[b, i, n]
                 if softcap is not None:
                     logits = softcap * np.tanh(logits / softcap)
-                if bias is not None:
-                    logits = logits + np.asarray(bias, np.float64)[b, n, i, keys]
                 weights = np.exp(logits - logits.max())
                 out[b, i, n] = weights / weights.sum() @ v[b, keys, kv]
     return out
@@ -142,7 +140,7 @@ def test_blocked_at_its_real_block_size(length):
 
 
 def test_long_rows_take_taller_blocks():
-    form = attention_blocked._Form(causal=True, window=None, scale=1.0, softcap=None)
+    form = attention_blocked._Form(window=None, scale=1.0, softcap=None)
     blocks = attention_blocked._blocks(form, 20_000, 20_000)
     assert len(blocks) <= attention_blocked.MAX_BLOCKS
     assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
@@ -187,33 +185,6 @@ def test_half_precision_has_a_float32_softmax(implementation, dtype):
     assert all(g.dtype == dtype and np.isfinite(g.astype(jnp.float32)).all() for g in grads)
     want = by_hand(q, k, v, lambda b, i, j: j <= i, scale=8.0)
     np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_without_causality_and_with_a_bias(implementation, heads):
-    q, k, v, _ = arrays(T=5, S=9)
-    bias = jnp.asarray(np.random.default_rng(3).normal(size=(1, heads, 5, 9)), jnp.float32)
-    got = dot_product_attention(
-        q, k, v, bias=bias, causal=False, scale=1.0, implementation=implementation
-    )
-    whole = np.broadcast_to(bias, (2, 4, 5, 9))
-    want = by_hand(q, k, v, lambda b, i, j: True, scale=1.0, bias=whole)
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
-
-
-def test_blocked_without_causality(monkeypatch):
-    small_blocks(monkeypatch)
-    q, k, v, dout = arrays(T=6, S=9)
-    found, wanted = (
-        value_and_gradients(
-            functools.partial(dot_product_attention, causal=False, implementation=name),
-            *(q, k, v, dout),
-        )
-        for name in ("blocked", "reference")
-    )
-    for got, want in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=3e-5)
 
 
 def test_decoding_by_position_with_empty_slots():
@@ -302,14 +273,10 @@ def test_choice_by_platform():
     q, k = jnp.zeros((2, 128, 4, 64)), jnp.zeros((2, 128, 2, 64))
     half_q, half_k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     at = jnp.zeros((2, 128), jnp.int32)
-    bias = jnp.zeros((1, 1, 128, 128))
     assert chosen("cpu", q, k) == "blocked"
-    assert chosen("cpu", q, k, causal=False) == "xla"
-    assert chosen("cpu", q, k, bias=bias) == "xla"
     assert chosen("tpu", q, k) == "splash"
     assert chosen("tpu", q, k, softcap=5.0, window=7, q_segments_BT=at) == "splash"
     assert chosen("tpu", q[:, :100], k[:, :100]) == "xla"
-    assert chosen("tpu", q, k, bias=bias) == "xla"
     assert chosen("gpu", q, k) == "xla"
     assert chosen("gpu", half_q, half_k) == "cudnn"
     assert chosen("gpu", half_q, half_k, softcap=5.0) == "plain"
@@ -324,10 +291,9 @@ def test_cudnn_is_not_chosen_for_what_it_refuses(monkeypatch):
         return chosen("gpu", q, q[:, :, :2], **options)
 
     at = jnp.zeros((2, 129), jnp.int32)
-    bias = jnp.zeros((1, 1, 129, 129))
     assert form(128, q_segments_BT=at[:, :128]) == form(129) == "cudnn"
     # Segments become a bias, and the backward pass with a bias needs even lengths.
-    assert form(129, q_segments_BT=at) == form(129, bias=bias) == "xla"
+    assert form(129, q_segments_BT=at) == "xla"
     for version, want in (("cuda 12090", "cudnn"), ("rocm 60300", "xla")):
         here = types.SimpleNamespace(platform_version=f"PJRT C API\n{version}")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -409,10 +375,8 @@ def test_a_mesh_that_does_not_fit_falls_back_or_says_so():
     [
         ({"implementation": "flash"}, "Unknown attention implementation"),
         ({"window": 0}, "window"),
-        ({"window": 3, "causal": False}, "causal"),
         ({"q_positions_BT": np.zeros((2, 13), int)}, "together"),
         ({"implementation": "splash"}, "multiples of 128"),
-        ({"implementation": "blocked", "bias": np.zeros((1, 1, 13, 13))}, "bias"),
         ({"implementation": "cudnn", "softcap": 2.0}, "soft cap"),
         ({"implementation": "cudnn", "q_segments_BT": np.ones((2, 13), int)}, "odd lengths"),
     ],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
-from model.kernels.cross_entropy_blocked import blocked_nll, join, split
-from model.kernels.vocab_logits import LogitForm
+from model.kernels.cross_entropy_blocked import blocked_nll, split
+from model.kernels.vocab_logits import LogitForm, join_rows
 from trainers import partitioning
 
 T, D, V = 24, 16, 50
@@ -71,7 +71,7 @@ def test_blocks_are_strided_and_come_back():
     blocks_JCD = split(head_VD, 4)
     assert blocks_JCD.shape == (3, 4, 3)
     assert blocks_JCD[1, :, 0].tolist() == [1, 4, 7, 0]  # the last row is padding
-    np.testing.assert_array_equal(join(blocks_JCD, 10), head_VD)
+    np.testing.assert_array_equal(join_rows(10, blocks_JCD), head_VD)
 
 
 @pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp"])

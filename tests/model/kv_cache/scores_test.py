@@ -33,7 +33,7 @@ def draw(seed=0, heads=N):
 
 
 def held(k, v, positions):
-    empty = slots.empty(batch=B, length=S, num_kv_heads=K, head_dim=H, dtype=k.dtype)
+    empty = slots.empty((B, K, S, H), k.dtype)
     return empty.put(k, v, positions)
 
 
@@ -85,7 +85,7 @@ def test_as_many_key_value_heads_as_queries_is_multi_head_attention():
     q, k, v, at = draw()
     per_head = scores.votes(q, at, held(k, v, at), FORMS[0])
     repeated = [jnp.repeat(x, N // K, axis=2) for x in (k, v)]
-    empty = slots.empty(batch=B, length=S, num_kv_heads=N, head_dim=H, dtype=k.dtype)
+    empty = slots.empty((B, N, S, H), k.dtype)
     alone = scores.votes(q, at, empty.put(*repeated, at), FORMS[0])
     np.testing.assert_allclose(scores.of_group(alone, "mean"), per_head.reshape(B, N, S), atol=1e-6)
     same = jnp.repeat(q[:, :, ::2], 2, axis=2)
@@ -124,15 +124,6 @@ def test_a_spike_lifts_its_neighbours_alike(kernel):
     near = np.abs(np.arange(S) - 6) <= kernel // 2
     np.testing.assert_array_equal(pooled[0, 0], near.astype(np.float32))
     np.testing.assert_array_equal(scores.best(pooled, kernel)[0, 0], np.flatnonzero(near))
-
-
-def test_hit_rate():
-    """14: one when everything is chosen, and where nothing is above the threshold."""
-    weights = jnp.array([[0.5, 0.3, 0.05, 0.15], [0.9, 0.02, 0.02, 0.06]])
-    chosen = jnp.array([[True, False, True, False], [True, False, False, True]])
-    assert scores.hit_rate(weights, jnp.ones_like(chosen), 0.1) == 1
-    np.testing.assert_allclose(scores.hit_rate(weights, chosen, 0.1), 2 / 4)
-    assert scores.hit_rate(weights, chosen, 0.95) == 1
 
 
 def test_recent_and_empty_slots_bound_the_ranking():

@@ -22,7 +22,7 @@ def filled(seed=0, scale=1.0):
         for key in jax.random.split(jax.random.key(seed))
     )
     at = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    empty = slots.empty(batch=B, length=S, num_kv_heads=K, head_dim=H, dtype="float32")
+    empty = slots.empty((B, K, S, H), "float32")
     return empty.put(k, v, at), k, v
 
 
@@ -80,7 +80,7 @@ def test_scales_are_applied_to_logits_and_weights():
 def test_a_token_put_into_int8_slots_is_quantised_like_the_others():
     held, k, v = filled()
     at_once = held.stored_as("int8")
-    empty = slots.empty(batch=B, length=S, num_kv_heads=K, head_dim=H, dtype="float32")
+    empty = slots.empty((B, K, S, H), "float32")
     step = empty.stored_as("int8")
     for t in range(S):
         step = step.put(k[:, t : t + 1], v[:, t : t + 1], jnp.full((B, 1), t))

@@ -210,7 +210,7 @@ def test_a_rank_that_cannot_be_names_the_layer(settings, message):
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(ValueError, match="init = 'svd' is none of 'he', 'spectral'"):
+    with pytest.raises(ValueError, match="init = 'svd': choose from 'he', 'spectral'"):
         Factorisation(init="svd")
     with pytest.raises(ValueError, match="rank_rule = 'half'"):
         Factorisation(rank_rule="half")

@@ -44,9 +44,9 @@ class Scaled:
 
 def test_what_is_not_explained_is_named():
     one = Source("runs/a", {"w": (2, 3)})
-    with pytest.raises(TransformError, match=r"nothing explains b \[3\] of the new model"):
+    with pytest.raises(TransformError, match=r"b \[3\] of the new model has no source"):
         base.plan(Scaled(), [one], {"w": (2, 3), "b": (3,)})
-    with pytest.raises(TransformError, match="no place for b of runs/a"):
+    with pytest.raises(TransformError, match="runs/a has b, which the new model lacks"):
         base.plan(Scaled(), [Source("runs/a", {"w": (2, 3), "b": (3,)})], {"w": (2, 3)})
     with pytest.raises(TransformError, match=r"w would be \[2, 3\].*has \[2, 4\]"):
         base.plan(Scaled(), [one], {"w": (2, 4)})
@@ -76,34 +76,15 @@ def test_layers_that_are_stacked_are_made_one_by_one():
     assert len({row.tobytes() for row in redrawn.reshape(-1, HIDDEN)}) == 2 * LAYERS
 
 
-def test_a_chain_computes_the_second_plan_of_the_firsts_outputs():
-    mean, names = {"q/kernel": (6, 4), "scale": (6,)}, ("a", "b")
-    low = {"q/u": (6, 2), "q/v": (2, 4), "scale": (6,)}
-    soup = Upcycle(Mixture(experts=2, kv_heads=1, ffn=False))
-    first = base.plan(soup, [Source(name, mean) for name in names], mean)
-    second = base.plan(Decompose(), [Source("mean", mean)], low)
-    arrays = {name: values(mean, seed) for seed, name in enumerate(names)}
-    middle = base.apply(first, lambda name, path: arrays[name][path])
-    want = base.apply(second, lambda _, path: middle[path])
-    chained = base.chain(first, second)
-    base.check_target(chained, low)
-    made = base.apply(chained, lambda name, path: arrays[name][path])
-    for path in low:
-        np.testing.assert_array_equal(made[path], want[path])
-    origins = {path: recipe.origin for recipe in chained for path in recipe.outputs}
-    assert origins["q/v"] == "mean of 2, then factor of the kernel, rank 2"
-    assert origins["scale"] == "mean of 2, then copied"
-    assert {recipe.slices for recipe in chained} == {"whole", "rows"}
-
-
 def test_recomposing_is_the_inverse_of_decomposing_at_full_rank():
     dense, low = {"q/kernel": (3, 6, 4)}, {"q/u": (3, 6, 4), "q/v": (3, 4, 4)}
     kernel = values(dense)["q/kernel"]
     there = base.plan(Decompose(), [Source("dense", dense)], low)
     back = base.plan(Recompose(), [Source("low", low)], dense)
-    made = base.apply(base.chain(there, back), lambda *_: kernel)["q/kernel"]
+    factors = base.apply(there, lambda *_: kernel)
+    made = base.apply(back, lambda _, path: factors[path])["q/kernel"]
     np.testing.assert_allclose(made, kernel, atol=1e-5)
     with pytest.raises(TransformError, match="factorised already"):
         base.plan(Decompose(), [Source("low", low)], low)
-    with pytest.raises(TransformError, match="hold no factors"):
+    with pytest.raises(TransformError, match="has no factors"):
         base.plan(Recompose(), [Source("dense", dense)], dense)

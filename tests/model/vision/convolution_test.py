@@ -123,7 +123,7 @@ def test_no_kernel_is_formed():
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(ValueError, match="LowRankConv.scheme = 'wide' is none of 'channel'"):
+    with pytest.raises(ValueError, match="LowRankConv.scheme = 'wide': choose from 'channel'"):
         LowRankConv(features=4, scheme="wide")
 
 

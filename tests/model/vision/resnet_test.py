@@ -121,7 +121,7 @@ def test_by_default_blocks_are_factorised_and_stem_and_classifier_are_not(block)
 def test_sizes_that_make_no_network_are_told_together():
     with pytest.raises(ValueError) as caught:
         ResNetConfig(num_classes=0, stages=(1,), widths=(8, 8), stem_width=8, dtype="int8")
-    for part in ("not one each", "are positive", "dtype = 'int8'"):
+    for part in ("must have equal lengths", "must be positive", "dtype = 'int8'"):
         assert part in str(caught.value)
 
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from model.hf import families
-from model.hf.files import arrays
+from tests.model.hf import arrays
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses import absolute, direct, terms
 from trainers.preference.objectives.preference import preference

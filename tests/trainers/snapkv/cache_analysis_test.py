@@ -12,7 +12,7 @@ import pytest
 from model.config import TransformerConfig
 from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
-from model.kv_cache.random import Random
+from model.kv_cache.selecting import Random
 from model.kv_cache.snapkv import SnapKV
 from model.transformer import Transformer
 from trainers.decoding.decode import decode

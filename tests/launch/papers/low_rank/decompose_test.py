@@ -131,7 +131,7 @@ def test_nan_is_named(tmp_path):
     kernel[1, 2, 3] = np.nan
     sources = [Source("dense", {"query/kernel": kernel.shape})]
     recipes = base.plan(Decompose(), sources, {"query/u": (3, 4, 2), "query/v": (3, 2, 4)})
-    with pytest.raises(TransformError, match=r"query/kernel \(of its stack number 1\) holds NaN"):
+    with pytest.raises(TransformError, match=r"query/kernel \(of its stack number 1\) has NaN"):
         base.apply(recipes, lambda name, path: kernel)
     with pytest.raises(TransformError, match="has no factorised layers"):
         base.plan(Decompose(), sources, {"query/kernel": kernel.shape})

@@ -392,7 +392,7 @@ def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, dom
     wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = branches.add("wider_seed", wide)
     text = error(make(f"--seed_model={wider}"))
-    assert f"{wider} is no branch" in text and "[2, 16, 24]" in text
+    assert f"{wider} does not have the seed" in text and "[2, 16, 24]" in text
 
     assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="x"))
     assert "has no expert lax: there are code, law" in error(extend(two, "--remove", "lax", to="x"))

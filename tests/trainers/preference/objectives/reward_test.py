@@ -14,8 +14,8 @@ from model import axes
 from model.config import TransformerConfig
 from model.heads.reward_model import RewardModel
 from model.hf import families
-from model.hf.files import arrays
 from model.transformer import Transformer
+from tests.model.hf import arrays
 from trainers import initialise, inputs
 from trainers.preference.objectives.reward import bradley_terry
 from trainers.rewards.base import Completion
