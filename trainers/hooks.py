@@ -11,7 +11,7 @@ from trainers.train_state import TrainState
 
 
 class GivenUpError(Exception):
-    """Raised by a hook that was asked to stop: the loop saves and ends."""
+    """Raised by a hook that a stop request interrupted: the loop saves and ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,6 @@ class FeedFactory(Protocol):
         Raises:
           ValueError: stream, program and settings that do not fit each other.
         """
-        ...
 
 
 class Hook(Protocol):

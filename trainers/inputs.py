@@ -32,20 +32,27 @@ class Inputs(Protocol):
 
     def arrays(self, rows: int) -> Arrays:
         """Shapes and dtypes of a batch of so many rows, by name."""
-        ...
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
         """Returns the arguments of the model's `init` after its rng; parameters do not depend on the values."""
-        ...
+
+
+class TokenRows:
+    """The part of `Inputs` that all rows of tokens share."""
+
+    unit = "tokens"
+    loss_per = "tokens"
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        """See `Inputs`. Parameters do not depend on the length, and few tokens are traced faster."""
+        return (jnp.zeros((1, 8), jnp.int32),)
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedTokens:
+class PackedTokens(TokenRows):
     """Documents packed into rows of `length` tokens, with targets, for a decoder."""
 
     length: int
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
 
     def arrays(self, rows: int) -> Arrays:
         per_token = (rows, self.length)
@@ -58,18 +65,14 @@ class PackedTokens:
             "source_ids": jax.ShapeDtypeStruct((rows,), jnp.int32),
         }
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        # Parameters do not depend on the length, and few tokens are traced faster.
-        return (jnp.zeros((1, 8), jnp.int32),)
-
 
 @dataclasses.dataclass(frozen=True)
-class PackedPairs:
+class PackedPairs(TokenRows):
     """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
 
     Attributes:
-      feature_lengths: {'targets': places of a row}.
-      pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
+      feature_lengths: {'targets': tokens of a row}.
+      pairs: K, the most pairs in a row, which data decide; any K serves to compile without data.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
       read_last: whether last tokens are read, as reward models need it.
@@ -82,8 +85,7 @@ class PackedPairs:
     labels: bool = False
     read_last: bool = False
     margins: bool = False
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="pairs", init=False)
+    loss_per = "pairs"
 
     @property
     def length(self) -> int:
@@ -103,9 +105,6 @@ class PackedPairs:
             **({"pair_margins": per_pair} if self.margins else {}),
         }
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        return PackedTokens(self.length).init_arguments()
-
 
 @dataclasses.dataclass(frozen=True)
 class Images:
@@ -113,9 +112,9 @@ class Images:
 
     size: int
     channels: int = 3
-    unit: str = dataclasses.field(default="images", init=False)
-    loss_per: str = dataclasses.field(default="images", init=False)
-    length: None = dataclasses.field(default=None, init=False)
+    unit = "images"
+    loss_per = "images"
+    length = None
 
     def arrays(self, rows: int) -> Arrays:
         shape = (rows, self.size, self.size, self.channels)

@@ -52,7 +52,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What the loop writes to, and what it adds to its own metrics and records there.
+    """Where the loop writes, and what it adds to its own metrics and records.
 
     Attributes:
       folder: the run's directory, where anomalies are recorded.
@@ -83,8 +83,7 @@ class Loop:
       start: the state to continue from, and its counts; consumed.
       train_step: compiled (state, batch) -> (state, metrics).
       abstract_state: shapes and shardings, for a rollback.
-      stream: where batches come from.
-      feed: prepares batches of the stream, or makes them from the state.
+      stream, feed: the data, and the batches made of them.
       schedule: when to stop, log and save.
       outputs: writer, checkpointer and the like.
       hooks: see trainers/hooks.py; a stop skips those due at its step, which the next start runs first.
@@ -301,9 +300,9 @@ class Loop:
             f"Step {step} (batch {data_step}) had loss {record['loss']} and gradient norm "
             f"{record['grad_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
             f"({self._bad_in_a_row} bad steps in a row, {self._rollbacks} rollbacks). Its update was "
-            f"not applied; the batch and the documents in it are in {record['path']}. Bind "
-            "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips) to go on, or start "
-            "in another MODEL_DIR from the last checkpoint with a lower learning rate."
+            f"not applied; its batch and documents are in {record['path']}. To continue, bind "
+            "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips), or start in another "
+            "MODEL_DIR from the last checkpoint with a lower learning rate."
         )
 
     def _roll_back(self, step: int, data_step: int, loss: Any) -> None:
@@ -316,17 +315,10 @@ class Loop:
         assert restored is not None  # `run` saved one
         first = restored.meta["data_step"]
         self._anomalies.record_skipped(first, data_step)
-        _log.warning(
-            "step %d: loss %s; back to step %d, skipping batches %d to %d.",
-            step,
-            loss,
-            restored.step,
-            first,
-            data_step,
-        )
-        self.outputs.writer.write(
-            step, {"rollback_to": restored.step, "skipped_batches": data_step + 1 - first}
-        )
+        text = "step %d: loss %s; back to step %d, skipping batches %d to %d."
+        _log.warning(text, step, loss, restored.step, first, data_step)
+        skipped = {"rollback_to": restored.step, "skipped_batches": data_step + 1 - first}
+        self.outputs.writer.write(step, skipped)
         self._rollbacks += 1
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
         self.skipped = restored.meta.get("skipped", 0)

@@ -63,17 +63,10 @@ def search(
     seen_BV: jax.Array | None,
     settings: Any,
 ) -> tuple[Sequences, Any]:
-    """Continues prefilled prompts.
+    """Continues prefilled prompts; see `decode.begin` and `decode.advance` for the arguments.
 
     Args:
-      model: a model with unrolled layers.
-      params: the model's parameters.
-      policy: cache policy of the caches.
-      logits_BV: logits after the prompts.
       caches: caches of B * K rows; rows of one prompt are equal and adjacent.
-      lengths_B: lengths of the prompts.
-      active_B: False for rows that only fill the batch.
-      seen_BV: result of sampling.seen_in; None without a repetition penalty.
       settings: settings of generation with `beams`, static.
 
     Returns:
@@ -129,7 +122,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     sums_BX = (choice_BKV + running.scores_BK[:, :, None]).reshape(B, K * V)
 
     # Enough candidates that K of them do not end, even if every beam has candidates with every EOS.
-    C = min(max(2, 1 + len(settings.ends)) * K, K * V)
+    C = min(max(2, 1 + len(settings.eos_ids)) * K, K * V)
     sums_BC, at_BC = jax.lax.top_k(sums_BX, C)
     beam_BC, token_BC = at_BC // V, at_BC % V
     logp_BC = jnp.take_along_axis(logp_XV.reshape(B, K * V), at_BC, axis=1)
@@ -141,7 +134,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
         lengths_BK=jnp.full((B, C), length, jnp.int32),
         scores_BK=sums_BC,
     )
-    ends_BC = jnp.isin(token_BC, jnp.asarray(settings.ends, jnp.int32)) | (length == M)
+    ends_BC = jnp.isin(token_BC, jnp.asarray(settings.eos_ids, jnp.int32)) | (length == M)
 
     left_BC = sums_BC + jnp.where(ends_BC, _NEVER, 0.0)
     on_sums_BK, on_BK = jax.lax.top_k(left_BC, K)

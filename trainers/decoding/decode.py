@@ -38,7 +38,6 @@ class Loop:
     """The state between steps: `step` tokens have been chosen; the last is not yet in the caches.
 
     Attributes:
-      step: number of chosen tokens.
       done_B: whether each row has ended.
       decoded: the tokens chosen so far.
       caches: caches of all tokens except the last chosen one.
@@ -163,7 +162,7 @@ def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    ends_B = jnp.isin(token_B, jnp.asarray(settings.ends, jnp.int32))
+    ends_B = jnp.isin(token_B, jnp.asarray(settings.eos_ids, jnp.int32))
     old, done_B = loop.decoded, loop.done_B
 
     def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:

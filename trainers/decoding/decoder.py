@@ -18,7 +18,7 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import beam
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import seen_in
@@ -44,14 +44,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """Cost of generation.
-
-    Attributes:
-      prompt_tokens, new_tokens: number of tokens read and generated.
-      prefill_seconds, decode_seconds: time to read prompts and to generate, without compilation.
-      compile_seconds: time to compile all programs.
-      cache_bytes: size of the caches of the largest batch while decoding.
-    """
+    """Cost of generation, in tokens, seconds without compilation, and bytes of the largest batch's caches."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -177,13 +170,10 @@ class Decoder:
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
     ) -> list[list[Continuation]]:
         """Returns the continuations of each prompt of a batch."""
-        tokens_BT = np.zeros((self._batch_size, length), np.int32)
-        lengths_B = np.ones(self._batch_size, np.int32)
-        active_B = np.zeros(self._batch_size, bool)
+        tokens_BT, lengths_B = padded([prompts[i] for i in batch], self._batch_size, length)
+        active_B = np.arange(self._batch_size) < len(batch)
         index_B = np.zeros(self._batch_size, np.uint32)
-        for b, i in enumerate(batch):
-            tokens_BT[b, : len(prompts[i])] = prompts[i]
-            lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
+        index_B[: len(batch)] = [self._indices[i] for i in batch]
         rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
         decode = self._choose if self._settings.beams is None else self._search

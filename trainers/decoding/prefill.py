@@ -45,9 +45,6 @@ def prefill(
 
     Returns:
       Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.
-
-    Raises:
-      ValueError: `chunk` is less than 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1, or None to read prompts at once.")
@@ -103,18 +100,12 @@ class _CompressedAtOnce:
     dtype: Any
     future = 0  # `prefill` reads policy.future instead
 
-    def init(self, **sizes: Any) -> Any:
-        return self.policy.init(**sizes)
-
     def append(self, state: Any, *, form: AttentionForm, **arrays: jax.Array) -> Any:
         state = self.policy.append(state, form=form, **arrays)
-        return self.compress(state, length=self.room, dtype=self.dtype)
+        return self.policy.compress(state, length=self.room, dtype=self.dtype)
 
     def view(self, state: Any) -> KeyValues:
         return self.policy.view(state)
-
-    def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
-        return self.policy.compress(state, length=length, dtype=dtype)
 
 
 def _read_chunks(

@@ -95,9 +95,8 @@ class Spectrum:
 
     def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
         path = pathlib.Path(self.run.path, FILE)
-        if (
-            not self._begun and path.exists()
-        ):  # the file has lines after the checkpoint from which the run resumed
+        # The file may have lines after the checkpoint from which the run resumed.
+        if not self._begun and path.exists():
             lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._begun = True

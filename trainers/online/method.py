@@ -41,7 +41,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(inputs.TokenRows):
     """The `trainers.inputs.Inputs` of a run that trains on its own samples.
 
     Subclasses define `scores`, `columns` and `batch`.
@@ -57,8 +57,6 @@ class Method:
     completion_length: int
     samples: int = 1
     updates: int = 1
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
     texts_per_row: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -79,7 +77,7 @@ class Method:
 
     @property
     def scores(self) -> frozenset[str]:
-        """Those of LOG_PROBS, REFERENCE and VALUES that `batch` needs from `score`."""
+        """Scores among LOG_PROBS, REFERENCE and VALUES that `batch` needs."""
         raise NotImplementedError
 
     def columns(self, rows: int) -> inputs.Arrays:
@@ -87,21 +85,12 @@ class Method:
         raise NotImplementedError
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        """Returns the batch of a rollout, with the columns listed by `arrays`.
-
-        Args:
-          samples: the rollout.
-          score: computes the arrays named by `scores` from the token columns of rows.
-        """
+        """Returns the batch of a rollout, with the columns of `arrays`; `score` computes `scores` of rows' token columns."""
         raise NotImplementedError
 
     def arrays(self, rows: int) -> inputs.Arrays:
         """Returns shapes and dtypes of all columns of a batch."""
         return {**inputs.PackedTokens(self.length).arrays(rows), **self.columns(rows)}
-
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        """See `PackedTokens.init_arguments`."""
-        return inputs.PackedTokens(self.length).init_arguments()
 
     def one_in_a_row(self, samples: Samples) -> Arrays:
         """Returns token columns with one completion per row, and 'rewards' and 'ended' [R]."""

@@ -26,10 +26,10 @@ class BestOfTwo(Method):
     """
 
     reference: bool = True
-    loss_per: str = dataclasses.field(default="pairs", init=False)
     samples: int = dataclasses.field(default=2, init=False)
     updates: int = dataclasses.field(default=1, init=False)
     texts_per_row: ClassVar[int] = 2
+    loss_per = "pairs"
 
     @property
     def scores(self) -> frozenset[str]:

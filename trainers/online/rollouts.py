@@ -16,19 +16,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers import batches
-from trainers.decoding.policy_sampler import PolicySampler
+from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
 from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
 from trainers.recipe import Program, Recipe
-from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards
+from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.train_state import TrainState
 
-_STORED = (
-    64  # number of newest rollouts stored in the run's directory; resuming may need one of them
-)
+_STORED = 64  # newest rollouts in the run's directory; resuming may need one of them
 
 
 class RolloutError(ValueError):
@@ -42,7 +40,6 @@ class Prompts(batches.Stream, Protocol):
 
     def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
         """Returns the data row of each prompt, without the text of the prompt."""
-        ...
 
 
 class Rollouts:
@@ -55,7 +52,7 @@ class Rollouts:
       reward: scores completions on the host; every process scores all of them.
       vocabulary: its EOS ends completions, and only its ids are sampled.
       reference: the reference model, if the method needs its log-probabilities.
-      temperature, top_k, top_p: sampling settings, see trainers/decoding/sampling.py. Log-probabilities are computed at
+      temperature, top_k, top_p: sampling settings, see trainers/decoding/settings.py; log-probabilities are computed at
         temperature 1.
       missing_end_penalty: subtracted from the reward of a completion that was cut at the maximum length.
       seed: seed of sampling.
@@ -98,9 +95,7 @@ class Rollouts:
         )
         self._stream, self._recipe, self._program = stream, recipe, program
         self._method, self._reference = method, reference
-        if isinstance(reward, StoredReward):
-            reward = reward.on(program.mesh, program.rules)
-        self._reward: Reward = reward
+        self._reward = on_mesh(reward, program.mesh, program.rules)
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding
@@ -113,7 +108,7 @@ class Rollouts:
 
     @property
     def units(self) -> int:
-        """Returns the number of tokens of a batch, for throughput metrics."""
+        """Number of tokens of a batch, for throughput metrics."""
         return self._recipe.units_per_batch
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -134,7 +129,7 @@ class Rollouts:
                 arrays = self._read(number)
             else:
                 arrays = self._make(number, step, state.params)
-            self._current = number, {name: self._placed(array) for name, array in arrays.items()}
+            self._current = number, self._placed(arrays)
         return self._current[1]
 
     def close(self) -> None:
@@ -173,7 +168,7 @@ class Rollouts:
         """Returns rewards minus the penalty for missing ends, float32 [R]."""
         copies = self._method.samples
         start = self._stream.summary()["start_token"]
-        judged = [
+        completed = [
             Completion(
                 prompt=prompts[r // copies][int(start is not None) :],
                 tokens=tokens[:-1] if ended else tokens,
@@ -182,7 +177,7 @@ class Rollouts:
             )
             for r, (tokens, ended) in enumerate(zip(completions, ended_R, strict=True))
         ]
-        rewards_R = finite_rewards(self._reward, judged)
+        rewards_R = finite_rewards(self._reward, completed)
         return rewards_R - np.float32(self._penalty) * ~ended_R
 
     def _score(self, params: Any, columns: Any) -> Arrays:
@@ -191,8 +186,11 @@ class Rollouts:
             assert self._reference is not None  # see _method
             mesh, rules = self._program.mesh, self._program.rules
             self._reference_params = self._reference.read(mesh, rules)
-        batch = {name: self._placed(columns[name]) for name in columns if "decoder" in name}
+        batch = self._placed({name: columns[name] for name in columns if "decoder" in name})
         return jax.device_get(self._score_fn(params, self._reference_params, batch))
+
+    def _placed(self, arrays: Arrays) -> dict[str, jax.Array]:
+        return {name: placed(array, self._sharding) for name, array in arrays.items()}
 
     def _score_rows(self, params: Any, reference_params: Any, batch: Any) -> dict[str, jax.Array]:
         needed, scores = self._method.scores, {}
@@ -206,10 +204,6 @@ class Rollouts:
             out = self._reference.forward(reference_params, batch)
             scores[REFERENCE] = out.log_probs_BT()
         return scores
-
-    def _placed(self, array: np.ndarray) -> jax.Array:
-        """Returns a global array sharded by rows; `array` is the whole array in every process."""
-        return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
 
     def _check_room(self) -> None:
         limit = self._recipe.language_model.max_length

@@ -28,9 +28,6 @@ class TextReward:
       vocabulary: a SeqIO vocabulary, or another object with `decode` of token ids.
       verifiers: at least one.
       weights: one weight per verifier; None for 1 each.
-
-    Raises:
-      ValueError: no verifiers, or not one weight per verifier.
     """
 
     vocabulary: Any

@@ -37,13 +37,7 @@ class LayerRecord:
 
 @flax.struct.dataclass
 class Recording:
-    """A recording of prompts.
-
-    Attributes:
-      layers: the record of each layer.
-      lengths_B: number of tokens of each prompt.
-      logits_BV: logits after the last token of each prompt.
-    """
+    """Each layer's record of prompts, their numbers of tokens, and the logits after their last tokens."""
 
     layers: tuple[LayerRecord, ...]
     lengths_B: jax.Array
@@ -91,11 +85,8 @@ def record_more(
     logits_BV, layers = read_on(
         model, params, _Recorder(), list(recording.layers), recording.lengths_B, tokens_BX, counts_B
     )
-    return Recording(
-        layers=tuple(layers),
-        lengths_B=recording.lengths_B + counts_B,
-        logits_BV=logits_BV,
-    )
+    lengths_B = recording.lengths_B + counts_B
+    return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
 
 
 def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
@@ -126,14 +117,7 @@ def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> An
     """Returns a layer's state after the recorded prompt."""
     B, T = shown.k_BTKH.shape[:2]
     state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
-    return policy.append(
-        state,
-        k_BTKH=shown.k_BTKH,
-        v_BTKH=shown.v_BTKH,
-        positions_BT=shown.positions_BT,
-        q_BTNH=shown.q_BTNH,
-        form=shown.form,
-    )
+    return policy.append(state, **vars(shown))
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:
@@ -142,11 +126,8 @@ def decoding_policy(policy: CachePolicy) -> CachePolicy:
     Policies that only select tokens of a prompt decode like FullCache, so they can share programs.
     """
     kind: Any = type(policy)
-    alike = isinstance(policy, FullCache) and (kind.extend, kind.view) == (
-        FullCache.extend,
-        FullCache.view,
-    )
-    return FullCache() if alike else policy
+    alike = isinstance(policy, FullCache) and kind.extend == FullCache.extend
+    return FullCache() if alike and kind.view == FullCache.view else policy
 
 
 def answer(
@@ -160,18 +141,10 @@ def answer(
 ) -> Decoded:
     """Returns continuations of prompts of lengths_B tokens, from their compressed caches and last logits."""
     B = len(lengths_B)
-    decoded, _ = decode(
-        model,
-        params,
-        policy,
-        logits_BV,
-        caches,
-        lengths_B,
-        jnp.ones(B, bool),
-        jax.random.split(jax.random.key(0), B),
-        settings,
-    )
-    return decoded
+    active_B, keys_B = jnp.ones(B, bool), jax.random.split(jax.random.key(0), B)
+    return decode(model, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings)[
+        0
+    ]
 
 
 def read_on(

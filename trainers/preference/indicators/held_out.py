@@ -19,11 +19,9 @@ class PairStream(Protocol):
 
     def pairs(self) -> Iterable[tuple[str, Ids, Ids, Ids]]:
         """Yields (digest, prompt, chosen, rejected) once for each pair."""
-        ...
 
     def summary(self) -> Mapping[str, Any]:
         """Returns the 'kind' of the pairs, the 'start_token' before each prompt, and the 'vocabulary'."""
-        ...
 
 
 class HeldOut(NamedTuple):

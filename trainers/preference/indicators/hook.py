@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
 from trainers.hooks import GivenUpError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
-from trainers.preference.indicators.generator import Generator
 from trainers.preference.indicators.measures import Judge
 from trainers.preference.indicators.reader import TOP_K, Reader
-from trainers.rewards.base import Completion, Reward, StoredReward
+from trainers.rewards.base import Completion, Reward, StoredReward, on_mesh
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
 
@@ -134,10 +134,10 @@ class PreferenceIndicators:
         self._monitor = Monitor.recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
-        reward = self.reward
-        if isinstance(reward, StoredReward):
-            reward = reward.on(program.mesh, program.rules)
-        self._judge = None if reward is None else Judge(reward, self._competing())
+        self._judge = None
+        if self.reward is not None:
+            reward = on_mesh(self.reward, program.mesh, program.rules)
+            self._judge = Judge(reward, self._competing())
 
     @property
     def ended(self) -> bool:
@@ -161,47 +161,46 @@ class PreferenceIndicators:
         """Returns the indicators on held-out completions."""
         readings = self._reader(params, [*self._chosen, *self._rejected], done=done)
         chosen, rejected = readings[: len(self._chosen)], readings[len(self._chosen) :]
-        likely, unlikely = (_mean(one.mean_log_prob for one in side) for side in (chosen, rejected))
+        likely, unlikely = (_mean(row.mean_log_prob for row in side) for side in (chosen, rejected))
         indicators = {
             "llh_chosen": likely,
             "llh_rejected": unlikely,
             "llh_gap": likely - unlikely,
-            "entropy_chosen": _mean(one.entropy for one in chosen),
-            "mass_chosen": _mean(one.mass for one in chosen),
+            "entropy_chosen": _mean(row.entropy for row in chosen),
+            "mass_chosen": _mean(row.mass for row in chosen),
         }
         if self.reference is not None:
-            indicators["llh_distance"] = measures.likelihood_distance(
-                np.array([one.mean_log_prob for one in chosen]), self._reference_of_chosen
-            )
+            policy_N = np.array([row.mean_log_prob for row in chosen])
+            distance = measures.likelihood_distance(policy_N, self._reference_of_chosen)
+            indicators["llh_distance"] = distance
         return indicators
 
     def _output_indicators(
         self, params: Any, step: int, outputs: Sequence[list[int]], done: Callable[[], None]
     ) -> dict[str, float]:
         """Returns the indicators on the policy's outputs, by policy, reference and reward; writes the outputs to a file."""
-        rows = [self._row(*pair) for pair in zip(self._prompts, outputs, strict=True)]
+        pairs = list(zip(self._prompts, outputs, strict=True))
+        rows = [self._row(*pair) for pair in pairs]
         readings = self._reader(params, rows, done=done)
-        pairs = zip(self._prompts, outputs, strict=True)
-        completions = [self._texts.completion(prompt, tokens) for prompt, tokens in pairs]
+        completions = [self._texts.completion(*pair) for pair in pairs]
         numbers: list[dict[str, float]] = [
-            {"entropy": one.entropy, "mass": one.mass} for one in readings
+            {"entropy": row.entropy, "mass": row.mass} for row in readings
         ]
+        texts = [completion.tokens for completion in completions]
         indicators = {
-            "entropy": _mean(one.entropy for one in readings),
-            "mass": _mean(one.mass for one in readings),
-            "ead": measures.diversity(
-                [one.tokens for one in completions], vocab_size=self._num_ids
-            ),
-            "length": _mean(one.length for one in readings),
-            "ended": _mean(one.ended for one in completions),
+            "entropy": _mean(row.entropy for row in readings),
+            "mass": _mean(row.mass for row in readings),
+            "ead": measures.diversity(texts, vocab_size=self._num_ids),
+            "length": _mean(row.length for row in readings),
+            "ended": _mean(completion.ended for completion in completions),
         }
         if self.reference is not None:
             theirs = self._reference_reader(self._reference_params, rows, done=done)
-            ours_N, theirs_N = (
-                np.array([one.log_prob for one in side]) for side in (readings, theirs)
+            policy_N, reference_N = (
+                np.array([row.log_prob for row in side]) for side in (readings, theirs)
             )
-            indicators["kl"] = measures.sampled_divergence(ours_N, theirs_N)
-            for row, ratio in zip(numbers, ours_N - theirs_N, strict=True):
+            indicators["kl"] = measures.sampled_divergence(policy_N, reference_N)
+            for row, ratio in zip(numbers, policy_N - reference_N, strict=True):
                 row["log_ratio"] = float(ratio)
         if self._judge is not None:
             rewards_N = self._judge.rewards(self._with_info(completions))
@@ -228,15 +227,11 @@ class PreferenceIndicators:
 
     def _advice(self, alarm: Alarm) -> str:
         best = "the best mean reward" if self.reward is not None else f"step {alarm.before}"
-        end = (
-            "The run ends here."
-            if self.stop == "alarm"
-            else "The run goes on; INDICATORS_STOP = 'alarm' would end it here."
-        )
+        end = "continues; INDICATORS_STOP = 'alarm' would end it here"
         return (
-            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. {end} Release the checkpoint of {best} (kept "
-            "where checkpoints are as frequent as indicators), or train again with a larger BETA, an NLL term in "
-            "LOSSES or a lower LEARNING_RATE."
+            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. The run "
+            f"{'ends here' if self.stop == 'alarm' else end}. Release the checkpoint of {best} (saved if checkpoints are "
+            "as frequent as indicators), or train again with a larger BETA, an NLL term in LOSSES or a lower LEARNING_RATE."
         )
 
     def _competing(self) -> list[Completion] | None:
@@ -300,16 +295,16 @@ class PreferenceIndicators:
             )
         if self.vocabulary is None:
             raise ValueError(
-                "PreferenceIndicators.vocabulary is None: bind VOCABULARY, that of the pairs."
+                "PreferenceIndicators.vocabulary is None: bind VOCABULARY, the vocabulary of the pairs."
             )
         if not self._ends():
             raise ValueError(
-                "PreferenceIndicators: the vocabulary has no EOS, so that outputs would not end: give eos_ids."
+                "PreferenceIndicators: the vocabulary has no EOS, so outputs would not end: give eos_ids."
             )
         if self.competitor is not None and self.reward is None:
             raise ValueError(
-                "PreferenceIndicators.competitor without a reward: nothing compares with it. Bind INDICATORS_REWARD, "
-                "or leave INDICATORS_COMPETITOR None."
+                "PreferenceIndicators.competitor is set without a reward to compare it by: bind INDICATORS_REWARD, or set "
+                "INDICATORS_COMPETITOR = None."
             )
 
 
@@ -323,13 +318,7 @@ def _progress(
 ) -> Iterator[Callable[[], None]]:
     """Shows a bar over the batches of an evaluation that takes long; yields a function to call after each batch.
 
-    Args:
-      batches: number of batches.
-      name: label of the bar.
-      give_up: see `RunContext`; called after each batch.
-
-    Raises:
-      GivenUpError: `give_up` returned True after a batch.
+    The function raises GivenUpError if `give_up`, a `RunContext.give_up`, returns True after a batch.
     """
     with tqdm(
         total=batches,

@@ -57,10 +57,12 @@ def tails_weighted(batch: Batch, weight: float) -> Batch:
     return {**batch, "decoder_loss_weights": jnp.where(tail_BT, weight * counted_BT, counted_BT)}
 
 
-def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
-    """Returns weighted sums over the tokens of each completion, [B, 2K]."""
+def by_completion(
+    batch: Batch, values_BT: jax.Array, weights: str = "decoder_loss_weights"
+) -> jax.Array:
+    """Returns sums over the tokens of each completion, [B, 2K], weighted by a column of the batch."""
     segments = 2 * batch["pair_weights"].shape[-1]
     # Weights are 0 at prompts and padding; segment 0 (padding) becomes an all-zero one-hot row.
     mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
-    counted_BT = values_BT * batch["decoder_loss_weights"].astype(jnp.float32)
+    counted_BT = values_BT * batch[weights].astype(jnp.float32)
     return jnp.einsum("bt,bts->bs", counted_BT, mine_BTS)

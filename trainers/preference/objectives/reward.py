@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.forward import (
-    Forward,
-    forward_objective,
-    source_losses,
-)
+from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.preference.losses.settings import check_not_negative
+from trainers.preference.objectives.completions import by_completion
 
 ENDS = "decoder_ends"
 
@@ -32,11 +29,8 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
 
     Args:
       model: a `model.heads.reward_model.RewardModel`.
-      num_sources: if > 0, metric 'source_loss' is a vector over batch["source_ids"].
+      num_sources: see `preference`.
       center: weight of the second term; 0.01 is usual, 0 turns it off.
-
-    Raises:
-      ValueError: a negative weight, or batches without the ends of texts.
     """
     check_not_negative(center=center)
 
@@ -65,18 +59,11 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
 
 
 def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
-
-    Raises:
-      ValueError: the batch has no ends of texts.
-    """
+    """Returns rewards [P] of chosen and of rejected completions; 0 for a slot without a pair."""
     if ENDS not in batch:
         raise ValueError(
-            f"The batches have no column {ENDS!r}, so that the last token of a completion is not read: bind "
+            f"The batches have no column {ENDS!r} with the last tokens of completions: bind "
             "read_last = True of data.preference.stream.make_stream, as methods/preference/reward_model.gin does."
         )
-    segments = 2 * batch["pair_weights"].shape[-1]
-    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
-    rewards_BS = jnp.einsum("bt,bts->bs", rewards_BT * batch[ENDS], mine_BTS)
-    chosen_rejected_P2 = rewards_BS.reshape(-1, 2)
+    chosen_rejected_P2 = by_completion(batch, rewards_BT, ENDS).reshape(-1, 2)
     return chosen_rejected_P2[:, 0], chosen_rejected_P2[:, 1]

@@ -240,7 +240,7 @@ def test_the_alarm_is_in_the_metrics_and_once_in_the_log(tmp_path, caplog):
     assert [row.get("indicators/retain") for row in found] == [0, 1, 2, 3, None, None, None]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("step 4: signs of over-optimisation: the entropy") and "step 3" in line
-    assert "The run goes on" in line and "BETA" in line
+    assert "The run continues" in line and "BETA" in line
     assert not made.ended
 
 
