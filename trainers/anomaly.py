@@ -79,11 +79,7 @@ class AnomalyRecords:
         self._folder, self._stream = pathlib.Path(folder, "anomalies"), stream
 
     def record(
-        self,
-        step: int,
-        data_step: int,
-        fetched: Mapping[str, tuple[Any, Any]],
-        action: Action,
+        self, step: int, data_step: int, fetched: Mapping[str, tuple[Any, Any]], action: Action
     ) -> dict[str, Any]:
         """Writes a batch (npz) and its documents (JSON), so that the step can be replayed.
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from trainers.batches import Stream, global_batch
-from trainers.hooks import GivenUpError
+from trainers.hooks import HookInterruptedError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
 from trainers.train_state import TrainState
@@ -46,7 +46,7 @@ def evaluate(
       sharding: of input arrays.
       variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
-      stop: called with the index of each batch before it is read; True gives up.
+      stop: called with the index of each batch before it is read; True interrupts.
       unit: unit of the loss, 'tokens', 'images' or 'pairs'.
 
     Returns:
@@ -55,7 +55,7 @@ def evaluate(
       so with `max_steps` an estimate).
 
     Raises:
-      GivenUpError: `stop` returned True.
+      HookInterruptedError: `stop` returned True.
     """
     steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
     late: Metrics = {}
@@ -69,7 +69,7 @@ def evaluate(
 
     for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
         if stop(step):
-            raise GivenUpError(f"evaluation of {stream.name} given up at batch {step}")
+            raise HookInterruptedError(f"evaluation of {stream.name} interrupted at batch {step}")
         metrics = eval_step(params, global_batch(stream, step, sharding), variables)
         collect(late)  # one step late, so that reading never waits for the device
         late = metrics

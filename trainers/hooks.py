@@ -10,7 +10,7 @@ from trainers.recipe import Program
 from trainers.train_state import TrainState
 
 
-class GivenUpError(Exception):
+class HookInterruptedError(Exception):
     """Raised by a hook that a stop request interrupted: the loop saves and ends."""
 
 
@@ -24,8 +24,8 @@ class RunContext:
       step: updates made when this process began.
       program: model, objective, mesh and shardings.
       learning_rate: number of updates made -> the rate of the next.
-      give_up: called between the parts of long work with the number of finished parts; where it returns True the
-        hook raises GivenUpError. Every process must call it equally often.
+      should_stop: called between the parts of long work with the number of finished parts; if it returns True, the hook
+        raises HookInterruptedError. Every process must call it equally often.
     """
 
     path: str | os.PathLike
@@ -33,7 +33,7 @@ class RunContext:
     step: int
     program: Program
     learning_rate: Callable[[int], float]
-    give_up: Callable[[int], bool] = lambda done: False
+    should_stop: Callable[[int], bool] = lambda done: False
 
 
 class FeedFactory(Protocol):

@@ -5,13 +5,16 @@ stream (trainers/batches.py) makes arrays of these shapes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
+# (prompt including the start token, completion including its end token)
+Text = tuple[Sequence[int], Sequence[int]]
 
 
 class Inputs(Protocol):
@@ -126,3 +129,28 @@ class Images:
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
         return (jnp.zeros((1, self.size, self.size, self.channels), jnp.float32),)
+
+
+def pack(
+    rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, length: int
+) -> dict[str, np.ndarray]:
+    """Returns the columns of `PackedTokens`: the texts of a row are segments 1, 2, ...
+
+    The first token of a prompt is only an input, and the last token of a completion only a target. Loss weights are 1
+    at the tokens of completions, and 0 elsewhere.
+    """
+    names = ("input_tokens", "target_tokens", "segment_ids", "positions")
+    columns = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}
+    columns["decoder_loss_weights"] = np.zeros((len(rows), length), np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, (prompt, completion) in enumerate(row, 1):
+            text = [*prompt, *completion]
+            end = start + len(text) - 1
+            columns["decoder_input_tokens"][b, start:end] = text[:-1]
+            columns["decoder_target_tokens"][b, start:end] = text[1:]
+            columns["decoder_segment_ids"][b, start:end] = segment
+            columns["decoder_positions"][b, start:end] = np.arange(len(text) - 1)
+            columns["decoder_loss_weights"][b, start + len(prompt) - 1 : end] = 1
+            start = end
+    return {**columns, "source_ids": np.asarray(source_B, np.int32)}

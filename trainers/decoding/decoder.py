@@ -63,8 +63,7 @@ class Stats:
 class Decoder:
     """Continues prompts in batches of similar length; compiles once for each of a few lengths.
 
-    A continuation depends on the seed, on the index of its prompt and on the number of the sample. It does
-    not depend on the other prompts in its batch.
+    A continuation depends on the seed, the index of its prompt and the number of the sample, not on its batch.
 
     Args:
       model: a decoder-only module, layers scanned or unrolled.
@@ -95,7 +94,9 @@ class Decoder:
         watch_every: int = 16,
     ):
         if watch is not None and settings.beams is not None:
-            raise ValueError("Beams have no tokens to watch before the end of the search.")
+            raise ValueError(
+                "A watch is not supported with beams: they are not final before the end."
+            )
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)
@@ -140,8 +141,8 @@ class Decoder:
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
             if len(prompt) <= self._policy.future:
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, of which the cache policy takes the last "
-                    f"{self._policy.future} for the continuation: nothing is left to continue."
+                    f"Prompt {i} has {len(prompt)} tokens; the cache policy reads the last {self._policy.future} as the "
+                    "continuation, so nothing is left to continue: give a longer prompt."
                 )
             if limit is not None and len(prompt) + room > limit:
                 raise ValueError(
@@ -149,11 +150,11 @@ class Decoder:
                     f"the {limit} positions that the model has learned. Lower max_new_tokens."
                 )
         self._indices = range(len(prompts)) if indices is None else indices
-        batches = self._batches(prompts, seed, limit)
+        batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
 
     def _batches(
-        self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
+        self, prompts: Sequence[Sequence[int]], seed: int
     ) -> Iterator[tuple[int, list[Continuation]]]:
         """Yields (index, continuations) of each prompt, batch by batch."""
         lengths = [len(prompt) for prompt in prompts]
@@ -161,7 +162,7 @@ class Decoder:
         quiet = True if len(batches) == 1 else None
         with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
             for batch in progress:
-                length = bucket_length(lengths[batch[0]], limit=limit)
+                length = bucket_length(lengths[batch[0]], limit=self._model.max_length)
                 continued = self._batch(prompts, batch, length, seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
                 yield from zip(batch, continued, strict=True)
@@ -186,7 +187,8 @@ class Decoder:
         """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
         model, policy, settings = self._model, self._policy, self._settings
         room = max(settings.max_new_tokens - 1, 1)
-        copies, penalty = settings.rows_per_prompt, settings.sampling.repetition_penalty
+        beams, penalty = settings.beams, settings.sampling.repetition_penalty
+        copies = settings.num_samples if beams is None else beams.num_beams
 
         def run(params, tokens_BT, lengths_B, active_B, index_B, seed):
             logits_BV, caches = prefill(
@@ -195,7 +197,7 @@ class Decoder:
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
             caches = repeated(caches, copies)
-            if settings.beams is not None:
+            if beams is not None:
                 return logits_BV, caches, lengths_B, active_B, seen_BV
             sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
             rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
@@ -208,7 +210,7 @@ class Decoder:
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
-        caches = state.caches if settings.beams is None else state[1]
+        caches = state.caches if beams is None else state[1]
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
         self.stats.cache_bytes = max(self.stats.cache_bytes, size)
         return state

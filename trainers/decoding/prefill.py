@@ -34,14 +34,12 @@ def prefill(
       params: the model's parameters.
       policy: policy of the caches.
       tokens_BT: prompts, padded on the right.
-      lengths_B: lengths of the prompts, including the last policy.future tokens, which are read and then
-        dropped.
+      lengths_B: lengths of the prompts, including the last policy.future tokens, which are read and then dropped.
       room: number of further tokens that the caches have room for.
       cache_dtype: dtype of the caches, see CachePolicy.compress.
-      chunk: None reads all tokens at once. Each layer's cache is compressed as soon as its keys are
-        computed, so only one layer's uncompressed keys are in memory. An integer C reads C tokens at a
-        time. Activations of C tokens are then in memory, with the uncompressed keys of all layers, which
-        are compressed after the last chunk.
+      chunk: None reads all tokens at once and compresses each layer's cache as soon as its keys are computed, so only one
+        layer's uncompressed keys are in memory. An integer C reads C tokens at a time: activations of C tokens are in
+        memory, with the uncompressed keys of all layers, which are compressed after the last chunk.
 
     Returns:
       Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.

@@ -124,8 +124,3 @@ class Settings:
             raise ValueError(
                 "Beams are searched, not drawn: set num_beams, or temperature, top_k, top_p and min_p."
             )
-
-    @property
-    def rows_per_prompt(self) -> int:
-        """The number of rows of the caches per prompt while decoding."""
-        return self.num_samples if self.beams is None else self.beams.num_beams

@@ -30,8 +30,8 @@ FILE = "spectra.jsonl"
 class Spectrum:
     """A hook that appends singular values to `spectra.jsonl` in the run's directory.
 
-    Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means
-    over all matrices; each matrix of a stack counts by itself.
+    Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means over all
+    matrices; each matrix of a stack counts by itself.
 
     Attributes:
       run: context of the run, passed by `launch.train`.
@@ -51,15 +51,19 @@ class Spectrum:
 
     def __post_init__(self):
         flat = state_tree.flatten(self.run.program.abstract_state.params)
-        dense = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
-        for pattern in self.kernels:
-            if not any(re.fullmatch(pattern, name) for name in dense):
-                raise ValueError(f"spectrum.Spectrum.kernels: {pattern!r} matches no kernel.")
-        dense = [name for name in dense if any(re.fullmatch(p, name) for p in self.kernels)]
+        kernels = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
+        matches = {p: [name for name in kernels if re.fullmatch(p, name)] for p in self.kernels}
+        for pattern, names in matches.items():
+            if not names:
+                raise ValueError(
+                    f"spectrum.Spectrum.kernels: {pattern!r} matches no kernel; {len(kernels)} paths look like "
+                    f"{', '.join(kernels[:3])}."
+                )
+        dense = [name for name in kernels if any(name in names for names in matches.values())]
         if not dense and not factors.find_factors(self.run.program.abstract_state.params):
             raise ValueError(
-                "spectrum.Spectrum: the model has no factorised matrices. Give its `kernels` patterns "
-                "of dense ones, such as '.*/(query|up)/kernel', or empty its slot: hooks.named.spectrum = None."
+                "spectrum.Spectrum: the model has no factorised matrices. Set `kernels` to patterns of dense ones, "
+                "such as '.*/(query|up)/kernel', or empty its slot: hooks.named.spectrum = None."
             )
 
         convolutions = self.run.program.recipe.inputs_spec.unit == "images"

@@ -16,11 +16,7 @@ from trainers.preference.losses.settings import check_not_negative, check_positi
 
 
 def policy_gradient(
-    *,
-    model: Any,
-    loss: PolicyLoss,
-    num_sources: int = 0,
-    implementation: Implementation = "auto",
+    *, model: Any, loss: PolicyLoss, num_sources: int = 0, implementation: Implementation = "auto"
 ) -> Objective:
     """Returns a policy-gradient objective that uses the batch's advantages.
 

@@ -7,6 +7,7 @@ batch is stored in the run's directory, because a run may resume from a checkpoi
 Shapes: P prompts, G samples of each, R = P G completions, T prompt length, B rows, L length.
 """
 
+import functools
 import os
 import pathlib
 from typing import Any, Protocol, cast
@@ -102,7 +103,6 @@ class Rollouts:
         self._sampler = PolicySampler(recipe.model, settings, sharding=self._sharding, seed=seed)
         everywhere = NamedSharding(program.mesh, PartitionSpec())
         self._score_fn = jax.jit(self._score_rows, out_shardings=everywhere)
-        self._reference_params: Any = None
         # The number of the rollout in use, and its batch.
         self._current: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -139,7 +139,6 @@ class Rollouts:
         size = self._stream.batch_size
         prompts = self._stream.batch(step, 0, size)
         tokens_PT, lengths_P = prompts["prompt_tokens"], prompts["prompt_lengths"]
-        self._check_room()
         completions = self._sampler(params, tokens_PT, lengths_P, number=number)
         texts = [row[:n].tolist() for row, n in zip(tokens_PT, lengths_P, strict=True)]
         shape = (size, self._method.samples)
@@ -182,12 +181,14 @@ class Rollouts:
 
     def _score(self, params: Any, columns: Any) -> Arrays:
         """Returns the scores that the method needs, computed from token columns."""
-        if REFERENCE in self._method.scores and self._reference_params is None:
-            assert self._reference is not None  # see _method
-            mesh, rules = self._program.mesh, self._program.rules
-            self._reference_params = self._reference.read(mesh, rules)
+        reference_params = self._reference_params if REFERENCE in self._method.scores else None
         batch = self._placed({name: columns[name] for name in columns if "decoder" in name})
-        return jax.device_get(self._score_fn(params, self._reference_params, batch))
+        return jax.device_get(self._score_fn(params, reference_params, batch))
+
+    @functools.cached_property
+    def _reference_params(self) -> Any:
+        assert self._reference is not None  # see _method
+        return self._reference.read(self._program.mesh, self._program.rules)
 
     def _placed(self, arrays: Arrays) -> dict[str, jax.Array]:
         return {name: placed(array, self._sharding) for name, array in arrays.items()}
@@ -204,15 +205,6 @@ class Rollouts:
             out = self._reference.forward(reference_params, batch)
             scores[REFERENCE] = out.log_probs_BT()
         return scores
-
-    def _check_room(self) -> None:
-        limit = self._recipe.language_model.max_length
-        longest = self._method.prompt_length + self._method.completion_length - 1
-        if limit is not None and longest > limit:
-            raise RolloutError(
-                f"MAX_PROMPT_LENGTH and MAX_NEW_TOKENS make rows of {longest} tokens, but the model has learned "
-                f"only {limit} positions: lower them."
-            )
 
     def _store(self, number: int, arrays: Arrays) -> None:
         if jax.process_index():
@@ -245,23 +237,32 @@ def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | None) -> M
     method = recipe.inputs_spec
     if not isinstance(method, Method):
         raise RolloutError(
-            "The run samples, but Recipe.inputs is no method of trainers/online/: give a file of methods/preference/ "
-            "such as online_dpo.gin or grpo.gin."
+            f"Recipe.inputs = {method} is not a method of trainers/online/, but the run has rollouts: give a file of "
+            "methods/preference/ such as online_dpo.gin or grpo.gin."
+        )
+    limit = recipe.language_model.max_length
+    longest = method.prompt_length + method.completion_length - 1
+    if limit is not None and longest > limit:
+        raise RolloutError(
+            f"MAX_PROMPT_LENGTH and MAX_NEW_TOKENS make texts of {longest} tokens, but the model has learned only {limit} "
+            "positions: lower them."
         )
     rows = stream.batch_size * method.rows_per_prompt
     if recipe.batch_size != rows:
         raise RolloutError(
-            f"BATCH_SIZE = {recipe.batch_size} rows do not fit {stream.batch_size} prompts (PROMPTS) with "
-            f"{method.rows_per_prompt} rows each: set one of them."
+            f"BATCH_SIZE = {recipe.batch_size} is not PROMPTS = {stream.batch_size} times {method.rows_per_prompt} rows of "
+            "each prompt: change one of them."
         )
     for name, ours, theirs in (
         ("MAX_PROMPT_LENGTH", method.prompt_length, stream.length),
         ("UPDATES", method.updates, stream.updates),
     ):
         if ours != theirs:
-            raise RolloutError(f"{name} is {ours} for the method, but {theirs} for the prompts.")
+            raise RolloutError(
+                f"{name} is {ours} for the method, but {theirs} for the prompts: bind one number."
+            )
     if REFERENCE in method.scores and reference is None:
         raise RolloutError(
-            "The method compares with a reference, but there is none: bind Rollouts.reference, or set KL or BETA to 0."
+            "The method needs a reference, but there is none: bind Rollouts.reference, or set KL or BETA to 0."
         )
     return method

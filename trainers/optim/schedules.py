@@ -95,11 +95,7 @@ def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
 
 
 def linear(
-    *,
-    peak: float | None,
-    total_steps: int | None,
-    warmup_steps: int | None = 0,
-    final: float = 0.0,
+    *, peak: float | None, total_steps: int | None, warmup_steps: int | None = 0, final: float = 0.0
 ) -> Schedule:
     """Warm-up, then a straight line that reaches `final` at `total_steps`."""
     if peak is None or total_steps is None:

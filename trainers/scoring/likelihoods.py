@@ -217,11 +217,7 @@ class LikelihoodScorer:
         return -(-count // self._row_shards) * self._row_shards
 
     def _score(
-        self,
-        rows: Sequence[Row],
-        shape: tuple[int, int, int],
-        batch: Sequence[Reading],
-        size: int,
+        self, rows: Sequence[Row], shape: tuple[int, int, int], batch: Sequence[Reading], size: int
     ) -> Iterator[tuple[int, Likelihood]]:
         count, tail_length, length = shape
         length = length if self._max_length is None else min(length, self._max_length)

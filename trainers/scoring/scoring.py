@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from trainers.inputs import pack
 from trainers.objectives.forward import frozen_forward
 
 
@@ -163,15 +164,11 @@ class MeanStates:
 
 
 def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
-    """Returns the columns of a batch [batch_size, length], int32, padded by zeros; text has segment 1."""
+    """Returns input tokens, targets and segments [batch_size, length], int32, padded by zeros."""
+    texts = [[(row.context, row.targets)] for row in rows] + [[]] * (batch_size - len(rows))
+    columns = pack(texts, np.zeros(batch_size), length=length)
     names = ("input_tokens", "target_tokens", "segment_ids")
-    columns = {f"decoder_{name}": np.zeros((batch_size, length), np.int32) for name in names}
-    for b, row in enumerate(rows):
-        text = [*row.context, *row.targets]
-        columns["decoder_input_tokens"][b, : row.inputs] = text[:-1]
-        columns["decoder_target_tokens"][b, : row.inputs] = text[1:]
-        columns["decoder_segment_ids"][b, : row.inputs] = 1
-    return columns
+    return {name: columns[name] for name in map("decoder_{}".format, names)}
 
 
 def _masked_columns(rows: Sequence[Row], batch_size: int, length: int) -> tuple[np.ndarray, ...]:

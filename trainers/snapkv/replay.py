@@ -70,10 +70,7 @@ class _Recorder:
 
 
 def record(model: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> Recording:
-    """Returns a recording of prompts of lengths_B >= 1 tokens, padded on the right.
-
-    The model must have unrolled layers.
-    """
+    """Returns a recording of prompts of lengths_B >= 1 tokens, padded on the right; the model has unrolled layers."""
     logits_BV, layers = prefill(model, params, _Recorder(), tokens_BT, lengths_B, room=0)
     return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
 

@@ -259,7 +259,7 @@ def test_rows_that_a_watch_ends_leave_the_others_as_they_are(greedy, model, para
         # However often it looks, there is one program.
         assert list(decoder._programs) == [("prefill", 24), ("decode", 24)]
     beams = Settings(max_new_tokens=M, beams=Beams(num_beams=2))
-    with pytest.raises(ValueError, match="no tokens to watch"):
+    with pytest.raises(ValueError, match="not supported with beams"):
         Decoder(model, params, beams, watch=watch)
 
 

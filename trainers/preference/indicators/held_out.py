@@ -73,7 +73,10 @@ def read(
                 "that are held out, registered with kind = 'paired'."
             )
         starts.add(facts["start_token"])
-        by_digest.update((digest, Pair(*map(_ids, ids))) for digest, *ids in stream.pairs())
+        by_digest.update(
+            (digest, Pair(*(tuple(map(int, side)) for side in ids)))
+            for digest, *ids in stream.pairs()
+        )
     if not by_digest:
         raise ValueError(
             f"PreferenceIndicators.tasks = {list(tasks)}: no pairs are held out. Give the tasks validation_files, or "
@@ -81,7 +84,7 @@ def read(
         )
     if len(starts) > 1:
         raise ValueError(
-            "PreferenceIndicators.tasks differ in their start_token: name tasks with the same one."
+            f"PreferenceIndicators.tasks have different start tokens {starts}: name tasks with the same one."
         )
     pairs = [by_digest[digest] for digest in sorted(by_digest)]
     first: dict[tuple[int, ...], Pair] = {}
@@ -94,7 +97,3 @@ def read(
         () if start is None else (int(start),),
         facts["vocabulary"]["digest"],
     )
-
-
-def _ids(ids: Ids) -> tuple[int, ...]:
-    return tuple(int(id) for id in ids)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
-from trainers.hooks import GivenUpError, RunContext
+from trainers.hooks import HookInterruptedError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
@@ -150,7 +150,7 @@ class PreferenceIndicators:
         del metrics
         params = state.released_params
         params = self.run.program.recipe.language_model.inference_params(params)
-        with _progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
+        with _progress(self._batches, f"indicators at step {step}", self.run.should_stop) as done:
             indicators = self._pair_indicators(params, done)
             outputs = self._generator(params, step, done=done)
             indicators |= self._output_indicators(params, step, outputs, done)
@@ -314,11 +314,11 @@ def _mean(values: Any) -> float:
 
 @contextlib.contextmanager
 def _progress(
-    batches: int, name: str, give_up: Callable[[int], bool]
+    batches: int, name: str, should_stop: Callable[[int], bool]
 ) -> Iterator[Callable[[], None]]:
     """Shows a bar over the batches of an evaluation that takes long; yields a function to call after each batch.
 
-    The function raises GivenUpError if `give_up`, a `RunContext.give_up`, returns True after a batch.
+    The function raises HookInterruptedError if `should_stop`, a `RunContext.should_stop`, returns True after a batch.
     """
     with tqdm(
         total=batches,
@@ -332,7 +332,7 @@ def _progress(
 
         def done() -> None:
             bar.update()
-            if give_up(next(counted)):
-                raise GivenUpError(f"{name} given up")
+            if should_stop(next(counted)):
+                raise HookInterruptedError(f"{name} interrupted")
 
         yield done
