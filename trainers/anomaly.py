@@ -84,10 +84,9 @@ class AnomalyRecords:
         """Writes a batch (npz) and its documents (JSON), so that the step can be replayed.
 
         Args:
-          step: the bad step.
           data_step: its batch.
           fetched: its metrics as (sum, weight).
-          action: what the policy does about it.
+          action: the policy's reaction.
 
         Returns:
           The record, with 'loss', 'grad_norm' and the 'path' of the JSON file.

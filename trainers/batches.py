@@ -6,6 +6,7 @@ contents of a batch do not depend on the mesh or the number of hosts.
 
 import collections
 import concurrent.futures
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -83,12 +84,10 @@ class Feed(Protocol):
 
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
     """Returns the batch of one step as global arrays; each process reads only its own rows."""
-    ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
+    @functools.cache  # several devices, and all features, need the same rows
     def rows(lo: int, hi: int) -> dict[str, np.ndarray]:
-        if (lo, hi) not in ranges:  # several devices, and all features, ask for the same rows
-            ranges[lo, hi] = stream.batch(step, lo, hi)
-        return ranges[lo, hi]
+        return stream.batch(step, lo, hi)
 
     size = stream.batch_size
     (own, *_) = sharding.addressable_devices_indices_map((size,)).values()

@@ -41,8 +41,6 @@ def evaluate(
 
     Args:
       eval_step: compiled (params, batch, variables) -> metrics.
-      params: the parameters.
-      stream: the split.
       sharding: of input arrays.
       variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
@@ -94,7 +92,6 @@ class Evaluation:
       every: updates between evaluations.
       streams: one per task.
       eval_step, sharding, max_steps, stop, unit: see `evaluate`; an abandoned evaluation leaves no result.
-      results: metrics by step.
     """
 
     every: int

@@ -47,7 +47,6 @@ class FeedFactory(Protocol):
 
         Args:
           stream: the run's training stream, of prompts.
-          program: the run's recipe on its mesh.
           folder: directory below the run's that the feed may write to.
 
         Raises:

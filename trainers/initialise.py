@@ -15,7 +15,7 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
-# Collections that last for one call: what modules sow and perturb. The state stores all others.
+# Collections of a single call: sown values and perturbations. The state stores all other collections.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
 _TEXT = PackedTokens(8)
@@ -139,9 +139,7 @@ def state_shardings(
 
     Args:
       abstract: the state's shapes (`jax.eval_shape` of make_state).
-      optimizer: the optimiser that made the state.
       shardings: of the parameters.
-      mesh: the mesh.
       mask: trainable mask, as passed to make_state.
     """
     replicated = NamedSharding(mesh, PartitionSpec())

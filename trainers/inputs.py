@@ -21,9 +21,9 @@ class Inputs(Protocol):
     """Rows of one kind.
 
     Attributes:
-      unit: what rates count, 'tokens' or 'images'.
-      loss_per: what a loss is the mean over, 'tokens', 'images' or 'pairs'.
-      length: tokens in a row; None where a row has no length, being one image.
+      unit: unit of rates, 'tokens' or 'images'.
+      loss_per: unit of a loss's mean, 'tokens', 'images' or 'pairs'.
+      length: tokens in a row; None for images.
     """
 
     @property
@@ -79,7 +79,7 @@ class PackedPairs(TokenRows):
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
       read_last: whether last tokens are read, as reward models need it.
-      margins: whether data say by how much chosen completions are better, for losses of rewards.
+      margins: whether data have margins by which chosen completions are better, for losses of rewards.
     """
 
     feature_lengths: Mapping[str, int]

@@ -54,7 +54,7 @@ class Loop:
       profiler: a window of steps to trace, or None.
       row_metrics: (updates applied, batches drawn, units per second) -> metrics known on the host.
       checkpoint_meta: (updates applied, batches drawn) -> facts to record with a checkpoint.
-      unit: what rates count, 'tokens' or 'images'.
+      unit: unit of rates, 'tokens' or 'images'.
       hooks: see trainers/hooks.py; a stop skips those due at its step, which the next start runs first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
@@ -84,7 +84,7 @@ class Loop:
 
     def __post_init__(self, start: Restored):
         self.state, self.step = start.state, start.step
-        # A state of step 0 has seen no batch of this run's data, whatever its checkpoint says.
+        # A state of step 0 has read no batch of this run's data, even if its checkpoint records counts.
         counts = start.meta if start.step else {}
         self.data_step = counts.get("data_step", start.step)
         self.skipped = counts.get("skipped", 0)
@@ -102,7 +102,7 @@ class Loop:
         self._bad_in_a_row = 0
         self._rollbacks = 0
         if self._rolls_back and self.checkpointer is None:
-            raise ValueError("Anomaly.action = 'rollback' needs a checkpointer to go back with.")
+            raise ValueError("Anomaly.action = 'rollback' needs a checkpointer.")
 
     def run(self) -> TrainState:
         """Trains to the end or to a requested stop; returns the last state.
@@ -150,7 +150,7 @@ class Loop:
         self.step += 1
         self.data_step += 1
         self.interrupted = self.stop.reached(self.step)
-        due = [] if self.interrupted else self._due()  # the time left to stop in is for the save
+        due = [] if self.interrupted else self._due()  # the remaining time is for the save
         last = self.step == self.total_steps
         save = last or self.interrupted or self.step % self.checkpoint_period == 0
         save = save and self.checkpointer is not None
@@ -175,7 +175,6 @@ class Loop:
         return [hook for hook in self.hooks if last or self.step % hook.every == 0]
 
     def _first_hooks(self) -> list[Hook]:
-        """Returns the hooks to run before the first update."""
         if self._is_new:
             return [hook for hook in self.hooks if getattr(hook, "at_start", False)]
 
@@ -205,7 +204,7 @@ class Loop:
         with self.goodput.measure("step"):
             with self.profiler.step(self.step) if self.profiler else contextlib.nullcontext():
                 self.state, metrics = self.train_step(self.state, batch)
-            if not self._warm:  # what is slow the first time is not counted in the rate
+            if not self._warm:  # compilation is not counted in the rate
                 jax.block_until_ready(metrics)
             self._data_steps[self.step + 1] = self.data_step
             previous = self._late.push(self.step + 1, metrics)
@@ -244,10 +243,10 @@ class Loop:
         if step > since and now > before:
             self._rate = (step - since) * self.feed.units / (now - before)
         self._window_start = (step, now)
-        known = dict(self.row_metrics(step - self.skipped, batches, self._rate))
+        host = dict(self.row_metrics(step - self.skipped, batches, self._rate))
         if self.skipped:
-            known["skipped_updates"] = self.skipped
-        self.writer.write(step, {**self._newest, **known, **self.goodput.metrics()})
+            host["skipped_updates"] = self.skipped
+        self.writer.write(step, {**self._newest, **host, **self.goodput.metrics()})
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps, and waiting for batches or making them."""

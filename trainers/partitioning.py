@@ -44,14 +44,14 @@ def make_mesh(
         raise ValueError(f"MESH names unknown axes {sorted(unknown)}: use {MESH_AXES}.")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"MESH = {shape}: sizes are positive, and at most one is -1.")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
+        raise ValueError(f"MESH = {shape}: give positive sizes, and at most one -1.")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
-            "its sizes must equal their number (-1 means what remains)."
+            "its sizes must equal their number; -1 takes all remaining devices."
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
@@ -145,9 +145,6 @@ def validate(
     """Checks mesh, rules, sizes and parameter names against each other.
 
     Args:
-      mesh: the resolved mesh.
-      rules: the rule set.
-      config: the model's sizes.
       batch_size: rows of a global batch (of a microbatch when accumulating).
       length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.

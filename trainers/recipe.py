@@ -81,7 +81,8 @@ class Recipe:
         object.__setattr__(self, "learning_rate", schedules.as_schedule(self.learning_rate))
         if self.microbatches < 1 or self.batch_size % self.microbatches:
             raise ValueError(
-                f"BATCH_SIZE = {self.batch_size} is not a multiple of MICROBATCHES = {self.microbatches}: change one."
+                f"BATCH_SIZE = {self.batch_size} is not a multiple of the {self.microbatches} microbatches: change "
+                "BATCH_SIZE or Recipe.microbatches."
             )
         if self.ema_decay is not None and self.averaged is not None:
             raise ValueError(
@@ -217,8 +218,6 @@ class Program:
     """A recipe on a mesh. Call its functions inside `partitioning.use_mesh(mesh, rules)`.
 
     Attributes:
-      recipe: the recipe.
-      mesh: the resolved mesh.
       rules: logical to mesh axes.
       boxed_params: abstract parameters with their logical names.
       reports: lines about the model to print at the start of a run.
@@ -322,7 +321,6 @@ class Program:
         jax caches the program, so that the first call of `train_step` neither traces nor compiles.
 
         Args:
-          train_step: the jitted step.
           batch: shapes, dtypes and shardings of a batch.
         """
 

@@ -25,7 +25,6 @@ def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any
     Args:
       patterns: regular expressions for whole paths. One that begins with '!' excludes what it matches; the last
         pattern that matches a path decides.
-      params: any pytree.
       what: the name of a pattern in the error.
 
     Raises:

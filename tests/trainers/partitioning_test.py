@@ -61,7 +61,7 @@ def test_a_mesh_covers_all_devices(shape, sizes):
         ({"data": 4}, "does not cover the 8 available devices"),
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
-        ({"data": -1, "fsdp": -1}, "at most one is -1"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 8, "tensor": 0}, "sizes are positive"),
     ],
 )

@@ -31,7 +31,6 @@ class Sequences:
     Attributes:
       tokens_BKM: new tokens, followed by zeros.
       log_probs_BKM: the model's log-probability of each token.
-      lengths_BK: number of tokens.
       scores_BK: summed log-probability of a running beam; divided by length^length_penalty if finished.
     """
 
@@ -136,10 +135,10 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     )
     ends_BC = jnp.isin(token_BC, jnp.asarray(settings.eos_ids, jnp.int32)) | (length == M)
 
-    left_BC = sums_BC + jnp.where(ends_BC, _NEVER, 0.0)
-    on_sums_BK, on_BK = jax.lax.top_k(left_BC, K)
-    new_running = dataclasses.replace(_take(grown, on_BK), scores_BK=on_sums_BK)
-    source_BK = jnp.take_along_axis(beam_BC, on_BK, axis=1)
+    unfinished_BC = sums_BC + jnp.where(ends_BC, _NEVER, 0.0)
+    running_sums_BK, running_BK = jax.lax.top_k(unfinished_BC, K)
+    new_running = dataclasses.replace(_take(grown, running_BK), scores_BK=running_sums_BK)
+    source_BK = jnp.take_along_axis(beam_BC, running_BK, axis=1)
 
     ended_BC = ends_BC & (jnp.arange(C) < K)[None]
     scores_BC = sums_BC / length.astype(jnp.float32) ** beams.length_penalty
@@ -163,7 +162,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     seen_BKV = state.seen_BKV
     if seen_BKV is not None:
         seen_BKV = jnp.take_along_axis(seen_BKV, source_BK[:, :, None], axis=1)
-        chosen_BK = jnp.take_along_axis(token_BC, on_BK, axis=1)
+        chosen_BK = jnp.take_along_axis(token_BC, running_BK, axis=1)
         seen_BKV = seen_BKV.at[jnp.arange(B)[:, None], jnp.arange(K)[None], chosen_BK].set(True)
     return _Search(
         step=length,

@@ -41,7 +41,6 @@ class Loop:
       done_B: whether each row has ended.
       decoded: the tokens chosen so far.
       caches: caches of all tokens except the last chosen one.
-      lengths_B: lengths of the prompts.
       keys_B: a random key for each row.
       seen_BV: True for tokens of prompts and continuations; None without a repetition penalty.
     """
@@ -87,11 +86,9 @@ def begin(
     Args:
       logits_BV: logits after the prompts.
       caches: caches with room for M - 1 more tokens; the last new token is never read.
-      lengths_B: lengths of the prompts.
       active_B: False for rows that only fill the batch.
       keys_B: a random key for each row.
       seen_BV: result of sampling.seen_in; None without a repetition penalty.
-      settings: settings, static.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -123,12 +120,9 @@ def advance(
 
     Args:
       model: a model with unrolled layers.
-      params: the model's parameters.
-      policy: cache policy of the caches.
       loop: the state to continue; may be donated.
       until: number of new tokens to stop at, at most M.
       ended_B: rows that the host has ended, for example at a stop string.
-      settings: settings, static.
     """
 
     def body(loop: Loop) -> Loop:

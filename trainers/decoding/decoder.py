@@ -67,10 +67,6 @@ class Decoder:
 
     Args:
       model: a decoder-only module, layers scanned or unrolled.
-      params: the model's parameters.
-      settings: settings of generation.
-      policy: policy of the key/value caches.
-      batch_size: number of prompts in a batch.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
       cache_dtype: dtype of the caches while decoding, see `prefill`; None for the model's.
       prefill_chunk: number of prompt tokens to read at a time; None for all.
@@ -126,8 +122,6 @@ class Decoder:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
-          prompts: token ids of the prompts.
-          seed: seed of the draws.
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
 
         Raises:
@@ -170,7 +164,6 @@ class Decoder:
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
     ) -> list[list[Continuation]]:
-        """Returns the continuations of each prompt of a batch."""
         tokens_BT, lengths_B = padded([prompts[i] for i in batch], self._batch_size, length)
         active_B = np.arange(self._batch_size) < len(batch)
         index_B = np.zeros(self._batch_size, np.uint32)

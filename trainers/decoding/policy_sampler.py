@@ -30,7 +30,6 @@ class PolicySampler:
       model: a decoder-only module, or an actor-critic model.
       settings: settings of generation, including the number of samples per prompt.
       sharding: sharding of the prompts, which must divide evenly over its mesh.
-      seed: seed of the draws.
     """
 
     def __init__(self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int):
@@ -72,9 +71,7 @@ class PolicySampler:
         """Returns the tokens of R continuations, including EOS; continuations of one prompt are adjacent.
 
         Args:
-          params: parameters of the model.
           tokens_PT: prompts, padded on the right; every process has all of them.
-          lengths_P: lengths of the prompts.
           number: number of the round, such as the step.
           first: index in the round of the first of these prompts.
           active_P: False for rows that only fill the batch; None if all rows are prompts.
@@ -130,7 +127,6 @@ class Generator:
         """Returns the generated tokens of each prompt, including the end token.
 
         Args:
-          params: parameters of the model.
           step: number of updates so far, the round of the draws.
           done: called after each batch.
 

@@ -89,7 +89,6 @@ class Settings:
 
     Attributes:
       max_new_tokens: M, the maximum length of a continuation.
-      sampling: choice of the next token.
       eos_ids: tokens that end a row; the EOS token is the last token of its row.
       num_ids: size of the vocabulary; ids from `num_ids` on are padding of the model's table and are
         never chosen. None allows all rows of the table.

@@ -19,7 +19,6 @@ class GrowingText:
       stops: the text ends before the first occurrence of any of these strings, which must not be empty.
 
     Attributes:
-      tokens: all tokens so far.
       stopped: whether a stop string has occurred; later tokens are ignored.
     """
 

@@ -37,12 +37,12 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def forward_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
-    """KL(p || q): the student covers all that the teacher does."""
+    """KL(p || q): the student covers all tokens that the teacher considers."""
     return (jnp.exp(log_p_CN) * (log_p_CN - log_q_CN)).sum(-1)
 
 
 def reverse_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
-    """KL(q || p): the student avoids what the teacher avoids (MiniLLM, arXiv 2306.08543)."""
+    """KL(q || p): the student avoids tokens that the teacher avoids (MiniLLM, arXiv 2306.08543)."""
     return forward_kl(log_q_CN, log_p_CN)
 
 
@@ -80,7 +80,7 @@ class Teacher(FrozenModel):
 
 @dataclasses.dataclass(frozen=True)
 class TaughtTokens(TokenRows):
-    """Packed tokens, each with what a teacher predicts in its place.
+    """Packed tokens, each with a teacher's K likeliest predictions.
 
     Attributes:
       feature_lengths: {'targets': tokens of a row}.
@@ -114,7 +114,7 @@ def distillation(
     """The loss at the top of this file, averaged over the data's tokens.
 
     Metrics, means over tokens: 'loss', the student's cross-entropy in nats as in pre-training, so that perplexities stay
-    comparable; 'divergence', without its factors; 'distillation_loss', what is minimised besides auxiliary losses.
+    comparable; 'divergence', without its factors; 'distillation_loss', the minimised sum without auxiliary losses.
 
     If the two tables have different numbers of rows (vocabularies padded to other sizes), the divergence is over the rows
     that both have.
@@ -208,8 +208,8 @@ def _stored(batch: Batch) -> _Taught:
     def outcomes(seen, logits_CV, temperature):
         ids_CK, log_p_CN = seen
         log_q_CN = top_log_probs(logits_CV, ids_CK, temperature)
-        known = log_q_CN.shape[-1]
-        return log_p_CN[:, :known], log_q_CN
+        outcomes_stored = log_q_CN.shape[-1]
+        return log_p_CN[:, :outcomes_stored], log_q_CN
 
     return (ids_XK, log_p_XN), outcomes
 

@@ -23,7 +23,6 @@ def input_moments(
 
     Args:
       model: a decoder-only module.
-      params: its parameters.
       batches: tokens_BT without padding, all of one shape.
       total: number of batches, for the progress bar.
     """

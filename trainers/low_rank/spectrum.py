@@ -71,8 +71,10 @@ class Spectrum:
         def read(params: Any) -> dict[str, jax.Array]:
             flat = state_tree.flatten(params)
             values = {
-                one.path: factors.singular_values(flat[f"{one.path}/u"], flat[f"{one.path}/v"])
-                for one in factors.find_factors(params)
+                factor.path: factors.singular_values(
+                    flat[f"{factor.path}/u"], flat[f"{factor.path}/v"]
+                )
+                for factor in factors.find_factors(params)
             }
             for name in dense:
                 kernel = flat[name]

@@ -80,7 +80,6 @@ class Objective:
         variables: Mapping[str, Any] | None = None,
         extras: Any = None,
     ) -> LossOut:
-        """Returns the loss."""
         return self.loss_fn(params, batch, rng, variables=variables or {}, extras=extras)
 
     @classmethod

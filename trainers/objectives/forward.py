@@ -28,9 +28,7 @@ class Forward:
     """The output of a model for a batch, and the collections that its modules wrote.
 
     Attributes:
-      model: a linen module.
       variables: parameters and other collections that the model read.
-      batch: columns of the batch.
       output: output of the model's method; for method 'hidden', an object with `hidden_BTD`.
       written: collections that the modules wrote.
       lasting: names of the collections in `written` that the train state holds.
@@ -85,7 +83,6 @@ class Forward:
           weights: weights of the loss's shape; 0 for padding.
           total: the weighted sum to differentiate, if it is not computed from `loss`, for example because its gradient
             is computed chunk by chunk.
-          metrics: further metrics.
           num_sources: see `source_losses`.
         """
         weighted, weight = loss * weights, weights.sum()
@@ -134,8 +131,6 @@ def forward_objective(
     """Returns an objective that runs a model and computes `loss` of (forward pass, extras; None without `stored_extras`).
 
     Args:
-      model: a linen module, run by `forward`.
-      loss: the loss function.
       stored_extras: frozen parameters or other arrays, see `Objective`.
       method, arguments: see `forward`.
     """
@@ -170,11 +165,7 @@ def forward(
     rng) they do none of these. They sow into 'losses' in both.
 
     Args:
-      model: a linen module.
-      params: its parameters.
-      batch: columns of the batch.
       rng: rng of this microbatch; None in evaluation.
-      variables: the collections of the train state.
       method: name of the model's method; None for `__call__`.
       arguments: makes the method's arguments from the batch.
     """

@@ -80,7 +80,7 @@ class FrozenCheckpoint:
             if began != wanted:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
-                    f"{began[name]} (use_ema {began['use_ema']}): give that, or start in another MODEL_DIR."
+                    f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
                 )
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)

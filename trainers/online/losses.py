@@ -82,7 +82,6 @@ def grpo(
     """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token.
 
     Args:
-      tokens: the batch.
       clip: the ratio is clipped below 1 - clip.
       clip_high: the ratio is clipped above 1 + clip_high; None for `clip` (DAPO, arXiv 2503.14476, uses 0.28).
       beta: weight of `k3`, the divergence from the reference.

@@ -47,7 +47,6 @@ class Rollouts:
     """The `trainers.batches.Feed` of sampled completions, made by a `trainers.hooks.FeedFactory`.
 
     Args:
-      stream: the prompts.
       program: the run's recipe on its mesh; the recipe's inputs are a `trainers.online.method.Method`.
       folder: directory for rollouts that are used for several updates.
       reward: scores completions on the host; every process scores all of them.
@@ -56,7 +55,6 @@ class Rollouts:
       temperature, top_k, top_p: sampling settings, see trainers/decoding/settings.py; log-probabilities are computed at
         temperature 1.
       missing_end_penalty: subtracted from the reward of a completion that was cut at the maximum length.
-      seed: seed of sampling.
 
     Raises:
       RolloutError: sizes that contradict each other, or no reference where the method needs one.

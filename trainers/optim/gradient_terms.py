@@ -44,9 +44,7 @@ def make_optimizer(
 
     Args:
       factory: called with (learning_rate=) and, if it has that parameter, (param_axes=).
-      learning_rate: the run's schedule.
       boxed_params: abstract parameters in flax's boxes.
-      terms: the terms.
 
     Raises:
       ValueError: a term replaces weight decay, but `factory` has no parameter `param_axes` to exclude parameters from it.

@@ -19,7 +19,6 @@ class Span:
     """Facts of a run that its schedule may need, known just before the first step.
 
     Attributes:
-      total_steps: total number of updates.
       stopped_at: the learning rate at which the parent run stopped; None if it did not record one.
       start_step: the first step of this run; the step of the parent's checkpoint, if the step counter continues.
     """

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
-from trainers.decoding.buckets import padded
+from trainers.decoding.buckets import in_order, padded
 from trainers.partitioning import Rules
 from trainers.rewards.base import Completion
 from trainers.scoring.scoring import Batched
@@ -65,7 +65,6 @@ class ModelReward:
       model, params: a `model.heads.reward_model.RewardModel` and its parameters.
       start_token: token before each prompt; None for none.
       end_token: appended to a completion that ended; None for none.
-      batch_size, sharding: see `Batched`.
     """
 
     def __init__(
@@ -102,18 +101,14 @@ class ModelReward:
         limit = self._score.limit
         for i, length in enumerate(lengths):
             if not length:
-                raise ValueError(
-                    f"Completion {i} and its prompt are empty: there is no last token."
-                )
+                raise ValueError(f"Completion {i} and its prompt are empty: give a token to score.")
             if limit is not None and length > limit:
                 raise ValueError(
                     f"Completion {i} and its prompt have {length} tokens, but the reward model learned only "
                     f"{limit} positions."
                 )
-        rewards_N = np.zeros(len(texts), np.float32)
-        for i, reward in self._score(self._params, texts, lengths):
-            rewards_N[i] = reward
-        return rewards_N
+        rewards = in_order(self._score(self._params, texts, lengths))
+        return np.fromiter(rewards, np.float32, len(texts))
 
     def _text(self, completion: Completion) -> list[int]:
         end = self._after if completion.ended else []

@@ -54,7 +54,6 @@ def hidden_states(
 
     Args:
       model: a decoder-only module with unrolled layers.
-      params: the model's parameters.
       tokens_BT, lengths_B: rows, padded at the end, and their lengths.
       tails_RC, tail_lengths_R: tail r follows row r // K; None for no tails.
     """
@@ -87,7 +86,6 @@ def log_probs_at(
 
     Args:
       model, params: of the hidden states.
-      hidden_XD: hidden states.
       places_Q: index of the hidden state that predicts each target.
       targets_Q: target tokens; Q must be a power of two.
     """
@@ -138,7 +136,6 @@ class LikelihoodScorer:
 
     Args:
       model: a decoder-only module with unrolled layers.
-      params: the model's parameters.
       batch_tokens: number of tokens of a batch, including padding; determines its number of rows.
       batch_size: maximum number of rows; None for as many as batch_tokens allows.
       row_shards: the number of rows of a batch is a multiple of this.
@@ -279,10 +276,8 @@ def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
 
 
 def _power_of_four(count: int) -> int:
-    """Returns the smallest power of four that is at least `count`."""
     return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
 
 
 def _power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

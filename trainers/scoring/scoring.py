@@ -38,7 +38,6 @@ class Batched:
       function: (params, arrays of a batch) -> arrays whose first axis is the batch's rows.
       columns: (rows, batch_size, length) -> arrays of a batch, padded to batch_size rows of this length.
       model: the model that reads the rows, for its number of learned positions.
-      batch_size: number of rows in a batch.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
       bucket: (length of the longest row, limit=) -> length of a batch.
     """
@@ -71,8 +70,6 @@ class Batched:
         """Yields (index of a row, its result), batch by batch, the longest first.
 
         Args:
-          params: parameters of the model.
-          rows: the rows.
           lengths: lengths of the rows, at most `limit`.
           title: label of a progress bar; None for no bar.
           done: called after each batch.

@@ -53,13 +53,13 @@ class _Recorder:
         del sizes
         return ()
 
-    def append(self, state: Any, *, form: AttentionForm, **shown: jax.Array) -> LayerRecord:
+    def append(self, state: Any, *, form: AttentionForm, **arrays: jax.Array) -> LayerRecord:
         if isinstance(state, LayerRecord):
-            shown = {
+            arrays = {
                 name: jnp.concatenate([getattr(state, name), new], axis=1)
-                for name, new in shown.items()
+                for name, new in arrays.items()
             }
-        return LayerRecord(form=form, **shown)
+        return LayerRecord(form=form, **arrays)
 
     def view(self, state: LayerRecord) -> KeyValues:
         return KeyValues(k_BSKH=state.k_BTKH, v_BSKH=state.v_BTKH, positions_BS=state.positions_BT)
@@ -88,7 +88,10 @@ def record_more(
 
 def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
     """Returns the policy's state of each layer after the whole prompt, uncompressed."""
-    return [_read(model, policy, shown, layer) for layer, shown in enumerate(recording.layers)]
+    return [
+        _read(model, policy, layer_record, layer)
+        for layer, layer_record in enumerate(recording.layers)
+    ]
 
 
 def compressed(
@@ -96,25 +99,24 @@ def compressed(
 ) -> list[Any]:
     """Returns the caches that `prefill` would return with this policy, with room for `room` more tokens."""
 
-    def one(shown: LayerRecord, layer: int) -> Any:
-        state = _read(model, policy, shown, layer)
+    def compressed_layer(layer_record: LayerRecord, layer: int) -> Any:
+        state = _read(model, policy, layer_record, layer)
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
     differs = isinstance(policy, (PyramidKV, Random))  # the computation depends on the layer
-    if differs or len({shown.form for shown in layers}) > 1:
-        return [one(shown, layer) for layer, shown in enumerate(layers)]
+    if differs or len({layer_record.form for layer_record in layers}) > 1:
+        return [compressed_layer(layer_record, layer) for layer, layer_record in enumerate(layers)]
     # Layers with the same computation are one loop, which compiles much faster.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    states = jax.lax.map(lambda shown: one(shown, 0), stacked)
+    states = jax.lax.map(lambda layer_record: compressed_layer(layer_record, 0), stacked)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
 
 
-def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
-    """Returns a layer's state after the recorded prompt."""
-    B, T = shown.k_BTKH.shape[:2]
+def _read(model: Any, policy: CachePolicy, layer_record: LayerRecord, layer: int) -> Any:
+    B, T = layer_record.k_BTKH.shape[:2]
     state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
-    return policy.append(state, **vars(shown))
+    return policy.append(state, **vars(layer_record))
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:

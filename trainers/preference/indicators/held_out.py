@@ -55,7 +55,6 @@ def read(
 
     Args:
       open_stream: opens the pairs of a task; called with (task=).
-      tasks: names of the tasks.
       num_pairs: maximum number of pairs; None for all.
       num_prompts: maximum number of prompts, taken first from these pairs and then from the other pairs.
 

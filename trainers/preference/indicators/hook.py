@@ -61,7 +61,6 @@ class PreferenceIndicators:
         at the first evaluation, before the first update.
       rule: decides when to raise the alarm.
       stop: 'alarm' ends the run at the alarm; with 'never' it continues.
-      seed: seed of sampling.
 
     Raises:
       ValueError: settings that contradict each other, no pairs, a vocabulary without EOS, or a reference that does not
@@ -158,7 +157,6 @@ class PreferenceIndicators:
         return {PREFIX + name: value for name, value in indicators.items() if not np.isnan(value)}
 
     def _pair_indicators(self, params: Any, done: Callable[[], None]) -> dict[str, float]:
-        """Returns the indicators on held-out completions."""
         readings = self._reader(params, [*self._chosen, *self._rejected], done=done)
         chosen, rejected = readings[: len(self._chosen)], readings[len(self._chosen) :]
         likely, unlikely = (_mean(row.mean_log_prob for row in side) for side in (chosen, rejected))

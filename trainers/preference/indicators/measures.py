@@ -28,8 +28,8 @@ def diversity(
 ) -> float:
     """Returns the paper's EAD: `distinct_ngrams` averaged over the n for which any output has n tokens."""
     values = [distinct_ngrams(outputs, n=n, vocab_size=vocab_size) for n in sizes]
-    there = [value for value in values if not math.isnan(value)]
-    return float(np.mean(there)) if there else math.nan
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
 
 
 def win_probability(policy_N: np.ndarray, competitor_N: np.ndarray) -> float:

@@ -69,10 +69,8 @@ def read_tokens(
     """Returns the readings of all tokens, computed a chunk of tokens at a time (see `map_tokens`).
 
     Args:
-      h_TD: hidden states.
       head_VD: rows of the output matrix, cast to the dtype of h.
       targets_T: ids in [0, V).
-      k: number of likeliest tokens.
       logit_scale, softcap: see `weighted_cross_entropy`.
       chunk: tokens at a time.
     """
@@ -96,7 +94,6 @@ class Readings:
 
     Attributes:
       log_prob: natural logarithm of its probability.
-      length: number of its tokens.
       entropy, mass: means over its tokens, see `TokenReadings`.
     """
 
@@ -118,7 +115,6 @@ class Reader:
       model: a decoder-only module.
       batch_size: rows at a time, a multiple of the mesh's parts of a batch.
       sharding: of the rows of a batch.
-      k: number of likeliest tokens.
     """
 
     def __init__(self, model: Any, *, batch_size: int, sharding: NamedSharding, k: int = TOP_K):
@@ -155,8 +151,6 @@ class Reader:
         """Returns readings of rows with a context and at least one target, in their order.
 
         Args:
-          params: parameters of the model.
-          rows: contexts and targets.
           done: called after each batch.
 
         Raises:

@@ -8,6 +8,7 @@ this run's vocabulary, and "text" the output.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -39,13 +40,8 @@ class Texts:
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of all ids. SeqIO's `decode` would stop at the first EOS within a multi-turn prompt."""
-        parts: list[list[int]] = [[]]
-        for id in ids:
-            if id == self.vocabulary.eos_id:
-                parts.append([])
-            else:
-                parts[-1].append(id)
-        return "".join(self.vocabulary.decode(part) for part in parts)
+        turns = itertools.groupby(ids, lambda id: id == self.vocabulary.eos_id)
+        return "".join(self.vocabulary.decode(list(turn)) for is_end, turn in turns if not is_end)
 
     def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
         """Returns generated tokens as a `Completion`, the input of a reward."""
@@ -99,7 +95,7 @@ def competitor(
     """
     if not os.path.exists(path):
         raise CompetitorError(
-            f"The competitor's outputs, {path}, do not exist. Those of the policy at step 0 are written when a run "
+            f"The competitor's outputs, {path}, do not exist. A run writes the outputs of its policy at step 0 when it "
             "begins: start in another MODEL_DIR, or name a file by INDICATORS_COMPETITOR."
         )
     by_prompt: dict[tuple[int, ...] | str, Completion] = {}

@@ -48,7 +48,6 @@ def dpo(
     """-log sigma(z): DPO (arXiv 2305.18290, eq. 7); cDPO with `label_smoothing`, which TRL no longer has.
 
     Args:
-      pairs: log-probabilities by policy and reference.
       beta: strength of the penalty on the divergence from the reference.
       label_smoothing: see `logistic`.
       divergence: the divergence that is penalised (arXiv 2309.16240).

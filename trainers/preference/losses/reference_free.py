@@ -33,7 +33,6 @@ def simpo(
     """-log sigma(beta (a_w - a_l) - gamma): SimPO (arXiv 2405.14734, eq. 6).
 
     Args:
-      pairs: log-probabilities by the policy.
       beta: scale of the rewards; means per token need a larger one than sums.
       gamma: required margin, in units of the logit; half of beta is a usual value. TRL's default is 0.5.
       label_smoothing: see `direct.logistic`.

@@ -193,7 +193,6 @@ def _check_tails(
 
 
 def _pair() -> PairLogProbs:
-    """Returns one pair for tracing a loss."""
     ones = jnp.ones(1)
     return PairLogProbs(-ones, -ones, ones, ones, ones, jnp.ones(()), -ones, -ones, ones)
 

@@ -45,8 +45,8 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
         chosen_P, rejected_P = chosen_rejected_P2[:, 0], chosen_rejected_P2[:, 1]
         weights_P = batch["pair_weights"].reshape(-1)
         margin_P = chosen_P - rejected_P
-        asked_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
-        loss_P = -log_sigmoid(margin_P - asked_P) + center * (chosen_P + rejected_P) ** 2
+        required_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
+        loss_P = -log_sigmoid(margin_P - required_P) + center * (chosen_P + rejected_P) ** 2
         loss_P = jnp.where(weights_P > 0, loss_P, 0.0)
         weight = weights_P.sum()
         means = {
