@@ -24,9 +24,8 @@ from trainers.hooks import HookInterruptedError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
-from trainers.preference.indicators.measures import Judge
 from trainers.preference.indicators.reader import TOP_K, Reader
-from trainers.rewards.base import Completion, Reward, StoredReward, on_mesh
+from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
 
@@ -133,10 +132,11 @@ class PreferenceIndicators:
         self._monitor = Monitor.recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
-        self._judge = None
         if self.reward is not None:
-            reward = on_mesh(self.reward, program.mesh, program.rules)
-            self._judge = Judge(reward, self._competing())
+            self._reward = on_mesh(self.reward, program.mesh, program.rules)
+            # The competitor's rewards; None until the first evaluation, whose outputs then compete.
+            competing = self._competing()
+            self._competing_N = None if competing is None else self._rewards(competing)
 
     @property
     def ended(self) -> bool:
@@ -200,10 +200,12 @@ class PreferenceIndicators:
             indicators["kl"] = measures.sampled_divergence(policy_N, reference_N)
             for row, ratio in zip(numbers, policy_N - reference_N, strict=True):
                 row["log_ratio"] = float(ratio)
-        if self._judge is not None:
-            rewards_N = self._judge.rewards(self._with_info(completions))
+        if self.reward is not None:
+            rewards_N = self._rewards(completions)
+            if self._competing_N is None:
+                self._competing_N = rewards_N
             indicators["reward"] = float(np.mean(rewards_N, dtype=np.float64))
-            indicators["p_win"] = self._judge.win_probability(rewards_N)
+            indicators["p_win"] = measures.win_probability(rewards_N, self._competing_N)
             for row, reward in zip(numbers, rewards_N, strict=True):
                 row["reward"] = float(reward)
         if self.run.writer:
@@ -233,18 +235,18 @@ class PreferenceIndicators:
         )
 
     def _competing(self) -> list[Completion] | None:
-        """Returns the competitor's outputs; None before the first evaluation, which will write them."""
         path: str | os.PathLike | None = self.competitor
         if path is None and self._monitor.first_step is not None:
             path = samples.path_of(self.run.path, self._monitor.first_step)
         if path is None:
             return None
-        return self._with_info(samples.competitor(path, self._prompts, self._texts))
+        return samples.competitor(path, self._prompts, self._texts)
 
-    def _with_info(self, completions: Sequence[Completion]) -> list[Completion]:
-        """Returns the completions with the texts of their pairs as info, for verifiers."""
+    def _rewards(self, completions: Sequence[Completion]) -> np.ndarray:
+        """Returns rewards of completions, with the texts of their pairs as info for verifiers."""
         pairs = zip(completions, self._infos, strict=True)
-        return [dataclasses.replace(completion, info=info) for completion, info in pairs]
+        with_info = [dataclasses.replace(completion, info=info) for completion, info in pairs]
+        return finite_rewards(self._reward, with_info, macro="INDICATORS_REWARD")
 
     @functools.cached_property
     def _reference_reader(self) -> Reader:
