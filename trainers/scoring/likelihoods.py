@@ -85,7 +85,6 @@ def log_probs_at(
     """Returns (log p(target) [Q], whether the target is the most probable token [Q]).
 
     Args:
-      model, params: of the hidden states.
       places_Q: index of the hidden state that predicts each target.
       targets_Q: target tokens; Q must be a power of two.
     """

@@ -88,10 +88,7 @@ def record_more(
 
 def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
     """Returns the policy's state of each layer after the whole prompt, uncompressed."""
-    return [
-        _read(model, policy, layer_record, layer)
-        for layer, layer_record in enumerate(recording.layers)
-    ]
+    return [_read(model, policy, layer, i) for i, layer in enumerate(recording.layers)]
 
 
 def compressed(
@@ -99,24 +96,24 @@ def compressed(
 ) -> list[Any]:
     """Returns the caches that `prefill` would return with this policy, with room for `room` more tokens."""
 
-    def compressed_layer(layer_record: LayerRecord, layer: int) -> Any:
-        state = _read(model, policy, layer_record, layer)
+    def compressed_layer(layer: LayerRecord, index: int) -> Any:
+        state = _read(model, policy, layer, index)
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
     differs = isinstance(policy, (PyramidKV, Random))  # the computation depends on the layer
-    if differs or len({layer_record.form for layer_record in layers}) > 1:
-        return [compressed_layer(layer_record, layer) for layer, layer_record in enumerate(layers)]
+    if differs or len({layer.form for layer in layers}) > 1:
+        return [compressed_layer(layer, i) for i, layer in enumerate(layers)]
     # Layers with the same computation are one loop, which compiles much faster.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    states = jax.lax.map(lambda layer_record: compressed_layer(layer_record, 0), stacked)
+    states = jax.lax.map(lambda layer: compressed_layer(layer, 0), stacked)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
 
 
-def _read(model: Any, policy: CachePolicy, layer_record: LayerRecord, layer: int) -> Any:
-    B, T = layer_record.k_BTKH.shape[:2]
-    state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
-    return policy.append(state, **vars(layer_record))
+def _read(model: Any, policy: CachePolicy, layer: LayerRecord, index: int) -> Any:
+    B, T = layer.k_BTKH.shape[:2]
+    state = policy.init(batch=B, length=T, **model.cache_sizes(index))
+    return policy.append(state, **vars(layer))
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:
@@ -141,9 +138,10 @@ def answer(
     """Returns continuations of prompts of lengths_B tokens, from their compressed caches and last logits."""
     B = len(lengths_B)
     active_B, keys_B = jnp.ones(B, bool), jax.random.split(jax.random.key(0), B)
-    return decode(model, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings)[
-        0
-    ]
+    decoded, _ = decode(
+        model, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings
+    )
+    return decoded
 
 
 def read_on(
