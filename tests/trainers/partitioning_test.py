@@ -62,7 +62,7 @@ def test_a_mesh_covers_all_devices(shape, sizes):
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
-        ({"data": 8, "tensor": 0}, "sizes are positive"),
+        ({"data": 8, "tensor": 0}, "give positive sizes"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
