@@ -33,11 +33,7 @@ class Anomaly:
         judges only finiteness.
       window: steps over which mean and variance are averaged (exponentially), and the number of
         good steps before spikes are judged.
-      max_skips: consecutive bad steps after which 'skip' stops, and rollbacks after which
-        'rollback' stops.
-
-    Raises:
-      ValueError: unknown action or a window too short to estimate a variance.
+      max_skips: consecutive bad steps after which 'skip' stops, and rollbacks after which 'rollback' stops.
     """
 
     action: Action = "stop"
@@ -52,17 +48,14 @@ class Anomaly:
             raise ValueError("Anomaly: window must be at least 2 and max_skips at least 1.")
 
     def init(self) -> dict[str, jax.Array]:
-        """Statistics of no steps."""
-        return {
-            "mean": jnp.zeros((), jnp.float32),
-            "variance": jnp.zeros((), jnp.float32),
-            "count": jnp.zeros((), jnp.int32),
-        }
+        """Returns the statistics of no steps."""
+        dtypes = {"mean": jnp.float32, "variance": jnp.float32, "count": jnp.int32}
+        return {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
 
     def judge(
         self, statistics: dict[str, jax.Array], loss: jax.Array, grad_norm: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(whether the step is good, statistics after it); bad steps leave the statistics alone."""
+        """Returns (whether the step is good, statistics after it); bad steps do not change the statistics."""
         mean, variance, count = (statistics[k] for k in ("mean", "variance", "count"))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if self.spike_sigmas is not None:
@@ -80,25 +73,20 @@ class Anomaly:
 
 
 class AnomalyRecords:
-    """Files in a run's directory that tell which batches and documents had a bad step."""
+    """Files in a run's directory with the batches and documents of bad steps."""
 
     def __init__(self, folder: str | os.PathLike, stream: Stream):
         self._folder, self._stream = pathlib.Path(folder, "anomalies"), stream
 
     def record(
-        self,
-        step: int,
-        data_step: int,
-        fetched: Mapping[str, tuple[Any, Any]],
-        action: Action,
+        self, step: int, data_step: int, fetched: Mapping[str, tuple[Any, Any]], action: Action
     ) -> dict[str, Any]:
         """Writes a batch (npz) and its documents (JSON), so that the step can be replayed.
 
         Args:
-          step: the bad step.
           data_step: its batch.
           fetched: its metrics as (sum, weight).
-          action: what the policy does about it.
+          action: the policy's reaction.
 
         Returns:
           The record, with 'loss', 'grad_norm' and the 'path' of the JSON file.
@@ -127,8 +115,8 @@ class AnomalyRecords:
         """Writes the documents of the skipped batches `first` to `last`, a line for each batch."""
         if jax.process_index() == 0:
             path = self._folder / f"batch_{last}_skipped.jsonl"
+            size = self._stream.batch_size
             with open(path, "w", encoding="utf-8") as file:
                 for batch in range(first, last + 1):
-                    documents = self._stream.documents(batch, 0, self._stream.batch_size)
-                    line = {"data_step": batch, "documents": documents}
+                    line = {"data_step": batch, "documents": self._stream.documents(batch, 0, size)}
                     file.write(json.dumps(line, default=str) + "\n")

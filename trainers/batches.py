@@ -4,8 +4,9 @@ The stream is a pure function of (step, row range) and every device asks for its
 contents of a batch do not depend on the mesh or the number of hosts.
 """
 
-import queue
-import threading
+import collections
+import concurrent.futures
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -32,15 +33,12 @@ class Stream(Protocol):
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the global batch of `step`."""
-        ...
 
     def documents(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
         """Returns source, documents and epoch of these rows."""
-        ...
 
     def summary(self) -> dict[str, Any]:
         """Returns facts to record with a run."""
-        ...
 
 
 class TrainStream(Stream, Protocol):
@@ -48,19 +46,15 @@ class TrainStream(Stream, Protocol):
 
     def steps_for_tokens(self, tokens: float) -> int:
         """Returns the steps that train on this many loss-bearing tokens, rounded up."""
-        ...
 
     def epochs(self, step: int) -> dict[str, float]:
         """Returns how often each source has been read before `step`."""
-        ...
 
     def positions(self, step: int) -> dict[str, dict[str, Any]]:
         """Returns how far each source has been read before `step`, for a phase that reads on there."""
-        ...
 
     def check_repeats(self, steps: int) -> list[str]:
         """Returns warnings about repeats in a run of `steps`; raises ValueError beyond a strict cap."""
-        ...
 
 
 class Feed(Protocol):
@@ -80,25 +74,20 @@ class Feed(Protocol):
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes, dtypes and shardings of batches."""
-        ...
 
     def get(self, step: int, state: Any) -> dict[str, jax.Array]:
         """Returns the batch of a data step, a function of the step and the train state before it."""
-        ...
 
     def close(self) -> None:
         """Stops background work; a later `get` may start it again."""
-        ...
 
 
 def global_batch(stream: Stream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
     """Returns the batch of one step as global arrays; each process reads only its own rows."""
-    ranges: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
+    @functools.cache  # several devices, and all features, need the same rows
     def rows(lo: int, hi: int) -> dict[str, np.ndarray]:
-        if (lo, hi) not in ranges:  # several devices, and all features, ask for the same rows
-            ranges[lo, hi] = stream.batch(step, lo, hi)
-        return ranges[lo, hi]
+        return stream.batch(step, lo, hi)
 
     size = stream.batch_size
     (own, *_) = sharding.addressable_devices_indices_map((size,)).values()
@@ -137,7 +126,8 @@ class Prefetcher:
 
     def __init__(self, stream: Stream, sharding: NamedSharding, *, ahead: int = 2):
         self._stream, self._sharding, self._ahead = stream, sharding, ahead
-        self._thread: threading.Thread | None = None
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
         self._next = -1
 
     @property
@@ -151,41 +141,22 @@ class Prefetcher:
     def get(self, step: int, state: Any = None) -> dict[str, jax.Array]:
         """Returns the batch of `step`; raises the error of reading it."""
         if step != self._next or self._thread is None:
-            self._start(step)
-        self._next = step + 1
-        item = self._queue.get()
-        if isinstance(item, BaseException):
             self.close()
-            raise item
-        return item
+            self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._next = step + 1
+        while len(self._pending) <= self._ahead:
+            ahead = step + len(self._pending)
+            future = self._thread.submit(global_batch, self._stream, ahead, self._sharding)
+            self._pending.append(future)
+        try:
+            return self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stops the thread; a later `get` starts it again."""
         if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
+            self._thread.shutdown(cancel_futures=True)
             self._thread = None
-
-    def _start(self, step: int) -> None:
-        self.close()
-        self._stop = threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(self._ahead)
-        args = (step, self._queue, self._stop)
-        self._thread = threading.Thread(target=self._work, args=args, daemon=True)
-        self._thread.start()
-
-    def _work(self, step: int, out: queue.Queue, stop: threading.Event) -> None:
-        while not stop.is_set():
-            try:
-                item: Any = global_batch(self._stream, step, self._sharding)
-            except BaseException as error:  # raised in the caller's thread
-                item = error
-            while not stop.is_set():
-                try:
-                    out.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            step += 1
+            self._pending.clear()

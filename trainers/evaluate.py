@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from trainers.batches import Stream, global_batch
-from trainers.hooks import GivenUpError
+from trainers.hooks import HookInterruptedError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
 from trainers.train_state import TrainState
@@ -41,13 +41,11 @@ def evaluate(
 
     Args:
       eval_step: compiled (params, batch, variables) -> metrics.
-      params: the parameters.
-      stream: the split.
       sharding: of input arrays.
       variables: the other collections of the state, such as batch statistics.
       max_steps: batches to read at most; None for the whole split.
-      stop: asked before each batch, with its index, whether to give up.
-      unit: what the loss is per, 'tokens', 'images' or 'pairs'.
+      stop: called with the index of each batch before it is read; True interrupts.
+      unit: unit of the loss, 'tokens', 'images' or 'pairs'.
 
     Returns:
       The metrics per unit, the number of units, and for a 'loss' in nats per token also 'perplexity'
@@ -55,10 +53,10 @@ def evaluate(
       so with `max_steps` an estimate).
 
     Raises:
-      GivenUpError: `stop` returned True.
+      HookInterruptedError: `stop` returned True.
     """
     steps = stream.num_steps if max_steps is None else min(max_steps, stream.num_steps)
-    late: list[Metrics] = []
+    late: Metrics = {}
     totals: dict[str, np.ndarray] = {}
 
     def collect(metrics: Metrics) -> None:
@@ -69,12 +67,11 @@ def evaluate(
 
     for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
         if stop(step):
-            raise GivenUpError(f"evaluation of {stream.name} given up at batch {step}")
-        late.append(eval_step(params, global_batch(stream, step, sharding), variables))
-        if len(late) > 1:  # one step late, so that reading never waits for the device
-            collect(late.pop(0))
-    for metrics in late:
-        collect(metrics)
+            raise HookInterruptedError(f"evaluation of {stream.name} interrupted at batch {step}")
+        metrics = eval_step(params, global_batch(stream, step, sharding), variables)
+        collect(late)  # one step late, so that reading never waits for the device
+        late = metrics
+    collect(late)
     # Some metrics are of one kind of example, and a split may have none of that kind.
     weighted = {name: pair for name, pair in totals.items() if name == "loss" or pair[1]}
     result = {name: float(total / weight) for name, (total, weight) in weighted.items()}
@@ -93,13 +90,8 @@ class Evaluation:
 
     Attributes:
       every: updates between evaluations.
-      eval_step: compiled (params, batch, variables) -> metrics.
       streams: one per task.
-      sharding: of input arrays.
-      max_steps: batches per task; None for whole splits.
-      stop: see `evaluate`; an abandoned evaluation leaves no result.
-      unit: what the loss is per, 'tokens', 'images' or 'pairs'.
-      results: step -> metrics, filled as the run goes on.
+      eval_step, sharding, max_steps, stop, unit: see `evaluate`; an abandoned evaluation leaves no result.
     """
 
     every: int

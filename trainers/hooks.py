@@ -10,8 +10,8 @@ from trainers.recipe import Program
 from trainers.train_state import TrainState
 
 
-class GivenUpError(Exception):
-    """Raised by a hook that was asked to stop: the loop saves and ends."""
+class HookInterruptedError(Exception):
+    """Raised by a hook that a stop request interrupted: the loop saves and ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class RunContext:
       step: updates made when this process began.
       program: model, objective, mesh and shardings.
       learning_rate: number of updates made -> the rate of the next.
-      give_up: called between the parts of long work with the number of finished parts; where it returns True the
-        hook raises GivenUpError. Every process must call it equally often.
+      should_stop: called between the parts of long work with the number of finished parts; if it returns True, the hook
+        raises HookInterruptedError. Every process must call it equally often.
     """
 
     path: str | os.PathLike
@@ -33,7 +33,7 @@ class RunContext:
     step: int
     program: Program
     learning_rate: Callable[[int], float]
-    give_up: Callable[[int], bool] = lambda done: False
+    should_stop: Callable[[int], bool] = lambda done: False
 
 
 class FeedFactory(Protocol):
@@ -47,13 +47,11 @@ class FeedFactory(Protocol):
 
         Args:
           stream: the run's training stream, of prompts.
-          program: the run's recipe on its mesh.
           folder: directory below the run's that the feed may write to.
 
         Raises:
           ValueError: stream, program and settings that do not fit each other.
         """
-        ...
 
 
 class Hook(Protocol):

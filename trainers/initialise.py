@@ -15,14 +15,14 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
-# Collections that last for one call: what modules sow and perturb. The state stores all others.
+# Collections of a single call: sown values and perturbations. The state stores all other collections.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")
 
 _TEXT = PackedTokens(8)
 
 
 def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
-    """New variables of a model that reads `inputs`, boxed with their logical axis names."""
+    """Returns new variables of a model that reads `inputs`, boxed with their logical axis names."""
     return model.init(key, *inputs.init_arguments())
 
 
@@ -41,25 +41,32 @@ def average_of(params: Any, mask: Any = None) -> Any:
 
 
 def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
-    """Shapes and dtypes of `variables`; allocates nothing."""
+    """Returns shapes and dtypes of `variables`; allocates nothing."""
     return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
 
 
 def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters; allocates nothing."""
+    """Returns shapes, dtypes and shardings of a model's parameters; allocates nothing."""
     boxed = abstract_variables(model)["params"]
+    return with_shardings(shapes_of(boxed), param_shardings(boxed, mesh, rules))
+
+
+def shapes_of(boxed: Any) -> Any:
+    """Returns the shapes and dtypes of boxed abstract parameters."""
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=axes.is_boxed)
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Returns shapes and dtypes with these shardings."""
     return jax.tree.map(
-        lambda box, sharding: jax.ShapeDtypeStruct(
-            box.value.shape, box.value.dtype, sharding=sharding
-        ),
-        boxed,
-        param_shardings(boxed, mesh, rules),
-        is_leaf=axes.is_boxed,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedShardings of boxed abstract parameters, as a plain tree.
+    """Returns NamedShardings of boxed abstract parameters, as a plain tree.
 
     A rank that the devices do not divide is not split: layers have many ranks, and few are round numbers.
     """
@@ -83,16 +90,15 @@ def make_state(
     anomaly: Anomaly | None = None,
 ) -> TrainState:
     """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
-    unboxed = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
-    params = unboxed["params"]
-    extra = {k: v for k, v in unboxed.items() if k not in ("params", *TRANSIENT)}
+    collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
+    params = collections["params"]
+    extra = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
     if anomaly is not None:
         extra[STATISTICS] = anomaly.init()
-    trained = params if mask is None else trainable.split(params, mask)[0]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(trained),
+        opt_state=optimizer.init(trainable.split(params, mask)[0]),
         ema_params=average_of(params, mask) if ema else None,
         variables=extra,
     )
@@ -101,20 +107,14 @@ def make_state(
 def restart(
     optimizer: optax.GradientTransformation, abstract: TrainState, shardings: Any, mask: Any = None
 ) -> Callable[[TrainState], TrainState] | None:
-    """Returns a function that gives a state, which it consumes, a fresh optimiser for its parameters.
+    """Returns a function that consumes a state and returns it with a fresh optimiser for its parameters.
 
     Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
     Schedule-free methods begin with a copy of the parameters.
-
-    Args:
-      optimizer: the optimiser.
-      abstract: the state's shapes.
-      shardings: of the state.
-      mask: trainable mask, as passed to make_state.
     """
 
     def fresh(params: Any) -> Any:
-        return optimizer.init(params if mask is None else trainable.split(params, mask)[0])
+        return optimizer.init(trainable.split(params, mask)[0])
 
     jaxpr = jax.make_jaxpr(fresh)(abstract.params).jaxpr
     read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | set(map(id, jaxpr.outvars))
@@ -135,20 +135,16 @@ def state_shardings(
     mesh: Mesh,
     mask: Any = None,
 ) -> Any:
-    """Shardings of a whole state: moments follow their parameter, everything else is replicated.
+    """Returns shardings of a whole state: moments follow their parameter, everything else is replicated.
 
     Args:
       abstract: the state's shapes (`jax.eval_shape` of make_state).
-      optimizer: the optimiser that made the state.
       shardings: of the parameters.
-      mesh: the mesh.
       mask: trainable mask, as passed to make_state.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    trained, trained_shardings = abstract.params, shardings
-    if mask is not None:
-        trained = trainable.split(abstract.params, mask)[0]
-        trained_shardings = trainable.split(shardings, mask)[0]
+    trained, _ = trainable.split(abstract.params, mask)
+    trained_shardings, _ = trainable.split(shardings, mask)
 
     def masked(node):
         return isinstance(node, optax.MaskedNode)

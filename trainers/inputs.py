@@ -5,22 +5,25 @@ stream (trainers/batches.py) makes arrays of these shapes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
+# (prompt including the start token, completion including its end token)
+Text = tuple[Sequence[int], Sequence[int]]
 
 
 class Inputs(Protocol):
     """Rows of one kind.
 
     Attributes:
-      unit: what rates count, 'tokens' or 'images'.
-      loss_per: what a loss is the mean over, 'tokens', 'images' or 'pairs'.
-      length: tokens in a row; None where a row has no length, being one image.
+      unit: unit of rates, 'tokens' or 'images'.
+      loss_per: unit of a loss's mean, 'tokens', 'images' or 'pairs'.
+      length: tokens in a row; None for images.
     """
 
     @property
@@ -32,20 +35,27 @@ class Inputs(Protocol):
 
     def arrays(self, rows: int) -> Arrays:
         """Shapes and dtypes of a batch of so many rows, by name."""
-        ...
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
         """Returns the arguments of the model's `init` after its rng; parameters do not depend on the values."""
-        ...
+
+
+class TokenRows:
+    """The part of `Inputs` that all rows of tokens share."""
+
+    unit = "tokens"
+    loss_per = "tokens"
+
+    def init_arguments(self) -> tuple[jax.Array, ...]:
+        """See `Inputs`. Parameters do not depend on the length, and few tokens are traced faster."""
+        return (jnp.zeros((1, 8), jnp.int32),)
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedTokens:
+class PackedTokens(TokenRows):
     """Documents packed into rows of `length` tokens, with targets, for a decoder."""
 
     length: int
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
 
     def arrays(self, rows: int) -> Arrays:
         per_token = (rows, self.length)
@@ -58,22 +68,18 @@ class PackedTokens:
             "source_ids": jax.ShapeDtypeStruct((rows,), jnp.int32),
         }
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        # Parameters do not depend on the length, and few tokens are traced faster.
-        return (jnp.zeros((1, 8), jnp.int32),)
-
 
 @dataclasses.dataclass(frozen=True)
-class PackedPairs:
+class PackedPairs(TokenRows):
     """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
 
     Attributes:
-      feature_lengths: {'targets': places of a row}.
-      pairs: K, the most pairs in a row, which data decide: it matters to what is compiled without any.
+      feature_lengths: {'targets': tokens of a row}.
+      pairs: K, the most pairs in a row, which data decide; any K serves to compile without data.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
       read_last: whether last tokens are read, as reward models need it.
-      margins: whether data say by how much chosen completions are better, for losses of rewards.
+      margins: whether data have margins by which chosen completions are better, for losses of rewards.
     """
 
     feature_lengths: Mapping[str, int]
@@ -82,8 +88,7 @@ class PackedPairs:
     labels: bool = False
     read_last: bool = False
     margins: bool = False
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="pairs", init=False)
+    loss_per = "pairs"
 
     @property
     def length(self) -> int:
@@ -103,9 +108,6 @@ class PackedPairs:
             **({"pair_margins": per_pair} if self.margins else {}),
         }
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        return PackedTokens(self.length).init_arguments()
-
 
 @dataclasses.dataclass(frozen=True)
 class Images:
@@ -113,9 +115,9 @@ class Images:
 
     size: int
     channels: int = 3
-    unit: str = dataclasses.field(default="images", init=False)
-    loss_per: str = dataclasses.field(default="images", init=False)
-    length: None = dataclasses.field(default=None, init=False)
+    unit = "images"
+    loss_per = "images"
+    length = None
 
     def arrays(self, rows: int) -> Arrays:
         shape = (rows, self.size, self.size, self.channels)
@@ -127,3 +129,28 @@ class Images:
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
         return (jnp.zeros((1, self.size, self.size, self.channels), jnp.float32),)
+
+
+def pack(
+    rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, length: int
+) -> dict[str, np.ndarray]:
+    """Returns the columns of `PackedTokens`: the texts of a row are segments 1, 2, ...
+
+    The first token of a prompt is only an input, and the last token of a completion only a target. Loss weights are 1
+    at the tokens of completions, and 0 elsewhere.
+    """
+    names = ("input_tokens", "target_tokens", "segment_ids", "positions")
+    columns = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}
+    columns["decoder_loss_weights"] = np.zeros((len(rows), length), np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, (prompt, completion) in enumerate(row, 1):
+            text = [*prompt, *completion]
+            end = start + len(text) - 1
+            columns["decoder_input_tokens"][b, start:end] = text[:-1]
+            columns["decoder_target_tokens"][b, start:end] = text[1:]
+            columns["decoder_segment_ids"][b, start:end] = segment
+            columns["decoder_positions"][b, start:end] = np.arange(len(text) - 1)
+            columns["decoder_loss_weights"][b, start + len(prompt) - 1 : end] = 1
+            start = end
+    return {**columns, "source_ids": np.asarray(source_B, np.int32)}

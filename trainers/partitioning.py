@@ -5,9 +5,8 @@ would fail deep inside the compiler, so both are checked before anything is allo
 """
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +27,7 @@ Rules = tuple[tuple[str, Any], ...]
 def make_mesh(
     *, shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over MESH_AXES.
+    """Returns a mesh over MESH_AXES.
 
     Args:
       shape: sizes by axis name; missing axes are 1; one may be -1 for "all remaining devices".
@@ -45,104 +44,63 @@ def make_mesh(
         raise ValueError(f"MESH names unknown axes {sorted(unknown)}: use {MESH_AXES}.")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"MESH = {shape}: sizes are positive, and at most one is -1.")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
+        raise ValueError(f"MESH = {shape}: give positive sizes, and at most one -1.")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
-            "its sizes must equal their number (-1 means what remains)."
+            "its sizes must equal their number; -1 takes all remaining devices."
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
 
 
-def _rules(parameters: Mapping[str, Any], activations: Mapping[str, Any]) -> Rules:
+def _rules(*targets: Mapping[str, Any]) -> Rules:
     """Returns a rule for every known name; names without a target are replicated."""
-    targets = {axes.BATCH: ("data", "fsdp"), **parameters, **activations}
-    return tuple((name, targets.get(name)) for name in axes.ALL_AXES)
+    merged = {axes.BATCH: ("data", "fsdp")}
+    for target in targets:
+        merged |= target
+    return tuple((name, merged.get(name)) for name in axes.ALL_AXES)
 
 
 # A factor whose other side is not split is split along its rank.
-_FSDP_PARAMETERS = {axes.EMBED: "fsdp", axes.CHANNELS: "fsdp", axes.RANK: "fsdp"}
-_TP_PARAMETERS = {
-    axes.HEADS: "tensor",
-    axes.KV_HEADS: "tensor",
-    axes.MLP: "tensor",
-    axes.VOCAB: "tensor",
-}
-_TP_ACTIVATIONS = {axes.ACT_HEADS: "tensor", axes.ACT_KV_HEADS: "tensor", axes.ACT_MLP: "tensor"}
+_FSDP = {axes.EMBED: "fsdp", axes.CHANNELS: "fsdp", axes.RANK: "fsdp"}
+_TENSOR = dict.fromkeys(
+    (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB)
+    + (axes.ACT_HEADS, axes.ACT_KV_HEADS, axes.ACT_MLP),
+    "tensor",
+)
+_SEQUENCE = {axes.LENGTH: "tensor"}
+_EXPERT = {axes.EXPERT: "expert", axes.BATCH: ("data", "fsdp", "expert")}
+# Key/value heads whole on every device, for fewer of them than tensor shards. Attention then takes its plain form,
+# since a fused kernel needs the query heads of a device together with their own key/value heads.
+_WHOLE_KV = {axes.KV_HEADS: None, axes.ACT_KV_HEADS: None}
 
-
-def dp() -> Rules:
-    """Data parallel: parameters replicated, batch split over data and fsdp."""
-    return _rules({}, {})
-
-
-def fsdp() -> Rules:
-    """Fully sharded data parallel: parameters, moments and batch split over fsdp (ZeRO-3)."""
-    return _rules(_FSDP_PARAMETERS, {})
-
-
-def tp() -> Rules:
-    """Tensor parallel: heads, MLP width and vocabulary split (Megatron-LM, arXiv 1909.08053)."""
-    return _rules(_TP_PARAMETERS, _TP_ACTIVATIONS)
-
-
-def fsdp_tp() -> Rules:
-    """Both: parameters split over fsdp x tensor."""
-    return _rules({**_FSDP_PARAMETERS, **_TP_PARAMETERS}, _TP_ACTIVATIONS)
-
-
-def fsdp_tp_sp() -> Rules:
-    """fsdp_tp with the residual stream's length split over tensor (arXiv 2205.05198)."""
-    return _rules(
-        {**_FSDP_PARAMETERS, **_TP_PARAMETERS}, {**_TP_ACTIVATIONS, axes.LENGTH: "tensor"}
-    )
-
-
-_EP_ACTIVATIONS = {axes.BATCH: ("data", "fsdp", "expert")}
-
-
-def ep() -> Rules:
-    """Expert parallel: experts and batch split over expert, all else whole (GShard, arXiv 2006.16668)."""
-    return _rules({axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
-
-
-def fsdp_ep() -> Rules:
-    """Both: parameters split over fsdp, experts over fsdp x expert."""
-    return _rules({**_FSDP_PARAMETERS, axes.EXPERT: "expert"}, _EP_ACTIVATIONS)
-
-
-def whole_kv(rules: Callable[[], Rules]) -> Rules:
-    """`rules` with key/value heads whole on every device: fewer of them than tensor shards.
-
-    With several of them attention takes its plain form, since a fused kernel needs the query heads of
-    a device together with their own key/value heads.
-    """
-    whole = (axes.KV_HEADS, axes.ACT_KV_HEADS)
-    return tuple((name, None if name in whole else target) for name, target in rules())
-
-
-RULE_SETS: dict[str, Callable[[], Rules]] = {
-    "dp": dp,
-    "fsdp": fsdp,
-    "tp": tp,
-    "fsdp_tp": fsdp_tp,
-    "fsdp_tp_sp": fsdp_tp_sp,
-    "ep": ep,
-    "fsdp_ep": fsdp_ep,
-    "tp_whole_kv": functools.partial(whole_kv, tp),
-    "fsdp_tp_whole_kv": functools.partial(whole_kv, fsdp_tp),
-    "fsdp_tp_sp_whole_kv": functools.partial(whole_kv, fsdp_tp_sp),
+RULE_SETS: dict[str, Rules] = {
+    # Data parallel: parameters replicated, batch split over data and fsdp.
+    "dp": _rules(),
+    # Fully sharded data parallel: parameters, moments and batch split over fsdp (ZeRO-3).
+    "fsdp": _rules(_FSDP),
+    # Tensor parallel: heads, MLP width and vocabulary split (Megatron-LM, arXiv 1909.08053).
+    "tp": _rules(_TENSOR),
+    "fsdp_tp": _rules(_FSDP, _TENSOR),
+    # The residual stream's length split over tensor too (arXiv 2205.05198).
+    "fsdp_tp_sp": _rules(_FSDP, _TENSOR, _SEQUENCE),
+    # Expert parallel: experts and batch split over expert, all else whole (GShard, arXiv 2006.16668).
+    "ep": _rules(_EXPERT),
+    "fsdp_ep": _rules(_FSDP, _EXPERT),
+    "tp_whole_kv": _rules(_TENSOR, _WHOLE_KV),
+    "fsdp_tp_whole_kv": _rules(_FSDP, _TENSOR, _WHOLE_KV),
+    "fsdp_tp_sp_whole_kv": _rules(_FSDP, _TENSOR, _SEQUENCE, _WHOLE_KV),
 }
 
 
 def rules_named(name: str) -> Rules:
     if name not in RULE_SETS:
         raise ValueError(f"Unknown rule set {name!r}: choose from {sorted(RULE_SETS)}.")
-    return RULE_SETS[name]()
+    return RULE_SETS[name]
 
 
 @contextlib.contextmanager
@@ -166,9 +124,12 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 
 
 def shards_of(mesh: Mesh, target: Any) -> int:
-    """Number of shards a rule's target makes; `target` is what a rule maps a name to."""
-    names = () if target is None else (target,) if isinstance(target, str) else target
-    return math.prod(mesh.shape[name] for name in names)
+    """Returns the number of shards that the target of a rule makes."""
+    return math.prod(mesh.shape[name] for name in _mesh_axes(target))
+
+
+def _mesh_axes(target: Any) -> tuple[str, ...]:
+    return () if target is None else (target,) if isinstance(target, str) else target
 
 
 def validate(
@@ -184,9 +145,6 @@ def validate(
     """Checks mesh, rules, sizes and parameter names against each other.
 
     Args:
-      mesh: the resolved mesh.
-      rules: the rule set.
-      config: the model's sizes.
       batch_size: rows of a global batch (of a microbatch when accumulating).
       length: tokens per row; None where rows have no length.
       boxed_params: abstract parameters with their logical names, when available.
@@ -198,15 +156,11 @@ def validate(
     """
     targets = dict(rules)
     problems = [
-        f"rule for {name!r}, which is no logical axis (see model/axes.py)"
+        f"rule for the unknown logical axis {name!r}: use a name of model/axes.py"
         for name in targets
         if name not in axes.ALL_AXES
     ]
-    used = {
-        axis
-        for target in targets.values()
-        for axis in (() if target is None else (target,) if isinstance(target, str) else target)
-    }
+    used = {axis for target in targets.values() for axis in _mesh_axes(target)}
     problems += [
         f"mesh axis {axis!r} has size {size}, but no rule uses it: choose another rule set or "
         "give its devices to another axis"

@@ -4,14 +4,13 @@ Training, evaluation and ahead-of-time compilation all start here, so that `prec
 program that `train` runs.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -45,8 +44,8 @@ class Recipe:
       learning_rate: a schedule over update steps, or a number for a constant one.
       objective: factory of the loss or `Objective`, called with (model=, num_sources=).
       trainable: path patterns of the parameters to train; empty for all (see trainers/trainable.py).
-      reports: called with the parameters' shapes before anything is allocated; each returns lines to
-        print at the start of a run, or raises ValueError for a model it does not accept.
+      reports: called with the parameters' shapes before anything is allocated; each returns lines to print at the start
+        of a run, or raises ValueError for a model it does not accept.
       microbatches: parts in which a batch is processed, in evaluation too.
       gradient_dtype: dtype in which a copy of the parameters is differentiated; None for their own.
       ema_decay: decay of a moving average of the parameters, which is evaluated, saved for use beside the trained ones
@@ -82,12 +81,12 @@ class Recipe:
         object.__setattr__(self, "learning_rate", schedules.as_schedule(self.learning_rate))
         if self.microbatches < 1 or self.batch_size % self.microbatches:
             raise ValueError(
-                f"BATCH_SIZE = {self.batch_size} is not a multiple of the "
-                f"{self.microbatches} microbatches."
+                f"BATCH_SIZE = {self.batch_size} is not a multiple of the {self.microbatches} microbatches: change "
+                "BATCH_SIZE or Recipe.microbatches."
             )
         if self.ema_decay is not None and self.averaged is not None:
             raise ValueError(
-                "Recipe.ema_decay and Recipe.averaged both say what is evaluated and released: bind one of them."
+                "Recipe.ema_decay and Recipe.averaged both define the average that is evaluated and released: bind one of them."
             )
         if self.inputs is None and "targets" not in (self.feature_lengths or {}):
             raise ValueError(
@@ -96,11 +95,8 @@ class Recipe:
             )
         if self.inputs is not None and self.feature_lengths is not None:
             raise ValueError(
-                "Recipe.inputs and Recipe.feature_lengths both say what a row is: bind one of them."
+                "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
             )
-        if not callable(self.learning_rate):
-            constant = schedules.constant(peak=self.learning_rate)
-            object.__setattr__(self, "learning_rate", constant)
 
     @property
     def inputs_spec(self) -> Inputs:
@@ -112,11 +108,7 @@ class Recipe:
 
     @property
     def language_model(self) -> LanguageModel:
-        """The model of a run that continues texts.
-
-        Raises:
-          ValueError: the model does not.
-        """
+        """The model of a run that continues texts; raises ValueError for another kind of model."""
         if not isinstance(self.model, LanguageModel):
             raise ValueError(
                 f"Recipe.model, a {type(self.model).__name__}, is not a language model."
@@ -159,7 +151,7 @@ class Recipe:
             boxed_params=boxed,
         )
         mask = trainable.mask_of(self.trainable, boxed)
-        shapes = jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=_is_boxed)
+        shapes = initialise.shapes_of(boxed)
         reports = [line for report in self.reports for line in report(shapes)]
         optimizer = self._make_optimizer(boxed)
         make_state = functools.partial(self._make_state, optimizer=optimizer, mask=mask)
@@ -178,22 +170,14 @@ class Recipe:
             boxed_params=boxed,
             reports=reports,
             mask=mask,
-            abstract_state=jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                abstract,
-                shardings,
-            ),
+            abstract_state=initialise.with_shardings(abstract, shardings),
             batch_sharding=partitioning.batch_sharding(mesh, rules),
         )
 
     def abstract_batch(self, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
-        return {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-            for name, array in self.inputs_spec.arrays(self.batch_size).items()
-        }
+        arrays = self.inputs_spec.arrays(self.batch_size)
+        return initialise.with_shardings(arrays, dict.fromkeys(arrays, sharding))
 
     def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
         return make_optimizer(
@@ -234,8 +218,6 @@ class Program:
     """A recipe on a mesh. Call its functions inside `partitioning.use_mesh(mesh, rules)`.
 
     Attributes:
-      recipe: the recipe.
-      mesh: the resolved mesh.
       rules: logical to mesh axes.
       boxed_params: abstract parameters with their logical names.
       reports: lines about the model to print at the start of a run.
@@ -258,10 +240,10 @@ class Program:
         return dataclasses.replace(self, recipe=self.recipe.with_span(span))
 
     def check_extras(self, meta: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Checks what the objective reads from disk, such as a reference; see `StoredExtras.check`.
+        """Checks the objective's files, such as a reference's checkpoint; see `StoredExtras.check`.
 
         Args:
-          meta: returns the known facts about the data; called only where the objective reads something.
+          meta: returns the known facts about the data; called only if there are such files.
         """
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
@@ -306,7 +288,7 @@ class Program:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def steps(self, num_sources: int) -> Steps:
-        """The jitted functions, which report the loss of `num_sources` data sources separately."""
+        """Returns the jitted functions, which report the loss of `num_sources` data sources separately."""
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
         train_step = make_train_step(
@@ -334,49 +316,30 @@ class Program:
 
     @contextlib.contextmanager
     def compiling(self, train_step: Any, batch: Any) -> Iterator[None]:
-        """Compiles the train step in a thread while the body runs, and waits for it at the end.
+        """Compiles the train step in a thread while the body runs, waits for it at the end, and raises its error.
 
-        jax keeps the program, so that the first call of `train_step` neither traces nor compiles.
+        jax caches the program, so that the first call of `train_step` neither traces nor compiles.
 
         Args:
-          train_step: the jitted step.
           batch: shapes, dtypes and shardings of a batch.
-
-        Raises:
-          Exception: any error of the compilation, once the body is done.
         """
-        errors: list[BaseException] = []
 
         def compile_step() -> None:
-            try:
-                # The mesh in use is local to a thread.
-                with partitioning.use_mesh(self.mesh, self.rules):
-                    train_step.lower(self.abstract_state, batch).compile()
-            except BaseException as error:  # raised in the caller's thread
-                errors.append(error)
+            with partitioning.use_mesh(self.mesh, self.rules):  # it is local to a thread
+                train_step.lower(self.abstract_state, batch).compile()
 
-        thread = threading.Thread(target=compile_step, name="compile")
-        thread.start()
-        try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            compilation = pool.submit(compile_step)
             yield
-        finally:
-            thread.join()
-        if errors:
-            raise errors[0]
+        compilation.result()
 
     def num_params(self, *, trained_only: bool = False) -> int:
-        """The number of learnable parameters; with `trained_only`, of those this run trains."""
-        params = self.abstract_state.params
-        counted = trainable.mask_of((), self.boxed_params)
-        if trained_only and self.mask is not None:
-            counted = self.mask
-        if counted is not None:
-            params = trainable.split(params, counted)[0]
+        """Returns the number of learnable parameters; with `trained_only`, of those that this run trains."""
+        counted = self.mask if trained_only else None
+        if counted is None:
+            counted = trainable.mask_of((), self.boxed_params)
+        params, _ = trainable.split(self.abstract_state.params, counted)
         return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _is_boxed(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -398,11 +361,9 @@ class _WithExtras:
 
 
 def _extras_binder(objective: Objective, mesh: Mesh, rules: Rules) -> Callable[[Any], Any]:
-    """Returns what binds the objective's extras to jitted functions; all of them share one copy."""
-    if (stored := objective.stored_extras) is not None:
-        read = functools.cache(lambda: stored.read(mesh, rules))  # at the first call
-        return functools.partial(_WithExtras, abstract=stored.abstract(mesh, rules), read=read)
-    if objective.extras is not None:
-        extras = objective.extras
-        return functools.partial(_WithExtras, abstract=extras, read=lambda: extras)
-    return lambda jitted: jitted
+    """Returns a function that binds the objective's extras to jitted functions; all of them share one copy."""
+    stored = objective.stored_extras
+    if stored is None:
+        return lambda jitted: jitted
+    read = functools.cache(lambda: stored.read(mesh, rules))  # at the first call
+    return functools.partial(_WithExtras, abstract=stored.abstract(mesh, rules), read=read)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Called with the parameters' shapes; raises ValueError if the model is not what the method needs.
+# Called with the parameters' shapes; raises ValueError if the method does not accept the model.
 Report = Callable[[Any], Sequence[str]]
 
 

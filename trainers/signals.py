@@ -18,25 +18,19 @@ from trainers.checkpoints import agreement
 _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+COMPARE_EVERY = (
+    20  # steps between comparisons of the processes' flags, without JAX's preemption service
+)
 
 
 class StopRequest:
     """A context in which a signal asks the loop to stop after the current step.
 
-    The first SIGTERM or SIGINT (Ctrl-C) sets the flag; a second one has its usual effect, so that a run
-    that hangs can still be ended. Use: `with StopRequest() as stop: ... stop.reached(step)`.
+    The first SIGTERM or SIGINT (Ctrl-C) sets the flag; a second one has its usual effect, so that a run that hangs can
+    still be ended. Use: `with StopRequest() as stop: ... stop.reached(step)`.
     """
 
-    def __init__(self, *, compare_every: int = 20):
-        """Starts without a request.
-
-        Args:
-          compare_every: steps between comparisons of the processes' flags, without JAX's preemption
-            service.
-        """
-        if compare_every < 1:
-            raise ValueError(f"compare_every = {compare_every}: give 1 or more.")
-        self._compare_every = compare_every
+    def __init__(self):
         self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
         several = jax.process_count() > 1
@@ -56,14 +50,14 @@ class StopRequest:
         if self._service:
             return multihost_utils.reached_preemption_sync_point(step)
         if jax.process_count() > 1:
-            return step % self._compare_every == 0 and any(agreement.gather(self._requested))
+            return step % COMPARE_EVERY == 0 and any(agreement.gather(self._requested))
         return self._requested
 
-    def asked(self, count: int) -> bool:
-        """Whether to abandon long work between two updates, such as an evaluation.
+    def requested(self, count: int) -> bool:
+        """Whether to interrupt long work between two updates, such as an evaluation.
 
-        Every process calls it with the same count of its work; all get the same answer. The preemption
-        service agrees on updates only: with it, such work is finished.
+        Every process calls it with the same count of its work; all get the same answer. The preemption service agrees on
+        updates only: with it, such work is finished.
         """
         return not self._service and self.reached(count)
 

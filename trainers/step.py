@@ -36,24 +36,24 @@ def make_train_step(
     averaged: Averaged | None = None,
     anomaly: anomaly_lib.Anomaly | None = None,
 ) -> TrainStep:
-    """A pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Returns a pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
-      loss_fn: the objective, a plain function or an `Objective`. The step takes the latter's extras
-        as the keyword `extras`; without it they become constants of the compiled step.
+      loss_fn: the objective. The step takes its extras as the keyword `extras`; without it they become constants of the
+        compiled step.
       optimizer: over the trainable parameters only.
       seed: base of the randomness; step s uses fold_in(key(seed), s).
       mask: tree of bools over params, True where trained; None trains everything.
       microbatches: equal parts the batch's rows are processed in, one after the other.
-      gradient_dtype: differentiate a copy of the parameters in this dtype, which also stores the
-        gradients in it (half the memory in bfloat16); None differentiates the parameters.
+      gradient_dtype: differentiate a copy of the parameters in this dtype, which also stores the gradients in it (half the
+        memory in bfloat16); None differentiates the parameters.
       ema_decay: decay of an exponential average of the parameters in state.ema_params.
       averaged: in its place, what makes state.ema_params of the optimiser's state and the trained parameters.
       anomaly: bad updates are not applied; its statistics live in state.variables.
 
     Returns:
-      The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping,
-      'param_norm', 'update_norm' and, with `anomaly`, 'anomaly' (1 for a dropped update).
+      The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping, 'param_norm', 'update_norm' and,
+      with `anomaly`, 'anomaly' (1 for a dropped update).
     """
 
     objective = Objective.of(loss_fn)
@@ -61,16 +61,13 @@ def make_train_step(
     def gradients(
         params: Any, batch: Batch, rng: jax.Array, variables: dict[str, Any], extras: Any
     ) -> tuple[Any, LossOut, dict[str, Any]]:
-        """Gradients, the loss without its variables, and all variables after it."""
-        if mask is None:
-            trained, frozen = params, jax.tree.map(lambda _: None, params)
-        else:
-            trained, frozen = trainable.split(params, mask)
+        """Returns gradients, the loss without its variables, and all variables after it."""
+        trained, frozen = trainable.split(params, mask)
         if gradient_dtype is not None:
             trained = _cast_floats(trained, gradient_dtype)
 
         def loss(trained):
-            whole = trained if mask is None else trainable.join(trained, frozen)
+            whole = trainable.join(trained, frozen)
             out = objective(whole, batch, rng, variables=variables, extras=extras)
             return out.sum, out
 
@@ -107,15 +104,12 @@ def make_train_step(
         )
         # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
         divisor = jnp.where(out.weight > 0, out.weight, 1.0)
-        trained = state.params if mask is None else trainable.split(state.params, mask)[0]
+        trained, frozen = trainable.split(state.params, mask)
         grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), grads, trained)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         new_trained = optax.apply_updates(trained, updates)
-        if mask is None:
-            params = new_trained
-        else:
-            params = trainable.join(new_trained, trainable.split(state.params, mask)[1])
+        params = trainable.join(new_trained, frozen)
         ema_params = state.ema_params
         if ema_decay is not None:
             ema_params = jax.tree.map(
@@ -125,9 +119,7 @@ def make_train_step(
                 params,
             )
         elif averaged is not None:
-            average = averaged(opt_state, new_trained)
-            if mask is not None:
-                average = trainable.join(average, trainable.split(params, mask)[1])
+            average = trainable.join(averaged(opt_state, new_trained), frozen)
             ema_params = jax.tree.map(lambda e, a: a.astype(e.dtype), ema_params, average)
         variables = {**state.variables, **written}
         metrics: Metrics = dict(out.metrics)
@@ -160,12 +152,12 @@ def make_train_step(
 
 
 def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., Metrics]:
-    """A pure function (params, batch, variables=None, extras=None) -> metrics, summed over the batch.
+    """Returns a pure function (params, batch, variables=None, extras=None) -> metrics, summed over the batch.
 
     Args:
       loss_fn: the objective, which gets no rng.
-      microbatches: parts as in training, so that evaluation needs no more memory than that does;
-        for a batch of another size, the greatest common divisor of both.
+      microbatches: parts as in training, so that evaluation needs no more memory; for a batch of another size, the greatest
+        common divisor of both.
     """
     objective = Objective.of(loss_fn)
 
@@ -185,7 +177,7 @@ def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., M
 
 
 def _parts(batch: Batch, count: int) -> Any:
-    """The batch's rows in `count` microbatches, stacked."""
+    """Returns the batch's rows in `count` microbatches, stacked."""
     # Row r goes to microbatch r % M, so that each microbatch is spread over all devices.
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -195,11 +187,7 @@ def _of_the_model(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`variables` with what an objective wrote.
-
-    Raises:
-      ValueError: a collection that the state does not hold.
-    """
+    """Returns `variables` with the collections that an objective wrote; raises ValueError if the state holds no such one."""
     unknown = sorted(set(written or {}) - set(variables))
     if unknown:
         raise ValueError(
@@ -210,7 +198,7 @@ def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) ->
 
 
 def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A metric of the whole step, with weight one."""
+    """Returns a metric of the whole step, with weight one."""
     return value.astype(jnp.float32), jnp.ones((), jnp.float32)
 
 

@@ -27,5 +27,5 @@ class TrainState:
 
     @property
     def released_params(self) -> Any:
-        """Returns what is evaluated, used and exported: averaged parameters if there are any."""
+        """The parameters to evaluate, use and export: the average, if there is one."""
         return self.params if self.ema_params is None else self.ema_params

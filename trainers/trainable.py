@@ -25,7 +25,6 @@ def match(patterns: Sequence[str], params: Any, *, what: str = "pattern") -> Any
     Args:
       patterns: regular expressions for whole paths. One that begins with '!' excludes what it matches; the last
         pattern that matches a path decides.
-      params: any pytree.
       what: the name of a pattern in the error.
 
     Raises:
@@ -52,21 +51,19 @@ def mask_of(patterns: Sequence[str], boxed: Any) -> Any:
     Args:
       patterns: as in `match`; none for all parameters.
       boxed: parameters with their logical axes; those with axes.CONSTANT are data.
-
-    Raises:
-      ValueError: a pattern that matches no parameter.
     """
     data = jax.tree.map(lambda box: axes.CONSTANT in box.names, boxed, is_leaf=axes.is_boxed)
     if not patterns:
-        return (
-            jax.tree.map(lambda is_data: not is_data, data) if any(jax.tree.leaves(data)) else None
-        )
+        everything = not any(jax.tree.leaves(data))
+        return None if everything else jax.tree.map(lambda is_data: not is_data, data)
     chosen = match(patterns, data, what="trainable pattern")
     return jax.tree.map(lambda keep, is_data: keep and not is_data, chosen, data)
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """Returns (trainable, frozen): the same tree twice, with None where the other has the leaf."""
+    """Returns (trainable, frozen): the same tree twice, with None where the other has the leaf; mask None trains all."""
+    if mask is None:
+        return params, jax.tree.map(lambda _: None, params)
     trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, mask)
     frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, params, mask)
     return trainable, frozen

@@ -125,7 +125,7 @@ def generate(
         )
         texts = Texts(
             None if vocabulary is None else decoder_of(vocabulary),
-            ends=settings.ends,
+            ends=settings.eos_ids,
             stops=stops,
             show=show,
         )

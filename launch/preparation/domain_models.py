@@ -37,8 +37,7 @@ class ModelStates:
           EmbeddingsError: no document has a token.
           LoadError: the run has no vocabulary.
         """
-        from trainers.scoring.mean_states import MeanStates
-        from trainers.scoring.scoring import Row
+        from trainers.scoring.scoring import MeanStates, Row
 
         run, rows = self._run, []
         before = run.context([])

@@ -9,7 +9,7 @@ import pytest
 from model import axes
 from trainers import partitioning
 
-RULES = partitioning.fsdp_tp_sp()
+RULES = partitioning.RULE_SETS["fsdp_tp_sp"]
 
 
 @pytest.fixture

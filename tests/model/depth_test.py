@@ -105,7 +105,10 @@ def test_on_a_mesh_layers_have_the_same_depths():
     model = make()
     params = params_of(model)
     want = logits(model, params)
-    mesh, rules = partitioning.make_mesh(shape={"fsdp": 4, "tensor": 2}), partitioning.fsdp_tp()
+    mesh, rules = (
+        partitioning.make_mesh(shape={"fsdp": 4, "tensor": 2}),
+        partitioning.RULE_SETS["fsdp_tp"],
+    )
     with partitioning.use_mesh(mesh, rules):
         np.testing.assert_allclose(logits(model, params), want, atol=1e-5)
 

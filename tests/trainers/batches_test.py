@@ -30,11 +30,15 @@ class Counting:
 def test_rows_do_not_depend_on_the_mesh(shape):
     mesh = partitioning.make_mesh(shape=shape)
     stream = Counting()
-    got = global_batch(stream, 3, partitioning.batch_sharding(mesh, partitioning.fsdp_tp()))
+    got = global_batch(
+        stream, 3, partitioning.batch_sharding(mesh, partitioning.RULE_SETS["fsdp_tp"])
+    )
     np.testing.assert_array_equal(got["x"][:, 0], 3000 + np.arange(8))
     np.testing.assert_array_equal(got["source_ids"], np.arange(8) % 2)
     want = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), got)
-    like = abstract_batch(Counting(), partitioning.batch_sharding(mesh, partitioning.fsdp_tp()))
+    like = abstract_batch(
+        Counting(), partitioning.batch_sharding(mesh, partitioning.RULE_SETS["fsdp_tp"])
+    )
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), like) == want
     # Every range is read once, although several devices and both arrays need it.
     assert len(stream.asked) == len(set(stream.asked))
@@ -42,7 +46,7 @@ def test_rows_do_not_depend_on_the_mesh(shape):
 
 def sharding():
     mesh = partitioning.make_mesh(shape={"data": -1})
-    return partitioning.batch_sharding(mesh, partitioning.dp())
+    return partitioning.batch_sharding(mesh, partitioning.RULE_SETS["dp"])
 
 
 def test_prefetcher_goes_on_and_seeks():

@@ -61,8 +61,8 @@ def test_a_mesh_covers_all_devices(shape, sizes):
         ({"data": 4}, "does not cover the 8 available devices"),
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
-        ({"data": -1, "fsdp": -1}, "at most one is -1"),
-        ({"data": 8, "tensor": 0}, "sizes are positive"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
+        ({"data": 8, "tensor": 0}, "give positive sizes"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
@@ -132,7 +132,7 @@ def test_a_mesh_that_does_not_divide_is_refused(mesh, settings, problem):
 
 
 def test_layers_may_be_split_only_where_they_divide():
-    rules = tuple((n, "fsdp" if n == axes.LAYERS else t) for n, t in partitioning.dp())
+    rules = tuple((n, "fsdp" if n == axes.LAYERS else t) for n, t in partitioning.RULE_SETS["dp"])
     validate(mesh_of(fsdp=2), rules)
     with pytest.raises(ValueError, match="num_layers over the pattern = 2 .* 4 shards"):
         validate(mesh_of(fsdp=4), rules)
@@ -167,8 +167,8 @@ def test_devices_that_no_rule_uses_are_refused(rules, axis):
 
 
 def test_a_rule_for_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="rule for 'haeds', which is no logical axis"):
-        validate(mesh_of(data=8), (*partitioning.dp(), ("haeds", "tensor")))
+    with pytest.raises(ValueError, match="rule for the unknown logical axis 'haeds'"):
+        validate(mesh_of(data=8), (*partitioning.RULE_SETS["dp"], ("haeds", "tensor")))
 
 
 def renamed(boxed, old, new):
@@ -210,7 +210,7 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(ValueError) as caught:
         validate(
             mesh_of(fsdp=2, tensor=4),
-            (*partitioning.tp(), ("haeds", "tensor")),
+            (*partitioning.RULE_SETS["tp"], ("haeds", "tensor")),
             boxed=renamed(boxed_params(), axes.MLP, "mpl"),
             batch=9,
             num_kv_heads=2,

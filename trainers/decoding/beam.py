@@ -31,7 +31,6 @@ class Sequences:
     Attributes:
       tokens_BKM: new tokens, followed by zeros.
       log_probs_BKM: the model's log-probability of each token.
-      lengths_BK: number of tokens.
       scores_BK: summed log-probability of a running beam; divided by length^length_penalty if finished.
     """
 
@@ -63,17 +62,10 @@ def search(
     seen_BV: jax.Array | None,
     settings: Any,
 ) -> tuple[Sequences, Any]:
-    """Continues prefilled prompts.
+    """Continues prefilled prompts; see `decode.begin` and `decode.advance` for the arguments.
 
     Args:
-      model: a model with unrolled layers.
-      params: the model's parameters.
-      policy: cache policy of the caches.
-      logits_BV: logits after the prompts.
       caches: caches of B * K rows; rows of one prompt are equal and adjacent.
-      lengths_B: lengths of the prompts.
-      active_B: False for rows that only fill the batch.
-      seen_BV: result of sampling.seen_in; None without a repetition penalty.
       settings: settings of generation with `beams`, static.
 
     Returns:
@@ -129,7 +121,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     sums_BX = (choice_BKV + running.scores_BK[:, :, None]).reshape(B, K * V)
 
     # Enough candidates that K of them do not end, even if every beam has candidates with every EOS.
-    C = min(max(2, 1 + len(settings.ends)) * K, K * V)
+    C = min(max(2, 1 + len(settings.eos_ids)) * K, K * V)
     sums_BC, at_BC = jax.lax.top_k(sums_BX, C)
     beam_BC, token_BC = at_BC // V, at_BC % V
     logp_BC = jnp.take_along_axis(logp_XV.reshape(B, K * V), at_BC, axis=1)
@@ -141,12 +133,12 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
         lengths_BK=jnp.full((B, C), length, jnp.int32),
         scores_BK=sums_BC,
     )
-    ends_BC = jnp.isin(token_BC, jnp.asarray(settings.ends, jnp.int32)) | (length == M)
+    ends_BC = jnp.isin(token_BC, jnp.asarray(settings.eos_ids, jnp.int32)) | (length == M)
 
-    left_BC = sums_BC + jnp.where(ends_BC, _NEVER, 0.0)
-    on_sums_BK, on_BK = jax.lax.top_k(left_BC, K)
-    new_running = dataclasses.replace(_take(grown, on_BK), scores_BK=on_sums_BK)
-    source_BK = jnp.take_along_axis(beam_BC, on_BK, axis=1)
+    unfinished_BC = sums_BC + jnp.where(ends_BC, _NEVER, 0.0)
+    running_sums_BK, running_BK = jax.lax.top_k(unfinished_BC, K)
+    new_running = dataclasses.replace(_take(grown, running_BK), scores_BK=running_sums_BK)
+    source_BK = jnp.take_along_axis(beam_BC, running_BK, axis=1)
 
     ended_BC = ends_BC & (jnp.arange(C) < K)[None]
     scores_BC = sums_BC / length.astype(jnp.float32) ** beams.length_penalty
@@ -170,7 +162,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     seen_BKV = state.seen_BKV
     if seen_BKV is not None:
         seen_BKV = jnp.take_along_axis(seen_BKV, source_BK[:, :, None], axis=1)
-        chosen_BK = jnp.take_along_axis(token_BC, on_BK, axis=1)
+        chosen_BK = jnp.take_along_axis(token_BC, running_BK, axis=1)
         seen_BKV = seen_BKV.at[jnp.arange(B)[:, None], jnp.arange(K)[None], chosen_BK].set(True)
     return _Search(
         step=length,

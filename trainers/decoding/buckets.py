@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 SMALLEST = 16
 # Enough rows for batches of similar length, and few enough to lose when a process is killed.
 BATCHES_SORTED = 64
@@ -35,6 +37,17 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
         order = sorted(rows, key=lambda i: -lengths[i])
         batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return batches
+
+
+def padded(
+    rows: Sequence[Sequence[int]], batch_size: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens [batch_size, length], padded with zeros, and lengths [batch_size], 1 for absent rows; int32."""
+    tokens_BT = np.zeros((batch_size, length), np.int32)
+    lengths_B = np.ones(batch_size, np.int32)
+    for b, row in enumerate(rows):
+        tokens_BT[b, : len(row)], lengths_B[b] = row, len(row)
+    return tokens_BT, lengths_B
 
 
 def in_order(pairs: Iterable[tuple[int, _T]]) -> Iterator[_T]:

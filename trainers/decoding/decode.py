@@ -38,11 +38,9 @@ class Loop:
     """The state between steps: `step` tokens have been chosen; the last is not yet in the caches.
 
     Attributes:
-      step: number of chosen tokens.
       done_B: whether each row has ended.
       decoded: the tokens chosen so far.
       caches: caches of all tokens except the last chosen one.
-      lengths_B: lengths of the prompts.
       keys_B: a random key for each row.
       seen_BV: True for tokens of prompts and continuations; None without a repetition penalty.
     """
@@ -88,11 +86,9 @@ def begin(
     Args:
       logits_BV: logits after the prompts.
       caches: caches with room for M - 1 more tokens; the last new token is never read.
-      lengths_B: lengths of the prompts.
       active_B: False for rows that only fill the batch.
       keys_B: a random key for each row.
       seen_BV: result of sampling.seen_in; None without a repetition penalty.
-      settings: settings, static.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -124,12 +120,9 @@ def advance(
 
     Args:
       model: a model with unrolled layers.
-      params: the model's parameters.
-      policy: cache policy of the caches.
       loop: the state to continue; may be donated.
       until: number of new tokens to stop at, at most M.
       ended_B: rows that the host has ended, for example at a stop string.
-      settings: settings, static.
     """
 
     def body(loop: Loop) -> Loop:
@@ -163,7 +156,7 @@ def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    ends_B = jnp.isin(token_B, jnp.asarray(settings.ends, jnp.int32))
+    ends_B = jnp.isin(token_B, jnp.asarray(settings.eos_ids, jnp.int32))
     old, done_B = loop.decoded, loop.done_B
 
     def put(array_BM: jax.Array, value_B: jax.Array) -> jax.Array:

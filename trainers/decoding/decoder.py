@@ -18,7 +18,7 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import beam
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import seen_in
@@ -44,14 +44,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Stats:
-    """Cost of generation.
-
-    Attributes:
-      prompt_tokens, new_tokens: number of tokens read and generated.
-      prefill_seconds, decode_seconds: time to read prompts and to generate, without compilation.
-      compile_seconds: time to compile all programs.
-      cache_bytes: size of the caches of the largest batch while decoding.
-    """
+    """Cost of generation, in tokens, seconds without compilation, and bytes of the largest batch's caches."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -70,15 +63,10 @@ class Stats:
 class Decoder:
     """Continues prompts in batches of similar length; compiles once for each of a few lengths.
 
-    A continuation depends on the seed, on the index of its prompt and on the number of the sample. It does
-    not depend on the other prompts in its batch.
+    A continuation depends on the seed, the index of its prompt and the number of the sample, not on its batch.
 
     Args:
       model: a decoder-only module, layers scanned or unrolled.
-      params: the model's parameters.
-      settings: settings of generation.
-      policy: policy of the key/value caches.
-      batch_size: number of prompts in a batch.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
       cache_dtype: dtype of the caches while decoding, see `prefill`; None for the model's.
       prefill_chunk: number of prompt tokens to read at a time; None for all.
@@ -102,7 +90,9 @@ class Decoder:
         watch_every: int = 16,
     ):
         if watch is not None and settings.beams is not None:
-            raise ValueError("Beams have no tokens to watch before the end of the search.")
+            raise ValueError(
+                "A watch is not supported with beams: they are not final before the end."
+            )
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)
@@ -132,8 +122,6 @@ class Decoder:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
-          prompts: token ids of the prompts.
-          seed: seed of the draws.
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
 
         Raises:
@@ -147,8 +135,8 @@ class Decoder:
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
             if len(prompt) <= self._policy.future:
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, of which the cache policy takes the last "
-                    f"{self._policy.future} for the continuation: nothing is left to continue."
+                    f"Prompt {i} has {len(prompt)} tokens; the cache policy reads the last {self._policy.future} as the "
+                    "continuation, so nothing is left to continue: give a longer prompt."
                 )
             if limit is not None and len(prompt) + room > limit:
                 raise ValueError(
@@ -156,11 +144,11 @@ class Decoder:
                     f"the {limit} positions that the model has learned. Lower max_new_tokens."
                 )
         self._indices = range(len(prompts)) if indices is None else indices
-        batches = self._batches(prompts, seed, limit)
+        batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
 
     def _batches(
-        self, prompts: Sequence[Sequence[int]], seed: int, limit: int | None
+        self, prompts: Sequence[Sequence[int]], seed: int
     ) -> Iterator[tuple[int, list[Continuation]]]:
         """Yields (index, continuations) of each prompt, batch by batch."""
         lengths = [len(prompt) for prompt in prompts]
@@ -168,7 +156,7 @@ class Decoder:
         quiet = True if len(batches) == 1 else None
         with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
             for batch in progress:
-                length = bucket_length(lengths[batch[0]], limit=limit)
+                length = bucket_length(lengths[batch[0]], limit=self._model.max_length)
                 continued = self._batch(prompts, batch, length, seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
                 yield from zip(batch, continued, strict=True)
@@ -176,14 +164,10 @@ class Decoder:
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
     ) -> list[list[Continuation]]:
-        """Returns the continuations of each prompt of a batch."""
-        tokens_BT = np.zeros((self._batch_size, length), np.int32)
-        lengths_B = np.ones(self._batch_size, np.int32)
-        active_B = np.zeros(self._batch_size, bool)
+        tokens_BT, lengths_B = padded([prompts[i] for i in batch], self._batch_size, length)
+        active_B = np.arange(self._batch_size) < len(batch)
         index_B = np.zeros(self._batch_size, np.uint32)
-        for b, i in enumerate(batch):
-            tokens_BT[b, : len(prompts[i])] = prompts[i]
-            lengths_B[b], active_B[b], index_B[b] = len(prompts[i]), True, self._indices[i]
+        index_B[: len(batch)] = [self._indices[i] for i in batch]
         rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
         decode = self._choose if self._settings.beams is None else self._search
@@ -196,7 +180,8 @@ class Decoder:
         """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
         model, policy, settings = self._model, self._policy, self._settings
         room = max(settings.max_new_tokens - 1, 1)
-        copies, penalty = settings.rows_per_prompt, settings.sampling.repetition_penalty
+        beams, penalty = settings.beams, settings.sampling.repetition_penalty
+        copies = settings.num_samples if beams is None else beams.num_beams
 
         def run(params, tokens_BT, lengths_B, active_B, index_B, seed):
             logits_BV, caches = prefill(
@@ -205,7 +190,7 @@ class Decoder:
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
             caches = repeated(caches, copies)
-            if settings.beams is not None:
+            if beams is not None:
                 return logits_BV, caches, lengths_B, active_B, seen_BV
             sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
             rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
@@ -218,7 +203,7 @@ class Decoder:
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
-        caches = state.caches if settings.beams is None else state[1]
+        caches = state.caches if beams is None else state[1]
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
         self.stats.cache_bytes = max(self.stats.cache_bytes, size)
         return state

@@ -3,6 +3,7 @@
 Shapes: P prompts, T prompt length, G samples of a prompt, R = P G rows, M new tokens at most.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import decode
+from trainers.decoding.buckets import bucket_length, padded
 from trainers.decoding.decoder import repeated
 from trainers.decoding.prefill import prefill
 from trainers.decoding.settings import Settings
@@ -28,7 +30,6 @@ class PolicySampler:
       model: a decoder-only module, or an actor-critic model.
       settings: settings of generation, including the number of samples per prompt.
       sharding: sharding of the prompts, which must divide evenly over its mesh.
-      seed: seed of the draws.
     """
 
     def __init__(self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int):
@@ -55,7 +56,7 @@ class PolicySampler:
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         self._sample = jax.jit(sample, out_shardings=everywhere)
         self._sharding = sharding
-        self._ends = frozenset(settings.ends)
+        self._ends = frozenset(settings.eos_ids)
 
     def __call__(
         self,
@@ -70,15 +71,13 @@ class PolicySampler:
         """Returns the tokens of R continuations, including EOS; continuations of one prompt are adjacent.
 
         Args:
-          params: parameters of the model.
           tokens_PT: prompts, padded on the right; every process has all of them.
-          lengths_P: lengths of the prompts.
           number: number of the round, such as the step.
           first: index in the round of the first of these prompts.
           active_P: False for rows that only fill the batch; None if all rows are prompts.
         """
         active_P = np.ones_like(lengths_P, bool) if active_P is None else active_P
-        rows = map(self._placed, (tokens_PT, lengths_P, active_P))
+        rows = [placed(array, self._sharding) for array in (tokens_PT, lengths_P, active_P)]
         arrays = self._sample(params, *rows, np.uint32(number), np.uint32(first))
         tokens_RM, counts_R = jax.device_get(arrays)
         return [row[:n].tolist() for row, n in zip(tokens_RM, counts_R, strict=True)]
@@ -87,5 +86,68 @@ class PolicySampler:
         """Returns whether a continuation ends with an EOS token."""
         return bool(tokens) and tokens[-1] in self._ends
 
-    def _placed(self, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
+
+def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns a global array; `array` is the whole array in every process."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+class Generator:
+    """Continues the same prompts, once each, with the weights of any step; all batches have one shape.
+
+    Args:
+      model, sharding, seed: see `PolicySampler`.
+      prompts: token ids including the start token; at least one token each.
+      settings: settings of generation, with one sample per prompt.
+      batch_size: rows at a time, a multiple of the mesh's parts of a batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        settings: Settings,
+        *,
+        batch_size: int,
+        sharding: NamedSharding,
+        seed: int,
+    ):
+        self._max_length, self._max_new_tokens = model.max_length, settings.max_new_tokens
+        self._prompts, self._batch_size = prompts, batch_size
+        self._sampler = PolicySampler(model, settings, sharding=sharding, seed=seed)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of one evaluation."""
+        return -(-len(self._prompts) // self._batch_size)
+
+    def __call__(
+        self, params: Any, step: int, *, done: Callable[[], None] = lambda: None
+    ) -> list[list[int]]:
+        """Returns the generated tokens of each prompt, including the end token.
+
+        Args:
+          step: number of updates so far, the round of the draws.
+          done: called after each batch.
+
+        Raises:
+          ValueError: prompt and output are longer than the model's learned positions.
+        """
+        limit, longest = self._max_length, max(map(len, self._prompts))
+        if limit is not None and longest + self._max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"A held-out prompt has {longest} tokens; with {self._max_new_tokens} new ones it is longer than the "
+                f"{limit} positions that the model has learned. Lower max_new_tokens."
+            )
+        length = bucket_length(longest, limit=limit)
+        outputs: list[list[int]] = []
+        for first in range(0, len(self._prompts), self._batch_size):
+            batch = self._prompts[first : first + self._batch_size]
+            tokens_BT, lengths_B = padded(batch, self._batch_size, length)
+            active_B = np.arange(self._batch_size) < len(batch)
+            rows = self._sampler(
+                params, tokens_BT, lengths_B, active_P=active_B, number=step, first=first
+            )
+            outputs += rows[: len(batch)]
+            done()
+        return outputs

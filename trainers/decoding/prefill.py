@@ -31,23 +31,16 @@ def prefill(
 
     Args:
       model: a model with unrolled layers.
-      params: the model's parameters.
-      policy: policy of the caches.
       tokens_BT: prompts, padded on the right.
-      lengths_B: lengths of the prompts, including the last policy.future tokens, which are read and then
-        dropped.
+      lengths_B: lengths of the prompts, including the last policy.future tokens, which are read and then dropped.
       room: number of further tokens that the caches have room for.
       cache_dtype: dtype of the caches, see CachePolicy.compress.
-      chunk: None reads all tokens at once. Each layer's cache is compressed as soon as its keys are
-        computed, so only one layer's uncompressed keys are in memory. An integer C reads C tokens at a
-        time. Activations of C tokens are then in memory, with the uncompressed keys of all layers, which
-        are compressed after the last chunk.
+      chunk: None reads all tokens at once and compresses each layer's cache as soon as its keys are computed, so only one
+        layer's uncompressed keys are in memory. An integer C reads C tokens at a time: activations of C tokens are in
+        memory, with the uncompressed keys of all layers, which are compressed after the last chunk.
 
     Returns:
       Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.
-
-    Raises:
-      ValueError: `chunk` is less than 1.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1, or None to read prompts at once.")
@@ -103,18 +96,12 @@ class _CompressedAtOnce:
     dtype: Any
     future = 0  # `prefill` reads policy.future instead
 
-    def init(self, **sizes: Any) -> Any:
-        return self.policy.init(**sizes)
-
     def append(self, state: Any, *, form: AttentionForm, **arrays: jax.Array) -> Any:
         state = self.policy.append(state, form=form, **arrays)
-        return self.compress(state, length=self.room, dtype=self.dtype)
+        return self.policy.compress(state, length=self.room, dtype=self.dtype)
 
     def view(self, state: Any) -> KeyValues:
         return self.policy.view(state)
-
-    def compress(self, state: Any, *, length: int, dtype: Any = None) -> Any:
-        return self.policy.compress(state, length=length, dtype=dtype)
 
 
 def _read_chunks(
@@ -123,24 +110,28 @@ def _read_chunks(
     """Returns the hidden state [B, D] of each row's token at index last_B, and caches of all tokens."""
     B, T = tokens_BT.shape
 
-    def one(carry: tuple[jax.Array, Any], start: jax.Array | int, length: int):
+    def read_chunk(carry: tuple[jax.Array, Any], start: jax.Array | int, length: int):
         last_BD, caches = carry
         tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BT, start, length, axis=1)
         positions_BC = jax.lax.dynamic_slice_in_dim(positions_BT, start, length, axis=1)
         # Without segments, tokens attend to the caches, masked by position.
         out = read(model, params, policy, tokens_BC, positions_BC, caches)
         at_B = jnp.clip(last_B - start, 0, length - 1)
-        here_BD = jnp.take_along_axis(out.hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
-        here_B = (last_B >= start) & (last_B < start + length)
-        return jnp.where(here_B[:, None], here_BD, last_BD), out.caches
+        chunk_last_BD = jnp.take_along_axis(out.hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
+        in_chunk_B = (last_B >= start) & (last_B < start + length)
+        return jnp.where(in_chunk_B[:, None], chunk_last_BD, last_BD), out.caches
 
     carry = (jnp.zeros((B, model.config.embed_dim), model.config.compute_dtype), empty)
     chunks, rest = divmod(T, chunk)
     if chunks:
         # A state records its AttentionForm at the first token, but a loop's carry needs it from the start.
-        known = jax.tree.structure(jax.eval_shape(lambda carry: one(carry, 0, chunk), carry))
-        carry = jax.tree.unflatten(known, jax.tree.leaves(carry))
-        carry = jax.lax.fori_loop(0, chunks, lambda i, carry: one(carry, i * chunk, chunk), carry)
+        structure = jax.tree.structure(
+            jax.eval_shape(lambda carry: read_chunk(carry, 0, chunk), carry)
+        )
+        carry = jax.tree.unflatten(structure, jax.tree.leaves(carry))
+        carry = jax.lax.fori_loop(
+            0, chunks, lambda i, carry: read_chunk(carry, i * chunk, chunk), carry
+        )
     if rest:
-        carry = one(carry, chunks * chunk, rest)
+        carry = read_chunk(carry, chunks * chunk, rest)
     return carry

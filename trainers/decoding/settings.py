@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-NO_EOS = -1
 EarlyStopping = bool | Literal["never"]
 
 
 def eos_ids(vocabulary: Any) -> tuple[int, ...]:
     """Returns the tokens that end a text in a SeqIO vocabulary, which may have several; empty without EOS."""
     ids = getattr(vocabulary, "eos_ids", None) or (vocabulary.eos_id,)
-    return tuple(id for id in ids if id not in (None, NO_EOS))
+    return tuple(id for id in ids if id not in (None, -1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +28,6 @@ class Sampling:
         their logits are divided by r if positive, otherwise multiplied by r (CTRL, arXiv 1909.05858,
         section 4.1, with the sign as in Hugging Face); 1 for none. Also applies to greedy decoding and
         beam search.
-
-    Raises:
-      ValueError: a value is outside its range.
     """
 
     temperature: float = 1.0
@@ -44,7 +40,7 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or positive.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k} must be at least 1; leave it out for all.")
+            raise ValueError(f"top_k = {self.top_k} must be at least 1; omit it for all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be in (0, 1].")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -70,9 +66,6 @@ class Beams:
       early_stopping: True ends a prompt as soon as K sequences are finished. False ends it when the best
         running beam, scored at its current length, is worse than all K finished ones. "never" scores the
         running beam at the most favourable length instead.
-
-    Raises:
-      ValueError: fewer than two beams, or an unknown early_stopping.
     """
 
     num_beams: int
@@ -82,7 +75,7 @@ class Beams:
     def __post_init__(self):
         if self.num_beams < 2:
             raise ValueError(
-                f"num_beams = {self.num_beams} must be at least 2; leave it out for none."
+                f"num_beams = {self.num_beams} must be at least 2; omit it for no beam search."
             )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(
@@ -96,22 +89,16 @@ class Settings:
 
     Attributes:
       max_new_tokens: M, the maximum length of a continuation.
-      sampling: choice of the next token.
       eos_ids: tokens that end a row; the EOS token is the last token of its row.
-      eos_id: one more EOS token; NO_EOS for none.
       num_ids: size of the vocabulary; ids from `num_ids` on are padding of the model's table and are
         never chosen. None allows all rows of the table.
       num_samples: number of continuations of each prompt: independent draws, or the best beams.
       beams: settings of beam search; None to choose token by token.
-
-    Raises:
-      ValueError: settings are out of range, or contradict each other.
     """
 
     max_new_tokens: int = 128
     sampling: Sampling = Sampling(temperature=0.0)
     eos_ids: Sequence[int] = ()
-    eos_id: int = NO_EOS
     num_ids: int | None = None
     num_samples: int = 1
     beams: Beams | None = None
@@ -129,22 +116,10 @@ class Settings:
                 )
         elif self.num_samples > self.beams.num_beams:
             raise ValueError(
-                f"num_samples = {self.num_samples} exceeds num_beams = {self.beams.num_beams}, of which "
-                "they are the best."
+                f"num_samples = {self.num_samples} exceeds num_beams = {self.beams.num_beams}: the samples are the "
+                "best beams."
             )
         elif self.sampling.temperature or self.sampling.restricted:
             raise ValueError(
-                "Beams are searched, not drawn: temperature, top_k, top_p and min_p do not go with "
-                "num_beams."
+                "Beams are searched, not drawn: set num_beams, or temperature, top_k, top_p and min_p."
             )
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """All EOS tokens."""
-        ids = dict.fromkeys((*self.eos_ids, self.eos_id))
-        return tuple(id for id in ids if id != NO_EOS)
-
-    @property
-    def rows_per_prompt(self) -> int:
-        """The number of rows of the caches per prompt while decoding."""
-        return self.num_samples if self.beams is None else self.beams.num_beams

@@ -9,28 +9,27 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 class GrowingText:
     """The text of one row of tokens, extended token by token.
 
-    A token may be a part of a character, and a tokenizer may decode a token differently after another token
-    (spaces between words). A few earlier tokens are therefore decoded together with the new ones, and text
-    is returned only when it ends with a whole character. The vocabularies of this project decode an
-    incomplete character as U+FFFD or as nothing; in both cases the text waits for further tokens.
+    A token may be a part of a character, and a tokenizer may decode a token differently after another token (spaces
+    between words). A few earlier tokens are therefore decoded together with the new ones, and text is returned only when
+    it ends with a whole character. The vocabularies of this project decode an incomplete character as U+FFFD or as
+    nothing; in both cases the text waits for further tokens.
 
     Args:
       decode: function that returns the text of token ids.
       stops: the text ends before the first occurrence of any of these strings, which must not be empty.
 
     Attributes:
-      tokens: all tokens so far.
       stopped: whether a stop string has occurred; later tokens are ignored.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
         if "" in stops:
-            raise ValueError("A stop string is empty, so that every text would end at once.")
+            raise ValueError("A stop string is empty, so every text would end at once: omit it.")
         self._decode = decode
         self._stops = tuple(stops)
         self._context = 0  # index of the first token to decode
-        self._read = 0  # number of tokens whose text was returned or is in `_held`
-        self._held = ""  # text that may be the start of a stop string
+        self._read = 0  # number of tokens whose text was returned or is in `_waiting`
+        self._waiting = ""  # text that may be the start of a stop string
         self.tokens: list[int] = []
         self.stopped = False
 
@@ -52,18 +51,18 @@ class GrowingText:
             return ""
         old = self._decode(self.tokens[self._context : self._read])
         rest = self._give(self._decode(self.tokens[self._context :])[len(old) :])
-        held, self._held = self._held, ""
-        return rest if self.stopped else rest + held
+        waiting, self._waiting = self._waiting, ""
+        return rest if self.stopped else rest + waiting
 
     def _give(self, piece: str) -> str:
-        text = self._held + piece
+        text = self._waiting + piece
         before = cut(text, self._stops)
         if before is not None:
-            self.stopped, self._held = True, ""
+            self.stopped, self._waiting = True, ""
             return before
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        final = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._waiting = text[final:]
+        return text[:final]
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:

@@ -22,37 +22,32 @@ from jax.sharding import Mesh
 
 from model.kernels.cross_entropy import map_tokens
 from model.kernels.vocab_logits import LogitForm
-from trainers.inputs import Arrays, PackedTokens
+from trainers.inputs import Arrays, PackedTokens, TokenRows
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.partitioning import Rules
 
 TEACHER_IDS = "teacher_ids"  # [B, T, K] int32
-TEACHER_LOG_PROBS = (
-    "teacher_log_probs"  # [B, T, K + 1] float32; the last is that of all other tokens together
-)
+# [B, T, K + 1] float32; the last is the log-probability of all other tokens together.
+TEACHER_LOG_PROBS = "teacher_log_probs"
 
 # (log p [C, N], log q [C, N]) -> [C], in nats.
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def forward_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
-    """KL(p || q): the student covers all that the teacher does."""
+    """KL(p || q): the student covers all tokens that the teacher considers."""
     return (jnp.exp(log_p_CN) * (log_p_CN - log_q_CN)).sum(-1)
 
 
 def reverse_kl(log_p_CN: jax.Array, log_q_CN: jax.Array) -> jax.Array:
-    """KL(q || p): the student avoids what the teacher avoids (MiniLLM, arXiv 2306.08543)."""
+    """KL(q || p): the student avoids tokens that the teacher avoids (MiniLLM, arXiv 2306.08543)."""
     return forward_kl(log_q_CN, log_p_CN)
 
 
 def jensen_shannon(log_p_CN: jax.Array, log_q_CN: jax.Array, *, beta: float = 0.5) -> jax.Array:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, eq. 1).
-
-    Raises:
-      ValueError: beta outside of (0, 1).
-    """
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, eq. 1)."""
     if not 0.0 < beta < 1.0:
         raise ValueError(f"jensen_shannon: beta = {beta} must lie between 0 and 1.")
     log_m_CN = jnp.logaddexp(log_p_CN + jnp.log(beta), log_q_CN + jnp.log1p(-beta))
@@ -63,7 +58,7 @@ class Teacher(FrozenModel):
     """A teacher that runs beside the student: any run's decoder, sharded as the student is and outside of its state."""
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
-        """Checks also that the teacher predicts tokens, and that its documents began as those of the data do."""
+        """Checks also that the teacher predicts tokens, and that its documents began like the data's."""
         macro = self.checkpoint.macro
         if not hasattr(self.model, "head_VD"):
             raise ValueError(
@@ -78,14 +73,14 @@ class Teacher(FrozenModel):
             theirs = step.meta.get(key, meta.get(key))
             if key in meta and theirs != meta[key]:
                 raise ValueError(
-                    f"{macro}: documents of {step.step} begin otherwise ({key} {theirs}) than this run's "
-                    f"({meta[key]}): {remedy.format(theirs=theirs)}."
+                    f"{macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
+                    f"{meta[key]}: {remedy.format(theirs=theirs)}."
                 )
 
 
 @dataclasses.dataclass(frozen=True)
-class TaughtTokens:
-    """Packed tokens, each with what a teacher predicts in its place.
+class TaughtTokens(TokenRows):
+    """Packed tokens, each with a teacher's K likeliest predictions.
 
     Attributes:
       feature_lengths: {'targets': tokens of a row}.
@@ -94,8 +89,6 @@ class TaughtTokens:
 
     feature_lengths: Mapping[str, int]
     top_k: int
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
 
     @property
     def length(self) -> int:
@@ -106,9 +99,6 @@ class TaughtTokens:
         log_probs = jax.ShapeDtypeStruct((rows, self.length, self.top_k + 1), jnp.float32)
         tokens = PackedTokens(self.length).arrays(rows)
         return {**tokens, TEACHER_IDS: ids, TEACHER_LOG_PROBS: log_probs}
-
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        return PackedTokens(self.length).init_arguments()
 
 
 def distillation(
@@ -124,22 +114,19 @@ def distillation(
     """The loss at the top of this file, averaged over the data's tokens.
 
     Metrics, means over tokens: 'loss', the student's cross-entropy in nats as in pre-training, so that perplexities stay
-    comparable; 'divergence', without its factors; 'distillation_loss', what is minimised besides auxiliary losses.
+    comparable; 'divergence', without its factors; 'distillation_loss', the minimised sum without auxiliary losses.
 
-    Where the two tables have different numbers of rows (vocabularies padded to other sizes), the divergence is over
-    the rows that both have.
+    If the two tables have different numbers of rows (vocabularies padded to other sizes), the divergence is over the rows
+    that both have.
 
     Args:
       model: the student, a decoder-only module.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
-      teacher: runs in every step; None where its log-probabilities come with the batch, computed at this temperature.
+      teacher: runs in every step; None if its log-probabilities come with the batch, computed at this temperature.
       divergence: a function of this file, or another of two arrays of log-probabilities.
-      temperature: above 0; larger ones show more of what the teacher thinks of unlikely tokens.
+      temperature: above 0; a larger one shows more of the teacher's ranking of unlikely tokens.
       teacher_weight: of the divergence, from 0 to 1; the cross-entropy has the rest.
       chunk: tokens whose logits exist at a time.
-
-    Raises:
-      ValueError: a temperature or weight outside of its range.
     """
     if not temperature > 0:
         raise ValueError(f"TEMPERATURE = {temperature} must be above 0.")
@@ -149,13 +136,14 @@ def distillation(
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         batch = out.batch
         taught = _stored(batch) if teacher is None else _live(teacher, extras, batch)
+        per_token, outcomes = taught
         form, head_VD = form_of(model), out.head_VD()
 
         def of_chunk(h_CD: jax.Array, targets_C: jax.Array, *seen: jax.Array) -> Any:
             logits_CV = form.logits(h_CD, head_VD.astype(h_CD.dtype))
             target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
             nll_C = jax.nn.logsumexp(logits_CV, axis=-1) - target_C
-            log_p_CN, log_q_CN = taught.outcomes(seen, logits_CV, temperature)
+            log_p_CN, log_q_CN = outcomes(seen, logits_CV, temperature)
             return nll_C, divergence(jax.lax.stop_gradient(log_p_CN), log_q_CN)
 
         targets_X = batch["decoder_target_tokens"].reshape(-1)
@@ -163,7 +151,7 @@ def distillation(
             of_chunk,
             out.hidden_XD,
             targets_X,
-            *taught.per_token,
+            *per_token,
             vocab=2 * head_VD.shape[0],  # two tables of logits
             chunk=chunk,
         )
@@ -185,17 +173,8 @@ def distillation(
     return forward_objective(model, loss_fn, stored_extras=teacher)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Taught:
-    """What a teacher predicts.
-
-    Attributes:
-      per_token: arrays [X, ...], a chunk of which `outcomes` reads.
-      outcomes: (chunks of these, the student's logits [C, V], temperature) -> (log p, log q), [C, N] each.
-    """
-
-    per_token: tuple[jax.Array, ...]
-    outcomes: Callable[[Any, jax.Array, float], tuple[jax.Array, jax.Array]]
+# Arrays [X, ...] of the teacher, and (chunks of these, the student's logits [C, V], temperature) -> (log p, log q) [C, N].
+_Taught = tuple[tuple[jax.Array, ...], Callable[[Any, jax.Array, float], tuple[jax.Array, ...]]]
 
 
 def _live(teacher: Teacher, params: Any, batch: Batch) -> _Taught:
@@ -208,14 +187,14 @@ def _live(teacher: Teacher, params: Any, batch: Batch) -> _Taught:
         shared = min(taught_CV.shape[-1], logits_CV.shape[-1])
         return tuple(_log_probs(x[:, :shared], temperature) for x in (taught_CV, logits_CV))
 
-    return _Taught((jax.lax.stop_gradient(out.hidden_XD),), outcomes)
+    return (jax.lax.stop_gradient(out.hidden_XD),), outcomes
 
 
 def _stored(batch: Batch) -> _Taught:
-    """The outcomes are the K stored tokens and one for all others.
+    """The outcomes are the K stored tokens, and all other tokens together.
 
-    A divergence of these is a lower bound of the one over all tokens (data processing inequality), and is equal to it at
-    K = V, where there are no others. It does not see how the teacher ranks the tokens that are not stored.
+    Their divergence is a lower bound of the divergence over all tokens (data processing inequality), and equals it at
+    K = V. It does not depend on how the teacher ranks the tokens that are not stored.
     """
     if TEACHER_IDS not in batch:
         raise ValueError(
@@ -229,14 +208,14 @@ def _stored(batch: Batch) -> _Taught:
     def outcomes(seen, logits_CV, temperature):
         ids_CK, log_p_CN = seen
         log_q_CN = top_log_probs(logits_CV, ids_CK, temperature)
-        known = log_q_CN.shape[-1]
-        return log_p_CN[:, :known], log_q_CN
+        outcomes_stored = log_q_CN.shape[-1]
+        return log_p_CN[:, :outcomes_stored], log_q_CN
 
-    return _Taught((ids_XK, log_p_XN), outcomes)
+    return (ids_XK, log_p_XN), outcomes
 
 
 def top_log_probs(logits_CV: jax.Array, ids_CK: jax.Array, temperature: float) -> jax.Array:
-    """Log-probabilities of K tokens and, last, of all others together: [C, K + 1], or [C, V] where K = V."""
+    """Returns log-probabilities of K tokens and, last, of all others together: [C, K + 1], or [C, V] where K = V."""
     log_p_CV = _log_probs(logits_CV, temperature)
     log_p_CK = jnp.take_along_axis(log_p_CV, ids_CK, axis=-1)
     if ids_CK.shape[-1] == logits_CV.shape[-1]:
@@ -246,7 +225,7 @@ def top_log_probs(logits_CV: jax.Array, ids_CK: jax.Array, temperature: float) -
 
 
 def largest(logits_CV: jax.Array, k: int, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """What is stored of a teacher: ids [C, K] of its K likeliest tokens, and log-probabilities [C, K + 1] with the others."""
+    """Returns the stored values of a teacher: ids [C, K] of its likeliest tokens, and their `top_log_probs` [C, K + 1]."""
     _, ids_CK = jax.lax.top_k(logits_CV, k)
     log_p_CN = top_log_probs(logits_CV, ids_CK, temperature)
     return ids_CK, jnp.pad(log_p_CN, ((0, 0), (0, k + 1 - log_p_CN.shape[-1])))

@@ -30,12 +30,11 @@ def factor_decay(
       weight: lambda in (lambda / 2) |U V^T|^2 or (lambda / 2) (|U|^2 + |V|^2).
       coupled: if True, the decay's gradient is added to the loss gradient before the optimiser, as in the reference;
         else it is subtracted after the update, times the learning rate, as in AdamW.
-
-    Raises:
-      ValueError: an unknown kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"factor_decay.kind = {kind!r} is none of {', '.join(map(repr, KINDS))}.")
+        raise ValueError(
+            f"factor_decay.kind = {kind!r}: choose from {', '.join(map(repr, KINDS))}."
+        )
 
     def added_to(
         optimizer: optax.GradientTransformation, learning_rate: Rate
@@ -51,11 +50,7 @@ def factor_decay(
 
 def add_decay(kind: Kind, weight: float) -> optax.GradientTransformation:
     """Adds `weight` times the decay's gradient to the updates of `u` and `v`."""
-
-    def update(updates, state, params=None):
-        return _added(updates, params, kind, weight), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, params: _added(updates, params, kind, weight))
 
 
 def _subtract_decay(kind: Kind, weight: float, rate: Rate) -> optax.GradientTransformation:
@@ -77,8 +72,7 @@ def _added(updates: Any, params: Any, kind: Kind, weight: Any) -> Any:
     out = {name: _added(updates[name], params[name], kind, weight) for name in updates}
     if factors.is_factorised(params) and factors.is_factorised(updates):
         u, v = params["u"], params["v"]
-        for name, grad in zip(
-            ("u", "v"), (u, v) if kind == "l2" else factors.frobenius_decay(u, v), strict=True
-        ):
+        decays = (u, v) if kind == "l2" else factors.frobenius_decay(u, v)
+        for name, grad in zip(("u", "v"), decays, strict=True):
             out[name] = (updates[name] + weight * grad).astype(updates[name].dtype)
     return out

@@ -17,16 +17,14 @@ _NAME = "input_moments"
 def input_moments(
     model: Any, params: Any, batches: Iterable[jax.Array], *, total: int | None = None
 ) -> dict[str, jax.Array]:
-    """Returns the sum of x^T x over all tokens for each `Dense`, by its path.
+    """Returns the sum of x^T x over all tokens for each `Dense`, by its path, float32 [..., X, X], stacked like its kernel.
+
+    There are none for experts, which are not `Dense`.
 
     Args:
       model: a decoder-only module.
-      params: its parameters.
       batches: tokens_BT without padding, all of one shape.
       total: number of batches, for the progress bar.
-
-    Returns:
-      Path -> float32 [..., X, X], stacked like the layer's kernel. There are none for experts, which are not `Dense`.
     """
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -30,8 +30,8 @@ FILE = "spectra.jsonl"
 class Spectrum:
     """A hook that appends singular values to `spectra.jsonl` in the run's directory.
 
-    Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means
-    over all matrices; each matrix of a stack counts by itself.
+    Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means over all
+    matrices; each matrix of a stack counts by itself.
 
     Attributes:
       run: context of the run, passed by `launch.train`.
@@ -51,15 +51,19 @@ class Spectrum:
 
     def __post_init__(self):
         flat = state_tree.flatten(self.run.program.abstract_state.params)
-        dense = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
-        for pattern in self.kernels:
-            if not any(re.fullmatch(pattern, name) for name in dense):
-                raise ValueError(f"spectrum.Spectrum.kernels: {pattern!r} matches no kernel.")
-        dense = [name for name in dense if any(re.fullmatch(p, name) for p in self.kernels)]
+        kernels = [name for name in flat if name.endswith("/kernel") and flat[name].ndim >= 2]
+        matches = {p: [name for name in kernels if re.fullmatch(p, name)] for p in self.kernels}
+        for pattern, names in matches.items():
+            if not names:
+                raise ValueError(
+                    f"spectrum.Spectrum.kernels: {pattern!r} matches no kernel; {len(kernels)} paths look like "
+                    f"{', '.join(kernels[:3])}."
+                )
+        dense = [name for name in kernels if any(name in names for names in matches.values())]
         if not dense and not factors.find_factors(self.run.program.abstract_state.params):
             raise ValueError(
-                "spectrum.Spectrum: the model has no factorised matrices. Give its `kernels` patterns "
-                "of dense ones, such as '.*/(query|up)/kernel', or empty its slot: hooks.named.spectrum = None."
+                "spectrum.Spectrum: the model has no factorised matrices. Set `kernels` to patterns of dense ones, "
+                "such as '.*/(query|up)/kernel', or empty its slot: hooks.named.spectrum = None."
             )
 
         convolutions = self.run.program.recipe.inputs_spec.unit == "images"
@@ -67,8 +71,10 @@ class Spectrum:
         def read(params: Any) -> dict[str, jax.Array]:
             flat = state_tree.flatten(params)
             values = {
-                one.path: factors.singular_values(flat[f"{one.path}/u"], flat[f"{one.path}/v"])
-                for one in factors.find_factors(params)
+                factor.path: factors.singular_values(
+                    flat[f"{factor.path}/u"], flat[f"{factor.path}/v"]
+                )
+                for factor in factors.find_factors(params)
             }
             for name in dense:
                 kernel = flat[name]
@@ -95,9 +101,8 @@ class Spectrum:
 
     def _write(self, step: int, rate: float, layers: Mapping[str, np.ndarray]) -> None:
         path = pathlib.Path(self.run.path, FILE)
-        if (
-            not self._begun and path.exists()
-        ):  # the file has lines after the checkpoint from which the run resumed
+        # The file may have lines after the checkpoint from which the run resumed.
+        if not self._begun and path.exists():
             lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._begun = True

@@ -36,25 +36,6 @@ class LossOut:
 LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]
 
 
-class StatefulLossFn(Protocol):
-    """A loss that also reads `variables` and `extras`.
-
-    `variables` are the train state's collections; empty for a model without collections. The loss may return updated
-    collections, which the next microbatch reads; evaluation (no rng) discards them. `extras` are the extras of the
-    `Objective`.
-    """
-
-    def __call__(
-        self,
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut: ...
-
-
 class StoredExtras(Protocol):
     """Extras on disk. A step can be compiled without reading them, also for devices that are not attached."""
 
@@ -68,30 +49,26 @@ class StoredExtras(Protocol):
         Raises:
           ValueError: extras that are missing or do not match; the message names the setting and the remedy.
         """
-        ...
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns shapes, dtypes and shardings of the arrays that `read` returns."""
-        ...
 
     def read(self, mesh: Mesh, rules: Rules) -> Any:
         """Returns the arrays; called once, just before the first step."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Objective:
-    """A `StatefulLossFn` with its extras; a recipe may also use a plain `LossFn`.
+    """A loss that also reads the state's collections and constant arrays; a recipe may also use a plain `LossFn`.
 
     Attributes:
-      loss_fn: the loss.
-      extras: a pytree of constant arrays, such as reference parameters, or None. They are an argument of the compiled
-        step, because a step that closes over arrays cannot span hosts.
-      stored_extras: reads the extras from disk, in place of `extras`.
+      loss_fn: (params, batch, rng, *, variables, extras) -> LossOut. `variables` are the train state's collections; the
+        loss may return updated ones, which the next microbatch reads, and evaluation (no rng) discards them.
+      stored_extras: reads `extras`, such as reference parameters, from disk. They are an argument of the compiled step,
+        because a step that closes over arrays cannot span hosts.
     """
 
-    loss_fn: StatefulLossFn
-    extras: Any = None
+    loss_fn: Callable[..., LossOut]
     stored_extras: StoredExtras | None = None
 
     def __call__(
@@ -103,8 +80,6 @@ class Objective:
         variables: Mapping[str, Any] | None = None,
         extras: Any = None,
     ) -> LossOut:
-        """Returns the loss; `extras` default to the objective's own."""
-        extras = self.extras if extras is None else extras
         return self.loss_fn(params, batch, rng, variables=variables or {}, extras=extras)
 
     @classmethod

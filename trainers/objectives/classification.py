@@ -23,9 +23,6 @@ def classification(*, model: Any, num_sources: int = 0, label_smoothing: float =
     Returns:
       The objective. Its metric 'loss' is the cross-entropy in nats without smoothing, and 'accuracy' the share of
       images whose label has the largest logit.
-
-    Raises:
-      ValueError: label_smoothing outside of [0, 1).
     """
     del num_sources
     if not 0.0 <= label_smoothing < 1.0:

@@ -28,9 +28,7 @@ class Forward:
     """The output of a model for a batch, and the collections that its modules wrote.
 
     Attributes:
-      model: a linen module.
       variables: parameters and other collections that the model read.
-      batch: columns of the batch.
       output: output of the model's method; for method 'hidden', an object with `hidden_BTD`.
       written: collections that the modules wrote.
       lasting: names of the collections in `written` that the train state holds.
@@ -85,8 +83,7 @@ class Forward:
           weights: weights of the loss's shape; 0 for padding.
           total: the weighted sum to differentiate, if it is not computed from `loss`, for example because its gradient
             is computed chunk by chunk.
-          metrics: further metrics.
-          num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
+          num_sources: see `source_losses`.
         """
         weighted, weight = loss * weights, weights.sum()
         reported = {"loss": (weighted.sum(), weight), **(metrics or {})}
@@ -105,10 +102,8 @@ class Forward:
             reported["auxiliary_loss"] = (added, weight)
         if sown := self.written.get("metrics"):
             means = _layer_means(sown, scanned=self.model.config.scan_layers)
-            reported |= {
-                name: (weight * value, jnp.full_like(value, weight))
-                for name, value in means.items()
-            }
+            for name, value in means.items():
+                reported[name] = (weight * value, jnp.full_like(value, weight))
         return LossOut(sum=total + added, weight=weight, metrics=reported, variables=self.updates)
 
     @property
@@ -121,10 +116,8 @@ def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], di
     """Returns the arguments of a decoder-only model: tokens, positions (None for 0, 1, ...) and segments."""
     del training
     positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
-    return (batch["decoder_input_tokens"],), {
-        "positions_BT": positions_BT,
-        "segments_BT": segments_BT,
-    }
+    keywords = {"positions_BT": positions_BT, "segments_BT": segments_BT}
+    return (batch["decoder_input_tokens"],), keywords
 
 
 def forward_objective(
@@ -135,11 +128,9 @@ def forward_objective(
     method: str | None = "hidden",
     arguments: Arguments = decoder_arguments,
 ) -> Objective:
-    """Returns an objective that runs a model and computes `loss` of (forward pass, frozen extras).
+    """Returns an objective that runs a model and computes `loss` of (forward pass, extras; None without `stored_extras`).
 
     Args:
-      model: a linen module, run by `forward`.
-      loss: called with the model's forward pass and the extras (None without `stored_extras`).
       stored_extras: frozen parameters or other arrays, see `Objective`.
       method, arguments: see `forward`.
     """
@@ -174,57 +165,21 @@ def forward(
     rng) they do none of these. They sow into 'losses' in both.
 
     Args:
-      model: a linen module.
-      params: its parameters.
-      batch: columns of the batch.
       rng: rng of this microbatch; None in evaluation.
-      variables: the collections of the train state.
       method: name of the model's method; None for `__call__`.
       arguments: makes the method's arguments from the batch.
     """
     training = rng is not None
-    return _run(
-        model,
-        {"params": params, **variables},
-        batch,
-        method,
-        arguments(batch, training),
-        lasting=tuple(variables) if training else (),
-        sown=("losses", "metrics") if training else ("losses",),
-        rngs={"dropout": rng} if training else None,
-    )
-
-
-def frozen_forward(
-    model: Any,
-    params: Any,
-    batch: Batch,
-    *,
-    method: str | None = "hidden",
-    arguments: Arguments = decoder_arguments,
-) -> Forward:
-    """Runs a frozen model: without gradient to its parameters, random numbers, or writing collections.
-
-    See `forward` for the arguments.
-    """
-    variables = {"params": jax.lax.stop_gradient(params)}
-    return _run(model, variables, batch, method, arguments(batch, False))
-
-
-def _run(
-    model: Any,
-    variables: Mapping[str, Any],
-    batch: Batch,
-    method: str | None,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
-    *,
-    lasting: Sequence[str] = (),
-    sown: Sequence[str] = (),
-    rngs: Any = None,
-) -> Forward:
-    args, keywords = arguments
+    lasting = tuple(variables) if training else ()
+    variables = {"params": params, **variables}
+    args, keywords = arguments(batch, training)
     output, written = model.apply(
-        variables, *args, **keywords, rngs=rngs, mutable=[*sown, *lasting], method=method
+        variables,
+        *args,
+        **keywords,
+        rngs={"dropout": rng} if training else None,
+        mutable=["losses", *(["metrics"] if training else []), *lasting],
+        method=method,
     )
     return Forward(
         model=model,
@@ -236,10 +191,18 @@ def _run(
     )
 
 
+def frozen_forward(model: Any, params: Any, batch: Batch) -> Forward:
+    """Runs a frozen decoder: without gradient to its parameters, random numbers, or writing collections."""
+    variables = {"params": jax.lax.stop_gradient(params)}
+    args, keywords = decoder_arguments(batch, False)
+    output = model.apply(variables, *args, **keywords, method="hidden")
+    return Forward(model=model, variables=variables, batch=batch, output=output, written={})
+
+
 def source_losses(
     batch: Batch, weighted: jax.Array, weights: jax.Array, num_sources: int
 ) -> Metrics:
-    """Returns metric 'source_loss', a vector over the sources [S]; no metric without sources.
+    """Returns metric 'source_loss', a vector over the sources [S]; no metric with S = `num_sources` = 0.
 
     Args:
       batch: batch with 'source_ids' of its rows.
@@ -261,9 +224,7 @@ def source_losses(
 def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Array]:
     """Returns means over layers, by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
 
-    Args:
-      sown: values of any shape, the same in every layer.
-      scanned: whether the values of layers are stacked, [L, ...].
+    With `scanned`, the values of layers are stacked, [L, ...].
     """
     by_name: dict[str, list[jax.Array]] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):

@@ -56,14 +56,13 @@ class FrozenCheckpoint:
         if self.path is None:
             raise ValueError(
                 f"{self.macro} is None: name the step or run directory of the model that this run compares with, often "
-                "what it starts from (INITIAL_CHECKPOINT_PATH)."
+                "the one it starts from (INITIAL_CHECKPOINT_PATH)."
             )
 
     def resolve(self, *, record: bool = True) -> FrozenStep:
         """Returns the step recorded at this run's first start; at the first start, the newest undamaged step.
 
-        Args:
-          record: whether to write the step to this run's directory, if it is not recorded yet.
+        With `record`, the step is written to this run's directory if it is not recorded yet.
 
         Raises:
           ValueError: this run began with another checkpoint, or there is no moving average.
@@ -74,19 +73,19 @@ class FrozenCheckpoint:
         file = pathlib.Path(self.model_dir, f"{name}.json")
         # All processes use what process 0 read.
         recorded = agreement.gather(file.read_text() if file.exists() else None)[0]
-        asked = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
+        wanted = {name: os.path.abspath(self.path), "use_ema": self.use_ema}
         if recorded is not None:
             fields = json.loads(recorded)
-            began = {key: fields.pop(key) for key in asked}
-            if began != asked:
+            began = {key: fields.pop(key) for key in wanted}
+            if began != wanted:
                 raise ValueError(
                     f"{self.macro} = {self.path} (use_ema {self.use_ema}), but this run began with "
-                    f"{began[name]} (use_ema {began['use_ema']}): give that, or start in another MODEL_DIR."
+                    f"{began[name]} (use_ema {began['use_ema']}): give that checkpoint, or start in another MODEL_DIR."
                 )
             return FrozenStep(**fields)
         step = step_dir.newest_good(self.path, self._read)
         if record and agreement.is_primary():
-            content = {**asked, **dataclasses.asdict(step)}
+            content = {**wanted, **dataclasses.asdict(step)}
             step_dir.write_file(file, json.dumps(content, indent=1).encode())
         return step
 
@@ -109,8 +108,8 @@ class FrozenCheckpoint:
         theirs = step.meta.get("vocabulary", digest)
         if theirs != digest:
             raise ValueError(
-                f"{self.macro}: {step.step} was trained with another vocabulary (digest {theirs[:12]}) than this "
-                f"run's data has ({digest[:12]}): use the vocabulary of that checkpoint, or name another {self.macro}."
+                f"{self.macro}: {step.step} was trained with another vocabulary (digest {theirs[:12]}) than this run's "
+                f"data ({digest[:12]}): use the vocabulary of that checkpoint, or name another {self.macro}."
             )
 
     def _read(self, step: Any) -> FrozenStep:
@@ -128,12 +127,7 @@ class FrozenCheckpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FrozenModel:
-    """A model and the checkpoint of its parameters: the `StoredExtras` of an objective.
-
-    Attributes:
-      model: a linen module.
-      checkpoint: the checkpoint of its parameters.
-    """
+    """A model and the checkpoint of its parameters: the `StoredExtras` of an objective."""
 
     model: Any
     checkpoint: FrozenCheckpoint
@@ -143,11 +137,7 @@ class FrozenModel:
         return initialise.abstract_params(self.model, mesh, rules)
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
-        """Checks the checkpoint without reading its arrays or writing anything.
-
-        Args:
-          mesh, rules: mesh and partitioning rules of the run.
-          meta: facts of the run; 'vocabulary', if present, is the digest of the data's vocabulary.
+        """Checks the checkpoint without reading its arrays or writing anything; see `StoredExtras.check`.
 
         Raises:
           ValueError: no undamaged checkpoint, or a checkpoint of another model or with another vocabulary.

@@ -6,7 +6,7 @@ Formulas are TRL's (GRPOTrainer and RLOOTrainer, 1.16) unless noted otherwise.
 Shapes: P prompts, G completions of a prompt, R completions, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -17,8 +17,7 @@ from trainers.preference.losses.settings import check_choice, check_not_negative
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 
 Sum = tuple[jax.Array, jax.Array]  # numerator and weight
-# (loss_RT, mask_RT, max_length) -> (sum, weight).
-Reduction = Callable[[jax.Array, jax.Array, int | None], Sum]
+REDUCTIONS = ("grpo", "bnpo", "dapo", "dr_grpo")  # see `reduced`
 
 
 @flax.struct.dataclass
@@ -83,19 +82,14 @@ def grpo(
     """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token.
 
     Args:
-      tokens: the batch.
       clip: the ratio is clipped below 1 - clip.
       clip_high: the ratio is clipped above 1 + clip_high; None for `clip` (DAPO, arXiv 2503.14476, uses 0.28).
       beta: weight of `k3`, the divergence from the reference.
-      reduction: how token losses are averaged; a name in REDUCTIONS.
-      max_length: maximum tokens of a completion, the divisor of 'dr_grpo'.
-
-    Raises:
-      ValueError: an invalid setting, or no reference with a positive beta.
+      reduction, max_length: see `reduced`.
     """
     check_positive(clip=clip, **({} if clip_high is None else {"clip_high": clip_high}))
     check_not_negative(beta=beta)
-    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    check_choice("reduction", reduction, REDUCTIONS)
     log_ratio_RT = tokens.log_probs - tokens.old_log_probs
     high = clip if clip_high is None else clip_high
     loss_RT = clipped(log_ratio_RT, tokens.advantages, clip, high)
@@ -105,7 +99,7 @@ def grpo(
                 f"beta = {beta} weighs the divergence from a reference, but there is none: bind REFERENCE, or beta = 0."
             )
         loss_RT += beta * k3(tokens.log_probs, tokens.reference_log_probs)
-    return REDUCTIONS[reduction](loss_RT, tokens.mask, max_length)
+    return reduced(loss_RT, tokens.mask, reduction, max_length)
 
 
 def ppo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
@@ -131,43 +125,29 @@ def k3(log_probs: jax.Array, reference_log_probs: jax.Array) -> jax.Array:
     return jnp.expm1(difference) - difference
 
 
-def reduced_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """Mean over completions of the mean over their tokens."""
-    del max_length
+def reduced(
+    loss_RT: jax.Array, mask_RT: jax.Array, reduction: str, max_length: int | None = None
+) -> Sum:
+    """Returns the sum and weight of token losses.
+
+    'grpo' is the mean over completions of the mean over their tokens, and 'dapo' the mean over all tokens of the batch.
+    'bnpo' is the mean over the tokens of each microbatch, averaged over microbatches by their number of completions.
+    'dr_grpo' is the sum over a completion's tokens divided by `max_length`, averaged over completions.
+    """
+    if reduction == "dapo":
+        return (loss_RT * mask_RT).sum(), mask_RT.sum()
     count_R = mask_RT.sum(-1)
-    mean_R = (loss_RT * mask_RT).sum(-1) / jnp.maximum(count_R, 1.0)
-    return mean_R.sum(), (count_R > 0).astype(jnp.float32).sum()
-
-
-def reduced_dapo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """Mean over all tokens of the batch."""
-    del max_length
-    return (loss_RT * mask_RT).sum(), mask_RT.sum()
-
-
-def reduced_bnpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """Mean over the tokens of each microbatch, averaged over microbatches weighted by their number of completions."""
-    total, tokens = reduced_dapo(loss_RT, mask_RT, max_length)
-    present = (mask_RT.sum(-1) > 0).astype(jnp.float32).sum()
-    return total / jnp.maximum(tokens, 1.0) * present, present
-
-
-def reduced_dr_grpo(loss_RT: jax.Array, mask_RT: jax.Array, max_length: int | None) -> Sum:
-    """Sum over the tokens of a completion divided by one constant length, averaged over completions."""
+    if reduction == "grpo":
+        mean_R = (loss_RT * mask_RT).sum(-1) / jnp.maximum(count_R, 1.0)
+        return mean_R.sum(), (count_R > 0).astype(jnp.float32).sum()
+    total, present = (loss_RT * mask_RT).sum(), (count_R > 0).astype(jnp.float32).sum()
+    if reduction == "bnpo":
+        return total / jnp.maximum(mask_RT.sum(), 1.0) * present, present
     if max_length is None or max_length < 1:
         raise ValueError(
-            f"max_length = {max_length}: reduction = 'dr_grpo' divides by the tokens that a completion could have."
+            f"max_length = {max_length}: reduction = 'dr_grpo' divides by the maximum tokens of a completion; give it."
         )
-    present = (mask_RT.sum(-1) > 0).astype(jnp.float32).sum()
-    return (loss_RT * mask_RT).sum() / max_length, present
-
-
-REDUCTIONS: Mapping[str, Reduction] = {
-    "grpo": reduced_grpo,
-    "bnpo": reduced_bnpo,
-    "dapo": reduced_dapo,
-    "dr_grpo": reduced_dr_grpo,
-}
+    return total / max_length, present
 
 
 def generalised_advantages(

@@ -17,8 +17,6 @@ from trainers import inputs
 LOG_PROBS, REFERENCE, VALUES = "log_probs", "reference_log_probs", "values"
 Arrays = dict[str, np.ndarray]
 Score = Callable[[Mapping[str, np.ndarray]], Arrays]
-# (prompt including the start token, completion including its end token)
-Text = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(inputs.TokenRows):
     """The `trainers.inputs.Inputs` of a run that trains on its own samples.
 
     Subclasses define `scores`, `columns` and `batch`.
@@ -57,8 +55,6 @@ class Method:
     completion_length: int
     samples: int = 1
     updates: int = 1
-    unit: str = dataclasses.field(default="tokens", init=False)
-    loss_per: str = dataclasses.field(default="tokens", init=False)
     texts_per_row: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -79,7 +75,7 @@ class Method:
 
     @property
     def scores(self) -> frozenset[str]:
-        """Those of LOG_PROBS, REFERENCE and VALUES that `batch` needs from `score`."""
+        """Scores among LOG_PROBS, REFERENCE and VALUES that `batch` needs."""
         raise NotImplementedError
 
     def columns(self, rows: int) -> inputs.Arrays:
@@ -87,21 +83,12 @@ class Method:
         raise NotImplementedError
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        """Returns the batch of a rollout, with the columns listed by `arrays`.
-
-        Args:
-          samples: the rollout.
-          score: computes the arrays named by `scores` from the token columns of rows.
-        """
+        """Returns the batch of a rollout, with the columns of `arrays`; `score` computes `scores` of rows' token columns."""
         raise NotImplementedError
 
     def arrays(self, rows: int) -> inputs.Arrays:
         """Returns shapes and dtypes of all columns of a batch."""
         return {**inputs.PackedTokens(self.length).arrays(rows), **self.columns(rows)}
-
-    def init_arguments(self) -> tuple[jax.Array, ...]:
-        """See `PackedTokens.init_arguments`."""
-        return inputs.PackedTokens(self.length).init_arguments()
 
     def one_in_a_row(self, samples: Samples) -> Arrays:
         """Returns token columns with one completion per row, and 'rewards' and 'ended' [R]."""
@@ -110,7 +97,7 @@ class Method:
             for r, completion in enumerate(samples.completions)
         ]
         return {
-            **pack(texts, np.repeat(samples.sources_P, self.samples), length=self.length),
+            **inputs.pack(texts, np.repeat(samples.sources_P, self.samples), length=self.length),
             "rewards": samples.rewards_PG.reshape(-1),
             "ended": samples.ended_PG.reshape(-1).astype(np.float32),
         }
@@ -119,26 +106,3 @@ class Method:
 def float_columns(shape: tuple[int, ...], *names: str) -> inputs.Arrays:
     """Returns float32 columns of the same shape, by name."""
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
-
-
-def pack(rows: Sequence[Sequence[Text]], source_B: np.ndarray, *, length: int) -> Arrays:
-    """Returns the columns of `trainers.inputs.PackedTokens`: the texts of a row are segments 1, 2, ...
-
-    The first token of a prompt is only an input, and the last token of a completion only a target. Loss weights are 1
-    at the tokens of completions, and 0 elsewhere.
-    """
-    names = ("input_tokens", "target_tokens", "segment_ids", "positions")
-    columns = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}
-    columns["decoder_loss_weights"] = np.zeros((len(rows), length), np.float32)
-    for b, row in enumerate(rows):
-        start = 0
-        for segment, (prompt, completion) in enumerate(row, 1):
-            text = [*prompt, *completion]
-            end = start + len(text) - 1
-            columns["decoder_input_tokens"][b, start:end] = text[:-1]
-            columns["decoder_target_tokens"][b, start:end] = text[1:]
-            columns["decoder_segment_ids"][b, start:end] = segment
-            columns["decoder_positions"][b, start:end] = np.arange(len(text) - 1)
-            columns["decoder_loss_weights"][b, start + len(prompt) - 1 : end] = 1
-            start = end
-    return {**columns, "source_ids": np.asarray(source_B, np.int32)}

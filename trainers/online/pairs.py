@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from trainers import inputs
-from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns, pack
+from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class BestOfTwo(Method):
     """
 
     reference: bool = True
-    loss_per: str = dataclasses.field(default="pairs", init=False)
     samples: int = dataclasses.field(default=2, init=False)
     updates: int = dataclasses.field(default=1, init=False)
     texts_per_row: ClassVar[int] = 2
+    loss_per = "pairs"
 
     @property
     def scores(self) -> frozenset[str]:
@@ -52,7 +52,7 @@ class BestOfTwo(Method):
             for p, prompt in enumerate(samples.prompts)
         ]
         count, chosen_tokens = len(pairs), sum(len(pair[0][1]) for pair in pairs)
-        columns = pack(pairs, samples.sources_P, length=self.length) | {
+        columns = inputs.pack(pairs, samples.sources_P, length=self.length) | {
             "pair_weights": np.ones((count, 1), np.float32),
             "chosen_tokens_per_pair": np.full(count, chosen_tokens / count, np.float32),
             "rewards": np.take_along_axis(samples.rewards_PG, order_P2, axis=1),

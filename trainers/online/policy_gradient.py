@@ -16,11 +16,7 @@ from trainers.preference.losses.settings import check_not_negative, check_positi
 
 
 def policy_gradient(
-    *,
-    model: Any,
-    loss: PolicyLoss,
-    num_sources: int = 0,
-    implementation: Implementation = "auto",
+    *, model: Any, loss: PolicyLoss, num_sources: int = 0, implementation: Implementation = "auto"
 ) -> Objective:
     """Returns a policy-gradient objective that uses the batch's advantages.
 
@@ -64,14 +60,10 @@ def actor_critic(
 
     Args:
       model: a `model.heads.actor_critic.ActorCritic`.
-      num_sources: ignored: rewards are not losses.
+      num_sources, implementation: see `policy_gradient`.
       clip: largest distance of the ratio from 1.
       value_clip: largest change of a value since its tokens were sampled.
       value_weight: weight of the error of the values.
-      implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
-
-    Raises:
-      ValueError: an invalid setting.
     """
     del num_sources
     check_positive(clip=clip, value_clip=value_clip)
@@ -114,11 +106,8 @@ def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:
 def _metrics(batch: Batch, tokens: PolicyTokens) -> Metrics:
     rows = jnp.ones_like(batch["rewards"])
     count_B, weight = tokens.mask.sum(-1), tokens.mask.sum()
-    metrics = {
-        "reward": (batch["rewards"].sum(), rows.sum()),
-        "reward/ended": (batch["ended"].sum(), rows.sum()),
-        "reward/tokens": (count_B.sum(), rows.sum()),
-    }
+    per_row = {"reward": batch["rewards"], "reward/ended": batch["ended"], "reward/tokens": count_B}
+    metrics = {name: (value.sum(), rows.sum()) for name, value in per_row.items()}
     ratio_BT = jnp.exp(tokens.log_probs - tokens.old_log_probs)
     metrics["ratio"] = ((ratio_BT * tokens.mask).sum(), weight)
     if tokens.reference_log_probs is not None:

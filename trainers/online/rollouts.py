@@ -7,6 +7,7 @@ batch is stored in the run's directory, because a run may resume from a checkpoi
 Shapes: P prompts, G samples of each, R = P G completions, T prompt length, B rows, L length.
 """
 
+import functools
 import os
 import pathlib
 from typing import Any, Protocol, cast
@@ -16,19 +17,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers import batches
-from trainers.decoding.policy_sampler import PolicySampler
+from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
 from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
 from trainers.recipe import Program, Recipe
-from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards
+from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.train_state import TrainState
 
-_STORED = (
-    64  # number of newest rollouts stored in the run's directory; resuming may need one of them
-)
+_STORED = 64  # newest rollouts in the run's directory; resuming may need one of them
 
 
 class RolloutError(ValueError):
@@ -42,23 +41,20 @@ class Prompts(batches.Stream, Protocol):
 
     def info(self, step: int, lo: int, hi: int) -> list[dict[str, Any]]:
         """Returns the data row of each prompt, without the text of the prompt."""
-        ...
 
 
 class Rollouts:
     """The `trainers.batches.Feed` of sampled completions, made by a `trainers.hooks.FeedFactory`.
 
     Args:
-      stream: the prompts.
       program: the run's recipe on its mesh; the recipe's inputs are a `trainers.online.method.Method`.
       folder: directory for rollouts that are used for several updates.
       reward: scores completions on the host; every process scores all of them.
       vocabulary: its EOS ends completions, and only its ids are sampled.
       reference: the reference model, if the method needs its log-probabilities.
-      temperature, top_k, top_p: sampling settings, see trainers/decoding/sampling.py. Log-probabilities are computed at
+      temperature, top_k, top_p: sampling settings, see trainers/decoding/settings.py; log-probabilities are computed at
         temperature 1.
       missing_end_penalty: subtracted from the reward of a completion that was cut at the maximum length.
-      seed: seed of sampling.
 
     Raises:
       RolloutError: sizes that contradict each other, or no reference where the method needs one.
@@ -98,22 +94,19 @@ class Rollouts:
         )
         self._stream, self._recipe, self._program = stream, recipe, program
         self._method, self._reference = method, reference
-        if isinstance(reward, StoredReward):
-            reward = reward.on(program.mesh, program.rules)
-        self._reward: Reward = reward
+        self._reward = on_mesh(reward, program.mesh, program.rules)
         self._penalty = missing_end_penalty
         self._folder = pathlib.Path(folder)
         self._sharding = program.batch_sharding
         self._sampler = PolicySampler(recipe.model, settings, sharding=self._sharding, seed=seed)
         everywhere = NamedSharding(program.mesh, PartitionSpec())
         self._score_fn = jax.jit(self._score_rows, out_shardings=everywhere)
-        self._reference_params: Any = None
         # The number of the rollout in use, and its batch.
         self._current: tuple[int, dict[str, jax.Array]] | None = None
 
     @property
     def units(self) -> int:
-        """Returns the number of tokens of a batch, for throughput metrics."""
+        """Number of tokens of a batch, for throughput metrics."""
         return self._recipe.units_per_batch
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -134,7 +127,7 @@ class Rollouts:
                 arrays = self._read(number)
             else:
                 arrays = self._make(number, step, state.params)
-            self._current = number, {name: self._placed(array) for name, array in arrays.items()}
+            self._current = number, self._placed(arrays)
         return self._current[1]
 
     def close(self) -> None:
@@ -144,7 +137,6 @@ class Rollouts:
         size = self._stream.batch_size
         prompts = self._stream.batch(step, 0, size)
         tokens_PT, lengths_P = prompts["prompt_tokens"], prompts["prompt_lengths"]
-        self._check_room()
         completions = self._sampler(params, tokens_PT, lengths_P, number=number)
         texts = [row[:n].tolist() for row, n in zip(tokens_PT, lengths_P, strict=True)]
         shape = (size, self._method.samples)
@@ -173,7 +165,7 @@ class Rollouts:
         """Returns rewards minus the penalty for missing ends, float32 [R]."""
         copies = self._method.samples
         start = self._stream.summary()["start_token"]
-        judged = [
+        completed = [
             Completion(
                 prompt=prompts[r // copies][int(start is not None) :],
                 tokens=tokens[:-1] if ended else tokens,
@@ -182,17 +174,22 @@ class Rollouts:
             )
             for r, (tokens, ended) in enumerate(zip(completions, ended_R, strict=True))
         ]
-        rewards_R = finite_rewards(self._reward, judged)
+        rewards_R = finite_rewards(self._reward, completed)
         return rewards_R - np.float32(self._penalty) * ~ended_R
 
     def _score(self, params: Any, columns: Any) -> Arrays:
         """Returns the scores that the method needs, computed from token columns."""
-        if REFERENCE in self._method.scores and self._reference_params is None:
-            assert self._reference is not None  # see _method
-            mesh, rules = self._program.mesh, self._program.rules
-            self._reference_params = self._reference.read(mesh, rules)
-        batch = {name: self._placed(columns[name]) for name in columns if "decoder" in name}
-        return jax.device_get(self._score_fn(params, self._reference_params, batch))
+        reference_params = self._reference_params if REFERENCE in self._method.scores else None
+        batch = self._placed({name: columns[name] for name in columns if "decoder" in name})
+        return jax.device_get(self._score_fn(params, reference_params, batch))
+
+    @functools.cached_property
+    def _reference_params(self) -> Any:
+        assert self._reference is not None  # see _method
+        return self._reference.read(self._program.mesh, self._program.rules)
+
+    def _placed(self, arrays: Arrays) -> dict[str, jax.Array]:
+        return {name: placed(array, self._sharding) for name, array in arrays.items()}
 
     def _score_rows(self, params: Any, reference_params: Any, batch: Any) -> dict[str, jax.Array]:
         needed, scores = self._method.scores, {}
@@ -206,19 +203,6 @@ class Rollouts:
             out = self._reference.forward(reference_params, batch)
             scores[REFERENCE] = out.log_probs_BT()
         return scores
-
-    def _placed(self, array: np.ndarray) -> jax.Array:
-        """Returns a global array sharded by rows; `array` is the whole array in every process."""
-        return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
-
-    def _check_room(self) -> None:
-        limit = self._recipe.language_model.max_length
-        longest = self._method.prompt_length + self._method.completion_length - 1
-        if limit is not None and longest > limit:
-            raise RolloutError(
-                f"MAX_PROMPT_LENGTH and MAX_NEW_TOKENS make rows of {longest} tokens, but the model has learned "
-                f"only {limit} positions: lower them."
-            )
 
     def _store(self, number: int, arrays: Arrays) -> None:
         if jax.process_index():
@@ -251,23 +235,32 @@ def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | None) -> M
     method = recipe.inputs_spec
     if not isinstance(method, Method):
         raise RolloutError(
-            "The run samples, but Recipe.inputs is no method of trainers/online/: give a file of methods/preference/ "
-            "such as online_dpo.gin or grpo.gin."
+            f"Recipe.inputs = {method} is not a method of trainers/online/, but the run has rollouts: give a file of "
+            "methods/preference/ such as online_dpo.gin or grpo.gin."
+        )
+    limit = recipe.language_model.max_length
+    longest = method.prompt_length + method.completion_length - 1
+    if limit is not None and longest > limit:
+        raise RolloutError(
+            f"MAX_PROMPT_LENGTH and MAX_NEW_TOKENS make texts of {longest} tokens, but the model has learned only {limit} "
+            "positions: lower them."
         )
     rows = stream.batch_size * method.rows_per_prompt
     if recipe.batch_size != rows:
         raise RolloutError(
-            f"BATCH_SIZE = {recipe.batch_size} rows do not fit {stream.batch_size} prompts (PROMPTS) with "
-            f"{method.rows_per_prompt} rows each: set one of them."
+            f"BATCH_SIZE = {recipe.batch_size} is not PROMPTS = {stream.batch_size} times {method.rows_per_prompt} rows of "
+            "each prompt: change one of them."
         )
     for name, ours, theirs in (
         ("MAX_PROMPT_LENGTH", method.prompt_length, stream.length),
         ("UPDATES", method.updates, stream.updates),
     ):
         if ours != theirs:
-            raise RolloutError(f"{name} is {ours} for the method, but {theirs} for the prompts.")
+            raise RolloutError(
+                f"{name} is {ours} for the method, but {theirs} for the prompts: bind one number."
+            )
     if REFERENCE in method.scores and reference is None:
         raise RolloutError(
-            "The method compares with a reference, but there is none: bind Rollouts.reference, or set KL or BETA to 0."
+            "The method needs a reference, but there is none: bind Rollouts.reference, or set KL or BETA to 0."
         )
     return method

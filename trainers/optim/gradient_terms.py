@@ -40,38 +40,31 @@ def make_optimizer(
     boxed_params: Any,
     terms: Sequence[GradientTerm] = (),
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of a run, made by `factory`, with `terms`.
+    """Returns the optimiser of a run, made by `factory`, with `terms` in this order.
 
     Args:
       factory: called with (learning_rate=) and, if it has that parameter, (param_axes=).
-      learning_rate: the run's schedule.
       boxed_params: abstract parameters in flax's boxes.
-      terms: terms, added in this order.
 
     Raises:
       ValueError: a term replaces weight decay, but `factory` has no parameter `param_axes` to exclude parameters from it.
     """
     no_decay = [pattern for term in terms for pattern in term.no_decay]
-    if _takes_param_axes(factory):
+    try:
+        takes_axes = "param_axes" in inspect.signature(factory).parameters
+    except ValueError:  # of a builtin
+        takes_axes = False
+    if takes_axes:
         param_axes = ParamAxes.of(boxed_params, no_decay)
         optimizer = factory(learning_rate=learning_rate, param_axes=param_axes)
     elif no_decay:
         raise ValueError(
-            f"OPTIMIZER = {getattr(factory, '__qualname__', factory)} has no parameter `param_axes`, so "
-            f"that it would decay parameters ({', '.join(no_decay)}) that a gradient term decays too. "
-            "Use one of trainers/optim/optimizers.py, or set the term's slot in "
-            "gradient_terms.named to None."
+            f"OPTIMIZER = {getattr(factory, '__qualname__', factory)} has no parameter `param_axes`, so it would decay "
+            f"parameters ({', '.join(no_decay)}) that a gradient term decays too. Use one of "
+            "trainers/optim/optimizers.py, or set the term's slot in gradient_terms.named to None."
         )
     else:
         optimizer = factory(learning_rate=learning_rate)
     for term in terms:
         optimizer = term.added_to(optimizer, learning_rate)
     return optimizer
-
-
-def _takes_param_axes(factory: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:  # of a builtin
-        return False
-    return "param_axes" in parameters

@@ -56,14 +56,9 @@ def adamw(
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    mask = _decay_mask(param_axes, no_decay)
     optimizer = optax.adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        mu_dtype=moment_dtype,
-        weight_decay=weight_decay,
-        mask=_decay_mask(param_axes, no_decay),
+        learning_rate, b1, b2, eps, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=mask
     )
     return _clipped(optimizer, max_grad_norm)
 
@@ -80,13 +75,9 @@ def lion(
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """Lion (Chen et al., arXiv 2302.06675)."""
+    mask = _decay_mask(param_axes, no_decay)
     optimizer = optax.lion(
-        learning_rate,
-        b1,
-        b2,
-        mu_dtype=moment_dtype,
-        weight_decay=weight_decay,
-        mask=_decay_mask(param_axes, no_decay),
+        learning_rate, b1, b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=mask
     )
     return _clipped(optimizer, max_grad_norm)
 
@@ -128,10 +119,7 @@ def _stackwise(
             return *new, grad
 
         tree = jax.tree_util.tree_map_with_path(
-            lambda path, param, *rest: over_stack(one, path)(param, *rest),
-            params,
-            updates,
-            *statistics,
+            lambda path, *leaves: over_stack(one, path)(*leaves), params, updates, *statistics
         )
         *new, updates = (field(tree, params, i) for i in range(4))
         return updates, optax.FactoredState(optax.safe_increment(count), *new)

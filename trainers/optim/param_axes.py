@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from model import axes
@@ -29,9 +28,7 @@ class ParamAxes:
     @classmethod
     def of(cls, boxed: Any, not_decayed: Sequence[str] = ()) -> "ParamAxes":
         """Returns the axes of parameters in flax's boxes."""
-        leaves = jax.tree_util.tree_leaves_with_path(
-            boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
-        )
+        leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=axes.is_boxed)
         return cls({trainable.path_name(path): box.names for path, box in leaves}, not_decayed)
 
     def stack_rank(self, path: str) -> int:

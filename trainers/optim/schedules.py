@@ -19,7 +19,6 @@ class Span:
     """Facts of a run that its schedule may need, known just before the first step.
 
     Attributes:
-      total_steps: total number of updates.
       stopped_at: the learning rate at which the parent run stopped; None if it did not record one.
       start_step: the first step of this run; the step of the parent's checkpoint, if the step counter continues.
     """
@@ -38,7 +37,7 @@ class Unspanned:
     def __call__(self, step: int) -> jnp.ndarray:
         raise ValueError(
             "a schedule with total_steps = None (TRAIN_STEPS = None) has no value before the run knows "
-            "how long it is: give total_steps where another schedule is made of it."
+            "its length: give total_steps if another schedule is made of it."
         )
 
 
@@ -62,7 +61,7 @@ def _known_peak(peak: float | None, run: Span) -> float:
         return peak
     if run.stopped_at is None:
         raise ValueError(
-            "linear: peak = None begins at the rate at which another run stopped, but none is known: "
+            "linear: peak = None begins at the rate at which another run stopped, but no such rate is known: "
             "set INITIAL_CHECKPOINT_PATH to a checkpoint that records its learning rate, or give peak."
         )
     return run.stopped_at
@@ -95,11 +94,7 @@ def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
 
 
 def linear(
-    *,
-    peak: float | None,
-    total_steps: int | None,
-    warmup_steps: int | None = 0,
-    final: float = 0.0,
+    *, peak: float | None, total_steps: int | None, warmup_steps: int | None = 0, final: float = 0.0
 ) -> Schedule:
     """Warm-up, then a straight line that reaches `final` at `total_steps`."""
     if peak is None or total_steps is None:
@@ -146,8 +141,7 @@ def stepwise(
     The defaults are from wide ResNets (arXiv 1605.07146): epochs 60, 120 and 160 of 200.
     """
     if total_steps is None:
-        settings = {"peak": peak, "at": at, "factor": factor, "warmup_steps": warmup_steps}
-        return _over_the_run(stepwise, **settings)
+        return _over_the_run(stepwise, peak=peak, at=at, factor=factor, warmup_steps=warmup_steps)
     warmup_steps = _warmup("stepwise", total_steps, warmup_steps)
     if list(at) != sorted(set(at)) or not all(0 < share < 1 for share in at):
         raise ValueError(f"stepwise: at = {tuple(at)} must increase within (0, 1).")

@@ -32,7 +32,6 @@ class Reward(Protocol):
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """Returns finite rewards, float32 [N]."""
-        ...
 
 
 @runtime_checkable
@@ -41,7 +40,11 @@ class StoredReward(Protocol):
 
     def on(self, mesh: Mesh, rules: Rules) -> Reward:
         """Returns the reward, to be called within the mesh; raises the errors of reading a checkpoint."""
-        ...
+
+
+def on_mesh(reward: Reward | StoredReward, mesh: Mesh, rules: Rules) -> Reward:
+    """Returns the reward, restored onto the mesh if it is a `StoredReward`."""
+    return reward.on(mesh, rules) if isinstance(reward, StoredReward) else reward
 
 
 def finite_rewards(

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
-from trainers.decoding.buckets import batches_by_length, bucket_length
+from trainers.decoding.buckets import in_order, padded
 from trainers.partitioning import Rules
 from trainers.rewards.base import Completion
+from trainers.scoring.scoring import Batched
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,7 +38,6 @@ class CheckpointReward:
 
     def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
         """Returns the reward; raises errors of `restore_params`, and ValueError for a batch that the mesh does not divide."""
-        sharding = partitioning.batch_sharding(mesh, rules)
         partitioning.validate(
             mesh=mesh,
             rules=rules,
@@ -54,7 +54,7 @@ class CheckpointReward:
             start_token=self.start_token,
             end_token=None if end in (None, -1) else end,
             batch_size=self.batch_size,
-            sharding=sharding,
+            sharding=partitioning.batch_sharding(mesh, rules),
         )
 
 
@@ -62,12 +62,9 @@ class ModelReward:
     """The model's output at the last token of prompt and completion, computed in batches of similar length.
 
     Args:
-      model: a `model.heads.reward_model.RewardModel`.
-      params: its parameters.
+      model, params: a `model.heads.reward_model.RewardModel` and its parameters.
       start_token: token before each prompt; None for none.
       end_token: appended to a completion that ended; None for none.
-      batch_size: texts at a time.
-      sharding: sharding of a batch's rows, to be used within its mesh; None on one device.
     """
 
     def __init__(
@@ -81,20 +78,17 @@ class ModelReward:
         sharding: NamedSharding | None = None,
     ):
         self._params = params
-        self._max_length = model.max_length
         self._before = [] if start_token is None else [start_token]
         self._after = [] if end_token is None else [end_token]
-        self._batch_size = batch_size
-        self._sharding = sharding
 
-        def score(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        def score(params: Any, arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+            tokens_BT, lengths_B = arrays
             real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
             segments_BT = real_BT.astype(jnp.int32)
             rewards_BT = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT)
             return jnp.take_along_axis(rewards_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
 
-        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-        self._score = jax.jit(score, out_shardings=whole)
+        self._score = Batched(score, padded, model, batch_size=batch_size, sharding=sharding)
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
         """Returns rewards, float32 [N].
@@ -104,27 +98,17 @@ class ModelReward:
         """
         texts = [self._text(completion) for completion in completions]
         lengths = [len(text) for text in texts]
-        limit = self._max_length
+        limit = self._score.limit
         for i, length in enumerate(lengths):
             if not length:
-                raise ValueError(
-                    f"Completion {i} and its prompt are empty: there is no last token."
-                )
+                raise ValueError(f"Completion {i} and its prompt are empty: give a token to score.")
             if limit is not None and length > limit:
                 raise ValueError(
                     f"Completion {i} and its prompt have {length} tokens, but the reward model learned only "
                     f"{limit} positions."
                 )
-        rewards_N = np.zeros(len(texts), np.float32)
-        for batch in batches_by_length(lengths, self._batch_size):
-            size = bucket_length(lengths[batch[0]], limit=limit)
-            tokens_BT = np.zeros((self._batch_size, size), np.int32)
-            lengths_B = np.ones(self._batch_size, np.int32)
-            for b, i in enumerate(batch):
-                tokens_BT[b, : lengths[i]], lengths_B[b] = texts[i], lengths[i]
-            arrays = jax.device_put((tokens_BT, lengths_B), self._sharding)
-            rewards_N[batch] = np.asarray(self._score(self._params, *arrays))[: len(batch)]
-        return rewards_N
+        rewards = in_order(self._score(self._params, texts, lengths))
+        return np.fromiter(rewards, np.float32, len(texts))
 
     def _text(self, completion: Completion) -> list[int]:
         end = self._after if completion.ended else []

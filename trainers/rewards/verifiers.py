@@ -28,9 +28,6 @@ class TextReward:
       vocabulary: a SeqIO vocabulary, or another object with `decode` of token ids.
       verifiers: at least one.
       weights: one weight per verifier; None for 1 each.
-
-    Raises:
-      ValueError: no verifiers, or not one weight per verifier.
     """
 
     vocabulary: Any
@@ -44,7 +41,7 @@ class TextReward:
             )
         if self.weights is not None and len(self.weights) != len(self.verifiers):
             raise ValueError(
-                f"TextReward.weights = {list(self.weights)} do not fit the {len(self.verifiers)} verifiers."
+                f"TextReward.weights = {list(self.weights)}: give one for each of the {len(self.verifiers)} verifiers."
             )
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
@@ -62,7 +59,6 @@ def exact_answer(text: str, info: Any, *, key: str = "answer", pattern: str | No
     """Returns 1 if the answer equals the row's, ignoring white space around both, else 0.
 
     Args:
-      text: text of the completion.
       info: the row, which has the right answer under `key`.
       key: name of the right answer's column.
       pattern: regular expression whose last match is the answer, or its first group if it has one; None for the
@@ -90,7 +86,6 @@ def reasoning_gym(text: str, info: Any, *, pattern: str | None = None) -> float:
     """Returns reasoning-gym's score of an answer to one of its generated problems, from 0 to 1.
 
     Args:
-      text: text of the completion.
       info: the problem in the package's format: 'question', 'answer' and 'metadata'.
       pattern: see `exact_answer`.
 
@@ -107,8 +102,8 @@ def reasoning_gym(text: str, info: Any, *, pattern: str | None = None) -> float:
     dataset = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if dataset is None:
         raise VerifierError(
-            "A row's 'metadata' names no 'source_dataset', as problems of reasoning-gym do: write the rows as "
-            "reasoning_gym.create_dataset gives them, with their 'question' as 'prompt' too."
+            "A row's 'metadata' has no 'source_dataset': write the rows of reasoning_gym.create_dataset, with their "
+            "'question' as 'prompt' too."
         )
     score = package.get_score_answer_fn(dataset)
     return float(score(answer=extracted(text, pattern), entry=dict(info)))
@@ -128,7 +123,6 @@ def _value(info: Any, key: str) -> Any:
     if not isinstance(info, Mapping) or key not in info:
         known = ", ".join(map(repr, info)) if isinstance(info, Mapping) else "nothing"
         raise VerifierError(
-            f"A row has no {key!r} to compare its answers with, only {known or 'nothing'}: add it to the rows of the "
-            "prompts, or bind the verifier's key."
+            f"A row of the prompts has no {key!r}, only {known or 'nothing'}: add it, or bind the verifier's key."
         )
     return info[key]

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from model.kv_cache.full import FullCache
-from trainers.decoding.buckets import bucket_length
+from trainers.decoding.buckets import bucket_length, padded
 from trainers.decoding.prefill import empty_caches, read
-from trainers.scoring.scoring import Row
+from trainers.scoring.scoring import Row, check_lengths
 
 _CHUNK_LOGITS = 2**26  # float32 logits in memory at a time: 256 MiB
 _FEWEST = 16  # minimum number of predicted tokens of a program
@@ -50,17 +50,12 @@ def hidden_states(
     tails_RC: jax.Array | None = None,
     tail_lengths_R: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the hidden states [B T (+ R C), D] of rows, and of K tails of each row.
-
-    Tails do not attend to each other.
+    """Returns the hidden states [B T (+ R C), D] of rows, and of K tails of each row, which do not attend to each other.
 
     Args:
       model: a decoder-only module with unrolled layers.
-      params: the model's parameters.
-      tokens_BT: rows, padded at the end.
-      lengths_B: lengths of the rows.
-      tails_RC: tail r follows row r // K, padded at the end; None for no tails.
-      tail_lengths_R: lengths of the tails.
+      tokens_BT, lengths_B: rows, padded at the end, and their lengths.
+      tails_RC, tail_lengths_R: tail r follows row r // K; None for no tails.
     """
     B, T = tokens_BT.shape
     at_T = jnp.arange(T, dtype=jnp.int32)[None]
@@ -90,9 +85,6 @@ def log_probs_at(
     """Returns (log p(target) [Q], whether the target is the most probable token [Q]).
 
     Args:
-      model: the model of the hidden states.
-      params: the model's parameters.
-      hidden_XD: hidden states.
       places_Q: index of the hidden state that predicts each target.
       targets_Q: target tokens; Q must be a power of two.
     """
@@ -119,7 +111,7 @@ class Reading:
     """Tokens that are read once, and the rows whose targets are predicted from them.
 
     Attributes:
-      tokens: the tokens of a row without its last target, or the shared context of several rows.
+      tokens: the tokens of a row without its last target, which is not read, or the shared context of several rows.
       tails: the targets, without the last, that are read after the shared context; () for whole rows.
       rows: (index of a row, index of its tail; None if no tail is read after `tokens`).
     """
@@ -131,14 +123,11 @@ class Reading:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(K, C, T), each rounded up to one of few sizes; T may exceed the learned positions."""
+        length = bucket_length(len(self.tokens))
         if not self.tails:
-            return 0, 0, bucket_length(len(self.tokens))
+            return 0, 0, length
         longest = max(_SHORTEST_TAIL, *map(len, self.tails))
-        return (
-            _power_of_two(len(self.tails)),
-            _power_of_four(longest),
-            bucket_length(len(self.tokens)),
-        )
+        return _power_of_two(len(self.tails)), _power_of_four(longest), length
 
 
 class LikelihoodScorer:
@@ -146,7 +135,6 @@ class LikelihoodScorer:
 
     Args:
       model: a decoder-only module with unrolled layers.
-      params: the model's parameters.
       batch_tokens: number of tokens of a batch, including padding; determines its number of rows.
       batch_size: maximum number of rows; None for as many as batch_tokens allows.
       row_shards: the number of rows of a batch is a multiple of this.
@@ -180,32 +168,21 @@ class LikelihoodScorer:
     def stream(
         self, rows: Sequence[Row], *, quiet: bool = False
     ) -> Iterator[tuple[int, Likelihood]]:
-        """Yields (index, likelihood) of every row, batch by batch, the longest first.
-
-        Args:
-          rows: contexts and targets.
-          quiet: whether to hide the progress bar.
+        """Yields (index, likelihood) of every row, batch by batch, the longest first; `quiet` hides the progress bar.
 
         Raises:
           ValueError: a row has no context or no targets, or is longer than the learned positions.
         """
-        limit = self._max_length
         for i, row in enumerate(rows):
             if not len(row.context) or not len(row.targets):
                 raise ValueError(f"Row {i} has no context or no targets: nothing can be predicted.")
-            length = len(row.context) + len(row.targets) - 1
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"Row {i} has {length} tokens, but the model learned only {limit} positions."
-                )
-        return self._stream(rows, limit, quiet)
+        check_lengths([row.inputs for row in rows], self._max_length)
+        return self._stream(rows, quiet)
 
-    def _stream(
-        self, rows: Sequence[Row], limit: int | None, quiet: bool
-    ) -> Iterator[tuple[int, Likelihood]]:
+    def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
         with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
             for shape, batch, size in self.batches(readings(rows)):
-                for i, likelihood in self._score(rows, shape, batch, size, limit):
+                for i, likelihood in self._score(rows, shape, batch, size):
                     progress.update()
                     yield i, likelihood
 
@@ -236,20 +213,14 @@ class LikelihoodScorer:
         return -(-count // self._row_shards) * self._row_shards
 
     def _score(
-        self,
-        rows: Sequence[Row],
-        shape: tuple[int, int, int],
-        batch: Sequence[Reading],
-        size: int,
-        limit: int | None,
+        self, rows: Sequence[Row], shape: tuple[int, int, int], batch: Sequence[Reading], size: int
     ) -> Iterator[tuple[int, Likelihood]]:
         count, tail_length, length = shape
-        length = length if limit is None else min(length, limit)
-        tokens_BT, lengths_B = _padded([reading.tokens for reading in batch], size, length)
-        arrays = [tokens_BT, lengths_B]
+        length = length if self._max_length is None else min(length, self._max_length)
+        arrays = [*padded([reading.tokens for reading in batch], size, length)]
         if count:
             tails = [r.tails[k] if k < len(r.tails) else () for r in batch for k in range(count)]
-            arrays += _padded(tails, size * count, tail_length)
+            arrays += padded(tails, size * count, tail_length)
         places: list[int] = []
         targets: list[int] = []
         ends: list[tuple[int, int]] = []  # (row, end of its targets)
@@ -279,10 +250,7 @@ class LikelihoodScorer:
 
 
 def readings(rows: Sequence[Row]) -> list[Reading]:
-    """Returns the readings of rows, sorted by shape, the largest first.
-
-    The last target of a row is predicted but not read.
-    """
+    """Returns the readings of rows, sorted by shape, the largest first."""
     contexts: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
         contexts.setdefault(tuple(row.context), []).append(i)
@@ -301,26 +269,14 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
     return sorted(each, key=lambda reading: reading.shape, reverse=True)
 
 
-def _padded(rows: Sequence[Sequence[int]], size: int, length: int) -> list[np.ndarray]:
-    """Returns tokens [size, length], padded by zeros, and lengths [size]."""
-    tokens = np.zeros((size, length), np.int32)
-    lengths = np.ones(size, np.int32)  # 1 for rows that only fill the batch
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = row
-        lengths[b] = len(row)
-    return [tokens, lengths]
-
-
 def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
     """Returns whether a batch of shape `into` can hold a reading of `shape`: both or neither have tails."""
     return (shape[0] > 0) == (into[0] > 0) and all(map(operator.le, shape, into))
 
 
 def _power_of_four(count: int) -> int:
-    """Returns the smallest power of four that is at least `count`."""
     return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
 
 
 def _power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -1,47 +1,112 @@
-"""Log-probabilities of tokens after a context. Shapes: B batch, T length."""
+"""Reads rows of tokens in batches of similar length: their log-probabilities, or the mean of their hidden states.
+
+Shapes: B batch, T length, D width.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from trainers.inputs import pack
 from trainers.objectives.forward import frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Target tokens to score, and the context tokens before them, at least one."""
+    """Target tokens, and the context tokens before them."""
 
     context: Sequence[int]
     targets: Sequence[int]
 
+    @property
+    def inputs(self) -> int:
+        """Number of tokens that are read to predict the targets: the last target is not an input."""
+        return len(self.context) + len(self.targets) - 1
 
-class Scorer:
-    """Scores rows in batches of similar length; compiles once for each of a few lengths.
+
+class Batched:
+    """Applies a function to rows in batches of similar length; compiles once for each of a few lengths.
 
     Args:
-      model: a decoder-only module.
-      params: the model's parameters.
-      batch_size: number of rows in a batch.
+      function: (params, arrays of a batch) -> arrays whose first axis is the batch's rows.
+      columns: (rows, batch_size, length) -> arrays of a batch, padded to batch_size rows of this length.
+      model: the model that reads the rows, for its number of learned positions.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
+      bucket: (length of the longest row, limit=) -> length of a batch.
     """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any], Any],
+        columns: Callable[[list[Any], int, int], Any],
+        model: Any,
+        *,
+        batch_size: int,
+        sharding: NamedSharding | None,
+        bucket: Callable[..., int] = bucket_length,
+    ):
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._function = jax.jit(function, out_shardings=whole)
+        self._columns, self._bucket = columns, bucket
+        self._batch_size, self._sharding = batch_size, sharding
+        self.limit: int | None = model.max_length
+
+    def __call__(
+        self,
+        params: Any,
+        rows: Sequence[Any],
+        lengths: Sequence[int],
+        *,
+        title: str | None = None,
+        done: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields (index of a row, its result), batch by batch, the longest first.
+
+        Args:
+          lengths: lengths of the rows, at most `limit`.
+          title: label of a progress bar; None for no bar.
+          done: called after each batch.
+        """
+        batches = batches_by_length(lengths, self._batch_size)
+        quiet = True if title is None or len(batches) == 1 else None
+        for batch in tqdm(batches, desc=title, unit="batch", disable=quiet):
+            length = self._bucket(lengths[batch[0]], limit=self.limit)
+            arrays = self._columns([rows[i] for i in batch], self._batch_size, length)
+            placed = jax.device_put(arrays, self._sharding)
+            results = jax.device_get(self._function(params, placed))
+            for b, i in enumerate(batch):
+                yield i, jax.tree.map(lambda array, b=b: array[b], results)
+            done()
+
+
+def check_lengths(lengths: Sequence[int], limit: int | None) -> None:
+    """Raises ValueError for a row that is longer than the learned positions of a model."""
+    for i, length in enumerate(lengths):
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"Row {i} has {length} tokens, but the model learned only {limit} positions."
+            )
+
+
+class Scorer:
+    """Computes log-probabilities of targets; see `Batched` for `batch_size` and `sharding`."""
 
     def __init__(
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
     ):
+        def log_probs(params: Any, batch: Any) -> jax.Array:
+            return frozen_forward(model, params, batch).log_probs_BT()
+
         self._params = params
-        self._max_length = model.max_length
-        self._batch_size = batch_size
-        self._sharding = sharding
-        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-        self._log_probs = jax.jit(
-            lambda params, batch: frozen_forward(model, params, batch).log_probs_BT(),
-            out_shardings=whole,
+        self._read = Batched(
+            log_probs, scored_columns, model, batch_size=batch_size, sharding=sharding
         )
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -54,44 +119,62 @@ class Scorer:
         Raises:
           ValueError: a row has no context, or is longer than the model's learned positions.
         """
-        limit = self._max_length
         for i, row in enumerate(rows):
-            # The last target is predicted but not read.
-            length = len(row.context) + len(row.targets) - 1
             if not len(row.context):
                 raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"Row {i} has {length} tokens, but the model learned only {limit} positions."
-                )
-        return in_order(self._batches(rows, limit))
-
-    def _batches(self, rows: Sequence[Row], limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (index, log-probabilities) of each row, batch by batch."""
-        lengths = [len(row.context) + len(row.targets) - 1 for row in rows]
-        batches = batches_by_length(lengths, self._batch_size)
-        for batch in tqdm(
-            batches, desc="score", unit="batch", disable=True if len(batches) == 1 else None
-        ):
-            length = bucket_length(lengths[batch[0]], limit=limit)
-            logp_BT = self._score([rows[i] for i in batch], length)
-            for i, logp_T in zip(batch, logp_BT, strict=False):  # the batch may have padding rows
-                first = len(rows[i].context) - 1
-                yield i, logp_T[first : first + len(rows[i].targets)]
-
-    def _score(self, rows: Sequence[Row], length: int) -> np.ndarray:
-        batch = padded(rows, self._batch_size, length)
-        placed = jax.device_put(batch, self._sharding)
-        return np.asarray(self._log_probs(self._params, placed))
+        lengths = [row.inputs for row in rows]
+        check_lengths(lengths, self._read.limit)
+        scored = self._read(self._params, rows, lengths, title="score")
+        return in_order(
+            (i, logp_T[len(rows[i].context) - 1 :][: len(rows[i].targets)]) for i, logp_T in scored
+        )
 
 
-def padded(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
-    """Returns the columns of a batch [batch_size, length], int32, padded by zeros; text has segment 1."""
+class MeanStates:
+    """Computes the mean final hidden state of each row's targets; see `Batched` for `batch_size` and `sharding`."""
+
+    def __init__(
+        self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
+    ):
+        def means(params: Any, arrays: Any) -> jax.Array:
+            tokens_BT, segments_BT, mask_BT = arrays
+            hidden_BTD = model.apply(
+                {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
+            ).hidden_BTD.astype(jnp.float32)
+            sums_BD = jnp.einsum("btd,bt->bd", hidden_BTD, mask_BT)
+            return sums_BD / jnp.maximum(mask_BT.sum(-1, keepdims=True), 1)
+
+        self._params = params
+        self._read = Batched(
+            means, _masked_columns, model, batch_size=batch_size, sharding=sharding
+        )
+
+    def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+        """Yields for each row the mean [D], float32, of the states of its targets, which are read after its context.
+
+        Raises:
+          ValueError: a row is longer than the model's learned positions.
+        """
+        lengths = [len(row.context) + len(row.targets) for row in rows]
+        check_lengths(lengths, self._read.limit)
+        return in_order(self._read(self._params, rows, lengths, title="states"))
+
+
+def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    """Returns input tokens, targets and segments [batch_size, length], int32, padded by zeros."""
+    texts = [[(row.context, row.targets)] for row in rows] + [[]] * (batch_size - len(rows))
+    columns = pack(texts, np.zeros(batch_size), length=length)
     names = ("input_tokens", "target_tokens", "segment_ids")
-    columns = {f"decoder_{name}": np.zeros((batch_size, length), np.int32) for name in names}
+    return {name: columns[name] for name in map("decoder_{}".format, names)}
+
+
+def _masked_columns(rows: Sequence[Row], batch_size: int, length: int) -> tuple[np.ndarray, ...]:
+    """Returns tokens and segments, int32, and 1.0 at the targets; text has segment 1."""
+    tokens_BT = np.zeros((batch_size, length), np.int32)
+    segments_BT, mask_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, np.float32)
     for b, row in enumerate(rows):
         text = [*row.context, *row.targets]
-        columns["decoder_input_tokens"][b, : len(text) - 1] = text[:-1]
-        columns["decoder_target_tokens"][b, : len(text) - 1] = text[1:]
-        columns["decoder_segment_ids"][b, : len(text) - 1] = 1
-    return columns
+        tokens_BT[b, : len(text)] = text
+        segments_BT[b, : len(text)] = 1
+        mask_BT[b, len(row.context) : len(text)] = 1
+    return tokens_BT, segments_BT, mask_BT

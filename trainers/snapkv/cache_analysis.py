@@ -53,13 +53,13 @@ def hits(chosen_BNP: jax.Array, weights_BNQP: jax.Array, threshold: float) -> ja
     return jnp.stack([hit_BNQP.sum((1, 2, 3)), attended_BNQP.sum((1, 2, 3))], axis=-1)
 
 
-def overlap(one_BNP: jax.Array, other_BNP: jax.Array) -> jax.Array:
+def overlap(first_BNP: jax.Array, second_BNP: jax.Array) -> jax.Array:
     """Returns the share of positions of the first choice that are also in the second, [B], over all heads.
 
     It is symmetric if both choices have the same size.
     """
-    shared_B = (one_BNP & other_BNP).sum((1, 2))
-    return shared_B / jnp.maximum(one_BNP.sum((1, 2)), 1)
+    shared_B = (first_BNP & second_BNP).sum((1, 2))
+    return shared_B / jnp.maximum(first_BNP.sum((1, 2)), 1)
 
 
 def held_positions(positions_BXS: jax.Array, prefix: int) -> jax.Array:
@@ -93,11 +93,11 @@ def window_hits(
         first new token is generated from the prompt's last query.
       prefix, count, threshold: see above.
     """
-    later_BQ = ends_B[:, None] + jnp.arange(answer)[None]
-    later_BNQP = attention_weights(record, later_BQ, prefix)
+    answer_BQ = ends_B[:, None] + jnp.arange(answer)[None]
+    answer_BNQP = attention_weights(record, answer_BQ, prefix)
     counts = []
     for back in range(windows, 0, -1):
         at_BQ = ends_B[:, None] - back * window + jnp.arange(window)[None]
         votes_BNP = attention_weights(record, at_BQ, prefix).sum(2)
-        counts.append(hits(top_positions(votes_BNP, count), later_BNQP, threshold))
+        counts.append(hits(top_positions(votes_BNP, count), answer_BNQP, threshold))
     return jnp.stack(counts)

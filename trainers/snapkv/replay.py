@@ -37,13 +37,7 @@ class LayerRecord:
 
 @flax.struct.dataclass
 class Recording:
-    """A recording of prompts.
-
-    Attributes:
-      layers: the record of each layer.
-      lengths_B: number of tokens of each prompt.
-      logits_BV: logits after the last token of each prompt.
-    """
+    """Each layer's record of prompts, their numbers of tokens, and the logits after their last tokens."""
 
     layers: tuple[LayerRecord, ...]
     lengths_B: jax.Array
@@ -59,13 +53,13 @@ class _Recorder:
         del sizes
         return ()
 
-    def append(self, state: Any, *, form: AttentionForm, **shown: jax.Array) -> LayerRecord:
+    def append(self, state: Any, *, form: AttentionForm, **arrays: jax.Array) -> LayerRecord:
         if isinstance(state, LayerRecord):
-            shown = {
+            arrays = {
                 name: jnp.concatenate([getattr(state, name), new], axis=1)
-                for name, new in shown.items()
+                for name, new in arrays.items()
             }
-        return LayerRecord(form=form, **shown)
+        return LayerRecord(form=form, **arrays)
 
     def view(self, state: LayerRecord) -> KeyValues:
         return KeyValues(k_BSKH=state.k_BTKH, v_BSKH=state.v_BTKH, positions_BS=state.positions_BT)
@@ -76,10 +70,7 @@ class _Recorder:
 
 
 def record(model: Any, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> Recording:
-    """Returns a recording of prompts of lengths_B >= 1 tokens, padded on the right.
-
-    The model must have unrolled layers.
-    """
+    """Returns a recording of prompts of lengths_B >= 1 tokens, padded on the right; the model has unrolled layers."""
     logits_BV, layers = prefill(model, params, _Recorder(), tokens_BT, lengths_B, room=0)
     return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
 
@@ -91,16 +82,13 @@ def record_more(
     logits_BV, layers = read_on(
         model, params, _Recorder(), list(recording.layers), recording.lengths_B, tokens_BX, counts_B
     )
-    return Recording(
-        layers=tuple(layers),
-        lengths_B=recording.lengths_B + counts_B,
-        logits_BV=logits_BV,
-    )
+    lengths_B = recording.lengths_B + counts_B
+    return Recording(layers=tuple(layers), lengths_B=lengths_B, logits_BV=logits_BV)
 
 
 def whole(model: Any, policy: CachePolicy, recording: Recording) -> list[Any]:
     """Returns the policy's state of each layer after the whole prompt, uncompressed."""
-    return [_read(model, policy, shown, layer) for layer, shown in enumerate(recording.layers)]
+    return [_read(model, policy, layer, i) for i, layer in enumerate(recording.layers)]
 
 
 def compressed(
@@ -108,32 +96,24 @@ def compressed(
 ) -> list[Any]:
     """Returns the caches that `prefill` would return with this policy, with room for `room` more tokens."""
 
-    def one(shown: LayerRecord, layer: int) -> Any:
-        state = _read(model, policy, shown, layer)
+    def compressed_layer(layer: LayerRecord, index: int) -> Any:
+        state = _read(model, policy, layer, index)
         return policy.compress(state, length=room, dtype=cache_dtype)
 
     layers = recording.layers
     differs = isinstance(policy, (PyramidKV, Random))  # the computation depends on the layer
-    if differs or len({shown.form for shown in layers}) > 1:
-        return [one(shown, layer) for layer, shown in enumerate(layers)]
+    if differs or len({layer.form for layer in layers}) > 1:
+        return [compressed_layer(layer, i) for i, layer in enumerate(layers)]
     # Layers with the same computation are one loop, which compiles much faster.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    states = jax.lax.map(lambda shown: one(shown, 0), stacked)
+    states = jax.lax.map(lambda layer: compressed_layer(layer, 0), stacked)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(layers))]
 
 
-def _read(model: Any, policy: CachePolicy, shown: LayerRecord, layer: int) -> Any:
-    """Returns a layer's state after the recorded prompt."""
-    B, T = shown.k_BTKH.shape[:2]
-    state = policy.init(batch=B, length=T, **model.cache_sizes(layer))
-    return policy.append(
-        state,
-        k_BTKH=shown.k_BTKH,
-        v_BTKH=shown.v_BTKH,
-        positions_BT=shown.positions_BT,
-        q_BTNH=shown.q_BTNH,
-        form=shown.form,
-    )
+def _read(model: Any, policy: CachePolicy, layer: LayerRecord, index: int) -> Any:
+    B, T = layer.k_BTKH.shape[:2]
+    state = policy.init(batch=B, length=T, **model.cache_sizes(index))
+    return policy.append(state, **vars(layer))
 
 
 def decoding_policy(policy: CachePolicy) -> CachePolicy:
@@ -142,11 +122,8 @@ def decoding_policy(policy: CachePolicy) -> CachePolicy:
     Policies that only select tokens of a prompt decode like FullCache, so they can share programs.
     """
     kind: Any = type(policy)
-    alike = isinstance(policy, FullCache) and (kind.extend, kind.view) == (
-        FullCache.extend,
-        FullCache.view,
-    )
-    return FullCache() if alike else policy
+    alike = isinstance(policy, FullCache) and kind.extend == FullCache.extend
+    return FullCache() if alike and kind.view == FullCache.view else policy
 
 
 def answer(
@@ -160,16 +137,9 @@ def answer(
 ) -> Decoded:
     """Returns continuations of prompts of lengths_B tokens, from their compressed caches and last logits."""
     B = len(lengths_B)
+    active_B, keys_B = jnp.ones(B, bool), jax.random.split(jax.random.key(0), B)
     decoded, _ = decode(
-        model,
-        params,
-        policy,
-        logits_BV,
-        caches,
-        lengths_B,
-        jnp.ones(B, bool),
-        jax.random.split(jax.random.key(0), B),
-        settings,
+        model, params, policy, logits_BV, caches, lengths_B, active_B, keys_B, settings
     )
     return decoded
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.preference import topic_language
+from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
 from trainers.hooks import RunContext
-from trainers.preference.indicators.generator import Generator
 from trainers.train_state import TrainState
 
 

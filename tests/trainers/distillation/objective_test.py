@@ -371,7 +371,10 @@ def test_a_teacher_that_fits_passes(run):
     ("meta", "message"),
     [
         ({"vocabulary": "b" * 32}, "TEACHER: .*/5 was trained with another vocabulary"),
-        ({"start_token": 7}, r"TEACHER: .*begin otherwise .*set DOCUMENT_START = 0"),
+        (
+            {"start_token": 7},
+            r"TEACHER: .*begin with start_token = 0, .*with 7: set DOCUMENT_START = 0",
+        ),
         ({"add_bos": True}, r"TEACHER: .*add_bos False\) than this run's \(True"),
     ],
 )

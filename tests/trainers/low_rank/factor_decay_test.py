@@ -173,7 +173,7 @@ def test_no_decay_is_no_decay_of_adamw_either():
     made = optimizer(factor_decay.factor_decay(kind="none"), learning_rate=0.5)
     updates, _ = made.update(ZEROS, made.init(PARAMS), PARAMS)
     assert not updates["a"]["u"].any() and updates["b"]["kernel"].any()
-    with pytest.raises(ValueError, match="kind = 'nuclear' is none of"):
+    with pytest.raises(ValueError, match="kind = 'nuclear': choose from 'none'"):
         factor_decay.factor_decay(kind="nuclear")
 
 

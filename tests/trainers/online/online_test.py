@@ -19,13 +19,13 @@ from model.config import TransformerConfig
 from model.heads.actor_critic import ActorCritic
 from model.transformer import Transformer
 from trainers import initialise, partitioning
-from trainers.inputs import PackedPairs
+from trainers.inputs import PackedPairs, pack
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.objectives.lm import language_modelling
 from trainers.online import losses as policy_gradient
 from trainers.online.critic import Valued
 from trainers.online.groups import Groups
-from trainers.online.method import Samples, pack
+from trainers.online.method import Samples
 from trainers.online.pairs import BestOfTwo
 from trainers.online.policy_gradient import actor_critic
 from trainers.online.policy_gradient import policy_gradient as objective_of
@@ -360,7 +360,7 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     )
     stream = Prompts()
     stream.batch_size = 3
-    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 rows do not fit 3 prompts"):
+    with pytest.raises(RolloutError, match="BATCH_SIZE = 256 is not PROMPTS = 3 times"):
         Rollouts(**{**known, "stream": stream})
     with pytest.raises(RolloutError, match="UPDATES is 1 for the method, but 2"):
         Rollouts(**{**known, "stream": Prompts(updates=2)})
@@ -369,7 +369,7 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
             run.recipe, inputs=dataclasses.replace(METHODS["grpo"][0], kl=0.1)
         )
         Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=asks)})
-    with pytest.raises(RolloutError, match="no method of trainers/online"):
+    with pytest.raises(RolloutError, match="is not a method of trainers/online"):
         pairs = dataclasses.replace(run.recipe, inputs=PackedPairs({"targets": 8}))
         Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=pairs)})
     with pytest.raises(ValueError, match="SAMPLES = 1"):

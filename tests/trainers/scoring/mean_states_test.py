@@ -11,8 +11,7 @@ import pytest
 from model.config import TransformerConfig
 from model.embed import Positions
 from model.transformer import Transformer
-from trainers.scoring.mean_states import MeanStates
-from trainers.scoring.scoring import Row
+from trainers.scoring.scoring import MeanStates, Row
 
 V = 11
 

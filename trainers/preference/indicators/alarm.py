@@ -5,12 +5,14 @@ here are this project's choice.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
 from trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics
+_MEASURED = ("entropy", "mass", "llh_chosen")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """The first evaluation at which the rule raises an alarm.
-
-    Attributes:
-      step: step of that evaluation.
-      before: step of the previous evaluation.
-      reason: the reason, as a clause for messages.
-    """
+    """The first evaluation at which the rule raises an alarm, the one before it, and the reason, as a clause."""
 
     step: int
     before: int
@@ -65,23 +61,17 @@ class StoppingRule:
     mass_drop: float = 0.02
 
     def __post_init__(self):
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"StoppingRule.smoothing = {self.smoothing} must be in [0, 1).")
         if self.drops < 1:
             raise ValueError(f"StoppingRule.drops = {self.drops} must be at least 1.")
-        for name in ("entropy_drop", "mass_drop"):
+        for name in ("smoothing", "entropy_drop", "mass_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"StoppingRule.{name} = {getattr(self, name)} must be in [0, 1).")
 
     def __call__(self, readings: Sequence[Reading]) -> Alarm | None:
-        """Returns the first alarm of a run, or None; later readings never change an alarm.
-
-        Args:
-          readings: readings by step, beginning with step 0.
-        """
-        entropies = self._averages([reading.entropy for reading in readings])
-        masses = self._averages([reading.mass for reading in readings])
-        likelihoods = self._averages([reading.llh_chosen for reading in readings])
+        """Returns the first alarm of a run's readings, by step from 0, or None; later readings never change an alarm."""
+        entropies, masses, likelihoods = (
+            self._averages([getattr(reading, name) for reading in readings]) for name in _MEASURED
+        )
         for i in range(1, len(readings)):
             reason = self._entropy_falls(entropies[: i + 1], likelihoods[: i + 1])
             if reason is None and masses[i] < masses[0] - self.mass_drop:
@@ -94,10 +84,8 @@ class StoppingRule:
         return None
 
     def _averages(self, values: Sequence[float]) -> list[float]:
-        averages = list(values[:1])
-        for value in values[1:]:
-            averages.append(self.smoothing * averages[-1] + (1 - self.smoothing) * value)
-        return averages
+        weight = self.smoothing
+        return [*itertools.accumulate(values, lambda mean, x: weight * mean + (1 - weight) * x)]
 
     def _entropy_falls(
         self, entropies: Sequence[float], likelihoods: Sequence[float]
@@ -121,11 +109,7 @@ Rule = Callable[[Sequence[Reading]], Alarm | None]
 
 
 class Monitor:
-    """The readings of a run so far, and its alarm.
-
-    Attributes:
-      alarm: the rule's alarm for the readings so far, or None.
-    """
+    """The readings of a run so far, and `alarm`, the rule's alarm for them or None."""
 
     def __init__(self, rule: Rule, readings: Sequence[Reading] = ()):
         self._rule, self._readings = rule, list(readings)
@@ -133,7 +117,7 @@ class Monitor:
 
     @property
     def first_step(self) -> int | None:
-        """Returns the step of the first reading, or None."""
+        """Step of the first reading, or None."""
         return self._readings[0].step if self._readings else None
 
     def add(self, step: int, indicators: Mapping[str, float]) -> Alarm | None:
@@ -158,5 +142,4 @@ class Monitor:
 
 
 def _reading(step: int, indicators: Mapping[str, float]) -> Reading:
-    names = ("entropy", "mass", "llh_chosen")
-    return Reading(step=step, **{name: indicators[name] for name in names})
+    return Reading(step=step, **{name: indicators[name] for name in _MEASURED})

@@ -19,11 +19,9 @@ class PairStream(Protocol):
 
     def pairs(self) -> Iterable[tuple[str, Ids, Ids, Ids]]:
         """Yields (digest, prompt, chosen, rejected) once for each pair."""
-        ...
 
     def summary(self) -> Mapping[str, Any]:
         """Returns the 'kind' of the pairs, the 'start_token' before each prompt, and the 'vocabulary'."""
-        ...
 
 
 class HeldOut(NamedTuple):
@@ -57,7 +55,6 @@ def read(
 
     Args:
       open_stream: opens the pairs of a task; called with (task=).
-      tasks: names of the tasks.
       num_pairs: maximum number of pairs; None for all.
       num_prompts: maximum number of prompts, taken first from these pairs and then from the other pairs.
 
@@ -75,7 +72,10 @@ def read(
                 "that are held out, registered with kind = 'paired'."
             )
         starts.add(facts["start_token"])
-        by_digest.update((digest, Pair(*map(_ids, ids))) for digest, *ids in stream.pairs())
+        by_digest.update(
+            (digest, Pair(*(tuple(map(int, side)) for side in ids)))
+            for digest, *ids in stream.pairs()
+        )
     if not by_digest:
         raise ValueError(
             f"PreferenceIndicators.tasks = {list(tasks)}: no pairs are held out. Give the tasks validation_files, or "
@@ -83,7 +83,7 @@ def read(
         )
     if len(starts) > 1:
         raise ValueError(
-            "PreferenceIndicators.tasks differ in their start_token: name tasks with the same one."
+            f"PreferenceIndicators.tasks have different start tokens {starts}: name tasks with the same one."
         )
     pairs = [by_digest[digest] for digest in sorted(by_digest)]
     first: dict[tuple[int, ...], Pair] = {}
@@ -96,7 +96,3 @@ def read(
         () if start is None else (int(start),),
         facts["vocabulary"]["digest"],
     )
-
-
-def _ids(ids: Ids) -> tuple[int, ...]:
-    return tuple(int(id) for id in ids)

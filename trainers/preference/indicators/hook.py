@@ -17,16 +17,15 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
-from trainers.hooks import GivenUpError, RunContext
+from trainers.hooks import HookInterruptedError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
-from trainers.preference.indicators.generator import Generator
-from trainers.preference.indicators.measures import Judge
 from trainers.preference.indicators.reader import TOP_K, Reader
-from trainers.rewards.base import Completion, Reward, StoredReward
+from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.scoring.scoring import Row
 from trainers.train_state import TrainState
 
@@ -61,7 +60,6 @@ class PreferenceIndicators:
         at the first evaluation, before the first update.
       rule: decides when to raise the alarm.
       stop: 'alarm' ends the run at the alarm; with 'never' it continues.
-      seed: seed of sampling.
 
     Raises:
       ValueError: settings that contradict each other, no pairs, a vocabulary without EOS, or a reference that does not
@@ -134,10 +132,11 @@ class PreferenceIndicators:
         self._monitor = Monitor.recovered(
             self.rule, os.path.join(self.run.path, "metrics.jsonl"), self.run.step
         )
-        reward = self.reward
-        if isinstance(reward, StoredReward):
-            reward = reward.on(program.mesh, program.rules)
-        self._judge = None if reward is None else Judge(reward, self._competing())
+        if self.reward is not None:
+            self._reward = on_mesh(self.reward, program.mesh, program.rules)
+            # The competitor's rewards; None until the first evaluation, whose outputs then compete.
+            competing = self._competing()
+            self._competing_N = None if competing is None else self._rewards(competing)
 
     @property
     def ended(self) -> bool:
@@ -150,7 +149,7 @@ class PreferenceIndicators:
         del metrics
         params = state.released_params
         params = self.run.program.recipe.language_model.inference_params(params)
-        with _progress(self._batches, f"indicators at step {step}", self.run.give_up) as done:
+        with _progress(self._batches, f"indicators at step {step}", self.run.should_stop) as done:
             indicators = self._pair_indicators(params, done)
             outputs = self._generator(params, step, done=done)
             indicators |= self._output_indicators(params, step, outputs, done)
@@ -158,55 +157,55 @@ class PreferenceIndicators:
         return {PREFIX + name: value for name, value in indicators.items() if not np.isnan(value)}
 
     def _pair_indicators(self, params: Any, done: Callable[[], None]) -> dict[str, float]:
-        """Returns the indicators on held-out completions."""
         readings = self._reader(params, [*self._chosen, *self._rejected], done=done)
         chosen, rejected = readings[: len(self._chosen)], readings[len(self._chosen) :]
-        likely, unlikely = (_mean(one.mean_log_prob for one in side) for side in (chosen, rejected))
+        likely, unlikely = (_mean(row.mean_log_prob for row in side) for side in (chosen, rejected))
         indicators = {
             "llh_chosen": likely,
             "llh_rejected": unlikely,
             "llh_gap": likely - unlikely,
-            "entropy_chosen": _mean(one.entropy for one in chosen),
-            "mass_chosen": _mean(one.mass for one in chosen),
+            "entropy_chosen": _mean(row.entropy for row in chosen),
+            "mass_chosen": _mean(row.mass for row in chosen),
         }
         if self.reference is not None:
-            indicators["llh_distance"] = measures.likelihood_distance(
-                np.array([one.mean_log_prob for one in chosen]), self._reference_of_chosen
-            )
+            policy_N = np.array([row.mean_log_prob for row in chosen])
+            distance = measures.likelihood_distance(policy_N, self._reference_of_chosen)
+            indicators["llh_distance"] = distance
         return indicators
 
     def _output_indicators(
         self, params: Any, step: int, outputs: Sequence[list[int]], done: Callable[[], None]
     ) -> dict[str, float]:
         """Returns the indicators on the policy's outputs, by policy, reference and reward; writes the outputs to a file."""
-        rows = [self._row(*pair) for pair in zip(self._prompts, outputs, strict=True)]
+        pairs = list(zip(self._prompts, outputs, strict=True))
+        rows = [self._row(*pair) for pair in pairs]
         readings = self._reader(params, rows, done=done)
-        pairs = zip(self._prompts, outputs, strict=True)
-        completions = [self._texts.completion(prompt, tokens) for prompt, tokens in pairs]
+        completions = [self._texts.completion(*pair) for pair in pairs]
         numbers: list[dict[str, float]] = [
-            {"entropy": one.entropy, "mass": one.mass} for one in readings
+            {"entropy": row.entropy, "mass": row.mass} for row in readings
         ]
+        texts = [completion.tokens for completion in completions]
         indicators = {
-            "entropy": _mean(one.entropy for one in readings),
-            "mass": _mean(one.mass for one in readings),
-            "ead": measures.diversity(
-                [one.tokens for one in completions], vocab_size=self._num_ids
-            ),
-            "length": _mean(one.length for one in readings),
-            "ended": _mean(one.ended for one in completions),
+            "entropy": _mean(row.entropy for row in readings),
+            "mass": _mean(row.mass for row in readings),
+            "ead": measures.diversity(texts, vocab_size=self._num_ids),
+            "length": _mean(row.length for row in readings),
+            "ended": _mean(completion.ended for completion in completions),
         }
         if self.reference is not None:
             theirs = self._reference_reader(self._reference_params, rows, done=done)
-            ours_N, theirs_N = (
-                np.array([one.log_prob for one in side]) for side in (readings, theirs)
+            policy_N, reference_N = (
+                np.array([row.log_prob for row in side]) for side in (readings, theirs)
             )
-            indicators["kl"] = measures.sampled_divergence(ours_N, theirs_N)
-            for row, ratio in zip(numbers, ours_N - theirs_N, strict=True):
+            indicators["kl"] = measures.sampled_divergence(policy_N, reference_N)
+            for row, ratio in zip(numbers, policy_N - reference_N, strict=True):
                 row["log_ratio"] = float(ratio)
-        if self._judge is not None:
-            rewards_N = self._judge.rewards(self._with_info(completions))
+        if self.reward is not None:
+            rewards_N = self._rewards(completions)
+            if self._competing_N is None:
+                self._competing_N = rewards_N
             indicators["reward"] = float(np.mean(rewards_N, dtype=np.float64))
-            indicators["p_win"] = self._judge.win_probability(rewards_N)
+            indicators["p_win"] = measures.win_probability(rewards_N, self._competing_N)
             for row, reward in zip(numbers, rewards_N, strict=True):
                 row["reward"] = float(reward)
         if self.run.writer:
@@ -228,30 +227,26 @@ class PreferenceIndicators:
 
     def _advice(self, alarm: Alarm) -> str:
         best = "the best mean reward" if self.reward is not None else f"step {alarm.before}"
-        end = (
-            "The run ends here."
-            if self.stop == "alarm"
-            else "The run goes on; INDICATORS_STOP = 'alarm' would end it here."
-        )
+        end = "continues; INDICATORS_STOP = 'alarm' would end it here"
         return (
-            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. {end} Release the checkpoint of {best} (kept "
-            "where checkpoints are as frequent as indicators), or train again with a larger BETA, an NLL term in "
-            "LOSSES or a lower LEARNING_RATE."
+            f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. The run "
+            f"{'ends here' if self.stop == 'alarm' else end}. Release the checkpoint of {best} (saved if checkpoints are "
+            "as frequent as indicators), or train again with a larger BETA, an NLL term in LOSSES or a lower LEARNING_RATE."
         )
 
     def _competing(self) -> list[Completion] | None:
-        """Returns the competitor's outputs; None before the first evaluation, which will write them."""
         path: str | os.PathLike | None = self.competitor
         if path is None and self._monitor.first_step is not None:
             path = samples.path_of(self.run.path, self._monitor.first_step)
         if path is None:
             return None
-        return self._with_info(samples.competitor(path, self._prompts, self._texts))
+        return samples.competitor(path, self._prompts, self._texts)
 
-    def _with_info(self, completions: Sequence[Completion]) -> list[Completion]:
-        """Returns the completions with the texts of their pairs as info, for verifiers."""
+    def _rewards(self, completions: Sequence[Completion]) -> np.ndarray:
+        """Returns rewards of completions, with the texts of their pairs as info for verifiers."""
         pairs = zip(completions, self._infos, strict=True)
-        return [dataclasses.replace(completion, info=info) for completion, info in pairs]
+        with_info = [dataclasses.replace(completion, info=info) for completion, info in pairs]
+        return finite_rewards(self._reward, with_info, macro="INDICATORS_REWARD")
 
     @functools.cached_property
     def _reference_reader(self) -> Reader:
@@ -300,16 +295,16 @@ class PreferenceIndicators:
             )
         if self.vocabulary is None:
             raise ValueError(
-                "PreferenceIndicators.vocabulary is None: bind VOCABULARY, that of the pairs."
+                "PreferenceIndicators.vocabulary is None: bind VOCABULARY, the vocabulary of the pairs."
             )
         if not self._ends():
             raise ValueError(
-                "PreferenceIndicators: the vocabulary has no EOS, so that outputs would not end: give eos_ids."
+                "PreferenceIndicators: the vocabulary has no EOS, so outputs would not end: give eos_ids."
             )
         if self.competitor is not None and self.reward is None:
             raise ValueError(
-                "PreferenceIndicators.competitor without a reward: nothing compares with it. Bind INDICATORS_REWARD, "
-                "or leave INDICATORS_COMPETITOR None."
+                "PreferenceIndicators.competitor is set without a reward to compare it by: bind INDICATORS_REWARD, or set "
+                "INDICATORS_COMPETITOR = None."
             )
 
 
@@ -319,17 +314,11 @@ def _mean(values: Any) -> float:
 
 @contextlib.contextmanager
 def _progress(
-    batches: int, name: str, give_up: Callable[[int], bool]
+    batches: int, name: str, should_stop: Callable[[int], bool]
 ) -> Iterator[Callable[[], None]]:
     """Shows a bar over the batches of an evaluation that takes long; yields a function to call after each batch.
 
-    Args:
-      batches: number of batches.
-      name: label of the bar.
-      give_up: see `RunContext`; called after each batch.
-
-    Raises:
-      GivenUpError: `give_up` returned True after a batch.
+    The function raises HookInterruptedError if `should_stop`, a `RunContext.should_stop`, returns True after a batch.
     """
     with tqdm(
         total=batches,
@@ -343,7 +332,7 @@ def _progress(
 
         def done() -> None:
             bar.update()
-            if give_up(next(counted)):
-                raise GivenUpError(f"{name} given up")
+            if should_stop(next(counted)):
+                raise HookInterruptedError(f"{name} interrupted")
 
         yield done

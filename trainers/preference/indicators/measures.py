@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainers.rewards.base import Completion, Reward, finite_rewards
-
 
 def distinct_ngrams(outputs: Sequence[Sequence[int]], *, n: int, vocab_size: int) -> float:
     """Returns expectation-adjusted distinct n-grams (arXiv 2202.13587) over all outputs together.
@@ -28,8 +26,8 @@ def diversity(
 ) -> float:
     """Returns the paper's EAD: `distinct_ngrams` averaged over the n for which any output has n tokens."""
     values = [distinct_ngrams(outputs, n=n, vocab_size=vocab_size) for n in sizes]
-    there = [value for value in values if not math.isnan(value)]
-    return float(np.mean(there)) if there else math.nan
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
 
 
 def win_probability(policy_N: np.ndarray, competitor_N: np.ndarray) -> float:
@@ -61,26 +59,3 @@ def pearson(x_N: Sequence[float], y_N: Sequence[float]) -> float:
     x, y = (np.asarray(values, np.float64) - np.mean(values) for values in (x_N, y_N))
     norm = math.sqrt(float(np.dot(x, x) * np.dot(y, y)))
     return float(np.dot(x, y)) / norm if norm else math.nan
-
-
-class Judge:
-    """Compares a policy's outputs with a competitor's by a reward; both have one output per prompt.
-
-    Args:
-      reward: scores outputs.
-      competing: the competitor's outputs; None to use the policy's outputs of the first call.
-    """
-
-    def __init__(self, reward: Reward, competing: Sequence[Completion] | None):
-        self._reward = reward
-        self._competing_N = None if competing is None else self.rewards(competing)
-
-    def rewards(self, outputs: Sequence[Completion]) -> np.ndarray:
-        """Returns rewards, float32 [N]; raises ValueError if one is not a finite number."""
-        return finite_rewards(self._reward, outputs, macro="INDICATORS_REWARD")
-
-    def win_probability(self, rewards_N: np.ndarray) -> float:
-        """Returns P_win of outputs with these rewards, against the competitor or, without one, the first call's rewards."""
-        if self._competing_N is None:
-            self._competing_N = rewards_N
-        return win_probability(rewards_N, self._competing_N)

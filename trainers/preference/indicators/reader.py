@@ -14,13 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from model.kernels.cross_entropy import map_tokens
 from model.kernels.vocab_logits import LogitForm
-from trainers.decoding.buckets import batches_by_length
+from trainers.decoding.buckets import in_order
 from trainers.objectives.forward import frozen_forward
-from trainers.scoring.scoring import Row, padded
+from trainers.scoring.scoring import Batched, Row, scored_columns
 
 _SHORTEST = 64
 TOP_K = 10  # the paper's value; entropies are at most log2(10) = 3.32 bits
@@ -69,15 +69,10 @@ def read_tokens(
     """Returns the readings of all tokens, computed a chunk of tokens at a time (see `map_tokens`).
 
     Args:
-      h_TD: hidden states.
       head_VD: rows of the output matrix, cast to the dtype of h.
       targets_T: ids in [0, V).
-      k: number of likeliest tokens.
       logit_scale, softcap: see `weighted_cross_entropy`.
-      chunk: tokens at a time, see `chunk_size`.
-
-    Raises:
-      ValueError: k or chunk below 1.
+      chunk: tokens at a time.
     """
     if k < 1:
         raise ValueError(f"k = {k} must be at least 1.")
@@ -99,7 +94,6 @@ class Readings:
 
     Attributes:
       log_prob: natural logarithm of its probability.
-      length: number of its tokens.
       entropy, mass: means over its tokens, see `TokenReadings`.
     """
 
@@ -121,14 +115,9 @@ class Reader:
       model: a decoder-only module.
       batch_size: rows at a time, a multiple of the mesh's parts of a batch.
       sharding: of the rows of a batch.
-      k: number of likeliest tokens.
     """
 
     def __init__(self, model: Any, *, batch_size: int, sharding: NamedSharding, k: int = TOP_K):
-        self._max_length = model.max_length
-        self._batch_size = batch_size
-        self._sharding = sharding
-
         def read(params: Any, batch: dict[str, jax.Array]) -> TokenReadings:
             out = frozen_forward(model, params, batch)
             readings = read_tokens(
@@ -142,51 +131,51 @@ class Reader:
             shape = batch["decoder_target_tokens"].shape
             return jax.tree.map(lambda x: x.reshape(shape), readings)
 
-        self._read = jax.jit(read, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+        self._batch_size = batch_size
+        self._read = Batched(
+            read,
+            scored_columns,
+            model,
+            batch_size=batch_size,
+            sharding=sharding,
+            bucket=_power_of_two,
+        )
 
     def batches(self, count: int) -> int:
         """Returns the number of batches for `count` sequences."""
         return -(-count // self._batch_size)
 
     def __call__(
-        self,
-        params: Any,
-        sequences: Sequence[Row],
-        *,
-        done: Callable[[], None] = lambda: None,
+        self, params: Any, rows: Sequence[Row], *, done: Callable[[], None] = lambda: None
     ) -> list[Readings]:
-        """Returns readings of sequences, in their order.
+        """Returns readings of rows with a context and at least one target, in their order.
 
         Args:
-          params: parameters of the model.
-          sequences: sequences, each with a context and at least one target.
           done: called after each batch.
 
         Raises:
-          ValueError: a sequence longer than the model's learned positions.
+          ValueError: a row is longer than the model's learned positions.
         """
-        limit = self._max_length
-        # The last target is not an input.
-        lengths = [len(one.context) + len(one.targets) - 1 for one in sequences]
+        limit, lengths = self._read.limit, [row.inputs for row in rows]
         if limit is not None and max(lengths, default=0) > limit:
             raise ValueError(
-                f"A held-out pair or a prompt with what follows has {max(lengths)} tokens, but the model learned "
+                f"A held-out pair, or a prompt with its output, has {max(lengths)} tokens, but the model learned "
                 f"only {limit} positions. Lower max_new_tokens, or the max_length of the held-out pairs."
             )
-        by_index: dict[int, Readings] = {}
-        for batch in batches_by_length(lengths, self._batch_size):
-            longest = max(_SHORTEST, 1 << (lengths[batch[0]] - 1).bit_length())
-            longest = longest if limit is None else min(longest, limit)
-            columns = padded([sequences[i] for i in batch], self._batch_size, longest)
-            placed = jax.device_put(columns, self._sharding)
-            readings: TokenReadings = jax.device_get(self._read(params, placed))
-            for b, i in enumerate(batch):
-                places = slice(len(sequences[i].context) - 1, lengths[i])
-                by_index[i] = Readings(
-                    log_prob=float(readings.log_probs[b, places].sum(dtype=np.float64)),
-                    length=len(sequences[i].targets),
-                    entropy=float(readings.entropies[b, places].mean(dtype=np.float64)),
-                    mass=float(readings.masses[b, places].mean(dtype=np.float64)),
-                )
-            done()
-        return [by_index[i] for i in range(len(sequences))]
+
+        def means(row: Row, tokens: TokenReadings) -> Readings:
+            places = slice(len(row.context) - 1, row.inputs)
+            return Readings(
+                log_prob=float(tokens.log_probs[places].sum(dtype=np.float64)),
+                length=len(row.targets),
+                entropy=float(tokens.entropies[places].mean(dtype=np.float64)),
+                mass=float(tokens.masses[places].mean(dtype=np.float64)),
+            )
+
+        readings = self._read(params, rows, lengths, done=done)
+        return list(in_order((i, means(rows[i], tokens)) for i, tokens in readings))
+
+
+def _power_of_two(length: int, *, limit: int | None) -> int:
+    longest = max(_SHORTEST, 1 << (length - 1).bit_length())
+    return longest if limit is None else min(longest, limit)

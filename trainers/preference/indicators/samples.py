@@ -8,12 +8,14 @@ this run's vocabulary, and "text" the output.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from trainers.checkpoints import step_dir
 from trainers.rewards.base import Completion
 from trainers.telemetry import metric_writers
 
@@ -38,13 +40,8 @@ class Texts:
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of all ids. SeqIO's `decode` would stop at the first EOS within a multi-turn prompt."""
-        parts: list[list[int]] = [[]]
-        for id in ids:
-            if id == self.vocabulary.eos_id:
-                parts.append([])
-            else:
-                parts[-1].append(id)
-        return "".join(self.vocabulary.decode(part) for part in parts)
+        turns = itertools.groupby(ids, lambda id: id == self.vocabulary.eos_id)
+        return "".join(self.vocabulary.decode(list(turn)) for is_end, turn in turns if not is_end)
 
     def completion(self, prompt: Sequence[int], tokens: Sequence[int]) -> Completion:
         """Returns generated tokens as a `Completion`, the input of a reward."""
@@ -66,17 +63,13 @@ class Texts:
     def read_row(self, row: Mapping[str, Any]) -> tuple[tuple[int, ...] | str, Completion]:
         """Returns (prompt as in the row: ids or text, completion); raises KeyError or TypeError for a malformed row."""
         prompt, ended = row["prompt"], row.get("ended", "eos") != "length"
-        if isinstance(prompt, str):
-            # Its ids may be of another vocabulary.
-            return prompt, Completion(prompt=(), tokens=self._encode(row["text"]), ended=ended)
-        ids = tuple(int(id) for id in prompt)
-        tokens = [int(id) for id in row["tokens"]] if "tokens" in row else self._encode(row["text"])
-        if tokens and tokens[-1] in self.ends:
-            tokens = tokens[:-1]
-        return ids, Completion(prompt=ids, tokens=tuple(tokens), ended=ended)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(int(id) for id in self.vocabulary.encode(text))
+        if isinstance(prompt, str):  # the row's tokens may be of another vocabulary
+            tokens = tuple(map(int, self.vocabulary.encode(row["text"])))
+            return prompt, Completion(prompt=(), tokens=tokens, ended=ended)
+        ids = tuple(map(int, prompt))
+        tokens = row["tokens"] if "tokens" in row else self.vocabulary.encode(row["text"])
+        completion = self.completion(ids, tuple(map(int, tokens)))
+        return ids, dataclasses.replace(completion, ended=ended)
 
 
 def path_of(run: str | os.PathLike, step: int) -> pathlib.Path:
@@ -88,10 +81,8 @@ def write(run: str | os.PathLike, step: int, rows: Sequence[Mapping[str, Any]]) 
     """Writes all outputs of a step, replacing earlier ones."""
     path = path_of(run, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    step_dir.write_file(path, "".join(lines).encode())
 
 
 def competitor(
@@ -104,7 +95,7 @@ def competitor(
     """
     if not os.path.exists(path):
         raise CompetitorError(
-            f"The competitor's outputs, {path}, do not exist. Those of the policy at step 0 are written when a run "
+            f"The competitor's outputs, {path}, do not exist. A run writes the outputs of its policy at step 0 when it "
             "begins: start in another MODEL_DIR, or name a file by INDICATORS_COMPETITOR."
         )
     by_prompt: dict[tuple[int, ...] | str, Completion] = {}

@@ -17,12 +17,25 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
 from trainers.preference.losses.divergence import Divergence, reverse_kl
-from trainers.preference.losses.logistic import logistic
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_choice, check_positive, check_smoothing
 
 Reduction = Literal["sum", "mean"]
 Scale = Literal["paper", "trl"]
+
+
+def logistic(logits: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """-(1 - eps) log sigma(z) - eps log sigma(-z), of the shape of z.
+
+    Args:
+      logits: z, the log-odds that the chosen completion is preferred.
+      label_smoothing: eps, the assumed share of swapped labels, in [0, 0.5). With DPO's z this is cDPO
+        (https://ericmitchell.ai/cdpo.pdf).
+    """
+    check_smoothing(label_smoothing)
+    if not label_smoothing:
+        return -log_sigmoid(logits)
+    return -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)
 
 
 def dpo(
@@ -35,9 +48,8 @@ def dpo(
     """-log sigma(z): DPO (arXiv 2305.18290, eq. 7); cDPO with `label_smoothing`, which TRL no longer has.
 
     Args:
-      pairs: log-probabilities by policy and reference.
       beta: strength of the penalty on the divergence from the reference.
-      label_smoothing: assumed share of pairs with swapped labels, in [0, 0.5).
+      label_smoothing: see `logistic`.
       divergence: the divergence that is penalised (arXiv 2309.16240).
     """
     check_positive(beta=beta)
@@ -74,17 +86,16 @@ def ipo(
     """(tau Delta - 1/2)^2: IPO (arXiv 2310.12036, eq. 17; this form arXiv 2410.11677), with its minimum at Delta = 1 / (2 tau).
 
     Args:
-      pairs: log-probabilities by policy and reference.
+      pairs, divergence: see `dpo`.
       tau: strength of the penalty on the divergence from the reference; TRL's beta.
       reduction: 'sum' as in the papers; with 'mean', c and r are divided by n_w and n_l, as TRL does on the advice of
         IPO's authors. The same tau then penalises about n times as strongly.
       scale: 'trl' is (Delta - 1 / (2 tau))^2, the paper's loss divided by tau^2. TRL's loss is 'mean' and 'trl'.
-      divergence: the divergence that is penalised.
     """
     check_positive(tau=tau)
     check_choice("reduction", reduction, get_args(Reduction))
     check_choice("scale", scale, get_args(Scale))
-    margin = (_margin if reduction == "sum" else _margin_of_means)(pairs, divergence)
+    margin = _margin(pairs, divergence, per_token=reduction == "mean")
     if scale == "paper":
         return jnp.square(tau * margin - 0.5)
     return jnp.square(margin - 0.5 / tau)
@@ -139,7 +150,7 @@ def sigmoid_norm(
 ) -> jax.Array:
     """-log sigma(beta (c / n_w - r / n_l)): DPO normalised by length (Tulu 3, arXiv 2411.15124)."""
     check_positive(beta=beta)
-    return -log_sigmoid(beta * _margin_of_means(pairs, divergence))
+    return -log_sigmoid(beta * _margin(pairs, divergence, per_token=True))
 
 
 def dpop(pairs: PairLogProbs, *, beta: float = 0.1, penalty: float = 50.0) -> jax.Array:
@@ -153,20 +164,14 @@ def dpop(pairs: PairLogProbs, *, beta: float = 0.1, penalty: float = 50.0) -> ja
     return -log_sigmoid(beta * (pairs.margin - penalty * fallen))
 
 
-def _scores(pairs: PairLogProbs, divergence: Divergence) -> tuple[jax.Array, jax.Array]:
+def _margin(pairs: PairLogProbs, divergence: Divergence, *, per_token: bool = False) -> jax.Array:
+    """Returns the chosen completion's score minus the rejected one's, each divided by its length if `per_token`."""
     if not callable(divergence):
         raise ValueError(
             f"divergence = {divergence!r} must be a function of a log-ratio: bind one of "
             "trainers/preference/losses/divergence.py, such as @divergence.js."
         )
-    return divergence(pairs.chosen_log_ratio), divergence(pairs.rejected_log_ratio)
-
-
-def _margin(pairs: PairLogProbs, divergence: Divergence) -> jax.Array:
-    chosen, rejected = _scores(pairs, divergence)
+    chosen, rejected = divergence(pairs.chosen_log_ratio), divergence(pairs.rejected_log_ratio)
+    if per_token:
+        return chosen / pairs.chosen_length - rejected / pairs.rejected_length
     return chosen - rejected
-
-
-def _margin_of_means(pairs: PairLogProbs, divergence: Divergence) -> jax.Array:
-    chosen, rejected = _scores(pairs, divergence)
-    return chosen / pairs.chosen_length - rejected / pairs.rejected_length

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 
+from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.divergence import box_cox
-from trainers.preference.losses.logistic import logistic
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_positive
 
@@ -33,10 +33,9 @@ def simpo(
     """-log sigma(beta (a_w - a_l) - gamma): SimPO (arXiv 2405.14734, eq. 6).
 
     Args:
-      pairs: log-probabilities by the policy.
       beta: scale of the rewards; means per token need a larger one than sums.
       gamma: required margin, in units of the logit; half of beta is a usual value. TRL's default is 0.5.
-      label_smoothing: see `direct.dpo`.
+      label_smoothing: see `direct.logistic`.
     """
     check_positive(beta=beta)
     return logistic(beta * (pairs.chosen_mean - pairs.rejected_mean) - gamma, label_smoothing)
@@ -53,8 +52,7 @@ def alpha_po(
     """SimPO with rewards (1 - p^-alpha) / alpha in place of log p = a: AlphaPO (arXiv 2501.03884).
 
     Args:
-      pairs: log-probabilities by the policy.
-      beta, gamma, label_smoothing: see `simpo`.
+      pairs, beta, gamma, label_smoothing: see `simpo`.
       alpha: shape of the reward; 0 gives log p, and positive values penalise improbable completions more than log p.
     """
     check_positive(beta=beta)

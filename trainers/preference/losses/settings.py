@@ -9,7 +9,7 @@ def check_positive(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise ValueError(
-                f"{name} = {value} must be positive and finite: bind another number, or leave it at its default."
+                f"{name} = {value} must be positive and finite: bind another number, or do not bind it."
             )
 
 
@@ -28,8 +28,8 @@ def check_smoothing(label_smoothing: float, *, may_be_zero: bool = True) -> None
     if not (enough and label_smoothing < 0.5):
         interval = "[0, 0.5)" if may_be_zero else "(0, 0.5)"
         raise ValueError(
-            f"label_smoothing = {label_smoothing} must lie in {interval}, the share of labels that are wrong: "
-            "swap chosen and rejected if most of them are."
+            f"label_smoothing = {label_smoothing}, the share of wrong labels, must lie in {interval}: "
+            "swap chosen and rejected if most labels are wrong."
         )
 
 

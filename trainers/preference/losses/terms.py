@@ -15,7 +15,6 @@ def nll(pairs: PairLogProbs, *, reduction: NllReduction = "mean") -> jax.Array:
     """Negative log-likelihood of the chosen completion.
 
     Args:
-      pairs: log-probabilities by the policy.
       reduction: 'mean' is the mean over each completion's tokens, so that all pairs have equal weight; 'sum' is the sum
         over its tokens; with 'tokens', the mean over all pairs is the mean over all their tokens (TRL's `sft`).
     """

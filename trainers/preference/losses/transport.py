@@ -8,7 +8,7 @@ weight 0 are sorted last, so that they are compared only with each other. Shapes
 import jax
 import jax.numpy as jnp
 
-from trainers.preference.losses.logistic import logistic
+from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_positive
 

@@ -35,7 +35,7 @@ def kto(
     check_not_negative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if not (desirable_weight or undesirable_weight):
         raise ValueError(
-            "desirable_weight and undesirable_weight are both 0, which trains nothing: give one of them weight."
+            "desirable_weight and undesirable_weight are both 0, which trains nothing: make one positive."
         )
     desirable = _desirable(pairs)
     total = (pairs.rejected_log_ratio * pairs.weights).sum()

@@ -19,8 +19,8 @@ def of_batch(batch: Batch, sums_BS: jax.Array, reference_BS: jax.Array | None) -
 
     def sides(values_BS: jax.Array, empty: float) -> tuple[jax.Array, jax.Array]:
         chosen_rejected_P2 = values_BS.astype(jnp.float32).reshape(-1, 2)
-        kept_P2 = jnp.where(weights_P[:, None] > 0, chosen_rejected_P2, empty)
-        return kept_P2[:, 0], kept_P2[:, 1]
+        filled_P2 = jnp.where(weights_P[:, None] > 0, chosen_rejected_P2, empty)
+        return filled_P2[:, 0], filled_P2[:, 1]
 
     chosen_P, rejected_P = sides(sums_BS, _EMPTY)
     chosen_length_P, rejected_length_P = sides(lengths_BS, 1.0)
@@ -49,18 +49,20 @@ def tails_weighted(batch: Batch, weight: float) -> Batch:
     """
     counted_BT = batch["decoder_loss_weights"]
     segments = 2 * batch["pair_weights"].shape[-1]
-    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments) * counted_BT[..., None]
-    lengths_BK2 = mine_BTS.sum(1).reshape(len(counted_BT), -1, 2)
+    member_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments) * counted_BT[..., None]
+    lengths_BK2 = member_BTS.sum(1).reshape(len(counted_BT), -1, 2)
     shared_BS = jnp.repeat(lengths_BK2.min(-1), 2, axis=1)
-    past_BTS = jnp.cumsum(mine_BTS, axis=1) > shared_BS[:, None]
-    tail_BT = (past_BTS * mine_BTS).sum(-1) > 0
+    past_BTS = jnp.cumsum(member_BTS, axis=1) > shared_BS[:, None]
+    tail_BT = (past_BTS * member_BTS).sum(-1) > 0
     return {**batch, "decoder_loss_weights": jnp.where(tail_BT, weight * counted_BT, counted_BT)}
 
 
-def by_completion(batch: Batch, values_BT: jax.Array) -> jax.Array:
-    """Returns weighted sums over the tokens of each completion, [B, 2K]."""
+def by_completion(
+    batch: Batch, values_BT: jax.Array, weights: str = "decoder_loss_weights"
+) -> jax.Array:
+    """Returns sums over the tokens of each completion, [B, 2K], weighted by a column of the batch."""
     segments = 2 * batch["pair_weights"].shape[-1]
     # Weights are 0 at prompts and padding; segment 0 (padding) becomes an all-zero one-hot row.
-    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
-    counted_BT = values_BT * batch["decoder_loss_weights"].astype(jnp.float32)
-    return jnp.einsum("bt,bts->bs", counted_BT, mine_BTS)
+    member_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
+    counted_BT = values_BT * batch[weights].astype(jnp.float32)
+    return jnp.einsum("bt,bts->bs", counted_BT, member_BTS)

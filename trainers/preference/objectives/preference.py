@@ -5,7 +5,7 @@ Shapes: B rows, K pairs of a row, S = 2 K, P = B K pairs of a batch.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
-from trainers.objectives.forward import forward, source_losses
+from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
@@ -57,30 +57,19 @@ def preference(
       ld_alpha: weight of the log-probabilities of tokens past the length of the pair's shorter completion, for policy
         and reference: LD-DPO (arXiv 2409.06411); 1 is DPO. Metrics use the same weights.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
-
-    Raises:
-      ValueError: no losses, not one weight per loss, a negative weight, or an invalid setting.
     """
-    names, of_single = _checked(losses, weights)
+    names, factors, of_single = _checked(losses, weights)
     if ld_alpha != 1:
         _check_tails(ld_alpha, losses, live=reference is not None, of_single=of_single)
-    factors = [1.0] * len(losses) if weights is None else list(weights)
 
-    def loss_fn(
-        params: Any,
-        batch: Batch,
-        rng: jax.Array | None,
-        *,
-        variables: Mapping[str, Any],
-        extras: Any,
-    ) -> LossOut:
+    def loss_fn(out: Forward, extras: Any) -> LossOut:
+        batch = out.batch
         if "pair_labels" in batch and not of_single:
             raise ValueError(
                 f"The data are single completions with labels (PAIRS_KIND = 'unpaired'), and {', '.join(names)} "
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/preference/losses/unpaired.py."
             )
         scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
-        out = forward(model, params, scored, rng, variables)
         log_probs_BT = out.log_probs_BT(implementation=implementation)
         sums_BS = completions.by_completion(scored, log_probs_BT)
         if reference is None:  # stored log-probabilities are of whole completions, without ld_alpha
@@ -107,7 +96,7 @@ def preference(
         metrics |= source_losses(batch, loss_P, pairs.weights, num_sources)
         return out.loss_out(loss_P.sum(), weight, metrics)
 
-    return Objective(loss_fn=loss_fn, stored_extras=reference)
+    return forward_objective(model, loss_fn, stored_extras=reference)
 
 
 def _metrics(pairs: PairLogProbs) -> Metrics:
@@ -153,8 +142,10 @@ def _unpaired_metrics(pairs: PairLogProbs, labels: jax.Array) -> Metrics:
     }
 
 
-def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tuple[list[str], bool]:
-    """Returns the names of the losses, and whether they are losses of single labelled completions.
+def _checked(
+    losses: Sequence[PairLoss], weights: Sequence[float] | None
+) -> tuple[list[str], list[float], bool]:
+    """Returns the losses' names and weights, and whether they are losses of single labelled completions.
 
     Each loss is traced on one pair, so a wrong setting raises at once.
     """
@@ -162,8 +153,11 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tup
         raise ValueError(
             "LOSSES is empty: name functions of trainers/preference/losses/, such as @direct.dpo."
         )
-    if weights is not None and len(weights) != len(losses):
-        raise ValueError(f"LOSS_WEIGHTS = {list(weights)} are not the {len(losses)} of LOSSES.")
+    factors = [1.0] * len(losses) if weights is None else list(weights)
+    if len(factors) != len(losses):
+        raise ValueError(
+            f"LOSS_WEIGHTS = {factors}: give one weight for each of the {len(losses)} LOSSES."
+        )
     names: list[str] = []
     of_single = []
     for loss in losses:
@@ -172,34 +166,33 @@ def _checked(losses: Sequence[PairLoss], weights: Sequence[float] | None) -> tup
         of_single.append(_fails(loss, unlabelled, MissingLabelsError))
         name = getattr(loss, "__name__", type(loss).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
-    for name, weight in zip(names, [1.0] * len(names) if weights is None else weights, strict=True):
+    for name, weight in zip(names, factors, strict=True):
         if not 0 <= weight < math.inf:
             raise ValueError(
                 f"LOSS_WEIGHTS: the weight of {name} is {weight} and must be finite and not negative (a method may have "
                 "a macro for it, such as NLL_WEIGHT)."
             )
-    return names, all(of_single)
+    return names, factors, all(of_single)
 
 
 def _check_tails(
     ld_alpha: float, losses: Sequence[PairLoss], *, live: bool, of_single: bool
 ) -> None:
     if not 0 <= ld_alpha < 1:
-        raise ValueError(f"LD_ALPHA = {ld_alpha} must lie in [0, 1], 1 being DPO's.")
+        raise ValueError(f"LD_ALPHA = {ld_alpha} must lie in [0, 1]; 1 is DPO.")
     if of_single:
         raise ValueError(
-            f"LD_ALPHA = {ld_alpha} compares the lengths of a pair, and LOSSES are of single completions: set it to 1."
+            f"LD_ALPHA = {ld_alpha} compares the lengths of a pair, but LOSSES read single completions: set it to 1."
         )
     alone = dataclasses.replace(_pair(), ref_chosen=None)
     if not live and any(_fails(loss, alone, MissingReferenceError) for loss in losses):
         raise ValueError(
-            f"LD_ALPHA = {ld_alpha} weighs the reference's tokens too, and those that are stored are added up already: "
-            "give t5x_configs/methods/preference/ld_dpo.gin."
+            f"LD_ALPHA = {ld_alpha} weighs the reference's tokens too, but the data have only their sums: "
+            "give t5x_configs/methods/preference/ld_dpo.gin, whose reference runs in each step."
         )
 
 
 def _pair() -> PairLogProbs:
-    """Returns one pair for tracing a loss."""
     ones = jnp.ones(1)
     return PairLogProbs(-ones, -ones, ones, ones, ones, jnp.ones(()), -ones, -ones, ones)
 

@@ -5,17 +5,13 @@ Shapes: B rows, T length, K pairs of a row, S = 2 K texts of a row, P = B K pair
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.forward import (
-    Forward,
-    forward_objective,
-    source_losses,
-)
+from trainers.objectives.base import LossOut, Objective
+from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.preference.losses.settings import check_not_negative
+from trainers.preference.objectives.completions import by_completion
 
 ENDS = "decoder_ends"
 
@@ -32,22 +28,25 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
 
     Args:
       model: a `model.heads.reward_model.RewardModel`.
-      num_sources: if > 0, metric 'source_loss' is a vector over batch["source_ids"].
+      num_sources: see `preference`.
       center: weight of the second term; 0.01 is usual, 0 turns it off.
-
-    Raises:
-      ValueError: a negative weight, or batches without the ends of texts.
     """
     check_not_negative(center=center)
 
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
         batch = out.batch
-        chosen_P, rejected_P = rewards_of_pairs(batch, out.output)
+        if ENDS not in batch:
+            raise ValueError(
+                f"The batches have no column {ENDS!r} with the last tokens of completions: bind "
+                "read_last = True of data.preference.stream.make_stream, as methods/preference/reward_model.gin does."
+            )
+        chosen_rejected_P2 = by_completion(batch, out.output, ENDS).reshape(-1, 2)
+        chosen_P, rejected_P = chosen_rejected_P2[:, 0], chosen_rejected_P2[:, 1]
         weights_P = batch["pair_weights"].reshape(-1)
         margin_P = chosen_P - rejected_P
-        asked_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
-        loss_P = -log_sigmoid(margin_P - asked_P) + center * (chosen_P + rejected_P) ** 2
+        required_P = batch["pair_margins"].reshape(-1) if "pair_margins" in batch else 0.0
+        loss_P = -log_sigmoid(margin_P - required_P) + center * (chosen_P + rejected_P) ** 2
         loss_P = jnp.where(weights_P > 0, loss_P, 0.0)
         weight = weights_P.sum()
         means = {
@@ -62,21 +61,3 @@ def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> O
         return out.loss_out(loss_P.sum(), weight, metrics)
 
     return forward_objective(model, loss_fn, method=None)
-
-
-def rewards_of_pairs(batch: Batch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns rewards [P] of chosen and of rejected completions; 0 for a slot without a pair.
-
-    Raises:
-      ValueError: the batch has no ends of texts.
-    """
-    if ENDS not in batch:
-        raise ValueError(
-            f"The batches have no column {ENDS!r}, so that the last token of a completion is not read: bind "
-            "read_last = True of data.preference.stream.make_stream, as methods/preference/reward_model.gin does."
-        )
-    segments = 2 * batch["pair_weights"].shape[-1]
-    mine_BTS = jax.nn.one_hot(batch["decoder_segment_ids"] - 1, segments, dtype=jnp.float32)
-    rewards_BS = jnp.einsum("bt,bts->bs", rewards_BT * batch[ENDS], mine_BTS)
-    chosen_rejected_P2 = rewards_BS.reshape(-1, 2)
-    return chosen_rejected_P2[:, 0], chosen_rejected_P2[:, 1]

@@ -13,10 +13,9 @@ from model.embed import Positions
 from model.transformer import Transformer
 from trainers import initialise, partitioning
 from trainers.decoding.decoder import Decoder
-from trainers.decoding.policy_sampler import PolicySampler
+from trainers.decoding.policy_sampler import Generator, PolicySampler
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
-from trainers.preference.indicators.generator import Generator
 from trainers.preference.indicators.reader import Reader
 from trainers.scoring.scoring import Row
 

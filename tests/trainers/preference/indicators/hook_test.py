@@ -15,7 +15,7 @@ from model.config import TransformerConfig
 from model.heads.actor_critic import ActorCritic
 from model.transformer import Transformer
 from trainers import initialise, partitioning
-from trainers.hooks import GivenUpError, RunContext
+from trainers.hooks import HookInterruptedError, RunContext
 from trainers.preference.indicators import held_out, samples
 from trainers.preference.indicators.alarm import StoppingRule
 from trainers.preference.indicators.hook import PreferenceIndicators
@@ -113,11 +113,11 @@ def vowels(completions):
     return np.array([np.mean([x in "aeiou" for x in t] or [0.0]) for t in texts], np.float32)
 
 
-def hook(path, *, step=0, give_up=lambda done: False, model=MODEL, **settings):
+def hook(path, *, step=0, should_stop=lambda done: False, model=MODEL, **settings):
     run = RunContext(
         path=path, writer=True, step=step,
         program=types.SimpleNamespace(**vars(PROGRAM), recipe=types.SimpleNamespace(language_model=model)),
-        learning_rate=lambda step: 0.0, give_up=give_up,
+        learning_rate=lambda step: 0.0, should_stop=should_stop,
     )  # fmt: skip
     given = {"pairs": lambda task: Pairs(task), "tasks": ["a"], "vocabulary": Letters()}
     settings = {"max_new_tokens": 5, "batch_size": 4, "num_prompts": 3, **settings}
@@ -240,7 +240,7 @@ def test_the_alarm_is_in_the_metrics_and_once_in_the_log(tmp_path, caplog):
     assert [row.get("indicators/retain") for row in found] == [0, 1, 2, 3, None, None, None]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("step 4: signs of over-optimisation: the entropy") and "step 3" in line
-    assert "The run goes on" in line and "BETA" in line
+    assert "The run continues" in line and "BETA" in line
     assert not made.ended
 
 
@@ -271,8 +271,8 @@ def test_a_rollback_takes_its_readings_back(tmp_path):
 
 def test_a_request_to_stop_is_heard_between_batches(tmp_path):
     asked = []
-    made = hook(tmp_path, give_up=lambda done: asked.append(done) or done == 2)
-    with pytest.raises(GivenUpError):
+    made = hook(tmp_path, should_stop=lambda done: asked.append(done) or done == 2)
+    with pytest.raises(HookInterruptedError):
         made(0, state(0), {})
     assert asked == [1, 2] and not samples.path_of(tmp_path, 0).exists()
 
