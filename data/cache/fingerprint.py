@@ -36,14 +36,10 @@ _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """The values that `describe` has already visited.
+    """The values that `describe` has already visited."""
 
-    Attributes:
-      path: ids of the values that enclose the current one.
-      code: id of a function or class -> its number; each is described once.
-    """
-
-    path: frozenset[int] = frozenset()
+    path: frozenset[int] = frozenset()  # ids of the values that enclose the current one
+    # id of a function or class -> its number; each is described once.
     code: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def enter(self, value) -> "_Seen":
@@ -62,12 +58,7 @@ class _Seen:
 
 
 def describe(value, seen: _Seen | None = None):
-    """Returns JSON that is equal for two values exactly if they produce the same records.
-
-    Args:
-      value: any value, function, class or object.
-      seen: the values already visited; None at the start.
-    """
+    """Returns JSON that is equal for two values exactly if they produce the same records."""
     if isinstance(value, enum.Enum):
         return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
     if isinstance(value, np.generic):

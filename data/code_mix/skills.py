@@ -12,6 +12,7 @@ import functools
 import itertools
 import random
 
+from data.choices import check_choice
 from data.code_mix import procedures
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()|<>/?"
@@ -111,6 +112,7 @@ def problems(skill: str) -> list[Problem]:
     Raises:
       ValueError: an unknown skill.
     """
+    check_choice("skill", skill, SKILLS)
     if skill == "knowledge":
         known = facts()
         return [
@@ -121,7 +123,5 @@ def problems(skill: str) -> list[Problem]:
     operations = itertools.product(procedures.PROCEDURES, held_out_operands())
     if skill == "reasoning":
         return [Problem(*posed(name, operand), skill, name) for name, operand in operations]
-    if skill == "code":
-        calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
-        return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
-    raise ValueError(f"skill = {skill!r} is none of {', '.join(SKILLS)}.")
+    calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
+    return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]

@@ -27,7 +27,7 @@ from data.cache import cache_dir as cache
 from data.code_mix.synthetic import lists, structures, texts
 from data.code_mix.synthetic.render import Rendered, render
 from data.sandbox import code_sandbox
-from data.text import document_source, documents, splits
+from data.text import documents, splits
 from data.text.document_files import DocumentFiles
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
@@ -241,17 +241,10 @@ def register(
         cache_dir=cache_dir,
     )
     sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["documents"]
-    files = DocumentFiles(
-        name=name,
-        files={split: (str(folder / f"{split}.jsonl"),) for split, count in sizes.items() if count},
-        format=FORMAT,
-        validation_fraction=0.0,
-        root=str(folder),
-        cache=document_source.source_cache(cache_dir),
-    )
+    files = {split: [str(folder / f"{split}.jsonl")] for split, count in sizes.items() if count}
     tasks.register_source(
         name,
-        document_source.DocumentSource(files),
+        DocumentFiles.of(name, files, format=FORMAT, cache_dir=cache_dir),
         origin="synthetic_code.register",
         vocabulary=vocabulary,
         add_bos=add_bos,

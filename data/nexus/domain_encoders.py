@@ -62,11 +62,7 @@ class Ngrams:
         return {"kind": "ngrams", **dataclasses.asdict(self)}
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
-        """See Encoder.
-
-        Raises:
-          EmbeddingsError: all documents are shorter than n characters.
-        """
+        """See Encoder; raises EmbeddingsError if all documents are shorter than n characters."""
         histogram = np.zeros(BUCKETS)
         for text in texts:
             buckets = self._buckets(text[: self.tokens])
@@ -74,7 +70,7 @@ class Ngrams:
                 histogram += np.bincount(buckets, minlength=BUCKETS) / len(buckets)
         if not histogram.any():
             raise EmbeddingsError(
-                f"no document has {self.order} characters: give longer ones, or a lower --order"
+                f"all documents have fewer than {self.order} characters: use longer ones, or lower --order"
             )
         return self._projected(np.sqrt(histogram / histogram.sum()))
 
@@ -103,12 +99,7 @@ class Ngrams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random:
-    """A control: random directions, independent of the documents.
-
-    Attributes:
-      dim: M.
-      seed: seed of the directions.
-    """
+    """A control: random directions of width `dim`, independent of the documents."""
 
     dim: int
     seed: int
@@ -125,11 +116,7 @@ class Random:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneHot:
-    """A control: one axis per domain, so that all domains are orthogonal.
-
-    Attributes:
-      dim: M, at least the number of domains.
-    """
+    """A control: one of `dim` axes per domain, so that all domains are orthogonal."""
 
     dim: int
     centred = False
@@ -140,15 +127,11 @@ class OneHot:
         return {"kind": "one_hot", **dataclasses.asdict(self)}
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
-        """See Encoder.
-
-        Raises:
-          EmbeddingsError: there are more domains than axes.
-        """
+        """See Encoder; raises EmbeddingsError if there are more domains than axes."""
         if index >= self.dim:
             raise EmbeddingsError(
-                f"one_hot vectors of {self.dim} numbers are for as many domains: set --dim to at least "
-                f"{index + 1}"
+                f"one_hot vectors of {self.dim} numbers can represent {self.dim} domains: set --dim to at "
+                f"least {index + 1}"
             )
         return np.eye(1, self.dim, index)[0]
 

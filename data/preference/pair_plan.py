@@ -4,15 +4,15 @@ Shape suffixes: N records, P pairs in row order, R rows.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from data.cache.store import Cache
+from data.choices import check_choice
 from data.stream.plan import Plan, best_fit, starts
 
 Packing = Literal["examples", "best_fit"]
-PACKINGS = get_args(Packing)
 FEATURES = ("prompt", "chosen", "rejected")
 
 
@@ -78,8 +78,6 @@ def plan_pairs(
     equal.
 
     Args:
-        name: name of the source, for errors.
-        opened: cache of the source.
         row_length: positions of a row.
         max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
@@ -94,21 +92,20 @@ def plan_pairs(
             f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no "
             "preference data. Register it with data.preference.tasks.register_pairs."
         )
-    if packing not in PACKINGS:
-        raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
+    check_choice("packing", packing, Packing)
     max_length = row_length // 2 - read_last if max_length is None else max_length
     if max_length < 2 or row_length < 2 * (max_length + read_last):
-        more = " and a place more, where its last token is read," if read_last else ""
+        more = " + 1 (the position that reads its last token)" if read_last else ""
         raise ValueError(
-            f"max_length is {max_length} and task_feature_lengths['targets'] {row_length}: a pair takes a "
-            f"row of twice max_length{more} which is 2 or more. Lower max_length, or lengthen the rows."
+            f"max_length is {max_length} and task_feature_lengths['targets'] is {row_length}: max_length must be "
+            f"at least 2, and a row needs 2 x (max_length{more}) positions. Lower max_length, or lengthen the rows."
         )
     full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
     empty_N = full["prompt"] < read_only
     if empty_N.any():
         raise ValueError(
             f"Source {name!r}: the prompt of {opened.name_of(int(empty_N.argmax()))} is empty, and "
-            "start_token=None puts nothing before it. Set start_token, or add_bos=True of the task."
+            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
         )
     room_N = max_length - full["prompt"]
     truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
@@ -131,9 +128,9 @@ def plan_pairs(
     used_N = fits_N & ~same_N
     if not used_N.any():
         raise ValueError(
-            f"Source {name!r}: of its {len(used_N):,} pairs none is left. max_length={max_length} leaves no "
-            f"room after the prompts of {np.sum(~fits_N):,}, and makes the completions of {same_N.sum():,} the "
-            "same. Raise max_length and task_feature_lengths."
+            f"Source {name!r}: no pair fits max_length={max_length}. Of {len(used_N):,} pairs, "
+            f"{np.sum(~fits_N):,} have prompts without room for a completion, and {same_N.sum():,} have equal "
+            "completions after truncation. Raise max_length and task_feature_lengths."
         )
     records = np.flatnonzero(used_N)
     lengths = {"prompt": full["prompt"], **truncated}

@@ -6,11 +6,12 @@ Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all row
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from data.preference.pair_plan import FEATURES, PairPlan
+from data.cache.store import Cache
+from data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
 from data.stream import rows
 
 
@@ -81,6 +82,11 @@ class PairSource(rows.Source):
         }
 
 
+def plan_source(name: str, opened: Cache, **settings: Any) -> PairSource:
+    """Returns a source with planned rows; `settings` are arguments of `plan_pairs`."""
+    return PairSource(name, opened, plan_pairs(name, opened, **settings))
+
+
 def digest(
     prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, start_token: int | None
 ) -> str:
@@ -109,12 +115,10 @@ def read_rows(
     the position of each segment that reads the last token of its completion.
 
     Args:
-        sources: the sources.
-        source_B: index of each row's source.
-        row_B: row within its source.
+        source_B, row_B: see `data.stream.rows.read_rows`.
         slots: K, the width of the columns `pair_weights` (1 for a pair, 0 for none), `pair_labels` (unpaired
             data) and `pair_margins`, float32 [B, K].
-        start_token: id read before each prompt; None for none.
+        start_token: id read before each prompt; None for no token.
         margins: whether to return `pair_margins`.
     """
     shape = (len(row_B), sources[0].plan.row_lengths["targets"])

@@ -6,6 +6,7 @@ BOS and ends of turns; no further special tokens are added.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,20 +60,13 @@ class Tokeniser:
         for messages in record.completions:
             whole = self._render(record, [*record.prompt, *messages])
             if not whole.startswith(prompt):
-                place = next(
-                    (
-                        i
-                        for i, pair in enumerate(zip(prompt, whole, strict=False))
-                        if pair[0] != pair[1]
-                    ),
-                    min(len(prompt), len(whole)),
-                )
+                place = len(os.path.commonprefix([prompt, whole]))
                 raise DataError(
-                    f"{record.where}: the chat template renders the prompt otherwise when a completion "
+                    f"{record.where}: the chat template renders the prompt differently when a completion "
                     f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
-                    f"{whole[place : place + 30]!r} after), so that the two cannot be told apart. Give "
-                    "texts, or a template that opens every turn of the assistant as its generation "
-                    "prompt does"
+                    f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
+                    "Write texts, or use a template that begins each turn of the assistant with its "
+                    "generation prompt"
                 )
             completions.append(encode(whole[len(prompt) :]))
         return encode(prompt), completions
@@ -81,7 +75,7 @@ class Tokeniser:
         if self.template is None:
             raise DataError(
                 f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
-                f"chat_template to a jinja file or one of {', '.join(chat_template.BUILT_IN)}, or give "
+                f"chat_template to a jinja file or one of {', '.join(chat_template.BUILT_IN)}, or write "
                 "texts"
             )
         try:

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from data.cache import store
-from data.prompts.files import INFO
-from data.stream import plan, repeats, rows, schedule, stream
+from data.prompts.tasks import INFO
+from data.stream import repeats, rows, schedule, stream
+from data.stream.plan import Plan
 from data.stream.train_stream import Positions, Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptPlan(plan.Plan):
+class PromptPlan(Plan):
     """A plan with one prompt in each row; budgets and shares count tokens of prompts.
 
     Attributes:
@@ -149,51 +150,37 @@ def make_stream(
         mixture_or_task_name: registered with SeqIO, its tasks by `register_prompts`; rates are shares of prompts'
             tokens.
         max_prompt_length: length of a row, the start token included; longer prompts are dropped and counted.
-        batch_size: prompts of a batch.
         updates: number of consecutive steps that use each batch.
-        seed: seed of the order of prompts.
-        split: split of the tasks.
         start_token: id that the model reads before each prompt; None if prompts begin with BOS themselves.
-        interleaving, max_epochs, on_cap, positions, cache_dir, changed_cache, verify_cache: see
-            `data.stream.stream.make_stream`.
+
+    `data.stream.stream.make_stream` describes the other arguments.
 
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    mixture = stream.open_mixture(
+    return stream.open_mixture(
+        PromptStream,
         mixture_or_task_name,
-        functools.partial(_open_source, max_length=max_prompt_length, start_token=start_token),
+        functools.partial(_plan_source, max_length=max_prompt_length, start_token=start_token),
         split=split,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
-    )
-    return PromptStream(
-        mixture.sources,
-        mixture.phases,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
         updates=updates,
         batch_size=batch_size,
         seed=seed,
         start_token=start_token,
         interleaving=interleaving,
-        max_epochs=mixture.max_epochs,
         on_cap=on_cap,
         positions=positions,
     )
 
 
-def _open_source(
+def _plan_source(
     name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptSource:
-    planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
-    return PromptSource(name, opened, planned)
-
-
-def plan_prompts(
-    name: str, opened: store.Cache, *, max_length: int, start_token: int | None
-) -> PromptPlan:
-    """Plans a row for each prompt that fits into one.
+    """Returns a source with a row for each prompt that fits into one.
 
     Raises:
         ValueError: the source has no prompts, none of them fits, or one is empty and has no start token.
@@ -208,18 +195,18 @@ def plan_prompts(
     read = lengths + int(start_token is not None)
     if not read.all():
         raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(read.argmin()))} is empty, and start_token=None puts "
-            "nothing before it. Set start_token, or add_bos=True of the task."
+            f"Source {name!r}: the prompt of {opened.name_of(int(read.argmin()))} is empty, and start_token=None adds "
+            "no token before it. Set start_token, or add_bos=True of the task."
         )
     fits = read <= max_length
     if not fits.any():
         raise ValueError(
-            f"Source {name!r}: none of its {len(fits):,} prompts has {max_length} tokens or less "
-            "(max_prompt_length). Raise it."
+            f"Source {name!r}: all {len(fits):,} prompts have more than {max_length} tokens; raise "
+            "max_prompt_length."
         )
     records = np.flatnonzero(fits).astype(np.uint32)
     long = read > max_length
-    return PromptPlan(
+    plan = PromptPlan(
         row_starts=np.arange(len(records) + 1, dtype=np.int64),
         records=records,
         offsets=np.zeros(len(records), np.uint32),
@@ -230,3 +217,4 @@ def plan_prompts(
         counts={"records": len(fits), "prompt_too_long": int(long.sum())},
         first={"prompt_too_long": opened.name_of(int(long.argmax()))} if long.any() else {},
     )
+    return PromptSource(name, opened, plan)

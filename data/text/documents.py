@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
+from data.choices import check_choice
+
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSED = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-DOCUMENTS_OF_TEXT = ("file", "paragraph", "line")
 
 
 class DataError(ValueError):
@@ -59,11 +60,7 @@ class Format:
     def __post_init__(self):
         if not self.text_keys:
             raise ValueError("text_key is empty; name the key or column of the text")
-        if self.document_per not in DOCUMENTS_OF_TEXT:
-            raise ValueError(
-                f"document_per is {self.document_per!r}; it must be one of "
-                f"{', '.join(DOCUMENTS_OF_TEXT)}"
-            )
+        check_choice("document_per", self.document_per, ("file", "paragraph", "line"))
 
 
 def read(
@@ -89,7 +86,7 @@ def read(
     if metadata:
         raise DataError(
             f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
-            "leave these filters out, or give JSON lines or Parquet"
+            "remove these filters, or use JSON lines or Parquet"
         )
     return _text(path, format, name)
 
@@ -115,8 +112,8 @@ def _kind(path: pathlib.Path) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in SUFFIXES:
         raise DataError(
-            f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, the text ones "
-            f"also with {' or '.join(COMPRESSED)}"
+            f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, and all but "
+            f".parquet also with {' or '.join(COMPRESSED)}"
         )
     return suffixes[-1]
 
@@ -131,8 +128,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
                 offset += len(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
-                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is "
-                "truncated or damaged, or not compressed as its name says; fetch or write it again"
+                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is truncated, "
+                "damaged, or not compressed as its suffix says; copy or write it again"
             ) from None
 
 
@@ -143,7 +140,7 @@ def _decoded(raw: bytes, path: pathlib.Path, number: int, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 at byte offset {offset + skipped + error.start} (line {number}): "
-            f"{error.reason}. Convert the file (iconv -t UTF-8) or drop the line"
+            f"{error.reason}. Convert the file (iconv -t UTF-8) or delete the line"
         ) from None
 
 
@@ -163,11 +160,7 @@ def read_json_lines(
 ) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
 
-    Blank lines are skipped.
-
-    Args:
-      path: the file.
-      example: an example of a line, for the error message.
+    Blank lines are skipped. Error messages show `example`, an example of a line.
 
     Raises:
       DataError: a line is not a JSON object, or the file cannot be read as text.
@@ -208,7 +201,7 @@ def _json_lines(
         id = f"{name}:{number}"
         if format.id_key is not None:
             id = str(_value(record, format.id_key, "id_key", where))
-            _check_unicode(id, format.id_key, where)
+            check_unicode(id, format.id_key, where)
         yield _document(id, record, format, metadata, where)
 
 
@@ -235,8 +228,8 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
 def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> Any:
     if key not in record:
         raise DataError(
-            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Set "
-            f"{argument} to the right one"
+            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Correct "
+            f"{argument}"
         )
     return record[key]
 
@@ -244,20 +237,21 @@ def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> An
 def _checked(text: object, key: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: {key!r} holds a {type(text).__name__}, not a string. Set text_key to the key "
-            "of the text, or convert the file"
+            f"{where}: {key!r} is a {type(text).__name__}, not a string. Set text_key to the key of the "
+            "text, or convert the file"
         )
-    _check_unicode(text, key, where)
+    check_unicode(text, key, where)
     return text
 
 
-def _check_unicode(text: str, key: str, where: str) -> None:
+def check_unicode(text: str, key: str, where: str) -> None:
+    """Raises DataError if a text has half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
-            "surrogate pair). Repair or drop the line"
+            "surrogate pair). Repair or delete the line"
         ) from None
 
 
@@ -305,8 +299,8 @@ def _parquet(
                     number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; fetch or "
-            "write it again"
+            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; copy or write "
+            "it again"
         ) from None
 
 

@@ -26,6 +26,7 @@ import tqdm
 
 from data import cpu_tensorflow
 from data.cache import cache_dir as cache
+from data.choices import check_choice
 from data.text.documents import Document
 
 MAX_SPACES = 16
@@ -47,7 +48,7 @@ class Texts(Protocol):
     """Texts to train a vocabulary from, such as a `Corpus` or `DocumentFiles`."""
 
     @property
-    def hash(self) -> str: ...
+    def digest(self) -> str: ...
 
     @property
     def sources(self) -> tuple[str, ...]: ...
@@ -190,10 +191,9 @@ def train(
       The path of the `.model` file. `vocabulary.json` beside it records the corpus and the
       settings.
     """
-    if algorithm not in ("bpe", "unigram"):
-        raise ValueError(f"vocabulary algorithm {algorithm!r} is unknown; it is bpe or unigram")
+    check_choice("vocabulary algorithm", algorithm, ("bpe", "unigram"))
     settings = {
-        "corpus": corpus.hash,
+        "corpus": corpus.digest,
         "size": size,
         "algorithm": algorithm,
         "sample_bytes": sample_bytes,

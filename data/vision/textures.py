@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from data.choices import check_choice
 from data.vision import image_sets
 
 CHANNELS = 3
@@ -77,7 +78,7 @@ def textures(
     Raises:
       ValueError: `split` is unknown, or the images are smaller than a wave.
     """
-    image_sets.check_split(split)
+    check_choice("split", split, image_sets.SPLITS)
     if size < 8:
         raise ValueError(
             f"textures: size = {size} is smaller than a wave; IMAGE_SIZE is at least 8."

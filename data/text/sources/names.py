@@ -3,11 +3,11 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-from data.text.sources import code, docstrings, document, english, languages, markup
+from data.text.sources import code, document, english, languages, markup
 
 SOURCES: dict[str, document.Source] = {
     "english": document.Source(english.PACKAGES, english.candidates),
-    "docstrings": document.Source(code.PYTHON_PACKAGES, docstrings.candidates),
+    "docstrings": document.Source(code.PYTHON_PACKAGES, code.docstring_candidates),
     "python": document.Source(code.PYTHON_PACKAGES, code.python_candidates, files=True),
     "cpp": document.Source(code.CPP_PACKAGES, code.cpp_candidates, files=True),
     "markup": document.Source(markup.PACKAGES, markup.candidates, files=True),
