@@ -8,8 +8,6 @@ import abc
 import dataclasses
 import functools
 import glob
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,21 +33,14 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileSource(DataSource, abc.ABC):
-    """Examples in files, one shard per file.
+    """Examples in files, one shard per file."""
 
-    Attributes:
-      name: name of the task that reads the files.
-      files: split -> its files, in order. If a fraction is held out, both splits have the same files.
-      validation_fraction: share of examples held out, by the hash of a text.
-      root: directory to which the ids of examples are relative.
-      cache: directory that stores checksums and counts.
-    """
-
-    name: str
+    name: str  # name of the task that reads the files
+    # split -> its files, in order. If a fraction is held out, both splits have the same files
     files: Mapping[str, tuple[str, ...]]
-    validation_fraction: float
-    root: str
-    cache: str
+    validation_fraction: float  # share of examples held out, by the hash of a text
+    root: str  # directory to which the ids of examples are relative
+    cache: str  # directory that stores checksums and counts
 
     @classmethod
     def of(
@@ -128,7 +119,7 @@ class FileSource(DataSource, abc.ABC):
             "files": files,
             **self._settings(),
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return fingerprint.of_json(content)
 
     def list_shards(self, split: str) -> list[str]:
         return list(self.files[split])

@@ -24,19 +24,13 @@ def feature_dtype(kind: int | str) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The concatenated values of all records, as one array per shard of the cache.
+    """The concatenated values of all records, as one array per shard of the cache."""
 
-    Attributes:
-        shards: the values of each shard, memory-mapped.
-        bounds: int64 [shards + 1], the index of the first value of each shard, and the total.
-        lengths: uint32 [records], the number of values of each record.
-        starts: int64 [records], the index of the first value of each record.
-    """
-
-    shards: list[np.ndarray]
+    shards: list[np.ndarray]  # the values of each shard, memory-mapped
+    # int64 [shards + 1], the index of the first value of each shard, and the total
     bounds: np.ndarray
-    lengths: np.ndarray
-    starts: np.ndarray
+    lengths: np.ndarray  # uint32 [records], the number of values of each record
+    starts: np.ndarray  # int64 [records], the index of the first value of each record
 
     @classmethod
     def open(cls, stems: Sequence[pathlib.Path], dtype: np.dtype) -> "Column":

@@ -19,7 +19,7 @@ import os
 import pathlib
 import re
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
@@ -280,7 +280,7 @@ def _short(items: list):
     """Returns the list; if it is long, its length and hash."""
     if len(items) <= _LONGEST:
         return items
-    return {"items": len(items), "sha256": _sha(json.dumps(items, sort_keys=True).encode())}
+    return {"items": len(items), "sha256": of_json(items)}
 
 
 def _is_library(module: str | None) -> bool:
@@ -289,6 +289,16 @@ def _is_library(module: str | None) -> bool:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def of_json(value) -> str:
+    """Returns the SHA-256 of a value's JSON."""
+    return _sha(json.dumps(value, sort_keys=True).encode())
+
+
+def of_code(files: Iterable[pathlib.Path]) -> str:
+    """Returns the SHA-256 of code files: a changed rule changes the key of what the rules made."""
+    return _sha(b"\0".join(file.read_bytes() for file in files))
 
 
 def _sha(data: bytes) -> str:

@@ -54,21 +54,13 @@ class CacheMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """An opened cache.
+    """An opened cache."""
 
-    Attributes:
-        directory: the directory of the cache.
-        fingerprint: hash of everything the cache was built from.
-        content: hash of the checksums of all its files, which identifies its content.
-        columns: the values of each feature.
-        manifest: totals and the description behind the fingerprint.
-    """
-
-    directory: pathlib.Path
-    fingerprint: str
-    content: str
-    columns: dict[str, Column]
-    manifest: dict
+    directory: pathlib.Path  # the directory of the cache
+    fingerprint: str  # hash of everything the cache was built from
+    content: str  # hash of the checksums of all its files, which identifies its content
+    columns: dict[str, Column]  # the values of each feature
+    manifest: dict  # totals and the description behind the fingerprint
 
     @property
     def num_records(self) -> int:
@@ -85,10 +77,10 @@ class Cache:
         """
         return self.manifest["text_bytes"][feature] or None
 
-    def name_of(self, record: int) -> str:
-        """Returns the document id of a record, such as FILE:LINE, else `record <number>`."""
+    def name_of(self, record: int, prefix: str = "record ") -> str:
+        """Returns the document id of a record, such as FILE:LINE, else `<prefix><number>`."""
         names = self.columns.get("document_id")
-        return (names.text(record) if names else "") or f"record {record}"
+        return (names.text(record) if names else "") or f"{prefix}{record}"
 
 
 def digest(value) -> str:

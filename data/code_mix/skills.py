@@ -36,18 +36,12 @@ Fact = tuple[str, str, str]  # person, relation, value
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A prompt with its right continuation.
+    """A prompt with its right continuation."""
 
-    Attributes:
-      prompt: the beginning of a document.
-      answer: the right continuation; after the answer to a call, its states may follow.
-      skill: one of SKILLS.
-      kind: the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent).
-    """
-
-    prompt: str
-    answer: str
-    skill: str
+    prompt: str  # the beginning of a document
+    answer: str  # the right continuation; after the answer to a call, its states may follow
+    skill: str  # one of SKILLS
+    # the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent)
     kind: str
 
     def answered(self, continuation: str) -> bool:

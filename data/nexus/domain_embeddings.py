@@ -46,21 +46,13 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """The content of a file of embeddings.
+    """The content of a file of embeddings."""
 
-    Attributes:
-      path: the file.
-      encoder: kind and settings of the encoder of the raw vectors.
-      mean_M: mean that is subtracted from raw vectors.
-      domains: name -> raw vector, in the order in which domains were added.
-      vectors_NM: vectors of length 1, in the same order.
-    """
-
-    path: str
-    encoder: Mapping[str, Any]
-    mean_M: np.ndarray
-    domains: Mapping[str, Raw]
-    vectors_NM: np.ndarray
+    path: str  # the file
+    encoder: Mapping[str, Any]  # kind and settings of the encoder of the raw vectors
+    mean_M: np.ndarray  # mean that is subtracted from raw vectors
+    domains: Mapping[str, Raw]  # name -> raw vector, in the order in which domains were added
+    vectors_NM: np.ndarray  # vectors of length 1, in the same order
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Shapes: M width of an embedding.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -16,15 +16,10 @@ _BLOCK = 4096  # buckets projected at a time
 
 
 class Encoder(Protocol):
-    """Computes the raw vector of a domain.
+    """Computes the raw vector of a domain."""
 
-    Attributes:
-      centred: whether the mean over domains is to be subtracted from the raw vectors.
-      reads: whether the encoder reads documents.
-    """
-
-    centred: bool
-    reads: bool
+    centred: bool  # whether the mean over domains is to be subtracted from the raw vectors
+    reads: bool  # whether the encoder reads documents
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -34,32 +29,34 @@ class Encoder(Protocol):
         """Returns the raw vector [M] of a domain's documents; `index` is the domain's position in the file."""
 
 
+class _Encoder:
+    """Settings are the fields of the dataclass; by default, the encoder is a control."""
+
+    kind: ClassVar[str]
+    centred = False
+    reads = False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ngrams:
+class Ngrams(_Encoder):
     """A random projection of the square roots of the frequencies of character n-grams.
 
     The dot product of two such vectors is the Bhattacharyya coefficient of the domains' n-gram distributions,
     up to the projection's error of about 1 / sqrt(M). All documents have equal weight, whatever their length.
-
-    Attributes:
-      order: n.
-      dim: M.
-      documents: number of documents drawn from each domain.
-      tokens: number of characters read from the beginning of each document.
-      seed: seed of the projection and of the choice of documents.
     """
 
-    order: int
-    dim: int
-    documents: int
-    tokens: int
-    seed: int
+    order: int  # n
+    dim: int  # M
+    documents: int  # number of documents drawn from each domain
+    tokens: int  # number of characters read from the beginning of each document
+    seed: int  # seed of the projection and of the choice of documents
+    kind = "ngrams"
     centred = True
     reads = True
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "ngrams", **dataclasses.asdict(self)}
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
         """See Encoder; raises EmbeddingsError if all documents are shorter than n characters."""
@@ -98,33 +95,23 @@ class Ngrams:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(_Encoder):
     """A control: random directions of width `dim`, independent of the documents."""
 
     dim: int
     seed: int
-    centred = False
-    reads = False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "random", **dataclasses.asdict(self)}
+    kind = "random"
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
         return np.random.default_rng((self.seed, index)).standard_normal(self.dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneHot:
+class OneHot(_Encoder):
     """A control: one of `dim` axes per domain, so that all domains are orthogonal."""
 
     dim: int
-    centred = False
-    reads = False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "one_hot", **dataclasses.asdict(self)}
+    kind = "one_hot"
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
         """See Encoder; raises EmbeddingsError if there are more domains than axes."""

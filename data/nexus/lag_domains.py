@@ -29,18 +29,12 @@ RELATED = 0.7  # share of rows that a related table copies
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """The distribution of a domain's documents.
+    """The distribution of a domain's documents."""
 
-    Attributes:
-      lag: distance, in symbols, to the symbol that is copied.
-      copied: probability of copying.
-      table: seed of the table.
-      related_to: seed of another table; this table has the share RELATED of its rows.
-    """
-
-    lag: int
-    copied: float
-    table: int
+    lag: int  # distance, in symbols, to the symbol that is copied
+    copied: float  # probability of copying
+    table: int  # seed of the table
+    # seed of another table; this table has the share RELATED of its rows
     related_to: int | None = None
 
     @functools.cached_property
@@ -142,13 +136,9 @@ def _entropy(probabilities: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class LagSource(GeneratedSource):
-    """Documents of one domain.
+    """Documents of one domain."""
 
-    Attributes:
-      length: symbols of a document.
-    """
-
-    length: int
+    length: int  # symbols of a document
 
     @property
     def digest(self) -> str:

@@ -37,15 +37,12 @@ class _Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, by split.
+    """Preference data in files of JSON lines, by split."""
 
-    Attributes:
-      kind: 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of each label.
-      invalid: 'drop' drops degenerate rows and counts them, 'error' raises.
-    """
-
+    # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
+    # each label
     kind: Kind
-    invalid: Invalid
+    invalid: Invalid  # 'drop' drops degenerate rows and counts them, 'error' raises
 
     @property
     def dropped(self) -> Mapping[str, Any]:

@@ -21,17 +21,13 @@ class PairPlan(Plan):
     """Rows of pairs: a segment of a `Plan` is a pair here, which takes two segments of a row.
 
     `lengths` are the lengths of `prompt`, `chosen` and `rejected` after truncation, uint32 [P].
-
-    Attributes:
-        max_length: most tokens of a prompt with one completion.
-        read_only: number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted.
-        read_last: number of positions (0 or 1) after a completion that read its last token and predict nothing.
-        first: key of `counts` -> id of the first record counted there.
     """
 
-    max_length: int
+    max_length: int  # most tokens of a prompt with one completion
+    # number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted
     read_only: int
-    first: dict[str, str]
+    first: dict[str, str]  # key of `counts` -> id of the first record counted there
+    # number of positions (0 or 1) after a completion that read its last token and predict nothing
     read_last: int = 0
 
     @property

@@ -55,10 +55,9 @@ class PairSource(rows.Source):
 
     def documents(self, row: int) -> list[dict]:
         """Returns for each pair of a row its id, its record in the cache, and the number of tokens of each part."""
-        names = self.cache.columns.get("document_id")
         return [
             {
-                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
+                "id": self.cache.name_of(record, prefix=f"{self.name}/"),
                 "record": record,
                 **{feature: int(self.plan.lengths[feature][pair]) for feature in FEATURES},
             }

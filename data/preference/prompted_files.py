@@ -13,13 +13,9 @@ from data.preference import tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedFiles(FileSource, abc.ABC):
-    """Files of rows, by split; equal prompts are in the same split.
+    """Files of rows, by split; equal prompts are in the same split."""
 
-    Attributes:
-      tokeniser: converts records to ids.
-    """
-
-    tokeniser: tokens.Tokeniser
+    tokeniser: tokens.Tokeniser  # converts records to ids
 
     @classmethod
     def open(

@@ -39,24 +39,16 @@ class DegenerateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A pair, or one completion with its label.
+    """A pair, or one completion with its label."""
 
-    Attributes:
-      where: file and line, for errors.
-      id: name of the record in caches and reports.
-      prompt: a text, or messages.
-      completions: chosen and rejected, or a single completion; texts or messages, like the prompt.
-      label: whether a single completion is desirable; None for a pair.
-      margin: margin of a pair; 0 if the row has none.
-      template: variables of the chat template besides the messages.
-    """
-
-    where: str
-    id: str
-    prompt: Text
+    where: str  # file and line, for errors
+    id: str  # name of the record in caches and reports
+    prompt: Text  # a text, or messages
+    # chosen and rejected, or a single completion; texts or messages, like the prompt
     completions: tuple[Text, ...]
-    label: bool | None = None
-    margin: float = 0.0
+    label: bool | None = None  # whether a single completion is desirable; None for a pair
+    margin: float = 0.0  # margin of a pair; 0 if the row has none
+    # variables of the chat template besides the messages
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

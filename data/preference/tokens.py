@@ -21,19 +21,13 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Tokeniser:
-    """Converts records to ids.
+    """Converts records to ids."""
 
-    Attributes:
-      vocabulary: a SeqIO vocabulary.
-      template: chat template of records with messages; None if all records are texts.
-      add_bos: begin prompts that are texts with BOS.
-      add_eos: end completions that are texts with EOS.
-    """
-
-    vocabulary: Any
+    vocabulary: Any  # a SeqIO vocabulary
+    # chat template of records with messages; None if all records are texts
     template: chat_template.ChatTemplate | None
-    add_bos: bool
-    add_eos: bool
+    add_bos: bool  # begin prompts that are texts with BOS
+    add_eos: bool  # end completions that are texts with EOS
 
     def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
         """Returns the ids of the prompt, and of each completion.

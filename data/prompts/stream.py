@@ -8,7 +8,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,13 +21,9 @@ from data.stream.train_stream import Positions, Stream
 
 @dataclasses.dataclass(frozen=True)
 class PromptPlan(Plan):
-    """A plan with one prompt in each row; budgets and shares count tokens of prompts.
+    """A plan with one prompt in each row; budgets and shares count tokens of prompts."""
 
-    Attributes:
-        first: key of `counts` -> id of the first record counted there.
-    """
-
-    first: dict[str, str]
+    first: dict[str, str]  # key of `counts` -> id of the first record counted there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +65,8 @@ class PromptStream(Stream):
         updates: number of consecutive steps that use the prompts of one batch.
         sources, phases, settings: see `data.stream.train_stream.Stream`.
     """
+
+    _sources: tuple[PromptSource, ...]
 
     def __init__(self, sources: Any, phases: Any, *, updates: int = 1, **settings: Any):
         if updates < 1:
@@ -117,11 +115,7 @@ class PromptStream(Stream):
         self, source_B: np.ndarray, row_B: np.ndarray
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         for source, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
-            yield self._prompt_sources[source].prompt(row)
-
-    @property
-    def _prompt_sources(self) -> tuple[PromptSource, ...]:
-        return cast(tuple[PromptSource, ...], self._sources)
+            yield self._sources[source].prompt(row)
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return super()._locate(step // self.updates, lo, hi)

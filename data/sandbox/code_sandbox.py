@@ -80,17 +80,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """The mechanism that blocks each kind of access, such as 'namespaces'; None if the access is possible.
+    """The mechanism that blocks each kind of access, such as 'namespaces'; None if the access is possible."""
 
-    Attributes:
-      network: access to the network.
-      files: access to files other than the standard library and the program's own.
-      processes: starting, signalling and seeing other processes.
-    """
-
-    network: str | None
-    files: str | None
-    processes: str | None
+    network: str | None  # access to the network
+    files: str | None  # access to files other than the standard library and the program's own
+    processes: str | None  # starting, signalling and seeing other processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,15 +36,10 @@ QUESTIONS = get_args(Question)
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Lines of examples, without questions.
+    """Lines of examples, without questions."""
 
-    Attributes:
-      keys_EL: distinct within an example.
-      values_ELA: the values of each key.
-    """
-
-    keys_EL: np.ndarray
-    values_ELA: np.ndarray
+    keys_EL: np.ndarray  # distinct within an example
+    values_ELA: np.ndarray  # the values of each key
 
     def tokens_ET(self) -> np.ndarray:
         """Returns the lines of each example in sequence."""
@@ -99,17 +94,11 @@ def documents(
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts as a model reads them, beginning with id 0, and their answers.
+    """Prompts as a model reads them, beginning with id 0, and their answers."""
 
-    Attributes:
-      tokens_ET: the prompts.
-      answers_EA: the answers.
-      line_E: index of the line in question, from 0.
-    """
-
-    tokens_ET: np.ndarray
-    answers_EA: np.ndarray
-    line_E: np.ndarray
+    tokens_ET: np.ndarray  # the prompts
+    answers_EA: np.ndarray  # the answers
+    line_E: np.ndarray  # index of the line in question, from 0
 
 
 def draw_prompts(

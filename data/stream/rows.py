@@ -19,17 +19,13 @@ NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of rows: a token cache and the plan of its rows.
-
-    Attributes:
-        feature: the feature whose vocabulary is the model's vocabulary.
-    """
+    """One source of rows: a token cache and the plan of its rows."""
 
     name: str
     cache: Cache
     plan: Plan
 
-    feature: ClassVar[str] = "targets"
+    feature: ClassVar[str] = "targets"  # the feature whose vocabulary is the model's vocabulary
 
     @property
     def bytes_per_token(self) -> float:
@@ -42,10 +38,9 @@ class Source:
         if row == NO_ROW:
             return []
         segments = slice(*self.plan.row_starts[row : row + 2].tolist())
-        names = self.cache.columns.get("document_id")
         return [
             {
-                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
+                "id": self.cache.name_of(record, prefix=f"{self.name}/"),
                 "record": record,
                 "offset": offset,
                 "length": length,

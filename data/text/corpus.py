@@ -9,7 +9,6 @@ built once.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -160,9 +159,7 @@ def assemble(
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
     env = env or environment.Environment.current()
     packages = env.versions(corpus_build.packages_of(settings["sources"]))
-    key = hashlib.sha256(
-        json.dumps([settings, packages, _code_digest()], sort_keys=True).encode()
-    ).hexdigest()[:16]
+    key = fingerprint.of_json([settings, packages, _code_digest()])[:16]
     directory = cache.cache_dir("corpora", key, override=cache_dir)
     result = Corpus(directory)
     if (directory / MANIFEST).is_file():
@@ -189,10 +186,11 @@ _RULES = ("corpus_build.py", "dedup.py", "splits.py")
 
 @functools.cache
 def _code_digest() -> str:
-    """Returns the hash of the code that reads and cleans: a changed rule makes a new corpus."""
+    """Returns the hash of the code that reads and cleans."""
     folder = pathlib.Path(__file__).parent
-    files = [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return fingerprint.of_code(
+        [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
+    )
 
 
 _announced: set[pathlib.Path] = set()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data.cache import cache_dir as cache
+from data.cache import fingerprint
 from data.text import dedup, splits
 from data.text.sources import cleaning, environment, names
 
@@ -220,7 +221,7 @@ def _manifest(
 
 def content_hash(digests: Mapping[str, str]) -> str:
     """Returns the hash of a corpus: SHA-256 over the checksums of its files."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return fingerprint.of_json(digests)
 
 
 def format_table(manifest: Mapping[str, Any]) -> str:

@@ -74,24 +74,18 @@ class Index:
 class Overlap(DocumentFilter):
     """Drops documents that share a run of words with an evaluation set; use one filter per set.
 
-    Attributes:
-      evaluation_set: `humaneval` (its prompts and solutions), or a file of JSON lines.
-      text_keys: keys of the texts in that file, joined in this order; None for all keys that hold
-        strings or lists of strings.
-      label: name of the count of dropped documents; default from the set's name.
-      words: words per run.
-      most: number of runs that a document may share.
-
     Raises:
       ProblemsError: HumanEval's package is not installed.
       DataError: the file or a key does not exist (raised at the first document).
     """
 
-    evaluation_set: str
+    evaluation_set: str  # `humaneval` (its prompts and solutions), or a file of JSON lines
+    # keys of the texts in that file, joined in this order; None for all keys that hold strings or
+    # lists of strings
     text_keys: Sequence[str] | None = None
-    label: str | None = None
-    words: int = WORDS
-    most: int = 0
+    label: str | None = None  # name of the count of dropped documents; default from the set's name
+    words: int = WORDS  # words per run
+    most: int = 0  # number of runs that a document may share
 
     def __post_init__(self):
         if self.words < 1 or self.most < 0:

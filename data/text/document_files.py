@@ -20,15 +20,10 @@ from data.text.documents import DataError, Document, Format
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentFiles(FileSource):
-    """Documents in files, in one or two splits.
+    """Documents in files, in one or two splits."""
 
-    Attributes:
-      format: how documents are stored in the files.
-      filters: applied in order; each keeps or drops a document.
-    """
-
-    format: Format
-    filters: tuple[DocumentFilter, ...] = ()
+    format: Format  # how documents are stored in the files
+    filters: tuple[DocumentFilter, ...] = ()  # applied in order; each keeps or drops a document
 
     @property
     def sources(self) -> tuple[str, ...]:

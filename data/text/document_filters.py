@@ -45,18 +45,13 @@ class Metadata(DocumentFilter):
     The value can be a list, for example of licences. With `keep`, all its items must be among
     `keep`, and an empty list or null drops the document. With `drop`, no item may be among `drop`.
 
-    Attributes:
-      key: key of the records, or a column; dotted for a nested key.
-      keep: values to keep; excludes `drop`.
-      drop: values to drop.
-
     Raises:
       ValueError: both or neither of `keep` and `drop` are set.
     """
 
-    key: str
-    keep: Sequence[str] | None = None
-    drop: Sequence[str] | None = None
+    key: str  # key of the records, or a column; dotted for a nested key
+    keep: Sequence[str] | None = None  # values to keep; excludes `drop`
+    drop: Sequence[str] | None = None  # values to drop
 
     def __post_init__(self):
         if (self.keep is None) == (self.drop is None):

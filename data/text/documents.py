@@ -6,6 +6,7 @@ Every problem with a file raises one `DataError` with the file, the position in 
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import pathlib
 import zlib
@@ -38,19 +39,17 @@ class Document(NamedTuple):
 class Format:
     """How documents are stored in files.
 
-    Attributes:
-      text_key: key (JSON) or column (Parquet) of the text. With several keys, such as instruction,
-        context and answer, the texts that are not empty are joined by blank lines.
-      id_key: key or column of the document's name; by default the name is the file and the line.
-      document_per: unit of a document in a text file: the `file`, a `paragraph` (separated by blank
-        lines) or a `line`.
-
     Raises:
       ValueError: there is no text key, or `document_per` is unknown.
     """
 
+    # key (JSON) or column (Parquet) of the text. With several keys, such as instruction, context
+    # and answer, the texts that are not empty are joined by blank lines
     text_key: str | tuple[str, ...] = "text"
+    # key or column of the document's name; by default the name is the file and the line
     id_key: str | None = None
+    # unit of a document in a text file: the `file`, a `paragraph` (separated by blank lines) or a
+    # `line`
     document_per: str = "file"
 
     @property
@@ -256,23 +255,17 @@ def check_unicode(text: str, key: str, where: str) -> None:
 
 
 def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    lines = _lines(path)
     if format.document_per == "file":
-        yield Document(name, "".join(line for _, line in _lines(path)))
-        return
-    paragraph: list[str] = []
-    start = 1
-    for number, line in _lines(path):
-        if format.document_per == "line":
+        yield Document(name, "".join(line for _, line in lines))
+    elif format.document_per == "line":
+        for number, line in lines:
             yield Document(f"{name}:{number}", line.rstrip("\r\n"))
-        elif line.strip():
-            if not paragraph:
-                start = number
-            paragraph.append(line)
-        elif paragraph:
-            yield Document(f"{name}:{start}", "".join(paragraph))
-            paragraph = []
-    if paragraph:
-        yield Document(f"{name}:{start}", "".join(paragraph))
+    else:
+        for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
+            numbers, paragraph = zip(*group, strict=True)
+            if not blank:
+                yield Document(f"{name}:{numbers[0]}", "".join(paragraph))
 
 
 def _parquet(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,22 +15,15 @@ from data.text.splits import SPLITS
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource(DataSource):
-    """Reads a prepared TFDS set; never downloads. Also provides texts to train a vocabulary from.
+    """Reads a prepared TFDS set; never downloads. Also provides texts to train a vocabulary from."""
 
-    Attributes:
-      tfds_name: name, config and version: `name/config:1.2.3`.
-      text_key: feature that holds the text.
-      wanted_splits: split of the task -> split or slice of the set; None for `train` and
-        `validation`, if the set has them.
-      data_dir: directory of prepared TFDS sets; None for the TFDS default.
-      cache: directory that stores checksums.
-    """
-
-    tfds_name: str
-    text_key: str
+    tfds_name: str  # name, config and version: `name/config:1.2.3`
+    text_key: str  # feature that holds the text
+    # split of the task -> split or slice of the set; None for `train` and `validation`, if the set
+    # has them
     wanted_splits: Mapping[str, str] | None
-    data_dir: str | None
-    cache: str
+    data_dir: str | None  # directory of prepared TFDS sets; None for the TFDS default
+    cache: str  # directory that stores checksums
 
     @functools.cached_property
     def builder(self) -> Any:
@@ -98,7 +89,7 @@ class TfdsSource(DataSource):
         }
         digests.save()
         content = [self.builder.info.full_name, self.text_key, dict(self.split_map), files]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return fingerprint.of_json(content)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -74,18 +74,13 @@ class ChatTemplateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The templates of one tokenizer, by name.
+    """The templates of one tokenizer, by name."""
 
-    Attributes:
-      templates: name -> source; `default` is used by default, `tool_use` for conversations with
-        tools.
-      variables: variables of the tokenizer, such as `bos_token`.
-      origin: describes the source of the templates, for error messages.
-    """
-
+    # name -> source; `default` is used by default, `tool_use` for conversations with tools
     templates: Mapping[str, str]
+    # variables of the tokenizer, such as `bos_token`
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    origin: str = "chat template"
+    origin: str = "chat template"  # describes the source of the templates, for error messages
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Returns the text of a conversation; `render_spans` describes the arguments and errors."""

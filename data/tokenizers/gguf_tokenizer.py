@@ -27,17 +27,11 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How texts are divided into words before merging.
+    """How texts are divided into words before merging."""
 
-    Attributes:
-      split: regular expression of words; None for GPT-2's.
-      digits: first split off every digit as a word.
-      nfc: normalise texts to NFC before splitting.
-    """
-
-    split: str | None = None
-    digits: bool = False
-    nfc: bool = False
+    split: str | None = None  # regular expression of words; None for GPT-2's
+    digits: bool = False  # first split off every digit as a word
+    nfc: bool = False  # normalise texts to NFC before splitting
 
 
 _GPT2 = PreTokenizer()

@@ -45,23 +45,14 @@ class TokenizerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The content of tokenizer files.
+    """The content of tokenizer files."""
 
-    Attributes:
-      path: directory of the files.
-      content: bytes of tokenizer.json.
-      tokens: name -> special token, such as `bos_token` -> `<s>`.
-      eos_ids: all ids that end a continuation.
-      adds_bos: whether the model expects BOS before a text.
-      chat_template: the chat templates, or None.
-    """
-
-    path: str
-    content: bytes
-    tokens: Mapping[str, str]
-    eos_ids: tuple[int, ...]
-    adds_bos: bool
-    chat_template: chat_template.ChatTemplate | None
+    path: str  # directory of the files
+    content: bytes  # bytes of tokenizer.json
+    tokens: Mapping[str, str]  # name -> special token, such as `bos_token` -> `<s>`
+    eos_ids: tuple[int, ...]  # all ids that end a continuation
+    adds_bos: bool  # whether the model expects BOS before a text
+    chat_template: chat_template.ChatTemplate | None  # the chat templates, or None
 
     def id(self, name: str) -> int | None:
         """Returns the id of a special token by its name, such as `bos_token`, or None.

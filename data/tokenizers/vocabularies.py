@@ -14,7 +14,6 @@ Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (if a task adds it).
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import pathlib
 import sys
@@ -26,6 +25,7 @@ import tqdm
 
 from data import cpu_tensorflow
 from data.cache import cache_dir as cache
+from data.cache import fingerprint
 from data.choices import check_choice
 from data.text.documents import Document
 
@@ -204,7 +204,7 @@ def train(
         "required": _REQUIRED,
         "sentencepiece": importlib.metadata.version("sentencepiece"),
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    key = fingerprint.of_json(settings)[:16]
     directory = cache.cache_dir("vocabularies", key, override=cache_dir)
     path = directory / "sentencepiece.model"
     if path.is_file():

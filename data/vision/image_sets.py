@@ -19,19 +19,12 @@ SPLITS = ("train", "validation")
 
 
 class ImageSet(Protocol):
-    """One split of a set.
+    """One split of a set."""
 
-    Attributes:
-      name: name of the set, also of a run's source and evaluation.
-      num_classes: number of classes; labels are in [0, num_classes).
-      size: number of images.
-      digest: digest of everything that determines images and labels.
-    """
-
-    name: str
-    num_classes: int
-    size: int
-    digest: str
+    name: str  # name of the set, also of a run's source and evaluation
+    num_classes: int  # number of classes; labels are in [0, num_classes)
+    size: int  # number of images
+    digest: str  # digest of everything that determines images and labels
 
     def read(self, rows: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
         """Returns images [H, W, C] uint8, possibly of different sizes, and labels [rows] of the rows."""

@@ -15,14 +15,10 @@ _TESTS = (3, 5)
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A document.
+    """A document."""
 
-    Attributes:
-      text: a program: the problem, its solution and its tests.
-      key: identifies the problem; equal for documents that differ in names, layout and tests only.
-    """
-
-    text: str
+    text: str  # a program: the problem, its solution and its tests
+    # identifies the problem; equal for documents that differ in names, layout and tests only
     key: str
 
 

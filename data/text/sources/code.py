@@ -6,7 +6,7 @@ import pathlib
 import warnings
 from collections.abc import Iterator
 
-from data.text.sources import document, environment
+from data.text.sources import environment
 
 # Permissively licensed packages that this project installs, or that are often installed beside it.
 # The list is explicit, so that a corpus does not depend on other installed packages.
@@ -32,13 +32,13 @@ GENERATED_CPP = (".pb.h", ".pb.cc", ".pb.c", ".upb.h", ".upbdefs.h", ".h.inc", "
 MIN_DOCSTRING = 40  # characters; shorter docstrings only repeat a name
 
 
-def python_candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def python_candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields Python modules, each as a whole document."""
     for name, path in python_files(env):
         yield candidate(f"python/{name}", name, path)
 
 
-def cpp_candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def cpp_candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields C and C++ headers and sources that are not generated, each as a whole document."""
     for package in CPP_PACKAGES:
         for name, path in env.files(package, CPP_SUFFIXES):
@@ -57,18 +57,18 @@ def python_files(env: environment.Environment) -> Iterator[tuple[str, pathlib.Pa
                 yield name, path
 
 
-def candidate(id: str, split_key: str, path: pathlib.Path) -> document.Candidate:
+def candidate(id: str, split_key: str, path: pathlib.Path) -> environment.Candidate:
     """Returns a candidate whose text is a UTF-8 file, read on demand."""
-    return document.Candidate(
+    return environment.Candidate(
         id=id, read=lambda: path.read_bytes().decode("utf-8"), split_key=split_key
     )
 
 
-def docstring_candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def docstring_candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields one document per module; its text is empty if the module has no docstrings."""
     for name, path in python_files(env):
         read = functools.partial(_docstrings, name, path)
-        yield document.Candidate(id=f"docstrings/{name}", read=read, split_key=name)
+        yield environment.Candidate(id=f"docstrings/{name}", read=read, split_key=name)
 
 
 def _docstrings(name: str, path: pathlib.Path) -> str:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from data.text.sources import catalogues, cleaning, document, environment
+from data.text.sources import catalogues, cleaning, environment
 
 GETTEXT_PACKAGES = ("django", "sphinx", "plone.app.locales", "weblate")
 PACKAGES = (
@@ -65,7 +65,7 @@ VARIANTS = {
 }
 
 
-def candidates(env: environment.Environment, name: str) -> Iterator[document.Candidate]:
+def candidates(env: environment.Environment, name: str) -> Iterator[environment.Candidate]:
     """Yields the documents of one variant: catalogues, articles, dialogues and pages of quotes.
 
     Each text occurs once per variant, in the first document that contains it, so that no text is in
@@ -79,13 +79,13 @@ def candidates(env: environment.Environment, name: str) -> Iterator[document.Can
         seen.update(fresh)
         if fresh:
             text = cleaning.normalise(separator.join(fresh))
-            yield document.Candidate.of_text(f"lang_{name}/{id}", text)
+            yield environment.Candidate.of_text(f"lang_{name}/{id}", text)
 
 
-def sources() -> dict[str, document.Source]:
+def sources() -> dict[str, environment.Source]:
     """Returns one source per variant: `lang_ar`, `lang_cs`, ..."""
     return {
-        f"lang_{name}": document.Source(PACKAGES, functools.partial(candidates, name=name))
+        f"lang_{name}": environment.Source(PACKAGES, functools.partial(candidates, name=name))
         for name in VARIANTS
     }
 

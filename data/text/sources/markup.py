@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.text.sources import code, document, environment
+from data.text.sources import code, environment
 
 SUFFIXES = (".md", ".rst", ".html", ".txt", ".css", ".xml", ".toml", ".yaml", ".tex", ".sty")
 # Word lists, class labels, checksums and notices under the same suffixes.
@@ -24,7 +24,7 @@ README_PACKAGES = (
 PACKAGES = (*code.PYTHON_PACKAGES, *README_PACKAGES)
 
 
-def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields whole files, and one README per package."""
     for package in code.PYTHON_PACKAGES:
         for name, path in env.files(package, SUFFIXES):
@@ -32,4 +32,4 @@ def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
                 yield code.candidate(f"markup/{name}", name, path)
     for package in PACKAGES:
         if package != "python" and (text := env.description(package)):
-            yield document.Candidate.of_text(f"markup/README/{package}", text)
+            yield environment.Candidate.of_text(f"markup/README/{package}", text)
