@@ -100,11 +100,7 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
-    """Reports what has changed since the most similar of the other caches.
-
-    Raises:
-        CacheMismatchError: there is another cache and `changed` is 'refuse'.
-    """
+    """Reports what has changed since the most similar of the other caches."""
     differences = []
     for directory, manifest in _manifests(parent):
         if manifest:

@@ -140,11 +140,7 @@ class PreferenceFiles(PromptedFiles):
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, Any]]:
-        """Returns the numbers of examples of each split, and of dropped and reported rows; stored on disk.
-
-        Raises:
-          DataError: a file is malformed, or a split has no example.
-        """
+        """Returns the numbers of examples of each split, and of dropped and reported rows; stored on disk."""
         if self._counts_file.is_file():
             counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
             if self.invalid == "drop" or not counted["dropped"]:  # else read on, to raise the error

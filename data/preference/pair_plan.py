@@ -16,7 +16,7 @@ Packing = Literal["examples", "best_fit"]
 FEATURES = ("prompt", "chosen", "rejected")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PairPlan(Plan):
     """Rows of pairs: a segment of a `Plan` is a pair here, which takes two segments of a row.
 
@@ -26,7 +26,6 @@ class PairPlan(Plan):
     max_length: int  # most tokens of a prompt with one completion
     # number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted
     read_only: int
-    first: dict[str, str]  # key of `counts` -> id of the first record counted there
     # number of positions (0 or 1) after a completion that read its last token and predict nothing
     read_last: int = 0
 

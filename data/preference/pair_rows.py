@@ -24,11 +24,6 @@ class PairSource(rows.Source):
     feature: ClassVar[str] = "chosen"
 
     @property
-    def bytes_per_token(self) -> float:
-        """Returns 0: a loss over pairs has no bits per byte."""
-        return 0.0
-
-    @property
     def unpaired(self) -> bool:
         """Returns whether the source has completions with labels instead of pairs."""
         return "labels" in self.cache.columns
@@ -65,18 +60,13 @@ class PairSource(rows.Source):
             for record in [int(self.plan.records[pair])]
         ]
 
-    def summary(self) -> dict:
-        """Returns sizes, fill, the numbers of dropped and truncated pairs, and the first record of each kind."""
+    def _sizes(self) -> dict[str, Any]:
         plan = self.plan
         return {
-            "cache": str(self.cache.directory),
-            "content": self.cache.content,
-            "fingerprint": self.cache.fingerprint,
             "tokens": plan.tokens(),
             "pairs": len(plan.records),
             "rows": plan.num_rows,
             "fill": plan.positions() / (plan.num_rows * plan.row_lengths["targets"]),
-            **plan.counts,
             "first": plan.first,
         }
 

@@ -20,24 +20,10 @@ from data.stream.train_stream import Positions, Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptPlan(Plan):
-    """A plan with one prompt in each row; budgets and shares count tokens of prompts."""
-
-    first: dict[str, str]  # key of `counts` -> id of the first record counted there
-
-
-@dataclasses.dataclass(frozen=True)
 class PromptSource(rows.Source):
-    """One source of prompts."""
-
-    plan: PromptPlan
+    """One source of prompts, one in each row; budgets and shares count tokens of prompts."""
 
     feature: ClassVar[str] = "prompt"
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Returns 0: prompts have no loss, so no bits per byte."""
-        return 0.0
 
     def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns the ids of a row's prompt, int32, and its row in the file."""
@@ -46,16 +32,8 @@ class PromptSource(rows.Source):
         row_json = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
         return ids, json.loads(row_json.decode("utf-8", "surrogatepass"))
 
-    def summary(self) -> dict:
-        """Returns sizes, the number of prompts dropped as too long, and the first of these."""
-        return {
-            "cache": str(self.cache.directory),
-            "content": self.cache.content,
-            "fingerprint": self.cache.fingerprint,
-            "prompts": self.plan.num_rows,
-            **self.plan.counts,
-            "first": self.plan.first,
-        }
+    def _sizes(self) -> dict[str, Any]:
+        return {"prompts": self.plan.num_rows, "first": self.plan.first}
 
 
 class PromptStream(Stream):
@@ -174,11 +152,7 @@ def make_stream(
 def _plan_source(
     name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptSource:
-    """Returns a source with a row for each prompt that fits into one.
-
-    Raises:
-        ValueError: the source has no prompts, none of them fits, or one is empty and has no start token.
-    """
+    """Returns a source with a row for each prompt that fits into one."""
     missing = [feature for feature in ("prompt", INFO) if feature not in opened.columns]
     if missing:
         raise ValueError(
@@ -200,7 +174,7 @@ def _plan_source(
         )
     records = np.flatnonzero(fits).astype(np.uint32)
     long = read > max_length
-    plan = PromptPlan(
+    plan = Plan(
         row_starts=np.arange(len(records) + 1, dtype=np.int64),
         records=records,
         offsets=np.zeros(len(records), np.uint32),

@@ -65,11 +65,7 @@ class PromptFiles(PromptedFiles):
 
     @functools.cached_property
     def _counted(self) -> dict[str, int]:
-        """Returns the number of examples of each split.
-
-        Raises:
-          DataError: a file is malformed, or a split has no example.
-        """
+        """Returns the number of examples of each split."""
         counted = {
             split: sum(1 for path in paths for _ in self.read_examples(path, split))
             for split, paths in self.files.items()

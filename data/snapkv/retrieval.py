@@ -54,11 +54,7 @@ class Lines:
 
 
 def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
-    """Returns random lines.
-
-    Raises:
-      ValueError: `lines` is below 1 or above the number of keys.
-    """
+    """Returns random lines; raises ValueError if `lines` is below 1 or above the number of keys."""
     if not 1 <= lines <= NUM_KEYS:
         raise ValueError(f"lines = {lines} must lie in [1, {NUM_KEYS}]: keys are distinct.")
     keys_EK = np.tile(np.arange(NUM_KEYS, dtype=np.int32) + FIRST_KEY, (examples, 1))

@@ -23,7 +23,7 @@ MAX_SEGMENTS = 64
 _OPEN_ROWS = 32  # rows that still accept records when several features are packed together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Rows as ranges of segments: row r holds segments `row_starts[r]` to `row_starts[r + 1]`.
 
@@ -37,6 +37,7 @@ class Plan:
         packing, long_documents: the policies of `make_plan`.
         counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
             row), cut_segments (start inside a record) and dropped_tokens.
+        first: key of `counts` -> id of the first record counted there; only for pairs and prompts.
     """
 
     row_starts: np.ndarray
@@ -47,6 +48,7 @@ class Plan:
     packing: str
     long_documents: str
     counts: dict[str, int]
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -5,7 +5,7 @@ Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segmen
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,9 +29,10 @@ class Source:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per target token; 0 if unknown or if tokens have loss weights."""
-        weighted = LOSS_WEIGHTS in self.cache.columns
-        return (0 if weighted else self.cache.text_bytes() or 0) / self.cache.tokens()
+        """UTF-8 bytes of text per target token; 0 if unknown, or if not every token has loss weight 1."""
+        if self.feature != "targets" or LOSS_WEIGHTS in self.cache.columns:
+            return 0.0
+        return (self.cache.text_bytes() or 0) / self.cache.tokens()
 
     def documents(self, row: int) -> list[dict]:
         """Returns the documents of one row: id, record in the cache, offset and length in tokens."""
@@ -54,16 +55,21 @@ class Source:
         ]
 
     def summary(self) -> dict:
-        """Returns sizes, fill, and the counts of empty and long records."""
+        """Returns sizes, and counts of records that are dropped, cut or truncated."""
         return {
             "cache": str(self.cache.directory),
             "content": self.cache.content,
             "fingerprint": self.cache.fingerprint,
+            **self._sizes(),
+            **self.plan.counts,
+        }
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
             "tokens": self.plan.tokens(),
             "text_bytes": self.cache.text_bytes(),
             "rows": self.plan.num_rows,
             "fill": self.plan.fill(),
-            **self.plan.counts,
         }
 
 

@@ -188,11 +188,7 @@ class Stream(RowStream):
         return store.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
 
     def _read_before(self, positions: Positions) -> list[int]:
-        """Returns the rows of each source that an earlier run has read.
-
-        Raises:
-            ValueError: this run would read the rows in a different order.
-        """
+        """Returns the rows of each source that an earlier run has read."""
         before = []
         for source in self._sources:
             position = positions.get(source.name, {"rows": 0, "order": self._order_of(source)})

@@ -134,8 +134,7 @@ def assemble(
       bytes_per_source: bytes after which no more documents of a source are taken; documents are
         taken whole, in the order of the hashes of their ids. None takes everything.
       validation_fraction: share of each source's bytes to hold out.
-      min_document_bytes: shorter documents are dropped.
-      max_document_bytes: longer documents are dropped.
+      min_document_bytes, max_document_bytes: shorter and longer documents are dropped.
       near_duplicate_threshold: minimum resemblance at which the later of two documents is dropped.
       containment_threshold: a document is not held out if more than this share of its text also
         occurs in training documents.
@@ -143,7 +142,7 @@ def assemble(
       env: the environment whose packages are read; default the current one.
 
     Raises:
-      ValueError: a source is unknown, no source holds a document, or files of the existing corpus
+      ValueError: a source is unknown, no source has a document, or files of the existing corpus
         have been changed or lost.
     """
     settings = {

@@ -49,16 +49,12 @@ class Index:
 
     runs: np.ndarray  # uint64 hashes of the distinct runs, ascending
     words: int  # per run
-    texts: int  # number of texts in the set
-    short: int  # number of texts that are shorter than a run, and cannot be detected
 
     @classmethod
     def of(cls, texts: Iterable[str], words: int = WORDS) -> "Index":
         """Returns the index of texts; iterates over them once."""
-        runs_of_texts = [runs(text, words) for text in texts]
-        short = sum(not len(text_runs) for text_runs in runs_of_texts)
-        distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *runs_of_texts]))
-        return cls(distinct, words, len(runs_of_texts), short)
+        all_runs = [np.zeros(0, np.uint64), *(runs(text, words) for text in texts)]
+        return cls(np.unique(np.concatenate(all_runs)), words)
 
     def overlap(self, text: str) -> int:
         """Returns how many of a text's runs occur in the set; repeated runs count each time."""

@@ -298,11 +298,7 @@ def _parquet(
 
 
 def _rows(batch, keys: list[str], path: pathlib.Path, first: int) -> Iterable[tuple]:
-    """Returns the rows of a batch as tuples of values.
-
-    Raises:
-      DataError: a value is not UTF-8; Arrow reports the offset in the value, not the row.
-    """
+    """Returns the rows of a batch as tuples of values."""
     try:
         return list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
     except UnicodeDecodeError as error:

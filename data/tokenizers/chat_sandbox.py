@@ -38,11 +38,7 @@ _steps: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("steps
 
 
 def render(source: str, values: Mapping[str, Any]) -> Rendered:
-    """Renders a template.
-
-    Args:
-      source: the jinja2 source.
-      values: variables of the template.
+    """Renders a template from its jinja2 source and its variables.
 
     Raises:
       OverflowError: a bound of the sandbox is exceeded.

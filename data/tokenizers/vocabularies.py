@@ -32,11 +32,7 @@ from data.text.documents import Document
 MAX_SPACES = 16
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
-    "\n",
-    "\n\n",
-    "\t",
-    "\t\t",
-    "\t\t\t",
+    *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
     *(_SPACE * count for count in range(2, MAX_SPACES + 1)),
 )
 _REQUIRED = "".join(map(chr, range(0x21, 0x7F)))
@@ -105,12 +101,7 @@ def sentencepiece(
 def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     """Returns the SentencePiece vocabulary in a `.model` file.
 
-    Args:
-      path: the file.
-      extra_ids: number of sentinels after the last piece, as for T5 span corruption.
-
-    Raises:
-      FileNotFoundError: there is no such file.
+    `extra_ids` is the number of sentinels after the last piece, as for T5 span corruption.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
@@ -130,7 +121,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
       path: directory with tokenizer.json and its accompanying files
         (data/tokenizers/hf_tokenizer.py), or with tokenizer.model only, which is read by
         `from_file`.
-      extra_ids: number of sentinels after the last entry, as for T5 span corruption.
+      extra_ids: see `from_file`.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
         it to False for texts that must not end a turn.
 
@@ -162,9 +153,6 @@ def byte(*, extra_ids: int = 0):
 
 def characters(*, symbols: str):
     """Returns a vocabulary with one id per character after pad, EOS and unknown, without training.
-
-    Args:
-      symbols: the characters, each once.
 
     Raises:
       ValueError: there are no characters, or a character is repeated.
@@ -252,8 +240,8 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"a vocabulary of {settings['size']} pieces does not fit its sample of the corpus: "
-            f"{str(error).strip().splitlines()[-1]} Change size, or give it more text (sample_bytes)"
+            f"a vocabulary of {settings['size']} pieces cannot be trained on this sample of the corpus: "
+            f"{str(error).strip().splitlines()[-1]} Change size, or raise sample_bytes"
         ) from None
     rules.unlink()
     return _without_path(model.getvalue())

@@ -52,11 +52,7 @@ def _books(env: environment.Environment) -> Iterator[environment.Candidate]:
 
 
 def _assigned(path: pathlib.Path, name: str) -> ast.expr:
-    """Returns the expression that a module assigns to `name`, without running the module.
-
-    Raises:
-      ValueError: the module does not assign the name.
-    """
+    """Returns the expression that a module assigns to `name`, without running the module."""
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return statement.value

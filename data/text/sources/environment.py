@@ -30,7 +30,7 @@ class Environment:
     """The packages and directories that sources read; tests pass their own.
 
     Args:
-      stdlib: directory of the Python standard library, or None for none.
+      stdlib: directory of the Python standard library, or None.
       include: directory of the C headers of Python, or None.
       find: name of a package -> its distribution, or None if it is not installed.
     """
@@ -65,7 +65,7 @@ class Environment:
         return installed
 
     def description(self, package: str) -> str:
-        """Returns the long description (the README) in the metadata of a package, or ''."""
+        """Returns the README in the metadata of a package, or ''."""
         distribution = self._find(package)
         if distribution is None:
             return ""

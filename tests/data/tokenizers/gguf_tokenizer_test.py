@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_said(tmp_path, change, message):
 
 def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(TokenizerError, match="x.gguf is damaged or no GGUF file"):
+    with pytest.raises(TokenizerError, match="x.gguf is damaged or not a GGUF file"):
         gguf_tokenizer.metadata(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         gguf_tokenizer.metadata(tmp_path / "y.gguf")
