@@ -11,6 +11,7 @@ import numpy as np
 from data.cache.store import Cache
 from data.choices import check_choice
 from data.stream.plan import Plan, best_fit, starts
+from data.stream.rows import check_features
 
 Packing = Literal["examples", "best_fit"]
 FEATURES = ("prompt", "chosen", "rejected")
@@ -56,6 +57,15 @@ class PairPlan(Plan):
         return self.read_last - self.read_only
 
 
+def check_prompts(name: str, opened: Cache, has_tokens_N: np.ndarray) -> None:
+    """Raises ValueError if a prompt has no token to read."""
+    if not has_tokens_N.all():
+        raise ValueError(
+            f"Source {name!r}: the prompt of {opened.name_of(int(has_tokens_N.argmin()))} is empty, and "
+            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
+        )
+
+
 def plan_pairs(
     name: str,
     opened: Cache,
@@ -81,12 +91,8 @@ def plan_pairs(
     Raises:
         ValueError: the source holds no pairs, no pair fits, or the settings do not fit together.
     """
-    missing = [feature for feature in FEATURES if feature not in opened.columns]
-    if missing:
-        raise ValueError(
-            f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no "
-            "preference data. Register it with data.preference.tasks.register_pairs."
-        )
+    remedy = " Register preference data with data.preference.tasks.register_pairs."
+    check_features(name, opened, FEATURES, remedy)
     check_choice("packing", packing, Packing)
     max_length = row_length // 2 - read_last if max_length is None else max_length
     if max_length < 2 or row_length < 2 * (max_length + read_last):
@@ -96,12 +102,7 @@ def plan_pairs(
             f"at least 2, and a row needs 2 x (max_length{more}) positions. Lower max_length, or lengthen the rows."
         )
     full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
-    empty_N = full["prompt"] < read_only
-    if empty_N.any():
-        raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(empty_N.argmax()))} is empty, and "
-            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
-        )
+    check_prompts(name, opened, full["prompt"] >= read_only)
     room_N = max_length - full["prompt"]
     truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
     fits_N = room_N > 0

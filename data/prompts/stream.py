@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data.cache import store
+from data.preference.pair_plan import check_prompts
 from data.prompts.tasks import INFO
 from data.stream import repeats, rows, schedule, stream
 from data.stream.plan import Plan
@@ -153,19 +154,10 @@ def _plan_source(
     name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptSource:
     """Returns a source with a row for each prompt that fits into one."""
-    missing = [feature for feature in ("prompt", INFO) if feature not in opened.columns]
-    if missing:
-        raise ValueError(
-            f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no prompts. "
-            "Register it with data.prompts.tasks.register_prompts."
-        )
-    lengths = opened.columns["prompt"].lengths.astype(np.int64)
-    read = lengths + int(start_token is not None)
-    if not read.all():
-        raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(read.argmin()))} is empty, and start_token=None adds "
-            "no token before it. Set start_token, or add_bos=True of the task."
-        )
+    remedy = " Register prompts with data.prompts.tasks.register_prompts."
+    rows.check_features(name, opened, ("prompt", INFO), remedy)
+    read = opened.columns["prompt"].lengths.astype(np.int64) + int(start_token is not None)
+    check_prompts(name, opened, read > 0)
     fits = read <= max_length
     if not fits.any():
         raise ValueError(

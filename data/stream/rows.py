@@ -4,7 +4,7 @@ Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segmen
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,11 +95,7 @@ def plan_source(
             f"task_feature_lengths {dict(feature_lengths)} must give 'targets', or 'inputs' and "
             "'targets'."
         )
-    for feature in feature_lengths:
-        if feature not in opened.columns:
-            raise ValueError(
-                f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}."
-            )
+    check_features(name, opened, feature_lengths)
     _check_loss_weights(name, opened)
     planned = make_plan(
         {feature: opened.columns[feature].lengths for feature in feature_lengths},
@@ -110,6 +106,15 @@ def plan_source(
     if not planned.num_rows:
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
     return Source(name, opened, planned)
+
+
+def check_features(name: str, opened: Cache, features: Iterable[str], remedy: str = "") -> None:
+    """Raises ValueError if the cache of a source lacks a feature."""
+    for feature in features:
+        if feature not in opened.columns:
+            raise ValueError(
+                f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}.{remedy}"
+            )
 
 
 def _check_loss_weights(name: str, opened: Cache) -> None:

@@ -159,20 +159,20 @@ class Schedule:
         check_choice("interleaving", interleaving, Interleaving)
         self.batch_size = batch_size
         self.sources = tuple(sources)
-        self._starts = [start for start, _ in phases]
+        self.starts = [start for start, _ in phases]  # the first step of every phase
         self._phases: list[_Phase] = []
         base = np.array([0] * len(sources) if first_rows is None else first_rows, np.int64)
         for j, (start, weights) in enumerate(phases):
             shares = integer_shares(weights, sources)
             slots = int(shares.sum())
             if j + 1 < len(phases):
-                slots = min(slots, (self._starts[j + 1] - start) * batch_size)
+                slots = min(slots, (self.starts[j + 1] - start) * batch_size)
             key = seed if interleaving == "random" else 0
             table = _table(tuple(shares.tolist()), slots, interleaving, key)
             phase = _Phase(start, shares, base, *table)
             self._phases.append(phase)
             if j + 1 < len(phases):
-                base = base + phase.used((self._starts[j + 1] - start) * batch_size)
+                base = base + phase.used((self.starts[j + 1] - start) * batch_size)
 
     def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (source index, position in the source) of rows [lo, hi) of the batch of `step`."""
@@ -193,12 +193,7 @@ class Schedule:
         shares = self._phase(step).shares
         return shares / shares.sum()
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The first step of every phase."""
-        return tuple(self._starts)
-
     def _phase(self, step: int) -> _Phase:
         if step < 0:
             raise ValueError(f"Step {step} is negative.")
-        return self._phases[bisect.bisect_right(self._starts, step) - 1]
+        return self._phases[bisect.bisect_right(self.starts, step) - 1]

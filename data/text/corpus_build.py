@@ -188,16 +188,15 @@ def _manifest(
     packages: Mapping[str, str],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    described = {}
-    skipped = {}
+    described, skipped = {}, {}
     for source in sources:
-        counts = {"documents": {}, "bytes": {}}
-        for split in splits.SPLITS:
-            sizes = [document.size for document in source.documents if document.split == split]
-            counts["documents"][split] = len(sizes)
-            counts["bytes"][split] = sum(sizes)
+        sizes = {
+            split: [document.size for document in source.documents if document.split == split]
+            for split in splits.SPLITS
+        }
         described[source.name] = {
-            **counts,
+            "documents": {split: len(split_sizes) for split, split_sizes in sizes.items()},
+            "bytes": {split: sum(split_sizes) for split, split_sizes in sizes.items()},
             "candidates": source.candidates,
             "dropped": dict(source.dropped),
             "origins": dict(source.origins),

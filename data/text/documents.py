@@ -78,10 +78,9 @@ def read(
     """
     name = path.name if name is None else name
     kind = _kind(path)
-    if kind == ".parquet":
-        return _parquet(path, format, name, metadata)
-    if kind in (".jsonl", ".json"):
-        return _json_lines(path, format, name, metadata)
+    if kind in (".jsonl", ".json", ".parquet"):
+        records = (_parquet if kind == ".parquet" else _json_lines)(path, format, metadata)
+        return (_document(name, *record, format, metadata) for record in records)
     if metadata:
         raise DataError(
             f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
@@ -191,23 +190,27 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
-def _json_lines(
-    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
-) -> Iterator[Document]:
+_Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
+
+
+def _json_lines(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
     example = f'{{"{format.text_keys[0]}": "..."}}'
     for number, record in read_json_lines(path, example=example):
-        where = f"{path}, line {number}"
-        id = f"{name}:{number}"
-        if format.id_key is not None:
-            id = str(_value(record, format.id_key, "id_key", where))
-            check_unicode(id, format.id_key, where)
-        yield _document(id, record, format, metadata, where)
+        yield number, f"{path}, line {number}", record
 
 
 def _document(
-    id: str, record: Mapping[str, Any], format: Format, metadata: Sequence[str], where: str
+    name: str,
+    number: int,
+    where: str,
+    record: Mapping[str, Any],
+    format: Format,
+    metadata: Sequence[str],
 ) -> Document:
-    """Returns the document in a record."""
+    id = f"{name}:{number}"
+    if format.id_key is not None:
+        id = str(_value(record, format.id_key, "id_key", where))
+        check_unicode(id, format.id_key, where)
     texts = [
         _checked(_value(record, key, "text_key", where), key, where) for key in format.text_keys
     ]
@@ -268,27 +271,22 @@ def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
                 yield Document(f"{name}:{numbers[0]}", "".join(paragraph))
 
 
-def _parquet(
-    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
-) -> Iterator[Document]:
+def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
     import pyarrow
     from pyarrow import parquet
 
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
-    columns = list(arguments)
     try:
         with parquet.ParquetFile(path) as file:
             row = dict.fromkeys(file.schema_arrow.names)
             for key, argument in arguments.items():
                 _value(row, key, argument, f"{path}, columns")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for values in _rows(batch, columns, path, number):
-                    record = dict(zip(columns, values, strict=True))
-                    id = f"{name}:{number}" if format.id_key is None else str(record[format.id_key])
-                    yield _document(id, record, format, metadata, f"{path}, row {number}")
+            for batch in file.iter_batches(batch_size=1024, columns=list(arguments)):
+                for record in _rows(batch, path, number):
+                    yield number, f"{path}, row {number}", record
                     number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
@@ -297,10 +295,9 @@ def _parquet(
         ) from None
 
 
-def _rows(batch, keys: list[str], path: pathlib.Path, first: int) -> Iterable[tuple]:
-    """Returns the rows of a batch as tuples of values."""
+def _rows(batch: Any, path: pathlib.Path, first: int) -> list[dict[str, Any]]:
     try:
-        return list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
+        return batch.to_pylist()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, rows {first} to {first + len(batch) - 1}: not UTF-8 at byte offset "

