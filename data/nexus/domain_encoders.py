@@ -19,7 +19,6 @@ class Encoder(Protocol):
     """Computes the raw vector of a domain."""
 
     centred: bool  # whether the mean over domains is to be subtracted from the raw vectors
-    reads: bool  # whether the encoder reads documents
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -34,7 +33,6 @@ class _Encoder:
 
     kind: ClassVar[str]
     centred = False
-    reads = False
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -56,7 +54,6 @@ class Ngrams(_Encoder):
     seed: int  # seed of the projection and of the choice of documents
     kind = "ngrams"
     centred = True
-    reads = True
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
         """See Encoder; raises EmbeddingsError if all documents are shorter than n characters."""

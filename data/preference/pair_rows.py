@@ -33,12 +33,6 @@ class PairSource(rows.Source):
         margins = self.cache.columns.get("margin")
         return margins is not None and any(shard.any() for shard in margins.shards)
 
-    def pairs_of(self, row: int) -> range:
-        """Returns the indices in the plan of a row's pairs."""
-        if row == rows.NO_ROW:
-            return range(0)
-        return range(*self.plan.row_starts[row : row + 2].tolist())
-
     def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the truncated ids of prompt, chosen and rejected of a pair of the plan; int32."""
         record = int(self.plan.records[pair])
@@ -48,17 +42,8 @@ class PairSource(rows.Source):
         )
         return prompt, chosen, rejected
 
-    def documents(self, row: int) -> list[dict]:
-        """Returns for each pair of a row its id, its record in the cache, and the number of tokens of each part."""
-        return [
-            {
-                "id": self.cache.name_of(record, prefix=f"{self.name}/"),
-                "record": record,
-                **{feature: int(self.plan.lengths[feature][pair]) for feature in FEATURES},
-            }
-            for pair in self.pairs_of(row)
-            for record in [int(self.plan.records[pair])]
-        ]
+    def _segment_sizes(self, segment: int) -> dict[str, int]:
+        return {feature: int(self.plan.lengths[feature][segment]) for feature in FEATURES}
 
     def _sizes(self) -> dict[str, Any]:
         plan = self.plan

@@ -105,7 +105,7 @@ class _PairRows(RowStream):
             source = self._sources[index]
             names = [
                 pair_rows.digest(*source.ids(pair), self._start_token)
-                for pair in source.pairs_of(row)
+                for pair in source.segments(row)
             ]
             digests.append(names + [""] * (self.slots - len(names)))
         return digests

@@ -62,6 +62,14 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def evaluation_rows(places: np.ndarray, rows: int, name: str) -> np.ndarray:
+    """Returns the row at each place of one pass over `rows` rows in a fixed order; -1 past the end."""
+    out = np.full_like(places, -1)
+    inside = places < rows
+    out[inside] = permute(places[inside], rows, hash64("evaluation", name))
+    return out
+
+
 def shuffled_rows(
     positions: np.ndarray, rows: int, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -105,15 +105,9 @@ class RowStream(abc.ABC):
 
 
 class EvalStream(RowStream):
-    """Reads every row of one source once, in a fixed order.
+    """Reads every row of one source once, in a fixed order; see `data.stream.stream.make_eval_stream`.
 
-    Rows that fill the last batch have loss weight 0. See `data.stream.stream.make_eval_stream`.
-
-    Attributes:
-        name: name of the source.
-        num_steps: number of batches that cover the source.
-        bytes_per_token: UTF-8 bytes of text per target token, for bits per byte; 0 if unknown, for
-            example where tokens have loss weights.
+    Rows that fill the last batch have loss weight 0.
     """
 
     def __init__(
@@ -126,7 +120,7 @@ class EvalStream(RowStream):
     ):
         super().__init__([source], batch_size, cross_document_attention, start_token)
         self.name = source.name
-        self.num_steps = -(-source.plan.num_rows // batch_size)
+        self.num_steps = -(-source.plan.num_rows // batch_size)  # batches that cover the source
         self.bytes_per_token = source.bytes_per_token
         self.fingerprint = self._fingerprint(order="permuted")
 
@@ -140,10 +134,5 @@ class EvalStream(RowStream):
                 f"Batch {step} of {self.name!r} does not exist: it has {self.num_steps} batches."
             )
         place_B = step * self.batch_size + np.arange(lo, hi, dtype=np.int64)
-        num_rows = self._sources[0].plan.num_rows
-        row_B = np.full_like(place_B, rows.NO_ROW)
-        is_row_B = place_B < num_rows
-        row_B[is_row_B] = order.permute(
-            place_B[is_row_B], num_rows, order.hash64("evaluation", self.name)
-        )
+        row_B = order.evaluation_rows(place_B, self._sources[0].plan.num_rows, self.name)
         return np.zeros_like(row_B), np.zeros_like(row_B), row_B

@@ -34,25 +34,27 @@ class Source:
             return 0.0
         return (self.cache.text_bytes() or 0) / self.cache.tokens()
 
-    def documents(self, row: int) -> list[dict]:
-        """Returns the documents of one row: id, record in the cache, offset and length in tokens."""
+    def segments(self, row: int) -> range:
+        """Returns the indices in the plan of a row's segments."""
         if row == NO_ROW:
-            return []
-        segments = slice(*self.plan.row_starts[row : row + 2].tolist())
+            return range(0)
+        return range(*self.plan.row_starts[row : row + 2].tolist())
+
+    def documents(self, row: int) -> list[dict]:
+        """Returns the documents of one row: id, record in the cache, and sizes in tokens."""
         return [
             {
                 "id": self.cache.name_of(record, prefix=f"{self.name}/"),
                 "record": record,
-                "offset": offset,
-                "length": length,
+                **self._segment_sizes(segment),
             }
-            for record, offset, length in zip(
-                self.plan.records[segments].tolist(),
-                self.plan.offsets[segments].tolist(),
-                self.plan.lengths["targets"][segments].tolist(),
-                strict=True,
-            )
+            for segment in self.segments(row)
+            for record in [int(self.plan.records[segment])]
         ]
+
+    def _segment_sizes(self, segment: int) -> dict[str, int]:
+        offset, length = self.plan.offsets[segment], self.plan.lengths["targets"][segment]
+        return {"offset": int(offset), "length": int(length)}
 
     def summary(self) -> dict:
         """Returns sizes, and counts of records that are dropped, cut or truncated."""

@@ -204,14 +204,12 @@ class ImageEvalStream(_Images):
         return -(-self._images.size // self.batch_size)
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place_B, size = self._places(step, lo, hi), self._images.size
+        place_B = self._places(step, lo, hi)
         if not 0 <= step < self.num_steps:
             raise ValueError(
                 f"Batch {step} of {self.name!r} does not exist: it has {self.num_steps} batches."
             )
-        row_B = np.full_like(place_B, -1)
-        held = place_B < size
-        row_B[held] = order.permute(place_B[held], size, order.hash64("evaluation", self.name))
+        row_B = order.evaluation_rows(place_B, self._images.size, self.name)
         return place_B, np.zeros_like(place_B), row_B
 
 

@@ -74,5 +74,5 @@ def test_what_is_not_stored_or_of_another_size_is_an_error(tmp_path):
     other = ReferenceStore(
         "n" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K), setting="TEACHER"
     )
-    with pytest.raises(ReferenceStoreError, match="TEACHER gives log-probabilities that are not"):
+    with pytest.raises(ReferenceStoreError, match="log-probabilities of TEACHER are not"):
         other.add(digests[:1], bad)

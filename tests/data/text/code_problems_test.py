@@ -105,7 +105,7 @@ def test_a_chat_reply_is_its_block_of_code():
                     "canonical_solution": "",
                 },
             ],
-            "line 1: this problem is in another format",
+            "line 1: this problem is in MBPP's format",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_sentencepiece_metadata_gives_the_ids_of_sentencepiece(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "bert"}, "tokenizer of the kind 'bert'.*gpt2 and llama"),
+        ({"model": "bert"}, "tokenizer is 'bert'.*gpt2 and llama"),
         ({"pre": "new"}, "pre-tokenizer is 'new'.*smollm"),
         ({"merges": None}, "has no tokenizer.ggml.merges"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens"),

@@ -268,8 +268,8 @@ def test_names_of_special_tokens_may_stand_in_their_own_file(copy):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer": "{"}, "tokenizer.json is damaged or no tokenizer"),
-        ({"tokenizer": {"a": 1}}, "tokenizer.json is damaged or no tokenizer"),
+        ({"tokenizer": "{"}, "tokenizer.json is damaged or not a tokenizer"),
+        ({"tokenizer": {"a": 1}}, "tokenizer.json is damaged or not a tokenizer"),
         ({"tokenizer_config": "{"}, "tokenizer_config.json is damaged"),
         ({"tokenizer_config": []}, "tokenizer_config.json is not a JSON object"),
         (

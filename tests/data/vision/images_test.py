@@ -90,7 +90,7 @@ def test_evaluation_reads_every_image_once_and_pads_with_nothing():
     assert (batches[-1]["images"][2:] == 0).all()
     with pytest.raises(ValueError, match="Batch 3 of .* does not exist"):
         made.batch(3, 0, 4)
-    with pytest.raises(ValueError, match="the set's name is 'numbered'"):
+    with pytest.raises(ValueError, match="the name of the set is 'numbered'"):
         images.make_eval_stream(images=lambda split: numbered(), task="other", **GIVEN)
 
 
