@@ -210,7 +210,7 @@ def test_size_that_does_not_fit_names_the_remedy(cache):
     corpus = Texts({"prose": ("a b c\n",)})
     for size in (100, 20_000):
         with pytest.raises(
-            ValueError, match=rf"vocabulary of {size} pieces does not fit.*sample_bytes"
+            ValueError, match=rf"vocabulary of {size} pieces cannot be trained.*sample_bytes"
         ):
             vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": size})
 
