@@ -10,9 +10,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.data_source import GeneratedSource
 from data.text import corpus as corpus_lib
-from data.text import document_source
-from data.text.document_files import DocumentFiles
 from data.text.sources import names
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
@@ -38,7 +37,7 @@ def register_corpus(
     with the same arguments changes nothing.
 
     Args:
-      vocabulary: a SeqIO vocabulary, such as `data.tokenizers.vocabularies` makes.
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       corpus: an assembled corpus; by default `data.text.corpus.assemble(sources=sources)`.
       sources: names of sources or groups to register.
       temperature: a source of b bytes has the rate b ** (1 / temperature) in a mixture.
@@ -59,17 +58,9 @@ def register_corpus(
             f"{', '.join(corpus.sources)}"
         )
     for source in present:
-        files = DocumentFiles(
-            name=source,
-            files={split: (str(corpus.file(source, split)),) for split in corpus.splits(source)},
-            format=corpus_lib.FORMAT,
-            validation_fraction=0.0,
-            root=str(corpus.directory),
-            cache=document_source.source_cache(corpus.directory.parents[1]),
-        )
         register_source(
             source,
-            document_source.DocumentSource(files),
+            corpus.source(source),
             origin="register_corpus",
             vocabulary=vocabulary,
             add_bos=add_bos,
@@ -80,7 +71,7 @@ def register_corpus(
         exponent = 1 / (language_temperature if group == "multilingual" else temperature)
         if members:
             register_mixture(group, {source: corpus.size(source) ** exponent for source in members})
-    _CORPORA[corpus.hash] = corpus.summary()
+    _CORPORA[corpus.digest] = corpus.summary()
 
 
 def register_source(
@@ -88,13 +79,7 @@ def register_source(
 ) -> None:
     """Registers a task that tokenizes a source of `{"text", "document_id"}`.
 
-    Args:
-      name: name of the task.
-      source: satisfies `seqio.DataSourceInterface` and has a `digest`.
-      origin: name of the registering function; a later call of the same function replaces the task.
-      vocabulary: a SeqIO vocabulary.
-      add_bos: begin each document with BOS.
-      add_eos: end each document with EOS.
+    `register_features` describes `source` and `origin`.
 
     Raises:
       ValueError: another task has this name, or the vocabulary lacks the BOS or EOS to be added.
@@ -102,25 +87,22 @@ def register_source(
     import seqio
 
     check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
-    _make_room(name, seqio.TaskRegistry, _TASKS, origin)
-    seqio.TaskRegistry.add(
+    _register(
         name,
-        source=source,
+        source,
+        origin,
+        {"vocabulary": str(vocabulary), "add_bos": add_bos, "add_eos": add_eos},
         preprocessors=[
-            functools.partial(seqio.preprocessors.rekey, key_map=_KEYS),
+            functools.partial(
+                seqio.preprocessors.rekey,
+                key_map={"targets": "text", "document_id": "document_id"},
+            ),
             seqio.preprocessors.tokenize,
             *([prepend_bos] if add_bos else []),
             seqio.preprocessors.append_eos,
         ],
         output_features={"targets": seqio.Feature(vocabulary=vocabulary, add_eos=add_eos)},
     )
-    _TASKS[name] = {
-        "source": source,
-        "origin": origin,
-        "vocabulary": str(vocabulary),
-        "add_bos": add_bos,
-        "add_eos": add_eos,
-    }
 
 
 def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: bool) -> None:
@@ -131,29 +113,6 @@ def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: boo
                 f"task {name!r}: add_{token}=True, but {vocabulary} has no {token.upper()}; set "
                 f"add_{token}=False or use a vocabulary that has one"
             )
-
-
-def register_tokens(name: str, source: Any, *, origin: str, vocab_size: int) -> None:
-    """Registers a task over a source of `{"targets", "loss_weights"}`, whose ids encode no text.
-
-    Args:
-      name: name of the task.
-      source: satisfies `seqio.DataSourceInterface` and has a `digest`.
-      origin: name of the registering function; a later call of the same function replaces the task.
-      vocab_size: number of ids; id 0 precedes every document, and no id is BOS or EOS.
-
-    Raises:
-      ValueError: another task has this name.
-    """
-    import seqio
-
-    register_features(
-        name,
-        source,
-        origin=origin,
-        features={"targets": seqio.PassThroughVocabulary(vocab_size), "loss_weights": None},
-        facts={"vocabulary": f"{vocab_size} ids", "add_bos": False, "add_eos": False},
-    )
 
 
 def register_features(
@@ -179,11 +138,12 @@ def register_features(
     import seqio
     import tensorflow as tf
 
-    _make_room(name, seqio.TaskRegistry, _TASKS, origin)
     numbers = {"vocabulary": seqio.PassThroughVocabulary(1), "dtype": tf.float32}
-    seqio.TaskRegistry.add(
+    _register(
         name,
-        source=source,
+        source,
+        origin,
+        facts,
         preprocessors=[],
         output_features={
             feature: seqio.Feature(
@@ -192,10 +152,45 @@ def register_features(
             for feature, vocabulary in features.items()
         },
     )
+
+
+def _register(name: str, source: Any, origin: str, facts: Mapping[str, Any], **task: Any) -> None:
+    import seqio
+
+    _make_room(name, seqio.TaskRegistry, _TASKS, origin)
+    seqio.TaskRegistry.add(name, source=source, **task)
     _TASKS[name] = {"source": source, "origin": origin, **facts}
 
 
-_KEYS = {"targets": "text", "document_id": "document_id"}
+def register_generated(
+    generated: Sequence[GeneratedSource],
+    *,
+    mixture: str,
+    symbols: str,
+    origin: str,
+    vocabulary: Any,
+    add_eos: bool,
+) -> None:
+    """Registers a task for each source of generated documents, and their mixture with equal rates.
+
+    Raises:
+      ValueError: the vocabulary lacks one of `symbols`, the characters of the documents.
+    """
+    if missing := [s for s in symbols if vocabulary.unk_id in vocabulary.encode(s)]:
+        raise ValueError(
+            f"{vocabulary} lacks {''.join(missing)!r}, characters of the generated documents: set "
+            f"vocabularies.characters.symbols = {symbols!r}."
+        )
+    for source in generated:
+        register_source(
+            source.name,
+            source,
+            origin=origin,
+            vocabulary=vocabulary,
+            add_bos=False,
+            add_eos=add_eos,
+        )
+    register_mixture(mixture, dict.fromkeys((source.name for source in generated), 1.0))
 
 
 def prepend_bos(dataset, output_features):
@@ -211,11 +206,7 @@ def prepend_bos(dataset, output_features):
 
 
 def register_mixture(name: str, rates: Mapping[str, float]) -> None:
-    """Registers a mixture; a later call with the same name replaces it.
-
-    Args:
-      name: name of the mixture.
-      rates: task or mixture -> its rate.
+    """Registers a mixture of tasks and mixtures by their rates; replaces one of an earlier call.
 
     Raises:
       ValueError: another task or mixture has this name, or a member is not registered.
@@ -262,17 +253,6 @@ def clear() -> None:
 def sources() -> dict[str, Any]:
     """Returns {task: data source} of the tasks that this module registered."""
     return {name: facts["source"] for name, facts in _TASKS.items()}
-
-
-def source_digest(task_name: str) -> str:
-    """Returns the SHA-256 of the data that a registered task reads.
-
-    Raises:
-      ValueError: this module registered no such task.
-    """
-    if task_name not in _TASKS:
-        raise ValueError(f"no task {task_name!r}; {names.nearest(task_name, list(_TASKS))}")
-    return _TASKS[task_name]["source"].digest
 
 
 def vocabulary(task_name: str) -> Any:

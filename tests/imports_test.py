@@ -143,8 +143,8 @@ LEVELS = {
         ("distillation", "low_rank", "online", "preference", "snapkv"),
     ),
     "data": (
-        ("cache", "cpu_tensorflow", "sandbox", "tokenizers"),
-        ("stream", "text", "tokenizers.vocabularies"),
+        ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
+        ("data_source", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
         ("code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
     ),

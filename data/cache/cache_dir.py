@@ -26,12 +26,7 @@ def build_directory(
 
     `build` writes into a temporary sibling directory, which is then renamed. If another process
     finished first, its directory is used: both have the same content, because the name is a hash of
-    all inputs.
-
-    Args:
-      target: the directory.
-      build: called with a directory; writes the content into it.
-      expected: names of files; an existing directory that lacks one of them is replaced.
+    all inputs. An existing directory that lacks one of the `expected` files is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = _temporary(target), _temporary(target)
@@ -52,13 +47,18 @@ def build_directory(
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON atomically: a reader sees the old file or the new file."""
+    """Writes JSON atomically."""
+    write_bytes(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file atomically: a reader sees the old file or the new file."""
     temporary = _temporary(path)
     try:
         # Not with tempfile: other users cannot read its files, and a cache may be shared.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

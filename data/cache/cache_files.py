@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data.cache.columns import feature_dtype, feature_limit
+from data.cache.columns import feature_dtype
 
 Record = Mapping[str, np.ndarray | bytes | str]
 
@@ -87,14 +87,13 @@ class ShardWriter:
         values = np.asarray(value)
         if values.ndim != 1:
             raise ValueError(f"Feature {feature!r} has shape {values.shape}; a vector is needed.")
-        limit = feature_limit(kind)
-        if limit is not None and len(values):
+        if isinstance(kind, int) and len(values):
             low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= limit:
+            if low < 0 or high >= kind:
                 raise ValueError(
                     f"Record {self._records} of shard {self._shard}: feature {feature!r} has token "
-                    f"{low if low < 0 else high}, outside its vocabulary of {limit}. The "
-                    "vocabulary of the feature is not the one that made the tokens."
+                    f"{low if low < 0 else high}, outside its vocabulary of {kind}. The feature's "
+                    "vocabulary is not the one that made the tokens."
                 )
         return values.astype(feature_dtype(kind))
 

@@ -8,10 +8,7 @@ import numpy as np
 
 
 def feature_dtype(kind: int | str) -> np.dtype:
-    """Returns the stored dtype of a feature.
-
-    Args:
-        kind: a vocabulary size for tokens, 'text' or 'float32'.
+    """Returns the stored dtype of a feature: a vocabulary size for tokens, 'text' or 'float32'.
 
     Raises:
         ValueError: any other kind.
@@ -21,30 +18,19 @@ def feature_dtype(kind: int | str) -> np.dtype:
     if kind == "float32":
         return np.dtype("<f4")
     if not isinstance(kind, int) or not 0 < kind <= 2**32:
-        raise ValueError(f"A feature is a vocabulary size, 'text' or 'float32', not {kind!r}.")
+        raise ValueError(f"The feature is {kind!r}; give a vocabulary size, 'text' or 'float32'.")
     return np.dtype("<u2") if kind <= 2**16 else np.dtype("<u4")
-
-
-def feature_limit(kind: int | str) -> int | None:
-    """Returns the number of valid token ids; None if the values are not tokens."""
-    return kind if isinstance(kind, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The concatenated values of all records, as one array per shard of the cache.
+    """The concatenated values of all records, as one array per shard of the cache."""
 
-    Attributes:
-        shards: the values of each shard, memory-mapped.
-        bounds: int64 [shards + 1], the index of the first value of each shard, and the total.
-        lengths: uint32 [records], the number of values of each record.
-        starts: int64 [records], the index of the first value of each record.
-    """
-
-    shards: list[np.ndarray]
+    shards: list[np.ndarray]  # the values of each shard, memory-mapped
+    # int64 [shards + 1], the index of the first value of each shard, and the total
     bounds: np.ndarray
-    lengths: np.ndarray
-    starts: np.ndarray
+    lengths: np.ndarray  # uint32 [records], the number of values of each record
+    starts: np.ndarray  # int64 [records], the index of the first value of each record
 
     @classmethod
     def open(cls, stems: Sequence[pathlib.Path], dtype: np.dtype) -> "Column":
@@ -62,14 +48,8 @@ class Column:
     ) -> None:
         """Copies values [begins, begins + lengths) to `out` from index `at` on, for every range.
 
-        Each range must lie in one shard. Slices are copied in a Python loop; from about a hundred
-        values per slice on, copying dominates the time.
-
-        Args:
-            begins: int64 [ranges], index of the first value of each range.
-            lengths: [ranges], values of each range.
-            out: flat array that receives the values.
-            at: int64 [ranges], index in `out` of the first value of each range.
+        Each range must lie in one shard; `out` is flat. Slices are copied in a Python loop; from about
+        a hundred values per slice on, copying dominates the time.
         """
         # An empty range may begin after the last value, which lies in no shard.
         nonempty = lengths > 0

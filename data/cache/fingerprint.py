@@ -19,7 +19,7 @@ import os
 import pathlib
 import re
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
@@ -36,14 +36,10 @@ _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """The values that `describe` has already visited.
+    """The values that `describe` has already visited."""
 
-    Attributes:
-      path: ids of the values that enclose the current one.
-      code: id of a function or class -> its number; each is described once.
-    """
-
-    path: frozenset[int] = frozenset()
+    path: frozenset[int] = frozenset()  # ids of the values that enclose the current one
+    # id of a function or class -> its number; each is described once.
     code: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def enter(self, value) -> "_Seen":
@@ -62,12 +58,7 @@ class _Seen:
 
 
 def describe(value, seen: _Seen | None = None):
-    """Returns JSON that is equal for two values exactly if they produce the same records.
-
-    Args:
-      value: any value, function, class or object.
-      seen: the values already visited; None at the start.
-    """
+    """Returns JSON that is equal for two values exactly if they produce the same records."""
     if isinstance(value, enum.Enum):
         return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
     if isinstance(value, np.generic):
@@ -289,7 +280,7 @@ def _short(items: list):
     """Returns the list; if it is long, its length and hash."""
     if len(items) <= _LONGEST:
         return items
-    return {"items": len(items), "sha256": _sha(json.dumps(items, sort_keys=True).encode())}
+    return {"items": len(items), "sha256": of_json(items)}
 
 
 def _is_library(module: str | None) -> bool:
@@ -298,6 +289,16 @@ def _is_library(module: str | None) -> bool:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def of_json(value) -> str:
+    """Returns the SHA-256 of a value's JSON."""
+    return _sha(json.dumps(value, sort_keys=True).encode())
+
+
+def of_code(files: Iterable[pathlib.Path]) -> str:
+    """Returns the SHA-256 of code files: a changed rule changes the key of what the rules made."""
+    return _sha(b"\0".join(file.read_bytes() for file in files))
 
 
 def _sha(data: bytes) -> str:

@@ -54,21 +54,13 @@ class CacheMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """An opened cache.
+    """An opened cache."""
 
-    Attributes:
-        directory: the directory of the cache.
-        fingerprint: hash of everything the cache was built from.
-        content: hash of the checksums of all its files, which identifies its content.
-        columns: the values of each feature.
-        manifest: totals and the description behind the fingerprint.
-    """
-
-    directory: pathlib.Path
-    fingerprint: str
-    content: str
-    columns: dict[str, Column]
-    manifest: dict
+    directory: pathlib.Path  # the directory of the cache
+    fingerprint: str  # hash of everything the cache was built from
+    content: str  # hash of the checksums of all its files, which identifies its content
+    columns: dict[str, Column]  # the values of each feature
+    manifest: dict  # totals and the description behind the fingerprint
 
     @property
     def num_records(self) -> int:
@@ -85,10 +77,10 @@ class Cache:
         """
         return self.manifest["text_bytes"][feature] or None
 
-    def name_of(self, record: int) -> str:
-        """Returns the document id of a record, such as FILE:LINE, else `record <number>`."""
+    def name_of(self, record: int, prefix: str = "record ") -> str:
+        """Returns the document id of a record, such as FILE:LINE, else `<prefix><number>`."""
         names = self.columns.get("document_id")
-        return (names.text(record) if names else "") or f"record {record}"
+        return (names.text(record) if names else "") or f"{prefix}{record}"
 
 
 def digest(value) -> str:
@@ -96,10 +88,7 @@ def digest(value) -> str:
 
 
 def fingerprint(description: Mapping, features: Mapping, num_shards: int) -> str:
-    """Returns the hash of everything a cache is built from.
-
-    The shard count is included because it determines the order of records.
-    """
+    """Returns the hash of everything a cache is built from; shards determine the order of records."""
     inputs = {"format": FORMAT, "features": features, "num_shards": num_shards}
     return digest({**inputs, "description": description})
 
@@ -121,9 +110,6 @@ def write(
             'float32'.
         description: JSON that describes the records; part of the fingerprint.
         num_shards: number of shards; record i goes to shard i % num_shards.
-
-    Raises:
-        FileExistsError: the directory exists.
     """
     records = list(records)
     return build(
@@ -181,7 +167,7 @@ def build(
             raise OSError(
                 errno.ENOSPC,
                 f"No space left while building the token cache {directory}. Free some space, or "
-                "set cache_dir or $ESPALIER_CACHE to another disk; finished shards are kept",
+                "set cache_dir or $ESPALIER_CACHE to another disk; finished shards are reused",
             ) from error
         raise
     return open_cache(directory)
@@ -208,13 +194,9 @@ def open_cache(directory: str | os.PathLike, *, verify: bool = True) -> Cache:
         for feature, kind in manifest["features"].items()
     }
     for feature, column in columns.items():
-        counts = [
-            len(column.lengths),
-            int(column.bounds[-1]),
-            int(column.lengths.sum(dtype=np.int64)),
-        ]
-        if counts != [manifest["records"], *[manifest["values"][feature]] * 2]:
-            raise corrupt(directory, MANIFEST, f"does not count what feature {feature!r} holds")
+        values = {int(column.bounds[-1]), int(column.lengths.sum(dtype=np.int64))}
+        if (len(column.lengths), values) != (manifest["records"], {manifest["values"][feature]}):
+            raise corrupt(directory, MANIFEST, f"has wrong counts of feature {feature!r}")
     return Cache(directory, manifest["fingerprint"], manifest["content"], columns, manifest)
 
 

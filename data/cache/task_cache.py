@@ -10,15 +10,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import get_args
 from urllib.parse import quote
 
 from data.cache import cache_dir as directories
 from data.cache import fingerprint, task_reader
 from data.cache import store as token_cache
 from data.cache.cache_files import CacheCorruptError, canonical
-
-CHANGED = get_args(token_cache.Changed)
+from data.choices import check_choice
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -40,7 +38,7 @@ def open_task_cache(
     Args:
         task: a `seqio.Task`.
         split: one of its splits.
-        cache_dir: the root of all caches; see `data.cache.cache_dir`.
+        cache_dir: the root of all caches.
         changed: what to do if the existing caches were built from different inputs: 'refuse',
             'build' another cache beside them, or 'replace' them (and a damaged cache).
         verify: check every byte against its checksum.
@@ -50,8 +48,7 @@ def open_task_cache(
         CacheCorruptError: the cache is damaged.
         ValueError: the task has no such split, or the split has no records.
     """
-    if changed not in CHANGED:
-        raise ValueError(f"changed={changed!r} is none of {', '.join(map(repr, CHANGED))}.")
+    check_choice("changed", changed, token_cache.Changed)
     if split not in task.splits:
         raise ValueError(
             f"Task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.splits))}."
@@ -103,11 +100,7 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
-    """Reports what has changed since the most similar of the other caches.
-
-    Raises:
-        CacheMismatchError: there is another cache and `changed` is 'refuse'.
-    """
+    """Reports what has changed since the most similar of the other caches."""
     differences = []
     for directory, manifest in _manifests(parent):
         if manifest:
@@ -123,15 +116,15 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
         return
     _, directory, keys = min(differences)
     message = (
-        f"The token cache {directory} was built from something else; changed since: "
+        f"The token cache {directory} was built from different inputs. Changed since then: "
         f"{', '.join(keys)}."
     )
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
-            f"{message} If that is meant, build the new cache beside it with `python -m launch.prepare cache` and "
-            "the same gin files and bindings (--replace deletes the old one)."
+            f"{message} If this is intended, build a second cache with `python -m launch.prepare cache` and the "
+            "same gin files and bindings (--replace deletes the old one)."
         )
-    print(f"{message} Another one is built beside it.", file=sys.stderr)
+    print(f"{message} A second cache is built beside it.", file=sys.stderr)
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:

@@ -23,10 +23,7 @@ _MAX_SHARDS = 64
 
 
 def task_features(task) -> dict[str, int | str]:
-    """Returns the features stored for a task: its output features, and `document_id`.
-
-    Returns:
-        feature -> vocabulary size, 'text' or 'float32'.
+    """Returns {output feature of a task, or `document_id`: vocabulary size, 'text' or 'float32'}.
 
     Raises:
         ValueError: a feature is not a vector.
@@ -77,19 +74,12 @@ def read_records(task, split: str, shard: int = 0, num_shards: int = 1) -> Itera
     """
     import seqio
 
-    source = task.source
-    if num_shards == 1:
-        dataset = source.get_dataset(split=split, shuffle=False)
-    else:
-        info = seqio.ShardInfo(index=shard, num_shards=num_shards)
-        dataset = source.get_dataset(split=split, shuffle=False, shard_info=info)
+    info = None if num_shards == 1 else seqio.ShardInfo(index=shard, num_shards=num_shards)
+    dataset = task.source.get_dataset(split=split, shuffle=False, shard_info=info)
     dataset = task.preprocess_precache(dataset, seed=0)
     dataset = task.preprocess_postcache(dataset, sequence_length=None, seed=0)
-    missing = [
-        name
-        for name, feature in task.output_features.items()
-        if feature.required and name not in dataset.element_spec
-    ]
+    required = [name for name, feature in task.output_features.items() if feature.required]
+    missing = [name for name in required if name not in dataset.element_spec]
     if missing:
         raise ValueError(
             f"Task {task.name!r}: the preprocessors yield {', '.join(dataset.element_spec)} but "

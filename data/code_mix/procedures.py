@@ -17,17 +17,11 @@ _NEXT = str.maketrans("0123456789", "1234567890")
 
 @dataclasses.dataclass(frozen=True)
 class Procedure:
-    """Two definitions of a procedure: a function for calls, and steps for states of traces.
+    """Two definitions of a procedure: a function for calls, and steps for states of traces."""
 
-    Attributes:
-      result: operand -> result.
-      take: remaining digits -> index of the digit that the next step takes.
-      write: the taken digit -> the digit that the step writes.
-    """
-
-    result: Callable[[str], str]
-    take: Callable[[str], int]
-    write: Callable[[str], str]
+    result: Callable[[str], str]  # operand -> result
+    take: Callable[[str], int]  # remaining digits -> index of the digit that the next step takes
+    write: Callable[[str], str]  # the taken digit -> the digit that the step writes
 
 
 PROCEDURES = {

@@ -20,8 +20,8 @@ from typing import Any
 
 from data import tasks
 from data.code_mix import procedures, skills
+from data.data_source import GeneratedSource
 
-SPLITS = ("train", "validation")
 CORRUPTED = 0.2  # share of the calls in web code, and of the traces in synth before execution
 KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # shares of text documents
 WORKED = 0.1  # share of the problems in words that have worked steps
@@ -36,7 +36,6 @@ DOCUMENTS = {
     "skill_markup": 70_000,
     "skill_adjacent": 3_000,
 }
-VALIDATION_DOCUMENTS = 512
 
 _EXPLANATION = {"shift": "one more each", "reverse": "last goes first", "sort": "least goes first"}
 
@@ -148,42 +147,19 @@ def _bigrams() -> Sequence[Sequence[float]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class SkillSource:
-    """Documents of one source; satisfies `seqio.DataSourceInterface`."""
+class SkillSource(GeneratedSource):
+    """Documents of one source."""
 
-    name: str
-    train_documents: int
-    seed: int
-
-    splits = SPLITS
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
+    validation_documents = 512
 
     @property
     def digest(self) -> str:
-        sizes = (procedures.DIGITS, skills.HELD_OUT, skills.NUM_PEOPLE, VALIDATION_DOCUMENTS)
+        sizes = (procedures.DIGITS, skills.HELD_OUT, skills.NUM_PEOPLE, self.validation_documents)
         return f"{type(self).__name__} of {sizes}, {CORRUPTED}, {KINDS}, {WORKED}: {self}"
 
-    def num_input_examples(self, split: str) -> int:
-        return self.train_documents if split == "train" else VALIDATION_DOCUMENTS
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
     def texts(self, split: str) -> list[str]:
-        """Returns all documents of a split."""
         writer = _Writer(random.Random(f"{self.name} {split} {self.seed}"), split)
         return list(itertools.islice(writer.documents(self.name), self.num_input_examples(split)))
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
-        import tensorflow as tf
-
-        del shuffle, shard_info  # drawn at random; one shard
-        texts = self.texts(split)
-        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
-        return tf.data.Dataset.from_tensor_slices({"text": texts, "document_id": ids})
 
 
 def register(*, vocabulary: Any, documents: Mapping[str, int] | None = None, seed: int = 0) -> None:
@@ -200,18 +176,11 @@ def register(*, vocabulary: Any, documents: Mapping[str, int] | None = None, see
     counts = {**DOCUMENTS, **(documents or {})}
     if unknown := sorted(set(counts) - set(DOCUMENTS)):
         raise ValueError(f"documents names {unknown[0]!r}; the sources are {', '.join(DOCUMENTS)}.")
-    if missing := [s for s in skills.SYMBOLS if vocabulary.unk_id in vocabulary.encode(s)]:
-        raise ValueError(
-            f"{vocabulary} lacks {''.join(missing)!r}, which the generated documents have: set "
-            f"vocabularies.characters.symbols = {skills.SYMBOLS!r}."
-        )
-    for name, count in counts.items():
-        tasks.register_source(
-            name,
-            SkillSource(name, count, seed),
-            origin="skill_sources.register",
-            vocabulary=vocabulary,
-            add_bos=False,
-            add_eos=True,
-        )
-    tasks.register_mixture("skills", dict.fromkeys(counts, 1.0))
+    tasks.register_generated(
+        [SkillSource(name, count, seed) for name, count in counts.items()],
+        mixture="skills",
+        symbols=skills.SYMBOLS,
+        origin="skill_sources.register",
+        vocabulary=vocabulary,
+        add_eos=True,
+    )

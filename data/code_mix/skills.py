@@ -12,6 +12,7 @@ import functools
 import itertools
 import random
 
+from data.choices import check_choice
 from data.code_mix import procedures
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()|<>/?"
@@ -35,18 +36,12 @@ Fact = tuple[str, str, str]  # person, relation, value
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A prompt with its right continuation.
+    """A prompt with its right continuation."""
 
-    Attributes:
-      prompt: the beginning of a document.
-      answer: the right continuation; after the answer to a call, its states may follow.
-      skill: one of SKILLS.
-      kind: the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent).
-    """
-
-    prompt: str
-    answer: str
-    skill: str
+    prompt: str  # the beginning of a document
+    answer: str  # the right continuation; after the answer to a call, its states may follow
+    skill: str  # one of SKILLS
+    # the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent)
     kind: str
 
     def answered(self, continuation: str) -> bool:
@@ -111,6 +106,7 @@ def problems(skill: str) -> list[Problem]:
     Raises:
       ValueError: an unknown skill.
     """
+    check_choice("skill", skill, SKILLS)
     if skill == "knowledge":
         known = facts()
         return [
@@ -121,7 +117,5 @@ def problems(skill: str) -> list[Problem]:
     operations = itertools.product(procedures.PROCEDURES, held_out_operands())
     if skill == "reasoning":
         return [Problem(*posed(name, operand), skill, name) for name, operand in operations]
-    if skill == "code":
-        calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
-        return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
-    raise ValueError(f"skill = {skill!r} is none of {', '.join(SKILLS)}.")
+    calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
+    return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]

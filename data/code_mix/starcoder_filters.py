@@ -15,12 +15,9 @@ from data.text.document_filters import DocumentFilter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Filter(DocumentFilter):
-    """Keeps all files in languages it does not apply to, and the good files in the others.
+    """Keeps all files in languages it does not apply to, and the good files in the others."""
 
-    Attributes:
-      languages: values of `lang` the filter applies to; None for all files, without reading `lang`.
-    """
-
+    # values of `lang` the filter applies to; None for all files, without reading `lang`
     languages: Sequence[str] | None = None
 
     @property
@@ -39,15 +36,10 @@ class _Filter(DocumentFilter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LineLengths(_Filter):
-    """Drops files with long lines, which are data or minified.
+    """Drops files with long lines, which are data or minified."""
 
-    Attributes:
-      longest: most characters of a line.
-      mean: most characters of a line on average over the file.
-    """
-
-    longest: int = 1000
-    mean: float = 100.0
+    longest: int = 1000  # most characters of a line
+    mean: float = 100.0  # most characters of a line on average over the file
 
     def good(self, text: str) -> bool:
         lengths = list(map(len, text.splitlines()))
@@ -58,13 +50,9 @@ class LineLengths(_Filter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Letters(_Filter):
-    """Drops files that are mostly numbers and signs.
+    """Drops files that are mostly numbers and signs."""
 
-    Attributes:
-      least: least share of letters among the characters.
-    """
-
-    least: float = 0.25
+    least: float = 0.25  # least share of letters among the characters
 
     def good(self, text: str) -> bool:
         return sum(map(str.isalpha, text)) >= self.least * len(text)
@@ -72,12 +60,9 @@ class Letters(_Filter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XmlHeader(_Filter):
-    """Drops XML files with the file extension of another language.
+    """Drops XML files with the file extension of another language."""
 
-    Attributes:
-      characters: number of characters at the beginning that are searched for the XML header.
-    """
-
+    # number of characters at the beginning that are searched for the XML header
     characters: int = 100
 
     def good(self, text: str) -> bool:
@@ -86,16 +71,11 @@ class XmlHeader(_Filter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisibleText(_Filter):
-    """Drops pages that show little text.
-
-    Attributes:
-      share: least share of visible characters.
-      characters: least number of visible characters.
-    """
+    """Drops pages that show little text."""
 
     languages: Sequence[str] | None = ("HTML",)
-    share: float = 0.2
-    characters: int = 100
+    share: float = 0.2  # least share of visible characters
+    characters: int = 100  # least number of visible characters
 
     def good(self, text: str) -> bool:
         seen = _visible(text)

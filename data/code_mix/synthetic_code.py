@@ -10,7 +10,6 @@ solution: they are never used as data, and the manifest counts how many of them 
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -24,10 +23,11 @@ import tqdm
 
 from data import tasks
 from data.cache import cache_dir as cache
+from data.cache import fingerprint
 from data.code_mix.synthetic import lists, structures, texts
 from data.code_mix.synthetic.render import Rendered, render
 from data.sandbox import code_sandbox
-from data.text import document_source, documents, splits
+from data.text import documents, splits
 from data.text.document_files import DocumentFiles
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
@@ -43,17 +43,11 @@ _IDLE_ROUNDS = 10  # rounds without a new document, after which `build` gives up
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A document that has not been run yet.
+    """A document that has not been run yet."""
 
-    Attributes:
-      family: name of its family.
-      document: its text and key.
-      mutated: whether a fault was put into its solution.
-    """
-
-    family: str
-    document: Rendered
-    mutated: bool
+    family: str  # name of its family
+    document: Rendered  # its text and key
+    mutated: bool  # whether a fault was put into its solution
 
 
 def draw(seed: int, *, mutated_share: float = 0.05) -> Iterator[Candidate]:
@@ -122,12 +116,6 @@ def build(
         raise ValueError(
             f"synthetic_code: num_documents = {num_documents} and variants = {variants} must be at least 1."
         )
-    for name, share in (
-        ("mutated_share", mutated_share),
-        ("validation_fraction", validation_fraction),
-    ):
-        if not 0 <= share < 1:
-            raise ValueError(f"synthetic_code: {name} = {share} must be in [0, 1).")
     settings = {
         "num_documents": num_documents,
         "seed": seed,
@@ -135,8 +123,10 @@ def build(
         "mutated_share": mutated_share,
         "validation_fraction": validation_fraction,
     }
-    content = json.dumps([settings, _code_digest()], sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    for name in ("mutated_share", "validation_fraction"):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"synthetic_code: {name} = {settings[name]} must be in [0, 1).")
+    key = fingerprint.of_json([settings, _code_digest()])[:16]
     folder = cache.cache_dir("synthetic_code", key, override=cache_dir)
     if not (folder / MANIFEST).is_file():
         files = [MANIFEST, *(f"{split}.jsonl" for split in splits.SPLITS)]
@@ -180,9 +170,9 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
             idle = 0 if len(problem_of) > before else idle + 1
             if idle == _IDLE_ROUNDS:
                 raise ValueError(
-                    f"synthetic_code: {len(problem_of):,} documents are there, and none of the last "
-                    f"{_IDLE_ROUNDS * _ROUND:,} drawn is new and passes. Raise variants, or see why "
-                    "programs fail: python -m launch.evaluate code runs any with its reasons."
+                    f"synthetic_code: after {len(problem_of):,} documents, none of the last "
+                    f"{_IDLE_ROUNDS * _ROUND:,} drawn is new and passes. Raise variants, or run failing "
+                    "programs with python -m launch.evaluate code, which prints the reasons."
                 )
     lines: dict[str, list[str]] = {split: [] for split in splits.SPLITS}
     for number, (text, key) in enumerate(problem_of.items()):
@@ -203,10 +193,9 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
 
 @functools.cache
 def _code_digest() -> str:
-    """Returns a hash of the generating code, so that a changed family is generated anew."""
-    here = pathlib.Path(__file__).parent
-    files = [pathlib.Path(__file__), *sorted(here.glob("synthetic/*.py"))]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    """Returns the hash of the generating code."""
+    this = pathlib.Path(__file__)
+    return fingerprint.of_code([this, *sorted(this.parent.glob("synthetic/*.py"))])
 
 
 def register(
@@ -241,17 +230,10 @@ def register(
         cache_dir=cache_dir,
     )
     sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["documents"]
-    files = DocumentFiles(
-        name=name,
-        files={split: (str(folder / f"{split}.jsonl"),) for split, count in sizes.items() if count},
-        format=FORMAT,
-        validation_fraction=0.0,
-        root=str(folder),
-        cache=document_source.source_cache(cache_dir),
-    )
+    files = {split: [str(folder / f"{split}.jsonl")] for split, count in sizes.items() if count}
     tasks.register_source(
         name,
-        document_source.DocumentSource(files),
+        DocumentFiles.of(name, files, format=FORMAT, cache_dir=cache_dir),
         origin="synthetic_code.register",
         vocabulary=vocabulary,
         add_bos=add_bos,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.preference.reference_store import ReferenceStore
+from data.preference.reference_store import ReferenceStore, StoredStream
 
 FOLDER = "teacher_log_probs"
 READ = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
@@ -21,12 +21,8 @@ READ = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
 def row_digests(batch: Mapping[str, np.ndarray]) -> list[str]:
     """Returns the digest of each row, as hexadecimal text."""
     columns = [np.ascontiguousarray(batch[name], np.int32) for name in READ]
-    return [
-        hashlib.blake2b(
-            b"".join(column[b].tobytes() for column in columns), digest_size=16
-        ).hexdigest()
-        for b in range(len(columns[0]))
-    ]
+    rows = [b"".join(map(np.ndarray.tobytes, row)) for row in zip(*columns, strict=True)]
+    return [hashlib.blake2b(row, digest_size=16).hexdigest() for row in rows]
 
 
 def shape_of(length: int, top_k: int) -> tuple[int, int]:
@@ -34,34 +30,25 @@ def shape_of(length: int, top_k: int) -> tuple[int, int]:
     return length, 2 * top_k + 1
 
 
-class TaughtStream:
-    """A stream with the additional columns 'teacher_ids' [B, T, K] and 'teacher_log_probs' [B, T, K + 1].
+class TaughtStream(StoredStream):
+    """A stream of packed tokens with the additional columns of a teacher.
 
-    All other attributes are those of the wrapped stream.
+    The columns are 'teacher_ids' [B, T, K] and 'teacher_log_probs' [B, T, K + 1].
 
     Args:
-      stream: stream of packed tokens.
-      store: has values of all rows of the stream.
+      stream, store, teacher: see `StoredStream`.
       top_k: K.
-      teacher: digest of the teacher's parameters.
     """
 
+    role = "teacher"
+
     def __init__(self, stream: Any, store: ReferenceStore, *, top_k: int, teacher: str):
-        self._stream, self._store, self._top_k, self._teacher = stream, store, top_k, teacher
+        super().__init__(stream, store, teacher)
+        self._top_k = top_k
 
-    def summary(self) -> dict[str, Any]:
-        """Returns the stream's summary, with the digest of the teacher's parameters."""
-        return {**self._stream.summary(), "teacher": self._teacher}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
-        """Returns rows [lo, hi) of the batch of `step`."""
-        batch = self._stream.batch(step, lo, hi)
+    def columns(self, batch, step, lo, hi):
         values = self._store.get(row_digests(batch))
         return {
-            **batch,
             "teacher_ids": values[..., : self._top_k].astype(np.int32),
             "teacher_log_probs": values[..., self._top_k :],
         }

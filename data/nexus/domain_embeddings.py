@@ -46,21 +46,13 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """The content of a file of embeddings.
+    """The content of a file of embeddings."""
 
-    Attributes:
-      path: the file.
-      encoder: kind and settings of the encoder of the raw vectors.
-      mean_M: mean that is subtracted from raw vectors.
-      domains: name -> raw vector, in the order in which domains were added.
-      vectors_NM: vectors of length 1, in the same order.
-    """
-
-    path: str
-    encoder: Mapping[str, Any]
-    mean_M: np.ndarray
-    domains: Mapping[str, Raw]
-    vectors_NM: np.ndarray
+    path: str  # the file
+    encoder: Mapping[str, Any]  # kind and settings of the encoder of the raw vectors
+    mean_M: np.ndarray  # mean that is subtracted from raw vectors
+    domains: Mapping[str, Raw]  # name -> raw vector, in the order in which domains were added
+    vectors_NM: np.ndarray  # vectors of length 1, in the same order
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,9 +98,7 @@ def create(
       EmbeddingsError: there is no domain, or a raw vector equals the mean.
     """
     if not raws:
-        raise EmbeddingsError(
-            "no domain is given: --domain NAME=SOURCE names one, and can be repeated"
-        )
+        raise EmbeddingsError("there is no domain: add --domain NAME=SOURCE, once per domain")
     mean_M = np.mean([raw.raw_M for raw in raws.values()], axis=0, dtype=np.float64)
     mean_M = mean_M if centred else np.zeros_like(mean_M)
     vectors_NM = np.stack([_placed(name, raw.raw_M, mean_M) for name, raw in raws.items()])
@@ -125,7 +115,7 @@ def extend(old: Embeddings, raws: Mapping[str, Raw]) -> Embeddings:
     for name, raw in raws.items():
         if raw.raw_M.shape != old.mean_M.shape:
             raise EmbeddingsError(
-                f"domain {name!r} has {raw.raw_M.size} numbers, and those of {old.path} have {old.dim}"
+                f"the vector of domain {name!r} has {raw.raw_M.size} numbers, and those in {old.path} {old.dim}"
             )
     vectors = [_placed(name, raw.raw_M, old.mean_M) for name, raw in raws.items()]
     return dataclasses.replace(
@@ -139,11 +129,11 @@ def check_new(old: Embeddings, names: Mapping[str, Any] | Sequence[str]) -> None
     """Raises EmbeddingsError if `names` is empty or `old` already has one of them."""
     if not names:
         raise EmbeddingsError(
-            f"no domain is given to add to {old.path}: --domain NAME=SOURCE names one"
+            f"there is no domain to add to {old.path}: add --domain NAME=SOURCE, once per domain"
         )
     if both := [name for name in names if name in old.domains]:
         raise EmbeddingsError(
-            f"{old.path} holds the domain {both[0]!r} already, and routers may have learned from it: "
+            f"{old.path} already has the domain {both[0]!r}, and routers may have learned from it: "
             "choose another name, or write a new file"
         )
 
@@ -152,16 +142,16 @@ def check_encoder(old: Embeddings, encoder: Mapping[str, Any]) -> None:
     """Raises EmbeddingsError if `encoder` is not the encoder of the old vectors."""
     if not same_encoder(encoder, old.encoder):
         raise EmbeddingsError(
-            f"{old.path} was made by the encoder {described(old.encoder)}, and this is "
-            f"{described(encoder)}: their vectors have nothing in common. Leave the flags of the encoder out "
-            "and give it the same checkpoint, or embed all domains anew without --extend"
+            f"{old.path} was made with the encoder {described(old.encoder)}, and this encoder is "
+            f"{described(encoder)}: their vectors cannot be compared. Use the same checkpoint without flags "
+            "of the encoder, or embed all domains again without --extend"
         )
 
 
 def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Returns whether vectors of two encoders are comparable; models are compared by digest, not by path."""
-    where = (*PLACES, "params")
-    one, other = ({key: x for key, x in e.items() if key not in where} for e in (one, other))
+    paths = {*PLACES, "params"}
+    one, other = ({key: e[key] for key in e.keys() - paths} for e in (one, other))
     return one == other
 
 
@@ -202,15 +192,15 @@ def read(path: str | os.PathLike) -> Embeddings:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise EmbeddingsError(
-            f"{path}: there is no such file of embeddings; make it with {COMMAND} --output={path} "
+            f"{path}: the file of embeddings does not exist; make it with {COMMAND} --output={path} "
             "--domain NAME=FILE --domain ..."
         )
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise EmbeddingsError(
-                f"{path}: embeddings of format {content['format']!r}, and this program reads {FORMAT}: "
-                f"make them anew with {COMMAND}"
+                f"{path}: the format is {content['format']!r}, and this program reads {FORMAT}: make the "
+                f"file again with {COMMAND}"
             )
         mean_M = np.array(content["mean"], np.float64)
         domains = {
@@ -220,23 +210,21 @@ def read(path: str | os.PathLike) -> Embeddings:
         vectors_NM = np.array([x["vector"] for x in content["domains"].values()], np.float64)
         encoder = content["encoder"]
         encoder["kind"]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _foreign(path, f"{type(error).__name__}: {error}") from None
-    except ValueError as error:
-        if isinstance(error, EmbeddingsError):
-            raise
-        raise _foreign(path, str(error)) from None
+    except EmbeddingsError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
     widths = {mean_M.shape, *(raw.raw_M.shape for raw in domains.values()), vectors_NM.shape[1:]}
     if len(widths) != 1 or mean_M.ndim != 1:
-        raise _foreign(path, "its vectors are not of one width")
+        raise _damaged(path, "its vectors have different widths")
     if not np.allclose(np.linalg.norm(vectors_NM, axis=1), 1, atol=1e-5):
-        raise _foreign(path, "its vectors are not of length 1")
+        raise _damaged(path, "its vectors do not have length 1")
     return Embeddings(path, encoder, mean_M, domains, vectors_NM)
 
 
-def _foreign(path: str, problem: str) -> EmbeddingsError:
+def _damaged(path: str, problem: str) -> EmbeddingsError:
     return EmbeddingsError(
-        f"{path}: damaged, or no file of embeddings ({problem}); make it with {COMMAND}"
+        f"{path} is damaged or not a file of embeddings ({problem}); make it with {COMMAND}"
     )
 
 
@@ -246,7 +234,7 @@ def _placed(name: str, raw_M: np.ndarray, mean_M: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(raw_M - mean_M)
     if not length > _NOTHING * np.linalg.norm(raw_M):  # NaN too
         raise EmbeddingsError(
-            f"domain {name!r} lies at the mean of the domains, which a router projects to 0: give domains that "
-            "differ, two at least"
+            f"the vector of domain {name!r} equals the mean of the domains, which a router projects to 0: use at "
+            "least two different domains"
         )
     return (raw_M - mean_M) / length

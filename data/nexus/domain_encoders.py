@@ -5,7 +5,7 @@ Shapes: M width of an embedding.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -16,15 +16,9 @@ _BLOCK = 4096  # buckets projected at a time
 
 
 class Encoder(Protocol):
-    """Computes the raw vector of a domain.
+    """Computes the raw vector of a domain."""
 
-    Attributes:
-      centred: whether the mean over domains is to be subtracted from the raw vectors.
-      reads: whether the encoder reads documents.
-    """
-
-    centred: bool
-    reads: bool
+    centred: bool  # whether the mean over domains is to be subtracted from the raw vectors
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -34,39 +28,35 @@ class Encoder(Protocol):
         """Returns the raw vector [M] of a domain's documents; `index` is the domain's position in the file."""
 
 
+class _Encoder:
+    """Settings are the fields of the dataclass; by default, the encoder is a control."""
+
+    kind: ClassVar[str]
+    centred = False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ngrams:
+class Ngrams(_Encoder):
     """A random projection of the square roots of the frequencies of character n-grams.
 
     The dot product of two such vectors is the Bhattacharyya coefficient of the domains' n-gram distributions,
     up to the projection's error of about 1 / sqrt(M). All documents have equal weight, whatever their length.
-
-    Attributes:
-      order: n.
-      dim: M.
-      documents: number of documents drawn from each domain.
-      tokens: number of characters read from the beginning of each document.
-      seed: seed of the projection and of the choice of documents.
     """
 
-    order: int
-    dim: int
-    documents: int
-    tokens: int
-    seed: int
+    order: int  # n
+    dim: int  # M
+    documents: int  # number of documents drawn from each domain
+    tokens: int  # number of characters read from the beginning of each document
+    seed: int  # seed of the projection and of the choice of documents
+    kind = "ngrams"
     centred = True
-    reads = True
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "ngrams", **dataclasses.asdict(self)}
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
-        """See Encoder.
-
-        Raises:
-          EmbeddingsError: all documents are shorter than n characters.
-        """
+        """See Encoder; raises EmbeddingsError if all documents are shorter than n characters."""
         histogram = np.zeros(BUCKETS)
         for text in texts:
             buckets = self._buckets(text[: self.tokens])
@@ -74,7 +64,7 @@ class Ngrams:
                 histogram += np.bincount(buckets, minlength=BUCKETS) / len(buckets)
         if not histogram.any():
             raise EmbeddingsError(
-                f"no document has {self.order} characters: give longer ones, or a lower --order"
+                f"all documents have fewer than {self.order} characters: use longer ones, or lower --order"
             )
         return self._projected(np.sqrt(histogram / histogram.sum()))
 
@@ -102,53 +92,30 @@ class Ngrams:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random:
-    """A control: random directions, independent of the documents.
-
-    Attributes:
-      dim: M.
-      seed: seed of the directions.
-    """
+class Random(_Encoder):
+    """A control: random directions of width `dim`, independent of the documents."""
 
     dim: int
     seed: int
-    centred = False
-    reads = False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "random", **dataclasses.asdict(self)}
+    kind = "random"
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
         return np.random.default_rng((self.seed, index)).standard_normal(self.dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneHot:
-    """A control: one axis per domain, so that all domains are orthogonal.
-
-    Attributes:
-      dim: M, at least the number of domains.
-    """
+class OneHot(_Encoder):
+    """A control: one of `dim` axes per domain, so that all domains are orthogonal."""
 
     dim: int
-    centred = False
-    reads = False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"kind": "one_hot", **dataclasses.asdict(self)}
+    kind = "one_hot"
 
     def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
-        """See Encoder.
-
-        Raises:
-          EmbeddingsError: there are more domains than axes.
-        """
+        """See Encoder; raises EmbeddingsError if there are more domains than axes."""
         if index >= self.dim:
             raise EmbeddingsError(
-                f"one_hot vectors of {self.dim} numbers are for as many domains: set --dim to at least "
-                f"{index + 1}"
+                f"one_hot vectors of {self.dim} numbers can represent {self.dim} domains: set --dim to at "
+                f"least {index + 1}"
             )
         return np.eye(1, self.dim, index)[0]
 

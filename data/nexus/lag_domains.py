@@ -20,28 +20,21 @@ from typing import Any
 import numpy as np
 
 from data import tasks
+from data.data_source import GeneratedSource
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
 RELATED = 0.7  # share of rows that a related table copies
-SPLITS = ("train", "validation")
-VALIDATION_DOCUMENTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """The distribution of a domain's documents.
+    """The distribution of a domain's documents."""
 
-    Attributes:
-      lag: distance, in symbols, to the symbol that is copied.
-      copied: probability of copying.
-      table: seed of the table.
-      related_to: seed of another table; this table has the share RELATED of its rows.
-    """
-
-    lag: int
-    copied: float
-    table: int
+    lag: int  # distance, in symbols, to the symbol that is copied
+    copied: float  # probability of copying
+    table: int  # seed of the table
+    # seed of another table; this table has the share RELATED of its rows
     related_to: int | None = None
 
     @functools.cached_property
@@ -111,14 +104,14 @@ def entropies(domain: Domain, length: int = 64) -> np.ndarray:
     for b in range(1, length):
         starting = b < domain.lag
         copied = 0.0 if starting else domain.copied
+        back = 0 if starting else b - domain.lag
         per_symbol.append(
             float(
                 marginals[-1] @ following_V
                 if starting
-                else np.sum(joints[b - domain.lag, b - 1] * copying_VV)
+                else np.sum(joints[back, b - 1] * copying_VV)
             )
         )
-        back = 0 if starting else b - domain.lag
         for a in range(max(0, b - domain.lag + 1), b):
             copying = joints[back, a].T if back <= a else joints[a, back]
             joints[a, b] = copied * copying + (1 - copied) * joints[a, b - 1] @ table_VV
@@ -142,45 +135,21 @@ def _entropy(probabilities: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class LagSource:
-    """Documents of one domain; satisfies `seqio.DataSourceInterface`."""
+class LagSource(GeneratedSource):
+    """Documents of one domain."""
 
-    name: str
-    train_documents: int
-    length: int
-    seed: int
-
-    splits = SPLITS
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
+    length: int  # symbols of a document
 
     @property
     def digest(self) -> str:
-        sizes = (SYMBOLS, SUCCESSORS, RELATED, VALIDATION_DOCUMENTS)
+        sizes = (SYMBOLS, SUCCESSORS, RELATED, self.validation_documents)
         return f"{type(self).__name__} of {sizes}, {DOMAINS[self.name]}: {self}"
 
-    def num_input_examples(self, split: str) -> int:
-        return self.train_documents if split == "train" else VALIDATION_DOCUMENTS
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
     def texts(self, split: str) -> list[str]:
-        """Returns all documents of a split."""
         domain = DOMAINS[self.name]
-        rng = np.random.default_rng((self.seed, SPLITS.index(split), domain.table))
+        rng = np.random.default_rng((self.seed, self.splits.index(split), domain.table))
         symbols_NT = draw(domain, self.num_input_examples(split), self.length, rng)
         return [row.tobytes().decode() for row in np.frombuffer(SYMBOLS.encode(), "u1")[symbols_NT]]
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
-        import tensorflow as tf
-
-        del shuffle, shard_info  # drawn at random; one shard
-        texts = self.texts(split)
-        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
-        return tf.data.Dataset.from_tensor_slices({"text": texts, "document_id": ids})
 
 
 def register(*, vocabulary: Any, documents: int = 60_000, length: int = 64, seed: int = 0) -> None:
@@ -201,18 +170,11 @@ def register(*, vocabulary: Any, documents: int = 60_000, length: int = 64, seed
         raise ValueError(
             f"lag_domains.register.documents = {documents} and length = {length} must be at least 1."
         )
-    if missing := [s for s in SYMBOLS if vocabulary.unk_id in vocabulary.encode(s)]:
-        raise ValueError(
-            f"{vocabulary} lacks {''.join(missing)!r}, which the generated documents have: set "
-            f"vocabularies.characters.symbols = {SYMBOLS!r}."
-        )
-    for name in DOMAINS:
-        tasks.register_source(
-            name,
-            LagSource(name, documents, length, seed),
-            origin="lag_domains.register",
-            vocabulary=vocabulary,
-            add_bos=False,
-            add_eos=False,
-        )
-    tasks.register_mixture("lag_domains", dict.fromkeys(DOMAINS, 1.0))
+    tasks.register_generated(
+        [LagSource(name, documents, seed, length) for name in DOMAINS],
+        mixture="lag_domains",
+        symbols=SYMBOLS,
+        origin="lag_domains.register",
+        vocabulary=vocabulary,
+        add_eos=False,
+    )

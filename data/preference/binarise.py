@@ -9,17 +9,17 @@ ratings.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from data.choices import check_choice
 from data.preference.tally import Tally
 from data.preference.texts import text_of
 from data.stream import order
 from data.text.documents import DataError
 
 Rejected = Literal["worst", "random", "next"]
-REJECTED = get_args(Rejected)
 EXAMPLE = '{"prompt": "...", "responses": ["...", "..."], "ratings": [4.5, 2]}'
-_KEPT = ("tools", "chat_template_kwargs")
+_TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 
 
 def pairs(
@@ -44,10 +44,8 @@ def pairs(
 
     Raises:
       DataError: a row is malformed.
-      ValueError: `rejected` has an unknown value, or `min_margin` is negative or infinite.
     """
-    if rejected not in REJECTED:
-        raise ValueError(f"rejected={rejected!r} is none of {', '.join(map(repr, REJECTED))}.")
+    check_choice("rejected", rejected, Rejected)
     if not 0 <= min_margin < math.inf:
         raise ValueError(f"min_margin is {min_margin}; it must be 0 or more.")
     return _pairs(rows, rejected, min_margin, seed, Tally() if dropped is None else dropped)
@@ -72,7 +70,7 @@ def _pairs(rows, rejected: str, min_margin: float, seed: int, dropped: Tally):
             "chosen": responses[best],
             "rejected": responses[other],
             "margin": ratings[best] - ratings[other],
-            **{key: row[key] for key in _KEPT if key in row},
+            **{key: row[key] for key in _TEMPLATE_KEYS if key in row},
         }
 
 
@@ -89,19 +87,19 @@ def _checked(row: Mapping[str, Any], where: str) -> tuple[list[Any], list[float]
     responses, ratings = row["responses"], row["ratings"]
     if len(responses) != len(ratings) or len(responses) < 2:
         raise DataError(
-            f"{where}: {len(responses)} responses and {len(ratings)} ratings; give each response one, "
-            "and at least two"
+            f"{where}: {len(responses)} responses and {len(ratings)} ratings; a row needs at least two "
+            "responses, each with one rating"
         )
     for rating in ratings:
         number = isinstance(rating, int | float) and not isinstance(rating, bool)
         if not number or not math.isfinite(rating):
-            raise DataError(f"{where}: {rating!r} in 'ratings' is no finite number")
+            raise DataError(f"{where}: {rating!r} in 'ratings' is not a finite number")
     text_of(row["prompt"], "prompt", where)
     for number, response in enumerate(responses, 1):
         what = f"response {number}"
         if isinstance(text_of(response, what, where), tuple) and isinstance(row["prompt"], str):
             raise DataError(
-                f"{where}: {what} has messages and 'prompt' is a text; give both in one form"
+                f"{where}: {what} has messages but 'prompt' is a text; write both in the same form"
             )
     if isinstance(row["prompt"], list):
         responses = [

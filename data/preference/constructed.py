@@ -46,12 +46,9 @@ class MissingPackageError(ImportError):
 def reasoning(
     *, limit: int, seed: int = 0, problems: Sequence[str] = PROBLEMS
 ) -> Iterator[dict[str, Any]]:
-    """Returns pairs of a right answer and an altered answer with a lower score by the problem's scorer.
+    """Returns at most `limit` pairs of a right answer and an altered answer with a lower score.
 
-    Args:
-      limit: the most pairs; the data sets take turns, with equally many problems each.
-      seed: seed of the problems and the alterations.
-      problems: names of reasoning-gym's data sets.
+    The data sets of reasoning-gym named in `problems` take turns, with equally many problems each.
 
     Raises:
       MissingPackageError: reasoning-gym is not installed.
@@ -64,9 +61,8 @@ def reasoning(
             "reasoning-gym"
         ) from None
     rng = random.Random(seed)
-    size = (
-        -(-limit // len(problems)) + 1
-    )  # one more: its answer can replace that of the last problem
+    # One problem more, whose answer can replace the answer of the last problem.
+    size = -(-limit // len(problems)) + 1
     sets = [reasoning_gym.create_dataset(name, size=size, seed=seed) for name in problems]
     turns = itertools.product(range(size - 1), zip(problems, sets, strict=True))
     rows = (_reasoning_row(name, dataset, index, rng) for index, (name, dataset) in turns)
@@ -74,11 +70,9 @@ def reasoning(
 
 
 def arithmetic(*, limit: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Returns pairs of right and altered results of sums and products of small numbers, after a worked example.
+    """Returns at most `limit` pairs of right and altered results, after a worked example.
 
-    Args:
-      limit: the most pairs; sums and products alternate, each problem once, then the remaining sums follow.
-      seed: seed of the order and the alterations.
+    Sums and products of small numbers alternate, each problem once; then the remaining sums follow.
     """
     rng = random.Random(seed)
     sums = [(f"{a} + {b}", a + b) for a in range(2, 50) for b in range(2, 50)]
@@ -101,11 +95,11 @@ def _arithmetic_row(question: str, result: int, rng: random.Random) -> dict:
     }
 
 
-def _reasoning_row(name: str, found: Any, index: int, rng: random.Random) -> dict | None:
-    item = found[index]
+def _reasoning_row(name: str, dataset: Any, index: int, rng: random.Random) -> dict | None:
+    item = dataset[index]
     answer = item["answer"]
-    for wrong in _altered(answer, found[index + 1]["answer"], rng):
-        score = float(found.score_answer(wrong, entry=item))
+    for wrong in _altered(answer, dataset[index + 1]["answer"], rng):
+        score = float(dataset.score_answer(wrong, entry=item))
         if wrong != answer and score < 1:
             return {
                 "prompt": f"{item['question'].strip()}\nAnswer:",
@@ -139,12 +133,10 @@ def _altered(answer: str, other: str, rng: random.Random) -> Iterator[str]:
 def translations(
     *, limit: int, seed: int = 0, environment: Environment | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Returns pairs of a message in the requested language and the same message in another language.
+    """Returns at most `limit` pairs of a message in the requested language and in another language.
 
-    Args:
-      limit: the most pairs; one pair for each message and language, in random order over all packages.
-      seed: seed of the order and of the other languages.
-      environment: environment that is searched for packages; default the current one.
+    There is one pair for each message and language, in random order over the packages of the environment
+    (default the current one).
     """
     environment = environment or Environment.current()
     texts_by_message: dict[str, dict[str, str]] = {}

@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tqdm
@@ -22,15 +21,13 @@ from data.text import documents, splits
 from data.text.documents import DataError
 
 Invalid = Literal["drop", "error"]
-INVALID = get_args(Invalid)
 
 # Features of an example besides `document_id`: ids, and one float32 number.
 TOKENS = ("prompt", "chosen", "rejected")
 NUMBER = {"paired": "margin", "unpaired": "labels"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Example:
+class _Example(NamedTuple):
     """A tokenised record."""
 
     record: Record
@@ -40,31 +37,27 @@ class _Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceFiles(PromptedFiles):
-    """Preference data in files of JSON lines, by split.
+    """Preference data in files of JSON lines, by split."""
 
-    Attributes:
-      kind: 'paired', or 'unpaired' for completions with labels; a pair then gives one completion of each label.
-      invalid: 'drop' drops degenerate rows and counts them, 'error' raises.
-    """
-
+    # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
+    # each label
     kind: Kind
-    invalid: Invalid
+    invalid: Invalid  # 'drop' drops degenerate rows and counts them, 'error' raises
 
     @property
     def dropped(self) -> Mapping[str, Any]:
-        """Returns reason -> number of dropped rows and the place of the first."""
+        """Reason -> number of dropped rows and the place of the first."""
         return self._counted["dropped"]
 
     @property
     def noted(self) -> Mapping[str, Any]:
-        """Returns reason -> number and first place of rows that are used but noted, such as for invisible characters."""
+        """Reason -> number and first place of rows that are used but reported, such as for invisible characters."""
         return self._counted["noted"]
 
     def num_input_examples(self, split: str) -> int:
         return self._counted["examples"][split]
 
-    def read_file(self, path: str, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the features of the examples of one file and one split."""
+    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         examples = self._examples(path, split)
         if self.kind == "paired":
             for example in examples:
@@ -83,8 +76,9 @@ class PreferenceFiles(PromptedFiles):
         ids = dict.fromkeys(TOKENS, ((None,), "int32"))
         return {**ids, NUMBER[self.kind]: ((1,), "float32")}
 
-    def _decides(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
+            **super()._settings(),
             "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
             "kind": self.kind,
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
@@ -106,16 +100,15 @@ class PreferenceFiles(PromptedFiles):
         dropped: Tally | None = None,
         noted: Tally | None = None,
     ) -> Iterator[_Example]:
-        """Yields the examples of a file in one split, or in all; adds to the tallies of dropped and noted rows.
+        """Yields the examples of a file in one split, or in all; counts dropped and reported rows.
 
         Rows of other splits are not tokenised, since that takes most of the time.
         """
-        name = os.path.relpath(path, self.root)
         for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
-            where, id = f"{path}, line {number}", f"{name}:{number}"
+            where, id = f"{path}, line {number}", self._id(path, number)
             try:
                 record = records.parse(row, where, id)
-                if split is not None and self._split_of(record, path) != split:
+                if split is not None and self._split_of(record.prompt_text, path) != split:
                     continue
                 if noted is not None and record.has_invisible:
                     noted.add("invisible_characters", id)
@@ -123,8 +116,8 @@ class PreferenceFiles(PromptedFiles):
             except DegenerateError as error:
                 if self.invalid == "error":
                     raise DataError(
-                        f"{where}: {error}. Repair or drop the line, or set invalid='drop' to pass over "
-                        "such rows"
+                        f"{where}: {error}. Repair or delete the line, or set invalid='drop' to skip such "
+                        "rows"
                     ) from None
                 if dropped is not None:
                     dropped.add(error.reason, id)
@@ -132,8 +125,8 @@ class PreferenceFiles(PromptedFiles):
     def _tokenised(self, record: Record) -> Iterator[_Example]:
         if self.kind == "paired" and record.label is not None:
             raise DataError(
-                f"{record.where}: one completion with a label where a pair is expected; set "
-                f"kind='unpaired', or give {records.PAIR}"
+                f"{record.where}: the row has one completion with a label, not a pair; set "
+                f"kind='unpaired', or write {records.PAIR}"
             )
         for part in record.unpaired() if self.kind == "unpaired" else (record,):
             prompt, completions = self.tokeniser(part)
@@ -147,25 +140,18 @@ class PreferenceFiles(PromptedFiles):
 
     @functools.cached_property
     def _counted(self) -> dict[str, dict[str, Any]]:
-        """Returns the numbers of examples of each split, and of dropped and noted rows; stored under the digest.
-
-        Raises:
-          DataError: a file is malformed, or a split has no example.
-        """
-        remembered = pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
-        if remembered.is_file():
-            counted = json.loads(remembered.read_text(encoding="utf-8"))
+        """Returns the numbers of examples of each split, and of dropped and reported rows; stored on disk."""
+        if self._counts_file.is_file():
+            counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
             if self.invalid == "drop" or not counted["dropped"]:  # else read on, to raise the error
                 return counted
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
         dropped, noted = Tally(), Tally()
-        paths = list(
-            dict.fromkeys(path for split_paths in self.files.values() for path in split_paths)
-        )
+        paths = list(self.checksums)
         for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
             for example in self._examples(path, None, dropped, noted):
-                split = self._split_of(example.record, path)
+                split = self._split_of(example.record.prompt_text, path)
                 examples[split] += 1
                 if len(prompts[split]) < 2 and example.prompt not in prompts[split]:
                     prompts[split].append(example.prompt)
@@ -174,12 +160,12 @@ class PreferenceFiles(PromptedFiles):
                 raise self._empty(split, sum(examples.values()), dropped)
             if self.kind == "unpaired" and len(prompts[split]) < 2:
                 raise DataError(
-                    f"{self.name}: all examples of the {split} split have one prompt. Unpaired ones "
-                    "need two, for a completion after a prompt that is not its own: add data, or change "
-                    "validation_fraction"
+                    f"{self.name}: all examples of the {split} split have one prompt. Unpaired data need "
+                    "at least two prompts, since each completion is also scored after another prompt. "
+                    "Add data, or change validation_fraction"
                 )
-        counted = {"examples": examples, "dropped": dropped.found, "noted": noted.found}
-        cache.remember(remembered, counted)
+        counted = {"examples": examples, "dropped": dropped, "noted": noted}
+        cache.remember(self._counts_file, counted)
         return counted
 
     def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
@@ -190,15 +176,13 @@ class PreferenceFiles(PromptedFiles):
                 f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
                 "out), or give validation_files (PAIRS_VALIDATION)"
             )
-        return DataError(
-            f"{where}: no example is left ({dropped if dropped.found else 'every file is empty'})"
-        )
+        return DataError(f"{where}: there is no example ({str(dropped) or 'every file is empty'})")
 
 
 def _mismatched(
     examples: Iterable[_Example], others: Callable[[], Iterator[_Example]]
 ) -> Iterator[tuple[_Example, _Example]]:
-    """Yields each example with the next one that has another prompt; `others()` follow the last example."""
+    """Yields each example with the next one that has another prompt; `others()` follow after the last."""
     waiting: list[_Example] = []
     for example in examples:
         if waiting and example.prompt != waiting[0].prompt:

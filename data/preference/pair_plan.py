@@ -4,34 +4,30 @@ Shape suffixes: N records, P pairs in row order, R rows.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from data.cache.store import Cache
+from data.choices import check_choice
 from data.stream.plan import Plan, best_fit, starts
+from data.stream.rows import check_features
 
 Packing = Literal["examples", "best_fit"]
-PACKINGS = get_args(Packing)
 FEATURES = ("prompt", "chosen", "rejected")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PairPlan(Plan):
     """Rows of pairs: a segment of a `Plan` is a pair here, which takes two segments of a row.
 
     `lengths` are the lengths of `prompt`, `chosen` and `rejected` after truncation, uint32 [P].
-
-    Attributes:
-        max_length: most tokens of a prompt with one completion.
-        read_only: number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted.
-        read_last: number of positions (0 or 1) after a completion that read its last token and predict nothing.
-        first: key of `counts` -> id of the first record counted there.
     """
 
-    max_length: int
+    max_length: int  # most tokens of a prompt with one completion
+    # number of tokens (0 or 1) at the beginning of a prompt that are read but not predicted
     read_only: int
-    first: dict[str, str]
+    # number of positions (0 or 1) after a completion that read its last token and predict nothing
     read_last: int = 0
 
     @property
@@ -61,6 +57,15 @@ class PairPlan(Plan):
         return self.read_last - self.read_only
 
 
+def check_prompts(name: str, opened: Cache, has_tokens_N: np.ndarray) -> None:
+    """Raises ValueError if a prompt has no token to read."""
+    if not has_tokens_N.all():
+        raise ValueError(
+            f"Source {name!r}: the prompt of {opened.name_of(int(has_tokens_N.argmin()))} is empty, and "
+            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
+        )
+
+
 def plan_pairs(
     name: str,
     opened: Cache,
@@ -78,8 +83,6 @@ def plan_pairs(
     equal.
 
     Args:
-        name: name of the source, for errors.
-        opened: cache of the source.
         row_length: positions of a row.
         max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
@@ -88,28 +91,18 @@ def plan_pairs(
     Raises:
         ValueError: the source holds no pairs, no pair fits, or the settings do not fit together.
     """
-    missing = [feature for feature in FEATURES if feature not in opened.columns]
-    if missing:
-        raise ValueError(
-            f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no "
-            "preference data. Register it with data.preference.tasks.register_pairs."
-        )
-    if packing not in PACKINGS:
-        raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
+    remedy = " Register preference data with data.preference.tasks.register_pairs."
+    check_features(name, opened, FEATURES, remedy)
+    check_choice("packing", packing, Packing)
     max_length = row_length // 2 - read_last if max_length is None else max_length
     if max_length < 2 or row_length < 2 * (max_length + read_last):
-        more = " and a place more, where its last token is read," if read_last else ""
+        more = " + 1 (the position that reads its last token)" if read_last else ""
         raise ValueError(
-            f"max_length is {max_length} and task_feature_lengths['targets'] {row_length}: a pair takes a "
-            f"row of twice max_length{more} which is 2 or more. Lower max_length, or lengthen the rows."
+            f"max_length is {max_length} and task_feature_lengths['targets'] is {row_length}: max_length must be "
+            f"at least 2, and a row needs 2 x (max_length{more}) positions. Lower max_length, or lengthen the rows."
         )
     full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
-    empty_N = full["prompt"] < read_only
-    if empty_N.any():
-        raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(empty_N.argmax()))} is empty, and "
-            "start_token=None puts nothing before it. Set start_token, or add_bos=True of the task."
-        )
+    check_prompts(name, opened, full["prompt"] >= read_only)
     room_N = max_length - full["prompt"]
     truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
     fits_N = room_N > 0
@@ -131,9 +124,9 @@ def plan_pairs(
     used_N = fits_N & ~same_N
     if not used_N.any():
         raise ValueError(
-            f"Source {name!r}: of its {len(used_N):,} pairs none is left. max_length={max_length} leaves no "
-            f"room after the prompts of {np.sum(~fits_N):,}, and makes the completions of {same_N.sum():,} the "
-            "same. Raise max_length and task_feature_lengths."
+            f"Source {name!r}: no pair fits max_length={max_length}. Of {len(used_N):,} pairs, "
+            f"{np.sum(~fits_N):,} have prompts without room for a completion, and {same_N.sum():,} have equal "
+            "completions after truncation. Raise max_length and task_feature_lengths."
         )
     records = np.flatnonzero(used_N)
     lengths = {"prompt": full["prompt"], **truncated}

@@ -6,11 +6,12 @@ Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all row
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from data.preference.pair_plan import FEATURES, PairPlan
+from data.cache.store import Cache
+from data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
 from data.stream import rows
 
 
@@ -23,11 +24,6 @@ class PairSource(rows.Source):
     feature: ClassVar[str] = "chosen"
 
     @property
-    def bytes_per_token(self) -> float:
-        """Returns 0: a loss over pairs has no bits per byte."""
-        return 0.0
-
-    @property
     def unpaired(self) -> bool:
         """Returns whether the source has completions with labels instead of pairs."""
         return "labels" in self.cache.columns
@@ -36,12 +32,6 @@ class PairSource(rows.Source):
     def has_margins(self) -> bool:
         margins = self.cache.columns.get("margin")
         return margins is not None and any(shard.any() for shard in margins.shards)
-
-    def pairs_of(self, row: int) -> range:
-        """Returns the indices in the plan of a row's pairs."""
-        if row == rows.NO_ROW:
-            return range(0)
-        return range(*self.plan.row_starts[row : row + 2].tolist())
 
     def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the truncated ids of prompt, chosen and rejected of a pair of the plan; int32."""
@@ -52,33 +42,23 @@ class PairSource(rows.Source):
         )
         return prompt, chosen, rejected
 
-    def documents(self, row: int) -> list[dict]:
-        """Returns for each pair of a row its id, its record in the cache, and the number of tokens of each part."""
-        names = self.cache.columns.get("document_id")
-        return [
-            {
-                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
-                "record": record,
-                **{feature: int(self.plan.lengths[feature][pair]) for feature in FEATURES},
-            }
-            for pair in self.pairs_of(row)
-            for record in [int(self.plan.records[pair])]
-        ]
+    def _segment_sizes(self, segment: int) -> dict[str, int]:
+        return {feature: int(self.plan.lengths[feature][segment]) for feature in FEATURES}
 
-    def summary(self) -> dict:
-        """Returns sizes, fill, the numbers of dropped and truncated pairs, and the first record of each kind."""
+    def _sizes(self) -> dict[str, Any]:
         plan = self.plan
         return {
-            "cache": str(self.cache.directory),
-            "content": self.cache.content,
-            "fingerprint": self.cache.fingerprint,
             "tokens": plan.tokens(),
             "pairs": len(plan.records),
             "rows": plan.num_rows,
             "fill": plan.positions() / (plan.num_rows * plan.row_lengths["targets"]),
-            **plan.counts,
             "first": plan.first,
         }
+
+
+def plan_source(name: str, opened: Cache, **settings: Any) -> PairSource:
+    """Returns a source with planned rows; `settings` are arguments of `plan_pairs`."""
+    return PairSource(name, opened, plan_pairs(name, opened, **settings))
 
 
 def digest(
@@ -109,12 +89,10 @@ def read_rows(
     the position of each segment that reads the last token of its completion.
 
     Args:
-        sources: the sources.
-        source_B: index of each row's source.
-        row_B: row within its source.
+        source_B, row_B: see `data.stream.rows.read_rows`.
         slots: K, the width of the columns `pair_weights` (1 for a pair, 0 for none), `pair_labels` (unpaired
             data) and `pair_margins`, float32 [B, K].
-        start_token: id read before each prompt; None for none.
+        start_token: id read before each prompt; None for no token.
         margins: whether to return `pair_margins`.
     """
     shape = (len(row_B), sources[0].plan.row_lengths["targets"])

@@ -14,24 +14,15 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from data.preference.texts import (
-    INVISIBLE,
-    Text,
-    as_seen,
-    check_unicode,
-    is_empty,
-    shared_words,
-    strings,
-    text_of,
-)
+from data.preference import texts
+from data.preference.texts import Text
 from data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 2
 Kind = Literal["paired", "unpaired"]
-KINDS = get_args(Kind)
 PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
 EXAMPLE = '{"prompt": "...", "completion": "...", "label": true}'
 
@@ -48,24 +39,16 @@ class DegenerateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A pair, or one completion with its label.
+    """A pair, or one completion with its label."""
 
-    Attributes:
-      where: file and line, for errors.
-      id: name of the record in caches and reports.
-      prompt: a text, or messages.
-      completions: chosen and rejected, or a single completion; texts or messages, like the prompt.
-      label: whether a single completion is desirable; None for a pair.
-      margin: margin of a pair; 0 if the row has none.
-      template: variables of the chat template besides the messages.
-    """
-
-    where: str
-    id: str
-    prompt: Text
+    where: str  # file and line, for errors
+    id: str  # name of the record in caches and reports
+    prompt: Text  # a text, or messages
+    # chosen and rejected, or a single completion; texts or messages, like the prompt
     completions: tuple[Text, ...]
-    label: bool | None = None
-    margin: float = 0.0
+    label: bool | None = None  # whether a single completion is desirable; None for a pair
+    margin: float = 0.0  # margin of a pair; 0 if the row has none
+    # variables of the chat template besides the messages
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -82,8 +65,8 @@ class Record:
     @property
     def has_invisible(self) -> bool:
         """Returns whether a text of the record has characters without a glyph."""
-        texts = itertools.chain(strings(self.prompt), *map(strings, self.completions))
-        return any(not INVISIBLE.isdisjoint(text) for text in texts)
+        parts = texts.strings([self.prompt, *self.completions])
+        return any(not texts.INVISIBLE.isdisjoint(part) for part in parts)
 
     def unpaired(self) -> tuple["Record", ...]:
         """Returns the two completions of a pair as labelled records; the record itself if it has a label."""
@@ -102,11 +85,6 @@ class Record:
 def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
     """Returns a row of JSON as a record.
 
-    Args:
-      row: the object of a line.
-      where: file and line, for errors.
-      id: id of the record.
-
     Raises:
       DataError: the row is malformed; the message names place, key and remedy.
       DegenerateError: a completion is empty, a pair's completions are the same, or a pair has no prompt.
@@ -120,31 +98,32 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
                 f"{PAIR} or {EXAMPLE}; rename its keys"
             )
     for name in ("prompt", *names, "tools", "chat_template_kwargs"):
-        check_unicode(row.get(name), name, where)
-    completions = tuple(text_of(row[name], name, where) for name in names)
-    chats = {name: not isinstance(text, str) for name, text in zip(names, completions, strict=True)}
-    if len(set(chats.values())) > 1:
+        texts.check_unicode(row.get(name), name, where)
+    completions = tuple(texts.text_of(row[name], name, where) for name in names)
+    chat = not isinstance(completions[0], str)
+    if any(isinstance(text, str) == chat for text in completions):
         raise DataError(
             f"{where}: one of 'chosen' and 'rejected' is a text, the other has messages"
         )
-    chat = chats[names[0]]
-    prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
+    prompt = None if row.get("prompt") is None else texts.text_of(row["prompt"], "prompt", where)
     # Sets of conversations often repeat their first message as a text under "prompt".
     repeats = paired and chat and isinstance(prompt, str)
     if prompt is None or repeats:
         if not paired:
-            raise DataError(f"{where}: 'prompt' is null. {EXAMPLE} needs it, if only as \"\"")
+            raise DataError(
+                f"{where}: 'prompt' is null. {EXAMPLE} needs a prompt, which may be \"\""
+            )
         _check_differ(completions)
         prompt, completions = _divided(*completions)
     if chat == isinstance(prompt, str):
         raise DataError(
             f"{where}: 'prompt' {'has messages' if not chat else 'is a text'} and {names[0]!r} "
-            f"{'has messages' if chat else 'is a text'}; give both in one form"
+            f"{'has messages' if chat else 'is a text'}; write both in the same form"
         )
     if chat and not prompt:
         raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
     for name, completion in zip(names, completions, strict=True):
-        if is_empty(completion):
+        if texts.is_empty(completion):
             raise DegenerateError("empty_completion", f"{name!r} is empty")
     if paired:
         _check_differ(completions)
@@ -169,7 +148,7 @@ def _margin(value: Any, where: str) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: 'margin' is {value!r}; it must be a finite number, or left out")
+        raise DataError(f"{where}: 'margin' is {value!r}; it must be a finite number or absent")
     return float(value)
 
 
@@ -189,8 +168,8 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if taken := sorted(set(variables or {}) & set(_NOT_FOR_KWARGS)):
         raise DataError(
-            f"{where}: 'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which the row itself "
-            "decides; leave it out"
+            f"{where}: 'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which other keys of the "
+            "row determine; remove it"
         )
     # A column without a value in this row is null.
     present = {key: value for key, value in (variables or {}).items() if value is not None}
@@ -204,7 +183,7 @@ def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        size = shared_words(chosen, rejected)
+        size = texts.shared_words(chosen, rejected)
     else:
         both = zip(chosen, rejected, strict=False)
         size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
@@ -221,8 +200,8 @@ def _check_differ(completions: Sequence[Text]) -> None:
     chosen, rejected = completions
     if chosen == rejected:
         raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
-    if as_seen(chosen) == as_seen(rejected):
+    if texts.as_seen(chosen) == texts.as_seen(rejected):
         raise DegenerateError(
             "identical_but_invisible",
-            "'chosen' and 'rejected' differ in invisible characters of no effect only",
+            "'chosen' and 'rejected' differ only in invisible characters without effect",
         )

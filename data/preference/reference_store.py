@@ -19,7 +19,6 @@ import io
 import json
 import os
 import pathlib
-import secrets
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -60,9 +59,8 @@ class ReferenceStore:
         shape: tuple[int, ...] = (2,),
         setting: str = "REFERENCE",
     ):
-        self.directory = (
-            directories.cache_dir(FOLDER) if root is None else pathlib.Path(root)
-        ) / model[:32]
+        root = directories.cache_dir(FOLDER) if root is None else pathlib.Path(root)
+        self.directory = root / model[:32]
         self._model, self._about = model, dict(about)
         self._shape, self._setting = shape, setting
         self._values: dict[bytes, np.ndarray] = {}
@@ -111,9 +109,9 @@ class ReferenceStore:
                     values[n] = self._values[bytes.fromhex(digest)]
                 except KeyError:
                     raise ReferenceStoreError(
-                        f"{self.directory} has no value of the data {digest[:16]}: their tokens have changed since "
-                        "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again, "
-                        "which computes what is missing."
+                        f"{self.directory} has no value for the data {digest[:16]}: the tokens have changed since "
+                        "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again to "
+                        "compute the missing values."
                     ) from None
         return values
 
@@ -133,10 +131,9 @@ class ReferenceStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / ABOUT).exists():
             directories.write_json(self.directory / ABOUT, {"model": self._model, **self._about})
-        part = self.directory / f"{hashlib.sha256(content).hexdigest()}.npz"
-        partial = part.with_suffix(f".{secrets.token_hex(8)}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, part)
+        directories.write_bytes(
+            self.directory / f"{hashlib.sha256(content).hexdigest()}.npz", content
+        )
 
     def _check(self) -> None:
         path = self.directory / ABOUT
@@ -144,32 +141,33 @@ class ReferenceStore:
             model = json.loads(path.read_text())["model"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ReferenceStoreError(
-                f"{path} cannot be read: the store is damaged. Delete {self.directory}, and its values are "
-                "computed again."
+                f"{path} cannot be read: the store is damaged. Delete {self.directory} to compute its values "
+                "again."
             ) from None
         if model != self._model:
             raise ReferenceStoreError(
-                f"{self.directory} is of another {self._setting.lower()} model ({model[:16]}, not {self._model[:16]}): it is "
-                f"stale. Give another {self._setting}_STORE, or delete it."
+                f"{self.directory} belongs to another {self._setting.lower()} model ({model[:16]}, not "
+                f"{self._model[:16]}). Set another {self._setting}_STORE, or delete this one."
             )
 
     def _read(self, part: pathlib.Path) -> None:
         content = part.read_bytes()
         if hashlib.sha256(content).hexdigest() != part.stem:
             raise ReferenceStoreError(
-                f"{part} is damaged: it does not match the hash in its name. Delete it, and its values are "
-                "computed again."
+                f"{part} is damaged: it does not match the hash in its name. Delete it to compute its values "
+                "again."
             )
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             self._take(arrays["digests"], arrays["values"])
 
     def _take(self, raw_ND: np.ndarray, values: np.ndarray) -> None:
         if values.shape != (len(raw_ND), *self._shape):
-            raise ValueError(f"values {values.shape} of {len(raw_ND)} times {self._shape}.")
+            raise ValueError(
+                f"values have shape {values.shape}, not {len(raw_ND)} times {self._shape}."
+            )
         if not np.isfinite(values).all():
             raise ReferenceStoreError(
-                f"{self._setting} gives log-probabilities that are not finite: it does not fit this data, or is "
-                "not the model it should be."
+                f"The log-probabilities of {self._setting} are not finite: check that this model fits the data."
             )
         for raw, value in zip(raw_ND, values, strict=True):
             self._values[raw.tobytes()] = value
@@ -179,19 +177,25 @@ class ReferenceStore:
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
-class ReferencedStream:
-    """A stream of pairs with the additional column 'reference_log_probs' [B, 2K].
+class StoredStream:
+    """A stream with additional columns that are read from a store.
 
-    All other attributes are those of the wrapped stream.
+    All other attributes are those of the wrapped stream. A subclass implements `columns`.
+
+    Args:
+      stream: the stream.
+      store: has values of all rows of the stream.
+      model: digest of the parameters of the frozen model.
     """
 
+    role: str  # of the model, in `summary`
+
     def __init__(self, stream: Any, store: ReferenceStore, model: str):
-        self._stream, self._store = stream, store
-        self._model = model
+        self._stream, self._store, self._model = stream, store, model
 
     def summary(self) -> dict[str, Any]:
-        """Returns the stream's summary, with the digest of the reference's parameters."""
-        return {**self._stream.summary(), "reference": self._model}
+        """Returns the stream's summary, with the digest of the model's parameters."""
+        return {**self._stream.summary(), self.role: self._model}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -199,6 +203,20 @@ class ReferencedStream:
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`."""
         batch = self._stream.batch(step, lo, hi)
+        return batch | self.columns(batch, step, lo, hi)
+
+    def columns(
+        self, batch: Mapping[str, np.ndarray], step: int, lo: int, hi: int
+    ) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+class ReferencedStream(StoredStream):
+    """A stream of pairs with the additional column 'reference_log_probs' [B, 2K]."""
+
+    role = "reference"
+
+    def columns(self, batch, step, lo, hi):
         digests_BK = self._stream.row_ids(step, lo, hi)
         values = self._store.get([digest for row in digests_BK for digest in row])
-        return {**batch, "reference_log_probs": values.reshape(hi - lo, -1)}
+        return {"reference_log_probs": values.reshape(hi - lo, -1)}

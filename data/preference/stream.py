@@ -14,8 +14,7 @@ from data.cache import store
 from data.preference import pair_plan, pair_rows
 from data.preference.pair_rows import PairSource
 from data.stream import mixing, repeats, rows, schedule, stream
-from data.stream.eval_stream import EvalStream
-from data.stream.row_stream import RowStream
+from data.stream.row_stream import EvalStream, RowStream
 from data.stream.train_stream import Phases, Positions, Stream
 
 
@@ -106,7 +105,7 @@ class _PairRows(RowStream):
             source = self._sources[index]
             names = [
                 pair_rows.digest(*source.ids(pair), self._start_token)
-                for pair in source.pairs_of(row)
+                for pair in source.segments(row)
             ]
             digests.append(names + [""] * (self.slots - len(names)))
         return digests
@@ -175,9 +174,6 @@ def make_stream(
     Args:
         mixture_or_task_name: registered with SeqIO, its tasks by `register_pairs`, all of the same kind.
         task_feature_lengths: {'targets': positions of a row}.
-        batch_size: rows of the global batch.
-        seed: seed of the order of rows.
-        split: split of the tasks.
         max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
             Longer completions are truncated at their end, pairs with longer prompts are dropped; `summary()`
             counts both.
@@ -187,15 +183,16 @@ def make_stream(
             completions need it.
         start_token: id that the model reads before each prompt. None for none, if prompts begin with BOS; the
             first token of a prompt is then not predicted.
-        weights, temperature, max_tokens, phases, interleaving, max_epochs, on_cap, positions, cache_dir,
-            changed_cache, verify_cache: see `data.stream.stream.make_stream`.
+
+    `data.stream.stream.make_stream` describes the other arguments.
 
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    mixture = stream.open_mixture(
+    return stream.open_mixture(
+        PairStream,
         mixture_or_task_name,
-        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
+        _planner(task_feature_lengths, max_length, packing, read_last, start_token),
         split=split,
         weights=weights,
         temperature=temperature,
@@ -203,17 +200,12 @@ def make_stream(
         phases=phases,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
-    )
-    return PairStream(
-        mixture.sources,
-        mixture.phases,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
         batch_size=batch_size,
         seed=seed,
         start_token=start_token,
         interleaving=interleaving,
-        max_epochs=mixture.max_epochs,
         on_cap=on_cap,
         positions=positions,
     )
@@ -243,7 +235,7 @@ def make_eval_stream(
     """
     source = stream.open_held_out(
         task,
-        _pairs(task_feature_lengths, max_length, packing, read_last, start_token),
+        _planner(task_feature_lengths, max_length, packing, read_last, start_token),
         split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
@@ -252,7 +244,7 @@ def make_eval_stream(
     return PairEvalStream(source, batch_size=batch_size, start_token=start_token)
 
 
-def _pairs(
+def _planner(
     feature_lengths: Mapping[str, int],
     max_length: int | None,
     packing: pair_plan.Packing,
@@ -261,19 +253,13 @@ def _pairs(
 ) -> Callable[[str, store.Cache], PairSource]:
     if set(feature_lengths) != {"targets"}:
         raise ValueError(
-            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the places of a row."
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the positions of a row."
         )
-
-    def plan_source(name: str, opened: store.Cache) -> PairSource:
-        planned = pair_plan.plan_pairs(
-            name,
-            opened,
-            row_length=feature_lengths["targets"],
-            max_length=max_length,
-            packing=packing,
-            read_only=int(start_token is None),
-            read_last=int(read_last),
-        )
-        return PairSource(name, opened, planned)
-
-    return plan_source
+    return functools.partial(
+        pair_rows.plan_source,
+        row_length=feature_lengths["targets"],
+        max_length=max_length,
+        packing=packing,
+        read_only=int(start_token is None),
+        read_last=int(read_last),
+    )

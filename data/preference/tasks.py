@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import tasks
+from data.choices import check_choice
 from data.preference import files as preference_files
 from data.preference import records
 from data.text.documents import DataError
@@ -40,8 +41,8 @@ def register_pairs(
     Args:
       name: name of the task.
       files: one glob pattern or several.
-      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      kind: 'paired', or 'unpaired'; a pair then gives a desirable and an undesirable completion.
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
+      kind: 'paired', or 'unpaired'; a pair is then a desirable and an undesirable completion.
       validation_files: one glob pattern or several, of held-out files.
       validation_fraction: share of prompts to hold out, by hash, if there are no `validation_files`; all pairs
         of a prompt are in one split. 0 makes no validation split.
@@ -59,14 +60,8 @@ def register_pairs(
       ChatTemplateError: the chat template does not exist.
       ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
-    for argument, value, known in (
-        ("kind", kind, records.KINDS),
-        ("invalid", invalid, preference_files.INVALID),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"{name}: {argument} is {value!r}; it must be one of {', '.join(map(repr, known))}"
-            )
+    check_choice(f"{name}: kind", kind, records.Kind)
+    check_choice(f"{name}: invalid", invalid, preference_files.Invalid)
     source = preference_files.PreferenceFiles.open(
         name=name,
         files=files,
@@ -85,15 +80,13 @@ def register_pairs(
         if not {".jsonl", ".json"} & set(pathlib.Path(path).suffixes[-2:]):
             raise DataError(
                 f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
-                ".zst); write the file's rows as such, one object a line"
+                ".zst); write one JSON object per line"
             )
     tasks.register_features(
         name,
         source,
         origin="register_pairs",
-        features={
-            **dict.fromkeys(preference_files.TOKENS, vocabulary),
-            preference_files.NUMBER[kind]: None,
-        },
+        features=dict.fromkeys(preference_files.TOKENS, vocabulary)
+        | {preference_files.NUMBER[kind]: None},
         facts={"kind": kind, **source.facts},
     )

@@ -1,10 +1,11 @@
 """Texts and messages of preference data: their strings, invisible characters, and ends of words."""
 
-import itertools
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data.text import documents
 from data.text.documents import DataError
 
 Message = Mapping[str, Any]
@@ -37,7 +38,7 @@ def text_of(value: Any, key: str, where: str) -> Text:
         return value
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: {key!r} holds a {type(value).__name__}; give a text, or a list of messages "
+            f"{where}: {key!r} is a {type(value).__name__}; write a text, or a list of messages "
             '{"role": "user", "content": "..."}'
         )
     for number, message in enumerate(value, 1):
@@ -94,13 +95,7 @@ def strings(value: Any) -> Iterator[str]:
 def check_unicode(value: Any, key: str, where: str) -> None:
     """Raises DataError, with place and key, if a string of the value is not valid Unicode."""
     for text in strings(value):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
-                "surrogate pair). Repair or drop the line"
-            ) from None
+        documents.check_unicode(text, key, where)
 
 
 def is_blank(text: str) -> bool:
@@ -114,8 +109,7 @@ def shared_words(one: str, other: str) -> int:
     Both texts are longer than this. The space after the last shared word is not counted, since tokenizers attach a
     space to the word after it.
     """
-    both = zip(one, other, strict=False)
-    size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
+    size = len(os.path.commonprefix([one, other]))
     size = min(size, *(len(text.rstrip()) - 1 for text in (one, other)))
     while size > 0 and any(_divides_word(one[size - 1], text[size]) for text in (one, other)):
         size -= 1

@@ -6,6 +6,7 @@ BOS and ends of turns; no further special tokens are added.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,19 +21,13 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Tokeniser:
-    """Converts records to ids.
+    """Converts records to ids."""
 
-    Attributes:
-      vocabulary: a SeqIO vocabulary.
-      template: chat template of records with messages; None if all records are texts.
-      add_bos: begin prompts that are texts with BOS.
-      add_eos: end completions that are texts with EOS.
-    """
-
-    vocabulary: Any
+    vocabulary: Any  # a SeqIO vocabulary
+    # chat template of records with messages; None if all records are texts
     template: chat_template.ChatTemplate | None
-    add_bos: bool
-    add_eos: bool
+    add_bos: bool  # begin prompts that are texts with BOS
+    add_eos: bool  # end completions that are texts with EOS
 
     def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
         """Returns the ids of the prompt, and of each completion.
@@ -59,20 +54,13 @@ class Tokeniser:
         for messages in record.completions:
             whole = self._render(record, [*record.prompt, *messages])
             if not whole.startswith(prompt):
-                place = next(
-                    (
-                        i
-                        for i, pair in enumerate(zip(prompt, whole, strict=False))
-                        if pair[0] != pair[1]
-                    ),
-                    min(len(prompt), len(whole)),
-                )
+                place = len(os.path.commonprefix([prompt, whole]))
                 raise DataError(
-                    f"{record.where}: the chat template renders the prompt otherwise when a completion "
+                    f"{record.where}: the chat template renders the prompt differently when a completion "
                     f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
-                    f"{whole[place : place + 30]!r} after), so that the two cannot be told apart. Give "
-                    "texts, or a template that opens every turn of the assistant as its generation "
-                    "prompt does"
+                    f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
+                    "Write texts, or use a template that begins each turn of the assistant with its "
+                    "generation prompt"
                 )
             completions.append(encode(whole[len(prompt) :]))
         return encode(prompt), completions
@@ -81,7 +69,7 @@ class Tokeniser:
         if self.template is None:
             raise DataError(
                 f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
-                f"chat_template to a jinja file or one of {', '.join(chat_template.BUILT_IN)}, or give "
+                f"chat_template to a jinja file or one of {', '.join(chat_template.BUILT_IN)}, or write "
                 "texts"
             )
         try:

@@ -12,7 +12,6 @@ symbols of the topic. `reward` scores an answer to `+tu`: preferences are drawn 
 Shapes: V symbols of a language, K successors.
 """
 
-import dataclasses
 import functools
 import itertools
 import random
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data import tasks
+from data.data_source import GeneratedSource
 
 SIZE = 244  # symbols of a language
 SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys
@@ -34,8 +34,6 @@ ON_TOPIC = 0.25
 SHORTEST, LONGEST = 4, 11  # symbols of a text
 FACTS, ANSWER = 72, 3
 HELD_OUT = 256  # number of held-out prompts of texts on topics
-SPLITS = ("train", "validation")
-VALIDATION_DOCUMENTS = 1024
 
 Kind = Literal["topic", "fact", "other"]
 
@@ -104,33 +102,16 @@ def reward(prompt: str, text: str, *, ended: bool) -> float:
     return 0.8 * different - 4.0 * outside - 3.0 * repeats - 0.5 * (not ended)
 
 
-@dataclasses.dataclass(frozen=True)
-class TopicSource:
-    """Documents of all kinds; satisfies `seqio.DataSourceInterface`."""
-
-    name: str
-    train_documents: int
-    seed: int
-
-    splits = SPLITS
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
+class TopicSource(GeneratedSource):
+    """Documents of all kinds; documents on topics use the prompts of their split."""
 
     @property
     def digest(self) -> str:
         numbers = (SUCCESSORS, PREFERRED, ON_TOPIC, SHORTEST, LONGEST, FACTS, ANSWER, HELD_OUT)
         return f"{type(self).__name__} of {symbols()}, {SHARES}, {numbers}: {self}"
 
-    def num_input_examples(self, split: str) -> int:
-        return self.train_documents if split == "train" else VALIDATION_DOCUMENTS
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
     def texts(self, split: str) -> list[str]:
-        """Returns all documents of a split; documents on topics use the prompts of the split."""
-        rng = np.random.default_rng((self.seed, SPLITS.index(split)))
+        rng = np.random.default_rng((self.seed, self.splits.index(split)))
         kinds = rng.choice(list(SHARES), self.num_input_examples(split), p=list(SHARES.values()))
         documents = []
         for kind in kinds.tolist():
@@ -141,15 +122,6 @@ class TopicSource:
                 prompt = known[int(rng.integers(len(known)))]
             documents.append(prompt + completion(prompt, rng))
         return documents
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns a `tf.data.Dataset` of `{"text", "document_id"}`; the documents are already in random order."""
-        import tensorflow as tf
-
-        del shuffle, shard_info  # drawn at random; one shard
-        texts = self.texts(split)
-        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
-        return tf.data.Dataset.from_tensor_slices({"text": texts, "document_id": ids})
 
 
 def register(*, vocabulary: Any, documents: int = 96_000, seed: int = 0) -> None:

@@ -8,39 +8,23 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 
 from data.cache import store
-from data.prompts.files import INFO
-from data.stream import plan, repeats, rows, schedule, stream
+from data.preference.pair_plan import check_prompts
+from data.prompts.tasks import INFO
+from data.stream import repeats, rows, schedule, stream
+from data.stream.plan import Plan
 from data.stream.train_stream import Positions, Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptPlan(plan.Plan):
-    """A plan with one prompt in each row; budgets and shares count tokens of prompts.
-
-    Attributes:
-        first: key of `counts` -> id of the first record counted there.
-    """
-
-    first: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
 class PromptSource(rows.Source):
-    """One source of prompts."""
-
-    plan: PromptPlan
+    """One source of prompts, one in each row; budgets and shares count tokens of prompts."""
 
     feature: ClassVar[str] = "prompt"
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Returns 0: prompts have no loss, so no bits per byte."""
-        return 0.0
 
     def prompt(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns the ids of a row's prompt, int32, and its row in the file."""
@@ -49,16 +33,8 @@ class PromptSource(rows.Source):
         row_json = self.cache.columns[INFO].values(record).astype(np.uint8).tobytes()
         return ids, json.loads(row_json.decode("utf-8", "surrogatepass"))
 
-    def summary(self) -> dict:
-        """Returns sizes, the number of prompts dropped as too long, and the first of these."""
-        return {
-            "cache": str(self.cache.directory),
-            "content": self.cache.content,
-            "fingerprint": self.cache.fingerprint,
-            "prompts": self.plan.num_rows,
-            **self.plan.counts,
-            "first": self.plan.first,
-        }
+    def _sizes(self) -> dict[str, Any]:
+        return {"prompts": self.plan.num_rows, "first": self.plan.first}
 
 
 class PromptStream(Stream):
@@ -68,6 +44,8 @@ class PromptStream(Stream):
         updates: number of consecutive steps that use the prompts of one batch.
         sources, phases, settings: see `data.stream.train_stream.Stream`.
     """
+
+    _sources: tuple[PromptSource, ...]
 
     def __init__(self, sources: Any, phases: Any, *, updates: int = 1, **settings: Any):
         if updates < 1:
@@ -116,11 +94,7 @@ class PromptStream(Stream):
         self, source_B: np.ndarray, row_B: np.ndarray
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         for source, row in zip(source_B.tolist(), row_B.tolist(), strict=True):
-            yield self._prompt_sources[source].prompt(row)
-
-    @property
-    def _prompt_sources(self) -> tuple[PromptSource, ...]:
-        return cast(tuple[PromptSource, ...], self._sources)
+            yield self._sources[source].prompt(row)
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return super()._locate(step // self.updates, lo, hi)
@@ -149,77 +123,50 @@ def make_stream(
         mixture_or_task_name: registered with SeqIO, its tasks by `register_prompts`; rates are shares of prompts'
             tokens.
         max_prompt_length: length of a row, the start token included; longer prompts are dropped and counted.
-        batch_size: prompts of a batch.
         updates: number of consecutive steps that use each batch.
-        seed: seed of the order of prompts.
-        split: split of the tasks.
         start_token: id that the model reads before each prompt; None if prompts begin with BOS themselves.
-        interleaving, max_epochs, on_cap, positions, cache_dir, changed_cache, verify_cache: see
-            `data.stream.stream.make_stream`.
+
+    `data.stream.stream.make_stream` describes the other arguments.
 
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    mixture = stream.open_mixture(
+    return stream.open_mixture(
+        PromptStream,
         mixture_or_task_name,
-        functools.partial(_open_source, max_length=max_prompt_length, start_token=start_token),
+        functools.partial(_plan_source, max_length=max_prompt_length, start_token=start_token),
         split=split,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
-    )
-    return PromptStream(
-        mixture.sources,
-        mixture.phases,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
         updates=updates,
         batch_size=batch_size,
         seed=seed,
         start_token=start_token,
         interleaving=interleaving,
-        max_epochs=mixture.max_epochs,
         on_cap=on_cap,
         positions=positions,
     )
 
 
-def _open_source(
+def _plan_source(
     name: str, opened: store.Cache, *, max_length: int, start_token: int | None
 ) -> PromptSource:
-    planned = plan_prompts(name, opened, max_length=max_length, start_token=start_token)
-    return PromptSource(name, opened, planned)
-
-
-def plan_prompts(
-    name: str, opened: store.Cache, *, max_length: int, start_token: int | None
-) -> PromptPlan:
-    """Plans a row for each prompt that fits into one.
-
-    Raises:
-        ValueError: the source has no prompts, none of them fits, or one is empty and has no start token.
-    """
-    missing = [feature for feature in ("prompt", INFO) if feature not in opened.columns]
-    if missing:
-        raise ValueError(
-            f"Source {name!r} has no feature {missing[0]!r}, only {', '.join(opened.columns)}: it holds no prompts. "
-            "Register it with data.prompts.tasks.register_prompts."
-        )
-    lengths = opened.columns["prompt"].lengths.astype(np.int64)
-    read = lengths + int(start_token is not None)
-    if not read.all():
-        raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(read.argmin()))} is empty, and start_token=None puts "
-            "nothing before it. Set start_token, or add_bos=True of the task."
-        )
+    """Returns a source with a row for each prompt that fits into one."""
+    remedy = " Register prompts with data.prompts.tasks.register_prompts."
+    rows.check_features(name, opened, ("prompt", INFO), remedy)
+    read = opened.columns["prompt"].lengths.astype(np.int64) + int(start_token is not None)
+    check_prompts(name, opened, read > 0)
     fits = read <= max_length
     if not fits.any():
         raise ValueError(
-            f"Source {name!r}: none of its {len(fits):,} prompts has {max_length} tokens or less "
-            "(max_prompt_length). Raise it."
+            f"Source {name!r}: all {len(fits):,} prompts have more than {max_length} tokens; raise "
+            "max_prompt_length."
         )
     records = np.flatnonzero(fits).astype(np.uint32)
     long = read > max_length
-    return PromptPlan(
+    plan = Plan(
         row_starts=np.arange(len(records) + 1, dtype=np.int64),
         records=records,
         offsets=np.zeros(len(records), np.uint32),
@@ -230,3 +177,4 @@ def plan_prompts(
         counts={"records": len(fits), "prompt_too_long": int(long.sum())},
         first={"prompt_too_long": opened.name_of(int(long.argmax()))} if long.any() else {},
     )
+    return PromptSource(name, opened, plan)

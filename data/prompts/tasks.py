@@ -1,11 +1,93 @@
-"""SeqIO tasks of prompts, registered by a plain function that gin binds."""
+"""SeqIO tasks of prompts in files; each example includes its row, which rewards read.
 
+{"prompt": "3 + 4 = ", "answer": "7"}
+{"prompt": [{"role": "user", "content": "3 + 4?"}], "answer": "7"}
+"""
+
+import dataclasses
+import functools
+import json
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from data import tasks
-from data.prompts.files import INFO, PromptFiles
+from data.preference import tokens
+from data.preference.prompted_files import PromptedFiles
+from data.preference.records import Record
+from data.preference.texts import text_of
+from data.text import documents, splits
+from data.text.documents import DataError
+
+# Part of the digest of a source: raise it when the same rows are read as other examples.
+VERSION = 1
+EXAMPLE = '{"prompt": "...", "answer": "..."}'
+INFO = "info"  # bytes of the whole row as JSON
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFiles(PromptedFiles):
+    """Prompts in files of JSON lines, by split."""
+
+    def num_input_examples(self, split: str) -> int:
+        return self._counted[split]
+
+    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the features of the examples of one file and one split.
+
+        Raises:
+          DataError: a row is malformed; the message names its line.
+        """
+        for number, row in documents.read_json_lines(pathlib.Path(path), example=EXAMPLE):
+            record = _record(row, f"{path}, line {number}", self._id(path, number))
+            if self._split_of(record.prompt_text, path) != split:
+                continue
+            prompt, _ = self.tokeniser(record)
+            row_json = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            yield {
+                "prompt": np.array(prompt, np.int32),
+                INFO: np.frombuffer(row_json, np.uint8).astype(np.int32),
+                "document_id": record.id,
+            }
+
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        return dict.fromkeys(("prompt", INFO), ((None,), "int32"))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "version": [VERSION, documents.VERSION, splits.VERSION, tokens.VERSION],
+            "add_bos": self.tokeniser.add_bos,
+        }
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, int]:
+        """Returns the number of examples of each split."""
+        counted = {
+            split: sum(1 for path in paths for _ in self.read_examples(path, split))
+            for split, paths in self.files.items()
+        }
+        for split, count in counted.items():
+            if not count:
+                raise DataError(
+                    f"{self.name}: {self.files[split][0]}: no prompt is in the {split} split. Add prompts, or "
+                    "change validation_fraction"
+                )
+        return counted
+
+
+def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
+    if "prompt" not in row:
+        raise DataError(
+            f"{where}: no key 'prompt'; present are {', '.join(map(repr, row)) or 'none'}. A row is {EXAMPLE}"
+        )
+    prompt = text_of(row["prompt"], "prompt", where)
+    if not prompt:
+        raise DataError(f"{where}: 'prompt' is empty; delete the line")
+    return Record(where=where, id=id, prompt=prompt, completions=())
 
 
 def register_prompts(
@@ -20,27 +102,12 @@ def register_prompts(
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files of JSON lines with a "prompt", a text or messages; see `data.prompts.files`.
+    """Registers a task over files of JSON lines with a "prompt", a text or messages; see the module.
 
     Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
     features are `prompt`, its ids, and `info`, the row as bytes.
 
-    Args:
-      name: name of the task.
-      files: one glob pattern or several.
-      vocabulary: a SeqIO vocabulary, as `data.tokenizers.vocabularies` makes.
-      validation_files: one glob pattern or several, of held-out files.
-      validation_fraction: share of prompts to hold out, by hash, if there are no `validation_files`.
-      chat_template: for rows with messages: a jinja file, or a name in `data.tokenizers.chat_template.BUILT_IN`;
-        default the vocabulary's own template.
-      add_bos: begin prompts that are texts with BOS; a chat template writes its own.
-      data_root: directory of relative patterns; None for the working directory.
-      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
-
-    Raises:
-      FileNotFoundError: a pattern matches no file.
-      ChatTemplateError: the chat template does not exist.
-      ValueError: `add_bos` is set and the vocabulary has no BOS.
+    `data.preference.tasks.register_pairs` describes the arguments and errors.
     """
     import seqio
 

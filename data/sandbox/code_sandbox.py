@@ -80,40 +80,26 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Protections:
-    """The mechanism that blocks each kind of access, such as 'namespaces'; None if the access is possible.
+    """The mechanism that blocks each kind of access, such as 'namespaces'; None if the access is possible."""
 
-    Attributes:
-      network: access to the network.
-      files: access to files other than the standard library and the program's own.
-      processes: starting, signalling and seeing other processes.
-    """
-
-    network: str | None
-    files: str | None
-    processes: str | None
+    network: str | None  # access to the network
+    files: str | None  # access to files other than the standard library and the program's own
+    processes: str | None  # starting, signalling and seeing other processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The outcome of a program.
+    """The outcome of a program."""
 
-    Attributes:
-      status: `passed`: the program ran to its end; `failed`: it raised an exception or exited before its end;
-        `timed_out`; `out_of_memory`; `killed`: a signal ended it, for example in a crash; `refused`: it did
-        not run, because it is too long or not valid Unicode.
-      detail: one line on why the program did not pass.
-      stdout: the end of its standard output.
-      stderr: the end of its standard error.
-      seconds: wall time of the program.
-      protections: protections during the run.
-    """
-
+    # `passed`: the program ran to its end; `failed`: it raised an exception or exited before its
+    # end; `timed_out`; `out_of_memory`; `killed`: a signal ended it, for example in a crash;
+    # `refused`: it did not run, because it is too long or not valid Unicode
     status: Status
-    detail: str
-    stdout: str
-    stderr: str
-    seconds: float
-    protections: Protections
+    detail: str  # one line on why the program did not pass
+    stdout: str  # the end of its standard output
+    stderr: str  # the end of its standard error
+    seconds: float  # wall time of the program
+    protections: Protections  # protections during the run
 
     @property
     def passed(self) -> bool:
@@ -222,7 +208,7 @@ class Sandbox:
         missing = [name for name in require if getattr(protections, name) is None]
         if missing:
             raise SandboxError(
-                f"Programs cannot be kept from {' and '.join(missing)} here: that takes Linux with "
+                f"The sandbox cannot block {' and '.join(missing)} on this machine: this needs Linux with "
                 "namespaces, or with Landlock and seccomp."
             )
         _warn(protections)
@@ -258,11 +244,7 @@ class _Zygote:
                 env={"PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
-            setup = {
-                "work": work,
-                "limits": dataclasses.asdict(limits),
-                "namespaces": namespaces,
-            }
+            setup = {"work": work, "limits": dataclasses.asdict(limits), "namespaces": namespaces}
             try:
                 answer = self._exchange(setup, _GRACE_SECONDS)
             except _ZygoteLostError as error:
@@ -271,7 +253,7 @@ class _Zygote:
                 answer = {"error": lines[-1] if lines else str(error)}
         if "error" in answer:
             self.close()
-            raise SandboxError(f"No sandbox can be made here: {answer['error']}.")
+            raise SandboxError(f"The sandbox cannot start on this machine: {answer['error']}.")
         self.protections = Protections(**answer["protections"])
 
     def ask(self, program: str) -> dict:
@@ -310,14 +292,14 @@ def _processors() -> int:
 _warned: set[Protections] = set()
 
 
-def _warn(found: Protections) -> None:
+def _warn(protections: Protections) -> None:
     """Prints a warning, once, if programs can reach the network or files."""
-    open_ = [name for name in _BLOCKED if getattr(found, name) is None]
-    if open_ and found not in _warned:
-        _warned.add(found)
+    open_ = [name for name in _BLOCKED if getattr(protections, name) is None]
+    if open_ and protections not in _warned:
+        _warned.add(protections)
         print(
-            f"warning: untrusted programs run with limits on time and memory, but can reach "
-            f"{' and '.join(open_)} here. Use Linux with namespaces or Landlock, a container or a "
-            "virtual machine for programs you do not trust.",
+            "warning: untrusted programs run with limits on time and memory, but can access "
+            f"{' and '.join(open_)}. Use Linux with namespaces or Landlock, a container or a virtual "
+            "machine for programs you do not trust.",
             file=sys.stderr,
         )

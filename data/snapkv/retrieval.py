@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from data import tasks
+from data.choices import check_choice
+from data.data_source import GeneratedSource
 
 NUM_KEYS = 64
 NUM_VALUES = 32
@@ -30,21 +32,14 @@ VOCAB_SIZE = FIRST_ASKING + NUM_KEYS
 
 Question = Literal["last", "first"]
 QUESTIONS = get_args(Question)
-SPLITS = ("train", "validation")
-_VALIDATION_DOCUMENTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Lines of examples, without questions.
+    """Lines of examples, without questions."""
 
-    Attributes:
-      keys_EL: distinct within an example.
-      values_ELA: the values of each key.
-    """
-
-    keys_EL: np.ndarray
-    values_ELA: np.ndarray
+    keys_EL: np.ndarray  # distinct within an example
+    values_ELA: np.ndarray  # the values of each key
 
     def tokens_ET(self) -> np.ndarray:
         """Returns the lines of each example in sequence."""
@@ -59,11 +54,7 @@ class Lines:
 
 
 def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
-    """Returns random lines.
-
-    Raises:
-      ValueError: `lines` is below 1 or above the number of keys.
-    """
+    """Returns random lines; raises ValueError if `lines` is below 1 or above the number of keys."""
     if not 1 <= lines <= NUM_KEYS:
         raise ValueError(f"lines = {lines} must lie in [1, {NUM_KEYS}]: keys are distinct.")
     keys_EK = np.tile(np.arange(NUM_KEYS, dtype=np.int32) + FIRST_KEY, (examples, 1))
@@ -79,13 +70,14 @@ def documents(
 
     With the question last, a document asks for all lines in random order; with the question first, for one line.
     """
+    check_choice("question", question, Question)
     context = draw_lines(rng, examples, lines)
     order_EL = rng.permuted(np.tile(np.arange(lines), (examples, 1)), axis=1)
     if question == "last":
         tokens_ET = np.concatenate([context.tokens_ET(), context.answered_ET(order_EL)], axis=1)
         answers = np.tile([False] + [True] * ANSWER_TOKENS, lines)
         weights_T = np.concatenate([np.zeros(lines * LINE, bool), answers])
-    elif question == "first":
+    else:
         answered_EX = context.answered_ET(order_EL[:, :1])
         asking_E1 = answered_EX[:, :1] - FIRST_KEY + FIRST_ASKING
         mark_E1 = np.full((examples, 1), MARK, np.int32)
@@ -93,24 +85,16 @@ def documents(
             [asking_E1, context.tokens_ET(), mark_E1, answered_EX[:, 1:]], axis=1
         )
         weights_T = np.arange(tokens_ET.shape[1]) >= tokens_ET.shape[1] - ANSWER_TOKENS
-    else:
-        raise ValueError(f"question = {question!r} is none of {QUESTIONS}.")
     return tokens_ET, np.broadcast_to(weights_T.astype(np.float32), tokens_ET.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts as a model reads them, beginning with id 0, and their answers.
+    """Prompts as a model reads them, beginning with id 0, and their answers."""
 
-    Attributes:
-      tokens_ET: the prompts.
-      answers_EA: the answers.
-      line_E: index of the line in question, from 0.
-    """
-
-    tokens_ET: np.ndarray
-    answers_EA: np.ndarray
-    line_E: np.ndarray
+    tokens_ET: np.ndarray  # the prompts
+    answers_EA: np.ndarray  # the answers
+    line_E: np.ndarray  # index of the line in question, from 0
 
 
 def draw_prompts(
@@ -142,42 +126,24 @@ def draw_prompts(
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrievalSource:
-    """Draws documents of one kind; satisfies `seqio.DataSourceInterface`."""
+class RetrievalSource(GeneratedSource):
+    """Documents of one kind: `targets` and `loss_weights`."""
 
     lines: int
     question: Question
-    train_documents: int
-    seed: int
 
-    splits = SPLITS
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
+    validation_documents = 256
 
     @property
     def digest(self) -> str:
-        sizes = (NUM_KEYS, NUM_VALUES, ANSWER_TOKENS, _VALIDATION_DOCUMENTS)
+        sizes = (NUM_KEYS, NUM_VALUES, ANSWER_TOKENS, self.validation_documents)
         return f"{type(self).__name__} of sizes {sizes}: {self}"
 
-    def num_input_examples(self, split: str) -> int:
-        return self.train_documents if split == "train" else _VALIDATION_DOCUMENTS
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns a `tf.data.Dataset` of `{"targets", "loss_weights"}`; the documents are already in random order."""
-        import tensorflow as tf
-
-        del shuffle, shard_info  # drawn at random; one shard
-        rng = np.random.default_rng((self.seed, self.lines, SPLITS.index(split)))
-        tokens_ET, weights_ET = documents(
-            rng, self.num_input_examples(split), self.lines, self.question
-        )
-        return tf.data.Dataset.from_tensor_slices(
-            {"targets": tokens_ET, "loss_weights": weights_ET}
-        )
+    def examples(self, split: str) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, self.lines, self.splits.index(split)))
+        count = self.num_input_examples(split)
+        tokens_ET, weights_ET = documents(rng, count, self.lines, self.question)
+        return {"targets": tokens_ET, "loss_weights": weights_ET}
 
 
 def register(
@@ -195,12 +161,18 @@ def register(
       train_documents: training documents of each task.
       seed: seed of the documents.
     """
+    import seqio
+
     names = []
     for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
         for count in lines:
-            source = RetrievalSource(count, question, train_documents, seed)
-            names.append(f"{prefix}_{count}")
-            tasks.register_tokens(
-                names[-1], source, origin="retrieval.register", vocab_size=VOCAB_SIZE
+            name = f"{prefix}_{count}"
+            tasks.register_features(
+                name,
+                RetrievalSource(name, train_documents, seed, count, question),
+                origin="retrieval.register",
+                features={"targets": seqio.PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},
+                facts={"vocabulary": f"{VOCAB_SIZE} ids", "add_bos": False, "add_eos": False},
             )
+            names.append(name)
     tasks.register_mixture("retrieval", dict.fromkeys(names, 1.0))

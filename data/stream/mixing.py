@@ -5,14 +5,13 @@ weigh more. This module treats a mixture's rates as shares of training tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from data.text.sources import names
 
 Weights = Literal["rates", "tokens"]
-WEIGHTS = get_args(Weights)
 
 
 def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
@@ -69,8 +68,8 @@ def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -
     total = float(sum(weights.values()))
     if not 0 < total < float("inf"):
         raise ValueError(
-            f"{where}: the weights {dict(weights)} sum to {total} and cannot be normalised; give "
-            "at least one source a positive weight."
+            f"{where}: the weights {dict(weights)} sum to {total} and cannot be normalised; at least "
+            "one source needs a positive weight."
         )
     return {name: weights[name] / total for name in known if weights.get(name, 0) > 0}
 
@@ -78,12 +77,7 @@ def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -
 def checked_phases(
     phases: Sequence[tuple[int, Mapping[str, float]]], known: Sequence[str]
 ) -> list[tuple[int, dict[str, float]]]:
-    """Returns phases with normalised weights.
-
-    Args:
-        phases: (first step, {source: weight}) in order of steps, such as
-            ((0, {'a': 1}), (100, {'a': 1, 'b': 3})).
-        known: names of the sources.
+    """Returns phases, such as ((0, {'a': 1}), (100, {'a': 1, 'b': 3})), with normalised weights.
 
     Raises:
         ValueError: a phase is malformed, the first does not start at step 0, steps do not increase,
@@ -109,5 +103,5 @@ def checked_phases(
             )
         out.append((start, normalised(items, known, where)))
     if not out:
-        raise ValueError("phases is empty; leave it None to use the mixture's own rates.")
+        raise ValueError("phases is empty; set it to None to use the mixture's own rates.")
     return out

@@ -42,13 +42,7 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
     [0, size). Results outside the range are encrypted again until they are inside (cycle walking),
     so the map is a bijection. The domain has at most four times the size of the range.
 
-    Args:
-        x: integers in [0, size), of any shape.
-        size: size of the range.
-        key: 64-bit key of the permutation.
-
-    Returns:
-        int64, of the shape of `x`.
+    The key has 64 bits; the result is int64, of the shape of `x`.
     """
     half = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
@@ -66,6 +60,14 @@ def permute(x: np.ndarray, size: int, key: int) -> np.ndarray:
         out[outside] = encrypt(out[outside])
         outside = outside[out[outside] >= size]
     return out.astype(np.int64)
+
+
+def evaluation_rows(places: np.ndarray, rows: int, name: str) -> np.ndarray:
+    """Returns the row at each place of one pass over `rows` rows in a fixed order; -1 past the end."""
+    out = np.full_like(places, -1)
+    inside = places < rows
+    out[inside] = permute(places[inside], rows, hash64("evaluation", name))
+    return out
 
 
 def shuffled_rows(

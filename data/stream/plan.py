@@ -11,19 +11,19 @@ Shape suffixes: N records, P pieces of records, S segments (pieces in row order)
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from data.choices import check_choice
+
 Packing = Literal["best_fit", "concat", "examples"]
-PACKINGS = get_args(Packing)
 LongDocuments = Literal["split", "truncate"]
-LONG_DOCUMENTS = get_args(LongDocuments)
 MAX_SEGMENTS = 64
 _OPEN_ROWS = 32  # rows that still accept records when several features are packed together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Rows as ranges of segments: row r holds segments `row_starts[r]` to `row_starts[r + 1]`.
 
@@ -37,6 +37,7 @@ class Plan:
         packing, long_documents: the policies of `make_plan`.
         counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
             row), cut_segments (start inside a record) and dropped_tokens.
+        first: key of `counts` -> id of the first record counted there; only for pairs and prompts.
     """
 
     row_starts: np.ndarray
@@ -47,6 +48,7 @@ class Plan:
     packing: str
     long_documents: str
     counts: dict[str, int]
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -89,12 +91,8 @@ def make_plan(
         ValueError: a setting is unknown, a row length is not positive, or the policy does not work
             with several features.
     """
-    if packing not in PACKINGS:
-        raise ValueError(f"packing={packing!r} is none of {', '.join(map(repr, PACKINGS))}.")
-    if long_documents not in LONG_DOCUMENTS:
-        raise ValueError(
-            f"long_documents={long_documents!r} is none of {', '.join(map(repr, LONG_DOCUMENTS))}."
-        )
+    check_choice("packing", packing, Packing)
+    check_choice("long_documents", long_documents, LongDocuments)
     for feature, length in row_lengths.items():
         if length < 1:
             raise ValueError(f"task_feature_lengths[{feature!r}] is {length}; it must be positive.")
@@ -181,14 +179,10 @@ def _pieces(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def best_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
-    """Returns the row of each piece by best-fit decreasing, [P].
+    """Returns the row of each piece, of at most `length` tokens, by best-fit decreasing, [P].
 
     Bit f of `free` is set when some open row has exactly f free positions. The tightest row that
     fits a piece is therefore the lowest set bit at or above the piece's size.
-
-    Args:
-        sizes_P: tokens of each piece, at most `length`.
-        length: tokens per row.
     """
     rows_P = np.empty(len(sizes_P), np.int64)
     order = np.argsort(-sizes_P, kind="stable")

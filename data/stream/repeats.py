@@ -7,10 +7,9 @@ first step. Batches therefore remain a pure function of the step, and batches be
 not depend on the cap.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from data.stream.schedule import Schedule
 from data.text.sources import names
 
 OnCap = Literal["error", "redistribute", "warn"]
-ON_CAP = get_args(OnCap)
 MaxEpochs = float | Mapping[str, float]
 
 Phases = list[tuple[int, dict[str, float]]]
@@ -44,35 +42,25 @@ def row_limits(max_epochs: MaxEpochs | None, rows: Mapping[str, int]) -> dict[st
             )
         if not 0 < cap < math.inf:
             raise ValueError(
-                f"max_epochs of {name!r} is {cap}; it must be above 0 (leave the source out for no cap)."
+                f"max_epochs of {name!r} is {cap}; it must be positive and finite. For no cap, omit the source."
             )
     return {name: math.floor(cap * rows[name]) for name, cap in caps.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Redistributed:
-    """Phases in which no source is read beyond its limit.
-
-    Attributes:
-        phases: (first step, {source: share}) without the sources that have reached their limit.
-        full: (first step without these sources, the sources), in order of steps.
-        end: the first step at which no source of its phase is left; None if there is none.
-    """
-
-    phases: Phases
-    full: list[tuple[int, tuple[str, ...]]]
-    end: int | None
-
-
 def redistribute(
-    phases: Phases, limits: Mapping[str, int], dealt: Callable[[Phases], Schedule]
-) -> Redistributed:
+    phases: Phases, limits: Mapping[str, int], make_schedule: Callable[[Phases], Schedule]
+) -> tuple[Phases, list[tuple[int, tuple[str, ...]]], int | None]:
     """Excludes each source from the first step that would exceed its limit of rows.
 
     Args:
         phases: (first step, {source: share}); the shares of a phase sum to 1.
         limits: source -> maximum rows; other sources are not limited.
-        dealt: makes the schedule of phases.
+        make_schedule: phases -> their schedule.
+
+    Returns:
+        Phases without the sources that have reached their limits; (first step without these
+        sources, the sources), in order of steps; and the first step at which no source of its phase
+        is left, or None.
     """
     out: Phases = []
     full: list[tuple[int, tuple[str, ...]]] = []
@@ -82,12 +70,12 @@ def redistribute(
         while True:
             remaining = {name: share for name, share in shares.items() if name not in excluded}
             if not remaining:
-                return Redistributed(out, full, start)
+                return out, full, start
             if len(remaining) < len(shares):  # otherwise leave the shares bitwise unchanged
                 total = sum(remaining.values())
                 remaining = {name: share / total for name, share in remaining.items()}
             limited = {name: limits[name] for name in remaining if name in limits}
-            reached = _reached([*out, (start, remaining)], limited, dealt, last)
+            reached = _reached([*out, (start, remaining)], limited, make_schedule, last)
             if reached is None:
                 out.append((start, remaining))
                 break
@@ -97,13 +85,13 @@ def redistribute(
             full.append((step, sources))
             excluded.update(sources)
             start = step
-    return Redistributed(out, full, None)
+    return out, full, None
 
 
 def _reached(
     phases: Phases,
     limits: Mapping[str, int],
-    dealt: Callable[[Phases], Schedule],
+    make_schedule: Callable[[Phases], Schedule],
     last: int | None,
 ) -> tuple[int, tuple[str, ...]] | None:
     """Returns the first step of the last phase that would exceed a limit, and the sources concerned.
@@ -112,7 +100,7 @@ def _reached(
     """
     if not limits:
         return None
-    schedule = dealt(phases)
+    schedule = make_schedule(phases)
     start = phases[-1][0]
     places = [schedule.sources.index(name) for name in limits]
     bounds = np.array(list(limits.values()))

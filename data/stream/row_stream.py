@@ -1,4 +1,4 @@
-"""The base class of the training and evaluation streams."""
+"""The base class of the training and evaluation streams, and the evaluation stream."""
 
 import abc
 from collections.abc import Sequence
@@ -6,17 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.cache import store
-from data.stream import rows
+from data.stream import order, rows
 
 # Part of every fingerprint: raise it when the same settings produce different batches.
 _VERSION = 1
 
 
 class RowStream(abc.ABC):
-    """Turns rows of sources into batches; the base class of both streams.
-
-    A subclass implements `_locate`, which returns the source and plan row of each row of a batch.
-    """
+    """Turns rows of sources into batches; the base class of both streams."""
 
     def __init__(
         self,
@@ -29,7 +26,7 @@ class RowStream(abc.ABC):
             raise ValueError(f"batch_size is {batch_size}; it must be positive.")
         if cross_document_attention and len(sources[0].plan.row_lengths) > 1:
             raise ValueError(
-                "cross_document_attention is for decoder-only rows: leave 'inputs' out."
+                "cross_document_attention is for decoder-only rows: remove the feature 'inputs'."
             )
         self.batch_size = batch_size
         self._sources = tuple(sources)
@@ -105,3 +102,37 @@ class RowStream(abc.ABC):
         if self._start_token != 0:  # older fingerprints have no start_token: it was always 0
             parts["start_token"] = self._start_token
         return store.digest({**parts, **settings})
+
+
+class EvalStream(RowStream):
+    """Reads every row of one source once, in a fixed order; see `data.stream.stream.make_eval_stream`.
+
+    Rows that fill the last batch have loss weight 0.
+    """
+
+    def __init__(
+        self,
+        source: rows.Source,
+        *,
+        batch_size: int,
+        cross_document_attention: bool = False,
+        start_token: int | None = 0,
+    ):
+        super().__init__([source], batch_size, cross_document_attention, start_token)
+        self.name = source.name
+        self.num_steps = -(-source.plan.num_rows // batch_size)  # batches that cover the source
+        self.bytes_per_token = source.bytes_per_token
+        self.fingerprint = self._fingerprint(order="permuted")
+
+    def summary(self) -> dict:
+        return {**super().summary(), "num_steps": self.num_steps}
+
+    def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._check_range(lo, hi)
+        if not 0 <= step < self.num_steps:
+            raise ValueError(
+                f"Batch {step} of {self.name!r} does not exist: it has {self.num_steps} batches."
+            )
+        place_B = step * self.batch_size + np.arange(lo, hi, dtype=np.int64)
+        row_B = order.evaluation_rows(place_B, self._sources[0].plan.num_rows, self.name)
+        return np.zeros_like(row_B), np.zeros_like(row_B), row_B

@@ -4,8 +4,8 @@ Shape suffixes: B rows, L length, S segments of all rows, T tokens of all segmen
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,56 +19,59 @@ NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of rows: a token cache and the plan of its rows.
-
-    Attributes:
-        feature: the feature whose vocabulary is the model's vocabulary.
-    """
+    """One source of rows: a token cache and the plan of its rows."""
 
     name: str
     cache: Cache
     plan: Plan
 
-    feature: ClassVar[str] = "targets"
+    feature: ClassVar[str] = "targets"  # the feature whose vocabulary is the model's vocabulary
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per target token; 0 if unknown or if tokens have loss weights."""
-        weighted = LOSS_WEIGHTS in self.cache.columns
-        return (0 if weighted else self.cache.text_bytes() or 0) / self.cache.tokens()
+        """UTF-8 bytes of text per target token; 0 if unknown, or if not every token has loss weight 1."""
+        if self.feature != "targets" or LOSS_WEIGHTS in self.cache.columns:
+            return 0.0
+        return (self.cache.text_bytes() or 0) / self.cache.tokens()
+
+    def segments(self, row: int) -> range:
+        """Returns the indices in the plan of a row's segments."""
+        if row == NO_ROW:
+            return range(0)
+        return range(*self.plan.row_starts[row : row + 2].tolist())
 
     def documents(self, row: int) -> list[dict]:
-        """Returns the documents of one row: id, record in the cache, offset and length in tokens."""
-        if row == NO_ROW:
-            return []
-        segments = slice(*self.plan.row_starts[row : row + 2].tolist())
-        names = self.cache.columns.get("document_id")
+        """Returns the documents of one row: id, record in the cache, and sizes in tokens."""
         return [
             {
-                "id": (names.text(record) if names else "") or f"{self.name}/{record}",
+                "id": self.cache.name_of(record, prefix=f"{self.name}/"),
                 "record": record,
-                "offset": offset,
-                "length": length,
+                **self._segment_sizes(segment),
             }
-            for record, offset, length in zip(
-                self.plan.records[segments].tolist(),
-                self.plan.offsets[segments].tolist(),
-                self.plan.lengths["targets"][segments].tolist(),
-                strict=True,
-            )
+            for segment in self.segments(row)
+            for record in [int(self.plan.records[segment])]
         ]
 
+    def _segment_sizes(self, segment: int) -> dict[str, int]:
+        offset, length = self.plan.offsets[segment], self.plan.lengths["targets"][segment]
+        return {"offset": int(offset), "length": int(length)}
+
     def summary(self) -> dict:
-        """Returns sizes, fill, and the counts of empty and long records."""
+        """Returns sizes, and counts of records that are dropped, cut or truncated."""
         return {
             "cache": str(self.cache.directory),
             "content": self.cache.content,
             "fingerprint": self.cache.fingerprint,
+            **self._sizes(),
+            **self.plan.counts,
+        }
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
             "tokens": self.plan.tokens(),
             "text_bytes": self.cache.text_bytes(),
             "rows": self.plan.num_rows,
             "fill": self.plan.fill(),
-            **self.plan.counts,
         }
 
 
@@ -83,8 +86,6 @@ def plan_source(
     """Returns a source with planned rows, made from an opened token cache without SeqIO.
 
     Args:
-        name: name of the source.
-        opened: its token cache.
         feature_lengths: {'targets': tokens per row}, or with 'inputs' as well.
         packing, long_documents: see `data.stream.plan.make_plan`.
 
@@ -96,11 +97,7 @@ def plan_source(
             f"task_feature_lengths {dict(feature_lengths)} must give 'targets', or 'inputs' and "
             "'targets'."
         )
-    for feature in feature_lengths:
-        if feature not in opened.columns:
-            raise ValueError(
-                f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}."
-            )
+    check_features(name, opened, feature_lengths)
     _check_loss_weights(name, opened)
     planned = make_plan(
         {feature: opened.columns[feature].lengths for feature in feature_lengths},
@@ -111,6 +108,15 @@ def plan_source(
     if not planned.num_rows:
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
     return Source(name, opened, planned)
+
+
+def check_features(name: str, opened: Cache, features: Iterable[str], remedy: str = "") -> None:
+    """Raises ValueError if the cache of a source lacks a feature."""
+    for feature in features:
+        if feature not in opened.columns:
+            raise ValueError(
+                f"Source {name!r} has no feature {feature!r}; it has {', '.join(opened.columns)}.{remedy}"
+            )
 
 
 def _check_loss_weights(name: str, opened: Cache) -> None:
@@ -184,11 +190,8 @@ def read_rows(
     'loss_weights'.
 
     Args:
-        sources: the sources of the stream.
         source_B: index of each row's source.
         row_B: plan row in that source, or `NO_ROW` for a row of padding.
-        cross_document_attention: make each row one segment.
-        start_token: the first input of a document.
 
     Returns:
         column -> int32 [B, L]; loss weights are float32 [B, L], and `source_ids` are int32 [B].
@@ -263,14 +266,7 @@ def spread(
 ) -> list[np.ndarray]:
     """Repeats each segment's value over its tokens, and 0 over the padding.
 
-    Args:
-        values: arrays [S].
-        size_S: tokens of each segment.
-        first_B: index of each row's first segment.
-        length: tokens per row, L.
-
-    Returns:
-        one int32 [B, L] per array of `values`.
+    Returns one int32 [B, L] per array [S] of `values`; `first_B` are each row's first segments.
     """
     end_B = np.append(first_B[1:], len(size_S))
     size_P = np.insert(size_S, end_B, length - np.add.reduceat(size_S, first_B))

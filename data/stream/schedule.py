@@ -12,12 +12,13 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from data.choices import check_choice
+
 Interleaving = Literal["error_diffusion", "random"]
-INTERLEAVINGS = get_args(Interleaving)
 
 # The period is at least 2^16 slots, which bounds the absolute error of any share by 2^-17, and at
 # most 2^20, which takes about a second to tabulate. In between, it is chosen so that the relative
@@ -54,9 +55,9 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
     if smallest * _MAX_PERIOD < 1:
         name = sources[int(np.flatnonzero(shares == smallest)[0])]
         raise ValueError(
-            f"The weight of source {name!r} comes to a share of {smallest:.3g} of the rows, less "
-            f"than one row in {_MAX_PERIOD}: it would round to zero. Raise the weight, or set it "
-            "to 0 to leave the source out."
+            f"The weight of source {name!r} is a share of {smallest:.3g} of the rows, less than one row "
+            f"in {_MAX_PERIOD}, and would round to zero. Raise the weight, or set it to 0 to exclude "
+            "the source."
         )
     best = None
     for limit in (2 * _MIN_PERIOD, _MAX_PERIOD):
@@ -91,9 +92,8 @@ def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
 def shuffle_period(counts: np.ndarray, slots: int, seed: int) -> np.ndarray:
     """Returns the source of each of the first `slots` slots of a period in random order.
 
-    This is for comparison with samplers that draw each row's source independently. Sources are
-    drawn without replacement. Within a period the counts deviate from the shares at most as much as
-    with independent draws; over whole periods they are exact.
+    For comparison with samplers that draw each row's source independently. Sources are drawn without
+    replacement, so that counts are exact over whole periods.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     return rng.permutation(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[:slots]
@@ -144,10 +144,6 @@ class Schedule:
         interleaving: 'error_diffusion' or 'random' (see `shuffle_period`).
         seed: seed of the random interleaving; error diffusion has no randomness.
         first_rows: rows of each source used before step 0, for example by an earlier run.
-
-    Attributes:
-        batch_size: rows per step.
-        sources: names of the sources.
     """
 
     def __init__(
@@ -160,30 +156,23 @@ class Schedule:
         seed: int = 0,
         first_rows: Sequence[int] | None = None,
     ):
-        if interleaving not in INTERLEAVINGS:
-            raise ValueError(
-                f"interleaving={interleaving!r} is none of {', '.join(map(repr, INTERLEAVINGS))}."
-            )
+        check_choice("interleaving", interleaving, Interleaving)
         self.batch_size = batch_size
         self.sources = tuple(sources)
-        self._starts = [start for start, _ in phases]
+        self.starts = [start for start, _ in phases]  # the first step of every phase
         self._phases: list[_Phase] = []
         base = np.array([0] * len(sources) if first_rows is None else first_rows, np.int64)
         for j, (start, weights) in enumerate(phases):
             shares = integer_shares(weights, sources)
             slots = int(shares.sum())
             if j + 1 < len(phases):
-                slots = min(slots, (self._starts[j + 1] - start) * batch_size)
-            key = (
-                tuple(shares.tolist()),
-                slots,
-                interleaving,
-                seed if interleaving == "random" else 0,
-            )
-            phase = _Phase(start, shares, base, *_table(*key))
+                slots = min(slots, (self.starts[j + 1] - start) * batch_size)
+            key = seed if interleaving == "random" else 0
+            table = _table(tuple(shares.tolist()), slots, interleaving, key)
+            phase = _Phase(start, shares, base, *table)
             self._phases.append(phase)
             if j + 1 < len(phases):
-                base = base + phase.used((self._starts[j + 1] - start) * batch_size)
+                base = base + phase.used((self.starts[j + 1] - start) * batch_size)
 
     def locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (source index, position in the source) of rows [lo, hi) of the batch of `step`."""
@@ -204,12 +193,7 @@ class Schedule:
         shares = self._phase(step).shares
         return shares / shares.sum()
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The first step of every phase."""
-        return tuple(self._starts)
-
     def _phase(self, step: int) -> _Phase:
         if step < 0:
             raise ValueError(f"Step {step} is negative.")
-        return self._phases[bisect.bisect_right(self._starts, step) - 1]
+        return self._phases[bisect.bisect_right(self.starts, step) - 1]

@@ -7,18 +7,20 @@ of the global batch that it needs, so neither the number of hosts nor the mesh c
 of a batch. The step is the whole state of a stream.
 """
 
-import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from data.cache import store
+from data.choices import check_choice
 from data.stream import mixing, plan, repeats, rows, schedule
-from data.stream.eval_stream import EvalStream
+from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Phases, Positions, Stream
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
+AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
 class NoSplitError(ValueError):
@@ -88,9 +90,10 @@ def make_stream(
     Raises:
         ValueError: the data cannot be streamed with these settings.
     """
-    mixture = open_mixture(
+    return open_mixture(
+        Stream,
         mixture_or_task_name,
-        _language_modelling(task_feature_lengths, packing, long_documents),
+        _planner(task_feature_lengths, packing, long_documents),
         split=split,
         weights=weights,
         temperature=temperature,
@@ -98,18 +101,13 @@ def make_stream(
         phases=phases,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
-    )
-    return Stream(
-        mixture.sources,
-        mixture.phases,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
         batch_size=batch_size,
         seed=seed,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
         interleaving=interleaving,
-        max_epochs=mixture.max_epochs,
         on_cap=on_cap,
         positions=positions,
     )
@@ -131,10 +129,9 @@ def make_eval_stream(
 ) -> EvalStream:
     """Returns the evaluation stream of a SeqIO task: every row once, in a fixed random order.
 
-    Plans begin with the pieces of long documents. In that order the first batches (EVAL_STEPS)
-    would be a biased sample.
-
-    Mixtures are evaluated task by task, as in SeqIO. `make_stream` describes the arguments.
+    In the order of the plan, which begins with the pieces of long documents, the first batches
+    (EVAL_STEPS) would be a biased sample. Mixtures are evaluated task by task, as in SeqIO.
+    `make_stream` describes the arguments.
 
     Raises:
         NoSplitError: the task has no such split.
@@ -142,7 +139,7 @@ def make_eval_stream(
     """
     source = open_held_out(
         task,
-        _language_modelling(task_feature_lengths, packing, long_documents),
+        _planner(task_feature_lengths, packing, long_documents),
         split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
@@ -161,9 +158,7 @@ def held_out(
 ) -> tuple[EvalStream, ...]:
     """Returns the evaluation streams of the tasks that have held-out data; prints which have none.
 
-    Args:
-        open_stream: called with (task=); raises NoSplitError if the task has no held-out split.
-        tasks: names of tasks.
+    `open_stream` is called with (task=).
     """
     opened = []
     for name in tasks:
@@ -175,44 +170,39 @@ def held_out(
     return tuple(opened)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixture(Generic[AnySource]):
-    """The opened sources of a mixture, with the phases and caps that `Stream` takes."""
-
-    sources: list[AnySource]
-    phases: Phases
-    max_epochs: repeats.MaxEpochs | None
-
-
 def open_mixture(
+    stream_class: type[AnyStream],
     mixture_or_task_name: str,
-    plan_source: Callable[[str, store.Cache], AnySource],
+    plan_source: Callable[[str, store.Cache], rows.Source],
     *,
     split: str,
     weights: mixing.Weights = "rates",
     temperature: float = 1.0,
     max_tokens: int | None = None,
     phases: Phases | None = None,
-    max_epochs: repeats.MaxEpochs | None = None,
-    **cache_settings: Any,
-) -> Mixture[AnySource]:
-    """Opens and plans the sources with positive weight in a mixture.
+    max_epochs: repeats.MaxEpochs | None,
+    cache_dir: str | os.PathLike | None,
+    changed_cache: store.Changed,
+    verify_cache: bool,
+    **settings: Any,
+) -> AnyStream:
+    """Returns a stream over the sources with positive weight in a mixture.
 
     `make_stream` describes the other arguments.
 
     Args:
+        stream_class: class of the stream.
         plan_source: (task name, opened token cache) -> source with planned rows.
-        **cache_settings: arguments of `data.cache.task_cache.open_task_cache`.
+        **settings: further arguments of `stream_class`.
 
     Raises:
         ValueError: settings contradict each other, or weights cannot be normalised.
     """
     tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
     known = tuple(task.name for task in tasks)
-    if weights not in mixing.WEIGHTS:
-        raise ValueError(f"weights={weights!r} is none of {', '.join(map(repr, mixing.WEIGHTS))}.")
+    check_choice("weights", weights, mixing.Weights)
     if phases is not None and (weights != "rates" or temperature != 1.0):
-        raise ValueError("phases give the weights themselves: leave weights and temperature out.")
+        raise ValueError("phases set the weights: remove the settings weights and temperature.")
     if max_tokens is not None and weights != "tokens":
         raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
     if phases is not None:
@@ -222,8 +212,9 @@ def open_mixture(
         where = f"mixture {mixture_or_task_name!r}"
         phases = [(0, mixing.normalised(rates, known, where))]
     wanted = known if phases is None else {name for _, shares in phases for name in shares}
+    caches = {"cache_dir": cache_dir, "changed": changed_cache, "verify": verify_cache}
     sources = [
-        plan_source(task.name, _open_cache(task, split, **cache_settings))
+        plan_source(task.name, _open_cache(task, split, **caches))
         for task in tasks
         if task.name in wanted
     ]
@@ -233,7 +224,7 @@ def open_mixture(
     if phases is None:
         counts = {source.name: source.plan.tokens() for source in sources}
         phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
-    return Mixture(sources, phases, max_epochs)
+    return stream_class(sources, phases, max_epochs=max_epochs, **settings)
 
 
 def open_held_out(
@@ -243,7 +234,7 @@ def open_held_out(
     split: str,
     **cache_settings: Any,
 ) -> AnySource:
-    """Opens and plans the evaluation split of one task; `open_mixture` describes the arguments.
+    """Opens and plans the evaluation split of one task; see `open_mixture` and `open_task_cache`.
 
     Raises:
         NoSplitError: the task has no such split.
@@ -252,14 +243,14 @@ def open_held_out(
     tasks, _ = mixing.find_tasks(task)
     if [member.name for member in tasks] != [task]:
         raise ValueError(
-            f"{task!r} is a mixture: evaluate its tasks one by one, as task = each of "
+            f"{task!r} is a mixture: evaluate its tasks one by one, with task = one of "
             f"{', '.join(member.name for member in tasks)}."
         )
     if split not in tasks[0].splits:
         raise NoSplitError(
             f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
-            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES; of pairs "
-            "PAIRS_VALIDATION_FRACTION or PAIRS_VALIDATION), or leave the task out of the evaluation."
+            "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES; for pairs "
+            "PAIRS_VALIDATION_FRACTION or PAIRS_VALIDATION), or do not evaluate the task."
         )
     return plan_source(task, _open_cache(tasks[0], split, **cache_settings))
 
@@ -270,12 +261,12 @@ def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
     return task_cache.open_task_cache(task, split, **cache_settings)
 
 
-def _language_modelling(
+def _planner(
     feature_lengths: Mapping[str, int], packing: str, long_documents: str
 ) -> Callable[[str, store.Cache], rows.Source]:
-    def plan_source(name: str, opened: store.Cache) -> rows.Source:
-        return rows.plan_source(
-            name, opened, feature_lengths, packing=packing, long_documents=long_documents
-        )
-
-    return plan_source
+    return functools.partial(
+        rows.plan_source,
+        feature_lengths=feature_lengths,
+        packing=packing,
+        long_documents=long_documents,
+    )

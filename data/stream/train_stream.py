@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import store
+from data.choices import check_choice
 from data.stream import mixing, order, repeats, rows, schedule
 from data.stream.row_stream import RowStream
 
@@ -38,10 +39,7 @@ class Stream(RowStream):
         on_cap: str = "error",
         positions: Positions | None = None,
     ):
-        if on_cap not in repeats.ON_CAP:
-            raise ValueError(
-                f"on_cap={on_cap!r} is none of {', '.join(map(repr, repeats.ON_CAP))}."
-            )
+        check_choice("on_cap", on_cap, repeats.OnCap)
         phases = mixing.checked_phases(phases, tuple(source.name for source in sources))
         limits = repeats.row_limits(max_epochs, {s.name: s.plan.num_rows for s in sources})
         used = {name for _, shares in phases for name in shares}
@@ -52,7 +50,7 @@ class Stream(RowStream):
         self._on_cap = on_cap
         self._before = self._read_before(positions or {})
 
-        def dealt(phases: Phases) -> schedule.Schedule:
+        def make_schedule(phases: Phases) -> schedule.Schedule:
             # A row of a source holds fill * length tokens, so dividing by fill turns token shares
             # into row shares.
             return schedule.Schedule(
@@ -70,21 +68,18 @@ class Stream(RowStream):
         settings: dict[str, Any] = {}  # defaults are omitted, so older fingerprints remain valid
         if any(self._before):
             settings["before"] = self._before
-        redistributed = repeats.Redistributed(phases, [], None)
+        self._phases, self._full, self._end = phases, [], None
         if on_cap == "redistribute" and self._limits:
             settings["limits"] = self._limits
-            redistributed = repeats.redistribute(phases, self._limits, dealt)
-        self._phases, self._full, self._end = (
-            redistributed.phases,
-            redistributed.full,
-            redistributed.end,
-        )
+            self._phases, self._full, self._end = repeats.redistribute(
+                phases, self._limits, make_schedule
+            )
         if not self._phases:
             raise ValueError(
-                f"max_epochs leaves nothing of {', '.join(map(repr, phases[0][1]))} for step 0 (before "
-                f"it: {self._repeats(self._before)}): raise max_epochs, or add data."
+                f"max_epochs leaves no row of {', '.join(map(repr, phases[0][1]))} for step 0 (read "
+                f"before: {self._repeats(self._before)}). Raise max_epochs, or add data."
             )
-        self._schedule = dealt(self._phases)
+        self._schedule = make_schedule(self._phases)
         self.fingerprint = self._fingerprint(
             seed=seed, phases=phases, interleaving=interleaving, **settings
         )
@@ -113,11 +108,11 @@ class Stream(RowStream):
             if self._end is not None and self._end < steps:
                 raise ValueError(
                     f"{self._no_more()} The run has {steps:,} steps: raise max_epochs, add data, or "
-                    "train less."
+                    "lower the number of steps."
                 )
             return [
-                f"{', '.join(names)} reach max_epochs at step {step:,} and give their share to the "
-                "other sources from there on"
+                f"{', '.join(names)} reach max_epochs at step {step:,}; from then on the other sources "
+                "take their share"
                 for step, names in self._full
                 if step < steps
             ]
@@ -128,13 +123,13 @@ class Stream(RowStream):
                 tokens, rows = source.plan.tokens(), source.plan.num_rows
                 warnings.append(
                     f"source {source.name!r} has {tokens:,} tokens, and {steps:,} steps read "
-                    f"{tokens * used[index] / rows:,.0f} of it, {used[index] / rows:.2f} epochs where "
-                    f"max_epochs allows {limit / rows:.2f}"
+                    f"{tokens * used[index] / rows:,.0f} tokens of it: {used[index] / rows:.2f} epochs, "
+                    f"but max_epochs allows {limit / rows:.2f}"
                 )
         if warnings and self._on_cap == "error":
             raise ValueError(
                 f"{'; '.join(warnings)}. Lower its share or the budget, add data, raise max_epochs, or "
-                "set on_cap='redistribute' to give its share to the other sources from there on."
+                "set on_cap='redistribute', which then gives its share to the other sources."
             )
         return warnings
 
@@ -160,8 +155,8 @@ class Stream(RowStream):
             tokens -= (end - step) * per_step
             step = end
         raise ValueError(
-            f"{self._no_more()} That is {tokens:,.0f} tokens less than the budget: raise max_epochs, add "
-            "data, or lower the budget."
+            f"{self._no_more()} The budget needs {tokens:,.0f} tokens more: raise max_epochs, add data, or "
+            "lower the budget."
         )
 
     def summary(self) -> dict:
@@ -193,19 +188,15 @@ class Stream(RowStream):
         return store.digest([self._seed, source.cache.content, *source.plan.policy])[:16]
 
     def _read_before(self, positions: Positions) -> list[int]:
-        """Returns the rows of each source that an earlier run has read.
-
-        Raises:
-            ValueError: this run would read the rows in a different order.
-        """
+        """Returns the rows of each source that an earlier run has read."""
         before = []
         for source in self._sources:
             position = positions.get(source.name, {"rows": 0, "order": self._order_of(source)})
             if position["order"] != self._order_of(source):
                 raise ValueError(
-                    f"Source {source.name!r} cannot be read on from where the earlier run stopped: its "
-                    "content, packing, row length or the seed is another, so that rows would come "
-                    "twice. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
+                    f"Source {source.name!r} cannot continue where the earlier run stopped: its content, "
+                    "packing, row length or the seed has changed, so that rows would repeat. Restore "
+                    "these, or start from the beginning (INITIAL_DATA = 'restart')."
                 )
             before.append(int(position["rows"]))
         return before
@@ -217,8 +208,8 @@ class Stream(RowStream):
     def _no_more(self) -> str:
         assert self._end is not None
         return (
-            f"From step {self._end:,} on every source of the mixture has been read as often as "
-            f"max_epochs allows ({self._repeats(self._schedule.used(self._end).tolist())})."
+            f"From step {self._end:,} on, all sources of the mixture have reached max_epochs "
+            f"({self._repeats(self._schedule.used(self._end).tolist())})."
         )
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

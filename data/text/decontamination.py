@@ -45,29 +45,16 @@ def runs(text: str, words: int = WORDS) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The runs of an evaluation set.
+    """The runs of an evaluation set."""
 
-    Attributes:
-      runs: uint64 hashes of the distinct runs, ascending.
-      words: words per run.
-      texts: number of texts in the set.
-      short: number of texts that are shorter than a run, and cannot be detected.
-    """
-
-    runs: np.ndarray
-    words: int
-    texts: int
-    short: int
+    runs: np.ndarray  # uint64 hashes of the distinct runs, ascending
+    words: int  # per run
 
     @classmethod
     def of(cls, texts: Iterable[str], words: int = WORDS) -> "Index":
-        """Builds the index of texts; iterates over them once."""
-        runs_of_texts = [runs(text, words) for text in texts]
-        short = sum(not len(text_runs) for text_runs in runs_of_texts)
-        distinct = (
-            np.unique(np.concatenate(runs_of_texts)) if runs_of_texts else np.zeros(0, np.uint64)
-        )
-        return cls(distinct, words, len(runs_of_texts), short)
+        """Returns the index of texts; iterates over them once."""
+        all_runs = [np.zeros(0, np.uint64), *(runs(text, words) for text in texts)]
+        return cls(np.unique(np.concatenate(all_runs)), words)
 
     def overlap(self, text: str) -> int:
         """Returns how many of a text's runs occur in the set; repeated runs count each time."""
@@ -83,24 +70,18 @@ class Index:
 class Overlap(DocumentFilter):
     """Drops documents that share a run of words with an evaluation set; use one filter per set.
 
-    Attributes:
-      evaluation_set: `humaneval` (its prompts and solutions), or a file of JSON lines.
-      text_keys: keys of the texts in that file, joined in this order; None for all keys that hold
-        strings or lists of strings.
-      label: name of the count of dropped documents; default from the set's name.
-      words: words per run.
-      most: number of runs that a document may share.
-
     Raises:
       ProblemsError: HumanEval's package is not installed.
       DataError: the file or a key does not exist (raised at the first document).
     """
 
-    evaluation_set: str
+    evaluation_set: str  # `humaneval` (its prompts and solutions), or a file of JSON lines
+    # keys of the texts in that file, joined in this order; None for all keys that hold strings or
+    # lists of strings
     text_keys: Sequence[str] | None = None
-    label: str | None = None
-    words: int = WORDS
-    most: int = 0
+    label: str | None = None  # name of the count of dropped documents; default from the set's name
+    words: int = WORDS  # words per run
+    most: int = 0  # number of runs that a document may share
 
     def __post_init__(self):
         if self.words < 1 or self.most < 0:
@@ -137,7 +118,7 @@ def evaluation_texts(name: str, text_keys: Sequence[str] | None = None) -> Itera
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
         raise DataError(
-            f"{path}: there is no such evaluation set. Set Overlap.evaluation_set to "
+            f"{path}: the evaluation set does not exist. Set Overlap.evaluation_set to "
             f"{code_problems.HUMANEVAL!r} or to a file of JSON lines"
         )
     for number, record in documents.read_json_lines(path):
@@ -146,7 +127,7 @@ def evaluation_texts(name: str, text_keys: Sequence[str] | None = None) -> Itera
             if key not in record:
                 raise DataError(
                     f"{path}, line {number}: no key {key!r}; present are "
-                    f"{', '.join(map(repr, record)) or 'none'}. Set Overlap.text_keys to the right ones"
+                    f"{', '.join(map(repr, record)) or 'none'}. Correct Overlap.text_keys"
                 )
         yield "\n".join(part for key in keys for part in _strings(record[key]))
 
@@ -157,12 +138,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-def count_overlaps(texts: Iterable[str], sets: Mapping[str, Index]) -> dict[str, int]:
-    """Returns {evaluation set: documents that share a run with it}; iterates over `texts` once."""
-    counts = dict.fromkeys(sets, 0)
-    for text in texts:
-        for name, index in sets.items():
-            counts[name] += index.overlap(text) > 0
-    return counts

@@ -52,12 +52,8 @@ def sketch(hashes: np.ndarray) -> np.ndarray:
 def near_duplicates(texts: Sequence[str], *, threshold: float = 0.8) -> list[int | None]:
     """Returns, for each text, the index of an earlier text that it duplicates, or None.
 
-    Only texts that are not duplicates themselves are candidates. Resemblance is estimated from
-    `SKETCH` values; at 0.8 its standard error is 0.035.
-
-    Args:
-      texts: the texts.
-      threshold: minimum resemblance of a duplicate.
+    Only texts that are not duplicates themselves are candidates. A duplicate has a resemblance of at
+    least `threshold`, estimated from `SKETCH` values; at 0.8 the standard error is 0.035.
     """
     buckets: dict[tuple[int, bytes], list[int]] = {}
     sketches = np.empty((len(texts), SKETCH), np.uint64)
@@ -85,11 +81,7 @@ def sample(text: str) -> np.ndarray:
 def containment(samples: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the share of each document's shingles that occur in training documents.
 
-    Boilerplate is not counted.
-
-    Args:
-      samples: `sample` of each document.
-      training: `sample` of each training document.
+    Boilerplate is not counted. Both arguments hold the `sample` of each document.
     """
     if not training:
         return np.zeros(len(samples))

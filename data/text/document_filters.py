@@ -45,23 +45,18 @@ class Metadata(DocumentFilter):
     The value can be a list, for example of licences. With `keep`, all its items must be among
     `keep`, and an empty list or null drops the document. With `drop`, no item may be among `drop`.
 
-    Attributes:
-      key: key of the records, or a column; dotted for a nested key.
-      keep: values to keep; excludes `drop`.
-      drop: values to drop.
-
     Raises:
       ValueError: both or neither of `keep` and `drop` are set.
     """
 
-    key: str
-    keep: Sequence[str] | None = None
-    drop: Sequence[str] | None = None
+    key: str  # key of the records, or a column; dotted for a nested key
+    keep: Sequence[str] | None = None  # values to keep; excludes `drop`
+    drop: Sequence[str] | None = None  # values to drop
 
     def __post_init__(self):
         if (self.keep is None) == (self.drop is None):
             raise ValueError(
-                f"the filter of {self.key!r} needs either keep or drop, the values to look for"
+                f"the filter of {self.key!r} needs either keep or drop, a list of values"
             )
 
     @property
@@ -86,44 +81,36 @@ class Sieve:
 
     Attributes:
       dropped: filter -> numbers of documents and bytes of text that it dropped.
+      keys: metadata keys that the filters read, without duplicates.
     """
 
     def __init__(self, filters: Sequence[DocumentFilter]):
         self._filters = tuple(filters)
-        self.dropped = {
-            document_filter.name: {"documents": 0, "bytes": 0} for document_filter in filters
-        }
+        self.dropped = {one.name: {"documents": 0, "bytes": 0} for one in filters}
+        self.keys = tuple(dict.fromkeys(key for one in filters for key in one.keys))
 
     def keeps(self, text: str, metadata: Mapping[str, Any]) -> bool:
         """Returns whether all filters keep the document; counts it if one drops it."""
         document = {**metadata, "text": text}
-        for document_filter in self._filters:
-            if not document_filter(document):
-                self.dropped[document_filter.name]["documents"] += 1
-                self.dropped[document_filter.name]["bytes"] += len(text.encode("utf-8"))
+        for one in self._filters:
+            if not one(document):
+                self.dropped[one.name]["documents"] += 1
+                self.dropped[one.name]["bytes"] += len(text.encode("utf-8"))
                 return False
         return True
 
 
-def keys_of(filters: Sequence[DocumentFilter]) -> tuple[str, ...]:
-    """Returns the metadata keys that the filters read, without duplicates."""
-    return tuple(dict.fromkeys(key for document_filter in filters for key in document_filter.keys))
-
-
 def check_names(filters: Sequence[DocumentFilter], where: str) -> None:
     """Raises ValueError if two filters have the same name."""
-    names = [document_filter.name for document_filter in filters]
+    names = [one.name for one in filters]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{where}: two filters are called {name!r}; make one of them")
+            raise ValueError(f"{where}: two filters have the name {name!r}; combine them into one")
 
 
 def described(filters: Sequence[DocumentFilter]) -> list[dict[str, Any]]:
     """Returns the class and settings of each filter, in order, which are hashed."""
     return [
-        {
-            "class": f"{type(document_filter).__module__}.{type(document_filter).__qualname__}",
-            **document_filter.settings(),
-        }
-        for document_filter in filters
+        {"class": f"{type(one).__module__}.{type(one).__qualname__}", **one.settings()}
+        for one in filters
     ]

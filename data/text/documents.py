@@ -6,6 +6,7 @@ Every problem with a file raises one `DataError` with the file, the position in 
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import pathlib
 import zlib
@@ -13,12 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
+from data.choices import check_choice
+
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSED = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-DOCUMENTS_OF_TEXT = ("file", "paragraph", "line")
 
 
 class DataError(ValueError):
@@ -37,19 +39,17 @@ class Document(NamedTuple):
 class Format:
     """How documents are stored in files.
 
-    Attributes:
-      text_key: key (JSON) or column (Parquet) of the text. With several keys, such as instruction,
-        context and answer, the texts that are not empty are joined by blank lines.
-      id_key: key or column of the document's name; by default the name is the file and the line.
-      document_per: unit of a document in a text file: the `file`, a `paragraph` (separated by blank
-        lines) or a `line`.
-
     Raises:
       ValueError: there is no text key, or `document_per` is unknown.
     """
 
+    # key (JSON) or column (Parquet) of the text. With several keys, such as instruction, context
+    # and answer, the texts that are not empty are joined by blank lines
     text_key: str | tuple[str, ...] = "text"
+    # key or column of the document's name; by default the name is the file and the line
     id_key: str | None = None
+    # unit of a document in a text file: the `file`, a `paragraph` (separated by blank lines) or a
+    # `line`
     document_per: str = "file"
 
     @property
@@ -59,11 +59,7 @@ class Format:
     def __post_init__(self):
         if not self.text_keys:
             raise ValueError("text_key is empty; name the key or column of the text")
-        if self.document_per not in DOCUMENTS_OF_TEXT:
-            raise ValueError(
-                f"document_per is {self.document_per!r}; it must be one of "
-                f"{', '.join(DOCUMENTS_OF_TEXT)}"
-            )
+        check_choice("document_per", self.document_per, ("file", "paragraph", "line"))
 
 
 def read(
@@ -82,14 +78,13 @@ def read(
     """
     name = path.name if name is None else name
     kind = _kind(path)
-    if kind == ".parquet":
-        return _parquet(path, format, name, metadata)
-    if kind in (".jsonl", ".json"):
-        return _json_lines(path, format, name, metadata)
+    if kind in (".jsonl", ".json", ".parquet"):
+        records = (_parquet if kind == ".parquet" else _json_lines)(path, format, metadata)
+        return (_document(name, *record, format, metadata) for record in records)
     if metadata:
         raise DataError(
             f"{path}: a text file has no metadata {', '.join(map(repr, metadata))} to filter by; "
-            "leave these filters out, or give JSON lines or Parquet"
+            "remove these filters, or use JSON lines or Parquet"
         )
     return _text(path, format, name)
 
@@ -115,8 +110,8 @@ def _kind(path: pathlib.Path) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in SUFFIXES:
         raise DataError(
-            f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, the text ones "
-            f"also with {' or '.join(COMPRESSED)}"
+            f"{path}: unknown kind of data file; supported are {', '.join(SUFFIXES)}, and all but "
+            f".parquet also with {' or '.join(COMPRESSED)}"
         )
     return suffixes[-1]
 
@@ -131,8 +126,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
                 offset += len(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
-                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is "
-                "truncated or damaged, or not compressed as its name says; fetch or write it again"
+                f"{path}: cannot be read after {offset} bytes of text ({error}). The file is truncated, "
+                "damaged, or not compressed as its suffix says; copy or write it again"
             ) from None
 
 
@@ -143,7 +138,7 @@ def _decoded(raw: bytes, path: pathlib.Path, number: int, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 at byte offset {offset + skipped + error.start} (line {number}): "
-            f"{error.reason}. Convert the file (iconv -t UTF-8) or drop the line"
+            f"{error.reason}. Convert the file (iconv -t UTF-8) or delete the line"
         ) from None
 
 
@@ -163,11 +158,7 @@ def read_json_lines(
 ) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
 
-    Blank lines are skipped.
-
-    Args:
-      path: the file.
-      example: an example of a line, for the error message.
+    Blank lines are skipped. Error messages show `example`, an example of a line.
 
     Raises:
       DataError: a line is not a JSON object, or the file cannot be read as text.
@@ -199,23 +190,27 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
-def _json_lines(
-    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
-) -> Iterator[Document]:
+_Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
+
+
+def _json_lines(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
     example = f'{{"{format.text_keys[0]}": "..."}}'
     for number, record in read_json_lines(path, example=example):
-        where = f"{path}, line {number}"
-        id = f"{name}:{number}"
-        if format.id_key is not None:
-            id = str(_value(record, format.id_key, "id_key", where))
-            _check_unicode(id, format.id_key, where)
-        yield _document(id, record, format, metadata, where)
+        yield number, f"{path}, line {number}", record
 
 
 def _document(
-    id: str, record: Mapping[str, Any], format: Format, metadata: Sequence[str], where: str
+    name: str,
+    number: int,
+    where: str,
+    record: Mapping[str, Any],
+    format: Format,
+    metadata: Sequence[str],
 ) -> Document:
-    """Returns the document in a record."""
+    id = f"{name}:{number}"
+    if format.id_key is not None:
+        id = str(_value(record, format.id_key, "id_key", where))
+        check_unicode(id, format.id_key, where)
     texts = [
         _checked(_value(record, key, "text_key", where), key, where) for key in format.text_keys
     ]
@@ -235,8 +230,8 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
 def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> Any:
     if key not in record:
         raise DataError(
-            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Set "
-            f"{argument} to the right one"
+            f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Correct "
+            f"{argument}"
         )
     return record[key]
 
@@ -244,80 +239,65 @@ def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> An
 def _checked(text: object, key: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: {key!r} holds a {type(text).__name__}, not a string. Set text_key to the key "
-            "of the text, or convert the file"
+            f"{where}: {key!r} is a {type(text).__name__}, not a string. Set text_key to the key of the "
+            "text, or convert the file"
         )
-    _check_unicode(text, key, where)
+    check_unicode(text, key, where)
     return text
 
 
-def _check_unicode(text: str, key: str, where: str) -> None:
+def check_unicode(text: str, key: str, where: str) -> None:
+    """Raises DataError if a text has half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: {key!r} is not valid Unicode at character {error.start} (half of a "
-            "surrogate pair). Repair or drop the line"
+            "surrogate pair). Repair or delete the line"
         ) from None
 
 
 def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
+    lines = _lines(path)
     if format.document_per == "file":
-        yield Document(name, "".join(line for _, line in _lines(path)))
-        return
-    paragraph: list[str] = []
-    start = 1
-    for number, line in _lines(path):
-        if format.document_per == "line":
+        yield Document(name, "".join(line for _, line in lines))
+    elif format.document_per == "line":
+        for number, line in lines:
             yield Document(f"{name}:{number}", line.rstrip("\r\n"))
-        elif line.strip():
-            if not paragraph:
-                start = number
-            paragraph.append(line)
-        elif paragraph:
-            yield Document(f"{name}:{start}", "".join(paragraph))
-            paragraph = []
-    if paragraph:
-        yield Document(f"{name}:{start}", "".join(paragraph))
+    else:
+        for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
+            numbers, paragraph = zip(*group, strict=True)
+            if not blank:
+                yield Document(f"{name}:{numbers[0]}", "".join(paragraph))
 
 
-def _parquet(
-    path: pathlib.Path, format: Format, name: str, metadata: Sequence[str]
-) -> Iterator[Document]:
+def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
     import pyarrow
     from pyarrow import parquet
 
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
-    columns = list(arguments)
     try:
         with parquet.ParquetFile(path) as file:
             row = dict.fromkeys(file.schema_arrow.names)
             for key, argument in arguments.items():
                 _value(row, key, argument, f"{path}, columns")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for values in _rows(batch, columns, path, number):
-                    record = dict(zip(columns, values, strict=True))
-                    id = f"{name}:{number}" if format.id_key is None else str(record[format.id_key])
-                    yield _document(id, record, format, metadata, f"{path}, row {number}")
+            for batch in file.iter_batches(batch_size=1024, columns=list(arguments)):
+                for record in _rows(batch, path, number):
+                    yield number, f"{path}, row {number}", record
                     number += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; fetch or "
-            "write it again"
+            f"{path}: not a readable Parquet file ({error}). It is truncated or damaged; copy or write "
+            "it again"
         ) from None
 
 
-def _rows(batch, keys: list[str], path: pathlib.Path, first: int) -> Iterable[tuple]:
-    """Returns the rows of a batch as tuples of values.
-
-    Raises:
-      DataError: a value is not UTF-8; Arrow reports the offset in the value, not the row.
-    """
+def _rows(batch: Any, path: pathlib.Path, first: int) -> list[dict[str, Any]]:
     try:
-        return list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
+        return batch.to_pylist()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, rows {first} to {first + len(batch) - 1}: not UTF-8 at byte offset "

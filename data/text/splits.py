@@ -40,9 +40,8 @@ def split_whole_source(
       assigned: key -> split, chosen for other sources.
     """
     total = sum(sizes)
-    target = max(fraction * total, min(MIN_VALIDATION_BYTES, MAX_VALIDATION_SHARE * total))
-    if fraction == 0:
-        target = 0
+    least = min(MIN_VALIDATION_BYTES, MAX_VALIDATION_SHARE * total)
+    target = max(fraction * total, least) if fraction else 0
     chosen = {key for key in keys if assigned.get(key) == "validation"}
     held_out = sum(size for key, size in zip(keys, sizes, strict=True) if key in chosen)
     size_of: dict[str, int] = {}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data import tasks
+from data.cache import cache_dir as cache
 from data.stream import mixing
-from data.text import document_files, document_source
+from data.text import document_files, tfds_source
 from data.text.document_filters import DocumentFilter
 
 
@@ -32,19 +33,11 @@ def register_files(
 
     Args:
       name: name of the task.
-      files: one or several globs.
-      vocabulary: a SeqIO vocabulary, such as `data.tokenizers.vocabularies` makes.
-      validation_files: one or several globs of held-out files.
-      validation_fraction: without `validation_files`, the share of documents to hold out by the
-        hash of their text; 0 makes no validation split.
-      text_key: key of the text in JSON, column in Parquet; several texts are joined by blank lines.
-      id_key: key or column of a document's name; by default the name is the file and the line.
-      document_per: unit of a document in text files: `file`, `paragraph` or `line`.
-      data_root: base directory of relative patterns; None for the working directory.
-      filters: keep or drop documents by text and metadata (data/text/document_filters.py).
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
-      cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    `data.text.document_files.find` describes the other arguments.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
@@ -65,7 +58,7 @@ def register_files(
     )
     tasks.register_source(
         name,
-        document_source.DocumentSource(documents),
+        documents,
         origin="register_files",
         vocabulary=vocabulary,
         add_bos=add_bos,
@@ -161,17 +154,17 @@ def tfds_texts(
     splits: Mapping[str, str] | None = None,
     data_dir: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> document_source.TfdsSource:
+) -> tfds_source.TfdsSource:
     """Returns the texts of a TFDS set, for example to train a vocabulary.
 
     `register_tfds` describes the arguments and errors.
     """
-    source = document_source.TfdsSource(
+    source = tfds_source.TfdsSource(
         tfds_name=tfds_name,
         text_key=text_key,
         wanted_splits=None if splits is None else dict(splits),
         data_dir=data_dir,
-        cache=document_source.source_cache(cache_dir),
+        cache=str(cache.cache_dir("files", override=cache_dir)),
     )
     source.check()
     return source
@@ -188,7 +181,7 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
       already imported.
 
     Raises:
-      ValueError: there is no such module.
+      ValueError: the module does not exist.
     """
     import seqio
 
@@ -202,8 +195,7 @@ def import_mixtures(*, module: str) -> tuple[str, ...]:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists; a module that it imports does not
         raise ValueError(
-            f"no module {module!r} to import mixtures from (looked for {error.name!r} in the working "
-            "directory and the installed packages). Check the name, or set PYTHONPATH to the "
-            "directory that holds it"
+            f"the module {module!r} of mixtures does not exist ({error.name!r} is neither in the working "
+            "directory nor installed). Check the name, or set PYTHONPATH to its directory"
         ) from None
     return tuple(sorted(registered() - before))

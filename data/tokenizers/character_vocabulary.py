@@ -12,9 +12,6 @@ _SPECIAL = 3  # 0 pad, 1 EOS, 2 unknown, as in seqio.ByteVocabulary
 class CharacterVocabulary(seqio.Vocabulary):
     """Maps each character of `symbols` to one id, in order; any other character is unknown.
 
-    Args:
-      symbols: the characters, each once.
-
     Raises:
       ValueError: there are no characters, or a character is repeated.
     """

@@ -26,14 +26,10 @@ MAX_LENGTH = 10_000_000  # characters or items of a rendered, repeated or padded
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    Attributes:
-      text: the whole text.
-      spans: (start, end) in characters of each assistant text, marked by `{% generation %}`.
-    """
-
-    text: str
+    text: str  # the whole text
+    # (start, end) in characters of each assistant text, marked by `{% generation %}`
     spans: tuple[tuple[int, int], ...]
 
 
@@ -42,11 +38,7 @@ _steps: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("steps
 
 
 def render(source: str, values: Mapping[str, Any]) -> Rendered:
-    """Renders a template.
-
-    Args:
-      source: the jinja2 source.
-      values: variables of the template.
+    """Renders a template from its jinja2 source and its variables.
 
     Raises:
       OverflowError: a bound of the sandbox is exceeded.

@@ -22,9 +22,7 @@ import jinja2
 from data.tokenizers import chat_sandbox
 
 DEFAULT = "default"
-WITH_TOOLS = (
-    "tool_use"  # the template that conversations with tools use where a tokenizer has several
-)
+WITH_TOOLS = "tool_use"  # for conversations with tools, if a tokenizer has several templates
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
 
@@ -61,11 +59,8 @@ _ROLES = {
     *("system", "developer", "user", "assistant", "tool", "function", "ipython"),
     *("model", "chatbot", "documents", "tool_call", "tool_response", "tool_results"),
 }
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # alternative keys of the reasoning text
+# Alternative keys of the reasoning text.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplateError(ValueError):
@@ -74,18 +69,13 @@ class ChatTemplateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The templates of one tokenizer, by name.
+    """The templates of one tokenizer, by name."""
 
-    Attributes:
-      templates: name -> source; `default` is used by default, `tool_use` for conversations with
-        tools.
-      variables: variables of the tokenizer, such as `bos_token`.
-      origin: describes the source of the templates, for error messages.
-    """
-
+    # name -> source; `default` is used by default, `tool_use` for conversations with tools
     templates: Mapping[str, str]
+    # variables of the tokenizer, such as `bos_token`
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    origin: str = "chat template"
+    origin: str = "chat template"  # describes the source of the templates, for error messages
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Returns the text of a conversation; `render_spans` describes the arguments and errors."""
@@ -127,7 +117,7 @@ class ChatTemplate:
         try:
             rendered = chat_sandbox.render(source, values)
         except Exception as error:  # the template is untrusted code and can raise anything
-            raise ChatTemplateError(f"{self.origin}: {_said(error)}") from None
+            raise ChatTemplateError(f"{self.origin}: {_message(error)}") from None
         _check_roles(values["messages"], rendered.text, self.origin)
         return rendered
 
@@ -145,9 +135,7 @@ class ChatTemplate:
 def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
     """Returns a template of `BUILT_IN` by its name, or the template in a file.
 
-    Args:
-      name_or_file: a name or a path.
-      variables: variables of the tokenizer, such as `bos_token`.
+    `variables` are variables of the tokenizer, such as `bos_token`.
 
     Raises:
       ChatTemplateError: there is no such name and no such file.
@@ -171,8 +159,7 @@ def read(
 
     Args:
       folder: directory of the checkpoint.
-      config: its tokenizer_config.json. `chat_template` is a text or a list of named templates; it
-        is ignored if the directory has template files.
+      config: its tokenizer_config.json; a `chat_template` there is ignored if there are template files.
       variables: name -> special token.
 
     Raises:
@@ -206,8 +193,8 @@ def _plain(value: Any, what: str) -> Any:
         raise ChatTemplateError(f"{what} are not what JSON can hold: {error}") from None
 
 
-def _messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    messages = _plain(given, "messages")
+def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    messages = _plain(messages, "messages")
     if not isinstance(messages, list) or not messages:
         raise ChatTemplateError("messages must be a list of at least one message")
     checked = []
@@ -234,12 +221,12 @@ def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) 
             continue
         if content.strip() not in text:
             raise ChatTemplateError(
-                f"{origin}: message {number} has the role {message['role']!r}, which the template "
-                "does not know: the message is not in what it renders"
+                f"{origin}: message {number} has the role {message['role']!r}, which the template does "
+                "not render. Correct the role, or use another template"
             )
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     message = str(error) or type(error).__name__
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"syntax error in line {error.lineno}: {message}"

@@ -27,17 +27,11 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How texts are divided into words before merging.
+    """How texts are divided into words before merging."""
 
-    Attributes:
-      split: regular expression of words; None for GPT-2's.
-      digits: first split off every digit as a word.
-      nfc: normalise texts to NFC before splitting.
-    """
-
-    split: str | None = None
-    digits: bool = False
-    nfc: bool = False
+    split: str | None = None  # regular expression of words; None for GPT-2's
+    digits: bool = False  # first split off every digit as a word
+    nfc: bool = False  # normalise texts to NFC before splitting
 
 
 _GPT2 = PreTokenizer()
@@ -72,7 +66,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
         fields = gguf.GGUFReader(os.fspath(path)).fields
     except (ValueError, IndexError) as error:
         raise hf_tokenizer.TokenizerError(
-            f"{os.fspath(path)} is damaged or no GGUF file: {error}"
+            f"{os.fspath(path)} is damaged or not a GGUF file: {error}"
         ) from None
     return {name: field.contents() for name, field in fields.items() if "tokenizer." in name}
 
@@ -80,9 +74,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
 def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Writes tokenizer.json, tokenizer_config.json and, with EOS ids, generation_config.json.
 
-    Args:
-      values: `metadata` of a GGUF file.
-      folder: target directory; created if it does not exist.
+    `values` are the `metadata` of a GGUF file; the folder is created if it does not exist.
 
     Raises:
       TokenizerError: the kind of tokenizer or pre-tokenizer is unknown, or a key is missing.
@@ -92,8 +84,8 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
     if build is None:
         raise hf_tokenizer.TokenizerError(
-            f"the GGUF file has a tokenizer of the kind {kind!r} ({_PREFIX}model); gpt2 and llama can be "
-            "read. Take the tokenizer files of the original checkpoint"
+            f"the kind of the GGUF file's tokenizer is {kind!r} ({_PREFIX}model); supported are gpt2 and "
+            "llama. Use the tokenizer files of the original checkpoint"
         )
     tokens = _needed(values, "tokens")
     tokenizer = build(values)
@@ -126,7 +118,7 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
 def _needed(values: Mapping[str, Any], key: str) -> Any:
     if (value := values.get(_PREFIX + key)) is None:
         raise hf_tokenizer.TokenizerError(
-            f"the GGUF file has no {_PREFIX}{key}: it was written without its tokenizer. Take the "
+            f"the GGUF file has no {_PREFIX}{key}: it was written without its tokenizer. Use the "
             "tokenizer files of the original checkpoint"
         )
     return value
@@ -137,8 +129,8 @@ def _byte_level(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     name = values.get(f"{_PREFIX}pre", "gpt-2")
     if name not in PRE_TOKENIZERS:
         raise hf_tokenizer.TokenizerError(
-            f"the GGUF file's pre-tokenizer is {name!r} ({_PREFIX}pre); known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Take the tokenizer files of the original checkpoint"
+            f"the GGUF file's pre-tokenizer is {name!r} ({_PREFIX}pre); supported are "
+            f"{', '.join(PRE_TOKENIZERS)}. Use the tokenizer files of the original checkpoint"
         )
     tokens = _needed(values, "tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in _needed(values, "merges")]

@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
@@ -45,23 +45,14 @@ class TokenizerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The content of tokenizer files.
+    """The content of tokenizer files."""
 
-    Attributes:
-      path: directory of the files.
-      content: bytes of tokenizer.json.
-      tokens: name -> special token, such as `bos_token` -> `<s>`.
-      eos_ids: all ids that end a continuation.
-      adds_bos: whether the model expects BOS before a text.
-      chat_template: the chat templates, or None.
-    """
-
-    path: str
-    content: bytes
-    tokens: Mapping[str, str]
-    eos_ids: tuple[int, ...]
-    adds_bos: bool
-    chat_template: chat_template.ChatTemplate | None
+    path: str  # directory of the files
+    content: bytes  # bytes of tokenizer.json
+    tokens: Mapping[str, str]  # name -> special token, such as `bos_token` -> `<s>`
+    eos_ids: tuple[int, ...]  # all ids that end a continuation
+    adds_bos: bool  # whether the model expects BOS before a text
+    chat_template: chat_template.ChatTemplate | None  # the chat templates, or None
 
     def id(self, name: str) -> int | None:
         """Returns the id of a special token by its name, such as `bos_token`, or None.
@@ -75,7 +66,7 @@ class TokenizerFiles:
         if token_id is None:
             raise TokenizerError(
                 f"{self.path}/{CONFIG}: {name} is {text!r}, which {TOKENIZER} does not have. Correct it, "
-                "or take both files from the same checkpoint"
+                "or copy both files from the same checkpoint"
             )
         return token_id
 
@@ -96,7 +87,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
         tokenizer = load(content)
     except Exception as error:  # the library raises Exception itself
         raise TokenizerError(
-            f"{folder / TOKENIZER} is damaged or no tokenizer: {error}. Copy it again from the checkpoint"
+            f"{folder / TOKENIZER} is damaged or not a tokenizer: {error}. Copy it again from the checkpoint"
         ) from None
     config = _json(folder / CONFIG)
     tokens = _named_tokens(_json(folder / SPECIAL_TOKENS)) | _named_tokens(config)
@@ -121,8 +112,7 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
 
     Args:
       content: bytes of the file.
-      extra_ids: number of sentinels `<extra_id_0>`, ... to add after the entries, in descending
-        order as for T5.
+      extra_ids: number of sentinels `<extra_id_0>`, ... to add, in descending order as for T5.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens.
 
     Raises:
@@ -134,11 +124,11 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
     tokenizer.encode_special_tokens = not special_in_text
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
     if any(tokenizer.token_to_id(sentinel) is not None for sentinel in sentinels):
-        raise TokenizerError(f"the tokenizer has {sentinels[-1]} already: set extra_ids=0")
+        raise TokenizerError(f"the tokenizer already has {sentinels[-1]}: set extra_ids=0")
     size = num_ids(tokenizer)
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in sentinels])
     if num_ids(tokenizer) != size + extra_ids:
-        raise TokenizerError("the tokenizer's ids have gaps, so that it takes no extra_ids")
+        raise TokenizerError("the tokenizer's ids have gaps, so extra_ids cannot be added")
     return tokenizer
 
 
@@ -172,7 +162,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
             f"{path} is damaged: {error}. Copy it again from the checkpoint"
         ) from None
     if not isinstance(values, dict):
-        raise TokenizerError(f"{path} holds no JSON object. Copy it again from the checkpoint")
+        raise TokenizerError(f"{path} is not a JSON object. Copy it again from the checkpoint")
     return values
 
 
@@ -200,14 +190,10 @@ def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
     return () if own is None else (own,)
 
 
-def _adds_bos(tokenizer: tokenizers.Tokenizer, said: bool | None, bos_id: int | None) -> bool:
+def _adds_bos(tokenizer: tokenizers.Tokenizer, config: bool | None, bos_id: int | None) -> bool:
     """Returns `add_bos_token` of tokenizer_config.json, else whether the post-processor adds BOS."""
     if bos_id is None:
         return False
-    if said is not None:
-        return bool(said)
-    return _first(tokenizer.encode("a").ids) == bos_id
-
-
-def _first(ids: Sequence[int]) -> int | None:
-    return ids[0] if ids else None
+    if config is not None:
+        return bool(config)
+    return tokenizer.encode("a").ids[:1] == [bos_id]

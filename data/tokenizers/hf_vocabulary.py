@@ -35,8 +35,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         self.files = hf_tokenizer.read(path)
         self.special_in_text = special_in_text
         self._size = hf_tokenizer.num_ids(hf_tokenizer.load(self.files.content))
-        ids = {name: self.files.id(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-        self._ids = ids
+        self._ids = {name: self.files.id(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         self._tokenizer()  # raises now, not at the first text, if the extra ids do not fit
 
     @property

@@ -40,14 +40,9 @@ class ConversionError(ValueError):
 
 
 def write(model: bytes, folder: pathlib.Path) -> str | None:
-    """Writes tokenizer.json and tokenizer_config.json, which give the same ids in transformers.
+    """Writes the tokenizer.json and tokenizer_config.json of the bytes of a SentencePiece model.
 
-    Args:
-      model: the bytes of a SentencePiece model file.
-      folder: target directory.
-
-    Returns:
-      A warning about texts whose ids may differ, or None.
+    transformers assigns the same ids. Returns a warning about texts whose ids may differ, or None.
 
     Raises:
       ConversionError: the ids cannot be reproduced; nothing is written.
@@ -91,8 +86,8 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    looked_for = types if kind == _BPE else [CONTROL if t == CONTROL else NORMAL for t in types]
-    add_tokens(tokenizer, pieces, looked_for)
+    matched = types if kind == _BPE else [CONTROL if t == CONTROL else NORMAL for t in types]
+    add_tokens(tokenizer, pieces, matched)
     names = {"pad": "pad_id", "eos": "eos_id", "unk": "unk_id", "bos": "bos_id"}
     ids = {name: getattr(proto.trainer_spec, field) for name, field in names.items()}
     return tokenizer, {
@@ -104,11 +99,7 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> models.BPE:
-    """Returns the BPE model of SentencePiece pieces.
-
-    Its merges are all pairs of pieces whose concatenation is a piece, in descending order of its
-    score.
-    """
+    """Returns the BPE model of SentencePiece pieces, with merges as in the module's docstring."""
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     mergeable = (NORMAL, UNUSED)  # unused pieces take part in merging and are divided afterwards
     merges = []
@@ -193,5 +184,5 @@ def _compare(tokenizer: tokenizers.Tokenizer, model: bytes) -> None:
         if (ids := tokenizer.encode(text, add_special_tokens=False).ids) != expected:
             raise ConversionError(
                 f"a tokenizer.json of the SentencePiece model would encode {text!r} as {ids}, not as "
-                f"{expected}: programs that need one cannot use this vocabulary"
+                f"{expected}: programs that need a tokenizer.json cannot use this vocabulary"
             )

@@ -14,7 +14,6 @@ Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (if a task adds it).
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import pathlib
 import sys
@@ -26,16 +25,14 @@ import tqdm
 
 from data import cpu_tensorflow
 from data.cache import cache_dir as cache
+from data.cache import fingerprint
+from data.choices import check_choice
 from data.text.documents import Document
 
 MAX_SPACES = 16
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
-    "\n",
-    "\n\n",
-    "\t",
-    "\t\t",
-    "\t\t\t",
+    *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
     *(_SPACE * count for count in range(2, MAX_SPACES + 1)),
 )
 _REQUIRED = "".join(map(chr, range(0x21, 0x7F)))
@@ -47,7 +44,7 @@ class Texts(Protocol):
     """Texts to train a vocabulary from, such as a `Corpus` or `DocumentFiles`."""
 
     @property
-    def hash(self) -> str: ...
+    def digest(self) -> str: ...
 
     @property
     def sources(self) -> tuple[str, ...]: ...
@@ -104,12 +101,7 @@ def sentencepiece(
 def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     """Returns the SentencePiece vocabulary in a `.model` file.
 
-    Args:
-      path: the file.
-      extra_ids: number of sentinels after the last piece, as for T5 span corruption.
-
-    Raises:
-      FileNotFoundError: there is no such file.
+    `extra_ids` is the number of sentinels after the last piece, as for T5 span corruption.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
@@ -129,7 +121,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
       path: directory with tokenizer.json and its accompanying files
         (data/tokenizers/hf_tokenizer.py), or with tokenizer.model only, which is read by
         `from_file`.
-      extra_ids: number of sentinels after the last entry, as for T5 span corruption.
+      extra_ids: see `from_file`.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
         it to False for texts that must not end a turn.
 
@@ -162,9 +154,6 @@ def byte(*, extra_ids: int = 0):
 def characters(*, symbols: str):
     """Returns a vocabulary with one id per character after pad, EOS and unknown, without training.
 
-    Args:
-      symbols: the characters, each once.
-
     Raises:
       ValueError: there are no characters, or a character is repeated.
     """
@@ -190,10 +179,9 @@ def train(
       The path of the `.model` file. `vocabulary.json` beside it records the corpus and the
       settings.
     """
-    if algorithm not in ("bpe", "unigram"):
-        raise ValueError(f"vocabulary algorithm {algorithm!r} is unknown; it is bpe or unigram")
+    check_choice("vocabulary algorithm", algorithm, ("bpe", "unigram"))
     settings = {
-        "corpus": corpus.hash,
+        "corpus": corpus.digest,
         "size": size,
         "algorithm": algorithm,
         "sample_bytes": sample_bytes,
@@ -204,7 +192,7 @@ def train(
         "required": _REQUIRED,
         "sentencepiece": importlib.metadata.version("sentencepiece"),
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    key = fingerprint.of_json(settings)[:16]
     directory = cache.cache_dir("vocabularies", key, override=cache_dir)
     path = directory / "sentencepiece.model"
     if path.is_file():
@@ -252,8 +240,8 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"a vocabulary of {settings['size']} pieces does not fit its sample of the corpus: "
-            f"{str(error).strip().splitlines()[-1]} Change size, or give it more text (sample_bytes)"
+            f"a vocabulary of {settings['size']} pieces cannot be trained on this sample of the corpus: "
+            f"{str(error).strip().splitlines()[-1]} Change size, or raise sample_bytes"
         ) from None
     rules.unlink()
     return _without_path(model.getvalue())

@@ -12,14 +12,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PadCropFlip:
-    """Pads with zeros, crops to the original size, and flips with probability 1/2: for CIFAR.
+    """Pads with zeros, crops to the original size, and flips with probability 1/2: for CIFAR."""
 
-    Attributes:
-      padding: pixels on each side.
-      flip: flip left and right with probability 1/2; False for images such as digits, which a flip changes.
-    """
-
-    padding: int = 4
+    padding: int = 4  # pixels on each side
+    # flip left and right with probability 1/2; False for images such as digits, which a flip
+    # changes
     flip: bool = True
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -34,18 +31,13 @@ class PadCropFlip:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """Crops a random rectangle, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842).
+    """Crops a random rectangle, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842)."""
 
-    Attributes:
-      size: S.
-      area: bounds of the rectangle's share of the image's area.
-      ratio: bounds of width over height; its logarithm is uniform.
-      attempts: most rectangles to draw; if none fits into the image, the largest central square is used.
-    """
-
-    size: int
-    area: tuple[float, float] = (0.08, 1.0)
+    size: int  # S
+    area: tuple[float, float] = (0.08, 1.0)  # bounds of the rectangle's share of the image's area
+    # bounds of width over height; its logarithm is uniform
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # most rectangles to draw; if none fits into the image, the largest central square is used
     attempts: int = 10
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -68,15 +60,10 @@ class RandomResizedCrop:
 
 @dataclasses.dataclass(frozen=True)
 class CentreCrop:
-    """Resizes the shorter side and crops the centre: for evaluation on ImageNet.
+    """Resizes the shorter side and crops the centre: for evaluation on ImageNet."""
 
-    Attributes:
-      size: S.
-      shorter: length of the shorter side before the crop.
-    """
-
-    size: int
-    shorter: int
+    size: int  # S
+    shorter: int  # length of the shorter side before the crop
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         del rng

@@ -13,24 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import cpu_tensorflow
+from data.choices import check_choice
 
 SPLITS = ("train", "validation")
 
 
 class ImageSet(Protocol):
-    """One split of a set.
+    """One split of a set."""
 
-    Attributes:
-      name: name of the set, also of a run's source and evaluation.
-      num_classes: number of classes; labels are in [0, num_classes).
-      size: number of images.
-      digest: digest of everything that determines images and labels.
-    """
-
-    name: str
-    num_classes: int
-    size: int
-    digest: str
+    name: str  # name of the set, also of a run's source and evaluation
+    num_classes: int  # number of classes; labels are in [0, num_classes)
+    size: int  # number of images
+    digest: str  # digest of everything that determines images and labels
 
     def read(self, rows: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
         """Returns images [H, W, C] uint8, possibly of different sizes, and labels [rows] of the rows."""
@@ -39,11 +33,7 @@ class ImageSet(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-    """One split of a set, in memory.
-
-    Raises:
-      ValueError: there are no images, a shape or dtype is wrong, or a label is outside [0, num_classes).
-    """
+    """One split of a set, in memory."""
 
     name: str
     num_classes: int
@@ -54,7 +44,7 @@ class Arrays:
         images, labels = self.images_NHWC, self.labels_N
         if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
             raise ValueError(
-                f"{self.name!r}: images are [N, H, W, C] of uint8 with a label each, not "
+                f"{self.name!r}: images must be [N, H, W, C] of uint8 with one label each, not "
                 f"{list(images.shape)} of {images.dtype} with labels {list(labels.shape)}."
             )
         _check_not_empty(self.name, len(labels))
@@ -80,22 +70,21 @@ def digits(*, split: str, validation_fraction: float = 0.2, seed: int = 0) -> Ar
     """Returns a split of scikit-learn's 1,797 handwritten digits, 8 x 8 grey (Alpaydin and Kaynak, 1998).
 
     Args:
-      split: 'train' or 'validation'; scikit-learn has no split, so `seed` draws it.
+      split: 'train' or 'validation'.
       validation_fraction: share to hold out.
-      seed: seed of the split.
+      seed: seed of the split, since scikit-learn has none.
 
     Raises:
       ImportError: scikit-learn is not installed.
-      ValueError: `split` is unknown.
     """
     try:
         from sklearn import datasets
     except ImportError:
         raise ImportError(
-            "The set 'digits' comes with scikit-learn, which is not installed: pip install scikit-learn, "
-            "or use t5x_configs/data/textures.gin, which needs nothing."
+            "The set 'digits' is part of scikit-learn, which is not installed: pip install scikit-learn, "
+            "or use t5x_configs/data/textures.gin, which needs no package."
         ) from None
-    check_split(split)
+    check_choice("split", split, SPLITS)
     bunch = datasets.load_digits()
     images_NHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
     order = np.random.default_rng(seed).permutation(len(images_NHWC))
@@ -114,18 +103,17 @@ def tfds(
     """Returns a split of a TensorFlow dataset with features 'image' and 'label', prepared for random access.
 
     Args:
-      split: 'train' or 'validation'.
       name: name and version, such as 'cifar100:3.0.2' or 'imagenet2012:5.1.0'.
       splits: TFDS names of the two splits; parts such as 'train[:98%]' are allowed.
       data_dir: directory of the prepared set; None for the default of TFDS.
 
     Raises:
-      ValueError: `split` is unknown, or there are no array_record files of the set; nothing is downloaded.
+      ValueError: there are no array_record files of the set; nothing is downloaded.
     """
     cpu_tensorflow.load()
     import tensorflow_datasets as datasets
 
-    check_split(split)
+    check_choice("split", split, SPLITS)
     named = splits[SPLITS.index(split)]
     builder = datasets.builder(name, data_dir=data_dir, file_format="array_record")
     try:
@@ -133,7 +121,7 @@ def tfds(
     except (AssertionError, KeyError, ValueError, NotImplementedError, OSError) as error:
         message = str(error.args[0] if error.args else error)  # a KeyError's own text is quoted
         raise ValueError(
-            f"TFDS_NAME = {name!r} cannot be read at random from {builder.data_path}: "
+            f"TFDS_NAME = {name!r} cannot be read by random access from {builder.data_path}: "
             f"{message.splitlines()[0]} Prepare it once, on a machine with a network: "
             f"tfds build {name} --file_format=array_record --data_dir=DATA_DIR."
         ) from None
@@ -161,11 +149,6 @@ class Tfds:
         labels = np.array([example["label"] for example in examples])
         _check_labels(self.name, labels, self.num_classes)
         return [np.asarray(example["image"]) for example in examples], labels
-
-
-def check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split = {split!r} is none of {', '.join(map(repr, SPLITS))}.")
 
 
 def _check_not_empty(name: str, size: int) -> None:

@@ -45,8 +45,8 @@ class _Images(abc.ABC):
             raise ValueError(f"batch_size is {batch_size}; it must be positive.")
         if not len(mean) == len(std) == channels or min(std) <= 0:
             raise ValueError(
-                f"mean = {tuple(mean)} and std = {tuple(std)} are one positive number for each of the "
-                f"{channels} channels."
+                f"mean = {tuple(mean)} and std = {tuple(std)} must have one number for each of the {channels} "
+                "channels, and std must be positive."
             )
         self.batch_size = batch_size
         self._images, self._transform, self._seed = images, transform, seed
@@ -133,9 +133,9 @@ class _Images(abc.ABC):
             image = self._transform(image, np.random.Generator(np.random.Philox(key=key)))
         if image.shape != self._shape:
             raise ValueError(
-                f"{self._images.name!r}, row {row}: an image is {list(image.shape)}, not "
-                f"{list(self._shape)}: set IMAGE_SIZE and CHANNELS to those of the data, or a transform "
-                "that gives this size (data/vision/augment.py)."
+                f"{self._images.name!r}, row {row}: the image has shape {list(image.shape)}, not "
+                f"{list(self._shape)}. Set IMAGE_SIZE and CHANNELS to those of the data, or a transform "
+                "that produces this size (data/vision/augment.py)."
             )
         return image
 
@@ -144,15 +144,19 @@ class ImageStream(_Images):
     """An endless stream over one set with a new permutation in each epoch; see `make_stream`."""
 
     def __init__(
-        self, images: ImageSet, *, positions: Mapping[str, Mapping[str, Any]] | None, **given: Any
+        self,
+        images: ImageSet,
+        *,
+        positions: Mapping[str, Mapping[str, Any]] | None,
+        **settings: Any,
     ):
         self._before = 0
-        super().__init__(images, **given)
+        super().__init__(images, **settings)
         if (earlier := (positions or {}).get(images.name)) is not None:
             if earlier["order"] != self._order:
                 raise ValueError(
-                    f"{images.name!r} cannot be read on from where the earlier run stopped: its images or "
-                    "the seed are others. Bring these back, or begin anew (INITIAL_DATA = 'restart')."
+                    f"{images.name!r} cannot continue where the earlier run stopped: its images or the seed "
+                    "have changed. Restore these, or start from the beginning (INITIAL_DATA = 'restart')."
                 )
             self._before = int(earlier["rows"])
 
@@ -191,23 +195,21 @@ class ImageEvalStream(_Images):
 
     bytes_per_token = 0.0  # images have no text
 
-    def __init__(self, images: ImageSet, **given: Any):
+    def __init__(self, images: ImageSet, **settings: Any):
         self.name = images.name
-        super().__init__(images, seed=0, **given)
+        super().__init__(images, seed=0, **settings)
 
     @property
     def num_steps(self) -> int:
         return -(-self._images.size // self.batch_size)
 
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place_B, size = self._places(step, lo, hi), self._images.size
+        place_B = self._places(step, lo, hi)
         if not 0 <= step < self.num_steps:
             raise ValueError(
-                f"{self.name!r} has {self.num_steps} batches; there is no batch {step}."
+                f"Batch {step} of {self.name!r} does not exist: it has {self.num_steps} batches."
             )
-        row_B = np.full_like(place_B, -1)
-        held = place_B < size
-        row_B[held] = order.permute(place_B[held], size, order.hash64("evaluation", self.name))
+        row_B = order.evaluation_rows(place_B, self._images.size, self.name)
         return place_B, np.zeros_like(place_B), row_B
 
 
@@ -262,18 +264,15 @@ def make_eval_stream(
     std: Sequence[float] = (0.25, 0.25, 0.25),
     transform: Transform | None = None,
 ) -> ImageEvalStream:
-    """Returns the evaluation stream of a set: every held-out image once.
+    """Returns the evaluation stream of a set, which must have the name `task`: every held-out image once.
 
-    Args:
-      task: expected name of the set.
-      images, batch_size, image_size, channels, mean, std, transform: see `make_stream`.
-
-    Raises:
-      ValueError: the set has another name; or as for `make_stream`.
+    `make_stream` describes the other arguments and errors.
     """
     image_set = images(split="validation")
     if image_set.name != task:
-        raise ValueError(f"{task!r} is not evaluated: the set's name is {image_set.name!r}.")
+        raise ValueError(
+            f"{task!r} cannot be evaluated: the name of the set is {image_set.name!r}."
+        )
     return ImageEvalStream(
         image_set,
         batch_size=batch_size,

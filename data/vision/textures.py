@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from data.choices import check_choice
 from data.vision import image_sets
 
 CHANNELS = 3
@@ -21,20 +22,13 @@ _VERSION = 1  # raise it when the same settings begin to give other images
 
 @dataclasses.dataclass(frozen=True)
 class Texture:
-    """The spectrum of a class: a ring of frequencies, or two opposite parts of a ring.
+    """The spectrum of a class: a ring of frequencies, or two opposite parts of a ring."""
 
-    Attributes:
-      frequency: radius of the ring, in cycles per pixel.
-      width: width of the ring, as a share of `frequency`.
-      angle: direction of the waves, in degrees; None for all directions.
-      spread: standard deviation of the direction, in degrees.
-      cut: whether the field is cut to two values, which gives blobs and stripes with sharp edges.
-    """
-
-    frequency: float
-    width: float
-    angle: float | None = None
-    spread: float = 20.0
+    frequency: float  # radius of the ring, in cycles per pixel
+    width: float  # width of the ring, as a share of `frequency`
+    angle: float | None = None  # direction of the waves, in degrees; None for all directions
+    spread: float = 20.0  # standard deviation of the direction, in degrees
+    # whether the field is cut to two values, which gives blobs and stripes with sharp edges
     cut: bool = False
 
 
@@ -77,7 +71,7 @@ def textures(
     Raises:
       ValueError: `split` is unknown, or the images are smaller than a wave.
     """
-    image_sets.check_split(split)
+    check_choice("split", split, image_sets.SPLITS)
     if size < 8:
         raise ValueError(
             f"textures: size = {size} is smaller than a wave; IMAGE_SIZE is at least 8."

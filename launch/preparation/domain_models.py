@@ -23,7 +23,6 @@ class ModelStates:
     """The mean of a run's final hidden states over the tokens of a document, and over documents."""
 
     centred = True
-    reads = True
 
     def __init__(self, run: LoadedRun, settings: Mapping[str, Any], batch_size: int):
         self._run = run
@@ -95,7 +94,6 @@ class Sentences:
     """
 
     centred = True
-    reads = True
 
     def __init__(self, folder: str, settings: Mapping[str, Any], *, batch_size: int):
         if not os.path.isdir(folder):

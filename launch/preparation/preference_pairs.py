@@ -109,14 +109,12 @@ def _write(flags: argparse.Namespace, rated: dict) -> None:
             f"--kind={flags.kind}: no pair is made. "
             + (
                 f"Dropped: {dropped}; lower --min_margin, or add responses that are rated apart."
-                if dropped.found
+                if dropped
                 else "There is nothing to make one of: give another --input, or install packages with catalogues."
             )
         )
     row_files.write(flags.output, pairs)
-    print(
-        f"{flags.output}: {len(pairs):,} pairs" + (f"; dropped: {dropped}" if dropped.found else "")
-    )
+    print(f"{flags.output}: {len(pairs):,} pairs" + (f"; dropped: {dropped}" if dropped else ""))
 
 
 if __name__ == "__main__":

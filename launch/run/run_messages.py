@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.preference import tally
+from data.preference.tally import Tally
 from launch.run.run_data import RunData
 from trainers.batches import Stream, TrainStream
 from trainers.checkpoints.restore import Restored
@@ -118,9 +118,9 @@ def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
     elif dropped:
         rows = sum(count["rows"] for count in dropped.values())
         share = rows / (rows + sum(facts["documents"].values()))
-        yield _name("dropped", share), f"{task}: {tally.listed(dropped)}, {share:.1%} of all rows"
+        yield _name("dropped", share), f"{task}: {Tally(dropped)}, {share:.1%} of all rows"
     if noted:
-        yield "noted", f"{task}: {tally.listed(noted)}"
+        yield "noted", f"{task}: {Tally(noted)}"
 
 
 def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:

@@ -93,7 +93,10 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(train, whole, tmp_path):
     [
         ("resnet.ResNetConfig.num_classes=9", "have 10 classes, but the model 9: set NUM_CLASSES"),
         ("inputs.Images.size=12", "recipe's images are [12, 12, 3], but the training stream's are"),
-        ("textures.textures.size=9", "an image is [9, 9, 3], not [8, 8, 3]: set IMAGE_SIZE"),
+        (
+            "textures.textures.size=9",
+            "the image has shape [9, 9, 3], not [8, 8, 3]. Set IMAGE_SIZE",
+        ),
         ("images.make_stream.batch_size=8", "bind both to one macro (BATCH_SIZE"),
     ],
 )

@@ -57,11 +57,8 @@ def chain(rng: random.Random) -> Draft:
     if rng.random() < 0.5:
         lines = ["result = []", "for x in numbers:"]
         for kind, code, _, _ in steps:
-            lines += (
-                [f"    if not ({code}):", "        continue"]
-                if kind == "keep"
-                else [f"    x = {code}"]
-            )
+            keep = [f"    if not ({code}):", "        continue"]
+            lines += keep if kind == "keep" else [f"    x = {code}"]
         lines.append("    result.append(x)")
     else:
         lines = ["result = numbers"]
@@ -70,29 +67,20 @@ def chain(rng: random.Random) -> Draft:
             lines.append(f"result = [{tail}]")
     lines.append(f"return {end[0].format(r='result')}")
 
-    def right(given):
+    def right(xs):
         for kind, _, step, k in steps:
-            given = (
-                [x for x in given if step(x, k)] if kind == "keep" else [step(x, k) for x in given]
-            )
-        return end[1](given)
+            xs = [x for x in xs if step(x, k)] if kind == "keep" else [step(x, k) for x in xs]
+        return end[1](xs)
 
-    returned = (
-        "int"
-        if "sum" in phrase or "how many" in phrase
-        else "int | None"
-        if "None" in phrase
-        else "list[int]"
-    )
+    number = "int" if "sum" in phrase or "how many" in phrase else "list[int]"
+    returned = "int | None" if "None" in phrase else number
     return Draft(
         names=("process", "select", "transform_numbers", "pick", "summarize"),
-        parameters=("numbers",),
         statement=f"Takes a list of numbers, {', then '.join(conditions)}, and {phrase}.",
         body="\n".join(lines),
         right=right,
-        draw=lambda rng: (numbers(rng),),
         kinds=("list[int]", returned),
-        rename={"numbers": LISTS, "result": RESULTS, "x": ("x", "value", "n", "item")},
+        rename=dict(numbers=LISTS, result=RESULTS, x="x value n item"),
     )
 
 
@@ -107,9 +95,8 @@ def rotate(rng: random.Random) -> Draft:
         right=lambda xs: [
             xs[(i + (k if side == "left" else -k)) % len(xs)] for i in range(len(xs))
         ],
-        draw=lambda rng: (numbers(rng),),
         kinds=("list", "list"),
-        rename={"items": LISTS, "k": ("k", "shift", "offset")},
+        rename=dict(items=LISTS, k="k shift offset"),
     )
 
 
@@ -125,7 +112,7 @@ def chunks(rng: random.Random) -> Draft:
         ],
         draw=lambda rng: (numbers(rng, most=11),),
         kinds=("list", "list[list]"),
-        rename={"items": LISTS, "result": RESULTS, "start": ("start", "i", "begin")},
+        rename=dict(items=LISTS, result=RESULTS, start="start i begin"),
     )
 
 
@@ -141,20 +128,13 @@ def windows(rng: random.Random) -> Draft:
     function = function or (lambda w: sorted(w)[-1] - sorted(w)[0])
     return Draft(
         names=(f"window_{word}", f"rolling_{word}", f"moving_{word}"),
-        parameters=("numbers",),
         statement=f"Returns the {word} of each {k} numbers in a row, largest minus smallest for a span."
         if word == "span"
         else f"Returns the {word} of each {k} numbers in a row.",
         body=f"result = []\nfor end in range({k}, len(numbers) + 1):\n    window = numbers[end - {k}:end]\n    result.append({code})\nreturn result",
         right=lambda xs: [function(w) for w in zip(*(xs[i:] for i in range(k)), strict=False)],
         draw=lambda rng: (numbers(rng, most=9),),
-        kinds=("list[int]", "list[int]"),
-        rename={
-            "numbers": LISTS,
-            "result": RESULTS,
-            "end": ("end", "stop", "i"),
-            "window": ("window", "part"),
-        },
+        rename=dict(numbers=LISTS, result=RESULTS, end="end stop i", window="window part"),
     )
 
 
@@ -169,18 +149,11 @@ def accumulate(rng: random.Random) -> Draft:
     start = 1 if word == "products" else rng.randint(-5, 5)
     return Draft(
         names=(f"running_{word}", f"prefix_{word}", "accumulated"),
-        parameters=("numbers",),
         statement=f"Returns the running {word} of a list, starting from {start}, one for each number.",
         body=f"result = []\ntotal = {start}\nfor x in numbers:\n    total = {code}\n    result.append(total)\nreturn result",
         right=lambda xs: list(itertools.accumulate(xs, step, initial=start))[1:],
         draw=lambda rng: (numbers(rng, most=6),),
-        kinds=("list[int]", "list[int]"),
-        rename={
-            "numbers": LISTS,
-            "result": RESULTS,
-            "total": ("total", "state", "acc"),
-            "x": ("x", "n", "value"),
-        },
+        rename=dict(numbers=LISTS, result=RESULTS, total="total state acc", x="x n value"),
     )
 
 
@@ -231,14 +204,12 @@ def sorting(rng: random.Random) -> Draft:
     helper = f"def key(x):\n    return {key.format(k=k)}\n\n"
     return Draft(
         names=(f"{name}_sort", "sort_by_key", "ordered", "arrange"),
-        parameters=("numbers",),
         statement=f"Sorts a list by {phrase.format(k=k)}, from the {'largest' if down else 'smallest'} on, with {name} "
         "sort; equals keep their order.",
         body=helper + code.format(after="<" if down else ">"),
         right=lambda xs: sorted(xs, key=lambda x: (-1 if down else 1) * right(x, k)),
         draw=lambda rng: (numbers(rng, -15, 15),),
-        kinds=("list[int]", "list[int]"),
-        rename={"numbers": LISTS, "result": RESULTS, "key": ("key", "rank", "measure")},
+        rename=dict(numbers=LISTS, result=RESULTS, key="key rank measure"),
     )
 
 
@@ -262,12 +233,7 @@ def search(rng: random.Random) -> Draft:
         ),
         draw=lambda rng: (sorted(numbers(rng, 0, 9)), rng.randint(0, 9)),
         kinds=("list[int]", "int", "int | None" if missing is None else "int"),
-        rename={
-            "numbers": LISTS,
-            "low": ("low", "lo", "a"),
-            "high": ("high", "hi", "b"),
-            "middle": ("middle", "mid"),
-        },
+        rename=dict(numbers=LISTS, low="low lo a", high="high hi b", middle="middle mid"),
     )
 
 
@@ -282,19 +248,13 @@ def pairs(rng: random.Random) -> Draft:
     k = rng.randint(0, 12)
     return Draft(
         names=("count_pairs", "number_of_pairs", "matching_pairs"),
-        parameters=("numbers",),
         statement=f"Counts the pairs of places in a list whose numbers {word.format(k=k)}.",
         body=f"result = 0\nfor i, x in enumerate(numbers):\n    for y in numbers[i + 1:]:\n        if {code.format(k=k)}:\n"
         "            result += 1\nreturn result",
         right=lambda xs: sum(test(x, y, k) for x, y in itertools.combinations(xs, 2)),
         draw=lambda rng: (numbers(rng, 0, 9),),
         kinds=("list[int]", "int"),
-        rename={
-            "numbers": LISTS,
-            "result": ("count", "total", "found"),
-            "x": ("x", "a"),
-            "y": ("y", "b"),
-        },
+        rename=dict(numbers=LISTS, result="count total found", x="x a", y="y b"),
     )
 
 
@@ -327,7 +287,7 @@ def matrix(rng: random.Random) -> Draft:
         right=right,
         draw=draw,
         kinds=("list[list[int]]", "list"),
-        rename={"rows": ("rows", "matrix", "grid_rows"), "result": RESULTS},
+        rename=dict(rows="rows matrix grid_rows", result=RESULTS),
     )
 
 
@@ -352,13 +312,9 @@ def composed(rng: random.Random) -> Draft:
         statement=f"Does two things, one after the other. {first.statement} {second.statement}",
         body=f"{helpers}return second(first(given))",
         right=lambda xs: second.right(first.right(xs)),
-        draw=lambda rng: (numbers(rng),),
-        kinds=("list[int]", "list[int]"),
-        rename={
-            "given": ("given", "source", "values_in"),
-            "first": ("first", "step_one"),
-            "second": ("second", "step_two"),
-        },
+        rename=dict(
+            given="given source values_in", first="first step_one", second="second step_two"
+        ),
     )
 
 

@@ -15,14 +15,10 @@ _TESTS = (3, 5)
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A document.
+    """A document."""
 
-    Attributes:
-      text: a program: the problem, its solution and its tests.
-      key: identifies the problem; equal for documents that differ in names, layout and tests only.
-    """
-
-    text: str
+    text: str  # a program: the problem, its solution and its tests
+    # identifies the problem; equal for documents that differ in names, layout and tests only
     key: str
 
 
@@ -66,7 +62,7 @@ def _names(draft: Draft, name: str, rng: random.Random) -> dict[str, str]:
     taken = words - set(draft.rename)
     chosen = {}
     for own, alternatives in draft.rename.items():
-        free = [other for other in alternatives if other not in taken]
+        free = [other for other in alternatives.split() if other not in taken]
         chosen[own] = rng.choice(free) if free else own
         taken.add(chosen[own])
     return chosen
@@ -76,7 +72,7 @@ def _renamed(text: str, chosen: dict[str, str]) -> str:
     if not chosen:
         return text
     pattern = rf"(?<!\w)({'|'.join(map(re.escape, chosen))})(?!\w)"
-    return re.sub(pattern, lambda found: chosen[found[1]], text)
+    return re.sub(pattern, lambda match: chosen[match[1]], text)
 
 
 def _cases(draft: Draft, rng: random.Random) -> list[tuple[tuple, Any]]:
@@ -100,12 +96,8 @@ def _layout(signature, statement, body, name, cases, rng) -> str:
     examples = [f">>> {call}\n{right}" for call, right in zip(calls, expected, strict=True)]
     head = rng.choice(("docstring", "docstring", "comment"))
     if head == "docstring":
-        lines = [f'"""{statement}']
-        if shown:
-            lines += ["", *"\n".join(examples[:shown]).split("\n"), '"""']
-        else:
-            lines[0] += '"""'
-        body = "\n".join(lines) + "\n" + body
+        shown_examples = "\n\n" + "\n".join(examples[:shown]) + "\n" if shown else ""
+        body = f'"""{statement}{shown_examples}"""\n{body}'
         top = ""
     else:
         top = "\n".join(textwrap.wrap(statement, 88, initial_indent="# ", subsequent_indent="# "))
@@ -114,15 +106,13 @@ def _layout(signature, statement, body, name, cases, rng) -> str:
         body = re.sub(r"^((?:    )+)", lambda m: m[1][: len(m[1]) // 2], body, flags=re.MULTILINE)
     function = f"{top}{signature}\n{textwrap.indent(body, indent)}\n"
     style = rng.choice(("asserts", "function", "table"))
-    pairs = list(zip(calls, expected, strict=True))
     if style == "table":
         rows = ",\n".join(f"{indent}({arguments!r}, {right!r})" for arguments, right in cases)
         tests = f"for arguments, expected in [\n{rows},\n]:\n{indent}assert {name}(*arguments) == expected\n"
     else:
-        asserts = "".join(_assertion(call, right) for call, right in pairs)
-        tests = asserts
+        tests = "".join(map(_assertion, calls, expected))
         if style == "function":
-            tests = f"def test_{name}():\n{textwrap.indent(asserts, indent)}\n\ntest_{name}()\n"
+            tests = f"def test_{name}():\n{textwrap.indent(tests, indent)}\n\ntest_{name}()\n"
     return f"{function}\n\n{tests}"
 
 
@@ -133,21 +123,11 @@ def _assertion(call: str, right: str) -> str:
 
 
 _SWAPS: dict[type, type] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Add,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Or: ast.And,
-    ast.And: ast.Or,
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add},
+    **{ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv},
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
+    **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In},
+    **{ast.Or: ast.And, ast.And: ast.Or},
 }
 
 

@@ -7,14 +7,20 @@ import random
 
 from data.code_mix.synthetic.draft import LISTS, RESULTS, Draft, numbers, word
 
-_N = {"n": ("n", "number", "value"), "result": RESULTS}
+_N = dict(n="n number value", result=RESULTS)
 
 
 def _number(names, statement, body, right, *, low=0, high=60, returned="int", rename=None) -> Draft:
-    def draw(rng):
-        return (rng.randint(low, high),)
-
-    return Draft(names, ("n",), statement, body, right, draw, ("int", returned), rename or _N)
+    return Draft(
+        names,
+        statement,
+        body,
+        right,
+        rename or _N,
+        parameters=("n",),
+        draw=lambda rng: (rng.randint(low, high),),
+        kinds=("int", returned),
+    )
 
 
 def multiples(rng: random.Random) -> Draft:
@@ -49,7 +55,7 @@ def digits(rng: random.Random) -> Draft:
         lambda n: right(all_digits(n)),
         low=1,
         high=999,
-        rename={**_N, "digit": ("digit", "d", "rest")},
+        rename=dict(_N, digit="digit d rest"),
     )
 
 
@@ -80,7 +86,7 @@ def primes(rng: random.Random) -> Draft:
         lambda n: [i for i in range(2, n + 1) if i > k and all(i % d for d in range(2, i))],
         high=90,
         returned="list[int]",
-        rename={**_N, "divisor": ("divisor", "d", "factor")},
+        rename=dict(_N, divisor="divisor d factor"),
     )
 
 
@@ -100,7 +106,7 @@ def recurrence(rng: random.Random) -> Draft:
         rng.choice((loop, recursive)),
         right,
         high=12,
-        rename={"n": ("n", "k", "index")},
+        rename=dict(n="n k index"),
     )
 
 
@@ -121,7 +127,7 @@ def steps(rng: random.Random) -> Draft:
         "    result += 1\nreturn result",
         right,
         low=1,
-        rename={**_N, "result": ("steps", "count", "result")},
+        rename=dict(_N, result="steps count result"),
     )
 
 
@@ -153,7 +159,7 @@ def common(rng: random.Random) -> Draft:
         right=math.gcd if last == "a" else math.lcm,
         draw=lambda rng: (rng.randint(1, 80), rng.randint(1, 80)),
         kinds=("int", "int", "int"),
-        rename={"first": ("first", "m"), "second": ("second", "n")},
+        rename=dict(first="first m", second="second n"),
     )
 
 
@@ -185,12 +191,7 @@ def grouping(rng: random.Random) -> Draft:
         right=right,
         draw=lambda rng: ([word(rng, most=4) for _ in range(rng.randint(0, 5))],),
         kinds=("list[str]", "dict"),
-        rename={
-            "items": ("items", "words"),
-            "item": ("item", "w"),
-            "key": ("key", "k"),
-            "result": RESULTS,
-        },
+        rename=dict(items="items words", item="item w", key="key k", result=RESULTS),
     )
 
 
@@ -217,12 +218,7 @@ def merging(rng: random.Random) -> Draft:
         right=right,
         draw=draw,
         kinds=("dict", "dict", "dict"),
-        rename={
-            "result": RESULTS,
-            "first": ("first", "left"),
-            "second": ("second", "right"),
-            "value": ("value", "v"),
-        },
+        rename=dict(result=RESULTS, first="first left", second="second right", value="value v"),
     )
 
 
@@ -241,12 +237,7 @@ def inverting(rng: random.Random) -> Draft:
             {c: rng.randint(-4, 9) for c in rng.sample("abcdef", rng.randint(0, 6))},
         ),
         kinds=("dict", "dict"),
-        rename={
-            "result": RESULTS,
-            "mapping": ("mapping", "table"),
-            "key": ("key", "name"),
-            "value": ("value", "v"),
-        },
+        rename=dict(result=RESULTS, mapping="mapping table", key="key name", value="value v"),
     )
 
 
@@ -288,11 +279,7 @@ def nested(rng: random.Random) -> Draft:
         right=right,
         draw=lambda rng: (_nested(rng),),
         kinds=("list", "list[int]" if start == "[]" else "int"),
-        rename={
-            "items": ("items", "tree", "data"),
-            "item": ("item", "node", "x"),
-            "result": RESULTS,
-        },
+        rename=dict(items="items tree data", item="item node x", result=RESULTS),
     )
 
 
@@ -300,19 +287,12 @@ def frequent(rng: random.Random) -> Draft:
     least = rng.randint(2, 3)
     return Draft(
         names=("frequent", "repeated", "often"),
-        parameters=("numbers",),
         statement=f"Returns the numbers that are at least {least} times in a list, in order of their first place.",
         body="counts = {}\nfor x in numbers:\n    counts[x] = counts.get(x, 0) + 1\n"
         f"return [x for x, count in counts.items() if count >= {least}]",
         right=lambda xs: [x for x in collections.Counter(xs) if xs.count(x) > least - 1],
         draw=lambda rng: (numbers(rng, 0, 3),),
-        kinds=("list[int]", "list[int]"),
-        rename={
-            "numbers": LISTS,
-            "counts": ("counts", "seen"),
-            "x": ("x", "n"),
-            "count": ("count", "times"),
-        },
+        rename=dict(numbers=LISTS, counts="counts seen", x="x n", count="count times"),
     )
 
 

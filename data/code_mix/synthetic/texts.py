@@ -8,11 +8,11 @@ import string
 
 from data.code_mix.synthetic.draft import RESULTS, Draft, sentence, word
 
-_TEXT = {"text": ("text", "s", "line", "string"), "result": RESULTS, "c": ("c", "char", "letter")}
+_TEXT = dict(text="text s line string", result=RESULTS, c="c char letter")
 
 
 def _draft(names, statement, body, right, draw, returned="str", rename=None) -> Draft:
-    return Draft(names, ("text",), statement, body, right, draw, ("str", returned), rename or _TEXT)
+    return Draft(names, statement, body, right, rename or _TEXT, ("text",), draw, ("str", returned))
 
 
 def caesar(rng: random.Random) -> Draft:
@@ -59,7 +59,7 @@ def run_lengths(rng: random.Random) -> Draft:
         f"    result += {code}\n    start = end\nreturn result",
         right,
         lambda rng: (word(rng, "aab", 9),),
-        rename={**_TEXT, "start": ("start", "i"), "end": ("end", "j")},
+        rename=dict(_TEXT, start="start i", end="end j"),
     )
 
 
@@ -96,12 +96,7 @@ def palindrome(rng: random.Random) -> Draft:
             (lambda w: rng.choice((w + w[::-1], w + " " + w[-2::-1], w)))(word(rng, "ab c", 5)),
         ),
         "bool",
-        {
-            "text": _TEXT["text"],
-            "kept": ("kept", "cleaned"),
-            "i": ("i", "left"),
-            "j": ("j", "right"),
-        },
+        dict(text=_TEXT["text"], kept="kept cleaned", i="i left", j="j right"),
     )
 
 
@@ -122,7 +117,7 @@ def longest(rng: random.Random) -> Draft:
         f"    if len(part) {code} len(result):\n        result = part\nreturn result",
         right,
         lambda rng: (sentence(rng),),
-        rename={**_TEXT, "words": ("words", "parts"), "part": ("part", "candidate")},
+        rename=dict(_TEXT, words="words parts", part="part candidate"),
     )
 
 
@@ -137,7 +132,7 @@ def case(rng: random.Random) -> Draft:
             f"first, *rest = text.split({sep!r})\nreturn first + ''.join(part.capitalize() for part in rest)",
             lambda s: re.sub(f"{re.escape(sep)}(.)", lambda m: m[1].upper(), s),
             lambda rng: (sep.join(word(rng) for _ in range(rng.randint(1, 4))),),
-            rename={"text": _TEXT["text"], "part": ("part", "piece"), "rest": ("rest", "others")},
+            rename=dict(text=_TEXT["text"], part="part piece", rest="rest others"),
         )
     return _draft(
         ("raise_letters", "every_nth_upper", "capitals"),
@@ -171,12 +166,7 @@ def balanced(rng: random.Random) -> Draft:
             word(rng, "".join(kinds) * 2 + "a", 6) if rng.random() < 0.6 else "".join(kinds),
         ),
         "bool",
-        {
-            "text": _TEXT["text"],
-            "c": _TEXT["c"],
-            "opened": ("opened", "stack"),
-            "pairs": ("pairs", "partner"),
-        },
+        dict(text=_TEXT["text"], c=_TEXT["c"], opened="opened stack", pairs="pairs partner"),
     )
 
 
@@ -199,7 +189,7 @@ def settings(rng: random.Random) -> Draft:
             ),
         ),
         "dict",
-        {**_TEXT, "part": ("part", "field"), "name": ("name", "key"), "value": ("value", "v")},
+        dict(_TEXT, part="part field", name="name key", value="value v"),
     )
 
 
@@ -220,7 +210,7 @@ def durations(rng: random.Random) -> Draft:
             "".join(f"{rng.randint(0, 59)}{unit}" for unit in units if rng.random() < 0.8),
         ),
         "int",
-        {**_TEXT, "units": ("units", "sizes"), "digits": ("digits", "number")},
+        dict(_TEXT, units="units sizes", digits="digits number"),
     )
 
 
@@ -252,7 +242,7 @@ def expression(rng: random.Random) -> Draft:
             ),
         ),
         "int",
-        {"text": _TEXT["text"], "parts": ("parts", "tokens"), "left": ("left", "total", "acc")},
+        dict(text=_TEXT["text"], parts="parts tokens", left="left total acc"),
     )
 
 

@@ -56,12 +56,11 @@ def _catalogues(
     env: environment.Environment, package: str
 ) -> list[tuple[str, str, str, pathlib.Path]]:
     """Returns (locale, folder, domain, path) of each catalogue of a package."""
-    catalogues = []
-    for name, path in env.files(package, (".po",)):
-        match = _CATALOGUE.match(name)
-        if match:
-            catalogues.append((match["locale"], match["folder"], match["domain"], path))
-    return catalogues
+    return [
+        (match["locale"], match["folder"], match["domain"], path)
+        for name, path in env.files(package, (".po",))
+        if (match := _CATALOGUE.match(name))
+    ]
 
 
 def _messages(entry) -> list[str]:

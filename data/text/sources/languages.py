@@ -3,23 +3,18 @@
 import ast
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator
 
-from data.text.sources import catalogues, cleaning, document, environment
+from data.text.sources import catalogues, cleaning, environment
 
-PACKAGES = (
-    "django",
-    "sphinx",
-    "gflanguages",
-    "chatterbot-corpus",
-    "mimesis",
-    "home-assistant-frontend",
-    "plone.app.locales",
-    "weblate",
-)
 GETTEXT_PACKAGES = ("django", "sphinx", "plone.app.locales", "weblate")
+PACKAGES = (
+    *("django", "sphinx", "gflanguages", "chatterbot-corpus", "mimesis"),
+    *("home-assistant-frontend", "plone.app.locales", "weblate"),
+)
 CHUNK = 8_000  # characters per document where a file is a long list of unrelated sentences
 
 
@@ -70,7 +65,7 @@ VARIANTS = {
 }
 
 
-def candidates(env: environment.Environment, name: str) -> Iterator[document.Candidate]:
+def candidates(env: environment.Environment, name: str) -> Iterator[environment.Candidate]:
     """Yields the documents of one variant: catalogues, articles, dialogues and pages of quotes.
 
     Each text occurs once per variant, in the first document that contains it, so that no text is in
@@ -84,13 +79,13 @@ def candidates(env: environment.Environment, name: str) -> Iterator[document.Can
         seen.update(fresh)
         if fresh:
             text = cleaning.normalise(separator.join(fresh))
-            yield document.Candidate.of_text(f"lang_{name}/{id}", text)
+            yield environment.Candidate.of_text(f"lang_{name}/{id}", text)
 
 
-def sources() -> dict[str, document.Source]:
+def sources() -> dict[str, environment.Source]:
     """Returns one source per variant: `lang_ar`, `lang_cs`, ..."""
     return {
-        f"lang_{name}": document.Source(PACKAGES, functools.partial(candidates, name=name))
+        f"lang_{name}": environment.Source(PACKAGES, functools.partial(candidates, name=name))
         for name in VARIANTS
     }
 
@@ -102,17 +97,16 @@ def _collections(
 
     Passages come first, so that deduplication leaves them whole.
     """
-    for id, texts in _declarations(env, variant):
-        yield id, texts, "\n\n"
-    for id, texts in _dialogues(env, variant):
-        yield id, texts, "\n\n"
-    for package in GETTEXT_PACKAGES:
-        for id, texts in catalogues.gettext_texts(env, package, variant.locales):
-            yield id, texts, "\n"
-    for id, texts in catalogues.home_assistant_texts(env, variant.panels):
-        yield id, texts, "\n"
-    for id, texts in _quotes(env, variant):
-        yield id, texts, "\n"
+    catalogue_texts = (
+        catalogues.gettext_texts(env, package, variant.locales) for package in GETTEXT_PACKAGES
+    )
+    for separator, collections in (
+        ("\n\n", (_declarations(env, variant), _dialogues(env, variant))),
+        ("\n", catalogue_texts),
+        ("\n", (catalogues.home_assistant_texts(env, variant.panels), _quotes(env, variant))),
+    ):
+        for id, texts in itertools.chain.from_iterable(collections):
+            yield id, texts, separator
 
 
 def _declarations(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.text.sources import code, document, environment
+from data.text.sources import code, environment
 
 SUFFIXES = (".md", ".rst", ".html", ".txt", ".css", ".xml", ".toml", ".yaml", ".tex", ".sty")
 # Word lists, class labels, checksums and notices under the same suffixes.
@@ -10,63 +10,21 @@ SKIPPED = ("licen", "copying", "notices", "_stopwords", "tensorflow_datasets/", 
 
 # Packages of which only the README in their metadata is read.
 README_PACKAGES = (
-    "attrs",
-    "beartype",
-    "certifi",
-    "charset-normalizer",
-    "cycler",
-    "distlib",
-    "dm-tree",
-    "einops",
-    "filelock",
-    "gast",
-    "google-pasta",
-    "grpcio",
-    "h5py",
-    "humanize",
-    "idna",
-    "immutabledict",
-    "iniconfig",
-    "jaxtyping",
-    "kiwisolver",
-    "markdown-it-py",
-    "mdurl",
-    "mimesis",
-    "ml_dtypes",
-    "msgpack",
-    "namex",
-    "opt_einsum",
-    "optree",
-    "packaging",
-    "platformdirs",
-    "polib",
-    "prometheus-client",
-    "promise",
-    "psutil",
-    "pyparsing",
-    "pytest",
-    "python-dateutil",
-    "pythonbible",
-    "pyyaml",
-    "safetensors",
-    "sentencepiece",
-    "six",
-    "snowballstemmer",
-    "sqlparse",
-    "tensorstore",
-    "termcolor",
-    "typing_extensions",
-    "virtualenv",
-    "wrapt",
-    "zipp",
-    "zstandard",
+    *("attrs", "beartype", "certifi", "charset-normalizer", "cycler", "distlib", "dm-tree"),
+    *("einops", "filelock", "gast", "google-pasta", "grpcio", "h5py", "humanize", "idna"),
+    *("immutabledict", "iniconfig", "jaxtyping", "kiwisolver", "markdown-it-py", "mdurl"),
+    *("mimesis", "ml_dtypes", "msgpack", "namex", "opt_einsum", "optree", "packaging"),
+    *("platformdirs", "polib", "prometheus-client", "promise", "psutil", "pyparsing", "pytest"),
+    *("python-dateutil", "pythonbible", "pyyaml", "safetensors", "sentencepiece", "six"),
+    *("snowballstemmer", "sqlparse", "tensorstore", "termcolor", "typing_extensions", "virtualenv"),
+    *("wrapt", "zipp", "zstandard"),
 )
 
 
 PACKAGES = (*code.PYTHON_PACKAGES, *README_PACKAGES)
 
 
-def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
+def candidates(env: environment.Environment) -> Iterator[environment.Candidate]:
     """Yields whole files, and one README per package."""
     for package in code.PYTHON_PACKAGES:
         for name, path in env.files(package, SUFFIXES):
@@ -74,4 +32,4 @@ def candidates(env: environment.Environment) -> Iterator[document.Candidate]:
                 yield code.candidate(f"markup/{name}", name, path)
     for package in PACKAGES:
         if package != "python" and (text := env.description(package)):
-            yield document.Candidate.of_text(f"markup/README/{package}", text)
+            yield environment.Candidate.of_text(f"markup/README/{package}", text)

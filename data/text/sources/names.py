@@ -3,14 +3,14 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-from data.text.sources import code, docstrings, document, english, languages, markup
+from data.text.sources import code, english, environment, languages, markup
 
-SOURCES: dict[str, document.Source] = {
-    "english": document.Source(english.PACKAGES, english.candidates),
-    "docstrings": document.Source(code.PYTHON_PACKAGES, docstrings.candidates),
-    "python": document.Source(code.PYTHON_PACKAGES, code.python_candidates, files=True),
-    "cpp": document.Source(code.CPP_PACKAGES, code.cpp_candidates, files=True),
-    "markup": document.Source(markup.PACKAGES, markup.candidates, files=True),
+SOURCES: dict[str, environment.Source] = {
+    "english": environment.Source(english.PACKAGES, english.candidates),
+    "docstrings": environment.Source(code.PYTHON_PACKAGES, code.docstring_candidates),
+    "python": environment.Source(code.PYTHON_PACKAGES, code.python_candidates, files=True),
+    "cpp": environment.Source(code.CPP_PACKAGES, code.cpp_candidates, files=True),
+    "markup": environment.Source(markup.PACKAGES, markup.candidates, files=True),
     **languages.sources(),
 }
 LANGUAGES = tuple(languages.sources())

@@ -229,7 +229,7 @@ def test_replacing_deletes_what_is_changed_or_damaged(tmp_path):
         task_cache.open_task_cache(task, "train", cache_dir=tmp_path)
     again = task_cache.open_task_cache(task, "train", cache_dir=tmp_path, changed="replace")
     assert again.content == new.content
-    with pytest.raises(ValueError, match="changed='always'"):
+    with pytest.raises(ValueError, match="changed is 'always'"):
         task_cache.open_task_cache(task, "train", cache_dir=tmp_path, changed="always")
 
 
@@ -331,9 +331,12 @@ def test_tasks_that_hold_nothing_out_are_left_out_of_the_evaluation(root, capsys
     [
         ({"mixture_or_task_name": "bth"}, "'bth'; did you mean 'both'"),
         ({"split": "test"}, "no split 'test'; it has train, validation"),
-        ({"weights": "bytes"}, "weights='bytes'"),
+        ({"weights": "bytes"}, "weights is 'bytes'"),
         ({"max_tokens": 5}, "weights='tokens'"),
-        ({"phases": ((0, {"english": 1}),), "temperature": 2.0}, "leave weights and temperature"),
+        (
+            {"phases": ((0, {"english": 1}),), "temperature": 2.0},
+            "remove the settings weights and temperature",
+        ),
         ({"phases": ((0, {"ruby": 1}),)}, "unknown source 'ruby'"),
         ({"task_feature_lengths": {"inputs": 8, "targets": 8}}, "no feature 'inputs'"),
     ],

@@ -39,7 +39,7 @@ def test_scripts_styles_comments_and_tags_are_not_seen():
 def test_files_of_other_languages_are_kept_and_lang_is_read_only_where_it_matters():
     assert keeps("FileSize", "1", lang="Python") and keeps("VisibleText", "", lang="C")
     filters = [starcoder_filters.Letters(), starcoder_filters.FileSize()]
-    assert document_filters.keys_of(filters) == ("lang",)
+    assert document_filters.Sieve(filters).keys == ("lang",)
     assert starcoder_filters.Letters().keys == ()
     assert starcoder_filters.Letters()({"text": "no lang"})
     assert not keeps("Letters", "123", lang="R", languages=["R"])

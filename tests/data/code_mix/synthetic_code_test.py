@@ -119,7 +119,7 @@ def test_it_ends_where_nothing_passes(build, monkeypatch):
     monkeypatch.setattr(synthetic_code, "draw", draw)
     monkeypatch.setattr(synthetic_code, "_ROUND", 40)
     monkeypatch.setattr(synthetic_code, "_IDLE_ROUNDS", 2)
-    with pytest.raises(ValueError, match="30 documents are there, and none of the last 80"):
+    with pytest.raises(ValueError, match="after 30 documents, none of the last 80"):
         build(num_documents=31)
 
 

@@ -66,7 +66,7 @@ def test_what_is_not_stored_or_of_another_size_is_an_error(tmp_path):
     digests = taught_stream.row_digests(Rows().batch(0, 0, B))
     store_of(tmp_path, digests[:2])
     store = ReferenceStore("m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K))
-    with pytest.raises(ReferenceStoreError, match="has no value of the data"):
+    with pytest.raises(ReferenceStoreError, match="has no value for the data"):
         TaughtStream(Rows(), store, top_k=K, teacher="t").batch(0, 0, B)
     with pytest.raises(ValueError, match="values"):
         ReferenceStore("m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K + 1))
@@ -74,5 +74,5 @@ def test_what_is_not_stored_or_of_another_size_is_an_error(tmp_path):
     other = ReferenceStore(
         "n" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K), setting="TEACHER"
     )
-    with pytest.raises(ReferenceStoreError, match="TEACHER gives log-probabilities that are not"):
+    with pytest.raises(ReferenceStoreError, match="log-probabilities of TEACHER are not"):
         other.add(digests[:1], bad)

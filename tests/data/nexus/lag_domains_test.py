@@ -94,7 +94,7 @@ def test_two_tables_are_related_and_no_others():
 
 
 def test_documents_are_always_the_same_and_splits_share_none():
-    source = lag_domains.LagSource("lag_4", 3000, 64, 0)
+    source = lag_domains.LagSource("lag_4", 3000, 0, length=64)
     train, held_out = source.texts("train"), source.texts("validation")
     assert {len(text) for text in train} == {64} and set("".join(train)) == set(SYMBOLS)
     assert len(set(train)) == 3000 and not set(train) & set(held_out)
@@ -114,7 +114,9 @@ def test_a_document_fills_a_row_and_the_floor_counts_what_the_loss_does(tmp_path
     batch = data.batch(0, 0, 8)
     assert batch["decoder_loss_weights"].shape == (8, 64)
     assert (batch["decoder_loss_weights"] == 1).all()  # the first symbol among them
-    train = {t for name in DOMAINS for t in lag_domains.LagSource(name, 64, 64, 0).texts("train")}
+    train = {
+        t for name in DOMAINS for t in lag_domains.LagSource(name, 64, 0, length=64).texts("train")
+    }
     rows = batch["decoder_target_tokens"].tolist()
     assert all(vocabulary.decode(row) in train for row in rows)
     held_out = stream.make_eval_stream(task="lag_13", **opened)

@@ -40,7 +40,7 @@ def test_a_random_one_is_any_that_is_rated_lower():
 def test_pairs_are_of_those_that_ratings_order_by_the_margin():
     rng = np.random.default_rng(0)
     rows = [rated(*rng.integers(0, 4, 3).tolist()) for _ in range(60)]
-    for rejected, margin in itertools.product(binarise.REJECTED, (0.0, 2.0)):
+    for rejected, margin in itertools.product(("worst", "random", "next"), (0.0, 2.0)):
         dropped = Tally()
         found = made(*rows, rejected=rejected, min_margin=margin, dropped=dropped)
         expected = []
@@ -52,7 +52,7 @@ def test_pairs_are_of_those_that_ratings_order_by_the_margin():
         assert len(found) == len(expected)
         for pair, allowed in zip(found, expected, strict=True):
             assert (pair["chosen"], pair["rejected"]) in allowed
-        lost = {reason: count["rows"] for reason, count in dropped.found.items()}
+        lost = {reason: count["rows"] for reason, count in dropped.items()}
         assert sum(lost.values()) == 60 - len(found)
         assert lost["tie"] == sum(len(set(row["ratings"])) == 1 for row in rows)
         assert ("small_margin" in lost) == (margin > 0)
@@ -61,7 +61,7 @@ def test_pairs_are_of_those_that_ratings_order_by_the_margin():
 def test_what_is_dropped_is_counted_with_its_first_place():
     dropped = Tally()
     assert made(rated(2, 1), rated(1, 1), rated(3, 3, 3), dropped=dropped, min_margin=1)
-    assert dropped.found == {"tie": {"rows": 2, "first": "line 2"}}
+    assert dropped == {"tie": {"rows": 2, "first": "line 2"}}
     assert str(dropped) == "2 tie (first: line 2)"
 
 
@@ -80,13 +80,13 @@ def test_a_text_answers_messages():
         ({**rated(1, 2), "responses": "ab"}, "'responses' holds str; it must be a list"),
         (rated(1), "1 responses and 1 ratings; .*at least two"),
         ({**rated(1, 2), "responses": ["a"]}, "1 responses and 2 ratings"),
-        (rated(1, None), "None in 'ratings' is no finite number"),
+        (rated(1, None), "None in 'ratings' is not a finite number"),
         (rated(1, True), "True in 'ratings'"),
         (rated(1, float("nan")), "nan in 'ratings'"),
-        ({**rated(1, 2), "responses": [None, 5]}, "line 1: 'response 1' holds a NoneType; give a"),
-        ({**rated(1, 2), "responses": ["a", 5]}, "line 1: 'response 2' holds a int; give a text"),
+        ({**rated(1, 2), "responses": [None, 5]}, "line 1: 'response 1' is a NoneType; write a"),
+        ({**rated(1, 2), "responses": ["a", 5]}, "line 1: 'response 2' is a int; write a text"),
         ({**rated(1, 2), "responses": ["a", [5]]}, "message 1 of 'response 2' is not of the form"),
-        ({**rated(1, 2), "responses": ["a", CHAT]}, "response 2 has messages and 'prompt' is a t"),
+        ({**rated(1, 2), "responses": ["a", CHAT]}, "response 2 has messages but 'prompt' is a t"),
         ({**rated(1, 2), "prompt": [5]}, "message 1 of 'prompt' is not of the form"),
     ],
 )
@@ -96,7 +96,9 @@ def test_malformed_rows_are_named(row, message):
 
 
 def test_settings_are_checked_at_once():
-    with pytest.raises(ValueError, match="rejected='best' is none of 'worst', 'random', 'next'"):
+    with pytest.raises(
+        ValueError, match="rejected is 'best'; it must be one of 'worst', 'random', 'next'"
+    ):
         binarise.pairs([], rejected="best")
     with pytest.raises(ValueError, match="min_margin is -1"):
         binarise.pairs([], min_margin=-1)

@@ -118,8 +118,8 @@ CHAT = {"prompt": [user("a")], "chosen": [said("b")], "rejected": [said("c")]}
         ({"completion": "a", "label": True}, "no key 'prompt'"),
         ({"text": "a"}, "no key 'chosen'"),
         ({}, "present are none"),
-        ({"prompt": 1, "chosen": "a", "rejected": "b"}, "'prompt' holds a int; give a text, or a"),
-        ({"prompt": "p", "chosen": None, "rejected": "b"}, "'chosen' holds a NoneType"),
+        ({"prompt": 1, "chosen": "a", "rejected": "b"}, "'prompt' is a int; write a text, or a"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, "'chosen' is a NoneType"),
         (
             {"prompt": "p", "chosen": "a", "rejected": ["b"]},
             "message 1 of 'rejected' is not of the",
@@ -144,7 +144,7 @@ CHAT = {"prompt": [user("a")], "chosen": [said("b")], "rejected": [said("c")]}
         ({**CHAT, "chat_template_kwargs": [1]}, "'chat_template_kwargs' holds a list"),
         (
             {**CHAT, "chat_template_kwargs": {"tools": []}},
-            "sets 'tools', which the row itself decides",
+            "sets 'tools', which other keys of the row determine",
         ),
     ],
 )

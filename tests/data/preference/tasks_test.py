@@ -187,7 +187,7 @@ def test_a_template_that_cannot_be_divided_says_why(register, tmp_path, byte):
     )  # what ends a turn is for the template to say
     register(rows, chat_template=str(tmp_path / "other.jinja"))
     with pytest.raises(
-        DataError, match="line 1: .*renders the prompt otherwise.*from character 7 .*'<th"
+        DataError, match="line 1: .*renders the prompt differently.*from character 7 .*'<th"
     ):
         read()
     register(rows, chat_template=str(tmp_path / "fails.jinja"))

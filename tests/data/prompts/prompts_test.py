@@ -104,7 +104,7 @@ def _read(task, split):
     [
         ([{"text": "x"}], "line 1: no key 'prompt'; present are 'text'"),
         ([{"prompt": ""}], "line 1: 'prompt' is empty"),
-        ([{"prompt": 3}], "line 1: 'prompt' holds a int"),
+        ([{"prompt": 3}], "line 1: 'prompt' is a int"),
     ],
 )
 def test_rows_that_are_none_are_named(register, rows, words):
@@ -124,5 +124,5 @@ def test_a_prompt_without_tokens_needs_something_before_it(tmp_path, register, m
 
 def test_prompts_that_do_not_fit_are_said(tmp_path, register):
     register([LONG])
-    with pytest.raises(ValueError, match="none of its 1 prompts has 16 tokens or less"):
+    with pytest.raises(ValueError, match="all 1 prompts have more than 16 tokens"):
         opened(tmp_path)

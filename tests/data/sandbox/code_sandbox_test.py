@@ -445,5 +445,5 @@ def test_people_are_told_once_what_is_open(monkeypatch, capsys):
     for _ in range(2):
         code_sandbox.Sandbox(workers=1).close()
     assert capsys.readouterr().err.count("can reach network and files here") == 1
-    with pytest.raises(code_sandbox.SandboxError, match="kept from files here"):
+    with pytest.raises(code_sandbox.SandboxError, match="cannot block files on this machine"):
         code_sandbox.Sandbox(workers=1, require=["files", "processes"])

@@ -83,6 +83,6 @@ def test_the_tasks_stream_with_their_weights_and_always_the_same(tmp_path):
 
 
 def test_a_change_of_the_seed_is_other_data():
-    one, two = (retrieval.RetrievalSource(4, "last", 16, seed) for seed in (0, 1))
+    one, two = (retrieval.RetrievalSource("x", 16, seed, 4, "last") for seed in (0, 1))
     assert one.digest != two.digest
     assert one.num_input_examples("train") == 16

@@ -5,6 +5,8 @@ import pytest
 
 from data.stream import plan
 
+PACKINGS = ("best_fit", "concat", "examples")
+
 
 def random_lengths(count, seed=0, mean=4.0):
     rng = np.random.default_rng(seed)
@@ -25,7 +27,7 @@ def segments_of(made, row):
     )
 
 
-@pytest.mark.parametrize("packing", plan.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("length", [1, 7, 64, 512])
 def test_segments_partition_the_records(packing, length):
     lengths = random_lengths(300)
@@ -49,7 +51,7 @@ def test_segments_partition_the_records(packing, length):
     }
 
 
-@pytest.mark.parametrize("packing", plan.PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_truncation_keeps_beginnings_and_counts_what_it_drops(packing):
     lengths = random_lengths(300)
     made = plan.make_plan(
@@ -135,8 +137,8 @@ def test_long_pairs_are_refused_or_truncated():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"packing": "first"}, "packing='first'"),
-        ({"long_documents": "drop"}, "long_documents='drop'"),
+        ({"packing": "first"}, "packing is 'first'"),
+        ({"long_documents": "drop"}, "long_documents is 'drop'"),
     ],
 )
 def test_unknown_policies_are_refused(settings, message):
@@ -147,6 +149,6 @@ def test_unknown_policies_are_refused(settings, message):
 
 
 def test_no_tokens_make_no_rows():
-    for packing in plan.PACKINGS:
+    for packing in PACKINGS:
         made = plan.make_plan({"targets": np.zeros(3, int)}, {"targets": 8}, packing=packing)
         assert made.num_rows == 0

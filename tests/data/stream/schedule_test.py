@@ -126,7 +126,7 @@ def test_steps_before_the_first_and_unknown_interleavings_are_refused():
     made = schedule.Schedule([(0, [1.0])], sources="a", batch_size=2)
     with pytest.raises(ValueError, match="negative"):
         made.locate(-1, 0, 2)
-    with pytest.raises(ValueError, match="interleaving='chain'"):
+    with pytest.raises(ValueError, match="interleaving is 'chain'"):
         schedule.Schedule([(0, [1.0])], sources="a", batch_size=2, interleaving="chain")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from data.cache import store
 from data.stream import rows
-from data.stream.eval_stream import EvalStream
+from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Stream
 
 VOCABULARY = 500
@@ -369,7 +369,7 @@ def test_a_part_of_an_evaluation_is_no_sample_of_long_documents_alone(caches):
     assert abs(pieces.mean() - overall) < 4 * pieces.std() / np.sqrt(len(pieces))
     first = np.diff(source.plan.row_starts)[: len(half)]
     assert abs(first.mean() - overall) > 4 * pieces.std() / np.sqrt(len(pieces))
-    with pytest.raises(ValueError, match="there is no batch"):
+    with pytest.raises(ValueError, match="does not exist"):
         made.batch(made.num_steps, 0, 1)
 
 

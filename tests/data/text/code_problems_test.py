@@ -87,13 +87,13 @@ def test_a_chat_reply_is_its_block_of_code():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no problem; the file is empty"),
+        ([], "the file has no problem"),
         ([{"task_id": 1}], "line 1: 'prompt' is missing"),
-        ([{**FULL, "code": 3}], "line 1: 'code' is no string"),
+        ([{**FULL, "code": 3}], "line 1: 'code' is not a string"),
         ([{**FULL, "test_list": []}], "line 1: 'test_list' is empty"),
-        ([{**FULL, "test_list": "assert x"}], "line 1: 'test_list' is no list of strings"),
+        ([{**FULL, "test_list": "assert x"}], "line 1: 'test_list' is not a list of strings"),
         ([{k: v for k, v in FULL.items() if k != "task_id"}], "line 1: no 'task_id'"),
-        ([FULL, FULL], "line 2: the task_id '11' is there twice"),
+        ([FULL, FULL], "line 2: the task_id '11' occurs twice"),
         (
             [
                 FULL,
@@ -105,7 +105,7 @@ def test_a_chat_reply_is_its_block_of_code():
                     "canonical_solution": "",
                 },
             ],
-            "line 1: this problem is in another format",
+            "line 1: this problem is in MBPP's format",
         ),
     ],
 )
@@ -115,7 +115,7 @@ def test_malformed_problems_are_named_by_file_and_line(write, rows, message):
 
 
 def test_what_is_not_there_is_named_with_the_remedy(monkeypatch, tmp_path):
-    with pytest.raises(code_problems.ProblemsError, match="none.jsonl: there is no such file"):
+    with pytest.raises(code_problems.ProblemsError, match="none.jsonl: the file does not exist"):
         code_problems.load(tmp_path / "none.jsonl")
 
     def missing(name):

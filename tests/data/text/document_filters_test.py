@@ -79,8 +79,8 @@ def test_the_first_filter_that_objects_counts_what_is_dropped(files):
 def test_the_hash_tells_filters_their_values_and_their_order_apart(files):
     one, other = Metadata(key="lang", keep=("C",)), Metadata(key="meta.set", keep=("web",))
     variants = [(), (one,), (other,), (one, other), (other, one), (Metadata(key="lang", keep="C"),)]
-    assert len({files(*filters).hash for filters in variants}) == len(variants)
-    assert files(one).hash == files(Metadata(key="lang", keep=("C",))).hash
+    assert len({files(*filters).digest for filters in variants}) == len(variants)
+    assert files(one).digest == files(Metadata(key="lang", keep=("C",))).digest
 
 
 def test_several_columns_make_one_text(tmp_path, files):
@@ -97,7 +97,7 @@ def test_several_columns_make_one_text(tmp_path, files):
 def test_bad_filters_end_in_one_clear_error(files, tmp_path):
     with pytest.raises(ValueError, match="filter of 'lang' needs either keep or drop"):
         Metadata(key="lang")
-    with pytest.raises(ValueError, match="mine: two filters are called 'lang'"):
+    with pytest.raises(ValueError, match="mine: two filters have the name 'lang'"):
         files(Metadata(key="lang", keep=("C",)), Metadata(key="lang", drop=("Go",)))
     with pytest.raises(
         DataError, match=r"no key 'language'; present are.*'lang'.*the filter's key"
@@ -105,7 +105,7 @@ def test_bad_filters_end_in_one_clear_error(files, tmp_path):
         list(files(Metadata(key="language", keep=("C",))).documents("mine", "train"))
     with pytest.raises(DataError, match=r"no key 'name'; present are 'set'"):
         list(files(Metadata(key="meta.name", keep=("C",))).documents("mine", "train"))
-    with pytest.raises(DataError, match=r"filters dropped them all \(lang 4\)"):
+    with pytest.raises(DataError, match=r"filters dropped every document \(lang 4\)"):
         _ = files(Metadata(key="lang", keep=("Ada",))).counts
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(DataError, match="a text file has no metadata 'lang'"):

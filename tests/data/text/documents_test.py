@@ -59,7 +59,7 @@ def test_text_by_file_paragraph_and_line(tmp_path):
         Document("x.txt:5", "c\r\n"),
     ]
     assert [d.text for d in _read(path, document_per="line")] == ["a", "b", "", " ", "c"]
-    with pytest.raises(ValueError, match="document_per is 'page'.*file, paragraph, line"):
+    with pytest.raises(ValueError, match="document_per is 'page'.*'file', 'paragraph', 'line'"):
         Format(document_per="page")
 
 
@@ -73,7 +73,7 @@ def test_parquet(tmp_path):
         DataError, match=r"x.parquet.*no key 'body'; present are 'text', 'id', 'other'"
     ):
         _read(path, text_key="body")
-    with pytest.raises(DataError, match="'other' holds a float, not a string"):
+    with pytest.raises(DataError, match="'other' is a float, not a string"):
         _read(path, text_key="other")
 
 
@@ -123,16 +123,16 @@ def test_line_that_is_no_object(tmp_path):
 
 def test_missing_text_key_names_the_keys_that_are_there(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"content": "a", "id": 1}\n')
-    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Set text_key"
+    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key"
     with pytest.raises(DataError, match=match):
         _read(path)
-    with pytest.raises(DataError, match=r"line 1: no key 'url'; present are 'text'. Set id_key"):
+    with pytest.raises(DataError, match=r"line 1: no key 'url'; present are 'text'. Correct id_key"):
         _read(path, id_key="url")
 
 
 def test_text_that_is_no_string(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": ["a"]}\n')
-    with pytest.raises(DataError, match=r"line 1: 'text' holds a list, not a string"):
+    with pytest.raises(DataError, match=r"line 1: 'text' is a list, not a string"):
         _read(path)
 
 

@@ -182,7 +182,7 @@ def test_tfds_slices_and_other_features(local_set, byte, tmp_path):
     assert list(_texts("user_slices").values()) == ["t"]
     assert list(_texts("user_slices", "validation").values()) == ["t"]
     whole = user_data.tfds_texts(**arguments)
-    assert whole.digest != tasks.source_digest("user_slices")
+    assert whole.digest != tasks.sources()["user_slices"].digest
     assert whole.digest == user_data.tfds_texts(**arguments).digest
 
 
@@ -201,7 +201,9 @@ def test_vocabulary_from_slices_of_a_tfds_set(local_set, tmp_path):
     texts = user_data.tfds_texts(splits=splits, **arguments)
     assert list(vocabularies._lines(texts, 1000, 0.7)) in (["first text"], ["second ü"])
     texts = user_data.tfds_texts(splits={"validation": "validation"}, **arguments)
-    with pytest.raises(ValueError, match="'tiny_texts': no 'train' split, only 'validation'. Set"):
+    with pytest.raises(
+        ValueError, match="'tiny_texts': no split 'train'; present are 'validation'. Set"
+    ):
         list(vocabularies._lines(texts, 1000, 0.7))
 
 
@@ -219,7 +221,7 @@ def test_mocked_tfds(byte, tmp_path):
         )
         records = _texts("user_mock")
         assert len(records) == 3 and all(records.values())
-        assert len(tasks.source_digest("user_mock")) == 64
+        assert len(tasks.sources()["user_mock"].digest) == 64
 
 
 def test_tfds_errors(local_set, byte, tmp_path):
@@ -262,7 +264,7 @@ seqio.MixtureRegistry.add("module_mixture", ["module_task"], default_rate=1.0)
     names = user_data.import_mixtures(module="my_mixtures_module")
     assert names == ("module_mixture", "module_task")
     assert user_data.import_mixtures(module="my_mixtures_module") == ()
-    with pytest.raises(ValueError, match="no module 'my_mixtures' to import mixtures from"):
+    with pytest.raises(ValueError, match="the module 'my_mixtures' of mixtures does not exist"):
         user_data.import_mixtures(module="my_mixtures")
     with pytest.raises(ValueError, match="'my_mixtures_module.tasks'"):
         user_data.import_mixtures(module="my_mixtures_module.tasks")

@@ -165,7 +165,7 @@ def test_sentencepiece_metadata_gives_the_ids_of_sentencepiece(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "bert"}, "tokenizer of the kind 'bert'.*gpt2 and llama"),
+        ({"model": "bert"}, "tokenizer is 'bert'.*gpt2 and llama"),
         ({"pre": "new"}, "pre-tokenizer is 'new'.*smollm"),
         ({"merges": None}, "has no tokenizer.ggml.merges"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens"),
@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_said(tmp_path, change, message):
 
 def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(TokenizerError, match="x.gguf is damaged or no GGUF file"):
+    with pytest.raises(TokenizerError, match="x.gguf is damaged or not a GGUF file"):
         gguf_tokenizer.metadata(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         gguf_tokenizer.metadata(tmp_path / "y.gguf")

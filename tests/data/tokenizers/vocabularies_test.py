@@ -19,7 +19,7 @@ class Texts:
     """Texts in memory, as a corpus shows them."""
 
     texts: dict[str, tuple[str, ...]]
-    hash: str = "0"
+    digest: str = "0"
 
     @property
     def sources(self):
@@ -157,7 +157,7 @@ def test_a_directory_without_its_model_is_replaced(tmp_path):
 def test_corpus_and_settings_choose_the_vocabulary(model_path, cache):
     corpus = Texts({"code": CODE, "prose": PROSE})
     other = vocabularies.train(
-        corpus=dataclasses.replace(corpus, hash="1"), cache_dir=cache, **SETTINGS
+        corpus=dataclasses.replace(corpus, digest="1"), cache_dir=cache, **SETTINGS
     )
     assert other != model_path
     smaller = vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": 900})
@@ -210,13 +210,15 @@ def test_size_that_does_not_fit_names_the_remedy(cache):
     corpus = Texts({"prose": ("a b c\n",)})
     for size in (100, 20_000):
         with pytest.raises(
-            ValueError, match=rf"vocabulary of {size} pieces does not fit.*sample_bytes"
+            ValueError, match=rf"vocabulary of {size} pieces cannot be trained.*sample_bytes"
         ):
             vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": size})
 
 
 def test_unknown_algorithm(cache):
-    with pytest.raises(ValueError, match="algorithm 'wordpiece' is unknown; it is bpe or unigram"):
+    with pytest.raises(
+        ValueError, match="algorithm is 'wordpiece'; it must be one of 'bpe', 'unigram'"
+    ):
         vocabularies.train(
             corpus=Texts({}), cache_dir=cache, **{**SETTINGS, "algorithm": "wordpiece"}
         )

@@ -63,7 +63,7 @@ def test_a_stream_reads_on_where_another_stopped():
     again = stream(seed=1, positions=first.positions(3))
     np.testing.assert_array_equal(first.batch(5, 0, 4)["images"], again.batch(2, 0, 4)["images"])
     assert again.epochs(0) == {"numbered": 1.2} and again.steps_for_tokens(9) == 3
-    with pytest.raises(ValueError, match="cannot be read on from where the earlier run stopped"):
+    with pytest.raises(ValueError, match="cannot continue where the earlier run stopped"):
         stream(seed=2, positions=first.positions(3))
 
 
@@ -88,9 +88,9 @@ def test_evaluation_reads_every_image_once_and_pads_with_nothing():
     read = np.concatenate([rows_of(batch) for batch in batches])[:10]
     assert sorted(read) == list(range(10)) and list(read) != list(range(10))
     assert (batches[-1]["images"][2:] == 0).all()
-    with pytest.raises(ValueError, match="there is no batch 3"):
+    with pytest.raises(ValueError, match="Batch 3 of .* does not exist"):
         made.batch(3, 0, 4)
-    with pytest.raises(ValueError, match="the set's name is 'numbered'"):
+    with pytest.raises(ValueError, match="the name of the set is 'numbered'"):
         images.make_eval_stream(images=lambda split: numbered(), task="other", **GIVEN)
 
 
@@ -117,12 +117,18 @@ def test_channels_are_normalised():
             lambda: Arrays("x", 3, np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)),
             r"are \[N, H, W, C\] of uint8",
         ),
-        (lambda: stream(image_size=8), r"an image is \[4, 4, 1\], not \[8, 8, 1\]: set IMAGE_SIZE"),
-        (lambda: stream(mean=(0.0, 0.0)), "one positive number for each of the 1 channels"),
+        (
+            lambda: stream(image_size=8),
+            r"the image has shape \[4, 4, 1\], not \[8, 8, 1\]. Set IMAGE_SIZE",
+        ),
+        (
+            lambda: stream(mean=(0.0, 0.0)),
+            "one number for each of the 1 channels, and std must be positive",
+        ),
         (lambda: stream(batch_size=0), "batch_size is 0"),
         (
             lambda: textures.textures(split="test"),
-            "split = 'test' is none of 'train', 'validation'",
+            "split is 'test'; it must be one of 'train', 'validation'",
         ),
         (lambda: textures.textures(split="train", size=4), "IMAGE_SIZE is at least 8"),
     ],
@@ -224,10 +230,12 @@ def test_a_set_that_tfds_has_prepared_is_read_at_random(tmp_path):
     found, labels = train.read(np.array([7, 2]))
     assert [int(image.max()) for image in found] == [70, 20] and labels.tolist() == [3, 2]
     assert train.digest != held_out.digest
-    with pytest.raises(ValueError, match="cannot be read at random .* tfds build squares:1.0.0"):
+    with pytest.raises(
+        ValueError, match="cannot be read by random access .* tfds build squares:1.0.0"
+    ):
         image_sets.tfds(split="validation", splits=("train", "nothing"), **given)
     with pytest.raises(
-        ValueError, match="cifar100' cannot be read at random .* not been generated"
+        ValueError, match="cifar100' cannot be read by random access .* not been generated"
     ):
         image_sets.tfds(split="train", name="cifar100", data_dir=tmp_path / "none")
 

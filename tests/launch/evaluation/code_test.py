@@ -139,7 +139,7 @@ def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, m
         (RIGHT, ["--k", "2"], "--k=2: there are 1 samples"),
         (RIGHT, ["--cpu_seconds=0"], "Limits.cpu_seconds = 0 must be above 0"),
         (RIGHT, ["--output=/none/x.jsonl"], "there is no folder /none"),
-        (RIGHT, ["--problems=/none.jsonl"], "--problems=/none.jsonl: there is no such file"),
+        (RIGHT, ["--problems=/none.jsonl"], "--problems=/none.jsonl: the file does not exist"),
     ],
 )
 def test_bad_input_is_one_error(evaluate, solutions, capsys, rows, flags, message):

@@ -194,7 +194,7 @@ def test_metrics_are_those_of_continuations_and_sums(evaluate, by_command, regis
         ({"inputs": [], "targets": []}, [], "The split 'validation' of the task 'sums' holds no"),
         ({}, ["--num_examples=0"], "--num_examples=0 must be at least 1."),
         ({}, ["--max_new_tokens=0"], "--max_new_tokens=0 must be at least 1."),
-        ({}, ["--module=there_is_none"], "no module 'there_is_none'"),
+        ({}, ["--module=there_is_none"], "the module 'there_is_none' of mixtures does not exist"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_message(

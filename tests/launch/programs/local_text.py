@@ -5,7 +5,7 @@ import time
 
 from data.cache import store
 from data.stream import rows
-from data.stream.eval_stream import EvalStream
+from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Stream
 from trainers.objectives import lm
 

@@ -197,8 +197,11 @@ def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bind
             ["initial.InitialCheckpoint.scope='state'"],
             ["goes on at the next batch of the same stream"],
         ),
-        (["local_text.open_stream.seed=1"], ["cannot be read on", "INITIAL_DATA = 'restart'"]),
-        (["LENGTH=32"], ["cannot be read on", "row length"]),
+        (
+            ["local_text.open_stream.seed=1"],
+            ["cannot continue where the earlier run stopped", "INITIAL_DATA = 'restart'"],
+        ),
+        (["LENGTH=32"], ["cannot continue where the earlier run stopped", "row length"]),
         (["config.TransformerConfig.mlp_dim=128"], ["of another model", "mlp"]),
         (["config.TransformerConfig.vocab_size=512"], ["of another model", "token_embed"]),
         (["optimizers.adamw.moment_dtype='bfloat16'"], ["another model or optimiser", "mu"]),

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from data.text.sources import code, docstrings, english, environment, markup
+from data.text.sources import code, english, environment, markup
 
 BIBLE = '''
 bible = Bible(
@@ -59,7 +59,7 @@ class Thing:
             """Functions inside of functions are left out of it."""
 '''
     env = fake_environment({"numpy": {"numpy/lib/__init__.py": module, "numpy/none.py": "x = 1\n"}})
-    texts = _texts(docstrings.candidates(env))
+    texts = _texts(code.docstring_candidates(env))
     assert texts["docstrings/numpy/none.py"] == ""
     assert texts["docstrings/numpy/lib/__init__.py"].split("\n\n") == [
         "numpy.lib",
@@ -77,13 +77,13 @@ class Thing:
 
 def test_docstrings_of_a_module_for_another_python(fake_environment):
     env = fake_environment({"numpy": {"numpy/a.py": 'print """old"""\n'}})
-    assert _texts(docstrings.candidates(env)) == {"docstrings/numpy/a.py": ""}
+    assert _texts(code.docstring_candidates(env)) == {"docstrings/numpy/a.py": ""}
 
 
 def test_code_and_its_docstrings_share_a_split_key(fake_environment):
     env = fake_environment({"jax": {"jax/a.py": "x"}}, stdlib={"json/b.py": "y"})
     keys = {candidate.split_key for candidate in code.python_candidates(env)}
-    assert keys == {candidate.split_key for candidate in docstrings.candidates(env)}
+    assert keys == {candidate.split_key for candidate in code.docstring_candidates(env)}
     assert keys == {"jax/a.py", "python/json/b.py"}
 
 

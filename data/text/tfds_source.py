@@ -1,106 +1,29 @@
-"""Document files and prepared TFDS sets as SeqIO data sources.
-
-Both classes satisfy `seqio.DataSourceInterface` without deriving from it, so that this module does
-not import TensorFlow. They yield `{"text", "document_id"}` and have a `digest`, the hash of their
-data.
-"""
+"""Prepared TFDS sets as SeqIO data sources of `{"text", "document_id"}`."""
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.cache import cache_dir as cache
 from data.cache import fingerprint
-from data.text.document_files import DocumentFiles
+from data.data_source import DataSource
 from data.text.documents import Document, take
-
-_SPLITS = ("train", "validation")
-_SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
+from data.text.splits import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
-class DocumentSource:
-    """Reads `DocumentFiles`, one shard per file."""
+class TfdsSource(DataSource):
+    """Reads a prepared TFDS set; never downloads. Also provides texts to train a vocabulary from."""
 
-    files: DocumentFiles
-
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self.files.splits
-
-    @property
-    def digest(self) -> str:
-        return self.files.hash
-
-    @property
-    def dropped(self) -> Mapping[str, Mapping[str, int]]:
-        """Filter -> numbers of documents and bytes that it dropped; see `DocumentFiles.dropped`."""
-        return self.files.dropped if self.files.filters else {}
-
-    def num_input_examples(self, split: str) -> int:
-        return self.files.counts[split]["documents"]
-
-    def list_shards(self, split: str) -> list[str]:
-        return list(self.files.files[split])
-
-    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns the documents of a split as a `tf.data.Dataset`.
-
-        Raises:
-          DataError: a file is malformed, or a split has no document.
-        """
-        import tensorflow as tf
-
-        # Reads every file once, unless the counts are stored. An error raised later, inside
-        # TensorFlow, would appear as a C++ stack trace.
-        _ = self.files.counts
-        paths = self.list_shards(split)
-        if shard_info is not None:
-            paths = paths[shard_info.index :: shard_info.num_shards]
-
-        def examples():
-            for path in paths:
-                for document in self.files.read_file(path, split):
-                    yield {"text": document.text, "document_id": document.id}
-
-        text = tf.TensorSpec((), tf.string)
-        dataset = tf.data.Dataset.from_generator(
-            examples, output_signature={"text": text, "document_id": text}
-        )
-        return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
-
-
-@dataclasses.dataclass(frozen=True)
-class TfdsSource:
-    """Reads a prepared TFDS set; never downloads.
-
-    Attributes:
-      tfds_name: name, config and version: `name/config:1.2.3`.
-      text_key: feature that holds the text.
-      wanted_splits: split of the task -> split or slice of the set; None for `train` and
-        `validation`, if the set has them.
-      data_dir: directory of prepared TFDS sets; None for the TFDS default.
-      cache: directory that stores checksums.
-    """
-
-    tfds_name: str
-    text_key: str
+    tfds_name: str  # name, config and version: `name/config:1.2.3`
+    text_key: str  # feature that holds the text
+    # split of the task -> split or slice of the set; None for `train` and `validation`, if the set
+    # has them
     wanted_splits: Mapping[str, str] | None
-    data_dir: str | None
-    cache: str
-
-    caching_permitted = True
-    supports_arbitrary_sharding = False
-    performs_internal_shuffling = False
+    data_dir: str | None  # directory of prepared TFDS sets; None for the TFDS default
+    cache: str  # directory that stores checksums
 
     @functools.cached_property
     def builder(self) -> Any:
@@ -111,8 +34,8 @@ class TfdsSource:
         except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"TFDS has no set {self.tfds_name!r} ({reason}). Check the name, or set data_dir to "
-                "the directory that holds the prepared set"
+                f"TFDS has no set {self.tfds_name!r} ({reason}). Check the name, or set data_dir to the "
+                "directory of the prepared set"
             ) from None
 
     @functools.cached_property
@@ -121,8 +44,8 @@ class TfdsSource:
         if self.wanted_splits is not None:
             return self.wanted_splits
         # A mocked set has no split info, and accepts any split.
-        available = self.builder.info.splits or _SPLITS
-        return {split: split for split in _SPLITS if split in available}
+        available = self.builder.info.splits or SPLITS
+        return {split: split for split in SPLITS if split in available}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -131,9 +54,9 @@ class TfdsSource:
     def _wanted(self, split: str) -> str:
         if split not in self.split_map:
             raise ValueError(
-                f"TFDS set {self.tfds_name!r}: no {split!r} split, only "
-                f"{', '.join(map(repr, self.split_map)) or 'none'}. Set splits to map {split!r} to a "
-                "split or slice of the set"
+                f"TFDS set {self.tfds_name!r}: no split {split!r}; present are "
+                f"{', '.join(map(repr, self.split_map)) or 'none'}. Set splits to map {split!r} to a split "
+                "or slice of the set"
             )
         return self.split_map[split]
 
@@ -143,15 +66,14 @@ class TfdsSource:
         if self.text_key not in info.features:
             raise ValueError(
                 f"TFDS set {self.tfds_name!r} has no feature {self.text_key!r}; present are "
-                f"{', '.join(map(repr, sorted(info.features)))}. Set text_key to the right one"
+                f"{', '.join(map(repr, sorted(info.features)))}. Correct text_key"
             )
         for wanted in self.split_map.values():
             base = wanted.partition("[")[0]
             if info.splits and "+" not in wanted and base not in info.splits:
                 raise ValueError(
                     f"TFDS set {self.tfds_name!r} has no split {base!r}; present are "
-                    f"{', '.join(map(repr, info.splits))}. Set splits to map the task's splits to "
-                    "these"
+                    f"{', '.join(map(repr, info.splits))}. Set splits to map the task's splits to these"
                 )
 
     @functools.cached_property
@@ -167,12 +89,7 @@ class TfdsSource:
         }
         digests.save()
         content = [self.builder.info.full_name, self.text_key, dict(self.split_map), files]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def hash(self) -> str:
-        """The digest; part of the interface for training vocabularies (`vocabularies.Texts`)."""
-        return self.digest
+        return fingerprint.of_json(content)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -205,7 +122,6 @@ class TfdsSource:
         """Returns the texts of a split as a `tf.data.Dataset`.
 
         Raises:
-          ValueError: there is no such split.
           FileNotFoundError: the set is not prepared.
         """
         import tensorflow as tf
@@ -230,8 +146,3 @@ class TfdsSource:
         return dataset.map(
             lambda example: {"text": example[text_key], "document_id": example["tfds_id"]}
         )
-
-
-def source_cache(cache_dir: str | os.PathLike | None) -> str:
-    """Returns the directory in which sources store the checksums of their files."""
-    return str(cache.cache_dir("files", override=cache_dir))

@@ -1,0 +1,248 @@
+"""Base classes of data sources: of files, and of generated documents.
+
+The sources satisfy `seqio.DataSourceInterface` without deriving from it, so that they can be imported
+without TensorFlow. Each has a `digest` of everything that determines its examples.
+"""
+
+import abc
+import dataclasses
+import functools
+import glob
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from data.cache import cache_dir as cache
+from data.cache import fingerprint
+from data.text import documents, splits
+
+Patterns = str | Sequence[str]
+_SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
+
+
+class DataSource:
+    """The flags of SeqIO's interface."""
+
+    caching_permitted = True
+    supports_arbitrary_sharding = False
+    performs_internal_shuffling = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileSource(DataSource, abc.ABC):
+    """Examples in files, one shard per file."""
+
+    name: str  # name of the task that reads the files
+    # split -> its files, in order. If a fraction is held out, both splits have the same files
+    files: Mapping[str, tuple[str, ...]]
+    validation_fraction: float  # share of examples held out, by the hash of a text
+    root: str  # directory to which the ids of examples are relative
+    cache: str  # directory that stores checksums and counts
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        files: Mapping[str, Sequence[str]],
+        *,
+        validation_fraction: float = 0.0,
+        cache_dir: str | os.PathLike | None = None,
+        **fields: Any,
+    ) -> Self:
+        """Returns the source of the files of each split; `fields` are fields of the subclass."""
+        folders = [os.path.dirname(path) for paths in files.values() for path in paths]
+        return cls(
+            name=name,
+            files={split: tuple(paths) for split, paths in files.items()},
+            validation_fraction=validation_fraction,
+            root=os.path.commonpath(folders),
+            cache=str(cache.cache_dir("files", override=cache_dir)),
+            **fields,
+        )
+
+    @classmethod
+    def find(
+        cls,
+        *,
+        name: str,
+        files: Patterns,
+        validation_files: Patterns | None,
+        validation_fraction: float,
+        data_root: str | None,
+        **fields: Any,
+    ) -> Self:
+        """Returns the source of the files that match patterns, with `fields` as for `of`.
+
+        `data.text.document_files.find` describes the arguments and errors.
+        """
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(
+                f"{name}: validation_fraction is {validation_fraction}; it must be in [0, 1)"
+            )
+        paths = {"train": _expand(name, "files", files, data_root)}
+        if validation_files is not None:
+            validation_fraction = 0.0
+            paths["validation"] = _expand(name, "validation_files", validation_files, data_root)
+            if both := sorted(set(paths["train"]) & set(paths["validation"])):
+                raise ValueError(
+                    f"{name}: {shorten(both)} is matched by files and by validation_files; make the "
+                    "patterns disjoint"
+                )
+        elif validation_fraction:
+            paths["validation"] = paths["train"]
+        return cls.of(name, paths, validation_fraction=validation_fraction, **fields)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @functools.cached_property
+    def checksums(self) -> dict[str, str]:
+        """File -> SHA-256 of its bytes; stored, and valid while size, times and inode match."""
+        digests = fingerprint.FileDigests(pathlib.Path(self.cache) / "file_digests.json")
+        result = {path: digests.digest(path) for paths in self.files.values() for path in paths}
+        digests.save()
+        return result
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that determines the examples and their order."""
+        files = {
+            split: [[os.path.relpath(path, self.root), self.checksums[path]] for path in paths]
+            for split, paths in self.files.items()
+        }
+        content = {
+            "validation_fraction": self.validation_fraction,
+            "files": files,
+            **self._settings(),
+        }
+        return fingerprint.of_json(content)
+
+    def list_shards(self, split: str) -> list[str]:
+        return list(self.files[split])
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """Returns the examples of a split as a `tf.data.Dataset`.
+
+        Raises:
+          DataError: a file is malformed, or a split has no example.
+        """
+        import tensorflow as tf
+
+        # Reads every file once, unless the counts are stored. An error raised later, inside
+        # TensorFlow, would appear as a C++ stack trace.
+        self.num_input_examples(split)
+        paths = self.list_shards(split)
+        if shard_info is not None:
+            paths = paths[shard_info.index :: shard_info.num_shards]
+
+        def examples():
+            for path in paths:
+                yield from self.read_examples(path, split)
+
+        signature = {name: tf.TensorSpec(*spec) for name, spec in self._features().items()}
+        signature["document_id"] = tf.TensorSpec((), tf.string)
+        dataset = tf.data.Dataset.from_generator(examples, output_signature=signature)
+        return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
+
+    @abc.abstractmethod
+    def num_input_examples(self, split: str) -> int:
+        """Returns the number of examples of a split; checks all files, and raises DataError."""
+
+    @abc.abstractmethod
+    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the features of the examples of one file that are in a split."""
+
+    @abc.abstractmethod
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        """Returns shape and dtype of each feature besides `document_id`."""
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Returns everything else that determines the examples, as JSON, for the digest."""
+
+    def _split_of(self, text: str, path: str) -> str:
+        if self.validation_fraction:
+            held_out = splits.in_validation(text, self.validation_fraction)
+            return "validation" if held_out else "train"
+        return next(split for split, paths in self._file_sets.items() if path in paths)
+
+    @functools.cached_property
+    def _file_sets(self) -> dict[str, frozenset[str]]:
+        return {split: frozenset(paths) for split, paths in self.files.items()}
+
+    @property
+    def _counts_file(self) -> pathlib.Path:
+        return pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
+
+
+def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
+    """Returns all files that match, sorted, without duplicates and directories."""
+    paths: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        full = os.path.abspath(os.path.join(_expanded(data_root or ""), _expanded(pattern)))
+        matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+        if not matches:
+            raise FileNotFoundError(
+                f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
+                f"relative one starts at {'data_root' if data_root else 'the working directory'}"
+            )
+        paths.update(matches)
+    if not paths:
+        raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
+    for path in sorted(paths):
+        documents.check_suffix(pathlib.Path(path))
+    return tuple(sorted(paths))
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
+
+
+def shorten(paths: Sequence[str], limit: int = 3) -> str:
+    """Returns the first paths and the number of the others, for an error message."""
+    shown = ", ".join(paths[:limit])
+    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedSource(DataSource, abc.ABC):
+    """Documents drawn at random, the same for the same fields."""
+
+    name: str
+    train_documents: int
+    seed: int
+
+    splits: ClassVar[tuple[str, ...]] = splits.SPLITS
+    validation_documents: ClassVar[int] = 1024
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """Everything that determines the documents."""
+
+    def texts(self, split: str) -> list[str]:
+        """Returns all documents of a split."""
+        raise NotImplementedError
+
+    def examples(self, split: str) -> dict[str, Sequence[str] | np.ndarray]:
+        """Returns {feature: values of all documents}; by default `text` and `document_id`."""
+        texts = self.texts(split)
+        ids = [f"{self.name}/{split}/{i}" for i in range(len(texts))]
+        return {"text": texts, "document_id": ids}
+
+    def num_input_examples(self, split: str) -> int:
+        return self.train_documents if split == "train" else self.validation_documents
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(self, split: str = "train", shuffle=True, seed=None, shard_info=None, **_):
+        """Returns a `tf.data.Dataset`; the documents are already in random order, in one shard."""
+        import tensorflow as tf
+
+        del shuffle, shard_info
+        return tf.data.Dataset.from_tensor_slices(self.examples(split))
