@@ -21,11 +21,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.config import gin_config
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
@@ -114,7 +114,7 @@ def train(
     program.check_extras()
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
-        run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
+        run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
         parent = phase.find_parent(run.checkpoints, initial)
         data = open_data(
@@ -201,9 +201,9 @@ def train(
             stop=stop,
         )
         # Everything that gin configures has been called by now, except functions that hooks call.
-        run.write_operative_config(gin_config.operative_config_str())
+        run.write_operative_config(gin.operative_config_str())
         loop.run()
-        run.write_operative_config(gin_config.operative_config_str())
+        run.write_operative_config(gin.operative_config_str())
     if primary:
         run_messages.summarise(run.path, loop, data)
     return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}

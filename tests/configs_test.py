@@ -210,7 +210,7 @@ def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
     def bindings(name):
         file = f"t5x_configs/experiments/code_mix/quickstart_{name}.gin"
         gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="launch.train:train")
-        text = gin_config.config_str()
+        text = gin.config_str()
         gin.clear_config()
         return {line for line in text.splitlines() if "phases" not in line and "'" not in line}
 

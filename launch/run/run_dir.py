@@ -134,7 +134,7 @@ def prepare(
 
     Args:
       path: the directory (MODEL_DIR).
-      config: gin_config.config_str().
+      config: gin.config_str().
       may_change: macros and bindings that a continued run may change.
       writer: whether this process writes; one per run.
 
