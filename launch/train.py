@@ -201,9 +201,9 @@ def train(
             stop=stop,
         )
         # Everything that gin configures has been called by now, except functions that hooks call.
-        run.write_operative_config(gin.operative_config_str())
+        run.write("operative_config.gin", gin.operative_config_str())
         loop.run()
-        run.write_operative_config(gin.operative_config_str())
+        run.write("operative_config.gin", gin.operative_config_str())
     if primary:
         run_messages.summarise(run.path, loop, data)
     return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
@@ -252,7 +252,7 @@ def _open_writers(
     return metric_writers.MultiWriter(
         [
             metric_writers.JsonlWriter(run.metrics, first_step=after),
-            metric_writers.TensorBoardWriter(run.tensorboard, first_step=after),
+            metric_writers.TensorBoardWriter(run.file("tensorboard"), first_step=after),
             *(make() for make in more),
         ]
     )

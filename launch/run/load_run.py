@@ -192,6 +192,14 @@ class RunConfig:
             )
 
 
+def load_frozen(
+    model: Any, checkpoint: str, frozen: Any, mesh: Mapping[str, int] | None, rules: str
+) -> contextlib.AbstractContextManager[LoadedRun]:
+    """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
+    config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
+    return config.load(checkpoint, params="ema" if frozen.use_ema else "raw")
+
+
 def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mapping[str, Any]]:
     """Returns the parameters on the shardings of `abstract`, and the run's record of them."""
     from trainers.checkpoints import step_dir

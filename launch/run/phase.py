@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from trainers.checkpoints import restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
@@ -26,7 +24,7 @@ class Parent:
       scope, data: see `InitialCheckpoint`.
       step: the step at which this run begins.
       learning_rate: learning rate of the parent's next update; None if the parent did not record it.
-      positions: the parent's position in each source (see TrainStream.positions); empty to begin at the beginnings.
+      positions: the parent's position in each source (see TrainStream.positions); empty for the beginnings.
     """
 
     path: str | None = None
@@ -49,17 +47,17 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
       FileNotFoundError, DamagedCheckpointError: the initial checkpoint is missing or damaged.
     """
     try:
-        own = step_dir.newest_good(checkpoints, _read_record)[1]["meta"]
+        own = step_dir.newest_good(checkpoints, step_dir.read_record)["meta"]
         return Parent(**own.get("initial", {}))
     except (FileNotFoundError, DamagedCheckpointError):
         pass  # A damaged checkpoint is reported when the state is restored.
     if not initial.path:
         return Parent()
-    path, record = step_dir.newest_good(initial.path, _read_record)
+    path, record = step_dir.newest_good(initial.path, lambda p: (p, step_dir.read_record(p)))
     meta = record["meta"]
     if initial.data == "continue" and "positions" not in meta:
         raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH: {path} does not say how far its run read its data, so that "
+            f"INITIAL_CHECKPOINT_PATH: {path} does not record its run's position in the data, so "
             "INITIAL_DATA = 'continue' is not possible: use 'restart'."
         )
     return Parent(
@@ -72,10 +70,6 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
     )
 
 
-def _read_record(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    return path, step_dir.read_record(path, step_dir.read_manifest(path))
-
-
 def restore_start(
     checkpointer: Any,
     program: Program,
@@ -83,20 +77,18 @@ def restore_start(
     parent: Parent,
     identity: Mapping[str, Any],
 ) -> tuple[restore.Restored, dict[str, Any]]:
-    """Restores or initialises the state of a run.
+    """Returns the state that a run starts from, and the facts to record with each of its checkpoints.
 
     Args:
       checkpointer: checkpointer of the run.
       program: makes the state.
-      initial: the start of the run while it has no checkpoint of its own.
+      initial: the start of a run without checkpoints of its own.
       parent: result of `find_parent`.
       identity: facts that the run's own checkpoints must agree on (`RunData.identity`).
 
-    Returns:
-      The state, and the facts to record with every checkpoint of the run.
-
     Raises:
-      ValueError: a parent with another vocabulary, or damaged in a way that changes the phase.
+      ValueError: a parent with another vocabulary or other beginnings of documents, or damaged in a way
+        that changes the phase.
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
     start = restore.restore_or_initialise(
@@ -131,7 +123,7 @@ def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
     if parent.scope == "phase" or parent.data == "continue" or moved:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {parent.path} is damaged, and {start.path} is at another place "
-            "of its data and schedule: name the step to start from."
+            "of its data and schedule: give the directory of the step to start from."
         )
     return dataclasses.replace(parent, path=str(start.path))
 

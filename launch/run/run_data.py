@@ -17,8 +17,7 @@ class RunData:
     """The opened data of a run.
 
     Attributes:
-      stream: the training stream.
-      eval_streams: held-out splits.
+      stream, eval_streams: the training stream and the held-out splits.
       total_steps: updates of the run.
       tasks: `data.tasks.summary()`; empty for a run without SeqIO tasks.
       repeats: warnings about sources that reach their maximum number of epochs.

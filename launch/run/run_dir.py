@@ -13,6 +13,7 @@ import datetime
 import fcntl
 import json
 import os
+import pathlib
 import platform
 import socket
 import subprocess
@@ -51,7 +52,7 @@ class RunDirectoryError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """Paths in a run's directory and the files that describe the run.
+    """A run's directory.
 
     Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
     another run in the same directory fails to start.
@@ -68,15 +69,11 @@ class RunDir:
 
     @property
     def checkpoints(self) -> str:
-        return os.path.join(self.path, "checkpoints")
-
-    @property
-    def tensorboard(self) -> str:
-        return os.path.join(self.path, "tensorboard")
+        return self.file("checkpoints")
 
     @property
     def metrics(self) -> str:
-        return os.path.join(self.path, "metrics.jsonl")
+        return self.file("metrics.jsonl")
 
     @property
     def started(self) -> bool:
@@ -94,10 +91,9 @@ class RunDir:
     def write(self, name: str, text: str) -> None:
         """Writes a small text file atomically."""
         if self.writer:
-            temporary = self.file(f".{name}.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self.file(name))
+            temporary = pathlib.Path(self.path, f".{name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.file(name))
 
     def record(self, **facts: Any) -> None:
         """Adds facts to run.json that are known only after the start (mesh, data, parameter count).
@@ -106,21 +102,17 @@ class RunDir:
           RunDirectoryError: `data_fingerprint` differs from its value at an earlier start of this run.
         """
         run = read_run(self.path)
-        earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
-        earlier = [fingerprint for fingerprint in earlier if fingerprint is not None]
+        starts = (*run.get("earlier", []), run)
+        recorded = [text for s in starts if (text := s.get("data_fingerprint")) is not None]
         new = facts.get("data_fingerprint")
-        if new is not None and earlier and earlier[-1] != new:
+        if new is not None and recorded and recorded[-1] != new:
             raise RunDirectoryError(
                 f"The data of the run in {self.path} has changed: its fingerprint was "
-                f"{earlier[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
+                f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
                 f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
             )
         self.write("run.json", _json({**run, **facts}))
-
-    def write_operative_config(self, text: str) -> None:
-        """Writes the bindings and defaults that were used; call it once everything is configured."""
-        self.write("operative_config.gin", text)
 
 
 def prepare(
@@ -139,8 +131,8 @@ def prepare(
       writer: whether this process writes; one per run.
 
     Raises:
-      RunDirectoryError: the directory holds a run of another configuration, or checkpoints of an
-        unknown one; the path is an address of an object store; another process is training in it.
+      RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is an
+        address of an object store; another process is training in it.
     """
     if "://" in path:
         raise RunDirectoryError(
@@ -188,10 +180,8 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{path} holds checkpoints but no config.gin, so that their run is unknown. Use another "
             "MODEL_DIR, or put the run's config.gin back."
         )
-    difference = None
     try:
-        if old is not None:
-            difference = config_diff.first_difference(old, config, may_change)
+        difference = old is not None and config_diff.first_difference(old, config, may_change)
     except config_diff.UnreadableConfigError as error:
         raise RunDirectoryError(
             f"{path}/config.gin cannot be read, so that the run in the directory is unknown: {error}. "
@@ -204,11 +194,9 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if run.writer:
-        previous = read_run(path) if run.started else {}
         facts = describe_process()
-        if previous:
-            earlier = previous.pop("earlier", [])
-            facts["earlier"] = [*earlier, previous]
+        if run.started and (previous := read_run(path)):
+            facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
         run.write("run.json", _json(facts))
 

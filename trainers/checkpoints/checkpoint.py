@@ -122,7 +122,7 @@ class Checkpointer:
         for step, path in step_dir.complete_steps(self._directory).items():
             metrics[step] = {}
             with contextlib.suppress(DamagedCheckpointError):  # Reported when the step is restored.
-                metrics[step] = step_dir.read_record(path, step_dir.read_manifest(path))["metrics"]
+                metrics[step] = step_dir.read_record(path)["metrics"]
         return metrics
 
     def step_path(self, step: int) -> epath.Path:

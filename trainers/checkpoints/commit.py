@@ -57,14 +57,11 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
         digests = pool.submit(manifest.digests, pending.blocks)  # Computed while Orbax writes.
         written()
         if agreement.is_primary():
-            record = json.dumps(pending.record, sort_keys=True, indent=1).encode() + b"\n"
-            step_dir.write_file(path / step_dir.META, record)
+            step_dir.write_record(path, pending.record)
         pending.barrier("written")
         names = step_dir.file_names(path)[jax.process_index() :: jax.process_count()]
-        part: dict[str, Any] = {
-            "digests": digests.result(),
-            "files": manifest.checksum_files(path, names),
-        }
+        files = {name: manifest.file_checksum(path / name) for name in names}
+        part: dict[str, Any] = {"digests": digests.result(), "files": files}
     parts = [part]
     if jax.process_count() > 1:
         part_paths = [path / f"part.{process}.json" for process in range(jax.process_count())]
@@ -81,8 +78,7 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
             for name, entry in pending.entries.items()
         }
         files = {name: (size, crc) for p in parts for name, (size, crc) in p["files"].items()}
-        step_dir.write_file(path / step_dir.MANIFEST, Manifest(arrays, files).to_bytes())
-        (path / step_dir.INCOMPLETE).unlink()
+        step_dir.complete(path, Manifest(arrays, files))
     pending.barrier("committed")
 
 
