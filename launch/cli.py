@@ -13,6 +13,7 @@ import difflib
 import errno
 import linecache
 import os
+import pathlib
 import runpy
 import sys
 import traceback
@@ -33,9 +34,9 @@ _by_console = False  # whether the script `espalier` started this process
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The flags and the loaded configuration of a command.
+    """The flags and the loaded configuration of a command; a call calls the entry function.
 
-    Calling it calls the entry function with its arguments from gin; keywords win over gin.
+    Its arguments are from gin; keywords win over gin.
     """
 
     flags: argparse.Namespace
@@ -45,7 +46,7 @@ class Start:
         return self.config.entry(**overrides)
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the arguments that gin binds to the entry function, for commands that need some of them."""
+        """Returns the entry function's arguments, for commands that need only some of them."""
         return self.config.arguments()
 
 
@@ -61,22 +62,20 @@ def main(
     part: bool = False,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
-
-    See `status_of` for the exit status.
+    """Runs an entry point: flags, environment, gin, then the entry function. Returns the exit status, see `status_of`.
 
     Args:
       doc: help text; the first line is the description, the rest follows the flags.
       entry: 'package.module:function', the keyword-only function that gin configures. It is imported by
         this name, never as `__main__`, after the flags are parsed.
-      extra_flags: adds this entry point's own flags to the parser.
+      extra_flags: adds the command's own flags to the parser.
       run: called with the `Start` instead of the entry function.
-      default_files: returns, from the flags, gin files that are read before those of --gin_file, such as the
+      default_files: returns, from the flags, gin files to read before the files of --gin_file, such as the
         configuration in a checkpoint's run directory. They are not trusted: they may use only harmless
         names (launch/config/gin_trust.py).
-      command: name of this entry point, if it is not the module of `entry`.
-      unused: macros of `entry` that do not matter here, with values to use if they are not set.
-      part: whether the command uses only a part of the configuration of a training run.
+      command: name of the command, if it is not the module of `entry`.
+      unused: see `gin_config.load`.
+      part: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = _program(f"launch.{command}" if command else entry.partition(":")[0])
@@ -88,9 +87,7 @@ def main(
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
 
     def call() -> Any:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=argv is None)
         environment.check_packages()
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
@@ -127,7 +124,7 @@ def run_command(
     huge_pages: bool = True,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs a command that takes no gin configuration: flags, environment, then the work.
+    """Runs a command without gin configuration: flags, environment, then the work. Returns the exit status.
 
     Args:
       doc: help text, as in `main`.
@@ -137,18 +134,13 @@ def run_command(
       usage: usage text instead of argparse's.
       huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
       argv: arguments instead of the process's own; the process is then not restarted.
-
-    Returns:
-      The exit status.
     """
     parser = make_parser(doc, _program(f"launch.{command}"), usage=usage)
     add_flags(parser)
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        if argv is None and huge_pages:
-            environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=argv is None and huge_pages)
         environment.check_packages()
         return work(flags)
 
@@ -175,7 +167,7 @@ def status_of(call: Callable[[], Any]) -> int:
 
 
 def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = None) -> int:
-    """Runs the sub-command that the first argument names, as a program with the arguments after it.
+    """Runs the sub-command that the first argument names, as a program with the remaining arguments.
 
     Args:
       doc: help text of the command.
@@ -183,7 +175,7 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
       default: module that runs when the first argument is a flag.
 
     Returns:
-      The exit status: 2 for an unknown sub-command; a sub-command exits with its own.
+      The exit status: 2 for an unknown sub-command; a sub-command exits with its own status.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if default is not None and name is not None and name.startswith("-"):
@@ -225,27 +217,20 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 def command_names() -> list[str]:
     """Returns the names of the modules in this folder that are commands."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    commands = []
-    for file in sorted(os.listdir(folder)):
-        if file.endswith(".py"):
-            with open(os.path.join(folder, file), encoding="utf-8") as source:
-                if "\nif __name__ == " in source.read():
-                    commands.append(file.removesuffix(".py"))
-    return commands
+    files = sorted(pathlib.Path(environment.ROOT, "launch").glob("*.py"))
+    return [file.stem for file in files if "\nif __name__ == " in file.read_text("utf-8")]
 
 
 def summary(module: str) -> str:
     """Returns the first line of a module's docstring, without importing the module."""
-    path = os.path.join(environment.ROOT, *module.split(".")) + ".py"
-    with open(path, encoding="utf-8") as source:
-        return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
+    path = pathlib.Path(environment.ROOT, *module.split(".")).with_suffix(".py")
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def papers_with(module: str) -> list[str]:
     """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
-    folder = os.path.join(environment.ROOT, "launch", "papers")
-    return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
+    folder = pathlib.Path(environment.ROOT, "launch", "papers")
+    return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -77,7 +77,7 @@ def _run(flags: argparse.Namespace) -> None:
         raise ValueError("--from goes with --to_hf, --from_hf and --from_gguf with --to.")
     for name in ("family", "shard_size", "params", "gin_file"):
         if flags.to_hf is None and getattr(flags, name):
-            raise ValueError(f"--{name} is of --to_hf: leave it out.")
+            raise ValueError(f"--{name} is only for --to_hf: remove it.")
     if flags.to_hf is not None:
         _export(flags, _bytes(flags.shard_size or "5GB"))
         return
@@ -106,7 +106,7 @@ def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
     if not match or not int(match[1]):
-        raise ValueError(f"--shard_size={text} is no size: give one as 500MB or 5GB.")
+        raise ValueError(f"--shard_size={text} is not a size: give a size such as 500MB or 5GB.")
     return int(match[1]) * _UNITS[match[2] or ""]
 
 

@@ -163,26 +163,20 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
             f"--cache_policy={flags.cache_policy} reads the answer that it is to generate: it is for "
             "experiments. Choose another."
         )
+    same = ("checkpoint", "params", "seed", "cache_dtype", "prefill_chunk", "batch_size")
     return {
-        "checkpoint": flags.checkpoint,
-        "params": flags.params,
+        **{name: getattr(flags, name) for name in same},
         "settings": settings,
         "eos_ids": None if flags.eos_id is None else tuple(id for id in flags.eos_id if id >= 0),
         "stops": tuple(flags.stop),
-        "seed": flags.seed,
         "policy": policy,
         "policy_name": " ".join([flags.cache_policy, *flags.cache]),
-        "cache_dtype": flags.cache_dtype,
-        "prefill_chunk": flags.prefill_chunk,
-        "batch_size": flags.batch_size,
     }
 
 
 def _check(flags: argparse.Namespace) -> None:
-    files = (flags.inputs, flags.output)
-    if (flags.prompt is None) == (files == (None, None)) or (None in files) != (
-        files == (None,) * 2
-    ):
+    files = [flags.inputs is not None, flags.output is not None]
+    if any(files) != all(files) or any(files) == (flags.prompt is not None):
         raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
     beams = setting_flags.given(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams

@@ -42,8 +42,7 @@ def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
-        environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=True)
         environment.check_packages()
         register()
         from lm_eval.__main__ import cli_evaluate

@@ -84,8 +84,7 @@ def add(
 
     Args:
       group: parser or group of flags.
-      target: see `settings_of`.
-      names: see `settings_of`.
+      target, names: see `settings_of`.
       optional: whether flags of settings without a default may be omitted.
     """
     for name, setting in settings_of(target, names).items():

@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=argv is None)
         return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
 
     return cli.status_of(call)

@@ -31,11 +31,11 @@ _TIMEOUT_SECONDS = 1200
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Keeps the latest steps and also the best steps by a metric.
+    """Which steps to keep: the latest ones, and the best ones by a metric.
 
     Attributes:
-      keep_last: the number of latest steps to keep; None keeps all.
-      keep_best: the number of best steps to keep, among the steps saved with `metric`.
+      keep_last: number of latest steps; None for all.
+      keep_best: number of best steps, among the steps saved with `metric`.
       metric: a key of the metrics saved with a step.
       mode: 'min' or 'max'; NaN is never best.
     """
@@ -89,7 +89,7 @@ class Checkpointer:
         Args:
           directory: holds one directory per step; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
-          asynchronous: whether a thread finishes saves; otherwise `save` returns when all files are written.
+          asynchronous: whether a thread finishes saves; otherwise `save` does.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)
@@ -146,11 +146,11 @@ class Checkpointer:
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
-          meta: JSON facts about the run (see `restore_latest`).
+          meta: JSON facts about the run.
           metrics: metrics of this step, including the metric that ranks steps.
 
         Returns:
-          False if the step was already saved, else True.
+          Whether the step was not saved before.
 
         Raises:
           CheckpointSaveError: this save could not begin, or the previous save failed.
@@ -201,12 +201,11 @@ class Checkpointer:
         try:
             self._delete(self._retention.superfluous(self._metrics))
         except (OSError, ValueError) as error:  # the new step is still good
-            _log.warning(
-                "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
-                self._directory,
-                type(error).__name__,
-                error,
+            reason = f"{type(error).__name__}: {error}"
+            message = (
+                "could not delete an old step in %s (%s); it stays until the run starts again."
             )
+            _log.warning(message, self._directory, reason)
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
@@ -222,11 +221,7 @@ class Checkpointer:
                 step_dir.remove(self.step_path(step))
 
     def wait(self) -> None:
-        """Waits until the last save is committed.
-
-        Raises:
-          CheckpointSaveError: the save failed.
-        """
+        """Waits until the last save is committed; raises CheckpointSaveError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -242,17 +237,13 @@ class Checkpointer:
     def restore_latest(
         self, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
     ) -> Restored | None:
-        """Restores the latest good step onto the shardings of `abstract_state`, verified.
+        """Returns the latest good step, see `restore_state`; None if no step is saved.
 
         Newer, damaged steps are renamed to `<step>.aside`, with one warning.
 
-        Returns:
-          The restored state; None if no step is saved.
-
         Raises:
           DamagedCheckpointError: steps are saved, but none is good.
-          RunMismatchError: the step does not have the values of `expected_meta`.
-          CheckpointMismatchError: the step is of another model or optimiser.
+          RunMismatchError, CheckpointMismatchError: see `restore_state`.
         """
         self.wait()
         damaged: dict[int, DamagedCheckpointError] = {}

@@ -25,14 +25,14 @@ class CheckpointSaveError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A save in progress, as seen by this process.
+    """This process's part of a save in progress.
 
     Attributes:
       path: the step directory.
       record: the contents of meta.json.
       entries: shape and dtype of each array.
       blocks: host copies of the blocks that this process writes.
-      barrier: function that waits until all processes have called it with the same name.
+      barrier: waits until all processes have called it with the same name.
     """
 
     path: epath.Path
@@ -47,7 +47,7 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
 
     Args:
       pending: the save.
-      written: function that waits until Orbax has written the arrays of all processes.
+      written: waits until Orbax has written the arrays of all processes.
 
     Raises:
       OSError, ValueError, RuntimeError: a file could not be written; the step is incomplete.
@@ -83,7 +83,7 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
 
 
 def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> CheckpointSaveError:
-    """Returns the error that says why a step was not saved and which step is still good."""
+    """Returns an error with the reason and with the newest of the `good` steps."""
     text = str(error)
     full = getattr(error, "errno", None) in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS)
     if full and "://" not in os.fspath(path):

@@ -203,11 +203,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Parses a manifest.
-
-        Raises:
-          ValueError: the bytes differ from the result of `to_bytes`.
-        """
+        """Parses a manifest; raises ValueError unless the bytes are a result of `to_bytes`."""
         try:
             body = json.loads(data)
             if body["version"] != _VERSION:
@@ -216,8 +212,9 @@ class Manifest:
                 name: ArrayEntry(tuple(x["shape"]), x["dtype"], int(x["digest"], 16))
                 for name, x in body["arrays"].items()
             }
-            files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
-            manifest = cls(arrays, files)
+            manifest = cls(
+                arrays, {name: (size, crc) for name, (size, crc) in body["files"].items()}
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"is not a manifest ({type(error).__name__}: {error})") from error
         if manifest.to_bytes() != data:

@@ -81,7 +81,7 @@ def complete_steps(directory: epath.Path) -> dict[int, epath.Path]:
 
 
 def file_names(path: epath.Path) -> list[str]:
-    """Returns the files of a step that its manifest covers, as paths below the step directory."""
+    """Returns the files that a manifest covers, as paths below the step directory."""
     names: list[str] = []
     folders = [path / STATE]
     while folders:

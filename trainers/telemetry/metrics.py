@@ -5,7 +5,7 @@ over microbatches, steps or hosts gives the same quotient. Metrics are fetched o
 next step does not wait for them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
 
 
 def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """Returns the quotients as floats, without metrics whose weight is 0 (a domain without tokens).
+    """Returns the quotients of host metrics as floats, without metrics of weight 0 (a domain without tokens).
 
     Args:
       pairs: metrics on the host.
@@ -35,12 +35,8 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
     values = {}
     for name, (total, weight) in pairs.items():
         total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
-        labels: Iterable[str]
-        if total.ndim == 0:
-            labels = [name]
-        else:
-            parts = (names or {}).get(name) or range(total.size)
-            labels = [f"{name}/{part}" for part in parts]
+        parts = (names or {}).get(name) or range(total.size)
+        labels = [f"{name}/{part}" for part in parts] if total.ndim else [name]
         for label, t, w in zip(labels, total.ravel(), weight.ravel(), strict=True):
             if w:
                 values[label] = float(t / w)
@@ -48,7 +44,7 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
 
 
 class LateFetch:
-    """Holds the newest step's device metrics and returns the previous step's.
+    """Holds the newest step's device metrics and returns the previous step's metrics.
 
     Copies to the host start at once, and are awaited only when the next step is running.
     """
@@ -65,7 +61,7 @@ class LateFetch:
         return self._fetch(previous)
 
     def flush(self) -> tuple[int, Any] | None:
-        """Returns the (step, host metrics) that is still held, if any."""
+        """Returns (step, host metrics) of the newest step, if any."""
         previous, self._waiting = self._waiting, None
         return self._fetch(previous)
 

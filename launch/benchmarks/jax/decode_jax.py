@@ -144,8 +144,7 @@ class Ours:
 
 
 def main(folder: str) -> None:
-    environment.restart_with_huge_pages()
-    environment.prepare()
+    environment.prepare(restart=True)
     from launch.benchmarks import decode_case
 
     ours = Ours(folder)

@@ -19,8 +19,7 @@ from launch import environment
 
 
 def main(folder: str, steps: int) -> None:
-    environment.restart_with_huge_pages()
-    environment.prepare()
+    environment.prepare(restart=True)
     os.environ["ESPALIER_CACHE"] = f"{folder}/cache"
     from launch import cli
     from launch.run import reference

@@ -19,8 +19,7 @@ MIXTURE_FILES = ("t5x_configs/models/mixtral_8x7b.gin", "t5x_configs/runs/pretra
 
 
 def main(folder: str, steps: int) -> None:
-    environment.restart_with_huge_pages()
-    environment.prepare()
+    environment.prepare(restart=True)
     import jax
     import numpy as np
 
