@@ -45,10 +45,6 @@ class Start:
     def __call__(self, **overrides: Any) -> Any:
         return self.config.entry(**overrides)
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the entry function's arguments, for commands that need only some of them."""
-        return self.config.arguments()
-
 
 def main(
     doc: str,

@@ -1,7 +1,6 @@
 """Weights from Hugging Face checkpoints and GGUF files into runs, and from runs to Hugging Face.
 
-Example; the run it makes is taken by every command as --checkpoint, and by training as
-INITIAL_CHECKPOINT_PATH:
+Example; every command reads the new run as --checkpoint, and training as INITIAL_CHECKPOINT_PATH:
 
   python -m launch.convert --from_hf=/models/SmolLM2-135M --to=/tmp/smollm2
   python -m launch.score --checkpoint=/tmp/smollm2 --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
@@ -9,9 +8,8 @@ INITIAL_CHECKPOINT_PATH:
 
   python -m launch.convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
 
-Weights go through memory a layer at a time. Tensors that are missing or that nothing explains are
-errors, pickles are not read, and code that comes with a checkpoint is never run. A conversion that is
-cut short leaves nothing at its target.
+Weights are read a layer at a time. Missing and unknown tensors are errors, pickles are not read, and code
+of a checkpoint is never run. An interrupted conversion leaves nothing at its target.
 """
 
 import argparse
@@ -48,14 +46,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the written weights (default: what the source has; float32 of GGUF)",
+        help="of the written weights (default: the source's; float32 for GGUF)",
     )
     export = parser.add_argument_group("of --to_hf")
     export.add_argument(
-        "--family", metavar="NAME", help="model_type (default: the one it came from, or that fits)"
+        "--family", metavar="NAME", help="model_type (default: of its origin, or one that fits)"
     )
     export.add_argument(
-        "--shard_size", metavar="SIZE", help="most data in a file, as 500MB (default 5GB)"
+        "--shard_size", metavar="SIZE", help="largest size of a file, such as 500MB (default 5GB)"
     )
     export.add_argument(
         "--params",
@@ -68,7 +66,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="configuration of a step that has none beside it; repeatable",
+        help="configuration of a step without config.gin; repeatable",
     )
 
 

@@ -14,13 +14,12 @@ import argparse
 import contextlib
 import fnmatch
 import functools
-import os
 import pathlib
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch import cli
 
@@ -31,13 +30,6 @@ if TYPE_CHECKING:
 # Seconds to wait for the runs of a killed sweep to save.
 _SAVING_SECONDS = 60.0
 _LISTED = 10
-
-
-def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the rows of finished runs; see launch/sweeping/results.py."""
-    from launch.sweeping import results
-
-    return results.read_results(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,15 +73,8 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
 _SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}
 
 # Entry functions, with the arguments that their commands always pass from flags.
-FLAGS: dict[str, tuple[str, ...]] = {
-    "launch.evaluation.held_out.evaluate": (
-        "checkpoint",
-        "params",
-        "tasks",
-        "max_batches",
-        "json_file",
-    ),
-}
+_OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
+FLAGS: dict[str, tuple[str, ...]] = {"launch.evaluation.held_out.evaluate": _OF_EVALUATE}
 
 
 def passed(owner: Any, parameter: str) -> tuple[str, ...]:

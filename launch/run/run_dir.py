@@ -10,7 +10,6 @@ metrics.jsonl, tensorboard/, checkpoints/<step>/
 
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import pathlib
@@ -25,6 +24,7 @@ from typing import IO, Any
 from launch import environment
 from launch.config import config_diff
 from launch.config.gin_source import ROOT
+from launch.run import locks
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
@@ -116,11 +116,7 @@ class RunDir:
 
 
 def prepare(
-    path: str,
-    config: str,
-    *,
-    may_change: Iterable[str] = MAY_CHANGE,
-    writer: bool = True,
+    path: str, config: str, *, may_change: Iterable[str] = MAY_CHANGE, writer: bool = True
 ) -> RunDir:
     """Creates the directory, or checks that the run in it has the same configuration.
 
@@ -140,35 +136,14 @@ def prepare(
             "processes see: mount the bucket and give the folder, or use a shared file system."
         )
     path = os.path.abspath(os.path.expanduser(path))
-    run = RunDir(path, writer, _lock(path) if writer else None)
+    holder = "is training there. Stop it, or use another MODEL_DIR."
+    run = RunDir(path, writer, locks.lock(path, holder, RunDirectoryError) if writer else None)
     try:
         _continue(run, config, tuple(may_change))
     except BaseException:
         run.close()
         raise
     return run
-
-
-def _lock(path: str) -> IO[str] | None:
-    """Locks a run's directory until this process ends."""
-    os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise RunDirectoryError(
-            f"{path} is in use: {holder} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
-    except OSError:  # a file system without locks
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:

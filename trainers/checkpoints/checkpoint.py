@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import multihost
 
 from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
-from trainers.checkpoints.commit import CheckpointSaveError, Pending, commit, save_error
+from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from trainers.checkpoints.restore import Restored, restore_state
 
@@ -71,7 +71,7 @@ class Retention:
         return sorted(set(metrics) - keep)
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """The checkpoints of one run. Only its training processes may open it; other readers use restore.py."""
 
     def __init__(
@@ -173,28 +173,26 @@ class Checkpointer:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(path, error) from error
-        pending = Pending(
-            path=path,
-            record=record,
-            entries={name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()},
-            blocks={name: manifest.owned_blocks(array) for name, array in arrays.items()},
-            barrier=lambda name: self._numbered_barrier(
-                key=f"checkpoint.{name}", timeout_ms=_TIMEOUT_SECONDS * 1000
-            ),
-        )
-        self._thread = threading.Thread(target=self._finish, args=(pending,), name="checkpoint")
+        entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
+        blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
+        arguments = (path, record, entries, blocks)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
         self._thread.start()
         if not self._asynchronous:
             self.wait()
         return True
 
-    def _finish(self, pending: Pending) -> None:
+    def _finish(self, path: epath.Path, record: Mapping[str, Any], *arrays: Any) -> None:
+        def barrier(name: str) -> None:
+            self._numbered_barrier(key=f"checkpoint.{name}", timeout_ms=_TIMEOUT_SECONDS * 1000)
+
+        written = self._orbax.wait_until_finished
         try:
-            commit(pending, self._orbax.wait_until_finished)
-            self._metrics[pending.record["step"]] = pending.record["metrics"]
+            commit(path, record, *arrays, written=written, barrier=barrier)
+            self._metrics[record["step"]] = record["metrics"]
             self._make_room()
         except BaseException as error:  # The next call of `save`, `wait` or `check` raises it.
-            self._error = self._failed(pending.path, error)
+            self._error = self._failed(path, error)
             self._error.__cause__ = error
 
     def _make_room(self) -> None:
@@ -284,9 +282,6 @@ class Checkpointer:
             except Exception as error:
                 # An Orbax error here belongs to a save whose failure has already been raised.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
-
-    def __enter__(self) -> "Checkpointer":
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

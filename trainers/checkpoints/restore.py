@@ -100,10 +100,7 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
 
 
 def restore_state(
-    path: str | os.PathLike,
-    abstract_state: Any,
-    *,
-    expected_meta: Mapping[str, Any] | None = None,
+    path: str | os.PathLike, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
 ) -> Restored:
     """Returns a whole state, restored onto the shardings of `abstract_state` and verified.
 

@@ -19,11 +19,7 @@ from trainers.checkpoints import state_tree
 from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import Manifest
-from trainers.checkpoints.restore_params import (
-    CheckpointMismatchError,
-    as_saved,
-    restore_params,
-)
+from trainers.checkpoints.restore_params import CheckpointMismatchError, as_saved, restore_params
 
 _log = logging.getLogger(__name__)
 
