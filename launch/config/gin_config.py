@@ -93,9 +93,8 @@ def load(
     """
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
-    bindings = [*bindings, *_placeholders(unused, bindings, read)]
     checked, bindings = _check(
-        bindings, read, entry=function, entry_name=name, fragment=False, part=part
+        bindings, read, unused, entry=function, entry_name=name, fragment=False, part=part
     )
     if checked.problems:
         raise ConfigError(checked.problems)
@@ -120,49 +119,33 @@ def load(
     )
 
 
-def _placeholders(unused, bindings, read: Callable[..., Checked]) -> list[str]:
-    """Returns bindings for the `unused` macros that are read but not set."""
-    if not unused:
-        return []
-    checked = read(fragment=True)
-    set_here = {binding.partition("=")[0].strip() for binding in bindings}
-    return [
-        f"{name}={value}"
-        for name, value in unused.items()
-        if name not in set_here and name in checked.macros_read and _is_open(name, checked)
-    ]
-
-
 def _is_open(name: str, checked: Checked) -> bool:
     return name not in checked.macros or is_required(checked.macros[name].value)
 
 
-def problems(
-    files: Sequence[str] = (),
-    bindings: Sequence[str] = (),
-    search_paths: Sequence[str] = (),
-    entry: Callable | str | None = None,
-    fragment: bool = False,
-) -> list[Problem]:
-    """Returns the problems for which `load` would raise, without changing gin.
+def _check(
+    bindings: Sequence[str],
+    read: Callable[..., Checked],
+    unused: Mapping[str, str] | None = None,
+    **how: Any,
+) -> tuple[Checked, list[str]]:
+    """Returns the checked configuration, and the bindings in gin syntax, `unused` macros included.
 
-    With `fragment`, the files are only a part of a configuration (a model, a data mixture), and other files may define
-    or read its macros.
+    The files are first read without bindings: whether a bare word is a string depends on their values.
     """
-    function, name = _entry(entry)
-    read = functools.partial(gin_check.check, files, search_paths=search_paths)
-    checked, _ = _check(bindings, read, entry=function, entry_name=name, fragment=fragment)
-    return checked.problems
-
-
-def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
-    """Reads the files without bindings first: whether a bare word is a string depends on their values."""
-    from_files = read(fragment=True).macros if bindings else {}
+    unused = unused or {}
+    from_files = read(fragment=True) if bindings or unused else Checked()
+    set_here = {binding.partition("=")[0].strip() for binding in bindings}
+    placeholders = [
+        f"{name}={value}"
+        for name, value in unused.items()
+        if name not in set_here and name in from_files.macros_read and _is_open(name, from_files)
+    ]
     malformed: list[Problem] = []
     normal = []
-    for binding in bindings:
+    for binding in [*bindings, *placeholders]:
         try:
-            normal.append(_normalise(binding, from_files))
+            normal.append(_normalise(binding, from_files.macros))
         except ValueError as error:
             malformed.append(Problem(Place(f"--gin.{binding}"), str(error)))
     checked = read(normal, **how)
