@@ -4,13 +4,13 @@ Only the host copies of the arrays block the loop; a thread computes digests and
 deletes old steps. The state may be donated as soon as `save` returns.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -95,8 +95,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._directory = step_dir.absolute(directory)
         self._asynchronous = asynchronous
         self._saves = 0
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None  # the last save
         self._wait_at_barrier = multihost.get_barrier_sync_fn()
         self._orbax = ocp.AsyncCheckpointer(
             array_files.handler(),
@@ -175,9 +175,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise self._failed(path, error) from error
         entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
         blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
-        arguments = (path, record, entries, blocks)
-        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
-        self._thread.start()
+        self._pending = self._pool.submit(self._finish, path, record, entries, blocks)
         if not self._asynchronous:
             self.wait()
         return True
@@ -192,18 +190,14 @@ class Checkpointer(contextlib.AbstractContextManager):
             self._metrics[record["step"]] = record["metrics"]
             self._make_room()
         except BaseException as error:  # The next call of `save`, `wait` or `check` raises it.
-            self._error = self._failed(path, error)
-            self._error.__cause__ = error
+            raise self._failed(path, error) from error
 
     def _make_room(self) -> None:
         try:
             self._delete(self._retention.superfluous(self._metrics))
         except (OSError, ValueError) as error:  # the new step is still good
-            reason = f"{type(error).__name__}: {error}"
-            message = (
-                "could not delete an old step in %s (%s); it stays until the run starts again."
-            )
-            _log.warning(message, self._directory, reason)
+            text = f"could not delete an old step in {self._directory} ({type(error).__name__}: {error})"
+            _log.warning("%s; it stays until the run starts again.", text)
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
@@ -220,16 +214,13 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def wait(self) -> None:
         """Waits until the last save is committed; raises CheckpointSaveError if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def check(self) -> None:
         """Raises the error of a failed background save; does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def restore_latest(
@@ -277,6 +268,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         try:
             self.wait()
         finally:
+            self._pool.shutdown()
             try:
                 self._orbax.close()
             except Exception as error:
