@@ -146,8 +146,8 @@ def run_command(
 def status_of(call: Callable[[], Any]) -> int:
     """Calls `call` and returns the exit status, by the same rules for all commands.
 
-    An integer result is the status. A mapping with a true 'interrupted' gives 75, any other result 0. An error in the
-    input is printed and gives 2. Any other error is a bug, and is raised.
+    An integer result is the status. It is 75 for a mapping with a true 'interrupted', 0 for any other result, and 2
+    after an error in the input, which is printed. Any other error is a bug, and is raised.
     """
     try:
         result = call()
@@ -249,7 +249,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 
 def _program(module: str) -> str:
-    """Returns the program's name for its help text, `espalier NAME` or `python -m launch.NAME`, as it was started."""
+    """Returns the program's name in help texts, `espalier NAME` or `python -m launch.NAME`."""
     return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
 
 
@@ -268,7 +268,7 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         dest="_binding",
         metavar="VALUE",
         help="sets the macro or binding NAME last, in gin syntax: --gin.TRAIN_STEPS=100, "
-        "--gin.MODEL_DIR='\"/tmp/run\"'; a plain path or name may be given without quotes",
+        "--gin.MODEL_DIR='\"/tmp/run\"'; a plain path or name needs no quotes",
     )
     config.add_argument(
         "--gin_search_paths",
@@ -299,7 +299,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
     if not complete:
         parser.error(
             "--coordinator_address, --process_count and --process_index go together "
-            "(or --coordinator_address=auto alone)"
+            "(or use only --coordinator_address=auto)"
         )
     return flags, bindings
 

@@ -33,8 +33,8 @@ sliding        the last tokens: window=4096
 streaming_llm  the first and the last: capacity=1024 sinks=4 renumber=True
 snapkv         what the prompt's end attends to:
                capacity=1024 window=32 kernel=7 pooling=max group_vote=mean
-pyramidkv      snapkv, more in shallow layers: those of snapkv, beta=20.0
-adakv          snapkv, shared among heads: those of snapkv, safeguard=0.2
+pyramidkv      snapkv, more in shallow layers: the settings of snapkv, beta=20.0
+adakv          snapkv, shared among heads: the settings of snapkv, safeguard=0.2
 h2o            what all of the prompt attends to: capacity=1024 window=None group_vote=mean
 tova           what the last token attends to: capacity=1024
 random         a control: capacity=1024 window=32 seed=0"""
@@ -71,7 +71,7 @@ def run(start: cli.Start) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags in groups, after those of files of rows."""
+    """Adds the flags of the command."""
     load_run.add_row_flags(parser, required=False)
     group = parser.add_argument_group("output")
     group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
@@ -144,13 +144,13 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     from model.kv_cache.policies import policy_from_text
 
     _check(flags)
-    beams = setting_flags.given(flags, Beams)
+    beams = setting_flags.read(flags, Beams)
     if "early_stopping" in beams:
         beams["early_stopping"] = _EARLY[beams["early_stopping"]]
     settings = Settings(
-        **setting_flags.given(flags, Settings, names=_SIZES),
+        **setting_flags.read(flags, Settings, names=_SIZES),
         beams=Beams(**beams) if beams else None,
-        sampling=dataclasses.replace(Settings().sampling, **setting_flags.given(flags, Sampling)),
+        sampling=dataclasses.replace(Settings().sampling, **setting_flags.read(flags, Sampling)),
     )
     policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
     if policy.future:
@@ -173,7 +173,7 @@ def _check(flags: argparse.Namespace) -> None:
     files = [flags.inputs is not None, flags.output is not None]
     if any(files) != all(files) or any(files) == (flags.prompt is not None):
         raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
-    beams = setting_flags.given(flags, Beams)
+    beams = setting_flags.read(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams
     if flags.stream and (flags.prompt is None or several):
         raise LoadError(

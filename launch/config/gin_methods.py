@@ -71,15 +71,13 @@ def without_effect(
         ]
         if not effective:
             text = "has no effect: this run uses nothing that only this file binds"
-            remedy = (
-                "It belongs to another kind of run or model, or another method takes its place."
-            )
+            remedy = "It is for another kind of run or model, or another method replaces it."
             problems.append(Problem(place, text, remedy))
             continue
         undone_by = [*files, ""][effective[-1] + 1]
         refined = file in checked.includes.get(undone_by, ()) or undone_by in checked.replaces
         if is_method(undone_by) and not refined:
-            text = f"has no effect: {undone_by} takes the place of everything that it binds"
+            text = f"has no effect: {undone_by} replaces everything that it binds"
             problems.append(Problem(place, text, "Use one of the two."))
     return problems
 

@@ -1,7 +1,7 @@
 """Follows the references of a checked gin configuration from the entry point, as gin would.
 
-Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of the binding that holds it; the value of a
-macro is evaluated in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
+Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of its binding; the value of a macro is evaluated
+in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
 The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
 
 A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`). These win over gin, so a binding

@@ -189,7 +189,7 @@ class Reader:
                 elif isinstance(statement, config_parser.BindingStatement):
                     self._bind(statement, place, symbols)
                 else:
-                    self.problem(place, "only NAME=VALUE can be given on the command line")
+                    self.problem(place, "only NAME=VALUE can be set on the command line")
 
     def _read(self, text: str, name: str, symbols: dict, including: tuple[str, ...]) -> None:
         for statement in gin_source.parse(text, name):

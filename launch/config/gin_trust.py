@@ -81,7 +81,7 @@ class Trust:
     def _error(self, verb: str, name: str, module: str) -> tuple[str, str]:
         own = f"import {module} in a gin file of your own that you give too, or "
         return (
-            f"a configuration found beside a checkpoint may not {verb} '{name}', which could run "
+            f"a configuration beside a checkpoint may not {verb} '{name}', which could run "
             "anything",
             f"If you know the code, {'' if _inside(module, PACKAGES) else own}give the whole file: "
             f"--gin_file={self.file}",

@@ -1,8 +1,7 @@
 """Writes gin text that builds a model, for the configuration of imported weights.
 
 A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
-dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with
-several settings (say, norms of two kinds) gets a scope for each.
+dataclasses as values. A class with several settings (such as norms of two kinds) has a gin scope for each.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Evaluates a checked gin configuration without gin, so that it cannot mix with the configuration of this process.
+"""Evaluates a checked gin configuration without gin, separately from the configuration of this process.
 
 Gin has one configuration per process, and every scope inherits the bindings without a scope. If another run's model were
 read into a scope, it would inherit this run's bindings for every argument that its own file does not bind: a dense
-teacher would get the student's factors. This module evaluates the other run's configuration separately.
+teacher would get the student's factors.
 
-The rules are gin's: the bindings of the current scope and of those around it apply, inner ones win; `@x/f` is called in
+The rules are gin's: bindings of the current scope and of the scopes around it apply, inner ones win; `@x/f` is called in
 the scope `x`; the value of `%NAME` is evaluated in the scope `NAME`; a caller's arguments win over bindings.
 """
 

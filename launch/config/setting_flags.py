@@ -1,4 +1,4 @@
-"""Makes flags from the parameters of dataclasses and functions, so that types, defaults and help texts have one source.
+"""Makes flags from the parameters of dataclasses and functions: types, defaults and help texts have one source.
 
 A library such as simple-parsing reads only dataclasses, with help texts from comments beside the fields, and adds a
 quarter of a second to every --help.
@@ -78,7 +78,7 @@ def _texts(target: Any) -> dict[str, str]:
 def add(
     group: Any, target: Any, *, names: Collection[str] | None = None, optional: bool = False
 ) -> None:
-    """Adds a flag for each setting of a dataclass or function; `given` reads them.
+    """Adds a flag for each setting of a dataclass or function; `read` reads them.
 
     A flag that the user does not set is absent from the parsed flags, so that only `target` has defaults.
 
@@ -103,7 +103,7 @@ def add(
         group.add_argument(f"--{name}", **options)
 
 
-def given(
+def read(
     flags: argparse.Namespace, target: Callable[..., Any], names: Collection[str] | None = None
 ) -> dict[str, Any]:
     """Returns the arguments of a dataclass or function that the user set by flags, by name."""

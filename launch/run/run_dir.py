@@ -152,14 +152,14 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
     old = _read(run.file("config.gin")) if run.started else None
     if old is None and run.has_checkpoints:
         raise RunDirectoryError(
-            f"{path} holds checkpoints but no config.gin, so that their run is unknown. Use another "
+            f"{path} holds checkpoints but no config.gin, so their run is unknown. Use another "
             "MODEL_DIR, or put the run's config.gin back."
         )
     try:
         difference = old is not None and config_diff.first_difference(old, config, may_change)
     except config_diff.UnreadableConfigError as error:
         raise RunDirectoryError(
-            f"{path}/config.gin cannot be read, so that the run in the directory is unknown: {error}. "
+            f"{path}/config.gin cannot be read, so the run in the directory is unknown: {error}. "
             f"Use another MODEL_DIR, or put the run's config.gin back."
         ) from None
     if difference:

@@ -121,7 +121,7 @@ def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     return (
         _name("too long", count / records),
         f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
-        f"(first: {facts['first']['prompt_too_long']}); a larger one keeps more",
+        f"(first: {facts['first']['prompt_too_long']}); a larger one drops fewer",
     )
 
 
@@ -136,7 +136,7 @@ def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     return (
         _name("too long", dropped),
         f"{source}: of {records:,} pairs, at max_length {max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
-        "rows of twice that in TASK_FEATURE_LENGTHS, keeps more",
+        "rows of twice that in TASK_FEATURE_LENGTHS, drops fewer",
     )
 
 

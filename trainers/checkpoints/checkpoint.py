@@ -108,7 +108,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             self._directory.mkdir(parents=True, exist_ok=True)
             for path in step_dir.steps_on_disk(self._directory).values():
                 if step_dir.is_incomplete(path):
-                    _log.warning("removing %s: its save was cut short.", path)
+                    _log.warning("removing %s: its save was interrupted.", path)
                     step_dir.remove(path)
         metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}

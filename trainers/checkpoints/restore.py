@@ -94,7 +94,7 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
     if differences:
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model or optimiser: {list_differences(differences)}. "
-            "Use the configuration it was saved with, or start from its parameters alone with "
+            "Use the configuration it was saved with, or start from its parameters with "
             "INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'."
         )
 

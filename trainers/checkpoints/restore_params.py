@@ -75,8 +75,8 @@ def _assign(
     if missing:
         raise CheckpointMismatchError(
             f"checkpoint {path} lacks {list_differences(missing)}"
-            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign these parameters to others or "
-            "to None, or pass strict=False, to start them from their initial values."
+            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign other parameters or None to "
+            "these, or pass strict=False, to start them from their initial values."
         )
     extra = sorted(set(saved) - set(wanted) - set(sources.values()))
     if strict and extra:
@@ -153,7 +153,7 @@ def _wanted(
         if source is None:
             if not isinstance(leaf, jax.Array):
                 raise ValueError(
-                    f"{name} is to keep its initial value, but none was given: pass initialised "
+                    f"{name} should have its initial value, but has none: pass initialised "
                     "parameters where the checkpoint has no values."
                 )
             continue

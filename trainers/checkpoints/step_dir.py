@@ -143,7 +143,7 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
         raise FileNotFoundError(f"checkpoint {folder}: there is no such directory.")
     if any((folder / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
         if is_incomplete(folder):
-            raise FileNotFoundError(f"checkpoint {folder} is incomplete: its save was cut short.")
+            raise FileNotFoundError(f"checkpoint {folder} is incomplete: its save was interrupted.")
         return [folder]
     for directory in (folder / CHECKPOINTS, folder):
         if steps := complete_steps(directory):
@@ -176,7 +176,7 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
       read: reads a step directory, and raises DamagedCheckpointError if it is damaged.
 
     Raises:
-      FileNotFoundError: there is no checkpoint there.
+      FileNotFoundError: `path` has no checkpoint.
       DamagedCheckpointError: no step is good; the error of the newest step.
     """
     # All processes must try the same steps, while a run may be adding new ones.

@@ -1,7 +1,7 @@
-"""Writes a step from arrays that are computed block by block, so that no array is in memory whole.
+"""Writes a step from arrays that are computed block by block, so no array is in memory whole.
 
-The files are those that `Checkpointer` writes: Orbax's layout and metadata, the record, and a manifest
-with a digest of each array. The digest is summed while the blocks are written.
+The files are the same as from `Checkpointer`: Orbax's layout and metadata, the record, and a manifest with
+a digest of each array. The digest is summed while the blocks are written.
 """
 
 import contextlib

@@ -510,7 +510,7 @@ def test_a_half_written_step_is_cleaned_up(copied, caplog):
     with Checkpointer(copied) as checkpointer, caplog.at_level(logging.WARNING):
         assert checkpointer.all_steps() == [10, 20]
     assert not (copied / "30").exists() and not (copied / "40").exists()
-    assert "30: its save was cut short" in caplog.text
+    assert "30: its save was interrupted" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["rmtree", "rmdir"])
