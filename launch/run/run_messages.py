@@ -136,7 +136,7 @@ def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     return (
         _name("too long", dropped),
         f"{source}: of {records:,} pairs, at max_length {max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
-        "rows of twice that in TASK_FEATURE_LENGTHS, drops fewer",
+        "rows of twice that in TASK_FEATURE_LENGTHS, loses less",
     )
 
 
