@@ -1,9 +1,9 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
 A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
-help text, with an example that can be run. Its function `main(argv=None)` adds flags, calls the work through `main` or
-`run_command` of this module, and returns the exit status. Functions import modules that need jax only when they run, so
-that --help is fast, and jax starts with the environment variables that are set here.
+help text, with an example that can be run. Its function `main(argv=None)` returns the exit status of `main` or
+`run_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
+starts with the environment variables that are set here.
 """
 
 import argparse
@@ -230,13 +230,13 @@ def papers_with(module: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence, after a space, with the known name most similar to a misspelt one; '' if none is similar."""
+    """Returns a sentence, after a space, with the known name most similar to `name`; '' if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Nearest: {near[0]}." if near else ""
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser with a module's docstring as help text: the first line as description, the rest after the flags."""
+    """Returns a parser with a module's docstring as help text: the first line before the flags, the rest after them."""
     description, _, rest = doc.strip().partition("\n")
     return argparse.ArgumentParser(
         prog=program,
@@ -309,7 +309,7 @@ def _paths(values: Sequence[str]) -> list[str]:
 
 
 def _meant_for_people(error: Exception) -> bool:
-    """Returns whether this project raised the error about its input; any other error is a bug and needs a traceback."""
+    """Returns whether this project raised the error about its input; any other error is a bug."""
     if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -19,10 +19,10 @@ class RootError(ImportError):
 
 
 def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
-    """Raises RootError unless every package is loaded from the folder that holds `launch`.
+    """Raises RootError unless every package is loaded from the folder of `launch`.
 
     A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
-    package; without this check the error comes much later, and does not name the folder.
+    package; a later error would not name the folder.
     """
     for name in packages:
         package = importlib.import_module(name)
@@ -32,7 +32,7 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
             raise RootError(
                 f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
                 f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
-                f"rename what hides it, or take its folder out of PYTHONPATH."
+                f"rename this file or folder, or remove its folder from PYTHONPATH."
             )
 
 

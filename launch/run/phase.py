@@ -40,7 +40,7 @@ class Parent:
 
 
 def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> Parent:
-    """Returns the parent that this run's own checkpoints record, or else the parent in `initial`.
+    """Returns the parent recorded in this run's own checkpoints, or else the parent in `initial`.
 
     Raises:
       ValueError: the checkpoint does not record its run's position in the data.
@@ -116,7 +116,7 @@ def restore_start(
 
 
 def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
-    """Returns the parent with the path of the step that was restored, which may be older than the newest."""
+    """Returns the parent with the path of the restored step, which may be older than the newest."""
     if str(start.path) == parent.path:
         return parent
     moved = parent.step != start.step
@@ -142,11 +142,7 @@ def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> N
 
 
 def check_prompts(program: Program, start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Checks that prompts begin with BOS and start token like the documents of the parent's training.
-
-    Raises:
-      ValueError: they begin differently, which the model has never seen.
-    """
+    """Raises ValueError unless prompts begin (BOS, start token) like the documents of the parent's training."""
     if program.recipe.inputs_spec.loss_per != "pairs" or start.source != "initial":
         return
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):

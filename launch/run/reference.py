@@ -1,6 +1,6 @@
 """Streams of preference pairs with the log-probabilities of a reference model, which are computed before training.
 
-A run uses them instead of the streams of pairs: `train.train.stream = @reference.make_stream`.
+Example: `train.train.stream = @reference.make_stream`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Streams of packed tokens with a teacher's top-k log-probabilities, which are computed before training.
 
-A run uses them instead of the streams of tokens: `train.train.stream = @teacher.make_stream`. Storing pays off if
-several runs, or several epochs, learn from the same teacher and rows.
+Example: `train.train.stream = @teacher.make_stream`. Storing pays off if several runs, or several epochs, learn from
+the same teacher and rows.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class StoredTeacher:
         return min(self.teacher.model.config.vocab_size, self.student.config.vocab_size)
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Checks the teacher against the known facts of the data, see `Teacher.check`; raises ValueError."""
+        """Checks the teacher against facts of the data, see `Teacher.check`; raises ValueError."""
         mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
         self.teacher.check(mesh, rules, meta)
 
@@ -176,11 +176,8 @@ def make_stream(
     Args:
       teacher: the teacher.
       stream: opens the tokens; called with (positions=) to continue where another run stopped.
-      steps: steps of the run.
+      steps: steps of the run; ValueError if it is None.
       positions: see data/stream/stream.py.
-
-    Raises:
-      ValueError: `steps` is None: the number of steps must be known beforehand.
     """
     if steps is None:
         raise ValueError(

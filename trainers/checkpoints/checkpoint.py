@@ -87,7 +87,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Opens or creates a directory and removes the files of interrupted saves.
 
         Args:
-          directory: holds one directory per step; shared by all processes.
+          directory: directory of the steps; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
           asynchronous: whether a thread finishes saves; otherwise `save` does.
         """

@@ -1,13 +1,4 @@
-"""Restores whole states onto any mesh, verified; every entry point uses the same order.
-
-`restore_or_initialise` looks for the state of a run in
-
-  1. the latest good step of its own run directory;
-  2. INITIAL_CHECKPOINT_PATH (see initial.py), the latest good step if it is a run;
-  3. a fresh initialisation.
-
-Nothing is unpickled: checkpoints are JSON and raw arrays.
-"""
+"""Restores whole states onto any mesh, verified. Nothing is unpickled: checkpoints are JSON and raw arrays."""
 
 import dataclasses
 import json
@@ -41,13 +32,12 @@ class RunMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A state and where it came from.
+    """A state and its origin.
 
     Attributes:
       step: the number of steps taken.
       state: the state, with the structure of the abstract state.
-      meta: the facts about the run that are recorded with the state.
-      metrics: the metrics recorded with the state.
+      meta, metrics: the run's facts and the metrics recorded with the state.
       path: step directory of the state; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
       skipped: newer damaged steps, each with the reason.
@@ -134,7 +124,9 @@ def restore_or_initialise(
     initial: InitialCheckpoint = NEW_PARAMETERS,
     restart: Callable[[Any], Any] | None = None,
 ) -> Restored:
-    """Returns the state that a run starts from: its own checkpoint, the initial checkpoint, or a fresh state.
+    """Returns the state that a run starts from.
+
+    This is the latest good step of its own directory; or else of INITIAL_CHECKPOINT_PATH; or else a fresh state.
 
     Args:
       checkpointer: the run's `Checkpointer`.

@@ -18,8 +18,8 @@ from trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 _log = logging.getLogger(__name__)
 
-# (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path
-# may refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
+# Pairs (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path may
+# refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
 Assignment = Sequence[tuple[str, str | None]]
 
 

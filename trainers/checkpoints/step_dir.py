@@ -6,9 +6,8 @@
       manifest.json   checksums of every array and file; written last, which completes the step
       incomplete      a mark, present while the step is being written or deleted
 
-A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but
-without a manifest was interrupted and is removed; a step with neither has lost its manifest and is
-treated as damaged.
+A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but without a
+manifest was interrupted and is removed; a step with neither has lost its manifest and counts as damaged.
 """
 
 import contextlib
@@ -166,14 +165,10 @@ def run_folder(path: str | os.PathLike) -> epath.Path:
 
 
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
-    """Returns the result of `read` for the step directory `path`, or for the newest good step of a run.
+    """Returns the result of `read` for the newest good step of `candidates(path)`.
 
-    Damaged steps are skipped with a warning. No file is changed, because the run may belong to someone
-    else and be in progress.
-
-    Args:
-      path: as for `candidates`.
-      read: reads a step directory, and raises DamagedCheckpointError if it is damaged.
+    Damaged steps, for which `read` raises DamagedCheckpointError, are skipped with a warning. No file is changed,
+    because the run may belong to someone else and be in progress.
 
     Raises:
       FileNotFoundError: `path` has no checkpoint.
@@ -195,11 +190,7 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
 
 
 def read_manifest(path: epath.Path) -> Manifest:
-    """Returns the manifest of a step.
-
-    Raises:
-      DamagedCheckpointError: it is missing or damaged.
-    """
+    """Returns the manifest of a step; raises DamagedCheckpointError if it is missing or damaged."""
     problem = "is missing"
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -212,12 +203,8 @@ def read_manifest(path: epath.Path) -> Manifest:
 def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """Returns the verified contents of a step's meta.json: `step`, `metrics` and `meta`.
 
-    Args:
-      path: the step directory.
-      manifest: its manifest; None to read it.
-
     Raises:
-      DamagedCheckpointError: the record or the manifest is missing or damaged.
+      DamagedCheckpointError: the record or the manifest (read unless it is passed) is missing or damaged.
     """
     files = (manifest or read_manifest(path)).files
     if problems := check_files(path, {name: files[name] for name in files if name == META}):
@@ -226,9 +213,5 @@ def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str,
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the run's facts recorded with a checkpoint.
-
-    Raises:
-      FileNotFoundError, DamagedCheckpointError: see `resolve` and `read_record`.
-    """
+    """Returns the run's facts in the record of `resolve(path)`."""
     return read_record(resolve(path))["meta"]

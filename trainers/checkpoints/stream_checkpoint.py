@@ -111,16 +111,13 @@ def save(
     step: int = 0,
     meta: Mapping[str, Any] | None = None,
 ) -> epath.Path:
-    """Writes a step in one process.
+    """Writes a step in one process, and returns its directory.
 
     Args:
       directory: directory `checkpoints` of a run.
       arrays: arrays by path, such as 'params/final_norm/scale'.
       step: number of the step.
-      meta: JSON facts about the run that the arrays belong to.
-
-    Returns:
-      The step's directory.
+      meta: JSON facts about the run.
 
     Raises:
       CheckpointSaveError: the disk is full or cannot be written.

@@ -1,7 +1,6 @@
 """Starts a run from another model's checkpoint, by a tree transform of parameters and optimiser moments.
 
-Moments are matched by name, because an optimiser that wraps another (clipping, decay of factors) has them
-at other paths of its state.
+Moments are matched by name: in an optimiser that wraps another (clipping, decay of factors) their paths differ.
 """
 
 import logging

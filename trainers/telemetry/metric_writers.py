@@ -24,8 +24,8 @@ class WriterError(ValueError):
 class MetricWriter(Protocol):
     """Writes the scalars of steps; a step may be written several times.
 
-    Steps do not decrease except at a rollback. After a row with `rollback_to`, steps continue from that
-    step, and earlier rows of later steps belong to discarded updates.
+    Steps decrease only after a rollback, a row with `rollback_to`: earlier rows of later steps belong to discarded
+    updates.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -106,8 +106,8 @@ def jsonable(value: Any) -> Any:
 class TensorBoardWriter:
     """Writes event files for TensorBoard; hides earlier points of `first_step` and later steps.
 
-    Events are written in the calling thread, not by tensorboardX's thread: that thread dies when the disk
-    is full, and the loop would then wait for it forever.
+    Events are written in the calling thread: tensorboardX's thread dies when the disk is full, and the loop would
+    wait for it forever.
     """
 
     def __init__(self, path: str, *, first_step: int | None = None):

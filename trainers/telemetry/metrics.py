@@ -1,8 +1,7 @@
 """Metrics: sums on the device, quotients on the host.
 
-On the device every metric is a pair (sum, weight) of scalars or vectors, so that any split of a batch
-over microbatches, steps or hosts gives the same quotient. Metrics are fetched one step late, so that the
-next step does not wait for them.
+On the device every metric is a pair (sum, weight) of scalars or vectors: the quotient does not depend on how a batch
+is split over microbatches, steps or hosts. Metrics are fetched one step late: the next step does not wait for them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ import jax
 class ProfilerWindow:
     """Traces steps [first_step, first_step + num_steps) into a directory.
 
-    The first steps of a run compile, so by default they are not traced. Steps are counted from the first
+    The first steps of a process compile, so by default they are not traced. Steps are counted from the first
     step of this process, also when a run resumes.
 
     Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers.telemetry import
