@@ -230,7 +230,7 @@ def papers_with(module: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence, after a space, with the known name most similar to `name`; '' if none is similar."""
+    """Returns a sentence, after a space, with the known name most similar to a misspelt one; '' if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Nearest: {near[0]}." if near else ""
 

@@ -1,6 +1,7 @@
 """Weights from Hugging Face checkpoints and GGUF files into runs, and from runs to Hugging Face.
 
-Example; every command reads the new run as --checkpoint, and training as INITIAL_CHECKPOINT_PATH:
+Example; the run it makes is taken by every command as --checkpoint, and by training as
+INITIAL_CHECKPOINT_PATH:
 
   python -m launch.convert --from_hf=/models/SmolLM2-135M --to=/tmp/smollm2
   python -m launch.score --checkpoint=/tmp/smollm2 --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
@@ -8,8 +9,9 @@ Example; every command reads the new run as --checkpoint, and training as INITIA
 
   python -m launch.convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
 
-Weights are read a layer at a time. Missing and unknown tensors are errors, pickles are not read, and code
-of a checkpoint is never run. An interrupted conversion leaves nothing at its target.
+Weights go through memory a layer at a time. Tensors that are missing or that nothing explains are
+errors, pickles are not read, and code that comes with a checkpoint is never run. A conversion that is
+cut short leaves nothing at its target.
 """
 
 import argparse
@@ -46,14 +48,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the written weights (default: the source's; float32 for GGUF)",
+        help="of the written weights (default: what the source has; float32 of GGUF)",
     )
     export = parser.add_argument_group("of --to_hf")
     export.add_argument(
-        "--family", metavar="NAME", help="model_type (default: of its origin, or one that fits)"
+        "--family", metavar="NAME", help="model_type (default: the one it came from, or that fits)"
     )
     export.add_argument(
-        "--shard_size", metavar="SIZE", help="largest size of a file, such as 500MB (default 5GB)"
+        "--shard_size", metavar="SIZE", help="most data in a file, as 500MB (default 5GB)"
     )
     export.add_argument(
         "--params",
@@ -66,7 +68,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="configuration of a step without config.gin; repeatable",
+        help="configuration of a step that has none beside it; repeatable",
     )
 
 
@@ -75,7 +77,7 @@ def _run(flags: argparse.Namespace) -> None:
         raise ValueError("--from goes with --to_hf, --from_hf and --from_gguf with --to.")
     for name in ("family", "shard_size", "params", "gin_file"):
         if flags.to_hf is None and getattr(flags, name):
-            raise ValueError(f"--{name} is only for --to_hf: remove it.")
+            raise ValueError(f"--{name} is of --to_hf: leave it out.")
     if flags.to_hf is not None:
         _export(flags, _bytes(flags.shard_size or "5GB"))
         return
@@ -104,7 +106,7 @@ def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
     if not match or not int(match[1]):
-        raise ValueError(f"--shard_size={text} is not a size: give a size such as 500MB or 5GB.")
+        raise ValueError(f"--shard_size={text} is no size: give one as 500MB or 5GB.")
     return int(match[1]) * _UNITS[match[2] or ""]
 
 

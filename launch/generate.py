@@ -144,13 +144,13 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     from model.kv_cache.policies import policy_from_text
 
     _check(flags)
-    beams = setting_flags.read(flags, Beams)
+    beams = setting_flags.given(flags, Beams)
     if "early_stopping" in beams:
         beams["early_stopping"] = _EARLY[beams["early_stopping"]]
     settings = Settings(
-        **setting_flags.read(flags, Settings, names=_SIZES),
+        **setting_flags.given(flags, Settings, names=_SIZES),
         beams=Beams(**beams) if beams else None,
-        sampling=dataclasses.replace(Settings().sampling, **setting_flags.read(flags, Sampling)),
+        sampling=dataclasses.replace(Settings().sampling, **setting_flags.given(flags, Sampling)),
     )
     policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
     if policy.future:
@@ -173,7 +173,7 @@ def _check(flags: argparse.Namespace) -> None:
     files = [flags.inputs is not None, flags.output is not None]
     if any(files) != all(files) or any(files) == (flags.prompt is not None):
         raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
-    beams = setting_flags.read(flags, Beams)
+    beams = setting_flags.given(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams
     if flags.stream and (flags.prompt is None or several):
         raise LoadError(

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(start: cli.Start) -> None:
     from launch.inference import score
 
-    score.score(start(), **setting_flags.read(start.flags, score.score))
+    score.score(start(), **setting_flags.given(start.flags, score.score))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ cooldowns, about four times the work of the quickstart:
   python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
 `--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
-some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command continues it.
+some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
 """
 
 import argparse
 import contextlib
 import fnmatch
 import functools
+import os
 import pathlib
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch import cli
 
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 # Seconds to wait for the runs of a killed sweep to save.
 _SAVING_SECONDS = 60.0
 _LISTED = 10
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the rows of finished runs; see launch/sweeping/results.py."""
+    from launch.sweeping import results
+
+    return results.read_results(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rerun_changed",
         action="store_true",
-        help="moves runs with another configuration to DIR/replaced/ and runs them again",
+        help="puts runs of another configuration aside and runs them anew",
     )
 
 
@@ -80,7 +88,7 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.status:
         return _status(flags)
     if not flags.sweep:
-        raise ValueError("Give --sweep FILE.py, or --status.")
+        raise ValueError("give --sweep FILE.py, or --status.")
     return _sweep(flags)
 
 
@@ -95,7 +103,7 @@ def _status(flags: argparse.Namespace) -> int:
     runs = driver.progress(folder, _wanted(folder.read_plan(), flags.only))
     Console().print(screen.table(folder.path.name, runs))
     if not folder.driven() and any(run.state is not driver.RunState.DONE for run in runs):
-        print("The sweep is not running: start it again to continue.")
+        print("The sweep is not running: start it again to go on.")
     return 0
 
 
@@ -145,7 +153,7 @@ def _check_budgets(flags: argparse.Namespace, runs: "Sequence[Run]") -> None:
         if flags.memory_gb is not None and (run.memory_gb or 0) > flags.memory_gb:
             raise ValueError(
                 f"{run.name} needs {run.memory_gb} GB by its memory_gb, more than --memory_gb "
-                f"{flags.memory_gb}: raise the budget, or exclude the run (--only)."
+                f"{flags.memory_gb}: raise the budget, or leave the run out (--only)."
             )
 
 
@@ -158,7 +166,7 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            hint = cli.nearest(pattern, names) or f" Their names are like {names[0]}."
+            hint = cli.nearest(pattern, names) or f" They are called as {names[0]}."
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
         chosen.update(matched)
     for planned in reversed(plan):  # children come after their parents
@@ -172,12 +180,14 @@ def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
     until = time.monotonic() + _SAVING_SECONDS
     for planned in wanted:
         if folder.in_use(planned.name):
-            print(f"{planned.name} is still in use by another process; waiting.", flush=True)
+            print(
+                f"{planned.name} is still being worked on by another process; waiting.", flush=True
+            )
         while folder.in_use(planned.name):
             if time.monotonic() > until:
                 raise ValueError(
-                    f"{folder.directory(planned.name)} is in use by another process: stop it, "
-                    "or exclude the run (--only)."
+                    f"{folder.directory(planned.name)} is in use: another process works there. Stop it, "
+                    "or leave the run out (--only)."
                 )
             time.sleep(0.5)
 
@@ -198,9 +208,9 @@ def _make_room(
         ]
         more = f"\n  and {len(begun) - _LISTED} more" if len(begun) > _LISTED else ""
         raise ValueError(
-            f"{len(begun)} runs in {folder.path} have another configuration:\n"
+            f"{len(begun)} runs in {folder.path} are of another configuration:\n"
             + "\n".join(lines)
-            + f"{more}\nSet it back, use another --out, or run them again with --rerun_changed."
+            + f"{more}\nSet it back, use another --out, or let them run anew with --rerun_changed."
         )
     for planned in begun:
         folder.set_aside(planned)
@@ -236,7 +246,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
         print(f"  python -m launch.train {shlex.join(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:
-        print(f"\nwith another configuration than in {folder.path}: {', '.join(changed)}")
+        print(f"\nof another configuration than in {folder.path}: {', '.join(changed)}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def _texts(target: Any) -> dict[str, str]:
 def add(
     group: Any, target: Any, *, names: Collection[str] | None = None, optional: bool = False
 ) -> None:
-    """Adds a flag for each setting of a dataclass or function; `read` reads them.
+    """Adds a flag for each setting of a dataclass or function; `given` reads them.
 
     A flag that the user does not set is absent from the parsed flags, so that only `target` has defaults.
 
@@ -103,7 +103,7 @@ def add(
         group.add_argument(f"--{name}", **options)
 
 
-def read(
+def given(
     flags: argparse.Namespace, target: Callable[..., Any], names: Collection[str] | None = None
 ) -> dict[str, Any]:
     """Returns the arguments of a dataclass or function that the user set by flags, by name."""

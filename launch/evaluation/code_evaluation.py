@@ -165,7 +165,7 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
     problems = code_problems.load(flags.problems)
     row_files.check_output(flags.output)
     limits = code_sandbox.Limits(
-        **setting_flags.read(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
+        **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )
     samples: Samples
     if flags.checkpoint is None:

@@ -72,7 +72,7 @@ def opened(start: Any) -> Iterator[RowReward]:
     Raises:
       LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
     """
-    settings = RewardSettings(**setting_flags.read(start.flags, RewardSettings))
+    settings = RewardSettings(**setting_flags.given(start.flags, RewardSettings))
     checkpoint = _checkpoint(settings.reward)
     if checkpoint is None:
         yield _penalised(_of_verifier(settings), settings.missing_end_penalty)

@@ -70,7 +70,7 @@ def _run(start: cli.Start) -> None:
         start(),
         tasks=flags.task,
         json_file=flags.json,
-        **setting_flags.read(flags, seqio_tasks.evaluate),
+        **setting_flags.given(flags, seqio_tasks.evaluate),
     )
 
 

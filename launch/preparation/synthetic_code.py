@@ -33,7 +33,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    folder = synthetic_code.build(**setting_flags.read(flags, synthetic_code.build, _SETTINGS))
+    folder = synthetic_code.build(**setting_flags.given(flags, synthetic_code.build, _SETTINGS))
     out = pathlib.Path(flags.out)
     shutil.copytree(folder, out, dirs_exist_ok=True)
     manifest = json.loads((out / synthetic_code.MANIFEST).read_text(encoding="utf-8"))

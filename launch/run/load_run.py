@@ -57,7 +57,7 @@ def default_files(
     """Returns the gin files of the command, the checkpoint's run, and its vocabulary.
 
     Raises:
-      LoadError: the run has no config.gin, and there is no --gin_file.
+      LoadError: the run has no config.gin, and no --gin_file replaces it.
       FileNotFoundError: there is no checkpoint.
     """
     from launch.run import run_vocabulary
@@ -69,14 +69,18 @@ def default_files(
         return [*files, *run_vocabulary.gin_files(folder, flags.checkpoint, before=files)]
     if not flags.gin_file:
         raise LoadError(
-            f"There is no {CONFIG} beside the checkpoint {step}, so its model is "
+            f"There is no {CONFIG} beside the checkpoint {step}, so that its model is "
             "unknown. Give the run's configuration: --gin_file=FILE."
         )
     return [own]
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
-    """Returns the configuration of a checkpoint's run, changed by gin files.
+    """Returns the configuration of a checkpoint's run, as commands load it.
+
+    Args:
+      checkpoint: step or run directory.
+      gin_file: gin files that change it.
 
     Raises:
       LoadError, FileNotFoundError: see `default_files`.

@@ -10,6 +10,7 @@ metrics.jsonl, tensorboard/, checkpoints/<step>/
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -24,7 +25,6 @@ from typing import IO, Any
 from launch import environment
 from launch.config import config_diff
 from launch.config.gin_source import ROOT
-from launch.run import locks
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
@@ -136,14 +136,41 @@ def prepare(
             "processes see: mount the bucket and give the folder, or use a shared file system."
         )
     path = os.path.abspath(os.path.expanduser(path))
-    holder = "is training there. Stop it, or use another MODEL_DIR."
-    run = RunDir(path, writer, locks.lock(path, holder, RunDirectoryError) if writer else None)
+    try:
+        run = RunDir(path, writer, lock(path) if writer else None)
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
     try:
         _continue(run, config, tuple(may_change))
     except BaseException:
         run.close()
         raise
     return run
+
+
+def lock(path: str | os.PathLike) -> IO[str]:
+    """Locks a directory until the returned file is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock; the message is its name.
+    """
+    os.makedirs(path, exist_ok=True)
+    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:

@@ -11,15 +11,16 @@ replaced/              runs with an old configuration, moved here by --rerun_cha
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from data.cache import cache_dir
-from launch.run import locks
 from launch.sweeping.file import Run
 
 # Bytes at the end of a file that contain its last rows.
@@ -121,9 +122,7 @@ class SweepFolder:
         Raises:
           SweepFolderError: another process drives the sweep.
         """
-        return locks.lock(
-            self.path, "runs this sweep. Stop it, or watch it with --status.", SweepFolderError
-        )
+        return _lock(self.path, "runs this sweep. Stop it, or watch it with --status.")
 
     def lock_run(self, name: str) -> IO[str]:
         """Locks a run's directory, as training does, so that only this process works in it.
@@ -131,19 +130,17 @@ class SweepFolder:
         Raises:
           SweepFolderError: another process works in it.
         """
-        return locks.lock(
-            self.directory(name),
-            "makes this run. Stop it, or exclude the run (--only).",
-            SweepFolderError,
+        return _lock(
+            self.directory(name), "makes this run. Stop it, or leave the run out (--only)."
         )
 
     def driven(self) -> bool:
         """Whether a process drives the sweep now."""
-        return locks.is_locked(self.path)
+        return _held(self.path / ".lock")
 
     def in_use(self, name: str) -> bool:
         """Whether a process trains in a run's directory now, or makes the run."""
-        return locks.is_locked(self.directory(name))
+        return _held(self.directory(name) / ".lock")
 
     def in_use_for(self, name: str) -> float:
         """Returns the seconds since the process that works in a run's directory took the lock."""
@@ -260,3 +257,37 @@ def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 def number(value: Any) -> Any:
     """Returns a number, also if JSON has it as a string (metric_writers.jsonable)."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _lock(directory: pathlib.Path, does: str) -> IO[str]:
+    """Locks a directory for this process; the error names another process that holds the lock."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
+    if not _locked(lock):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise SweepFolderError(f"{directory} is in use: {holder} {does}")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def _locked(file: IO[str]) -> bool:
+    """Takes the lock and returns whether that succeeded, or the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _held(path: pathlib.Path) -> bool:
+    """Whether another process holds a lock file."""
+    if not path.exists():
+        return False
+    with open(path, "a+", encoding="utf-8") as file:
+        return not _locked(file)

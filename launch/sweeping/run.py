@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        environment.prepare(restart=argv is None)
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
         return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
 
     return cli.status_of(call)

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.sweeping.driver import Progress, RunState
-from trainers.telemetry.goodput import duration
 
 # State -> (mark, style, meaning).
 _MARKS = {
@@ -191,6 +190,13 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
         mine = by_kind.get(run.planned.run.kind, rates)
         total += (run.planned.total_steps - run.step) * sum(mine) / len(mine)
     return total / min(workers, len(unfinished))
+
+
+def duration(seconds: float) -> str:
+    """Returns text such as '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Screen:

@@ -270,7 +270,7 @@ def parsed(flags: argparse.Namespace, target: Any) -> Any:
     Raises:
       TransformError: see the dataclass's `check`.
     """
-    values = setting_flags.read(flags, target)
+    values = setting_flags.given(flags, target)
     result = target(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     result.check()
     return result

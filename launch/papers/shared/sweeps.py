@@ -41,7 +41,6 @@ def rows(
       StoppedError: it was stopped, by a signal or the time.
     """
     from launch import cli, sweep
-    from launch.sweeping.results import read_results
 
     file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
@@ -51,7 +50,7 @@ def rows(
     if status == 2:
         raise ValueError(f"The sweep {file} was not run; see above.")
     # With status 1 some runs have failed: the others are reported.
-    return read_results(folder)
+    return sweep.read_results(folder)
 
 
 def measured(

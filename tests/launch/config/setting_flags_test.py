@@ -47,7 +47,7 @@ def parsed(*words, target=Cut, **options):
     parser = argparse.ArgumentParser(prog="cut")
     setting_flags.add(parser, target, **options)
     kind = target if callable(target) else type(target)
-    return setting_flags.read(parser.parse_args(words), kind), parser.format_help()
+    return setting_flags.given(parser.parse_args(words), kind), parser.format_help()
 
 
 def test_flags_have_the_types_defaults_and_texts_of_the_fields():

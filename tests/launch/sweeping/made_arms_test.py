@@ -18,7 +18,6 @@ from launch.sweeping import file as sweep_file
 from launch.sweeping import run as sweep_run
 from launch.sweeping.file import SweepError
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from launch.sweeping.results import read_results
 from trainers.checkpoints import step_dir
 
 # ---- Files.
@@ -362,7 +361,7 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
     config = (folder.path / "runs/mixture/seed3/config.gin").read_text()
     assert f"'{folder.path}/runs/copy/seed3/made/checkpoints/0'" in config
 
-    rows = {row["arm"]: row for row in read_results(folder.path)}
+    rows = {row["arm"]: row for row in sweep.read_results(folder.path)}
     assert list(rows) == ["seed", "code", "law", "start", "copy", "mixture"]
     tokens = [row["tokens"] // 512 for row in rows.values()]
     assert tokens == [4, 4, 2, 0, 0, 4]
@@ -446,7 +445,7 @@ def test_a_command_that_is_stopped_begins_anew_and_one_that_fails_stops_what_is_
     assert len(folder.attempts("a/seed0")) == 1 and len(folder.attempts("b/seed0")) == 2
     status, out, _ = run("--status")
     assert status == 0 and "2 of 4 runs done, 1 failed, 1 blocked" in out
-    (_, b) = read_results(folder.path)
+    (_, b) = sweep.read_results(folder.path)
     assert b["evaluations"] == {"step": 3} and b["made_of"] == b["parents"] == ["a/seed0"]
 
 
