@@ -1,6 +1,5 @@
 """The loop on least squares: what it logs, when it calls, and what it does when a step goes wrong."""
 
-import concurrent.futures
 import dataclasses
 import errno
 import glob
@@ -615,7 +614,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next(
 
         def __call__(self, step, state, metrics):
             if saver._pending is not None:
-                concurrent.futures.wait([saver._pending])
+                saver._pending.exception()  # waits
 
     monkeypatch.setattr(checkpoint, "commit", full)
     hooks = (UntilItFailed(),)
