@@ -14,6 +14,7 @@ import errno
 import linecache
 import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -91,10 +92,11 @@ def main(
         from launch.config import gin_config
 
         defaults = list(default_files(flags)) if default_files else []
+        search_paths = ",".join(flags.gin_search_paths).split(",")
         config = gin_config.load(
             flags.gin_file,
             bindings,
-            _paths(flags.gin_search_paths),
+            list(filter(None, search_paths)),
             entry=entry,
             unused=unused,
             untrusted=defaults,
@@ -213,8 +215,13 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 def command_names() -> list[str]:
     """Returns the names of the modules in this folder that are commands."""
-    files = sorted(pathlib.Path(environment.ROOT, "launch").glob("*.py"))
-    return [file.stem for file in files if "\nif __name__ == " in file.read_text("utf-8")]
+    return modules_with("launch", "^if __name__ == ")
+
+
+def modules_with(package: str, pattern: str) -> list[str]:
+    """Returns the names of a package's modules with a match in their source, without importing them."""
+    files = sorted(pathlib.Path(environment.ROOT, *package.split(".")).glob("*.py"))
+    return [f.stem for f in files if re.search(pattern, f.read_text("utf-8"), re.MULTILINE)]
 
 
 def summary(module: str) -> str:
@@ -302,10 +309,6 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
             "(or use only --coordinator_address=auto)"
         )
     return flags, bindings
-
-
-def _paths(values: Sequence[str]) -> list[str]:
-    return [path for value in values for path in value.split(",") if path]
 
 
 def _meant_for_people(error: Exception) -> bool:
