@@ -14,11 +14,16 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import gin
-
 from launch.config import gin_methods, gin_reader
 from launch.config.gin_reach import Reach
-from launch.config.gin_reader import Bound, Checked, Target, is_required, nearest
+from launch.config.gin_reader import (
+    Bound,
+    Checked,
+    Target,
+    is_required,
+    nearest,
+    required_parameters,
+)
 from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 _SIMPLE = (int, float, str, bool, type(None))
@@ -220,21 +225,6 @@ def final_bound(bound: Bound, macros: Mapping[str, Bound], depth: int = 20) -> B
     while isinstance(bound.value, Macro) and bound.value.name in macros and depth:
         bound, depth = macros[bound.value.name], depth - 1
     return bound
-
-
-def required_parameters(target: Any) -> list[str]:
-    """Returns the parameters without a default."""
-    if target in (gin.config.macro, gin.config.singleton):
-        return []
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    return [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

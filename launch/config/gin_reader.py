@@ -247,7 +247,8 @@ class Reader:
             return None  # The failed import was reported.
         for attribute in path:
             if not hasattr(value, attribute):
-                near = difflib.get_close_matches(attribute, _configurable_names(value))
+                names = [n for n in dir(value) if n[0] != "_" and callable(getattr(value, n, None))]
+                near = difflib.get_close_matches(attribute, names)
                 self.problem(place, f"'{name}' has no '{attribute}'", nearest(near))
                 return None
             value, name = getattr(value, attribute), f"{name}.{attribute}"
@@ -327,18 +328,30 @@ class Reader:
 @functools.cache
 def parameter_names(target: Any) -> list[str] | None:
     """Returns the names that gin may bind; None for any (**kwargs), or if the signature is unknown."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    parameters = _parameters(target)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     # `parent` of a linen module is set by flax.
-    return [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ("parent", "self")
-    ]
+    return [p.name for p in parameters if _is_named(p) and p.name not in ("parent", "self")]
+
+
+def required_parameters(target: Any) -> list[str]:
+    """Returns the parameters without a default."""
+    if target in (gin.config.macro, gin.config.singleton):
+        return []
+    return [p.name for p in _parameters(target) or () if p.default is p.empty and _is_named(p)]
+
+
+def _parameters(target: Any) -> list[inspect.Parameter] | None:
+    """Returns the parameters of a function or class; None if they are unknown."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _import_error(statement) -> tuple[str, str] | None:
@@ -374,10 +387,6 @@ def _missing_dependency(name: str, missing: str) -> tuple[str, str]:
         return (f"'{name}' imports '{missing}', which does not exist", "")
     text = f"'{name}' needs the package '{top}', which is not installed"
     return (text, "Install it, or this project's extra with it (see setup.py).")
-
-
-def _configurable_names(value: Any) -> list[str]:
-    return [n for n in dir(value) if not n.startswith("_") and callable(getattr(value, n, None))]
 
 
 def leaves(value: Any) -> Iterable[Any]:

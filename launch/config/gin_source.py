@@ -185,8 +185,7 @@ def same(path_a: str, path_b: str, search_paths: Sequence[str]) -> bool:
 
 def read(path: str) -> str:
     """Returns the text of a gin file."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return pathlib.Path(path).read_text("utf-8")
 
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:

@@ -86,19 +86,19 @@ def data_notices(
       eval_streams: the held-out splits.
     """
     tasks = tasks.get("tasks", {})
-    notices = [line for task, facts in tasks.items() for line in _of_files(task, facts)]
+    notices = [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
     for which, each in [("", stream), *((", held out", each) for each in eval_streams)]:
         summary = each.summary()
         for source, facts in summary["sources"].items():
             if "pairs" in facts and any(facts[reason] for reason in _DROPPED):
-                notices.append(_of_pairs(f"{source}{which}", facts, summary["max_length"]))
+                notices.append(_pair_notice(f"{source}{which}", facts, summary["max_length"]))
             elif "prompts" in facts and facts["prompt_too_long"]:
                 limit = summary["lengths"]["targets"]
-                notices.append(_of_prompts(f"{source}{which}", facts, limit))
+                notices.append(_prompt_notice(f"{source}{which}", facts, limit))
     return notices
 
 
-def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
+def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
     """Yields lines on documents or rows that were dropped or noted while a task's files were read."""
     dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
     documents = [
@@ -116,7 +116,7 @@ def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
         yield "noted", f"{task}: {tally.listed(noted)}"
 
 
-def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+def _prompt_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     count, records = facts["prompt_too_long"], facts["records"]
     return (
         _name("too long", count / records),
@@ -125,7 +125,7 @@ def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     )
 
 
-def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+def _pair_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     records = facts["records"]
     parts = [
         f"{facts[reason]:,} ({facts[reason] / records:.1%}) {text} (first: {facts['first'][reason]})"

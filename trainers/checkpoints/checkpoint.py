@@ -194,7 +194,10 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _make_room(self) -> None:
         try:
-            self._delete(self._retention.superfluous(self._metrics))
+            for step in self._retention.superfluous(self._metrics):
+                self._metrics.pop(step)
+                if agreement.is_primary():
+                    step_dir.remove(self.step_path(step))
         except (OSError, ValueError) as error:  # the new step is still good
             text = f"could not delete an old step in {self._directory} ({type(error).__name__}: {error})"
             _log.warning("%s; it stays until the run starts again.", text)
@@ -205,12 +208,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError, ValueError):
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
-
-    def _delete(self, steps: list[int]) -> None:
-        for step in steps:
-            self._metrics.pop(step)
-            if agreement.is_primary():
-                step_dir.remove(self.step_path(step))
 
     def wait(self) -> None:
         """Waits until the last save is committed; raises CheckpointSaveError if it failed."""
