@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     statuses = [0]
 
     def call() -> None:
-        environment.prepare(restart=argv is None)
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
         statuses[0] = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
 
     return cli.status_of(call) or statuses[0]

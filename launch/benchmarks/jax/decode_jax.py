@@ -144,7 +144,8 @@ class Ours:
 
 
 def main(folder: str) -> None:
-    environment.prepare(restart=True)
+    environment.restart_with_huge_pages()
+    environment.prepare()
     from launch.benchmarks import decode_case
 
     ours = Ours(folder)

@@ -19,7 +19,8 @@ MIXTURE_FILES = ("t5x_configs/models/mixtral_8x7b.gin", "t5x_configs/runs/pretra
 
 
 def main(folder: str, steps: int) -> None:
-    environment.prepare(restart=True)
+    environment.restart_with_huge_pages()
+    environment.prepare()
     import jax
     import numpy as np
 

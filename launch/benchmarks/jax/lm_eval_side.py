@@ -20,7 +20,8 @@ def main(folder: str, side: str, batch_size: int) -> None:
     if side == "ours":
         from launch import environment
 
-        environment.prepare(restart=True)
+        environment.restart_with_huge_pages()
+        environment.prepare()
         from launch.evaluation.lm_eval.model import EspalierLM
 
         model = EspalierLM(os.path.join(folder, "run"), batch_size=batch_size or "auto")

@@ -30,7 +30,8 @@ FILES = (
 
 
 def main(folder: str, steps: int) -> None:
-    environment.prepare(restart=True)
+    environment.restart_with_huge_pages()
+    environment.prepare()
     os.environ["ESPALIER_CACHE"] = f"{folder}/cache"
     from launch import cli
 
