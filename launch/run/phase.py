@@ -130,10 +130,9 @@ def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
 
 def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> None:
     """Checks that the vocabulary is the parent's: another one would train silently on wrong ids."""
-    if "vocabulary" not in identity:  # not a language model
-        return
-    ours, theirs = identity["vocabulary"], start.meta.get("vocabulary", identity["vocabulary"])
-    if theirs != ours:
+    ours = identity.get("vocabulary")  # None: not a language model
+    theirs = start.meta.get("vocabulary", ours)
+    if ours is not None and theirs != ours:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
             f"{theirs[:12]}) than this run's data has ({ours[:12]}): use the vocabulary "

@@ -56,14 +56,11 @@ class LateFetch:
         for leaf in jax.tree.leaves(metrics):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
-        previous, self._waiting = self._waiting, (step, metrics)
-        return self._fetch(previous)
+        previous = self.flush()
+        self._waiting = (step, metrics)
+        return previous
 
     def flush(self) -> tuple[int, Any] | None:
         """Returns (step, host metrics) of the newest step, if any."""
-        previous, self._waiting = self._waiting, None
-        return self._fetch(previous)
-
-    @staticmethod
-    def _fetch(held: tuple[int, Any] | None) -> tuple[int, Any] | None:
-        return None if held is None else (held[0], jax.device_get(held[1]))
+        waiting, self._waiting = self._waiting, None
+        return None if waiting is None else (waiting[0], jax.device_get(waiting[1]))
