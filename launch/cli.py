@@ -1,9 +1,9 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
 A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
-help text, with an example that can be run. Its function `main(argv=None)` adds flags, calls the work through `main` or
-`run_command` of this module, and returns the exit status. Functions import modules that need jax only when they run, so
-that --help is fast, and jax starts with the environment variables that are set here.
+help text, with an example that can be run. Its function `main(argv=None)` returns the exit status of `main` or
+`run_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
+starts with the environment variables that are set here.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import difflib
 import errno
 import linecache
 import os
+import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -33,9 +35,9 @@ _by_console = False  # whether the script `espalier` started this process
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The flags and the loaded configuration of a command.
+    """The flags and the loaded configuration of a command; a call calls the entry function.
 
-    Calling it calls the entry function with its arguments from gin; keywords win over gin.
+    Its arguments are from gin; keywords win over gin.
     """
 
     flags: argparse.Namespace
@@ -43,10 +45,6 @@ class Start:
 
     def __call__(self, **overrides: Any) -> Any:
         return self.config.entry(**overrides)
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments that gin binds to the entry function, for commands that need some of them."""
-        return self.config.arguments()
 
 
 def main(
@@ -61,22 +59,20 @@ def main(
     part: bool = False,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs an entry point: flags, environment, gin, then the entry function. Returns exit status.
-
-    See `status_of` for the exit status.
+    """Runs an entry point: flags, environment, gin, then the entry function. Returns the exit status, see `status_of`.
 
     Args:
       doc: help text; the first line is the description, the rest follows the flags.
       entry: 'package.module:function', the keyword-only function that gin configures. It is imported by
         this name, never as `__main__`, after the flags are parsed.
-      extra_flags: adds this entry point's own flags to the parser.
+      extra_flags: adds the command's own flags to the parser.
       run: called with the `Start` instead of the entry function.
-      default_files: returns, from the flags, gin files that are read before those of --gin_file, such as the
+      default_files: returns, from the flags, gin files to read before the files of --gin_file, such as the
         configuration in a checkpoint's run directory. They are not trusted: they may use only harmless
         names (launch/config/gin_trust.py).
-      command: name of this entry point, if it is not the module of `entry`.
-      unused: macros of `entry` that do not matter here, with values to use if they are not set.
-      part: whether the command uses only a part of the configuration of a training run.
+      command: name of the command, if it is not the module of `entry`.
+      unused: see `gin_config.load`.
+      part: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = _program(f"launch.{command}" if command else entry.partition(":")[0])
@@ -88,9 +84,7 @@ def main(
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
 
     def call() -> Any:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=argv is None)
         environment.check_packages()
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
@@ -98,10 +92,11 @@ def main(
         from launch.config import gin_config
 
         defaults = list(default_files(flags)) if default_files else []
+        search_paths = ",".join(flags.gin_search_paths).split(",")
         config = gin_config.load(
             flags.gin_file,
             bindings,
-            _paths(flags.gin_search_paths),
+            list(filter(None, search_paths)),
             entry=entry,
             unused=unused,
             untrusted=defaults,
@@ -127,7 +122,7 @@ def run_command(
     huge_pages: bool = True,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Runs a command that takes no gin configuration: flags, environment, then the work.
+    """Runs a command without gin configuration: flags, environment, then the work. Returns the exit status.
 
     Args:
       doc: help text, as in `main`.
@@ -137,18 +132,13 @@ def run_command(
       usage: usage text instead of argparse's.
       huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
       argv: arguments instead of the process's own; the process is then not restarted.
-
-    Returns:
-      The exit status.
     """
     parser = make_parser(doc, _program(f"launch.{command}"), usage=usage)
     add_flags(parser)
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        if argv is None and huge_pages:
-            environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=argv is None and huge_pages)
         environment.check_packages()
         return work(flags)
 
@@ -158,8 +148,8 @@ def run_command(
 def status_of(call: Callable[[], Any]) -> int:
     """Calls `call` and returns the exit status, by the same rules for all commands.
 
-    An integer result is the status. A mapping with a true 'interrupted' gives 75, any other result 0. An error in the
-    input is printed and gives 2. Any other error is a bug, and is raised.
+    An integer result is the status. It is 75 for a mapping with a true 'interrupted', 0 for any other result, and 2
+    after an error in the input, which is printed. Any other error is a bug, and is raised.
     """
     try:
         result = call()
@@ -175,7 +165,7 @@ def status_of(call: Callable[[], Any]) -> int:
 
 
 def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = None) -> int:
-    """Runs the sub-command that the first argument names, as a program with the arguments after it.
+    """Runs the sub-command that the first argument names, as a program with the remaining arguments.
 
     Args:
       doc: help text of the command.
@@ -183,7 +173,7 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
       default: module that runs when the first argument is a flag.
 
     Returns:
-      The exit status: 2 for an unknown sub-command; a sub-command exits with its own.
+      The exit status: 2 for an unknown sub-command; a sub-command exits with its own status.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if default is not None and name is not None and name.startswith("-"):
@@ -225,27 +215,25 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 def command_names() -> list[str]:
     """Returns the names of the modules in this folder that are commands."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    commands = []
-    for file in sorted(os.listdir(folder)):
-        if file.endswith(".py"):
-            with open(os.path.join(folder, file), encoding="utf-8") as source:
-                if "\nif __name__ == " in source.read():
-                    commands.append(file.removesuffix(".py"))
-    return commands
+    return modules_with("launch", "^if __name__ == ")
+
+
+def modules_with(package: str, pattern: str) -> list[str]:
+    """Returns the names of a package's modules with a match in their source, without importing them."""
+    files = sorted(pathlib.Path(environment.ROOT, *package.split(".")).glob("*.py"))
+    return [f.stem for f in files if re.search(pattern, f.read_text("utf-8"), re.MULTILINE)]
 
 
 def summary(module: str) -> str:
     """Returns the first line of a module's docstring, without importing the module."""
-    path = os.path.join(environment.ROOT, *module.split(".")) + ".py"
-    with open(path, encoding="utf-8") as source:
-        return (ast.get_docstring(ast.parse(source.read())) or "").partition("\n")[0]
+    path = pathlib.Path(environment.ROOT, *module.split(".")).with_suffix(".py")
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def papers_with(module: str) -> list[str]:
     """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
-    folder = os.path.join(environment.ROOT, "launch", "papers")
-    return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
+    folder = pathlib.Path(environment.ROOT, "launch", "papers")
+    return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -255,7 +243,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser with a module's docstring as help text: the first line as description, the rest after the flags."""
+    """Returns a parser with a module's docstring as help text: the first line before the flags, the rest after them."""
     description, _, rest = doc.strip().partition("\n")
     return argparse.ArgumentParser(
         prog=program,
@@ -268,7 +256,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 
 def _program(module: str) -> str:
-    """Returns the program's name for its help text, `espalier NAME` or `python -m launch.NAME`, as it was started."""
+    """Returns the program's name in help texts, `espalier NAME` or `python -m launch.NAME`."""
     return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
 
 
@@ -287,7 +275,7 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         dest="_binding",
         metavar="VALUE",
         help="sets the macro or binding NAME last, in gin syntax: --gin.TRAIN_STEPS=100, "
-        "--gin.MODEL_DIR='\"/tmp/run\"'; a plain path or name may be given without quotes",
+        "--gin.MODEL_DIR='\"/tmp/run\"'; a plain path or name needs no quotes",
     )
     config.add_argument(
         "--gin_search_paths",
@@ -318,17 +306,13 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
     if not complete:
         parser.error(
             "--coordinator_address, --process_count and --process_index go together "
-            "(or --coordinator_address=auto alone)"
+            "(or use only --coordinator_address=auto)"
         )
     return flags, bindings
 
 
-def _paths(values: Sequence[str]) -> list[str]:
-    return [path for value in values for path in value.split(",") if path]
-
-
 def _meant_for_people(error: Exception) -> bool:
-    """Returns whether this project raised the error about its input; any other error is a bug and needs a traceback."""
+    """Returns whether this project raised the error about its input; any other error is a bug."""
     if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

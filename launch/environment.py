@@ -19,10 +19,10 @@ class RootError(ImportError):
 
 
 def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
-    """Raises RootError unless every package is loaded from the folder that holds `launch`.
+    """Raises RootError unless every package is loaded from the folder of `launch`.
 
     A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
-    package; without this check the error comes much later, and does not name the folder.
+    package; a later error would not name the folder.
     """
     for name in packages:
         package = importlib.import_module(name)
@@ -32,7 +32,7 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
             raise RootError(
                 f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
                 f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
-                f"rename what hides it, or take its folder out of PYTHONPATH."
+                f"rename this file or folder, or remove its folder from PYTHONPATH."
             )
 
 
@@ -41,8 +41,14 @@ def cache_dir() -> str:
     return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 
-def prepare() -> None:
-    """Sets the variables that jax and TensorFlow read on import, except those that the user has set."""
+def prepare(*, restart: bool = False) -> None:
+    """Sets the variables that jax and TensorFlow read on import, unless the user has set them.
+
+    Args:
+      restart: whether to restart the process first, see `restart_with_huge_pages`.
+    """
+    if restart:
+        restart_with_huge_pages()
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
@@ -61,8 +67,7 @@ def restart_with_huge_pages() -> None:
     """Restarts this process once with malloc on huge pages, if that helps.
 
     XLA allocates the temporaries of a step at each call; with 4 KiB pages the page faults take a fifth of a training
-    step on CPU. glibc reads the setting only when a process starts.
-    ESPALIER_HUGE_PAGES=0 turns this off.
+    step on CPU. glibc reads the setting only when a process starts. ESPALIER_HUGE_PAGES=0 turns this off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if HUGE_PAGES in tunables or not _huge_pages_help():
@@ -76,12 +81,9 @@ def restart_with_huge_pages() -> None:
 def _huge_pages_help() -> bool:
     if os.environ.get("ESPALIER_HUGE_PAGES") == "0" or sys.platform != "linux":
         return False
-    if not _cpu_only():
-        return False
     library, version = platform.libc_ver()
-    if library != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
-        return False
-    return _thp_available()
+    has_setting = library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+    return has_setting and _cpu_only() and _thp_available()
 
 
 def _cpu_only() -> bool:
@@ -104,7 +106,7 @@ def join_processes(
 
     Args:
       coordinator_address: HOST:PORT of process 0, or 'auto' to let jax detect everything from the
-        cluster (TPU pods, SLURM, Open MPI).
+        cluster (TPU pods, SLURM, Open MPI); None for a single process.
       process_count: number of processes.
       process_index: index of this process, from 0.
     """

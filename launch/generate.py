@@ -4,15 +4,14 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
   python -m launch.generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
 
-With --inputs=x.jsonl and --output=y.jsonl, rows {"text": "..."}, {"messages": [...]}, {"tokens":
-[...]} or {"prompt": ...}, a text or messages, as files of prompts and of preference pairs have it, come
-back in order, --num_samples of each, their prompt as "prompt", with "text" and "tokens" of
-the continuation and "logprobs", the model's natural logarithms of the tokens' probabilities at
-temperature 1; "score" of a beam; "sample", from 0; and "ended", which is "eos", "stop" or
-"length". EOS is among its tokens but not in its text; text is cut before a --stop, whose tokens are
-kept. A run that names no VOCABULARY continues tokens alone, without "text", and --eos_id says which of
-them end. Rows that are done are in y.jsonl.partial until all are. A row's continuation depends on
---seed and its index, not on the rows beside it.
+--inputs=x.jsonl has rows {"text": "..."}, {"messages": [...]}, {"tokens": [...]} or {"prompt": ...}
+(a text or messages, as in files of prompts and of preference pairs). --output=y.jsonl has --num_samples
+rows of each in the same order, with "prompt"; "text" and "tokens" of the continuation; "logprobs", the
+natural logarithms of the tokens' probabilities at temperature 1; "score" of a beam; "sample", from 0; and
+"ended", which is "eos", "stop" or "length". The tokens include EOS and a --stop, the text does not. Without
+VOCABULARY a run continues only tokens, without "text", and --eos_id sets the tokens that end. Finished rows
+are in y.jsonl.partial until all are finished. A row's continuation depends on --seed and its index, not on
+other rows.
 """
 
 import argparse
@@ -34,8 +33,8 @@ sliding        the last tokens: window=4096
 streaming_llm  the first and the last: capacity=1024 sinks=4 renumber=True
 snapkv         what the prompt's end attends to:
                capacity=1024 window=32 kernel=7 pooling=max group_vote=mean
-pyramidkv      snapkv, more in shallow layers: those of snapkv, beta=20.0
-adakv          snapkv, shared among heads: those of snapkv, safeguard=0.2
+pyramidkv      snapkv, more in shallow layers: the settings of snapkv, beta=20.0
+adakv          snapkv, shared among heads: the settings of snapkv, safeguard=0.2
 h2o            what all of the prompt attends to: capacity=1024 window=None group_vote=mean
 tova           what the last token attends to: capacity=1024
 random         a control: capacity=1024 window=32 seed=0"""
@@ -60,11 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(start: cli.Start) -> None:
-    """Generates with the settings of the flags.
-
-    Raises:
-      LoadError: flags that exclude each other.
-    """
+    """Generates with the settings of the flags; raises LoadError if they exclude each other."""
     flags = start.flags
     options = options_of(flags)
     from launch.inference import generate
@@ -76,7 +71,7 @@ def run(start: cli.Start) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags in groups, after those of files of rows."""
+    """Adds the flags of the command."""
     load_run.add_row_flags(parser, required=False)
     group = parser.add_argument_group("output")
     group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
@@ -98,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; repeatable. The tokens that make it stay in 'tokens'",
+        help="end before this text; repeatable. Its tokens stay in 'tokens'",
     )
     group = parser.add_argument_group("sampling")
     setting_flags.add(group, Settings().sampling)
@@ -136,7 +131,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--prefill_chunk",
         type=int,
         metavar="N",
-        help="read N tokens of the prompts at a time, for those too long to be read at once",
+        help="read N tokens of the prompts at a time, for prompts that are too long to be read at once",
     )
 
 
@@ -160,55 +155,45 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     policy = policy_from_text(flags.cache_policy, _pairs(flags.cache))
     if policy.future:
         raise LoadError(
-            f"--cache_policy={flags.cache_policy} reads the answer that it is to generate: it is for "
+            f"--cache_policy={flags.cache_policy} reads the answer that it should generate: it is only for "
             "experiments. Choose another."
         )
+    same = ("checkpoint", "params", "seed", "cache_dtype", "prefill_chunk", "batch_size")
     return {
-        "checkpoint": flags.checkpoint,
-        "params": flags.params,
+        **{name: getattr(flags, name) for name in same},
         "settings": settings,
         "eos_ids": None if flags.eos_id is None else tuple(id for id in flags.eos_id if id >= 0),
         "stops": tuple(flags.stop),
-        "seed": flags.seed,
         "policy": policy,
         "policy_name": " ".join([flags.cache_policy, *flags.cache]),
-        "cache_dtype": flags.cache_dtype,
-        "prefill_chunk": flags.prefill_chunk,
-        "batch_size": flags.batch_size,
     }
 
 
 def _check(flags: argparse.Namespace) -> None:
-    files = (flags.inputs, flags.output)
-    if (flags.prompt is None) == (files == (None, None)) or (None in files) != (
-        files == (None,) * 2
-    ):
+    files = [flags.inputs is not None, flags.output is not None]
+    if any(files) != all(files) or any(files) == (flags.prompt is not None):
         raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
     beams = setting_flags.given(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams
     if flags.stream and (flags.prompt is None or several):
         raise LoadError(
-            "--stream shows one continuation of --prompt as it grows: leave out --inputs, --num_samples "
+            "--stream shows one continuation of --prompt as it grows: remove --inputs, --num_samples "
             "and --num_beams, or --stream."
         )
     if beams and "num_beams" not in beams:
         raise LoadError(
-            f"--{next(iter(beams))} is of beam search: give --num_beams=N, or leave it out."
+            f"--{next(iter(beams))} is only for beam search: give --num_beams=N, or remove it."
         )
     if beams and flags.stop:
-        raise LoadError(
-            "--stop ends a text as it grows, which beams do not: leave out --num_beams."
-        )
+        raise LoadError("--stop ends a text as it grows, which beams do not: remove --num_beams.")
     if not math.isfinite(beams.get("length_penalty", 0.0)):
         raise LoadError(f"--length_penalty={beams['length_penalty']} must be finite.")
     if "" in flags.stop:
         raise LoadError("--stop='' would end every text at once: give a text.")
     if flags.eos_id is not None and -1 in flags.eos_id and len(flags.eos_id) > 1:
-        raise LoadError(
-            "--eos_id=-1 is for none, and others are given: leave it out, or the others."
-        )
+        raise LoadError("--eos_id=-1 means no token, but there are other ids: remove it, or them.")
     if flags.eos_id is not None and min(flags.eos_id) < -1:
-        raise LoadError(f"--eos_id={min(flags.eos_id)} is no token: give an id, or -1 for none.")
+        raise LoadError(f"--eos_id={min(flags.eos_id)} is not a token: give an id, or -1 for none.")
     if flags.prefill_chunk is not None and flags.prefill_chunk < 1:
         raise LoadError(f"--prefill_chunk={flags.prefill_chunk} must be at least 1.")
 
@@ -221,7 +206,7 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
         if not equals or not name:
             raise LoadError(f"--cache={text}: expected NAME=VALUE, such as --cache=capacity=1024.")
         if name in settings:
-            raise LoadError(f"--cache={name} is given twice.")
+            raise LoadError(f"--cache={name} is set twice: remove one.")
         settings[name] = value
     return settings
 

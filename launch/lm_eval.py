@@ -6,10 +6,9 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help) a
   python -m launch.lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
     --include_path my_tasks
 
-Everything else is the harness's own: this command registers the model and calls the harness with all
-arguments as they are, for the harness has no other way to find models of other packages. The model's
-arguments (model_args) are described in launch/evaluation/lm_eval/model.py; an unknown one is an error that lists
-them.
+This command registers the model and passes all arguments on to the harness, which has no other way to find
+models of other packages. launch/evaluation/lm_eval/model.py describes the model's arguments (model_args); an
+unknown argument is an error that lists them.
 """
 
 import sys
@@ -20,11 +19,7 @@ MODEL = "espalier"
 
 
 def register() -> None:
-    """Registers the model in the harness.
-
-    Raises:
-      LoadError: the harness is not installed.
-    """
+    """Registers the model in the harness; raises LoadError if it is not installed."""
     try:
         import lm_eval.models  # noqa: F401  # registers the harness's own models
         from lm_eval.api.registry import model_registry
@@ -42,8 +37,7 @@ def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
-        environment.restart_with_huge_pages()
-        environment.prepare()
+        environment.prepare(restart=True)
         environment.check_packages()
         register()
         from lm_eval.__main__ import cli_evaluate

@@ -6,8 +6,8 @@ Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs 
     --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
     --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
 
-Takes the gin arguments of `train`; data and directories are not read. Nothing is allocated and nothing
-runs: the compiler reports memory; FLOPs and collectives are counted in its program.
+Takes the gin arguments of `train`, but reads no data and no directories. Nothing is allocated or run: the
+compiler reports memory; FLOPs and collectives are counted in its program.
 Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong.
 """
 
@@ -47,7 +47,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _run(start: cli.Start) -> int:
     from launch.aot import precompile
 
-    flags, recipe = start.flags, start.arguments()["recipe"]
+    flags, recipe = start.flags, start.config.arguments()["recipe"]
     fits = precompile.precompile(recipe, flags.topology, json_file=flags.json, hlo=flags.hlo)
     return 0 if fits else 1
 

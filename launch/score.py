@@ -1,4 +1,4 @@
-"""Gives each token of texts the log-probability that a trained model gives it.
+"""Writes the log-probability of each token of texts under a trained model.
 
 Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
@@ -6,11 +6,10 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   python -m launch.score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
 
 Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
-{"messages": [...]}, where an assistant's turn at the end is the targets. They come back in order
-with "logprobs", one natural logarithm per predicted token, and their "sum". The targets are predicted
-from all tokens before them; without targets every token of the row is. The model's START_TOKEN comes before the
-first token; where it is None the first token of a row is only read. Rows that are done are in
-y.jsonl.partial until all are.
+{"messages": [...]}, where an assistant's turn at the end is the targets. The output has them in order
+with "logprobs", one natural logarithm per target, and their "sum". Without targets every token of the row is
+one. The model's START_TOKEN comes before the first token; if it is None, the first token of a row has no
+log-probability. Finished rows are in y.jsonl.partial until all are finished.
 """
 
 from collections.abc import Sequence

@@ -21,11 +21,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.config import gin_config
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
@@ -81,18 +81,15 @@ def train(
       checkpointer: factory, called with the directory.
       initial: the start of a run without checkpoints of its own.
       log_period: updates per row of metrics.
-      writers: factories of metric writers besides metrics.jsonl and TensorBoard; called only in the
-        process that writes, after all checks.
+      writers: factories of further metric writers; called only in the process that writes, after all checks.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
       rollouts: makes the batches of a run that trains on its own samples, from a stream of prompts;
         called with (stream=, program=, folder=), see trainers.hooks.FeedFactory.
-      started: value of time.monotonic at which the run's time begins; None for the start of this
-        process.
+      started: value of time.monotonic at which the run's time begins; None for the start of this process.
 
     Returns:
-      The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early
-      (status 75 of the command).
+      The last evaluation, and 'interrupted' = 1.0 if a signal ended the run early (status 75 of the command).
 
     Raises:
       ValueError: a configuration, mesh, data or run directory that does not match the run.
@@ -114,7 +111,7 @@ def train(
     program.check_extras()
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
-        run = run_dir.prepare(model_dir, gin_config.config_str(), writer=primary)
+        run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
         parent = phase.find_parent(run.checkpoints, initial)
         data = open_data(
@@ -139,16 +136,14 @@ def train(
         feed: Feed = Prefetcher(data.stream, program.batch_sharding)
         if rollouts is not None:
             feed = rollouts(stream=data.stream, program=program, folder=run.file("rollouts"))
+        # 'compile' counts only the time that remains after the state is restored.
         with (
-            goodput.measure(
-                "compile"
-            ),  # only compile time that remains after the state is restored
+            goodput.measure("compile"),
             program.compiling(steps.train, feed.abstract()),
             goodput.measure("init"),
         ):
-            start, meta = phase.restore_start(
-                saver, program, initial, parent, data.identity(program)
-            )
+            identity = data.identity(program)
+            start, meta = phase.restore_start(saver, program, initial, parent, identity)
         writer = stack.enter_context(contextlib.closing(_open_writers(run, start.step, writers)))
         if primary:
             run_messages.announce(program, data, start)
@@ -197,20 +192,16 @@ def train(
             stop=stop,
         )
         # Everything that gin configures has been called by now, except functions that hooks call.
-        run.write_operative_config(gin_config.operative_config_str())
+        run.write("operative_config.gin", gin.operative_config_str())
         loop.run()
-        run.write_operative_config(gin_config.operative_config_str())
+        run.write("operative_config.gin", gin.operative_config_str())
     if primary:
         run_messages.summarise(run.path, loop, data)
     return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
 
 
 def _check_lengths(**numbers: float | None) -> None:
-    """Checks numbers that must be positive, by macro; None is not checked.
-
-    Raises:
-      ValueError: a number below 1, or not exactly one of TRAIN_STEPS and TRAIN_TOKENS.
-    """
+    """Raises ValueError for numbers below 1, and unless exactly one of TRAIN_STEPS and TRAIN_TOKENS is set."""
     steps, tokens = numbers["TRAIN_STEPS"], numbers["TRAIN_TOKENS"]
     if (steps is None) == (tokens is None):
         raise ValueError(
@@ -222,11 +213,7 @@ def _check_lengths(**numbers: float | None) -> None:
 
 
 def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:
-    """Writes the files on mesh, data and parameters that do not change during the run.
-
-    Raises:
-      RunDirectoryError: the data has changed since an earlier start of this run.
-    """
+    """Writes the files on mesh, data and parameters; raises RunDirectoryError if the data has changed."""
     run.record(
         mesh=run_dir.mesh_facts(program.mesh),
         initial=parent.record(),
@@ -248,7 +235,7 @@ def _open_writers(
     return metric_writers.MultiWriter(
         [
             metric_writers.JsonlWriter(run.metrics, first_step=after),
-            metric_writers.TensorBoardWriter(run.tensorboard, first_step=after),
+            metric_writers.TensorBoardWriter(run.file("tensorboard"), first_step=after),
             *(make() for make in more),
         ]
     )

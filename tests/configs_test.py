@@ -7,7 +7,7 @@ import gin
 import jax
 import pytest
 
-from launch.config import gin_config
+from launch.config import gin_check, gin_config
 from model import axes
 from trainers import initialise, partitioning
 from trainers.inputs import PackedTokens
@@ -108,7 +108,7 @@ def clean_gin():
 @pytest.mark.smoke
 @pytest.mark.parametrize("file", FILES)
 def test_file_has_no_problems(file):
-    assert [str(problem) for problem in gin_config.problems([file], fragment=True)] == []
+    assert [str(problem) for problem in gin_check.check([file], fragment=True).problems] == []
 
 
 def load(*files, data=("TASKS=()",), bindings=()):
@@ -210,7 +210,7 @@ def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
     def bindings(name):
         file = f"t5x_configs/experiments/code_mix/quickstart_{name}.gin"
         gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="launch.train:train")
-        text = gin_config.config_str()
+        text = gin.config_str()
         gin.clear_config()
         return {line for line in text.splitlines() if "phases" not in line and "'" not in line}
 

@@ -16,8 +16,7 @@ if __name__ == "__main__":
     cores = os.environ.get("ESPALIER_WORKER_CORES")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
-    environment.restart_with_huge_pages()
-    environment.prepare()
+    environment.prepare(restart=True)
 
     from launch.cluster import worker
 

@@ -6,7 +6,7 @@ from typing import Any
 from gin import config_parser
 
 from launch.config import gin_source
-from launch.config.gin_source import Macro, Problem, Reference
+from launch.config.gin_source import Problem, Reference, scoped
 
 
 class UnreadableConfigError(ValueError):
@@ -21,14 +21,11 @@ def canonical(text: str) -> dict[str, str]:
         if isinstance(statement, Problem):
             raise UnreadableConfigError(str(statement))
         if isinstance(statement, config_parser.ImportStatement):
-            plain = not statement.is_from and not statement.alias
-            name = statement.bound_name()
-            modules[name] = name if plain else statement.module
+            modules[statement.bound_name()] = gin_source.bound_module(statement)
         elif isinstance(statement, config_parser.BindingStatement):
-            scope = f"{statement.scope}/" if statement.scope else ""
             name = _full(statement.selector, modules)
             key = f"{name}.{statement.arg_name}" if statement.arg_name else statement.selector
-            values[scope + key] = _format(statement.value, modules)
+            values[scoped(statement.scope, key)] = _format(statement.value, modules)
     return values
 
 
@@ -66,10 +63,8 @@ def _full(selector: str, modules: dict[str, str]) -> str:
 
 def _format(value: Any, modules: dict[str, str]) -> str:
     if isinstance(value, Reference):
-        scope = f"{value.scope}/" if value.scope else ""
-        return f"@{scope}{_full(value.selector, modules)}{'()' if value.evaluate else ''}"
-    if isinstance(value, Macro):
-        return repr(value)
+        full = scoped(value.scope, _full(value.selector, modules))
+        return repr(Reference(full, value.evaluate))
     if isinstance(value, dict):
         items = sorted((_format(k, modules), _format(v, modules)) for k, v in value.items())
         return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"

@@ -1,9 +1,7 @@
 """Checks a gin configuration against the code it names and reports every problem at once.
 
-Gin itself stops at the first error, accepts unused macros and bindings without effect, and
-reports missing arguments only when a function is called, perhaps after hours of data work. This
-pass reads the same statements in the same order, imports the same modules, and looks at the same
-objects; it changes nothing in gin.
+Gin itself stops at the first error, accepts unused macros and bindings without effect, and reports missing
+arguments only when a function is called, perhaps after hours of data work.
 """
 
 import collections.abc
@@ -13,15 +11,20 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import gin
 
 from launch.config import gin_methods, gin_reader
 from launch.config.gin_reach import Reach
-from launch.config.gin_reader import Bound, Checked, Target, is_required, nearest
-from launch.config.gin_source import Macro, Place, Problem, Reference
+from launch.config.gin_reader import (
+    Bound,
+    Checked,
+    Target,
+    is_required,
+    nearest,
+    required_parameters,
+)
+from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 _SIMPLE = (int, float, str, bool, type(None))
 
@@ -44,25 +47,24 @@ def check(
       search_paths: more folders in which relative files are looked for.
       entry: the function to be called; with it, bindings that it cannot reach are problems.
       entry_name: its full name, such as 'launch.train.train'.
-      fragment: the files are only a part of a configuration, so that macros may be unused,
-        undefined or still required, and scopes be entered elsewhere.
-      untrusted: files read before the others, which may use only harmless names.
-      part: the configuration belongs to another entry point, and this one uses only a part of it; the rest may lack
-        values.
+      fragment: the files are only a part of a configuration: macros may be unused, undefined or
+        required, and scopes may be entered elsewhere.
+      untrusted: files read before `files`, which may use only harmless names.
+      part: the configuration belongs to another entry point, and `entry` uses only a part of it; the rest
+        may lack values.
     """
     reader = gin_reader.Reader(search_paths)
+    checked = reader.checked
     for path in untrusted:
         reader.read_untrusted(path, files)
     if reader.refused:  # other problems would only follow from the refused names
-        reader.checked.problems[:] = reader.refused
-        return reader.checked
-    checked = reader.checked
+        checked.problems[:] = reader.refused
+        return checked
     follow = entry is not None and not fragment
     if follow:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
-    so_far: list[
-        tuple[str, Callable[[], Reach]]
-    ] = []  # each file, with the reach of the configuration up to it
+    # Each file, with the reach of the configuration up to it.
+    so_far: list[tuple[str, Callable[[], Reach]]] = []
     if follow and not part:
 
         def after_file(file: str) -> None:
@@ -73,115 +75,96 @@ def check(
     for path in files:
         reader.read_file(path, Place("--gin_file"), ())
     reader.read_bindings(bindings)
-    _check_types(checked)
-    conflicts = gin_methods.conflicts(checked)
-    checked.problems.extend(conflicts)
+    problems = checked.problems
+    problems += _mistyped(checked)
+    problems += (conflicts := gin_methods.conflicts(checked))
     if fragment:
         return checked
     reach = Reach(checked, entry_name) if follow else None
-    used = reach if part else None
-    _check_values(checked, used)
-    _check_readers(checked, command_line_only=part)
-    _check_scopes(checked, command_line_only=part)
+    problems += _without_value(checked, reach if part else None)
+    problems += _unread_macros(checked, command_line_only=part)
+    problems += _unused_scopes(checked, command_line_only=part)
     if reach is not None:
-        _check_arguments(checked, reach)
-        _check_passed(checked, reach)
+        problems += _missing_arguments(checked, reach)
+        problems += _passed_by_caller(checked, reach)
         if not part:
             if not conflicts:
-                checked.problems.extend(gin_methods.without_effect(checked, reach, so_far))
+                problems += gin_methods.without_effect(checked, reach, so_far)
             twice = len(set(checked.files)) < len(checked.files)
+            problems += _unread_overrides(checked, reach)
             # Reading a file twice replaces later bindings by its own, probably by mistake.
-            _check_effect(checked, reach, [] if twice else [r for _, r in so_far], entry_name)
+            for problem in _unreachable(checked, reach, [] if twice else so_far, entry_name):
+                on_command_line = problem.place.line == 0
+                (problems if on_command_line else checked.warnings).append(problem)
     return checked
 
 
-def _check_values(checked: Checked, used: Reach | None) -> None:
-    """Finds macros without a value and required values; with `used`, only those that it reaches."""
+def _without_value(checked: Checked, used: Reach | None) -> Iterator[Problem]:
+    """Yields macros without a value and required values; with `used`, only macros that it reaches."""
+    macros_read = checked.macros_read if used is None else used.macros
     for name, place in checked.macros_read.items():
-        if name not in checked.macros and (used is None or name in used.macros):
+        if name not in checked.macros and name in macros_read:
             near = nearest(difflib.get_close_matches(name, checked.macros))
-            checked.problems.append(
-                Problem(
-                    place, f"macro '{name}' has no value", near or f"Set it: --gin.{name}=VALUE."
-                )
-            )
+            remedy = near or f"Set it: --gin.{name}=VALUE."
+            yield Problem(place, f"macro '{name}' has no value", remedy)
     for name, bound in checked.macros.items():
-        if is_required(bound.value) and name in (
-            checked.macros_read if used is None else used.macros
-        ):
-            checked.problems.append(
-                Problem(bound.place, f"'{name}' is required", f"Set it: --gin.{name}=VALUE.")
-            )
+        if is_required(bound.value) and name in macros_read:
+            yield Problem(bound.place, f"'{name}' is required", f"Set it: --gin.{name}=VALUE.")
     for (scope, target, argument), bound in checked.bindings.items():
         if is_required(bound.value):
-            key = f"{scope}/{target}.{argument}" if scope else f"{target}.{argument}"
-            checked.problems.append(
-                Problem(bound.place, f"'{key}' is required", "Bind it in a later file.")
-            )
+            key = scoped(scope, f"{target}.{argument}")
+            yield Problem(bound.place, f"'{key}' is required", "Bind it in a later file.")
 
 
-def _check_readers(checked: Checked, command_line_only: bool) -> None:
-    names = sorted(checked.macros_read)
+def _unread_macros(checked: Checked, command_line_only: bool) -> Iterator[Problem]:
     for name, bound in checked.macros.items():
         if name not in checked.macros_read and not (command_line_only and bound.place.line):
-            near = nearest(difflib.get_close_matches(name, names))
-            checked.problems.append(
-                Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
-            )
+            near = nearest(difflib.get_close_matches(name, sorted(checked.macros_read)))
+            yield Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
 
 
-def _check_scopes(checked: Checked, command_line_only: bool) -> None:
+def _unused_scopes(checked: Checked, command_line_only: bool) -> Iterator[Problem]:
     for (scope, _, _), bound in checked.bindings.items():
         if command_line_only and bound.place.line:
             continue
         if scope and scope not in checked.scopes_used:
             near = nearest(difflib.get_close_matches(scope, sorted(checked.scopes_used)))
-            checked.problems.append(
-                Problem(
-                    bound.place,
-                    f"nothing is referenced in the scope '{scope}', so the binding has no effect",
-                    near or f"Scopes are entered by references such as @{scope}/name.",
-                )
+            yield Problem(
+                bound.place,
+                f"nothing is referenced in the scope '{scope}', so the binding has no effect",
+                near or f"Scopes are entered by references such as @{scope}/name.",
             )
 
 
-def _check_types(checked: Checked) -> None:
+def _mistyped(checked: Checked) -> Iterator[Problem]:
     for (_, target, argument), bound in checked.bindings.items():
-        value, place = bound.value, bound.place
-        for _ in range(
-            len(checked.macros)
-        ):  # a macro's value may be another macro; this bounds the chain
-            if isinstance(value, Macro) and value.name in checked.macros:
-                place = checked.macros[value.name].place
-                value = checked.macros[value.name].value
-        message = mismatch(checked.targets[target].value, argument, value)
-        if message:
-            checked.problems.append(Problem(place, f"'{target}.{argument}' {message}"))
+        final = final_bound(bound, checked.macros)
+        if message := mismatch(checked.targets[target].value, argument, final.value):
+            yield Problem(final.place, f"'{target}.{argument}' {message}")
 
 
-def _check_arguments(checked: Checked, reach: Reach) -> None:
-    """Checks that functions called by gin have their arguments bound in the scope of the call."""
+def _missing_arguments(checked: Checked, reach: Reach) -> Iterator[Problem]:
+    """Yields calls by gin without a required argument in the scope of the call."""
     reported = set()
     for name, ways in reach.ways.items():
+        target = checked.targets[name].value
         for way in ways:
-            if not way.evaluated:
+            key = (id(target), way.scope)
+            if not way.evaluated or key in reported:
                 continue
             bound = {*reach.bound(name, way.scope), *way.passed}
-            needed = required_parameters(checked.targets[name].value)
-            missing = [parameter for parameter in needed if parameter not in bound]
-            key = (id(checked.targets[name].value), way.scope)
-            if missing and key not in reported:
+            missing = [p for p in required_parameters(target) if p not in bound]
+            if missing:
                 reported.add(key)
-                short = ".".join(name.split(".")[-2:])
-                called = f"{way.scope}/{short}" if way.scope else short
+                called = scoped(way.scope, ".".join(name.split(".")[-2:]))
                 where = f" in the scope '{way.scope}'" if way.scope else ""
                 text = f"'{name}' is called{where} without {', '.join(missing)}"
                 example = f"Bind for example: {called}.{missing[0]} = ..."
-                checked.problems.append(Problem(way.place, text, example))
+                yield Problem(way.place, text, example)
 
 
-def _check_passed(checked: Checked, reach: Reach) -> None:
-    """Reports bindings of arguments that the caller passes itself: the caller wins over gin."""
+def _passed_by_caller(checked: Checked, reach: Reach) -> Iterator[Problem]:
+    """Yields bindings of arguments that the caller passes itself: the caller wins over gin."""
     for (scope, target, argument), bound in checked.bindings.items():
         ways = reach.ways_in(target, scope)
         if ways and all(argument in way.passed for way in ways):
@@ -191,70 +174,57 @@ def _check_passed(checked: Checked, reach: Reach) -> None:
                 if all(owners)
                 else "the command passes it, from its flags"
             )
-            checked.problems.append(
-                Problem(bound.place, f"'{target}.{argument}' has no effect: {by}", "Remove it.")
-            )
+            text = f"'{target}.{argument}' has no effect: {by}"
+            yield Problem(bound.place, text, "Remove it.")
 
 
-def _check_effect(
-    checked: Checked, reach: Reach, so_far: Sequence[Callable[[], Reach]], entry_name: str
-) -> None:
-    """Reports bindings that the entry point cannot reach: an error on the command line, else a warning.
-
-    There is no warning if a later file or the command line replaced the reference to the target, which is the purpose of
-    later files. There is none for the file of a method (t5x_configs/methods) either: it binds several layers, of which a
-    model has only some.
-    """
+def _unread_overrides(checked: Checked, reach: Reach) -> Iterator[Problem]:
+    """Yields macros on the command line whose value the entry point does not use."""
     for name, bound in checked.macros.items():
         if bound.place.line == 0 and name in checked.macros_read and name not in reach.macros:
             readers = sorted(
                 f"{target}.{argument}"
-                for (_, target, argument), other in checked.bindings.items()
-                if any(macro.name == name for macro in other.macros)
+                for (_, target, argument), reader in checked.bindings.items()
+                if any(macro.name == name for macro in reader.macros)
             )
             used_by = (
                 f"only {', '.join(readers)} reads it" if readers else "its readers are replaced"
             )
             text = f"'{name}' has no effect: {used_by}, which this run does not use"
-            checked.problems.append(Problem(bound.place, text, "Remove it."))
+            yield Problem(bound.place, text, "Remove it.")
+
+
+def _unreachable(
+    checked: Checked,
+    reach: Reach,
+    so_far: Sequence[tuple[str, Callable[[], Reach]]],
+    entry_name: str,
+) -> Iterator[Problem]:
+    """Yields bindings that the entry point cannot reach.
+
+    Exceptions are bindings whose reference a later file or the command line replaced, which is the purpose of
+    later files, and the file of a method (t5x_configs/methods): it binds several layers, of which a model has
+    only some.
+    """
     for key, bound in checked.bindings.items():
         _, target, argument = key
-        of_method = gin_methods.is_method(bound.file)
-        if target in reach.ways or of_method:
+        if target in reach.ways or gin_methods.is_method(bound.file):
             continue
         replaced = any(
             target in before().ways and before().checked.bindings.get(key) is bound
-            for before in so_far
+            for _, before in so_far
         )
         if not replaced:
-            problem = Problem(
-                bound.place,
-                f"'{target}.{argument}' has no effect: no reference leads from '{entry_name}' to "
-                f"'@{'.'.join(target.split('.')[-2:])}'",
-            )
-            (checked.problems if bound.place.line == 0 else checked.warnings).append(problem)
+            short = ".".join(target.split(".")[-2:])
+            text = f"no reference leads from '{entry_name}' to '@{short}'"
+            yield Problem(bound.place, f"'{target}.{argument}' has no effect: {text}")
 
 
-def final_value(value: Any, macros: dict[str, Bound], depth: int = 20) -> Any:
-    """Returns `value`; if it is a macro, the macro's final value."""
-    while isinstance(value, Macro) and value.name in macros and depth:
-        value, depth = macros[value.name].value, depth - 1
-    return value
-
-
-def required_parameters(target: Any) -> list[str]:
-    """Returns the parameters without a default."""
-    if target in (gin.config.macro, gin.config.singleton):
-        return []
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    return [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+def final_bound(bound: Bound, macros: Mapping[str, Bound], depth: int = 20) -> Bound:
+    """Returns `bound`; if its value is a macro, that macro's final definition."""
+    while isinstance(bound.value, Macro) and bound.value.name in macros and depth:
+        bound, depth = macros[bound.value.name], depth - 1
+    return bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +241,7 @@ def mismatch(target: Any, argument: str, value: Any) -> str | None:
     these. References that gin calls, macros without a value and other annotations pass.
     """
     accepted = _accepted(_hints(target).get(argument))
-    if accepted is None:
-        return None
-    if any(_fits(value, option) for option in accepted):
+    if accepted is None or any(_fits(value, option) for option in accepted):
         return None
     choices = [option for option in accepted if not isinstance(option, type | _Sequence)]
     if choices and isinstance(value, str):

@@ -15,7 +15,7 @@ from typing import Any
 import gin
 
 from launch.config import gin_check, gin_source
-from launch.config.gin_check import final_value
+from launch.config.gin_check import final_bound
 from launch.config.gin_reader import Checked, is_required
 from launch.config.gin_source import Place, Problem
 
@@ -46,9 +46,9 @@ class Config:
 
     Attributes:
       text: all bindings as one gin file that can be loaded again.
-      files: all read files in order, included ones too.
-      macros: final literal values of the macros by name, without references.
       entry: the function to call, with its bindings applied by gin.
+      files: all read files in order, included ones too.
+      macros: final values of the macros by name.
       warnings: bindings in files without effect on this run, unless a later file replaced the reference to their target.
     """
 
@@ -78,24 +78,23 @@ def load(
       files: gin files, absolute or relative to the working directory, to a search path or to the
         root of the repository; later ones win.
       bindings: 'NAME=VALUE' as after --gin. on the command line, read after the files. A path or
-        name without quotes is taken as a string where no number or other literal is expected.
+        name without quotes is read as a string, unless a number or other literal is expected.
       search_paths: more folders to look in.
       entry: the entry function of this configuration, or its name 'package.module:name'. With it,
         unbound arguments and bindings that cannot reach it are problems too.
       unused: macros whose values do not matter, with the value in gin syntax to use if none is set.
-      untrusted: gin files read before `files` that the user did not name, such as the one beside a
+      untrusted: gin files read before `files` that the user did not name, such as the file beside a
         checkpoint: they may import and use only harmless names (launch/config/gin_trust.py).
-      part: the configuration belongs to another entry point, and this one uses only a part of it. The
-        rest may lack values, and bindings without effect here are allowed.
+      part: the configuration belongs to another entry point, and `entry` uses only a part of it. The
+        rest may lack values, and bindings without effect are allowed.
 
     Raises:
       ConfigError: with all problems; gin's own state is then unchanged.
     """
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
-    bindings = [*bindings, *_placeholders(unused, bindings, read)]
     checked, bindings = _check(
-        bindings, read, entry=function, entry_name=name, fragment=False, part=part
+        bindings, read, unused, entry=function, entry_name=name, fragment=False, part=part
     )
     if checked.problems:
         raise ConfigError(checked.problems)
@@ -114,65 +113,39 @@ def load(
     return Config(
         text=gin.config_str(),
         files=tuple(checked.files),
-        macros=_literal_macros(checked),
+        macros={n: final_bound(m, checked.macros).value for n, m in checked.macros.items()},
         entry=configured,
         warnings=tuple(checked.warnings),
     )
-
-
-def _placeholders(unused, bindings, read: Callable[..., Checked]) -> list[str]:
-    """Returns bindings for the `unused` macros that are read but not set."""
-    if not unused:
-        return []
-    checked = read(fragment=True)
-    set_here = {binding.partition("=")[0].strip() for binding in bindings}
-    return [
-        f"{name}={value}"
-        for name, value in unused.items()
-        if name not in set_here and name in checked.macros_read and _is_open(name, checked)
-    ]
 
 
 def _is_open(name: str, checked: Checked) -> bool:
     return name not in checked.macros or is_required(checked.macros[name].value)
 
 
-def problems(
-    files: Sequence[str] = (),
-    bindings: Sequence[str] = (),
-    search_paths: Sequence[str] = (),
-    entry: Callable | str | None = None,
-    fragment: bool = False,
-) -> list[Problem]:
-    """Returns the problems for which `load` would raise, without changing gin.
+def _check(
+    bindings: Sequence[str],
+    read: Callable[..., Checked],
+    unused: Mapping[str, str] | None = None,
+    **how: Any,
+) -> tuple[Checked, list[str]]:
+    """Returns the checked configuration, and the bindings in gin syntax, `unused` macros included.
 
-    With `fragment`, the files are only a part of a configuration (a model, a data mixture), and other files may define
-    or read its macros.
+    The files are first read without bindings: whether a bare word is a string depends on their values.
     """
-    function, name = _entry(entry)
-    read = functools.partial(gin_check.check, files, search_paths=search_paths)
-    checked, _ = _check(bindings, read, entry=function, entry_name=name, fragment=fragment)
-    return checked.problems
-
-
-def config_str() -> str:
-    """Returns the loaded configuration as one gin file."""
-    return gin.config_str()
-
-
-def operative_config_str() -> str:
-    """Returns bindings and defaults of everything that gin has called so far; complete after the first step."""
-    return gin.operative_config_str()
-
-
-def _check(bindings, read: Callable[..., Checked], **how: Any) -> tuple[Checked, list[str]]:
-    """Reads the files without bindings first: whether a bare word is a string depends on their values."""
-    from_files = read(fragment=True).macros if bindings else {}
+    unused = unused or {}
+    from_files = read(fragment=True) if bindings or unused else Checked()
+    set_here = {binding.partition("=")[0].strip() for binding in bindings}
+    placeholders = [
+        f"{name}={value}"
+        for name, value in unused.items()
+        if name not in set_here and name in from_files.macros_read and _is_open(name, from_files)
+    ]
     malformed: list[Problem] = []
     normal = []
-    for binding in bindings:
+    for binding in [*bindings, *placeholders]:
         try:
-            normal.append(_normalise(binding, from_files))
+            normal.append(_normalise(binding, from_files.macros))
         except ValueError as error:
             malformed.append(Problem(Place(f"--gin.{binding}"), str(error)))
     checked = read(normal, **how)
@@ -191,7 +164,7 @@ def _normalise(binding: str, macros: dict) -> str:
         return f"{name}={text}"
     except SyntaxError:
         pass
-    old = final_value(macros[name].value, macros) if name in macros else None
+    old = final_bound(macros[name], macros).value if name in macros else None
     takes_string = old is None or isinstance(old, str) or is_required(old)
     if text.lower() in _WORDS or not takes_string or not _BARE_STRING.fullmatch(text):
         instead = f" (it was {old!r})" if not takes_string else ""
@@ -230,10 +203,3 @@ def _entry(entry: Callable | str | None) -> tuple[Callable | None, str]:
         module, _, attribute = entry.partition(":")
         return getattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
     return entry, f"{entry.__module__}.{entry.__qualname__}"
-
-
-def _literal_macros(checked: Checked) -> dict[str, Any]:
-    values = {
-        name: final_value(bound.value, checked.macros) for name, bound in checked.macros.items()
-    }
-    return {name: v for name, v in values.items() if not checked.macros[name].references}

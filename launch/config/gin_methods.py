@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.config.gin_reach import Reach
 from launch.config.gin_reader import REPLACES, Bound, Checked, is_required
-from launch.config.gin_source import Place, Problem
+from launch.config.gin_source import Place, Problem, scoped
 
 
 def is_method(file: str) -> bool:
@@ -19,31 +19,25 @@ def is_method(file: str) -> bool:
 
 def conflicts(checked: Checked) -> list[Problem]:
     """Returns a problem for each pair of method files where the later replaces values of the earlier."""
-    pairs: dict[tuple[str, str], list[tuple[Any, Bound, Bound]]] = {}
+    pairs: dict[tuple[str, str], list[tuple[str, Bound, Bound]]] = {}
     for key, history in checked.history.items():
         if (earlier := _replaced(checked, key, history)) is not None:
-            pairs.setdefault((earlier.file, history[-1].file), []).append(
-                (key, earlier, history[-1])
-            )
+            files = (earlier.file, history[-1].file)
+            pairs.setdefault(files, []).append((_name(key), earlier, history[-1]))
     problems = []
-    for replaced in pairs.values():
-        (key, earlier, later), *more = replaced
-        also = f" (and {', '.join(_name(other) for other, _, _ in more)})" if more else ""
-        where = f"{_name(key)}=VALUE"
-        problems.append(
-            Problem(
-                later.place,
-                f"replaces '{_name(key)}' of another method{also}, which is {earlier.value!r} at "
-                f"{earlier.place}",
-                f"Use one of the two files, or choose: --gin.{where}. A file that refines another "
-                f"includes it, or names what it replaces: {REPLACES} = ['{_name(key)}'].",
-            )
+    for (name, earlier, later), *more in pairs.values():
+        also = f" (and {', '.join(name for name, _, _ in more)})" if more else ""
+        text = f"replaces '{name}' of another method{also}, which is {earlier.value!r} at {earlier.place}"
+        remedy = (
+            f"Use one of the two files, or choose: --gin.{name}=VALUE. A file that refines another "
+            f"includes it, or names what it replaces: {REPLACES} = ['{name}']."
         )
+        problems.append(Problem(later.place, text, remedy))
     return problems
 
 
 def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | None:
-    """Returns the binding of another method that a key's last binding replaces; None if there is none or it may."""
+    """Returns the binding of another method that a key's last binding may not replace, or None."""
     last = history[-1]
     allowed = {last.file, *checked.includes.get(last.file, ())}
     names = checked.replaces.get(last.file, [])
@@ -64,28 +58,26 @@ def without_effect(
     """Returns a problem for each method's file without any effect, unless the user's own bindings replaced its effect.
 
     Args:
-      checked: the whole configuration.
-      reach: reach of the whole configuration.
+      checked, reach: the whole configuration and its reach.
       so_far: each file in reading order, with the reach of the configuration up to it.
     """
     problems = []
     for file, (place, own) in _bound_alone(checked).items():
         if _effective(reach, own):
             continue
-        first = next(index for index, (name, _) in enumerate(so_far) if name == file)
-        states = [(name, _effective(before(), own)) for name, before in so_far[first:]]
-        if not any(state for _, state in states):
+        files = [name for name, _ in so_far]
+        effective = [
+            i for i in range(files.index(file), len(files)) if _effective(so_far[i][1](), own)
+        ]
+        if not effective:
             text = "has no effect: this run uses nothing that only this file binds"
-            remedy = (
-                "It belongs to another kind of run or model, or another method takes its place."
-            )
+            remedy = "It is for another kind of run or model, or another method replaces it."
             problems.append(Problem(place, text, remedy))
             continue
-        last = max(index for index, (_, state) in enumerate(states) if state)
-        undone_by = states[last + 1][0] if last + 1 < len(states) else ""
+        undone_by = [*files, ""][effective[-1] + 1]
         refined = file in checked.includes.get(undone_by, ()) or undone_by in checked.replaces
         if is_method(undone_by) and not refined:
-            text = f"has no effect: {undone_by} takes the place of everything that it binds"
+            text = f"has no effect: {undone_by} replaces everything that it binds"
             problems.append(Problem(place, text, "Use one of the two."))
     return problems
 
@@ -102,10 +94,10 @@ def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bou
         for bound in (bound for bound in bounds if bound.file not in parts):
             related = {bound.file, *checked.includes.get(bound.file, ())}
             shared = any(
-                other.file not in related
-                and bound.file not in checked.includes.get(other.file, ())
-                and other.meaning() == bound.meaning()
-                for other in bounds
+                again.file not in related
+                and bound.file not in checked.includes.get(again.file, ())
+                and again.meaning() == bound.meaning()
+                for again in bounds
             )
             _, alone = own.setdefault(bound.file, (Place(bound.place.source), []))
             if not shared:
@@ -116,14 +108,10 @@ def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bou
 def _effective(reach: Reach, bounds: Sequence[tuple[Any, Bound]]) -> bool:
     """Returns whether any of these bindings and macros is final and used."""
     for key, bound in bounds:
-        current = (reach.checked.macros if isinstance(key, str) else reach.checked.bindings).get(
-            key
-        )
-        if current is None or current.meaning() != bound.meaning():
-            continue
-        if isinstance(key, str) and key in reach.macros:
-            return True
-        if not isinstance(key, str) and reach.ways_in(key[1], key[0]):
+        is_macro = isinstance(key, str)
+        current = (reach.checked.macros if is_macro else reach.checked.bindings).get(key)
+        used = key in reach.macros if is_macro else reach.ways_in(key[1], key[0])
+        if used and current is not None and current.meaning() == bound.meaning():
             return True
     return False
 
@@ -133,4 +121,4 @@ def _name(key: Any) -> str:
     if isinstance(key, str):
         return key
     scope, target, argument = key
-    return f"{scope}/" * bool(scope) + ".".join([*target.split(".")[-2:], argument])
+    return scoped(scope, ".".join([*target.split(".")[-2:], argument]))

@@ -1,7 +1,7 @@
 """Follows the references of a checked gin configuration from the entry point, as gin would.
 
-Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of the binding that holds it; the value of a
-macro is evaluated in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
+Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of its binding; the value of a macro is evaluated
+in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
 The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
 
 A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`). These win over gin, so a binding
@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.config.gin_reader import Bound, Checked
+from launch.config.gin_reader import Bound, Checked, applying, within
 from launch.config.gin_source import Place
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
@@ -73,15 +73,8 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
 _SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}
 
 # Entry functions, with the arguments that their commands always pass from flags.
-FLAGS: dict[str, tuple[str, ...]] = {
-    "launch.evaluation.held_out.evaluate": (
-        "checkpoint",
-        "params",
-        "tasks",
-        "max_batches",
-        "json_file",
-    ),
-}
+_OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
+FLAGS: dict[str, tuple[str, ...]] = {"launch.evaluation.held_out.evaluate": _OF_EVALUATE}
 
 
 def passed(owner: Any, parameter: str) -> tuple[str, ...]:
@@ -145,62 +138,49 @@ class Reach:
         self.checked = checked
         self.ways: dict[str, list[Way]] = {}
         self.macros: set[str] = set()
-        self._waiting: list[tuple[str, Way]] = []
         flags = FLAGS.get(entry_name, ())
-        self._waiting.append((entry_name, Way("", True, flags, "", Place("the entry point"))))
+        self._waiting = [(entry_name, Way("", True, flags, "", Place("the entry point")))]
         while self._waiting:
             self._visit(*self._waiting.pop())
 
     def ways_in(self, target: str, scope: str) -> list[Way]:
         """Returns the ways of calling `target` to which a binding in `scope` applies."""
-        return [way for way in self.ways.get(target, ()) if _within(way.scope, scope)]
+        return [way for way in self.ways.get(target, ()) if within(way.scope, scope)]
 
     def bound(self, name: str, scope: str) -> dict[str, Bound]:
         """Returns the bindings of the arguments of `name`, called in `scope`; inner scopes win."""
         names = self._names(name)
-        bindings = [
-            (key_scope.count("/") + bool(key_scope), argument, bound)
-            for (key_scope, target, argument), bound in self.checked.bindings.items()
-            if target in names and _within(scope, key_scope)
-        ]
-        return {
-            argument: bound for _, argument, bound in sorted(bindings, key=lambda item: item[0])
-        }
+        bindings = self.checked.bindings.items()
+        return applying(scope, [(s, arg, bound) for (s, t, arg), bound in bindings if t in names])
 
     def _names(self, name: str) -> Sequence[str]:
         """Returns all names under which the files import the object of this name."""
         here = self.checked.targets[name].value
-        return [other for other, target in self.checked.targets.items() if target.value is here]
+        return [alias for alias, target in self.checked.targets.items() if target.value is here]
 
     def _visit(self, name: str, way: Way) -> None:
         if way in self.ways.setdefault(name, []):
             return
         names = self._names(name)
-        for other in names:
-            self.ways.setdefault(other, []).append(way)
+        for alias in names:
+            self.ways.setdefault(alias, []).append(way)
         target = self.checked.targets[name].value
         if inspect.isclass(target):
             # The methods of a reachable class are reachable too; their arguments are unknown.
-            brought = Way(way.scope, False, (), name, way.place)
-            for other in self.checked.targets:
-                if other.rpartition(".")[0] in names:
-                    self._waiting.append((other, brought))
+            by_class = Way(way.scope, False, (), name, way.place)
+            methods = [m for m in self.checked.targets if m.rpartition(".")[0] in names]
+            self._waiting += [(method, by_class) for method in methods]
         for argument, bound in self.bound(name, way.scope).items():
             if argument not in way.passed:
-                code = Way(
-                    scope=way.scope,
-                    evaluated=False,
-                    passed=passed(target, argument),
-                    owner=f"{name}.{argument}",
-                    place=bound.place,
-                )
+                arguments = passed(target, argument)
+                code = Way(way.scope, False, arguments, f"{name}.{argument}", bound.place)
                 self._follow(bound, code, ())
 
     def _follow(self, bound: Bound, code: Way, inside: tuple[str, ...]) -> None:
-        """Follows the references in an argument's value.
+        """Follows the references in `bound`, an argument's binding or a macro in it.
 
         Args:
-          bound: the argument's binding, or a macro in it.
+          bound: the binding.
           code: the way of calling references that gin does not call.
           inside: names of the enclosing macros.
         """
@@ -211,15 +191,10 @@ class Reach:
             if reference.evaluate:
                 way = Way(reference.scope or gin_scope, True, (), code.owner, bound.place)
             else:
-                way = dataclasses.replace(
-                    code, scope=reference.scope or code.scope, place=bound.place
-                )
+                scope = reference.scope or code.scope
+                way = dataclasses.replace(code, scope=scope, place=bound.place)
             self._waiting.append((target.name, way))
         for macro in bound.macros:
             self.macros.add(macro.name)
             if macro.name in self.checked.macros and macro.name not in inside:
                 self._follow(self.checked.macros[macro.name], code, (*inside, macro.name))
-
-
-def _within(scope: str, outer: str) -> bool:
-    return not outer or f"{scope}/".startswith(f"{outer}/")

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
@@ -18,20 +19,12 @@ import gin
 from gin import config_parser
 
 from launch.config import gin_source, gin_trust
-from launch.config.gin_source import Macro, Place, Problem, Reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Symbol:
-    """The module that an imported name means. `value` is None after a failed import."""
-
-    name: str
-    value: Any
+from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A function or class that gin configures, under its full name."""
+    """A function, class or module under its full name. `value` is None for a module whose import failed."""
 
     name: str
     value: Any
@@ -56,7 +49,7 @@ class Bound:
     file: str = ""
 
     def meaning(self) -> str:
-        """Returns the value as text with full names, so that equal values have equal texts whatever the imports."""
+        """Returns the value as text with full names, which does not depend on the imports."""
         text = repr(self.value)
         for reference, target in self.references:
             if target is not None:
@@ -67,14 +60,19 @@ class Bound:
 
 @dataclasses.dataclass
 class Checked:
-    """The final bindings and macros of a configuration, files in order, imports, and the problems.
+    """The final bindings and macros of a configuration, and everything else that was read.
 
     Attributes:
+      problems, warnings: in reading order.
+      bindings: final bindings by (scope, full name of the target, argument).
+      targets: by full name.
+      macros: final definitions by name.
+      files, imports: in reading order.
       history: all bindings and definitions of a key in reading order; the key of a macro is its name.
-      includes: file -> the files it includes, directly or not; real paths.
-      replaces: file -> the names in its list REPLACES.
-      macros_read: names read anywhere, also in overridden statements, so that overriding one does not make a macro
-        count as unread.
+      includes: files included by each file, directly or not; real paths.
+      replaces: the names in each file's list REPLACES.
+      macros_read: where each macro is first read, also in overridden statements.
+      scopes_used: all scopes that references and macros enter.
     """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -91,40 +89,53 @@ class Checked:
     scopes_used: set[str] = dataclasses.field(default_factory=set)
 
     def copy(self) -> "Checked":
-        """Returns a copy that does not change when later statements are read."""
+        """Returns a copy that later statements do not change."""
         return dataclasses.replace(self, bindings=dict(self.bindings), macros=dict(self.macros))
 
     def modules_imported_as(self, name: str) -> list[str]:
         """Returns the modules that the files import under `name`; several where files differ."""
-        return list(dict.fromkeys(bound_module(s) for s in self.imports if s.bound_name() == name))
+        return list(
+            dict.fromkeys(
+                gin_source.bound_module(s) for s in self.imports if s.bound_name() == name
+            )
+        )
 
     def command_line_imports(self) -> list[config_parser.ImportStatement]:
-        """Returns the imports of all files, except names that mean several modules."""
+        """Returns the imports of all files, except names with several modules."""
         first = {statement.bound_name(): statement for statement in reversed(self.imports)}
         return [s for name, s in first.items() if len(self.modules_imported_as(name)) == 1]
 
 
-def bound_module(statement: config_parser.ImportStatement) -> str:
-    """Returns the module that the name bound by an import means."""
-    plain = not statement.is_from and not statement.alias
-    return statement.module.split(".")[0] if plain else statement.module
-
-
 # A list in a method's file with the files of other methods whose bindings it may replace; see gin_methods.py.
 REPLACES = "REPLACES"
-LONG_MACRO = ("gin.macro", "value")  # `NAME/gin.macro.value = 1` is `NAME = 1`
+_LONG_MACRO = ("gin.macro", "value")  # `NAME/gin.macro.value = 1` is `NAME = 1`
+
+
+class _GinNames:
+    """The attributes of the name `gin` in a gin file."""
+
+    macro = staticmethod(gin.config.macro)
+    singleton = staticmethod(gin.config.singleton)
+
+
+_GIN = Target("gin", _GinNames)
 
 
 class Reader:
-    """Reads files and bindings into `checked`."""
+    """Reads files and bindings into `checked`.
+
+    Attributes:
+      after_file: called with the real path of each file after reading it.
+      refused: uses of names that untrusted files may not use.
+    """
 
     def __init__(self, search_paths: Sequence[str]):
         self.checked = Checked()
-        self.search_paths = search_paths
-        self.after_file: Callable[[str], None] = lambda file: None  # called with each read file
-        self.refused: list[Problem] = []  # names that untrusted files may not use
-        self._trust: gin_trust.Trust | None = None  # of the file that is being read
-        self._file = ""  # real path of the file that is being read
+        self.after_file: Callable[[str], None] = lambda file: None
+        self.refused: list[Problem] = []
+        self._search_paths = search_paths
+        self._trust: gin_trust.Trust | None = None  # of the current file
+        self._file = ""  # real path of the current file
 
     def problem(self, place: Place, message: str, remedy: str = "") -> None:
         problem = Problem(place, message, remedy)
@@ -135,15 +146,15 @@ class Reader:
         self, path: str, own_files: Sequence[str], modules: Sequence[str] = ()
     ) -> None:
         """Reads a file that may use only harmless names, `modules`, and modules that `own_files` import."""
-        self._trust = gin_trust.trust(path, own_files, self.search_paths, modules)
+        self._trust = gin_trust.trust(path, own_files, self._search_paths, modules)
         self.read_file(path, Place("--gin_file"), ())
         self._trust = None
 
     def read_file(self, path: str, place: Place, including: tuple[str, ...]) -> None:
-        file = gin_source.find(path, self.search_paths)
+        file = gin_source.find(path, self._search_paths)
         if file is None:
-            folders = [p or "." for p in gin_source.search_locations(self.search_paths)]
-            near = gin_source.similar_files(path, self.search_paths)
+            folders = [p or "." for p in gin_source.search_locations(self._search_paths)]
+            near = gin_source.similar_files(path, self._search_paths)
             self.problem(
                 place,
                 f"no file '{path}' (searched {', '.join(folders)})",
@@ -160,16 +171,14 @@ class Reader:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return
         outer, self._file = self._file, os.path.realpath(file)
-        for including_file in including:
-            self.checked.includes.setdefault(os.path.realpath(including_file), set()).add(
-                self._file
-            )
+        for outer_file in map(os.path.realpath, including):
+            self.checked.includes.setdefault(outer_file, set()).add(self._file)
         self._read(text, path, {}, (*including, file))
         self.after_file(self._file)
         self._file = outer
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
-        symbols = {"gin": Symbol("gin", _GinNames)}
+        symbols = {"gin": _GIN}
         for statement in self.checked.command_line_imports():
             self._bind_import(statement, symbols)
         for binding in bindings:
@@ -180,7 +189,7 @@ class Reader:
                 elif isinstance(statement, config_parser.BindingStatement):
                     self._bind(statement, place, symbols)
                 else:
-                    self.problem(place, "only NAME=VALUE can be given on the command line")
+                    self.problem(place, "only NAME=VALUE can be set on the command line")
 
     def _read(self, text: str, name: str, symbols: dict, including: tuple[str, ...]) -> None:
         for statement in gin_source.parse(text, name):
@@ -198,14 +207,14 @@ class Reader:
             else:
                 self._bind(statement, place, symbols)
 
-    def _import(self, statement, place: Place, symbols: dict[str, Symbol]) -> None:
+    def _import(self, statement, place: Place, symbols: dict[str, Target]) -> None:
         if statement.module.startswith("__gin__"):
             if statement.module != gin_source.DYNAMIC_REGISTRATION:
                 self.problem(place, f"gin has no feature '{statement.module}'")
-            symbols["gin"] = Symbol("gin", _GinNames)
+            symbols["gin"] = _GIN
             return
         if "gin" not in symbols:
-            symbols["gin"] = Symbol("gin", _GinNames)  # reported once per file
+            symbols["gin"] = _GIN  # reported once per file
             self.problem(
                 place,
                 "imports need gin's dynamic registration",
@@ -221,34 +230,25 @@ class Reader:
             self.checked.imports.append(statement)
         self._bind_import(statement, symbols, failed=bool(refusal or error))
 
-    def _bind_import(self, statement, symbols: dict[str, Symbol], failed: bool = False) -> None:
-        module = bound_module(statement)
+    def _bind_import(self, statement, symbols: dict[str, Target], failed: bool = False) -> None:
+        module = gin_source.bound_module(statement)
         value = None if failed else importlib.import_module(module)
-        symbols[statement.bound_name()] = Symbol(module, value)
+        symbols[statement.bound_name()] = Target(module, value)
 
     def _resolve(self, selector: str, place: Place, symbols) -> Target | None:
         """Returns the object that `selector` names, or None after recording the problem."""
         head, *path = selector.split(".")
         symbol = symbols.get(head)
         if symbol is None:
-            near = nearest(difflib.get_close_matches(head, [s for s in symbols if s != "gin"]))
-            where = "any file" if place.line == 0 else "this file"
-            add = [
-                f"from {m.rpartition('.')[0]} import {head}" for m in gin_source.modules_named(head)
-            ]
-            several = self.checked.modules_imported_as(head)
-            if not place.line and len(several) > 1:
-                where, near = f"all files alike: {' and '.join(several)}", "Bind it in a file."
-            elif add and place.line:
-                near = f"Add `{'` or `'.join(add)}`."
-            self.problem(place, f"'{head}' is not imported by {where}", near)
+            self._not_imported(head, place, symbols)
             return None
         value, name = symbol.value, symbol.name
         if value is None:
             return None  # The failed import was reported.
         for attribute in path:
             if not hasattr(value, attribute):
-                near = difflib.get_close_matches(attribute, _configurable_names(value))
+                names = [n for n in dir(value) if n[0] != "_" and callable(getattr(value, n, None))]
+                near = difflib.get_close_matches(attribute, names)
                 self.problem(place, f"'{name}' has no '{attribute}'", nearest(near))
                 return None
             value, name = getattr(value, attribute), f"{name}.{attribute}"
@@ -262,6 +262,18 @@ class Reader:
             self.refused.append(Problem(place, *refusal))
             return None
         return self.checked.targets.setdefault(name, Target(name, value))
+
+    def _not_imported(self, name: str, place: Place, symbols) -> None:
+        near = nearest(difflib.get_close_matches(name, [s for s in symbols if s != "gin"]))
+        where = "this file" if place.line else "any file"
+        modules = gin_source.modules_named(name) if place.line else ()
+        several = self.checked.modules_imported_as(name)
+        if not place.line and len(several) > 1:
+            where, near = f"all files alike: {' and '.join(several)}", "Bind it in a file."
+        elif modules:
+            add = [f"from {module.rpartition('.')[0]} import {name}" for module in modules]
+            near = f"Add `{'` or `'.join(add)}`."
+        self.problem(place, f"'{name}' is not imported by {where}", near)
 
     def _bind(self, statement, place: Place, symbols) -> None:
         references, macros = [], []
@@ -278,9 +290,12 @@ class Reader:
         if (statement.selector, statement.arg_name) == (REPLACES, ""):
             self.checked.replaces[self._file] = list(leaves(statement.value))
             return
-        if not statement.arg_name or (statement.selector, statement.arg_name) == LONG_MACRO:
-            scope = f"{statement.scope}/" if statement.scope else ""
-            name = statement.scope if statement.arg_name else scope + statement.selector
+        if not statement.arg_name or (statement.selector, statement.arg_name) == _LONG_MACRO:
+            name = (
+                statement.scope
+                if statement.arg_name
+                else scoped(statement.scope, statement.selector)
+            )
             self.checked.macros[name] = bound
             self.checked.history.setdefault(name, []).append(bound)
             return
@@ -313,25 +328,30 @@ class Reader:
 @functools.cache
 def parameter_names(target: Any) -> list[str] | None:
     """Returns the names that gin may bind; None for any (**kwargs), or if the signature is unknown."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    parameters = _parameters(target)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     # `parent` of a linen module is set by flax.
-    return [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ("parent", "self")
-    ]
+    return [p.name for p in parameters if _is_named(p) and p.name not in ("parent", "self")]
 
 
-class _GinNames:
-    """The attributes of the name `gin` inside a gin file."""
+def required_parameters(target: Any) -> list[str]:
+    """Returns the parameters without a default."""
+    if target in (gin.config.macro, gin.config.singleton):
+        return []
+    return [p.name for p in _parameters(target) or () if p.default is p.empty and _is_named(p)]
 
-    macro = staticmethod(gin.config.macro)
-    singleton = staticmethod(gin.config.singleton)
+
+def _parameters(target: Any) -> list[inspect.Parameter] | None:
+    """Returns the parameters of a function or class; None if they are unknown."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _import_error(statement) -> tuple[str, str] | None:
@@ -366,11 +386,7 @@ def _missing_dependency(name: str, missing: str) -> tuple[str, str]:
     if top == name.split(".")[0]:
         return (f"'{name}' imports '{missing}', which does not exist", "")
     text = f"'{name}' needs the package '{top}', which is not installed"
-    return (text, "Install it, or the extra of this project that brings it (see setup.py).")
-
-
-def _configurable_names(value: Any) -> list[str]:
-    return [n for n in dir(value) if not n.startswith("_") and callable(getattr(value, n, None))]
+    return (text, "Install it, or this project's extra with it (see setup.py).")
 
 
 def leaves(value: Any) -> Iterable[Any]:
@@ -391,9 +407,25 @@ def is_required(value: Any) -> bool:
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
 
 
+def applying(scope: str, bindings: Iterable[tuple[str, str, Bound]]) -> dict[str, Bound]:
+    """Returns, by argument, the bindings that apply in `scope`; inner scopes win.
+
+    Args:
+      scope: a scope, '' for none.
+      bindings: (scope, argument, binding) of one target.
+    """
+    outer = [binding for binding in bindings if within(scope, binding[0])]
+    outer.sort(key=lambda binding: len(binding[0]))
+    return {argument: bound for _, argument, bound in outer}
+
+
+def within(scope: str, outer: str) -> bool:
+    """Returns whether bindings of the scope `outer` apply in `scope`."""
+    return not outer or f"{scope}/".startswith(f"{outer}/")
+
+
 def _prefixes(scope: str) -> list[str]:
-    parts = scope.split("/") if scope else []
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(itertools.accumulate(scope.split("/"), "{}/{}".format)) if scope else []
 
 
 def nearest(names: Sequence[str]) -> str:

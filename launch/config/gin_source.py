@@ -5,6 +5,7 @@ import difflib
 import functools
 import io
 import os
+import pathlib
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -89,10 +90,15 @@ class _Delegate(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
-class _NamedText(io.StringIO):
-    def __init__(self, text: str, name: str):
-        super().__init__(text)
-        self.name = name
+def scoped(scope: str, name: str) -> str:
+    """Returns `scope/name`, or `name` without a scope."""
+    return f"{scope}/{name}" if scope else name
+
+
+def bound_module(statement: config_parser.ImportStatement) -> str:
+    """Returns the module that the name bound by an import means."""
+    plain = not statement.is_from and not statement.alias
+    return statement.module.split(".")[0] if plain else statement.module
 
 
 def parse_value(text: str) -> Any:
@@ -116,9 +122,9 @@ def _parse(text: str, name: str) -> Iterator[Any]:
         num_parsed = first  # Lines before this one belong to statements already yielded.
         try:
             # Blank lines in front keep the line numbers right after a restart.
-            parser = config_parser.ConfigParser(
-                _NamedText("\n" * first + "".join(lines[first:]), name), _Delegate()
-            )
+            file: Any = io.StringIO("\n" * first + "".join(lines[first:]))
+            file.name = name  # gin reads it
+            parser = config_parser.ConfigParser(file, _Delegate())
             while (statement := parser.parse_statement()) is not None:
                 yield statement
                 num_parsed = max(num_parsed, statement.location.line_num)
@@ -140,7 +146,7 @@ def _next_statement(lines: Sequence[str], start: int) -> int:
 
 def _error_line(error: Exception, begin: int, count: int) -> int:
     """Returns the index of the line with the error; for open brackets, of their statement's first line."""
-    line = error.lineno if isinstance(error, SyntaxError) else None
+    line = getattr(error, "lineno", None)
     return line - 1 if line and line <= count else min(begin, count - 1)
 
 
@@ -166,28 +172,24 @@ def search_locations(search_paths: Sequence[str]) -> list[str]:
 
 def find(path: str, search_paths: Sequence[str]) -> str | None:
     """Returns the first existing file that `path` can mean, or None."""
-    if os.path.isabs(path):
-        return path if os.path.isfile(path) else None
-    for folder in search_locations(search_paths):
-        candidate = os.path.join(folder, path)
-        if os.path.isfile(candidate):
-            return candidate
-    return None
+    # An absolute path replaces the folder that it is joined to.
+    places = (os.path.join(folder, path) for folder in search_locations(search_paths))
+    return next(filter(os.path.isfile, places), None)
 
 
-def same(one: str, other: str, search_paths: Sequence[str]) -> bool:
+def same(path_a: str, path_b: str, search_paths: Sequence[str]) -> bool:
     """Returns whether two paths mean the same file."""
-    files = [find(path, search_paths) for path in (one, other)]
-    return None not in files and os.path.samefile(*files)  # type: ignore[arg-type]
+    a, b = (find(path, search_paths) for path in (path_a, path_b))
+    return a is not None and b is not None and os.path.samefile(a, b)
 
 
 def read(path: str) -> str:
     """Returns the text of a gin file."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return pathlib.Path(path).read_text("utf-8")
 
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Returns the reason why a file cannot be read."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start}: {error.reason})"
     return str(error.strerror or error)
@@ -196,19 +198,17 @@ def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
 def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:
     """Returns gin files with a name close to `path` in its folder."""
     folder, name = os.path.split(path)
-    names: set[str] = set()
-    for base in search_locations(search_paths):
-        here = os.path.join(base, folder)
-        if os.path.isdir(here):
-            names.update(n for n in os.listdir(here) if n.endswith(".gin"))
-    return [os.path.join(folder, n) for n in difflib.get_close_matches(name, sorted(names))]
+    places = [os.path.join(base, folder) for base in search_locations(search_paths)]
+    files = {file for place in places if os.path.isdir(place) for file in os.listdir(place)}
+    names = sorted(file for file in files if file.endswith(".gin"))
+    return [os.path.join(folder, n) for n in difflib.get_close_matches(name, names)]
 
 
 def modules_named(name: str) -> list[str]:
     """Returns the full names of the project's modules whose last part is `name`."""
-    names = []
-    for package in ("model", "trainers", "data", "launch"):
-        for folder, _, files in os.walk(os.path.join(ROOT, package)):
-            if f"{name}.py" in files:
-                names.append(os.path.relpath(folder, ROOT).replace(os.sep, ".") + f".{name}")
-    return sorted(names)
+    paths = (
+        path.relative_to(ROOT).with_suffix("")
+        for package in ("model", "trainers", "data", "launch")
+        for path in pathlib.Path(ROOT, package).rglob(f"{name}.py")
+    )
+    return sorted(".".join(path.parts) for path in paths)

@@ -1,8 +1,7 @@
 """The names that a gin file beside a checkpoint may use: an import runs code, and `@f()` calls it.
 
-Such a file may come from anyone, and users only mean to use the model that it describes. It may import
-and reference this project's packages and the libraries of its models. Other modules are
-allowed when the user's own gin files import them.
+Such a file may come from anyone, and users only mean to use the model that it describes. It may use this project's
+packages, the libraries of its models, and modules that the user's own gin files import.
 """
 
 import dataclasses
@@ -43,11 +42,9 @@ REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """The names that an untrusted file and its includes may use.
+    """The names that an untrusted `file` and its includes may use.
 
-    Attributes:
-      file: the file.
-      modules: further allowed modules, which the user's own files import.
+    `modules` are allowed, too: the user's own files import them.
     """
 
     file: str
@@ -64,7 +61,7 @@ class Trust:
         checked too.
 
         Args:
-          module: the module that the file imports.
+          module: the imported module.
           name: full name of the object in the file, beginning with the module's name.
           value: the object.
         """
@@ -84,7 +81,7 @@ class Trust:
     def _error(self, verb: str, name: str, module: str) -> tuple[str, str]:
         own = f"import {module} in a gin file of your own that you give too, or "
         return (
-            f"a configuration found beside a checkpoint may not {verb} '{name}', which could run "
+            f"a configuration beside a checkpoint may not {verb} '{name}', which could run "
             "anything",
             f"If you know the code, {'' if _inside(module, PACKAGES) else own}give the whole file: "
             f"--gin_file={self.file}",
@@ -105,28 +102,26 @@ def trust(
       search_paths: folders of relative files.
       own_modules: more modules that the user's own files import.
     """
+    if any(gin_source.same(path, file, search_paths) for path in own_files):
+        return None
     modules = set(own_modules)
     seen: set[str] = set()
-
-    def scan(path: str) -> None:
+    paths = list(own_files)
+    while paths:
+        path = paths.pop()
         source = gin_source.find(path, search_paths)
         if source is None or source in seen:
-            return
+            continue
         seen.add(source)
         try:
             text = gin_source.read(source)
         except (OSError, UnicodeDecodeError):
-            return  # reported when the file itself is read
+            continue  # reported when the file itself is read
         for statement in gin_source.parse(text, path):
             if isinstance(statement, config_parser.ImportStatement):
                 modules.add(statement.module)
             elif isinstance(statement, config_parser.IncludeStatement):
-                scan(statement.filename)
-
-    for path in own_files:
-        if gin_source.same(path, file, search_paths):
-            return None
-        scan(path)
+                paths.append(statement.filename)
     return Trust(file, frozenset(module for module in modules if not _harmless(module)))
 
 

@@ -1,8 +1,7 @@
 """Writes gin text that builds a model, for the configuration of imported weights.
 
 A model is a tree of settings: modules as factories (functools.partial of a class, or the class), frozen
-dataclasses as values. Gin has one set of bindings for each class and scope, so that a class used with
-several settings (say, norms of two kinds) gets a scope for each.
+dataclasses as values. A class with several settings (such as norms of two kinds) has a gin scope for each.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ class _Node:
     Attributes:
       target: the class or function.
       settings: (field, value) pairs; values are nodes or literals as text.
-      called: whether the value is the result of a call, `@f()`, and not the function itself, `@f`.
+      called: whether the value is `@f()` and not `@f`.
       where: path of the setting, for names and messages; not compared.
     """
 
@@ -96,23 +95,23 @@ def _node(value: Any, where: str) -> _Node:
             raise UnwritableModelError(
                 f"{where} is a partial with positional arguments: name them."
             )
-        target, given, called = value.func, dict(value.keywords), False
+        target, bound, called = value.func, dict(value.keywords), False
     elif inspect.isclass(value) or inspect.isroutine(value):
-        target, given, called = value, {}, False
+        target, bound, called = value, {}, False
     else:
         target, called = type(value), True
         fields = [f for f in dataclasses.fields(value) if f.init and f.name not in _OF_FLAX]
-        given = {f.name: getattr(value, f.name) for f in fields}
+        bound = {f.name: getattr(value, f.name) for f in fields}
     if not _importable(target):
         raise UnwritableModelError(
-            f"{where} is {target!r}, which cannot be imported by a name, so that no configuration can "
+            f"{where} is {target!r}, which cannot be imported by a name, so no configuration can "
             "name it. Use a class or function at the top of a module."
         )
     defaults = _defaults(target)
     written = _WRITTEN.get(target, ())
     settings = tuple(
         (key, _value(item, f"{where}.{key}"))
-        for key, item in ({key: defaults[key] for key in written} | given).items()
+        for key, item in ({key: defaults[key] for key in written} | bound).items()
         if key in written or key not in defaults or not _same(item, defaults[key])
     )
     return _Node(target, settings, called, where)
@@ -158,17 +157,16 @@ def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:
     for node in nodes:
         sets.setdefault(node.target, set()).add(node.settings)
     taken: dict[tuple, str] = {}
-    scopes = {}
+    scopes = dict.fromkeys(nodes, "")
     for node in nodes:
-        scopes[node] = ""
         if len(sets[node.target]) > 1 and node.settings:
             key = (node.target, node.settings)
-            base = node.where.removeprefix("model.").replace(".", "_")
-            scope = taken.get(key) or base
-            while key not in taken and scope in taken.values():
-                scope += "_"
-            taken[key] = scope
-            scopes[node] = f"{scope}/"
+            if key not in taken:
+                scope = node.where.removeprefix("model.").replace(".", "_")
+                while scope in taken.values():
+                    scope += "_"
+                taken[key] = scope
+            scopes[node] = f"{taken[key]}/"
     return scopes
 
 

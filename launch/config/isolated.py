@@ -1,10 +1,10 @@
-"""Evaluates a checked gin configuration without gin, so that it cannot mix with the configuration of this process.
+"""Evaluates a checked gin configuration without gin, separately from the configuration of this process.
 
 Gin has one configuration per process, and every scope inherits the bindings without a scope. If another run's model were
 read into a scope, it would inherit this run's bindings for every argument that its own file does not bind: a dense
-teacher would get the student's factors. This module evaluates the other run's configuration separately.
+teacher would get the student's factors.
 
-The rules are gin's: the bindings of the current scope and of those around it apply, inner ones win; `@x/f` is called in
+The rules are gin's: bindings of the current scope and of the scopes around it apply, inner ones win; `@x/f` is called in
 the scope `x`; the value of `%NAME` is evaluated in the scope `NAME`; a caller's arguments win over bindings.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import gin
 
-from launch.config.gin_reader import Bound, Checked, Target
+from launch.config.gin_reader import Bound, Checked, Target, applying
 from launch.config.gin_source import Macro, Reference
 
 # A context variable, because factories are called while a step is traced, possibly in another thread.
@@ -25,11 +25,7 @@ _SCOPE: contextvars.ContextVar[str] = contextvars.ContextVar("isolated_scope", d
 
 
 class Isolated:
-    """The values of a configuration.
-
-    Args:
-      checked: the configuration, read without problems.
-    """
+    """The values of a configuration that was read without problems."""
 
     def __init__(self, checked: Checked):
         self._macros = checked.macros
@@ -56,11 +52,11 @@ class Isolated:
         with _scope(scope or _SCOPE.get()):
             if target.value is gin.config.macro:
                 return self.macro(_SCOPE.get())
-            bindings = self._bound(target, _SCOPE.get())
-            passed = {*kwargs, *_positional(target.value, len(args))}
+            names = list(inspect.signature(target.value).parameters) if args else []
+            passed = {*kwargs, *names[: len(args)]}
             values = {
                 argument: self._value(bound.value, bound)
-                for argument, bound in bindings.items()
+                for argument, bound in self._bound(target, _SCOPE.get()).items()
                 if argument not in passed
             }
             if target.value is gin.config.singleton:
@@ -70,7 +66,7 @@ class Isolated:
             return target.value(*args, **values, **kwargs)
 
     def describe(self, target: Target, scope: str) -> str:
-        """Returns `name(argument=value, ...)` with all bindings that a call can use; the same text in every process."""
+        """Returns `name(argument=value, ...)` with all bindings of a call; the same text in every process."""
         scope = scope or _SCOPE.get()
         with _scope(scope):
             bindings = sorted(self._bound(target, scope).items())
@@ -78,14 +74,7 @@ class Isolated:
         return f"{target.name}({', '.join(parts)})"
 
     def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
-        """Returns the bindings of a target's arguments in a scope."""
-        applying = [
-            (binding_scope.count("/") + bool(binding_scope), argument, bound)
-            for binding_scope, argument, bound in self._bindings.get(id(target.value), ())
-            if not binding_scope or f"{scope}/".startswith(f"{binding_scope}/")
-        ]
-        ordered = sorted(applying, key=lambda item: item[0])
-        return {argument: bound for _, argument, bound in ordered}
+        return applying(scope, self._bindings.get(id(target.value), ()))
 
     def _value(self, value: Any, bound: Bound) -> Any:
         """Returns the literal, object or factory for a part of a binding."""
@@ -96,12 +85,8 @@ class Isolated:
         if isinstance(value, Macro):
             return self.macro(value.name)
         if isinstance(value, Reference):
-            target = _target(value, bound)
-            return (
-                self.call(target, value.scope)
-                if value.evaluate
-                else Factory(self, target, value.scope)
-            )
+            factory = Factory(self, _target(value, bound), value.scope)
+            return factory() if value.evaluate else factory
         return value
 
     def _text(self, value: Any, bound: Bound) -> str:
@@ -138,11 +123,6 @@ def _target(reference: Reference, bound: Bound) -> Target:
     target = dict(bound.references)[reference]
     assert target is not None  # unresolved references are problems when the configuration is read
     return target
-
-
-def _positional(function: Any, count: int) -> list[str]:
-    """Returns the names of the first `count` parameters, for positional arguments."""
-    return list(inspect.signature(function).parameters)[:count] if count else []
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Makes flags from the parameters of dataclasses and functions, so that types, defaults and help texts have one source.
+"""Makes flags from the parameters of dataclasses and functions: types, defaults and help texts have one source.
 
 A library such as simple-parsing reads only dataclasses, with help texts from comments beside the fields, and adds a
 quarter of a second to every --help.
@@ -84,8 +84,7 @@ def add(
 
     Args:
       group: parser or group of flags.
-      target: see `settings_of`.
-      names: see `settings_of`.
+      target, names: see `settings_of`.
       optional: whether flags of settings without a default may be omitted.
     """
     for name, setting in settings_of(target, names).items():

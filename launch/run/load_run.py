@@ -107,7 +107,7 @@ def config_file(step: Any) -> str | None:
 
 
 def vocabulary(*, value: Any) -> Any:
-    """Returns `value`. Gin makes it only at this call: loading a vocabulary is slow, and rows of tokens need none."""
+    """Returns `value`, which gin makes only at this call: a vocabulary loads slowly, and rows of tokens need none."""
     return value
 
 
@@ -120,8 +120,8 @@ class RunConfig:
       vocabulary: returns the SeqIO vocabulary of its data.
       mesh: mesh shape to use the model on.
       rules: name of a rule set in trainers/partitioning.py.
-      start_token: the token before the first of a document; None for no such token, 'auto' for the one
-        recorded with the checkpoint (0 if none is recorded).
+      start_token: the token before the first token of a document; None for no such token, 'auto' for the
+        token recorded with the checkpoint, or else 0.
       add_bos: whether to begin texts with the vocabulary's BOS; None for the setting in training.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the vocabulary's own.
     """
@@ -138,7 +138,7 @@ class RunConfig:
     def load(
         self, checkpoint: str, *, params: str = "auto", rewards: bool = False
     ) -> Iterator[LoadedRun]:
-        """Restores and verifies the parameters (of an actor-critic, the actor), and enters the mesh.
+        """Context manager: restores and verifies the parameters (of an actor-critic, the actor), and enters the mesh.
 
         Args:
           checkpoint: step or run directory.
@@ -152,14 +152,10 @@ class RunConfig:
         from trainers import initialise, partitioning
 
         if (self.model.output == "rewards") != rewards:
-            raise LoadError(
-                f"The checkpoint is of a {type(self.model).__name__}: "
-                + (
-                    "train a reward model with methods/preference/reward_model.gin."
-                    if rewards
-                    else "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
-                )
-            )
+            remedy = "train a reward model with methods/preference/reward_model.gin."
+            if not rewards:
+                remedy = "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
+            raise LoadError(f"The checkpoint is of a {type(self.model).__name__}: {remedy}")
         if self.model.row != "tokens":
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
@@ -170,26 +166,27 @@ class RunConfig:
         boxed = initialise.abstract_variables(self.model)["params"]
         rows = partitioning.batch_sharding(mesh, rules)
         shards = mesh.devices.size // rows.shard_shape((mesh.devices.size,))[0]
-        partitioning.validate(
-            mesh=mesh,
-            rules=rules,
-            config=self.model.config,
-            batch_size=shards,
-            length=1,
-            boxed_params=boxed,
-        )
+        sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
+        partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
         abstract = initialise.abstract_params(self.model, mesh, rules)
         values, meta = restore(checkpoint, abstract, params=params)
         values = self.model.inference_params(values)
-        model = self.model.inference_model
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
-                config=dataclasses.replace(self, model=model),
+                config=dataclasses.replace(self, model=self.model.inference_model),
                 params=values,
                 meta=meta,
                 row_sharding=rows if mesh.devices.size > 1 else None,
                 row_shards=shards,
             )
+
+
+def load_frozen(
+    model: Any, checkpoint: str, frozen: Any, mesh: Mapping[str, int] | None, rules: str
+) -> contextlib.AbstractContextManager[LoadedRun]:
+    """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
+    config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
+    return config.load(checkpoint, params="ema" if frozen.use_ema else "raw")
 
 
 def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mapping[str, Any]]:

@@ -55,11 +55,7 @@ class LoadedRun:
 
     @property
     def vocabulary(self) -> Any:
-        """The vocabulary of the run's data.
-
-        Raises:
-          LoadError: the model was trained with another vocabulary, or the run's configuration has none.
-        """
+        """The vocabulary of the run's data; raises LoadError also if its configuration has none."""
         if self.vocabulary_or_none is None:
             raise LoadError(
                 "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
@@ -69,7 +65,7 @@ class LoadedRun:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a continuation; none without a vocabulary or without an EOS in it."""
+        """All ids that end a continuation; empty without a vocabulary or its EOS."""
         from trainers.decoding import settings
 
         vocabulary = self.vocabulary_or_none
@@ -83,9 +79,8 @@ class LoadedRun:
         if trained is not None and trained != rows.vocabulary_digest(vocabulary):
             raise LoadError(
                 f"The checkpoint was trained with another vocabulary than this {name}: its tokens "
-                "would mean other texts. Use the vocabulary of the run (a trained one is in its "
-                "directory, or can be trained again from the same corpus and settings), or give tokens in place "
-                "of texts."
+                "would mean other texts. Use the vocabulary in the run's directory (or train it again from the same "
+                "corpus and settings), or give tokens in place of texts."
             )
         size = self.model.config.vocab_size
         if vocabulary.vocab_size > size:
@@ -95,11 +90,7 @@ class LoadedRun:
 
     @functools.cached_property
     def chat_template(self) -> Any:
-        """The `data.tokenizers.chat_template.ChatTemplate` that renders "messages".
-
-        Raises:
-          LoadError: there is none.
-        """
+        """The `data.tokenizers.chat_template.ChatTemplate` that renders "messages"; raises LoadError without one."""
         from data.tokenizers import chat_template
 
         if (chosen := self.config.chat_template) is not None:
@@ -111,9 +102,9 @@ class LoadedRun:
         own = getattr(self.vocabulary, "chat_template", None)
         if own is None:
             raise LoadError(
-                'The run\'s vocabulary has no chat template for "messages": name a jinja file or one of '
+                'The run\'s vocabulary has no chat template for "messages": set a jinja file or one of '
                 f'{", ".join(chat_template.BUILT_IN)} with --gin.CHAT_TEMPLATE=\'"..."\', or give "text" '
-                "as the model was trained on it."
+                "in the format of the training texts."
             )
         return own
 
@@ -121,12 +112,11 @@ class LoadedRun:
         """Returns the tokens of a row's "tokens", "text" or "messages", as a prompt.
 
         A text begins with one BOS if the run's texts did. "messages" are rendered, with the row's "tools" and
-        "documents", up to the beginning of the assistant's next turn; the template itself writes BOS if the model
+        "documents", up to the beginning of the assistant's next turn; the template writes BOS if the model
         expects it.
 
         Raises:
-          LoadError: none or several of these keys, a malformed value, or messages that the chat
-            template refuses.
+          LoadError: none or several of these keys, a malformed value, or messages that the template refuses.
         """
         key = self._key(row, where)
         if key == "messages":
@@ -142,7 +132,7 @@ class LoadedRun:
         including its end token.
 
         Raises:
-          LoadError: see `tokens` and `encode`; or the template renders that turn differently after a generation prompt.
+          LoadError: see `tokens` and `encode`; or the template renders this turn differently after a generation prompt.
         """
         if "targets" in row:
             return self.tokens(row, where), self.encode(row["targets"], f"{where}: 'targets'")
@@ -156,29 +146,18 @@ class LoadedRun:
         if not text.startswith(before):
             raise LoadError(
                 f"{where}: the chat template renders the assistant's last turn otherwise than after a "
-                'generation prompt, so that it cannot be told apart. Give "text" and "targets".'
+                'generation prompt, so it cannot be separated. Give "text" and "targets".'
             )
         context, targets = self._encode_rendered(text, len(before))
         ends = [place for place, id in enumerate(targets, 1) if id in self.eos_ids]
         return context, targets[: ends[-1]] if ends else targets
 
-    def _render(
-        self,
-        row: Mapping[str, Any],
-        where: str,
-        messages: Any,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
+    def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: bool) -> str:
         from data.tokenizers.chat_template import ChatTemplateError
 
+        options |= {key: row.get(key) for key in ("tools", "documents")}
         try:
-            return self.chat_template.render(
-                messages,
-                tools=row.get("tools"),
-                documents=row.get("documents"),
-                add_generation_prompt=add_generation_prompt,
-            )
+            return self.chat_template.render(messages, **options)
         except ChatTemplateError as error:
             raise LoadError(f"{where}: {error}.") from None
 
@@ -199,7 +178,7 @@ class LoadedRun:
         return keys[0]
 
     def after_bos(self, ids: list[int]) -> list[int]:
-        """Returns the ids of a text after BOS, if texts begin with it and this one does not yet."""
+        """Returns the ids of a text, with BOS in front if texts begin with it."""
         if not self.add_bos:
             return ids
         if (bos := self.vocabulary.bos_id) in (None, -1):
@@ -207,11 +186,7 @@ class LoadedRun:
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def encode(self, value: Any, where: str) -> list[int]:
-        """Returns the ids of a text, or checks that a list holds ids of the model.
-
-        Raises:
-          LoadError: `value` is neither a text nor valid ids.
-        """
+        """Returns the ids of a text, or a list of ids; raises LoadError if `value` is neither."""
         if isinstance(value, str):
             try:
                 value.encode("utf-8")
@@ -229,7 +204,7 @@ class LoadedRun:
         return value
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the tokens after the start token of a document, if the model has one."""
+        """Returns the tokens with the document's start token in front, if the model has one."""
         start = self.config.start_token
         if start == "auto":
             start = self.meta.get("start_token", 0)

@@ -1,8 +1,9 @@
 """The table of parameters written with every run (parameters.txt)."""
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 _HEADER = ("path", "shape", "dtype", "axes", "sharding", "count")
 
@@ -14,9 +15,9 @@ def parameter_table(params: Any, shardings: Any = None) -> str:
       params: nested dict of arrays or ShapeDtypeStructs; flax's boxes around them have the logical axes.
       shardings: a tree of the same structure of NamedSharding, PartitionSpec, or leaves with a `sharding`; or None.
     """
-    specs = dict(_leaves(shardings)) if shardings is not None else {}
+    specs = flatten_dict(shardings, sep="/") if shardings is not None else {}
     rows, total, size = [], 0, 0
-    for path, leaf in _leaves(params):
+    for path, leaf in flatten_dict(params, sep="/").items():
         names = getattr(leaf, "names", None)
         array = leaf.value if names is not None else leaf
         count = math.prod(array.shape)
@@ -32,23 +33,12 @@ def parameter_table(params: Any, shardings: Any = None) -> str:
             )
         )
     rows = [_HEADER, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = []
-    for row in rows:
-        *left_aligned, count = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([*left_aligned, count.strip().rjust(widths[-1])]))
+    *widths, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["  ".join([*map(str.ljust, row, widths), row[-1].rjust(last)]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines.append("-" * len(lines[0]))
     lines.append(f"total {total:,} parameters in {len(rows) - 1} arrays, {size / 2**20:,.1f} MiB")
     return "\n".join(lines) + "\n"
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}/{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def _axis(name: Any) -> str:
@@ -61,6 +51,5 @@ def _spec(sharding: Any) -> str:
     if sharding is None:
         return "-"
     sharding = getattr(sharding, "sharding", sharding)
-    spec = getattr(sharding, "spec", sharding)
-    split = [_axis(axis) for axis in spec]
-    return "(" + ", ".join(split) + ")" if any(s != "-" for s in split) else "replicated"
+    axes = [_axis(axis) for axis in getattr(sharding, "spec", sharding)]
+    return "(" + ", ".join(axes) + ")" if any(axis != "-" for axis in axes) else "replicated"

@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from trainers.checkpoints import restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
@@ -26,7 +24,7 @@ class Parent:
       scope, data: see `InitialCheckpoint`.
       step: the step at which this run begins.
       learning_rate: learning rate of the parent's next update; None if the parent did not record it.
-      positions: the parent's position in each source (see TrainStream.positions); empty to begin at the beginnings.
+      positions: the parent's position in each source (see TrainStream.positions); empty for the beginnings.
     """
 
     path: str | None = None
@@ -42,24 +40,24 @@ class Parent:
 
 
 def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> Parent:
-    """Returns the parent that this run's own checkpoints record, or else the parent in `initial`.
+    """Returns the parent recorded in this run's own checkpoints, or else the parent in `initial`.
 
     Raises:
       ValueError: the checkpoint does not record its run's position in the data.
       FileNotFoundError, DamagedCheckpointError: the initial checkpoint is missing or damaged.
     """
     try:
-        own = step_dir.newest_good(checkpoints, _read_record)[1]["meta"]
+        own = step_dir.newest_good(checkpoints, step_dir.read_record)["meta"]
         return Parent(**own.get("initial", {}))
     except (FileNotFoundError, DamagedCheckpointError):
         pass  # A damaged checkpoint is reported when the state is restored.
     if not initial.path:
         return Parent()
-    path, record = step_dir.newest_good(initial.path, _read_record)
+    path, record = step_dir.newest_good(initial.path, lambda p: (p, step_dir.read_record(p)))
     meta = record["meta"]
     if initial.data == "continue" and "positions" not in meta:
         raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH: {path} does not say how far its run read its data, so that "
+            f"INITIAL_CHECKPOINT_PATH: {path} does not record its run's position in the data, so "
             "INITIAL_DATA = 'continue' is not possible: use 'restart'."
         )
     return Parent(
@@ -72,10 +70,6 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
     )
 
 
-def _read_record(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    return path, step_dir.read_record(path, step_dir.read_manifest(path))
-
-
 def restore_start(
     checkpointer: Any,
     program: Program,
@@ -83,20 +77,18 @@ def restore_start(
     parent: Parent,
     identity: Mapping[str, Any],
 ) -> tuple[restore.Restored, dict[str, Any]]:
-    """Restores or initialises the state of a run.
+    """Returns the state that a run starts from, and the facts to record with each of its checkpoints.
 
     Args:
       checkpointer: checkpointer of the run.
       program: makes the state.
-      initial: the start of the run while it has no checkpoint of its own.
+      initial: the start of a run without checkpoints of its own.
       parent: result of `find_parent`.
       identity: facts that the run's own checkpoints must agree on (`RunData.identity`).
 
-    Returns:
-      The state, and the facts to record with every checkpoint of the run.
-
     Raises:
-      ValueError: a parent with another vocabulary, or damaged in a way that changes the phase.
+      ValueError: a parent with another vocabulary or other beginnings of documents, or damaged in a way
+        that changes the phase.
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
     start = restore.restore_or_initialise(
@@ -124,24 +116,23 @@ def restore_start(
 
 
 def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
-    """Returns the parent with the path of the step that was restored, which may be older than the newest."""
+    """Returns the parent with the path of the restored step, which may be older than the newest."""
     if str(start.path) == parent.path:
         return parent
     moved = parent.step != start.step
     if parent.scope == "phase" or parent.data == "continue" or moved:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {parent.path} is damaged, and {start.path} is at another place "
-            "of its data and schedule: name the step to start from."
+            "of its data and schedule: give the directory of the step to start from."
         )
     return dataclasses.replace(parent, path=str(start.path))
 
 
 def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> None:
     """Checks that the vocabulary is the parent's: another one would train silently on wrong ids."""
-    if "vocabulary" not in identity:  # not a language model
-        return
-    ours, theirs = identity["vocabulary"], start.meta.get("vocabulary", identity["vocabulary"])
-    if theirs != ours:
+    ours = identity.get("vocabulary")  # None: not a language model
+    theirs = start.meta.get("vocabulary", ours)
+    if ours is not None and theirs != ours:
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
             f"{theirs[:12]}) than this run's data has ({ours[:12]}): use the vocabulary "
@@ -150,11 +141,7 @@ def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> N
 
 
 def check_prompts(program: Program, start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Checks that prompts begin with BOS and start token like the documents of the parent's training.
-
-    Raises:
-      ValueError: they begin differently, which the model has never seen.
-    """
+    """Raises ValueError unless prompts begin (BOS, start token) like the documents of the parent's training."""
     if program.recipe.inputs_spec.loss_per != "pairs" or start.source != "initial":
         return
     for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):

@@ -1,6 +1,6 @@
 """Streams of preference pairs with the log-probabilities of a reference model, which are computed before training.
 
-A run uses them instead of the streams of pairs: `train.train.stream = @reference.make_stream`.
+Example: `train.train.stream = @reference.make_stream`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
-from launch.run.load_run import RunConfig
+from launch.run.load_run import load_frozen
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
@@ -31,7 +31,7 @@ class Reference:
       model: the linen module.
       checkpoint: the checkpoint of its parameters.
       batch_size: sequences at a time.
-      mesh, rules: mesh and partitioning rules for computing its log-probabilities.
+      mesh, rules: mesh and partitioning rules of this model.
       store: directory of stored values; None for the default in the cache directory.
     """
 
@@ -49,11 +49,11 @@ class Reference:
         frozen.check(mesh, partitioning.rules_named(self.rules), {})
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
-        """Returns the stream with the reference's values, after computing the values that are not stored.
+        """Returns a stream of pairs with the reference's values, after computing the missing ones.
 
         Args:
           stream: stream of pairs.
-          steps: the number of steps whose batches will be read; None for all pairs.
+          steps: number of steps to read; None for all pairs.
 
         Raises:
           ValueError: not the reference of the run's first start, or another vocabulary.
@@ -75,15 +75,11 @@ class Reference:
         self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
     ) -> None:
         """Adds the model's log-probabilities of these pairs to the store."""
-        config = RunConfig(
-            model=self.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
-        )
         start = stream.summary()["start_token"]
         before = [] if start is None else [start]
         pairs = stream.pairs()
-        params = "ema" if self.checkpoint.use_ema else "raw"
         with (
-            config.load(checkpoint, params=params) as run,
+            load_frozen(self.model, checkpoint, self.checkpoint, self.mesh, self.rules) as run,
             tqdm(total=len(wanted), desc="reference", unit="pair") as bar,
         ):
             size = run.batch_size(self.batch_size, 2 * len(wanted))
@@ -101,8 +97,7 @@ def _values(
 ) -> np.ndarray:
     """Returns log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
 
-    A completion in several pairs is scored once. Examples are the best of many answers, and in unpaired data the
-    completion of another prompt, which all examples of a prompt share.
+    A completion in several pairs, such as the best of many answers, is scored once.
     """
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     place_of_each = [
@@ -118,7 +113,7 @@ def _values(
 def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
     """Returns the digests missing in the store of any process, in the stream's order, the same in all processes.
 
-    A process only sees its own disk, but all processes compute together the values that one of them is missing.
+    A process sees only its own disk, but all processes compute the missing values together.
     """
     digests = list(stream.pairs().digests)
     if steps is not None and steps * stream.batch_size < len(digests):
@@ -142,7 +137,7 @@ def make_stream(
 
     Args:
       reference: the reference model.
-      stream: opens the pairs; called with (positions=) to continue at the position where another run stopped.
+      stream: opens the pairs; called with (positions=) to continue where another run stopped.
       steps: steps of the run.
       positions: see data/stream/stream.py.
     """
@@ -154,13 +149,6 @@ def make_stream(
 def make_eval_stream(
     *, task: str, reference: Reference, stream: Callable[..., Any], steps: int | None = None
 ) -> ReferencedStream:
-    """Returns the held-out stream of a task with reference values.
-
-    Args:
-      task: name of the task.
-      reference: the reference model.
-      stream: opens the pairs; called with (task=).
-      steps: number of steps to read; None for the whole split.
-    """
+    """Returns the held-out stream of a task with reference values, for `steps` steps or the whole split."""
     opened = stream(task=task)
     return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))

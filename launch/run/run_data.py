@@ -17,8 +17,7 @@ class RunData:
     """The opened data of a run.
 
     Attributes:
-      stream: the training stream.
-      eval_streams: held-out splits.
+      stream, eval_streams: the training stream and the held-out splits.
       total_steps: updates of the run.
       tasks: `data.tasks.summary()`; empty for a run without SeqIO tasks.
       repeats: warnings about sources that reach their maximum number of epochs.
@@ -76,12 +75,11 @@ def open_data(
     total_tokens: float | None,
     of_prompts: bool,
 ) -> RunData:
-    """Registers the tasks and opens the streams.
+    """Registers the tasks and opens the streams; for the other arguments see `launch.train.train`.
 
     Args:
       program: the program that will read the data.
-      stream, tasks, eval_stream, eval_tasks, total_steps, total_tokens: see `launch.train.train`.
-      positions: positions in the sources where another run stopped; empty to begin at their beginnings.
+      positions: positions in the sources where another run stopped; empty for their beginnings.
       of_prompts: whether the stream has prompts, whose rows are not the recipe's inputs.
 
     Raises:
@@ -127,13 +125,13 @@ def _check_rows(program: Program, stream: Stream) -> None:
 
 
 def _check_vocabulary(program: Program, stream: Stream) -> None:
-    """Checks that the embedding has a row for every id: a larger id would be clipped silently."""
+    """Checks that the embedding has a row for every id: JAX would clip a larger id silently."""
     rows, size = program.recipe.model.config.vocab_size, stream.summary()["vocabulary"]["size"]
     if size > rows:
         raise ValueError(
             f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
             "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
-            "use the vocabulary the model was made for."
+            "use the model's own vocabulary."
         )
 
 

@@ -13,6 +13,7 @@ import datetime
 import fcntl
 import json
 import os
+import pathlib
 import platform
 import socket
 import subprocess
@@ -51,7 +52,7 @@ class RunDirectoryError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """Paths in a run's directory and the files that describe the run.
+    """A run's directory.
 
     Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
     another run in the same directory fails to start.
@@ -68,15 +69,11 @@ class RunDir:
 
     @property
     def checkpoints(self) -> str:
-        return os.path.join(self.path, "checkpoints")
-
-    @property
-    def tensorboard(self) -> str:
-        return os.path.join(self.path, "tensorboard")
+        return self.file("checkpoints")
 
     @property
     def metrics(self) -> str:
-        return os.path.join(self.path, "metrics.jsonl")
+        return self.file("metrics.jsonl")
 
     @property
     def started(self) -> bool:
@@ -94,10 +91,9 @@ class RunDir:
     def write(self, name: str, text: str) -> None:
         """Writes a small text file atomically."""
         if self.writer:
-            temporary = self.file(f".{name}.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self.file(name))
+            temporary = pathlib.Path(self.path, f".{name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.file(name))
 
     def record(self, **facts: Any) -> None:
         """Adds facts to run.json that are known only after the start (mesh, data, parameter count).
@@ -106,41 +102,33 @@ class RunDir:
           RunDirectoryError: `data_fingerprint` differs from its value at an earlier start of this run.
         """
         run = read_run(self.path)
-        earlier = [start.get("data_fingerprint") for start in (*run.get("earlier", []), run)]
-        earlier = [fingerprint for fingerprint in earlier if fingerprint is not None]
+        starts = (*run.get("earlier", []), run)
+        recorded = [text for s in starts if (text := s.get("data_fingerprint")) is not None]
         new = facts.get("data_fingerprint")
-        if new is not None and earlier and earlier[-1] != new:
+        if new is not None and recorded and recorded[-1] != new:
             raise RunDirectoryError(
                 f"The data of the run in {self.path} has changed: its fingerprint was "
-                f"{earlier[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
+                f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
                 f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
             )
         self.write("run.json", _json({**run, **facts}))
 
-    def write_operative_config(self, text: str) -> None:
-        """Writes the bindings and defaults that were used; call it once everything is configured."""
-        self.write("operative_config.gin", text)
-
 
 def prepare(
-    path: str,
-    config: str,
-    *,
-    may_change: Iterable[str] = MAY_CHANGE,
-    writer: bool = True,
+    path: str, config: str, *, may_change: Iterable[str] = MAY_CHANGE, writer: bool = True
 ) -> RunDir:
     """Creates the directory, or checks that the run in it has the same configuration.
 
     Args:
       path: the directory (MODEL_DIR).
-      config: gin_config.config_str().
+      config: gin.config_str().
       may_change: macros and bindings that a continued run may change.
       writer: whether this process writes; one per run.
 
     Raises:
-      RunDirectoryError: the directory holds a run of another configuration, or checkpoints of an
-        unknown one; the path is an address of an object store; another process is training in it.
+      RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is an
+        address of an object store; another process is training in it.
     """
     if "://" in path:
         raise RunDirectoryError(
@@ -148,7 +136,12 @@ def prepare(
             "processes see: mount the bucket and give the folder, or use a shared file system."
         )
     path = os.path.abspath(os.path.expanduser(path))
-    run = RunDir(path, writer, _lock(path) if writer else None)
+    try:
+        run = RunDir(path, writer, lock(path) if writer else None)
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
     try:
         _continue(run, config, tuple(may_change))
     except BaseException:
@@ -157,26 +150,27 @@ def prepare(
     return run
 
 
-def _lock(path: str) -> IO[str] | None:
-    """Locks a run's directory until this process ends."""
+def lock(path: str | os.PathLike) -> IO[str]:
+    """Locks a directory until the returned file is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock; the message is its name.
+    """
     os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
+    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise RunDirectoryError(
-            f"{path} is in use: {holder} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
     except OSError:  # a file system without locks
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
@@ -185,16 +179,14 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
     old = _read(run.file("config.gin")) if run.started else None
     if old is None and run.has_checkpoints:
         raise RunDirectoryError(
-            f"{path} holds checkpoints but no config.gin, so that their run is unknown. Use another "
+            f"{path} holds checkpoints but no config.gin, so their run is unknown. Use another "
             "MODEL_DIR, or put the run's config.gin back."
         )
-    difference = None
     try:
-        if old is not None:
-            difference = config_diff.first_difference(old, config, may_change)
+        difference = old is not None and config_diff.first_difference(old, config, may_change)
     except config_diff.UnreadableConfigError as error:
         raise RunDirectoryError(
-            f"{path}/config.gin cannot be read, so that the run in the directory is unknown: {error}. "
+            f"{path}/config.gin cannot be read, so the run in the directory is unknown: {error}. "
             f"Use another MODEL_DIR, or put the run's config.gin back."
         ) from None
     if difference:
@@ -204,11 +196,9 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if run.writer:
-        previous = read_run(path) if run.started else {}
         facts = describe_process()
-        if previous:
-            earlier = previous.pop("earlier", [])
-            facts["earlier"] = [*earlier, previous]
+        if run.started and (previous := read_run(path)):
+            facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
         run.write("run.json", _json(facts))
 

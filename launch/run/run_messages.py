@@ -10,7 +10,7 @@ from trainers.checkpoints.restore import Restored
 from trainers.loop import Loop
 from trainers.recipe import Program
 from trainers.telemetry import flops
-from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.goodput import Goodput, duration
 
 Line = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped pairs or prompts above which a notice is a warning
@@ -22,7 +22,7 @@ _DROPPED = {
 
 
 def announce(program: Program, data: RunData, start: Restored) -> None:
-    """Prints a short description of the run before its first step."""
+    """Prints a description of the run before its first step."""
     recipe, stream = program.recipe, data.stream
     units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
@@ -39,7 +39,7 @@ def announce(program: Program, data: RunData, start: Restored) -> None:
         *(("caps", line) for line in data.repeats),
         *data_notices(data.tasks, stream, data.eval_streams),
         ("start", _start_line(start)),
-        ("estimate", f"about {_duration(seconds)} of training steps"),
+        ("estimate", f"about {duration(seconds)} of training steps"),
     ]
     print(
         "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
@@ -56,7 +56,7 @@ def summarise(path: str, loop: Loop, data: RunData) -> None:
 
 
 def epochs_line(stream: TrainStream, step: int) -> str:
-    """Returns a line with the epochs of each source before `step`; above 1, its documents repeat."""
+    """Returns a line with the epochs of each source before `step`."""
     return ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in stream.epochs(step).items())
 
 
@@ -67,17 +67,11 @@ def _start_line(start: Restored) -> str:
     return f"step {start.step} from {start.path}{skipped}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def time_split(goodput: Goodput) -> str:
-    """Returns one line with the seconds of each part of the run's time."""
+    """Returns a line with the time of each part of the run."""
     parts = {name.removeprefix("time/"): v for name, v in goodput.metrics().items()}
     share = parts.pop("goodput")
-    text = ", ".join(f"{name} {_duration(v)}" for name, v in parts.items() if v >= 0.5)
+    text = ", ".join(f"{name} {duration(v)}" for name, v in parts.items() if v >= 0.5)
     return f"time: {text}; {share:.0%} in steps"
 
 
@@ -87,26 +81,25 @@ def data_notices(
     """Returns lines on dropped and truncated data; above 5 % of pairs or prompts as WARNING.
 
     Args:
-      tasks: `data.tasks.summary()`: rows dropped and noted while files were read.
+      tasks: `data.tasks.summary()`, with rows dropped and noted while files were read.
       stream: the training stream.
       eval_streams: the held-out splits.
     """
-    notices = [
-        line for task, facts in tasks.get("tasks", {}).items() for line in _of_files(task, facts)
-    ]
+    tasks = tasks.get("tasks", {})
+    notices = [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
     for which, each in [("", stream), *((", held out", each) for each in eval_streams)]:
         summary = each.summary()
         for source, facts in summary["sources"].items():
             if "pairs" in facts and any(facts[reason] for reason in _DROPPED):
-                notices.append(_of_pairs(f"{source}{which}", facts, summary["max_length"]))
+                notices.append(_pair_notice(f"{source}{which}", facts, summary["max_length"]))
             elif "prompts" in facts and facts["prompt_too_long"]:
                 limit = summary["lengths"]["targets"]
-                notices.append(_of_prompts(f"{source}{which}", facts, limit))
+                notices.append(_prompt_notice(f"{source}{which}", facts, limit))
     return notices
 
 
-def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines on documents that filters dropped, or on rows of preference data that were dropped or noted."""
+def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
+    """Yields lines on documents or rows that were dropped or noted while a task's files were read."""
     dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
     documents = [
         f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
@@ -123,16 +116,16 @@ def _of_files(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
         yield "noted", f"{task}: {Tally(noted)}"
 
 
-def _of_prompts(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+def _prompt_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     count, records = facts["prompt_too_long"], facts["records"]
     return (
         _name("too long", count / records),
         f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
-        f"(first: {facts['first']['prompt_too_long']}); a larger one keeps more",
+        f"(first: {facts['first']['prompt_too_long']}); a larger one drops fewer",
     )
 
 
-def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+def _pair_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     records = facts["records"]
     parts = [
         f"{facts[reason]:,} ({facts[reason] / records:.1%}) {text} (first: {facts['first'][reason]})"
@@ -143,7 +136,7 @@ def _of_pairs(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
     return (
         _name("too long", dropped),
         f"{source}: of {records:,} pairs, at max_length {max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
-        "rows of twice that in TASK_FEATURE_LENGTHS, keeps more",
+        "rows of twice that in TASK_FEATURE_LENGTHS, loses less",
     )
 
 

@@ -22,7 +22,7 @@ def model(*, run: str | None, macro: str) -> Any:
 
     Args:
       run: run directory or one of its step directories.
-      macro: name of the setting with the path `run`, for messages.
+      macro: macro with the path `run`, for messages.
 
     Raises:
       ValueError: `run` is None, has no config.gin, or its config.gin does not describe a model.

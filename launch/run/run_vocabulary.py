@@ -1,16 +1,12 @@
 """The copy of the vocabulary in a run's directory, with which texts can be decoded without the data.
 
-A trained vocabulary is identified by its training text, which changes with packages and files. The
-run's directory therefore holds the SentencePiece model itself, or the tokenizer files of the Hugging
-Face checkpoint, with the remaining settings:
+The data's own vocabulary is identified by its training text, which changes with packages and files.
 
     vocabulary.model   a copy of the SentencePiece model, or
-    tokenizer/         copies of the checkpoint's files
+    tokenizer/         copies of the tokenizer files of a Hugging Face checkpoint
     vocabulary.json    number of extra ids, digest of the vocabulary, checksums of the files
 
-`save` copies the vocabulary of a run's data. `save_files` copies the tokenizer of an imported checkpoint and returns its
-digest, which the checkpoint's meta records as `vocabulary`. `export_files` writes files that transformers loads with the
-same ids.
+The checkpoints' meta records the digest as `vocabulary`.
 """
 
 import atexit
@@ -45,8 +41,8 @@ run_vocabulary.load.folder = {folder!r}
 def save(folder: str | os.PathLike, vocabulary: Any) -> None:
     """Copies a SeqIO vocabulary into a run's directory.
 
-    Does nothing for a vocabulary without files, such as bytes, and for a vocabulary that files and number of extra ids
-    do not determine, such as an object of another class.
+    Does nothing for a vocabulary without files, such as bytes, or one of another class, which its files and
+    the number of extra ids do not determine.
     """
     digest, extra_ids = rows.vocabulary_digest(vocabulary), vocabulary.extra_ids
     if (files := getattr(vocabulary, "files", None)) is not None:
@@ -73,15 +69,12 @@ def save_files(
     extra_ids: int = 0,
     special_in_text: bool = True,
 ) -> str:
-    """Copies the tokenizer of a Hugging Face checkpoint into a run's directory.
+    """Copies the tokenizer of a Hugging Face checkpoint into a run's directory, and returns its digest.
 
     Args:
       folder: the run's directory.
-      hf_dir: the checkpoint, or another directory with its tokenizer files.
+      hf_dir: directory of the tokenizer's files.
       extra_ids, special_in_text: see `vocabularies.huggingface`.
-
-    Returns:
-      The vocabulary's digest.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
@@ -109,7 +102,7 @@ def save_files(
 
 
 def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any]) -> None:
-    """Moves a vocabulary into its place; the record is moved last, because a vocabulary without record is ignored."""
+    """Moves a vocabulary into its place, then writes its record: a vocabulary without a record is ignored."""
     record_path = final.parent / RECORD
     record_path.unlink(missing_ok=True)
     if final.is_dir():
@@ -133,11 +126,7 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def load(*, folder: str):
-    """Returns the vocabulary that `save` wrote to a run's directory.
-
-    Raises:
-      FileNotFoundError: the directory has no vocabulary.
-    """
+    """Returns the vocabulary that `save` wrote to a run's directory; raises FileNotFoundError if there is none."""
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
     path = os.path.join(folder, record["path"])
     if record["path"] == MODEL:
@@ -148,36 +137,30 @@ def load(*, folder: str):
 
 
 def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str | None:
-    """Writes the tokenizer of a run for other programs.
+    """Writes the tokenizer of a run into an existing directory, for other programs.
 
     The files of an imported tokenizer are copied. A SentencePiece model becomes `tokenizer.model` and, if
     the library `tokenizers` can run it with the same ids, `tokenizer.json` with `tokenizer_config.json`.
-
-    Args:
-      run_dir: a run's directory.
-      to_dir: an existing directory.
 
     Returns:
       A sentence about missing or different files and the reason; None if nothing is missing.
     """
     run_dir, to_dir = pathlib.Path(run_dir), pathlib.Path(to_dir)
-    try:
-        record = json.loads((run_dir / RECORD).read_bytes())
-    except (OSError, ValueError):
+    record = _read_record(run_dir)
+    if record is None:
         return (
-            f"{run_dir} keeps no vocabulary ({RECORD}), as runs on bytes do: no tokenizer files were "
-            "written, and other programs can use the model with token ids alone"
+            f"{run_dir} has no vocabulary ({RECORD}), like all runs on bytes: no tokenizer files were "
+            "written, and other programs can use the model only with token ids"
         )
     if not _is_intact(run_dir, record):
         return (
             f"the vocabulary in {run_dir} was changed (checksums differ from {RECORD}): no "
             "tokenizer files were written"
         )
-    missing = None
-    if record["extra_ids"]:
-        missing = (
-            f"the {record['extra_ids']} extra ids of {run_dir} are not in the tokenizer's files"
-        )
+    extra = record["extra_ids"]
+    missing = (
+        f"the {extra} extra ids of {run_dir} are not in the tokenizer's files" if extra else None
+    )
     if record["path"] == TOKENIZER:
         shutil.copytree(run_dir / TOKENIZER, to_dir, dirs_exist_ok=True)
         return missing
@@ -195,14 +178,14 @@ def gin_files(
 ) -> list[str]:
     """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
 
-    It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends. No path is
-    returned if the copy is not intact, or if the checkpoint was trained with another vocabulary.
+    It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends.
+    No path is returned if the copy is not intact, if the checkpoint was trained with another vocabulary, or if
+    no file reads VOCABULARY, because unread macros are errors.
 
     Args:
       folder: a run's directory.
       checkpoint: the run or one of its step directories.
-      before: the gin files read before this one. If none of them reads VOCABULARY, no path is returned, because unread
-        macros are errors.
+      before: the gin files read before this one.
     """
     texts = (pathlib.Path(gin_source.find(path, ()) or path).read_text("utf-8") for path in before)
     if not any("%VOCABULARY" in text for text in texts):
@@ -219,11 +202,15 @@ def gin_files(
 
 def _intact_digest(folder: str | os.PathLike) -> str | None:
     """Returns the digest of the vocabulary in a run's directory; None unless its files are intact."""
-    try:
-        record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record["digest"] if _is_intact(folder, record) else None
+    record = _read_record(folder)
+    return record["digest"] if record is not None and _is_intact(folder, record) else None
+
+
+def _read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns vocabulary.json of a run's directory; None if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(pathlib.Path(folder, RECORD).read_bytes())
+    return None
 
 
 def _is_intact(folder: str | os.PathLike, record: dict[str, Any]) -> bool:

@@ -1,11 +1,12 @@
 """Streams of packed tokens with a teacher's top-k log-probabilities, which are computed before training.
 
-A run uses them instead of the streams of tokens: `train.train.stream = @teacher.make_stream`. Storing pays off if
-several runs, or several epochs, learn from the same teacher and rows.
+Example: `train.train.stream = @teacher.make_stream`. Storing pays off if several runs, or several epochs, learn from
+the same teacher and rows.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from data.cache import store as cache
 from data.distillation import taught_stream
 from data.distillation.taught_stream import TaughtStream
 from data.preference.reference_store import ReferenceStore
-from launch.run.load_run import RunConfig
+from launch.run.load_run import load_frozen
 from model.kernels.cross_entropy import map_tokens
 from trainers import partitioning
 from trainers.checkpoints import agreement
@@ -43,7 +44,7 @@ class StoredTeacher:
       top_k: tokens stored per position.
       temperature: temperature of the stored log-probabilities; must be the objective's.
       batch_size: rows at a time.
-      mesh, rules: mesh and partitioning rules for running the teacher.
+      mesh, rules: mesh and partitioning rules of the teacher.
       store: directory of stored values; None for the default in the cache directory.
     """
 
@@ -62,16 +63,16 @@ class StoredTeacher:
         return min(self.teacher.model.config.vocab_size, self.student.config.vocab_size)
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Checks the teacher against the known facts of the data, see `Teacher.check`; raises ValueError."""
+        """Checks the teacher against facts of the data, see `Teacher.check`; raises ValueError."""
         mesh, rules = partitioning.make_mesh(shape=self.mesh), partitioning.rules_named(self.rules)
         self.teacher.check(mesh, rules, meta)
 
     def read(self, stream: Any, *, steps: int) -> TaughtStream:
-        """Returns the stream with the teacher's predictions, after computing those that are not in the store.
+        """Returns a stream of packed tokens with the teacher's predictions, after computing the missing ones.
 
         Args:
           stream: stream of packed tokens.
-          steps: number of steps whose batches will be read.
+          steps: number of steps to read.
 
         Raises:
           ValueError: not the teacher of the run's first start, or a teacher that does not match the data.
@@ -82,12 +83,9 @@ class StoredTeacher:
             raise ValueError(
                 f"TEACHER_TOP_K = {self.top_k} must lie in [1, {self._shared}], the vocabulary."
             )
-        summary = stream.summary()
-        meta = {
-            "vocabulary": summary["vocabulary"]["digest"],
-            "start_token": summary["start_token"],
-        }
-        self.check(meta)
+        data = stream.summary()
+        vocabulary = data["vocabulary"]["digest"]
+        self.check({"vocabulary": vocabulary, "start_token": data["start_token"]})
         frozen = self.teacher.checkpoint.resolve()
         settings = [self.top_k, self.temperature, self._shared, stream.length]
         config = dataclasses.asdict(self.teacher.model.config)
@@ -105,29 +103,29 @@ class StoredTeacher:
 
     def _compute(self, stream: Any, store: ReferenceStore, steps: int, checkpoint: str) -> None:
         """Adds the teacher's predictions for the rows of these steps to the store."""
-        lacking = _lacking(stream, store, steps)
-        first = next(lacking, None)
+        missing = _missing(stream, store, steps)
+        first = next(missing, None)
         if first is None:
             return
-        config = RunConfig(
-            model=self.teacher.model, vocabulary=lambda: None, mesh=self.mesh, rules=self.rules
-        )
-        params = "ema" if self.teacher.checkpoint.use_ema else "raw"
-        with config.load(checkpoint, params=params) as run, tqdm(desc="teacher", unit="row") as bar:
+        model, frozen = self.teacher.model, self.teacher.checkpoint
+        with (
+            load_frozen(model, checkpoint, frozen, self.mesh, self.rules) as run,
+            tqdm(desc="teacher", unit="row") as bar,
+        ):
             size = run.batch_size(self.batch_size, self.batch_size)
             rows_over = run.row_sharding
             whole = None if rows_over is None else NamedSharding(rows_over.mesh, PartitionSpec())
             predict = jax.jit(functools.partial(self._predictions, run.model), out_shardings=whole)
-            for rows in _several(first, lacking):
-                digests = list(rows)
+            missing = itertools.chain([first], missing)
+            while rows := dict(itertools.islice(missing, _ROWS_AT_ONCE)):
                 columns = {
                     name: np.stack([row[name] for row in rows.values()])
                     for name in taught_stream.READ
                 }
-                parts = [_padded(columns, at, size) for at in range(0, len(digests), size)]
+                parts = [_padded(columns, at, size) for at in range(0, len(rows), size)]
                 values = [predict(run.params, jax.device_put(part, rows_over)) for part in parts]
-                store.add(digests, np.concatenate(values)[: len(digests)])
-                bar.update(len(digests))
+                store.add(list(rows), np.concatenate(values)[: len(rows)])
+                bar.update(len(rows))
 
     def _predictions(self, model: Any, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the values to store, [B, T, 2 K + 1]."""
@@ -144,7 +142,7 @@ class StoredTeacher:
         return values_XN.reshape(*shape, -1)
 
 
-def _lacking(
+def _missing(
     stream: Any, store: ReferenceStore, steps: int
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields (digest, columns) of rows missing in any process's store, each once, in the same order in all processes."""
@@ -158,17 +156,6 @@ def _lacking(
             if digest in anywhere and digest not in seen:
                 seen.add(digest)
                 yield digest, {name: batch[name][b] for name in taught_stream.READ}
-
-
-def _several(first: Any, rest: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rows in groups, each as a mapping."""
-    rows = dict([first])
-    for digest, columns in rest:
-        if len(rows) == _ROWS_AT_ONCE:
-            yield rows
-            rows = {}
-        rows[digest] = columns
-    yield rows
 
 
 def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[str, np.ndarray]:
@@ -188,12 +175,9 @@ def make_stream(
 
     Args:
       teacher: the teacher.
-      stream: opens the tokens; called with (positions=) to continue at the position where another run stopped.
-      steps: steps of the run.
+      stream: opens the tokens; called with (positions=) to continue where another run stopped.
+      steps: steps of the run; ValueError if it is None.
       positions: see data/stream/stream.py.
-
-    Raises:
-      ValueError: `steps` is None: the number of steps must be known beforehand.
     """
     if steps is None:
         raise ValueError(
@@ -207,13 +191,6 @@ def make_stream(
 def make_eval_stream(
     *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: int | None = None
 ) -> TaughtStream:
-    """Returns the held-out stream of a task with the teacher's predictions.
-
-    Args:
-      task: name of the task.
-      teacher: the teacher.
-      stream: opens the tokens; called with (task=).
-      steps: number of steps to read.
-    """
+    """Returns the held-out stream of a task with the teacher's predictions, for `steps` steps or the whole split."""
     opened = stream(task=task)
     return teacher.read(opened, steps=min(opened.num_steps, steps or opened.num_steps))

@@ -18,7 +18,7 @@ from model.hf.family import Family, UnsupportedModel
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.hf.mapping import Piece
 from model.hf.plan import FLOATS, copy_cast
-from trainers.checkpoints import array_files, manifest, restore_params, step_dir
+from trainers.checkpoints import array_files, manifest, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
@@ -77,8 +77,8 @@ def _export(
 ) -> None:
     source = meta.get("hf", {})
     family = _family(model, name or source.get("family"), asked=name is not None)
-    root = restore_params.params_root(recorded, params)
-    if params == "ema" and not restore_params.saved_params(recorded, root):
+    root, saved = recorded.params(params)
+    if params == "ema" and not saved:
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
     pieces = family.pieces(model)
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}

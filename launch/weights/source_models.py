@@ -11,7 +11,7 @@ from data.nexus import domain_embeddings
 from data.nexus.domain_embeddings import Embeddings
 from launch.run.load_run import CONFIG
 from model.transforms.base import Source, TransformError
-from trainers.checkpoints import manifest, restore_params, step_dir
+from trainers.checkpoints import manifest, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.checkpoints.manifest import DamagedCheckpointError
 
@@ -44,8 +44,7 @@ class SourceModel:
         self.path = path
         self._step, recorded = step_dir.newest_good(path, _checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        self._root = restore_params.params_root(recorded, params)
-        entries = restore_params.saved_params(recorded, self._root)
+        self._root, entries = recorded.params(params)
         if not entries:
             raise TransformError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
         self.abstract = Source(path, {name: tuple(x.shape) for name, x in entries.items()})

@@ -134,7 +134,7 @@ def test_own_flags_default_files_and_run(gin_file, toy_gin, monkeypatch):
         parser.add_argument("--checkpoint", required=True)
 
     def body(start):
-        seen.update(start.arguments(), checkpoint=start.flags.checkpoint)
+        seen.update(start.config.arguments(), checkpoint=start.flags.checkpoint)
         seen["called"] = start(steps=99)["steps"]
 
     argv = ["--checkpoint=abc", "--gin.MODEL_DIR=/x"]

@@ -5,7 +5,6 @@ import glob
 import json
 import os
 import signal
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -597,19 +596,18 @@ def test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next(
 ):
     commit = checkpoint.commit
 
-    def full(pending, written):
-        if pending.record["step"] == 4:
+    def full(path, record, *arrays, written, barrier):
+        if record["step"] == 4:
             written()
             raise OSError(errno.ENOSPC, "No space left on device")
-        commit(pending, written)
+        commit(path, record, *arrays, written=written, barrier=barrier)
 
     class UntilItFailed:
         every = 5
 
         def __call__(self, step, state, metrics):
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
+            if saver._pending is not None:
+                saver._pending.exception()  # waits
 
     monkeypatch.setattr(checkpoint, "commit", full)
     hooks = (UntilItFailed(),)

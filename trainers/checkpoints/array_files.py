@@ -14,10 +14,7 @@ from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """Returns the Orbax handler of arrays.
-
-    Arrays are not compressed, because weights hardly compress. One process writes each element.
-    """
+    """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
@@ -26,13 +23,13 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:
-    """Returns the sharding of an abstract or concrete array; without one, this process's first device."""
+    """Returns the sharding of an abstract or concrete array; by default this process's first device."""
     sharding = getattr(leaf, "sharding", None)
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
-    """Returns arrays by name. Shapes and dtypes must be those on disk."""
+    """Returns arrays by name; `wanted` must have their shapes and dtypes on disk."""
     arguments = {
         name: ocp.ArrayRestoreArgs(
             sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype
@@ -63,7 +60,7 @@ def open_array(path: epath.Path, name: str) -> Any:
 
 
 def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
-    """Returns the names of arrays that cannot be read or differ from what was saved."""
+    """Returns the names of arrays that are unreadable or differ from their digests."""
 
     def is_good(name: str) -> bool:
         entry = recorded.arrays[name]
@@ -82,7 +79,7 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
     """Returns arrays by name, after checks of every file of the step and of each array's digest.
 
     Raises:
-      DamagedCheckpointError: files or arrays are damaged; the error has their names.
+      DamagedCheckpointError: files or arrays are damaged.
     """
     # All processes agree that the files are good before any of them reads: if one process failed while
     # it reads, the other processes would wait for it.

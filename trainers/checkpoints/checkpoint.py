@@ -4,13 +4,13 @@ Only the host copies of the arrays block the loop; a thread computes digests and
 deletes old steps. The state may be donated as soon as `save` returns.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import multihost
 
 from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
-from trainers.checkpoints.commit import CheckpointSaveError, Pending, commit, save_error
+from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from trainers.checkpoints.restore import Restored, restore_state
 
@@ -31,11 +31,11 @@ _TIMEOUT_SECONDS = 1200
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Keeps the latest steps and also the best steps by a metric.
+    """Which steps to keep: the latest ones, and the best ones by a metric.
 
     Attributes:
-      keep_last: the number of latest steps to keep; None keeps all.
-      keep_best: the number of best steps to keep, among the steps saved with `metric`.
+      keep_last: number of latest steps; None for all.
+      keep_best: number of best steps, among the steps saved with `metric`.
       metric: a key of the metrics saved with a step.
       mode: 'min' or 'max'; NaN is never best.
     """
@@ -71,7 +71,7 @@ class Retention:
         return sorted(set(metrics) - keep)
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """The checkpoints of one run. Only its training processes may open it; other readers use restore.py."""
 
     def __init__(
@@ -87,16 +87,16 @@ class Checkpointer:
         """Opens or creates a directory and removes the files of interrupted saves.
 
         Args:
-          directory: holds one directory per step; shared by all processes.
+          directory: directory of the steps; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
-          asynchronous: whether a thread finishes saves; otherwise `save` returns when all files are written.
+          asynchronous: whether a thread finishes saves; otherwise `save` does.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)
         self._asynchronous = asynchronous
         self._saves = 0
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None  # the last save
         self._wait_at_barrier = multihost.get_barrier_sync_fn()
         self._orbax = ocp.AsyncCheckpointer(
             array_files.handler(),
@@ -108,7 +108,7 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
             for path in step_dir.steps_on_disk(self._directory).values():
                 if step_dir.is_incomplete(path):
-                    _log.warning("removing %s: its save was cut short.", path)
+                    _log.warning("removing %s: its save was interrupted.", path)
                     step_dir.remove(path)
         metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
@@ -122,7 +122,7 @@ class Checkpointer:
         for step, path in step_dir.complete_steps(self._directory).items():
             metrics[step] = {}
             with contextlib.suppress(DamagedCheckpointError):  # Reported when the step is restored.
-                metrics[step] = step_dir.read_record(path, step_dir.read_manifest(path))["metrics"]
+                metrics[step] = step_dir.read_record(path)["metrics"]
         return metrics
 
     def step_path(self, step: int) -> epath.Path:
@@ -146,11 +146,11 @@ class Checkpointer:
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
-          meta: JSON facts about the run (see `restore_latest`).
+          meta: JSON facts about the run.
           metrics: metrics of this step, including the metric that ranks steps.
 
         Returns:
-          False if the step was already saved, else True.
+          Whether the step was not saved before.
 
         Raises:
           CheckpointSaveError: this save could not begin, or the previous save failed.
@@ -173,40 +173,34 @@ class Checkpointer:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(path, error) from error
-        pending = Pending(
-            path=path,
-            record=record,
-            entries={name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()},
-            blocks={name: manifest.owned_blocks(array) for name, array in arrays.items()},
-            barrier=lambda name: self._numbered_barrier(
-                key=f"checkpoint.{name}", timeout_ms=_TIMEOUT_SECONDS * 1000
-            ),
-        )
-        self._thread = threading.Thread(target=self._finish, args=(pending,), name="checkpoint")
-        self._thread.start()
+        entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
+        blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
+        self._pending = self._pool.submit(self._finish, path, record, entries, blocks)
         if not self._asynchronous:
             self.wait()
         return True
 
-    def _finish(self, pending: Pending) -> None:
+    def _finish(self, path: epath.Path, record: Mapping[str, Any], *arrays: Any) -> None:
+        def barrier(name: str) -> None:
+            self._numbered_barrier(key=f"checkpoint.{name}", timeout_ms=_TIMEOUT_SECONDS * 1000)
+
+        written = self._orbax.wait_until_finished
         try:
-            commit(pending, self._orbax.wait_until_finished)
-            self._metrics[pending.record["step"]] = pending.record["metrics"]
+            commit(path, record, *arrays, written=written, barrier=barrier)
+            self._metrics[record["step"]] = record["metrics"]
             self._make_room()
         except BaseException as error:  # The next call of `save`, `wait` or `check` raises it.
-            self._error = self._failed(pending.path, error)
-            self._error.__cause__ = error
+            raise self._failed(path, error) from error
 
     def _make_room(self) -> None:
         try:
-            self._delete(self._retention.superfluous(self._metrics))
+            for step in self._retention.superfluous(self._metrics):
+                self._metrics.pop(step)
+                if agreement.is_primary():
+                    step_dir.remove(self.step_path(step))
         except (OSError, ValueError) as error:  # the new step is still good
-            _log.warning(
-                "could not delete an old step in %s (%s: %s); it stays until the run starts again.",
-                self._directory,
-                type(error).__name__,
-                error,
-            )
+            text = f"could not delete an old step in {self._directory} ({type(error).__name__}: {error})"
+            _log.warning("%s; it stays until the run starts again.", text)
 
     def _failed(self, path: epath.Path, error: BaseException) -> CheckpointSaveError:
         if agreement.is_primary() and not (path / step_dir.MANIFEST).exists():
@@ -215,44 +209,27 @@ class Checkpointer:
                 step_dir.remove(path)
         return save_error(path, error, self.all_steps())
 
-    def _delete(self, steps: list[int]) -> None:
-        for step in steps:
-            self._metrics.pop(step)
-            if agreement.is_primary():
-                step_dir.remove(self.step_path(step))
-
     def wait(self) -> None:
-        """Waits until the last save is committed.
-
-        Raises:
-          CheckpointSaveError: the save failed.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Waits until the last save is committed; raises CheckpointSaveError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def check(self) -> None:
         """Raises the error of a failed background save; does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def restore_latest(
         self, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
     ) -> Restored | None:
-        """Restores the latest good step onto the shardings of `abstract_state`, verified.
+        """Returns the latest good step, see `restore_state`; None if no step is saved.
 
         Newer, damaged steps are renamed to `<step>.aside`, with one warning.
 
-        Returns:
-          The restored state; None if no step is saved.
-
         Raises:
           DamagedCheckpointError: steps are saved, but none is good.
-          RunMismatchError: the step does not have the values of `expected_meta`.
-          CheckpointMismatchError: the step is of another model or optimiser.
+          RunMismatchError, CheckpointMismatchError: see `restore_state`.
         """
         self.wait()
         damaged: dict[int, DamagedCheckpointError] = {}
@@ -288,14 +265,12 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            self._pool.shutdown()
             try:
                 self._orbax.close()
             except Exception as error:
                 # An Orbax error here belongs to a save whose failure has already been raised.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
-
-    def __enter__(self) -> "Checkpointer":
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

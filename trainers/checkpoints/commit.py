@@ -23,53 +23,42 @@ class CheckpointSaveError(OSError):
     """A step could not be saved; the steps before it are untouched."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """A save in progress, as seen by this process.
+def commit(
+    path: epath.Path,
+    record: Mapping[str, Any],
+    entries: Mapping[str, ArrayEntry],
+    blocks: Mapping[str, Sequence[Block]],
+    *,
+    written: Callable[[], None],
+    barrier: Callable[[str], None],
+) -> None:
+    """Finishes a save. Every process must call it.
 
-    Attributes:
+    Args:
       path: the step directory.
       record: the contents of meta.json.
       entries: shape and dtype of each array.
       blocks: host copies of the blocks that this process writes.
-      barrier: function that waits until all processes have called it with the same name.
-    """
-
-    path: epath.Path
-    record: Mapping[str, Any]
-    entries: Mapping[str, ArrayEntry]
-    blocks: Mapping[str, Sequence[Block]]
-    barrier: Callable[[str], None]
-
-
-def commit(pending: Pending, written: Callable[[], None]) -> None:
-    """Finishes a save. Every process must call it.
-
-    Args:
-      pending: the save.
-      written: function that waits until Orbax has written the arrays of all processes.
+      written: waits until Orbax has written the arrays of all processes.
+      barrier: waits until all processes have called it with the same name.
 
     Raises:
       OSError, ValueError, RuntimeError: a file could not be written; the step is incomplete.
     """
-    path = pending.path
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests") as pool:
-        digests = pool.submit(manifest.digests, pending.blocks)  # Computed while Orbax writes.
+        digests = pool.submit(manifest.digests, blocks)  # Computed while Orbax writes.
         written()
         if agreement.is_primary():
-            record = json.dumps(pending.record, sort_keys=True, indent=1).encode() + b"\n"
-            step_dir.write_file(path / step_dir.META, record)
-        pending.barrier("written")
+            step_dir.write_record(path, record)
+        barrier("written")
         names = step_dir.file_names(path)[jax.process_index() :: jax.process_count()]
-        part: dict[str, Any] = {
-            "digests": digests.result(),
-            "files": manifest.checksum_files(path, names),
-        }
+        files = {name: manifest.file_checksum(path / name) for name in names}
+        part: dict[str, Any] = {"digests": digests.result(), "files": files}
     parts = [part]
     if jax.process_count() > 1:
         part_paths = [path / f"part.{process}.json" for process in range(jax.process_count())]
         step_dir.write_file(part_paths[jax.process_index()], json.dumps(part).encode())
-        pending.barrier("checksummed")
+        barrier("checksummed")
         if agreement.is_primary():
             parts = [json.loads(part_path.read_bytes()) for part_path in part_paths]
             for part_path in part_paths:
@@ -77,17 +66,15 @@ def commit(pending: Pending, written: Callable[[], None]) -> None:
     if agreement.is_primary():
         total = manifest.add_digests(p["digests"] for p in parts)
         arrays = {
-            name: dataclasses.replace(entry, digest=total[name])
-            for name, entry in pending.entries.items()
+            name: dataclasses.replace(entry, digest=total[name]) for name, entry in entries.items()
         }
         files = {name: (size, crc) for p in parts for name, (size, crc) in p["files"].items()}
-        step_dir.write_file(path / step_dir.MANIFEST, Manifest(arrays, files).to_bytes())
-        (path / step_dir.INCOMPLETE).unlink()
-    pending.barrier("committed")
+        step_dir.complete(path, Manifest(arrays, files))
+    barrier("committed")
 
 
 def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> CheckpointSaveError:
-    """Returns the error that says why a step was not saved and which step is still good."""
+    """Returns an error with the reason and with the newest of the `good` steps."""
     text = str(error)
     full = getattr(error, "errno", None) in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS)
     if full and "://" not in os.fspath(path):

@@ -23,9 +23,7 @@ class InitialCheckpoint:
         the step and the place in the schedule, as if both were the same run.
       data: 'restart' reads every source from its beginning; 'continue' reads each source from where the
         checkpoint's run stopped, whatever the mixture. (Scope 'state' continues with the next batch.)
-      assignment: with 'params', pairs (pattern, checkpoint path or None) for parameters whose names differ.
-      strict: with 'params', requires that the checkpoint has exactly this model's parameters.
-      use_ema: with 'params', restores the averaged parameters.
+      assignment, strict, use_ema: with 'params', see `restore_params`.
       transform: transforms the checkpoint's parameters to this model's (model/transforms/base.py).
       moments: with `transform`, 'reset' uses fresh optimiser moments, 'carry' transforms the checkpoint's.
     """
@@ -40,11 +38,7 @@ class InitialCheckpoint:
     moments: Moments = "reset"
 
     def check(self) -> None:
-        """Checks the options without reading the checkpoint.
-
-        Raises:
-          ValueError: unknown values, or options that exclude each other.
-        """
+        """Raises ValueError for unknown values and for options that exclude each other."""
         for name, value, kind in (
             ("INITIAL_SCOPE", self.scope, Scope),
             ("INITIAL_DATA", self.data, Data),
@@ -59,8 +53,8 @@ class InitialCheckpoint:
             )
         if self.data == "continue" and self.scope == "state":
             raise ValueError(
-                "INITIAL_SCOPE = 'state' goes on at the next batch of the same stream: leave "
-                "INITIAL_DATA = 'restart', or use INITIAL_SCOPE = 'phase' for another mixture."
+                "INITIAL_SCOPE = 'state' continues with the next batch of the same stream: use "
+                "INITIAL_DATA = 'restart', or INITIAL_SCOPE = 'phase' for another mixture."
             )
         options = {
             "InitialCheckpoint.assignment": bool(self.assignment),
@@ -69,9 +63,9 @@ class InitialCheckpoint:
         }
         if self.scope != "params" and any(options.values()):
             raise ValueError(
-                f"INITIAL_SCOPE = {self.scope!r} takes a state as it was saved, so that "
+                f"INITIAL_SCOPE = {self.scope!r} restores a whole state, so "
                 f"{', '.join(name for name, is_set in options.items() if is_set)} would have no "
-                "effect: remove what is named, or use INITIAL_SCOPE = 'params'."
+                "effect: remove this setting, or use INITIAL_SCOPE = 'params'."
             )
         if self.transform is not None and not self.path:
             raise ValueError(
@@ -81,7 +75,7 @@ class InitialCheckpoint:
         if self.moments == "carry" and (self.transform is None or self.scope == "params"):
             raise ValueError(
                 "INITIAL_MOMENTS = 'carry' needs an INITIAL_TRANSFORM, and INITIAL_SCOPE = 'phase' or "
-                "'state': the scope 'params' takes no moments."
+                "'state': the scope 'params' restores no moments."
             )
 
 

@@ -36,10 +36,10 @@ Block = tuple[tuple[int, ...], np.ndarray]
 
 
 class DamagedCheckpointError(ValueError):
-    """Files or arrays of a checkpoint differ from what was saved.
+    """Files or arrays of a checkpoint are damaged.
 
     Attributes:
-      files: paths below the step directory, with the problem of each.
+      files: problems by path below the step directory.
       arrays: names of the arrays known to be damaged.
     """
 
@@ -97,8 +97,8 @@ def block_digest(values: np.ndarray, start: Sequence[int]) -> int:
 def owned_blocks(array: jax.Array) -> list[Block]:
     """Returns, as host arrays, the blocks whose first replica is on this process.
 
-    The blocks of all processes cover the array exactly once. On CPU the blocks are views; the runtime
-    does not free or change them even if the array is donated to a later step.
+    The blocks of all processes cover the array exactly once. On CPU they are views, which stay valid and
+    unchanged even if the array is donated to a later step.
     """
     return [
         (tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
@@ -134,11 +134,6 @@ def file_checksum(path: epath.Path) -> tuple[int, str]:
             size += len(data)
             crc = zlib.crc32(data, crc)
     return size, f"{crc:08x}"
-
-
-def checksum_files(directory: epath.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Returns sizes and checksums of files below `directory`."""
-    return {name: file_checksum(directory / name) for name in names}
 
 
 def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
@@ -181,13 +176,18 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
 
     def use_ema(self, params: str) -> bool:
-        """Returns whether to read the averaged parameters.
-
-        Args:
-          params: 'raw', 'ema', or 'auto' for averaged parameters if they are saved.
-        """
+        """Returns whether to read the averaged parameters: 'raw', 'ema', or 'auto' for 'ema' if they are saved."""
         saved = any(name.startswith("ema_params/") for name in self.arrays)
         return params == "ema" or (params == "auto" and saved)
+
+    def params(self, params: str) -> tuple[str, dict[str, ArrayEntry]]:
+        """Returns the root of the parameters ('params/' or 'ema_params/'; see `use_ema`), and their entries.
+
+        The entries are by path below the root; empty if the step has no such parameters.
+        """
+        root = "ema_params/" if self.use_ema(params) else "params/"
+        arrays = self.arrays.items()
+        return root, {name.removeprefix(root): x for name, x in arrays if name.startswith(root)}
 
     def to_bytes(self) -> bytes:
         """Returns the manifest as JSON, with a checksum of its contents."""
@@ -203,11 +203,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Parses a manifest.
-
-        Raises:
-          ValueError: the bytes differ from the result of `to_bytes`.
-        """
+        """Parses a manifest; raises ValueError unless the bytes are a result of `to_bytes`."""
         try:
             body = json.loads(data)
             if body["version"] != _VERSION:
@@ -216,8 +212,9 @@ class Manifest:
                 name: ArrayEntry(tuple(x["shape"]), x["dtype"], int(x["digest"], 16))
                 for name, x in body["arrays"].items()
             }
-            files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
-            manifest = cls(arrays, files)
+            manifest = cls(
+                arrays, {name: (size, crc) for name, (size, crc) in body["files"].items()}
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"is not a manifest ({type(error).__name__}: {error})") from error
         if manifest.to_bytes() != data:

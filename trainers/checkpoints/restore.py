@@ -1,13 +1,4 @@
-"""Restores whole states onto any mesh, verified; every entry point uses the same order.
-
-`restore_or_initialise` looks for the state of a run in
-
-  1. the latest good step of its own run directory;
-  2. INITIAL_CHECKPOINT_PATH (see initial.py), the latest good step if it is a run;
-  3. a fresh initialisation.
-
-Nothing is unpickled: checkpoints are JSON and raw arrays.
-"""
+"""Restores whole states onto any mesh, verified. Nothing is unpickled: checkpoints are JSON and raw arrays."""
 
 import dataclasses
 import json
@@ -17,17 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from etils import epath
 
-from trainers.checkpoints import phase_state, state_tree, step_dir
+from trainers.anomaly import STATISTICS
+from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     describe,
-    kept_variables,
     list_differences,
     restore_params,
+    restore_variables,
 )
 from trainers.checkpoints.transformed import transformed
 
@@ -38,13 +32,12 @@ class RunMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A state and where it came from.
+    """A state and its origin.
 
     Attributes:
       step: the number of steps taken.
       state: the state, with the structure of the abstract state.
-      meta: the facts about the run that are recorded with the state.
-      metrics: the metrics recorded with the state.
+      meta, metrics: the run's facts and the metrics recorded with the state.
       path: step directory of the state; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
       skipped: newer damaged steps, each with the reason.
@@ -91,16 +84,13 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
     if differences:
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model or optimiser: {list_differences(differences)}. "
-            "Use the configuration it was saved with, or start from its parameters alone with "
+            "Use the configuration it was saved with, or start from its parameters with "
             "INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'."
         )
 
 
 def restore_state(
-    path: str | os.PathLike,
-    abstract_state: Any,
-    *,
-    expected_meta: Mapping[str, Any] | None = None,
+    path: str | os.PathLike, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
 ) -> Restored:
     """Returns a whole state, restored onto the shardings of `abstract_state` and verified.
 
@@ -114,25 +104,15 @@ def restore_state(
     """
 
     def read(step: epath.Path) -> Restored:
-        return _restore(step, abstract_state, expected_meta or {})
+        recorded = step_dir.read_manifest(step)
+        record = step_dir.read_record(step, recorded)
+        _check_meta(step, record["meta"], expected_meta or {})
+        wanted = state_tree.flatten(abstract_state)
+        _check_same_arrays(step, recorded.arrays, wanted)
+        state = state_tree.unflatten(read_verified(step, recorded, wanted), abstract_state)
+        return Restored(**record, state=state, path=step)
 
     return step_dir.newest_good(path, read)
-
-
-def _restore(path: epath.Path, abstract_state: Any, expected_meta: Mapping[str, Any]) -> Restored:
-    recorded = step_dir.read_manifest(path)
-    record = step_dir.read_record(path, recorded)
-    _check_meta(path, record["meta"], expected_meta)
-    wanted = state_tree.flatten(abstract_state)
-    _check_same_arrays(path, recorded.arrays, wanted)
-    arrays = read_verified(path, recorded, wanted)
-    return Restored(
-        step=record["step"],
-        state=state_tree.unflatten(arrays, abstract_state),
-        meta=record["meta"],
-        metrics=record["metrics"],
-        path=path,
-    )
 
 
 def restore_or_initialise(
@@ -144,16 +124,18 @@ def restore_or_initialise(
     initial: InitialCheckpoint = NEW_PARAMETERS,
     restart: Callable[[Any], Any] | None = None,
 ) -> Restored:
-    """Returns the state that a run starts from: its own checkpoint, the initial checkpoint, or a fresh state.
+    """Returns the state that a run starts from.
+
+    This is the latest good step of its own directory; or else of INITIAL_CHECKPOINT_PATH; or else a fresh state.
 
     Args:
-      checkpointer: the `Checkpointer` of the run.
+      checkpointer: the run's `Checkpointer`.
       abstract_state: the TrainState as jax.ShapeDtypeStruct with shardings.
       initialise: returns a fresh TrainState with these shardings.
       expected_meta: see `restore_state`; applies only to the run's own checkpoints.
       initial: the checkpoint to start from if the run has none.
-      restart: returns a state with a fresh optimiser for the restored parameters; None if the fresh optimiser of
-        `initialise` does not depend on the values of parameters.
+      restart: returns a state with a fresh optimiser for its parameters; None if a fresh optimiser does not
+        depend on their values.
 
     Raises:
       ValueError: options of `initial` exclude each other.
@@ -169,8 +151,7 @@ def restore_or_initialise(
         return _restore_variables(initial, initialise(), restart)
     restored = restore_state(initial.path, abstract_state)
     if initial.scope == "phase":
-        state = phase_state.at_step_0(restored.state)
-        restored = dataclasses.replace(restored, step=0, state=state)
+        restored = dataclasses.replace(restored, step=0, state=_at_phase_start(restored.state))
     return dataclasses.replace(restored, source="initial")
 
 
@@ -182,39 +163,59 @@ def _restore_variables(
     With a transform and the scope 'state', the step and the counts of schedules are the checkpoint's. A
     moving average starts at the new parameters.
     """
-    transform = initial.transform
 
     def read(step: epath.Path) -> Restored:
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
-        if transform is not None:
-            new_state = transformed(step, recorded, state, transform, initial)
+        if initial.transform is not None:
+            new = transformed(step, recorded, state, initial.transform, initial)
         else:
-            restored = restore_params(
-                step,
-                state.params,
-                assignment=initial.assignment,
-                strict=initial.strict,
-                use_ema=initial.use_ema,
-            )
-            new_state = state.replace(params=restored)
-        new_state = new_state.replace(variables=kept_variables(step, state.variables))
+            options = {key: getattr(initial, key) for key in ("assignment", "strict", "use_ema")}
+            new = state.replace(params=restore_params(step, state.params, **options))
+        new = new.replace(variables=restore_variables(step, state.variables))
         if state.ema_params is not None:
             # A copy, because averages have their own dtype, and a buffer can be donated only once.
             ema = jax.tree.map(
-                lambda p, e: jnp.array(p, e.dtype, copy=True), new_state.params, state.ema_params
+                lambda p, e: jnp.array(p, e.dtype, copy=True), new.params, state.ema_params
             )
-            new_state = new_state.replace(ema_params=ema)
+            new = new.replace(ema_params=ema)
         if restart is not None and initial.moments == "reset":
-            new_state = restart(new_state)
+            new = restart(new)
         first = record["step"] if initial.scope == "state" else 0
-        return Restored(
-            step=first,
-            state=phase_state.at_step(new_state, first) if first else new_state,
-            meta=record["meta"],
-            path=step,
-            source="initial",
-        )
+        new = _at_step(new, first) if first else new
+        return Restored(step=first, state=new, meta=record["meta"], path=step, source="initial")
 
     assert initial.path is not None
     return step_dir.newest_good(initial.path, read)
+
+
+def _at_phase_start(state: Any) -> Any:
+    """Returns the state with steps and schedules at 0.
+
+    Moments and their counts for bias correction do not change. Statistics of losses are reset, because
+    a new phase has other data.
+    """
+    variables = dict(state.variables)
+    if STATISTICS in variables:
+        variables[STATISTICS] = _filled(variables[STATISTICS], 0)
+    return _at_step(state.replace(variables=variables), 0)
+
+
+def _at_step(state: Any, step: int) -> Any:
+    """Returns the state with its step and the counts of its schedules set; moments do not change."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def moved(node: Any) -> Any:
+        return _filled(node, step) if is_schedule(node) else node
+
+    opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
+    return state.replace(step=_filled(state.step, step), opt_state=opt_state)
+
+
+def _filled(tree: Any, value: int) -> Any:
+    def fill(array: jax.Array) -> jax.Array:
+        return jax.device_put(np.full(array.shape, value, array.dtype), array.sharding)
+
+    return jax.tree.map(fill, tree)

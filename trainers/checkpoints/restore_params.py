@@ -18,8 +18,8 @@ from trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 _log = logging.getLogger(__name__)
 
-# (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path
-# may refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
+# Pairs (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path may
+# refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
 Assignment = Sequence[tuple[str, str | None]]
 
 
@@ -27,24 +27,8 @@ class CheckpointMismatchError(ValueError):
     """The arrays of a checkpoint do not fit the model."""
 
 
-def params_root(recorded: Manifest, params: str) -> str:
-    """Returns the root of the parameters in a checkpoint, 'params/' or 'ema_params/'.
-
-    Args:
-      recorded: manifest of the step.
-      params: 'raw', 'ema', or 'auto' for the moving average if there is one.
-    """
-    return "ema_params/" if recorded.use_ema(params) else "params/"
-
-
-def saved_params(recorded: Manifest, root: str) -> dict[str, ArrayEntry]:
-    """Returns the manifest's entries of the parameters under a root, by path below the root."""
-    arrays = recorded.arrays.items()
-    return {name.removeprefix(root): entry for name, entry in arrays if name.startswith(root)}
-
-
 def list_differences(differences: Sequence[str]) -> str:
-    """Returns the first difference, and the number of further differences, in words."""
+    """Returns the first difference and the number of further differences."""
     more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
     return f"{differences[0]}{more}"
 
@@ -91,8 +75,8 @@ def _assign(
     if missing:
         raise CheckpointMismatchError(
             f"checkpoint {path} lacks {list_differences(missing)}"
-            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign these parameters to others or "
-            "to None, or pass strict=False, to start them from their initial values."
+            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign other parameters or None to "
+            "these, or pass strict=False, to start them from their initial values."
         )
     extra = sorted(set(saved) - set(wanted) - set(sources.values()))
     if strict and extra:
@@ -118,10 +102,10 @@ def restore_params(
       path: a step directory, or a run directory for its newest good step.
       abstract_params: jax.ShapeDtypeStruct with shardings; arrays for parameters that may use their
         initial value, because they are assigned to None, or are missing and `strict` is False.
-      assignment: pairs (pattern, checkpoint path or None); the first pattern that matches the whole path
-        of a parameter decides. Parameters without a matching pattern are read from their own path.
+      assignment: the first pattern that matches the whole path of a parameter decides. Parameters without a
+        matching pattern are read from their own path.
       strict: whether every parameter of the model must be saved or assigned, and every saved parameter
-        be in the model.
+        must be in the model.
       verify: whether to check all files of the step and the restored arrays.
       use_ema: whether to read the moving average instead of the parameters.
 
@@ -129,37 +113,47 @@ def restore_params(
       DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
       ValueError: an assignment pattern matches no parameter.
     """
+    params = state_tree.flatten(abstract_params)
 
     def read(step: epath.Path) -> Any:
-        return _restore(step, abstract_params, assignment, strict, verify, use_ema)
+        recorded = step_dir.read_manifest(step)
+        root, saved = recorded.params("ema" if use_ema else "raw")
+        if not saved:
+            raise CheckpointMismatchError(f"checkpoint {step} holds no {root.rstrip('/')}.")
+        sources = _assign(step, params, saved, assignment, strict)
+        wanted = {root + name: x for name, x in _wanted(step, params, saved, sources).items()}
+        arrays: state_tree.Flat = {}
+        if wanted:
+            arrays = read_verified(step, recorded, wanted) if verify else read_arrays(step, wanted)
+        flat = {}
+        for name, source in sources.items():
+            if source is None:
+                flat[name] = params[name]
+                continue
+            value = arrays[root + source].astype(params[name].dtype)
+            if list(sources.values()).count(source) > 1:  # A buffer can be donated only once.
+                value = jnp.copy(value)
+            flat[name] = jax.device_put(value, sharding_of(params[name]))
+        return state_tree.unflatten(flat, abstract_params)
 
     return step_dir.newest_good(path, read)
 
 
-def _restore(
+def _wanted(
     path: epath.Path,
-    abstract_params: Any,
-    assignment: Assignment,
-    strict: bool,
-    verify: bool,
-    use_ema: bool,
-) -> Any:
-    recorded = step_dir.read_manifest(path)
-    root = params_root(recorded, "ema" if use_ema else "raw")
-    saved = saved_params(recorded, root)
-    if not saved:
-        raise CheckpointMismatchError(f"checkpoint {path} holds no {root.rstrip('/')}.")
-    params = state_tree.flatten(abstract_params)
-    sources = _assign(path, params, saved, assignment, strict)
-
-    differences = []
+    params: state_tree.Flat,
+    saved: Mapping[str, ArrayEntry],
+    sources: Mapping[str, str | None],
+) -> state_tree.Flat:
+    """Returns the abstract arrays to read from a step, by saved name, after checks of shapes and dtypes."""
     wanted = {}
+    differences = []
     for name, source in sources.items():
         leaf = params[name]
         if source is None:
             if not isinstance(leaf, jax.Array):
                 raise ValueError(
-                    f"{name} is to keep its initial value, but none was given: pass initialised "
+                    f"{name} should have its initial value, but has none: pass initialised "
                     "parameters where the checkpoint has no values."
                 )
             continue
@@ -170,7 +164,7 @@ def _restore(
             differences.append(
                 f"{name}: the checkpoint has {entry}{as_source}, the model {describe(leaf)}"
             )
-        wanted[root + source] = jax.ShapeDtypeStruct(
+        wanted[source] = jax.ShapeDtypeStruct(
             entry.shape, jnp.dtype(entry.dtype), sharding=sharding_of(leaf)
         )
     if differences:
@@ -178,36 +172,18 @@ def _restore(
             f"checkpoint {path} is of another model: {list_differences(differences)}. Use the model "
             "configuration it was saved with, or assign these parameters to None."
         )
-    fresh = sorted(name for name, source in sources.items() if source is None)
-    if fresh:
+    if fresh := sorted(name for name, source in sources.items() if source is None):
         _log.warning(
             "%s: %d parameters keep their initial values: %s", path, len(fresh), ", ".join(fresh)
         )
-    arrays: state_tree.Flat = {}
-    if wanted:
-        arrays = read_verified(path, recorded, wanted) if verify else read_arrays(path, wanted)
-
-    flat = {}
-    for name, source in sources.items():
-        if source is None:
-            flat[name] = params[name]
-            continue
-        value = arrays[root + source].astype(params[name].dtype)
-        if list(sources.values()).count(source) > 1:  # A buffer can be donated only once.
-            value = jnp.copy(value)
-        flat[name] = jax.device_put(value, sharding_of(params[name]))
-    return state_tree.unflatten(flat, abstract_params)
+    return wanted
 
 
-def kept_variables(step: epath.Path, variables: Any) -> Any:
-    """Returns a model's other collections, such as batch statistics, restored from a checkpoint.
+def restore_variables(step: epath.Path, variables: Any) -> Any:
+    """Returns a model's other collections, such as batch statistics, restored from a step.
 
     Arrays that the checkpoint does not have, and statistics of losses, which depend on the data and the
-    model, have their values in `variables`.
-
-    Args:
-      step: a step directory.
-      variables: collections of a fresh state.
+    model, are taken from `variables`, the collections of a fresh state.
 
     Raises:
       DamagedCheckpointError.
@@ -226,7 +202,7 @@ def kept_variables(step: epath.Path, variables: Any) -> Any:
 
 
 def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
-    """Returns the abstract array of a checkpoint, in its saved dtype, with the sharding of `like`.
+    """Returns the abstract array of a checkpoint, with the shape and sharding of `like`.
 
     Raises:
       CheckpointMismatchError: the checkpoint has no such array.

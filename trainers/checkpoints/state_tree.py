@@ -4,15 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 Flat = dict[str, Any]
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def flatten(tree: Any) -> Flat:
@@ -25,7 +19,7 @@ def flatten(tree: Any) -> Flat:
     """
     flat: Flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        parts = [_key_name(key) for key in path]
+        parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
         name = "/".join(parts)
         if name in flat or any(not part or "/" in part for part in parts):
             raise ValueError(
@@ -44,11 +38,9 @@ def flatten_arrays(tree: Any) -> Flat:
     """
     flat = flatten(tree)
     for name, leaf in flat.items():
-        numeric = isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(
-            leaf.dtype, jax.dtypes.extended
-        )
-        if not numeric:
-            kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+        is_array = isinstance(leaf, jax.Array)
+        if not is_array or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            kind = leaf.dtype if is_array else type(leaf).__name__
             raise TypeError(
                 f"{name} is {kind}: a saved state may hold only numeric jax.Arrays (random keys as "
                 "jax.random.key_data)."
@@ -63,11 +55,4 @@ def unflatten(flat: Mapping[str, Any], like: Any) -> Any:
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested dicts with one level per part of a path."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(flat), sep="/")

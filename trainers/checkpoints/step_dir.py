@@ -6,9 +6,8 @@
       manifest.json   checksums of every array and file; written last, which completes the step
       incomplete      a mark, present while the step is being written or deleted
 
-A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but
-without a manifest was interrupted and is removed; a step with neither has lost its manifest and is
-treated as damaged.
+A commit writes one file, so it is atomic on local disks and object stores. A step with the mark but without a
+manifest was interrupted and is removed; a step with neither has lost its manifest and counts as damaged.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from etils import epath
@@ -81,16 +80,28 @@ def complete_steps(directory: epath.Path) -> dict[int, epath.Path]:
 
 
 def file_names(path: epath.Path) -> list[str]:
-    """Returns the files of a step that its manifest covers, as paths below the step directory."""
-    names = []
-    folders = [path]
+    """Returns the files that a manifest covers, as paths below the step directory."""
+    names: list[str] = []
+    folders = [path / STATE]
     while folders:
         for entry in folders.pop().iterdir():
             if entry.is_dir():
                 folders.append(entry)
             else:
-                names.append(os.path.relpath(os.fspath(entry), os.fspath(path)))
-    return sorted(name for name in names if name == META or name.startswith(f"{STATE}/"))
+                names.append(os.path.relpath(entry, path))
+    return sorted([META, *names])
+
+
+def write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
+    """Writes a step's meta.json."""
+    text = json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
+    write_file(path / META, text)
+
+
+def complete(path: epath.Path, manifest: Manifest) -> None:
+    """Writes the manifest, which completes the step."""
+    write_file(path / MANIFEST, manifest.to_bytes())
+    (path / INCOMPLETE).unlink()
 
 
 def remove(path: epath.Path) -> None:
@@ -124,14 +135,14 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
       path: a step directory, a run directory or its `checkpoints` directory.
 
     Raises:
-      FileNotFoundError: there is no checkpoint there.
+      FileNotFoundError: it has no checkpoint.
     """
     folder = absolute(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder}: there is no such directory.")
     if any((folder / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
         if is_incomplete(folder):
-            raise FileNotFoundError(f"checkpoint {folder} is incomplete: its save was cut short.")
+            raise FileNotFoundError(f"checkpoint {folder} is incomplete: its save was interrupted.")
         return [folder]
     for directory in (folder / CHECKPOINTS, folder):
         if steps := complete_steps(directory):
@@ -143,43 +154,25 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
 
 
 def resolve(path: str | os.PathLike) -> epath.Path:
-    """Returns the step directory that `path` refers to: itself, or a run's latest step, even if damaged.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint there.
-    """
+    """Returns the first of `candidates`: the latest step of a run, even if it is damaged."""
     return candidates(path)[0]
 
 
 def run_folder(path: str | os.PathLike) -> epath.Path:
-    """Returns the directory of a checkpoint's run, which has the run's configuration.
-
-    Args:
-      path: as for `resolve`.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint there.
-    """
+    """Returns the directory of a checkpoint's run; raises FileNotFoundError as `resolve`."""
     folder = resolve(path).parent
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
-    """Reads the step directory `path`, or the newest good step of a run.
+    """Returns the result of `read` for the newest good step of `candidates(path)`.
 
-    Damaged steps are skipped with a warning. No file is changed, because the run may belong to someone
-    else and be in progress.
-
-    Args:
-      path: as for `candidates`.
-      read: function that reads one step directory, and raises DamagedCheckpointError if it is damaged.
-
-    Returns:
-      The result of `read`.
+    Damaged steps, for which `read` raises DamagedCheckpointError, are skipped with a warning. No file is changed,
+    because the run may belong to someone else and be in progress.
 
     Raises:
-      FileNotFoundError: there is no checkpoint there.
-      DamagedCheckpointError: no step is good; the error is that of the newest step.
+      FileNotFoundError: `path` has no checkpoint.
+      DamagedCheckpointError: no step is good; the error of the newest step.
     """
     # All processes must try the same steps, while a run may be adding new ones.
     steps = agreement.gather([os.fspath(step) for step in candidates(path)])[0]
@@ -188,8 +181,7 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
         try:
             result = read(step)
         except DamagedCheckpointError as error:
-            # A traceback would keep the arrays in memory.
-            damaged.append(error.with_traceback(None))
+            damaged.append(error.with_traceback(None))  # it would hold the arrays in memory
             continue
         if damaged:
             _log.warning("%s Reading step %s.", " ".join(map(str, damaged)), step.name)
@@ -198,11 +190,7 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
 
 
 def read_manifest(path: epath.Path) -> Manifest:
-    """Returns the manifest of a step.
-
-    Raises:
-      DamagedCheckpointError: it is missing or damaged.
-    """
+    """Returns the manifest of a step; raises DamagedCheckpointError if it is missing or damaged."""
     problem = "is missing"
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -212,24 +200,18 @@ def read_manifest(path: epath.Path) -> Manifest:
     raise DamagedCheckpointError(path, {MANIFEST: problem})
 
 
-def read_record(path: epath.Path, manifest: Manifest) -> dict[str, Any]:
+def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """Returns the verified contents of a step's meta.json: `step`, `metrics` and `meta`.
 
     Raises:
-      DamagedCheckpointError: it is missing or damaged.
+      DamagedCheckpointError: the record or the manifest (read unless it is passed) is missing or damaged.
     """
-    recorded = {name: entry for name, entry in manifest.files.items() if name == META}
-    if problems := check_files(path, recorded):
+    files = (manifest or read_manifest(path)).files
+    if problems := check_files(path, {name: files[name] for name in files if name == META}):
         raise DamagedCheckpointError(path, problems)
     return json.loads((path / META).read_bytes())
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the run's facts about itself recorded with a checkpoint (a step or run directory).
-
-    Raises:
-      FileNotFoundError: there is no checkpoint there.
-      DamagedCheckpointError: the record is damaged.
-    """
-    step = resolve(path)
-    return read_record(step, read_manifest(step))["meta"]
+    """Returns the run's facts in the record of `resolve(path)`."""
+    return read_record(resolve(path))["meta"]

@@ -1,12 +1,11 @@
-"""Writes a step from arrays that are computed block by block, so that no array is in memory whole.
+"""Writes a step from arrays that are computed block by block, so no array is in memory whole.
 
-The files are those that `Checkpointer` writes: Orbax's layout and metadata, the record, and a manifest
-with a digest of each array. The digest is summed while the blocks are written.
+The files are the same as from `Checkpointer`: Orbax's layout and metadata, the record, and a manifest with
+a digest of each array. The digest is summed while the blocks are written.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -79,27 +78,30 @@ def _write(base: str, name: str, array: StreamedArray) -> int:
         "create": True,
     }
     store = tensorstore.open(spec).result()
-    digest, waiting, size = 0, [], 0
+    digest, pending, size = 0, [], 0
     try:
         for start, values in array.blocks():
             where = tuple(slice(a, a + b) for a, b in zip(start, values.shape, strict=True))
-            waiting.append(store[where].write(values, can_reference_source_data_indefinitely=True))
+            pending.append(store[where].write(values, can_reference_source_data_indefinitely=True))
             digest += manifest.block_digest(values, start)
             size += values.nbytes
             if size >= _BYTES_IN_FLIGHT:
-                for write in waiting:
-                    write.result()
-                waiting, size = [], 0
+                _await(pending)
+                pending, size = [], 0
             del values
+        _await(pending)
     except BaseException:
         # Pending writes would create files after the caller has removed the step.
-        for write in waiting:
+        for write in pending:
             with contextlib.suppress(Exception):
                 write.result()
         raise
-    for write in waiting:
-        write.result()
     return digest
+
+
+def _await(writes: Sequence[Any]) -> None:
+    for write in writes:
+        write.result()
 
 
 def save(
@@ -109,16 +111,13 @@ def save(
     step: int = 0,
     meta: Mapping[str, Any] | None = None,
 ) -> epath.Path:
-    """Writes a step in one process.
+    """Writes a step in one process, and returns its directory.
 
     Args:
       directory: directory `checkpoints` of a run.
       arrays: arrays by path, such as 'params/final_norm/scale'.
       step: number of the step.
-      meta: JSON facts about the run that the arrays belong to.
-
-    Returns:
-      The step's directory.
+      meta: JSON facts about the run.
 
     Raises:
       CheckpointSaveError: the disk is full or cannot be written.
@@ -142,12 +141,10 @@ def save(
             name: ArrayEntry(x.shape, x.dtype.name, writer.digests[name.replace("/", ".")] % 2**64)
             for name, x in arrays.items()
         }
-        record = {"step": step, "metrics": {}, "meta": dict(meta or {})}
-        text = json.dumps(record, sort_keys=True, indent=1).encode() + b"\n"
-        step_dir.write_file(path / step_dir.META, text)
-        files = manifest.checksum_files(path, step_dir.file_names(path))
-        step_dir.write_file(path / step_dir.MANIFEST, Manifest(entries, files).to_bytes())
-        (path / step_dir.INCOMPLETE).unlink()
+        step_dir.write_record(path, {"step": step, "metrics": {}, "meta": dict(meta or {})})
+        names = step_dir.file_names(path)
+        files = {name: manifest.file_checksum(path / name) for name in names}
+        step_dir.complete(path, Manifest(entries, files))
     except (OSError, ValueError, RuntimeError) as error:
         raise commit.save_error(path, error, []) from error
     return path

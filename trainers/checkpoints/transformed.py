@@ -1,7 +1,6 @@
 """Starts a run from another model's checkpoint, by a tree transform of parameters and optimiser moments.
 
-Moments are matched by name, because an optimiser that wraps another (clipping, decay of factors) has them
-at other paths of its state.
+Moments are matched by name: in an optimiser that wraps another (clipping, decay of factors) their paths differ.
 """
 
 import logging
@@ -19,13 +18,7 @@ from trainers.checkpoints import state_tree
 from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import Manifest
-from trainers.checkpoints.restore_params import (
-    CheckpointMismatchError,
-    as_saved,
-    params_root,
-    restore_params,
-    saved_params,
-)
+from trainers.checkpoints.restore_params import CheckpointMismatchError, as_saved, restore_params
 
 _log = logging.getLogger(__name__)
 
@@ -40,22 +33,21 @@ def transformed(
     transform: TreeTransform,
     initial: InitialCheckpoint,
 ) -> Any:
-    """Returns a fresh state with transformed parameters and, if `initial` says so, moments.
+    """Returns a fresh state with transformed parameters and, if `initial.moments` is 'carry', moments.
 
     Args:
       step: the step directory.
-      recorded: manifest of the step.
+      recorded: its manifest.
       state: a fresh TrainState of the new model.
       transform: a transform of one source, see model/transforms/base.py.
-      initial: which of the checkpoint's parameters to read, and whether to transform moments.
+      initial: options.
 
     Raises:
       TransformError: the transform does not support the checkpoint.
       ValueError: the moments cannot be transformed.
       DamagedCheckpointError, CheckpointMismatchError.
     """
-    root = params_root(recorded, "ema" if initial.use_ema else "raw")
-    entries = saved_params(recorded, root)
+    _, entries = recorded.params("ema" if initial.use_ema else "raw")
     saved = {name: tuple(entry.shape) for name, entry in entries.items()}
     fresh = state_tree.flatten(state.params)
     recipes, inputs = plan(transform, saved, fresh)
@@ -86,15 +78,12 @@ def transformed(
 def plan(
     transform: TreeTransform, saved: base.Shapes, target: state_tree.Flat
 ) -> tuple[list[Recipe], state_tree.Flat]:
-    """Returns the plan of a transform of one checkpoint.
+    """Returns the recipes of a transform, and the abstract arrays that they read from the checkpoint, by path.
 
     Args:
       transform: a transform of one source.
       saved: shapes of the checkpoint's parameters, by path.
       target: the new model's parameters or their shapes, by path.
-
-    Returns:
-      The recipes, and the abstract arrays that they read from the checkpoint, by path.
 
     Raises:
       TransformError: the transform does not support the checkpoint.
@@ -102,19 +91,6 @@ def plan(
     shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
     recipes = transform.plan([Source("the checkpoint", saved)], shapes)
     base.check_target(recipes, shapes)
-    return recipes, _abstract_inputs(recipes, saved, target)
-
-
-def _abstract_inputs(
-    recipes: Sequence[Recipe], saved: base.Shapes, target: state_tree.Flat
-) -> state_tree.Flat:
-    """Returns the arrays that a plan reads from its only source, with shardings, by path.
-
-    Args:
-      recipes: recipes of the plan.
-      saved: shapes of the checkpoint's parameters.
-      target: leaves of the new model's parameters, by path.
-    """
     wanted: state_tree.Flat = {}
     for recipe in recipes:
         leaves = [target[name] for name in recipe.outputs]
@@ -128,7 +104,7 @@ def _abstract_inputs(
             # An input whose shape differs from the output's is replicated.
             whole = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_replicated(like))
             wanted[name] = like if shape == like.shape else whole
-    return wanted
+    return recipes, wanted
 
 
 def _replicated(leaf: Any) -> jax.sharding.Sharding:
@@ -146,12 +122,7 @@ def _carried(
     source: state_tree.Flat,
     params: state_tree.Flat,
 ) -> Any:
-    """Returns the optimiser's state with the checkpoint's moments, transformed.
-
-    Raises:
-      ValueError: the optimiser or the transform does not support this.
-      CheckpointMismatchError: the checkpoint does not have these moments.
-    """
+    """Returns the optimiser's state with the checkpoint's moments, transformed."""
     ours = state_tree.flatten({"opt_state": opt_state})
     trees = {
         match[1]: match[2]
@@ -168,7 +139,7 @@ def _carried(
             f"INITIAL_MOMENTS = 'carry': {unmatched[0] if unmatched else 'the state'} of this optimiser has no "
             "image under the transform; use 'reset'."
         )
-    theirs = {tree: _tree_named(recorded, kind, step) for tree, kind in trees.items()}
+    theirs = {tree: _moments(recorded, kind, step) for tree, kind in trees.items()}
     wanted, counts = {}, {}
     for tree in trees:
         for name, leaf in source.items():
@@ -192,7 +163,7 @@ def _carried(
     return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]
 
 
-def _tree_named(recorded: Manifest, kind: str, step: epath.Path) -> str:
+def _moments(recorded: Manifest, kind: str, step: epath.Path) -> str:
     """Returns the path of the checkpoint's moments of this kind."""
     paths = {
         match[1]

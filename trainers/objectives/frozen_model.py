@@ -91,12 +91,8 @@ class FrozenCheckpoint:
 
     def arrays(self, step: Any) -> dict[str, ArrayEntry]:
         """Returns the manifest's entries of a step's parameters, by path."""
-        root = "ema_params/" if self.use_ema else "params/"
-        arrays = {
-            name.removeprefix(root): entry
-            for name, entry in step_dir.read_manifest(step_dir.absolute(step)).arrays.items()
-            if name.startswith(root)
-        }
+        manifest = step_dir.read_manifest(step_dir.absolute(step))
+        _, arrays = manifest.params("ema" if self.use_ema else "raw")
         if not arrays:
             raise ValueError(
                 f"{self.macro}: {step} holds no moving average; bind FrozenCheckpoint.use_ema = False."
@@ -117,7 +113,7 @@ class FrozenCheckpoint:
             name: [str(entry), f"{entry.digest:016x}"] for name, entry in self.arrays(step).items()
         }
         text = json.dumps(digests, sort_keys=True).encode()
-        meta = step_dir.read_record(step, step_dir.read_manifest(step))["meta"]
+        meta = step_dir.read_record(step)["meta"]
         return FrozenStep(
             step=os.fspath(step),
             arrays=hashlib.blake2b(text, digest_size=16).hexdigest(),

@@ -36,18 +36,17 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
+def _total_peak(devices: list[jax.Device]) -> float | None:
+    peaks = [peak_flops(device) for device in devices]
+    return None if None in peaks or not peaks else sum(filter(None, peaks))
+
+
 def utilisation(
     units_per_second: float, flops_per_unit: float, devices: list[jax.Device]
 ) -> float | None:
-    """Returns the model FLOP utilisation, model FLOPs divided by the devices' peak; None if it is unknown.
-
-    A unit is a token or an image.
-    """
-    peaks = [peak_flops(device) for device in devices]
-    known = [peak for peak in peaks if peak is not None]
-    if not known or len(known) < len(peaks):
-        return None
-    return units_per_second * flops_per_unit / sum(known)
+    """Returns model FLOPs (of tokens or images) divided by the devices' peak; None if it is unknown."""
+    peak = _total_peak(devices)
+    return None if peak is None else units_per_second * flops_per_unit / peak
 
 
 def estimate_seconds(model_flops: float, devices: list[jax.Device]) -> float:
@@ -56,10 +55,8 @@ def estimate_seconds(model_flops: float, devices: list[jax.Device]) -> float:
     The assumed rate is 40 % of the peak if it is known, which well-tuned dense models reach. Otherwise it
     is 60 % of the measured rate of a matrix product of a layer's size on all local devices together.
     """
-    peaks = [peak_flops(device) for device in devices]
-    known = [peak for peak in peaks if peak is not None]
-    if known and len(known) == len(peaks):
-        return model_flops / (0.4 * sum(known))
+    if (peak := _total_peak(devices)) is not None:
+        return model_flops / (0.4 * peak)
     size = 1024
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)

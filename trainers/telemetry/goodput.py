@@ -1,6 +1,7 @@
 """Measures a run's wall time by part: start, compilation, data, sampling, steps, saving, evaluation."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,12 +21,7 @@ class Goodput:
     def __init__(
         self, *, started: float | None = None, clock: Callable[[], float] = time.monotonic
     ):
-        """Starts counting.
-
-        Args:
-          started: the clock's time when the process began, see `process_start`; None for now.
-          clock: function that returns the time in seconds, from any origin.
-        """
+        """Starts counting at the time `started` of `clock` (in seconds), see `process_start`; None for now."""
         self._clock = clock
         self._last = clock() if started is None else started
         self._stack = ["init"]
@@ -60,11 +56,16 @@ class Goodput:
         return values
 
 
+def duration(seconds: float) -> str:
+    """Returns text such as '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def process_start() -> float:
     """Returns the value of `time.monotonic` when this process began; the current value if that is unknown."""
     try:
-        import os
-
         with open("/proc/self/stat", encoding="ascii") as file:
             # Field 22: start time after boot.
             ticks = int(file.read().rpartition(")")[2].split()[19])

@@ -24,15 +24,11 @@ class WriterError(ValueError):
 class MetricWriter(Protocol):
     """Writes the scalars of steps; a step may be written several times.
 
-    Steps do not decrease except at a rollback. After a row with `rollback_to`, steps continue from that
-    step, and earlier rows of later steps belong to discarded updates.
+    Steps decrease only after a rollback, a row with `rollback_to`: earlier rows of later steps belong to discarded
+    updates.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def text(self, step: int, name: str, text: str) -> None: ...
-
-    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,20 +57,11 @@ class JsonlWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": int(step), "time": round(time.time(), 3)}
-        row.update({name: jsonable(value) for name, value in values.items()})
-        self._line(row)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self._line({"step": int(step), "time": round(time.time(), 3), name: text})
-
-    def _line(self, row: Mapping[str, Any]) -> None:
+        row |= {name: jsonable(value) for name, value in values.items()}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with _written(self._path):
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def flush(self) -> None:
-        pass  # every line is written at once
 
     def close(self) -> None:
         self._file.close()
@@ -119,16 +106,16 @@ def jsonable(value: Any) -> Any:
 class TensorBoardWriter:
     """Writes event files for TensorBoard; hides earlier points of `first_step` and later steps.
 
-    Events are written in the calling thread, not by tensorboardX's thread: that thread dies when the disk
-    is full, and the loop would then wait for it forever.
+    Events are written in the calling thread: tensorboardX's thread dies when the disk is full, and the loop would
+    wait for it forever.
     """
 
     def __init__(self, path: str, *, first_step: int | None = None):
         # Slow to import, and most processes do not need it.
-        from tensorboardX import RecordWriter, summary
+        from tensorboardX import RecordWriter
         from tensorboardX.proto import event_pb2
 
-        self._event, self._text = event_pb2.Event, summary.text
+        self._event = event_pb2.Event
         os.makedirs(path, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
@@ -144,19 +131,12 @@ class TensorBoardWriter:
         scalars = [{"tag": name, "simple_value": float(v)} for name, v in values.items()]
         self._add(step=int(step), summary={"value": scalars})
 
-    def text(self, step: int, name: str, text: str) -> None:
-        self._add(step=int(step), summary=self._text(name, text))
-
     def _add(self, **fields: Any) -> None:
         with _written(self._path):
             self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                self.flush()
-
-    def flush(self) -> None:
-        self._flushed = time.monotonic()
-        with _written(self._path):
-            self._records.flush()
+                self._flushed = time.monotonic()
+                self._records.flush()
 
     def close(self) -> None:
         try:
@@ -173,7 +153,7 @@ def _written(path: str) -> Iterator[None]:
     except OSError as error:
         raise WriterError(
             f"cannot write {path}: {error.strerror}. Once it can be written (make room, if the disk "
-            "is full), start the same command again: it goes on from the last checkpoint."
+            "is full), start the same command again: it continues from the last checkpoint."
         ) from error
 
 
@@ -189,19 +169,12 @@ class WandbWriter:
         except ImportError:
             raise WriterError(
                 "WandbWriter needs the package wandb, which is not installed: "
-                "pip install 'espalier-lm[wandb]', or leave the writer out of the configuration."
+                "pip install 'espalier-lm[wandb]', or remove the writer from the configuration."
             ) from None
-        self._wandb = wandb
         self._run = wandb.init(project=project, name=name, config=config, **settings)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=int(step))
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self._run.log({name: self._wandb.Html(f"<pre>{text}</pre>")}, step=int(step))
-
-    def flush(self) -> None:
-        pass  # wandb sends in the background
 
     def close(self) -> None:
         self._run.finish()
@@ -216,14 +189,6 @@ class MultiWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, values)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        for writer in self._writers:
-            writer.text(step, name, text)
-
-    def flush(self) -> None:
-        for writer in self._writers:
-            writer.flush()
 
     def close(self) -> None:
         for writer in self._writers:

@@ -1,11 +1,10 @@
 """Metrics: sums on the device, quotients on the host.
 
-On the device every metric is a pair (sum, weight) of scalars or vectors, so that any split of a batch
-over microbatches, steps or hosts gives the same quotient. Metrics are fetched one step late, so that the
-next step does not wait for them.
+On the device every metric is a pair (sum, weight) of scalars or vectors: the quotient does not depend on how a batch
+is split over microbatches, steps or hosts. Metrics are fetched one step late: the next step does not wait for them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
 
 
 def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """Returns the quotients as floats, without metrics whose weight is 0 (a domain without tokens).
+    """Returns the quotients of host metrics as floats, without metrics of weight 0 (a domain without tokens).
 
     Args:
       pairs: metrics on the host.
@@ -35,12 +34,8 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
     values = {}
     for name, (total, weight) in pairs.items():
         total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
-        labels: Iterable[str]
-        if total.ndim == 0:
-            labels = [name]
-        else:
-            parts = (names or {}).get(name) or range(total.size)
-            labels = [f"{name}/{part}" for part in parts]
+        parts = (names or {}).get(name) or range(total.size)
+        labels = [f"{name}/{part}" for part in parts] if total.ndim else [name]
         for label, t, w in zip(labels, total.ravel(), weight.ravel(), strict=True):
             if w:
                 values[label] = float(t / w)
@@ -48,7 +43,7 @@ def divide(pairs: Pairs, names: Mapping[str, Sequence[str]] | None = None) -> di
 
 
 class LateFetch:
-    """Holds the newest step's device metrics and returns the previous step's.
+    """Holds the newest step's device metrics and returns the previous step's metrics.
 
     Copies to the host start at once, and are awaited only when the next step is running.
     """
@@ -61,14 +56,11 @@ class LateFetch:
         for leaf in jax.tree.leaves(metrics):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
-        previous, self._waiting = self._waiting, (step, metrics)
-        return self._fetch(previous)
+        previous = self.flush()
+        self._waiting = (step, metrics)
+        return previous
 
     def flush(self) -> tuple[int, Any] | None:
-        """Returns the (step, host metrics) that is still held, if any."""
-        previous, self._waiting = self._waiting, None
-        return self._fetch(previous)
-
-    @staticmethod
-    def _fetch(held: tuple[int, Any] | None) -> tuple[int, Any] | None:
-        return None if held is None else (held[0], jax.device_get(held[1]))
+        """Returns (step, host metrics) of the newest step, if any."""
+        waiting, self._waiting = self._waiting, None
+        return None if waiting is None else (waiting[0], jax.device_get(waiting[1]))

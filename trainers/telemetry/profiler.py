@@ -9,21 +9,15 @@ import jax
 class ProfilerWindow:
     """Traces steps [first_step, first_step + num_steps) into a directory.
 
-    The first steps of a run compile, so by default they are not traced. Steps are counted from the first
+    The first steps of a process compile, so by default they are not traced. Steps are counted from the first
     step of this process, also when a run resumes.
 
-    Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers import
+    Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers.telemetry import
     profiler`), then TensorBoard's profile tab on the run's `profile/` folder.
     """
 
     def __init__(self, *, first_step: int = 5, num_steps: int = 5, directory: str | None = None):
-        """Sets the window.
-
-        Args:
-          first_step: first traced step, counted from 0 at the start of this process.
-          num_steps: number of traced steps.
-          directory: directory of the trace; None for the training loop's default (`profile/` of the run).
-        """
+        """Sets the window; `directory` is by default the run's `profile/`."""
         if first_step < 0 or num_steps < 1:
             raise ValueError(
                 f"ProfilerWindow: first_step = {first_step} must not be negative and num_steps = "

@@ -150,7 +150,7 @@ def test_a_method_without_effect_is_refused(base, method, gin_file):
     assert f"{idle}: has no effect: this run uses nothing that only this file binds" in text
     dense = method(HEAD + "toy_net.Dense.bias = True\n", "dense.gin")
     other = method(HEAD + "toy_net.Block.dense = @toy_net.Factored\n", "other.gin")
-    assert "other.gin takes the place of everything that it binds" in errors([base, dense, other])
+    assert "other.gin replaces everything that it binds" in errors([base, dense, other])
     assert f"{dense}: has no effect: this run uses nothing" in errors([base, other, dense])
     mine = gin_file(HEAD + "toy_net.Block.dense = @toy_net.Factored\n", "mine.gin")
     assert load([base, dense, mine]).warnings == ()

@@ -195,7 +195,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bind
     [
         (
             ["initial.InitialCheckpoint.scope='state'"],
-            ["goes on at the next batch of the same stream"],
+            ["continues with the next batch of the same stream"],
         ),
         (
             ["local_text.open_stream.seed=1"],

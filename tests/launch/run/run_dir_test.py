@@ -42,7 +42,7 @@ def test_first_start_describes_the_run(tmp_path):
     path = tmp_path / "run"
     run = run_dir.prepare(str(path), CONFIG)
     run.record(mesh={"axes": {"data": 8}}, data_fingerprint="abc")
-    run.write_operative_config("toy_run.train.steps = 10\n")
+    run.write("operative_config.gin", "toy_run.train.steps = 10\n")
     facts = json.loads((path / "run.json").read_text())
     head = subprocess.run(
         ["git", "-C", run_dir.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
@@ -191,7 +191,7 @@ def test_an_address_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
 def test_only_the_writer_writes(tmp_path):
     run = run_dir.prepare(str(tmp_path / "run"), CONFIG, writer=False)
     run.record(mesh=1)
-    run.write_operative_config("x")
+    run.write("operative_config.gin", "x")
     assert not (tmp_path / "run").exists()
 
 

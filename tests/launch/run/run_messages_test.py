@@ -86,5 +86,5 @@ def test_prompts_that_are_too_long_are_told_with_the_remedy(lost, name):
     counts = {"prompts": 40 - lost, "records": 40, "prompt_too_long": lost}
     found = lines(data=Stream(**counts, first={"prompt_too_long": "x:7"}))
     said = f"pairs: of 40 prompts, at MAX_PROMPT_LENGTH 64, {lost} ({lost / 40:.1%}) dropped (first: x:7)"
-    assert found == [(name, f"{said}; a larger one keeps more")]
+    assert found == [(name, f"{said}; a larger one drops fewer")]
     assert lines(data=Stream(prompts=40, records=40, prompt_too_long=0, first={})) == []

@@ -405,6 +405,6 @@ def test_a_trained_vocabulary_is_exported_with_the_same_ids(run, tmp_path, algor
 
 
 def test_what_cannot_be_exported_is_said(run, tmp_path):
-    assert "keeps no vocabulary" in run_vocabulary.export_files(tmp_path, tmp_path)
+    assert "has no vocabulary" in run_vocabulary.export_files(tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert "3 extra ids" in run_vocabulary.export_files(run[0], tmp_path)

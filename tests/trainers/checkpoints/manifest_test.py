@@ -183,7 +183,7 @@ def test_files_are_checked_by_size_and_content(tmp_path):
     folder = epath.Path(tmp_path)
     for name in "abcd":
         (folder / name).write_bytes(name.encode() * 100)
-    files = manifest.checksum_files(folder, "abcd")
+    files = {name: manifest.file_checksum(folder / name) for name in "abcd"}
     assert manifest.check_files(folder, files) == {}
     (folder / "a").write_bytes(b"a" * 99 + b"A")
     (folder / "b").write_bytes(b"b" * 99)

@@ -150,7 +150,7 @@ def test_an_assigned_path_that_is_not_there_is_an_error_even_if_lenient(run):
 
 
 def test_an_initial_value_that_is_needed_must_be_given(run):
-    with pytest.raises(ValueError, match="embed is to keep its initial value"):
+    with pytest.raises(ValueError, match="embed should have its initial value"):
         restore_params(run, shapes(make_params()), assignment=[("embed", None)])
 
 
