@@ -8,7 +8,7 @@ import numpy as np
 from launch.papers.preference import claims, figures, fits, results, rule
 from launch.papers.preference.results import ARMS, METHODS, Course, by_seed
 from launch.papers.shared import page
-from launch.papers.shared.results import named
+from launch.papers.shared.results import Results
 
 _DIGITS = 4
 # Per cent by which the paper's parabolas have the lower RMSE, by size of its models.
@@ -59,38 +59,34 @@ _RULE = [
 ]
 
 
-def _setup(measured: Mapping[str, Any]) -> list[str]:
+def _setup(parts: Mapping[str, Any]) -> list[str]:
     """Returns how it was measured, how many runs there are, and which are missing."""
-    rows, every = measured.get("language", ()), results.courses(measured)
-    if not rows:
-        return [*_TEXT, *page.missing(["all of the part `language`"])]
-    minutes = sum(row["seconds"] for row in rows) / 60
-    seeds = sorted({row["seed"] for row in rows})
-    there = {(one.arm.name, one.seed) for one in every}
-    missing = [
-        text
-        for arm in ARMS
-        for text in named(f"`{arm}`", [s for s in seeds if (arm, s) not in there], seeds)
-    ]
-    runs = (
-        f"- {len(rows)} runs, of which {len(every)} are evaluated; seeds {', '.join(map(str, seeds))}; {minutes:.0f} "
-        "minutes of runs."
+    if not (rows := parts.get("rows")):
+        return [*_TEXT, *page.missing([], ("language",), parts)]
+    runs, evaluated = (
+        Results(rows),
+        [{"arm": one.arm.name, "seed": one.seed} for one in parts["courses"]],
     )
-    return [*_TEXT, runs, *page.missing(missing)]
+    first, _, rest = runs.amount().partition(", ")
+    words = f"- {first}, of which {len(evaluated)} are evaluated; {rest}."
+    return [
+        *_TEXT,
+        words,
+        *page.missing(Results(evaluated).missing(list(ARMS), runs.seeds), (), parts),
+    ]
 
 
-def _tables(measured: Mapping[str, Any]) -> list[str]:
-    every = results.courses(measured)
-    if not every:
+def _tables(parts: Mapping[str, Any]) -> list[str]:
+    if not (courses := parts.get("courses")):
         return []
-    direct = results.direct(every)
+    direct = parts["language"]
     paper = " and ".join(f"{value} % ({size})" for size, value in _PAPER.items())
     fitted = [
         (name, f"{one['curvature']:.3f}", f"{one['above']:.1f} %", f"{one['all']:.1f} %")
         for name, one in _reductions(direct).items()
     ]
     return [
-        *_arms(every),
+        *_arms(courses),
         *("## A line and a parabola", ""),
         f"By how much the RMSE of a quadratic fit of P_win on better LLH is below that of a line; the paper has {paper}.",
         "",
@@ -101,24 +97,24 @@ def _tables(measured: Mapping[str, Any]) -> list[str]:
         "better LLH.",
         "",
         *page.table(("evaluations", *map(str, range(1, fits.BINS + 1))), _bins(direct)),
-        *("## The stopping rule", "", *_RULE, "", *rule.tables(every)),
+        *("## The stopping rule", "", *_RULE, "", *rule.tables(courses)),
     ]
 
 
 _ENDS = ("p_win", "llh_chosen", "entropy", "mass", "outside", "facts")
 
 
-def _arms(every: Sequence[Course]) -> list[str]:
+def _arms(courses: Sequence[Course]) -> list[str]:
     """Returns the table of means over seeds: the start, and the best and the end of each arm's runs."""
     header = (
         *("arm", "best P_win @ update (better LLH)", "P_win at the end", "better LLH at the end"),
         *("entropy at its peak @ update → at the end", "mass", "outside A", "facts"),
     )
-    firsts = [mine[0] for mine in by_seed(every).values()]
+    firsts = [mine[0] for mine in by_seed(courses).values()]
     p_win, *last = _means([one.start(name) for one in firsts] for name in _ENDS)
     rows = [("before the first update", f"{p_win:.3f}", "–", *_cells(*last))]
     for arm in ARMS.values():
-        mine = results.find(every, arm)
+        mine = results.find(courses, arm)
         if not mine:
             continue
         best, at, likelihood, peak, peak_at = _means(zip(*map(_best, mine), strict=True))
@@ -132,12 +128,8 @@ def _arms(every: Sequence[Course]) -> list[str]:
 def _best(one: Course) -> tuple[float, float, float, float, float]:
     """Returns the best P_win, its update and likelihood, and the peak of entropy and its update."""
     peak = int(np.argmax(one["entropy"]))
-    best = (
-        one.moving("p_win")[one.best],
-        one["step"][one.best],
-        one.moving("llh_chosen")[one.best],
-    )
-    return *best, one["entropy"][peak], one["step"][peak]
+    p_win, llh = (one.moving(name)[one.best] for name in ("p_win", "llh_chosen"))
+    return p_win, one["step"][one.best], llh, one["entropy"][peak], one["step"][peak]
 
 
 def _means(columns: Any) -> list[float]:
@@ -151,18 +143,21 @@ def _cells(
     return [*numbers, f"{outside:.1%}", f"{facts:.2f}"]
 
 
-def _groups(every: Sequence[Course]) -> dict[str, Sequence[Course]]:
-    return {**{f"seed {seed}": mine for seed, mine in by_seed(every).items()}, "all seeds": every}
+def _groups(courses: Sequence[Course]) -> dict[str, Sequence[Course]]:
+    return {
+        **{f"seed {seed}": mine for seed, mine in by_seed(courses).items()},
+        "all seeds": courses,
+    }
 
 
-def _reductions(every: Sequence[Course]) -> dict[str, dict[str, float]]:
+def _reductions(courses: Sequence[Course]) -> dict[str, dict[str, float]]:
     """Returns by how many per cent a parabola's RMSE is lower than a line's, above the clip and with the tail."""
     methods = {
-        f"{label}, all seeds": results.of_method(every, method)
+        f"{label}, all seeds": results.of_method(courses, method)
         for method, (label, _) in METHODS.items()
     }
     out = {}
-    for name, mine in {**_groups(every), **methods}.items():
+    for name, mine in {**_groups(courses), **methods}.items():
         points = results.points(mine, "llh_chosen", "p_win")
         near, whole = fits.fit(*fits.above(*points)), fits.fit(*points)
         if near is not None and whole is not None:
@@ -174,9 +169,9 @@ def _reductions(every: Sequence[Course]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _bins(every: Sequence[Course]) -> Iterator[tuple[str, ...]]:
+def _bins(courses: Sequence[Course]) -> Iterator[tuple[str, ...]]:
     """Yields the rows of the table of the bins of C1."""
-    for name, mine in _groups(every).items():
+    for name, mine in _groups(courses).items():
         points = results.points(mine, "llh_chosen", "p_win")
         for of, (x_E, y_E) in (("", points), (f", above {fits.CLIP:g}", fits.above(*points))):
             if len(x_E) >= fits.BINS:
@@ -184,8 +179,7 @@ def _bins(every: Sequence[Course]) -> Iterator[tuple[str, ...]]:
                 yield name + of, *(f"{y:.3f} ({x:.2f})" for x, y in centres_means)
 
 
-def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
-    every = results.courses(measured)
+def _record(parts: Mapping[str, Any]) -> dict[str, Any]:
     runs = [
         {
             "arm": one.arm.name,
@@ -195,9 +189,16 @@ def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
                 for name, values in one.values.items()
             },
         }
-        for one in every
+        for one in parts.get("courses", ())
     ]
-    return {"fits": _reductions(results.direct(every)), "runs": runs}
+    return {"fits": _reductions(parts.get("language", ())), "runs": runs}
+
+
+def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rows, the courses of their runs, and under 'language' those that learn from pairs."""
+    rows = measured.get("language", ())
+    courses = results.courses(rows)
+    return {"rows": rows, "courses": courses, "language": results.direct(courses)}
 
 
 REPORT = page.Report(
@@ -206,7 +207,9 @@ REPORT = page.Report(
     source="[Understanding Likelihood Over-optimisation in Direct Alignment Algorithms, arXiv\n"
     "2410.11677](https://arxiv.org/abs/2410.11677)",
     intro=_INTRO,
-    claims=claims.claims,
+    claims=claims.CLAIMS,
+    places={"language": "seed"},  # how the places of all evidence begin
+    read=_read,
     figures=figures.figures,
     setup=_setup,
     tables=_tables,

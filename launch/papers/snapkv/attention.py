@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, methods
-from launch.papers.snapkv.retrieval import KERNEL, WINDOW, Retriever
+from launch.papers.snapkv.retrieval import SNAPKV, WINDOW, Retriever
 from trainers.snapkv import cache_analysis, replay
 
 CHOSEN_SHARE = 0.1  # of the prefix that a window's votes choose
@@ -38,32 +37,24 @@ def hit_rates(
     Returns:
       {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
     """
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    full_EA = retriever.answer(retriever.record(drawn.tokens_ET), FULL)
-    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    drawn, _, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
     prefix = length - windows * WINDOW
     count = max(round(CHOSEN_SHARE * prefix), 1)
     ends_E = jnp.full(prompts, length, jnp.int32)
-    by_layer = [_window_hits(record, ends_E, windows, prefix, count) for record in read_on.layers]
-    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _window_hits(
-    record: replay.LayerRecord, ends_E: jax.Array, windows: int, prefix: int, count: int
-):
-    return cache_analysis.window_hits(
-        record,
-        ends_E,
-        windows=windows,
-        window=WINDOW,
-        answer=retrieval.ANSWER_TOKENS - 1,
-        prefix=prefix,
-        count=count,
-        threshold=THRESHOLD,
+    window_hits = jax.jit(
+        functools.partial(
+            cache_analysis.window_hits,
+            windows=windows,
+            window=WINDOW,
+            answer=retrieval.ANSWER_TOKENS - 1,
+            prefix=prefix,
+            count=count,
+            threshold=THRESHOLD,
+        )
     )
+    by_layer = [window_hits(record, ends_E) for record in read_on.layers]
+    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
 
 
 def overlaps(
@@ -81,7 +72,7 @@ def overlaps(
     context = retrieval.draw_lines(rng, prompts, lines)
     asked_E = rng.integers(lines, size=prompts)
     other_E = (asked_E + rng.integers(1, lines, size=prompts)) % lines
-    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    policy = SNAPKV.at(capacity)
     prefix = 1 + lines * retrieval.LINE - (WINDOW - retrieval.LINE - 1)  # before every window
 
     def kept(asked_E: np.ndarray) -> list[jax.Array]:
@@ -110,13 +101,9 @@ def kept_hits(
     seed: int = 0,
 ) -> list[Any]:
     """Returns (hits, attended) [L, E, 2] of the positions that SnapKV keeps, its window included, while it answers."""
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    recording = retriever.record(drawn.tokens_ET)
-    full_EA = retriever.answer(recording, FULL)
-    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    drawn, recording, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
-    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    policy = SNAPKV.at(capacity)
     out = []
     for cache, shown in zip(
         replay.compressed(retriever.model, policy, recording, room=1), read_on.layers, strict=True

@@ -114,7 +114,7 @@ def everything(**changed):
 
 
 def judged(found):
-    return domain_runs.judged(Runs, claims.CLAIMS, found, claims.PLACES)
+    return page.REPORT.judge(found)
 
 
 def verdicts(found):
@@ -260,9 +260,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "run.json").write_text(json.dumps({"parameters": 12}))
     found = measure.run(model_dir=str(tmp_path), seeds=3, workers=2, parts=["synthetic", "caches"])
-    assert asked == [
-        ((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2, "minutes": None})
-    ]
+    assert asked == [((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2})]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
     assert found["synthetic"]["planned"] == {

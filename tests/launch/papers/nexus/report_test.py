@@ -136,7 +136,7 @@ def everything(**changed):
 
 
 def judged(found):
-    return domain_runs.judged(arms.Runs, claims.CLAIMS, found)
+    return page.REPORT.judge(found)
 
 
 def verdicts(found):
@@ -272,7 +272,7 @@ def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
         lambda *words, **options: asked.append((words, options)) or {},
     )
     measure.run(model_dir=str(tmp_path), seeds=5, minutes=3, parts=["real"])
-    assert asked == [(("nexus", "real", tmp_path / "real", 5), {"workers": 1, "minutes": 3})]
+    assert asked == [(("nexus", "real", str(tmp_path), 5), {"minutes": 3})]
     assert figures.figures({}) == {}
 
 
