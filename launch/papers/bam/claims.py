@@ -19,7 +19,7 @@ from launch.plots import intervals
 
 SAME = 0.02  # of BTX's loss: what counts as about as good, on the mean over seeds
 RESCUED = 0.5  # of the mean gap between BTX and BAM, that copies of the seed may close
-ENOUGH = 1500  # updates of a mixture, below which it says little beside dense training
+ENOUGH = 1500  # updates of a mixture; fewer allow no conclusion against dense training
 PLACES = {"caches": "models"}
 _TOP = ("moa_top2", "moa_top1")
 _ALL = "attentions that are not chosen are computed too, so that all three make the same number of updates"
@@ -81,7 +81,7 @@ def rescue(runs: Runs, where: str) -> list[Evidence]:
 def gap_closed(runs: Runs, arm: str) -> dict[str, float] | None:
     """Returns an arm's gain over BTX in mean loss as a share of BAM's mean gain, with an interval over seeds.
 
-    The interval is of the arm's gain alone: a share of a gap that is near zero in one seed says nothing. None where
+    The interval is of the arm's gain alone: a share of a gap that is near zero in one seed is meaningless. None if
     there is no gap, or no such arm.
     """
     arms, btx, bam = runs.paired(MEAN, arm, "btx", "bam")
@@ -187,7 +187,7 @@ CLAIMS = (
     ),
     Claim(
         "B10",
-        "The same at equal data (which the paper does not say)",
+        "The same at equal data (not a claim of the paper)",
         f"data-matched, loss of top-1 and top-2 within {SAME:.0%} of BTX's on the mean",
         everywhere(*map(about, _TOP)),
     ),

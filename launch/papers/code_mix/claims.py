@@ -101,7 +101,7 @@ def widths(runs: Results, where: str) -> list[Evidence]:
 CLAIMS = (
     RequiredClaim(
         "C0",
-        "Sources get the shares of tokens that they were given",
+        "Sources are read with the configured shares of tokens",
         f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
         {"skills": [mixtures], "packages": [mixtures]},
     ),

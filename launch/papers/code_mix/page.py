@@ -1,4 +1,4 @@
-"""The report of the reproduction, and that of any sweep with the paper's arms."""
+"""The report of the reproduction, and a report of any sweep with the paper's arms."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from launch.papers.shared import page
 from launch.plots import html_page, intervals, panels
 
 _RUNS = {
-    "skills": "models of 2 layers (width 64 where nothing else is said), trained on documents of five "
-    "generated sources (`data/code_mix/skill_sources.py`) and asked 1,392 problems (`data/code_mix/skills.py`): "
+    "skills": "models of 2 layers (width 64 by default), trained on documents of five "
+    "generated sources (`data/code_mix/skill_sources.py`) and scored on 1,392 problems (`data/code_mix/skills.py`): "
     "*reasoning*, problems in words, and *code*, calls, with operands that no training document "
     "shows; *knowledge*, facts that text states. 400 steps of 3,072 tokens a phase",
     "packages": "the quickstart's models of 2.6M parameters on prose, docstrings, Python, C++ and markup of "

@@ -186,7 +186,7 @@ CLAIMS = (
     ),
     RequiredClaim(
         "L7",
-        "The effective step does not say which run is better",
+        "The effective step does not predict which run is better",
         "over the decayed runs of a learning rate, Kendall's tau of effective step and perplexity is not "
         "significantly negative; of pairs of L2 and Frobenius decay at one lambda, the larger step wins half at "
         "most",
@@ -194,7 +194,7 @@ CLAIMS = (
     ),
     Claim(
         "L8",
-        "The effective rank says which decay is better",
+        "The effective rank predicts which decay is better",
         "of pairs of L2 and Frobenius decay at one lambda, the higher rank wins more than half",
         {"lm": [winners("effective_rank", lambda share: share > 0.5)]},
     ),

@@ -19,8 +19,8 @@ _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
 _RUNS = {
     "lm": "decoders of 2 layers (width 64, four heads, MLP of 256, contexts of 32) read Python's "
     "standard library character by character, 1,500 updates of 512 characters (Adam, rate 3e-3, halved where "
-    f"said; t5x_configs/experiments/low_rank/cpu). Ranks are {lm.MAIN} of a matrix's smaller side where nothing "
-    "else is said; decay is part of the loss. Perplexity is of held-out modules",
+    f"noted; t5x_configs/experiments/low_rank/cpu). Ranks are {lm.MAIN} of a matrix's smaller side by "
+    "default; decay is part of the loss. Perplexity is of held-out modules",
     "vision": "small convolutional networks with batch normalisation, trained by SGD on "
     "generated textures (t5x_configs/experiments/low_rank/cpu)",
 }

@@ -1,7 +1,7 @@
 """Names of the arms of launch/papers/nexus/sweep.py, and the evaluations of their runs.
 
-Domains of a part are the general one, those of a mixture's experts, in their order, and last the new one, whose
-expert is added.
+The domains of a part are the general one, the domains of a mixture's experts in their order, and last the new one, for
+which an expert is added.
 """
 
 from collections.abc import Mapping, Sequence

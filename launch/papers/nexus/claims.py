@@ -17,7 +17,7 @@ from launch.papers.shared.domains import everywhere
 from launch.plots import intervals
 
 FLAT = 0.02  # of the loss on the old domains: what an extension may cost, on the mean over seeds
-ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
+ATTRACTED = 0.5  # of the old domains' tokens, which a new expert may take before it is trained
 RESET, APPENDED, EXTENDED = "ext_linear_reset", "ext_linear_append", "ext_nexus"
 _Z_LOSS = "ext_nexus_z_loss"
 _LEAST = 4  # experts: an order of the three pairs of three comes about by chance
@@ -132,7 +132,7 @@ def _pairs_of(cosines_NEE: np.ndarray) -> np.ndarray:
 
 
 def similar(runs: Runs, where: str) -> list[Evidence]:
-    """Correlates the similarity of experts' vectors with that of their domains."""
+    """Correlates the similarity of experts' vectors with the similarity of their domains."""
     from scipy import stats
 
     if (cosines := runs.cosines("nexus")) is None or len(cosines[0]) < _LEAST:
@@ -280,7 +280,7 @@ CLAIMS = (
     ),
     Claim(
         "N17",
-        "What the embeddings say matters (a control, not a claim of the paper)",
+        "The content of the embeddings matters (a control, not a claim of the paper)",
         "Nexus has a lower loss than with random or one-hot vectors on the old domains, and than with random ones "
         "on the new domain at step 0 and at the smallest budget",
         everywhere(

@@ -47,7 +47,7 @@ def draw(
     """
     there = {name for run in runs for name in run.series}
     scattered = "p_win" in there
-    # P_win says what the reward does, on one scale for all runs.
+    # P_win shows the same as the reward, on one scale for all runs.
     there -= {"reward"} if scattered else set()
     shown = [panel for panel in _PANELS if panel[1] in there]
     count = len(shown) + scattered
@@ -139,7 +139,7 @@ def _colours(count: int) -> Sequence[str]:
 
 
 def _words(figure: Any, table: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
-    """Adds table and sentences below the plots, in as much room as they need."""
+    """Adds table and sentences below the plots."""
     import textwrap
 
     wrapped = [line for s in sentences for line in textwrap.wrap(s, 250, subsequent_indent="   ")]

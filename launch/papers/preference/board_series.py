@@ -74,7 +74,8 @@ def read(name: str, directory: str | os.PathLike) -> Run:
       FileNotFoundError: the directory holds no metrics.
       ValueError: they are not of preferences.
     """
-    table = pd.DataFrame(metric_rows.read_rows(directory)).set_index("step")
+    rows = metric_rows.read_rows(directory) or [{"step": 0}]
+    table = pd.DataFrame(rows).set_index("step")
     series = {}
     for kind, choices in METRICS.items():
         points = (_points(table, choice) for choice in choices)

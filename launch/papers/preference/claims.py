@@ -256,7 +256,7 @@ CLAIMS = (
     ),
     RequiredClaim(
         "C4",
-        "Higher likelihood goes with what is memorised",
+        "Higher likelihood goes with more memorised facts",
         f"Spearman's correlation of fact accuracy and better LLH above {SPEARMAN} for each method",
         {"language": ranks("facts", "fact accuracy", lambda n: n["rho"] > SPEARMAN)},
     ),
@@ -288,7 +288,7 @@ CLAIMS = (
     ),
     Claim(
         "C9",
-        "The stopping rule stops the runs that go too far, and no others (not a claim of the paper)",
+        "The stopping rule stops exactly the runs that are over-optimised (not a claim of the paper)",
         f"of runs that are not over-optimised at most {rule.RATE:.0%} raise an alarm; of those that are at most {rule.RATE:.0%} raise "
         f"none, and as many raise it early; over-optimised: P_win at the end is more than {rule.LOSS} below its best",
         {"language": [rule.rates]},

@@ -1,4 +1,4 @@
-"""Likelihood over-optimisation at small scale: runs what is left of the sweep, and reads its results."""
+"""Likelihood over-optimisation at small scale: runs the unfinished part of the sweep, and reads its results."""
 
 import json
 import math

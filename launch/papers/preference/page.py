@@ -1,6 +1,6 @@
 """The report of the reproduction."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ _DIGITS = 4
 _PAPER = {"7B": 24.42, "35B": 25.78}
 _INTRO = """\
 Each condition is judged in every seed, and on the means over seeds with 95 % intervals (Student's
-t); those of the stopping rule on shares of all runs (Wilson's intervals, as if runs of a seed were independent). A claim
-holds where all of them meet it. Claims in bold must hold at this scale too; the others are reported as
-they come out."""
+t); conditions on the stopping rule on shares of all runs (Wilson's intervals, as if runs of a seed were independent). A claim
+holds if all of them meet its condition. Claims in bold must hold at this scale too; other claims may fail."""
 _TEXT = [
     "- *language*: prompts of three symbols and completions of at most twelve, of two languages of 244 symbols each. Texts of "
     "language A on a topic prefer six symbols; other documents are texts of language B, and 72 facts of language A. "
@@ -28,24 +27,24 @@ _TEXT = [
     "and 600 updates of 32 such pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means "
     "over tokens; α weighs its regulariser, which is of sums), of several strengths and with an NLL term (a mean over "
     "tokens) of weight λ beside some. A sample that was cut without an end (3 % at most) is trained on with one. For comparison online DPO, RLOO, GRPO and PPO "
-    "learn from the quality of 25,600 samples of their own (PPO in 800 updates, the others in 200); claims, fits and rates are not of them "
+    "learn from the quality of 25,600 samples of their own (PPO in 800 updates, the others in 200); claims, fits and rates exclude them "
     "(t5x_configs/experiments/preference/cpu).",
     "- *evaluations*: every 20 updates, of 256 held-out pairs and of an output to each of their prompts, with temperature 0.5 "
     "and top-p 0.75; held-out prompts are of the topics that were trained on, in other words. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
     "preferred and that were not. *P_win*: mean of σ(quality - quality of the output before the first update). *EAD*: "
     "distinct n-grams of all outputs together, n = 1 to 5, adjusted for their number. *Entropy* and *mass*: of the ten likeliest "
-    "tokens in outputs, renormalised for the entropy. *Facts*: share of them that the likeliest continuation still says. *Outside A*: share of "
+    "tokens in outputs, renormalised for the entropy. *Facts*: share of them that greedy decoding still states. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
-    "- *choices that the paper leaves open*, made when runs of the first seed were there and not yet judged: runs of a seed share their "
+    "- *choices that the paper leaves open*, made when runs of the first seed had ended, before they were judged: runs of a seed share their "
     "evaluation before the first update, which counts once; fits and bins are of evaluations with a better LLH above "
     f"{fits.CLIP:g}, below which texts have broken down, and the {fits.BINS} bins have as many evaluations each; the end of "
-    f"a run is the mean of its last {results.WINDOW} evaluations, and its best P_win that of the moving mean of as many, at "
-    "the middle one; the largest gap is that at the end; β is small below 1; the mass is that of the arm of each method "
+    f"a run is the mean of its last {results.WINDOW} evaluations, and its best P_win the highest moving mean of as many, at "
+    "the middle one; the largest gap is that at the end; β is small below 1; the mass is measured on the arm of each method "
     "that moves furthest; for C2 one evaluation on the better side of both likelihoods is enough; C5 reads single evaluations, so "
     "that a rise may be noise. That bins are read with the tail too was added when some runs of the first seed had been seen.",
-    f"- *stopping rule*: trainers/preference/indicators/alarm.py as it is by default. A run is over-optimised if P_win at its end is "
-    f"more than {rule.LOSS} below its best. An alarm is false where it is not; early where it comes more than an "
-    "evaluation before the best P_win; missed where an over-optimised run has none; and in time otherwise, however late.",
+    f"- *stopping rule*: trainers/preference/indicators/alarm.py with its default settings. A run is over-optimised if P_win at its end is "
+    f"more than {rule.LOSS} below its best. An alarm is false if it is not; early if it comes more than an "
+    "evaluation before the best P_win; missed if an over-optimised run has none; and in time otherwise, however late.",
     "- *where it falls short*: the paper's models are of 7 and 35 billion parameters, its preferences people's or a large "
     "model's, and its judge a reward model; here quality is exact, and a text is a dozen symbols.",
 ]
@@ -54,7 +53,7 @@ _TEXT = [
 _RULE = [
     "P_win in these tables is a mean of three evaluations, and its differences are means over runs. *Before the alarm*: of "
     "the checkpoint of the evaluation before it, which is released without a reward (the last one of a run without an "
-    "alarm); *best reward*: of the checkpoint with the best mean reward of the whole run, which is kept with one, whatever the rule says. "
+    "alarm); *best reward*: of the checkpoint with the best mean reward of the whole run, which a reward selects, whatever the rule does. "
     "Other thresholds are for information: the default is not chosen by them. Online methods are in the first two tables alone."
 ]
 
@@ -88,7 +87,7 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     return [
         *_arms(courses),
         *("## A line and a parabola", ""),
-        f"By how much the RMSE of a quadratic fit of P_win on better LLH is below that of a line; the paper has {paper}.",
+        f"Reduction of the RMSE of a fit of P_win on better LLH by a parabola instead of a line; the paper has {paper}.",
         "",
         *page.table(
             ("evaluations", "quadratic term", f"better LLH above {fits.CLIP:g}", "all"), fitted
@@ -101,7 +100,8 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_ENDS = ("p_win", "llh_chosen", "entropy", "mass", "outside", "facts")
+_NAMES = ("p_win", "llh_chosen", "entropy", "mass", "outside", "facts")
+_FORMATS = dict(zip(_NAMES, (".3f", ".2f", ".2f", ".3f", ".1%", ".2f"), strict=True))
 
 
 def _arms(courses: Sequence[Course]) -> list[str]:
@@ -111,36 +111,28 @@ def _arms(courses: Sequence[Course]) -> list[str]:
         *("entropy at its peak @ update → at the end", "mass", "outside A", "facts"),
     )
     firsts = [mine[0] for mine in by_seed(courses).values()]
-    p_win, *last = _means([one.start(name) for one in firsts] for name in _ENDS)
-    rows = [("before the first update", f"{p_win:.3f}", "–", *_cells(*last))]
+    p_win, *cells = _means(firsts, Course.start)
+    rows = [("before the first update", p_win, "–", *cells)]
     for arm in ARMS.values():
-        mine = results.find(courses, arm)
-        if not mine:
-            continue
-        best, at, likelihood, peak, peak_at = _means(zip(*map(_best, mine), strict=True))
-        p_win, *last = _means([one.end(name) for one in mine] for name in _ENDS)
-        before = f"{peak:.2f} @ {peak_at:.0f} → "
-        shown = f"{best:.3f} @ {at:.0f} ({likelihood:.2f})"
-        rows.append((arm.label, shown, f"{p_win:.3f}", *_cells(*last, before=before)))
+        if mine := results.find(courses, arm):
+            *best, peak, peak_at = np.mean([_best(one) for one in mine], axis=0)
+            p_win, llh, entropy, *cells = _means(mine, Course.end)
+            entropy = f"{peak:.2f} @ {peak_at:.0f} → {entropy}"
+            shown = "{:.3f} @ {:.0f} ({:.2f})".format(*best)
+            rows.append((arm.label, shown, p_win, llh, entropy, *cells))
     return page.table(header, rows, "All arms")
 
 
-def _best(one: Course) -> tuple[float, float, float, float, float]:
+def _best(one: Course) -> tuple[float, ...]:
     """Returns the best P_win, its update and likelihood, and the peak of entropy and its update."""
     peak = int(np.argmax(one["entropy"]))
     p_win, llh = (one.moving(name)[one.best] for name in ("p_win", "llh_chosen"))
     return p_win, one["step"][one.best], llh, one["entropy"][peak], one["step"][peak]
 
 
-def _means(columns: Any) -> list[float]:
-    return [float(np.mean(values)) for values in columns]
-
-
-def _cells(
-    llh: float, entropy: float, mass: float, outside: float, facts: float, before: str = ""
-) -> list[str]:
-    numbers = [f"{llh:.2f}", f"{before}{entropy:.2f}", f"{mass:.3f}"]
-    return [*numbers, f"{outside:.1%}", f"{facts:.2f}"]
+def _means(runs: Sequence[Course], value: Callable[[Course, str], float]) -> list[str]:
+    """Returns the means of _FORMATS over runs, as text."""
+    return [f"{np.mean([value(one, name) for one in runs]):{f}}" for name, f in _FORMATS.items()]
 
 
 def _groups(courses: Sequence[Course]) -> dict[str, Sequence[Course]]:

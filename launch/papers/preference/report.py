@@ -1,6 +1,6 @@
-"""`launch.report --board`: what watches preference runs for over-optimisation, as plots, a table and sentences.
+"""`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
 
-The page has its plots inside, and can be sent; with --out=board.png all is one image. Runs without indicators show
+The page embeds its plots; with --out=board.png all is one image. Runs without indicators show
 their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
 """
 

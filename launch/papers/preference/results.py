@@ -19,10 +19,7 @@ _STRENGTHS = {"dpo": sweep.DPO, "ipo": sweep.IPO, "hinge": sweep.HINGE}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method of METHODS with its strength and the weight of an NLL term, or one of ONLINE, which has neither.
-
-    The hinge's strength is the weight of its regulariser.
-    """
+    """A method of METHODS with its strength (the hinge's is the weight of its regulariser) and NLL weight, or of ONLINE."""
 
     method: str
     strength: float | None = None
@@ -199,7 +196,7 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A number of one seed, or the mean of several with its interval; its format is `.digits`, 'n' for no interval."""
+    """A number of one seed, or the mean of several with its interval; formats are '.digits', and 'n' without interval."""
 
     values: Sequence[float]
 

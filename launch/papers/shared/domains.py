@@ -81,7 +81,7 @@ class DomainRuns(results.Results):
     def at(self, step: int) -> Self:
         """Returns the runs as they were evaluated at a step, without those that were not.
 
-        At step 0 a run is what it starts from, if there is a run of the arm `<arm>_start`.
+        At step 0 a run has the losses of its start, the run of the arm `<arm>_start`, if there is one.
         """
         return self._by_step.get(step) or dataclasses.replace(self, rows=[])
 
@@ -183,7 +183,7 @@ def run(
 
 
 def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> dict[str, Any]:
-    """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after running what is not done.
+    """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after its unfinished runs.
 
     The sweep's file is launch/papers/<paper>/sweep.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
     first; a tuple among them groups several.
@@ -283,7 +283,7 @@ def swept(results: page.Parts) -> dict[str, Any]:
 
 
 def _setup(results: page.Parts, parts: Sequence[str]) -> list[str]:
-    """Returns what was trained, and what is missing."""
+    """Returns the description of the runs, and the names of missing ones."""
     out, missing = [], []
     for name, one in swept(results).items():
         seeds = sorted({seed for by_seed in one.planned.values() for seed in by_seed})

@@ -13,7 +13,7 @@ from launch.plots import intervals, panels
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 MEANS = (
     "Values are means over seeds with 95 % intervals (Student's t). Claims in bold must\n"
-    "hold at this scale too; the others are reported as they come out.\n\n" + intervals.BETTER
+    "hold at this scale too; other claims may fail.\n\n" + intervals.BETTER
 )
 
 
@@ -128,4 +128,4 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "")
 def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[str]:
     """Returns the line that names runs, and those of `parts`, without results; none if there are none."""
     names = [*names, *(f"all of the part `{part}`" for part in parts if not results.get(part))]
-    return [f"- Missing, and left out above and below: {', '.join(names)}."] if names else []
+    return [f"- Missing from this page: {', '.join(names)}."] if names else []

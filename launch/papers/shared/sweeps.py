@@ -1,4 +1,4 @@
-"""The sweeps of a reproduction: runs what is not done, and reads the results."""
+"""The sweeps of a reproduction: runs their unfinished runs, and reads the results."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def parts(
     read: Callable[[Mapping[str, Any], pathlib.Path], dict[str, Any]],
     **options: Any,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the results of a paper's sweeps by part, after running what is not done; options as of `rows`.
+    """Returns the results of a paper's sweeps by part, after their unfinished runs; options as of `rows`.
 
     Args:
       model_dir: parent of the sweeps' folders, which have the parts' names.
@@ -48,7 +48,7 @@ def rows(
     workers: int = 1,
     minutes: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the results of a sweep, after running what is not done.
+    """Returns the results of a sweep, after its unfinished runs.
 
     Args:
       folder: of the sweep.

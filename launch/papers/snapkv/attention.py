@@ -1,4 +1,4 @@
-"""The attention of the retrieval model while it answers, and whether the prompt's last window foresees it.
+"""The attention of the retrieval model while it answers, and how well the prompt's last window predicts it.
 
 Shapes: E prompts, T prompt length, P positions of a prefix, N query heads, L layers, W windows.
 """
@@ -15,7 +15,7 @@ from launch.papers.snapkv.retrieval import SNAPKV, WINDOW, Retriever
 from trainers.snapkv import cache_analysis, replay
 
 CHOSEN_SHARE = 0.1  # of the prefix that a window's votes choose
-THRESHOLD = 0.05  # an attention weight above it is one that matters
+THRESHOLD = 0.05  # of attention weights that count
 WINDOWS = 16
 
 
@@ -30,9 +30,9 @@ def hit_rates(
 ) -> dict[str, Any]:
     """Measures the hit rates of the choices of the prompt's last windows, by layer.
 
-    All windows choose among the positions before the first of them, which each of them sees whole, by
-    the summed weights of their queries, without pooling. A hit is a weight above the threshold of the queries
-    that generate the second and later tokens with the full cache.
+    All windows choose among the positions before the first window, by the summed weights of their queries, without
+    pooling. A hit is a weight above the threshold, of the queries that generate the second and later tokens with the
+    full cache.
 
     Returns:
       {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
@@ -60,7 +60,7 @@ def hit_rates(
 def overlaps(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Measures the shares of kept context positions in common, of prompts with one context, by layer.
+    """Measures the share of kept positions that two prompts with one context have in common, by layer.
 
     Two prompts of the same question differ in the answered example before it; two of different
     questions in both.

@@ -199,13 +199,13 @@ CLAIMS = (
     ),
     Claim(
         "S5",
-        "What is kept depends on the question",
+        "The positions kept depend on the question",
         "different questions share less than the same question does; the interval lies below 0",
         {"all": [questions]},
     ),
     Claim(
         "S6",
-        "The question may stand before the context or after it",
+        "The question may be before the context or after it",
         "the full cache answers half of both, and hit rates of what is kept differ by 0.1 at most",
         {"all": [position]},
     ),

@@ -1,8 +1,8 @@
-"""Needles in real text, looked for by a converted chat model under every policy.
+"""Retrieval of needles from real text by a converted chat model, under every policy.
 
 A haystack is a stretch of the King James Bible with five sentences "The magic number of <adjective
-noun> is <5 digits>." spread over it; every one of them is asked for. The haystack is read once; each
-question is read after it, and what both showed the policies is replayed for each of them.
+noun> is <5 digits>." spread over it, and a question about each of them. The haystack is read once; each
+question is read after it, and the recorded queries, keys and values are replayed for each policy.
 
 Shapes: B questions of a haystack, T tokens.
 """
@@ -29,7 +29,7 @@ ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty
 NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")
 DIGITS = 5
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-MIDDLE = 2  # the needle that is asked for twice, in two wordings
+MIDDLE = 2  # the needle with two questions, in two wordings
 SUFFIX = 64  # tokens that questions are padded to
 NEW_TOKENS = 8
 ROOM = SUFFIX + NEW_TOKENS  # of the caches, for a question and an answer
@@ -75,7 +75,7 @@ def cases(grid: Grid) -> list[tuple[str, Method, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-    """Text to read and what to ask about it.
+    """A text and its needles.
 
     Attributes:
       text: needles included.
@@ -126,15 +126,12 @@ def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens:
     budget = tokens - count("\n".join(needles))
     start = int(rng.integers(len(lines) - tokens))
     sentences: list[str] = []
-    for line in lines[start:]:
-        for sentence in re.split(r"(?<=[.;:?!]) ", line):
-            if (used := count(sentence) + 1) > budget:
-                budget = 0
-                break
-            sentences.append(sentence)
-            budget -= used
-        if not budget:
+    following = (s for line in lines[start:] for s in re.split(r"(?<=[.;:?!]) ", line))
+    for sentence in following:
+        if (used := count(sentence) + 1) > budget:
             break
+        sentences.append(sentence)
+        budget -= used
     places = [round(depth * len(sentences)) for depth in DEPTHS]
     for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
         sentences.insert(place, needle)

@@ -68,7 +68,7 @@ class CachedModel:
           method: compresses the prompts.
           capacity: of the method.
           settings: of the generation.
-          room: tokens that the caches have room for, those of a suffix included.
+          room: further tokens that the caches can hold, including a suffix.
           suffix_BX: tokens to read after the compression, `counts_B` of each row, or all of them if None.
           logits_BV: after the prompts, where the recording goes on.
         """

@@ -17,7 +17,7 @@ _LINES = {"accuracy": measure.LINES, "accuracy_12": 12, "accuracy_24": 24}
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The parts that `measure.run` returns; empty ones were not measured."""
+    """The parts that `measure.run` returns; empty if not measured."""
 
     retrieval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needles: Sequence[Mapping[str, Any]] = ()

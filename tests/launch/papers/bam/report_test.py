@@ -201,7 +201,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     drawn = {path.name for path in (tmp_path / "bam").glob("*.png")}
     assert drawn == {"cache.png", *(f"synthetic_{k}.png" for k in ("loss", "curves", "gates"))}
     assert all(f"](bam/{name})" in text for name in drawn)
-    assert "- Missing, and left out above and below: all of the part `real`." in text
+    assert "- Missing from this page: all of the part `real`." in text
     written = json.loads((tmp_path / "bam" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
     assert len(written["parts"]["synthetic"]["runs"]) == len(rows())

@@ -243,7 +243,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     kinds = ("extension", "routing", "cosines", "balance", "loss")
     assert drawn == {f"synthetic_{kind}.png" for kind in kinds}
     assert all(f"](nexus/{name})" in text for name in drawn)
-    assert "- Missing, and left out above and below: all of the part `real`." in text
+    assert "- Missing from this page: all of the part `real`." in text
     written = json.loads((tmp_path / "nexus" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
 
