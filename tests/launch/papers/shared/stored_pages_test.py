@@ -1,4 +1,4 @@
-"""The committed pages of mixtures are what their stored results give, figures apart."""
+"""The committed pages of BAM and Nexus can be regenerated from their stored results, figures apart."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ DOCS = pathlib.Path("docs/reproductions")
 
 
 def measured_part(stored):
-    """What `domains.part` returned, from what results.json keeps of it."""
+    """Returns the result of `domains.part`, from its record in results.json."""
     rows, planned = [], {}
     for run in stored["runs"]:
         losses = {task: {"loss": loss} for task, loss in run["loss"].items()}
@@ -26,7 +26,7 @@ def measured_part(stored):
 
 
 def without_figures(text):
-    """The lines of a page without images and their captions."""
+    """Returns the lines of a page without images and their captions."""
     lines = text.splitlines()
     drawn = {at + i for at, line in enumerate(lines) if line.startswith("![") for i in range(4)}
     return [line for at, line in enumerate(lines) if at not in drawn]
