@@ -4,8 +4,8 @@ Example, after `make quickstart`:
 
   python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
 
-writes report.json and report.png to --out and prints the table. Every other flag is the report of a paper, as
-launch/papers/NAME/report.py describes it:
+writes report.json and report.png to --out and prints the table. Every other flag writes the report of a paper, by
+launch/papers/NAME/report.py:
 
   python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import cli
+from launch.plots import panels
 from launch.run import metric_rows
 
 
@@ -38,9 +39,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_papers() -> list[Any]:
-    """Returns the modules launch/papers/NAME/report.py. Each has FLAG, HELP and `report(directories, out)`.
+    """Returns the modules launch/papers/NAME/report.py.
 
-    `report` writes the report of directories to a path, and returns a text to print.
+    Each has FLAG, HELP and `report(directories, out)`, which writes the report of directories to a path and returns a
+    text to print.
     """
     return [
         importlib.import_module(f"launch.papers.{paper}.report")
@@ -52,13 +54,10 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.runs:
         report(metric_rows.named(flags.runs), flags.out)
         return
-    module, directories = next(
-        (module, folders) for module in _of_papers() if (folders := getattr(flags, module.FLAG))
-    )
+    (module,) = (module for module in _of_papers() if getattr(flags, module.FLAG))
     try:
-        print(module.report(directories, pathlib.Path(flags.out)))
-    except (ValueError, FileNotFoundError) as error:
-        # A file is missing or damaged: an error in the input.
+        print(module.report(getattr(flags, module.FLAG), pathlib.Path(flags.out)))
+    except FileNotFoundError as error:  # an error in the input
         raise ValueError(str(error)) from error
 
 
@@ -114,12 +113,7 @@ def plot(
     results: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path
 ) -> None:
     """Plots bits per byte by domain as bars, and the training loss as curves, with a colour per arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    import matplotlib.pyplot as plt
-
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (bars, curves) = panels.panels(2, (12, 4.6))
     figure.get_layout_engine().set(wspace=0.06)  # keeps the right axis label away from the bars
     domains = _domains(results)
     width = 0.8 / len(results)
@@ -134,15 +128,9 @@ def plot(
     bars.set_xticks(range(len(domains)), domains)
     bars.set_ylabel("bits per byte, held out (lower is better)")
     bars.margins(y=0.12)
-    curves.set_xlabel("updates")
-    curves.set_ylabel("training loss on its own mixture, nats per token")
-    for axes in (bars, curves):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
+    curves.set(xlabel="updates", ylabel="training loss on its own mixture, nats per token")
     curves.legend(frameon=False)
     figure.savefig(path, dpi=140)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Reproduces a paper's claims at small scale, and writes the report with its plots.
 
-Started again, it continues where it stopped: runs and measurements stay in --model_dir. Examples:
+The same command continues where it stopped: runs and measurements stay in --model_dir. Examples:
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
 
 On two idle cores snapkv takes two hours, code_mix 40 minutes, low_rank and preference an hour, and bam and nexus
-about two hours each with both of their parts.
-The flags of each are shown by python -m launch.reproduce PAPER --help. The status is 1 where a claim that
-must hold does not, or was not measured by a part that was asked for, and 75 where --minutes or a signal has
-stopped it.
+about two hours each with both of their parts. python -m launch.reproduce PAPER --help lists the flags of a paper.
+The exit status is 1 if a claim that must hold fails or was not measured by one of --parts, and 75 if --minutes or a
+signal stopped the command.
 """
 
 import argparse
@@ -37,31 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure = _module(slug, "measure")
         _add_flags(commands.add_parser(slug, help=measure.TITLE), measure)
     flags = parser.parse_args(argv)
-    statuses = [0]
+    status = 0
 
     def call() -> None:
+        nonlocal status
         if argv is None:
             environment.restart_with_huge_pages()
         environment.prepare()
-        statuses[0] = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
+        status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
 
-    return cli.status_of(call) or statuses[0]
+    return cli.status_of(call) or status
 
 
 def slugs() -> list[str]:
     """Returns the papers that can be reproduced: the folders of launch/papers with a measure.py and a page.py.
 
     measure.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
-    `add_flags(parser)`. If it has SEEDS, the default number of seeds, its runs are sweeps, with flags --seeds, --workers
-    and --minutes. page.py has `write(measured, out, facts)`.
+    `add_flags(parser)`. If SEEDS, the default number of seeds, is not None, its runs are sweeps, with the flags --seeds,
+    --workers and --minutes. page.py has `write(measured, out, facts)`.
     """
-    folders = (pathlib.Path(path) for path in papers.__path__)
-    return sorted(
-        page.parent.name
-        for folder in folders
-        for page in folder.glob("*/page.py")
-        if page.with_name("measure.py").exists()
-    )
+    pages = (page for path in papers.__path__ for page in pathlib.Path(path).glob("*/page.py"))
+    return sorted(page.parent.name for page in pages if page.with_name("measure.py").exists())
 
 
 def _module(slug: str, name: str) -> Any:
@@ -70,9 +65,11 @@ def _module(slug: str, name: str) -> Any:
 
 def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
     parser.add_argument(
-        "--model_dir", required=True, metavar="DIR", help="parent of runs and measurements"
+        "--model_dir", required=True, metavar="DIR", help="folder of runs and measurements"
     )
-    parser.add_argument("--out", default="docs/reproductions", metavar="DIR", help="of the report")
+    parser.add_argument(
+        "--out", default="docs/reproductions", metavar="DIR", help="folder of the report"
+    )
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -81,15 +78,14 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
         help=f"{', '.join(measure.PARTS.values())} (default: all)",
     )
     if (seeds := measure.SEEDS) is not None:
+        number = {"type": int, "metavar": "N"}
+        seeds_help = f"seeds of each arm (default: {seeds})"
+        parser.add_argument("--seeds", default=seeds, help=seeds_help, **number)
         parser.add_argument(
-            "--seeds", type=int, default=seeds, metavar="N", help=f"of each arm (default: {seeds})"
+            "--workers", default=1, help="runs at once, as of launch.sweep", **number
         )
-        parser.add_argument(
-            "--workers", type=int, default=1, metavar="N", help="runs at once, as of launch.sweep"
-        )
-        parser.add_argument(
-            "--minutes", type=float, metavar="M", help="after these a sweep stops, to go on later"
-        )
+        minutes_help = "stop the sweeps after so many minutes; the same command continues them"
+        parser.add_argument("--minutes", type=float, metavar="M", help=minutes_help)
     if hasattr(measure, "add_flags"):
         measure.add_flags(parser)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 BETTER = (
-    "*Better* is what a one-sided sign test over pairs of the same seed says with p <= 0.05; fewer than five "
-    "pairs, which cannot say so, must all agree."
+    "*Better* means p <= 0.05 in a one-sided sign test over pairs of the same seed; fewer than five pairs cannot "
+    "reach that and must all agree."
 )
 _LEVEL = 0.05
 _RESAMPLES = 2000

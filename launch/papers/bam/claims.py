@@ -5,6 +5,7 @@ that they are compared in pairs. *Data-matched* arms train on as many tokens as 
 *compute-matched* ones end when they have computed as much as BTX.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -12,13 +13,13 @@ import numpy as np
 from launch.papers.bam.arms import BTX, CACHES, SEED, Runs, matched, specialist
 from launch.papers.bam.measure import CACHE_LENGTH
 from launch.papers.shared import results
-from launch.papers.shared.claim import Claim, Evidence, Measure
-from launch.papers.shared.domains import MEAN, everywhere, lower, off, on, pairs
+from launch.papers.shared.claim import Claim, Evidence, Measure, RequiredClaim
+from launch.papers.shared.domains import MEAN, everywhere, off, on, pairs
 from launch.plots import intervals
 
 SAME = 0.02  # of BTX's loss: what counts as about as good, on the mean over seeds
 RESCUED = 0.5  # of the mean gap between BTX and BAM, that copies of the seed may close
-ENOUGH = 1500  # updates of a mixture, below which it says little beside dense training
+ENOUGH = 1500  # updates of a mixture; fewer allow no conclusion against dense training
 PLACES = {"caches": "models"}
 _TOP = ("moa_top2", "moa_top1")
 _ALL = "attentions that are not chosen are computed too, so that all three make the same number of updates"
@@ -31,7 +32,7 @@ def home(runs: Runs, where: str) -> list[Evidence]:
         evidence
         for domain in special
         for other in (SEED, *(specialist(x) for x in special if x != domain))
-        for evidence in lower(runs, where, specialist(domain), other, on(domain))
+        for evidence in runs.better(where, on(domain), specialist(domain), other)
     ]
 
 
@@ -40,7 +41,7 @@ def elsewhere(runs: Runs, where: str) -> list[Evidence]:
     return [
         evidence
         for domain in runs.domains[1:]
-        for evidence in lower(runs, where, SEED, specialist(domain), off(domain))
+        for evidence in runs.better(where, off(domain), SEED, specialist(domain))
     ]
 
 
@@ -80,7 +81,7 @@ def rescue(runs: Runs, where: str) -> list[Evidence]:
 def gap_closed(runs: Runs, arm: str) -> dict[str, float] | None:
     """Returns an arm's gain over BTX in mean loss as a share of BAM's mean gain, with an interval over seeds.
 
-    The interval is of the arm's gain alone: a share of a gap that is near zero in one seed says nothing. None where
+    The interval is of the arm's gain alone: a share of a gap that is near zero in one seed is meaningless. None if
     there is no gap, or no such arm.
     """
     arms, btx, bam = runs.paired(MEAN, arm, "btx", "bam")
@@ -106,12 +107,14 @@ def caches(measured: Mapping[str, Sequence[int]], where: str) -> list[Evidence]:
 
 def capacity(runs: Runs, where: str) -> list[Evidence]:
     """Compares BAM with attention experts that are copies of the averaged attention."""
-    out = lower(runs, where, "bam", "bam_averaged")
-    if out and (closed := gap_closed(runs, "bam_averaged")) is not None:
-        (one,) = out
-        words = f"{one.measured}; copies of the average make {intervals.text(closed)} of BAM's gain over BTX"
-        return [Evidence(one.where, words, one.holds)]
-    return out
+    closed = gap_closed(runs, "bam_averaged")
+    words = ""
+    if closed is not None:
+        words = f"; copies of the average make {intervals.text(closed)} of BAM's gain over BTX"
+    return [
+        dataclasses.replace(one, measured=one.measured + words)
+        for one in runs.better(where, MEAN, "bam", "bam_averaged")
+    ]
 
 
 def beside_dense(runs: Runs, where: str) -> list[Evidence]:
@@ -121,31 +124,28 @@ def beside_dense(runs: Runs, where: str) -> list[Evidence]:
         steps = min((row["step"] for row in runs.find(arm).values()), default=0)
         few = f", fewer than {ENOUGH:,}" if steps < ENOUGH else ""
         place = f"{where}, {steps:,} updates of the mixture{few}"
-        out += lower(runs, place, arm, "dense_continued")
+        out += runs.better(place, MEAN, arm, "dense_continued")
     return out
 
 
 CLAIMS = (
-    Claim(
+    RequiredClaim(
         "B1",
         "A specialist is the best at home",
         "on its domain it has a lower loss than the seed and than each other specialist",
         everywhere(home),
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "B2",
         "and worse than the seed elsewhere",
         "the seed has the lower mean loss over the other domains",
         everywhere(elsewhere),
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "B3",
         "Attentions with keys and values of their own are better than with shared ones, and these than BTX",
         "data-matched, BAM has a lower mean loss than shared-KV BAM, and it a lower one than BTX",
         everywhere(pairs(("bam", "bam_shared_kv"), ("bam_shared_kv", "btx"))),
-        required=True,
     ),
     Claim(
         "B4",
@@ -155,12 +155,11 @@ CLAIMS = (
             pairs((matched("bam"), matched("bam_shared_kv")), (matched("bam_shared_kv"), "btx"))
         ),
     ),
-    Claim(
+    RequiredClaim(
         "B5",
         "BAM is ahead of BTX with as many parameters, in all and active",
         "data-matched, a lower mean loss than BTX with 4 and with 6 experts, and with 6 of which 3 are active",
         everywhere(pairs(*(("bam", other) for other in BTX))),
-        required=True,
     ),
     Claim(
         "B6",
@@ -168,12 +167,11 @@ CLAIMS = (
         "B5, compute-matched",
         everywhere(pairs(*((matched("bam"), matched(other)) for other in BTX))),
     ),
-    Claim(
+    RequiredClaim(
         "B7",
         "Soft routing of attentions is better than top-2, and top-2 no worse than top-1",
         "data-matched: soft has a lower mean loss than both, and top-1 not a lower one than top-2",
         everywhere(*order(str)),
-        required=True,
     ),
     Claim(
         "B8",
@@ -189,25 +187,23 @@ CLAIMS = (
     ),
     Claim(
         "B10",
-        "The same at equal data (which the paper does not say)",
+        "The same at equal data (not a claim of the paper)",
         f"data-matched, loss of top-1 and top-2 within {SAME:.0%} of BTX's on the mean",
         everywhere(*map(about, _TOP)),
     ),
-    Claim(
+    RequiredClaim(
         "B11",
         "More experts that are copies of the seed do not rescue BTX",
         f"data-matched, two of them, one expert being chosen as before, close at most {RESCUED:.0%} of its gap in loss to "
         "BAM, on the mean",
         everywhere(rescue),
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "B12",
         "With shared keys and values the cache is a dense model's; with own ones it is as many times larger as "
         "there are experts",
         f"bytes of keys and values of {CACHE_LENGTH} tokens are equal, or N times as many",
         {"caches": [caches]},
-        required=True,
     ),
     Claim(
         "B13",

@@ -20,7 +20,7 @@ from launch.papers.bam.arms import (
 )
 from launch.papers.bam.measure import CACHE_LENGTH
 from launch.papers.shared.domain_panels import curve, excess_bars
-from launch.papers.shared.domains import on
+from launch.papers.shared.domains import on, swept
 from launch.plots import panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
@@ -32,10 +32,10 @@ _CURVES = {
 }
 
 
-def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     out: dict[str, tuple[Any, str]] = {}
-    for name, runs in Runs.parts(measured).items():
+    for name, runs in swept(parts).items():
         out |= {
             f"{name}_loss.png": (
                 excess_bars(runs, _bars(runs), label=partial(_label, runs)),
@@ -54,7 +54,7 @@ def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             ),
         }
     out["cache.png"] = (
-        _caches(measured.get("caches", {})),
+        _caches(parts.get("caches", {})),
         f"Bytes of keys and values of {CACHE_LENGTH} tokens against the number of attention experts",
     )
     return out
@@ -93,8 +93,8 @@ def _curves(runs: Runs) -> Any:
             for axes in (above, below):
                 axes.axhline(floor, color=RED, ls=":", lw=1.5, label="entropy")
         above.set_title(domain.replace("_", " "), fontsize=10)
-        above.set_xlabel("tokens, millions")
-        below.set_xlabel("training FLOPs, $10^{12}$")
+        above.set(xlabel="tokens, millions")
+        below.set(xlabel="training FLOPs, $10^{12}$")
     for axes in every:
         axes.set_yscale("log")
         panels.plain_ticks(axes.yaxis)
@@ -144,8 +144,6 @@ def _caches(measured: Mapping[str, Sequence[int]]) -> Any:
             measured["experts"], kilobytes, style, color=colour, marker=marker, lw=2, label=label
         )
     axes.set_xticks(measured["experts"])
-    axes.set_ylim(0, None)
-    axes.set_xlabel("attention experts")
-    axes.set_ylabel("cache, KiB")
+    axes.set(ylim=(0, None), xlabel="attention experts", ylabel="cache, KiB")
     axes.legend(frameon=False)
     return figure

@@ -9,31 +9,21 @@ fewer TRAIN_TOKENS):
 
 import ml_collections
 
+from launch.papers.bam import sweep
 from launch.papers.shared import configs
 
 FULL = "t5x_configs/experiments/bam/full/"
 DOMAINS = ("code", "law", "math")
-
-
-def _chosen(top_k: int) -> tuple[str, ...]:
-    """The paper does not say whether attentions that are chosen have a balance loss; here they do."""
-    return (f"ATTENTION_TOP_K={top_k}", "moa.MixtureOfAttention.balance_loss=0.01")
-
-
-# Arm -> (flags of launch.upcycle, file, bindings, copies of the seed).
+# Arm -> (flags of launch.upcycle, file, bindings, copies of the seed). The paper does not state whether chosen attentions
+# have a balance loss; here they do, as in the small sweep.
 MIXTURES = {
-    "btx": (("--method=btx",), "btx", (), 1),
+    "btx": (*sweep.MIXTURES["btx"], 1),
     **{
         f"btx{n}": (("--method=btx",), "btx", (f"EXPERTS={n}",), n - len(DOMAINS))
         for n in (5, 6, 7, 8)
     },
-    "btx6_top3": (("--method=btx", "--top_k=3"), "btx", ("EXPERTS=6", "TOP_K=3"), 3),
-    "bam": (("--method=bam",), "bam", (), 1),
-    "bam_shared_kv": (("--method=bam", "--shared_kv"), "bam", ("SHARED_KV=True",), 1),
-    **{
-        f"moa_top{k}": (("--method=bam", f"--attention_top_k={k}"), "bam", _chosen(k), 1)
-        for k in (1, 2)
-    },
+    "btx6_top3": (*sweep.MIXTURES["btx6_top3"], 3),
+    **{arm: (*sweep.MIXTURES[arm], 1) for arm in ("bam", "bam_shared_kv", "moa_top1", "moa_top2")},
 }
 
 

@@ -1,4 +1,4 @@
-"""BAM at small scale: runs what is left of the sweep's parts, and measures the bytes of caches."""
+"""BAM at small scale: runs the unfinished parts of the sweep, and measures the bytes of caches."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,9 @@ CACHE_LENGTH = 256  # tokens of one row
 
 
 def run(*, parts: Sequence[str] = tuple(PARTS), **settings: Any) -> dict[str, Any]:
-    """Returns what `domains.run` returns, its rows with FLOPs, and under 'caches' what `cache_bytes` returns.
+    """Returns the parts of `domains.run`, their rows with FLOPs, and 'caches', the result of `cache_bytes`.
 
-    Args:
-      parts: of PARTS.
-      **settings: the others of `domains.run`, which also says what is raised.
+    Further arguments and errors are those of `domains.run`.
     """
     measured = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
     for name, part in measured.items():

@@ -5,8 +5,8 @@ from launch.papers.bam.arms import Runs
 from launch.papers.shared import domains
 
 _ARMS = [
-    "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain goes on "
-    "from it with 90 % of that domain and 10 % of the general one. All mixtures are made of the seed and the specialists "
+    "- *arms*: a **seed** model is trained on mostly the general domain; a **specialist** of each other domain continues "
+    "it with 90 % of that domain and 10 % of the general one. All mixtures are made of the seed and the specialists "
     "and train on a quarter of each domain. **BTX**: FFNs become experts (top-1), all else is averaged; *6 experts*: "
     "with two more copies of the seed's FFN, as many parameters as BAM; *top-3*: as many active ones too. **BAM**: "
     "attentions become experts as well, with keys and values of their own or one shared set, all of them mixed for every "
@@ -24,7 +24,7 @@ _ARMS = [
 _SHORT = [
     "- *where it falls short*: the paper's models are of 590 million and 2 billion parameters, these are as the tables "
     "below say; domains are generated or small; compute is counted, not measured; a seed has seen little. "
-    "Benchmarks are not run: at this size they say nothing.",
+    "Benchmarks are not run: at this size their scores are noise.",
 ]
 
 REPORT = domains.report(

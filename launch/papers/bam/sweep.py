@@ -15,7 +15,7 @@ from launch.papers.shared.configs import on_shares
 
 CPU = "t5x_configs/experiments/bam/cpu/"
 METHODS = "t5x_configs/methods/bam/"
-# The general domain, of which the seed's data are, and those of the specialists.
+# The general domain, on which the seed is trained, and the domains of the specialists.
 DOMAINS = {
     "synthetic": ("lag_general", "lag_4", "lag_7", "lag_11"),
     "real": ("english", "python", "markup", "lang_es"),
@@ -24,11 +24,11 @@ SEED_STEPS, SPECIALIST_STEPS, MIXTURE_STEPS = 800, 600, 600
 
 
 def _chosen(top_k: int) -> tuple[str, ...]:
-    """Attentions that are chosen want their load even, as FFNs do."""
+    """Chosen attentions need a balance loss, as FFNs do."""
     return (f"ATTENTION_TOP_K={top_k}", "moa.MixtureOfAttention.balance_loss=0.01")
 
 
-# Arm -> (flags of launch.upcycle, method file, bindings). What the flags say, the bindings say to training.
+# Arm -> (flags of launch.upcycle, method file, bindings of training that match the flags).
 MIXTURES = {
     "btx": (("--method=btx",), "btx", ()),
     "btx6": (("--method=btx",), "btx", ("EXPERTS=6",)),

@@ -18,9 +18,19 @@ _MAIN = "width64"  # else the first size
 class Results(results.Results):
     """Runs of a part, as `measure.run` returns them. A score is exact match of a group, or bits per byte of a task."""
 
+    shows_differences = False
+
+    @property
+    def main(self) -> str | None:
+        """The size at which arms are compared."""
+        return _MAIN if _MAIN in self.sizes else next(iter(self.sizes), None)
+
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         bits = {task: values.get("bits_per_byte") for task, values in row["held_out"].items()}
         return {**bits, **_by_group(row["evaluations"])}
+
+    def lower_is_better(self, score: str) -> bool:
+        return score not in GROUPS
 
     def digits(self, score: str) -> int:
         return 3
@@ -35,14 +45,15 @@ class Results(results.Results):
           ValueError: a run lacks a benchmark of the group.
         """
         scores = super().scores(arm, score, size)
-        if score in GROUPS and (lacking := set(self.find(arm, size)) - set(scores.index)):
-            run = self.find(arm, size)[min(lacking)]["run"]
+        rows = self.find(arm, size) if score in GROUPS else {}
+        if lacking := set(rows) - set(scores.index):
+            run = rows[min(lacking)]["run"]
             raise ValueError(f"run {run} has no score of {score}: some benchmark of it is missing.")
         return scores
 
     @functools.cached_property
     def groups(self) -> tuple[str, ...]:
-        """Those of GROUPS that every run has a score of."""
+        """The groups of benchmarks that every run has a score of."""
         return tuple(group for group in GROUPS if self.rows and self.table[group].notna().all())
 
     @functools.cached_property
@@ -56,11 +67,6 @@ class Results(results.Results):
         """In the order of the sweep."""
         return tuple(dict.fromkeys(row["size"] for row in self.rows if row["size"] is not None))
 
-    @property
-    def main(self) -> str | None:
-        """The size at which arms are compared."""
-        return _MAIN if _MAIN in self.sizes else next(iter(self.sizes), None)
-
 
 def _by_group(evaluations: Mapping[str, Any]) -> Mapping[str, float | None]:
     """Returns exact match of skills, or means of the groups' benchmarks; None where some are missing."""
@@ -71,8 +77,7 @@ def _by_group(evaluations: Mapping[str, Any]) -> Mapping[str, float | None]:
         scores |= {name: one["score"] for name, one in values.get("benchmarks", {}).items()}
         if "pass_at_k" in values:
             scores[values["problems"]] = values["pass_at_k"]["1"]
-    means = suite_scores.means(SUITE, scores)[0]
-    return {group: means[group] for group in GROUPS}
+    return dict(suite_scores.means(SUITE, scores)[0])
 
 
 def arm_name(name: str) -> str:

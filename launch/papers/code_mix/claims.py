@@ -4,16 +4,12 @@ Arms of the same seed share their initialisation, their documents and their prob
 compared in pairs.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from launch.papers.code_mix.arms import GROUPS, PLACES, Results, arm_name
+from launch.papers.code_mix.arms import GROUPS, Results, arm_name
 from launch.papers.code_mix.sweep import SHARES
-from launch.papers.shared import claim, results
-from launch.papers.shared.claim import Claim, Evidence, Measure
-from launch.papers.shared.results import sign_test
+from launch.papers.shared.claim import Claim, Evidence, RequiredClaim
+from launch.papers.shared.results import compare, sign_test
 from launch.plots.intervals import significant
 
 TEXT_DOMAINS, CODE_DOMAINS = ("english", "docstrings"), ("python", "cpp")
@@ -21,28 +17,6 @@ _SHARE_ERROR = 0.005  # of tokens: the remainder that a batch cannot be divided 
 _STARTS = ("balanced_to_text", "code_to_text")
 _OTHERS = ("text_only", *_STARTS)
 _COOLDOWN, _WITHOUT_CODE = (f"balanced_to_text_cooldown{x}" for x in ("", "_without_code"))
-
-
-def claims(measured: Mapping[str, Any]) -> list[Claim]:
-    """Returns all claims, judged on what `measure.run` returns."""
-    return claim.judge(CLAIMS, {part: Results(rows) for part, rows in measured.items()}, PLACES)
-
-
-def better(score: str, *pairs: tuple[str, str], **options: bool) -> Measure:
-    """Returns a measure of whether the first arm of each pair has the better score, the lower one of bits per byte."""
-    lower = score not in GROUPS
-
-    def measure(runs: Results, where: str) -> list[Evidence]:
-        judge = results.better
-        return [
-            evidence
-            for pair in pairs
-            for evidence in judge(
-                runs, where, score, *pair, lower=lower, difference=False, **options
-            )
-        ]
-
-    return measure
 
 
 def mixtures(runs: Results, where: str) -> list[Evidence]:
@@ -115,46 +89,45 @@ def widths(runs: Results, where: str) -> list[Evidence]:
             gains.append(wide - narrow)
         if len(gains[0]):
             knowledge, reasoning = (runs.mean(gain, "") for gain in gains)
+            more = gains[0] - gains[1]
             words = (
                 f"{arm_name(arm)}, from width 48 to 96: knowledge gains {knowledge}, reasoning "
-                f"{reasoning}; {sign_test(gains[0] - gains[1])}"
+                f"{reasoning}; {sign_test(more)}"
             )
-            out.append(Evidence(where, words, significant(gains[0] - gains[1])))
+            out.append(Evidence(where, words, significant(more)))
     return out
 
 
 CLAIMS = (
-    Claim(
+    RequiredClaim(
         "C0",
-        "Sources get the shares of tokens that they were given",
+        "Sources are read with the configured shares of tokens",
         f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
         {"skills": [mixtures], "packages": [mixtures]},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C1a",
         "Of all recipes, text and code in equal parts to the end is best at code",
         "better than each other recipe: exact match of code, bits per byte of Python and C++",
         {
-            "skills": [better("code", *(("balanced_only", other) for other in _OTHERS))],
+            "skills": [compare("code", *(("balanced_only", other) for other in _OTHERS))],
             "packages": [
-                better(domain, *(("balanced_only", other) for other in _OTHERS))
+                compare(domain, *(("balanced_only", other) for other in _OTHERS))
                 for domain in CODE_DOMAINS
             ],
         },
-        required=True,
     ),
     Claim(
         "C1b",
         "Text after code or after both is better at reasoning than text alone",
         "better exact match of problems in words",
-        {"skills": [better("reasoning", *((start, "text_only") for start in _STARTS))]},
+        {"skills": [compare("reasoning", *((start, "text_only") for start in _STARTS))]},
     ),
     Claim(
         "C1c",
         "A balanced start costs no knowledge beside a start from code",
         "code → text is not better",
-        {"skills": [better("knowledge", _STARTS, no_worse=True)]},
+        {"skills": [compare("knowledge", _STARTS, no_worse=True)]},
     ),
     Claim(
         "C1d",
@@ -162,24 +135,22 @@ CLAIMS = (
         "better bits per byte of prose and docstrings",
         {
             "packages": [
-                better(domain, *((start, "text_only") for start in _STARTS))
+                compare(domain, *((start, "text_only") for start in _STARTS))
                 for domain in TEXT_DOMAINS
             ]
         },
     ),
-    Claim(
+    RequiredClaim(
         "C2a",
         "The more code, the better at code",
         "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
         {"skills": [rises]},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C2b",
         "Without text there is no knowledge",
         "100 % code keeps a fifth at most of what text alone knows, and less than any other share",
         {"skills": [collapses]},
-        required=True,
     ),
     Claim(
         "C2c",
@@ -187,12 +158,11 @@ CLAIMS = (
         "the best share lies between, and is better than both ends",
         {"skills": [interior]},
     ),
-    Claim(
+    RequiredClaim(
         "C3a",
         "Verified code teaches more than noisy code, token by token",
         "better exact match of code",
-        {"skills": [better("code", ("synth", "share_100"))]},
-        required=True,
+        {"skills": [compare("code", ("synth", "share_100"))]},
     ),
     Claim(
         "C3b",
@@ -200,10 +170,13 @@ CLAIMS = (
         "better with it: code alone; code and reasoning of the mix, and of text after it",
         {
             "skills": [
-                better("code", ("code_synth", "share_100")),
-                *(better(group, ("balanced_synth", "share_50")) for group in ("code", "reasoning")),
+                compare("code", ("code_synth", "share_100")),
                 *(
-                    better(group, ("balanced_synth_to_text", "balanced_to_text"))
+                    compare(group, ("balanced_synth", "share_50"))
+                    for group in ("code", "reasoning")
+                ),
+                *(
+                    compare(group, ("balanced_synth_to_text", "balanced_to_text"))
                     for group in ("code", "reasoning")
                 ),
             ]
@@ -213,7 +186,7 @@ CLAIMS = (
         "C3c",
         "Markup and code-adjacent text in place of code cost some code",
         "web code alone is better at code",
-        {"skills": [better("code", ("share_100", "code_markup"), ("share_100", "code_adjacent"))]},
+        {"skills": [compare("code", ("share_100", "code_markup"), ("share_100", "code_adjacent"))]},
     ),
     Claim(
         "C4a",
@@ -221,7 +194,7 @@ CLAIMS = (
         "none is not better in any group",
         {
             "skills": [
-                better(group, (_COOLDOWN, "balanced_to_text"), no_worse=True) for group in GROUPS
+                compare(group, (_COOLDOWN, "balanced_to_text"), no_worse=True) for group in GROUPS
             ]
         },
     ),
@@ -229,7 +202,7 @@ CLAIMS = (
         "C4b",
         "It takes code in the cooldown to gain code",
         "better exact match of code than without code",
-        {"skills": [better("code", (_COOLDOWN, _WITHOUT_CODE))]},
+        {"skills": [compare("code", (_COOLDOWN, _WITHOUT_CODE))]},
     ),
     Claim(
         "C5",

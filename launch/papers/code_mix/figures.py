@@ -15,9 +15,9 @@ _SCORES = (0, 1.02)  # intervals of few seeds reach beyond what there can be
 _RELATIVE_FROM = 0.05  # below this a mean is too small to divide by
 
 
-def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
-    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
+    small, packages = (parts.get(part, Results(())) for part in ("skills", "packages"))
     scored = {
         "recipes.png": (_recipes, "Change against text-only, by group and recipe"),
         "phases.png": (_phases, "Scores after each phase, by recipe; dots are seeds"),
@@ -26,13 +26,11 @@ def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "cooldown.png": (_cooldown, "What a cooldown changes, and its learning rate"),
         "scale.png": (_scale, "Scores against size"),
     }
-    return {
-        **{
-            name: (plot(small) if small.groups else None, caption)
-            for name, (plot, caption) in scored.items()
-        },
-        "packages.png": (_packages(packages), "Bits per byte by recipe"),
+    drawn = {
+        name: (plot(small) if small.groups else None, caption)
+        for name, (plot, caption) in scored.items()
     }
+    return drawn | {"packages.png": (_packages(packages), "Bits per byte by recipe")}
 
 
 def _changes(ones: np.ndarray, others: np.ndarray, relative: bool) -> np.ndarray:
@@ -40,15 +38,7 @@ def _changes(ones: np.ndarray, others: np.ndarray, relative: bool) -> np.ndarray
     return 100 * (ones - others) / (others.mean() if relative else 1.0)
 
 
-def _bars(
-    axes: Any,
-    results: Results,
-    group: str,
-    cases: Mapping[str, str],
-    base: str,
-    *,
-    rotation: int = 0,
-) -> None:
+def _bars(axes: Any, results: Results, group: str, cases: Mapping[str, str], base: str) -> None:
     """Draws the changes of arms, {label: arm}, against a base."""
     (level,) = results.paired(group, base)
     relative = bool(level.mean() >= _RELATIVE_FROM)
@@ -56,7 +46,7 @@ def _bars(
         changes = _changes(*results.paired(group, arm, base), relative)
         bar(axes, i, changes, 0.7, _RECIPE_COLOURS.get(arm, _GROUP_COLOURS[group]))
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=rotation)
+    axes.set_xticks(range(len(cases)), cases, fontsize=8)
     axes.set_title(f"{group} ({arm_name(base)}: {level.mean():.2f})", fontsize=10)
     unit = "% of its score" if relative else "points"
     axes.set_ylabel(f"change against {arm_name(base)},\n{unit}", fontsize=9)
@@ -104,9 +94,7 @@ def _proportion(results: Results) -> Any:
     figure, axes = panels(len(results.groups), (12, 3.8))
     for group, one in zip(results.groups, axes, strict=True):
         line(one, SHARES, results.paired(group, *arms), _GROUP_COLOURS[group], group)
-        one.set_ylim(*_SCORES)
-        one.set_xticks(SHARES)
-        one.set_xlabel("share of code, % of tokens")
+        one.set(ylim=_SCORES, xticks=SHARES, xlabel="share of code, % of tokens")
         one.set_title(group, fontsize=10)
     axes[0].set_ylabel("score; band: 95 % over seeds")
     return figure
@@ -152,27 +140,20 @@ def _cooldown(results: Results) -> Any:
             values = results.values(arm, group)
             bar(left, i + (j - 1) * width, values, width, colour, "" if i else label)
     left.set_xticks(range(len(results.groups)), results.groups)
-    left.set_ylabel("score")
-    left.set_ylim(*_SCORES)
-    left.legend(
-        title="cooldown",
-        frameon=False,
-        fontsize=8,
-        ncols=3,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-    )
+    left.set(ylabel="score", ylim=_SCORES)
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
+    left.legend(title="cooldown", frameon=False, fontsize=8, ncols=3, **above)
     before = 0
-    for arm, colour in (("share_50", GREEN), arms["none"], arms["with 20 % code"]):
+    phases = {
+        "balanced": ("share_50", GREEN),
+        "text with 10 % code": arms["none"],
+        "cooldown": arms["with 20 % code"],
+    }
+    for label, (arm, colour) in phases.items():
         steps, rates = zip(*next(iter(results.find(arm).values()))["learning_rates"], strict=True)
-        label = {"share_50": "balanced", "balanced_to_text": "text with 10 % code"}.get(
-            arm, "cooldown"
-        )
         right.plot(np.add(before, steps), rates, color=colour, lw=2, label=label)
         before += steps[-1]
-    right.set_xlabel("steps")
-    right.set_ylabel("learning rate")
-    right.set_ylim(0, None)
+    right.set(xlabel="steps", ylabel="learning rate", ylim=(0, None))
     right.legend(frameon=False, fontsize=8)
     return figure
 

@@ -1,5 +1,7 @@
 """Code in pre-training at small scale: runs the sweeps that are not done, and reads their results."""
 
+import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,6 @@ from launch.papers.shared import sweeps
 TITLE = "To Code, or Not To Code?, 2408.10914"
 SEEDS = 3
 PARTS = {"skills": "generated text and code", "packages": "installed packages"}
-_SWEEPS = {"skills": "code_mix/sweep", "packages": "code_mix/packages_sweep"}
 
 
 def add_flags(parser: Any) -> None:
@@ -20,7 +21,7 @@ def add_flags(parser: Any) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="of the arms of packages, which --seeds leaves alone (default: 3)",
+        help="seeds of the arms of packages, to which --seeds does not apply (default: 3)",
     )
 
 
@@ -32,21 +33,20 @@ def run(
     parts: Sequence[str] = tuple(PARTS),
     **options: Any,
 ) -> dict[str, Any]:
-    """Returns the rows of both sweeps, by part; other arguments as of `sweeps.rows`.
+    """Returns the rows of both sweeps, by part.
 
     Args:
       model_dir: parent of the sweeps' folders.
       seeds: of the generated text and code.
       package_seeds: of the installed packages.
       parts: of PARTS.
-      **options: workers and minutes.
+      **options: as of `sweeps.rows`.
     """
-    counts = {"skills": seeds, "packages": package_seeds}
-    folder = pathlib.Path(model_dir)
-    return {
-        part: sweeps.measured(folder / part, _SWEEPS[part], counts[part], with_data, **options)
-        for part in parts
+    files = {
+        "skills": ("code_mix/sweep", seeds),
+        "packages": ("code_mix/packages_sweep", package_seeds),
     }
+    return sweeps.parts(model_dir, {part: files[part] for part in parts}, with_data, **options)
 
 
 def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
@@ -57,21 +57,19 @@ def with_data(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]
     """
     data = json.loads((directory / "run.json").read_text())["data"]
     starts = [phase["first_step"] for phase in data["phases"]] + [row["step"]]
-    asked: dict[str, float] = {}
-    for phase, first, last in zip(data["phases"], starts, starts[1:], strict=False):
+    asked: dict[str, float] = collections.Counter()
+    for phase, (first, last) in zip(data["phases"], itertools.pairwise(starts), strict=True):
         for source, share in phase["token_shares"].items():
-            tokens = (last - first) * phase["tokens_per_step"] * share
-            asked[source] = asked.get(source, 0.0) + tokens
-    read = {
-        source: epochs * data["sources"][source]["tokens"]
-        for source, epochs in row["epochs"].items()
+            asked[source] += (last - first) * phase["tokens_per_step"] * share
+    sources = data["sources"]
+    read = {source: epochs * sources[source]["tokens"] for source, epochs in row["epochs"].items()}
+    lines = (line for line in sweeps.metrics(directory) if "learning_rate" in line)
+    return {
+        **row,
+        "asked": _shares(asked),
+        "read": _shares(read),
+        "learning_rates": [(line["step"], line["learning_rate"]) for line in lines],
     }
-    rates = [
-        (metrics["step"], metrics["learning_rate"])
-        for metrics in sweeps.metrics(directory)
-        if "learning_rate" in metrics
-    ]
-    return {**row, "asked": _shares(asked), "read": _shares(read), "learning_rates": rates}
 
 
 def _shares(tokens: Mapping[str, float]) -> dict[str, float]:

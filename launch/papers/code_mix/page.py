@@ -1,4 +1,4 @@
-"""The report of the reproduction, and that of any sweep with the paper's arms."""
+"""The report of the reproduction, and a report of any sweep with the paper's arms."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,20 @@ from typing import Any
 from launch.papers.code_mix import claims, figures
 from launch.papers.code_mix.arms import GROUPS, PLACES, Results, arm_name, source_name
 from launch.papers.shared import page
-from launch.papers.shared.results import amount
 from launch.plots import html_page, intervals, panels
 
 _RUNS = {
-    "skills": "models of 2 layers (width 64 where nothing else is said), trained on documents of five "
-    "generated sources (`data/code_mix/skill_sources.py`) and asked 1,392 problems (`data/code_mix/skills.py`): "
+    "skills": "models of 2 layers (width 64 by default), trained on documents of five "
+    "generated sources (`data/code_mix/skill_sources.py`) and scored on 1,392 problems (`data/code_mix/skills.py`): "
     "*reasoning*, problems in words, and *code*, calls, with operands that no training document "
     "shows; *knowledge*, facts that text states. 400 steps of 3,072 tokens a phase",
     "packages": "the quickstart's models of 2.6M parameters on prose, docstrings, Python, C++ and markup of "
     "installed packages, scored by held-out bits per byte",
 }
-_KEYS = ("run", "arm", "size", "seed", "parents", "tokens", "tokens_total", "epochs_total")
+_KEYS = (
+    *("run", "arm", "size", "seed", "parents", "tokens", "tokens_total", "epochs_total"),
+    *("seconds", "read"),
+)
 
 
 def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[str]:
@@ -33,15 +35,14 @@ def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[s
       ValueError: none of the figures can be drawn.
     """
     results = Results(rows)
-    drawn = panels.save(figures.figures({"skills": rows, "packages": rows}), out)
+    drawn = panels.save(figures.figures({"skills": results, "packages": results}), out)
     if not drawn:
-        arms = ", ".join(dict.fromkeys(row["arm"] for row in rows))
         raise ValueError(
-            f"There is nothing to draw: the finished arms are {arms or 'none'}, and every figure compares "
-            "arms named as in launch/papers/code_mix/sweep.py, scored by one of their evaluations or by "
+            f"There is nothing to draw: the finished arms are {', '.join(results.arms) or 'none'}, and every figure "
+            "compares arms named as in launch/papers/code_mix/sweep.py, scored by one of their evaluations or by "
             "held-out bits per byte."
         )
-    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    seeds = ", ".join(map(str, results.seeds))
     lines = ["# What code in pre-training changes", ""]
     lines += [f"{len(rows)} runs, seeds {seeds}; means over seeds with 95 % intervals.", ""]
     for name, caption in drawn.items():
@@ -51,20 +52,27 @@ def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[s
     return list(drawn)
 
 
-def _setup(measured: Mapping[str, Any]) -> list[str]:
+def _setup(parts: Mapping[str, Results]) -> list[str]:
     return [
-        f"- *{PLACES[part]}*: {text}. {amount(measured[part])}, one core each."
+        f"- *{PLACES[part]}*: {text}. {parts[part].amount()}, one core each."
         for part, text in _RUNS.items()
-        if measured.get(part)
+        if part in parts
     ]
 
 
-def _tables(measured: Mapping[str, Any]) -> list[str]:
-    small, packages = (Results(measured.get(part, ())) for part in ("skills", "packages"))
-    domains = claims.TEXT_DOMAINS + claims.CODE_DOMAINS
+def _tables(parts: Mapping[str, Results]) -> list[str]:
+    scores = {
+        "skills": ("Generated text and code: all arms", GROUPS),
+        "packages": (
+            "Installed packages: all arms, bits per byte",
+            claims.TEXT_DOMAINS + claims.CODE_DOMAINS,
+        ),
+    }
     return [
-        *_table("Generated text and code: all arms", small, GROUPS),
-        *_table("Installed packages: all arms, bits per byte", packages, domains),
+        line
+        for part, (title, names) in scores.items()
+        if part in parts
+        for line in _table(title, parts[part], names)
     ]
 
 
@@ -79,24 +87,17 @@ def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
         epochs = [f"{source_name(s)} {n:.2f}" for s, n in row["epochs_total"].items() if n]
         cells = map(intervals.text, means)
         rows.append((name, *cells, ", ".join(shares), ", ".join(epochs)))
-    if not rows:
-        return []
     last = ("tokens read in its own steps", "times each source was read in all")
     return page.table(("arm", *scores, *last), rows, title)
 
 
-def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
-    runs = [
-        {
-            **{key: row[key] for key in (*_KEYS, "seconds", "read")},
-            "bits_per_byte": {
-                t: values.get("bits_per_byte") for t, values in row["held_out"].items()
-            },
-            **row["evaluations"],
-        }
-        for rows in measured.values()
-        for row in rows
-    ]
+def _record(parts: Mapping[str, Results]) -> dict[str, Any]:
+    runs = []
+    for results in parts.values():
+        for row in results.rows:
+            bits = {task: values.get("bits_per_byte") for task, values in row["held_out"].items()}
+            own = {key: row[key] for key in _KEYS}
+            runs.append({**own, "bits_per_byte": bits, **row["evaluations"]})
     return {"runs": runs}
 
 
@@ -104,8 +105,9 @@ REPORT = page.Report(
     slug="code_mix",
     title="Code in pre-training: the paper's claims on small models",
     source="[To Code, or Not To Code?, arXiv 2408.10914](https://arxiv.org/abs/2408.10914)",
-    intro=page.MEANS,
-    claims=claims.claims,
+    claims=claims.CLAIMS,
+    places=PLACES,
+    read=lambda measured: {part: Results(rows) for part, rows in measured.items() if rows},
     figures=figures.figures,
     setup=_setup,
     tables=_tables,

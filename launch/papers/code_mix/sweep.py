@@ -8,6 +8,8 @@ widths too. 27 runs for each seed, the number of seeds after a colon:
 
 import ml_collections
 
+from launch.papers.shared import configs
+
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
 SHARES = (0, 25, 50, 75, 90, 100)
 # Recipe -> what it starts from.
@@ -35,16 +37,10 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
     scaled = ("share_50", "balanced_only", "balanced_to_text")
     for arm, settings in arms.items():
         settings["sizes"] = tuple(f"width{w}" for w in WIDTHS if w == 64 or arm in scaled)
-    return ml_collections.ConfigDict(
-        {
-            "seeds": tuple(range(int(seeds))),
-            "sizes": {
-                f"width{w}": {"bindings": (f"WIDTH={w}", f"MLP_WIDTH={3 * w}")} for w in WIDTHS
-            },
-            "arms": arms,
-            "evaluations": {"skills": {"call": "launch.evaluation.skills:evaluate"}},
-        }
-    )
+    sizes = {f"width{w}": {"bindings": (f"WIDTH={w}", f"MLP_WIDTH={3 * w}")} for w in WIDTHS}
+    skills = {"call": "launch.evaluation.skills:evaluate"}
+    arms = dict(sorted(arms.items()))
+    return configs.config(arms, seeds=seeds, sizes=sizes, evaluations={"skills": skills})
 
 
 def _cooldown(parent: str, code: str) -> dict:

@@ -12,14 +12,13 @@ class Results(results.Results):
     """Runs of a part, as `measure.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
-        """Returns 'parameters', the metrics of the held-out task, and the means over factorised matrices at the end.
-
-        The metrics are 'perplexity' or 'accuracy' and others, the means 'effective_step', 'effective_rank' and others
-        of trainers/low_rank/spectrum.py.
-        """
+        """Returns 'parameters', the held-out metrics, and the means of trainers/low_rank/spectrum.py at the end."""
         end = (row["spectrum"] or [{}])[-1]
         metrics = [value for values in row["held_out"].values() for value in values.items()]
         return {**end, **dict(reversed(metrics)), "parameters": row["parameters"]}
+
+    def lower_is_better(self, score: str) -> bool:
+        return score == "perplexity"
 
     def digits(self, score: str) -> int:
         return 3 if score == "accuracy" else 2

@@ -4,7 +4,8 @@ Arms of the same seed share their data, their order and the part of their initia
 arm, so that they are compared in pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import numpy as np
 from launch.papers.low_rank import sweep as lm
 from launch.papers.low_rank import timing
 from launch.papers.low_rank import vision_sweep as vision
-from launch.papers.low_rank.arms import PLACES, Results, arm_name
-from launch.papers.shared import claim, results
-from launch.papers.shared.claim import Claim, Evidence, Measure
+from launch.papers.low_rank.arms import Results, arm_name
+from launch.papers.shared import results
+from launch.papers.shared.claim import Claim, Evidence, Measure, RequiredClaim
+from launch.papers.shared.results import compare
 from launch.plots import intervals
 
 SAME = 0.05  # of spectral's perplexity: how much the singular values of the start may change it
@@ -25,32 +27,25 @@ _SMALLER = [rank for rank in lm.RANKS if rank != lm.MAIN]
 _DRAWN = lm.INITS[1:]
 _DECAYS = [
     (lm.decayed("frobenius", rate, weight), lm.decayed("l2", rate, weight))
-    for weight in lm.WEIGHTS
-    for rate in lm.RATES
+    for weight, rate in itertools.product(lm.WEIGHTS, lm.RATES)
 ]
 _WARM = (("warm_start", "spectral"), ("warm_start_ratio", "spectral_ratio"))
 _IMAGE_DECAYS = [
     (vision.arm(init, "frobenius", rate), vision.arm(init, "l2", rate))
-    for init in vision.INITS
-    for rate in vision.RATES
+    for init, rate in itertools.product(vision.INITS, vision.RATES)
 ]
-
-
-def claims(measured: Mapping[str, Any]) -> list[Claim]:
-    """Returns all claims, judged on what `measure.run` returns."""
-    runs = {part: Results(measured[part]) for part in ("lm", "vision") if part in measured}
-    timed = {"timing": measured["timing"]} if measured.get("timing") else {}
-    return claim.judge(CLAIMS, {**runs, **timed}, PLACES)
-
-
-def better(*pairs: tuple[str, str], score: str = _PERPLEXITY, no_worse: bool = False) -> Measure:
-    """Returns a measure of whether the first arm of each pair has the better score."""
-
-    def measure(runs: Results, where: str) -> list[Evidence]:
-        options = {"lower": score == _PERPLEXITY, "no_worse": no_worse}
-        return [e for pair in pairs for e in results.better(runs, where, score, *pair, **options)]
-
-    return measure
+_HALVED = [
+    (lm.decayed(kind, "half", weight), lm.decayed(kind, "full", weight))
+    for kind, weight in (("none", ""), *GRID)
+]
+_SMALLER_RANKS = [
+    pair
+    for rank in _SMALLER
+    for pair in (
+        *(("dense", lm.arm(init, rank)) for init in lm.INITS),
+        *((lm.arm(init, rank), lm.arm("he", rank)) for init in _DRAWN),
+    )
+]
 
 
 def same(runs: Results, where: str) -> list[Evidence]:
@@ -61,9 +56,8 @@ def same(runs: Results, where: str) -> list[Evidence]:
         ones, spectral = runs.paired(_PERPLEXITY, *arms)
         if len(ones):
             change = results.change(ones, spectral)
-            words = (
-                f"rank {rank}: spectral ones differs from spectral by {intervals.text(change, 1)} %"
-            )
+            differs = f"differs from spectral by {intervals.text(change, 1)} %"
+            words = f"rank {rank}: spectral ones {differs}"
             out.append(Evidence(where, words, abs(change["value"]) <= 100 * SAME))
     return out
 
@@ -78,19 +72,14 @@ def order(runs: Results, where: str) -> list[Evidence]:
         steps_AN, scores_AN = (
             np.array(runs.paired(name, *arms)) for name in ("effective_step", _PERPLEXITY)
         )
-        if not runs.has(*arms) or not steps_AN.size:
-            continue
-        taus_N = np.array(
-            [
-                stats.kendalltau(one, other).statistic
-                for one, other in zip(steps_AN.T, scores_AN.T, strict=True)
-            ]
-        )
-        words = (
-            f"{rate} rate, {len(arms)} decays: tau of effective step and perplexity "
-            f"{intervals.text(intervals.over_seeds(taus_N))}"
-        )
-        out.append(Evidence(where, words, not intervals.significant(-taus_N)))
+        if runs.has(*arms) and steps_AN.size:
+            pairs = zip(steps_AN.T, scores_AN.T, strict=True)
+            taus_N = np.array([stats.kendalltau(*pair).statistic for pair in pairs])
+            words = (
+                f"{rate} rate, {len(arms)} decays: tau of effective step and perplexity "
+                f"{intervals.text(intervals.over_seeds(taus_N))}"
+            )
+            out.append(Evidence(where, words, not intervals.significant(-taus_N)))
     return out
 
 
@@ -146,84 +135,66 @@ def close(runs: Results, where: str) -> list[Evidence]:
 def halved(runs: Results, where: str) -> list[Evidence]:
     """Compares half the learning rate with the full one on images, by accuracy and effective step."""
     out = []
-    for init in vision.INITS:
-        for kind in vision.DECAYS:
-            half, full = (vision.arm(init, kind, rate) for rate in ("half", "full"))
-            judged = results.better(runs, where, "accuracy", half, full, no_worse=True)
-            out += judged
-            steps = runs.paired("effective_step", half, full)
-            if judged and len(steps[0]):
-                ratio = intervals.over_seeds(steps[0] / steps[1])
-                words = f"effective step of {arm_name(half)} over full {intervals.text(ratio)}"
-                out.append(Evidence(where, words, ratio["value"] < 1))
+    for init, kind in itertools.product(vision.INITS, vision.DECAYS):
+        half, full = (vision.arm(init, kind, rate) for rate in ("half", "full"))
+        judged = runs.better(where, "accuracy", half, full, no_worse=True)
+        out += judged
+        steps = runs.paired("effective_step", half, full)
+        if judged and len(steps[0]):
+            ratio = intervals.over_seeds(steps[0] / steps[1])
+            words = f"effective step of {arm_name(half)} over full {intervals.text(ratio)}"
+            out.append(Evidence(where, words, ratio["value"] < 1))
     return out
 
 
-def _smaller_ranks() -> Sequence[tuple[str, str]]:
-    return [
-        pair
-        for rank in _SMALLER
-        for pair in (
-            *(("dense", lm.arm(init, rank)) for init in lm.INITS),
-            *((lm.arm(init, rank), lm.arm("he", rank)) for init in _DRAWN),
-        )
-    ]
-
-
 CLAIMS = (
-    Claim(
+    RequiredClaim(
         "L1",
         "No model that is factorised from the start reaches the dense one",
         f"dense has the better perplexity than each start, at rank {lm.MAIN} of the smaller side",
-        {"lm": [better(*(("dense", lm.arm(init)) for init in lm.INITS))]},
-        required=True,
+        {"lm": [compare(_PERPLEXITY, *(("dense", lm.arm(init)) for init in lm.INITS))]},
     ),
-    Claim(
+    RequiredClaim(
         "L2",
         "Starting from the directions of a dense draw is better than from independent factors",
         f"spectral and spectral ones have the better perplexity than He, at rank {lm.MAIN}",
-        {"lm": [better(*((lm.arm(init), lm.arm("he")) for init in _DRAWN))]},
-        required=True,
+        {"lm": [compare(_PERPLEXITY, *((lm.arm(init), lm.arm("he")) for init in _DRAWN))]},
     ),
-    Claim(
+    RequiredClaim(
         "L3",
         "The singular values of the start hardly matter",
         f"mean perplexity of spectral ones within {SAME:.0%} of spectral's, at every rank",
         {"lm": [same]},
-        required=True,
     ),
     Claim(
         "L4",
         "The same at smaller ranks",
         "L1 and L2, at " + " and ".join(map(str, _SMALLER)),
-        {"lm": [better(*_smaller_ranks())]},
+        {"lm": [compare(_PERPLEXITY, *_SMALLER_RANKS)]},
     ),
-    Claim(
+    RequiredClaim(
         "L5",
         "Decay of the product is better than decay of the factors",
         "Frobenius decay has the better perplexity at every lambda and learning rate",
-        {"lm": [better(*_DECAYS)]},
-        required=True,
+        {"lm": [compare(_PERPLEXITY, *_DECAYS)]},
     ),
-    Claim(
+    RequiredClaim(
         "L6",
         "Decay of the product keeps the effective rank higher than decay of the factors",
         "a higher mean effective rank at the end, at every lambda and learning rate",
-        {"lm": [better(*_DECAYS, score="effective_rank")]},
-        required=True,
+        {"lm": [compare("effective_rank", *_DECAYS)]},
     ),
-    Claim(
+    RequiredClaim(
         "L7",
-        "The effective step does not say which run is better",
+        "The effective step does not predict which run is better",
         "over the decayed runs of a learning rate, Kendall's tau of effective step and perplexity is not "
         "significantly negative; of pairs of L2 and Frobenius decay at one lambda, the larger step wins half at "
         "most",
         {"lm": [order, winners("effective_step", lambda share: share <= 0.5)]},
-        required=True,
     ),
     Claim(
         "L8",
-        "The effective rank says which decay is better",
+        "The effective rank predicts which decay is better",
         "of pairs of L2 and Frobenius decay at one lambda, the higher rank wins more than half",
         {"lm": [winners("effective_rank", lambda share: share > 0.5)]},
     ),
@@ -231,36 +202,31 @@ CLAIMS = (
         "L9",
         "Half the learning rate, and so a smaller effective step, does not hurt",
         "the full rate has not the better perplexity, without decay and with each",
-        {
-            "lm": [
-                better(
-                    *(
-                        (lm.decayed(kind, "half", weight), lm.decayed(kind, "full", weight))
-                        for kind, weight in (("none", ""), *GRID)
-                    ),
-                    no_worse=True,
-                )
-            ]
-        },
+        {"lm": [compare(_PERPLEXITY, *_HALVED, no_worse=True)]},
     ),
-    Claim(
+    RequiredClaim(
         "L10",
         "Some dense updates before factorising are no worse than factors from the start",
         "spectral has not the better perplexity after as many updates in all, with ranks by either rule",
-        {"lm": [better(*_WARM, no_worse=True)]},
-        required=True,
+        {"lm": [compare(_PERPLEXITY, *_WARM, no_worse=True)]},
     ),
     Claim(
         "L11",
         "They are better",
         "the warm start has the better perplexity",
-        {"lm": [better(*_WARM)]},
+        {"lm": [compare(_PERPLEXITY, *_WARM)]},
     ),
     Claim(
         "L12",
         "Factors are better than a narrower dense model of as many parameters (not a claim of the paper)",
         "spectral has the better perplexity at every rank",
-        {"lm": [better(*((lm.arm("spectral", rank), lm.narrow(rank)) for rank in lm.RANKS))]},
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY, *((lm.arm("spectral", rank), lm.narrow(rank)) for rank in lm.RANKS)
+                )
+            ]
+        },
     ),
     Claim(
         "L13",
@@ -268,24 +234,23 @@ CLAIMS = (
         "less than the dense step's time at every rank, with the interval over rounds",
         {"timing": [times]},
     ),
-    Claim(
+    RequiredClaim(
         "V1",
         "On images factors close the gap to the dense network",
         f"mean accuracy of spectral and spectral ones at most {CLOSE} below dense",
         {"vision": [close]},
-        required=True,
     ),
     Claim(
         "V2",
         "Decay of the product costs no accuracy beside decay of the factors",
         "L2 has not the better accuracy, for every start and learning rate",
-        {"vision": [better(*_IMAGE_DECAYS, score="accuracy", no_worse=True)]},
+        {"vision": [compare("accuracy", *_IMAGE_DECAYS, no_worse=True)]},
     ),
     Claim(
         "V3",
         "On images too decay of the product keeps the effective rank higher than decay of the factors",
         "a higher mean effective rank at the end, for every start and learning rate",
-        {"vision": [better(*_IMAGE_DECAYS, score="effective_rank")]},
+        {"vision": [compare("effective_rank", *_IMAGE_DECAYS)]},
     ),
     Claim(
         "V4",

@@ -18,32 +18,28 @@ _SPECTRUM = "spectrum/"
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the rows of both sweeps and the times of steps, by part; other arguments as of `sweeps.rows`.
+    """Returns the rows of both sweeps and the times of steps, by part.
 
     Args:
       model_dir: parent of the sweeps' folders and of other measurements.
       seeds: of each sweep.
       parts: of PARTS.
-      **options: workers and minutes.
+      **options: as of `sweeps.rows`.
     """
-    folder = pathlib.Path(model_dir)
-    measured: dict[str, Any] = {
-        part: sweeps.measured(folder / part, _SWEEPS[part], seeds, with_course, **options)
-        for part in parts
-        if part in _SWEEPS
-    }
-    if "timing" in parts:  # last, and by itself: it needs an idle machine
-        stages = sweeps.Stages(folder / "measured")
+    files = {part: (name, seeds) for part, name in _SWEEPS.items() if part in parts}
+    measured: dict[str, Any] = sweeps.parts(model_dir, files, with_course, **options)
+    if "timing" in parts:  # last, and alone: it needs an idle machine
+        stages = sweeps.Stages(pathlib.Path(model_dir, "measured"))
         measured["timing"] = stages.get("timing", timing.SETTINGS, timing.measure)["result"]
     return measured
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """Returns a row of results with the course of its run; what a run does not have is empty.
+    """Returns a row of results with the course of its run.
 
     Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', for each reading its step and the
     means of trainers/low_rank/spectrum.py; and 'first_spectra' and 'last_spectra', by layer the singular values of
-    each stacked matrix.
+    each stacked matrix. They are empty for a run that has no such readings.
     """
     from trainers.low_rank import spectrum
 

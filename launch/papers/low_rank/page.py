@@ -9,7 +9,6 @@ from launch.papers.low_rank import claims, figures, timing
 from launch.papers.low_rank import sweep as lm
 from launch.papers.low_rank.arms import PLACES, Results, arm_name
 from launch.papers.shared import page
-from launch.papers.shared.results import amount
 from launch.plots import intervals
 
 _COLUMNS = {
@@ -20,20 +19,20 @@ _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
 _RUNS = {
     "lm": "decoders of 2 layers (width 64, four heads, MLP of 256, contexts of 32) read Python's "
     "standard library character by character, 1,500 updates of 512 characters (Adam, rate 3e-3, halved where "
-    f"said; t5x_configs/experiments/low_rank/cpu). Ranks are {lm.MAIN} of a matrix's smaller side where nothing "
-    "else is said; decay is part of the loss. Perplexity is of held-out modules",
+    f"noted; t5x_configs/experiments/low_rank/cpu). Ranks are {lm.MAIN} of a matrix's smaller side by "
+    "default; decay is part of the loss. Perplexity is of held-out modules",
     "vision": "small convolutional networks with batch normalisation, trained by SGD on "
     "generated textures (t5x_configs/experiments/low_rank/cpu)",
 }
 
 
-def _setup(measured: Mapping[str, Any]) -> list[str]:
+def _setup(parts: Mapping[str, Any]) -> list[str]:
     out = [
-        f"- *{PLACES[part]}*: {text}. {amount(measured[part])}."
+        f"- *{PLACES[part]}*: {text}. {parts[part].amount()}."
         for part, text in _RUNS.items()
-        if measured.get(part)
+        if part in parts
     ]
-    if times := measured.get("timing"):
+    if times := parts.get("timing"):
         first = next(iter(times["seconds"].values()))
         out.append(
             f"- *steps*: the compiled training steps of the language models, in turns on one machine: {len(first)} "
@@ -43,25 +42,22 @@ def _setup(measured: Mapping[str, Any]) -> list[str]:
         "- *effective rank*: nuclear over operator norm at the end, mean over factorised matrices; *effective step*: the "
         "learning rate at the end over their mean squared Frobenius norm."
     )
-    language = Results(measured.get("lm", ()))
-    seeds = sorted({row["seed"] for row in language.rows})
-    missing = language.missing(list(lm.get_config().arms), seeds) if seeds else []
-    missing += [f"all of the part `{part}`" for part in PLACES if not measured.get(part)]
-    return [*out, *page.missing(missing)]
+    language = parts.get("lm")
+    missing = language.missing(list(lm.get_config().arms), language.seeds) if language else []
+    return [*out, *page.missing(missing, tuple(PLACES), parts)]
 
 
-def _tables(measured: Mapping[str, Any]) -> list[str]:
+def _tables(parts: Mapping[str, Any]) -> list[str]:
     out = []
     for part, columns in _COLUMNS.items():
-        runs = Results(measured.get(part, ()))
-        rows = [
-            (arm_name(arm), *(_cell(runs, arm, column) for column in columns))
-            for arm in dict.fromkeys(row["arm"] for row in runs.rows)
-        ]
-        if rows:
+        if runs := parts.get(part):
+            rows = [
+                (arm_name(arm), *(_cell(runs, arm, column) for column in columns))
+                for arm in runs.arms
+            ]
             header = ("arm", *map(arm_name, columns))
             out += page.table(header, rows, f"{PLACES[part].capitalize()}: all arms")
-    if times := measured.get("timing"):
+    if times := parts.get("timing"):
         rows = [
             (
                 arm_name(arm),
@@ -84,22 +80,29 @@ def _cell(runs: Results, arm: str, column: str) -> str:
     return runs.mean(values, column)
 
 
-def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _record(parts: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("run", "arm", "seed", "parents", "parameters", "step", "seconds", "held_out")
     runs = [
         {**{key: row[key] for key in keys}, "end": (row["spectrum"] or [{}])[-1]}
         for part in _COLUMNS
-        for row in measured.get(part, ())
+        if part in parts
+        for row in parts[part].rows
     ]
-    return {"runs": runs, "timing": measured.get("timing")}
+    return {"runs": runs, "timing": parts.get("timing")}
+
+
+def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    results = {part: Results(measured[part]) for part in _COLUMNS if measured.get(part)}
+    return results | ({"timing": measured["timing"]} if measured.get("timing") else {})
 
 
 REPORT = page.Report(
     slug="low_rank",
     title="Low-rank training: the paper's claims on small models",
     source="[Exploring Low Rank Training of Deep Neural Networks, arXiv 2209.13569](https://arxiv.org/abs/2209.13569)",
-    intro=page.MEANS,
-    claims=claims.claims,
+    claims=claims.CLAIMS,
+    places=PLACES,
+    read=_read,
     figures=figures.figures,
     setup=_setup,
     tables=_tables,

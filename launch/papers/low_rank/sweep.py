@@ -44,17 +44,17 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
 
 
 def arm(init: str, rank: float = MAIN) -> str:
-    """The name of an arm without decay."""
+    """Returns the name of an arm without decay."""
     return init if rank == MAIN else f"{init}_rank{_percent(rank)}"
 
 
 def narrow(rank: float) -> str:
-    """The name of the dense arm that is as small as those of a rank."""
+    """Returns the name of the dense arm with as many parameters as the factorised ones of a rank."""
     return f"dense_narrow{_percent(rank)}"
 
 
 def decayed(kind: str, rate: str, weight: str = "") -> str:
-    """The name of an arm of the decay grid, of spectral factors."""
+    """Returns the name of an arm of the decay grid, of spectral factors."""
     if kind == "none":
         return "spectral" if rate == "full" else f"spectral_none_{rate}"
     return f"spectral_{kind}_{rate}_{weight}"

@@ -14,7 +14,7 @@ SEED = 0
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    """Gin files and bindings of the arms that differ in size, by name."""
+    """Returns gin files and bindings of the arms that differ in size, by name."""
     named = lm.get_config("1").arms
     sized = ["dense", *map(lm.narrow, lm.RANKS), *(lm.arm("spectral", rank) for rank in lm.RANKS)]
     return {
@@ -27,10 +27,10 @@ SETTINGS = {"rounds": ROUNDS, "steps": STEPS, "arms": arms()}
 
 
 def measure() -> dict[str, Any]:
-    """Seconds of a step by arm and round, the median of `STEPS` in each: {'seconds': {arm: [...]}}.
+    """Returns the seconds of a step by arm and round, the median of `STEPS`: {'seconds': {arm: [...]}}.
 
-    All are compiled before the first round. In a round every arm has its turn, so that ratios within a round
-    are of the same moment.
+    All are compiled before the first round. Every arm has its turn in a round, so that ratios within a round compare
+    the same moment.
     """
     sides = {name: _Side.of(settings) for name, settings in arms().items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -41,7 +41,7 @@ def measure() -> dict[str, Any]:
 
 
 def ratios(measured: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
-    """An arm's time over another's, round by round."""
+    """Returns an arm's time over another's, round by round."""
     return np.array(measured["seconds"][arm]) / np.array(measured["seconds"][base])
 
 
@@ -76,7 +76,7 @@ class _Side:
         return cls(step, jax.block_until_ready(state), batch)
 
     def median(self, steps: int) -> float:
-        """Of so many steps, each waited for."""
+        """Returns the median time of so many steps, each run to its end."""
         import jax
 
         taken = []
@@ -89,7 +89,7 @@ class _Side:
 
 
 def _batch(recipe: Any, program: Any) -> dict[str, Any]:
-    """Rows of one document each: random tokens, all of which count."""
+    """Returns rows of one document each: random tokens, all with a loss."""
     import jax
 
     draw = np.random.default_rng(SEED)

@@ -1,7 +1,7 @@
 """Low-rank training of a small residual network on generated textures, with batch normalisation and SGD.
 
-Where layers are normalised their scale says nothing of what they compute, so that arguments by an effective
-step size apply. Factors begin in three ways, are decayed in three, and are trained at a rate and at half of it.
+The scale of normalised layers does not change their outputs, so that arguments by an effective step size apply.
+ Factors begin in three ways, are decayed in three, and are trained at a rate and at half of it.
 19 runs for each seed, of about 25 seconds on a core, the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/low_rank/vision_sweep.py:3 --out runs/low_rank/vision --workers 2
@@ -31,5 +31,5 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
 
 
 def arm(init: str, decay: str = "none", rate: str = "full") -> str:
-    """The name of an arm in factors."""
+    """Returns the name of an arm in factors."""
     return f"{init}_{decay}_{rate}"

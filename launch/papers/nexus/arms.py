@@ -1,7 +1,7 @@
 """Names of the arms of launch/papers/nexus/sweep.py, and the evaluations of their runs.
 
-Domains of a part are the general one, those of a mixture's experts, in their order, and last the new one, whose
-expert is added.
+The domains of a part are the general one, the domains of a mixture's experts in their order, and last the new one, for
+which an expert is added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,22 +32,23 @@ BALANCE = {"": 0.05, "_low": 0.0005}  # suffix of an arm -> weight of the balanc
 BUDGETS = (50, 100, 200, 400)  # updates of an extension
 
 
+_LABELS = {
+    **ROUTERS,
+    **LOW,
+    **Z_LOSS,
+    **{arm: f"{label}, extended" for arm, label in EXTENSIONS.items()},
+    MERGED: "experts merged",
+    CONTINUED: "dense, all tokens",
+}
+
+
 class Runs(DomainRuns):
     """Runs of a part with the arms' names."""
 
     def label(self, arm: str) -> str:
-        if arm in EXTENSIONS:
-            return f"{EXTENSIONS[arm]}, extended"
         if arm.startswith("expert_"):
             return f"expert of {arm.removeprefix('expert_')}"
-        known = {
-            **ROUTERS,
-            **LOW,
-            **Z_LOSS,
-            MERGED: "experts merged",
-            CONTINUED: "dense, all tokens",
-        }
-        return known.get(arm, arm.replace("_", " "))
+        return _LABELS.get(arm, arm.replace("_", " "))
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -59,9 +60,9 @@ class Runs(DomainRuns):
         return self.domains[1:-1]
 
     def chosen(self, arm: str) -> np.ndarray | None:
-        """Returns the share of each domain's tokens whose first choice is an expert, mean over layers: [seed, domain, expert].
+        """Returns the share of each domain's tokens by the expert that is their first choice: [seed, domain, expert].
 
-        None where no run of the arm has the evaluation 'routing' on all domains.
+        A mean over layers; None where no run of the arm has the evaluation 'routing' on all domains.
         """
         tables = [
             [np.mean(routing["chosen"][domain]["mlp"], axis=0) for domain in self.domains]
@@ -85,5 +86,5 @@ def expert(domain: str) -> str:
 
 
 def start(arm: str) -> str:
-    """Returns the arm that another one starts from, made and not trained."""
+    """Returns the arm that another one starts from; it is made, not trained."""
     return f"{arm}_start"

@@ -12,12 +12,12 @@ import numpy as np
 
 from launch.papers.nexus.arms import BUDGETS, CONTINUED, MERGED, NEW, OLD, SEED, Runs, start
 from launch.papers.shared import domains, results
-from launch.papers.shared.claim import Claim, Evidence
+from launch.papers.shared.claim import Claim, Evidence, RequiredClaim
 from launch.papers.shared.domains import everywhere
 from launch.plots import intervals
 
 FLAT = 0.02  # of the loss on the old domains: what an extension may cost, on the mean over seeds
-ATTRACTED = 0.5  # of the old domains' tokens: what a new expert may take before it is trained
+ATTRACTED = 0.5  # of the old domains' tokens, which a new expert may take before it is trained
 RESET, APPENDED, EXTENDED = "ext_linear_reset", "ext_linear_append", "ext_nexus"
 _Z_LOSS = "ext_nexus_z_loss"
 _LEAST = 4  # experts: an order of the three pairs of three comes about by chance
@@ -33,30 +33,26 @@ def _at_budgets(*pairs: tuple[str, str], steps: Sequence[int] = BUDGETS, no_wors
 def shrinking(runs: Runs, where: str) -> list[Evidence]:
     """Compares the gap on the new domain at the smallest budget with that at each other budget."""
     first, *later = BUDGETS
-    gaps = {
-        step: at.scores(RESET, NEW) - at.scores(EXTENDED, NEW)
-        for step, at in ((step, runs.at(step)) for step in BUDGETS)
-    }
+    gaps = {}
+    for step in BUDGETS:
+        at = runs.at(step)
+        gaps[step] = at.scores(RESET, NEW) - at.scores(EXTENDED, NEW)
     out = []
     for step in later:
         shrunk = (gaps[first] - gaps[step]).dropna()
-        if shrunk.empty:
-            continue
-        words = "; ".join(
-            f"gap at {s} updates {intervals.text(intervals.over_seeds(gaps[s][shrunk.index]), 3)}"
-            for s in (first, step)
-        )
-        out.append(Evidence(where, words, intervals.significant(shrunk)))
+        if not shrunk.empty:
+            words = "; ".join(
+                f"gap at {s} updates {runs.mean(gaps[s][shrunk.index], NEW)}" for s in (first, step)
+            )
+            out.append(Evidence(where, words, intervals.significant(shrunk)))
     return out
 
 
 def flat(runs: Runs, where: str, *, step: int) -> list[Evidence]:
     """Measures by how much an extension changes the loss on the old domains."""
-    ends, starts = runs.at(step).scores(EXTENDED, OLD), runs.scores("nexus", OLD)
-    seeds = sorted(set(ends.index) & set(starts.index))
-    if not seeds:
+    after, before = results.aligned(runs.at(step).scores(EXTENDED, OLD), runs.scores("nexus", OLD))
+    if not len(after):
         return []
-    after, before = ends[seeds].to_numpy(), starts[seeds].to_numpy()
     change = results.change(after, before)
     words = (
         f"{OLD}: before {runs.mean(before, OLD)}, after {runs.mean(after, OLD)}; change "
@@ -80,9 +76,7 @@ def _own_experts(runs: Runs, arm: str) -> tuple[str, bool] | None:
     if (chosen_NDE := runs.chosen(arm)) is None:
         return None
     experts = len(runs.initial)
-    own_NEE = chosen_NDE[
-        :, 1 : 1 + experts
-    ]  # rows of the domains that have experts, in their order
+    own_NEE = chosen_NDE[:, 1 : 1 + experts]  # the rows of the domains that have experts
     right = int((own_NEE.mean(0).argmax(-1) == np.arange(experts)).sum())
     share = intervals.over_seeds(own_NEE.diagonal(axis1=1, axis2=2).mean(-1))
     words = (
@@ -122,23 +116,23 @@ def over_attraction(runs: Runs, where: str) -> list[Evidence]:
     return [Evidence(where, words, old["value"] <= ATTRACTED and old["value"] < new["value"])]
 
 
-def _attracted(runs: Runs, arm: str) -> tuple[dict, dict] | None:
+def _attracted(runs: Runs, arm: str) -> list[dict] | None:
     """Returns the new expert's shares of the old domains' tokens and of the new one's at step 0; None without routing."""
     if (chosen_NDE := runs.chosen(start(arm))) is None:
         return None
-    shares = (chosen_NDE[:, :-1, -1].mean(-1), chosen_NDE[:, -1, -1])
-    old, new = map(intervals.over_seeds, shares)
-    return old, new
+    taken_ND = chosen_NDE[:, :, -1]
+    return [
+        intervals.over_seeds(taken_N) for taken_N in (taken_ND[:, :-1].mean(-1), taken_ND[:, -1])
+    ]
 
 
 def _pairs_of(cosines_NEE: np.ndarray) -> np.ndarray:
     """Returns the cosines of different experts, each pair once: [seed, pair]."""
-    upper = np.triu_indices(cosines_NEE.shape[-1], 1)
-    return cosines_NEE[:, upper[0], upper[1]]
+    return cosines_NEE[:, *np.triu_indices(cosines_NEE.shape[-1], 1)]
 
 
 def similar(runs: Runs, where: str) -> list[Evidence]:
-    """Correlates the similarity of experts' vectors with that of their domains."""
+    """Correlates the similarity of experts' vectors with the similarity of their domains."""
     from scipy import stats
 
     if (cosines := runs.cosines("nexus")) is None or len(cosines[0]) < _LEAST:
@@ -173,29 +167,30 @@ def related_pair(names: Sequence[str]) -> tuple[int, int] | None:
     """Returns the places of two generated domains of which one has rows of the other's table; None if there are none."""
     from data.nexus import lag_domains
 
-    for j, name in enumerate(names):
-        made = lag_domains.DOMAINS.get(name)
-        for i, other in enumerate(names):
-            one = lag_domains.DOMAINS.get(other)
-            if made is not None and one is not None and made.related_to == one.table:
-                return i, j
-    return None
+    known = {
+        i: lag_domains.DOMAINS[name] for i, name in enumerate(names) if name in lag_domains.DOMAINS
+    }
+    related = (
+        (i, j)
+        for j, made in known.items()
+        for i, other in known.items()
+        if made.related_to == other.table
+    )
+    return next(related, None)
 
 
 CLAIMS = (
-    Claim(
+    RequiredClaim(
         "N1",
         "A mixture with Nexus' router is no worse than one with a linear router",
         "the linear router has not the lower loss on the old domains",
         everywhere(_pairs(("nexus", "linear"), no_worse=True)),
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "N2",
         "Both are better than the seed, and the seed is better than the merged experts",
         "Nexus and linear have a lower loss on the old domains than the seed, and it a lower one than merged",
         everywhere(_pairs(("nexus", SEED), ("linear", SEED), (SEED, MERGED))),
-        required=True,
     ),
     Claim(
         "N3",
@@ -203,19 +198,17 @@ CLAIMS = (
         "Nexus has the lower loss on the old domains",
         everywhere(_pairs(("nexus", "linear"))),
     ),
-    Claim(
+    RequiredClaim(
         "N4",
         "After an extension Nexus is no worse on the new domain than a linear router that is drawn anew",
         "at no budget has the linear router the lower loss on the new domain",
         everywhere(*_at_budgets((EXTENDED, RESET), no_worse=True)),
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "N5",
         "Nexus is better on the new domain before any further training",
         "it has the lower loss on the new domain at step 0",
         everywhere(*_at_budgets((EXTENDED, RESET), steps=[0])),
-        required=True,
     ),
     Claim(
         "N6",
@@ -253,12 +246,11 @@ CLAIMS = (
         "after upcycling, the largest share of each of their domains' tokens goes to its expert, mean over seeds",
         everywhere(diagonal),
     ),
-    Claim(
+    RequiredClaim(
         "N12",
         "The new domain goes to the new expert before any further training",
         "at step 0 of the extension, the new expert has the largest share of the new domain's tokens, in every seed",
         everywhere(at_start),
-        required=True,
     ),
     Claim(
         "N13",
@@ -267,13 +259,12 @@ CLAIMS = (
         "mean",
         everywhere(over_attraction),
     ),
-    Claim(
+    RequiredClaim(
         "N14",
         "Similar domains keep similar experts' vectors",
         "cosines of experts' vectors rise with those of their domains (Spearman's rho over pairs, mean over layers, "
         "better than 0); the two related domains are the most similar experts in every seed",
         everywhere(similar, related),
-        required=True,
     ),
     Claim(
         "N15",
@@ -289,7 +280,7 @@ CLAIMS = (
     ),
     Claim(
         "N17",
-        "What the embeddings say matters (a control, not a claim of the paper)",
+        "The content of the embeddings matters (a control, not a claim of the paper)",
         "Nexus has a lower loss than with random or one-hot vectors on the old domains, and than with random ones "
         "on the new domain at step 0 and at the smallest budget",
         everywhere(

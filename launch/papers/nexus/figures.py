@@ -20,6 +20,7 @@ from launch.papers.nexus.arms import (
     start,
 )
 from launch.papers.shared.domain_panels import excess_bars
+from launch.papers.shared.domains import swept
 from launch.plots import heat_maps, intervals, panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
@@ -32,10 +33,10 @@ _STYLES = {
 _MAPPED = ("ext_nexus", "ext_linear_append", "ext_linear_reset")
 
 
-def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     out: dict[str, tuple[Any, str]] = {}
-    for name, results in Runs.parts(measured).items():
+    for name, results in swept(parts).items():
         out |= {
             f"{name}_extension.png": (
                 _extension(results),
@@ -91,33 +92,28 @@ def _extension(results: Runs) -> Any:
         at = [per_step * (step or first / 2) for step in steps]
         for one, score in zip(axes, (NEW, OLD), strict=True):
             values = [results.at(step).values(arm, score) for step in steps]
-            label = EXTENSIONS[arm]
-            panels.line(one, at, values, colour, label)
+            panels.line(one, at, values, colour, EXTENSIONS[arm])
             one.lines[-len(values[0]) - 1].set_marker(marker)
         for one in axes:
             one.set_xscale("log")
             _ticks(one, steps, at)
-    references = ((expert(results.domains[-1]), NEW, axes[0]), ("nexus", OLD, axes[1]))
-    for arm, score, one in references:
+    references = (expert(results.domains[-1]), NEW), ("nexus", OLD)
+    for one, (arm, score) in zip(axes, references, strict=True):
         if (values := results.values(arm, score)).size:
             one.axhline(values.mean(), color=RED, ls="--", lw=1.5)
-    for one, score in zip(axes, (NEW, OLD), strict=True):
-        one.set_xlabel("thousand tokens of the extension")
-        one.set_ylabel(f"{score}, nats per token")
+        one.set(xlabel="thousand tokens of the extension", ylabel=f"{score}, nats per token")
     panels.legend_below(figure, axes[0], 4)
     return figure
 
 
 def _ticks(axes: Any, steps: Sequence[int], at: Sequence[float]) -> None:
     """Labels budgets that at least double, and the start as 0."""
-    from matplotlib import ticker
-
-    shown: list[tuple[float, str]] = []
+    shown: dict[float, str] = {}
     for step, place in zip(steps, at, strict=True):
-        if not shown or place >= 1.9 * shown[-1][0]:
-            shown.append((place, f"{place:.3g}" if step else "0"))
-    axes.set_xticks([place for place, _ in shown], [text for _, text in shown])
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
+        if not shown or place >= 1.9 * max(shown):
+            shown[place] = f"{place:.3g}" if step else "0"
+    axes.set_xticks(list(shown), list(shown.values()))
+    axes.minorticks_off()
 
 
 def _routing(results: Runs) -> Any:
@@ -131,14 +127,8 @@ def _routing(results: Runs) -> Any:
             if (chosen_NDE := results.chosen(name(arm))) is None:
                 one.set_visible(False)
                 continue
-            heat_maps.draw(
-                one,
-                chosen_NDE.mean(0),
-                domains,
-                domains[1:],
-                title=f"{EXTENSIONS[arm]}, {when}",
-                row_names=one is line[0],
-            )
+            shown = {"title": f"{EXTENSIONS[arm]}, {when}", "row_names": one is line[0]}
+            heat_maps.draw(one, chosen_NDE.mean(0), domains, domains[1:], **shown)
     return figure
 
 
@@ -173,7 +163,6 @@ def _balance(results: Runs) -> Any:
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(list(BALANCE.values()), [f"{weight:g}" for weight in BALANCE.values()])
-    axes.set_xlabel("weight of the balance loss")
-    axes.set_ylabel(f"{OLD}; bars: 95 % over seeds")
+    axes.set(xlabel="weight of the balance loss", ylabel=f"{OLD}; bars: 95 % over seeds")
     axes.legend(frameon=False)
     return figure

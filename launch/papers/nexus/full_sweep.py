@@ -60,65 +60,41 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
     for domain in every:
         tokens = ("TRAIN_TOKENS=8e9", "WARMUP_STEPS=763") if domain == NEW else budget
         train(domain, "expert", {domain: 1.0}, *tokens, f"INITIAL_CHECKPOINT_PATH={seed!r}")
-    read = [
-        "--gin_file=t5x_configs/data/nexus_full.gin",
+    embed = (
+        *("launch.prepare", "embed_domains", "--gin_file=t5x_configs/data/nexus_full.gin"),
         f"--gin.DATA_ROOT={data!r}",
         f"--gin.TOKENIZER={data + '/tokenizer'!r}",
         f"--gin.SHARES={dict.fromkeys(every, 0.0) | {domains[0]: 1.0}!r}",
         f"--limit={LIMIT}",
-    ]
+    )
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
     encoder = ("--encoder=sentences", f"--sentence_model={data}/sentence_model")
-    make("domains", "launch.prepare", "embed_domains", *read, *encoder, *sources, "--output={run}")
+    make("domains", *embed, *encoder, *sources, "--output={run}")
     if large:
-        old = f"--extend={{domains_{size}}}"
-        make(
-            "extended",
-            "launch.prepare",
-            "embed_domains",
-            *read,
-            old,
-            f"--domain={NEW}=task:{NEW}",
-            "--output={run}",
-        )
+        added = (f"--extend={{domains_{size}}}", f"--domain={NEW}=task:{NEW}")
+        make("extended", *embed, *added, "--output={run}")
     experts = [f"{domain}={{{domain}_{size}}}" for domain in domains]
     mixed, annealed = (_shares(domains, share) for share in (PRETRAINING, ANNEALED))
     rest = {name: 0.5 / (len(domains) + 1) for name in ("pretraining", *domains)}
-    for arm, router, method in (
-        ("nexus", "projection", "nexus"),
-        ("linear", "linear", "nexus_linear"),
-    ):
+    for arm, router in (("nexus", "projection"), ("linear", "linear")):
         projected = router == "projection"
         width = (f"DOMAIN_DIM={DOMAIN_DIM}",) if projected else ()
         count = (f"EXPERTS={len(domains)}", *width)
+        method = "nexus" if projected else "nexus_linear"
         flags = [f"--router={router}", f"--seed_model={seed}"]
         flags += [f"--domains={{domains_{size}}}"] if projected else []
-        make(
-            f"{arm}_start",
-            "launch.upcycle",
-            "--method=nexus",
-            *flags,
-            "--experts",
-            *experts,
-            "--to={run}",
-        )
-        train(
-            f"{arm}_mixed", "expert", mixed, *count, *budget, method=method, parent=f"{arm}_start"
-        )
+        command = ("launch.upcycle", "--method=nexus", *flags, "--experts", *experts)
+        make(f"{arm}_start", *command, "--to={run}")
+        start = {"method": method, "parent": f"{arm}_start"}
+        train(f"{arm}_mixed", "expert", mixed, *count, *budget, **start)
         train(arm, "anneal", annealed, *count, method=method, parent=f"{arm}_mixed")
         if large:
             added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}"]
             added += [f"--domains={{extended_{size}}}"] if projected else ["--router=reset"]
             make(f"{arm}_extended", "launch.upcycle", "extend", *added, "--to={run}")
             more = (f"EXPERTS={len(domains) + 1}", *width)
-            train(
-                f"{arm}_with_{NEW}",
-                "extension",
-                {NEW: 0.5, **rest},
-                *more,
-                method=method,
-                parent=f"{arm}_extended",
-            )
+            start = {"method": method, "parent": f"{arm}_extended"}
+            train(f"{arm}_with_{NEW}", "extension", {NEW: 0.5, **rest}, *more, **start)
     return arms
 
 

@@ -1,4 +1,4 @@
-"""Nexus at small scale: runs what is left of the sweep's parts, and reads their results."""
+"""Nexus at small scale: runs the unfinished parts of the sweep, and reads their results."""
 
 import functools
 

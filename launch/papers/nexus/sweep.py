@@ -1,7 +1,7 @@
 """Upcycling with a router that knows the experts' domains (arXiv 2408.15901), and one expert more, with small models.
 
 A seed, six experts and a seventh for later; mixtures with the projection router, with linear and MLP ones, and with
-domain vectors that mean nothing; then each is given the seventh expert and trained on half of its domain. 37 runs for
+meaningless domain vectors; then each is extended by the seventh expert and trained, half on its domain. 37 runs for
 each seed; the domains and the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/nexus/sweep.py:synthetic,3 --out runs/nexus/synthetic --workers 2
@@ -14,7 +14,7 @@ from launch.papers.shared.configs import on_shares
 
 CPU = "t5x_configs/experiments/nexus/cpu/"
 METHODS = "t5x_configs/methods/nexus/"
-# What the seed was trained on, the domains of the experts, and that of the one that is added.
+# The domain of the seed, the domains of the experts, and the domain of the expert that is added.
 DOMAINS = {
     "synthetic": (
         "lag_general",
@@ -37,6 +37,7 @@ MIXTURES = {
     "nexus_random": ("random", "projection"),
     "nexus_one_hot": ("one_hot", "projection"),
 }
+EVALUATED = ("held_out", "routing")
 LOW = ("nexus", "linear")  # also with a hundredth of the balance loss
 # A mixture that was trained with a router z-loss, and what an expert that is added to it then draws: started only.
 Z_LOSS, Z_START = "nexus_z_loss", "ext_nexus_z_loss_start"
@@ -67,13 +68,17 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
             ("--seed={SEED}",) if encoder != "one_hot" else ()
         )
         sources = [f"--domain={domain}=task:{domain}" for domain in domains]
-        arms[f"{encoder}_domains"] = _made(*embed, *settings, *sources, "--output={run}")
+        arms[f"{encoder}_domains"] = configs.made(*embed, *settings, *sources, "--output={run}")
         if encoder != "one_hot":
             old = f"--extend={{{encoder}_domains}}"
             added = f"--domain={new}=task:{new}"
-            arms[f"{encoder}_extended"] = _made(*embed, old, added, "--output={run}")
-    arms["merged"] = _made(
-        *_upcycle("--method=soup"), f"{general}={{seed}}", *experts, "--to={run}", measured=True
+            arms[f"{encoder}_extended"] = configs.made(*embed, old, added, "--output={run}")
+    arms["merged"] = configs.made(
+        *_upcycle("--method=soup"),
+        f"{general}={{seed}}",
+        *experts,
+        "--to={run}",
+        evaluations=("held_out",),
     )
     total = len(domains) * EXPERT_STEPS + MIXTURE_STEPS
     arms["dense_continued"] = on_shares(mixed, total, parent="seed")
@@ -81,8 +86,8 @@ def get_config(text: str = "synthetic,3") -> ml_collections.ConfigDict:
         flags = [f"--router={router}", "--seed_model={seed}"]
         if router != "linear":
             flags.append(f"--domains={{{encoder}_domains}}")
-        arms[f"{arm}_start"] = _made(
-            *_upcycle("--method=nexus", *flags), *experts, "--to={run}", measured=True, routed=True
+        arms[f"{arm}_start"] = configs.made(
+            *_upcycle("--method=nexus", *flags), *experts, "--to={run}", evaluations=EVALUATED
         )
         arms[arm] = _mixture(mixed, MIXTURE_STEPS, f"{arm}_start", router)
         if arm in LOW:
@@ -137,9 +142,4 @@ def _upcycle(*flags: str) -> tuple[str, ...]:
 def _extended(mixture: str, new: str, *flags: str) -> dict:
     command = ("launch.upcycle", "extend", "--router_seed={SEED}")
     words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
-    return _made(*command, *words, "--to={run}", measured=True, routed=True)
-
-
-def _made(*words: str, measured: bool = False, routed: bool = False) -> dict:
-    evaluations = (("held_out",) if measured else ()) + (("routing",) if routed else ())
-    return configs.made(*words, evaluations=evaluations)
+    return configs.made(*command, *words, "--to={run}", evaluations=EVALUATED)

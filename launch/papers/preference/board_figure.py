@@ -5,11 +5,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from launch.papers.preference.board_series import Run
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panels
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 _COLUMNS = 4
+_EMPTY = pd.Series(dtype=float)
 # Title, series as solid line, series as dashed line, unit.
 _PANELS = (
     ("LLH: chosen, rejected dashed", "llh_chosen", "llh_rejected", "nats per token"),
@@ -44,7 +47,7 @@ def draw(
     """
     there = {name for run in runs for name in run.series}
     scattered = "p_win" in there
-    # P_win says what the reward does, on one scale for all runs.
+    # P_win shows the same as the reward, on one scale for all runs.
     there -= {"reward"} if scattered else set()
     shown = [panel for panel in _PANELS if panel[1] in there]
     count = len(shown) + scattered
@@ -80,7 +83,7 @@ def draw(
 
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
-    """A PNG with a palette, which is a third of the size and looks the same."""
+    """Writes a PNG with a palette, which is a third of the size and looks the same."""
     from PIL import Image
 
     pixels = io.BytesIO()
@@ -91,30 +94,28 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 def _lines(axes: Any, run: Run, solid: str, dashed: str | None, colour: str) -> None:
     for name, style in ((solid, "-"), (dashed, "--")):
-        points = run.series.get(name or "", {})
-        steps = sorted(points)
+        points = run.series.get(name or "", _EMPTY)
         # A dashed line of one evaluation is a dot; with more of them it needs none.
-        dots = "." if len(steps) < (40 if style == "-" else 2) else ""
-        axes.plot(steps, [points[s] for s in steps], style, color=colour, lw=1.5, marker=dots, ms=4)
-    points = run.series.get(solid, {})
-    if run.alarm is not None and run.alarm in points:
+        dots = "." if len(points) < (40 if style == "-" else 2) else ""
+        axes.plot(points.index, points, style, color=colour, lw=1.5, marker=dots, ms=4)
+    points = run.series.get(solid, _EMPTY)
+    if run.alarm in points:
         axes.axvline(run.alarm, color=colour, lw=0.8, ls=":")
-        axes.plot(
-            run.alarm, points[run.alarm], marker="v", ms=8, color=colour, mec="black", mew=0.6
-        )
+        mark = {"marker": "v", "ms": 8, "mec": "black", "mew": 0.6}
+        axes.plot(run.alarm, points[run.alarm], color=colour, **mark)
 
 
 def _against_likelihood(axes: Any, runs: Sequence[Run], colours: Sequence[str]) -> None:
-    """Whether a likelihood between the extremes is best: the paper's question in one panel."""
+    """Draws whether a likelihood between the extremes is best, which is the paper's question."""
     axes.set_title("P_win against LLH of chosen, start ○", fontsize=10)
     axes.set_xlabel("nats per token", fontsize=8)
     axes.set_ylabel("probability", fontsize=8)
     for run, colour in zip(runs, colours, strict=True):
-        wins, likelihoods = run.series.get("p_win", {}), run.series["llh_chosen"]
-        steps = sorted(set(wins) & set(likelihoods))
-        if not steps:
+        wins = run.series.get("p_win", _EMPTY)
+        points = pd.concat([run.series["llh_chosen"], wins], axis=1, join="inner")
+        if points.empty:
             continue
-        x, y = [likelihoods[s] for s in steps], [wins[s] for s in steps]
+        x, y = points.to_numpy().T
         axes.plot(x, y, "-", color=colour, lw=0.8, alpha=0.5)
         axes.scatter(x, y, s=14, color=colour)
         axes.plot(x[0], y[0], marker="o", ms=7, mfc="white", mec=colour)
@@ -122,13 +123,13 @@ def _against_likelihood(axes: Any, runs: Sequence[Run], colours: Sequence[str]) 
 
 
 def _around_a_half(axes: Any) -> None:
-    """Room around 0.5, so that the noise of a few prompts does not fill a panel of P_win."""
+    """Leaves room around 0.5, so that the noise of a few prompts does not fill a panel of P_win."""
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.44), max(high, 0.56))
 
 
 def _colours(count: int) -> Sequence[str]:
-    """Those that can be told apart, or for more runs than there are of these, a scale."""
+    """Returns colours that can be distinguished, or a scale for more runs than there are of these."""
     if count <= len(_COLOURS):
         return _COLOURS[:count]
     import matplotlib
@@ -138,7 +139,7 @@ def _colours(count: int) -> Sequence[str]:
 
 
 def _words(figure: Any, table: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
-    """Adds table and sentences below the plots, in as much room as they need."""
+    """Adds table and sentences below the plots."""
     import textwrap
 
     wrapped = [line for s in sentences for line in textwrap.wrap(s, 250, subsequent_indent="   ")]

@@ -2,16 +2,15 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+import pandas as pd
 
 from launch.run import metric_rows
-from trainers.preference.indicators import measures
 from trainers.preference.indicators.alarm import StoppingRule
 
-Points = dict[int, float]  # step -> value
-
-# Series -> the metrics it may be, of which the first that a run has is taken. `*` is a task; several are averaged.
+# Series -> metrics, of which the first that a run has is used. `*` is a task; several are averaged.
 METRICS = {
     "llh_chosen": ("indicators/llh_chosen", "eval/*/llh/chosen", "llh/chosen"),
     "llh_rejected": ("indicators/llh_rejected", "eval/*/llh/rejected", "llh/rejected"),
@@ -40,30 +39,32 @@ class Run:
 
     Attributes:
       name: unique on the board.
-      series: those of METRICS that the run has.
+      series: name in METRICS, of those that the run has -> values by step.
       alarm: the step of its alarm; None for none.
-      last: the last step of any series.
     """
 
     name: str
-    series: Mapping[str, Points]
+    series: Mapping[str, pd.Series]
     alarm: int | None
-    last: int
+
+    @property
+    def last(self) -> int:
+        """The last step of any series."""
+        return max(points.index[-1] for points in self.series.values())
 
     def first(self, name: str) -> float | None:
         """Returns the value at the first step, None for a series that the run lacks."""
-        points = self.series.get(name)
-        return points[min(points)] if points else None
+        return self.series[name].iloc[0] if name in self.series else None
 
     def final(self, name: str) -> float | None:
         """Returns the value at the last step."""
-        points = self.series.get(name)
-        return points[max(points)] if points else None
+        return self.series[name].iloc[-1] if name in self.series else None
 
     def highest(self, name: str) -> tuple[int, float] | None:
         """Returns (step, value) of the maximum, the earliest of equals."""
-        points = self.series.get(name)
-        return max(points.items(), key=lambda point: (point[1], -point[0])) if points else None
+        if (points := self.series.get(name)) is None:
+            return None
+        return int(points.idxmax()), points.max()
 
 
 def read(name: str, directory: str | os.PathLike) -> Run:
@@ -73,38 +74,26 @@ def read(name: str, directory: str | os.PathLike) -> Run:
       FileNotFoundError: the directory holds no metrics.
       ValueError: they are not of preferences.
     """
-    rows = metric_rows.read_rows(directory)
-    series = {
-        name: points for name, choices in METRICS.items() if (points := _points(rows, choices))
-    }
+    rows = metric_rows.read_rows(directory) or [{"step": 0}]
+    table = pd.DataFrame(rows).set_index("step")
+    series = {}
+    for kind, choices in METRICS.items():
+        points = (_points(table, choice) for choice in choices)
+        if (some := next((one for one in points if len(one)), None)) is not None:
+            series[kind] = some
     if "llh_chosen" not in series:
         raise ValueError(
             f"{directory} has no likelihoods of chosen completions: give runs of t5x_configs/runs/preference.gin."
         )
-    alarms = [row["step"] for row in rows if row.get("indicators/alarm")]
-    last = max(max(points) for points in series.values())
-    return Run(name=name, series=series, alarm=min(alarms, default=None), last=last)
+    alarms = _points(table, "indicators/alarm")
+    return Run(name, series, min(alarms.index[alarms > 0], default=None))
 
 
-def _points(rows: Sequence[Mapping[str, Any]], choices: Sequence[str]) -> Points:
-    for choice in choices:
-        points: Points = {}
-        for row in rows:
-            # NaN is not equal to itself.
-            values = [row[key] for key in row if _is(key, choice) and row[key] == row[key]]
-            if values:
-                points[row["step"]] = sum(values) / len(values)
-        if points:
-            return points
-    return {}
-
-
-def _is(key: str, choice: str) -> bool:
-    before, star, after = choice.partition("*")
-    if not star:
-        return key == choice
-    middle = key.removeprefix(before).removesuffix(after)
-    return key.startswith(before) and key.endswith(after) and "/" not in middle
+def _points(table: pd.DataFrame, metric: str) -> pd.Series:
+    """Returns the values of a metric by step, of which `*` is any task; several tasks are averaged."""
+    pattern = re.compile(metric.replace("*", "[^/]+"))
+    values = table[[name for name in table if pattern.fullmatch(name)]].astype(float).mean(axis=1)
+    return values.dropna().groupby(level="step").last()
 
 
 LEGEND = (
@@ -115,32 +104,52 @@ LEGEND = (
 _NONE = "–"
 
 
+# Heading -> which values of a series are shown, and their decimals.
+_COLUMNS = {
+    "best P_win": ("best", "p_win", 3),
+    "last P_win": ("last", "p_win", 3),
+    "best reward": ("best", "reward", 3),
+    "last reward": ("last", "reward", 3),
+    "LLH": ("change", "llh_chosen", 2),
+    "gap": ("change", "llh_gap", 2),
+    "highest entropy": ("best", "entropy", 2),
+    "last entropy": ("last", "entropy", 2),
+    "mass": ("change", "mass", 3),
+    "EAD": ("change", "ead", 2),
+    "KL": ("last", "kl", 1),
+    "length": ("change", "length", 1),
+    "accuracy": ("last", "accuracy", 2),
+}
+_EMPTY = pd.Series(dtype=float)
+
+
 def table(runs: Sequence[Run]) -> list[list[str]]:
     """Returns rows of cells, the header first, without columns that no run has."""
     columns = {
         "run": [run.name for run in runs],
         "steps": [f"{run.last:,}" for run in runs],
         "alarm": [_NONE if run.alarm is None else f"@ {run.alarm:,}" for run in runs],
-        "best P_win": [_best(run, "p_win", 3) for run in runs],
-        "last P_win": [_number(run.final("p_win"), 3) for run in runs],
-        "best reward": [_best(run, "reward", 3) for run in runs],
-        "last reward": [_number(run.final("reward"), 3) for run in runs],
-        "LLH": [_change(run, "llh_chosen", 2) for run in runs],
-        "gap": [_change(run, "llh_gap", 2) for run in runs],
-        "highest entropy": [_best(run, "entropy", 2) for run in runs],
-        "last entropy": [_number(run.final("entropy"), 2) for run in runs],
-        "mass": [_change(run, "mass", 3) for run in runs],
-        "EAD": [_change(run, "ead", 2) for run in runs],
-        "KL": [_number(run.final("kl"), 1) for run in runs],
-        "length": [_change(run, "length", 1) for run in runs],
-        "accuracy": [_number(run.final(_accuracy(run)), 2) for run in runs],
+        **{name: [_cell(run, *shown) for run in runs] for name, shown in _COLUMNS.items()},
     }
     shown = {
-        name: cells
-        for name, cells in columns.items()
-        if name == "alarm" or any(c != _NONE for c in cells)
+        name: cells for name, cells in columns.items() if name == "alarm" or set(cells) != {_NONE}
     }
-    return [list(shown), *(list(row) for row in zip(*shown.values(), strict=True))]
+    return [list(shown), *map(list, zip(*shown.values(), strict=True))]
+
+
+def _cell(run: Run, which: str, name: str, digits: int) -> str:
+    if name == "accuracy" and "accuracy_held_out" in run.series:
+        name = "accuracy_held_out"
+    if (points := run.series.get(name)) is None:
+        return _NONE
+
+    def number(value: float) -> str:
+        return f"{value:.{digits}f}".replace("-", "−")
+
+    if which == "best":
+        return f"{number(points.max())} @ {points.idxmax():,}"
+    last = number(points.iloc[-1])
+    return last if which == "last" else f"{number(points.iloc[0])} → {last}"
 
 
 def sentence(run: Run) -> str:
@@ -178,33 +187,9 @@ def _moved(first: float, last: float) -> str:
 
 def length_link(runs: Sequence[Run]) -> str | None:
     """Returns the correlation of likelihood with length of output over all evaluations; None for fewer than three."""
-    points = [
-        (run.series["llh_chosen"][step], length)
-        for run in runs
-        for step, length in run.series.get("length", {}).items()
-        if step in run.series["llh_chosen"]
-    ]
-    if len(points) < 3:
-        return None
-    r = measures.pearson(*zip(*points, strict=True))
-    if r != r:
+    columns = [[run.series.get(name, _EMPTY) for name in ("llh_chosen", "length")] for run in runs]
+    points = pd.concat([pd.concat(pair, axis=1, join="inner") for pair in columns])
+    r = points.corr().iloc[0, 1]
+    if len(points) < 3 or pd.isna(r):
         return None
     return f"length: r = {r:.2f} between likelihood and length of output, over {len(points)} evaluations."
-
-
-def _accuracy(run: Run) -> str:
-    return "accuracy_held_out" if "accuracy_held_out" in run.series else "accuracy"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return _NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def _change(run: Run, name: str, digits: int) -> str:
-    first, last = run.first(name), run.final(name)
-    return _NONE if first is None else f"{_number(first, digits)} → {_number(last, digits)}"
-
-
-def _best(run: Run, name: str, digits: int) -> str:
-    best = run.highest(name)
-    return _NONE if best is None else f"{_number(best[1], digits)} @ {best[0]:,}"

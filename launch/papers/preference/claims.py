@@ -3,15 +3,14 @@
 Only methods that learn from pairs are judged. The stopping rule is in rule.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from launch.papers.preference import fits, results, rule
 from launch.papers.preference.results import (
     METHODS,
-    WHERE,
     Arm,
     Condition,
     Course,
@@ -20,8 +19,7 @@ from launch.papers.preference.results import (
     find,
     points,
 )
-from launch.papers.shared import claim
-from launch.papers.shared.claim import Claim
+from launch.papers.shared.claim import Claim, RequiredClaim
 
 APART = 0.05  # of P_win, by which the middle beats both ends
 REDUCTION = 15.0  # per cent of RMSE
@@ -33,28 +31,18 @@ WEIGHTS = (0.0, 0.1, 1.0)  # of the NLL term; at the strong one the last against
 LLH_MOVES, P_WIN_MOVES = 0.02, 0.05  # at most, by an NLL term beside the strong one
 
 
-def claims(measured: Mapping[str, Any]) -> list[Claim]:
-    """Returns all claims, judged on what `measure.run` returns."""
-    runs = {"language": results.direct(results.courses(measured))}
-    return claim.judge(CLAIMS, runs, {"language": WHERE})
-
-
-def bins(select: fits.Select) -> Callable[[Sequence[Course]], Numbers | None]:
+def bins(courses: Sequence[Course], select: fits.Select) -> Numbers | None:
     """Returns the mean P_win in the end bins of better LLH, and in the best bin between them."""
-
-    def numbers(every: Sequence[Course]) -> Numbers | None:
-        x_E, y_E = select(*points(every, "llh_chosen", "p_win"))
-        if len(x_E) < 2 * fits.BINS:
-            return None
-        _, means = fits.binned(x_E, y_E)
-        return {"low": means[0], "middle": max(means[1:-1]), "high": means[-1]}
-
-    return numbers
+    x_E, y_E = select(*points(courses, "llh_chosen", "p_win"))
+    if len(x_E) < 2 * fits.BINS:
+        return None
+    _, means = fits.binned(x_E, y_E)
+    return {"low": means[0], "middle": max(means[1:-1]), "high": means[-1]}
 
 
-def parabola(every: Sequence[Course]) -> Numbers | None:
+def parabola(courses: Sequence[Course]) -> Numbers | None:
     """Returns how much better a parabola fits P_win than a line."""
-    both = points(every, "llh_chosen", "p_win")
+    both = points(courses, "llh_chosen", "p_win")
     near, whole = fits.fit(*fits.above(*both)), fits.fit(*both)
     if near is None or whole is None:
         return None
@@ -67,19 +55,19 @@ def parabola(every: Sequence[Course]) -> Numbers | None:
     }
 
 
-def largest_gap(every: Sequence[Course]) -> Numbers | None:
+def largest_gap(courses: Sequence[Course]) -> Numbers | None:
     """Returns the P_win of the run with the largest gap at the end, and the best run's."""
-    if len(every) < 2:
+    if len(courses) < 2:
         return None
-    gaps, wins = (np.array([one.end(name) for one in every]) for name in ("llh_gap", "p_win"))
+    gaps, wins = (np.array([one.end(name) for one in courses]) for name in ("llh_gap", "p_win"))
     at = int(np.argmax(gaps))
     is_best = float(at == np.argmax(wins))
     return {"gap": gaps[at], "p_win": wins[at], "best": wins.max(), "is_best": is_best}
 
 
-def front(every: Sequence[Course]) -> Numbers | None:
+def front(courses: Sequence[Course]) -> Numbers | None:
     """Returns whether the evaluation of the best P_win is on the Pareto front of high better and low worse LLH."""
-    p_win, chosen, rejected = points(every, "p_win", "llh_chosen", "llh_rejected")
+    p_win, chosen, rejected = points(courses, "p_win", "llh_chosen", "llh_rejected")
     if not p_win.size:
         return None
     at = int(np.argmax(p_win))
@@ -92,18 +80,18 @@ def ranks(score: str, name: str, holds: Callable[[Numbers], bool]) -> list[Condi
     """Returns conditions on Spearman's correlation with better LLH over all evaluations of each method."""
     words = f"Spearman's correlation of {name} and better LLH {{rho:.2}}, {{count:n}} evaluations"
 
-    def numbers(method: str) -> Callable[[Sequence[Course]], Numbers | None]:
-        def of(every: Sequence[Course]) -> Numbers | None:
-            from scipy import stats
+    def numbers(courses: Sequence[Course], method: str) -> Numbers | None:
+        from scipy import stats
 
-            x_E, y_E = points(results.of_method(every, method), "llh_chosen", score)
-            if min(len(np.unique(x_E)), len(np.unique(y_E))) < 2:
-                return None
-            return {"rho": float(stats.spearmanr(x_E, y_E).statistic), "count": len(x_E)}
+        x_E, y_E = points(results.of_method(courses, method), "llh_chosen", score)
+        if min(len(np.unique(x_E)), len(np.unique(y_E))) < 2:
+            return None
+        return {"rho": float(stats.spearmanr(x_E, y_E).statistic), "count": len(x_E)}
 
-        return of
-
-    return [Condition(label, words, numbers(m), holds) for m, (label, _) in METHODS.items()]
+    return [
+        Condition(label, words, functools.partial(numbers, method=method), holds)
+        for method, (label, _) in METHODS.items()
+    ]
 
 
 def turn(one: Course) -> Numbers:
@@ -131,14 +119,14 @@ def masses(one: Course) -> Numbers:
     }
 
 
-def _ends(every: Sequence[Course], strength: float, weights: Sequence[float]) -> list[Course]:
+def _ends(courses: Sequence[Course], strength: float, weights: Sequence[float]) -> list[Course]:
     """Returns the runs of DPO with NLL terms of these weights; fewer where some are missing."""
-    return [one for weight in weights for one in find(every, Arm("dpo", strength, weight))[:1]]
+    return [one for weight in weights for one in find(courses, Arm("dpo", strength, weight))[:1]]
 
 
-def nll_difference(every: Sequence[Course]) -> Numbers | None:
+def nll_difference(courses: Sequence[Course]) -> Numbers | None:
     """Returns the changes at the end by an NLL term beside strong DPO."""
-    runs = _ends(every, STRONG, (WEIGHTS[0], WEIGHTS[-1]))
+    runs = _ends(courses, STRONG, (WEIGHTS[0], WEIGHTS[-1]))
     if len(runs) < 2:
         return None
     without, beside = runs
@@ -146,20 +134,20 @@ def nll_difference(every: Sequence[Course]) -> Numbers | None:
     return {key: beside.end(name) - without.end(name) for key, name in names.items()}
 
 
-def nll_by_weight(every: Sequence[Course]) -> Numbers | None:
+def nll_by_weight(courses: Sequence[Course]) -> Numbers | None:
     """Returns P_win and better LLH at the end of weak DPO by the weight of the NLL term."""
-    runs = _ends(every, WEAK, WEIGHTS)
+    runs = _ends(courses, WEAK, WEIGHTS)
     if len(runs) < len(WEIGHTS):
         return None
     names = {"p": "p_win", "llh": "llh_chosen"}
     return {f"{key}{i}": one.end(name) for i, one in enumerate(runs) for key, name in names.items()}
 
 
-def length_link(every: Sequence[Course]) -> Numbers | None:
+def length_link(courses: Sequence[Course]) -> Numbers | None:
     """Returns Pearson's correlation of better LLH and the length of outputs."""
     from trainers.preference.indicators import measures
 
-    both = points(every, "llh_chosen", "length")
+    both = points(courses, "llh_chosen", "length")
     r, above = (measures.pearson(*some) for some in (both, fits.above(*both)))
     return None if np.isnan([r, above]).any() else {"r": r, "above": above}
 
@@ -169,7 +157,7 @@ _INTERMEDIATE = [
         Condition(
             of,
             "P_win {low:.3} in the lowest bin of better LLH, {middle:.3} in the best between, {high:.3} in the highest",
-            bins(select),
+            functools.partial(bins, select=select),
             lambda n: n["middle"] - max(n["low"], n["high"]) > APART,
         )
         for of, select in (
@@ -245,43 +233,38 @@ _LENGTH = Condition(
 )
 
 CLAIMS = (
-    Claim(
+    RequiredClaim(
         "C1",
         "Intermediate likelihood of better completions is best",
         f"of {fits.BINS} bins of better LLH with as many evaluations each, one in the middle has a mean P_win more than "
         f"{APART} above both end bins', of all evaluations and of those above {fits.CLIP:g}; above it a quadratic fit opens "
         f"downwards and has more than {REDUCTION:g} % less RMSE than a line",
         {"language": _INTERMEDIATE},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C2",
         "A larger gap between better and worse completions is not better",
         "the run of the largest gap at the end has not the best P_win there, and the evaluation of the best P_win is "
         "not on the Pareto front of high better and low worse LLH",
         {"language": _GAP},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C3",
         "Lower likelihood goes with more diversity across outputs",
         f"Spearman's correlation of EAD and better LLH below -{SPEARMAN} for each method",
         {"language": ranks("ead", "EAD", lambda n: n["rho"] < -SPEARMAN)},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C4",
-        "Higher likelihood goes with what is memorised",
+        "Higher likelihood goes with more memorised facts",
         f"Spearman's correlation of fact accuracy and better LLH above {SPEARMAN} for each method",
         {"language": ranks("facts", "fact accuracy", lambda n: n["rho"] > SPEARMAN)},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C5",
         "Entropy of the likeliest tokens rises, and then falls",
         f"with DPO of β = {' and '.join(f'{s:g}' for s in SMALL)}, its peak is above the start and its end below it",
         {"language": _TURN},
-        required=True,
     ),
     Claim(
         "C6",
@@ -289,25 +272,23 @@ CLAIMS = (
         "with the arm of each method that moves furthest, it is lower at the end than at the start",
         {"language": _MASS},
     ),
-    Claim(
+    RequiredClaim(
         "C7",
         "An NLL term acts through likelihood alone",
         f"at the end of DPO with β = {STRONG:g}, λ = {WEIGHTS[-1]:g} changes better LLH by at most {LLH_MOVES} and P_win "
         f"by less than {P_WIN_MOVES}; with β = {WEAK:g}, P_win is not monotone in λ = "
         f"{', '.join(f'{w:g}' for w in WEIGHTS)}",
         {"language": _NLL},
-        required=True,
     ),
-    Claim(
+    RequiredClaim(
         "C8",
         "Likelihood is not a matter of length",
         f"Pearson's correlation of better LLH and the mean length of outputs within {PEARSON} of 0",
         {"language": [_LENGTH]},
-        required=True,
     ),
     Claim(
         "C9",
-        "The stopping rule stops the runs that go too far, and no others (not a claim of the paper)",
+        "The stopping rule stops exactly the runs that are over-optimised (not a claim of the paper)",
         f"of runs that are not over-optimised at most {rule.RATE:.0%} raise an alarm; of those that are at most {rule.RATE:.0%} raise "
         f"none, and as many raise it early; over-optimised: P_win at the end is more than {rule.LOSS} below its best",
         {"language": [rule.rates]},

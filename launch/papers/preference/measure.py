@@ -1,4 +1,4 @@
-"""Likelihood over-optimisation at small scale: runs what is left of the sweep, and reads its results."""
+"""Likelihood over-optimisation at small scale: runs the unfinished part of the sweep, and reads its results."""
 
 import json
 import math
@@ -14,35 +14,24 @@ SEEDS = 3
 PARTS = {"language": "preferences in a generated language"}
 # Of an evaluation, as PreferenceIndicators names them.
 INDICATORS = (
-    "llh_chosen",
-    "llh_rejected",
-    "llh_gap",
-    "entropy",
-    "mass",
-    "ead",
-    "length",
-    "kl",
-    "reward",
-    "p_win",
+    *("llh_chosen", "llh_rejected", "llh_gap", "entropy", "mass"),
+    *("ead", "length", "kl", "reward", "p_win"),
 )
 
 
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns the rows of the sweep by part; other arguments as of `sweeps.rows`.
+    """Returns the rows of the sweep by part.
 
     Args:
       model_dir: parent of the sweep's folder.
       seeds: of the sweep.
       parts: of PARTS.
-      **options: workers and minutes.
+      **options: as of `sweeps.rows`.
     """
-    folder = pathlib.Path(model_dir)
-    return {
-        part: sweeps.measured(folder / part, "preference/sweep", seeds, with_course, **options)
-        for part in parts
-    }
+    files = {part: ("preference/sweep", seeds) for part in parts}
+    return sweeps.parts(model_dir, files, with_course, **options)
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:

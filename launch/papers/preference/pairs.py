@@ -1,10 +1,10 @@
-"""Samples a model of the generated language twice for each prompt, and writes which text a noisy judge prefers.
+"""Samples a model of the generated language twice for each prompt, and writes the preferences of a noisy judge.
 
 The better of two texts of rewards r and s is the first with probability 1 / (1 + exp(s - r)) (Bradley and Terry):
 
   python -m launch.papers.preference.pairs --checkpoint=SFT --to=DIR --seed=0
 
-DIR gets pairs.jsonl, of prompts that are trained on, and held_out.jsonl, of others.
+It writes pairs.jsonl, of training prompts, and held_out.jsonl, of held-out prompts, to DIR.
 """
 
 if __name__ == "__main__":
@@ -13,8 +13,10 @@ if __name__ == "__main__":
 
     def add_flags(parser):
         load_run.add_flags(parser)
-        parser.add_argument("--to", required=True, metavar="DIR", help="where the files go")
-        parser.add_argument("--seed", type=int, default=0, help="of texts and judgements")
+        parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument(
+            "--seed", type=int, default=0, help="random seed of texts and judgements"
+        )
 
     def start_run(start):
         from launch.papers.preference import pairs
@@ -59,8 +61,8 @@ def run(start: Any) -> None:
         sampling=Sampling(temperature=1.0),
         num_samples=2,
     )
-    asked = {split: prompts(split) for split in FILES}
-    rows = [(split, {"text": prompt}) for split, texts in asked.items() for prompt in texts]
+    texts = {split: prompts(split) for split in FILES}
+    rows = [(split, {"text": prompt}) for split, some in texts.items() for prompt in some]
     samples = generate.generate(
         start(),
         rows,
@@ -72,7 +74,7 @@ def run(start: Any) -> None:
     )
     judged = judge(list(samples), np.random.default_rng(flags.seed))
     for split, file in FILES.items():
-        row_files.write(str(folder / file), [next(judged) for _ in asked[split]])
+        row_files.write(str(folder / file), [next(judged) for _ in texts[split]])
 
 
 def prompts(split: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a policy still knows the facts of the generated language, which no preference is about."""
+"""Recall of the facts of the generated language, which no preference concerns."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class FactRecall:
     Attributes:
       run: set by `launch.train`.
       vocabulary: of the language's symbols.
-      start_token: what is read before each prompt; None for nothing.
+      start_token: read before each prompt; None for none.
       every: updates between evaluations; there is one before the first and one after the last.
     """
 

@@ -1,6 +1,6 @@
-"""`launch.report --board`: what watches preference runs for over-optimisation, as plots, a table and sentences.
+"""`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
 
-The page has its plots inside, and can be sent; with --out=board.png all is one image. Runs without indicators show
+The page embeds its plots; with --out=board.png all is one image. Runs without indicators show
 their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
 """
 
@@ -24,6 +24,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
     from launch.papers.preference import board_figure, board_series
+    from launch.papers.shared import page
     from launch.plots import html_page
 
     if path.suffix not in (".html", ".png"):
@@ -45,20 +46,16 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
         board_figure.draw(runs, image)
         lines = ["# Preference runs", "", *(f"- {sentence}" for sentence in sentences), ""]
         lines += [f"![likelihoods and indicators by step]({image.name})", ""]
-        lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-        lines += ["", board_series.LEGEND]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        lines += [*page.table(header, escaped), board_series.LEGEND]
         html_page.write("\n".join(lines), path)
         image.unlink()
     return "\n".join([*sentences, f"the board is {path}"])
 
 
 def _without_common_end(names: Sequence[str]) -> list[str]:
-    """Of the runs of a sweep, dpo/seed0 and ipo/seed0, the seed says nothing."""
+    """Removes the last parts that all names share, such as seed0 of dpo/seed0 and ipo/seed0."""
     parts = [name.split("/") for name in names]
     while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
     return ["/".join(part) for part in parts]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -10,7 +10,6 @@ from launch.papers.preference import sweep
 from launch.papers.shared.claim import Evidence
 from launch.plots import intervals
 
-WHERE = "seed"  # how the `where` of all evidence begins
 WINDOW = 3  # evaluations of a moving mean, such as that of a run's end
 # Method that learns from pairs -> (its name, the letter of its strength).
 METHODS = {"dpo": ("DPO", "β"), "ipo": ("IPO", "τ"), "hinge": ("Hinge", "α")}
@@ -20,10 +19,7 @@ _STRENGTHS = {"dpo": sweep.DPO, "ipo": sweep.IPO, "hinge": sweep.HINGE}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method of METHODS with its strength and the weight of an NLL term, or one of ONLINE, which has neither.
-
-    The hinge's strength is the weight of its regulariser.
-    """
+    """A method of METHODS with its strength (the hinge's is the weight of its regulariser) and NLL weight, or of ONLINE."""
 
     method: str
     strength: float | None = None
@@ -104,50 +100,48 @@ class Course:
         return half + int(np.argmax(self.moving("p_win")[half:-half]))
 
 
-def courses(measured: Mapping[str, Any]) -> list[Course]:
+def courses(rows: Sequence[Mapping[str, Any]]) -> list[Course]:
     """Returns the courses of all runs with enough evaluations, in the order of the sweep's arms."""
-    rows = [row for row in measured.get("language", ()) if len(row["course"]) >= WINDOW]
-    named = {(row["arm"], row["seed"]): row["course"] for row in rows}
+    order = list(ARMS)
+    evaluated = [row for row in rows if row["arm"] in ARMS and len(row["course"]) >= WINDOW]
     return [
-        Course(
-            ARMS[arm],
-            seed,
-            {name: np.array([one[name] for one in course], float) for name in course[0]},
-        )
-        for arm in ARMS
-        for seed in sorted({row["seed"] for row in rows})
-        if (course := named.get((arm, seed)))
+        Course(ARMS[row["arm"]], row["seed"], _columns(row["course"]))
+        for row in sorted(evaluated, key=lambda row: (order.index(row["arm"]), row["seed"]))
     ]
 
 
-def direct(every: Sequence[Course]) -> list[Course]:
+def _columns(course: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    return {name: np.array([one[name] for one in course], float) for name in course[0]}
+
+
+def direct(courses: Sequence[Course]) -> list[Course]:
     """Returns the runs that learn from pairs."""
-    return [one for one in every if one.arm.direct]
+    return [one for one in courses if one.arm.direct]
 
 
-def of_method(every: Sequence[Course], method: str) -> list[Course]:
-    return [one for one in every if one.arm.method == method]
+def of_method(courses: Sequence[Course], method: str) -> list[Course]:
+    return [one for one in courses if one.arm.method == method]
 
 
-def by_seed(every: Sequence[Course]) -> dict[int, list[Course]]:
+def by_seed(courses: Sequence[Course]) -> dict[int, list[Course]]:
     return {
-        seed: [one for one in every if one.seed == seed]
-        for seed in sorted({one.seed for one in every})
+        seed: [one for one in courses if one.seed == seed]
+        for seed in sorted({one.seed for one in courses})
     }
 
 
-def find(every: Sequence[Course], arm: Arm) -> list[Course]:
+def find(courses: Sequence[Course], arm: Arm) -> list[Course]:
     """Returns the runs of an arm, by seed."""
-    return [one for one in every if one.arm == arm]
+    return [one for one in courses if one.arm == arm]
 
 
-def points(every: Sequence[Course], *names: str) -> list[np.ndarray]:
+def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
     """Returns the values [E] of all evaluations that have all of them.
 
     Runs of one seed share their evaluation before the first update, which counts once.
     """
     known, parts = set(), []
-    for one in every:
+    for one in courses:
         first = int(one.seed in known)
         known.add(one.seed)
         parts.append(np.stack([one[name][first:] for name in names]))
@@ -163,7 +157,7 @@ class Condition:
     """A measure of a claim: a condition on numbers of the runs, judged in each seed and on the means over seeds.
 
     Attributes:
-      of: the runs it is about, for the report; empty for all of them.
+      of: the name of its runs in the report; empty for all of them.
       words: with the numbers' names in braces and their digits, as in "drop {drop:.1} %".
       numbers: of the runs of one seed; None where they are missing.
       holds: whether numbers meet the condition.
@@ -180,13 +174,13 @@ class Condition:
     ) -> "Condition":
         """Returns a condition on the run of one arm."""
 
-        def of_arm(every: Sequence[Course]) -> Numbers | None:
-            return next((numbers(one) for one in find(every, arm)), None)
+        def of_arm(courses: Sequence[Course]) -> Numbers | None:
+            return next((numbers(one) for one in find(courses, arm)), None)
 
         return cls(arm.label, words, of_arm, holds)
 
-    def __call__(self, every: Sequence[Course], where: str) -> list[Evidence]:
-        numbers = {seed: self.numbers(mine) for seed, mine in by_seed(every).items()}
+    def __call__(self, courses: Sequence[Course], where: str) -> list[Evidence]:
+        numbers = {seed: self.numbers(mine) for seed, mine in by_seed(courses).items()}
         there = {seed: one for seed, one in numbers.items() if one is not None}
         out = [self._judge(f"{where} {seed}", [one]) for seed, one in there.items()]
         if len(there) > 1:
@@ -202,7 +196,7 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A number of one seed, or the mean of several with its interval; its format is `.digits`, 'n' for no interval."""
+    """A number of one seed, or the mean of several with its interval; formats are '.digits', and 'n' without interval."""
 
     values: Sequence[float]
 

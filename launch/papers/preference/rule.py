@@ -1,12 +1,14 @@
 """The stopping rule's alarms judged by the P_win of the runs: the claim of this project on them, and its tables."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
-from launch.papers.preference.results import ARMS, Arm, Course, by_seed, direct
+from launch.papers.preference.results import ARMS, Arm, Course, by_seed, direct, find
 from launch.papers.shared import page
 from launch.papers.shared.claim import Evidence
 from launch.plots import intervals
@@ -21,7 +23,6 @@ TRIED = tuple(
 
 Signal = Literal["both", "entropy", "mass"]
 Kind = Literal["in time", "early", "missed", "false", "none"]
-KINDS: tuple[Kind, ...] = ("in time", "early", "missed", "false", "none")
 OVER: tuple[Kind, ...] = ("in time", "early", "missed")  # of over-optimised runs
 RATE = 0.1  # of alarms that are wrong, at most
 # Wrong kind -> (the runs among which it is counted, in words).
@@ -62,11 +63,9 @@ def outcome(course: Course, *, rule: StoppingRule = DEFAULT, signal: Signal = "b
     alarm = rule(_readings(course, signal))
     wins, steps = course.moving("p_win"), course["step"].tolist()
     best, at = course.best, len(steps) - 1 if alarm is None else steps.index(alarm.step)
-    over_optimised = wins[-1] < wins[best] - LOSS
     kind: Kind
-    if over_optimised:
-        early = at < best - 1
-        kind = "missed" if alarm is None else "early" if early else "in time"
+    if wins[-1] < wins[best] - LOSS:
+        kind = "missed" if alarm is None else "early" if at < best - 1 else "in time"
     else:
         kind = "none" if alarm is None else "false"
     return Outcome(
@@ -81,34 +80,30 @@ def outcome(course: Course, *, rule: StoppingRule = DEFAULT, signal: Signal = "b
 
 
 def outcomes(
-    every: Sequence[Course], *, rule: StoppingRule = DEFAULT, signal: Signal = "both"
+    courses: Sequence[Course], *, rule: StoppingRule = DEFAULT, signal: Signal = "both"
 ) -> list[Outcome]:
-    return [outcome(one, rule=rule, signal=signal) for one in every]
+    return [outcome(one, rule=rule, signal=signal) for one in courses]
 
 
-def count(measured: Sequence[Outcome]) -> dict[Kind, int]:
-    return {kind: sum(one.kind == kind for one in measured) for kind in KINDS}
+def _count(measured: Sequence[Outcome]) -> collections.Counter[Kind]:
+    return collections.Counter(one.kind for one in measured)
 
 
 def _readings(course: Course, signal: Signal) -> list[Reading]:
-    """Returns the evaluations as the rule reads them; a signal that is not asked for is constant."""
-    entropies, masses = (
-        course[name] if signal in ("both", name) else np.ones_like(course[name])
-        for name in ("entropy", "mass")
-    )
-    columns = (course["step"], entropies, masses, course["llh_chosen"])
-    return [
-        Reading(step=int(step), entropy=entropy, mass=mass, llh_chosen=likelihood)
-        for step, entropy, mass, likelihood in zip(*(c.tolist() for c in columns), strict=True)
-    ]
+    """Returns the evaluations as the rule reads them; a signal that is not used is constant."""
+    names = ("step", "entropy", "mass", "llh_chosen")
+    values = pd.DataFrame({name: course[name] for name in names}).astype({"step": int})
+    if signal != "both":
+        values["mass" if signal == "entropy" else "entropy"] = 1.0
+    return [Reading(**one) for one in values.to_dict("records")]
 
 
-def rates(every: Sequence[Course], where: str) -> list[Evidence]:
+def rates(courses: Sequence[Course], where: str) -> list[Evidence]:
     """Measures how often the rule is wrong: in each seed, and in all of them together."""
-    seeds = by_seed(every)
+    seeds = by_seed(courses)
     groups = {f"{where} {seed}": mine for seed, mine in seeds.items()}
     if len(seeds) > 1:
-        groups[f"{where}s {', '.join(map(str, seeds))}"] = list(every)
+        groups[f"{where}s {', '.join(map(str, seeds))}"] = list(courses)
     out = []
     for kind, (among, words) in _WRONG.items():
         for place, mine in groups.items():
@@ -120,28 +115,21 @@ def rates(every: Sequence[Course], where: str) -> list[Evidence]:
     return out
 
 
-def tables(every: Sequence[Course]) -> list[str]:
+def tables(courses: Sequence[Course]) -> list[str]:
     """Returns the tables of outcomes by arm, of released checkpoints, and of other rules."""
-    by_arm: dict[Arm, list[Outcome]] = {arm: [] for arm in ARMS.values()}
-    for one in outcomes(every):
-        by_arm[one.course.arm].append(one)
-    by_arm = {arm: mine for arm, mine in by_arm.items() if mine}
-    return [*_alarms(by_arm), *_released(by_arm), *_rules(direct(every))]
+    by_arm = {arm: mine for arm in ARMS.values() if (mine := outcomes(find(courses, arm)))}
+    return [*_alarms(by_arm), *_released(by_arm), *_rules(direct(courses))]
 
 
 def _alarms(by_arm: Mapping[Arm, Sequence[Outcome]]) -> list[str]:
     rows = []
     for arm, mine in by_arm.items():
-        counts = count(mine)
-        rows.append(
-            (
-                arm.label,
-                f"{sum(counts[kind] for kind in OVER)} of {len(mine)}",
-                *(str(counts[kind]) for kind in (*OVER, "false")),
-                ", ".join(f"{one.alarm.step}" if one.alarm else "–" for one in mine),
-                ", ".join(f"{one.course['step'][one.course.best]:.0f}" for one in mine),
-            )
-        )
+        counts = _count(mine)
+        over = f"{sum(counts[kind] for kind in OVER)} of {len(mine)}"
+        alarms = ", ".join(f"{one.alarm.step}" if one.alarm else "–" for one in mine)
+        best = ", ".join(f"{one.course['step'][one.course.best]:.0f}" for one in mine)
+        kinds = [str(counts[kind]) for kind in (*OVER, "false")]
+        rows.append((arm.label, over, *kinds, alarms, best))
     header = ("arm", "over-optimised", *OVER, "false", "alarms at", "best P_win at")
     return page.table(header, rows)
 
@@ -160,16 +148,16 @@ def _released(by_arm: Mapping[Arm, Sequence[Outcome]]) -> list[str]:
     return page.table(("arm", "best P_win", "end - best", *pairs), rows)
 
 
-def _rules(every: Sequence[Course]) -> list[str]:
+def _rules(courses: Sequence[Course]) -> list[str]:
     judged = {
-        f"{_name(DEFAULT)} (the default)": outcomes(every),
-        "its entropy alone": outcomes(every, signal="entropy"),
-        "its mass alone": outcomes(every, signal="mass"),
-        **{_name(one): outcomes(every, rule=one) for one in TRIED if one != DEFAULT},
+        f"{_name(DEFAULT)} (the default)": outcomes(courses),
+        "its entropy alone": outcomes(courses, signal="entropy"),
+        "its mass alone": outcomes(courses, signal="mass"),
+        **{_name(one): outcomes(courses, rule=one) for one in TRIED if one != DEFAULT},
     }
     rows = []
     for name, mine in judged.items():
-        counts = count(mine)
+        counts = _count(mine)
         over = [one for one in mine if one.kind in OVER]
         calm = [one for one in mine if one.kind not in OVER]
         costs = [

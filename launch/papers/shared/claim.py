@@ -1,6 +1,7 @@
 """Claims of a paper, the evidence measured for each, and their verdicts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ Measure = Callable[[Any, str], Sequence[Evidence]]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim and how it is measured; without evidence its verdict is 'not measured'.
+    """A claim and how it is measured.
 
     Attributes:
       name: short, such as 'B3'.
@@ -34,56 +35,44 @@ class Claim:
       condition: when a measurement supports it.
       measures: part of the experiment -> functions that measure the claim there.
       required: whether it must hold at small scale too.
-      evidence: filled in by `judge`.
-      places: part -> how the `where` of its evidence begins; filled in by `judge`.
+      by_part: part with results -> its evidence; set by `judge`.
     """
 
     name: str
     statement: str
     condition: str
-    measures: Mapping[str, Sequence[Measure]] = dataclasses.field(default_factory=dict)
+    measures: Mapping[str, Sequence[Measure]]
     required: bool = False
-    evidence: Sequence[Evidence] = ()
-    places: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by_part: Mapping[str, Sequence[Evidence]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        return [one for part in self.by_part.values() for one in part]
 
     @property
     def verdict(self) -> str:
         """'holds', 'fails', 'mixed' where only some of the evidence supports it, or 'not measured'."""
-        if not self.evidence:
+        supports = {one.holds for one in self.evidence}
+        if not supports:
             return "not measured"
-        supporting = sum(e.holds for e in self.evidence)
-        return {len(self.evidence): "holds", 0: "fails"}.get(supporting, "mixed")
+        return "mixed" if len(supports) == 2 else "holds" if supports == {True} else "fails"
 
-    def unmeasured(self, parts: Sequence[str]) -> list[str]:
-        """Returns those of `parts` that should have measured the claim and did not."""
-        return [
-            part
-            for part, place in self.places.items()
-            if part in parts and not any(e.where.startswith(place) for e in self.evidence)
-        ]
+
+RequiredClaim = functools.partial(Claim, required=True)
 
 
 def judge(
     claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
 ) -> list[Claim]:
-    """Returns the claims with the evidence of all parts that have results.
-
-    Args:
-      claims: of a paper.
-      results: by part.
-      places: part -> its name in the report.
-    """
+    """Returns the claims with the evidence of all parts that have results; `places` are the parts' names in the report."""
     return [
         dataclasses.replace(
             claim,
-            evidence=[
-                evidence
+            by_part={
+                part: [one for measure in measures for one in measure(results[part], places[part])]
                 for part, measures in claim.measures.items()
                 if part in results
-                for measure in measures
-                for evidence in measure(results[part], places[part])
-            ],
-            places={part: places[part] for part in claim.measures},
+            },
         )
         for claim in claims
     ]
@@ -98,7 +87,8 @@ def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
         elif claim.required:
             out += [
                 f"{claim.name} must hold, and part {part} has not measured it"
-                for part in claim.unmeasured(parts)
+                for part in claim.measures
+                if part in parts and not claim.by_part.get(part)
             ]
     return out
 
@@ -116,26 +106,3 @@ def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:
         }
         for claim in judged
     ]
-
-
-def table(judged: Sequence[Claim]) -> list[str]:
-    """Returns the Markdown table of verdicts; required claims are bold."""
-    out = ["| claim | pass condition | verdict |", "|---|---|---|"]
-    for claim in judged:
-        statement = f"{claim.name} {claim.statement}"
-        shown = f"**{statement}**" if claim.required else statement
-        out.append(f"| {shown} | {claim.condition} | **{claim.verdict}** |")
-    return out
-
-
-def measurements(judged: Sequence[Claim]) -> list[str]:
-    """Returns the Markdown list of evidence for each claim."""
-    out = []
-    for claim in judged:
-        out += [f"### {claim.name}: {claim.statement}", ""]
-        out += [
-            f"- {one.where}: {one.measured}. **{'Holds' if one.holds else 'Fails'}.**"
-            for one in claim.evidence
-        ] or ["- Not measured."]
-        out.append("")
-    return out

@@ -1,5 +1,6 @@
 """Runs that are evaluated on several domains: losses of groups of domains, at the end and over training."""
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -11,15 +12,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from launch.papers.shared import claim, page, results, sweeps
-from launch.papers.shared.claim import Claim, Evidence, Measure
+from launch.papers.shared import page, results, sweeps
+from launch.papers.shared.claim import Measure
 from launch.papers.shared.results import named
 
 MEAN = "mean loss"
 PARTS = {"synthetic": "generated domains", "real": "real ones"}
 HELD_OUT = "held_out"
-_LOSS = "/loss"
-INTRO = (
+_INTRO = (
     "Losses are of held-out text, in nats per token, means over seeds with 95 % intervals\n"
     + page.MEANS.removeprefix("Values are means over seeds with 95 % intervals ").replace(
         "must\nhold", "must hold"
@@ -55,15 +55,8 @@ class DomainRuns(results.Results):
         return cls(measured["rows"], domains, groups, measured["floors"], measured["planned"])
 
     @classmethod
-    def parts(cls, measured: Mapping[str, Any]) -> dict[str, Self]:
-        """Returns the runs of those PARTS that have any."""
-        return {
-            name: cls.of(measured[name]) for name in PARTS if measured.get(name, {}).get("rows")
-        }
-
-    @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
-        """Returns a paper's own groups, beside MEAN, and `on` and `off` of each domain."""
+        """Returns a paper's own groups, in addition to MEAN, and `on` and `off` of each domain."""
         del domains
         return {}
 
@@ -88,45 +81,37 @@ class DomainRuns(results.Results):
     def at(self, step: int) -> Self:
         """Returns the runs as they were evaluated at a step, without those that were not.
 
-        At step 0 a run is what it starts from, if there is a run of the arm `<arm>_start`.
+        At step 0 a run has the losses of its start, the run of the arm `<arm>_start`, if there is one.
         """
-        if step not in self._evaluated:
-            self._evaluated[step] = self._at(step)
-        return self._evaluated[step]
+        return self._by_step.get(step) or dataclasses.replace(self, rows=[])
 
     @functools.cached_property
-    def _evaluated(self) -> dict[int, Self]:
-        return {}
-
-    def _at(self, step: int) -> Self:
-        rows = []
+    def _by_step(self) -> dict[int, Self]:
+        rows = collections.defaultdict(list)
         for row in self.rows:
-            losses = dict(row["curve"]).get(step)
-            if losses is None and step == 0:
-                start = self.find(f"{row['arm']}_start").get(row["seed"])
-                losses = held_out(start) if start else None
-            if losses:
-                tasks = {task: {"loss": loss} for task, loss in losses.items()}
-                rows.append({**row, "held_out": tasks, "step": step})
-        return dataclasses.replace(self, rows=rows)
+            curve = dict(row["curve"])
+            start = self.find(f"{row['arm']}_start").get(row["seed"])
+            if start and curve.get(0) is None:
+                curve[0] = held_out(start)
+            for step, losses in curve.items():
+                if losses:
+                    tasks = {task: {"loss": loss} for task, loss in losses.items()}
+                    rows[step].append({**row, "held_out": tasks, "step": step})
+        return {step: dataclasses.replace(self, rows=some) for step, some in rows.items()}
 
     def steps(self, *arms: str) -> list[int]:
         """Returns the steps at which all runs of the arms were evaluated; step 0 where the start is known."""
         rows = [row for arm in arms for row in self.find(arm).values()]
-        if not rows:
-            return []
-        steps = set.intersection(*({step for step, _ in row["curve"]} for row in rows))
-        if 0 not in steps:
-            start = self.at(0)
-            if all(start.find(row["arm"]).get(row["seed"]) for row in rows):
-                steps.add(0)
-        return sorted(steps)
+        return sorted(
+            step
+            for step, runs in self._by_step.items()
+            if rows and all(row["seed"] in runs.find(row["arm"]) for row in rows)
+        )
 
     def lacking(self) -> list[str]:
         """Returns the names of planned runs and evaluations that are missing, with their seeds."""
-        there = {row["seed"] for row in self.rows}
         seeds = sorted({seed for by_seed in self.planned.values() for seed in by_seed})
-        gone = [seed for seed in seeds if seed not in there]
+        gone = [seed for seed in seeds if seed not in self.seeds]
         out = [f"all of seed {seed}" for seed in gone]
         for arm, by_seed in self.planned.items():
             rows = self.find(arm)
@@ -169,31 +154,17 @@ def held_out(row: Mapping[str, Any]) -> dict[str, float]:
 # How claims are measured.
 
 
-def lower(
-    runs: DomainRuns, where: str, one: str, other: str, score: str = MEAN, **options: bool
-) -> list[Evidence]:
-    """Returns whether an arm has the lower loss: see `results.better`."""
-    return results.better(runs, where, score, one, other, lower=True, **options)
-
-
 def pairs(
     *arms: tuple[str, str], score: str = MEAN, step: int | None = None, no_worse: bool = False
 ) -> Measure:
-    """Returns a measure of whether the first arm of each pair has the lower loss.
+    """Returns a measure of whether the first arm of each pair has the lower loss at a step, or at the end if None.
 
-    Args:
-      arms: pairs of them.
-      score: of the runs.
-      step: at which they are compared; None for the end.
-      no_worse: whether it also holds if the second arm is not significantly better.
+    With `no_worse` it also holds if the second arm is not significantly better.
     """
-
-    def measure(runs: DomainRuns, where: str) -> list[Evidence]:
-        at = runs if step is None else runs.at(step)
-        place = where if step is None else f"{where}, {step} updates"
-        return [e for pair in arms for e in lower(at, place, *pair, score, no_worse=no_worse)]
-
-    return measure
+    measure = results.compare(score, *arms, no_worse=no_worse)
+    if step is None:
+        return measure
+    return lambda runs, where: measure(runs.at(step), f"{where}, {step} updates")
 
 
 def everywhere(*measures: Measure) -> dict[str, Sequence[Measure]]:
@@ -205,24 +176,14 @@ def everywhere(*measures: Measure) -> dict[str, Sequence[Measure]]:
 
 
 def run(
-    paper: str,
-    *,
-    model_dir: str,
-    seeds: int,
-    workers: int = 1,
-    minutes: float | None = None,
-    parts: Sequence[str] = tuple(PARTS),
+    paper: str, *, parts: Sequence[str] = tuple(PARTS), model_dir: str, seeds: int, **options: Any
 ) -> dict[str, Any]:
-    """Returns what `part` returns, by part; arguments as of `sweeps.rows`, `model_dir` the parent of the parts' folders."""
-    folder = pathlib.Path(model_dir)
-    return {
-        name: part(paper, name, folder / name, seeds, workers=workers, minutes=minutes)
-        for name in parts
-    }
+    """Returns what `part` returns, by part; `model_dir` is the parent of the parts' folders, options as of `sweeps.rows`."""
+    return {name: part(paper, name, model_dir, seeds, **options) for name in parts}
 
 
-def part(paper: str, name: str, folder: pathlib.Path, seeds: int, **options: Any) -> dict[str, Any]:
-    """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after running what is not done.
+def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> dict[str, Any]:
+    """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after its unfinished runs.
 
     The sweep's file is launch/papers/<paper>/sweep.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
     first; a tuple among them groups several.
@@ -232,13 +193,12 @@ def part(paper: str, name: str, folder: pathlib.Path, seeds: int, **options: Any
     """
     entries = sweep(paper).DOMAINS[name]
     domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
-    argument = f"{name},{seeds}"
-    rows = sweeps.measured(folder, f"{paper}/sweep", argument, with_course, **options)
-    planned: dict[str, dict[int, tuple[str, ...]]] = {}
-    for one in sweeps.planned(f"{paper}/sweep", argument):
+    file = f"{paper}/sweep", f"{name},{seeds}"
+    rows = sweeps.parts(model_dir, {name: file}, with_course, **options)[name]
+    planned: dict[str, dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
+    for one in sweeps.planned(*file):
         # A trained run is evaluated on its held-out rows when it ends.
-        measured = (*one.evaluations, *(() if one.made else (HELD_OUT,)))
-        planned.setdefault(one.arm, {})[one.seed] = measured
+        planned[one.arm][one.seed] = (*one.evaluations, *(() if one.made else (HELD_OUT,)))
     floors = entropy_floors(domains)
     return {"rows": rows, "domains": tuple(domains), "floors": floors, "planned": planned}
 
@@ -255,13 +215,10 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     """
     curve: dict[int, dict[str, float]] = {}
     for line in sweeps.metrics(directory):
-        losses = {
-            key.removeprefix("eval/").removesuffix(_LOSS): value
-            for key, value in line.items()
-            if key.startswith("eval/") and key.endswith(_LOSS)
-        }
-        if losses:
-            curve.setdefault(line["step"], {}).update(losses)
+        for key, value in line.items():
+            if key.startswith("eval/") and key.endswith("/loss"):
+                task = key.removeprefix("eval/").removesuffix("/loss")
+                curve.setdefault(line["step"], {})[task] = value
     about = directory / "run.json"
     parameters = json.loads(about.read_text())["parameters"] if about.exists() else None
     return {**row, "curve": sorted(curve.items()), "parameters": parameters}
@@ -280,7 +237,6 @@ def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
 
 def report(
     runs: type[DomainRuns],
-    claims: Sequence[Claim],
     parts: Sequence[str],
     text: Sequence[str],
     columns: Mapping[str, tuple[str, float]] = MappingProxyType({}),
@@ -291,51 +247,45 @@ def report(
 
     Args:
       runs: class of the parts' runs.
-      claims: of the paper.
-      parts: of the experiment; one beside PARTS is measured by itself.
+      parts: of the experiment; those that are not in PARTS have results of their own kind.
       text: on the arms and on limits of the experiment, lines of a Markdown list.
       columns: further numbers of rows in the tables -> (their heading, the unit they are divided by).
-      places: part beside PARTS -> its name in the evidence.
+      places: part that is not in PARTS -> its name in the evidence.
       **settings: the remaining fields of `page.Report`.
     """
     shown = {"parameters": ("10³ parameters", 1e3), "tokens": ("10⁶ tokens", 1e6), **columns}
     return page.Report(
-        intro=INTRO,
-        claims=lambda measured: judged(runs, claims, measured, places),
-        setup=lambda measured: [*_setup(runs.parts(measured), parts, measured), *text],
-        tables=lambda measured: [
+        intro=_INTRO,
+        places={**{name: name for name in PARTS}, **places},
+        read=functools.partial(_read, runs),
+        setup=lambda results: [*_setup(results, parts), *text],
+        tables=lambda results: [
             line
-            for name, one in runs.parts(measured).items()
+            for name, one in swept(results).items()
             for line in _table(f"All arms, {name}", one, shown)
         ],
-        record=lambda measured: {
-            "parts": {
-                name: _record(measured[name], tuple(columns)) for name in runs.parts(measured)
-            },
-            **{name: value for name, value in measured.items() if name not in PARTS},
+        record=lambda results: {
+            "parts": {name: _record(one, tuple(columns)) for name, one in swept(results).items()},
+            **{name: value for name, value in results.items() if name not in PARTS},
         },
         **settings,
     )
 
 
-def judged(
-    runs: type[DomainRuns],
-    claims: Sequence[Claim],
-    measured: Mapping[str, Any],
-    places: Mapping[str, str] = MappingProxyType({}),
-) -> list[Claim]:
-    """Returns the claims judged on all parts that were measured; arguments as of `report`."""
-    others = {name: measured[name] for name in places if name in measured}
-    names = {**{name: name for name in PARTS}, **places}
-    return claim.judge(claims, {**runs.parts(measured), **others}, names)
+def _read(runs: type[DomainRuns], measured: Mapping[str, Any]) -> dict[str, Any]:
+    swept = {name: runs.of(measured[name]) for name in PARTS if measured.get(name, {}).get("rows")}
+    return swept | {name: value for name, value in measured.items() if name not in PARTS}
 
 
-def _setup(
-    runs: Mapping[str, DomainRuns], parts: Sequence[str], measured: Mapping[str, Any]
-) -> list[str]:
-    """Returns what was trained, and what is missing."""
+def swept(results: page.Parts) -> dict[str, Any]:
+    """Returns the results of those PARTS that have any."""
+    return {name: results[name] for name in PARTS if name in results}
+
+
+def _setup(results: page.Parts, parts: Sequence[str]) -> list[str]:
+    """Returns the description of the runs, and the names of missing ones."""
     out, missing = [], []
-    for name, one in runs.items():
+    for name, one in swept(results).items():
         seeds = sorted({seed for by_seed in one.planned.values() for seed in by_seed})
         trained = [row for row in one.rows if row["tokens"]]
         minutes = sum(row["seconds"] for row in one.rows) / 60
@@ -349,8 +299,7 @@ def _setup(
             f"{', '.join(map(str, seeds))}; {minutes:.0f} minutes of runs. {_budgets(trained)}"
         )
         missing += [f"{name} {what}" for what in one.lacking()]
-    missing += [f"all of the part `{part}`" for part in parts if not measured.get(part)]
-    return [*out, *page.missing(missing)]
+    return [*out, *page.missing(missing, parts, results)]
 
 
 def _budgets(trained: Sequence[Mapping[str, Any]]) -> str:
@@ -366,7 +315,7 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
     """Returns the table of the losses of all arms by domain."""
     scores = [MEAN, *map(on, runs.domains)]
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in runs.rows):
+    for arm in runs.arms:
         rows = list(runs.find(arm).values())
         if not any(map(held_out, rows)):  # made, and not measured
             continue
@@ -382,20 +331,12 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
     return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
 
 
-def _record(measured: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """Returns what the page is made of, from which its numbers can be computed again."""
+def _record(runs: DomainRuns, columns: Sequence[str]) -> dict[str, Any]:
+    """Returns the numbers of the page, from which it can be computed again."""
     keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *columns)
-    rows = [
-        {
-            **{key: row.get(key) for key in keys},
-            "loss": held_out(row),
-            "curve": row["curve"],
-            "evaluations": {
-                name: value
-                for name, value in row.get("evaluations", {}).items()
-                if name != HELD_OUT
-            },
-        }
-        for row in measured["rows"]
-    ]
-    return {"domains": list(measured["domains"]), "floors": dict(measured["floors"]), "runs": rows}
+    rows = []
+    for row in runs.rows:
+        evaluations = {k: v for k, v in row.get("evaluations", {}).items() if k != HELD_OUT}
+        losses = {"loss": held_out(row), "curve": row["curve"]}
+        rows.append({**{key: row.get(key) for key in keys}, **losses, "evaluations": evaluations})
+    return {"domains": list(runs.domains), "floors": dict(runs.floors), "runs": rows}

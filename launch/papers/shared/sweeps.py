@@ -1,4 +1,4 @@
-"""The sweeps of a reproduction: runs what is not done, and reads the results."""
+"""The sweeps of a reproduction: runs their unfinished runs, and reads the results."""
 
 import dataclasses
 import json
@@ -19,6 +19,27 @@ class StoppedError(Exception):
     """A sweep was stopped and continues when it is started again."""
 
 
+def parts(
+    model_dir: str,
+    sweeps: Mapping[str, tuple[str, int | str]],
+    read: Callable[[Mapping[str, Any], pathlib.Path], dict[str, Any]],
+    **options: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the results of a paper's sweeps by part, after their unfinished runs; options as of `rows`.
+
+    Args:
+      model_dir: parent of the sweeps' folders, which have the parts' names.
+      sweeps: part -> (name, argument) of its sweep, as of `rows`.
+      read: (row of results, directory of its run) -> the completed row.
+    """
+    out = {}
+    for part, (name, argument) in sweeps.items():
+        folder = pathlib.Path(model_dir, part)
+        every = rows(folder, name, argument, **options)
+        out[part] = [read(row, folder / row["directory"]) for row in every]
+    return out
+
+
 def rows(
     folder: pathlib.Path,
     name: str,
@@ -27,7 +48,7 @@ def rows(
     workers: int = 1,
     minutes: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the results of a paper's sweep, after running what is not done.
+    """Returns the results of a sweep, after its unfinished runs.
 
     Args:
       folder: of the sweep.
@@ -46,26 +67,15 @@ def rows(
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
     status = sweep.main([*words, *([] if minutes is None else [f"--minutes={minutes}"])])
     if status == cli.INTERRUPTED:
-        raise StoppedError(f"The sweep in {folder} was stopped; the same command goes on.")
+        raise StoppedError(f"The sweep in {folder} was stopped; the same command continues it.")
     if status == 2:
         raise ValueError(f"The sweep {file} was not run; see above.")
-    # With status 1 some runs have failed: the others are reported.
+    # With status 1 some runs have failed; the report names them.
     return sweep.read_results(folder)
 
 
-def measured(
-    folder: pathlib.Path,
-    name: str,
-    argument: int | str,
-    read: Callable[[Mapping[str, Any], pathlib.Path], dict[str, Any]],
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Returns the rows of a sweep, each completed by `read(row, directory of its run)`; otherwise as `rows`."""
-    return [read(row, folder / row["directory"]) for row in rows(folder, name, argument, **options)]
-
-
 def planned(name: str, argument: int | str) -> "tuple[Run, ...]":
-    """Returns all runs of a sweep, done or not; arguments as of `rows`."""
+    """Returns all runs of a sweep, done or not."""
     from launch.sweeping import file
 
     return file.read(_file(name, argument))
@@ -85,11 +95,7 @@ def metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Measurements beside the sweeps, a JSON file each; one with the same settings is not repeated.
-
-    Attributes:
-      folder: of the files.
-    """
+    """Measurements beside the sweeps, a JSON file of `folder` each; one with the same settings is not repeated."""
 
     folder: pathlib.Path
 
@@ -107,11 +113,8 @@ class Stages:
         print(f"{name}: measuring", flush=True)
         began = time.monotonic()
         result = measure()
-        stage = {
-            "settings": wanted,
-            "seconds": round(time.monotonic() - began, 1),
-            "result": json.loads(json.dumps(result)),
-        }
+        seconds = round(time.monotonic() - began, 1)
+        stage = {"settings": wanted, "seconds": seconds, "result": json.loads(json.dumps(result))}
         path.parent.mkdir(parents=True, exist_ok=True)
         cache_dir.write_json(path, stage)
         return stage

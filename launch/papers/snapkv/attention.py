@@ -1,4 +1,4 @@
-"""The attention of the retrieval model while it answers, and whether the prompt's last window foresees it.
+"""The attention of the retrieval model while it answers, and how well the prompt's last window predicts it.
 
 Shapes: E prompts, T prompt length, P positions of a prefix, N query heads, L layers, W windows.
 """
@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, methods
-from launch.papers.snapkv.retrieval import KERNEL, WINDOW, Retriever
+from launch.papers.snapkv.retrieval import SNAPKV, WINDOW, Retriever
 from trainers.snapkv import cache_analysis, replay
 
 CHOSEN_SHARE = 0.1  # of the prefix that a window's votes choose
-THRESHOLD = 0.05  # an attention weight above it is one that matters
+THRESHOLD = 0.05  # of attention weights that count
 WINDOWS = 16
 
 
@@ -31,45 +30,37 @@ def hit_rates(
 ) -> dict[str, Any]:
     """Measures the hit rates of the choices of the prompt's last windows, by layer.
 
-    All windows choose among the positions before the first of them, which each of them sees whole, by
-    the summed weights of their queries, without pooling. A hit is a weight above the threshold of the queries
-    that generate the second and later tokens with the full cache.
+    All windows choose among the positions before the first window, by the summed weights of their queries, without
+    pooling. A hit is a weight above the threshold, of the queries that generate the second and later tokens with the
+    full cache.
 
     Returns:
       {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
     """
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    full_EA = retriever.answer(retriever.record(drawn.tokens_ET), FULL)
-    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    drawn, _, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
     prefix = length - windows * WINDOW
     count = max(round(CHOSEN_SHARE * prefix), 1)
     ends_E = jnp.full(prompts, length, jnp.int32)
-    by_layer = [_window_hits(record, ends_E, windows, prefix, count) for record in read_on.layers]
-    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _window_hits(
-    record: replay.LayerRecord, ends_E: jax.Array, windows: int, prefix: int, count: int
-):
-    return cache_analysis.window_hits(
-        record,
-        ends_E,
-        windows=windows,
-        window=WINDOW,
-        answer=retrieval.ANSWER_TOKENS - 1,
-        prefix=prefix,
-        count=count,
-        threshold=THRESHOLD,
+    window_hits = jax.jit(
+        functools.partial(
+            cache_analysis.window_hits,
+            windows=windows,
+            window=WINDOW,
+            answer=retrieval.ANSWER_TOKENS - 1,
+            prefix=prefix,
+            count=count,
+            threshold=THRESHOLD,
+        )
     )
+    by_layer = [window_hits(record, ends_E) for record in read_on.layers]
+    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
 
 
 def overlaps(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Measures the shares of kept context positions in common, of prompts with one context, by layer.
+    """Measures the share of kept positions that two prompts with one context have in common, by layer.
 
     Two prompts of the same question differ in the answered example before it; two of different
     questions in both.
@@ -81,7 +72,7 @@ def overlaps(
     context = retrieval.draw_lines(rng, prompts, lines)
     asked_E = rng.integers(lines, size=prompts)
     other_E = (asked_E + rng.integers(1, lines, size=prompts)) % lines
-    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    policy = SNAPKV.at(capacity)
     prefix = 1 + lines * retrieval.LINE - (WINDOW - retrieval.LINE - 1)  # before every window
 
     def kept(asked_E: np.ndarray) -> list[jax.Array]:
@@ -110,13 +101,9 @@ def kept_hits(
     seed: int = 0,
 ) -> list[Any]:
     """Returns (hits, attended) [L, E, 2] of the positions that SnapKV keeps, its window included, while it answers."""
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-    recording = retriever.record(drawn.tokens_ET)
-    full_EA = retriever.answer(recording, FULL)
-    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    drawn, recording, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
-    policy = methods(window=WINDOW, kernel=KERNEL)["snapkv"].at(capacity)
+    policy = SNAPKV.at(capacity)
     out = []
     for cache, shown in zip(
         replay.compressed(retriever.model, policy, recording, room=1), read_on.layers, strict=True

@@ -5,148 +5,82 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim, Evidence
 from launch.papers.snapkv import measure, needles
+from launch.papers.snapkv.results import CHAT, SMALL, Results
 from launch.plots import intervals
 
 BASELINES = ("h2o", "streaming_llm", "random")
-SMALL, CHAT = "retrieval model", "SmolLM2-135M"
 _QUESTIONS = ("last", "first")
-Measured = Mapping[str, Any]
+Case = tuple[str, np.ndarray, np.ndarray]  # where, and values of two methods on the same prompts
 
 
-def claims(measured: Measured) -> list[Claim]:
-    """Returns all claims, judged on what `measure.run` returns."""
-    return claim.judge(CLAIMS, {"all": measured}, {"all": ""})
-
-
-def runs_of(measured: Measured) -> list[Mapping[str, Any]]:
-    """Returns the measurements of the retrieval models, one per seed."""
-    return list(measured.get("retrieval", {}).values())
-
-
-def small_exact(measured: Measured, method: str, capacity: int, first: int = 0) -> np.ndarray:
-    """Returns whether each prompt of all seeds is answered, judged by its tokens from `first` on; [] if not measured."""
-    rows = [
-        np.asarray(one["accuracy"]["correct"][method][str(capacity)])[:, first:].all(-1)
-        for one in runs_of(measured)
-    ]
-    return np.concatenate(rows) if rows else np.zeros(0)
-
-
-def small_full(measured: Measured, first: int = 0) -> np.ndarray:
-    """Returns the same of the full cache."""
-    lengths = [one["accuracy"]["length"] for one in runs_of(measured)]
-    return small_exact(measured, "full", lengths[0], first) if lengths else np.zeros(0)
-
-
-def needle_digits(measured: Measured, method: str, capacity: int, tokens: int) -> np.ndarray:
-    """Returns the right digits [needles, 5] of the haystacks of a length."""
-    rows = [
-        np.asarray(one["digits"][method][str(capacity)])
-        for one in measured.get("needles", [])
-        if one["tokens"] == tokens
-    ]
-    return np.concatenate(rows) if rows else np.zeros((0, 5))
-
-
-def grids(measured: Measured) -> list[needles.Grid]:
-    """Returns the grids of needles that were measured."""
-    there = {one["tokens"] for one in measured.get("needles", [])}
-    return [grid for grid in needles.GRIDS if grid.tokens in there]
-
-
-def _at_a_fifth(
-    measured: Measured, one: str, other: str
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Returns (where, values, values) of two methods on the same prompts, at a fifth of the prompt."""
-    cases = []
-    if measured.get("retrieval"):
-        small = [
-            small_full(measured)
-            if name == "full"
-            else small_exact(measured, name, measure.CAPACITY)
-            for name in (one, other)
-        ]
+def _at_a_fifth(results: Results, one: str, other: str) -> list[Case]:
+    """Returns two methods on the retrieval models and on haystacks, at a fifth of the prompt."""
+    cases: list[Case] = []
+    if results.runs:
+        small = (results.exact(name, measure.CAPACITY) for name in (one, other))
         cases.append((f"{SMALL}, C = {measure.CAPACITY}", *small))
-    for grid in grids(measured):
-        chat = [
-            needle_digits(measured, name, 0 if name == "full" else grid.fifth, grid.tokens).all(-1)
-            for name in (one, other)
-        ]
-        cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", *chat))
-    return cases
+    return [
+        *cases,
+        *(_on_haystacks(results, grid, grid.fifth, one, other) for grid in results.grids),
+    ]
 
 
-def _compare(ones: np.ndarray, others: np.ndarray, names: tuple[str, str]) -> tuple[str, Any]:
-    """Returns the shares of two methods in words, and the interval of their difference."""
-    gap = intervals.difference(ones, others)
-    shares = [intervals.text(intervals.share(values)) for values in (ones, others)]
-    words = f"{names[0]} {shares[0]}, {names[1]} {shares[1]}: difference {intervals.text(gap)}"
-    return f"{words} of {len(ones)} prompts", gap
+def _on_haystacks(results: Results, grid: needles.Grid, capacity: int, *methods: str) -> Case:
+    ones, others = (results.digits(name, capacity, grid.tokens).all(-1) for name in methods)
+    return f"{CHAT}, {grid.tokens} tokens, C = {capacity}", ones, others
 
 
 def _judge(
-    cases: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    cases: Sequence[Case],
     names: tuple[str, str],
     holds: Callable[[Mapping[str, float]], bool],
 ) -> list[Evidence]:
     """Returns the evidence of a condition on the differences of two methods."""
     evidence = []
     for where, ones, others in cases:
-        words, gap = _compare(ones, others, names)
-        evidence.append(Evidence(where, words, holds(gap)))
+        gap = intervals.difference(ones, others)
+        shares = [intervals.text(intervals.share(values)) for values in (ones, others)]
+        words = f"{names[0]} {shares[0]}, {names[1]} {shares[1]}: difference {intervals.text(gap)}"
+        evidence.append(Evidence(where, f"{words} of {len(ones)} prompts", holds(gap)))
     return evidence
 
 
-def small_caches(measured: Measured, _: str) -> list[Evidence]:
+def small_caches(results: Results, _: str) -> list[Evidence]:
     """Compares SnapKV with the full cache."""
     names = ("SnapKV", "full cache")
-    evidence = _judge(
-        _at_a_fifth(measured, "snapkv", "full"), names, lambda gap: gap["value"] >= -0.05
-    )
+    cases = _at_a_fifth(results, "snapkv", "full")
+    evidence = _judge(cases, names, lambda gap: gap["value"] >= -0.05)
     big = needles.GRIDS[-1]  # where 1,024 tokens are kept
-    kept = big.others[-1]
-    ones = needle_digits(measured, "snapkv", kept, big.tokens).all(-1)
-    if len(ones):
-        others = needle_digits(measured, "full", 0, big.tokens).all(-1)
-        case = (f"{CHAT}, {big.tokens} tokens, C = {kept}", ones, others)
+    if big in results.grids:
+        case = _on_haystacks(results, big, big.others[-1], "snapkv", "full")
         evidence += _judge([case], names, lambda gap: gap["value"] >= -0.01)
     return evidence
 
 
-def pooling(measured: Measured, _: str) -> list[Evidence]:
+def pooling(results: Results, _: str) -> list[Evidence]:
     """Compares pooling of the votes with none."""
-    cases = _at_a_fifth(measured, "snapkv", "kernel_1")
+    cases = _at_a_fifth(results, "snapkv", "kernel_1")
     return _judge(cases, ("pooling over 7", "none"), lambda gap: gap["low"] > 0)
 
 
-def baselines(measured: Measured, _: str) -> list[Evidence]:
+def baselines(results: Results, _: str) -> list[Evidence]:
     """Compares SnapKV with other policies."""
     return [
         evidence
         for baseline in BASELINES
         for evidence in _judge(
-            _at_a_fifth(measured, "snapkv", baseline),
+            _at_a_fifth(results, "snapkv", baseline),
             ("SnapKV", baseline),
             lambda gap: gap["value"] >= 0.3,
         )
     ]
 
 
-def window_rates(measured: Measured) -> np.ndarray | None:
-    """Returns the hit rates [layers, windows] over all seeds."""
-    hits = [np.asarray(one["hits"]["hits"]) for one in runs_of(measured)]
-    if not hits:
-        return None
-    total_LW2 = np.concatenate(hits, axis=2).sum(2)
-    return total_LW2[..., 0] / np.maximum(total_LW2[..., 1], 1)
-
-
-def last_window(measured: Measured, _: str) -> list[Evidence]:
+def last_window(results: Results, _: str) -> list[Evidence]:
     """Compares the hit rate of the prompt's last window with those of windows before it."""
-    rates_LW = window_rates(measured)
+    rates_LW = results.window_rates
     if rates_LW is None:
         return []
     mean_W = rates_LW.mean(0)
@@ -158,16 +92,16 @@ def last_window(measured: Measured, _: str) -> list[Evidence]:
     return [Evidence(SMALL, words, bool(mean_W.argmax() == len(mean_W) - 1))]
 
 
-def questions(measured: Measured, _: str) -> list[Evidence]:
+def questions(results: Results, _: str) -> list[Evidence]:
     """Compares the positions kept for two questions with those kept for one question asked twice."""
     cases: list[tuple[str, Any, Any, float]] = []
-    if runs := runs_of(measured):
+    if runs := results.runs:
         same, different = (
             np.concatenate([np.mean(run["overlaps"][key], axis=0) for run in runs])
             for key in ("same", "different")
         )
         cases.append((SMALL, same, different, runs[0]["overlaps"]["chance"]))
-    if overlaps := [one["overlap"] for one in measured.get("needles", [])]:
+    if overlaps := [one["overlap"] for one in results.needles]:
         same, different, chance = (
             [one[key] for one in overlaps] for key in ("same", "different", "chance")
         )
@@ -184,10 +118,9 @@ def questions(measured: Measured, _: str) -> list[Evidence]:
     return evidence
 
 
-def position(measured: Measured, _: str) -> list[Evidence]:
+def position(results: Results, _: str) -> list[Evidence]:
     """Compares questions after the context with questions before it."""
-    runs = runs_of(measured)
-    if not runs:
+    if not (runs := results.runs):
         return []
     rates, full, words = {}, {}, []
     for question in _QUESTIONS:
@@ -208,39 +141,33 @@ def position(measured: Measured, _: str) -> list[Evidence]:
     return [Evidence(f"{SMALL}, {where}", "; ".join(words), near)]
 
 
-def latency(measured: Measured, _: str) -> list[Evidence]:
+def latency(results: Results, _: str) -> list[Evidence]:
     """Compares how decoding time grows with the prompt."""
-    if not measured.get("latency"):
+    if not results.latency:
         return []
     slopes = {}
-    for name, lengths in measured["latency"]["result"].items():
+    for name, lengths in results.latency["result"].items():
         medians = [float(np.median(one["ms"])) for one in lengths.values()]
         slopes[name] = intervals.slope([int(n) / 1024 for n in lengths], medians)
-    words = ", ".join(f"{name} {s * 1e3:.0f}" for name, s in slopes.items())
-    return [
-        Evidence(
-            "random weights, 4 layers",
-            f"microseconds per token and 1,024 tokens of prompt: {words}",
-            abs(slopes["snapkv"]) <= 0.1 * slopes["full"],
-        )
-    ]
+    shown = ", ".join(f"{name} {s * 1e3:.0f}" for name, s in slopes.items())
+    words = f"microseconds per token and 1,024 tokens of prompt: {shown}"
+    flat = abs(slopes["snapkv"]) <= 0.1 * slopes["full"]
+    return [Evidence("random weights, 4 layers", words, flat)]
 
 
-def agnostic(measured: Measured, _: str) -> list[Evidence]:
+def agnostic(results: Results, _: str) -> list[Evidence]:
     """Compares compression before the question with compression after it."""
-    cases = []
-    if runs := runs_of(measured):
+    cases: list[Case] = []
+    if runs := results.runs:
         before, after = (
             np.concatenate([run["agnostic"][f"{when} the question"] for run in runs])
             for when in ("before", "after")
         )
         cases.append((f"{SMALL}, C = {measure.CAPACITY}", before, after))
-    for grid in grids(measured):
-        before, after = (
-            needle_digits(measured, name, grid.fifth, grid.tokens).all(-1)
-            for name in ("before the question", "snapkv")
-        )
-        cases.append((f"{CHAT}, {grid.tokens} tokens, C = {grid.fifth}", before, after))
+    cases += [
+        _on_haystacks(results, grid, grid.fifth, "before the question", "snapkv")
+        for grid in results.grids
+    ]
     names = ("compressed before the question", "after it")
     return _judge(cases, names, lambda gap: gap["value"] <= -0.3)
 
@@ -272,13 +199,13 @@ CLAIMS = (
     ),
     Claim(
         "S5",
-        "What is kept depends on the question",
+        "The positions kept depend on the question",
         "different questions share less than the same question does; the interval lies below 0",
         {"all": [questions]},
     ),
     Claim(
         "S6",
-        "The question may stand before the context or after it",
+        "The question may be before the context or after it",
         "the full cache answers half of both, and hit rates of what is kept differ by 0.1 at most",
         {"all": [position]},
     ),

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.snapkv import claims, measure, needles
-from launch.papers.snapkv.claims import needle_digits
+from launch.papers.snapkv import measure, needles
 from launch.papers.snapkv.methods import kernels, methods
+from launch.papers.snapkv.results import Results
 from launch.plots import intervals
 from launch.plots.panels import BLUE, RED, errors, legend_below, level, panels, with_errors
 
@@ -24,10 +24,11 @@ _STYLE = {
     "oracle": ("#000000", "*", "oracle"),
     "truncation": ("#B8A200", "<", "truncation"),
 }
+_MAPPED = ("full", "snapkv", "h2o", "streaming_llm")
 _KERNELS = {"kernel_1": "none", "kernel_3": "max 3", "kernel_5": "max 5", "snapkv": "max 7"}
 
 
-def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     plots = {
         "accuracy.png": (_accuracy, "Exact match of the retrieval model against the capacity"),
@@ -37,74 +38,53 @@ def figures(measured: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "needle_grid.png": (_needle_grid, "Right digits by depth and length of the haystack"),
         "latency.png": (_latency, "Decoding time against the length of the prompt"),
     }
-    return {name: (plot(measured), caption) for name, (plot, caption) in plots.items()}
+    return {name: (plot(parts["all"]), caption) for name, (plot, caption) in plots.items()}
 
 
-def _accuracy(measured: Mapping[str, Any]) -> Any:
-    if not measured.get("retrieval"):
+def _accuracy(results: Results) -> Any:
+    if not results.runs:
         return None
     figure, (left, right) = panels(2, (12, 4.8))
     capacities = measure.CAPACITIES
-    length = next(iter(measured["retrieval"].values()))["accuracy"]["length"]
-    full = intervals.share(claims.small_full(measured))
+    full = intervals.share(results.exact("full", 0))
     for name, (colour, marker, label) in _STYLE.items():
         if name != "full":
-            shares = [intervals.share(claims.small_exact(measured, name, c)) for c in capacities]
+            shares = [intervals.share(results.exact(name, c)) for c in capacities]
             style = {"color": colour, "marker": marker, "label": label}
             with_errors(left, capacities, shares, capsize=2, lw=1.5, ms=5, **style)
     level(left, full, "full cache", width=1.2)
     left.set_xscale("log", base=2)
-    left.set_xticks(capacities, [f"{c}\n{c / length:.0%}" for c in capacities])
-    left.set_xlabel(f"capacity C, and its share of the prompt of {length} tokens")
-    left.set_ylabel("exact match of four tokens")
-    left.set_ylim(-0.03, 1.03)
+    left.set_xticks(capacities, [f"{c}\n{c / results.length:.0%}" for c in capacities])
+    left.set_xlabel(f"capacity C, and its share of the prompt of {results.length} tokens")
+    left.set(ylabel="exact match of four tokens", ylim=(-0.03, 1.03))
     above = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
     left.legend(ncols=5, **above)
     colours = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2")
     width = 0.8 / len(_KERNELS)
     for i, (name, label) in enumerate(_KERNELS.items()):
-        shares = [intervals.share(claims.small_exact(measured, name, c)) for c in capacities]
+        shares = [intervals.share(results.exact(name, c)) for c in capacities]
         at = np.arange(len(capacities)) + (i - 1.5) * width
         middle = [s["value"] for s in shares]
         style = {"yerr": errors(shares), "capsize": 2, "color": colours[i], "label": label}
         right.bar(at, middle, width * 0.92, **style)
     level(right, full, "full cache", width=1.2)
     right.set_xticks(range(len(capacities)), [str(c) for c in capacities])
-    right.set_xlabel("capacity C")
-    right.set_ylabel("exact match of four tokens")
-    right.set_ylim(0, 1.03)
+    right.set(xlabel="capacity C", ylabel="exact match of four tokens", ylim=(0, 1.03))
     right.legend(ncols=5, title="pooling of SnapKV's votes", **above)
     return figure
 
 
-def _depth(measured: Mapping[str, Any]) -> Any:
-    runs = list(measured.get("retrieval", {}).values())
-    if not runs:
+def _depth(results: Results) -> Any:
+    if not results.runs:
         return None
-    names = ("full", "snapkv", "h2o", "streaming_llm")
     budgets = (24, 48)
-    sizes = (12, 24, measure.LINES)
-    figure, every = panels(len(names), (12, 4.6), rows=len(budgets))
-    axes = every.reshape(len(budgets), len(names))
+    figure, every = panels(len(_MAPPED), (12, 4.6), rows=len(budgets))
+    axes = every.reshape(len(budgets), len(_MAPPED))
     for budget, row in zip(budgets, axes, strict=True):
-        for name, one in zip(names, row, strict=True):
-            table = np.full((len(sizes), 5), np.nan)
-            for i, lines in enumerate(sizes):
-                key = "accuracy" if lines == measure.LINES else f"accuracy_{lines}"
-                at_E = np.concatenate([np.array(run[key]["line"]) * 5 // lines for run in runs])
-                right_E = np.concatenate(
-                    [
-                        np.asarray(
-                            run[key]["correct"][name][
-                                str(run[key]["length"] if name == "full" else budget)
-                            ]
-                        ).all(-1)
-                        for run in runs
-                    ]
-                )
-                table[i] = [right_E[at_E == d].mean() for d in range(5)]
-            _map(one, table, [f"{d * 20}-{d * 20 + 20}" for d in range(5)])
-            one.set_yticks(range(len(sizes)), [str(7 + 5 * lines) for lines in sizes])
+        for name, one in zip(_MAPPED, row, strict=True):
+            shares = results.answers(name, budget).pivot_table("exact", "lines", "depth")
+            _map(one, shares.to_numpy(), [f"{d * 20}-{d * 20 + 20}" for d in shares])
+            one.set_yticks(range(len(shares)), [str(7 + 5 * lines) for lines in shares.index])
             title = "full cache" if name == "full" else f"{_STYLE[name][2]}, C = {budget}"
             one.set_title(title, fontsize=10)
         row[0].set_ylabel("prompt, tokens")
@@ -124,9 +104,8 @@ def _map(axes: Any, table: np.ndarray, columns: list[str]) -> None:
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
 
 
-def _windows(measured: Mapping[str, Any]) -> Any:
-    rates_LW = claims.window_rates(measured)
-    if rates_LW is None:
+def _windows(results: Results) -> Any:
+    if (rates_LW := results.window_rates) is None:
         return None
     figure, (axes,) = panels(1, (7, 4))
     back = np.arange(rates_LW.shape[1] - 1, -1, -1)
@@ -134,16 +113,14 @@ def _windows(measured: Mapping[str, Any]) -> Any:
         colour, marker = (("#0072B2", "o"), ("#D55E00", "^"))[layer % 2]
         axes.plot(back, rates_W, color=colour, marker=marker, label=f"layer {layer}")
     axes.invert_xaxis()
-    axes.set_ylim(0, None)
+    axes.set(ylim=(0, None), ylabel="hit rate of the window's choices")
     axes.set_xlabel("windows before the last one (the last is 0)")
-    axes.set_ylabel("hit rate of the window's choices")
     axes.legend(frameon=False)
     return figure
 
 
-def _needles(measured: Mapping[str, Any]) -> Any:
-    grids = claims.grids(measured)
-    if not grids:
+def _needles(results: Results) -> Any:
+    if not (grids := results.grids):
         return None
     known = {
         **methods(window=needles.WINDOW, kernel=needles.KERNEL),
@@ -151,16 +128,14 @@ def _needles(measured: Mapping[str, Any]) -> Any:
     }
     figure, axes = panels(len(grids), (6.5 * len(grids), 5))
     for grid, one in zip(grids, axes, strict=True):
-        order = ["snapkv", *known]
-        cases = sorted(
-            ((c, n) for n, _, c in needles.cases(grid)), key=lambda x: (x[0], order.index(x[1]))
-        )
-        bars = [("full cache", needle_digits(measured, "full", 0, grid.tokens))]
-        for capacity, name in cases:
+        order = list(known)
+        cases = sorted((c, order.index(n), n) for n, _, c in needles.cases(grid))
+        bars = [("full cache", results.digits("full", 0, grid.tokens))]
+        for capacity, _, name in cases:
             label = f"{known[name].label}, {capacity}"
             if name.startswith("kernel"):
                 label = f"SnapKV, {label}"
-            bars.append((label, needle_digits(measured, name, capacity, grid.tokens)))
+            bars.append((label, results.digits(name, capacity, grid.tokens)))
         for i, (_, digits) in enumerate(bars):
             share = intervals.share(digits.all(-1))
             one.barh(i, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
@@ -174,29 +149,19 @@ def _needles(measured: Mapping[str, Any]) -> Any:
         one.set_xlim(0, 1)
         count = len(bars[0][1])
         one.set_title(f"{grid.tokens} tokens, {count} questions", fontsize=10)
-        one.set_xlabel("share of questions or digits")
-        one.set_ylabel("method, capacity C")
+        one.set(xlabel="share of questions or digits", ylabel="method, capacity C")
     legend_below(figure, axes[0], 2)
     return figure
 
 
-def _needle_grid(measured: Mapping[str, Any]) -> Any:
-    grids = claims.grids(measured)
-    if not grids:
+def _needle_grid(results: Results) -> Any:
+    if not (grids := results.grids):
         return None
-    names = ("full", "snapkv", "h2o", "streaming_llm")
-    figure, axes = panels(len(names), (12, 1.6 + 0.5 * len(grids)))
-    for name, one in zip(names, axes, strict=True):
-        table = np.stack(
-            [
-                needle_digits(measured, name, 0 if name == "full" else grid.fifth, grid.tokens)
-                .mean(-1)
-                .reshape(-1, len(needles.DEPTHS))
-                .mean(0)
-                for grid in grids
-            ]
-        )
-        _map(one, table, [f"{depth:.0%}" for depth in needles.DEPTHS])
+    figure, axes = panels(len(_MAPPED), (12, 1.6 + 0.5 * len(grids)))
+    for name, one in zip(_MAPPED, axes, strict=True):
+        digits = [results.digits(name, grid.fifth, grid.tokens) for grid in grids]
+        table = [some.mean(-1).reshape(-1, len(needles.DEPTHS)).mean(0) for some in digits]
+        _map(one, np.stack(table), [f"{depth:.0%}" for depth in needles.DEPTHS])
         one.set_yticks(range(len(grids)), [str(grid.tokens) for grid in grids])
         one.set_title(_STYLE[name][2] + (", C = T / 5" if name != "full" else ""), fontsize=10)
         one.set_xlabel("depth")
@@ -204,23 +169,20 @@ def _needle_grid(measured: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _latency(measured: Mapping[str, Any]) -> Any:
-    if not measured.get("latency"):
+def _latency(results: Results) -> Any:
+    if not results.latency:
         return None
     figure, (axes,) = panels(1, (7, 4))
-    capacity = measured["latency"]["settings"]["capacity"]
+    capacity = results.latency["settings"]["capacity"]
     for name, label in (("full", "full cache"), ("snapkv", f"SnapKV, C = {capacity}")):
-        lengths = measured["latency"]["result"][name]
+        lengths = results.latency["result"][name]
         at = [int(n) for n in lengths]
         times = [one["ms"] for one in lengths.values()]
-        middle, least = np.median(times, axis=1), np.min(times, axis=1)
-        most = np.max(times, axis=1)
         colour, marker, _ = _STYLE[name]
-        axes.plot(at, middle, color=colour, marker=marker or "s", label=label)
-        axes.fill_between(at, least, most, color=colour, alpha=0.15, lw=0)
-    axes.set_ylim(0, None)
+        axes.plot(at, np.median(times, 1), color=colour, marker=marker or "s", label=label)
+        axes.fill_between(at, np.min(times, 1), np.max(times, 1), color=colour, alpha=0.15, lw=0)
     axes.set_xticks(at, [f"{n // 1024}K" for n in at])
-    axes.set_xlabel("prompt, tokens")
+    axes.set(ylim=(0, None), xlabel="prompt, tokens")
     axes.set_ylabel("ms per token, median; band: all repeats")
     axes.legend(frameon=False)
     return figure

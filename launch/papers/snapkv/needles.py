@@ -1,8 +1,8 @@
-"""Needles in real text, looked for by a converted chat model under every policy.
+"""Retrieval of needles from real text by a converted chat model, under every policy.
 
 A haystack is a stretch of the King James Bible with five sentences "The magic number of <adjective
-noun> is <5 digits>." spread over it; every one of them is asked for. The haystack is read once; each
-question is read after it, and what both showed the policies is replayed for each of them.
+noun> is <5 digits>." spread over it, and a question about each of them. The haystack is read once; each
+question is read after it, and the recorded queries, keys and values are replayed for each policy.
 
 Shapes: B questions of a haystack, T tokens.
 """
@@ -19,10 +19,9 @@ from tqdm.auto import tqdm
 
 from data.text.sources import english, environment
 from launch.papers.shared.sweeps import Stages
-from launch.papers.snapkv import programs
 from launch.papers.snapkv.methods import FULL, Method, kernels, methods
+from launch.papers.snapkv.programs import CachedModel
 from launch.run.load_run import LoadedRun
-from model.transforms import layer_stack
 from trainers.decoding.settings import Settings
 from trainers.snapkv import cache_analysis, replay
 
@@ -30,12 +29,11 @@ ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty
 NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")
 DIGITS = 5
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-MIDDLE = 2  # the needle that is asked for twice, in two wordings
+MIDDLE = 2  # the needle with two questions, in two wordings
 SUFFIX = 64  # tokens that questions are padded to
 NEW_TOKENS = 8
+ROOM = SUFFIX + NEW_TOKENS  # of the caches, for a question and an answer
 _SETTINGS = Settings(max_new_tokens=NEW_TOKENS)
-
-
 WINDOW = 32
 KERNEL = 7
 
@@ -77,7 +75,7 @@ def cases(grid: Grid) -> list[tuple[str, Method, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-    """Text to read and what to ask about it.
+    """A text and its needles.
 
     Attributes:
       text: needles included.
@@ -91,10 +89,8 @@ class Haystack:
     def questions(self) -> list[str]:
         """Returns one for each needle, and then the middle one in other words."""
         asked = [f"What is the magic number of {n}? Answer with the number." for n in self.names]
-        return [
-            *asked,
-            f"Tell me the magic number of {self.names[MIDDLE]}. I only need the number.",
-        ]
+        again = f"Tell me the magic number of {self.names[MIDDLE]}. I only need the number."
+        return [*asked, again]
 
     def opening(self, needle: int) -> str:
         """Returns the beginning of the answer, after which a small model writes the number alone."""
@@ -130,15 +126,12 @@ def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens:
     budget = tokens - count("\n".join(needles))
     start = int(rng.integers(len(lines) - tokens))
     sentences: list[str] = []
-    for line in lines[start:]:
-        for sentence in re.split(r"(?<=[.;:?!]) ", line):
-            if (used := count(sentence) + 1) > budget:
-                budget = 0
-                break
-            sentences.append(sentence)
-            budget -= used
-        if not budget:
+    following = (s for line in lines[start:] for s in re.split(r"(?<=[.;:?!]) ", line))
+    for sentence in following:
+        if (used := count(sentence) + 1) > budget:
             break
+        sentences.append(sentence)
+        budget -= used
     places = [round(depth * len(sentences)) for depth in DEPTHS]
     for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
         sentences.insert(place, needle)
@@ -146,13 +139,11 @@ def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens:
 
 
 class Reader:
-    """A chat model and its compiled programs: one per length of haystack, and per policy of that."""
+    """A chat model that reads haystacks; one program is compiled per length of haystack, and per policy."""
 
     def __init__(self, run: LoadedRun):
         self.run = run
-        self.model = layer_stack.unrolled(run.model)
-        config = run.model.config
-        self.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
+        self.model = CachedModel.of_run(run)
 
     def count(self, text: str) -> int:
         """Returns the number of tokens of a text."""
@@ -181,50 +172,27 @@ class Reader:
         prefix, suffixes = self.prompts(hay)
         if len(prefix) > length or max(map(len, suffixes)) > SUFFIX:
             raise ValueError(f"{len(prefix)} tokens of haystack do not fit {length}.")
-        tokens_1T = np.zeros((1, length), np.int32)
-        tokens_1T[0, : len(prefix)] = prefix
-        context = programs.record(self.model, self.params, tokens_1T, jnp.array([len(prefix)]))
-        context = _repeated(context, len(suffixes))
-        tokens_BX = np.zeros((len(suffixes), SUFFIX), np.int32)
-        for b, suffix in enumerate(suffixes):
-            tokens_BX[b, : len(suffix)] = suffix
+        context = self.model.record(_padded([prefix], length), jnp.array([len(prefix)]))
+        context = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(suffixes), axis=0), context)
+        tokens_BX = _padded(suffixes, SUFFIX)
         counts_B = jnp.array([len(suffix) for suffix in suffixes])
-        whole = programs.record_more(self.model, self.params, context, tokens_BX, counts_B)
+        whole = self.model.record_more(context, tokens_BX, counts_B)
         return Reading(context, whole, jnp.asarray(tokens_BX), counts_B)
 
-    def answers(self, reading: "Reading", method: Method, capacity: int) -> list[str]:
-        """Returns the model's answers."""
-        policy = method.at(capacity)
-        caches = self.caches(reading.whole, method, capacity)
-        return self._texts(policy, caches, reading.whole.lengths_B, reading.whole.logits_BV)
+    def answers(
+        self, reading: "Reading", method: Method, capacity: int, *, unseen: bool = False
+    ) -> list[str]:
+        """Returns the model's answers; `unseen`: the haystack is compressed before the question is read."""
+        recording, inputs = reading.whole, {}
+        if unseen:
+            recording = reading.context
+            inputs = {"suffix_BX": reading.suffix_BX, "counts_B": reading.counts_B}
+        tokens_BM = self.model.generate(recording, method, capacity, _SETTINGS, room=ROOM, **inputs)
+        return [self.run.vocabulary.decode(row) for row in tokens_BM[: len(DEPTHS)].tolist()]
 
-    def answers_unseen(self, reading: "Reading", method: Method, capacity: int) -> list[str]:
-        """Returns the answers where the haystack is compressed before the question is read."""
-        policy = replay.decoding_policy(method.at(capacity))
-        caches = self.caches(reading.context, method, capacity)
-        logits_BV, caches = programs.read_on(
-            self.model,
-            policy,
-            self.params,
-            caches,
-            reading.context.lengths_B,
-            reading.suffix_BX,
-            reading.counts_B,
-        )
-        return self._texts(policy, caches, reading.whole.lengths_B, logits_BV)
 
-    def caches(self, recording: replay.Recording, method: Method, capacity: int) -> Any:
-        """Returns compressed caches, with room for a question and an answer."""
-        room = SUFFIX + NEW_TOKENS
-        policy = method.at(capacity)
-        return programs.compress(self.model, policy, room, method.cache_dtype, recording)
-
-    def _texts(self, policy: Any, caches: Any, lengths_B: jax.Array, logits_BV: jax.Array):
-        policy = replay.decoding_policy(policy)
-        state = self.params, caches, lengths_B, logits_BV
-        tokens_BM = programs.answer(self.model, policy, _SETTINGS, *state)
-        rows = np.asarray(tokens_BM)[: len(DEPTHS)].tolist()
-        return [self.run.vocabulary.decode(row) for row in rows]
+def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    return np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,11 +210,6 @@ class Reading:
     whole: replay.Recording
     suffix_BX: jax.Array
     counts_B: jax.Array
-
-
-def _repeated(recording: replay.Recording, times: int) -> replay.Recording:
-    """Returns a recording of one prompt as several rows."""
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), recording)
 
 
 def right_digits(answer: str, number: str) -> list[int]:
@@ -290,7 +253,7 @@ def measure(
     full = score("full", 0, reader.answers(reading, FULL, 0))
     for name, method, capacity in cases:
         score(name, capacity, reader.answers(reading, method, capacity))
-    score("before the question", unseen[1], reader.answers_unseen(reading, *unseen))
+    score("before the question", unseen[1], reader.answers(reading, *unseen, unseen=True))
     return {
         "length": int(reading.whole.lengths_B.max()),
         "answers": full,
@@ -304,10 +267,9 @@ def _overlap(reader: Reader, reading: Reading, method: Method, capacity: int) ->
     prefix = int(reading.context.lengths_B[0])
     same, different = [], []
     policy = method.at(capacity)
-    for cache in reader.caches(reading.whole, method, capacity):
-        held_BKP = np.asarray(
-            cache_analysis.held_positions(policy.view(cache).positions_BS, prefix)
-        )
+    for cache in reader.model.compress(reading.whole, method, capacity, ROOM):
+        positions_BS = policy.view(cache).positions_BS
+        held_BKP = np.asarray(cache_analysis.held_positions(positions_BS, prefix))
         for row in range(len(DEPTHS)):
             pair = held_BKP[-1:], held_BKP[row : row + 1]
             overlap = float(cache_analysis.overlap(*pair)[0])
@@ -336,12 +298,8 @@ def measure_all(
             hay = haystack(rng, lines, reader.count, grid.tokens - SUFFIX)
             return measure(reader, hay, grid.tokens, cases(grid), unseen=(snapkv, grid.fifth))
 
-        settings = {
-            "seed": seed,
-            "tokens": grid.tokens,
-            "haystack": i,
-            "cases": [(name, capacity) for name, _, capacity in cases(grid)],
-        }
+        measured = [(name, capacity) for name, _, capacity in cases(grid)]
+        settings = {"seed": seed, "tokens": grid.tokens, "haystack": i, "cases": measured}
         stage = stages.get(f"needles_{grid.tokens}_{i}", settings, one)
         out.append({"tokens": grid.tokens, **stage["result"]})
     return out

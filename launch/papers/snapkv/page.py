@@ -1,32 +1,31 @@
 """The report of the reproduction."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from launch.papers.shared import page
 from launch.papers.snapkv import claims, figures, measure, needles
+from launch.papers.snapkv.results import CHAT, SMALL, Results
 from launch.plots import intervals
 
 
-def _setup(measured: Mapping[str, Any]) -> list[str]:
-    out = []
-    if runs := measured.get("retrieval"):
-        one = next(iter(runs.values()))["accuracy"]
+def _setup(parts: page.Parts) -> list[str]:
+    results, out = parts["all"], []
+    if results.runs:
         out.append(
-            f"- *{claims.SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
-            f"{', '.join(runs)}. {len(one['line'])} prompts of {one['length']} tokens for each: 48 "
-            "lines of a key and four values, one answered question, and the question. Window 8."
+            f"- *{SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
+            f"{', '.join(results.retrieval)}. {len(results.runs[0]['accuracy']['line'])} prompts of {results.length} "
+            "tokens for each: 48 lines of a key and four values, one answered question, and the question. Window 8."
         )
-    if rows := measured.get("needles"):
+    if rows := results.needles:
         counts = {n: sum(one["tokens"] == n for one in rows) for n in (1024, 2048)}
         grid = ", ".join(f"{c} of {n} tokens" for n, c in counts.items() if c)
         out.append(
-            f"- *{claims.CHAT}*: SmolLM2-135M-Instruct from 4-bit weights. Haystacks of the King James "
+            f"- *{CHAT}*: SmolLM2-135M-Instruct from 4-bit weights. Haystacks of the King James "
             f"Bible: {grid}; five needles in each, all asked for, question last in the chat format, "
             f'the answer opened by "The magic number of ... is". Window {needles.WINDOW}, max '
             f"pooling over {needles.KERNEL}. The needles of a haystack are distractors of each other."
         )
-    if measured.get("latency"):
+    if results.latency:
         out.append(
             "- *Latency*: 4 layers of width 256, random weights and random keys and values; the two "
             "caches are timed in turn, compilation apart."
@@ -38,55 +37,46 @@ def _setup(measured: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _record(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _record(parts: page.Parts) -> dict[str, Any]:
+    results = parts["all"]
     return {
-        "needles": _needles(measured),
-        "retrieval": _retrieval(measured),
-        "latency": measured.get("latency"),
+        "needles": _needles(results),
+        "retrieval": _retrieval(results),
+        "latency": results.latency,
     }
 
 
-def _retrieval(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _retrieval(results: Results) -> dict[str, Any]:
     """Returns exact match, and share of right tokens after the first, by method and capacity."""
-    runs = measured.get("retrieval", {})
-    if not runs:
+    prompts = results.prompts[results.prompts["lines"] == measure.LINES]
+    if prompts.empty:
         return {}
-    shares = {
-        name: {
-            capacity: {
-                key: intervals.share(claims.small_exact(measured, name, int(capacity), first))
-                for key, first in (("exact", 0), ("after the first", 1))
-            }
-            for capacity in capacities
-        }
-        for name, capacities in claims.runs_of(measured)[0]["accuracy"]["correct"].items()
-    }
-    by_seed = {
-        seed: intervals.share(claims.small_full({"retrieval": {seed: run}}))
-        for seed, run in runs.items()
-    }
-    return {**shares, "full by seed": by_seed}
+    out: dict[str, Any] = {}
+    for (method, capacity), mine in prompts.groupby(["method", "capacity"], sort=False):
+        scores = {"exact": "exact", "after the first": "later"}
+        shares = {name: intervals.share(mine[score]) for name, score in scores.items()}
+        out.setdefault(method, {})[str(capacity)] = shares
+    full = prompts[prompts["method"] == "full"].groupby("seed", sort=False)["exact"]
+    return {**out, "full by seed": {seed: intervals.share(mine) for seed, mine in full}}
 
 
-def _needles(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _needles(results: Results) -> dict[str, Any]:
     """Returns exact match and share of right digits by length, method and capacity."""
     out: dict[str, Any] = {}
-    for tokens in sorted({one["tokens"] for one in measured.get("needles", [])}):
-        first = next(one for one in measured["needles"] if one["tokens"] == tokens)
-        for name, capacities in first["digits"].items():
-            for capacity in capacities:
-                digits = claims.needle_digits(measured, name, int(capacity), tokens)
-                out.setdefault(str(tokens), {}).setdefault(name, {})[capacity] = {
-                    "exact": intervals.share(digits.all(-1)),
-                    "digits": round(float(digits.mean()), 4),
-                    "questions": len(digits),
-                }
+    keys = ["tokens", "method", "capacity"]
+    for (tokens, method, capacity), mine in results.questions.groupby(keys, sort=False):
+        digits = results.digits(method, capacity, tokens)
+        out.setdefault(str(tokens), {}).setdefault(method, {})[str(capacity)] = {
+            "exact": intervals.share(mine["exact"]),
+            "digits": round(float(digits.mean()), 4),
+            "questions": len(digits),
+        }
     return out
 
 
-def _tables(measured: Mapping[str, Any]) -> list[str]:
+def _tables(parts: page.Parts) -> list[str]:
     out = []
-    if retrieval := _retrieval(measured):
+    if retrieval := _retrieval(parts["all"]):
         rows = []
         for name, cells in retrieval.items():
             if not name.startswith("full"):
@@ -102,7 +92,7 @@ def _tables(measured: Mapping[str, Any]) -> list[str]:
         by_seed = retrieval["full by seed"].items()
         seeds = ", ".join(f"{seed}: {intervals.text(share)}" for seed, share in by_seed)
         out += [f"Full cache {full}; by seed {seeds}.", ""]
-    for tokens, methods in _needles(measured).items():
+    for tokens, methods in _needles(parts["all"]).items():
         rows = [
             (
                 name,
@@ -123,7 +113,9 @@ REPORT = page.Report(
     title="SnapKV: the paper's claims, measured",
     source="[arXiv 2404.14469](https://arxiv.org/abs/2404.14469)",
     intro="All shares come with 95 % intervals over prompts.",
-    claims=claims.claims,
+    claims=claims.CLAIMS,
+    places={"all": ""},
+    read=lambda measured: {"all": Results(**measured)},
     figures=figures.figures,
     setup=_setup,
     tables=_tables,

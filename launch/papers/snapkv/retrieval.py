@@ -3,77 +3,61 @@
 Shapes: E prompts, T prompt length, A answer tokens.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from data.snapkv import retrieval
-from launch.papers.snapkv import programs
 from launch.papers.snapkv.methods import FULL, Method, kernels, methods
-from model.transforms import layer_stack
+from launch.papers.snapkv.programs import CachedModel
 from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
 
 WINDOW = 8
 KERNEL = 7
+SNAPKV = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
 _SETTINGS = Settings(max_new_tokens=retrieval.ANSWER_TOKENS, num_ids=retrieval.VOCAB_SIZE)
 
 
-@dataclasses.dataclass
-class Retriever:
-    """A trained model."""
+class Answered(NamedTuple):
+    """Prompts with the answers of the full cache: what was drawn and recorded, and prompts and answers as one recording."""
 
-    model: Any
-    params: Any
+    drawn: retrieval.Prompts
+    recording: replay.Recording
+    full_EA: np.ndarray
+    read_on: replay.Recording
 
-    @classmethod
-    def of_run(cls, loaded: Any) -> "Retriever":
-        """Returns the model of a run that launch/run/load_run.py has loaded."""
-        params = layer_stack.unroll(loaded.params, loaded.model.config)
-        return cls(layer_stack.unrolled(loaded.model), params)
 
-    def record(self, tokens_ET: np.ndarray) -> replay.Recording:
-        """Reads prompts of one length."""
-        lengths_E = jnp.full(len(tokens_ET), tokens_ET.shape[1], jnp.int32)
-        return programs.record(self.model, self.params, jnp.asarray(tokens_ET), lengths_E)
+class Retriever(CachedModel):
+    """A trained retrieval model."""
 
     def answer(
         self,
         recording: replay.Recording,
-        method: Method,
+        method: Method = FULL,
         capacity: int = 0,
         *,
         suffix_EX: np.ndarray | None = None,
         logits_EV: jax.Array | None = None,
     ) -> np.ndarray:
-        """Returns greedy answers [E, A].
+        """Returns greedy answers [E, A]; arguments as of `CachedModel.generate`."""
+        room = retrieval.ANSWER_TOKENS + (0 if suffix_EX is None else suffix_EX.shape[1])
+        inputs = {"suffix_BX": suffix_EX, "logits_BV": logits_EV}
+        return self.generate(recording, method, capacity, _SETTINGS, room=room, **inputs)
 
-        Args:
-          recording: of the prompts; the oracle's has the answer at its end.
-          method: what compresses them.
-          capacity: of it.
-          suffix_EX: tokens to read after the compression.
-          logits_EV: after the prompts, where the recording goes on.
-        """
-        policy = method.at(capacity)
-        more = 0 if suffix_EX is None else suffix_EX.shape[1]
-        room = retrieval.ANSWER_TOKENS + more
-        caches = programs.compress(self.model, policy, room, method.cache_dtype, recording)
-        lengths_E = recording.lengths_B - policy.future
-        logits_EV = recording.logits_BV if logits_EV is None else logits_EV
-        policy = replay.decoding_policy(policy)
-        if suffix_EX is not None:
-            logits_EV, caches = programs.read_on(
-                self.model, policy, self.params, caches, lengths_E, suffix_EX
-            )
-            lengths_E = lengths_E + more
-        state = self.params, caches, lengths_E, logits_EV
-        return np.asarray(programs.answer(self.model, policy, _SETTINGS, *state))
+    def draw(
+        self, prompts: int, lines: int, seed: int, question: retrieval.Question = "last"
+    ) -> Answered:
+        """Draws prompts and answers them with the full cache."""
+        rng = np.random.default_rng((seed, lines))
+        drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
+        recording = self.record(drawn.tokens_ET)
+        full_EA = self.answer(recording)
+        read_on = self.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+        return Answered(drawn, recording, full_EA, read_on)
 
 
 def accuracy(
@@ -97,12 +81,7 @@ def accuracy(
     Returns:
       {"length": T, "line": [E], "correct": {method: {capacity: [E, A] of 0 and 1}}}.
     """
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
-    recording = retriever.record(drawn.tokens_ET)
-    full_EA = retriever.answer(recording, FULL)
-    # The oracle sees what the model with its full cache goes on to write.
-    read_on = retriever.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
+    drawn, recording, full_EA, read_on = retriever.draw(prompts, lines, seed)
     length = drawn.tokens_ET.shape[1]
 
     def check(answer_EA: np.ndarray) -> list[list[int]]:
@@ -113,8 +92,8 @@ def accuracy(
     for name, method, capacity in tqdm(cases, desc=f"{lines} lines", unit="case", disable=None):
         if name == "truncation":
             cut = np.concatenate([drawn.tokens_ET[:, :1], drawn.tokens_ET[:, 1 - capacity :]], 1)
-            answer_EA = retriever.answer(retriever.record(cut), FULL)
-        elif name == "oracle":
+            answer_EA = retriever.answer(retriever.record(cut))
+        elif name == "oracle":  # it sees the answer of the full cache
             answer_EA = retriever.answer(read_on, method, capacity, logits_EV=recording.logits_BV)
         else:
             answer_EA = retriever.answer(recording, method, capacity)
@@ -134,18 +113,9 @@ def _cases(capacities: Sequence[int], length: int) -> Iterator[tuple[str, Method
                 yield name, method, capacity
 
 
-def depths(
-    retriever: Retriever, *, prompts: int, lines: int, capacities: Sequence[int], seed: int = 0
-) -> dict[str, Any]:
+def depths(retriever: Retriever, **settings: Any) -> dict[str, Any]:
     """Returns `accuracy` of a few methods, for the depth by length map."""
-    return accuracy(
-        retriever,
-        prompts=prompts,
-        lines=lines,
-        capacities=capacities,
-        seed=seed,
-        names=("snapkv", "h2o", "streaming_llm"),
-    )
+    return accuracy(retriever, **settings, names=("snapkv", "h2o", "streaming_llm"))
 
 
 def question_agnostic(
@@ -157,11 +127,10 @@ def question_agnostic(
     suffix = retrieval.LINE + 1
     context = retriever.record(drawn.tokens_ET[:, :-suffix])
     question_EX = drawn.tokens_ET[:, -suffix:]
-    method = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
     correct = {
-        "full": retriever.answer(context, FULL, suffix_EX=question_EX),
-        "before the question": retriever.answer(context, method, capacity, suffix_EX=question_EX),
-        "after the question": retriever.answer(retriever.record(drawn.tokens_ET), method, capacity),
+        "full": retriever.answer(context, suffix_EX=question_EX),
+        "before the question": retriever.answer(context, SNAPKV, capacity, suffix_EX=question_EX),
+        "after the question": retriever.answer(retriever.record(drawn.tokens_ET), SNAPKV, capacity),
     }
     return {name: _exact(answer, drawn).tolist() for name, answer in correct.items()}
 
@@ -172,14 +141,13 @@ def question_positions(
     """Measures whether answers are right with the question after the context and before it."""
     rng = np.random.default_rng((seed, lines))
     context = retrieval.draw_lines(rng, prompts, lines)
-    method = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
     out = {}
     for question in retrieval.QUESTIONS:
         drawn = retrieval.draw_prompts(rng, context, question)
         recording = retriever.record(drawn.tokens_ET)
         out[question] = {
-            "full": _exact(retriever.answer(recording, FULL), drawn).tolist(),
-            "snapkv": _exact(retriever.answer(recording, method, capacity), drawn).tolist(),
+            "full": _exact(retriever.answer(recording), drawn).tolist(),
+            "snapkv": _exact(retriever.answer(recording, SNAPKV, capacity), drawn).tolist(),
         }
     return out
 

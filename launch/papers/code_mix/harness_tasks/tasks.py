@@ -1,7 +1,6 @@
-"""What the task files beside this one name: their data, and their scores.
+"""Functions that the task files in this folder name: their data and their scores.
 
-lm-evaluation-harness loads this file by its path. Every task has a metric `score`, which is the one the
-suite averages.
+lm-evaluation-harness loads this file by its path. The suite averages the metric `score`, which every task has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,12 @@ from launch.papers.code_mix.suite import BENCHMARKS
 
 
 def load(*, benchmark: str, data_dir: str | None = None, **others: Any) -> dict[str, Any]:
-    """The documents of a benchmark as the harness's split `test`.
+    """Returns the documents of a benchmark as the harness's split `test`.
 
     Args:
       benchmark: a name in BENCHMARKS.
-      data_dir: see launch/evaluation/suites/local_data.py.
-      **others: what else the harness passes, which concerns models.
-
-    Raises:
-      MissingDataError, WrongDataError, DataError: as local_data.rows.
+      data_dir: see launch/evaluation/suites/local_data.py, also for the errors raised.
+      **others: further arguments of the harness, which concern models.
     """
     del others
     import datasets
@@ -30,22 +26,17 @@ def load(*, benchmark: str, data_dir: str | None = None, **others: Any) -> dict[
 
 
 def documents(benchmark: str, data_dir: str | None = None) -> list[dict[str, Any]]:
-    """The documents of a benchmark; errors as of `load`."""
-    found = BENCHMARKS[benchmark]
-    return [
-        document
-        for row in local_data.rows(found.source, data_dir)
-        for document in found.documents(row)
-    ]
+    source, of_row = BENCHMARKS[benchmark]
+    return [document for row in local_data.rows(source, data_dir) for document in of_row(row)]
 
 
 def by_sum(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the right choice has the highest log-likelihood."""
+    """Scores whether the right choice has the highest log-likelihood."""
     return _ranked(doc, [log_prob for log_prob, _ in results])
 
 
 def by_bytes(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the right choice has the highest log-likelihood per byte of its UTF-8 text."""
+    """Scores whether the right choice has the highest log-likelihood per byte of its UTF-8 text."""
     sizes = [len(choice.encode("utf-8")) for choice in doc["choices"]]
     per_byte = [log_prob / size for (log_prob, _), size in zip(results, sizes, strict=True)]
     return _ranked(doc, per_byte)
@@ -57,7 +48,7 @@ def _ranked(doc: Mapping[str, Any], scores: Sequence[float]) -> dict[str, float]
 
 
 def by_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the text is one of the answers; `f1` says how many of its words are."""
+    """Scores whether the text is one of the answers; `f1` is the share of words in common."""
     text = results[0]
     return {
         "score": answers.exact_match(text, doc["answers"]),

@@ -114,7 +114,7 @@ def everything(**changed):
 
 
 def judged(found):
-    return domain_runs.judged(Runs, claims.CLAIMS, found, claims.PLACES)
+    return page.REPORT.judge(found)
 
 
 def verdicts(found):
@@ -201,7 +201,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     drawn = {path.name for path in (tmp_path / "bam").glob("*.png")}
     assert drawn == {"cache.png", *(f"synthetic_{k}.png" for k in ("loss", "curves", "gates"))}
     assert all(f"](bam/{name})" in text for name in drawn)
-    assert "- Missing, and left out above and below: all of the part `real`." in text
+    assert "- Missing from this page: all of the part `real`." in text
     written = json.loads((tmp_path / "bam" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
     assert len(written["parts"]["synthetic"]["runs"]) == len(rows())
@@ -260,9 +260,7 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_curves_and_flops(
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "run.json").write_text(json.dumps({"parameters": 12}))
     found = measure.run(model_dir=str(tmp_path), seeds=3, workers=2, parts=["synthetic", "caches"])
-    assert asked == [
-        ((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2, "minutes": None})
-    ]
+    assert asked == [((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2})]
     trained, made = found["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and trained["flops"] == 70.0
     assert found["synthetic"]["planned"] == {

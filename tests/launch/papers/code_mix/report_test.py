@@ -9,7 +9,7 @@ import pytest
 
 from data.code_mix import skill_sources, skills
 from launch.evaluation import skills as evaluate_skills
-from launch.papers.code_mix import claims, measure, page
+from launch.papers.code_mix import measure, page
 from launch.papers.code_mix.arms import Results
 from launch.papers.code_mix.sweep import SHARES
 from launch.plots import intervals
@@ -155,7 +155,7 @@ def _row(run):
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in claims.claims(found)}
+    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
 
 
 def test_claims_hold_where_every_seed_says_so_and_are_reported_with_their_plots(tmp_path):

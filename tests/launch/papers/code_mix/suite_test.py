@@ -85,7 +85,7 @@ def test_questions_have_all_their_answers(data_dir):
 
 def test_a_hidden_label_is_refused():
     row = {"premise": "", "hypothesis": "", "label": -1}
-    with pytest.raises(WrongDataError, match="label -1 of .* is none of its 3 choices"):
+    with pytest.raises(WrongDataError, match="label -1 of .* is not one of its 3 choices"):
         BENCHMARKS["cb"].documents(row)
 
 

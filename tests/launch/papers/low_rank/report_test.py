@@ -7,7 +7,7 @@ import gin
 import numpy as np
 import pytest
 
-from launch.papers.low_rank import claims, figures, measure, page, timing
+from launch.papers.low_rank import figures, measure, page, timing
 from launch.papers.low_rank import sweep as lm
 from launch.papers.low_rank.arms import Results
 from launch.sweeping import file
@@ -146,7 +146,7 @@ def everything():
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in claims.claims(found)}
+    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
 
 
 def change(found, arm, seeds=(0, 1, 2), **scores):
@@ -184,7 +184,7 @@ def test_a_claim_is_mixed_where_some_measurements_fail():
     mixed = verdicts(found)
     assert (mixed["L11"], mixed["L6"], mixed["L5"]) == ("mixed", "mixed", "holds")
     assert mixed["L10"] == "holds"  # which one seed of three does not refute
-    (claim,) = (c for c in claims.claims(found) if c.name == "L11")
+    (claim,) = (c for c in page.REPORT.judge(found) if c.name == "L11")
     assert "better in 2 of 3 pairs (p = 0.5)" in claim.evidence[1].measured
     assert not claim.evidence[1].holds
 
@@ -212,7 +212,7 @@ def test_the_images_claims_are_of_pairs_and_of_the_effective_step():
 def test_differences_are_of_the_seeds_that_both_arms_have():
     found = everything()
     found["lm"] = [row for row in found["lm"] if row["run"] != "dense/seed0"]
-    (claim, *_) = claims.claims(found)
+    (claim, *_) = page.REPORT.judge(found)
     assert "difference -0.80 [-0.80, -0.80], better in 2 of 2 pairs" in claim.evidence[0].measured
 
 

@@ -136,7 +136,7 @@ def everything(**changed):
 
 
 def judged(found):
-    return domain_runs.judged(arms.Runs, claims.CLAIMS, found)
+    return page.REPORT.judge(found)
 
 
 def verdicts(found):
@@ -243,7 +243,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     kinds = ("extension", "routing", "cosines", "balance", "loss")
     assert drawn == {f"synthetic_{kind}.png" for kind in kinds}
     assert all(f"](nexus/{name})" in text for name in drawn)
-    assert "- Missing, and left out above and below: all of the part `real`." in text
+    assert "- Missing from this page: all of the part `real`." in text
     written = json.loads((tmp_path / "nexus" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in written_claims]
 
@@ -272,7 +272,7 @@ def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
         lambda *words, **options: asked.append((words, options)) or {},
     )
     measure.run(model_dir=str(tmp_path), seeds=5, minutes=3, parts=["real"])
-    assert asked == [(("nexus", "real", tmp_path / "real", 5), {"workers": 1, "minutes": 3})]
+    assert asked == [(("nexus", "real", str(tmp_path), 5), {"minutes": 3})]
     assert figures.figures({}) == {}
 
 

@@ -48,11 +48,13 @@ def runs(tmp_path):
 def test_series_are_the_indicators_or_where_there_are_none_those_of_the_evaluation(runs):
     hot, kind, bare = (board_series.read(str(i), folder) for i, folder in enumerate(runs))
     assert (hot.alarm, kind.alarm, bare.alarm) == (30, None, None)
-    assert hot.series["mass"] == pytest.approx({0: 0.9, 10: 0.89, 20: 0.88, 30: 0.87, 40: 0.86})
+    masses = {0: 0.9, 10: 0.89, 20: 0.88, 30: 0.87, 40: 0.86}
+    assert hot.series["mass"].to_dict() == pytest.approx(masses)
     assert (hot.first("llh_chosen"), hot.last) == (-1.0, 40)
     assert hot.highest("p_win") == (20, pytest.approx(0.7))
     # Of two tasks the mean; the training batches' own are not taken.
-    assert bare.series["llh_chosen"] == {10: -3.0} and bare.series["accuracy"] == {10: 0.7}
+    assert bare.series["llh_chosen"].to_dict() == {10: -3.0}
+    assert bare.series["accuracy"].to_dict() == {10: 0.7}
     assert bare.final("entropy") is None and bare.highest("entropy") is None
 
 

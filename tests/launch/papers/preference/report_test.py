@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.preference import topic_language
-from launch.papers.preference import claims, fits, measure, page, results, rule
+from launch.papers.preference import fits, measure, page, results, rule
 from launch.papers.preference.results import ARMS, DIRECT, ONLINE, Arm, Course
 from launch.sweeping import file
 from trainers.preference.indicators.alarm import StoppingRule
@@ -50,11 +50,11 @@ def rows(seeds=2, change=lambda arm, one: {}):
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in claims.claims(found)}
+    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
 
 
 def evidence(found, name):
-    (claim,) = (claim for claim in claims.claims(found) if claim.name == name)
+    (claim,) = (claim for claim in page.REPORT.judge(found) if claim.name == name)
     return {one.where: one for one in claim.evidence}
 
 
@@ -134,14 +134,14 @@ def test_a_condition_that_one_seed_does_not_meet_is_judged_on_the_mean_too():
 def test_runs_that_are_not_there_are_left_out():
     found = rows()
     found["language"] = [row for row in found["language"] if row["arm"].startswith("dpo_0p01")]
-    judged = {claim.name: claim for claim in claims.claims(found)}
+    judged = {claim.name: claim for claim in page.REPORT.judge(found)}
     assert judged["C7"].verdict == "not measured"
     assert [e.where for e in judged["C3"].evidence] == [
         "seed 0, DPO",
         "seed 1, DPO",
         "seeds 0, 1, DPO",
     ]
-    assert {claim.verdict for claim in claims.claims({})} == {"not measured"}
+    assert {claim.verdict for claim in page.REPORT.judge({})} == {"not measured"}
 
 
 def course(p_win, *, entropy=2.0, mass=0.8, llh=None):
@@ -215,12 +215,11 @@ def test_fits_are_least_squares_and_bins_have_as_many_evaluations_each():
 
 
 def test_what_runs_of_a_seed_start_from_counts_once():
-    every = results.direct(results.courses(rows()))
+    every = results.direct(results.courses(rows()["language"]))
     (steps,) = results.points(every, "step")
     assert (steps == 0).sum() == 2 and (steps == 20).sum() == 2 * len(DIRECT)
-    some = results.courses(
-        rows(change=lambda arm, one: {"ead": math.nan} if one["step"] == 20 else {})
-    )
+    found = rows(change=lambda arm, one: {"ead": math.nan} if one["step"] == 20 else {})
+    some = results.courses(found["language"])
     assert 20 not in results.points(some, "ead", "step")[1]
 
 

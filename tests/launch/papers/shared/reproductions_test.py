@@ -9,11 +9,11 @@ import pytest
 
 from data.snapkv import retrieval as task
 from launch import environment, papers, reproduce
-from launch.papers.shared import claim, results
+from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim, Evidence
 from launch.papers.shared.results import Results
 from launch.papers.shared.sweeps import Stages
-from launch.papers.snapkv import attention, claims, needles, page, retrieval
+from launch.papers.snapkv import attention, needles, page, retrieval
 from launch.plots import intervals
 from model.config import TransformerConfig
 from model.transformer import Transformer
@@ -113,7 +113,7 @@ def test_everything_is_measured_and_reported_for_an_untrained_model(tmp_path):
 
 
 def test_claims_without_measurements_are_reported_as_such(tmp_path):
-    judged = claims.claims({})
+    judged = page.REPORT.judge({})
     assert [claim.name for claim in judged] == [f"S{i}" for i in range(1, 9)]
     assert {claim.verdict for claim in judged} == {"not measured"}
     page.write({}, tmp_path, {"command": "a command", "versions": {"jax": "1"}})
@@ -135,12 +135,12 @@ def test_a_claim_that_fails_is_reported_as_failing():
     digits = {(name, "192"): wrong for name in names} | {("full", "0"): right}
     digits["snapkv", "192"] = right
     found = {"needles": [_needles(digits), _needles(digits)]}
-    verdicts = {claim.name: claim.verdict for claim in claims.claims(found)}
+    verdicts = {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
     held = {"S1": "holds", "S2": "holds", "S3": "holds", "S5": "holds", "S8": "holds"}
     assert verdicts == {**dict.fromkeys(("S4", "S6", "S7"), "not measured"), **held}
     digits["snapkv", "192"] = wrong
     found = {"needles": [_needles(digits), _needles(digits)]}
-    verdicts = {claim.name: claim.verdict for claim in claims.claims(found)}
+    verdicts = {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
     failed = dict.fromkeys(("S1", "S2", "S3", "S8"), "fails")
     assert verdicts == {**verdicts, **failed}
 
@@ -177,7 +177,7 @@ def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
     assert list(runs.table) == ["arm", "size", "seed", "loss"] and len(runs.table) == 5
     assert [values.tolist() for values in runs.paired("loss", "a", "b")] == [[3.0], [2.0]]
     assert runs.values("a", "accuracy").size == 0 and runs.paired("loss", "a", "c")[0].size == 0
-    (evidence,) = results.better(runs, "here", "loss", "b", "a", lower=True)
+    (evidence,) = runs.better("here", "loss", "b", "a")
     assert evidence.holds and "better in 1 of 1 pairs" in evidence.measured
     assert runs.missing(["a", "b", "c"], [0, 1]) == ["`b` (seed 0)", "`c`"]
 
