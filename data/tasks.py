@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.text import corpus as corpus_lib
-from data.text import document_source
+from data.text import document_source, spelling
 from data.text.document_files import DocumentFiles
 from data.text.sources import names
 
@@ -226,7 +226,7 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
     for member in rates:
         if member not in known:
             raise ValueError(
-                f"mixture {name!r}: no task or mixture {member!r}; {names.nearest(member, known)}"
+                f"mixture {name!r}: no task or mixture {member!r}; {spelling.nearest(member, known)}"
             )
     _make_room(name, seqio.MixtureRegistry, _MIXTURES, "register_mixture")
     seqio.MixtureRegistry.add(name, [(member, float(rate)) for member, rate in rates.items()])
@@ -271,7 +271,7 @@ def source_digest(task_name: str) -> str:
       ValueError: this module registered no such task.
     """
     if task_name not in _TASKS:
-        raise ValueError(f"no task {task_name!r}; {names.nearest(task_name, list(_TASKS))}")
+        raise ValueError(f"no task {task_name!r}; {spelling.nearest(task_name, _TASKS)}")
     return _TASKS[task_name]["source"].digest
 
 

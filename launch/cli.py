@@ -9,16 +9,16 @@ that --help is fast, and jax starts with the environment variables that are set 
 import argparse
 import ast
 import dataclasses
-import difflib
 import errno
 import linecache
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.text import spelling
 from launch import environment
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
@@ -216,10 +216,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
         print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
-    known = ", ".join(commands)
-    print(
-        f"{program}: no command '{name}'.{nearest(name, commands)} Known: {known}", file=sys.stderr
-    )
+    print(f"{program}: no command {name!r}; {spelling.nearest(name, commands)}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -246,12 +243,6 @@ def papers_with(module: str) -> list[str]:
     """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
     folder = os.path.join(environment.ROOT, "launch", "papers")
     return sorted(n for n in os.listdir(folder) if os.path.exists(f"{folder}/{n}/{module}.py"))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence, after a space, with the known name most similar to a misspelt one; '' if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Nearest: {near[0]}." if near else ""
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from data.stream import rows
-from data.text.sources import names
+from data.text import spelling
 from launch.evaluation.lm_eval.arguments import default_batch_tokens, unroll
 from launch.evaluation.lm_eval.generation import Generation, Generator
 from launch.inference import row_files
@@ -197,10 +197,8 @@ def find(name: str, split: str) -> Any:
             f"{name!r} is a mixture: give its tasks, --task={' --task='.join(members)}."
         )
     if name not in registered:
-        hint = (
-            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
-        )
-        raise LoadError(f"--task={name}: no such SeqIO task{hint} (--module=NAME registers more)")
+        hint = spelling.nearest(name, sorted(registered))
+        raise LoadError(f"--task={name}: no such SeqIO task; {hint} (--module=NAME registers more)")
     task = seqio.TaskRegistry.get(name)
     if not outputs(task):
         raise LoadError(f"The task {name!r} has no metric functions: nothing says what is right.")

@@ -16,6 +16,7 @@ import tqdm
 from data import cpu_tensorflow
 from data.nexus import domain_embeddings, domain_encoders
 from data.nexus.domain_embeddings import Embeddings, EmbeddingsError, Raw
+from data.text import spelling
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
@@ -146,15 +147,12 @@ def _of_task(name: str) -> Iterator[str]:
     import seqio
 
     from data import tasks
-    from data.text.sources import names
 
     registered = seqio.TaskRegistry.names()
     if name not in registered:
-        hint = (
-            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
-        )
         raise EmbeddingsError(
-            f"{TASK}{name}: no such SeqIO task{hint} (--gin_file=FILE registers some)"
+            f"{TASK}{name}: no such SeqIO task; {spelling.nearest(name, sorted(registered))} "
+            "(--gin_file=FILE registers some)"
         )
     task = seqio.TaskRegistry.get(name)
     if "train" not in task.splits:

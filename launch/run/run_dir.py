@@ -148,7 +148,12 @@ def prepare(
             "processes see: mount the bucket and give the folder, or use a shared file system."
         )
     path = os.path.abspath(os.path.expanduser(path))
-    run = RunDir(path, writer, _lock(path) if writer else None)
+    try:
+        run = RunDir(path, writer, lock(path) if writer else None)
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
     try:
         _continue(run, config, tuple(may_change))
     except BaseException:
@@ -157,26 +162,27 @@ def prepare(
     return run
 
 
-def _lock(path: str) -> IO[str] | None:
-    """Locks a run's directory until this process ends."""
+def lock(path: str | os.PathLike) -> IO[str]:
+    """Locks a directory until the returned file is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock; the message is its name.
+    """
     os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
+    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise RunDirectoryError(
-            f"{path} is in use: {holder} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
     except OSError:  # a file system without locks
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:

@@ -54,27 +54,21 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
     planned: dict[str, Planned] = {}
     loaded: dict[str, _Loaded | None] = {}  # by arm and size: the checks do not depend on seeds
     for run in runs:
-        if run.made:
-            if all(name in planned for name in run.above):
-                try:
-                    planned[run.name] = _made(run, planned)
-                except FileNotFoundError as error:
-                    if (problem := f"{run.kind}: its command: {error}.") not in problems:
-                        problems.append(problem)
-            continue
-        if run.kind not in loaded:
+        if not run.made and run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
-        config = loaded[run.kind]
-        if config is None or any(name not in planned for name in run.above):
+        if any(name not in planned for name in run.above):
             continue  # the problem is already listed
-        parent = None if run.parent is None else planned[run.parent]
-        planned[run.name] = entry = _planned(run, config, planned)
-        if (
-            parent is not None and not parent.run.made
-        ):  # the model of a made run is not known before it is made
-            theirs = loaded[parent.run.kind]
-            assert theirs is not None
-            problems += _start_problems(entry, parent, config, theirs)
+        if run.made:
+            try:
+                planned[run.name] = _made(run, planned)
+            except FileNotFoundError as error:
+                problems.append(f"{run.kind}: its command: {error}.")
+        elif (config := loaded[run.kind]) is not None:
+            parent = None if run.parent is None else planned[run.parent]
+            planned[run.name] = entry = _planned(run, config, planned)
+            # The model of a made run is not known before it is made.
+            if parent is not None and (theirs := loaded.get(parent.run.kind)):
+                problems += _start_problems(entry, parent, config, theirs)
     if problems:
         raise SweepError(where, problems)
     return tuple(planned.values())
@@ -101,9 +95,8 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
-        # This also makes the recipe, which checks its own settings.
-        arguments = config.arguments()
-        # Now, while this configuration is in gin: calling the model evaluates bindings of its parts.
+        arguments = config.arguments()  # makes the recipe, which checks its own settings
+        # While this configuration is in gin, because calling the model evaluates bindings of its parts.
         params = _abstract_params(arguments["recipe"])
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
@@ -212,7 +205,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
 
     file = gin_source.find(path, [])
     if file is None:
-        raise FileNotFoundError(f"there is no gin file {path}")
+        raise FileNotFoundError(f"the gin file {path} does not exist")
     if file in including:
         return  # the command reports that it includes itself
     for statement in gin_source.parse(gin_source.read(file), path):
@@ -258,7 +251,7 @@ def _digest(value: Any) -> str:
 
 
 def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
-    """Returns the problems that would otherwise appear only after the parent has been trained."""
+    """Returns the problems that a run would otherwise meet only after its parent's training."""
     kind, parent_kind = entry.run.kind, parent.run.kind
     problems = []
     # total_steps is None if it depends on the data.
@@ -284,11 +277,11 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        shown = [list(shapes[name]) if name in shapes else "not there" for shapes in (there, here)]
+        shown = [list(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
         problems.append(
-            f"{kind}: its parent {parent_kind} is another model: {name} is "
-            f"{shown[0]} there and {shown[1]} here{more}. "
-            "Give both the same model, or say with InitialCheckpoint.assignment what is taken."
+            f"{kind}: its parent {parent_kind} has another model: {name} is "
+            f"{shown[0]} in the parent and {shown[1]} here{more}. "
+            "Give both the same model, or choose parameters with InitialCheckpoint.assignment."
         )
     return problems
 
@@ -302,7 +295,7 @@ def difference(
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"
     if planned.run.made:
-        return "its command, a gin file that this names, or what it is made of has changed"
+        return "its command, a gin file in the command, or a run in the command has changed"
     old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
     if old.exists():
         run = planned.run
@@ -311,4 +304,8 @@ def difference(
         first = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
         if first is not None:
             return first
-    return "a run above it has changed" if planned.run.above else "its configuration has changed"
+    return (
+        "a run that it depends on has changed"
+        if planned.run.above
+        else "its configuration has changed"
+    )

@@ -130,7 +130,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
             raise SystemExit(status)
     if not target.exists():
         raise MadeError(
-            f"{entry.name}: its command ended well, but there is no {target}: let it make what {{run}} names."
+            f"{entry.name}: its command succeeded without writing {target}: let it write to {{run}}."
         )
     # A result without a checkpoint, such as a file of embeddings, is an input of other made runs' commands.
     steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
@@ -245,7 +245,7 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
             return json.loads(json.dumps(result))
         except (TypeError, ValueError) as error:
             raise EvaluationError(
-                f"evaluation {name!r}: what {settings['call']} returned is no JSON: {error}."
+                f"evaluation {name!r}: {settings['call']} returned a value that is not JSON: {error}."
             ) from None
     with tempfile.TemporaryDirectory() as temporary:
         file = pathlib.Path(temporary) / "result.json"

@@ -268,7 +268,7 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     assert re.search(r"train +Trains ", capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["espalier", "trian"])
     assert cli.console() == cli.USAGE_ERROR
-    assert "espalier: no command 'trian'. Nearest: train." in capsys.readouterr().err
+    assert "espalier: no command 'trian'; did you mean 'train'" in capsys.readouterr().err
 
 
 COMMANDS = {

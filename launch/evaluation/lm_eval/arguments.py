@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch import cli
+from data.text import spelling
 from launch.run.load_run import LoadedRun, LoadError
 from model.kernels.platform import target_platform
 from model.transforms import layer_stack
@@ -45,10 +45,9 @@ def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[
     """
     if unknown := [name for name in others if not name.startswith(_CACHE)]:
         known = [name for name in known if name not in ("self", "others")]
-        hint = cli.nearest(unknown[0], known)
         raise LoadError(
-            f"--model_args: there is no {', '.join(unknown)}.{hint} Valid: {', '.join(known)}, and "
-            f"{_CACHE}NAME for the settings of the cache policy."
+            f"--model_args: there is no {unknown[0]!r} ({spelling.nearest(unknown[0], known)}). "
+            f"Arguments: {', '.join(known)}, and {_CACHE}NAME for the settings of the cache policy."
         )
     return {name.removeprefix(_CACHE): str(value) for name, value in others.items()}
 

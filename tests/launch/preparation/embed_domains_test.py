@@ -152,7 +152,7 @@ def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
     assert "domain 'short': no document has 9 characters" in embed(
         "--order=9", "--domain", f"short={tmp_path / 'sea.jsonl'}", names=("code",)
     )
-    assert "task:lag_4: no such SeqIO task: none is registered" in embed("--domain=x=task:lag_4")
+    assert "task:lag_4: no such SeqIO task; there are none" in embed("--domain=x=task:lag_4")
 
 
 def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(embed, tmp_path):

@@ -180,7 +180,10 @@ def test_generation_options_are_read_as_the_harness_reads_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_lenght": 3}, "there is no max_lenght. Nearest: max_length. Valid: checkpoint, "),
+        (
+            {"max_lenght": 3},
+            "there is no 'max_lenght' .did you mean 'max_length'[^)]*.. Arguments: checkpoint, ",
+        ),
         ({"cache_policy": "snapkv", "cache_budget": 3}, "has no budget"),
         ({"params": "best"}, "params=best is none of auto, raw, ema"),
         ({"dtype": "int8"}, "dtype=int8 is none of float32, bfloat16, float16"),
