@@ -20,11 +20,9 @@ class Encoder(Protocol):
 
     Attributes:
       centred: whether the mean over domains is to be subtracted from the raw vectors.
-      reads: whether the encoder reads documents.
     """
 
     centred: bool
-    reads: bool
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -55,7 +53,6 @@ class Ngrams:
     tokens: int
     seed: int
     centred = True
-    reads = True
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -113,7 +110,6 @@ class Random:
     dim: int
     seed: int
     centred = False
-    reads = False
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -133,7 +129,6 @@ class OneHot:
 
     dim: int
     centred = False
-    reads = False
 
     @property
     def settings(self) -> Mapping[str, Any]:

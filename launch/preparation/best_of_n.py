@@ -8,11 +8,11 @@ Sampling is launch.generate's, with all of its options; this reads the file that
     --pairs=pairs.jsonl
 
 --output gets the best row of each prompt (the first of equals) with its "reward", all "rewards" in the order
-of the samples, and "best_of", their number n. The policy that best-of-n amounts to is away from the one that
-was sampled by at most log n - (n - 1) / n nats of divergence (arXiv 2401.01879), which is printed.
+of the samples, and "best_of", their number n. The divergence of best-of-n from the sampled policy is at most
+log n - (n - 1) / n nats (arXiv 2401.01879), which is printed.
 
 --pairs gets {"prompt", "chosen", "rejected"} with both rewards for each prompt whose best and worst sample
-differ in reward and text: data for preference learning. A round of it, from the policy that was sampled:
+differ in reward and text: data for preference learning. A round, from the sampled policy:
 
   python -m launch.train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
     --gin_file=t5x_configs/runs/preference.gin --gin.INITIAL_CHECKPOINT_PATH=RUN --gin.MODEL_DIR=RUN_1 \\
@@ -72,11 +72,11 @@ def run(start: cli.Start) -> None:
     """Ranks samples with the settings of the flags.
 
     Raises:
-      RewardError: flags that exclude each other, or rows that cannot be ranked.
+      RewardError: no output is set, or rows that cannot be ranked.
     """
     flags = start.flags
     if flags.output is None and flags.pairs is None:
-        raise RewardError("Nothing would be written: give --output, --pairs or both.")
+        raise RewardError("No output is set: give --output, --pairs or both.")
     for path in filter(None, (flags.output, flags.pairs)):
         row_files.check_output(path)
     rows = row_files.read(flags.inputs, example=EXAMPLE)
@@ -113,7 +113,7 @@ def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """Returns the row with the largest reward (the first one if equal), with the rewards of all samples."""
+    """Returns the row with the largest reward (the first of equals), with the rewards of all samples."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 
@@ -128,23 +128,23 @@ def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | Non
         return None
     prompt = chosen["prompt"]
 
-    def written(row: Row) -> Any:
+    def answer(row: Row) -> Any:
         if "text" not in row:
             raise RewardError("--pairs needs rows with 'text': sample a run with a VOCABULARY.")
-        answer = row["text"]
-        return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+        text = row["text"]
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
     return {
         **{key: value for key, value in chosen.items() if key not in _OF_SAMPLES},
-        "chosen": written(chosen),
-        "rejected": written(rejected),
+        "chosen": answer(chosen),
+        "rejected": answer(rejected),
         "chosen_reward": max(rewards),
         "rejected_reward": min(rewards),
     }
 
 
 def divergence_bound(n: int) -> float:
-    """log n - (n - 1) / n: upper bound in nats of KL(best-of-n || sampled policy) (arXiv 2401.01879, theorem 1)."""
+    """Upper bound in nats of KL(best-of-n || sampled policy) (arXiv 2401.01879, theorem 1)."""
     return math.log(n) - (n - 1) / n
 
 

@@ -125,7 +125,9 @@ def test_what_a_kind_has_needed_is_known_for_the_next(submit, monkeypatch):
 def test_cancelling_asks_what_runs_and_drops_what_waits(submit, tmp_path):
     # A trap runs between short sleeps: `sleep 60 & wait` may miss a signal that comes just before `wait`.
     # Saving takes a while, and the job is given the time.
-    script = "trap 'sleep 0.3; echo saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done"
+    script = (
+        "trap 'sleep 0.3; echo saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done"
+    )
     submitter, handles = submit(("runs", script), ("waits", "true"))
     while "ready" not in "".join(p.read_text() for p in tmp_path.glob("runs.log")):
         submitter.statuses(list(handles.values()))

@@ -102,7 +102,7 @@ def test_of_each_source_the_first_documents_may_be_all_that_is_read(embed, tmp_p
     np.testing.assert_array_equal(found.domains["x"].raw_M, found.domains["law"].raw_M)
     embed.path.unlink()
     assert "--limit=0 must be at least 1" in embed("--limit=0")
-    assert "--limit is of encoders that read" in embed("--limit=2", "--encoder=one_hot")
+    assert "--limit is for encoders that read" in embed("--limit=2", "--encoder=one_hot")
 
 
 def test_a_file_that_another_command_has_extended_meanwhile_is_left_as_it_is(
@@ -137,13 +137,13 @@ def test_an_extension_by_another_encoder_is_an_error(embed):
 
 
 def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
-    assert "--order is no setting of --encoder=random" in embed("--encoder=random", "--order=2")
+    assert "--order does not apply to --encoder=random" in embed("--encoder=random", "--order=2")
     assert "--dim=0 must be at least 1" in embed("--dim=0")
     assert "--seed=-1" in embed("--seed=-1")
     assert "--encoder=model needs --checkpoint=DIR" in embed("--encoder=model")
     assert "no domain is given" in embed(names=())
     assert "expected NAME=SOURCE" in embed("--domain=lone")
-    assert "--domain=law is given twice" in embed(names=("law", "law"))
+    assert "--domain=law occurs twice" in embed(names=("law", "law"))
     assert "matches no file" in embed("--domain", "none=/nowhere/*.jsonl")
     assert "no key 'body'" in embed("--text_key=body")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
