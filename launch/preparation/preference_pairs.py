@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(
         __doc__,
         "prepare preference_pairs",
-        lambda flags: write_pairs(**vars(flags)),
-        add_flags=lambda parser: setting_flags.add(parser, write_pairs),
+        lambda flags: _write_pairs(**vars(flags)),
+        add_flags=lambda parser: setting_flags.add(parser, _write_pairs),
         argv=argv,
     )
 
 
-def write_pairs(
+def _write_pairs(
     *,
     kind: Literal["translations", "reasoning", "arithmetic", "rated"],
     output: pathlib.Path,

@@ -1,8 +1,7 @@
 """Scores of a suite of benchmarks: means by group, and their mean.
 
-A group's score is the unweighted mean of its benchmarks, whatever their sizes. The total is the mean of the groups, so
-that a group of eleven benchmarks has the same weight as a group of two. If a benchmark is missing, so are the means that
-contain it, because they would not be comparable.
+A group's score is the unweighted mean of its benchmarks, and the total the unweighted mean of the groups. If a benchmark
+is missing, so are the means that contain it, because they would not be comparable.
 """
 
 import dataclasses
@@ -51,7 +50,7 @@ class Suite:
 
 
 def names() -> list[str]:
-    """Returns the names of the suites: the papers that have a suite."""
+    """Returns the names of the papers that have a suite."""
     return cli.papers_with("suite")
 
 

@@ -191,7 +191,7 @@ def test_metrics_are_those_of_continuations_and_sums(evaluate, by_command, regis
             "'inputs' of the task 'sums' is encoded with",
         ),
         ({"before": [shorten]}, [], "of the task 'sums' needs a sequence length"),
-        ({"inputs": [], "targets": []}, [], "The split 'validation' of the task 'sums' holds no"),
+        ({"inputs": [], "targets": []}, [], "The split 'validation' of the task 'sums' has no"),
         ({}, ["--num_examples=0"], "--num_examples=0 must be at least 1."),
         ({}, ["--max_new_tokens=0"], "--max_new_tokens=0 must be at least 1."),
         ({}, ["--module=there_is_none"], "no module 'there_is_none'"),

@@ -461,7 +461,7 @@ def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     by_name = {entry.name: entry for entry in plan}
     a, b, c = plan
     with pytest.raises(
-        sweep_run.MadeError, match=r"there is no .*made: let it make what \{run\} names"
+        sweep_run.MadeError, match=r"succeeded without writing .*made: let it write to \{run\}"
     ):
         sweep_run.make(folder, a, by_name)
     with pytest.raises(SystemExit) as ended:
