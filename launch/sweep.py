@@ -81,9 +81,8 @@ def run_sweep(
       ValueError: settings out of range, or a sweep that cannot be run.
     """
     from launch.cluster.local import LocalSubmitter
-    from launch.sweeping import check, driver, file
+    from launch.sweeping import check, driver, file, screen
     from launch.sweeping.folder import SweepFolder
-    from launch.sweeping.screen import Screen
 
     folder = SweepFolder(out.absolute())
     if status:
@@ -110,7 +109,7 @@ def run_sweep(
         _await_runs(folder, wanted)
         _make_room(folder, plan, wanted, rerun_changed)
         folder.write_plan(sweep, plan)
-        with Screen(folder.path.name, workers=workers) as watch:
+        with screen.watching(folder.path.name, workers=workers) as watch:
             exit_status = driver.drive(
                 folder,
                 plan,

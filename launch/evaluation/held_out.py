@@ -53,14 +53,7 @@ def evaluate(
     """
     program = recipe.program()
     values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)
-    cpu_tensorflow.load()
-    for call in register:
-        call()
-    if tasks is None:
-        tasks = [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
-    streams = held_out(stream, tasks)
-    if not streams:
-        raise ValueError(f"None of the tasks {', '.join(tasks)} holds anything out to evaluate on.")
+    streams = open_streams(stream, register, tasks, mixture_or_task_name)
     for opened in streams:
         _check_vocabulary(opened, meta, checkpoint)
     step = program.steps(0).evaluate
@@ -78,22 +71,39 @@ def evaluate(
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
                 "max_batches": max_batches,
-                "tasks": {
-                    task: {name: metric_writers.jsonable(value) for name, value in values.items()}
-                    for task, values in results.items()
-                },
+                "tasks": metric_writers.jsonable(results),
             }
             with open(json_file, "w", encoding="utf-8") as file:
                 file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return results
 
 
+def open_streams(
+    stream: Callable[..., EvalStream],
+    register: Sequence[Callable[[], Any]],
+    tasks: Sequence[str] | None,
+    mixture_or_task_name: str,
+) -> Sequence[EvalStream]:
+    """Returns the held-out splits of tasks, or of a mixture's tasks; arguments as of `evaluate`.
+
+    Raises:
+      ValueError: no task has a held-out split.
+    """
+    cpu_tensorflow.load()
+    for call in register:
+        call()
+    names = tasks or [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
+    if not (streams := held_out(stream, names)):
+        raise ValueError(f"None of the tasks {', '.join(names)} has held-out data.")
+    return streams
+
+
 def _check_vocabulary(stream: EvalStream, meta: Mapping[str, Any], checkpoint: str) -> None:
     trained = meta.get("vocabulary")
     if trained is not None and stream.summary()["vocabulary"]["digest"] != trained:
         raise load_run.LoadError(
-            f"The task {stream.name!r} is tokenised with another vocabulary than the checkpoint "
-            f"{checkpoint} was trained with. Use the run's own: do not set VOCABULARY."
+            f"The task {stream.name!r} has another vocabulary than the checkpoint {checkpoint}. Use the "
+            "run's own: do not set VOCABULARY."
         )
 
 

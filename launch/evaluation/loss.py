@@ -9,7 +9,6 @@ as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices.
 """
 
 import argparse
-import functools
 from collections.abc import Sequence
 
 from launch import cli
@@ -24,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command="evaluate loss",
         extra_flags=_add_flags,
         run=_run,
-        default_files=functools.partial(
-            load_run.default_files, own="t5x_configs/runs/evaluate.gin"
+        default_files=lambda flags: load_run.files_of(
+            flags.checkpoint, flags.gin_file, own="t5x_configs/runs/evaluate.gin"
         ),
         argv=argv,
     )
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     group.add_argument(
-        "--tasks", metavar="NAME,NAME", help="in place of those of MIXTURE_OR_TASK_NAME"
+        "--tasks", metavar="NAME,NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
     )
     group.add_argument(
         "--max_batches", type=int, metavar="N", help="per task (default: whole splits)"

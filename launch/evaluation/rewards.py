@@ -1,6 +1,6 @@
-"""Flags of commands that reward texts, and the rewards they name.
+"""Flags of commands that reward texts, and the rewards.
 
-exact_answer      1 where the text is the row's answer: --answer_key, --answer_pattern
+exact_answer      1 if the text is the row's answer, else 0: --answer_key, --answer_pattern
 reasoning_gym     the package's score of an answer to its problem: --answer_pattern
 checkpoint:DIR    a reward model, trained with methods/preference/reward_model.gin
 """
@@ -14,7 +14,6 @@ from typing import Any
 from launch.config import setting_flags
 from launch.run import load_run
 
-OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 VERIFIERS = ("exact_answer", "reasoning_gym")
 _CHECKPOINT = "checkpoint:"
 
@@ -33,10 +32,10 @@ class RewardSettings:
     Attributes:
       reward: exact_answer, reasoning_gym or checkpoint:DIR, see below.
       answer_key: key of the row's right answer.
-      answer_pattern: regular expression; its last match in a text, or the first group of it, is the answer. Without it
-        all of the text is.
+      answer_pattern: regular expression; the answer is its last match in a text, or the first group of this match.
+        Without it the whole text is the answer.
       reward_batch_size: texts at a time.
-      missing_end_penalty: is taken off the reward of a text that was cut at the longest length.
+      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
     """
 
     reward: str
@@ -56,29 +55,33 @@ def default_files(flags: argparse.Namespace) -> Sequence[str]:
 
     Raises:
       RewardError: --reward is not a reward.
-      LoadError, FileNotFoundError: see load_run.default_files.
+      LoadError, FileNotFoundError: see load_run.files_of.
     """
-    checkpoint = _checkpoint(flags.reward)
-    if checkpoint is None:
-        return [OWN_CONFIG]
-    of_run = argparse.Namespace(checkpoint=checkpoint, gin_file=flags.gin_file)
-    return load_run.default_files(of_run, own=OWN_CONFIG)
+    return load_run.files_of(_checkpoint(flags.reward), flags.gin_file)
 
 
 @contextlib.contextmanager
 def opened(start: Any) -> Iterator[RowReward]:
-    """Yields the reward that the flags name.
+    """Yields the reward of the flags.
 
     Raises:
       LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
     """
     settings = RewardSettings(**setting_flags.given(start.flags, RewardSettings))
     checkpoint = _checkpoint(settings.reward)
-    if checkpoint is None:
-        yield _penalised(_of_verifier(settings), settings.missing_end_penalty)
-        return
-    with start().load(checkpoint, rewards=True) as run:
-        yield _penalised(_of_model(run, settings.reward_batch_size), settings.missing_end_penalty)
+    with contextlib.ExitStack() as stack:
+        if checkpoint is None:
+            reward = _of_verifier(settings)
+        else:
+            run = stack.enter_context(start().load(checkpoint, rewards=True))
+            reward = _of_model(run, settings.reward_batch_size)
+
+        def penalised(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
+            values = zip(reward(rows), rows, strict=True)
+            penalty = settings.missing_end_penalty
+            return [value - penalty * (row.get("ended") == "length") for value, (_, row) in values]
+
+        yield penalised
 
 
 def _checkpoint(text: str) -> str | None:
@@ -86,7 +89,7 @@ def _checkpoint(text: str) -> str | None:
         return text.removeprefix(_CHECKPOINT)
     if text in VERIFIERS:
         return None
-    raise RewardError(f"--reward={text} is none of {', '.join(VERIFIERS)}, {_CHECKPOINT}DIR.")
+    raise RewardError(f"--reward={text} must be {', '.join(VERIFIERS)} or {_CHECKPOINT}DIR.")
 
 
 def _of_verifier(settings: RewardSettings) -> RowReward:
@@ -141,11 +144,3 @@ def _of_model(run: Any, batch_size: int) -> RowReward:
         return scorer([completion(where, row) for where, row in rows]).tolist()
 
     return reward
-
-
-def _penalised(reward: RowReward, penalty: float) -> RowReward:
-    def penalised(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
-        pairs = zip(reward(rows), rows, strict=True)
-        return [value - penalty * (row.get("ended") == "length") for value, (_, row) in pairs]
-
-    return penalised

@@ -35,14 +35,7 @@ class Answers:
             until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)
         )
         self._generator = Generator(
-            run,
-            ends=run.eos_ids,
-            batch_tokens=batch_tokens,
-            batch_size=None,
-            policy=FullCache(),
-            cache_dtype=None,
-            prefill_chunk=None,
-            seed=0,
+            run, ends=run.eos_ids, batch_tokens=batch_tokens, policy=FullCache()
         )
         self._scorer = LikelihoodScorer(
             run.model,

@@ -34,7 +34,6 @@ from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
 
-_OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 
 
@@ -108,13 +107,9 @@ def _default_files(flags: argparse.Namespace) -> Sequence[str]:
 
     Raises:
       JudgeError: --judge is not a judge.
-      LoadError, FileNotFoundError: see load_run.default_files.
+      LoadError, FileNotFoundError: see load_run.files_of.
     """
-    checkpoint = spec.parse(flags.judge).checkpoint
-    if checkpoint is None:
-        return [_OWN_CONFIG]
-    of_run = argparse.Namespace(checkpoint=checkpoint, gin_file=flags.gin_file)
-    return load_run.default_files(of_run, own=_OWN_CONFIG)
+    return load_run.files_of(spec.parse(flags.judge).checkpoint, flags.gin_file)
 
 
 def _run(start: cli.Start) -> None:

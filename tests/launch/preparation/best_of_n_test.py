@@ -183,7 +183,7 @@ def test_the_bound_holds_and_is_met_by_many_outcomes():
         ([{"sample": 0, "text": "x"}], (), "exact_answer", "line 1: expected the samples"),
         (rows(["1"]), ("--answer_key=solution",), "exact_answer", "line 1: .*no 'solution'"),
         ([{"sample": 0, "prompt": [1], "tokens": [2]}], (), "exact_answer", "line 1: no 'text'"),
-        (rows(["1"]), (), "exact", "--reward=exact is none of"),
+        (rows(["1"]), (), "exact", "--reward=exact must be "),
     ],
 )
 def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, words):
