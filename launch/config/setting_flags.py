@@ -94,7 +94,7 @@ def add(
     """
     for name, setting in settings_of(target, names).items():
         text = setting.text.replace("%", "%%")
-        if setting.default not in (None, REQUIRED) and setting.default is not False:
+        if setting.default not in (None, REQUIRED, "") and setting.default is not False:
             text += f" (default {setting.default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:

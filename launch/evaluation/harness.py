@@ -52,8 +52,8 @@ class SuiteFlags:
     code_results: Sequence[str] | None = None
     model_args: str = ""
     limit: int | None = None
-    json: str | None = None
-    samples: str | None = None
+    json: pathlib.Path | None = None
+    samples: pathlib.Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +95,8 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
     for path in filter(None, (flags.json, flags.samples)):
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise SuiteError(f"{path}: there is no such folder. Create it first.")
+        if not path.parent.is_dir():
+            raise SuiteError(f"{path}: the folder does not exist. Create it first.")
     lm_eval.register()
     suite = scores.find(suite_name)
     measured = code_results(flags.code_results or (), step_dir.resolve(checkpoint))
@@ -124,7 +124,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
             "missing": missing,
         }
         text = json.dumps(document, indent=2, allow_nan=False)
-        pathlib.Path(flags.json).write_text(f"{text}\n", "utf-8")
+        flags.json.write_text(f"{text}\n", "utf-8")
 
 
 def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
@@ -229,7 +229,7 @@ def _plain_names(values: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 
-def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _write_samples(path: pathlib.Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     from lm_eval.utils import handle_non_serializable
 
     with open(path, "w", encoding="utf-8") as file:

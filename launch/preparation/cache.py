@@ -1,4 +1,4 @@
-"""Builds the token caches of a mixture ahead of a run; caches that are there already are checked.
+"""Builds the token caches of a mixture before a run; existing caches are checked.
 
 Example: the English prose and docstrings of installed packages as bytes, under a minute:
 

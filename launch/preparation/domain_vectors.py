@@ -58,7 +58,7 @@ def embed(
     before = _content(path)
     if flags.output and os.path.exists(path):
         raise EmbeddingsError(
-            f"--output={path} is there already, and routers may have learned from it: --extend={path} adds "
+            f"--output={path} exists already, and routers may have learned from it: --extend={path} adds "
             "domains to it; to write a new one, delete it first"
         )
     old = domain_embeddings.read(flags.extend) if flags.extend else None

@@ -30,8 +30,8 @@ def bindings_of(
     Args:
       run: the run.
       folder: folder of the sweep.
-      start: path of its parent's final checkpoint; for a check it need not exist.
-      sources: directories of the runs that its bindings refer to; for a check the names stay unfilled.
+      start: its parent's final checkpoint; None for a check.
+      sources: directories of the runs in its bindings, by arm; a check leaves the names in braces.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
@@ -60,7 +60,11 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
             continue  # the problem is already listed
         if run.made:
             try:
-                planned[run.name] = _made(run, planned)
+                planned[run.name] = Planned(
+                    run=run,
+                    digest=made_digest(run, planned),
+                    evaluation_digests=_evaluation_digests(run),
+                )
             except FileNotFoundError as error:
                 problems.append(f"{run.kind}: its command: {error}.")
         elif (config := loaded[run.kind]) is not None:
@@ -125,6 +129,10 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
 
+def _evaluation_digests(run: Run) -> dict[str, str]:
+    return {name: _digest(entry) for name, entry in run.evaluations.items()}
+
+
 def _planned(run: Run, loaded: _Loaded, planned: Mapping[str, Planned]) -> Planned:
     recipe = loaded.arguments["recipe"]
     parent = None if run.parent is None else planned[run.parent]
@@ -154,27 +162,11 @@ def _start(initial: Any, parent: Planned | None) -> dict[str, Any]:
     return {**start, **({} if parent is not None else {"initial_checkpoint_path": path})}
 
 
-def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
-    return Planned(
-        run=run,
-        digest=made_digest(run, planned),
-        total_steps=0,
-        first_step=0,
-        tokens_per_step=0,
-        start={},
-        evaluation_digests=_evaluation_digests(run),
-    )
-
-
-def _evaluation_digests(run: Run) -> dict[str, str]:
-    return {name: _digest(entry) for name, entry in run.evaluations.items()}
-
-
 def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
     """Returns the SHA-256 of a command, the statements of its gin files, and the digests of the runs it is made of.
 
     Raises:
-      FileNotFoundError: there is no such gin file.
+      FileNotFoundError: see `gin_statements`.
     """
     files = gin_statements(run.made)
     command = {"made": run.made, "of": _digests_of_named(run, planned)}
@@ -187,7 +179,7 @@ def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
     Files in other arms' runs, with names in braces, are skipped: they are part of those runs' digests.
 
     Raises:
-      FileNotFoundError: there is no such file, or one that it includes is missing.
+      FileNotFoundError: a file or an included file does not exist.
     """
     return [
         statement

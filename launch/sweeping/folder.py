@@ -39,24 +39,21 @@ class Planned:
 
     Attributes:
       run: the run in the sweep file.
-      digest: SHA-256 of its configuration, or of the command that makes it, and of the digests of all runs it depends
-        on.
-      total_steps: step at which it ends; None if it depends on the data (TRAIN_TOKENS). A made run has neither steps
-        nor tokens.
+      digest: SHA-256 of its configuration or command, and of the digests of all runs it depends on.
+      evaluation_digests: SHA-256 of each evaluation's settings.
+      total_steps: step at which it ends; None if it depends on the data (TRAIN_TOKENS). A made run has no steps.
       first_step: step at which it starts: its parent's last step if it continues the parent's whole state, else 0.
       tokens_per_step: positions of a batch, including padding.
-      start: the parts that it takes from its initial checkpoint: fields of `InitialCheckpoint`, each with the prefix
-        `initial_`; empty for a run that starts with new parameters.
-      evaluation_digests: SHA-256 of each evaluation's settings.
+      start: fields of its `InitialCheckpoint`, each with the prefix `initial_`; empty if it starts with new parameters.
     """
 
     run: Run
     digest: str
-    total_steps: int | None
-    first_step: int | None
-    tokens_per_step: int
-    start: Mapping[str, Any]
     evaluation_digests: Mapping[str, str]
+    total_steps: int | None = 0
+    first_step: int | None = 0
+    tokens_per_step: int = 0
+    start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -133,7 +133,7 @@ def test_an_extension_by_another_encoder_is_an_error(embed):
         assert "ngrams (order 2, dim 32" in message and flag[2:].replace("=", " ") in message
     assert "and this is one_hot" in embed("--encoder=one_hot", names=("sea",), extend=True)
     assert "holds the domain 'law' already" in embed(names=("law",), extend=True)
-    assert "is there already" in embed()
+    assert "exists already" in embed()
 
 
 def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
