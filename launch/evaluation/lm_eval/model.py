@@ -109,6 +109,7 @@ class EspalierLM(TemplateLM):
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
         config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
+        changes: dict[str, Any]
         changes = {"mesh": mesh, "add_bos": add_bos_token, "chat_template": chat_template}
         changes = {name: value for name, value in changes.items() if value is not None}
         if start_token != "auto":

@@ -133,7 +133,7 @@ def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, m
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
-        (RIGHT[:2], [], "has none for 1 problems, the first '2'"),
+        (RIGHT[:2], [], "has no row for 1 problems, the first is '2'"),
         ([*RIGHT, {"task_id": 7, "completion": ""}], [], "line 4: there is no problem '7'"),
         ([*RIGHT, {"task_id": 1}], [], "line 4: no 'completion'"),
         (RIGHT, ["--k", "2"], "--k=2: each problem has 1 samples"),

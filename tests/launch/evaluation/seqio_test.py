@@ -175,8 +175,8 @@ def test_metrics_are_those_of_continuations_and_sums(evaluate, by_command, regis
     [
         ({}, ["--task=sum"], "--task=sum: no such SeqIO task; did you mean 'sums'?"),
         ({"metrics": ()}, [], "The task 'sums' has no metric functions"),
-        ({"metrics": [exact, wants_more]}, [], "no function of (targets, predictions) or"),
-        ({"metrics": [takes_anything]}, [], "no function of (targets, predictions) or"),
+        ({"metrics": [exact, wants_more]}, [], "is not a function of (targets, predictions) or"),
+        ({"metrics": [takes_anything]}, [], "is not a function of (targets, predictions) or"),
         ({}, ["--split=test"], "has no split 'test'; its splits are validation, train."),
         ({"without": "inputs"}, [], "has no feature 'inputs', only targets"),
         ({"without": "targets"}, [], "has no feature 'targets', only inputs"),
@@ -249,4 +249,4 @@ def test_empty_targets_have_no_score(evaluate, register, capsys):
 
     register("sums", after=[without_eos])
     assert evaluate("--task=sums") == 2
-    assert "Example 1 of the task 'sums': 'targets', nothing" in capsys.readouterr().err
+    assert "Example 1 of the task 'sums': 'targets', the text to score, is empty" in capsys.readouterr().err
