@@ -327,7 +327,8 @@ def _meant_for_people(error: Exception) -> bool:
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    own = frame.f_globals.get("__name__", "").partition(".")[0] in OWN_PACKAGES
+    spec = frame.f_globals.get("__spec__")  # with its own name also if the module runs as __main__
+    own = spec is not None and spec.name.partition(".")[0] in OWN_PACKAGES
     return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
