@@ -141,14 +141,9 @@ def model_samples(flags: Any, start: Any, problems: code_problems.Problems) -> S
 
 
 def run(flags: Any, start: Any) -> dict[str, Any] | None:
-    """Evaluates with the settings of the flags, prints the scores and returns the content of --json.
+    """Evaluates with the flags of launch/evaluation/code.py, prints the scores and returns the content of --json.
 
-    Args:
-      flags: flags of launch/evaluation/code.py.
-      start: makes the configuration of the checkpoint's run; None with --solutions.
-
-    Returns:
-      The scores; None on all processes but the first.
+    `start` makes the configuration of the checkpoint's run; None with --solutions. Only the first process returns scores.
 
     Raises:
       EvaluationError: flags, solutions or rows that do not match the problems.
@@ -254,13 +249,7 @@ def _try(
 
 
 def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """Returns pass@k with its interval, and counts of the verdicts.
-
-    Args:
-      rows: rows with "task_id" and "status".
-      ks: values of k.
-      name: name of the benchmark.
-    """
+    """Returns pass@k of the benchmark `name` for each k, with intervals and counts of the verdicts."""
     counts: dict[str, list[int]] = {}
     statuses: collections.Counter[str] = collections.Counter()
     for row in rows:

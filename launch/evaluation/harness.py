@@ -132,7 +132,7 @@ def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, 
 
     Args:
       files: paths of the files.
-      step: the required step directory of the results; None for any.
+      step: the step directory that must have the results; None for any.
 
     Raises:
       SuiteError: a file that is not such a result or is of another checkpoint, or two files for one benchmark.

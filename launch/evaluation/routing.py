@@ -265,7 +265,7 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
 
     Args:
       domains: task -> router -> [layer][expert].
-      experts: names of the experts; a router with another number of experts has numbers instead.
+      experts: names of the experts; a router with another number of experts gets numbers instead.
     """
     from launch.plots import heat_maps
 

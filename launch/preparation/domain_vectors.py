@@ -156,12 +156,12 @@ def _settings(
 
 
 def draw(name: str, source: str, settings: Mapping[str, Any], flags: DomainFlags) -> list[str]:
-    """Returns a uniform sample of a source's documents, each cut after the characters that the encoder can read.
+    """Returns a uniform sample of the documents of a domain's source, each cut after the characters that the encoder reads.
 
     Args:
       name: name of the domain.
       source: files, or `task:` and a task's name.
-      settings: the encoder's settings, with numbers of documents and tokens per document, and the seed.
+      settings: the encoder's settings: documents, tokens per document, and seed.
       flags: format of files and limit of documents.
 
     Raises:

@@ -87,9 +87,7 @@ class Generator:
       ends: ids that end an answer.
       batch_tokens: tokens of a batch, including new tokens.
       batch_size: maximum rows; None for as many as batch_tokens allows.
-      policy: policy of the key/value caches.
-      cache_dtype: see trainers/decoding/decoder.py.
-      prefill_chunk: see trainers/decoding/decoder.py.
+      policy, cache_dtype, prefill_chunk: see trainers/decoding/decoder.py.
       seed: seed of sampling.
     """
 
@@ -105,16 +103,13 @@ class Generator:
         prefill_chunk: int | None = None,
         seed: int = 0,
     ):
-        self._run = run
-        self._ends = tuple(ends)
-        self._batch_tokens = batch_tokens
-        self._batch_size = batch_size
+        self._run, self._ends, self._seed = run, tuple(ends), seed
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._options: dict[str, Any] = {
             "policy": policy,
             "cache_dtype": cache_dtype,
             "prefill_chunk": prefill_chunk,
         }
-        self._seed = seed
         self._decoder: tuple[Any, Decoder] | None = None
 
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:

@@ -52,8 +52,7 @@ class EspalierLM(TemplateLM):
       max_batch_size: a second limit of rows; None for no limit.
       cache_policy: cache policy of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
         such as cache_capacity=1024.
-      cache_dtype: see `python -m launch.generate --help`.
-      prefill_chunk: see `python -m launch.generate --help`.
+      cache_dtype, prefill_chunk: see `python -m launch.generate --help`.
       seed: seed of requests that sample.
       device: ignored: JAX chooses the device (JAX_PLATFORMS).
       **others: settings of the cache policy.
