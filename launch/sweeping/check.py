@@ -85,23 +85,28 @@ class _Loaded:
     Attributes:
       config: all bindings by name.
       arguments: arguments of the entry function.
-      params: abstract parameters of the model.
+      params: shapes and dtypes of the model's parameters, by path.
     """
 
     config: Mapping[str, str]
     arguments: Mapping[str, Any]
-    params: Any
+    params: Mapping[str, Any]
 
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration into gin; returns None after adding its problems."""
+    import flax.linen as nn
+
     from launch.config import config_diff, gin_config
+    from trainers import initialise
+    from trainers.checkpoints import state_tree
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
         arguments = config.arguments()  # makes the recipe, which checks its own settings
         # While this configuration is in gin, because calling the model evaluates bindings of its parts.
-        params = _abstract_params(arguments["recipe"])
+        recipe = arguments["recipe"]
+        variables = initialise.abstract_variables(recipe.model, recipe.inputs_spec)
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
@@ -110,23 +115,8 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         problem = str(error).partition("\n  In call to configurable ")[0].strip()
         problems.append(f"{run.kind}: {problem}")
         return None
+    params = state_tree.flatten(nn.meta.unbox(variables["params"]))
     return _Loaded(config_diff.canonical(config.text), arguments, params)
-
-
-def _abstract_params(recipe: Any) -> Any:
-    """Returns shapes and dtypes of a model's parameters, without allocating memory."""
-    import flax.linen as nn
-
-    from trainers import initialise
-
-    return nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"])
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of parameters by path."""
-    from trainers.checkpoints import state_tree
-
-    return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
 
 
 def _evaluation_digests(run: Run) -> dict[str, str]:
@@ -242,6 +232,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in params.items()}
+
+
 def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
     """Returns the problems that a run would otherwise meet only after its parent's training."""
     kind, parent_kind = entry.run.kind, parent.run.kind
@@ -255,16 +249,16 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return problems  # settings that select parameters allow other shapes
-    there, here = _shapes(theirs.params), _shapes(mine.params)
-    initial = mine.arguments.get("initial")
-    from trainers.checkpoints import state_tree, transformed
+    from trainers.checkpoints import transformed
 
+    there, inputs = _shapes(theirs.params), mine.params
+    initial = mine.arguments.get("initial")
     if initial is not None and (transform := initial.transform) is not None:
         try:
-            _, inputs = transformed.plan(transform, there, state_tree.flatten(mine.params))
+            _, inputs = transformed.plan(transform, there, mine.params)
         except ValueError as error:
             return [*problems, f"{kind}: of its parent {parent_kind}: {error}"]
-        here = {name: tuple(leaf.shape) for name, leaf in inputs.items()}
+    here = _shapes(inputs)
     different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if different:
         name = different[0]

@@ -134,23 +134,16 @@ def _running(runs: Sequence[Progress]) -> Table:
     for name in ("step", "loss", "min", "left"):
         rows.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        remaining = _left(run)
-        is_made = run.planned.run.made
+        total, is_made = run.planned.total_steps, run.planned.run.made
+        known = run.rate and total is not None  # the rate so far
         rows.add_row(
             _shortened(run.planned.name, 38),
-            "made" if is_made else f"{run.step}/{run.planned.total_steps or '?'}",
+            "made" if is_made else f"{run.step}/{total or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
-            "" if remaining is None else _duration(remaining),
+            _duration((total - run.step) / run.rate) if known else "",
         )
     return rows
-
-
-def _left(run: Progress) -> float | None:
-    """Returns the estimated remaining seconds of a running run, from its rate so far."""
-    if not run.rate or run.planned.total_steps is None:
-        return None
-    return (run.planned.total_steps - run.step) / run.rate
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
